@@ -1,0 +1,1 @@
+"""What the operations share: device functions, launch configurations, launch helpers."""

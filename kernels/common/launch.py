@@ -1,0 +1,55 @@
+"""What every launcher needs to know about the machine it launches on."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from lorafast.reference.dropout import survivor_scale, threshold
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
+
+
+def precision(x: Tensor) -> str:
+    """How float32 products are rounded: as PyTorch's own on this device."""
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def dropout_arguments(x: Tensor, dropout_p: float, seed: Tensor | None) -> dict[str, object]:
+    """The kernel arguments of a dropout; a kernel without one gets a pointer it never reads."""
+    dropped = dropout_p > 0.0 and seed is not None
+    return {
+        "seed_ptr": seed if dropped else x,
+        "threshold": threshold(dropout_p),
+        "survivor_scale": survivor_scale(dropout_p),
+        "HAS_DROPOUT": dropped,
+    }
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def chunks(x: Tensor, length: int, block: int, programs: int) -> tuple[int, int]:
+    """Cuts ``length`` so that ``programs`` times the number of chunks fills the device.
+
+    Returns the number of chunks and how many blocks each has. Depends on shapes and device alone, so
+    that two runs reduce in the same order.
+    """
+    processors = _multiprocessors(x.device) if x.is_cuda else 4
+    blocks = triton.cdiv(length, block)
+    # Two waves, and at least four blocks a chunk: below that the partial sums cost more than they save.
+    wanted = min(triton.cdiv(2 * processors, programs), max(blocks // 4, 1))
+    chunk = triton.cdiv(blocks, wanted)
+    return triton.cdiv(blocks, chunk), chunk
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device: makes that the device of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

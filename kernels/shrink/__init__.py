@@ -1,0 +1,5 @@
+"""``s = drop(x)·Aᵀ``."""
+
+from lorafast.kernels.shrink.kernel import shrink
+
+__all__ = ["shrink"]

@@ -1,0 +1,24 @@
+"""LoRA layers that cost almost nothing over the frozen layer they adapt."""
+
+from lorafast import functional, nn, reference
+from lorafast.convert import adapt, load_adapter, merge, save_adapter, summary
+from lorafast.nn import explain
+from lorafast.ops import BackendError, BackendStatus, backends, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BackendStatus",
+    "adapt",
+    "backends",
+    "explain",
+    "functional",
+    "load_adapter",
+    "merge",
+    "nn",
+    "reference",
+    "save_adapter",
+    "summary",
+    "use_backend",
+]

@@ -1,0 +1,16 @@
+"""Swap LoRA layers into a model and back, save and load them."""
+
+from lorafast.convert.adapt import adapt
+from lorafast.convert.adapter_io import load_adapter, save_adapter
+from lorafast.convert.merge import merge
+from lorafast.convert.summary import AdapterRow, Summary, summary
+
+__all__ = [
+    "AdapterRow",
+    "Summary",
+    "adapt",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "summary",
+]

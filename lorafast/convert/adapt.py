@@ -1,0 +1,86 @@
+"""``adapt``: a model's linear layers become LoRA layers, in place."""
+
+import torch
+from torch import nn
+
+from lorafast.convert import targets as _targets
+from lorafast.convert.targets import ALL_LINEAR, Pattern
+from lorafast.nn import LoRALinear
+
+
+def adapt(
+    model: nn.Module,
+    r: int = 16,
+    targets: Pattern = ALL_LINEAR,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    exclude: Pattern | None = None,
+    freeze: bool = True,
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Replaces linear layers of ``model`` by ``LoRALinear`` that share their weights.
+
+    Args:
+        model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
+        r: rank.
+        targets: ``"all-linear"`` (every ``nn.Linear`` but a Transformers model's output head), a
+            list of names (a layer's full name or its ending, as PEFT's ``target_modules``), or a
+            string, a regex that must match the full name.
+        alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``); None is ``r``.
+        dropout: probability of dropping an element of a layer's input to the adapter.
+        use_rslora: see ``alpha``.
+        exclude: layers to leave out, given like ``targets``.
+        freeze: freeze every other parameter of the model too; adapters it has already stay trainable.
+        adapter_dtype: as for ``LoRALinear``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: nothing matches, or ``r`` or ``dropout`` doesn't fit. The model is unchanged.
+        TypeError: a layer that was asked for can't be adapted. The model is unchanged. With
+            ``"all-linear"`` such a layer is left as it is, and a warning names it.
+    """
+    linears = _targets.find(model, targets, exclude)
+    layers: dict[int, LoRALinear] = {}  # a layer that has two names stays one layer
+    for linear in linears.values():
+        if id(linear) not in layers:
+            layers[id(linear)] = LoRALinear.from_linear(
+                linear,
+                r,
+                alpha=alpha,
+                dropout=dropout,
+                use_rslora=use_rslora,
+                adapter_dtype=adapter_dtype,
+            )
+    if freeze:
+        freeze_base(model)
+    return put_in_place(model, {name: layers[id(linear)] for name, linear in linears.items()})
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freezes every parameter but those of adapters."""
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, LoRALinear)
+        for parameter in (module.lora_A, module.lora_B)
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
+
+
+def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
+    """Puts LoRA layers into the model and makes sure that the model calls them."""
+    model = _targets.replace(model, dict(layers))
+    for module in model.modules():
+        adapted = any(isinstance(child, LoRALinear) for child in module.modules())
+        # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the adapters.
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and adapted:
+            module.use_nested_tensor = False
+    return model

@@ -1,0 +1,46 @@
+"""``merge``: LoRA layers become plain linear layers."""
+
+import warnings
+
+from torch import nn
+
+from lorafast.convert.targets import replace
+from lorafast.nn import LoRALinear
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replaces every ``LoRALinear`` by an ``nn.Linear`` of weight ``W + scaling · B·A``.
+
+    The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The sum is
+    rounded to the dtype of the weight. A weight that another module shares is no longer shared, and
+    a warning names it.
+
+    Raises:
+        ValueError: the model has no ``LoRALinear``.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoRALinear)
+    }
+    if not layers:
+        raise ValueError("the model has no LoRALinear to merge")
+    shared = _also_used_elsewhere(model, layers)
+    if shared:
+        warnings.warn(
+            "merged weights that other modules share are no longer shared: " + ", ".join(shared),
+            stacklevel=2,
+        )
+    merged: dict[int, nn.Module] = {}  # a layer that has two names stays one layer
+    for layer in layers.values():
+        if id(layer) not in merged:
+            merged[id(layer)] = layer.to_linear()
+    return replace(model, {name: merged[id(layer)] for name, layer in layers.items()})
+
+
+def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    return [f"{name}.weight" for name, layer in layers.items() if len(owners[id(layer.weight)]) > 1]

@@ -1,0 +1,77 @@
+"""``summary``: what of a model is adapted, and what is trained."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorafast.nn import LoRALinear
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapted layer."""
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    scaling: float
+    dropout: float
+    parameters: int
+    merged: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parameter counts and adapted layers of a model; prints as a table."""
+
+    total: int
+    trainable: int
+    adapter: int
+    layers: tuple[AdapterRow, ...]
+
+    def __str__(self) -> str:
+        width = max([len(row.name) for row in self.layers] + [len("layer")])
+        lines = [f"{'layer':<{width}}  {'in → out':>14}  {'r':>4}  scaling  dropout  parameters"]
+        for row in self.layers:
+            shape = f"{row.in_features} → {row.out_features}"
+            lines.append(
+                f"{row.name:<{width}}  {shape:>14}  {row.r:>4}  {row.scaling:>7.4g}  "
+                f"{row.dropout:>7.4g}  {row.parameters:>10,}{'  merged' if row.merged else ''}"
+            )
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        lines.append(
+            f"{len(self.layers)} adapted layers, {self.adapter:,} adapter parameters; "
+            f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
+        )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def summary(model: nn.Module) -> Summary:
+    """The adapted layers of ``model`` and how many parameters it has, trains, and has in adapters.
+
+    Shared parameters count once.
+    """
+    rows = tuple(
+        AdapterRow(
+            name=name or "(model)",
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            r=layer.r,
+            scaling=layer.scaling,
+            dropout=layer.dropout,
+            parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+            merged=layer.merged,
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoRALinear)
+    )
+    parameters = list(model.parameters())
+    return Summary(
+        total=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        adapter=sum(row.parameters for row in rows),
+        layers=rows,
+    )

@@ -1,0 +1,91 @@
+"""The public functions."""
+
+import torch
+from torch import Tensor
+
+from lorafast import ops
+from lorafast.ops.checks import check_lora_linear
+
+_SEEDS = 2**63 - 1
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias``, the LoRA linear layer (Hu et al., 2021).
+
+    Args:
+        x: ``[..., K]``, any number of leading dimensions, any strides.
+        weight: ``[N, K]``, in the dtype of ``x``.
+        lora_A: ``[r, K]``; ``r`` of at least 1, larger than ``K`` or ``N`` if you like.
+        lora_B: ``[N, r]``, in the dtype of ``lora_A``, which may differ from that of ``x``: float32
+            adapters over a bfloat16 layer make no float32 copy of ``x``.
+        scaling: a number, ``alpha / r`` or ``alpha / sqrt(r)``.
+        bias: ``[N]``, in the dtype of ``x``.
+        dropout_p: probability with which an element of ``x`` is dropped on its way into the low-rank
+            product; applied if ``training``. The seed is drawn from PyTorch's generator for the
+            device of ``x``, so ``torch.manual_seed`` and checkpointing behave as with
+            ``nn.Dropout``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient; ``x`` is
+        kept for the backward only if ``lora_A`` (or ``weight``) does. Under autocast ``x``,
+        ``weight`` and ``bias`` are cast as ``F.linear`` would; ``lora_A`` and ``lora_B`` stay.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+        BackendError: the forced backend can't serve the call; the message says why.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return _under_autocast(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=training
+        )
+    check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    seed = None
+    if dropout_p and training:
+        seed = torch.randint(_SEEDS, (1,), device=x.device)
+    else:
+        dropout_p = 0.0
+    return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+
+def _under_autocast(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    dropout_p: float,
+    training: bool,
+) -> Tensor:
+    """Casts at the entrance, then leaves autocast: inside, dtypes are settled."""
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        # As autocast itself: float64 stays, and integers stay to be refused by name.
+        lower = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if lower else tensor
+
+    with torch.autocast(device_type, enabled=False):
+        return lora_linear(
+            cast(x),
+            cast(weight),
+            lora_A,
+            lora_B,
+            scaling,
+            None if bias is None else cast(bias),
+            dropout_p=dropout_p,
+            training=training,
+        )

@@ -1,0 +1,96 @@
+"""``explain``: which backend serves a module's operations, and why not the others."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorafast.nn.lora_linear import LoRALinear
+from lorafast.ops import dispatch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one operation, the reason for it, and the reasons against the others."""
+
+    operation: str
+    backend: str | None
+    reason: str
+    others: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choices for each adapted layer; prints as text, equal layers together."""
+
+    layers: dict[str, tuple[Choice, ...]]
+
+    def __str__(self) -> str:
+        groups: dict[str, list[str]] = {}
+        for name, choices in self.layers.items():
+            groups.setdefault(_describe_all(choices), []).append(name)
+        return "\n".join(f"{_names(names)}\n{description}" for description, names in groups.items())
+
+    __repr__ = __str__
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _describe_all(choices: tuple[Choice, ...]) -> str:
+    groups: dict[str, list[str]] = {}
+    for choice in choices:
+        groups.setdefault(_describe(choice), []).append(choice.operation)
+    return "\n".join(f"  {', '.join(ops)}: {text}" for text, ops in groups.items())
+
+
+def _describe(choice: Choice) -> str:
+    lines = [f"{choice.backend or 'none'} ({choice.reason})"]
+    lines += [f"    not {name}: {reason}" for name, reason in choice.others.items()]
+    return "\n".join(lines)
+
+
+def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
+    """Which backend serves each operation of each ``LoRALinear`` in ``module``, and why not others.
+
+    ``x`` is an input such as a layer would get; only its device and dtype count, and without it the
+    weight's are assumed.
+
+    Raises:
+        ValueError: ``module`` has no ``LoRALinear``.
+    """
+    layers = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoRALinear):
+            layers[name or "(module)"] = tuple(
+                _choose(operation, layer, x) for operation in dispatch.OPERATIONS
+            )
+    if not layers:
+        raise ValueError("the module has no LoRALinear: there is nothing to choose a backend for")
+    return Explanation(layers)
+
+
+def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
+    like = layer.weight if x is None else x
+    sample = torch.empty((0, layer.in_features), dtype=like.dtype, device=like.device)
+    tensors = (sample, layer.weight, layer.lora_A, layer.lora_B)
+    reasons = {
+        name: dispatch.why_not(name, operation, tensors) for name in dispatch.backend_names()
+    }
+    forced = dispatch.forced()
+    if layer.merged:
+        return Choice(operation, None, "the layer is merged: a plain product", {})
+    if forced is None:
+        backend, reason = dispatch.automatic_choice(operation, tensors)
+    elif reasons[forced] is None:
+        backend, reason = forced, "forced"
+    else:
+        backend, reason = None, f"{forced} is forced and can't: {reasons[forced]}"
+    others = {
+        name: why or ("usable, another was forced" if forced else "usable, not the fastest known")
+        for name, why in reasons.items()
+        if name not in (backend, forced)
+    }
+    return Choice(operation, backend, reason, others)

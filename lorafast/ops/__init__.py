@@ -1,0 +1,20 @@
+"""Each operation's contract: checks, registration, backward, choice of backend."""
+
+from lorafast.ops.dispatch import BackendError, BackendStatus, backends, use_backend
+from lorafast.ops.expand_backward import expand_backward
+from lorafast.ops.linear_expand import linear_expand
+from lorafast.ops.lora_linear import lora_linear
+from lorafast.ops.shrink import shrink
+from lorafast.ops.shrink_backward import shrink_backward
+
+__all__ = [
+    "BackendError",
+    "BackendStatus",
+    "backends",
+    "expand_backward",
+    "linear_expand",
+    "lora_linear",
+    "shrink",
+    "shrink_backward",
+    "use_backend",
+]

@@ -1,0 +1,120 @@
+"""Refusals of bad input: one sentence that names the argument, what it is, and what was expected."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"[{', '.join(str(size) for size in tensor.shape)}]"
+
+
+def check_matrix(name: str, tensor: Tensor, rows: object, columns: object) -> None:
+    """``tensor`` must be ``[rows, columns]``; a string stands for any size and is its name."""
+    sizes = (rows, columns)
+    fits = tensor.dim() == 2 and all(
+        isinstance(size, str) or size == actual
+        for size, actual in zip(sizes, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {_shape(tensor)}, expected [{rows}, {columns}]")
+
+
+def check_same_dtype(name: str, tensor: Tensor, other: str, dtype: torch.dtype) -> None:
+    """``tensor`` must have the dtype of ``other``."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}, the dtype of {other}")
+
+
+def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
+    """A probability, and a seed if there is anything to drop."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError(
+            "seed is None, expected an int64 tensor of one element: dropout_p is not 0"
+        )
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(
+            f"seed is {seed.dtype} of {seed.numel()} elements, expected one int64 element"
+        )
+
+
+def check_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA linear layer."""
+    try:
+        N, K = weight.shape
+        r, K_A = lora_A.shape
+        device = x.get_device()
+        fits = (
+            x.shape[-1] == K == K_A
+            and lora_B.shape == (N, r)
+            and r > 0
+            and (bias is None or (bias.shape == (N,) and bias.dtype is x.dtype))
+            and x.dtype is weight.dtype
+            and x.dtype in FLOATS
+            and lora_A.dtype is lora_B.dtype
+            and lora_A.dtype in FLOATS
+            and device == weight.get_device() == lora_A.get_device() == lora_B.get_device()
+            and (bias is None or device == bias.get_device())
+            and 0.0 <= dropout_p <= 1.0
+            and type(scaling) in (float, int)
+        )
+    except (AttributeError, IndexError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+
+
+def _explain_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Finds what is wrong and says it; the order is that in which a user would look."""
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
+            )
+    check_matrix("weight", weight, "out_features", "in_features")
+    N, K = weight.shape
+    check_matrix("lora_A", lora_A, "r", K)
+    r = lora_A.shape[0]
+    if r == 0:
+        raise ValueError(f"lora_A has shape {_shape(lora_A)}: the rank r is 0, expected at least 1")
+    check_matrix("lora_B", lora_B, N, r)
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x has shape {_shape(x)}, expected [..., {K}]: weight has {K} input features"
+        )
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias has shape {_shape(bias)}, expected [{N}]")
+    check_same_dtype("weight", weight, "x", x.dtype)
+    check_same_dtype("lora_B", lora_B, "lora_A", lora_A.dtype)
+    if bias is not None:
+        check_same_dtype("bias", bias, "x", x.dtype)
+    for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is")
+    check_dropout(dropout_p, torch.zeros((), dtype=torch.int64))
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling is a {type(scaling).__name__}, expected a number")

@@ -1,0 +1,117 @@
+"""Which backend serves a call: the one place that decides, and that says why not.
+
+``auto`` takes the fastest backend that is measured to be so. No record from a GPU exists yet, so
+``auto`` is ``aten`` everywhere. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't
+serve a call raises with the reason; nothing falls back in silence.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lorafast.ops import backends as _backends
+
+AUTO = "auto"
+ENVIRONMENT_VARIABLE = "LORAFAST_BACKEND"
+
+OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
+
+_AUTOMATIC = _backends.ATEN
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that can't serve the call; the message says why."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether this machine can use a backend, and if not, why."""
+
+    name: str
+    usable: bool
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'usable' if self.usable else self.reason}"
+
+
+def _known(name: str, origin: str) -> str | None:
+    """The backend that ``name`` forces, None for ``auto``."""
+    if name == AUTO:
+        return None
+    if name not in _backends.BACKENDS:
+        expected = ", ".join((AUTO, *_backends.BACKENDS))
+        raise ValueError(f"{origin} is {name!r}, expected one of {expected}")
+    return name
+
+
+_forced: str | None = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names that ``use_backend`` takes, but ``auto``."""
+    return tuple(_backends.BACKENDS)
+
+
+def forced() -> str | None:
+    """The name of the forced backend, None for ``auto``."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, every operation runs on backend ``name`` (``auto`` to lift a choice).
+
+    The choice holds for the whole process, as PyTorch's own ``torch.backends`` flags do. A backward
+    runs on the backend of its forward, also when it runs after the block.
+
+    Raises:
+        ValueError: there is no backend of this name.
+        BackendError: (from the operations inside) the backend can't serve the call.
+    """
+    global _forced
+    before, _forced = _forced, _known(name, "name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def why_not(name: str, operation: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """The reason for which backend ``name`` can't serve this call, or None if it can."""
+    backend = _backends.BACKENDS[name]
+    return backend.why_unusable() or backend.why_refused(
+        operation, tuple(t for t in tensors if t is not None)
+    )
+
+
+def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callable[..., Any]:
+    """The function that runs ``operation`` on backend ``name`` (None: the automatic choice).
+
+    Raises:
+        BackendError: the named backend can't serve these tensors.
+    """
+    if name is None:
+        return _AUTOMATIC.implementation(operation)
+    reason = why_not(name, operation, tensors)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} can't serve {operation}: {reason}")
+    return _backends.BACKENDS[name].implementation(operation)
+
+
+def automatic_choice(operation: str, tensors: tuple[Tensor | None, ...]) -> tuple[str, str]:
+    """The backend that ``auto`` takes for a call, and the rule that took it."""
+    return _AUTOMATIC.name, "no measurement on this device shows another backend ahead of it"
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name: whether this machine can use it, and if not, why."""
+    status = {}
+    for name, backend in _backends.BACKENDS.items():
+        reason = backend.why_unusable()
+        status[name] = BackendStatus(name, reason is None, reason)
+    return status

@@ -1,0 +1,73 @@
+"""Registration of the operations with ``torch.library``, for ``torch.compile`` and everything that
+traces. Eager code takes the shorter path in ``lora_linear``."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("lorafast", "DEF")
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside an operation dtypes are settled: autocast must not change them again."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def register(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Defines ``lorafast::name``; the first argument of ``implementation`` is a tensor."""
+
+    def kernel(x: Tensor, *arguments: Any) -> Any:
+        with without_autocast(x):
+            return implementation(x, *arguments)
+
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafast::{name}", fake, lib=_LIBRARY)
+
+
+def register_autograd(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
+    """Registers the backward of ``lorafast::name``."""
+    torch.library.register_autograd(
+        f"lorafast::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    )
+
+
+def differentiate_by_reference(name: str, reference: Callable[..., Any]) -> None:
+    """The backward of ``lorafast::name`` is that of its reference, run again: right, any number of
+    times, and not fast. ``lora_linear`` has a backward of its own and never comes here."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(i if isinstance(i, Tensor) else None for i in inputs))
+        ctx.arguments = [None if isinstance(i, Tensor) else i for i in inputs]
+
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        inputs = [
+            argument if tensor is None else tensor
+            for tensor, argument in zip(ctx.saved_tensors, ctx.arguments, strict=True)
+        ]
+        needed = [i for i, needs in enumerate(ctx.needs_input_grad) if needs]
+        if not again:
+            for i in needed:
+                inputs[i] = inputs[i].detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = reference(*inputs)
+        found = torch.autograd.grad(
+            outputs, [inputs[i] for i in needed], gradients, create_graph=again, allow_unused=True
+        )
+        result: list[Tensor | None] = [None] * len(inputs)
+        for i, gradient in zip(needed, found, strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+    register_autograd(name, setup_context, backward)

@@ -1,0 +1,254 @@
+"""The LoRA linear layer: one backward formula, registered for tracing and wrapped for eager.
+
+Under ``torch.compile`` a call is the op ``lorafast::lora_linear``. Eager code skips the registered
+op, whose Python costs more than a small layer's arithmetic, and goes through an
+``autograd.Function`` over the same formula. Under ``torch.func`` transforms, where neither works, it
+is the reference, which PyTorch differentiates and batches itself.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafast import reference
+from lorafast.ops import dispatch
+from lorafast.ops.checks import check_dropout, check_lora_linear
+from lorafast.ops.library import register, register_autograd, without_autocast
+
+# Private, but the one cheap question; without it the autograd.Function refuses transforms aloud.
+_transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+
+Gradients = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, Tensor | None, None, None
+]
+
+
+def _forward(
+    backend: str | None,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``y`` in the shape of ``x`` and ``s [M, r]``."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    s = dispatch.select("shrink", backend, rows, lora_A, seed)(rows, lora_A, dropout_p, seed)
+    y = dispatch.select("linear_expand", backend, rows, weight, s, lora_B, bias)(
+        rows, weight, s, lora_B, scaling, bias
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_B.shape[0]), s
+
+
+def _backward(
+    run: Any,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """Every gradient that ``needs`` asks for, by the operations that ``run`` has.
+
+    ``needs`` is in the order of the forward's arguments. ``x``, ``weight`` and ``s`` may be None
+    where no needed gradient takes them.
+    """
+    need_dx, need_dweight, need_dA, need_dB, _, need_dbias, *_ = needs
+    K = lora_A.shape[1]
+    leading = dy.shape[:-1]
+    dy = dy.reshape(-1, lora_B.shape[0])
+    rows = None if x is None else x.reshape(-1, K)
+    ds = dB = dA = dx = dweight = dbias = None
+    if (need_dx or need_dA) and need_dB:
+        ds, dB = run.expand_backward(dy, s, lora_B, scaling)
+    elif need_dx or need_dA:
+        ds = scaling * run.shrink(dy, lora_B.t())  # ds alone is a shrink
+    elif need_dB:
+        # dB alone is a shrink_backward, transposed
+        dB = run.shrink_backward(s, dy, 0.0, None, lora_B.dtype).t() * scaling
+    if need_dA:
+        dA = run.shrink_backward(ds, rows, dropout_p, seed, lora_A.dtype)
+    if need_dx:
+        assert weight is not None
+        dx = run.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
+        dx = dx.view(*leading, K)
+    if need_dweight:
+        assert rows is not None
+        dweight = dy.t() @ rows
+    if need_dbias:
+        dbias = dy.sum(0)
+    return dx, dweight, dA, dB, None, dbias, None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
+    """Keeps for the backward what the needed gradients take: x only if A (or W) has one."""
+    x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
+    need_dx, need_dweight, need_dA, need_dB, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(
+        x if need_dA or need_dweight else None,
+        weight if need_dx else None,
+        lora_A,
+        lora_B,
+        s if need_dB else None,
+        seed,
+    )
+    ctx.scaling = scaling
+    ctx.dropout_p = dropout_p
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> Gradients:
+    """The formula on the reference operations, so that PyTorch can differentiate it once more."""
+    x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+    if ctx.needs_input_grad[3]:
+        if x is not None:
+            # s was saved as a number; its dependence on x and A must be part of the graph.
+            s = reference.shrink(x.reshape(-1, x.shape[-1]), lora_A, ctx.dropout_p, seed)
+        elif ctx.needs_input_grad[0]:
+            raise RuntimeError(
+                "a second derivative of lora_linear needs x, which is not kept when lora_A has no "
+                "gradient: let lora_A require one"
+            )
+    return _backward(
+        reference, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
+        ctx.needs_input_grad,
+    )  # fmt: skip
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.backend = dispatch.forced()
+        y, s = _forward(ctx.backend, *inputs)
+        _save(ctx, inputs, s)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        with without_autocast(dy):
+            if torch.is_grad_enabled():
+                return _differentiable_backward(ctx, dy)
+            x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+            return _backward(
+                _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s, ctx.scaling,
+                ctx.dropout_p, seed, ctx.needs_input_grad,
+            )  # fmt: skip
+
+
+def _operations(backend: str | None) -> SimpleNamespace:
+    """The four operations as plain functions on one backend."""
+
+    def bind(operation: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            tensors = (a for a in arguments if isinstance(a, Tensor))
+            return dispatch.select(operation, backend, *tensors)(*arguments)
+
+        return run
+
+    return SimpleNamespace(**{operation: bind(operation) for operation in dispatch.OPERATIONS})
+
+
+_EAGER = {name: _operations(name) for name in (None, *dispatch.backend_names())}
+
+
+def _registered_run(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    check_dropout(dropout_p, seed)
+    return _forward(dispatch.forced(), x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+
+def _registered_fake(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    check_dropout(dropout_p, seed)
+    M = 1
+    for size in x.shape[:-1]:
+        M = M * size
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty((M, lora_A.shape[0]))
+
+
+def _registered_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, s = output
+    ctx.mark_non_differentiable(s)
+    _save(ctx, inputs, s)
+
+
+def _registered_backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, dy)
+    x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+    return _backward(
+        torch.ops.lorafast, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
+        ctx.needs_input_grad,
+    )  # fmt: skip
+
+
+register(
+    "lora_linear",
+    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias=None, "
+    "float dropout_p=0.0, Tensor? seed=None) -> (Tensor y, Tensor s)",
+    _registered_run,
+    _registered_fake,
+)
+register_autograd("lora_linear", _registered_setup_context, _registered_backward)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` on checked arguments, outside autocast."""
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.lorafast.lora_linear(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed
+        )[0]
+        return y
+    if _transforms_active():
+        name = dispatch.forced()
+        if name not in (None, "reference"):
+            raise dispatch.BackendError(
+                f"backend {name!r} can't serve lora_linear: torch.func transforms need operations "
+                "that PyTorch differentiates itself, which only 'reference' is made of"
+            )
+        return reference.lora_linear(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
+        )
+    if torch.is_grad_enabled():
+        return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    return _forward(dispatch.forced(), x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]

@@ -1,0 +1,69 @@
+"""``dA = dsᵀ·drop(x)``: contract and registration."""
+
+import torch
+from torch import Tensor
+
+from lorafast import reference
+from lorafast.ops import dispatch
+from lorafast.ops.checks import check_dropout, check_matrix, check_same_dtype
+from lorafast.ops.library import differentiate_by_reference, register
+
+
+def _check(ds: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None) -> None:
+    check_matrix("x", x, "M", "K")
+    check_matrix("ds", ds, x.shape[0], "r")
+    check_same_dtype("ds", ds, "x", x.dtype)
+    check_dropout(dropout_p, seed)
+
+
+def _run(
+    ds: Tensor,
+    x: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(ds, x, dropout_p, seed)
+    run = dispatch.select("shrink_backward", dispatch.forced(), ds, x, seed)
+    dA: Tensor = run(ds, x, dropout_p, seed, dtype)
+    return dA
+
+
+def _fake(
+    ds: Tensor,
+    x: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(ds, x, dropout_p, seed)
+    return x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype or x.dtype)
+
+
+register(
+    "shrink_backward",
+    "(Tensor ds, Tensor x, float dropout_p=0.0, Tensor? seed=None, ScalarType? dtype=None) -> Tensor",
+    _run,
+    _fake,
+)
+differentiate_by_reference("shrink_backward", reference.shrink_backward)
+
+
+def shrink_backward(
+    ds: Tensor,
+    x: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``dA = dsᵀ·drop(x)``.
+
+    Shapes: ``ds [M, r]``, ``x [M, K]`` → ``dA [r, K]`` in ``dtype`` (that of ``x`` if None).
+    ``seed`` is an int64 tensor of one element on the device of ``x``.
+
+    Raises:
+        ValueError, TypeError: a shape, a dtype, ``dropout_p`` or ``seed`` doesn't fit.
+        BackendError: the forced backend can't serve the call.
+    """
+    dA: Tensor = torch.ops.lorafast.shrink_backward(ds, x, dropout_p, seed, dtype)
+    return dA

@@ -1,0 +1,19 @@
+"""What is right: each operation in plain PyTorch, readable, differentiable, in any float dtype."""
+
+from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
+from lorafast.reference.expand_backward import expand_backward
+from lorafast.reference.linear_expand import linear_expand
+from lorafast.reference.lora_linear import lora_linear
+from lorafast.reference.shrink import shrink
+from lorafast.reference.shrink_backward import shrink_backward
+
+__all__ = [
+    "dropout",
+    "expand_backward",
+    "keep_mask",
+    "linear_expand",
+    "lora_linear",
+    "philox_4x32",
+    "shrink",
+    "shrink_backward",
+]

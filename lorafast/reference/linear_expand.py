@@ -1,0 +1,28 @@
+"""``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
+
+from torch import Tensor
+
+from lorafast.reference.dropout import dropout
+
+
+def linear_expand(
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``.
+
+    Shapes: ``x [M, K]``, ``weight [N, K]``, ``s [M, r]``, ``lora_B [N, r]``, ``bias [N]`` →
+    ``y [M, N]``, in the dtype of ``x``.
+
+    The forward has no mask here (``shrink`` has it). The backward does: ``dx`` is this operation on
+    ``(dy, Wᵀ, ds, Aᵀ)``, whose low-rank term passes back through the dropout of ``x``.
+    """
+    low_rank = dropout(scaling * (s @ lora_B.to(x.dtype).t()), dropout_p, seed)
+    y = x @ weight.t() + low_rank
+    return y if bias is None else y + bias

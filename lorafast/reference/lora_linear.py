@@ -1,0 +1,35 @@
+"""The LoRA linear layer, composed of the reference operations."""
+
+from torch import Tensor
+
+from lorafast.reference.linear_expand import linear_expand
+from lorafast.reference.shrink import shrink
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` (Hu et al., "LoRA", 2021).
+
+    Shapes: ``x [..., K]``, ``weight [N, K]``, ``lora_A [r, K]``, ``lora_B [N, r]``, ``bias [N]`` →
+    ``y [..., N]``. Dropout needs ``seed``, an int64 tensor of one element. Differentiable by
+    PyTorch's own autograd, any number of times.
+    """
+    N, K = weight.shape
+    rows = x.reshape(-1, K)
+    if not training:
+        dropout_p = 0.0
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError("seed is None: dropout needs an int64 tensor of one element")
+    s = shrink(rows, lora_A, dropout_p, seed)
+    y = linear_expand(rows, weight, s, lora_B, scaling, bias)
+    return y.view(*x.shape[:-1], N)
