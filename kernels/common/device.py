@@ -22,8 +22,8 @@ def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
         if INTERPRETED and dtype == tl.bfloat16:
             # The interpreter cuts the low bits off: round them away first. NaN and infinity stay.
             bits = x.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-            x = tl.where(tl.abs(x) < float("inf"), rounded, x)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = tl.where(tl.abs(x) < float("inf"), rounded.to(tl.float32, bitcast=True), x)
         x = x.to(dtype)
     return x
 

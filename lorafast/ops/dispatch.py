@@ -13,14 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafast.ops import backends as _backends
+from lorafast.ops import backend as _backend
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "LORAFAST_BACKEND"
 
 OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
 
-_AUTOMATIC = _backends.ATEN
+_AUTOMATIC = _backend.ATEN
+_AUTOMATIC_FUNCTIONS = {operation: _AUTOMATIC.implementation(operation) for operation in OPERATIONS}
 
 
 class BackendError(RuntimeError):
@@ -43,8 +44,8 @@ def _known(name: str, origin: str) -> str | None:
     """The backend that ``name`` forces, None for ``auto``."""
     if name == AUTO:
         return None
-    if name not in _backends.BACKENDS:
-        expected = ", ".join((AUTO, *_backends.BACKENDS))
+    if name not in _backend.BACKENDS:
+        expected = ", ".join((AUTO, *_backend.BACKENDS))
         raise ValueError(f"{origin} is {name!r}, expected one of {expected}")
     return name
 
@@ -54,7 +55,7 @@ _forced: str | None = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIR
 
 def backend_names() -> tuple[str, ...]:
     """The names that ``use_backend`` takes, but ``auto``."""
-    return tuple(_backends.BACKENDS)
+    return tuple(_backend.BACKENDS)
 
 
 def forced() -> str | None:
@@ -83,7 +84,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def why_not(name: str, operation: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     """The reason for which backend ``name`` can't serve this call, or None if it can."""
-    backend = _backends.BACKENDS[name]
+    backend = _backend.BACKENDS[name]
     return backend.why_unusable() or backend.why_refused(
         operation, tuple(t for t in tensors if t is not None)
     )
@@ -96,11 +97,11 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
         BackendError: the named backend can't serve these tensors.
     """
     if name is None:
-        return _AUTOMATIC.implementation(operation)
+        return _AUTOMATIC_FUNCTIONS[operation]
     reason = why_not(name, operation, tensors)
     if reason is not None:
         raise BackendError(f"backend {name!r} can't serve {operation}: {reason}")
-    return _backends.BACKENDS[name].implementation(operation)
+    return _backend.BACKENDS[name].implementation(operation)
 
 
 def automatic_choice(operation: str, tensors: tuple[Tensor | None, ...]) -> tuple[str, str]:
@@ -111,7 +112,7 @@ def automatic_choice(operation: str, tensors: tuple[Tensor | None, ...]) -> tupl
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name: whether this machine can use it, and if not, why."""
     status = {}
-    for name, backend in _backends.BACKENDS.items():
+    for name, backend in _backend.BACKENDS.items():
         reason = backend.why_unusable()
         status[name] = BackendStatus(name, reason is None, reason)
     return status

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorafast import reference
-from lorafast.ops import dispatch
+from lorafast.ops import aten, dispatch
 from lorafast.ops.checks import check_dropout, check_lora_linear
 from lorafast.ops.library import register, register_autograd, without_autocast
 
@@ -147,6 +147,11 @@ class _LoRALinear(torch.autograd.Function):
             )  # fmt: skip
 
 
+# Function.apply without its Python prologue, which unwraps what torch.func left behind: that never
+# comes here.
+_apply = super(torch.autograd.Function, _LoRALinear).apply
+
+
 def _operations(backend: str | None) -> SimpleNamespace:
     """The four operations as plain functions on one backend."""
 
@@ -239,16 +244,28 @@ def lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed
         )[0]
         return y
+    backend = dispatch.forced()
     if _transforms_active():
-        name = dispatch.forced()
-        if name not in (None, "reference"):
+        if backend not in (None, "reference"):
             raise dispatch.BackendError(
-                f"backend {name!r} can't serve lora_linear: torch.func transforms need operations "
+                f"backend {backend!r} can't serve lora_linear: torch.func transforms need operations "
                 "that PyTorch differentiates itself, which only 'reference' is made of"
             )
         return reference.lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
         )
+    N = lora_B.shape[0]
+    if (
+        (backend is None or backend == "aten")
+        and x.numel() * N < aten.SMALL
+        and not dropout_p
+        and lora_A.dtype is x.dtype
+    ):
+        if x.dim() == 2:
+            return aten.small_lora_linear(x, weight, lora_A, lora_B, scaling, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = aten.small_lora_linear(rows, weight, lora_A, lora_B, scaling, bias)
+        return y.view(*x.shape[:-1], N)
     if torch.is_grad_enabled():
-        return _LoRALinear.apply(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return _forward(dispatch.forced(), x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]
+        return _apply(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    return _forward(backend, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]

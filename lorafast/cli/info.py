@@ -1,0 +1,67 @@
+"""Versions, devices, and which backends this machine can use (and why not the others)."""
+
+import argparse
+import importlib.metadata
+import platform
+
+import torch
+
+import lorafast
+from lorafast.ops import dispatch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``info`` has no options."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the report."""
+    rows = [("lorafast", lorafast.__version__), ("Python", platform.python_version())]
+    rows += [(name, _version(name)) for name in ("torch", "triton", "numpy", "safetensors", "peft")]
+    rows.append(("CUDA (PyTorch's build)", torch.version.cuda or "none"))
+    rows.append(("CPU", f"{torch.get_num_threads()} threads, {_cpu_capability()}"))
+    rows += _devices()
+    rows += [
+        (f"backend {name}", "usable" if status.usable else f"not usable: {status.reason}")
+        for name, status in lorafast.backends().items()
+    ]
+    rows.append(("chosen", _choice()))
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:<{width}}  {value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _devices() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("GPU", "none")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        rows.append(
+            (
+                f"GPU {index}",
+                f"{device.name}, sm_{device.major}{device.minor}, "
+                f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} SMs",
+            )
+        )
+    return rows
+
+
+def _choice() -> str:
+    forced = dispatch.forced()
+    if forced is not None:
+        return f"{forced} for every operation (forced by {dispatch.ENVIRONMENT_VARIABLE})"
+    backend, reason = dispatch.automatic_choice(dispatch.OPERATIONS[0], ())
+    return f"{backend} for every operation ({reason})"

@@ -1,0 +1,130 @@
+"""Runs every operation on every backend that this machine has and compares with float64.
+
+A row passes if its error is within the package's one numerical contract: 1.25 times that of plain
+PyTorch in the same dtype, plus one rounding. The exit status is 1 if a row fails.
+"""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import lorafast
+from lorafast import ops
+from lorafast.ops import backend, dispatch
+from lorafast.reference import contract
+
+_SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (129, 96, 257, 40))
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LETTERS = "M, K, N, r"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``."""
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), nargs="*", default=list(_DTYPES), help="default: all"
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    backend: str
+    operation: str
+    dtype: str
+    shape: tuple[int, ...]
+    dropout_p: float
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table."""
+    device = torch.device(arguments.device)
+    if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
+        # Before the kernels are first imported, which is when Triton reads it.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    rows = []
+    for name, status in lorafast.backends().items():
+        if not status.usable:
+            print(f"{name}: not run, {status.reason}")
+            continue
+        if name == "triton" and backend.interpreting():
+            print("triton: run in Triton's interpreter, which checks the kernels and not the chip")
+        rows += list(_verify(name, arguments.dtype, device))
+    _print_table(rows)
+    failed = sum(not row.passed for row in rows)
+    print(f"{len(rows) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def _verify(backend: str, dtypes: list[str], device: torch.device) -> Iterator[_Row]:
+    for dtype in dtypes:
+        for shape in _SHAPES:
+            for dropout_p in (0.0, 0.25):
+                for operation, call in _calls(shape, dropout_p, device).items():
+                    with dispatch.use_backend(backend):
+                        worst = contract.compare(call, ops, _DTYPES[dtype])
+                    yield _Row(backend, operation, dtype, shape, dropout_p, *worst)
+
+
+def _calls(
+    shape: tuple[int, ...], dropout_p: float, device: torch.device
+) -> dict[str, contract.Call]:
+    """Each operation as a call on the tensors of one layer, in float64."""
+    M, K, N, r = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+
+    seed = torch.tensor([1234567890123456789], device=device) if dropout_p else None
+    x, dy, s, ds = draw(M, K), draw(M, N), draw(M, r), draw(M, r)
+    weight, lora_A, lora_B, bias = draw(N, K), draw(r, K), draw(N, r), draw(N)
+    calls: dict[str, contract.Call] = {
+        "shrink": lambda run, cast: run.shrink(cast(x), cast(lora_A), dropout_p, seed),
+        "dx": lambda run, cast: run.linear_expand(
+            cast(dy), cast(weight).t(), cast(ds), cast(lora_A).t(), 1.0, None, dropout_p, seed
+        ),
+        "shrink_backward": lambda run, cast: run.shrink_backward(
+            cast(ds), cast(x), dropout_p, seed
+        ),
+    }
+    if not dropout_p:
+        calls["linear_expand"] = lambda run, cast: run.linear_expand(
+            cast(x), cast(weight), cast(s), cast(lora_B), 0.7, cast(bias)
+        )
+        calls["expand_backward"] = lambda run, cast: run.expand_backward(
+            cast(dy), cast(s), cast(lora_B), 0.7
+        )
+    return calls
+
+
+def _print_table(rows: list[_Row]) -> None:
+    print(f"\n{'backend':<10} {'operation':<16} {'dtype':<5} {'worst at ' + _LETTERS:<30} "
+          f"{'error':>9} {'allowed':>9}")  # fmt: skip
+    worst: dict[tuple[str, str, str], _Row] = {}
+    for row in rows:
+        key = (row.backend, row.operation, row.dtype)
+        if key not in worst or _severity(row) > _severity(worst[key]):
+            worst[key] = row
+    for row in worst.values():
+        place = f"{row.shape}" + (f" p={row.dropout_p}" if row.dropout_p else "")
+        print(f"{row.backend:<10} {row.operation:<16} {row.dtype:<5} {place:<30} "
+              f"{row.error:>9.1e} {row.allowed:>9.1e} {'' if row.passed else 'FAILED'}")  # fmt: skip
+
+
+def _severity(row: _Row) -> float:
+    return row.error / row.allowed if row.allowed else float(row.error > 0)
