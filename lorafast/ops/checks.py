@@ -66,6 +66,8 @@ def check_lora_linear(
             and lora_A.dtype in FLOATS
             and device == weight.get_device() == lora_A.get_device() == lora_B.get_device()
             and (bias is None or device == bias.get_device())
+            # get_device() is -1 on the CPU and on meta alike.
+            and x.is_meta == weight.is_meta == lora_A.is_meta == lora_B.is_meta
             and 0.0 <= dropout_p <= 1.0
             and type(scaling) in (float, int)
         )

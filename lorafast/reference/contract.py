@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lorafast import reference
 
-Cast = Callable[[Tensor], Tensor]
-Call = Callable[[Any, Cast], Tensor | tuple[Tensor, ...]]
-"""``call(operations, cast)``: calls one of ``operations`` on tensors that it passes through ``cast``."""
+Call = Callable[[Any, Callable[..., Tensor]], Tensor | tuple[Tensor, ...]]
+"""``call(operations, cast)``: calls one of ``operations`` on tensors that it passes through ``cast``,
+those of another dtype than the one under test (adapters) as ``cast(tensor, dtype)``."""
 
 
 def error(actual: Tensor, ref64: Tensor) -> float:
@@ -44,12 +44,22 @@ def compare(call: Call, operations: Any, dtype: torch.dtype) -> tuple[float, flo
 
     Of several outputs, those of the one that fails, or comes nearest to failing.
     """
+
+    def cast(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:
+        return tensor.to(other)
+
+    def exact(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:
+        return tensor.to(other).double()
+
+    def square(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:
+        return exact(tensor, other).square()
+
     worst = (0.0, 0.0)
     for actual, eager, ref64, squared64 in zip(
-        _outputs(call(operations, lambda t: t.to(dtype))),
-        _outputs(call(reference, lambda t: t.to(dtype))),
-        _outputs(call(reference, lambda t: t.to(dtype).double())),
-        _outputs(call(reference, lambda t: t.to(dtype).double().square())),
+        _outputs(call(operations, cast)),
+        _outputs(call(reference, cast)),
+        _outputs(call(reference, exact)),
+        _outputs(call(reference, square)),
         strict=True,
     ):
         found = (error(actual, ref64), allowed(eager, ref64, squared64.abs().sqrt()))

@@ -1,6 +1,6 @@
 """Compiles every launch configuration for one architecture and prints what the machine code needs.
 
-    python tests/kernels_compile.py 90 [bf16 fp16 fp32]
+    python tests/kernels/compile_configs.py 90 [bf16 fp16 fp32]
 
 One JSON object a line. Needs no GPU; must not run with ``TRITON_INTERPRET`` set.
 """

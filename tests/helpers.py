@@ -1,0 +1,95 @@
+"""What several test files share: random problems, memory layouts, the check of the contract."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorafast.reference import contract
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "transposed", "every other column", "one row expanded", "offset")
+DROPOUT = (0.0, 0.05, 0.5, 1.0)
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The values of a matrix in other strides; "one row expanded" repeats its first row instead."""
+    M, K = tensor.shape
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "every other column":
+        wide = tensor.new_full((M, 2 * K), float("nan"))
+        wide[:, ::2] = tensor
+        return wide[:, ::2]
+    if layout == "one row expanded":
+        return tensor[:1].expand(M, K)
+    if layout == "offset":
+        # One element off, so that no row begins at an aligned address.
+        flat = tensor.new_full((M * K + 1,), float("nan"))
+        flat[1:] = tensor.reshape(-1)
+        return flat[1:].view(M, K)
+    return tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer's tensors, drawn in float64."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout_p: float
+    layout: str
+    draw_seed: int
+
+    def tensors(self, device: torch.device) -> SimpleNamespace:
+        generator = torch.Generator().manual_seed(self.draw_seed)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+
+        M, K, N, r = self.M, self.K, self.N, self.r
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator).to(device)
+        return SimpleNamespace(
+            x=draw(M, K),
+            dy=draw(M, N),
+            s=draw(M, r),
+            ds=draw(M, r),
+            weight=draw(N, K),
+            lora_A=draw(r, K),
+            lora_B=draw(N, r),
+            bias=draw(N),
+            seed=seed if self.dropout_p else None,
+        )
+
+    def lay_out(self, tensor: Tensor) -> Tensor:
+        return lay_out(tensor, self.layout)
+
+
+_sizes = st.one_of(st.integers(1, 9), st.integers(10, 140))
+_ranks = st.one_of(st.integers(1, 9), st.sampled_from((16, 17, 33, 64, 100, 129, 256)))
+
+
+def problems() -> st.SearchStrategy[Problem]:
+    return st.builds(
+        Problem,
+        M=st.one_of(st.just(0), _sizes),
+        K=_sizes,
+        N=_sizes,
+        r=_ranks,
+        dtype=st.sampled_from(DTYPES),
+        adapter_dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+        dropout_p=st.sampled_from(DROPOUT),
+        layout=st.sampled_from(LAYOUTS),
+        draw_seed=st.integers(0, 2**32),
+    )
+
+
+def assert_contract(call: contract.Call, operations: object, dtype: torch.dtype) -> None:
+    error, allowed = contract.compare(call, operations, dtype)
+    assert error <= allowed

@@ -1,0 +1,159 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lorafast
+from lorafast.functional import lora_linear
+from lorafast.nn import LoRALinear
+from lorafast.ops import backend, dispatch
+
+
+def tensors(dtype=torch.float32):
+    return [torch.randn(s, dtype=dtype) for s in ((4, 8), (6, 8), (2, 8), (6, 2))]
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_backends_say_why_they_are_not_usable(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status = lorafast.backends()
+    assert list(status) == ["reference", "aten", "triton"]
+    assert status["aten"].usable
+    assert status["aten"].reason is None
+    assert not status["triton"].usable
+    assert "set TRITON_INTERPRET=1" in status["triton"].reason
+
+
+def test_triton_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert lorafast.backends()["triton"].reason == "Triton is not installed (pip install triton)"
+
+
+def test_old_interpreter_with_new_numpy_is_said(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    versions = {"triton": (3, 6), "numpy": (2, 4)}
+    monkeypatch.setattr(backend, "_version", versions.__getitem__)
+    assert "upgrade Triton" in lorafast.backends()["triton"].reason
+
+
+@pytest.mark.parametrize("name", ["reference", "aten", "triton"])
+def test_forced_backends_agree(name):
+    if not lorafast.backends()[name].usable:
+        pytest.skip(lorafast.backends()[name].reason)
+    x, weight, lora_A, lora_B = tensors()
+    expected = lorafast.reference.lora_linear(x, weight, lora_A, lora_B, 0.5)
+    with lorafast.use_backend(name):
+        found = lora_linear(x, weight, lora_A, lora_B, 0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_choice_nests_and_ends_with_the_block():
+    assert dispatch.forced() is None
+    with lorafast.use_backend("reference"):
+        with lorafast.use_backend("auto"):
+            assert dispatch.forced() is None
+        assert dispatch.forced() == "reference"
+        with pytest.raises(KeyError), lorafast.use_backend("aten"):
+            raise KeyError
+        assert dispatch.forced() == "reference"
+    assert dispatch.forced() is None
+
+
+def test_unknown_backend_is_refused():
+    message = "name is 'cutlass', expected one of auto, reference, aten, triton"
+    with pytest.raises(ValueError, match=message), lorafast.use_backend("cutlass"):
+        pass
+
+
+def test_forced_backend_that_cannot_serve_raises_with_the_reason():
+    x, weight, lora_A, lora_B = tensors(torch.float64)
+    with (
+        lorafast.use_backend("triton"),
+        pytest.raises(lorafast.BackendError, match="backend 'triton' can't serve shrink: "),
+    ):
+        lora_linear(x, weight, lora_A, lora_B, 0.5)
+
+
+def test_triton_refuses_mixed_devices_and_subclasses(monkeypatch):
+    class Wrapped(torch.Tensor):
+        pass
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, _, lora_A, _ = tensors()
+    why = dispatch.why_not("triton", "shrink", (x, lora_A.to("meta")))
+    assert why == "the inputs are on cpu and meta, expected one device"
+    why = dispatch.why_not("triton", "shrink", (x, lora_A.as_subclass(Wrapped)))
+    assert why == "an input is a Wrapped, the kernels read plain tensors"
+
+
+def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
+    x, weight, lora_A, lora_B = tensors()
+    lora_A.requires_grad_()
+    with lorafast.use_backend("reference"):
+        y = lora_linear(x, weight, lora_A, lora_B, 0.5)
+    chosen = []
+    select = dispatch.select
+
+    def spy(operation, name, *rest):
+        chosen.append((operation, name))
+        return select(operation, name, *rest)
+
+    monkeypatch.setattr(dispatch, "select", spy)
+    y.sum().backward()
+    assert chosen == [("shrink", "reference"), ("shrink_backward", "reference")]
+
+
+def test_environment_variable_forces():
+    code = "import lorafast; from lorafast.ops import dispatch; print(dispatch.forced())"
+    assert run_python(code, LORAFAST_BACKEND="reference").stdout.strip() == "reference"
+    assert run_python(code, LORAFAST_BACKEND="").stdout.strip() == "None"
+    wrong = run_python(code, LORAFAST_BACKEND="fast")
+    assert wrong.returncode != 0
+    assert "LORAFAST_BACKEND is 'fast', expected one of" in wrong.stderr
+
+
+def test_importing_lorafast_does_not_import_triton():
+    code = "import sys, lorafast; print('lorafast.kernels.shrink' in sys.modules)"
+    assert run_python(code).stdout.strip() == "False"
+
+
+def test_explain_names_choice_and_reasons(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = torch.nn.Sequential(LoRALinear(8, 8, 2), torch.nn.ReLU(), LoRALinear(8, 4, 2))
+    explanation = lorafast.explain(model)
+    assert set(explanation.layers) == {"0", "2"}
+    choice = explanation.layers["0"][0]
+    assert (choice.operation, choice.backend) == ("shrink", "aten")
+    assert "no CUDA device" in choice.others["triton"]
+    text = str(explanation)
+    assert "shrink, linear_expand, expand_backward, shrink_backward: aten" in text
+    assert "not triton: no CUDA device" in text
+
+
+def test_explain_takes_the_dtype_of_x_and_says_what_a_forced_backend_lacks(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layer = LoRALinear(8, 8, 2)
+    with lorafast.use_backend("triton"):
+        served = lorafast.explain(layer, torch.randn(3, 8))
+        refused = lorafast.explain(layer, torch.randn(3, 8, dtype=torch.float64))
+    assert served.layers["(module)"][0].backend == "triton"
+    assert refused.layers["(module)"][0].backend is None
+    assert "the dtype is torch.float64" in str(refused)
+
+
+def test_explain_without_a_layer_is_refused():
+    with pytest.raises(ValueError, match="has no LoRALinear"):
+        lorafast.explain(torch.nn.Linear(2, 2))

@@ -1,0 +1,396 @@
+"""The layer's autograd: every gradient by name, on every path that a call can take."""
+
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_contract, problems
+from hypothesis import given, settings
+from torch.utils.checkpoint import checkpoint
+
+import lorafast
+from lorafast import reference
+from lorafast.functional import lora_linear
+from lorafast.ops import aten
+
+NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
+SHAPES = ((3, 6), (5, 6), (2, 6), (5, 2), (5,))
+# x is kept for the backward only if A or W has a gradient; without it dB has no second derivative.
+WITHOUT_X = [("x", "lora_B"), ("x", "lora_B", "bias")]
+SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(NAMES, n)]
+
+
+def draw(dtype=torch.float64, grad=()):
+    return {
+        name: torch.randn(shape, dtype=dtype).requires_grad_(name in grad)
+        for name, shape in zip(NAMES, SHAPES, strict=True)
+    }
+
+
+def run(t, dropout_p=0.0, seed=1, layer=lora_linear):
+    torch.manual_seed(seed)
+    return layer(t["x"], t["weight"], t["lora_A"], t["lora_B"], 0.5, t["bias"], dropout_p=dropout_p)
+
+
+def gradients(y, t):
+    wanted = [name for name in NAMES if t[name].requires_grad]
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+    found = torch.autograd.grad(y, [t[name] for name in wanted], dy)
+    return dict(zip(wanted, found, strict=True))
+
+
+@pytest.fixture(params=["small", "fused"])
+def path(request, monkeypatch):
+    """Small layers are differentiated by PyTorch, others by the fused formula: both must be right."""
+    if request.param == "fused":
+        monkeypatch.setattr(aten, "SMALL", 0)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    monkeypatch.setattr(aten, "SMALL", 0)
+
+
+@pytest.mark.parametrize("grad", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradcheck(path, grad, dropout_p):
+    t = draw(grad=grad)
+
+    def function(*leaves):
+        return run(t | dict(zip(grad, leaves, strict=True)), dropout_p)
+
+    assert torch.autograd.gradcheck(function, [t[name] for name in grad])
+
+
+@pytest.mark.parametrize("grad", [s for s in SUBSETS if s not in WITHOUT_X], ids="+".join)
+def test_gradgradcheck(path, grad):
+    t = draw(grad=grad)
+
+    def function(*leaves):
+        return run(t | dict(zip(grad, leaves, strict=True)), 0.3)
+
+    assert torch.autograd.gradgradcheck(function, [t[name] for name in grad])
+
+
+@pytest.mark.parametrize("grad", WITHOUT_X, ids="+".join)
+def test_second_derivative_without_x_is_refused(fused, grad):
+    t = draw(grad=grad)
+    with pytest.raises(RuntimeError, match="needs x, which is not kept"):
+        torch.autograd.grad(run(t).sum(), t["lora_B"], create_graph=True)
+
+
+@settings(max_examples=40)
+@given(p=problems())
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+def test_output_and_gradients_against_float64(device, poisoned, backend, p):
+    if not lorafast.backends()[backend].usable:
+        pytest.skip(lorafast.backends()[backend].reason)
+    t = p.tensors(device)
+
+    def call(layer, cast):
+        leaves = {
+            "x": p.lay_out(cast(t.x)).detach().requires_grad_(),
+            "lora_A": cast(t.lora_A, p.adapter_dtype).detach().requires_grad_(),
+            "lora_B": cast(t.lora_B, p.adapter_dtype).detach().requires_grad_(),
+        }
+        y = layer(leaves["x"], cast(t.weight), leaves["lora_A"], leaves["lora_B"], cast(t.bias))
+        return y.detach(), *torch.autograd.grad(y, list(leaves.values()), cast(t.dy))
+
+    def on_backend(x, weight, lora_A, lora_B, bias):
+        return lorafast.ops.lora_linear(x, weight, lora_A, lora_B, 0.5, bias, p.dropout_p, t.seed)
+
+    def on_reference(x, weight, lora_A, lora_B, bias):
+        return reference.lora_linear(
+            x, weight, lora_A, lora_B, 0.5, bias, dropout_p=p.dropout_p, seed=t.seed
+        )
+
+    def either(run, cast):
+        return call(on_reference if run is reference else on_backend, cast)
+
+    with lorafast.use_backend(backend):
+        assert_contract(either, None, p.dtype)
+
+
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_mask_is_that_of_the_reference_forward_and_backward(fused, device, backend, dtype):
+    """With W = 0 and A, B of ones, an element of dx is not zero where x was kept, and only there."""
+    if not lorafast.backends()[backend].usable:
+        pytest.skip(lorafast.backends()[backend].reason)
+    M, K, p = 37, 150, 0.4
+    seed = torch.tensor([987654321], device=device)
+    keep = reference.keep_mask(M, K, p, seed)
+    x = torch.eye(M, K, device=device, dtype=dtype).requires_grad_()
+    weight = torch.zeros((1, K), device=device, dtype=dtype)
+    lora_A = torch.ones((1, K), device=device, dtype=dtype, requires_grad=True)
+    lora_B = torch.ones((1, 1), device=device, dtype=dtype)
+    with lorafast.use_backend(backend):
+        y = lorafast.ops.lora_linear(x, weight, lora_A, lora_B, 1.0, None, p, seed)
+        dx, dA = torch.autograd.grad(y.sum(), (x, lora_A))
+    assert torch.equal(y[:, 0] != 0, keep.diagonal())
+    assert torch.equal(dx != 0, keep)
+    assert torch.equal(dA[0, :M] != 0, keep.diagonal())
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+def test_two_runs_give_the_same_bits(fused, backend):
+    if not lorafast.backends()[backend].usable:
+        pytest.skip(lorafast.backends()[backend].reason)
+    t = draw(torch.float32, grad=NAMES)
+    with lorafast.use_backend(backend):
+        one, two = (run(t, 0.3) for _ in range(2))
+        assert torch.equal(one, two)
+        first, second = gradients(one, t), gradients(two, t)
+    for name in NAMES:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_a_second_backward_over_a_retained_graph_gives_the_same_gradients(path):
+    t = draw(torch.float32, grad=NAMES)
+    y = run(t, 0.3)
+    dy = torch.randn_like(y)
+    kept = dy.clone()
+    leaves = [t[name] for name in NAMES]
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    second = torch.autograd.grad(y, leaves, dy)
+    for name, one, two in zip(NAMES, first, second, strict=True):
+        assert torch.equal(one, two), name
+    assert torch.equal(dy, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 1, 1), (1, 64, 64), (3, 7, 5), (100, 384, 1536), (512, 64, 384)]
+)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+def test_a_fresh_adapter_changes_no_bit(path, dtype, M, K, N, with_bias):
+    x, weight, lora_A = (torch.randn(s).to(dtype) for s in ((M, K), (N, K), (4, K)))
+    bias = torch.randn(N).to(dtype) if with_bias else None
+    y = lora_linear(x, weight, lora_A, torch.zeros((N, 4), dtype=dtype), 2.0, bias)
+    assert torch.equal(y, F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3, 4), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("K", [1, 7])
+@pytest.mark.parametrize("r", [1, 9], ids=["r=1", "r>K,N"])
+def test_shapes(path, leading, K, r):
+    x = torch.randn((*leading, K), dtype=torch.float64, requires_grad=True)
+    weight, lora_A, lora_B = (torch.randn(s, dtype=torch.float64) for s in ((5, K), (r, K), (5, r)))
+    lora_A.requires_grad_()
+    y = lora_linear(x, weight, lora_A, lora_B, 0.5)
+    dx, dA = torch.autograd.grad(y.sum(), (x, lora_A))
+    expected = reference.lora_linear(x, weight, lora_A, lora_B, 0.5)
+    dx_expected, dA_expected = torch.autograd.grad(expected.sum(), (x, lora_A))
+    for name, one, two in (
+        ("y", y, expected),
+        ("dx", dx, dx_expected),
+        ("dA", dA, dA_expected),
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_non_contiguous_x_of_many_dimensions(path):
+    t = draw()
+    x = torch.randn(6, 4, 3, dtype=torch.float64).permute(2, 1, 0)
+    found = run(t | {"x": x})
+    expected = run(t | {"x": x.contiguous()})
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def saved_for_backward(function):
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return saved
+
+
+def pointers(tensors):
+    return {tensor.data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_saved_are_x_and_s_and_the_parameters(fused, dropout_p):
+    t = draw(torch.float32, grad=("x", "lora_A", "lora_B"))
+    saved = saved_for_backward(lambda: run(t, dropout_p))
+    own = pointers(t.values())
+    others = [tensor for tensor in saved if tensor.data_ptr() not in own]
+    assert t["x"].data_ptr() in pointers(saved)
+    assert sorted(tensor.numel() for tensor in others) == sorted([3 * 2] + [1] * bool(dropout_p))
+
+
+def test_x_is_not_saved_for_a_frozen_A(path):
+    t = draw(torch.float32, grad=("lora_B",))
+    saved = saved_for_backward(lambda: run(t))
+    assert t["x"].data_ptr() not in pointers(saved)
+    assert t["weight"].data_ptr() not in pointers(saved)
+
+
+def test_bf16_layer_with_fp32_adapter_makes_no_fp32_copy_of_x(path):
+    x, weight, bias = (torch.randn(s).bfloat16() for s in ((64, 48), (40, 48), (40,)))
+    x.requires_grad_()
+    lora_A, lora_B = torch.randn(4, 48, requires_grad=True), torch.randn(40, 4, requires_grad=True)
+    y = []
+    saved = saved_for_backward(lambda: y.append(lora_linear(x, weight, lora_A, lora_B, 0.5, bias)))
+    assert y[0].dtype == torch.bfloat16
+    assert not any(s.dtype == torch.float32 and s.numel() >= x.numel() for s in saved)
+    dx, dA, dB = torch.autograd.grad(y[0].sum(), (x, lora_A, lora_B))
+    assert (dx.dtype, dA.dtype, dB.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_autocast_casts_as_linear_does(path):
+    t = draw(torch.float32, grad=NAMES)
+    low = {name: t[name].bfloat16() for name in ("x", "weight", "bias")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = run(t, 0.3)
+        assert y.dtype == F.linear(t["x"], t["weight"], t["bias"]).dtype
+    assert torch.equal(y, run(t | low, 0.3))
+    for name, gradient in gradients(y, t).items():
+        assert gradient.dtype == torch.float32, name
+        assert gradient.isfinite().all(), name
+
+
+def test_autocast_leaves_float64_alone(path):
+    t = draw()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(t).dtype == torch.float64
+
+
+def test_backward_inside_autocast_stays_in_the_dtype_of_the_forward(fused):
+    t = draw(torch.float32, grad=NAMES)
+    expected = gradients(run(t), t)
+    y = run(t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(y, t)
+    for name in NAMES:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_checkpointing_draws_the_same_mask_again(path, use_reentrant):
+    t = draw(grad=NAMES)
+    expected = gradients(run(t, 0.5, seed=3), t)
+    torch.manual_seed(3)
+    y = checkpoint(
+        lambda *tensors: lora_linear(*tensors[:4], 0.5, tensors[4], dropout_p=0.5),
+        *(t[name] for name in NAMES),
+        use_reentrant=use_reentrant,
+    )
+    if use_reentrant:
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+        y.backward(dy)
+        found = {name: t[name].grad for name in NAMES}
+    else:
+        found = gradients(y, t)
+    for name in NAMES:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_manual_seed_fixes_the_mask_and_calls_differ(path):
+    t = draw()
+    assert torch.equal(run(t, 0.5, seed=4), run(t, 0.5, seed=4))
+    assert not torch.equal(run(t, 0.5, seed=4), run(t, 0.5, seed=5))
+
+
+def test_the_same_tensor_as_two_arguments(path):
+    square = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4, dtype=torch.float64)
+
+    def function(square):
+        return lora_linear(square, weight, square, square, 0.5)
+
+    assert torch.autograd.gradcheck(function, square)
+
+
+TRANSFORMS = {
+    "grad": lambda f, t: torch.func.grad(lambda A: f(A).sum())(t["lora_A"]),
+    "jacrev": lambda f, t: torch.func.jacrev(f)(t["lora_A"]),
+    "jacfwd": lambda f, t: torch.func.jacfwd(f)(t["lora_A"]),
+    "vmap": lambda f, t: torch.func.vmap(f)(torch.stack([t["lora_A"], 2 * t["lora_A"]])),
+    "jvp": lambda f, t: torch.func.jvp(f, (t["lora_A"],), (t["lora_A"],))[1],
+    "hessian": lambda f, t: torch.func.hessian(lambda A: f(A).square().sum())(t["lora_A"]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_torch_func(path, transform):
+    t = draw()
+
+    def layer(lora_A):
+        return lora_linear(t["x"], t["weight"], lora_A, t["lora_B"], 0.5, t["bias"])
+
+    def formula(lora_A):
+        return F.linear(t["x"], t["weight"] + 0.5 * t["lora_B"] @ lora_A, t["bias"])
+
+    torch.testing.assert_close(transform(layer, t), transform(formula, t), rtol=1e-10, atol=1e-10)
+
+
+def test_torch_func_on_a_forced_backend_is_refused():
+    t = draw()
+    with (
+        lorafast.use_backend("aten"),
+        pytest.raises(lorafast.BackendError, match=r"torch\.func transforms need operations"),
+    ):
+        torch.func.grad(lambda A: run(t | {"lora_A": A}).sum())(t["lora_A"])
+
+
+def bad(**changes):
+    return draw(torch.float32) | changes
+
+
+REFUSALS = {
+    "x-width": (bad(x=torch.randn(3, 7)), "x has shape [3, 7], expected [..., 6]"),
+    "x-scalar": (bad(x=torch.tensor(1.0)), "x has shape [], expected [..., 6]"),
+    "x-integer": (bad(x=torch.ones(3, 6, dtype=torch.int64)), "x is torch.int64, expected float16"),
+    "x-dtype": (bad(x=torch.randn(3, 6).half()), "weight is torch.float32, expected torch.float16"),
+    "weight-integer": (bad(weight=torch.ones(5, 6, dtype=torch.int8)), "weight is torch.int8"),
+    "weight-1d": (
+        bad(weight=torch.randn(6)),
+        "weight has shape [6], expected [out_features, in_features]",
+    ),
+    "A-width": (bad(lora_A=torch.randn(2, 5)), "lora_A has shape [2, 5], expected [r, 6]"),
+    "A-list": (bad(lora_A=[[1.0]]), "lora_A is a list, expected a tensor"),
+    "r=0": (
+        bad(lora_A=torch.randn(0, 6), lora_B=torch.randn(5, 0)),
+        "the rank r is 0, expected at least 1",
+    ),
+    "B-rank": (bad(lora_B=torch.randn(5, 3)), "lora_B has shape [5, 3], expected [5, 2]"),
+    "B-dtype": (bad(lora_B=torch.randn(5, 2).half()), "lora_B is torch.float16, expected"),
+    "bias-length": (bad(bias=torch.randn(1)), "bias has shape [1], expected [5]"),
+    "bias-dtype": (bad(bias=torch.randn(5).half()), "bias is torch.float16, expected"),
+    "device": (bad(weight=torch.randn(5, 6, device="meta")), "weight is on meta, expected cpu"),
+    "device-B": (bad(lora_B=torch.randn(5, 2, device="meta")), "lora_B is on meta, expected cpu"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "sentence"), REFUSALS.values(), ids=REFUSALS)
+def test_refusal(tensors, sentence):
+    with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
+        run(tensors)
+
+
+@pytest.mark.parametrize("dropout_p", [-0.1, 1.5, float("nan")])
+def test_dropout_that_is_no_probability_is_refused(dropout_p):
+    with pytest.raises(ValueError, match="dropout_p is"):
+        run(bad(), dropout_p)
+
+
+def test_scaling_that_is_no_number_is_refused():
+    t = bad()
+    with pytest.raises(TypeError, match="scaling is a Tensor, expected a number"):
+        lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], torch.tensor(1.0))
+
+
+def test_opcheck(fused):
+    t = draw(grad=("x", "lora_A", "lora_B"))
+    for dropout_p, seed in ((0.0, None), (0.25, torch.tensor([3]))):
+        torch.library.opcheck(
+            torch.ops.lorafast.lora_linear.default,
+            (t["x"], t["weight"], t["lora_A"], t["lora_B"], 0.5, t["bias"], dropout_p, seed),
+        )

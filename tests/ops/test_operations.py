@@ -1,0 +1,125 @@
+"""What holds for each of the four registered operations: opcheck, derivatives, refusals."""
+
+import re
+
+import pytest
+import torch
+
+import lorafast
+from lorafast import ops, reference
+
+M, K, N, r = 5, 12, 7, 3
+SEED = torch.tensor([42])
+
+
+def draw(*size, grad=True):
+    return torch.randn(size, dtype=torch.float64, requires_grad=grad)
+
+
+def inputs(operation, grad=True):
+    """The tensors of an operation, and a function of them that fixes the rest."""
+    if operation == "shrink":
+        return (draw(M, K, grad=grad), draw(r, K, grad=grad)), (0.25, SEED)
+    if operation == "linear_expand":
+        shapes = ((M, K), (N, K), (M, r), (N, r))
+        return tuple(draw(*shape, grad=grad) for shape in shapes), (0.5, None, 0.25, SEED)
+    if operation == "expand_backward":
+        shapes = ((M, N), (M, r), (N, r))
+        return tuple(draw(*shape, grad=grad) for shape in shapes), (0.5,)
+    return (draw(M, r, grad=grad), draw(M, K, grad=grad)), (0.25, SEED)
+
+
+operation = pytest.mark.parametrize("operation", lorafast.ops.dispatch.OPERATIONS)
+
+
+@operation
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_opcheck(operation, backend, grad):
+    if backend == "triton" and not lorafast.backends()["triton"].usable:
+        pytest.skip(lorafast.backends()["triton"].reason)
+    tensors, rest = inputs(operation, grad=False)
+    if backend == "triton":
+        tensors = tuple(t.float() for t in tensors)
+    tensors = tuple(t.requires_grad_(grad) for t in tensors)
+    with lorafast.use_backend(backend):
+        torch.library.opcheck(getattr(torch.ops.lorafast, operation).default, (*tensors, *rest))
+
+
+@operation
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_first_and_second_derivatives(operation, backend):
+    tensors, rest = inputs(operation)
+
+    def function(*tensors):
+        return getattr(ops, operation)(*tensors, *rest)
+
+    with lorafast.use_backend(backend):
+        assert torch.autograd.gradcheck(function, tensors)
+        assert torch.autograd.gradgradcheck(function, tensors)
+
+
+@operation
+def test_aten_agrees_with_the_reference(operation):
+    tensors, rest = inputs(operation, grad=False)
+    found = getattr(ops, operation)(*tensors, *rest)
+    expected = getattr(reference, operation)(*tensors, *rest)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@operation
+def test_autocast_changes_nothing_inside_an_operation(operation):
+    tensors, rest = inputs(operation, grad=False)
+    tensors = tuple(t.float() for t in tensors)
+    expected = getattr(ops, operation)(*tensors, *rest)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = getattr(ops, operation)(*tensors, *rest)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+REFUSALS = {
+    "shrink-K": (
+        lambda: ops.shrink(draw(5, 4), draw(3, 6)),
+        "lora_A has shape [3, 6], expected [r, 4]",
+    ),
+    "shrink-3d": (lambda: ops.shrink(draw(2, 5, 4), draw(3, 4)), "x has shape [2, 5, 4]"),
+    "shrink-no-seed": (lambda: ops.shrink(draw(5, 4), draw(3, 4), 0.5), "seed is None"),
+    "shrink-p": (
+        lambda: ops.shrink(draw(5, 4), draw(3, 4), 1.5, SEED),
+        "dropout_p is 1.5, expected a probability from 0 to 1",
+    ),
+    "shrink-seed": (
+        lambda: ops.shrink(draw(5, 4), draw(3, 4), 0.5, torch.tensor([1, 2])),
+        "seed is torch.int64 of 2 elements, expected one int64 element",
+    ),
+    "linear_expand-weight": (
+        lambda: ops.linear_expand(draw(5, 4), draw(7, 3), draw(5, 2), draw(7, 2), 1.0),
+        "weight has shape [7, 3], expected [N, 4]",
+    ),
+    "linear_expand-bias": (
+        lambda: ops.linear_expand(draw(5, 4), draw(7, 4), draw(5, 2), draw(7, 2), 1.0, draw(6)),
+        "bias has shape [6], expected [7]",
+    ),
+    "linear_expand-dtype": (
+        lambda: ops.linear_expand(draw(5, 4), draw(7, 4).float(), draw(5, 2), draw(7, 2), 1.0),
+        "weight is torch.float32, expected torch.float64, the dtype of x",
+    ),
+    "expand_backward-M": (
+        lambda: ops.expand_backward(draw(5, 7), draw(6, 2), draw(7, 2), 1.0),
+        "s has shape [6, 2], expected [5, r]",
+    ),
+    "expand_backward-r": (
+        lambda: ops.expand_backward(draw(5, 7), draw(5, 2), draw(7, 3), 1.0),
+        "lora_B has shape [7, 3], expected [7, 2]",
+    ),
+    "shrink_backward-M": (
+        lambda: ops.shrink_backward(draw(4, 2), draw(5, 7)),
+        "ds has shape [4, 2], expected [5, r]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "sentence"), REFUSALS.values(), ids=REFUSALS)
+def test_refusal(call, sentence):
+    with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
+        call()
