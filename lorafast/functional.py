@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lorafast import ops
 from lorafast.ops.checks import check_lora_linear
+from lorafast.ops.library import autocast_enabled
 
 _SEEDS = 2**63 - 1
 
@@ -45,7 +46,9 @@ def lora_linear(
             was expected.
         BackendError: the forced backend can't serve the call; the message says why.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
+    if autocast_enabled(x):
         return _under_autocast(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=training
         )
@@ -74,9 +77,9 @@ def _under_autocast(
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensor: Tensor) -> Tensor:
-        # As autocast itself: float64 stays, and integers stay to be refused by name.
-        lower = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if lower else tensor
+        # As autocast itself: float64 stays. What is no float tensor stays too, to be refused by name.
+        lower = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(dtype) if lower and tensor.dtype != torch.float64 else tensor
 
     with torch.autocast(device_type, enabled=False):
         return lora_linear(

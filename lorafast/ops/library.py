@@ -11,11 +11,15 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("lorafast", "DEF")
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; meta has none and can't be asked."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside an operation dtypes are settled: autocast must not change them again."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if autocast_enabled(x):
+        return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
 

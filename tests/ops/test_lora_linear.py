@@ -355,6 +355,7 @@ REFUSALS = {
         "weight has shape [6], expected [out_features, in_features]",
     ),
     "A-width": (bad(lora_A=torch.randn(2, 5)), "lora_A has shape [2, 5], expected [r, 6]"),
+    "x-list": (bad(x=[[1.0] * 6]), "x is a list, expected a tensor"),
     "A-list": (bad(lora_A=[[1.0]]), "lora_A is a list, expected a tensor"),
     "r=0": (
         bad(lora_A=torch.randn(0, 6), lora_B=torch.randn(5, 0)),
@@ -373,6 +374,14 @@ REFUSALS = {
 def test_refusal(tensors, sentence):
     with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
         run(tensors)
+
+
+def test_refusal_under_autocast():
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match="weight is a list, expected a tensor"),
+    ):
+        run(bad(weight=[1.0]))
 
 
 @pytest.mark.parametrize("dropout_p", [-0.1, 1.5, float("nan")])

@@ -1,0 +1,47 @@
+# make demo   fine-tune a real model with lorafast and with PEFT, side by side
+# make test   run every test
+# Each sets up .venv first if need be. ARGS passes options on: make demo ARGS="--rank 8".
+
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test bench lint types check clean
+
+help:
+	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
+	@echo "make test    run every test"
+	@echo "make bench   what a call costs over nn.Linear"
+	@echo "make check   lint, types and tests, as CI does"
+	@echo "make clean   remove .venv and everything that was built"
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --upgrade pip
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(PY) examples/finetune_minilm.py $(ARGS)
+
+# One worker a core, so one thread a worker.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
+
+bench: $(READY)
+	$(PY) bench/bench_call_overhead.py $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(READY)
+	$(PY) -m mypy
+
+check: lint types test
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

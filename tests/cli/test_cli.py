@@ -1,0 +1,68 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lorafast
+from lorafast import reference
+from lorafast.cli import main, verify
+
+
+def test_info_lists_versions_devices_and_backends(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^lorafast +{re.escape(lorafast.__version__)}$", out, re.M)
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", out, re.M)
+    for name, status in lorafast.backends().items():
+        line = next(line for line in out.splitlines() if line.startswith(f"backend {name} "))
+        assert line.endswith("usable" if status.usable else status.reason)
+    assert "chosen" in out
+
+
+def test_info_says_which_backend_is_forced(capsys):
+    with lorafast.use_backend("reference"):
+        main(["info"])
+    assert "reference for every operation (forced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["lorafast", "python -m lorafast"])
+def test_both_ways_to_call_it(command):
+    prefix = [sys.executable, "-m", "lorafast"]
+    if command == "lorafast":
+        prefix = [
+            str(sys.executable).replace("python3", "python").removesuffix("python") + "lorafast"
+        ]
+    process = subprocess.run([*prefix, "info"], capture_output=True, text=True, check=True)
+    assert process.stdout.startswith("lorafast ")
+
+
+def test_verify_passes_on_this_machine(capsys):
+    assert main(["verify", "--dtype", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^\d+ passed, 0 failed$", out, re.M)
+    for name, status in lorafast.backends().items():
+        assert (re.search(rf"^{name} +shrink ", out, re.M) is not None) == status.usable
+
+
+def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch):
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    monkeypatch.setattr(
+        lorafast.ops.aten,
+        "shrink_backward",
+        lambda *arguments: -reference.shrink_backward(*arguments),
+    )
+    lorafast.ops.backend._implementation.cache_clear()
+    try:
+        assert main(["verify", "--dtype", "fp32"]) == 1
+    finally:
+        lorafast.ops.backend._implementation.cache_clear()
+    out = capsys.readouterr().out
+    failed = [line for line in out.splitlines() if line.endswith("FAILED")]
+    assert [line.split()[:2] for line in failed] == [["aten", "shrink_backward"]]
+
+
+def test_a_command_is_required():
+    with pytest.raises(SystemExit):
+        main([])

@@ -1,0 +1,397 @@
+import copy
+import math
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lorafast.nn import LoRALinear
+from lorafast.ops import aten
+
+
+def layer(K=7, N=5, r=3, *, dtype=torch.float64, **options):
+    made = LoRALinear(K, N, r, dtype=dtype, **options)
+    nn.init.normal_(made.lora_B)
+    return made
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    ("options", "scaling"),
+    [
+        ({}, 1.0),
+        ({"alpha": 8}, 2.0),
+        ({"alpha": 8, "use_rslora": True}, 4.0),
+        ({"use_rslora": True}, 2.0),
+    ],
+    ids=str,
+)
+def test_it_is_the_formula(bias, options, scaling):
+    made = layer(r=4, bias=bias, **options)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    assert made.scaling == scaling
+    expected = F.linear(x, made.weight + scaling * made.lora_B @ made.lora_A, made.bias)
+    torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_parameters_and_which_are_trained():
+    made = LoRALinear(7, 5, 3)
+    shapes = {name: tuple(p.shape) for name, p in made.named_parameters()}
+    assert shapes == {"weight": (5, 7), "bias": (5,), "lora_A": (3, 7), "lora_B": (5, 3)}
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    assert list(made.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+
+
+def test_a_fresh_layer_is_the_plain_layer_bit_for_bit():
+    linear = nn.Linear(64, 48)
+    x = torch.randn(9, 64)
+    assert torch.equal(LoRALinear.from_linear(linear, 4)(x), linear(x))
+
+
+def test_the_adapter_starts_as_in_peft():
+    torch.manual_seed(0)
+    made = LoRALinear(400, 300, 64)
+    bound = 1 / math.sqrt(400)  # Kaiming-uniform with a = sqrt(5)
+    assert made.lora_A.abs().max() <= bound
+    assert made.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert not made.lora_B.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_adapter_dtype(dtype):
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert LoRALinear(4, 4, 2, dtype=dtype).lora_A.dtype == expected
+    assert LoRALinear(4, 4, 2, dtype=dtype, adapter_dtype=torch.bfloat16).lora_B.dtype == (
+        torch.bfloat16
+    )
+
+
+def test_mixed_precision_trains_in_the_dtype_of_each():
+    made = LoRALinear(32, 16, 4, dtype=torch.bfloat16)
+    x = torch.randn(8, 32, dtype=torch.bfloat16, requires_grad=True)
+    y = made(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    assert made.lora_A.grad.dtype == made.lora_B.grad.dtype == torch.float32
+
+
+class TestFromLinear:
+    def test_shares_the_parameters(self):
+        linear = nn.Linear(7, 5)
+        made = LoRALinear.from_linear(linear, 3)
+        assert made.weight is linear.weight
+        assert made.bias is linear.bias
+        assert not linear.weight.requires_grad
+
+    def test_takes_over_mode_and_hooks(self):
+        linear = nn.Linear(7, 5).eval()
+        calls = []
+        handle = linear.register_forward_hook(lambda *_: calls.append("after"))
+        linear.register_forward_pre_hook(lambda *_: calls.append("before"))
+        made = LoRALinear.from_linear(linear, 3)
+        assert not made.training
+        made(torch.randn(2, 7))
+        assert calls == ["before", "after"]
+        handle.remove()
+        made(torch.randn(2, 7))
+        assert calls == ["before", "after", "before"]
+
+    def test_on_meta(self):
+        made = LoRALinear.from_linear(nn.Linear(7, 5, device="meta"), 3)
+        assert made.lora_A.is_meta
+        assert made(torch.randn(2, 7, device="meta")).shape == (2, 5)
+        made = made.to_empty(device="cpu")
+        made.reset_parameters()
+        assert made(torch.randn(2, 7)).isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("make", "sentence"),
+        [
+            (lambda: nn.Conv1d(3, 3, 1), "it is a Conv1d, expected an nn.Linear"),
+            (lambda: nn.LazyLinear(3), "it is a LazyLinear whose shape is not known yet"),
+            (
+                lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+                "its weight is computed by a parametrization",
+            ),
+            (lambda: Doubled(3, 3), "its forward is not that of nn.Linear (Doubled)"),
+        ],
+        ids=["not-linear", "lazy", "parametrized", "subclass"],
+    )
+    def test_refusal(self, make, sentence):
+        with pytest.raises(TypeError, match=re.escape(sentence)):
+            LoRALinear.from_linear(make(), 2)
+
+    def test_a_refused_layer_is_left_alone(self):
+        linear = nn.Linear(7, 5)
+        with pytest.raises(ValueError, match="r is 0, expected an integer of at least 1"):
+            LoRALinear.from_linear(linear, 0)
+        assert linear.weight.requires_grad
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "sentence"),
+    [
+        ((4, 4, 0), {}, ValueError, "r is 0, expected an integer of at least 1"),
+        ((4, 4, -1), {}, ValueError, "r is -1"),
+        ((4, 4, 2.0), {}, ValueError, "r is 2.0, expected an integer"),
+        ((4, 4, 2), {"dropout": 1.5}, ValueError, "dropout is 1.5, expected a probability"),
+        ((4, 4, 2), {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype is torch.int8"),
+    ],
+    ids=["r=0", "r<0", "r-float", "dropout", "adapter-dtype"],
+)
+def test_refusal(arguments, options, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        LoRALinear(*arguments, **options)
+
+
+class TestStateDict:
+    def test_a_plain_checkpoint_loads_as_it_is(self):
+        made, linear = layer(dtype=torch.float32), nn.Linear(7, 5)
+        lora_A = made.lora_A.clone()
+        assert made.load_state_dict(linear.state_dict()) == ([], [])
+        assert torch.equal(made.weight, linear.weight)
+        assert torch.equal(made.lora_A, lora_A)
+
+    def test_a_plain_checkpoint_loads_inside_a_model(self):
+        plain = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 7))
+        adapted = nn.Sequential(LoRALinear(7, 5, 2), LoRALinear(5, 7, 2))
+        assert adapted.load_state_dict(plain.state_dict()) == ([], [])
+
+    def test_round_trip(self):
+        one, two = layer(), layer()
+        two.load_state_dict(one.state_dict())
+        x = torch.randn(3, 7, dtype=torch.float64)
+        assert torch.equal(one(x), two(x))
+
+    @pytest.mark.parametrize("missing", ["lora_A", "lora_B", "weight", "bias"])
+    def test_half_a_checkpoint_is_refused(self, missing):
+        state = layer().state_dict()
+        del state[missing]
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
+            layer().load_state_dict(state)
+
+    def test_loading_into_a_merged_layer_merges_again(self):
+        one, two = layer(), layer()
+        two.merge()
+        two.load_state_dict(one.state_dict())
+        x = torch.randn(3, 7, dtype=torch.float64)
+        torch.testing.assert_close(two(x), one(x), rtol=1e-12, atol=1e-12)
+
+
+class TestMerge:
+    def test_merged_is_the_same_function_and_unmerging_is_exact(self):
+        made = layer(dropout=0.5)
+        x = torch.randn(3, 7, dtype=torch.float64)
+        before, state = made.eval()(x), copy.deepcopy(made.state_dict())
+        made.merge()
+        assert made.merged
+        torch.testing.assert_close(made(x), before, rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(made.state_dict()[key], state[key]) for key in state)
+        made.unmerge()
+        assert not made.merged
+        assert torch.equal(made(x), before)
+
+    def test_merging_again_takes_the_current_adapter(self):
+        made = layer()
+        x = torch.randn(3, 7, dtype=torch.float64)
+        made.merge()
+        nn.init.zeros_(made.lora_B)
+        made.merge()
+        assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
+
+    def test_a_merged_layer_moves_with_its_model(self):
+        made = layer()
+        made.merge()
+        made.float()
+        assert made(torch.randn(3, 7)).dtype == torch.float32
+
+    def test_the_sum_is_rounded_once(self):
+        made = layer(dtype=torch.bfloat16)
+        exact = made.weight.double() + made.scaling * made.lora_B.double() @ made.lora_A.double()
+        made.merge()
+        merged = made._merged_weight.double()
+        assert torch.linalg.norm(merged - exact) <= 2.0**-8 * torch.linalg.norm(exact)
+
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+    def test_to_linear(self, bias):
+        made = layer(bias=bias)
+        plain = made.to_linear()
+        x = torch.randn(3, 7, dtype=torch.float64)
+        assert type(plain) is nn.Linear
+        assert not plain.weight.requires_grad
+        torch.testing.assert_close(plain(x), made(x), rtol=1e-12, atol=1e-12)
+        assert list(plain.state_dict()) == ["weight", "bias"][: 1 + bias]
+
+
+def test_dropout_only_in_training():
+    made = layer(dropout=0.5)
+    x = torch.randn(30, 7, dtype=torch.float64)
+    assert not torch.equal(made(x), made(x))
+    assert torch.equal(made.eval()(x), made(x))
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+def test_copies(clone, merged):
+    made = layer(alpha=4, use_rslora=True)
+    if merged:
+        made.merge()
+    twin = clone(made)
+    x = torch.randn(3, 7, dtype=torch.float64)
+    assert torch.equal(twin(x), made(x))
+    assert twin.weight is not made.weight
+    assert twin.extra_repr() == made.extra_repr()
+    assert [p.requires_grad for p in twin.parameters()] == [False, False, True, True]
+
+
+def test_functional_call():
+    made = layer()
+    x = torch.randn(3, 7, dtype=torch.float64)
+    other = {name: torch.randn_like(p) for name, p in made.named_parameters()}
+    y = torch.func.functional_call(made, other, (x,))
+    weight = other["weight"] + made.scaling * other["lora_B"] @ other["lora_A"]
+    torch.testing.assert_close(y, F.linear(x, weight, other["bias"]), rtol=1e-12, atol=1e-12)
+
+
+def test_per_sample_gradients():
+    made = layer()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    parameters = {"lora_A": made.lora_A.detach(), "lora_B": made.lora_B.detach()}
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(made, parameters, (sample,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(4):
+        made.zero_grad()
+        made(x[i]).square().sum().backward()
+        torch.testing.assert_close(found["lora_A"][i], made.lora_A.grad, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found["lora_B"][i], made.lora_B.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_a_parametrized_adapter():
+    made = layer()
+    nn.utils.parametrizations.spectral_norm(made, "lora_A")
+    x = torch.randn(3, 7, dtype=torch.float64)
+    expected = F.linear(x, made.weight + made.scaling * made.lora_B @ made.lora_A, made.bias)
+    made.eval()
+    expected = F.linear(x, made.weight + made.scaling * made.lora_B @ made.lora_A, made.bias)
+    torch.testing.assert_close(made(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone():
+    made = layer(K=16, N=16, r=4, dtype=torch.float32)
+    weight = made.weight.clone()
+    x, target = torch.randn(64, 16), torch.randn(64, 16)
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = F.mse_loss(made(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert torch.equal(made.weight, weight)
+
+
+def test_repr_reads_as_the_constructor():
+    made = LoRALinear(7, 5, 3, alpha=6, dropout=0.1, bias=False)
+    assert repr(made) == (
+        "LoRALinear(in_features=7, out_features=5, r=3, alpha=6, dropout=0.1, bias=False)"
+    )
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh(self):
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_one_graph_and_one_compilation_for_every_M(self, dropout):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout)
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        compiled = torch.compile(made, fullgraph=True, backend=backend)
+        for M in (3, 4, 5, 7, 64):
+            x = torch.randn(M, 16)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert compiled(x).shape == (M, 24)
+        assert len(graphs) == 1
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_output_and_gradients_are_those_of_eager(self, dropout, monkeypatch):
+        monkeypatch.setattr(aten, "SMALL", 0)
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout)
+        compiled = torch.compile(made, fullgraph=True)
+        found = {}
+        for name, run in (("eager", made), ("compiled", compiled)):
+            made.zero_grad()
+            torch.manual_seed(5)
+            x = torch.linspace(-1, 1, 160).view(10, 16).requires_grad_()
+            # Inductor draws random numbers of its own unless told to draw eager's.
+            with torch._inductor.config.patch(fallback_random=True):
+                y = run(x)
+            y.square().sum().backward()
+            found[name] = (y.detach(), x.grad, made.lora_A.grad, made.lora_B.grad)
+        for name, one, two in zip(("y", "dx", "dA", "dB"), *found.values(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5, msg=name)
+
+    def test_checkpointing_and_dropout_and_compile_together(self):
+        """The mask of the recomputation is that of the forward: dx shows which were dropped."""
+        made = layer(K=40, N=40, r=1, dtype=torch.float32, dropout=0.5)
+        with torch.no_grad():
+            made.weight.zero_()
+            made.bias.zero_()
+            made.lora_A.fill_(1)
+            made.lora_B.copy_(torch.eye(40)[:, :1])
+        compiled = torch.compile(lambda x: checkpoint(made, x, use_reentrant=False), fullgraph=True)
+        x = torch.eye(40).requires_grad_()
+        y = compiled(x)
+        (dx,) = torch.autograd.grad(y[:, 0].sum(), x)
+        forward_kept = y[:, 0] != 0
+        backward_kept = dx.diagonal() != 0
+        assert 5 < forward_kept.sum() < 35
+        assert torch.equal(forward_kept, backward_kept)
+
+    def test_autocast_inside(self):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32)
+
+        @torch.compile(fullgraph=True)
+        def step(x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return made(x)
+
+        x = torch.randn(10, 16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = made(x)
+        y = step(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+    def test_refusals_while_tracing_name_the_argument(self):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32)
+        with pytest.raises(Exception, match=r"x has shape \[3, 15\], expected \[\.\.\., 16\]"):
+            torch.compile(made, fullgraph=True)(torch.randn(3, 15))
+
+    def test_export(self):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32).eval()
+        x = torch.randn(10, 16)
+        exported = torch.export.export(made, (x,))
+        torch.testing.assert_close(exported.module()(x), made(x), rtol=1e-6, atol=1e-6)
