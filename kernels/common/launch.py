@@ -14,10 +14,9 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def precision(x: Tensor) -> str:
-    """How float32 products are rounded: as PyTorch's own on this device."""
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+    """How float32 operands are rounded: as PyTorch's own products round them on CUDA."""
+    allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def dropout_arguments(x: Tensor, dropout_p: float, seed: Tensor | None) -> dict[str, object]:

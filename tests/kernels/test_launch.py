@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lorafast.kernels.common.launch import chunks, precision
+
+
+@pytest.fixture
+def matmul():
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_float32_is_rounded_as_pytorch_does(matmul):
+    x = torch.randn(2, 2)
+    matmul.fp32_precision = "ieee"
+    assert precision(x) == "ieee"
+    matmul.fp32_precision = "tf32"
+    assert precision(x) == "tf32"
+    assert precision(x.half()) == "ieee"
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000, 8192])
+@pytest.mark.parametrize("programs", [1, 3, 100])
+def test_chunks_cover_the_length_once(length, programs):
+    block = 16
+    count, blocks = chunks(torch.empty(1), length, block, programs)
+    covered = [min((i + 1) * blocks * block, length) - i * blocks * block for i in range(count)]
+    assert sum(covered) == length
+    assert min(covered) > 0
