@@ -25,13 +25,14 @@ def adapt(
     Args:
         model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
         r: rank.
-        targets: ``"all-linear"`` (every ``nn.Linear`` but a Transformers model's output head), a
-            list of names (a layer's full name or its ending, as PEFT's ``target_modules``), or a
-            string, a regex that must match the full name.
+        targets: ``"all-linear"`` (every ``nn.Linear`` but those of a Transformers model's output head
+            or classifier), a list of names (a layer's full name or its ending, as PEFT's
+            ``target_modules``), or a string, a regex that must match the full name.
         alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``); None is ``r``.
         dropout: probability of dropping an element of a layer's input to the adapter.
         use_rslora: see ``alpha``.
-        exclude: layers to leave out, given like ``targets``.
+        exclude: layers to leave out, given like ``targets``. A layer that has two names is selected,
+            or left out, by either.
         freeze: freeze every other parameter of the model too; adapters it has already stay trainable.
         adapter_dtype: as for ``LoRALinear``.
 
@@ -39,25 +40,27 @@ def adapt(
         ``model``.
 
     Raises:
-        ValueError: nothing matches, or ``r`` or ``dropout`` doesn't fit. The model is unchanged.
+        ValueError: a name or regex matches no layer, or ``r``, ``alpha`` or ``dropout`` doesn't fit.
+            The model is unchanged.
         TypeError: a layer that was asked for can't be adapted. The model is unchanged. With
             ``"all-linear"`` such a layer is left as it is, and a warning names it.
     """
-    linears = _targets.find(model, targets, exclude)
-    layers: dict[int, LoRALinear] = {}  # a layer that has two names stays one layer
-    for linear in linears.values():
-        if id(linear) not in layers:
-            layers[id(linear)] = LoRALinear.from_linear(
-                linear,
-                r,
-                alpha=alpha,
-                dropout=dropout,
-                use_rslora=use_rslora,
-                adapter_dtype=adapter_dtype,
-            )
+    inner = _targets.unwrapped(model)
+    layers: dict[str, LoRALinear] = {}
+    for linear, names in _targets.find(inner, targets, exclude).items():
+        layer = LoRALinear.from_linear(
+            linear,
+            r,
+            alpha=alpha,
+            dropout=dropout,
+            use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+        )
+        layers |= dict.fromkeys(names, layer)
     if freeze:
-        freeze_base(model)
-    return put_in_place(model, {name: layers[id(linear)] for name, linear in linears.items()})
+        freeze_base(inner)
+    adapted = put_in_place(inner, layers)
+    return model if adapted is inner else adapted
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -70,7 +73,7 @@ def freeze_base(model: nn.Module) -> None:
     }
     for parameter in model.parameters():
         if id(parameter) not in adapters:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False  # a lazy parameter refuses requires_grad_()
 
 
 def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:

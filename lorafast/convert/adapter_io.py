@@ -1,11 +1,13 @@
 """``save_adapter`` and ``load_adapter``: adapters as files in PEFT's format, safetensors only."""
 
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,14 @@ from lorafast.convert.peft_format import (
     AdapterConfig,
     describe,
     read_config,
+    stored_whole,
 )
-from lorafast.convert.targets import matches, why_not_here
+from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
 from lorafast.nn import LoRALinear
 
-# torch.compile puts its wrapper's name into every name below it.
-_COMPILED = "_orig_mod."
+_NO_MEMORY = "{} is on the device meta, which holds no values: load the model first"
+# What PEFT calls the layer that an adapter wraps.
+_BASE_LAYER = ".base_layer"
 
 
 def _safetensors() -> ModuleType:
@@ -38,10 +42,6 @@ def _safetensors() -> ModuleType:
     return safetensors.torch
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)
-
-
 def save_adapter(
     model: nn.Module, folder: str | os.PathLike[str], modules_to_save: Sequence[str] = ()
 ) -> None:
@@ -52,16 +52,19 @@ def save_adapter(
     Args:
         model: a model with ``LoRALinear`` layers, merged or not.
         folder: created if need be; an adapter that is in it is replaced.
-        modules_to_save: names (or endings of names) of other modules to store whole, such as a
-            trained classification head. A warning names trained parameters that are not stored.
+        modules_to_save: names of other modules to store whole, such as a trained classification head.
+            As in PEFT, one stands for every module whose name ends with these letters. A warning
+            names trained parameters that are not stored.
 
     Raises:
-        ValueError: there is nothing to save, a name in ``modules_to_save`` matches nothing, or the
-            layers differ in what PEFT's format has one value for.
+        ValueError: there is nothing to save, a name in ``modules_to_save`` matches nothing or holds
+            an adapted layer, a stored tensor is shared with a module that is not stored, or the
+            layers differ in what PEFT's format has one value for. Nothing is written.
+        TypeError: ``modules_to_save`` is a string.
         ImportError: safetensors is not installed.
     """
-    safetensors = _safetensors()
-    model = _uncompiled(model)
+    _safetensors()
+    model = unwrapped(model)
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
     }
@@ -72,17 +75,23 @@ def save_adapter(
             "the model is itself a LoRALinear, and PEFT's format names layers inside a model: "
             "save its state_dict()"
         )
-    if any(_COMPILED in name for name in layers):
-        raise ValueError("a module inside the model is compiled: save before compiling it")
-    whole = _named_modules(model, modules_to_save)
-    tensors = {}
+    if isinstance(modules_to_save, str):
+        raise TypeError(
+            f"modules_to_save is the string {modules_to_save!r}, expected a list of names"
+        )
+    modules_to_save = check_names("modules_to_save", modules_to_save)
+    tensors = _whole_modules(model, modules_to_save)
     for name, layer in layers.items():
-        tensors[PREFIX + name + LORA_A] = layer.lora_A
-        tensors[PREFIX + name + LORA_B] = layer.lora_B
+        if stored_whole(name, modules_to_save):
+            raise ValueError(f"modules_to_save has {name} or what holds it, which is adapted")
+        tensors[name + LORA_A] = layer.lora_A
+        tensors[name + LORA_B] = layer.lora_B
+    for name, tensor in tensors.items():
+        if COMPILED in name.split("."):
+            raise ValueError("a module inside the model is compiled: save before compiling it")
+        if tensor.is_meta:
+            raise ValueError(_NO_MEMORY.format(name))
     stored = {id(tensor) for tensor in tensors.values()}
-    for name, module in whole.items():
-        tensors |= {f"{PREFIX}{name}.{key}": t for key, t in module.state_dict().items()}
-        stored |= {id(parameter) for parameter in module.parameters()}
     forgotten = [
         name
         for name, parameter in model.named_parameters()
@@ -93,36 +102,65 @@ def save_adapter(
             f"trained but not saved (name their modules in modules_to_save): {', '.join(forgotten)}",
             stacklevel=2,
         )
-    config = describe(layers, model, sorted(modules_to_save))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _write(Path(folder), describe(layers, model, sorted(modules_to_save)), tensors)
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Both files are complete before either takes its name."""
     # Copies: safetensors refuses tensors that share memory, and strides.
-    copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    partial = folder / f"{WEIGHTS_FILE}.partial"
-    safetensors.save_file(copies, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    copies = {
+        PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {file: folder / f"{file}.partial" for file in (WEIGHTS_FILE, CONFIG_FILE)}
+    _safetensors().save_file(copies, partial[WEIGHTS_FILE], metadata={"format": "pt"})
+    partial[CONFIG_FILE].write_text(text, encoding="utf-8")
+    for file, path in partial.items():
+        path.replace(folder / file)
 
 
-def _named_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    if isinstance(names, str):
-        raise TypeError(f"modules_to_save is the string {names!r}, expected a list of names")
-    found: dict[str, nn.Module] = {}
-    for name in names:
-        hits = {n: m for n, m in model.named_modules() if n and matches((name,), n)}
-        if not hits:
-            raise ValueError(f"modules_to_save has {name!r}, which is the name of no module")
-        found |= hits
-    return found
+def _whole_modules(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of the modules to store whole, by their names in the model."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for one in names:
+        if not any(name.endswith(one) for name in modules):
+            raise ValueError(f"modules_to_save has {one!r}, which is the name of no module")
+    state = _tensors(model)
+    tensors = {name: t for name, t in state.items() if stored_whole(_owner(name), names)}
+    for name, other in _shared(state):
+        if name in tensors and other not in tensors:
+            raise ValueError(
+                f"{name} is shared with {other}, which modules_to_save leaves out: name both modules, "
+                "or they part when the adapter is loaded"
+            )
+    return tensors
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a shared one under each of its names."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _shared(state: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Each pair of names, in both orders, that stand for one tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [pair for group in names.values() for pair in itertools.permutations(group, 2)]
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Loads an adapter in PEFT's format from ``folder`` into ``model``; returns ``model``.
 
     The layers that it is for may be plain ``nn.Linear``, which are adapted now (and the rest of the
-    model is frozen, as ``adapt`` does), or ``LoRALinear`` of the same rank, whose values are replaced.
+    model is frozen, as ``adapt`` does), or ``LoRALinear`` of the same rank, whose values
+    and scaling are replaced (their dropout stays).
     Modules stored whole (``modules_to_save``) are loaded too. Everything is checked before anything
     is changed: on an error the model is as it was.
 
@@ -132,43 +170,44 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         ImportError: safetensors is not installed.
     """
     folder = Path(folder)
-    inner = _uncompiled(model)
+    inner = unwrapped(model)
     config = read_config(folder)
     tensors = _read_tensors(folder)
     adapters, others = _by_layer(tensors)
     _check_layers(inner, config, adapters)
-    whole = _check_whole(inner, config, others)
+    base = _check_others(inner, config, others, adapters)
 
-    named = list(inner.named_modules(remove_duplicate=False))
     layers: dict[str, LoRALinear] = {}
-    for name, (lora_A, lora_B) in adapters.items():
-        module = inner.get_submodule(name)
-        if isinstance(module, nn.Linear):
+    for linear, names in names_by_layer(inner).items():
+        if isinstance(linear, nn.Linear) and names[0] in adapters:
             layer = LoRALinear.from_linear(
-                module,
-                config.rank(name),
-                alpha=config.alpha(name),
+                linear,
+                config.rank(names[0]),
+                alpha=config.alpha(names[0]),
                 dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
             )
-            # A layer that has two names stays one layer.
-            layers |= {n: layer for n, m in named if m is module}
-        else:
-            assert isinstance(module, LoRALinear)
-            layer = module
-            layer.set_scaling(config.alpha(name), config.use_rslora)
-        with torch.no_grad():
-            layer.lora_A.copy_(lora_A)
-            layer.lora_B.copy_(lora_B)
-        if layer.merged:
-            layer.merge()
+            layers |= dict.fromkeys(names, layer)
     if layers:
         freeze_base(inner)
         put_in_place(inner, layers)
     with torch.no_grad():
-        for target, tensor in whole:
-            target.copy_(tensor)
+        for target, value in base:
+            target.copy_(value)
+        for name, (lora_A, lora_B) in adapters.items():
+            _set_adapter(inner.get_submodule(name), lora_A, lora_B, config, name)
     return model
+
+
+def _set_adapter(
+    layer: nn.Module, lora_A: Tensor, lora_B: Tensor, config: AdapterConfig, name: str
+) -> None:
+    assert isinstance(layer, LoRALinear)
+    layer.set_scaling(config.alpha(name), config.use_rslora)
+    layer.lora_A.copy_(lora_A)
+    layer.lora_B.copy_(lora_B)
+    if layer.merged:
+        layer.merge()
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -220,16 +259,20 @@ def _check_layers(
     if not adapters:
         raise ValueError("the file has no LoRA tensors")
     modules = dict(model.named_modules(remove_duplicate=False))
+    names = names_by_layer(model)
+    targets = config.targets(model)
     for name, (lora_A, lora_B) in adapters.items():
         module = modules.get(name)
         if module is None:
             raise ValueError(f"the file has an adapter for {name}, which the model doesn't have")
         if not isinstance(module, LoRALinear):
-            reason = why_not_here(name, module, model)
+            reason = why_not_here(names.get(module, [name]), module, model)
             if reason is not None:
                 raise ValueError(f"{name} can't take the file's adapter: {reason}")
+        if name not in targets:
+            raise ValueError(f"the file has an adapter for {name}, which the config doesn't target")
         _check_pair(name, module, config, lora_A, lora_B)
-    for name in sorted(config.targets(model) - set(adapters)):
+    for name in sorted(targets - set(adapters)):
         raise ValueError(f"the config targets {name}, and the file has no adapter for it")
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear) and name not in adapters:
@@ -243,6 +286,8 @@ def _check_pair(
     if isinstance(module, LoRALinear) and module.r != r:
         raise ValueError(f"{name} is adapted with r = {module.r}, and the file has r = {r}")
     assert isinstance(module, (nn.Linear, LoRALinear))
+    if module.weight.is_meta:
+        raise ValueError(_NO_MEMORY.format(name))
     expected = {"lora_A": (r, module.in_features), "lora_B": (module.out_features, r)}
     for half, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if tuple(tensor.shape) != expected[half]:
@@ -255,31 +300,53 @@ def _check_pair(
             raise ValueError(f"{half} of {name} is {tensor.dtype} in the file, expected floats")
 
 
-def _check_whole(
-    model: nn.Module, config: AdapterConfig, others: dict[str, Tensor]
+def _check_others(
+    model: nn.Module, config: AdapterConfig, others: dict[str, Tensor], adapters: Container[str]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Pairs (tensor of the model, its new value) for the modules that were stored whole."""
-    state = model.state_dict(keep_vars=True)
-    pairs = []
+    """Pairs (tensor of the model, its new value) for what the file has besides adapters.
+
+    These are the modules stored whole, and base weights, which PEFT adds where an output head is
+    adapted.
+    """
+    values = {}
     for name, tensor in others.items():
-        module = name.rpartition(".")[0]
-        if not _inside(module, config.modules_to_save):
+        owner, _, last = name.rpartition(".")
+        if owner.endswith(_BASE_LAYER) and owner.removesuffix(_BASE_LAYER) in adapters:
+            values[f"{owner.removesuffix(_BASE_LAYER)}.{last}"] = tensor
+        elif stored_whole(owner, config.modules_to_save):
+            values[name] = tensor
+        else:
             raise ValueError(
                 f"the file has {name}, which is neither lora_A nor lora_B and not part of "
-                f"modules_to_save {config.modules_to_save}"
+                f"modules_to_save {list(config.modules_to_save)}"
             )
-        if name not in state:
-            raise ValueError(f"the file has {name}, which the model doesn't have")
-        if state[name].shape != tensor.shape:
+    state = _tensors(model)
+    for name in state:
+        if stored_whole(_owner(name), config.modules_to_save) and name not in values:
+            raise ValueError(f"{name} is part of modules_to_save, and the file doesn't have it")
+    for name, tensor in values.items():
+        _check_value(name, tensor, state)
+    for name, other in _shared(state):
+        if name in values and not _same(values[name], values.get(other, state[other]), state[name]):
             raise ValueError(
-                f"{name} has shape {list(tensor.shape)} in the file, expected "
-                f"{list(state[name].shape)}"
+                f"{name} is shared with {other} in the model, and in the file it is not: one tensor "
+                "can't take both values"
             )
-        pairs.append((state[name], tensor))
-    return pairs
+    return [(state[name], tensor) for name, tensor in values.items()]
 
 
-def _inside(module: str, names: list[str]) -> bool:
-    """Whether ``module`` or one that holds it is among ``names``."""
-    parts = module.split(".")
-    return any(matches(names, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
+def _check_value(name: str, tensor: Tensor, state: dict[str, Tensor]) -> None:
+    if name not in state:
+        raise ValueError(f"the file has {name}, which the model doesn't have")
+    if state[name].shape != tensor.shape:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)} in the file, expected {list(state[name].shape)}"
+        )
+    if state[name].is_meta:
+        raise ValueError(_NO_MEMORY.format(name))
+    if state[name].is_floating_point() != tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} in the file, expected {state[name].dtype}")
+
+
+def _same(one: Tensor, other: Tensor, like: Tensor) -> bool:
+    return torch.equal(one.to(like), other.to(like))

@@ -6,14 +6,15 @@ from torch import nn
 
 from lorafast.convert.targets import replace
 from lorafast.nn import LoRALinear
+from lorafast.nn.lora_linear import move_hooks
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Replaces every ``LoRALinear`` by an ``nn.Linear`` of weight ``W + scaling · B·A``.
 
     The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The sum is
-    rounded to the dtype of the weight. A weight that another module shares is no longer shared, and
-    a warning names it.
+    rounded to the dtype of the weight. Hooks move along. A weight that another module shares is no
+    longer shared, and a warning names it.
 
     Raises:
         ValueError: the model has no ``LoRALinear``.
@@ -31,11 +32,11 @@ def merge(model: nn.Module) -> nn.Module:
             "merged weights that other modules share are no longer shared: " + ", ".join(shared),
             stacklevel=2,
         )
-    merged: dict[int, nn.Module] = {}  # a layer that has two names stays one layer
-    for layer in layers.values():
-        if id(layer) not in merged:
-            merged[id(layer)] = layer.to_linear()
-    return replace(model, {name: merged[id(layer)] for name, layer in layers.items()})
+    # A layer that has two names stays one layer.
+    merged = {layer: layer.to_linear() for layer in dict.fromkeys(layers.values())}
+    for layer, linear in merged.items():
+        move_hooks(layer, linear)
+    return replace(model, {name: merged[layer] for name, layer in layers.items()})
 
 
 def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:

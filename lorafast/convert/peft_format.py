@@ -3,14 +3,23 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from lorafast.convert.targets import ALL_LINEAR, matches, output_embeddings
+from lorafast.convert.targets import (
+    ALL_LINEAR,
+    check_names,
+    check_pattern,
+    check_regex,
+    matches,
+    output_head,
+)
 from lorafast.nn import LoRALinear
+from lorafast.nn.lora_linear import check_alpha, check_probability, check_rank
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,7 +40,13 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "megatron_config": (None, {}),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
+# Starts for which PEFT takes a part of W away, so that B·A belongs to what is left of it.
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -42,53 +57,78 @@ class AdapterConfig:
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
-    target_modules: str | list[str]
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: list[int] | None = None
-    layers_pattern: list[str] | None = None
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] = field(default_factory=list)
+    modules_to_save: tuple[str, ...] = ()
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
-        return int(_pattern_value(self.rank_pattern, name, self.r))
+        return _pattern_value(self.rank_pattern, name, self.r)
 
     def alpha(self, name: str) -> float:
         """The alpha of layer ``name``."""
-        return float(_pattern_value(self.alpha_pattern, name, self.lora_alpha))
+        return _pattern_value(self.alpha_pattern, name, self.lora_alpha)
 
     def targets(self, model: nn.Module) -> set[str]:
         """The linear layers of ``model``, adapted or not, that the config names."""
-        names = set()
-        head = output_embeddings(model) if self.target_modules == ALL_LINEAR else None
-        for name, module in model.named_modules():
-            linear = isinstance(module, (nn.Linear, LoRALinear)) and module is not head
-            if linear and self._targets(name):
-                names.add(name)
-        return names
+        head = output_head(model) if self.target_modules == ALL_LINEAR else None
+        in_head = set() if head is None else set(head.modules())
+        return {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, LoRALinear))
+            and module not in in_head
+            and self._targets(name)
+        }
 
     def _targets(self, name: str) -> bool:
-        if self.exclude_modules and matches(self.exclude_modules, name):
+        if matches(self.exclude_modules, name):
             return False
-        if self.target_modules != ALL_LINEAR and not matches(self.target_modules, name):
+        if any(f".{stored}." in f".{name}." for stored in self.modules_to_save):
             return False
-        if self.layers_to_transform is None:
+        if self.target_modules == ALL_LINEAR:
             return True
-        patterns = [rf".*\.{p}\.(\d+)\." for p in self.layers_pattern or []]
-        for pattern in patterns or [r".*\.[^.]*\.(\d+)\."]:
-            found = re.match(pattern, f".{name}")
+        if isinstance(self.target_modules, str) or name in self.target_modules:
+            return matches(self.target_modules, name)
+        return matches(self.target_modules, name) and self._in_layers(name)
+
+    def _in_layers(self, name: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        # The first number counts, not that of an expert inside the layer.
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+            found = re.match(pattern, name)
             if found:
-                return int(found.group(1)) in self.layers_to_transform
+                return (
+                    found["index"] is not None and int(found["index"]) in self.layers_to_transform
+                )
         return False
 
 
-def _pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is a regex for the name or for its ending."""
+_T = TypeVar("_T")
+
+
+def _pattern_value(patterns: dict[str, _T], name: str, default: _T) -> _T:
+    """PEFT's rule: the first key that is a regex for the name or its ending, or else is the name."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
-    return default
+    return patterns.get(name, default)
+
+
+def stored_whole(name: str, modules_to_save: Sequence[str]) -> bool:
+    """Whether module ``name`` or one around it is stored whole.
+
+    PEFT goes by the last letters: ``norm`` stands for ``input_layernorm`` too.
+    """
+    parts = name.split(".")
+    around = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return any(one.endswith(tuple(modules_to_save)) for one in around)
 
 
 def describe(
@@ -110,7 +150,7 @@ def describe(
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "inference_mode": True,
         "r": r,
         "lora_alpha": _number(alpha),
@@ -122,15 +162,18 @@ def describe(
         "init_lora_weights": True,
         "target_modules": _shortest_targets(layers, model),
         "modules_to_save": modules_to_save or None,
-        "rank_pattern": {
-            re.escape(name): layer.r for name, layer in layers.items() if layer.r != r
-        },
+        "rank_pattern": {_regex(name): layer.r for name, layer in layers.items() if layer.r != r},
         "alpha_pattern": {
-            re.escape(name): _number(layer.alpha)
+            _regex(name): _number(layer.alpha)
             for name, layer in layers.items()
             if layer.alpha != alpha
         },
     }
+
+
+def _regex(name: str) -> str:
+    """A key for this layer alone, and not for those whose names end like it."""
+    return "^" + re.escape(name)
 
 
 def _number(value: float) -> float | int:
@@ -152,7 +195,8 @@ def read_config(folder: Path) -> AdapterConfig:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not JSON, not LoRA, or asks for what ``LoRALinear`` doesn't compute.
+        ValueError: it is not JSON, not LoRA, has a value that is none, asks for what ``LoRALinear``
+            doesn't compute, or goes with other base weights.
     """
     path = folder / CONFIG_FILE
     try:
@@ -169,36 +213,65 @@ def read_config(folder: Path) -> AdapterConfig:
                 f"{name} in {path} is {raw[name]!r}: LoRALinear doesn't compute that "
                 f"(expected {harmless[0]!r})"
             )
-    if not raw.get("target_modules"):
-        raise ValueError(f"target_modules in {path} is {raw.get('target_modules')!r}")
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
+        raise ValueError(
+            f"init_lora_weights in {path} is {start!r}: PEFT changes the base weights for it, and the "
+            "adapter doesn't fit others (its save_pretrained converts it, given "
+            "path_initial_model_for_weight_conversion)"
+        )
+    return _parse(raw, path)
+
+
+def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
+    def given(name: str, default: Any) -> tuple[str, Any]:
+        return f"{name} in {path}", raw.get(name, default)
+
+    def optional(name: str, default: Any) -> tuple[str, Any]:
+        value = raw.get(name)
+        return f"{name} in {path}", default if value is None else value
+
+    where, targets = given("target_modules", None)
+    if not targets:
+        raise ValueError(f"{where} is {targets!r}, expected names or a regex")
     return AdapterConfig(
-        r=_positive(raw, "r", 8, path),
-        lora_alpha=_positive(raw, "lora_alpha", 8, path),
-        lora_dropout=_probability(raw, path),
-        use_rslora=bool(raw.get("use_rslora", False)),
-        target_modules=raw["target_modules"],
-        exclude_modules=raw.get("exclude_modules"),
-        layers_to_transform=_as_list(raw.get("layers_to_transform")),
-        layers_pattern=_as_list(raw.get("layers_pattern")),
-        rank_pattern=raw.get("rank_pattern") or {},
-        alpha_pattern=raw.get("alpha_pattern") or {},
-        modules_to_save=list(raw.get("modules_to_save") or []),
+        r=check_rank(*given("r", 8)),
+        lora_alpha=check_alpha(*given("lora_alpha", 8)),
+        lora_dropout=check_probability(*optional("lora_dropout", 0.0)),
+        use_rslora=_bool(*optional("use_rslora", False)),
+        target_modules=check_pattern(where, targets),
+        exclude_modules=check_pattern(*optional("exclude_modules", ())),
+        layers_to_transform=_integers(*optional("layers_to_transform", ())),
+        layers_pattern=_regexes(*optional("layers_pattern", ())),
+        rank_pattern=_values(*optional("rank_pattern", {}), check_rank),
+        alpha_pattern=_values(*optional("alpha_pattern", {}), check_alpha),
+        modules_to_save=check_names(*optional("modules_to_save", ())),
     )
 
 
-def _as_list(value: Any) -> list[Any] | None:
-    return value if value is None or isinstance(value, list) else [value]
-
-
-def _positive(raw: dict[str, Any], name: str, default: int, path: Path) -> Any:
-    value = raw.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ValueError(f"{name} in {path} is {value!r}, expected a number above 0")
+def _bool(where: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} is {value!r}, expected true or false")
     return value
 
 
-def _probability(raw: dict[str, Any], path: Path) -> float:
-    value = raw.get("lora_dropout") or 0.0
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"lora_dropout in {path} is {value!r}, expected a probability")
-    return float(value)
+def _integers(where: str, value: object) -> tuple[int, ...]:
+    found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(type(one) is int for one in found):
+        raise ValueError(f"{where} is {value!r}, expected an integer or several")
+    return found
+
+
+def _regexes(where: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,) if value else ()
+    return tuple(check_regex(where, one) for one in check_names(where, value))
+
+
+def _values(where: str, value: object, check: Callable[[str, object], _T]) -> dict[str, _T]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}, expected an object")
+    return {
+        check_regex(f"a key of {where}", key): check(f"{where}, for {key!r},", one)
+        for key, one in value.items()
+    }

@@ -40,8 +40,9 @@ class Summary:
                 f"{row.dropout:>7.4g}  {row.parameters:>10,}{'  merged' if row.merged else ''}"
             )
         share = 100 * self.trainable / self.total if self.total else 0.0
+        layers = "layer" if len(self.layers) == 1 else "layers"
         lines.append(
-            f"{len(self.layers)} adapted layers, {self.adapter:,} adapter parameters; "
+            f"{len(self.layers)} adapted {layers}, {self.adapter:,} adapter parameters; "
             f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
         )
         return "\n".join(lines)
@@ -69,9 +70,11 @@ def summary(model: nn.Module) -> Summary:
         if isinstance(layer, LoRALinear)
     )
     parameters = list(model.parameters())
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    adapter = {half for layer in layers for half in (layer.lora_A, layer.lora_B)}
     return Summary(
         total=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        adapter=sum(row.parameters for row in rows),
+        adapter=sum(half.numel() for half in adapter),
         layers=rows,
     )

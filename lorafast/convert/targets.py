@@ -13,6 +13,14 @@ from lorafast.nn.lora_linear import why_not_adaptable
 ALL_LINEAR = "all-linear"
 Pattern = str | Iterable[str]
 
+# What torch.compile calls the module that it wraps.
+COMPILED = "_orig_mod"
+
+# Where Transformers keeps a classifier, as PEFT has it.
+_CLASSIFIERS = ("score", "classifier")
+# What the fused kernels of state-space mixers (Mamba and its kin) take as bare weights.
+_READ_BY_MAMBA = ("x_proj", "dt_proj", "out_proj")
+
 
 def matches(pattern: Pattern, name: str) -> bool:
     """A string is a regex over the whole name; of several names each is it or a suffix of it."""
@@ -21,63 +29,145 @@ def matches(pattern: Pattern, name: str) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in pattern)
 
 
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The output head of a Transformers model, which ``all-linear`` leaves out as PEFT does."""
+def check_regex(argument: str, regex: str) -> str:
+    """``regex``; ``ValueError`` if it is none."""
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ValueError(
+            f"{argument} is {regex!r}, which is not a regex: {error} (names go into a list)"
+        ) from error
+    return regex
+
+
+def check_names(argument: str, names: object) -> tuple[str, ...]:
+    """``names`` as a tuple; ``ValueError`` if they are anything but several non-empty strings."""
+    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else None
+    if found is None or not all(isinstance(name, str) and name for name in found):
+        raise ValueError(f"{argument} is {found or names!r}, expected a list of names")
+    return found
+
+
+def check_pattern(argument: str, pattern: object) -> str | tuple[str, ...]:
+    """``pattern``, names as a tuple; ``ValueError`` if it is neither a regex nor names."""
+    if isinstance(pattern, str):
+        return check_regex(argument, pattern)
+    return check_names(argument, pattern)
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The head of a Transformers model, which ``all-linear`` leaves out as PEFT does.
+
+    It is the output embedding, or else the classifier, which starts at random: an adapter over one
+    draw of it is worthless over another.
+    """
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    if not callable(getter):
+        return None
+    heads = [getter(), *(getattr(model, name, None) for name in _CLASSIFIERS)]
+    return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
-def why_not_here(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    """The reason for which the layer can't be adapted at its place in the model, or None."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
+def names_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The linear and LoRA layers of ``model`` in its order, each with all the names that reach it."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, LoRALinear)):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``torch.compile`` and data parallelism, which rename layers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif COMPILED in model._modules:
+            model = model.get_submodule(COMPILED)
+        else:
+            return model
+
+
+def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> str | None:
+    """The reason for which the layer can't be adapted at its places in the model, or None."""
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if child == COMPILED:
+            return "torch.compile goes on calling the layer that it was given: adapt it before"
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight without calling it"
+        if child in _READ_BY_MAMBA and hasattr(parent, "A_log") and hasattr(parent, "D"):
+            return f"{type(parent).__name__} reads its weight without calling it"
     return why_not_adaptable(module)
 
 
-def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[str, nn.Linear]:
-    """The layers to adapt by name, also those reached by two names.
+def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn.Linear, list[str]]:
+    """The layers to adapt, each with all the names that reach it; any of them selects it.
 
     Raises:
-        ValueError: nothing matches, or one of several names matches nothing.
+        ValueError: an argument is no pattern, nothing matches, or one of several names matches
+            nothing.
         TypeError: a layer that was asked for can't be adapted.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) and not (exclude is not None and matches(exclude, name))
-    }
+    targets = check_pattern("targets", targets)
+    exclude = check_pattern("exclude", () if exclude is None else exclude)
+    layers = names_by_layer(model)
+    for one in _each(exclude):
+        if not any(_reaches(one, names) for names in layers.values()):
+            raise ValueError(_nothing_matches("exclude", one, model))
+    linears = {layer: names for layer, names in layers.items() if isinstance(layer, nn.Linear)}
+    kept = {layer: names for layer, names in linears.items() if not _reaches(exclude, names)}
     if targets == ALL_LINEAR:
-        return _all_linear(model, linears)
-    if isinstance(targets, str):
-        wanted: tuple[Pattern, ...] = (targets,)
-    else:
-        wanted = tuple((target,) for target in targets)
-    found: dict[str, nn.Linear] = {}
-    for pattern in wanted:
-        hits = {name: linear for name, linear in linears.items() if matches(pattern, name)}
-        if not hits:
-            raise ValueError(_nothing_matches(pattern, model, linears))
-        found |= hits
-    for name, linear in found.items():
-        reason = why_not_here(name, linear, model)
-        if reason is not None:
-            raise TypeError(f"{name} can't be adapted: {reason}")
-    # In the model's order, whatever that of the patterns.
-    return {name: linear for name, linear in linears.items() if name in found}
-
-
-def _all_linear(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    head = output_embeddings(model)
-    found, refused = {}, []
-    for name, linear in linears.items():
-        if linear is head:
+        return _all_linear(model, kept)
+    if targets == ():
+        raise ValueError("targets is [], expected at least one name")
+    for one in _each(targets):
+        if any(_reaches(one, names) for names in kept.values()):
             continue
-        reason = why_not_here(name, linear, model)
+        excluded = [names[0] for names in linears.values() if _reaches(one, names)]
+        if excluded:
+            raise ValueError(f"{_given('targets', one)}, and exclude leaves out {excluded[0]}")
+        raise ValueError(_nothing_matches("targets", one, model))
+    found = {layer: names for layer, names in kept.items() if _reaches(targets, names)}
+    for layer, names in found.items():
+        reason = why_not_here(names, layer, model)
+        if reason is not None:
+            raise TypeError(f"{names[0]} can't be adapted: {reason}")
+    return found
+
+
+def _each(pattern: str | tuple[str, ...]) -> list[str | tuple[str, ...]]:
+    return [pattern] if isinstance(pattern, str) else [(name,) for name in pattern]
+
+
+def _given(argument: str, one: str | tuple[str, ...]) -> str:
+    return f"{argument} is {one!r}" if isinstance(one, str) else f"{argument} has {one[0]!r}"
+
+
+def _reaches(pattern: Pattern, names: list[str]) -> bool:
+    return any(matches(pattern, name) for name in names)
+
+
+def _all_linear(
+    model: nn.Module, linears: dict[nn.Linear, list[str]]
+) -> dict[nn.Linear, list[str]]:
+    head = output_head(model)
+    in_head = set() if head is None else set(head.modules())
+    found, refused = {}, []
+    for layer, names in linears.items():
+        if layer in in_head:
+            if names[0].partition(".")[0] in _CLASSIFIERS:
+                refused.append(
+                    f"{names[0]}: part of the classifier, which starts at random and is no adapter's "
+                    "(train it whole and name it in modules_to_save)"
+                )
+            continue
+        reason = why_not_here(names, layer, model)
         if reason is None:
-            found[name] = linear
+            found[layer] = names
         else:
-            refused.append(f"{name}: {reason}")
+            refused.append(f"{names[0]}: {reason}")
     if refused:
         warnings.warn("left as they are: " + "; ".join(refused), stacklevel=4)
     if not found:
@@ -85,20 +175,25 @@ def _all_linear(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn
     return found
 
 
-def _nothing_matches(pattern: Pattern, model: nn.Module, linears: dict[str, nn.Linear]) -> str:
-    if isinstance(pattern, str):
+def _nothing_matches(argument: str, one: str | tuple[str, ...], model: nn.Module) -> str:
+    given = _given(argument, one)
+    if isinstance(one, str):
         return (
-            f"targets is {pattern!r}, a regex that matches the full name of no nn.Linear "
-            f"(for a name or its ending pass [{pattern!r}])"
+            f"{given}, a regex that matches the full name of no nn.Linear "
+            f"(for a name or its ending pass [{one!r}])"
         )
-    (name,) = pattern
-    for other, module in model.named_modules():
-        if matches(pattern, other) and isinstance(module, LoRALinear):
-            return f"targets has {name!r}, and {other} is adapted already"
-    endings = sorted({full.rpartition(".")[2] for full in linears})
-    close = difflib.get_close_matches(name, endings, n=1)
+    hits = {name: module for name, module in model.named_modules() if matches(one, name)}
+    adapted = [name for name, module in hits.items() if isinstance(module, LoRALinear)]
+    if adapted:
+        return f"{given}, and {adapted[0]} is adapted already"
+    if hits:
+        name, module = next(iter(hits.items()))
+        return f"{given}, and {name} is a {type(module).__name__}, expected an nn.Linear"
+    layers = names_by_layer(model).values()
+    endings = sorted({name.rpartition(".")[2] for names in layers for name in names})
+    close = difflib.get_close_matches(one[0], endings, n=1)
     hint = f", did you mean {close[0]!r}?" if close else f" (there are {', '.join(endings)})"
-    return f"targets has {name!r}, which is the name of no nn.Linear in the model{hint}"
+    return f"{given}, which is the name of no nn.Linear in the model{hint}"
 
 
 def replace(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:

@@ -1,6 +1,7 @@
 """``LoRALinear``: a frozen ``nn.Linear`` with a low-rank adapter."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
+from lorafast.ops.checks import FLOATS
 
 _HALF = (torch.float16, torch.bfloat16)
+_FLOATS = "float16, bfloat16, float32 or float64"
 # What nn.Module keeps of a module's hooks; they move with the layer when it is wrapped.
 _HOOKS = (
     "_forward_hooks",
@@ -31,11 +34,45 @@ def why_not_adaptable(linear: nn.Module) -> str | None:
         return "it is a LazyLinear whose shape is not known yet: run it once first"
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return f"its forward is not that of nn.Linear ({type(linear).__name__})"
-    if "weight" not in linear._parameters:
-        return "its weight is computed by a parametrization: remove that first"
-    if not linear.weight.is_floating_point():
-        return f"its weight is {linear.weight.dtype}, expected a float dtype"
+    for name in ("weight", "bias"):
+        if name not in linear._parameters:
+            return f"its {name} is computed by a parametrization: remove that first"
+    if linear.weight.dtype not in FLOATS:
+        return f"its weight is {linear.weight.dtype}, expected {_FLOATS}"
     return None
+
+
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives ``target`` the hooks of ``source``, whose place it takes; their handles go on working."""
+    for name in _HOOKS:
+        if name in vars(source):
+            setattr(target, name, getattr(source, name))
+
+
+def check_rank(name: str, value: object) -> int:
+    """``value``, an integer of at least 1; else ``ValueError``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+    return value
+
+
+def check_alpha(name: str, value: object) -> float:
+    """``value`` as a float, a finite number; else ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def check_probability(name: str, value: object) -> float:
+    """``value`` as a float, a number from 0 to 1; else ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"{name} is {value!r}, expected a probability from 0 to 1")
+    return float(value)
+
+
+def _check_dtype(name: str, value: object) -> None:
+    if value is not None and value not in FLOATS:
+        raise TypeError(f"{name} is {value!r}, expected {_FLOATS}")
 
 
 class LoRALinear(nn.Module):
@@ -55,7 +92,7 @@ class LoRALinear(nn.Module):
         bias: whether the frozen layer has a bias.
         use_rslora: see ``alpha``.
         device: where the parameters live.
-        dtype: dtype of ``weight`` and ``bias``.
+        dtype: dtype of ``weight`` and ``bias``: float16, bfloat16, float32 or float64.
         adapter_dtype: dtype of ``lora_A`` and ``lora_B``. None means the dtype of ``weight``, but
             float32 if that is float16 or bfloat16, whose steps are too coarse for an optimizer (as
             in PEFT).
@@ -88,6 +125,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_dtype("dtype", dtype)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
 
@@ -108,8 +146,9 @@ class LoRALinear(nn.Module):
         for the class.
 
         Raises:
-            TypeError: ``linear`` is not a plain ``nn.Linear``.
-            ValueError: an argument doesn't fit.
+            TypeError: ``linear`` is not a plain ``nn.Linear``, or its dtype or ``adapter_dtype`` is not
+                one of float16, bfloat16, float32 and float64. ``linear`` is unchanged.
+            ValueError: another argument doesn't fit. ``linear`` is unchanged.
         """
         reason = why_not_adaptable(linear)
         if reason is not None:
@@ -117,9 +156,7 @@ class LoRALinear(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
-        for name in _HOOKS:
-            if name in vars(linear):
-                setattr(layer, name, getattr(linear, name))
+        move_hooks(linear, layer)
         return layer.train(linear.training)
 
     def _build(
@@ -131,35 +168,35 @@ class LoRALinear(nn.Module):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"r is {r!r}, expected an integer of at least 1")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout is {dropout!r}, expected a probability from 0 to 1")
+        _check_dtype("adapter_dtype", adapter_dtype)
         weight = linear.weight
         assert isinstance(weight, nn.Parameter)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
-        elif not adapter_dtype.is_floating_point:
-            raise TypeError(f"adapter_dtype is {adapter_dtype}, expected a float dtype")
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.r = r
-        self.set_scaling(float(r if alpha is None else alpha), use_rslora)
-        self.dropout = float(dropout)
+        self.r = check_rank("r", r)
+        self.set_scaling(r if alpha is None else alpha, use_rslora)
+        self.dropout = check_probability("dropout", dropout)
         self.merged = False
         self.weight = weight
         self.bias = linear.bias
-        for frozen in linear.parameters(recurse=False):
-            frozen.requires_grad_(False)
         factory: dict[str, Any] = {"device": weight.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
         self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
         self.register_buffer("_merged_weight", None, persistent=False)
         self.reset_adapter()
+        # Last: until here an error leaves ``linear`` as it was.
+        for frozen in linear.parameters(recurse=False):
+            frozen.requires_grad_(False)
 
     def set_scaling(self, alpha: float, use_rslora: bool = False) -> None:
-        """Sets ``scaling`` to ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
-        self.alpha = float(alpha)
+        """Sets ``scaling`` to ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+
+        Raises:
+            ValueError: ``alpha`` is not a finite number.
+        """
+        self.alpha = check_alpha("alpha", alpha)
         self.use_rslora = use_rslora
         self.scaling = self.alpha / (math.sqrt(self.r) if use_rslora else self.r)
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from lorafast.nn import LoRALinear
+from lorafast.nn.lora_linear import move_hooks
 from lorafast.ops import aten
 
 
@@ -118,19 +120,42 @@ class TestFromLinear:
                 lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
                 "its weight is computed by a parametrization",
             ),
+            (
+                lambda: prune.l1_unstructured(nn.Linear(3, 3), "bias", 0.5),
+                "its bias is computed by a parametrization",
+            ),
             (lambda: Doubled(3, 3), "its forward is not that of nn.Linear (Doubled)"),
+            (
+                lambda: nn.Linear(3, 3).to(torch.float8_e4m3fn),
+                "its weight is torch.float8_e4m3fn, expected float16, bfloat16, float32 or float64",
+            ),
+            (
+                lambda: nn.Linear(3, 3, dtype=torch.complex64),
+                "its weight is torch.complex64, expected float16",
+            ),
         ],
-        ids=["not-linear", "lazy", "parametrized", "subclass"],
+        ids=["not-linear", "lazy", "parametrized", "pruned-bias", "subclass", "float8", "complex"],
     )
     def test_refusal(self, make, sentence):
         with pytest.raises(TypeError, match=re.escape(sentence)):
             LoRALinear.from_linear(make(), 2)
 
-    def test_a_refused_layer_is_left_alone(self):
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"r": 0}, "r is 0, expected an integer of at least 1"),
+            ({"alpha": math.nan}, "alpha is nan, expected a finite number"),
+            ({"dropout": "0.1"}, "dropout is '0.1', expected a probability from 0 to 1"),
+            ({"adapter_dtype": torch.float8_e4m3fn}, "adapter_dtype is torch.float8_e4m3fn"),
+        ],
+        ids=["r", "alpha", "dropout", "adapter_dtype"],
+    )
+    def test_a_refused_layer_is_left_alone(self, options, sentence):
         linear = nn.Linear(7, 5)
-        with pytest.raises(ValueError, match="r is 0, expected an integer of at least 1"):
-            LoRALinear.from_linear(linear, 0)
+        with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
+            LoRALinear.from_linear(linear, **{"r": 2} | options)
         assert linear.weight.requires_grad
+        assert linear.bias.requires_grad
 
 
 class Doubled(nn.Linear):
@@ -145,9 +170,30 @@ class Doubled(nn.Linear):
         ((4, 4, -1), {}, ValueError, "r is -1"),
         ((4, 4, 2.0), {}, ValueError, "r is 2.0, expected an integer"),
         ((4, 4, 2), {"dropout": 1.5}, ValueError, "dropout is 1.5, expected a probability"),
+        ((4, 4, 2), {"dropout": True}, ValueError, "dropout is True, expected a probability"),
+        ((4, 4, 2), {"alpha": math.inf}, ValueError, "alpha is inf, expected a finite number"),
+        ((4, 4, 2), {"alpha": "high"}, ValueError, "alpha is 'high', expected a finite number"),
         ((4, 4, 2), {"adapter_dtype": torch.int8}, TypeError, "adapter_dtype is torch.int8"),
+        ((4, 4, 2), {"adapter_dtype": "float32"}, TypeError, "adapter_dtype is 'float32'"),
+        (
+            (4, 4, 2),
+            {"dtype": torch.float8_e5m2},
+            TypeError,
+            "dtype is torch.float8_e5m2, expected",
+        ),
     ],
-    ids=["r=0", "r<0", "r-float", "dropout", "adapter-dtype"],
+    ids=[
+        "r=0",
+        "r<0",
+        "r-float",
+        "dropout",
+        "dropout-bool",
+        "alpha-inf",
+        "alpha-text",
+        "adapter-dtype",
+        "adapter-dtype-text",
+        "dtype",
+    ],
 )
 def test_refusal(arguments, options, error, sentence):
     with pytest.raises(error, match=re.escape(sentence)):
@@ -231,6 +277,25 @@ class TestMerge:
         assert not plain.weight.requires_grad
         torch.testing.assert_close(plain(x), made(x), rtol=1e-12, atol=1e-12)
         assert list(plain.state_dict()) == ["weight", "bias"][: 1 + bias]
+
+
+def test_scaling_is_set_or_left():
+    made = layer(r=4)
+    made.set_scaling(8, use_rslora=True)
+    with pytest.raises(ValueError, match="alpha is nan, expected a finite number"):
+        made.set_scaling(math.nan)
+    assert (made.alpha, made.scaling, made.use_rslora) == (8.0, 4.0, True)
+
+
+def test_hooks_move():
+    calls = []
+    made, linear = layer(dtype=torch.float32), nn.Linear(7, 5)
+    handle = made.register_forward_hook(lambda *_: calls.append("hook"))
+    move_hooks(made, linear)
+    linear(torch.randn(2, 7))
+    handle.remove()
+    linear(torch.randn(2, 7))
+    assert calls == ["hook"]
 
 
 def test_dropout_only_in_training():
