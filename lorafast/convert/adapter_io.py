@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +91,15 @@ def save_adapter(
             raise ValueError("a module inside the model is compiled: save before compiling it")
         if tensor.is_meta:
             raise ValueError(_NO_MEMORY.format(name))
+    for sentence in _lost_in_the_file(model, layers, tensors):
+        warnings.warn(sentence, stacklevel=2)
+    _write(Path(folder), describe(layers, model, sorted(modules_to_save)), tensors)
+
+
+def _lost_in_the_file(
+    model: nn.Module, layers: Container[str], tensors: dict[str, Tensor]
+) -> Iterator[str]:
+    """What of the model's training the file can't give back, a sentence each."""
     stored = {id(tensor) for tensor in tensors.values()}
     forgotten = [
         name
@@ -98,11 +107,10 @@ def save_adapter(
         if parameter.requires_grad and id(parameter) not in stored
     ]
     if forgotten:
-        warnings.warn(
-            f"trained but not saved (name their modules in modules_to_save): {', '.join(forgotten)}",
-            stacklevel=2,
-        )
-    _write(Path(folder), describe(layers, model, sorted(modules_to_save)), tensors)
+        yield f"trained but not saved (name their modules in modules_to_save): {', '.join(forgotten)}"
+    for names in names_by_layer(model).values():
+        if names[0] in layers and len(names) > 1:
+            yield f"{' and '.join(names)} are one layer, which PEFT adapts under the first name alone"
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
