@@ -46,8 +46,6 @@ def lora_linear(
             was expected.
         BackendError: the forced backend can't serve the call; the message says why.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}, expected a tensor")
     if autocast_enabled(x):
         return _under_autocast(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=training

@@ -22,8 +22,11 @@ def small_lora_linear(
 
     PyTorch differentiates it itself, which costs a small layer less than a backward in Python.
     """
-    s = torch.mm(x, lora_A.t())
-    return F.linear(x, weight, bias).addmm_(s, lora_B.t(), alpha=scaling)
+    y = F.linear(x, weight, bias)
+    s = F.linear(x, lora_A)
+    if scaling == 1.0:
+        return y.addmm_(s, lora_B.t())
+    return y.addmm_(s, lora_B.t(), alpha=scaling)
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:

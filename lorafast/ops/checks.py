@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -54,20 +54,22 @@ def check_lora_linear(
     try:
         N, K = weight.shape
         r, K_A = lora_A.shape
-        device = x.get_device()
+        dtype, adapter_dtype, device = x.dtype, lora_A.dtype, x.get_device()
         fits = (
             x.shape[-1] == K == K_A
             and lora_B.shape == (N, r)
             and r > 0
-            and (bias is None or (bias.shape == (N,) and bias.dtype is x.dtype))
-            and x.dtype is weight.dtype
-            and x.dtype in FLOATS
-            and lora_A.dtype is lora_B.dtype
-            and lora_A.dtype in FLOATS
+            and dtype is weight.dtype
+            and dtype in FLOATS
+            and adapter_dtype is lora_B.dtype
+            and (adapter_dtype is dtype or adapter_dtype in FLOATS)
             and device == weight.get_device() == lora_A.get_device() == lora_B.get_device()
-            and (bias is None or device == bias.get_device())
             # get_device() is -1 on the CPU and on meta alike.
-            and x.is_meta == weight.is_meta == lora_A.is_meta == lora_B.is_meta
+            and (device >= 0 or x.is_meta == weight.is_meta == lora_A.is_meta == lora_B.is_meta)
+            and (
+                bias is None
+                or (bias.shape == (N,) and bias.dtype is dtype and bias.get_device() == device)
+            )
             and 0.0 <= dropout_p <= 1.0
             and type(scaling) in (float, int)
         )
