@@ -14,8 +14,8 @@ reciprocal of the keep probability so quantised.
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
 ROUNDS = 7
@@ -35,16 +35,16 @@ def philox_4x32(
     k0, k1 = key
     for _ in range(rounds):
         # int64 products wrap modulo 2**64 and so keep all 64 bits of the unsigned product.
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
+        product0 = c0 * MULTIPLIERS[0]
+        product1 = c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _LOW) ^ c1 ^ k0,
             product1 & _LOW,
             ((product0 >> 32) & _LOW) ^ c3 ^ k1,
             product0 & _LOW,
         )
-        k0 = (k0 + _WEYL[0]) & _LOW
-        k1 = (k1 + _WEYL[1]) & _LOW
+        k0 = (k0 + WEYL[0]) & _LOW
+        k1 = (k1 + WEYL[1]) & _LOW
     return c0, c1, c2, c3
 
 
