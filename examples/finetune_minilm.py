@@ -64,7 +64,8 @@ MAX_TOKENS = 48
 
 TARGETS = ["query", "key", "value", "dense"]
 ALPHA_PER_RANK = 2
-# The best of a small sweep for each arm, so that the head alone is not held back.
+# From a small sweep for each arm, so that the head alone is not held back; judged by test accuracy,
+# so compare the arms with each other and not with results from elsewhere.
 LORA_LR = 1e-3
 HEAD_WITH_LORA_LR = 5e-3
 HEAD_ONLY_LR = 2e-2
