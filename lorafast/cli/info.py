@@ -63,5 +63,5 @@ def _choice() -> str:
     forced = dispatch.forced()
     if forced is not None:
         return f"{forced} for every operation (forced by {dispatch.ENVIRONMENT_VARIABLE})"
-    backend, reason = dispatch.automatic_choice(dispatch.OPERATIONS[0], ())
+    backend, reason = dispatch.automatic_choice()
     return f"{backend} for every operation ({reason})"

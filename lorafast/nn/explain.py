@@ -83,7 +83,7 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     if layer.merged:
         return Choice(operation, None, "the layer is merged: a plain product", {})
     if forced is None:
-        backend, reason = dispatch.automatic_choice(operation, tensors)
+        backend, reason = dispatch.automatic_choice()
     elif reasons[forced] is None:
         backend, reason = forced, "forced"
     else:

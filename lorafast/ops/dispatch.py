@@ -68,7 +68,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, every operation runs on backend ``name`` (``auto`` to lift a choice).
 
     The choice holds for the whole process, as PyTorch's own ``torch.backends`` flags do. A backward
-    runs on the backend of its forward, also when it runs after the block.
+    runs on the backend of its forward, also when it runs after the block; compiled code asks anew
+    whenever it runs an operation.
 
     Raises:
         ValueError: there is no backend of this name.
@@ -104,8 +105,8 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
     return _backend.BACKENDS[name].implementation(operation)
 
 
-def automatic_choice(operation: str, tensors: tuple[Tensor | None, ...]) -> tuple[str, str]:
-    """The backend that ``auto`` takes for a call, and the rule that took it."""
+def automatic_choice() -> tuple[str, str]:
+    """The backend that ``auto`` takes, and the rule that took it."""
     return _AUTOMATIC.name, "no measurement on this device shows another backend ahead of it"
 
 

@@ -1,0 +1,71 @@
+"""Elements beyond 2**31 of their storage: offsets need 64 bits.
+
+The storage is reserved and, but for two pages, never touched.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from small_tiles import on_kernels
+
+from lorafast import reference
+
+FAR = 2**31
+
+
+@pytest.fixture
+def far_apart(device):
+    """A matrix of two rows that lie 2**31 elements apart."""
+
+    def make(K):
+        storage = torch.empty(FAR + K, dtype=torch.float16, device=device)
+        matrix = storage.as_strided((2, K), (FAR, 1))
+        matrix.copy_(torch.randn(2, K))
+        return matrix
+
+    return make
+
+
+def draw(*size, device):
+    return torch.randn(size, device=device).half()
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_shrink(far_apart, device):
+    x, lora_A = far_apart(24), draw(3, 24, device=device)
+    assert_same(on_kernels().shrink(x, lora_A), reference.shrink(x, lora_A))
+    x, lora_A = draw(5, 24, device=device), far_apart(24)
+    assert_same(on_kernels().shrink(x, lora_A), reference.shrink(x, lora_A))
+
+
+@pytest.mark.parametrize("far", ["x", "weight", "weight transposed"])
+def test_linear_expand(far_apart, device, far):
+    x, weight = draw(2, 24, device=device), draw(2, 24, device=device)
+    if far == "x":
+        x = far_apart(24)
+    elif far == "weight":
+        weight = far_apart(24)
+    else:
+        x, weight = draw(5, 2, device=device), far_apart(24).t()
+    s, lora_B = draw(x.shape[0], 3, device=device), draw(weight.shape[0], 3, device=device)
+    arguments = (x, weight, s, lora_B, 0.5)
+    assert_same(on_kernels().linear_expand(*arguments), reference.linear_expand(*arguments))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_expand_backward(far_apart, device, transposed):
+    dy = far_apart(24).t() if transposed else far_apart(24)
+    s, lora_B = draw(dy.shape[0], 3, device=device), draw(dy.shape[1], 3, device=device)
+    found = on_kernels().expand_backward(dy, s, lora_B, 0.5)
+    for one, two in zip(found, reference.expand_backward(dy, s, lora_B, 0.5), strict=True):
+        assert_same(one, two)
+
+
+def test_shrink_backward(far_apart, device):
+    x, ds = far_apart(24), draw(2, 3, device=device)
+    assert_same(on_kernels().shrink_backward(ds, x), reference.shrink_backward(ds, x))
