@@ -45,8 +45,8 @@ def chunks(x: Tensor, length: int, block: int, programs: int) -> tuple[int, int]
     blocks = triton.cdiv(length, block)
     # Two waves, and at least four blocks a chunk: below that the partial sums cost more than they save.
     wanted = min(triton.cdiv(2 * processors, programs), max(blocks // 4, 1))
-    chunk = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, chunk), chunk
+    chunk = max(triton.cdiv(blocks, wanted), 1)
+    return max(triton.cdiv(blocks, chunk), 1), chunk
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -93,8 +93,8 @@ def expand_backward(
     """
     M, N = dy.shape
     r = lora_B.shape[1]
-    if M == 0:
-        return s.new_empty((0, r)), torch.zeros((N, r), device=dy.device, dtype=lora_B.dtype)
+    if dy.numel() == 0:
+        return s.new_zeros((M, r)), torch.zeros((N, r), device=dy.device, dtype=lora_B.dtype)
     c = config or config_for("expand_backward", r, dy.element_size())
     col_blocks, rank_blocks = triton.cdiv(N, c.block_n), triton.cdiv(r, c.block_r)
     count, m_blocks = chunks(dy, M, c.block_m, col_blocks * rank_blocks)

@@ -134,7 +134,9 @@ def linear_expand_kernel(
             stride_sm, stride_sr, stride_bn, stride_br, BLOCK_R, PRECISION, INTERPRETED,
         )  # fmt: skip
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + cols * stride_bias, mask=cols < N, other=0.0)  # [BLOCK_N]
+        bias = tl.load(
+            bias_ptr + cols.to(tl.int64) * stride_bias, mask=cols < N, other=0.0
+        )  # [BLOCK_N]
         acc += bias.to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]  # [BLOCK_M, BLOCK_N]
     inside = (rows < M)[:, None] & (cols < N)[None, :]
@@ -161,7 +163,7 @@ def linear_expand(
     M, K = x.shape
     N, r = lora_B.shape
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
-    if M == 0:
+    if y.numel() == 0:
         return y
     c = config or config_for("linear_expand", r, x.element_size())
     with on_device(x):

@@ -93,7 +93,7 @@ def shrink(
     M, K = x.shape
     r = lora_A.shape[0]
     s = torch.empty((M, r), device=x.device, dtype=x.dtype)
-    if M == 0:
+    if s.numel() == 0:
         return s
     c = config or config_for("shrink", r, x.element_size())
     row_blocks, rank_blocks = triton.cdiv(M, c.block_m), triton.cdiv(r, c.block_r)

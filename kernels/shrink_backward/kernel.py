@@ -94,7 +94,7 @@ def shrink_backward(
     M, K = x.shape
     r = ds.shape[1]
     dtype = dtype or x.dtype
-    if M == 0:
+    if x.numel() == 0:
         return torch.zeros((r, K), device=x.device, dtype=dtype)
     c = config or config_for("shrink_backward", r, x.element_size())
     col_blocks, rank_blocks = triton.cdiv(K, c.block_k), triton.cdiv(r, c.block_r)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to run (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=list(_DTYPES), nargs="*", default=list(_DTYPES), help="default: all"
+        "--dtype", choices=list(_DTYPES), nargs="+", default=list(_DTYPES), help="default: all"
     )
 
 
@@ -57,9 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
         # Before the kernels are first imported, which is when Triton reads it.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     rows = []
-    for name, status in lorafast.backends().items():
-        if not status.usable:
-            print(f"{name}: not run, {status.reason}")
+    sample = torch.empty((1, 1), device=device)
+    for name in lorafast.backends():
+        reason = dispatch.why_not(name, "shrink", (sample,))
+        if reason is not None:
+            print(f"{name}: not run, {reason}")
             continue
         if name == "triton" and backend.interpreting():
             print("triton: run in Triton's interpreter, which checks the kernels and not the chip")

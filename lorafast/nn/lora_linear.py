@@ -279,7 +279,8 @@ class LoRALinear(nn.Module):
         # A checkpoint of the plain layer has neither; one without the other is a broken one.
         if prefix + "weight" in state_dict and all(key not in state_dict for key in adapter):
             for key in adapter:
-                missing_keys.remove(key)
+                if key in missing_keys:  # not there if a parametrization computes it
+                    missing_keys.remove(key)
         if self.merged:
             self.merge()
 

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -39,7 +38,8 @@ def _implementation(module: str, operation: str) -> Callable[..., Any]:
 
 def _version(package: str) -> tuple[int, ...]:
     """Major and minor version of an installed package."""
-    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+    version: str = importlib.import_module(package).__version__
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def interpreting() -> bool:

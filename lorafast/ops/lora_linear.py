@@ -28,6 +28,13 @@ Gradients = tuple[
 ]
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``[..., K]`` as ``[M, K]``."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
 def _forward(
     backend: str | None,
     x: Tensor,
@@ -40,12 +47,15 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``y`` in the shape of ``x`` and ``s [M, r]``."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     s = dispatch.select("shrink", backend, rows, lora_A, seed)(rows, lora_A, dropout_p, seed)
     y = dispatch.select("linear_expand", backend, rows, weight, s, lora_B, bias)(
         rows, weight, s, lora_B, scaling, bias
     )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_B.shape[0]), s
+    if x.dim() != 2:
+        # Not a view: autograd forbids to change in place what a Function returns as one.
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], lora_B.shape[0]))
+    return y, s
 
 
 def _backward(
@@ -69,8 +79,8 @@ def _backward(
     need_dx, need_dweight, need_dA, need_dB, _, need_dbias, *_ = needs
     K = lora_A.shape[1]
     leading = dy.shape[:-1]
-    dy = dy.reshape(-1, lora_B.shape[0])
-    rows = None if x is None else x.reshape(-1, K)
+    dy = _rows(dy)
+    rows = None if x is None else _rows(x)
     ds = dB = dA = dx = dweight = dbias = None
     if (need_dx or need_dA) and need_dB:
         ds, dB = run.expand_backward(dy, s, lora_B, scaling)
@@ -115,7 +125,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> Gradients:
     if ctx.needs_input_grad[3]:
         if x is not None:
             # s was saved as a number; its dependence on x and A must be part of the graph.
-            s = reference.shrink(x.reshape(-1, x.shape[-1]), lora_A, ctx.dropout_p, seed)
+            s = reference.shrink(_rows(x), lora_A, ctx.dropout_p, seed)
         elif ctx.needs_input_grad[0]:
             raise RuntimeError(
                 "a second derivative of lora_linear needs x, which is not kept when lora_A has no "
@@ -263,8 +273,7 @@ def lora_linear(
     ):
         if x.dim() == 2:
             return aten.small_lora_linear(x, weight, lora_A, lora_B, scaling, bias)
-        rows = x.reshape(-1, x.shape[-1])
-        y = aten.small_lora_linear(rows, weight, lora_A, lora_B, scaling, bias)
+        y = aten.small_lora_linear(_rows(x), weight, lora_A, lora_B, scaling, bias)
         return y.view(*x.shape[:-1], N)
     if torch.is_grad_enabled():
         return _apply(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)

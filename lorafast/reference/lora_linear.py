@@ -24,8 +24,8 @@ def lora_linear(
     ``y [..., N]``. Dropout needs ``seed``, an int64 tensor of one element. Differentiable by
     PyTorch's own autograd, any number of times.
     """
-    N, K = weight.shape
-    rows = x.reshape(-1, K)
+    N = weight.shape[0]
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     if not training:
         dropout_p = 0.0
     if dropout_p > 0.0 and seed is None:

@@ -57,6 +57,16 @@ def test_linear_expand(far_apart, device, far):
     assert_same(on_kernels().linear_expand(*arguments), reference.linear_expand(*arguments))
 
 
+def test_linear_expand_with_a_strided_bias(device):
+    storage = torch.empty(2**31 + 1, dtype=torch.float16, device=device)
+    bias = storage.as_strided((3,), (2**30,))
+    bias.copy_(torch.randn(3))
+    x, weight = draw(2, 4, device=device), draw(3, 4, device=device)
+    s, lora_B = draw(2, 1, device=device), draw(3, 1, device=device)
+    arguments = (x, weight, s, lora_B, 0.5, bias)
+    assert_same(on_kernels().linear_expand(*arguments), reference.linear_expand(*arguments))
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 def test_expand_backward(far_apart, device, transposed):
     dy = far_apart(24).t() if transposed else far_apart(24)

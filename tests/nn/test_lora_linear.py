@@ -226,6 +226,12 @@ class TestStateDict:
         with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
             layer().load_state_dict(state)
 
+    def test_a_plain_checkpoint_into_a_parametrized_adapter_names_what_is_missing(self):
+        made = layer()
+        nn.utils.parametrizations.spectral_norm(made, "lora_A")
+        with pytest.raises(RuntimeError, match=r"Missing key.*parametrizations\.lora_A"):
+            made.load_state_dict(nn.Linear(7, 5).state_dict())
+
     def test_loading_into_a_merged_layer_merges_again(self):
         one, two = layer(), layer()
         two.merge()

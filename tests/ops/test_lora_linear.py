@@ -191,6 +191,33 @@ def test_shapes(path, leading, K, r):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=["2-D", "3-D"])
+def test_the_output_can_be_changed_in_place(path, dropout_p, leading):
+    t = draw(grad=("x", "lora_A", "lora_B"))
+    t["x"] = torch.randn(*leading, 6, dtype=torch.float64, requires_grad=True)
+    expected = gradients(2 * run(t, dropout_p), t)
+    found = gradients(run(t, dropout_p).mul_(2), t)
+    for name in ("x", "lora_A", "lora_B"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+@pytest.mark.parametrize(("K", "N"), [(0, 3), (3, 0)], ids=["K=0", "N=0"])
+def test_layers_without_inputs_or_outputs(path, backend, K, N):
+    if not lorafast.backends()[backend].usable:
+        pytest.skip(lorafast.backends()[backend].reason)
+    x = torch.randn(2, 5, K, requires_grad=True)
+    weight, lora_A, lora_B = (torch.randn(s) for s in ((N, K), (2, K), (N, 2)))
+    lora_A.requires_grad_()
+    lora_B.requires_grad_()
+    with lorafast.use_backend(backend):
+        y = lora_linear(x, weight, lora_A, lora_B, 0.5)
+        gradients_found = torch.autograd.grad(y.sum(), (x, lora_A, lora_B))
+    assert torch.equal(y, torch.zeros(2, 5, N))
+    assert not any(gradient.any() for gradient in gradients_found)
+
+
 def test_non_contiguous_x_of_many_dimensions(path):
     t = draw()
     x = torch.randn(6, 4, 3, dtype=torch.float64).permute(2, 1, 0)
