@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lorafast import ops
 from lorafast.ops.checks import check_lora_linear
-from lorafast.ops.library import autocast_enabled
+from lorafast.ops.registration import autocast_enabled
 
 _SEEDS = 2**63 - 1
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from lorafast import reference
 from lorafast.ops import dispatch
 from lorafast.ops.checks import check_matrix, check_same_dtype
-from lorafast.ops.library import differentiate_by_reference, register
+from lorafast.ops.registration import differentiate_by_reference, register
 
 
 def _check(dy: Tensor, s: Tensor, lora_B: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorafast import reference
 from lorafast.ops import aten, dispatch
 from lorafast.ops.checks import check_dropout, check_lora_linear
-from lorafast.ops.library import register, register_autograd, without_autocast
+from lorafast.ops.registration import register, register_autograd, without_autocast
 
 # Private, but the one cheap question; without it the autograd.Function refuses transforms aloud.
 _transforms_active: Callable[[], bool] = getattr(
