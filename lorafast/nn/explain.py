@@ -89,7 +89,7 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     else:
         backend, reason = None, f"{forced} is forced and can't: {reasons[forced]}"
     others = {
-        name: why or ("usable, another was forced" if forced else "usable, not the fastest known")
+        name: why or ("usable, another was forced" if forced else "usable, not measured to be faster")
         for name, why in reasons.items()
         if name not in (backend, forced)
     }
