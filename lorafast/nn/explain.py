@@ -88,9 +88,6 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
         backend, reason = forced, "forced"
     else:
         backend, reason = None, f"{forced} is forced and can't: {reasons[forced]}"
-    others = {
-        name: why or ("usable, another was forced" if forced else "usable, not measured to be faster")
-        for name, why in reasons.items()
-        if name not in (backend, forced)
-    }
+    usable = "usable, another was forced" if forced else "usable, not measured to be faster"
+    others = {name: why or usable for name, why in reasons.items() if name not in (backend, forced)}
     return Choice(operation, backend, reason, others)

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,9 +32,7 @@ def test_info_says_which_backend_is_forced(capsys):
 def test_both_ways_to_call_it(command):
     prefix = [sys.executable, "-m", "lorafast"]
     if command == "lorafast":
-        prefix = [
-            str(sys.executable).replace("python3", "python").removesuffix("python") + "lorafast"
-        ]
+        prefix = [str(Path(sys.executable).with_name("lorafast"))]
     process = subprocess.run([*prefix, "info"], capture_output=True, text=True, check=True)
     assert process.stdout.startswith("lorafast ")
 
