@@ -1,4 +1,4 @@
-"""Launch configurations: one table, one validity predicate, one look-up.
+"""Launch configurations: one table, one validity predicate, one look-up, one way to cut a length.
 
 A row of ``TABLE[operation]`` reads
 
@@ -140,3 +140,16 @@ def config_for(operation: str, rank: int, element_size: int) -> LaunchConfig:
         if rank <= most:
             return config
     return rows[-1][1]
+
+
+def chunks(processors: int, length: int, block: int, programs: int) -> tuple[int, int]:
+    """Cuts ``length`` so that ``programs`` times the number of chunks fills ``processors``.
+
+    Returns the number of chunks and how many blocks each has. Depends on shapes and device alone, so
+    that two runs reduce in the same order.
+    """
+    blocks = -(-length // block)
+    # Two waves, and at least four blocks a chunk: below that the partial sums cost more than they save.
+    wanted = min(-(-2 * processors // programs), max(blocks // 4, 1))
+    chunk = max(-(-blocks // wanted), 1)
+    return max(-(-blocks // chunk), 1), chunk

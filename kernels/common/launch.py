@@ -11,6 +11,8 @@ from lorafast.reference.dropout import survivor_scale, threshold
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
+INTERPRETER_PROCESSORS = 4
+"""The interpreter runs programs one by one; a few make it cut and add up as a device does."""
 
 
 def precision(x: Tensor) -> str:
@@ -30,23 +32,14 @@ def dropout_arguments(x: Tensor, dropout_p: float, seed: Tensor | None) -> dict[
     }
 
 
+def processors(x: Tensor) -> int:
+    """How many programs of a kernel can run at the same time, one a multiprocessor."""
+    return _multiprocessors(x.device) if x.is_cuda else INTERPRETER_PROCESSORS
+
+
 @functools.lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def chunks(x: Tensor, length: int, block: int, programs: int) -> tuple[int, int]:
-    """Cuts ``length`` so that ``programs`` times the number of chunks fills the device.
-
-    Returns the number of chunks and how many blocks each has. Depends on shapes and device alone, so
-    that two runs reduce in the same order.
-    """
-    processors = _multiprocessors(x.device) if x.is_cuda else 4
-    blocks = triton.cdiv(length, block)
-    # Two waves, and at least four blocks a chunk: below that the partial sums cost more than they save.
-    wanted = min(triton.cdiv(2 * processors, programs), max(blocks // 4, 1))
-    chunk = max(triton.cdiv(blocks, wanted), 1)
-    return max(triton.cdiv(blocks, chunk), 1), chunk
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -7,9 +7,9 @@ leaves row block by row block. Both are partial sums, added in a fixed order aft
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, config_for
+from lorafast.kernels.common.configs import LaunchConfig, chunks, config_for
 from lorafast.kernels.common.device import cast, dot
-from lorafast.kernels.common.launch import INTERPRETED, chunks, on_device, precision
+from lorafast.kernels.common.launch import INTERPRETED, on_device, precision, processors
 from lorafast.kernels.common.sum_partials import sum_partials
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def expand_backward(
         return s.new_zeros((M, r)), torch.zeros((N, r), device=dy.device, dtype=lora_B.dtype)
     c = config or config_for("expand_backward", r, dy.element_size())
     col_blocks, rank_blocks = triton.cdiv(N, c.block_n), triton.cdiv(r, c.block_r)
-    count, m_blocks = chunks(dy, M, c.block_m, col_blocks * rank_blocks)
+    count, m_blocks = chunks(processors(dy), M, c.block_m, col_blocks * rank_blocks)
     ds = torch.empty((col_blocks, M, r), device=dy.device, dtype=torch.float32)
     dB = torch.empty((count, N, r), device=dy.device, dtype=torch.float32)
     with on_device(dy):

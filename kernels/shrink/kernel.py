@@ -3,14 +3,14 @@
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, config_for
+from lorafast.kernels.common.configs import LaunchConfig, chunks, config_for
 from lorafast.kernels.common.device import cast, dot, keep_mask
 from lorafast.kernels.common.launch import (
     INTERPRETED,
-    chunks,
     dropout_arguments,
     on_device,
     precision,
+    processors,
 )
 from lorafast.kernels.common.sum_partials import sum_partials
 from torch import Tensor
@@ -97,7 +97,7 @@ def shrink(
         return s
     c = config or config_for("shrink", r, x.element_size())
     row_blocks, rank_blocks = triton.cdiv(M, c.block_m), triton.cdiv(r, c.block_r)
-    count, k_blocks = chunks(x, K, c.block_k, row_blocks * rank_blocks)
+    count, k_blocks = chunks(processors(x), K, c.block_k, row_blocks * rank_blocks)
     # Partial sums stay in float32 until the last addition.
     target = s if count == 1 else s.new_empty((count, M, r), dtype=torch.float32)
     with on_device(x):

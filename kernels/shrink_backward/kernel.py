@@ -3,14 +3,14 @@
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, config_for
+from lorafast.kernels.common.configs import LaunchConfig, chunks, config_for
 from lorafast.kernels.common.device import cast, dot, keep_mask
 from lorafast.kernels.common.launch import (
     INTERPRETED,
-    chunks,
     dropout_arguments,
     on_device,
     precision,
+    processors,
 )
 from lorafast.kernels.common.sum_partials import sum_partials
 from torch import Tensor
@@ -98,7 +98,7 @@ def shrink_backward(
         return torch.zeros((r, K), device=x.device, dtype=dtype)
     c = config or config_for("shrink_backward", r, x.element_size())
     col_blocks, rank_blocks = triton.cdiv(K, c.block_k), triton.cdiv(r, c.block_r)
-    count, m_blocks = chunks(x, M, c.block_m, col_blocks * rank_blocks)
+    count, m_blocks = chunks(processors(x), M, c.block_m, col_blocks * rank_blocks)
     dA = torch.empty((r, K), device=x.device, dtype=dtype)
     # Partial sums stay in float32 until the last addition.
     target = dA if count == 1 else dA.new_empty((count, r, K), dtype=torch.float32)
