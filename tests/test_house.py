@@ -9,9 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Imports go down only. The package's own __init__ hands names on and stands above everything but the
-# command line, which reads its version.
-FLOORS = ["reference", "kernels", "ops", "functional", "nn", "convert", "__init__", "cli"]
-SOURCES = [*sorted((ROOT / "lorafast").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
+# measurements and the command line, which use it as anyone does.
+FLOORS = ["reference", "kernels", "ops", "functional", "nn", "convert", "__init__", "bench", "cli"]
+OWN_FOLDERS = ("kernels", "bench")  # at the top, imported from lorafast
+SOURCES = [
+    *sorted((ROOT / "lorafast").rglob("*.py")),
+    *(path for top in OWN_FOLDERS for path in sorted((ROOT / top).rglob("*/*.py"))),
+]
 
 
 def room(module: str) -> str:
@@ -22,7 +26,7 @@ def room(module: str) -> str:
 
 def module_name(path: Path) -> str:
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    if parts[0] == "kernels":
+    if parts[0] in OWN_FOLDERS:
         parts.insert(0, "lorafast")
     if parts[-1] == "__init__":
         parts.pop()
@@ -51,7 +55,7 @@ def test_imports_go_down_only(path):
         if other in FLOORS:
             assert FLOORS.index(other) <= FLOORS.index(own), f"{own} imports {target}"
         else:  # a name of the package itself
-            assert own == "cli", f"{own} imports {target}"
+            assert own in ("bench", "cli"), f"{own} imports {target}"
 
 
 def test_reference_imports_nothing_else_of_ours():
@@ -75,7 +79,7 @@ def test_one_operation_has_one_name_in_every_room():
 
 
 def test_the_name_kernels_is_not_ours():
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not any((ROOT / top / "__init__.py").exists() for top in OWN_FOLDERS)
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
@@ -103,7 +107,8 @@ def test_the_wheel_has_every_kernel(tmp_path):
     )
     code = (
         "import lorafast, lorafast.kernels.shrink as k, lorafast.kernels.common.configs as c; "
-        "print(lorafast.__file__); print(k.__file__); print(c.__file__)"
+        "import lorafast.bench.layer as b; "
+        "print(lorafast.__file__); print(k.__file__); print(c.__file__); print(b.__file__)"
     )
     process = subprocess.run(
         [sys.executable, "-c", code],

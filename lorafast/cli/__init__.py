@@ -1,12 +1,12 @@
-"""The command line: ``lorafast info`` and ``lorafast verify``."""
+"""The command line: ``lorafast info``, ``lorafast verify``, ``lorafast bench``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from lorafast.cli import info, verify
+from lorafast.cli import bench, info, verify
 
-_COMMANDS = {"info": info, "verify": verify}
+_COMMANDS = {"info": info, "verify": verify, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""What the measurements share: shapes, contenders, clocks, memory, records, tables, plots."""

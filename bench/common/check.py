@@ -1,0 +1,139 @@
+"""Correctness before time: a contender must compute the layer's function and its gradients.
+
+The yardstick is the package's one contract (``lorafast.reference.contract``): 1.25 times the error of
+plain PyTorch in the same dtype, plus one rounding, for y, dx, dA and dB.
+
+Every contender draws its own dropout mask, and a compiled one draws it out of reach. So the mask is
+read back: with W = 0 and ``ds·A = 1`` everywhere, dx *is* the mask, and from the same state of the
+generator the layer draws the same mask for the real tensors.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from lorafast.bench.common.contenders import Contender
+from lorafast.bench.common.problem import SCALING, Problem, Tensors
+from torch import Tensor
+
+from lorafast import reference
+from lorafast.reference import contract
+
+_SEED = 20_261_123
+_LETTERS = {"x": "dx", "lora_A": "dA", "lora_B": "dB"}
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What a dropout does to x: zero where not ``keep``, else times ``scale``."""
+
+    keep: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(self.keep, x, 0.0) * self.scale
+
+
+def run(contender: Contender, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """One forward and backward: ``y``, ``dx`` and the gradients of the contender's parameters."""
+    x = x.detach().requires_grad_()
+    contender.clear_gradients()
+    torch.manual_seed(_SEED)
+    with contender.context():
+        y = contender.layer(x)
+        y.backward(dy)
+    inputs = {"x": x, **contender.parameters}
+    found = {"y": y.detach()}
+    for name, tensor in inputs.items():
+        if tensor.grad is not None:
+            found[_LETTERS[name]] = tensor.grad
+    contender.clear_gradients()
+    return found
+
+
+def expected(
+    tensors: Tensors, dropped: Dropped | None, adapted: bool, dtype: torch.dtype | None, power: int
+) -> dict[str, Tensor]:
+    """The reference on all tensors to the ``power``, in ``dtype`` (None: each in its own)."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return (tensor if dtype is None else tensor.to(dtype)) ** power
+
+    x = cast(tensors.x[0]).requires_grad_()
+    lora_A, lora_B = (cast(t).requires_grad_() for t in (tensors.lora_A, tensors.lora_B))
+    bias = None if tensors.bias is None else cast(tensors.bias)
+    if dropped is not None:
+        dropped = Dropped(dropped.keep, dropped.scale**power)
+    inputs = {"x": x}
+    if adapted:
+        s = reference.shrink(x if dropped is None else dropped(x), lora_A)
+        y = reference.linear_expand(x, cast(tensors.weight), s, lora_B, SCALING**power, bias)
+        inputs |= {"lora_A": lora_A, "lora_B": lora_B}
+    else:
+        y = torch.nn.functional.linear(x, cast(tensors.weight), bias)
+    gradients = torch.autograd.grad(y, list(inputs.values()), cast(tensors.dy[0]))
+    named = zip((_LETTERS[name] for name in inputs), gradients, strict=True)
+    return {"y": y.detach(), **dict(named)}
+
+
+@contextmanager
+def _probing(contender: Contender, tensors: Tensors) -> Iterator[Tensor]:
+    """W = 0, A = 1, B's first row ``1 / (SCALING · r)``: yields the dy under which ``ds·A = 1``."""
+    changed = (tensors.weight, *contender.parameters.values())
+    before = [tensor.detach().clone() for tensor in changed]
+    lora_A, lora_B = contender.parameters["lora_A"], contender.parameters["lora_B"]
+    dy = torch.zeros_like(tensors.dy[0])
+    dy[:, 0] = 1.0
+    try:
+        with torch.no_grad():
+            tensors.weight.zero_()
+            lora_A.fill_(1.0)
+            lora_B.zero_()[0] = 1 / (SCALING * lora_A.shape[0])
+        yield dy
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+
+
+def mask_of(contender: Contender, problem: Problem, tensors: Tensors) -> Dropped | None:
+    """The mask that ``run`` will draw, read back from the contender itself; None without dropout."""
+    if not problem.dropout_p or not contender.parameters:
+        return None
+    with _probing(contender, tensors) as dy:
+        dx = run(contender, tensors.x[0], dy)["dx"]
+    return Dropped(dx != 0, contender.survivor_scale)
+
+
+def why_wrong(contender: Contender, problem: Problem, tensors: Tensors) -> str | None:
+    """What is wrong with the contender's results, or None."""
+    adapted = bool(contender.parameters)
+    dropped = mask_of(contender, problem, tensors)
+    if dropped is not None:
+        reason = _why_no_mask(dropped.keep, problem.dropout_p)
+        if reason is not None:
+            return reason
+    found = run(contender, tensors.x[0], tensors.dy[0])
+    eager = expected(tensors, dropped, adapted, None, 1)
+    ref64 = expected(tensors, dropped, adapted, torch.float64, 1)
+    squared64 = expected(tensors, dropped, adapted, torch.float64, 2)
+    for name, ref in ref64.items():
+        if name not in found:
+            return f"{name} is missing"
+        error = contract.error(found[name], ref)
+        allowed = contract.allowed(eager[name], ref, squared64[name].abs().sqrt())
+        if not error <= allowed:
+            return f"{name} is off by {error:.1e}, allowed {allowed:.1e}"
+    return None
+
+
+def _why_no_mask(keep: Tensor, dropout_p: float) -> str | None:
+    """A mask drops each element with probability p: six standard deviations are granted."""
+    count = keep.numel()
+    dropped = count - int(keep.sum())
+    slack = 6 * (count * dropout_p * (1 - dropout_p)) ** 0.5
+    # Probabilities are quantised to 1/65536, and a mask may come in groups of a few elements.
+    if abs(dropped - dropout_p * count) > slack + count / 65536:
+        return f"{dropped / count:.2%} of x is dropped, expected {dropout_p:.2%}"
+    return None

@@ -1,0 +1,143 @@
+"""Who is compared: each contender is a layer over the same frozen weight and adapter.
+
+Add one by a function from the problem and its tensors to a ``Contender``, entered in ``BUILDERS``;
+it raises ``UnavailableError`` where this machine can't run it.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lorafast.bench.common.problem import SCALING, Problem, Tensors
+from torch import Tensor, nn
+
+from lorafast.nn import LoRALinear
+from lorafast.ops import dispatch
+from lorafast.reference.dropout import survivor_scale
+
+FROZEN = "frozen"
+
+
+class UnavailableError(RuntimeError):
+    """This machine can't run the contender; the message says why."""
+
+
+@dataclass
+class Contender:
+    """A layer to be timed: ``layer(x)``, within ``context()``.
+
+    ``lora_A`` and ``lora_B`` are its own parameters (none on the frozen layer), ``survivor_scale``
+    what it multiplies elements with that its dropout keeps.
+    """
+
+    name: str
+    layer: Callable[[Tensor], Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    survivor_scale: float = 1.0
+
+    def clear_gradients(self) -> None:
+        """As after an optimizer's step: the next backward writes its gradients and adds to none."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+Builder = Callable[[Problem, Tensors], Contender]
+
+
+def linear(tensors: Tensors) -> nn.Linear:
+    """The frozen layer; its parameters share the memory of ``tensors``."""
+    N, K = tensors.weight.shape
+    layer = nn.Linear(K, N, bias=tensors.bias is not None, device="meta")
+    layer.weight = nn.Parameter(tensors.weight, requires_grad=False)
+    if tensors.bias is not None:
+        layer.bias = nn.Parameter(tensors.bias, requires_grad=False)
+    return layer
+
+
+def _frozen(problem: Problem, tensors: Tensors) -> Contender:
+    return Contender(FROZEN, linear(tensors))
+
+
+def _lora_linear(problem: Problem, tensors: Tensors) -> LoRALinear:
+    layer = LoRALinear.from_linear(
+        linear(tensors),
+        problem.r,
+        alpha=SCALING * problem.r,
+        dropout=problem.dropout_p,
+        adapter_dtype=tensors.lora_A.dtype,
+    )
+    with torch.no_grad():
+        layer.lora_A.copy_(tensors.lora_A)
+        layer.lora_B.copy_(tensors.lora_B)
+    return layer.train()
+
+
+def _lorafast(problem: Problem, tensors: Tensors, *, backend: str = dispatch.AUTO) -> Contender:
+    if backend != dispatch.AUTO:
+        reason = dispatch.why_not(backend, "shrink", (tensors.weight,))
+        if reason is not None:
+            raise UnavailableError(reason)
+    layer = _lora_linear(problem, tensors)
+    return Contender(
+        "lorafast" if backend == dispatch.AUTO else backend,
+        layer,
+        {"lora_A": layer.lora_A, "lora_B": layer.lora_B},
+        # Unforced, as a user calls it: a context manager more would count on a tiny layer.
+        contextlib.nullcontext
+        if backend == dispatch.AUTO
+        else functools.partial(dispatch.use_backend, backend),
+        survivor_scale(problem.dropout_p),
+    )
+
+
+def _peft(problem: Problem, tensors: Tensors) -> Contender:
+    try:
+        import peft
+    except ImportError:
+        raise UnavailableError("PEFT is not installed (pip install peft)") from None
+    config = peft.LoraConfig(
+        r=problem.r,
+        lora_alpha=SCALING * problem.r,  # an int by its hint alone
+        lora_dropout=problem.dropout_p,
+        target_modules=["0"],
+    )
+    # autocast_adapter_dtype makes float32 adapters; with it off they take the dtype of the weight.
+    model = peft.get_peft_model(
+        nn.Sequential(linear(tensors)),
+        config,
+        autocast_adapter_dtype=tensors.lora_A.dtype != tensors.weight.dtype,
+    )
+    layer: Any = model.get_submodule("base_model.model.0").train()
+    lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        lora_A.copy_(tensors.lora_A)
+        lora_B.copy_(tensors.lora_B)
+    return Contender(
+        "peft",
+        layer,
+        {"lora_A": lora_A, "lora_B": lora_B},
+        survivor_scale=1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0,
+    )
+
+
+def _compiled(problem: Problem, tensors: Tensors, *, of: Builder) -> Contender:
+    contender = of(problem, tensors)
+    contender.name += "-compiled"
+    # A code cache of its own for each problem: dynamic shapes would be another program.
+    torch._dynamo.reset()
+    contender.layer = torch.compile(contender.layer, dynamic=False)
+    return contender
+
+
+BUILDERS: dict[str, Builder] = {
+    FROZEN: _frozen,
+    "lorafast": _lorafast,
+    "lorafast-compiled": functools.partial(_compiled, of=_lorafast),
+    "peft": _peft,
+    "peft-compiled": functools.partial(_compiled, of=_peft),
+    **{name: functools.partial(_lorafast, backend=name) for name in dispatch.backend_names()},
+}

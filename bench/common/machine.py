@@ -1,0 +1,113 @@
+"""What a record says about the machine that it was taken on."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorafast
+
+_PACKAGES = ("torch", "triton", "numpy", "peft", "transformers")
+_CLOCK_FIELDS = (
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "clocks_event_reasons.active",
+)
+_ROOT = Path(lorafast.__file__).resolve().parents[1]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, driver, versions, commit."""
+    return {
+        "device": device_name(device),
+        **_device_details(device),
+        "host_cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "lorafast": lorafast.__version__,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def clock_state(device: torch.device) -> dict[str, Any]:
+    """How fast the device says that it runs just now, and what else the machine does."""
+    state: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+    if device.type == "cuda":
+        state |= dict(zip(_CLOCK_FIELDS, _nvidia_smi(*_CLOCK_FIELDS), strict=True))
+    else:
+        state["cpu_mhz"] = _cpu_info("cpu MHz")
+    return state
+
+
+def _device_details(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"capability": torch.backends.cpu.get_cpu_capability()}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _nvidia_smi("driver_version")[0],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _nvidia_smi(*fields: str) -> list[str | None]:
+    """What ``nvidia-smi`` says of the first GPU; Nones where it is missing or knows no such field."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [None] * len(fields)
+    query = [program, "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    process = subprocess.run(query, capture_output=True, text=True, check=False)
+    values = process.stdout.strip().split(", ")
+    return list(values) if len(values) == len(fields) else [None] * len(fields)
+
+
+def _cpu_info(field: str) -> str | None:
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return None
+    for line in info.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return None
+
+
+def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that the package's source is at, ``-dirty`` if it was changed; None if unknown."""
+    if shutil.which("git") is None or not (_ROOT / ".git").exists():
+        return None
+    process = subprocess.run(
+        ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=12", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return process.stdout.strip() or None

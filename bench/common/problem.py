@@ -1,0 +1,110 @@
+"""One measured LoRA linear layer: its sizes, its tensors, and what arithmetic says about it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lorafast.bench.common.shapes import Shape
+from torch import Tensor
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+PASSES = {
+    "fwd": "forward",
+    "bwd": "backward with dx",
+    "both": "forward + backward with dx",
+}
+SCALING = 2.0
+"""alpha = 2r, the common choice; 1 would let a contender leave the multiplication out."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``dtype`` is that of x and W, ``adapter_dtype`` that of A and B: names in ``DTYPES``."""
+
+    shape: Shape
+    r: int
+    dtype: str
+    adapter_dtype: str
+    dropout_p: float
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Problem":
+        """Back from ``dataclasses.asdict``."""
+        return cls(**fields | {"shape": Shape(**fields["shape"])})
+
+    def __str__(self) -> str:
+        """``minilm q,k,v,o  M=512 K=384 N=384  r=16  bf16 (fp32 adapter)  dropout 0.05``."""
+        dropout = f"dropout {self.dropout_p:g}" if self.dropout_p else "no dropout"
+        adapter = "" if self.adapter_dtype == self.dtype else f" ({self.adapter_dtype} adapter)"
+        return f"{self.shape}  r={self.r}  {self.dtype}{adapter}  {dropout}"
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one element of x."""
+        return DTYPES[self.dtype].itemsize
+
+    def arithmetic_limit(self, which: str) -> float:
+        """FLOPs of the LoRA layer over those of the frozen one, for a pass of ``PASSES``.
+
+        Forward: ``1 + r·(K+N)/(K·N)``; backward, where ds, dB, dA and the low-rank part of dx stand
+        against dx: ``1 + 2·r·(K+N)/(K·N)``; both together: ``1 + 1.5·r·(K+N)/(K·N)``.
+        """
+        K, N = self.shape.K, self.shape.N
+        return 1 + {"fwd": 1.0, "bwd": 2.0, "both": 1.5}[which] * self.r * (K + N) / (K * N)
+
+    def flops(self, which: str, adapted: bool) -> float:
+        """Floating-point operations of the frozen or the adapted layer."""
+        base = 2.0 * self.shape.M * self.shape.K * self.shape.N * (2 if which == "both" else 1)
+        return base * self.arithmetic_limit(which) if adapted else base
+
+    def least_bytes(self, which: str, adapted: bool) -> int:
+        """Bytes moved if every operand of a pass is read or written exactly once.
+
+        Forward: x, W, bias, A, B, y. Backward: dy, W, dx and, adapted, x, A, B, dA, dB. The thin
+        ``s [M, r]`` is written by the forward and read by the backward.
+        """
+        M, K, N = self.shape.M, self.shape.K, self.shape.N
+        size, adapter_size = self.element_size, DTYPES[self.adapter_dtype].itemsize
+        factors = self.r * (K + N) * adapter_size
+        s = M * self.r * size
+        forward = (M * K + K * N + M * N + (N if self.shape.bias else 0)) * size
+        backward = (M * N + K * N + M * K) * size
+        if adapted:
+            forward += factors + s
+            backward += M * K * size + 2 * factors + s
+        return {"fwd": forward, "bwd": backward, "both": forward + backward}[which]
+
+
+@dataclass
+class Tensors:
+    """What every contender of a problem gets; ``weight`` and ``bias`` are shared by all of them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    x: list[Tensor]
+    dy: list[Tensor]
+
+
+def draw(problem: Problem, device: torch.device, sets: int, seed: int = 0) -> Tensors:
+    """Random tensors, ``sets`` of x and dy; the low-rank term is as large as the base product."""
+    M, K, N, r = problem.shape.M, problem.shape.K, problem.shape.N, problem.r
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
+
+    def normal(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).mul_(scale).to(dtype)
+
+    return Tensors(
+        weight=normal(N, K, scale=K**-0.5),
+        bias=normal(N) if problem.shape.bias else None,
+        lora_A=normal(r, K, scale=K**-0.5, dtype=adapter_dtype),
+        lora_B=normal(N, r, scale=r**-0.5 / SCALING, dtype=adapter_dtype),
+        x=[normal(M, K) for _ in range(sets)],
+        dy=[normal(M, N) for _ in range(sets)],
+    )

@@ -1,0 +1,152 @@
+"""Overhead against M and against r, one line a contender, for light and dark pages."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lorafast.bench.common.contenders import FROZEN
+from lorafast.bench.common.problem import PASSES, Problem
+from lorafast.bench.layer.measure import Row
+
+_SWEPT_M = {"cpu": (1, 8, 64, 512, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
+_SWEPT_R = {"cpu": (4, 16, 64, 256), "cuda": (4, 8, 16, 32, 64, 128, 256)}
+# Okabe and Ito's colours, told apart by every eye and on both grounds.
+_COLOURS = {
+    "lorafast": "#D55E00",
+    "lorafast-compiled": "#E69F00",
+    "peft": "#0072B2",
+    "peft-compiled": "#56B4E9",
+    "aten": "#009E73",
+    "triton": "#CC79A7",
+    "reference": "#999999",
+}
+_GROUNDS = {
+    "": {"ground": "#ffffff", "ink": "#24292f", "grid": "#d0d7de"},
+    "-dark": {"ground": "#0d1117", "ink": "#e6edf3", "grid": "#30363d"},
+}
+
+
+def sweep(problem: Problem, device_type: str) -> list[Problem]:
+    """``problem`` at other M, then at other r."""
+    shape = problem.shape
+    over_M = [replace(problem, shape=replace(shape, M=M)) for M in _SWEPT_M[device_type]]
+    over_r = [replace(problem, r=r) for r in _SWEPT_R[device_type]]
+    return sorted({*over_M, problem, *over_r}, key=lambda p: (p.r == problem.r, p.shape.M, p.r))
+
+
+def plot(rows: Sequence[Row], path: Path) -> list[Path]:
+    """Draws the rows of a sweep into ``path``, and into its neighbour ``…-dark`` on a dark ground.
+
+    Returns the files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    panels = _panels(rows)
+    written = []
+    for suffix, colours in _GROUNDS.items():
+        figure = _draw(panels, colours)
+        target = path.with_name(f"{path.stem}{suffix}{path.suffix or '.png'}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=150, facecolor=colours["ground"])
+        written.append(target)
+    return written
+
+
+Axis = Callable[[Row], int]
+
+
+def _M(row: Row) -> int:
+    return row.problem.shape.M
+
+
+def _r(row: Row) -> int:
+    return row.problem.r
+
+
+@dataclass
+class Panel:
+    """One pair of axes: rows that differ in ``at`` alone."""
+
+    label: str
+    title: str
+    at: Axis
+    rows: list[Row]
+
+
+def _panels(rows: Sequence[Row]) -> list[Panel]:
+    """Overhead against M, and against r."""
+    timed = [row for row in rows if row.samples and row.contender != FROZEN]
+    if not timed:
+        raise ValueError("no row has a time: nothing to draw")
+
+    def largest(key: Axis) -> list[Row]:
+        """The largest set of rows that agree in ``key``."""
+        groups = [list(g) for _, g in itertools.groupby(sorted(timed, key=key), key=key)]
+        return max(groups, key=len)
+
+    over_M, over_r = largest(_r), largest(_M)
+    return [
+        Panel("M (tokens)", f"r = {_r(over_M[0])}", _M, over_M),
+        Panel("r (rank)", f"M = {_M(over_r[0]):,}", _r, over_r),
+    ]
+
+
+def _draw(panels: Sequence[Panel], colours: dict[str, str]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    first = panels[0].rows[0]
+    problem, shape = first.problem, first.problem.shape
+    dropout = f", dropout {problem.dropout_p:g}" if problem.dropout_p else ""
+    figure.suptitle(
+        f"{shape.label} {shape.K} → {shape.N}, {problem.dtype}{dropout}: {PASSES[first.which]}".lstrip(),
+        color=colours["ink"],
+    )
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for ax, panel in zip(axes, panels, strict=True):
+        _draw_panel(ax, panel, colours)
+    axes[0].set_ylabel("time / time of the frozen layer", color=colours["ink"])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False,
+        labelcolor=colours["ink"],
+    )  # fmt: skip
+    return figure
+
+
+def _draw_panel(ax: Any, panel: Panel, colours: dict[str, str]) -> None:
+    for contender in dict.fromkeys(row.contender for row in panel.rows):
+        points = sorted(
+            (panel.at(row), row.overhead) for row in panel.rows if row.contender == contender
+        )
+        x = [at for at, _ in points]
+        colour = _COLOURS.get(contender, colours["ink"])
+        ax.plot(x, [o.median for _, o in points], "o-", color=colour, label=contender, ms=4)
+        ax.fill_between(
+            x, [o.low for _, o in points], [o.high for _, o in points],
+            color=colour, alpha=0.2, linewidth=0,
+        )  # fmt: skip
+    limits = sorted({(panel.at(row), row.limit) for row in panel.rows if row.adapted})
+    ax.plot(
+        *zip(*limits, strict=True),
+        "--",
+        color=colours["ink"],
+        linewidth=1,
+        label="arithmetic limit",
+    )
+    ax.axhline(1.0, color=colours["grid"], linewidth=1)
+    ax.set_xscale("log", base=2)
+    ticks = sorted({panel.at(row) for row in panel.rows})
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel(panel.label, color=colours["ink"])
+    ax.set_title(panel.title, color=colours["ink"], fontsize="medium")
+    ax.set_facecolor(colours["ground"])
+    ax.tick_params(colors=colours["ink"])
+    ax.grid(axis="y", color=colours["grid"], linewidth=0.6)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(colours["grid"])

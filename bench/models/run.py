@@ -1,0 +1,216 @@
+"""Times training steps, after checking logits and gradients against the model in float64."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from lorafast.bench.common import memory
+from lorafast.bench.common.clock import Call, Summary, Turn, clock_for, interleave
+from lorafast.bench.common.contenders import FROZEN, UnavailableError
+from lorafast.bench.common.problem import DTYPES
+from lorafast.bench.common.progress import say
+from lorafast.bench.common.record import Record
+from lorafast.bench.common.shapes import Model
+from lorafast.bench.common.table import megabytes, table
+from lorafast.bench.models.arms import Arm, Size, build, fitting, make
+from torch import Tensor, nn
+
+from lorafast.reference import contract
+
+_TOKENS = {"cpu": 256, "cuda": 8192}
+_SECONDS = {"cpu": 10.0, "cuda": 5.0}
+_SEQUENCE = 2048
+_CHECKED_TOKENS = 128
+_HEADER = (
+    "", "step", "middle half", "overhead", "middle half", "tokens/s", "peak MB",
+)  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One arm; samples are seconds of a step, ``peak_bytes`` what a step allocates at most."""
+
+    model: str
+    layers: int
+    all_layers: int
+    vocabulary: int
+    tokens: int
+    r: int
+    dtype: str
+    contender: str
+    wrong: str | None = None
+    unavailable: str | None = None
+    samples: list[float] = field(default_factory=list)
+    frozen_samples: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    @property
+    def time(self) -> Summary | None:
+        """Seconds of a step."""
+        return Summary.of(self.samples) if self.samples else None
+
+    @property
+    def overhead(self) -> Summary | None:
+        """The ratio to the frozen model, round by round."""
+        return Summary.of_ratio(self.samples, self.frozen_samples) if self.samples else None
+
+
+def measure(
+    size: Size, r: int, against: Sequence[str], *, device: torch.device, seconds: float
+) -> list[Row]:
+    """Rows of the frozen model, lorafast, and those named."""
+    frozen = build(size, device)
+    embeddings, labels = _batch(size, device)
+    names = list(dict.fromkeys((FROZEN, "lorafast", *against)))
+    rows = {
+        name: Row(
+            size.model.name, size.layers, size.model.layers, size.vocabulary, size.tokens, r,
+            size.dtype, name,
+        )
+        for name in names
+    }  # fmt: skip
+    arms = {}
+    truth = _Truth(frozen, r, embeddings, labels)
+    for name in names:
+        try:
+            arm = make(name, frozen, r)
+        except UnavailableError as error:
+            rows[name].unavailable = str(error)
+            continue
+        rows[name].wrong = truth.why_wrong(arm)
+        if rows[name].wrong is None:
+            arms[name] = arm
+    del truth
+    turns = {name: _turn(arm, embeddings, labels) for name, arm in arms.items()}
+    samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=50)
+    for name, times in samples.items():
+        rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
+        arm = arms[name]
+        rows[name].peak_bytes = memory.peak_bytes(
+            lambda arm=arm: arm.step(embeddings, labels),
+            device,
+        )
+    return list(rows.values())
+
+
+def _batch(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token embeddings (a leaf that requires a gradient) and labels, ``tokens`` in all."""
+    length = min(size.tokens, _SEQUENCE)
+    generator = torch.Generator(device).manual_seed(2)
+    shape = (max(size.tokens // length, 1), length)
+    embeddings = torch.randn((*shape, size.model.hidden), generator=generator, device=device)
+    labels = torch.randint(size.vocabulary, shape, generator=generator, device=device)
+    return embeddings.to(DTYPES[size.dtype]).requires_grad_(), labels
+
+
+class _Truth:
+    """The adapted model in float64, and the error that plain PyTorch makes in the model's dtype."""
+
+    def __init__(self, frozen: nn.Module, r: int, embeddings: Tensor, labels: Tensor) -> None:
+        # A few tokens suffice: each goes through every layer.
+        self._inputs = embeddings[:1, :_CHECKED_TOKENS].detach(), labels[:1, :_CHECKED_TOKENS]
+        eager = self._outputs(make("reference", frozen, r))
+        exact = self._outputs(make("reference", copy.deepcopy(frozen).double(), r))
+        eps = torch.finfo(embeddings.dtype).eps
+        self._exact = exact
+        self._allowed = {
+            name: 1.25 * contract.error(eager[name], value) + eps * value.norm().item()
+            for name, value in exact.items()
+        }
+
+    def _outputs(self, arm: Arm) -> dict[str, Tensor]:
+        """Logits, gradient of the embeddings, gradients of all adapters in one vector."""
+        embeddings, labels = self._inputs
+        x = embeddings.to(arm.dtype, copy=True).requires_grad_()
+        with arm.context():
+            output = arm.model(inputs_embeds=x, labels=labels)
+            output.loss.backward()
+        assert x.grad is not None
+        found = {"logits": output.logits.detach(), "dx": x.grad}
+        adapters = [tensor for name in sorted(arm.adapters) for tensor in arm.adapters[name]]
+        if adapters:
+            missing = [tensor for tensor in adapters if tensor.grad is None]
+            gradients = [t.grad.flatten() for t in adapters if t.grad is not None]
+            found["adapter gradients"] = x.new_empty(0) if missing else torch.cat(gradients)
+        for tensor in adapters:
+            tensor.grad = None
+        return found
+
+    def why_wrong(self, arm: Arm) -> str | None:
+        """What is wrong with an arm's results, or None; the frozen model is what it is."""
+        if arm.name == FROZEN:
+            return None
+        for name, value in self._outputs(arm).items():
+            error, allowed = contract.error(value, self._exact[name]), self._allowed[name]
+            if not error <= allowed:
+                return f"{name} off by {error:.1e}, allowed {allowed:.1e}"
+        return None
+
+
+def _turn(arm: Arm, embeddings: Tensor, labels: Tensor) -> Turn:
+    @contextmanager
+    def turn(index: int) -> Iterator[Call]:
+        yield lambda: arm.step(embeddings, labels)
+
+    return turn
+
+
+def run(
+    model: Model,
+    r: int,
+    dtype: str,
+    against: Sequence[str],
+    *,
+    device: torch.device,
+    record: Record,
+    tokens: int | None = None,
+    layers: int | None = None,
+    seconds: float | None = None,
+) -> list[Row]:
+    """The rows of a model, printed and kept in ``record``; ``layers`` None: as many as fit."""
+    tokens = tokens or _TOKENS[device.type]
+    size = Size(model, layers, tokens, dtype) if layers else fitting(model, tokens, dtype, device)
+    say(f"\n{describe(size, r)}")
+    rows = measure(size, r, against, device=device, seconds=seconds or _SECONDS[device.type])
+    record.add("models", rows)
+    say(format_rows(rows))
+    return rows
+
+
+def describe(size: Size, r: int) -> str:
+    """``Llama of the sizes of llama-8b, 8 of 32 blocks …``."""
+    return (
+        f"Llama of the sizes of {size.model.name}, random weights, {size.layers} of "
+        f"{size.model.layers} blocks, vocabulary {size.vocabulary}: training step on {size.tokens} "
+        f"tokens, {size.dtype}, r={r} on every linear layer"
+    )
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """A line for each arm."""
+    header, *lines = table(_HEADER, list(map(_cells, rows))).splitlines()
+    text = [header]
+    for row, line in zip(rows, lines, strict=True):
+        if row.wrong is not None:
+            line += f"  WRONG: {row.wrong}"
+        elif row.unavailable is not None:
+            line += f"  not run: {row.unavailable}"
+        text.append(line)
+    return "\n".join(text)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    time, overhead = row.time, row.overhead
+    if time is None or overhead is None:
+        return (f"  {row.contender}", *[""] * (len(_HEADER) - 1))
+    return (
+        f"  {row.contender}",
+        f"{time.median * 1e3:.4g} ms",
+        f"{time.low * 1e3:.4g} – {time.high * 1e3:.4g} ms",
+        f"{overhead.median:.3f}",
+        f"{overhead.low:.3f} – {overhead.high:.3f}",
+        f"{row.tokens / time.median:,.0f}",
+        megabytes(row.peak_bytes),
+    )

@@ -1,0 +1,102 @@
+"""Bytes and launches of PyTorch's own calls, counted at the dispatcher on meta tensors.
+
+Every operation that isn't a view is one launch that reads its input tensors and writes its outputs,
+each once; what it changes in place counts once each way. Allocations move nothing. As on a GPU: a
+dropout is PyTorch's one fused operation.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+# They allocate, or rename what is there.
+_MOVES_NOTHING = {
+    _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided,
+    _aten._unsafe_view,
+}  # fmt: skip
+
+
+@dataclass
+class Traffic:
+    """What went through device memory: launches, bytes read, bytes written."""
+
+    launches: int = 0
+    read: int = 0
+    written: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return self.read + self.written
+
+    def add(self, launches: int, read: int, written: int) -> None:
+        """One launch, or several."""
+        self.launches += launches
+        self.read += read
+        self.written += written
+
+
+class _CountingMode(TorchDispatchMode):
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self._traffic = traffic
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not func.is_view and func.overloadpacket not in _MOVES_NOTHING:
+            read = sum(map(_bytes, _inputs(func, args, kwargs)))
+            self._traffic.add(1, read, sum(map(_bytes, tree_leaves(out))))
+        return out
+
+
+def _inputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The arguments that ``func`` reads: not ``out=``, not an accumulator with beta = 0."""
+    arguments = func._schema.arguments
+    named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    unread = {argument.name for argument in arguments if argument.is_out}
+    if named.get("beta") == 0:
+        unread.add("self")
+    for name, value in named.items():
+        if name not in unread:
+            yield from tree_leaves(value)
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+class _FusedDropout(TorchFunctionMode):
+    """What PyTorch does on a GPU; elsewhere ``F.dropout`` is four operations."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.dropout:
+            return _fused_dropout(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p else input
+
+
+@contextmanager
+def counting() -> Iterator[Traffic]:
+    """Counts what runs within the block (on meta tensors, so nothing is computed)."""
+    traffic = Traffic()
+    with _FusedDropout(), _CountingMode(traffic):
+        yield traffic

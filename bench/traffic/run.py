@@ -1,0 +1,161 @@
+"""Counts every contender's forward and backward and prints them beside the minimum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from lorafast.bench.common.contenders import BUILDERS, FROZEN, Contender, UnavailableError
+from lorafast.bench.common.problem import DTYPES, Problem, Tensors
+from lorafast.bench.common.progress import progress, say
+from lorafast.bench.common.record import Record
+from lorafast.bench.common.table import megabytes, table
+from lorafast.bench.traffic import interpret
+from lorafast.bench.traffic.count import Traffic, counting
+from lorafast.bench.traffic.launches import Launch, standing_in
+
+H200_PROCESSORS = 132
+_HEADER = (
+    "", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of least", "requested",
+)  # fmt: skip
+NOTES = """\
+MB: what every operation reads and writes, each tensor once; least: each operand of the layer once
+requested: what a Triton kernel's programs load and store, tiles that they share again each time"""
+
+
+@dataclass
+class Row:
+    """One contender's traffic on one problem, in bytes; ``requested`` is None where it isn't known."""
+
+    problem: Problem
+    contender: str
+    forward: Traffic = field(default_factory=Traffic)
+    backward: Traffic = field(default_factory=Traffic)
+    requested: int | None = None
+    wrong: str | None = None
+    unavailable: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Forward and backward, read and written."""
+        return self.forward.bytes + self.backward.bytes
+
+    @property
+    def least(self) -> int:
+        """Forward and backward, every operand of the layer moved once."""
+        return self.problem.least_bytes("both", self.contender != FROZEN)
+
+
+def on_meta(problem: Problem) -> Tensors:
+    """The problem's tensors without memory."""
+    M, K, N, r = problem.shape.M, problem.shape.K, problem.shape.N, problem.r
+    dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
+
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    return Tensors(
+        weight=empty(N, K),
+        bias=empty(N) if problem.shape.bias else None,
+        lora_A=empty(r, K, dtype=adapter_dtype),
+        lora_B=empty(N, r, dtype=adapter_dtype),
+        x=[empty(M, K)],
+        dy=[empty(M, N)],
+    )
+
+
+def count(
+    contender: Contender, tensors: Tensors, noted: Sequence[Launch] = ()
+) -> tuple[Traffic, Traffic]:
+    """The traffic of a forward and of its backward with dx.
+
+    ``noted`` is the growing list of what the stand-ins of our own kernels launched.
+    """
+    x = tensors.x[0].detach().requires_grad_()
+    contender.clear_gradients()
+    with contender.context():
+        with counting() as forward:
+            y = contender.layer(x)
+        of_forward = len(noted)
+        with counting() as backward:
+            y.backward(tensors.dy[0])
+    for traffic, launches in ((forward, noted[:of_forward]), (backward, noted[of_forward:])):
+        for launch in launches:
+            traffic.add(1, launch.read, launch.written)
+    return forward, backward
+
+
+def measure(
+    problem: Problem, against: Sequence[str], *, processors: int = H200_PROCESSORS
+) -> list[Row]:
+    """Rows of the frozen layer, lorafast, and those named; Triton's on ``processors`` of them."""
+    tensors = on_meta(problem)
+    rows = []
+    for name in dict.fromkeys((FROZEN, "lorafast", *against)):
+        noted: list[Launch] = []
+        row = Row(problem, name)
+        try:
+            if name.endswith("-compiled"):
+                raise UnavailableError("its kernels are the compiler's, which aren't counted")
+            with standing_in(processors, noted.extend):
+                contender = BUILDERS[name](problem, tensors)
+                row.forward, row.backward = count(contender, tensors, noted)
+        except UnavailableError as error:
+            row.unavailable = str(error)
+        if noted:
+            row.requested = sum(launch.loaded + launch.stored for launch in noted)
+        rows.append(row)
+    return rows
+
+
+def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) -> list[Row]:
+    """The rows of all problems, printed and kept in ``record``."""
+    rows: list[Row] = []
+    reason = interpret.why_unchecked(problems) if "triton" in against else None
+    for problem in progress(problems, "problem"):
+        found = measure(problem, against)
+        for row in found:
+            if row.contender == "triton":
+                row.wrong = reason
+        record.add("traffic", found)
+        rows += found
+    say(format_rows(rows))
+    say("\n" + NOTES)
+    if "triton" in against and reason is None:
+        say(
+            f"triton: for {H200_PROCESSORS} multiprocessors; the closed forms agree with every load "
+            "and store that the interpreter counted at a reduced size"
+        )
+    return rows
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """A heading for each problem, below it a line for each contender."""
+    header, *lines = table(_HEADER, list(map(_line, rows))).splitlines()
+    text = [header]
+    before = None
+    for row, line in zip(rows, lines, strict=True):
+        if row.problem != before:
+            before = row.problem
+            text += ["", str(before)]
+        if row.wrong is not None:
+            line += f"  WRONG: {row.wrong}"
+        elif row.unavailable is not None:
+            line += f"  not counted: {row.unavailable}"
+        text.append(line)
+    return "\n".join(text)
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    name = f"  {row.contender}"
+    if row.unavailable is not None or row.wrong is not None:
+        return (name, *[""] * (len(_HEADER) - 1))
+    return (
+        name,
+        str(row.forward.launches),
+        str(row.backward.launches),
+        megabytes(row.forward.bytes),
+        megabytes(row.backward.bytes),
+        megabytes(row.bytes),
+        f"{row.bytes / row.least:.2f} × {megabytes(row.least)}",
+        "" if row.requested is None else megabytes(row.requested),
+    )

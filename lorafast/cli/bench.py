@@ -1,0 +1,244 @@
+"""What a LoRA layer costs on this machine, against the frozen layer, PEFT and the other backends.
+
+Results are checked before they are timed; what is wrong is printed as WRONG and has no time.
+``lorafast bench compare A.json B.json`` sets two recorded runs side by side.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafast.bench import layer, traffic
+from lorafast.bench.call_overhead import run as run_call_overhead
+from lorafast.bench.common.contenders import BUILDERS
+from lorafast.bench.common.problem import DTYPES, PASSES, Problem
+from lorafast.bench.common.record import Record
+from lorafast.bench.common.shapes import MODELS, parse
+from lorafast.bench.compare import compare
+from lorafast.bench.models import run as run_model
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "shapes": ["minilm", "512,2048,2048"],
+        "tokens": [512],
+        "dtype": ["fp32"],
+        "against": ["peft"],
+        "seconds": 2.0,
+    },
+    "cuda": {
+        "shapes": ["llama-8b"],
+        "tokens": [8192],
+        "dtype": ["bf16"],
+        "against": ["peft", "peft-compiled", "aten", "triton"],
+        "seconds": 1.0,
+    },
+}
+_TRAFFIC_DEFAULTS = {
+    "shapes": ["8192,4096,4096"],
+    "tokens": [8192],
+    "dtype": ["bf16"],
+    "against": ["peft", "aten", "triton"],
+}
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, of what, against whom, and where to put it."""
+    commands = parser.add_subparsers(dest="bench_command", metavar="compare")
+    sub = commands.add_parser("compare", help="set two recorded runs side by side")
+    sub.add_argument("before", type=Path, metavar="A.json")
+    sub.add_argument("after", type=Path, metavar="B.json")
+
+    what = parser.add_argument_group("what to measure (without any of these: --layers)")
+    what.add_argument("--layers", action="store_true", help="the layer table")
+    what.add_argument(
+        "--traffic",
+        action="store_true",
+        help="bytes and launches of a layer on a GPU, counted, not timed: needs no GPU",
+    )
+    what.add_argument(
+        "--call-overhead", action="store_true", help="microseconds of a call on a tiny layer"
+    )
+    what.add_argument(
+        "--models",
+        type=_comma(_one_of([name for name, model in MODELS.items() if model.gated])),
+        default=[],
+        metavar="NAMES",
+        help="training steps of whole transformers, random weights: "
+        + ", ".join(name for name, model in MODELS.items() if model.gated),
+    )
+
+    of = parser.add_argument_group("of what")
+    of.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="NAMES|M,K,N",
+        help=f"layers of {', '.join(MODELS)}, or sizes",
+    )
+    of.add_argument("--tokens", type=_comma(_positive), metavar="M", help="rows for named shapes")
+    of.add_argument("--rank", type=_comma(_positive), default=[16], metavar="R", help="default: 16")
+    of.add_argument("--dtype", type=_comma(_one_of(DTYPES)), help=f"of {', '.join(DTYPES)}")
+    of.add_argument(
+        "--adapter-dtype", type=_one_of(DTYPES), default="fp32", help="of A and B (default: fp32)"
+    )
+    of.add_argument(
+        "--dropout", type=_comma(_probability), default=[0.0, 0.05], help="default: 0,0.05"
+    )
+    of.add_argument(
+        "--pass",
+        dest="passes",
+        type=_comma(_one_of(PASSES)),
+        default=["both"],
+        metavar="PASS",
+        help=f"of {', '.join(PASSES)} (default: both)",
+    )
+    of.add_argument("--model-layers", type=_positive, metavar="L", help="blocks of a whole model")
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--against", type=_comma(_one_of(BUILDERS)), help=f"of {', '.join(BUILDERS)}")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument("--seconds", type=float, help="of samples for each row of the table")
+    how.add_argument("--json", type=Path, metavar="F", help="record the run with every sample")
+    how.add_argument(
+        "--plot",
+        type=Path,
+        metavar="F.png",
+        help="sweep M and r on the largest square shape and draw the overhead (also F-dark.png)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints, records; Ctrl-C keeps what is done."""
+    if arguments.bench_command == "compare":
+        return _compare(arguments)
+    device = torch.device(arguments.device)
+    if device.type not in _DEFAULTS:
+        print(f"--device is {device}, expected cpu or cuda", file=sys.stderr)
+        return 2
+    try:
+        record = Record(device)
+        problems = _problems(arguments, _DEFAULTS[device.type])
+        counted = _problems(arguments, _TRAFFIC_DEFAULTS)
+    except (ValueError, RuntimeError) as error:
+        print(f"lorafast bench: {error}", file=sys.stderr)
+        return 2
+    status = 0
+    try:
+        _measure(arguments, device, problems, counted, record)
+    except KeyboardInterrupt:
+        print("\ninterrupted: what was done is kept", file=sys.stderr)
+        status = _INTERRUPTED
+    record.finish(complete=not status)
+    if arguments.plot and record.rows("sweep"):
+        _plot(record, arguments.plot)
+    if arguments.json:
+        record.write(arguments.json)
+        print(f"recorded in {arguments.json}")
+    if record.any_wrong():
+        status = status or 1
+    return status
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    problems: list[Problem],
+    counted: list[Problem],
+    record: Record,
+) -> None:
+    defaults = _DEFAULTS[device.type]
+    against = arguments.against or defaults["against"]
+    seconds = arguments.seconds or defaults["seconds"]
+    asked = arguments.traffic or arguments.call_overhead or arguments.models
+    if arguments.layers or not asked:
+        layer.run(
+            problems, arguments.passes, against, device=device, seconds=seconds, record=record
+        )
+    if arguments.plot:
+        layer.run(
+            layer.sweep(_largest(problems), device.type), arguments.passes[:1], against,
+            device=device, seconds=seconds, record=record, kind="sweep",
+        )  # fmt: skip
+    if arguments.traffic:
+        traffic.run(counted, arguments.against or _TRAFFIC_DEFAULTS["against"], record=record)
+    if arguments.call_overhead:
+        run_call_overhead(arguments.against or ["peft"], device=device, record=record)
+    for name in arguments.models:
+        run_model(
+            MODELS[name], arguments.rank[0], problems[0].dtype, arguments.against or ["peft"],
+            device=device, layers=arguments.model_layers, record=record,
+        )  # fmt: skip
+
+
+def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[Problem]:
+    """Every shape in every dtype, at every rank and dropout."""
+    shapes = parse(arguments.shapes or defaults["shapes"], arguments.tokens or defaults["tokens"])
+    return [
+        Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p)
+        for dtype in arguments.dtype or defaults["dtype"]
+        for shape in shapes
+        for r in arguments.rank
+        for dropout_p in arguments.dropout
+    ]
+
+
+def _largest(problems: list[Problem]) -> Problem:
+    """The first of the largest layers, a square one if there is one."""
+    return max(problems, key=lambda p: (p.shape.K == p.shape.N, p.shape.K * p.shape.N))
+
+
+def _plot(record: Record, path: Path) -> None:
+    try:
+        written = layer.plot([layer.Row.from_json(row) for row in record.rows("sweep")], path)
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    except ValueError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    else:
+        print("drawn: " + ", ".join(map(str, written)))
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    try:
+        print(compare(arguments.before, arguments.after))
+    except ValueError as error:
+        print(f"lorafast bench compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _comma(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of comma-separated values."""
+
+    def parse_list(text: str) -> list[Any]:
+        return [convert(part.strip()) for part in text.split(",")]
+
+    return parse_list
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to below 1")
+    return value
+
+
+def _one_of(known: Container[str]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in known:
+            names = ", ".join(known)  # type: ignore[arg-type]
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}")
+        return text
+
+    return check
