@@ -8,12 +8,13 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test bench lint types check clean
+.PHONY: help setup demo test bench gpu lint types check clean
 
 help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make test    run every test"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
+	@echo "make gpu     on a machine with an NVIDIA GPU: test, benchmark, record (9 minutes)"
 	@echo "make check   lint, types and tests, as CI does"
 	@echo "make clean   remove .venv and everything that was built"
 
@@ -35,6 +36,10 @@ test: $(READY)
 bench: $(READY)
 	$(PY) -m lorafast bench --layers --call-overhead --models qwen-0.6b \
 		--json build/bench/bench.json --plot build/bench/overhead.png $(ARGS)
+
+# On the machine's own Python, PyTorch and Triton, so that a bare GPU machine needs no network.
+gpu:
+	@PYTHONPATH=$(CURDIR) $(PYTHON) -m lorafast.bench.gpu $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

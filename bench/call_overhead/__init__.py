@@ -1,5 +1,5 @@
 """What a call costs when there is next to nothing to compute: Python and dispatch alone."""
 
-from lorafast.bench.call_overhead.run import PASSES, measure, run
+from lorafast.bench.call_overhead.job import PASSES, measure, run
 
 __all__ = ["PASSES", "measure", "run"]

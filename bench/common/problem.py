@@ -21,6 +21,10 @@ SCALING = 2.0
 """alpha = 2r, the common choice; 1 would let a contender leave the multiplication out."""
 
 
+_ROTATED_BYTES = 1 << 27
+_MOST_SETS = 32
+
+
 @dataclass(frozen=True)
 class Problem:
     """``dtype`` is that of x and W, ``adapter_dtype`` that of A and B: names in ``DTYPES``."""
@@ -89,6 +93,12 @@ class Tensors:
     lora_B: Tensor
     x: list[Tensor]
     dy: list[Tensor]
+
+
+def input_sets(problem: Problem) -> int:
+    """How many x and dy to rotate through, so that none is still in the cache at its next turn."""
+    one = problem.shape.M * (problem.shape.K + problem.shape.N) * problem.element_size
+    return min(max(-(-_ROTATED_BYTES // one), 2), _MOST_SETS)
 
 
 def draw(problem: Problem, device: torch.device, sets: int, seed: int = 0) -> Tensors:

@@ -41,6 +41,12 @@ class Record:
         plain = [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows]
         self._content.setdefault(kind, []).extend(plain)
 
+    def summary(self) -> str:
+        """Versions in one line."""
+        described = self._content["machine"]
+        packages = ", ".join(f"{name} {v}" for name, v in described["packages"].items() if v)
+        return f"lorafast {described['lorafast']}, Python {described['python']}, {packages}"
+
     def rows(self, kind: str) -> list[dict[str, Any]]:
         """The rows of a kind so far."""
         return list(self._content.get(kind, ()))

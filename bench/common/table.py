@@ -3,8 +3,18 @@
 from collections.abc import Sequence
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Aligned columns, the first ``left`` of them to the left, the others to the right."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    remarks: Sequence[str | None] = (),
+) -> str:
+    """Aligned columns, the first ``left`` of them to the left, the others to the right.
+
+    A row may be shorter than the header. ``remarks``, one a row, follow what is there.
+    """
+    rows = [[*row, *[""] * (len(header) - len(row))] for row in rows]
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
@@ -15,13 +25,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
         )
         return "  ".join(cells).rstrip()
 
-    return "\n".join(map(format_line, lines))
+    text = list(map(format_line, lines))
+    for index, remark in enumerate(remarks, 1):
+        if remark is not None:
+            text[index] += f"  {remark}"
+    return "\n".join(text)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same as a Markdown table."""
     lines = [list(header), ["---"] * len(header), *map(list, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def why_no_time(wrong: str | None, unavailable: str | None) -> str | None:
+    """What stands in place of figures: ``WRONG: …`` or ``not run: …``; None if nothing is amiss."""
+    if wrong is not None:
+        return f"WRONG: {wrong}"
+    return None if unavailable is None else f"not run: {unavailable}"
 
 
 def megabytes(size: float | None) -> str:

@@ -1,5 +1,5 @@
 """Two recorded runs side by side."""
 
-from lorafast.bench.compare.compare import compare
+from lorafast.bench.compare.runs import compare
 
 __all__ = ["compare"]

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from lorafast.bench.common.problem import PASSES
-from lorafast.bench.common.table import megabytes
-from lorafast.bench.layer.measure import Row
+from lorafast.bench.common.table import megabytes, why_no_time
+from lorafast.bench.layer.timing import Row
 
 _COLUMNS = (  # heading, width
     ("time", 9), ("middle half", 19), ("overhead", 8), ("middle half", 13), ("limit", 5),
@@ -35,12 +35,9 @@ def format_rows(rows: Iterable[Row]) -> str:
 
 def _line(row: Row) -> str:
     time, overhead = row.time, row.overhead
-    if row.wrong is not None:
-        return f"  {row.contender}  WRONG: {row.wrong}"
-    if row.unavailable is not None:
-        return f"  {row.contender}  not run: {row.unavailable}"
     if time is None or overhead is None:
-        return f"  {row.contender}  not compared: the frozen layer itself is wrong"
+        reason = why_no_time(row.wrong, row.unavailable)
+        return f"  {row.contender}  {reason or 'not compared: the frozen layer itself is wrong'}"
     cells = (
         duration(time.median),
         f"{duration(time.low, time.median)} – {duration(time.high, time.median)}",

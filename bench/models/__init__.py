@@ -1,5 +1,5 @@
 """Training steps of whole transformers: frozen, PEFT, lorafast."""
 
-from lorafast.bench.models.run import Row, measure, run
+from lorafast.bench.models.job import Row, measure, run
 
 __all__ = ["Row", "measure", "run"]

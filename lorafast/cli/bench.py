@@ -14,7 +14,7 @@ import torch
 
 from lorafast.bench import layer, traffic
 from lorafast.bench.call_overhead import run as run_call_overhead
-from lorafast.bench.common.contenders import BUILDERS
+from lorafast.bench.common.contenders import BUILDERS, FROZEN
 from lorafast.bench.common.problem import DTYPES, PASSES, Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import MODELS, parse
@@ -26,14 +26,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "shapes": ["minilm", "512,2048,2048"],
         "tokens": [512],
         "dtype": ["fp32"],
-        "against": ["peft"],
+        "against": ["peft", "frozen"],
         "seconds": 2.0,
     },
     "cuda": {
         "shapes": ["llama-8b"],
         "tokens": [8192],
         "dtype": ["bf16"],
-        "against": ["peft", "peft-compiled", "aten", "triton"],
+        "against": ["peft", "peft-compiled", "aten", "triton", "frozen"],
         "seconds": 1.0,
     },
 }
@@ -115,11 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints, records; Ctrl-C keeps what is done."""
     if arguments.bench_command == "compare":
         return _compare(arguments)
-    device = torch.device(arguments.device)
-    if device.type not in _DEFAULTS:
-        print(f"--device is {device}, expected cpu or cuda", file=sys.stderr)
-        return 2
     try:
+        device = _device(arguments.device)
         record = Record(device)
         problems = _problems(arguments, _DEFAULTS[device.type])
         counted = _problems(arguments, _TRAFFIC_DEFAULTS)
@@ -159,8 +156,10 @@ def _measure(
             problems, arguments.passes, against, device=device, seconds=seconds, record=record
         )
     if arguments.plot:
+        print("\nover M and over r, for the plot")
         layer.run(
-            layer.sweep(_largest(problems), device.type), arguments.passes[:1], against,
+            layer.sweep(_largest(problems), device.type), arguments.passes[:1],
+            [name for name in against if name != FROZEN],
             device=device, seconds=seconds, record=record, kind="sweep",
         )  # fmt: skip
     if arguments.traffic:
@@ -172,6 +171,15 @@ def _measure(
             MODELS[name], arguments.rank[0], problems[0].dtype, arguments.against or ["peft"],
             device=device, layers=arguments.model_layers, record=record,
         )  # fmt: skip
+
+
+def _device(name: str) -> torch.device:
+    if name.split(":")[0] not in _DEFAULTS:
+        raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:<index>")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and PyTorch sees no NVIDIA GPU here")
+    return device
 
 
 def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[Problem]:

@@ -8,8 +8,8 @@ from lorafast.bench.common.clock import clock_for
 from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
-from lorafast.bench.layer.measure import Row, measure
 from lorafast.bench.layer.report import HEADER, NOTES, format_rows
+from lorafast.bench.layer.timing import Row, measure
 
 
 def run(

@@ -8,7 +8,7 @@ from lorafast.bench.common.contenders import BUILDERS, FROZEN, Contender, Unavai
 from lorafast.bench.common.problem import DTYPES, Problem, Tensors
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.table import megabytes, table
+from lorafast.bench.common.table import megabytes, table, why_no_time
 from lorafast.bench.traffic import interpret
 from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.launches import Launch, standing_in
@@ -130,17 +130,14 @@ def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) 
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A heading for each problem, below it a line for each contender."""
-    header, *lines = table(_HEADER, list(map(_line, rows))).splitlines()
+    remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
+    header, *lines = table(_HEADER, list(map(_line, rows)), remarks=remarks).splitlines()
     text = [header]
     before = None
     for row, line in zip(rows, lines, strict=True):
         if row.problem != before:
             before = row.problem
             text += ["", str(before)]
-        if row.wrong is not None:
-            line += f"  WRONG: {row.wrong}"
-        elif row.unavailable is not None:
-            line += f"  not counted: {row.unavailable}"
         text.append(line)
     return "\n".join(text)
 
@@ -148,7 +145,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 def _line(row: Row) -> tuple[str, ...]:
     name = f"  {row.contender}"
     if row.unavailable is not None or row.wrong is not None:
-        return (name, *[""] * (len(_HEADER) - 1))
+        return (name,)
     return (
         name,
         str(row.forward.launches),

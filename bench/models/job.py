@@ -13,7 +13,7 @@ from lorafast.bench.common.problem import DTYPES
 from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Model
-from lorafast.bench.common.table import megabytes, table
+from lorafast.bench.common.table import megabytes, table, why_no_time
 from lorafast.bench.models.arms import Arm, Size, build, fitting, make
 from torch import Tensor, nn
 
@@ -190,21 +190,14 @@ def describe(size: Size, r: int) -> str:
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A line for each arm."""
-    header, *lines = table(_HEADER, list(map(_cells, rows))).splitlines()
-    text = [header]
-    for row, line in zip(rows, lines, strict=True):
-        if row.wrong is not None:
-            line += f"  WRONG: {row.wrong}"
-        elif row.unavailable is not None:
-            line += f"  not run: {row.unavailable}"
-        text.append(line)
-    return "\n".join(text)
+    remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
+    return table(_HEADER, list(map(_cells, rows)), remarks=remarks)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     time, overhead = row.time, row.overhead
     if time is None or overhead is None:
-        return (f"  {row.contender}", *[""] * (len(_HEADER) - 1))
+        return (f"  {row.contender}",)
     return (
         f"  {row.contender}",
         f"{time.median * 1e3:.4g} ms",

@@ -12,7 +12,7 @@ from lorafast.bench.common.problem import Problem, Tensors, draw
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Shape
-from lorafast.bench.common.table import table
+from lorafast.bench.common.table import table, why_no_time
 from lorafast.bench.layer import Row
 
 PROBLEM = Problem(Shape("tiny", 4, 64, 64, bias=True), 8, "fp32", "fp32", 0.0)
@@ -61,7 +61,8 @@ def run(
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A heading for each pass, below it a line for each contender."""
-    header, *lines = table(_HEADER, list(map(_cells, rows))).splitlines()
+    remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
+    header, *lines = table(_HEADER, list(map(_cells, rows)), remarks=remarks).splitlines()
     text = [f"\ncall overhead: {PROBLEM}", header]
     for which, group in itertools.groupby(zip(rows, lines, strict=True), key=lambda p: p[0].which):
         text += ["", PASSES[which], *(line for _, line in group)]
@@ -71,8 +72,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     time, overhead = row.time, row.overhead
     if time is None or overhead is None:
-        reason = "WRONG" if row.wrong is not None else "not run"
-        return (f"  {row.contender}  {reason}", "", "", "", "")
+        return (f"  {row.contender}",)
     return (
         f"  {row.contender}",
         f"{time.median * 1e6:.1f}",

@@ -10,11 +10,8 @@ from lorafast.bench.common import memory
 from lorafast.bench.common.clock import Call, Clock, Summary, Turn, interleave
 from lorafast.bench.common.contenders import FROZEN, Builder, Contender
 from lorafast.bench.common.line_up import line_up
-from lorafast.bench.common.problem import Problem, Tensors, draw
+from lorafast.bench.common.problem import Problem, Tensors, draw, input_sets
 from torch import Tensor
-
-_ROTATED_BYTES = 1 << 27
-_MOST_SETS = 32
 
 
 @dataclass
@@ -76,8 +73,7 @@ def measure(
 
     Each pass is sampled for about ``seconds``.
     """
-    one_set = problem.shape.M * (problem.shape.K + problem.shape.N) * problem.element_size
-    tensors = draw(problem, device, min(max(-(-_ROTATED_BYTES // one_set), 2), _MOST_SETS))
+    tensors = draw(problem, device, input_sets(problem))
     found = line_up(problem, tensors, against, builders)
     rows = []
     for which in passes:

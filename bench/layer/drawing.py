@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorafast.bench.common.contenders import FROZEN
 from lorafast.bench.common.problem import PASSES, Problem
-from lorafast.bench.layer.measure import Row
+from lorafast.bench.layer.timing import Row
 
 _SWEPT_M = {"cpu": (1, 8, 64, 512, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
 _SWEPT_R = {"cpu": (4, 16, 64, 256), "cuda": (4, 8, 16, 32, 64, 128, 256)}
@@ -78,7 +77,7 @@ class Panel:
 
 def _panels(rows: Sequence[Row]) -> list[Panel]:
     """Overhead against M, and against r."""
-    timed = [row for row in rows if row.samples and row.contender != FROZEN]
+    timed = [row for row in rows if row.samples and row.adapted]
     if not timed:
         raise ValueError("no row has a time: nothing to draw")
 

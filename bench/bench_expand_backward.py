@@ -1,0 +1,10 @@
+"""``ds`` and ``dB`` on every backend: ``pytest bench/bench_expand_backward.py``."""
+
+import pytest
+
+from lorafast.ops import dispatch
+
+
+@pytest.mark.parametrize("backend", dispatch.backend_names())
+def test_expand_backward(time_operation, backend):
+    time_operation("expand_backward", backend)

@@ -1,0 +1,10 @@
+"""The whole layer, forward and backward with dx: ``pytest bench/bench_lora_linear.py``."""
+
+import pytest
+
+from lorafast.ops import dispatch
+
+
+@pytest.mark.parametrize("contender", ["frozen", "lorafast", "peft", *dispatch.backend_names()])
+def test_lora_linear(time_layer, contender):
+    time_layer(contender)

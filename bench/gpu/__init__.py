@@ -1,0 +1,1 @@
+"""``make gpu``: everything that needs an NVIDIA GPU, in one command of under nine minutes."""

@@ -1,0 +1,47 @@
+"""``make gpu`` on a machine without one: what it says, and its stages at tiny sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "lorafast.bench.gpu", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_in_one_line():
+    process = run()
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr == "make gpu needs an NVIDIA GPU, and PyTorch sees none here\n"
+
+
+@pytest.mark.slow
+def test_every_stage_runs(tmp_path):
+    pytest.importorskip("triton")
+    process = run("--rehearse", "--skip-tests", "--minutes", "0.4", LORAFAST_OUT=str(tmp_path))
+    assert process.returncode == 0, process.stdout + process.stderr
+    (path,) = tmp_path.glob("rehearsal-*.json")
+    record = json.loads(path.read_text())
+    assert record["complete"] is True
+    for kind in ("operations", "layer", "sweep", "call_overhead", "models", "traffic"):
+        assert record[kind], kind
+    assert record["configurations"]
+    names = {p.suffix for p in tmp_path.iterdir()}
+    assert names == {".json", ".log", ".png"}
+    assert path.with_suffix(".log").read_text() == process.stdout

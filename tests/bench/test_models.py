@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from lorafast.bench.common.contenders import FROZEN
+from lorafast.bench.common.shapes import MODELS, Model
+from lorafast.bench.models import arms, job
+from lorafast.bench.models.arms import Size, fitting
+
+from lorafast.bench import models
+
+CPU = torch.device("cpu")
+TINY = Model("tiny", 32, 4, 2, 8, 48, layers=4, vocabulary=512)
+
+
+class FakeClock:
+    def round(self, turns, first):
+        for index, (_, turn) in enumerate(turns, first):
+            with turn(index) as call:
+                call()
+        return {name: 2.0 if name == FROZEN else 3.0 for name, _ in turns}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(job, "clock_for", lambda device: FakeClock())
+
+    def measure(against, dtype="fp32"):
+        size = Size(TINY, 2, 16, dtype)
+        return models.measure(size, 4, against, device=CPU, seconds=0.0)
+
+    return measure
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_arm_computes_the_same_step(measured, dtype):
+    rows = measured(["peft", "aten", "reference"], dtype)
+    assert [row.contender for row in rows] == [FROZEN, "lorafast", "peft", "aten", "reference"]
+    for row in rows:
+        assert row.wrong is None
+        assert row.unavailable is None
+        assert row.overhead.median == (1.0 if row.contender == FROZEN else 1.5)
+        assert row.peak_bytes > 0
+    text = job.format_rows(rows)
+    assert " 8 " in text  # tokens a second: 16 in 2 s
+
+
+def test_a_wrong_arm_has_no_time(measured, monkeypatch):
+    right = arms._lorafast
+
+    def wrong(name, model, r):
+        arm = right(name, model, r)
+        if name == "lorafast":
+            layer = next(m for m in model.modules() if isinstance(m, arms.LoRALinear))
+            layer.scaling *= 2
+        return arm
+
+    monkeypatch.setattr(arms, "_lorafast", wrong)
+    rows = {row.contender: row for row in measured(["peft"])}
+    assert "off by" in rows["lorafast"].wrong
+    assert not rows["lorafast"].samples
+    assert rows["peft"].wrong is None
+    assert "WRONG" in job.format_rows(list(rows.values()))
+
+
+def test_blocks_and_vocabulary_are_cut_by_the_same_factor():
+    size = Size(MODELS["llama-8b"], 8, 1, "bf16")
+    assert size.vocabulary == 128256 // 4
+    assert Size(MODELS["llama-8b"], 32, 1, "bf16").vocabulary == 128256
+
+
+def test_a_model_is_cut_to_what_fits(monkeypatch):
+    model = MODELS["qwen-0.6b"]
+    monkeypatch.setattr(arms, "_free_memory", lambda device: 1 << 60)
+    by_time = [fitting(model, tokens, "bf16", CPU).layers for tokens in (1 << 20, 256, 1)]
+    assert by_time[0] == 1  # a block alone is more than a second's arithmetic
+    assert 1 < by_time[1] < model.layers
+    assert by_time[2] == model.layers
+    monkeypatch.setattr(arms, "_free_memory", lambda device: 1 << 20)
+    assert fitting(model, 1, "bf16", CPU).layers == 1

@@ -1,0 +1,174 @@
+"""The counts agree with counts by hand, and the closed forms with what the kernels do."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lorafast.bench.common.contenders import BUILDERS, FROZEN
+from lorafast.bench.common.problem import Problem
+from lorafast.bench.common.record import Record
+from lorafast.bench.common.shapes import Shape
+from lorafast.bench.traffic import interpret, launches, measure, run
+from lorafast.bench.traffic.count import Traffic, counting
+
+M, K, N, r = 8192, 4096, 4096, 16
+PROBLEM = Problem(Shape("", M, K, N), r, "bf16", "bf16", 0.0)
+# Bytes of each tensor of the layer in bf16.
+X = DX = 2 * M * K
+Y = DY = 2 * M * N
+W = 2 * K * N
+A, B = 2 * r * K, 2 * r * N
+S = DS = 2 * M * r
+
+
+def traffic_of(name, problem=PROBLEM):
+    rows = {row.contender: row for row in measure(problem, [name])}
+    return rows[name].forward, rows[name].backward
+
+
+def test_frozen_layer():
+    forward, backward = traffic_of(FROZEN)
+    assert forward == Traffic(1, X + W, Y)
+    assert backward == Traffic(1, DY + W, DX)
+    assert round((forward.bytes + backward.bytes) / 1e6) == 336
+
+
+def test_peft():
+    forward, backward = traffic_of("peft")
+    # base, A, B, times scaling, sum
+    assert forward.launches == 5
+    assert forward.read == (X + W) + (X + A) + (S + B) + Y + 2 * Y
+    assert forward.written == Y + S + Y + Y + Y
+    # d(times scaling), dB, ds, dA, dx of the low-rank term, dx of the base, their sum
+    assert backward.launches == 7
+    assert backward.read == DY + (DY + S) + (DY + B) + (DS + X) + (DS + A) + (DY + W) + 2 * DX
+    assert backward.written == DY + B + DS + A + DX + DX + DX
+
+
+def test_peft_with_dropout():
+    problem = replace(PROBLEM, dropout_p=0.05)
+    plain, dropped = traffic_of("peft"), traffic_of("peft", problem)
+    mask = M * K  # one byte an element
+    # One fused launch each way: x → a dropped copy and a mask; gradient and mask → gradient.
+    assert dropped[0] == Traffic(
+        plain[0].launches + 1, plain[0].read + X, plain[0].written + X + mask
+    )
+    assert dropped[1] == Traffic(
+        plain[1].launches + 1, plain[1].read + X + mask, plain[1].written + X
+    )
+
+
+def test_float32_adapters_over_a_half_precision_layer_cost_peft_a_copy_of_x():
+    problem = replace(PROBLEM, adapter_dtype="fp32")
+    forward, _ = traffic_of("peft", problem)
+    # base; x to float32; A, B, times scaling in float32; sum, promoted to float32; back to bf16
+    assert forward.launches == 7
+    read = (X + W) + X + (2 * X + 2 * A) + (2 * S + 2 * B) + 2 * Y + (Y + 2 * Y) + 2 * Y
+    written = Y + 2 * X + 2 * S + 2 * Y + 2 * Y + 2 * Y + Y
+    assert (forward.read, forward.written) == (read, written)
+
+
+def test_aten():
+    forward, backward = traffic_of("aten")
+    # shrink; s·Bᵀ written, not read; the product accumulated onto it
+    assert forward == Traffic(3, (X + A) + (S + B) + (Y + X + W), S + Y + Y)
+    # ds, dB, dA, ds·A, the product accumulated onto it
+    assert backward == Traffic(
+        5, (DY + B) + (DY + S) + (DS + X) + (DS + A) + (DX + DY + W), DS + B + A + DX + DX
+    )
+
+
+def test_triton():
+    forward, backward = traffic_of("triton")
+    columns = N // 128  # blocks of expand_backward, a partial ds each
+    chunks = -(-2 * 132 // columns)  # of rows, a partial dB each
+    # shrink, sum of its partials, linear_expand
+    assert forward.launches == 3
+    assert forward.read - (X + A) - (X + W + S + B) == 3 * 4 * M * r
+    assert forward.written == 3 * 4 * M * r + S + Y
+    # expand_backward and its two sums, shrink_backward and its sum, dx
+    assert backward.launches == 6
+    chunks_of_dA = -(-2 * 132 // (K // 64))
+    partials = 4 * M * r * columns + 4 * N * r * chunks + 4 * K * r * chunks_of_dA
+    assert backward.read == (DY + S + B) + (DS + X) + (DY + W + DS + A) + partials
+    assert backward.written == partials + DS + B + A + DX
+
+
+def test_the_minimum():
+    assert PROBLEM.least_bytes("fwd", False) == X + W + Y
+    assert PROBLEM.least_bytes("bwd", False) == DY + W + DX
+    assert PROBLEM.least_bytes("fwd", True) == X + W + A + B + S + Y
+    assert PROBLEM.least_bytes("bwd", True) == DY + W + X + S + 2 * (A + B) + DX
+    both = PROBLEM.least_bytes("fwd", True) + PROBLEM.least_bytes("bwd", True)
+    assert PROBLEM.least_bytes("both", True) == both
+
+
+def test_no_contender_is_below_the_minimum():
+    for row in measure(PROBLEM, [name for name in BUILDERS if not name.endswith("compiled")]):
+        assert row.bytes >= row.least - 2 * S  # s may stay in a register
+
+
+def test_in_place_counts_once_each_way_and_views_count_nothing():
+    x = torch.empty(10, 10, device="meta")
+    with counting() as traffic:
+        x.add_(1.0)
+        x.view(2, 50).t()
+        torch.empty_like(x)
+        torch.add(x, x, out=torch.empty_like(x))
+    assert traffic == Traffic(2, 400 + 800, 400 + 400)
+
+
+def test_an_accumulator_with_beta_0_is_not_read():
+    x = torch.empty(10, 10, device="meta")
+    with counting() as traffic:
+        x.addmm_(x.clone(), x.clone(), beta=0)
+    assert traffic.read == 2 * 400 + 2 * 400  # two clones, two factors
+
+
+PROBLEMS = [
+    interpret.Reduced(M, K, N, r, dtype, adapter_dtype, bias, dropout)
+    for M, K, N, r, dtype, adapter_dtype, bias, dropout in (
+        (199, 297, 293, 16, "bf16", "fp32", False, False),
+        (199, 297, 293, 16, "bf16", "bf16", True, True),
+        (1, 1, 1, 1, "fp32", "fp32", True, True),
+        (130, 64, 70, 40, "fp32", "fp32", False, True),
+        (70, 1000, 30, 3, "fp16", "fp32", False, False),
+        (300, 40, 600, 300, "bf16", "fp32", False, True),
+    )
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_closed_forms_say_what_the_interpreter_counts(problem):
+    assert interpret.compare(problem) == dict.fromkeys(
+        ("shrink", "linear_expand", "expand_backward", "shrink_backward", "dx")
+    )
+
+
+def test_a_wrong_closed_form_is_found(monkeypatch):
+    right = launches.shrink
+
+    def wrong(*arguments):
+        (first, *rest) = right(*arguments)
+        return [replace(first, read=first.read + 2), *rest]
+
+    monkeypatch.setattr(launches, "shrink", wrong)
+    differences = interpret.compare(PROBLEMS[0])
+    assert [name for name, value in differences.items() if value] == ["shrink"]
+
+
+def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(interpret, "why_unchecked", lambda problems: "shrink: counted 1, not 2")
+    record = Record(torch.device("cpu"))
+    run([PROBLEM], ["triton"], record=record)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert line.split() == ["triton", "WRONG:", "shrink:", "counted", "1,", "not", "2"]
+    assert record.any_wrong()
+
+
+@pytest.mark.slow
+def test_the_check_runs_in_a_process_of_its_own():
+    assert interpret.why_unchecked([PROBLEM]) is None

@@ -1,0 +1,36 @@
+"""Two runs give the same bits, and the mask is the reference's, bit for bit."""
+
+import pytest
+import torch
+from lorafast.bench.common.check import mask_of, run
+from lorafast.bench.common.contenders import BUILDERS
+from lorafast.bench.common.problem import Problem, draw
+from lorafast.bench.common.shapes import Shape
+
+from lorafast import reference
+from lorafast.ops import dispatch
+
+pytestmark = pytest.mark.gpu
+
+PROBLEM = Problem(Shape("", 4099, 2048, 1024), 16, "bf16", "fp32", 0.05)
+
+
+@pytest.mark.parametrize("backend", dispatch.backend_names())
+def test_two_runs_give_the_same_bits(backend, device):
+    tensors = draw(PROBLEM, device, 1)
+    contender = BUILDERS[backend](PROBLEM, tensors)
+    first, second = (run(contender, tensors.x[0], tensors.dy[0]) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_every_backend_draws_the_mask_of_the_reference(device, monkeypatch):
+    tensors = draw(PROBLEM, device, 1)
+    seed = torch.tensor([-(2**62) + 12345], device=device)
+    monkeypatch.setattr(torch, "randint", lambda *arguments, **options: seed.clone())
+    shape = PROBLEM.shape
+    expected = reference.keep_mask(shape.M, shape.K, PROBLEM.dropout_p, seed.cpu())
+    for backend in dispatch.backend_names():
+        found = mask_of(BUILDERS[backend](PROBLEM, tensors), PROBLEM, tensors)
+        assert found is not None
+        assert torch.equal(found.keep.cpu(), expected), backend

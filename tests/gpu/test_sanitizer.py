@@ -1,0 +1,37 @@
+"""``compute-sanitizer`` finds no bad access and no race."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+SCRIPT = Path(__file__).with_name("sanitized.py")
+ROOT = Path(__file__).parents[2]
+REFUSES = ("Device not supported", "LibraryNotLoaded")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    # Without PyTorch's cache every tensor is an allocation of its own, whose end is watched.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "3", sys.executable, str(SCRIPT)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    output = process.stdout + process.stderr
+    for sentence in REFUSES:
+        if sentence in output:
+            pytest.skip(f"compute-sanitizer can't work on this machine: {sentence}")
+    assert process.returncode == 0, output[-4000:]
+    assert "every kernel ran" in output
