@@ -11,6 +11,7 @@ job's ``Row``, samples in seconds, sizes in bytes.
 import dataclasses
 import datetime
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,19 @@ class Record:
     def write(self, path: Path) -> None:
         """Writes the file, whose folder is made if need be."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self._content, indent=1, ensure_ascii=False)
+        text = json.dumps(_rounded(self._content), indent=1, ensure_ascii=False)
+        # A list of samples on one line.
+        text = re.sub(r"\[[\s\d.,e+-]+\]", lambda match: " ".join(match[0].split()), text)
         path.write_text(text + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits, more than any clock has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from lorafast.bench.common.problem import DTYPES, SCALING, Problem
 from lorafast.bench.traffic import launches
 from lorafast.bench.traffic.launches import Launch
 
+from lorafast.ops import backend
+
+_UNCHECKED = 4
 _MOST_M, _MOST_KN = 200, 300
 """A few blocks of the largest tiles, the last one cut off."""
 
@@ -166,11 +169,16 @@ def compare(problem: Reduced) -> dict[str, str | None]:
     return differences
 
 
-def why_unchecked(problems: Sequence[Problem]) -> str | None:
-    """Holds the closed forms against the interpreter, in a process of its own.
+@dataclass(frozen=True)
+class Verdict:
+    """On the closed forms: what is ``wrong`` with them, or why they are ``unchecked`` here."""
 
-    Returns why they can't be trusted for these problems, None if they can.
-    """
+    wrong: str | None = None
+    unchecked: str | None = None
+
+
+def check(problems: Sequence[Problem]) -> Verdict:
+    """Holds the closed forms against the interpreter, in a process of its own."""
     lines = "\n".join(json.dumps(asdict(p)) for p in dict.fromkeys(map(reduce, problems)))
     process = subprocess.run(
         [sys.executable, "-m", __name__],
@@ -180,13 +188,18 @@ def why_unchecked(problems: Sequence[Problem]) -> str | None:
         env=os.environ | {"TRITON_INTERPRET": "1"},
         check=False,
     )
-    if process.returncode:
-        return (process.stdout + process.stderr).strip().splitlines()[-1]
-    return None
+    if process.returncode == 0:
+        return Verdict()
+    last = (process.stdout + process.stderr).strip().splitlines()[-1]
+    return Verdict(unchecked=last) if process.returncode == _UNCHECKED else Verdict(wrong=last)
 
 
 def main() -> int:
-    """Exit status 1 if a closed form is wrong; the last line says which."""
+    """Exit status 1 if a closed form is wrong, 4 if none can be checked; the last line says why."""
+    reason = backend.TRITON.why_unusable()
+    if reason is not None:
+        print(reason)
+        return _UNCHECKED
     for line in sys.stdin:
         problem = Reduced(**json.loads(line))
         for name, difference in compare(problem).items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lorafast.bench.common.contenders import BUILDERS, FROZEN, Contender, UnavailableError
@@ -24,15 +25,26 @@ requested: what a Triton kernel's programs load and store, tiles that they share
 
 @dataclass
 class Row:
-    """One contender's traffic on one problem, in bytes; ``requested`` is None where it isn't known."""
+    """One contender's traffic on one problem, in bytes.
+
+    ``requested`` is None where it isn't known, ``unchecked`` says why closed forms were not held
+    against the interpreter.
+    """
 
     problem: Problem
     contender: str
     forward: Traffic = field(default_factory=Traffic)
     backward: Traffic = field(default_factory=Traffic)
     requested: int | None = None
+    unchecked: str | None = None
     wrong: str | None = None
     unavailable: str | None = None
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Row":
+        """Back from ``dataclasses.asdict``."""
+        counts = {name: Traffic(**fields[name]) for name in ("forward", "backward")}
+        return cls(**fields | counts | {"problem": Problem.from_json(fields["problem"])})
 
     @property
     def bytes(self) -> int:
@@ -110,21 +122,24 @@ def measure(
 def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) -> list[Row]:
     """The rows of all problems, printed and kept in ``record``."""
     rows: list[Row] = []
-    reason = interpret.why_unchecked(problems) if "triton" in against else None
+    verdict = interpret.check(problems) if "triton" in against else interpret.Verdict()
     for problem in progress(problems, "problem"):
         found = measure(problem, against)
         for row in found:
             if row.contender == "triton":
-                row.wrong = reason
+                row.wrong, row.unchecked = verdict.wrong, verdict.unchecked
         record.add("traffic", found)
         rows += found
     say(format_rows(rows))
     say("\n" + NOTES)
-    if "triton" in against and reason is None:
-        say(
-            f"triton: for {H200_PROCESSORS} multiprocessors; the closed forms agree with every load "
-            "and store that the interpreter counted at a reduced size"
+    if "triton" in against:
+        said = (
+            "the closed forms agree with every load and store that the interpreter counted at a "
+            "reduced size"
+            if verdict == interpret.Verdict()
+            else f"closed forms, {verdict.wrong or 'not checked here: ' + str(verdict.unchecked)}"
         )
+        say(f"triton: for {H200_PROCESSORS} multiprocessors; {said}")
     return rows
 
 

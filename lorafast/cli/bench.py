@@ -27,7 +27,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "tokens": [512],
         "dtype": ["fp32"],
         "against": ["peft", "frozen"],
-        "seconds": 2.0,
+        "seconds": 3.0,
     },
     "cuda": {
         "shapes": ["llama-8b"],

@@ -161,7 +161,8 @@ def test_a_wrong_closed_form_is_found(monkeypatch):
 
 
 def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(interpret, "why_unchecked", lambda problems: "shrink: counted 1, not 2")
+    wrong = interpret.Verdict(wrong="shrink: counted 1, not 2")
+    monkeypatch.setattr(interpret, "check", lambda problems: wrong)
     record = Record(torch.device("cpu"))
     run([PROBLEM], ["triton"], record=record)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
@@ -171,4 +172,23 @@ def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_check_runs_in_a_process_of_its_own():
-    assert interpret.why_unchecked([PROBLEM]) is None
+    assert interpret.check([PROBLEM]) == interpret.Verdict()
+
+
+def test_where_triton_cannot_interpret_the_counts_say_that_they_are_unchecked(monkeypatch, capsys):
+    unchecked = interpret.Verdict(unchecked="Triton is too old")
+    monkeypatch.setattr(interpret, "check", lambda problems: unchecked)
+    record = Record(torch.device("cpu"))
+    run([PROBLEM], ["triton"], record=record)
+    out = capsys.readouterr().out
+    assert "not checked here: Triton is too old" in out
+    assert any(line.startswith("  triton") and "583" in line for line in out.splitlines())
+    assert not record.any_wrong()
+
+
+def test_the_process_says_why_it_cannot_check(monkeypatch, capsys):
+    monkeypatch.setattr(interpret.backend, "TRITON", replace(
+        interpret.backend.TRITON, why_unusable=lambda: "Triton is too old"
+    ))  # fmt: skip
+    assert interpret.main() == 4
+    assert capsys.readouterr().out == "Triton is too old\n"
