@@ -221,8 +221,8 @@ def main() -> int:
                 "README.md and bench/results disagree: run python bench/report.py", file=sys.stderr
             )
         return int(before != rendered)
-    new = text.replace(f"{BEGIN}\n\n{before}\n\n{END}", f"{BEGIN}\n\n{rendered}\n\n{END}")
-    README.write_text(new, encoding="utf-8")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text(f"{head}{BEGIN}\n\n{rendered}\n\n{END}{tail}", encoding="utf-8")
     return 0
 
 
