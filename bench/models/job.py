@@ -61,8 +61,6 @@ def measure(
     size: Size, r: int, against: Sequence[str], *, device: torch.device, seconds: float
 ) -> list[Row]:
     """Rows of the frozen model, lorafast, and those named."""
-    frozen = build(size, device)
-    embeddings, labels = _batch(size, device)
     names = list(dict.fromkeys((FROZEN, "lorafast", *against)))
     rows = {
         name: Row(
@@ -71,6 +69,13 @@ def measure(
         )
         for name in names
     }  # fmt: skip
+    try:
+        frozen = build(size, device)
+    except UnavailableError as error:
+        for row in rows.values():
+            row.unavailable = str(error)
+        return list(rows.values())
+    embeddings, labels = _batch(size, device)
     arms = {}
     truth = _Truth(frozen, r, embeddings, labels)
     for name in names:

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -63,6 +65,21 @@ def test_a_wrong_arm_has_no_time(measured, monkeypatch):
     assert not rows["lorafast"].samples
     assert rows["peft"].wrong is None
     assert "WRONG" in job.format_rows(list(rows.values()))
+
+
+def test_without_transformers_nothing_runs_and_says_why(measured, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    rows = measured(["peft"])
+    assert {row.unavailable for row in rows} == {
+        "transformers is not installed (pip install transformers)"
+    }
+
+
+def test_without_peft_the_others_run(measured, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    rows = {row.contender: row for row in measured(["peft"])}
+    assert rows["peft"].unavailable == "PEFT is not installed (pip install peft)"
+    assert rows["lorafast"].samples
 
 
 def test_blocks_and_vocabulary_are_cut_by_the_same_factor():

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from lorafast.bench.common.contenders import BUILDERS
@@ -71,6 +72,18 @@ def test_a_wrong_contender_fails_the_command(capsys, monkeypatch):
     assert main(["bench", *TINY, "--against", "aten"]) == 1
     (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("  aten")]
     assert line.startswith("  aten  WRONG: y is off by")
+
+
+def test_without_peft_and_matplotlib_the_rest_is_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    picture = tmp_path / "a.png"
+    assert main(["bench", *TINY, "--against", "peft", "--plot", str(picture)]) == 0
+    captured = capsys.readouterr()
+    assert "  peft  not run: PEFT is not installed (pip install peft)" in captured.out
+    assert captured.err == "no plot: matplotlib is not installed (pip install matplotlib)\n"
+    assert not picture.exists()
 
 
 def test_traffic_needs_no_gpu(capsys):
