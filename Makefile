@@ -1,6 +1,7 @@
 # make demo   fine-tune a real model with lorafast and with PEFT, side by side
 # make test   run every test
 # make bench  measure a LoRA layer against the frozen one and PEFT
+# make gpu    on a machine with an NVIDIA GPU: test, benchmark, record
 # Each sets up .venv first if need be. ARGS passes options on: make demo ARGS="--rank 8".
 
 PYTHON ?= python3
@@ -39,7 +40,10 @@ bench: $(READY)
 
 # On the machine's own Python, PyTorch and Triton, so that a bare GPU machine needs no network.
 gpu:
-	@PYTHONPATH=$(CURDIR) $(PYTHON) -m lorafast.bench.gpu $(ARGS)
+	@python=$(PYTHON); $$python -c 'import torch' 2>/dev/null || python=$(PY); \
+	$$python -c 'import torch' 2>/dev/null || \
+		{ echo "make gpu needs an NVIDIA GPU and PyTorch, and $(PYTHON) has no PyTorch" >&2; exit 2; }; \
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $$python -m lorafast.bench.gpu $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,6 +1,5 @@
 """Times bursts of calls on a tiny layer, in microseconds of host time a call."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -51,22 +50,19 @@ def run(
 ) -> list[Row]:
     """The rows of all passes, printed and kept in ``record``."""
     rows: list[Row] = []
+    say(f"\ncall overhead: {PROBLEM}")
     for which in progress(PASSES, "pass"):
         found = measure(which, against, device=device, rounds=rounds)
         record.add("call_overhead", found)
         rows += found
-    say(format_rows(rows))
+        say(f"\n{PASSES[which]}\n{format_rows(found)}")
     return rows
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """A heading for each pass, below it a line for each contender."""
+    """A line for each contender."""
     remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
-    header, *lines = table(_HEADER, list(map(_cells, rows)), remarks=remarks).splitlines()
-    text = [f"\ncall overhead: {PROBLEM}", header]
-    for which, group in itertools.groupby(zip(rows, lines, strict=True), key=lambda p: p[0].which):
-        text += ["", PASSES[which], *(line for _, line in group)]
-    return "\n".join(text)
+    return table(_HEADER, list(map(_cells, rows)), remarks=remarks)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

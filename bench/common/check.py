@@ -35,11 +35,11 @@ class Dropped:
         return torch.where(self.keep, x, 0.0) * self.scale
 
 
-def run(contender: Contender, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def run(contender: Contender, x: Tensor, dy: Tensor, seed: int = _SEED) -> dict[str, Tensor]:
     """One forward and backward: ``y``, ``dx`` and the gradients of the contender's parameters."""
     x = x.detach().requires_grad_()
     contender.clear_gradients()
-    torch.manual_seed(_SEED)
+    torch.manual_seed(seed)
     with contender.context():
         y = contender.layer(x)
         y.backward(dy)
@@ -101,39 +101,98 @@ def mask_of(contender: Contender, problem: Problem, tensors: Tensors) -> Dropped
     """The mask that ``run`` will draw, read back from the contender itself; None without dropout."""
     if not problem.dropout_p or not contender.parameters:
         return None
+    return Dropped(_read_mask(contender, tensors, _SEED), contender.survivor_scale)
+
+
+def _read_mask(contender: Contender, tensors: Tensors, seed: int) -> Tensor:
     with _probing(contender, tensors) as dy:
-        dx = run(contender, tensors.x[0], dy)["dx"]
-    return Dropped(dx != 0, contender.survivor_scale)
+        return run(contender, tensors.x[0], dy, seed)["dx"] != 0
+
+
+class Judge:
+    """Holds contenders against the reference on one problem's first input set."""
+
+    def __init__(self, problem: Problem, tensors: Tensors) -> None:
+        self._problem = problem
+        self._tensors = tensors
+        self._without_dropout: dict[bool, dict[str, tuple[Tensor, float]]] = {}
+
+    def why_wrong(self, contender: Contender) -> str | None:
+        """What is wrong with the contender's results, or None."""
+        problem, tensors = self._problem, self._tensors
+        dropped = mask_of(contender, problem, tensors)
+        if dropped is not None:
+            other = _read_mask(contender, tensors, _SEED + 1)
+            reason = _why_no_mask(dropped.keep, other, problem.dropout_p)
+            if reason is not None:
+                return reason
+        found = run(contender, tensors.x[0], tensors.dy[0])
+        for name, (ref64, allowed) in self._truth(bool(contender.parameters), dropped).items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name].dtype != _dtype_of(name, tensors):
+                return f"{name} is {found[name].dtype}, expected {_dtype_of(name, tensors)}"
+            reason = off_by(contract.error(found[name], ref64), allowed)
+            if reason is not None:
+                return f"{name} is {reason}"
+        return None
+
+    def _truth(self, adapted: bool, dropped: Dropped | None) -> dict[str, tuple[Tensor, float]]:
+        """Name → the float64 reference and the error allowed."""
+        if dropped is None and adapted in self._without_dropout:
+            return self._without_dropout[adapted]
+        eager = expected(self._tensors, dropped, adapted, None, 1)
+        squared64 = expected(self._tensors, dropped, adapted, torch.float64, 2)
+        truth = {
+            name: (ref64, contract.allowed(eager[name], ref64, squared64[name].abs().sqrt()))
+            for name, ref64 in expected(self._tensors, dropped, adapted, torch.float64, 1).items()
+        }
+        if dropped is None:
+            self._without_dropout[adapted] = truth
+        return truth
 
 
 def why_wrong(contender: Contender, problem: Problem, tensors: Tensors) -> str | None:
     """What is wrong with the contender's results, or None."""
-    adapted = bool(contender.parameters)
-    dropped = mask_of(contender, problem, tensors)
-    if dropped is not None:
-        reason = _why_no_mask(dropped.keep, problem.dropout_p)
-        if reason is not None:
-            return reason
-    found = run(contender, tensors.x[0], tensors.dy[0])
-    eager = expected(tensors, dropped, adapted, None, 1)
-    ref64 = expected(tensors, dropped, adapted, torch.float64, 1)
-    squared64 = expected(tensors, dropped, adapted, torch.float64, 2)
-    for name, ref in ref64.items():
-        if name not in found:
-            return f"{name} is missing"
-        error = contract.error(found[name], ref)
-        allowed = contract.allowed(eager[name], ref, squared64[name].abs().sqrt())
-        if not error <= allowed:
-            return f"{name} is off by {error:.1e}, allowed {allowed:.1e}"
-    return None
+    return Judge(problem, tensors).why_wrong(contender)
 
 
-def _why_no_mask(keep: Tensor, dropout_p: float) -> str | None:
-    """A mask drops each element with probability p: six standard deviations are granted."""
+def off_by(error: float, allowed: float) -> str | None:
+    """A sentence if ``error`` (NaN too) is more than ``allowed``."""
+    return None if error <= allowed else f"off by {error:.1e}, allowed {allowed:.1e}"
+
+
+def raised(error: Exception) -> str:
+    """An exception in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"it raised {type(error).__name__}: {first}"
+
+
+def _dtype_of(name: str, tensors: Tensors) -> torch.dtype:
+    return {"dA": tensors.lora_A, "dB": tensors.lora_B}.get(name, tensors.x[0]).dtype
+
+
+def _why_no_mask(keep: Tensor, other: Tensor, dropout_p: float) -> str | None:
+    """A mask drops each element with probability p, in every row and column, and changes."""
     count = keep.numel()
-    dropped = count - int(keep.sum())
-    slack = 6 * (count * dropout_p * (1 - dropout_p)) ** 0.5
-    # Probabilities are quantised to 1/65536, and a mask may come in groups of a few elements.
-    if abs(dropped - dropout_p * count) > slack + count / 65536:
-        return f"{dropped / count:.2%} of x is dropped, expected {dropout_p:.2%}"
+    dropped = ~keep
+    share = dropped.sum().item() / count
+    if not _plausible(dropped.sum().reshape(1), count, dropout_p):
+        return f"{share:.2%} of x is dropped, expected {dropout_p:.2%}"
+    for dimension, name in ((0, "column"), (1, "row")):
+        if not _plausible(dropped.sum(dimension), keep.shape[dimension], dropout_p):
+            return f"x is not dropped evenly: a {name} lost too many elements or too few"
+    # Masks of a few elements may well be equal by chance.
+    if count * dropout_p * (1 - dropout_p) > 100 and torch.equal(keep, other):
+        return "two dropout masks in a row are the same"
     return None
+
+
+def _plausible(dropped: Tensor, of: int, dropout_p: float) -> bool:
+    """Whether each count is within seven standard deviations of what is expected.
+
+    Seven more elements are granted, because few elements have longer tails, and a 65536th because
+    probabilities are quantised.
+    """
+    slack = 7 * (of * dropout_p * (1 - dropout_p)) ** 0.5 + 7 + of / 65536
+    return bool(((dropped - dropout_p * of).abs() <= slack).all())

@@ -33,28 +33,40 @@ class HostClock:
 
 
 class CudaClock:
-    """Time between two events on the current stream, the L2 cache flushed before each call.
+    """GPU time between two events, the L2 cache flushed before each call, the host's time hidden.
 
-    The flush also gives the host time to queue the call. The device is synchronised once a round.
+    Before each call the device sleeps for longer than the host needed to queue that call so far: all
+    of it is queued when the device gets there, and no contender inherits a queue from the one before.
+    What a call costs the host is measured by ``call_overhead``.
     """
+
+    _CYCLES = 2e9  # a second of sleep, about: clocks of data-centre GPUs
+    _FIRST = 0.005
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(max(4 * cache, 1 << 28), dtype=torch.int8, device=device)
+        self._queueing: dict[str, float] = {}
 
     def round(self, turns: Sequence[tuple[str, Turn]], first: int) -> dict[str, float]:
         """Seconds of each call, the first one on input set ``first``."""
-        events = {}
+        seconds = {}
         for index, (name, turn) in enumerate(turns, first):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with turn(index) as call:
+                torch.cuda.synchronize()
+                torch.cuda._sleep(int(2 * self._CYCLES * self._queueing.get(name, self._FIRST)))
                 self._flush.zero_()
                 begin.record()
+                start = time.perf_counter()
                 call()
+                queued = time.perf_counter() - start
                 end.record()
-            events[name] = (begin, end)
-        torch.cuda.synchronize()
-        return {name: begin.elapsed_time(end) / 1e3 for name, (begin, end) in events.items()}
+                end.synchronize()
+            # A compilation in the first round must not make every later one wait.
+            self._queueing[name] = min(queued, self._FIRST)
+            seconds[name] = begin.elapsed_time(end) / 1e3
+        return seconds
 
 
 Clock = HostClock | CudaClock
@@ -92,11 +104,13 @@ def interleave(
 
 
 def _rounds(seconds: float, least: int, most: int, warm_up: int) -> Iterator[int]:
+    """Warm-up rounds, then as many as fit into ``seconds``."""
+    yield from range(warm_up)
     start = time.perf_counter()
-    for index in range(warm_up + most):
-        if index >= warm_up + least and time.perf_counter() - start > seconds:
+    for index in range(most):
+        if index >= least and time.perf_counter() - start > seconds:
             return
-        yield index
+        yield warm_up + index
 
 
 @dataclass(frozen=True)
@@ -119,3 +133,20 @@ class Summary:
     def of_ratio(cls, samples: Sequence[float], to: Sequence[float]) -> "Summary":
         """The summary of the ratios of single rounds."""
         return cls.of([a / b for a, b in zip(samples, to, strict=True)])
+
+
+class Timed:
+    """What rows with ``samples`` and ``frozen_samples`` (seconds, round by round) say."""
+
+    samples: list[float]
+    frozen_samples: list[float]
+
+    @property
+    def time(self) -> Summary | None:
+        """Seconds of a call."""
+        return Summary.of(self.samples) if self.samples else None
+
+    @property
+    def overhead(self) -> Summary | None:
+        """The ratio to the frozen contender, round by round."""
+        return Summary.of_ratio(self.samples, self.frozen_samples) if self.samples else None

@@ -113,6 +113,8 @@ def _peft(problem: Problem, tensors: Tensors) -> Contender:
     )
     layer: Any = model.get_submodule("base_model.model.0").train()
     lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if lora_A.dtype != tensors.lora_A.dtype:
+        raise UnavailableError(f"PEFT makes {lora_A.dtype} adapters here")
     with torch.no_grad():
         lora_A.copy_(tensors.lora_A)
         lora_B.copy_(tensors.lora_B)
@@ -127,8 +129,6 @@ def _peft(problem: Problem, tensors: Tensors) -> Contender:
 def _compiled(problem: Problem, tensors: Tensors, *, of: Builder) -> Contender:
     contender = of(problem, tensors)
     contender.name += "-compiled"
-    # A code cache of its own for each problem: dynamic shapes would be another program.
-    torch._dynamo.reset()
     contender.layer = torch.compile(contender.layer, dynamic=False)
     return contender
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from lorafast.bench.common import check
 from lorafast.bench.common.contenders import BUILDERS, FROZEN, Builder, Contender, UnavailableError
 from lorafast.bench.common.problem import Problem, Tensors
@@ -34,13 +35,18 @@ def line_up(
     builders = BUILDERS if builders is None else builders
     named = {AGAIN if name == FROZEN else name: name for name in ("lorafast", *against)}
     found = LineUp([FROZEN, *named])
+    # Compiled contenders start afresh: what was compiled for other sizes is another program.
+    torch._dynamo.reset()
+    judge = check.Judge(problem, tensors)
     for label, name in {FROZEN: FROZEN, **named}.items():
         try:
             contender = builders[name](problem, tensors)
+            reason = judge.why_wrong(contender)
         except UnavailableError as error:
             found.unavailable[label] = str(error)
             continue
-        reason = check.why_wrong(contender, problem, tensors)
+        except Exception as error:  # it is the contender's, reported with it, and the others go on
+            reason = check.raised(error)
         if reason is None:
             found.right[label] = contender
         else:

@@ -35,7 +35,19 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "lorafast": lorafast.__version__,
         "packages": {name: _version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "settings": _settings(),
+        "commit": os.environ.get("LORAFAST_COMMIT") or _commit(),
+    }
+
+
+def _settings() -> dict[str, Any]:
+    """What changes results or speed from outside."""
+    matmul = torch.backends.cuda.matmul
+    names = ("LORAFAST_BACKEND", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "OMP_NUM_THREADS")
+    return {
+        "fp32_precision": matmul.fp32_precision,
+        "allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "environment": {name: os.environ[name] for name in names if name in os.environ},
     }
 
 
@@ -48,7 +60,7 @@ def clock_state(device: torch.device) -> dict[str, Any]:
     """How fast the device says that it runs just now, and what else the machine does."""
     state: dict[str, Any] = {"load_average": os.getloadavg()[0]}
     if device.type == "cuda":
-        state |= dict(zip(_CLOCK_FIELDS, _nvidia_smi(*_CLOCK_FIELDS), strict=True))
+        state |= _nvidia_smi(device, *_CLOCK_FIELDS)
     else:
         state["cpu_mhz"] = _cpu_info("cpu MHz")
     return state
@@ -62,20 +74,27 @@ def _device_details(device: torch.device) -> dict[str, Any]:
         "capability": f"sm_{properties.major}{properties.minor}",
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "driver": _nvidia_smi("driver_version")[0],
+        "driver": _nvidia_smi(device, "driver_version")["driver_version"],
         "cuda": torch.version.cuda,
     }
 
 
-def _nvidia_smi(*fields: str) -> list[str | None]:
-    """What ``nvidia-smi`` says of the first GPU; Nones where it is missing or knows no such field."""
+def _nvidia_smi(device: torch.device, *fields: str) -> dict[str, str | None]:
+    """What ``nvidia-smi`` says of a GPU; None for a field that it doesn't know, or if it is missing."""
     program = shutil.which("nvidia-smi")
+    unknown: dict[str, str | None] = dict.fromkeys(fields)
     if program is None:
-        return [None] * len(fields)
-    query = [program, "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        return unknown
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = [program, "-i", uuid, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     process = subprocess.run(query, capture_output=True, text=True, check=False)
     values = process.stdout.strip().split(", ")
-    return list(values) if len(values) == len(fields) else [None] * len(fields)
+    if process.returncode == 0 and len(values) == len(fields):
+        return dict(zip(fields, values, strict=True))
+    if len(fields) == 1:
+        return unknown
+    # One field that this driver doesn't know spoils the whole answer.
+    return {name: value for field in fields for name, value in _nvidia_smi(device, field).items()}
 
 
 def _cpu_info(field: str) -> str | None:

@@ -7,8 +7,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory is chatty
-
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes that ``forward`` keeps for its backward, each storage once, parameters not counted."""
@@ -37,6 +35,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:

@@ -1,18 +1,22 @@
 """Recorded runs: one JSON file each, with every sample.
 
     {"format": "lorafast-bench/1", "started": "2026-11-23T15:00:00+00:00", "command": "lorafast bench …",
-     "machine": {…}, "clock_state": {"before": {…}, "after": {…}}, "complete": true,
+     "machine": {…}, "clock_state": [{…}, …], "complete": true, "skipped": ["…"],
      "<kind>": [row, …], …}
 
-A kind is ``layer``, ``call_overhead``, ``traffic``, ``models`` …; its rows are the fields of that
-job's ``Row``, samples in seconds, sizes in bytes.
+A kind is ``layer``, ``sweep``, ``operations``, ``configurations``, ``call_overhead``, ``models``,
+``traffic`` or ``tests``; its rows are the fields of that job's ``Row``, samples in seconds, sizes in
+bytes. The clock's state is noted at the start, whenever rows are added, and at the end. ``complete``
+means that everything that was asked for was measured; what wasn't is ``skipped``.
 """
 
 import dataclasses
 import datetime
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,26 +25,54 @@ import torch
 from lorafast.bench.common import machine
 
 FORMAT = "lorafast-bench/1"
+_START = time.monotonic()
 
 
 class Record:
-    """A run as it goes; ``write`` may be called as often as one likes."""
+    """A run as it goes, written to ``path`` (None: nowhere) whenever something is added."""
 
-    def __init__(self, device: torch.device, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, device: torch.device, command: Sequence[str] | None = None, path: Path | None = None
+    ) -> None:
         self._device = device
+        self._path = path
         self._content: dict[str, Any] = {
             "format": FORMAT,
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": " ".join(command if command is not None else ("lorafast", *sys.argv[1:])),
             "machine": machine.describe(device),
-            "clock_state": {"before": machine.clock_state(device), "after": None},
+            "clock_state": [],
             "complete": False,
+            "skipped": [],
         }
+        self._note()
 
     def add(self, kind: str, rows: Sequence[Any]) -> None:
         """Appends rows (dataclasses or dictionaries) of a kind."""
         plain = [row if isinstance(row, dict) else dataclasses.asdict(row) for row in rows]
         self._content.setdefault(kind, []).extend(plain)
+        self._note()
+
+    def skip(self, what: str) -> None:
+        """Something that was asked for is not measured."""
+        self._content["skipped"].append(what)
+
+    def finish(self, *, complete: bool = True) -> None:
+        """The end; ``complete`` unless the run broke off."""
+        self._content["complete"] = complete and not self._content["skipped"]
+        self._note()
+
+    def _note(self) -> None:
+        state = {"seconds": time.monotonic() - _START, **machine.clock_state(self._device)}
+        self._content["clock_state"].append(state)
+        if self._path is not None:
+            self._write(self._path)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the package's source, None if unknown."""
+        commit: str | None = self._content["machine"]["commit"]
+        return commit
 
     def summary(self) -> str:
         """Versions in one line."""
@@ -55,20 +87,18 @@ class Record:
     def any_wrong(self) -> bool:
         """Whether a row says that a contender's results were wrong."""
         lists = (value for value in self._content.values() if isinstance(value, list))
-        return any(row.get("wrong") is not None for rows in lists for row in rows)
+        rows = (row for rows in lists for row in rows if isinstance(row, dict))
+        return any(row.get("wrong") is not None for row in rows)
 
-    def finish(self, *, complete: bool = True) -> None:
-        """Notes the clock's state at the end, and whether everything asked for was measured."""
-        self._content["clock_state"]["after"] = machine.clock_state(self._device)
-        self._content["complete"] = complete
-
-    def write(self, path: Path) -> None:
-        """Writes the file, whose folder is made if need be."""
+    def _write(self, path: Path) -> None:
+        """Writes the file, whose folder is made if need be; a break leaves the one before."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_rounded(self._content), indent=1, ensure_ascii=False)
         # A list of samples on one line.
         text = re.sub(r"\[[\s\d.,e+-]+\]", lambda match: " ".join(match[0].split()), text)
-        path.write_text(text + "\n", encoding="utf-8")
+        draft = path.with_name(path.name + ".draft")
+        draft.write_text(text + "\n", encoding="utf-8")
+        os.replace(draft, path)
 
 
 def _rounded(value: Any) -> Any:
@@ -95,4 +125,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not a recorded run: its format is {found!r}, expected {FORMAT!r}"
         )
+    missing = [key for key in ("started", "command", "machine", "complete") if key not in content]
+    if missing:
+        raise ValueError(f"{path} is not a whole recorded run: it lacks {', '.join(missing)}")
     return content

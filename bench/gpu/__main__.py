@@ -4,25 +4,28 @@
     LORAFAST_OUT=/tmp/out make gpu
 
 Leaves ``gpu-<name>-<date>.json``, a log and the plots in the folder that ``LORAFAST_OUT`` names
-(default ``bench/results``). The record is written after every stage, so that nothing is lost. Exit
-status: 0, 1 if a test failed or a contender was wrong, 2 without a GPU.
+(default ``bench/results``). The record is written whenever something is added to it. Exit status: 0,
+1 if a test failed or a contender was wrong, 2 without a GPU, 130 after Ctrl-C.
 """
 
 import argparse
+import contextlib
 import datetime
+import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from xml.etree import ElementTree
 
 import torch
 from lorafast.bench.call_overhead import run as run_call_overhead
@@ -37,6 +40,7 @@ from lorafast.bench import layer, operations, traffic
 
 _SUMMARY = "Tests on the device, benchmarks, looks for faster launch configurations, records."
 _ROOT = Path(__file__).resolve().parents[2]
+_BROKE = "broke"
 
 
 @dataclass
@@ -51,6 +55,7 @@ class _Plan:
     swept: list[Problem]
     model: str
     model_layers: int | None
+    search_seconds: float
     tokens: int
 
 
@@ -69,7 +74,8 @@ def _plan_for_gpu(device: torch.device) -> _Plan:
     return _Plan(
         device, table, square=table[0], dropped=table[1],
         against=("peft", "peft-compiled", "aten", "triton", "frozen"),
-        swept=layer.sweep(table[0], "cuda"), model="llama-8b", model_layers=None, tokens=8192,
+        swept=layer.sweep(table[0], "cuda"), model="llama-8b", model_layers=None,
+        search_seconds=30.0, tokens=8192,
     )  # fmt: skip
 
 
@@ -80,13 +86,14 @@ def _plan_for_rehearsal() -> _Plan:
     return _Plan(
         torch.device("cpu"), table, square=table[0], dropped=table[1],
         against=("peft", "aten", "triton", "frozen"), swept=[table[0], other], model="qwen-0.6b",
-        model_layers=1, tokens=8,
+        model_layers=1, search_seconds=3.0, tokens=8,
     )  # fmt: skip
 
 
 @dataclass
 class _Budget:
-    """Seconds from the start at which each stage must end; what hasn't begun by then is named."""
+    """The time for all stages. A stage begins only before its share of it is used up, and takes no new
+    problem after that; what it has begun it ends."""
 
     start: float
     total: float
@@ -98,6 +105,15 @@ class _Budget:
     def left(self, share: float) -> float:
         """Seconds until then, at least ten."""
         return max(self.until(share) - time.monotonic(), 10.0)
+
+
+@dataclass
+class _Stage:
+    """A job that must begin before ``share`` of the time is used; a sentence it returns is a failure."""
+
+    name: str
+    share: float
+    run: Callable[[], object]
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -121,19 +137,26 @@ def main(words: Sequence[str] | None = None) -> int:
     name = re.sub(r"[^a-z0-9]+", "-", machine.device_name(plan.device).lower()).strip("-")
     kind = "rehearsal" if arguments.rehearse else "gpu"
     stem = f"{kind}-{name}-{datetime.date.today().isoformat()}"
-    folder = Path(os.environ.get("LORAFAST_OUT") or _ROOT / "bench" / "results")
+    folder = Path(os.environ.get("LORAFAST_OUT") or _ROOT / "bench" / "results").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}.json"
+    path = _unused(folder, stem)
     budget = _Budget(time.monotonic(), 60 * arguments.minutes)
-    record = Record(plan.device, ["make", "gpu", *(sys.argv[1:] if words is None else words)])
-    with _log_to(folder / f"{stem}.log"):
+    command = ["make", "gpu", *(sys.argv[1:] if words is None else words)]
+    with _log_to(path.with_suffix(".log")):
+        record = Record(plan.device, command, path)
         print(f"{machine.device_name(plan.device)}, {record.summary()}")
-        stages = _stages(plan, budget, record, path)
-        if arguments.skip_tests:
-            del stages["tests on the device"]
-        failed = _run(stages, budget, record, path)
-        record.finish(complete=not failed)
-        record.write(path)
+        if record.commit is None:
+            print("the commit is unknown here: LORAFAST_COMMIT=<hash> puts it on record")
+        failed: list[str] = []
+        interrupted = False
+        try:
+            for stage in _stages(plan, budget, record, arguments):
+                failed += _run(stage, budget, record)
+        except KeyboardInterrupt:
+            interrupted = True
+            print("\ninterrupted: what was done is kept")
+        broke = any(sentence.endswith(_BROKE) for sentence in failed)
+        record.finish(complete=not (broke or interrupted))
         for drawn in _plot(record, path.with_suffix(".png")):
             print(f"drawn: {drawn}")
         print(f"recorded in {path} in {time.monotonic() - budget.start:.0f} s")
@@ -141,94 +164,118 @@ def main(words: Sequence[str] | None = None) -> int:
             failed.append("a contender was WRONG, see above")
         for sentence in failed:
             print(f"FAILED: {sentence}")
-    return 1 if failed else 0
+    return 130 if interrupted else int(bool(failed))
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """The record's path; a second one of a day is numbered."""
+    path = folder / f"{stem}.json"
+    number = 2
+    while path.exists():
+        path = folder / f"{stem}-{number}.json"
+        number += 1
+    return path
 
 
 def _stages(
-    plan: _Plan, budget: _Budget, record: Record, path: Path
-) -> dict[str, Callable[[], object]]:
-    """Name → what to do; a stage that returns a sentence has failed."""
+    plan: _Plan, budget: _Budget, record: Record, arguments: argparse.Namespace
+) -> list[_Stage]:
     device, both = plan.device, [plan.square, plan.dropped]
-    return {
-        "tests on the device": lambda: _test(record, budget.left(0.4), path),
-        "operations": lambda: operations.run(
+    stages = [
+        _Stage("tests on the device", 0.1, lambda: _test(record, budget.left(0.4))),
+        _Stage("operations", 0.45, lambda: operations.run(
             both, ["aten", "triton"],
             device=device, seconds=0.3, record=record, deadline=budget.until(0.45),
-        ),
-        "layers": lambda: layer.run(
+        )),
+        _Stage("layers", 0.7, lambda: layer.run(
             plan.table, ["both"], plan.against,
             device=device, seconds=0.7, record=record, deadline=budget.until(0.7),
-        ),
-        "sweep": lambda: layer.run(
+        )),
+        _Stage("sweep", 0.8, lambda: layer.run(
             plan.swept, ["both"], ["peft", "aten", "triton"],
             device=device, seconds=0.4, record=record, kind="sweep", deadline=budget.until(0.8),
-        ),
-        "call overhead": lambda: run_call_overhead(["peft"], device=device, record=record),
-        "model": lambda: run_model(
-            MODELS[plan.model], 16, "bf16", ["peft"],
-            device=device, record=record, layers=plan.model_layers, tokens=plan.tokens, seconds=5.0,
-        ),
-        "traffic": lambda: traffic.run(both, ["peft", "aten", "triton"], record=record),
-        "launch configurations": lambda: climb.run(
+        )),
+        _Stage("call overhead", 0.85, lambda: run_call_overhead(
+            ["peft"], device=device, record=record
+        )),
+        _Stage("model", 0.9, lambda: run_model(
+            MODELS[plan.model], 16, "bf16", ["peft"], device=device, record=record,
+            layers=plan.model_layers, tokens=plan.tokens, seconds=5.0,
+        )),
+        _Stage("traffic", 0.95, lambda: traffic.run(
+            both, ["peft", "aten", "triton"], record=record
+        )),
+        _Stage("search for launch configurations", 0.97, lambda: climb.run(
             plan.square, operations.CASES, device=device,
-            seconds=budget.left(0.97) / len(operations.CASES), record=record,
-        ),
-    }  # fmt: skip
+            seconds=min(plan.search_seconds, budget.left(0.97) / len(operations.CASES)), record=record,
+        )),
+    ]  # fmt: skip
+    return stages[1:] if arguments.skip_tests else stages
 
 
-def _run(
-    stages: dict[str, Callable[[], object]], budget: _Budget, record: Record, path: Path
-) -> list[str]:
-    """Every stage in turn; one that breaks is reported and does not stop the others."""
-    failed = []
-    for name, stage in stages.items():
-        print(f"\n== {name} ({time.monotonic() - budget.start:.0f} s)", flush=True)
-        try:
-            problem = stage()
-        except Exception:  # the other stages still tell something, and this one is reported
-            traceback.print_exc(file=sys.stdout)
-            problem = f"{name} broke"
-        if isinstance(problem, str):
-            failed.append(problem)
-        record.write(path)
+def _run(stage: _Stage, budget: _Budget, record: Record) -> list[str]:
+    """What failed in a stage; one that breaks is reported and does not stop the others."""
+    print(f"\n== {stage.name} ({time.monotonic() - budget.start:.0f} s)", flush=True)
+    if time.monotonic() > budget.until(stage.share):
+        print("not begun, the time is up")
+        record.skip(stage.name)
+        return []
+    try:
+        problem = stage.run()
         torch.cuda.empty_cache()
-    return failed
+    except Exception:  # the other stages still tell something, and this one is reported
+        traceback.print_exc(file=sys.stdout)
+        problem = f"{stage.name} {_BROKE}"
+    return [problem] if isinstance(problem, str) else []
 
 
-def _test(record: Record, seconds: float, path: Path) -> str | None:
+def _test(record: Record, seconds: float) -> str | None:
     """``pytest -m gpu``; returns what failed."""
     tests = _ROOT / "tests" / "gpu"
     if not tests.is_dir():
         return "the tests are not here: make gpu runs from a checkout"
-    report = path.with_suffix(".tests.xml")
     command = [
         sys.executable, "-m", "pytest", "-m", "gpu", str(tests), "-v", "--durations=10",
-        "-p", "no:cacheprovider", f"--junitxml={report}",
+        "-p", "no:cacheprovider",
     ]  # fmt: skip
+    if importlib.util.find_spec("xdist") is not None:
+        # Most of the time goes into compiling kernels, a file of tests a process.
+        command += ["-n", "5", "--dist", "loadfile"]
+    # A session of its own, so that what the tests started can be stopped with them.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT,
+        start_new_session=True,
+    )  # fmt: skip
     assert process.stdout is not None
-    stop = threading.Timer(seconds, process.kill)
+    stop = threading.Timer(seconds, _kill, [process])
+    stop.daemon = True
     stop.start()
-    for line in process.stdout:
-        print(line, end="", flush=True)
-    stop.cancel()
+    counts: Counter[str] = Counter()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            outcome = (
+                re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line) if "::" in line else None
+            )
+            if outcome is not None and not line.startswith(
+                ("FAILED", "ERROR")
+            ):  # the summary again
+                counts[outcome[0].lower()] += 1
+    finally:
+        stop.cancel()
+        _kill(process)
     status = process.wait()
-    counts = _counts(report)
-    record.add("tests", [counts | {"status": status}])
+    record.add("tests", [{**counts, "status": status}])
     if status == 0:
         return None
-    return f"tests on the device: {counts or f'stopped after {seconds:.0f} s'}"
+    outcome_text = ", ".join(f"{count} {name}" for name, count in counts.items())
+    stopped = f", stopped after {seconds:.0f} s" if status < 0 else ""
+    return f"tests on the device: {outcome_text or 'none ran'}{stopped}"
 
 
-def _counts(report: Path) -> dict[str, Any]:
-    """Tests, failures, errors, skipped, from pytest's report, which is removed."""
-    if not report.is_file():
-        return {}
-    suite = next(ElementTree.parse(report).iter("testsuite"))
-    report.unlink()
-    return {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+def _kill(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(ProcessLookupError):  # all gone already
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _plot(record: Record, path: Path) -> list[Path]:

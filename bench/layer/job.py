@@ -33,6 +33,7 @@ def run(
     for problem in progress(problems, "problem"):
         if time.monotonic() > deadline:
             say(f"\n{problem}: not measured, the time is up")
+            record.skip(f"{kind}: {problem}")
             continue
         found = measure(problem, passes, against, device=device, clock=clock, seconds=seconds)
         record.add(kind, found)

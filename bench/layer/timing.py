@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lorafast.bench.common import memory
-from lorafast.bench.common.clock import Call, Clock, Summary, Turn, interleave
+from lorafast.bench.common.clock import Call, Clock, Timed, Turn, interleave
 from lorafast.bench.common.contenders import FROZEN, Builder, Contender
 from lorafast.bench.common.line_up import line_up
 from lorafast.bench.common.problem import Problem, Tensors, draw, input_sets
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass
-class Row:
+class Row(Timed):
     """One contender on one problem and pass.
 
     ``wrong`` says what is wrong with its results, ``unavailable`` why it wasn't run: then there are
@@ -47,16 +47,6 @@ class Row:
     def limit(self) -> float:
         """The ratio to the frozen layer that arithmetic allows."""
         return self.problem.arithmetic_limit(self.which) if self.adapted else 1.0
-
-    @property
-    def time(self) -> Summary | None:
-        """Seconds of a call."""
-        return Summary.of(self.samples) if self.samples else None
-
-    @property
-    def overhead(self) -> Summary | None:
-        """The ratio to the frozen layer, round by round."""
-        return Summary.of_ratio(self.samples, self.frozen_samples) if self.samples else None
 
 
 def measure(

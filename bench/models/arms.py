@@ -123,7 +123,6 @@ def make(name: str, frozen: nn.Module, r: int) -> Arm:
     plain = name.removesuffix("-compiled")
     arm = _plain(plain, frozen, r)
     if plain != name:
-        torch._dynamo.reset()
         arm.name, arm.model = name, torch.compile(arm.model, dynamic=False)
     return arm
 

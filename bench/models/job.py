@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from lorafast.bench.common import memory
-from lorafast.bench.common.clock import Call, Summary, Turn, clock_for, interleave
+from lorafast.bench.common.check import off_by, raised
+from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES
-from lorafast.bench.common.progress import say
+from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Model
 from lorafast.bench.common.table import megabytes, table, why_no_time
@@ -29,7 +30,7 @@ _HEADER = (
 
 
 @dataclass
-class Row:
+class Row(Timed):
     """One arm; samples are seconds of a step, ``peak_bytes`` what a step allocates at most."""
 
     model: str
@@ -45,16 +46,6 @@ class Row:
     samples: list[float] = field(default_factory=list)
     frozen_samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
-
-    @property
-    def time(self) -> Summary | None:
-        """Seconds of a step."""
-        return Summary.of(self.samples) if self.samples else None
-
-    @property
-    def overhead(self) -> Summary | None:
-        """The ratio to the frozen model, round by round."""
-        return Summary.of_ratio(self.samples, self.frozen_samples) if self.samples else None
 
 
 def measure(
@@ -78,13 +69,15 @@ def measure(
     embeddings, labels = _batch(size, device)
     arms = {}
     truth = _Truth(frozen, r, embeddings, labels)
-    for name in names:
+    for name in progress(names, "arm"):
         try:
             arm = make(name, frozen, r)
+            rows[name].wrong = truth.why_wrong(arm)
         except UnavailableError as error:
             rows[name].unavailable = str(error)
             continue
-        rows[name].wrong = truth.why_wrong(arm)
+        except Exception as error:  # it is the arm's, reported with it, and the others go on
+            rows[name].wrong = raised(error)
         if rows[name].wrong is None:
             arms[name] = arm
     del truth
@@ -111,7 +104,10 @@ def _batch(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class _Truth:
-    """The adapted model in float64, and the error that plain PyTorch makes in the model's dtype."""
+    """The adapted model in float64, and the error that plain PyTorch makes in the model's dtype.
+
+    Llama's norms and rotary embedding compute in float32 whatever the weights are.
+    """
 
     def __init__(self, frozen: nn.Module, r: int, embeddings: Tensor, labels: Tensor) -> None:
         # A few tokens suffice: each goes through every layer.
@@ -148,9 +144,9 @@ class _Truth:
         if arm.name == FROZEN:
             return None
         for name, value in self._outputs(arm).items():
-            error, allowed = contract.error(value, self._exact[name]), self._allowed[name]
-            if not error <= allowed:
-                return f"{name} off by {error:.1e}, allowed {allowed:.1e}"
+            reason = off_by(contract.error(value, self._exact[name]), self._allowed[name])
+            if reason is not None:
+                return f"{name}: {reason}"
         return None
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
+from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Clock, Summary, clock_for, interleave
 from lorafast.bench.common.problem import DTYPES, Problem, draw
 from lorafast.bench.common.progress import progress, say
@@ -37,11 +38,14 @@ class Row:
     shipped_samples: list[float] = field(default_factory=list)
 
     @property
-    def ratio(self) -> float:
+    def against_shipped(self) -> Summary | None:
         """Time over that of the shipped configuration, round by round."""
-        if not self.samples:
-            return float("inf")
-        return Summary.of_ratio(self.samples, self.shipped_samples).median
+        return Summary.of_ratio(self.samples, self.shipped_samples) if self.samples else None
+
+    @property
+    def ratio(self) -> float:
+        """The median of that; infinite for what can't be used."""
+        return float("inf") if self.against_shipped is None else self.against_shipped.median
 
 
 def neighbours(
@@ -92,24 +96,29 @@ def _capability(device: torch.device) -> int:
 
 
 def _try(
-    problem: Problem, case: Case, candidate: LaunchConfig, shipped: LaunchConfig, clock: Clock
+    problem: Problem,
+    case: Case,
+    candidate: LaunchConfig,
+    shipped: LaunchConfig,
+    clock: Clock,
+    seconds: float = 0.1,
 ) -> Row:
-    from triton.runtime.errors import OutOfResources
-
     row = Row(problem, case.name, asdict(candidate), False)
-    calls = {}
-    for label, config in (("candidate", candidate), ("shipped", shipped)):
-        operations = _with_config(case.operation, config)
-        calls[label] = functools.partial(case.call, operations, as_is)
     try:
         row.wrong = why_wrong(case, _with_config(case.operation, candidate), DTYPES[problem.dtype])
-    except OutOfResources as error:
-        row.unusable = str(error)
-        return row
-    if row.wrong is None:
-        turns = {label: turn_of([call]) for label, call in calls.items()}
-        samples = interleave(clock, turns, seconds=0.1, least=15)
-        row.samples, row.shipped_samples = samples["candidate"], samples["shipped"]
+        if row.wrong is None:
+            turns = {
+                label: turn_of(
+                    [functools.partial(case.call, _with_config(case.operation, config), as_is)]
+                )
+                for label, config in (("candidate", candidate), ("shipped", shipped))
+            }
+            samples = interleave(clock, turns, seconds=seconds, least=15)
+            row.samples, row.shipped_samples = samples["candidate"], samples["shipped"]
+    except (
+        Exception
+    ) as error:  # too large for the chip, or the compiler gives up: not this one then
+        row.unusable = raised(error)
     return row
 
 
@@ -135,13 +144,28 @@ def run(
     for name in progress(names, "operation"):
         deadline = time.monotonic() + seconds
         found = climb(problem, name, device=device, clock=clock, deadline=deadline)
+        best = min(found, key=lambda row: row.ratio)
+        if best.ratio < 1:
+            # The least of many noisy medians flatters: once more, with samples of its own.
+            best = _again(problem, name, best, device, clock)
+            found.append(best)
         record.add("configurations", found)
         rows += found
-        best = min(found, key=lambda row: row.ratio)
-        verdict = (
-            f"{best.ratio:.3f} of the shipped one's time: {best.config}"
-            if best.ratio < 1
-            else "none faster than the shipped one"
-        )
-        say(f"  {name}: {len(found)} tried, {verdict}")
+        say(f"  {name}: {len(found)} tried, {_verdict(best)}")
     return rows
+
+
+def _again(problem: Problem, name: str, row: Row, device: torch.device, clock: Clock) -> Row:
+    case = cases(problem, draw(problem, device, 1))[name]
+    shipped = config_for(case.operation, problem.r, problem.element_size)
+    return _try(problem, case, LaunchConfig(**row.config), shipped, clock, seconds=0.5)
+
+
+def _verdict(best: Row) -> str:
+    against = best.against_shipped
+    if against is None or against.high >= 1:
+        return "none surely faster than the shipped one"
+    return (
+        f"{against.median:.3f} ({against.low:.3f} – {against.high:.3f}) of the shipped one's time: "
+        f"{best.config}"
+    )

@@ -1,4 +1,4 @@
-"""Times each operation on each backend, beside a copy of x and the vendor's bare product."""
+"""Times each operation on each backend, a copy of x and the vendor's bare product in turn with it."""
 
 import functools
 import time
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lorafast.bench.common.check import off_by, raised
 from lorafast.bench.common.clock import Call, Clock, Summary, Turn, clock_for, interleave
 from lorafast.bench.common.problem import DTYPES, Problem, Tensors, draw, input_sets
 from lorafast.bench.common.progress import progress, say
@@ -26,7 +27,7 @@ _HEADER = ("", "", "time", "middle half", "TFLOP/s", "GB/s", "of copy", "of mm")
 
 @dataclass
 class Row:
-    """One operation on one backend; samples are seconds."""
+    """One operation on one backend; samples are seconds, beside those of the yardsticks."""
 
     problem: Problem
     case: str
@@ -36,11 +37,8 @@ class Row:
     wrong: str | None = None
     unavailable: str | None = None
     samples: list[float] = field(default_factory=list)
-
-    @property
-    def time(self) -> Summary | None:
-        """Seconds of a call."""
-        return Summary.of(self.samples) if self.samples else None
+    copy_samples: list[float] = field(default_factory=list)
+    product_samples: list[float] = field(default_factory=list)
 
 
 def on_backend(name: str) -> SimpleNamespace:
@@ -56,8 +54,7 @@ def as_is(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def why_wrong(case: Case, operations: Any, dtype: torch.dtype) -> str | None:
     """What the numerical contract says against an operation, or None."""
-    error, allowed = contract.compare(case.call, operations, dtype)
-    return None if error <= allowed else f"off by {error:.1e}, allowed {allowed:.1e}"
+    return off_by(*contract.compare(case.call, operations, dtype))
 
 
 def turn_of(calls: Sequence[Call]) -> Turn:
@@ -78,51 +75,53 @@ def measure(
     clock: Clock,
     seconds: float,
 ) -> list[Row]:
-    """Rows of a copy of x and of the bare product, then of every operation on every backend.
+    """Rows of every operation on every backend.
 
-    Each operation is sampled for about ``seconds``, its backends in turn.
+    Each operation is sampled for about ``seconds``, its backends, a copy of x and the vendor's bare
+    product in turn.
     """
     tensors = draw(problem, device, input_sets(problem))
-    rows = _yardsticks(problem, tensors, clock, seconds)
     by_set = [
         cases(problem, replace(tensors, x=[x], dy=[dy]))
         for x, dy in zip(tensors.x, tensors.dy, strict=True)
     ]
+    rows = []
     for name, case in by_set[0].items():
-        turns = {}
+        turns = _yardsticks(tensors)
         of_case = []
         for backend_name in backends:
             row = Row(problem, name, backend_name, case.flops, case.least_bytes)
             of_case.append(row)
             row.unavailable = dispatch.why_not(backend_name, case.operation, (tensors.x[0],))
-            if row.unavailable is None:
-                operations = on_backend(backend_name)
+            if row.unavailable is not None:
+                continue
+            operations = on_backend(backend_name)
+            try:
                 row.wrong = why_wrong(case, operations, DTYPES[problem.dtype])
-                if row.wrong is None:
-                    turns[backend_name] = turn_of(
-                        [functools.partial(c[name].call, operations, as_is) for c in by_set]
-                    )
-        samples = interleave(clock, turns, seconds=seconds) if turns else {}
+            except (
+                Exception
+            ) as error:  # it is the backend's, reported with it, and the others go on
+                row.wrong = raised(error)
+            if row.wrong is None:
+                turns[backend_name] = turn_of(
+                    [functools.partial(c[name].call, operations, as_is) for c in by_set]
+                )
+        samples = interleave(clock, turns, seconds=seconds)
         for row in of_case:
             row.samples = samples.get(row.contender, [])
+            row.copy_samples, row.product_samples = samples[COPY], samples[PRODUCT]
         rows += of_case
     return rows
 
 
-def _yardsticks(problem: Problem, tensors: Tensors, clock: Clock, seconds: float) -> list[Row]:
+def _yardsticks(tensors: Tensors) -> dict[str, Turn]:
+    """A copy of x, and the bare product of the forward."""
     weight, x0 = tensors.weight, tensors.x[0]
-    (M, K), N = x0.shape, weight.shape[0]
-    copy, y = torch.empty_like(x0), x0.new_empty((M, N))
-    turns = {
+    copy, y = torch.empty_like(x0), x0.new_empty((x0.shape[0], weight.shape[0]))
+    return {
         COPY: turn_of([functools.partial(copy.copy_, x) for x in tensors.x]),
         PRODUCT: turn_of([functools.partial(torch.mm, x, weight.t(), out=y) for x in tensors.x]),
     }
-    samples = interleave(clock, turns, seconds=seconds)
-    product_bytes = (M * K + K * N + M * N) * problem.element_size
-    return [
-        Row(problem, COPY, "", 0.0, 2 * x0.nbytes, samples=samples[COPY]),
-        Row(problem, PRODUCT, "", 2.0 * M * K * N, product_bytes, samples=samples[PRODUCT]),
-    ]
 
 
 def run(
@@ -140,6 +139,7 @@ def run(
     for problem in progress(problems, "problem"):
         if time.monotonic() > deadline:
             say(f"\n{problem}: not measured, the time is up")
+            record.skip(f"operations: {problem}")
             continue
         found = measure(problem, backends, device=device, clock=clock, seconds=seconds)
         record.add("operations", found)
@@ -150,25 +150,32 @@ def run(
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A line for each operation and backend, with its share of the copy's and the product's rate."""
-    rates = {row.case: row for row in rows}
-    copy, product = rates[COPY].time, rates[PRODUCT].time
-    assert copy is not None
-    assert product is not None
-    copy_rate = rates[COPY].least_bytes / copy.median
-    product_rate = rates[PRODUCT].flops / product.median
+    first = rows[0].problem
+    M, K, N = first.shape.M, first.shape.K, first.shape.N
+    copied, multiplied = 2 * M * K * first.element_size, 2.0 * M * K * N
     lines = []
     for row in rows:
         cells = [f"  {row.case}", row.contender]
-        if row.time is not None:
-            at, rate = row.time, row.least_bytes / row.time.median
+        if row.samples:
+            at = Summary.of(row.samples)
+            copy = Summary.of_ratio(row.copy_samples, row.samples).median
+            product = Summary.of_ratio(row.product_samples, row.samples).median
             cells += [
                 f"{at.median * 1e6:,.1f} µs",
                 f"{at.low * 1e6:,.1f} – {at.high * 1e6:,.1f}",
-                f"{row.flops / at.median / 1e12:.3g}" if row.flops else "",
-                f"{rate / 1e9:,.0f}",
-                f"{rate / copy_rate:.0%}",
-                f"{row.flops / at.median / product_rate:.0%}" if row.flops else "",
+                f"{row.flops / at.median / 1e12:.3g}",
+                f"{row.least_bytes / at.median / 1e9:,.0f}",
+                f"{row.least_bytes / copied * copy:.0%}",
+                f"{row.flops / multiplied * product:.0%}",
             ]
         lines.append(cells)
+    copy_time = Summary.of(rows[0].copy_samples).median
+    product_time = Summary.of(rows[0].product_samples).median
     remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
-    return table(_HEADER, lines, left=2, remarks=remarks)
+    return "\n".join(
+        [
+            table(_HEADER, lines, left=2, remarks=remarks),
+            f"copy: x copied at {copied / copy_time / 1e9:,.0f} GB/s; "
+            f"mm: torch.mm at {multiplied / product_time / 1e12:.3g} TFLOP/s, in the same rounds",
+        ]
+    )

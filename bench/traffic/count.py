@@ -23,6 +23,8 @@ _MOVES_NOTHING = {
     _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided,
     _aten._unsafe_view,
 }  # fmt: skip
+# Their first argument is written, whatever it held.
+_OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_}
 
 
 @dataclass
@@ -62,11 +64,11 @@ class _CountingMode(TorchDispatchMode):
 
 
 def _inputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The arguments that ``func`` reads: not ``out=``, not an accumulator with beta = 0."""
+    """The arguments that ``func`` reads: not what it only writes, not an accumulator with beta = 0."""
     arguments = func._schema.arguments
     named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
     unread = {argument.name for argument in arguments if argument.is_out}
-    if named.get("beta") == 0:
+    if named.get("beta") == 0 or func.overloadpacket in _OVERWRITES:
         unread.add("self")
     for name, value in named.items():
         if name not in unread:

@@ -20,13 +20,15 @@ from unittest import mock
 import torch
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem
 from lorafast.bench.traffic import launches
-from lorafast.bench.traffic.launches import Launch
+from lorafast.bench.traffic.launches import H200_PROCESSORS, Launch
 
 from lorafast.ops import backend
 
-_UNCHECKED = 4
-_MOST_M, _MOST_KN = 200, 300
-"""A few blocks of the largest tiles, the last one cut off."""
+_WRONG = 3
+_SMALL = (199, 297, 293)
+"""M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
+_SPLIT = (599, 1097, 293)
+"""M, K, N long enough to split every sum into partial ones."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,19 @@ class Reduced:
     adapter_dtype: str
     bias: bool
     dropout: bool
+    processors: int
 
 
-def reduce(problem: Problem) -> Reduced:
-    """``problem`` at a reduced size, none of which a block divides."""
+def reduce(problem: Problem) -> list[Reduced]:
+    """``problem`` at two reduced sizes, none of which a block divides."""
     shape = problem.shape
-    return Reduced(
-        min(shape.M, _MOST_M - 1), min(shape.K, _MOST_KN - 3), min(shape.N, _MOST_KN - 7),
-        problem.r, problem.dtype, problem.adapter_dtype, shape.bias, bool(problem.dropout_p),
-    )  # fmt: skip
+    return [
+        Reduced(
+            min(shape.M, M), min(shape.K, K), min(shape.N, N), problem.r, problem.dtype,
+            problem.adapter_dtype, shape.bias, bool(problem.dropout_p), processors,
+        )
+        for (M, K, N), processors in ((_SMALL, 1), (_SPLIT, H200_PROCESSORS))
+    ]  # fmt: skip
 
 
 class _Counted:
@@ -100,7 +106,9 @@ def _distinct(accesses: Sequence[tuple[Any, int]]) -> int:
 
 
 @contextmanager
-def _counting() -> Iterator[list[Launch]]:
+def _counting(processors: int) -> Iterator[list[Launch]]:
+    """The launches of the block, cut as for a device of so many multiprocessors."""
+    from lorafast.kernels.common import launch
     from triton.runtime import interpreter
 
     counted = _Counted(interpreter._interpreter)
@@ -113,6 +121,7 @@ def _counting() -> Iterator[list[Launch]]:
         return result
 
     with (
+        mock.patch.object(launch, "INTERPRETER_PROCESSORS", processors),
         mock.patch.object(interpreter, "_interpreter", counted),
         mock.patch.object(interpreter.GridExecutor, "__call__", counted_run),
     ):
@@ -121,14 +130,13 @@ def _counting() -> Iterator[list[Launch]]:
 
 def compare(problem: Reduced) -> dict[str, str | None]:
     """For each operation: None if the closed form says what was counted, else both."""
-    from lorafast.kernels.common.launch import INTERPRETER_PROCESSORS
     from lorafast.kernels.expand_backward import expand_backward
     from lorafast.kernels.linear_expand import linear_expand
     from lorafast.kernels.shrink import shrink
     from lorafast.kernels.shrink_backward import shrink_backward
 
-    processors = INTERPRETER_PROCESSORS
     M, K, N, r, dropout = problem.M, problem.K, problem.N, problem.r, problem.dropout
+    processors = problem.processors
     dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
     size, adapter_size = dtype.itemsize, adapter_dtype.itemsize
     x, dy = torch.ones((M, K), dtype=dtype), torch.ones((M, N), dtype=dtype)
@@ -163,7 +171,7 @@ def compare(problem: Reduced) -> dict[str, str | None]:
     }
     differences: dict[str, str | None] = {}
     for name, (call, formula) in calls.items():
-        with _counting() as counted:
+        with _counting(processors) as counted:
             call()
         differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
     return differences
@@ -179,7 +187,9 @@ class Verdict:
 
 def check(problems: Sequence[Problem]) -> Verdict:
     """Holds the closed forms against the interpreter, in a process of its own."""
-    lines = "\n".join(json.dumps(asdict(p)) for p in dict.fromkeys(map(reduce, problems)))
+    lines = "\n".join(
+        json.dumps(asdict(p)) for p in dict.fromkeys(r for p in problems for r in reduce(p))
+    )
     process = subprocess.run(
         [sys.executable, "-m", __name__],
         input=lines,
@@ -190,22 +200,23 @@ def check(problems: Sequence[Problem]) -> Verdict:
     )
     if process.returncode == 0:
         return Verdict()
-    last = (process.stdout + process.stderr).strip().splitlines()[-1]
-    return Verdict(unchecked=last) if process.returncode == _UNCHECKED else Verdict(wrong=last)
+    said = (process.stdout + process.stderr).strip().splitlines()
+    last = said[-1] if said else f"the check ended with status {process.returncode}"
+    return Verdict(wrong=last) if process.returncode == _WRONG else Verdict(unchecked=last)
 
 
 def main() -> int:
-    """Exit status 1 if a closed form is wrong, 4 if none can be checked; the last line says why."""
+    """Exit status 3 if a closed form is wrong, 1 if none can be checked; the last line says why."""
     reason = backend.TRITON.why_unusable()
     if reason is not None:
         print(reason)
-        return _UNCHECKED
+        return 1
     for line in sys.stdin:
         problem = Reduced(**json.loads(line))
         for name, difference in compare(problem).items():
             if difference is not None:
                 print(f"{name} on {problem}: counted {difference}")
-                return 1
+                return _WRONG
             print(f"{name} on {problem}: as counted")
     return 0
 

@@ -12,9 +12,8 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.common.table import megabytes, table, why_no_time
 from lorafast.bench.traffic import interpret
 from lorafast.bench.traffic.count import Traffic, counting
-from lorafast.bench.traffic.launches import Launch, standing_in
+from lorafast.bench.traffic.launches import H200_PROCESSORS, Launch, standing_in
 
-H200_PROCESSORS = 132
 _HEADER = (
     "", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of least", "requested",
 )  # fmt: skip
@@ -122,7 +121,10 @@ def measure(
 def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) -> list[Row]:
     """The rows of all problems, printed and kept in ``record``."""
     rows: list[Row] = []
-    verdict = interpret.check(problems) if "triton" in against else interpret.Verdict()
+    verdict = interpret.Verdict()
+    if "triton" in against:
+        say("holding the closed forms of the Triton kernels against the interpreter")
+        verdict = interpret.check(problems)
     for problem in progress(problems, "problem"):
         found = measure(problem, against)
         for row in found:
@@ -130,31 +132,25 @@ def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) 
                 row.wrong, row.unchecked = verdict.wrong, verdict.unchecked
         record.add("traffic", found)
         rows += found
-    say(format_rows(rows))
+        say(f"\n{problem}\n{format_rows(found)}")
     say("\n" + NOTES)
     if "triton" in against:
-        said = (
-            "the closed forms agree with every load and store that the interpreter counted at a "
-            "reduced size"
-            if verdict == interpret.Verdict()
-            else f"closed forms, {verdict.wrong or 'not checked here: ' + str(verdict.unchecked)}"
-        )
-        say(f"triton: for {H200_PROCESSORS} multiprocessors; {said}")
+        say(f"triton: for {H200_PROCESSORS} multiprocessors; closed forms, {_describe(verdict)}")
     return rows
 
 
+def _describe(verdict: interpret.Verdict) -> str:
+    if verdict.wrong is not None:
+        return f"WRONG: {verdict.wrong}"
+    if verdict.unchecked is not None:
+        return f"not checked here: {verdict.unchecked}"
+    return "which agree with every load and store that the interpreter counted at reduced sizes"
+
+
 def format_rows(rows: Sequence[Row]) -> str:
-    """A heading for each problem, below it a line for each contender."""
+    """A line for each contender."""
     remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
-    header, *lines = table(_HEADER, list(map(_line, rows)), remarks=remarks).splitlines()
-    text = [header]
-    before = None
-    for row, line in zip(rows, lines, strict=True):
-        if row.problem != before:
-            before = row.problem
-            text += ["", str(before)]
-        text.append(line)
-    return "\n".join(text)
+    return table(_HEADER, list(map(_line, rows)), remarks=remarks)
 
 
 def _line(row: Row) -> tuple[str, ...]:

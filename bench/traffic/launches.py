@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorafast.ops import backend
 
+H200_PROCESSORS = 132
 _SEED = 8
 _PARTIAL = 4
 

@@ -5,6 +5,8 @@ Results are checked before they are timed; what is wrong is printed as WRONG and
 """
 
 import argparse
+import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_comma(_one_of([name for name, model in MODELS.items() if model.gated])),
         default=[],
         metavar="NAMES",
-        help="training steps of whole transformers, random weights: "
+        help="training steps of whole transformers, random weights, no dropout: "
         + ", ".join(name for name, model in MODELS.items() if model.gated),
     )
 
@@ -101,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--against", type=_comma(_one_of(BUILDERS)), help=f"of {', '.join(BUILDERS)}")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    how.add_argument("--seconds", type=float, help="of samples for each row of the table")
+    how.add_argument(
+        "--seconds", type=_seconds, help="of samples for each problem and pass, shared by all"
+    )
     how.add_argument("--json", type=Path, metavar="F", help="record the run with every sample")
     how.add_argument(
         "--plot",
@@ -117,12 +121,17 @@ def run(arguments: argparse.Namespace) -> int:
         return _compare(arguments)
     try:
         device = _device(arguments.device)
-        record = Record(device)
         problems = _problems(arguments, _DEFAULTS[device.type])
         counted = _problems(arguments, _TRAFFIC_DEFAULTS)
-    except (ValueError, RuntimeError) as error:
+        record = Record(device, path=arguments.json)
+        if arguments.plot:
+            arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"lorafast bench: {error}", file=sys.stderr)
         return 2
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        arguments.plot = None
     status = 0
     try:
         _measure(arguments, device, problems, counted, record)
@@ -130,14 +139,11 @@ def run(arguments: argparse.Namespace) -> int:
         print("\ninterrupted: what was done is kept", file=sys.stderr)
         status = _INTERRUPTED
     record.finish(complete=not status)
+    if arguments.json:
+        print(f"recorded in {arguments.json}")
     if arguments.plot and record.rows("sweep"):
         _plot(record, arguments.plot)
-    if arguments.json:
-        record.write(arguments.json)
-        print(f"recorded in {arguments.json}")
-    if record.any_wrong():
-        status = status or 1
-    return status
+    return status or int(record.any_wrong())
 
 
 def _measure(
@@ -166,10 +172,13 @@ def _measure(
         traffic.run(counted, arguments.against or _TRAFFIC_DEFAULTS["against"], record=record)
     if arguments.call_overhead:
         run_call_overhead(arguments.against or ["peft"], device=device, record=record)
-    for name in arguments.models:
+    for name, r, dtype in itertools.product(
+        arguments.models, arguments.rank, arguments.dtype or defaults["dtype"]
+    ):
         run_model(
-            MODELS[name], arguments.rank[0], problems[0].dtype, arguments.against or ["peft"],
-            device=device, layers=arguments.model_layers, record=record,
+            MODELS[name], r, dtype, arguments.against or ["peft"], device=device, record=record,
+            tokens=arguments.tokens and arguments.tokens[0], layers=arguments.model_layers,
+            seconds=arguments.seconds,
         )  # fmt: skip
 
 
@@ -177,8 +186,12 @@ def _device(name: str) -> torch.device:
     if name.split(":")[0] not in _DEFAULTS:
         raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:<index>")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, and PyTorch sees no NVIDIA GPU here")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device is cuda, and PyTorch sees no NVIDIA GPU here")
+        if ":" not in name:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_device(device)  # events belong to the current one
     return device
 
 
@@ -202,9 +215,7 @@ def _largest(problems: list[Problem]) -> Problem:
 def _plot(record: Record, path: Path) -> None:
     try:
         written = layer.plot([layer.Row.from_json(row) for row in record.rows("sweep")], path)
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"no plot: {error}", file=sys.stderr)
     else:
         print("drawn: " + ", ".join(map(str, written)))
@@ -223,7 +234,10 @@ def _comma(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """A parser of comma-separated values."""
 
     def parse_list(text: str) -> list[Any]:
-        return [convert(part.strip()) for part in text.split(",")]
+        try:
+            return [convert(part.strip()) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse_list
 
@@ -232,6 +246,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number of seconds")
     return value
 
 

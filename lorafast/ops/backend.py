@@ -36,6 +36,18 @@ def _implementation(module: str, operation: str) -> Callable[..., Any]:
     return function
 
 
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    """Of the device that is current at the first call."""
+    return torch.cuda.get_device_capability()
+
+
+@functools.cache
 def _version(package: str) -> tuple[int, ...]:
     """Major and minor version of an installed package."""
     version: str = importlib.import_module(package).__version__
@@ -48,10 +60,10 @@ def interpreting() -> bool:
 
 
 def _triton_unusable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "Triton is not installed (pip install triton)"
     if interpreting():
-        if importlib.util.find_spec("numpy") is None:
+        if not _installed("numpy"):
             return "Triton's interpreter needs NumPy (pip install numpy)"
         if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
             return "Triton before 3.7 can't interpret with NumPy 2.4 or later: upgrade Triton"
@@ -61,7 +73,7 @@ def _triton_unusable() -> str | None:
             "no CUDA device, and on a CPU Triton runs only in its interpreter "
             "(set TRITON_INTERPRET=1 before Python starts)"
         )
-    capability = torch.cuda.get_device_capability()
+    capability = _capability()
     if capability < (8, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels need 8.0"
     return None

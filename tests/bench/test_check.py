@@ -10,7 +10,7 @@ from torch import nn
 
 from lorafast import reference
 
-SHAPE = Shape("", 37, 24, 40, bias=True)
+SHAPE = Shape("", 37, 120, 40, bias=True)
 PROBLEMS = [
     Problem(SHAPE, 4, dtype, adapter_dtype, dropout_p)
     for dtype, adapter_dtype in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
@@ -65,6 +65,11 @@ class Layer(nn.Module):
         weight, bias = self.frozen
         wrong = self.wrong
         dropped = x if wrong == "dropout is ignored" else self.dropout(x)
+        if wrong == "the mask stays" and self.dropout.p:
+            mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) >= 0.25
+            dropped = x * mask / 0.75
+        if wrong == "rows are dropped whole" and self.dropout.p:
+            dropped = x * (torch.rand(len(x), 1) >= 0.25) / 0.75
         if wrong == "dx has no low-rank term":
             dropped = dropped.detach()
         A, B = self.lora_A, self.lora_B
@@ -76,7 +81,8 @@ class Layer(nn.Module):
             B = SCALING * B - (SCALING - 1) * B.detach()
         y = nn.functional.linear(x, weight, None if wrong == "no bias" else bias)
         low_rank = dropped @ A.t() @ B.t()
-        return y + (low_rank if wrong == "not scaled" else SCALING * low_rank)
+        y = y + (low_rank if wrong == "not scaled" else SCALING * low_rank)
+        return y.double() if wrong == "y is float64" else y
 
 
 WRONG = {
@@ -87,7 +93,11 @@ WRONG = {
     "dB is scaled twice": "dB is off",
     "no bias": "y is off",
     "not scaled": "y is off",
+    "y is float64": "y is torch.float64, expected torch.float32",
+    "the mask stays": "two dropout masks in a row are the same",
+    "rows are dropped whole": "of x is dropped|a row lost too many elements",
 }
+ONLY_WITH_DROPOUT = ("dropout is ignored", "the mask stays", "rows are dropped whole")
 
 
 def layer_with(wrong, problem, tensors):
@@ -106,7 +116,7 @@ def test_a_plain_layer_is_right(dropout_p):
 
 @pytest.mark.parametrize(
     ("wrong", "dropout_p"),
-    [(w, p) for w in WRONG for p in (0.0, 0.25) if p or w != "dropout is ignored"],
+    [(w, p) for w in WRONG for p in (0.0, 0.25) if p or w not in ONLY_WITH_DROPOUT],
 )
 def test_what_is_wrong_is_named(wrong, dropout_p):
     problem = Problem(SHAPE, 4, "fp32", "fp32", dropout_p)

@@ -68,6 +68,21 @@ def test_what_cannot_run_says_why():
     assert "  mine  not run: it needs a crystal ball" in layer.format_rows(rows).splitlines()
 
 
+def test_a_contender_that_raises_is_wrong_and_the_others_go_on():
+    def raising(problem, tensors):
+        contender = BUILDERS["lorafast"](problem, tensors)
+
+        def layer(x):
+            raise RuntimeError("out of shared memory\nand more lines")
+
+        contender.layer = layer
+        return contender
+
+    rows = {row.contender: row for row in measure(["mine", "aten"], mine=raising)}
+    assert rows["mine"].wrong == "it raised RuntimeError: out of shared memory"
+    assert rows["aten"].samples
+
+
 def test_a_contender_against_itself_is_at_one():
     rows = {row.contender: row for row in measure([FROZEN])}
     assert list(rows) == [FROZEN, "lorafast", "frozen again"]

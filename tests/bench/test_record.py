@@ -18,10 +18,9 @@ def row(contender, samples, **fields):
 
 
 def written(path, *rows):
-    record = Record(torch.device("cpu"), ["lorafast", "bench"])
+    record = Record(torch.device("cpu"), ["lorafast", "bench"], path)
     record.add("layer", rows)
     record.finish()
-    record.write(path)
     return path
 
 
@@ -34,7 +33,7 @@ def test_a_record_says_where_and_how_it_was_taken(tmp_path):
         content["machine"]["packages"]["torch"] == torch.__version__
     )
     assert content["machine"]["device"]
-    assert set(content["clock_state"]) == {"before", "after"}
+    assert len(content["clock_state"]) == 3  # at the start, with the rows, at the end
     assert content["layer"][0]["samples"] == [1.1] * 5
 
 
@@ -46,7 +45,28 @@ def test_a_record_knows_whether_something_was_wrong():
     assert record.any_wrong()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"format": FORMAT + "0"})])
+def test_a_record_is_on_disk_as_soon_as_it_is_added_to(tmp_path):
+    path = tmp_path / "a.json"
+    record = Record(torch.device("cpu"), [], path)
+    record.add("layer", [row("lorafast", [1.0] * 5)])
+    assert read(path)["complete"] is False
+    assert len(read(path)["layer"]) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_is_skipped_makes_a_record_incomplete(tmp_path):
+    record = Record(torch.device("cpu"), [], tmp_path / "a.json")
+    record.skip("the last row")
+    record.finish()
+    content = read(tmp_path / "a.json")
+    assert content["complete"] is False
+    assert content["skipped"] == ["the last row"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", json.dumps({"format": FORMAT + "0"}), json.dumps({"format": FORMAT})],
+)
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_text(content)

@@ -1,6 +1,7 @@
 """The README says what the records say."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,19 @@ def test_a_kept_record_is_whole_and_of_a_commit(path):
 
 
 def test_a_changed_figure_is_seen(report, tmp_path):
-    for path in RECORDS:
-        text = path.read_text(encoding="utf-8")
-        (tmp_path / path.name).write_text(
-            text.replace('"contender": "peft"', '"contender": "PEFT"')
-        )
-    assert report.render(tmp_path) != report.render()
+    rendered = []
+    for name, factor in (("same", 1.0), ("again", 1.0), ("slower", 2.0)):
+        folder = tmp_path / name / "results"
+        folder.mkdir(parents=True)
+        for path in RECORDS:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for row in content["layer"]:
+                if row["contender"] == "peft":
+                    row["samples"] = [factor * sample for sample in row["samples"]]
+            (folder / path.name).write_text(json.dumps(content), encoding="utf-8")
+        rendered.append(report.render(folder))
+    assert rendered[0] == rendered[1]
+    assert rendered[0] != rendered[2]
 
 
 def test_without_records_it_says_so(report, tmp_path):

@@ -118,7 +118,9 @@ def test_in_place_counts_once_each_way_and_views_count_nothing():
         x.view(2, 50).t()
         torch.empty_like(x)
         torch.add(x, x, out=torch.empty_like(x))
-    assert traffic == Traffic(2, 400 + 800, 400 + 400)
+        x.copy_(torch.empty_like(x))
+        x.zero_()
+    assert traffic == Traffic(4, 400 + 800 + 400, 4 * 400)
 
 
 def test_an_accumulator_with_beta_0_is_not_read():
@@ -129,14 +131,14 @@ def test_an_accumulator_with_beta_0_is_not_read():
 
 
 PROBLEMS = [
-    interpret.Reduced(M, K, N, r, dtype, adapter_dtype, bias, dropout)
-    for M, K, N, r, dtype, adapter_dtype, bias, dropout in (
-        (199, 297, 293, 16, "bf16", "fp32", False, False),
-        (199, 297, 293, 16, "bf16", "bf16", True, True),
-        (1, 1, 1, 1, "fp32", "fp32", True, True),
-        (130, 64, 70, 40, "fp32", "fp32", False, True),
-        (70, 1000, 30, 3, "fp16", "fp32", False, False),
-        (300, 40, 600, 300, "bf16", "fp32", False, True),
+    interpret.Reduced(M, K, N, r, dtype, adapter_dtype, bias, dropout, processors)
+    for M, K, N, r, dtype, adapter_dtype, bias, dropout, processors in (
+        (199, 297, 293, 16, "bf16", "fp32", False, False, 1),
+        (199, 297, 293, 16, "bf16", "bf16", True, True, 132),
+        (1, 1, 1, 1, "fp32", "fp32", True, True, 132),
+        (130, 64, 70, 40, "fp32", "fp32", False, True, 4),
+        (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
+        (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
     )
 ]
 
@@ -165,9 +167,21 @@ def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
     monkeypatch.setattr(interpret, "check", lambda problems: wrong)
     record = Record(torch.device("cpu"))
     run([PROBLEM], ["triton"], record=record)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith("  triton")]
     assert line.split() == ["triton", "WRONG:", "shrink:", "counted", "1,", "not", "2"]
     assert record.any_wrong()
+
+
+@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_both_reduced_sizes_are_needed(r, dtype):
+    """At one of them every sum is split into partial ones, at the other none is."""
+    small, split = interpret.reduce(replace(PROBLEM, r=r, dtype=dtype))
+    for problem, count in ((small, 1), (split, 2)):
+        sizes = problem.r, {"bf16": 2, "fp32": 4}[dtype]
+        M, K, P = problem.M, problem.K, problem.processors
+        assert len(launches.shrink(M, K, *sizes, 4, False, P)) == count
+        assert len(launches.shrink_backward(M, K, *sizes, 4, False, P)) == count
 
 
 @pytest.mark.slow
@@ -190,5 +204,5 @@ def test_the_process_says_why_it_cannot_check(monkeypatch, capsys):
     monkeypatch.setattr(interpret.backend, "TRITON", replace(
         interpret.backend.TRITON, why_unusable=lambda: "Triton is too old"
     ))  # fmt: skip
-    assert interpret.main() == 4
+    assert interpret.main() == 1
     assert capsys.readouterr().out == "Triton is too old\n"

@@ -44,12 +44,15 @@ def test_launches_go_to_the_current_stream(layer, backend, device):
     x = draw(M, K, device=device)
     with torch.no_grad(), dispatch.use_backend(backend):
         expected = layer(x)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            layer(x)  # its workspace and its memory, which an allocation might wait for
         torch.cuda.synchronize()
         # The default stream is busy for about a second: what was launched on it waits that long.
         torch.cuda._sleep(2_000_000_000)
         busy = torch.cuda.Event()
         busy.record()
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(side):
             found = layer(x)
             done = torch.cuda.Event()
             done.record()

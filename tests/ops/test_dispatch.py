@@ -37,7 +37,7 @@ def test_backends_say_why_they_are_not_usable(monkeypatch):
 
 
 def test_triton_not_installed_is_said(monkeypatch):
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "_installed", lambda name: False)
     assert lorafast.backends()["triton"].reason == "Triton is not installed (pip install triton)"
 
 
