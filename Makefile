@@ -21,10 +21,11 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -e '.[dev]'
+	$(PY) -m pip install --no-deps -e .   # once more: now that PyTorch is there, with the native kernels
 	@touch $@
 
 demo: $(READY)
@@ -55,4 +56,4 @@ types: $(READY)
 check: lint types test
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build lorafast/_C*.so dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

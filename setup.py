@@ -1,21 +1,163 @@
-"""Maps the folders of ``kernels/`` and ``bench/`` into ``lorafast.kernels`` and ``lorafast.bench``.
+"""Maps folders to packages, and builds ``lorafast._C`` from ``csrc/``.
 
-Neither has an ``__init__.py`` itself: the top-level name ``kernels`` belongs to another package and
-must never be importable from here. Everything else is in ``pyproject.toml``.
+Folders: ``kernels/`` and ``bench/`` go into ``lorafast.kernels`` and ``lorafast.bench``. Neither has an
+``__init__.py`` itself: the top-level name ``kernels`` belongs to another package and must never be
+importable from here.
+
+The extension is compiled against libtorch's stable ABI alone, so one binary serves every later Python
+and PyTorch. It needs a C++ compiler and the headers of the PyTorch that is installed; without them the
+package works as it does, on ``aten``.
+
+    LORAFAST_CPP=0     don't build it;  1: fail if it can't be built;  unset: build it if possible
+    LORAFAST_CUDA=1    fail if the CUDA part can't be built;  0, auto or unset: without it
+    CXX, CXXFLAGS      the compiler, and more flags for it
+    MAX_JOBS           how many compilers run at a time
+
+Everything else is in ``pyproject.toml``.
 """
 
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+OLDEST_TORCH = "0x020b000000000000"  # 2.11
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+INSTRUCTION_SETS = {
+    "microkernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "microkernels_avx512": [
+        "-Wno-maybe-uninitialized",  # false, in gcc 12's own header
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
+    ],
+}  # fmt: skip
+
+
+def sources() -> list[str]:
+    """``csrc/`` without what this processor's family can't run."""
+    found = ["csrc/bindings.cpp"]
+    for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if path.stem not in INSTRUCTION_SETS or platform.machine() in ("x86_64", "AMD64"):
+            found.append(path.relative_to(ROOT).as_posix())
+    return found
+
+
+def torch_folder() -> Path | None:
+    """The installed PyTorch, also from within pip's isolated build, where it can't be imported."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    folders += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    return next((f for f in folders if (f / "include/torch/csrc/stable/library.h").is_file()), None)
+
+
+def why_not_native() -> str | None:
+    """What is missing for the extension, or None."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if sys.platform != "linux":
+        return f"it is built on Linux only, this is {sys.platform}"
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    if torch_folder() is None:
+        return "PyTorch 2.11 or later is not installed yet, whose headers it needs"
+    return None
+
+
+def native_extensions() -> list[Extension]:
+    """``lorafast._C``, or nothing where it can't be built or isn't wanted."""
+    asked = os.environ.get("LORAFAST_CPP", "")
+    if os.environ.get("LORAFAST_CUDA", "auto") == "1":
+        raise SystemExit("LORAFAST_CUDA is 1: lorafast has no CUDA C++ sources yet")
+    if asked == "0":
+        return []
+    reason = why_not_native()
+    if reason is None:
+        return [Extension("lorafast._C", sources(), py_limited_api=True)]
+    if asked == "1":
+        raise SystemExit(f"LORAFAST_CPP is 1 and the native CPU kernels can't be built: {reason}")
+    print(f"lorafast: without native CPU kernels: {reason}", file=sys.stderr)
+    return []
+
+
+class BuildNative(build_ext):
+    """Compiles what has changed, a few files at a time, each with the flags of its instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Objects, then the shared library."""
+        torch = torch_folder()
+        assert torch is not None
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        base = [*compiler, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        base += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
+        base += ["-isystem", str(torch / "include")]
+        # Not the temporary folder of an editable install: a second build finds the first one's objects.
+        folder = ROOT / "build" / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(
+                pool.map(lambda source: self._compile(base, source, folder), ext.sources)
+            )
+        target = Path(self.get_ext_fullpath(ext.name))
+        library = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined", "-lc"]
+        link = [*compiler, *map(str, objects), *library, "-o", str(target)]
+        if not _current(target, [*objects, *self._note(folder / "link", link)]):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._run(link)
+
+    def _compile(self, base: list[str], source: str, folder: Path) -> Path:
+        path = Path(source)
+        target = folder / f"{path.stem}.o"
+        dependencies = target.with_suffix(".d")
+        command = [*base, *INSTRUCTION_SETS.get(path.stem, ())]
+        command += ["-MMD", "-MF", str(dependencies), "-c", str(ROOT / source), "-o", str(target)]
+        needs = self._note(folder / path.stem, command)
+        if dependencies.is_file():
+            words = dependencies.read_text(encoding="utf-8").replace("\\\n", " ").split()
+            needs += [Path(word) for word in words[1:]]
+        if not dependencies.is_file() or not _current(target, needs):
+            self._run(command)
+        return target
+
+    def _note(self, path: Path, command: list[str]) -> list[Path]:
+        """A file that is newer than what was built by another command."""
+        path = path.with_suffix(".command")
+        text = shlex.join(command)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+        return [path]
+
+    def _run(self, command: list[str]) -> None:
+        print(shlex.join(command), flush=True)
+        subprocess.run(command, check=True)
+
+
+def _current(target: Path, needs: list[Path]) -> bool:
+    """Whether ``target`` is newer than everything that it is made of."""
+    if not target.is_file() or not all(need.is_file() for need in needs):
+        return False
+    return all(need.stat().st_mtime_ns <= target.stat().st_mtime_ns for need in needs)
+
+
 folders = {
     f"lorafast.{top}.{init.parent.name}": f"{top}/{init.parent.name}"
     for top in ("kernels", "bench")
     for init in sorted((ROOT / top).glob("*/__init__.py"))
 }
+extensions = native_extensions()
 
 setup(
     packages=[*find_packages(include=["lorafast", "lorafast.*"]), *folders],
     package_dir=folders,
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

@@ -7,7 +7,7 @@ import platform
 import torch
 
 import lorafast
-from lorafast.ops import dispatch
+from lorafast.ops import dispatch, native
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows += [(name, _version(name)) for name in ("torch", "triton", "numpy", "safetensors", "peft")]
     rows.append(("CUDA (PyTorch's build)", torch.version.cuda or "none"))
     rows.append(("CPU", f"{torch.get_num_threads()} threads, {_cpu_capability()}"))
+    rows.append(("native CPU kernels", native.why_not_loaded() or native.capability()))
     rows += _devices()
     rows += [
         (f"backend {name}", "usable" if status.usable else f"not usable: {status.reason}")
@@ -63,5 +64,9 @@ def _choice() -> str:
     forced = dispatch.forced()
     if forced is not None:
         return f"{forced} for every operation (forced by {dispatch.ENVIRONMENT_VARIABLE})"
-    backend, reason = dispatch.automatic_choice()
-    return f"{backend} for every operation ({reason})"
+    if dispatch.why_not("cpu", "shrink", (torch.empty((1, 1)),)) is not None:
+        return "aten for every operation (no measurement shows another backend ahead of it)"
+    return (
+        "on a CPU cpu, but aten in bfloat16 without dropout (as measured); elsewhere aten (no "
+        "measurement shows another backend ahead of it)"
+    )

@@ -83,7 +83,10 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     if layer.merged:
         return Choice(operation, None, "the layer is merged: a plain product", {})
     if forced is None:
-        backend, reason = dispatch.automatic_choice()
+        # What has a mask is told by its seed.
+        masked = layer.dropout and layer.training and operation in ("shrink", "shrink_backward")
+        seed = torch.zeros(1, dtype=torch.int64, device=like.device) if masked else None
+        backend, reason = dispatch.automatic_choice(operation, *tensors, seed)
     elif reasons[forced] is None:
         backend, reason = forced, "forced"
     else:

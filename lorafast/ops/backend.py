@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafast.ops import native
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -96,6 +98,20 @@ def _triton_refused(operation: str, tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _cpu_refused(operation: str, tensors: tuple[Tensor, ...]) -> str | None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"an input is on {tensor.device}, the native kernels run on the CPU"
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"an input is a {type(tensor).__name__}, the kernels read plain tensors"
+        if tensor.dtype not in _CPU_DTYPES and tensor.dtype is not torch.int64:  # int64: the seed
+            return f"the dtype is {tensor.dtype}, the kernels have float32, bfloat16 and float16"
+    return None
+
+
 def _nothing_missing() -> str | None:
     return None
 
@@ -110,4 +126,6 @@ REFERENCE = Backend(
 ATEN = Backend("aten", _nothing_missing, _nothing_refused, lambda op: "lorafast.ops.aten")
 TRITON = Backend("triton", _triton_unusable, _triton_refused, lambda op: f"lorafast.kernels.{op}")
 
-BACKENDS = {backend.name: backend for backend in (REFERENCE, ATEN, TRITON)}
+CPU = Backend("cpu", native.why_not_loaded, _cpu_refused, lambda op: "lorafast.ops.cpu")
+
+BACKENDS = {backend.name: backend for backend in (REFERENCE, ATEN, TRITON, CPU)}

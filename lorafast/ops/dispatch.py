@@ -1,8 +1,9 @@
 """Which backend serves a call: the one place that decides, and that says why not.
 
-``auto`` takes the fastest backend that is measured to be so. No record from a GPU exists yet, so
-``auto`` is ``aten`` everywhere. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't
-serve a call raises with the reason; nothing falls back in silence.
+``auto`` takes the fastest backend that is measured to be so. On a CPU that is the native kernels for
+whatever has a dropout mask, and in float32 and float16; else it is ``aten``. No record from a GPU exists
+yet. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a call raises with the
+reason; nothing falls back in silence.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorafast.ops import backend as _backend
@@ -20,8 +22,7 @@ ENVIRONMENT_VARIABLE = "LORAFAST_BACKEND"
 
 OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
 
-_AUTOMATIC = _backend.ATEN
-_AUTOMATIC_FUNCTIONS = {operation: _AUTOMATIC.implementation(operation) for operation in OPERATIONS}
+_ATEN_FUNCTIONS = {operation: _backend.ATEN.implementation(operation) for operation in OPERATIONS}
 
 
 class BackendError(RuntimeError):
@@ -98,16 +99,28 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
         BackendError: the named backend can't serve these tensors.
     """
     if name is None:
-        return _AUTOMATIC_FUNCTIONS[operation]
+        if automatic_choice(operation, *tensors)[0] == _backend.CPU.name:
+            return _backend.CPU.implementation(operation)
+        return _ATEN_FUNCTIONS[operation]
     reason = why_not(name, operation, tensors)
     if reason is not None:
         raise BackendError(f"backend {name!r} can't serve {operation}: {reason}")
     return _backend.BACKENDS[name].implementation(operation)
 
 
-def automatic_choice() -> tuple[str, str]:
-    """The backend that ``auto`` takes, and the rule that took it."""
-    return _AUTOMATIC.name, "no measurement on this device shows another backend ahead of it"
+def automatic_choice(operation: str, *tensors: Tensor | None) -> tuple[str, str]:
+    """The backend that ``auto`` takes for these tensors (x, dy or ds the first), and the rule for it."""
+    aten, cpu = _backend.ATEN.name, _backend.CPU.name
+    x = tensors[0]
+    if x is None or x.device.type != "cpu":
+        return aten, "no measurement on this device shows another backend ahead of it"
+    reason = why_not(cpu, operation, tensors)
+    if reason is not None:
+        return aten, "the fastest that can serve it"
+    masked = any(t is not None and t.dtype is torch.int64 for t in tensors)  # the seed
+    if x.dtype is torch.bfloat16 and not masked:
+        return aten, "on a CPU in bfloat16 without dropout, measured"
+    return cpu, "on a CPU, measured"
 
 
 def backends() -> dict[str, BackendStatus]:

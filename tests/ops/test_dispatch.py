@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import torch
 import lorafast
 from lorafast.functional import lora_linear
 from lorafast.nn import LoRALinear
-from lorafast.ops import backend, dispatch
+from lorafast.ops import backend, dispatch, native
 
 
 def tensors(dtype=torch.float32):
@@ -29,7 +30,7 @@ def test_backends_say_why_they_are_not_usable(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status = lorafast.backends()
-    assert list(status) == ["reference", "aten", "triton"]
+    assert list(status) == ["reference", "aten", "triton", "cpu"]
     assert status["aten"].usable
     assert status["aten"].reason is None
     assert not status["triton"].usable
@@ -133,7 +134,7 @@ def test_explain_names_choice_and_reasons(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = torch.nn.Sequential(LoRALinear(8, 8, 2), torch.nn.ReLU(), LoRALinear(8, 4, 2))
-    explanation = lorafast.explain(model)
+    explanation = lorafast.explain(model.to(torch.bfloat16))
     assert set(explanation.layers) == {"0", "2"}
     choice = explanation.layers["0"][0]
     assert (choice.operation, choice.backend) == ("shrink", "aten")
@@ -157,3 +158,42 @@ def test_explain_takes_the_dtype_of_x_and_says_what_a_forced_backend_lacks(monke
 def test_explain_without_a_layer_is_refused():
     with pytest.raises(ValueError, match="has no LoRALinear"):
         lorafast.explain(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native kernels are not built")
+class TestAutomaticChoiceOnACPU:
+    """The rule that was measured: cpu with a mask and in float32, aten in bfloat16 without one."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_float32_and_float16(self, dtype):
+        x = torch.empty(3, 4, dtype=dtype)
+        assert dispatch.automatic_choice("shrink", x, None)[0] == "cpu"
+
+    def test_bfloat16(self):
+        x, seed = torch.empty(3, 4, dtype=torch.bfloat16), torch.tensor([1])
+        assert dispatch.automatic_choice("shrink", x, None)[0] == "aten"
+        assert dispatch.automatic_choice("shrink", x, seed)[0] == "cpu"
+
+    def test_what_the_kernels_refuse(self):
+        x = torch.empty(3, 4, dtype=torch.float64)
+        assert dispatch.automatic_choice("shrink", x, None)[0] == "aten"
+        assert dispatch.automatic_choice("shrink", torch.empty(3, 4, device="meta"))[0] == "aten"
+
+    def test_explain_knows_the_mask(self):
+        layer = LoRALinear(8, 8, 2, dropout=0.1, dtype=torch.bfloat16)
+        chosen = {c.operation: c.backend for c in lorafast.explain(layer).layers["(module)"]}
+        assert chosen == {
+            "shrink": "cpu",
+            "linear_expand": "aten",
+            "expand_backward": "aten",
+            "shrink_backward": "cpu",
+        }
+        chosen = {c.backend for c in lorafast.explain(layer.eval()).layers["(module)"]}
+        assert chosen == {"aten"}
+
+    def test_without_the_library_it_is_aten(self, monkeypatch):
+        missing = dataclasses.replace(backend.CPU, why_unusable=lambda: "not built")
+        monkeypatch.setitem(backend.BACKENDS, "cpu", missing)
+        assert dispatch.automatic_choice("shrink", torch.empty(3, 4))[0] == "aten"
+        y = LoRALinear(600, 800, 2)(torch.randn(64, 600))
+        assert y.shape == (64, 800)

@@ -1,0 +1,64 @@
+"""The native CPU kernels of ``csrc/cpu/`` for the thin products; the base product stays the vendor's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafast.ops import native
+from lorafast.reference.dropout import survivor_scale, threshold
+
+native.why_not_loaded()  # loads them
+_kernels = torch.ops.lorafast_cpu
+_shrink = _kernels.shrink.default
+_expand_ = _kernels.expand_.default
+_expand_backward = _kernels.expand_backward.default
+_shrink_backward = _kernels.shrink_backward.default
+
+
+def _mask(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    if not dropout_p:
+        return None, 0, 1.0
+    return seed, threshold(dropout_p), survivor_scale(dropout_p)
+
+
+def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """``s = drop(x)·Aᵀ``."""
+    s = x.new_empty((x.shape[0], lora_A.shape[0]))
+    _shrink(x, lora_A, *_mask(dropout_p, seed), s)
+    return s
+
+
+def linear_expand(
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
+    y = F.linear(x, weight, bias)
+    _expand_(y, s, lora_B, float(scaling), *_mask(dropout_p, seed))
+    return y
+
+
+def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``."""
+    ds, dB = dy.new_empty(s.shape), lora_B.new_empty(lora_B.shape)
+    _expand_backward(dy, s, lora_B, float(scaling), ds, dB)
+    return ds, dB
+
+
+def shrink_backward(
+    ds: Tensor,
+    x: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``dA = dsᵀ·drop(x)``."""
+    dA = x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype or x.dtype)
+    _shrink_backward(ds, x, *_mask(dropout_p, seed), dA)
+    return dA

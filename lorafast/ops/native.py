@@ -1,0 +1,43 @@
+"""The compiled extension ``lorafast._C``: whether it is here, and loading it once."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).resolve().parents[1] / "_C.abi3.so"
+
+
+@functools.cache
+def why_not_loaded() -> str | None:
+    """Loads the extension; the reason for which that can't be done, or None if it is there."""
+    if not LIBRARY.is_file():
+        return (
+            "the native kernels are not built (installing lorafast builds them where there are a C++ "
+            "compiler and PyTorch already: pip install --no-deps --force-reinstall lorafast)"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the native kernels can't be loaded: {error}"
+    try:
+        capability()
+    except OSError as error:
+        return f"the native kernels can't run: {error}"
+    return None
+
+
+def capability() -> str:
+    """The instruction set that the native CPU kernels use here: avx512, avx2 or portable.
+
+    Raises:
+        OSError: ``LORAFAST_CPU`` names one that this processor lacks.
+    """
+    library = ctypes.CDLL(str(LIBRARY))
+    library.lorafast_cpu_capability.restype = ctypes.c_char_p
+    raw: bytes = library.lorafast_cpu_capability()
+    name = raw.decode()
+    if name.startswith("error: "):
+        raise OSError(name.removeprefix("error: "))
+    return name

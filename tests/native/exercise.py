@@ -1,0 +1,86 @@
+"""Every native kernel on shapes that nothing divides, held against the float64 reference.
+
+    LORAFAST_CPU=avx2 python tests/native/exercise.py [path of the library]
+
+Run by the tests once for each instruction set, and under the sanitizers on a library of its own.
+"""
+
+import itertools
+import sys
+
+import torch
+
+from lorafast import reference
+from lorafast.ops import native
+from lorafast.reference import contract
+
+if len(sys.argv) > 1:
+    from pathlib import Path
+
+    native.LIBRARY = Path(sys.argv[1])
+
+from lorafast.ops import cpu
+
+SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (33, 520, 1030, 17), (130, 64, 48, 40))
+
+
+def strided(tensor, layout):
+    """The same values in other strides."""
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "every other column":
+        wide = tensor.new_full((tensor.shape[0], 2 * tensor.shape[1]), float("nan"))
+        wide[:, ::2] = tensor
+        return wide[:, ::2]
+    return tensor
+
+
+def calls_of(M, K, N, r, layout, p, seed):
+    """Each operation on tensors of its own; ``layout`` is that of the large ones."""
+    x, dy, s, ds = (torch.randn(M, n) for n in (K, N, r, r))
+    W, A, B, b = (torch.randn(*n) for n in ((N, K), (r, K), (N, r), (N,)))
+
+    def lay(tensor):
+        return strided(tensor, layout)
+
+    return {
+        "shrink": lambda run, cast: run.shrink(lay(cast(x)), cast(A), p, seed),
+        "linear_expand": lambda run, cast: run.linear_expand(
+            cast(x), cast(W), lay(cast(s)), cast(B), 0.7, cast(b)
+        ),
+        "dx": lambda run, cast: run.linear_expand(
+            cast(dy), cast(W).t(), cast(ds), cast(A).t(), 1.0, None, p, seed
+        ),
+        "expand_backward": lambda run, cast: run.expand_backward(
+            lay(cast(dy)), cast(s), cast(B), 0.7
+        ),
+        "shrink_backward": lambda run, cast: run.shrink_backward(cast(ds), lay(cast(x)), p, seed),
+    }
+
+
+def main():
+    """Exits with a sentence if a result is off."""
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+    seed = torch.tensor([-(2**62) + 99])
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    layouts = ("contiguous", "transposed", "every other column")
+    for shape, dtype, layout, p in itertools.product(SHAPES, dtypes, layouts, (0.0, 0.3)):
+        for name, call in calls_of(*shape, layout, p, seed).items():
+            error, allowed = contract.compare(call, cpu, dtype)
+            if not error <= allowed:
+                sys.exit(
+                    f"{name} {shape} {dtype} {layout} p={p}: off by {error:.1e}, allowed {allowed:.1e}"
+                )
+    # The mask, bit for bit.
+    M, K = 37, 1003
+    x, one = torch.ones(M, K), torch.ones(M, 1)
+    for row in range(M):
+        dA = cpu.shrink_backward(one * (torch.arange(M)[:, None] == row), x, 0.3, seed)
+        expected = reference.keep_mask(M, K, 0.3, seed)[row]
+        if not torch.equal(dA[0] != 0, expected):
+            sys.exit(f"row {row} of the mask is not the reference's")
+    print(f"{native.capability()}: every kernel is right")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The native CPU kernels: every instruction set, threads, processes, memory, and the binary itself."""
+
+import gc
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_contract, problems
+from hypothesis import given
+
+from lorafast.ops import native
+
+if native.why_not_loaded() is not None:
+    pytest.skip(native.why_not_loaded(), allow_module_level=True)
+
+from lorafast.ops import cpu
+
+ROOT = Path(__file__).parents[2]
+EXERCISE = Path(__file__).with_name("exercise.py")
+SETS = {"portable": (), "avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw")}
+
+
+def cpu_flags():
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return set(re.search(r"^flags\s*:(.*)$", info, re.M)[1].split())
+
+
+def exercise(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(EXERCISE), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"} | environment,
+    )
+
+
+@given(problem=problems())
+def test_contract(problem, poisoned):
+    t = problem.tensors(torch.device("cpu"))
+    p, adapter, lay = problem.dropout_p, problem.adapter_dtype, problem.lay_out
+    calls = (
+        lambda run, cast: run.shrink(lay(cast(t.x)), cast(t.lora_A, adapter), p, t.seed),
+        lambda run, cast: run.linear_expand(
+            lay(cast(t.x)), cast(t.weight), cast(t.s), cast(t.lora_B, adapter), 0.7, cast(t.bias)
+        ),
+        lambda run, cast: run.linear_expand(
+            cast(t.dy),
+            cast(t.weight).t(),
+            cast(t.ds),
+            cast(t.lora_A, adapter).t(),
+            1.0,
+            None,
+            p,
+            t.seed,
+        ),
+        lambda run, cast: run.expand_backward(
+            lay(cast(t.dy)), cast(t.s), cast(t.lora_B, adapter), 0.7
+        ),
+        lambda run, cast: run.shrink_backward(
+            cast(t.ds), lay(cast(t.x)), p, t.seed, cast(t.lora_A, adapter).dtype
+        ),
+    )
+    for call in calls:
+        assert_contract(call, cpu, problem.dtype)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_instruction_set(name):
+    if not set(SETS[name]) <= cpu_flags():
+        pytest.skip(f"this processor has no {name}")
+    process = exercise(LORAFAST_CPU=name)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout == f"{name}: every kernel is right\n"
+
+
+def test_an_unknown_instruction_set_is_refused():
+    code = "import lorafast; print(lorafast.backends()['cpu'].reason)"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+        env=os.environ | {"LORAFAST_CPU": "mmx"},
+    )  # fmt: skip
+    assert "LORAFAST_CPU is 'mmx', expected one of" in process.stdout
+
+
+def run_all(seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    M, K, N, r = 300, 260, 130, 20
+    x, dy, weight = (torch.randn(n, generator=generator) for n in ((M, K), (M, N), (N, K)))
+    lora_A, lora_B = torch.randn(r, K, generator=generator), torch.randn(N, r, generator=generator)
+    mask = torch.tensor([seed])
+    s = cpu.shrink(x, lora_A, 0.2, mask)
+    ds, dB = cpu.expand_backward(dy, s, lora_B, 0.5)
+    dA = cpu.shrink_backward(ds, x, 0.2, mask)
+    y = cpu.linear_expand(x.new_zeros(M, K), weight, s, lora_B, 0.5)
+    return s, y, ds, dB, dA
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(run_all())
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+def test_eight_python_threads_at_once():
+    expected = [run_all(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for one, two in zip(expected, pool.map(run_all, range(8)), strict=True):
+                assert all(map(torch.equal, one, two))
+
+
+def _child(queue):
+    queue.put([tensor.sum().item() for tensor in run_all()])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_a_forked_child_does_not_hang():
+    before = torch.get_num_threads()
+    expected = [tensor.sum().item() for tensor in run_all()]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    torch.set_num_threads(
+        1
+    )  # OpenMP's own pool doesn't survive a fork: PyTorch's rule for children
+    try:
+        process = context.Process(target=_child, args=(queue,))
+        process.start()
+        assert queue.get(timeout=60) == expected
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_ten_thousand_calls_leak_nothing():
+    def calls(count):
+        x, lora_A, seed = torch.randn(40, 600), torch.randn(8, 600), torch.tensor([1])
+        for _ in range(count):
+            s = cpu.shrink(x, lora_A, 0.1, seed)
+            cpu.shrink_backward(s, x, 0.1, seed)
+
+    calls(1000)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls(10_000)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 4096  # KiB; one leaked tile of 64 KiB a call would be 640 MiB
+
+
+def test_bad_arguments_are_named():
+    kernels = torch.ops.lorafast_cpu
+    x, lora_A, s = torch.randn(4, 6), torch.randn(2, 6), torch.empty(4, 2)
+    with pytest.raises(RuntimeError, match="lora_A is 2 x 5, expected 2 x 6"):
+        kernels.shrink(x, lora_A[:, :5], None, 0, 1.0, s)
+    with pytest.raises(RuntimeError, match="s is 4 x 3, expected 4 x 2"):
+        kernels.shrink(x, lora_A, None, 0, 1.0, torch.empty(4, 3))
+    with pytest.raises(RuntimeError, match="s is not contiguous"):
+        kernels.shrink(x, lora_A, None, 0, 1.0, torch.empty(2, 4).t())
+    with pytest.raises(RuntimeError, match="x has dtype"):
+        kernels.shrink(x.double(), lora_A, None, 0, 1.0, s)
+    with pytest.raises(RuntimeError, match="threshold is -1"):
+        kernels.shrink(x, lora_A, None, -1, 1.0, s)
+    with pytest.raises(RuntimeError, match="seed must be one int64"):
+        kernels.shrink(x, lora_A, torch.zeros(2, dtype=torch.int64), 5, 1.0, s)
+
+
+def test_the_binary_needs_the_stable_abi_and_no_more():
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", "--demangle", str(native.LIBRARY)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    symbols = [line.split(maxsplit=1)[-1].removeprefix("U ") for line in listed.splitlines()]
+    ours = [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]
+    assert "torch_parallel_for" in {s.split("@")[0] for s in ours}
+    forbidden = re.compile(r"\b(at|c10|torch|caffe2)::|\bPy[A-Z_]|pybind")
+    assert not [s for s in symbols if forbidden.search(s)]
+
+
+@pytest.mark.slow
+def test_the_sanitizers_find_nothing(tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer over every kernel and instruction set."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    torch_folder = Path(torch.__file__).parent
+    flags = (
+        "-std=c++17 -O1 -g -fPIC -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
+    )
+    sets = {
+        "microkernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "microkernels_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    }
+    objects = []
+    for source in [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
+        objects.append(tmp_path / f"{source.stem}.o")
+        subprocess.run(
+            [
+                compiler, *flags.split(), *sets.get(source.stem, ()),
+                "-DTORCH_TARGET_VERSION=0x020b000000000000",
+                "-isystem", str(torch_folder / "include"), "-c", str(source), "-o", str(objects[-1]),
+            ],
+            check=True,
+        )  # fmt: skip
+    library = tmp_path / "_C.abi3.so"
+    subprocess.run(
+        [
+            compiler, "-shared", "-fsanitize=address,undefined", *map(str, objects),
+            f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(library),
+        ],
+        check=True,
+    )  # fmt: skip
+    preload = " ".join(
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    )
+    for name, needed in SETS.items():
+        if set(needed) <= cpu_flags():
+            process = exercise(
+                str(library), LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0", LORAFAST_CPU=name
+            )
+            assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+            assert "every kernel is right" in process.stdout
+
+
+@pytest.mark.slow
+class TestBuild:
+    """``setup.py`` with and without what it needs."""
+
+    def build(self, folder, **environment):
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--force"],
+            capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | environment,
+        )  # fmt: skip
+
+    def test_nothing_changed_nothing_compiled(self, tmp_path):
+        assert self.build(tmp_path).returncode == 0
+        process = self.build(tmp_path)
+        assert process.returncode == 0
+        assert " -c " not in process.stdout
+
+    def test_without_a_compiler_it_says_so_and_goes_on(self, tmp_path):
+        process = self.build(tmp_path, CXX="no-such-compiler")
+        assert process.returncode == 0
+        said = [line for line in process.stderr.splitlines() if line.startswith("lorafast: ")]
+        assert said == [
+            "lorafast: without native CPU kernels: there is no C++ compiler (no-such-compiler)"
+        ]
+
+    def test_forced_and_impossible_is_an_error(self, tmp_path):
+        process = self.build(tmp_path, CXX="no-such-compiler", LORAFAST_CPP="1")
+        assert process.returncode != 0
+        assert "LORAFAST_CPP is 1 and the native CPU kernels can't be built" in process.stderr
+        process = self.build(tmp_path, LORAFAST_CUDA="1")
+        assert process.returncode != 0
+        assert "no CUDA C++ sources" in process.stderr
+
+    def test_not_wanted_is_not_built(self, tmp_path):
+        assert self.build(tmp_path, LORAFAST_CPP="0").returncode == 0
+        assert not list(tmp_path.rglob("*.so"))
+
+    def test_one_binary_serves_every_later_python(self, tmp_path):
+        assert self.build(tmp_path).returncode == 0
+        (library,) = tmp_path.rglob("*.so")
+        assert library.name == "_C.abi3.so"
+        assert sysconfig.get_config_var("EXT_SUFFIX") not in library.name
