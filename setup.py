@@ -33,13 +33,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+AVX512 = [
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # false, in gcc 12's own header
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
+]  # fmt: skip
 INSTRUCTION_SETS = {
     "microkernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "microkernels_avx512": [
-        "-Wno-maybe-uninitialized",  # false, in gcc 12's own header
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
-    ],
-}  # fmt: skip
+    "microkernels_avx512": AVX512,
+    "microkernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
 
 
 def sources() -> list[str]:

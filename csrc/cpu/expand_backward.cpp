@@ -19,6 +19,14 @@ void expand_backward(
   const std::vector<float> factors = pack_ranks(kernels, Matrix(lora_B), static_cast<float>(scaling));
   const std::vector<float> rows_of_s = pack_ranks(kernels, shrunk, 1.0f);
   RowSums row_sums(M, r, N);
+  const PairMicrokernels* pairs = pairs_for(kernels, from);
+  std::vector<uint32_t> factor_pairs;  // N is even: rank blocks don't meet in a pair
+  std::vector<std::vector<uint32_t>> s_pairs;
+  if (pairs) {
+    factor_pairs = pair_rows(kernels, factors.data(), rank_blocks * N, kLanes);
+    for (int64_t j = 0; j < rank_blocks; ++j)
+      s_pairs.push_back(pair_rows(kernels, &rows_of_s[j * M * kLanes], M, kLanes));
+  }
 
   torch::stable::parallel_for(0, row_sums.chunks, 1, [&](int64_t begin, int64_t end) {
     Tile tile;
@@ -30,6 +38,18 @@ void expand_backward(
         std::fill(sums.begin(), sums.end(), 0.0f);
         for (int64_t col = 0; col < N; col += kTileCols) {
           const int64_t cols = std::min(kTileCols, N - col);
+          if (pairs) {
+            const auto* values = reinterpret_cast<const uint16_t*>(from.at(row, col));
+            for (int64_t j = 0; j < rank_blocks; ++j) {
+              pairs->reduce_columns(
+                  values, from.row_stride, rows, cols, &factor_pairs[(j * N + col) / 2 * kLanes],
+                  &sums[j * kTileRows * kLanes]);
+              pairs->reduce_rows(
+                  values, from.row_stride, rows, cols, &s_pairs[j][row / 2 * kLanes],
+                  row_sums.of(chunk, j, col), row_sums.ld());
+            }
+            continue;
+          }
           const float* values = tile.load(kernels, from, row, rows, col, cols, std::nullopt);
           for (int64_t j = 0; j < rank_blocks; ++j) {
             kernels.reduce_columns(

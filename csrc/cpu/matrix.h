@@ -172,4 +172,55 @@ inline std::vector<float> pack_transposed(const Microkernels& kernels, const Mat
   return packed;
 }
 
+// The pair kernels, where they can serve a matrix as it lies in memory.
+inline const PairMicrokernels* pairs_for(const Microkernels& kernels, const Matrix& x) {
+  const bool fits = x.dtype == Dtype::kBFloat16 && x.col_stride == 1 && x.cols % kLanes == 0;
+  return fits ? kernels.pairs : nullptr;
+}
+
+// Neighbouring rows of a float32 matrix [rows, ld] as pairs of bfloat16: [ceil(rows / 2), ld].
+inline std::vector<uint32_t> pair_rows(const Microkernels& kernels, const float* matrix, int64_t rows, int64_t ld) {
+  std::vector<uint16_t> halves(2 * ld, 0);
+  std::vector<uint32_t> paired(blocks_of(rows, 2) * ld);
+  for (int64_t i = 0; i < rows; i += 2) {
+    kernels.store(matrix + i * ld, Dtype::kBFloat16, ld, halves.data());
+    if (i + 1 < rows) {
+      kernels.store(matrix + (i + 1) * ld, Dtype::kBFloat16, ld, halves.data() + ld);
+    } else {
+      std::fill(halves.begin() + ld, halves.end(), 0);
+    }
+    for (int64_t c = 0; c < ld; ++c)
+      paired[i / 2 * ld + c] = halves[c] | static_cast<uint32_t>(halves[ld + c]) << 16;
+  }
+  return paired;
+}
+
+// A tile of bfloat16: where it lies, or under a mask a copy (the survivors' scale is the caller's).
+class PairTile {
+ public:
+  PairTile() : scratch_(new uint16_t[kTileRows * kTileCols]) {}
+
+  const uint16_t* load(
+      const PairMicrokernels& pairs, const Matrix& x, int64_t row, int64_t rows, int64_t col, int64_t cols,
+      const std::optional<Dropout>& dropout) {
+    const auto* from = reinterpret_cast<const uint16_t*>(x.at(row, col));
+    ld_ = x.row_stride;
+    if (!dropout) return from;
+    for (int64_t i = 0; i < rows; ++i) {
+      uint16_t* to = scratch_.get() + i * kTileCols;
+      std::copy(from + i * ld_, from + i * ld_ + cols, to);
+      pairs.mask(
+          to, row + i, col, cols, blocks_of(x.cols, 8), dropout->seed, dropout->threshold);
+    }
+    ld_ = kTileCols;
+    return scratch_.get();
+  }
+
+  int64_t ld() const { return ld_; }
+
+ private:
+  std::unique_ptr<uint16_t[]> scratch_;
+  int64_t ld_ = 0;
+};
+
 }  // namespace lorafast

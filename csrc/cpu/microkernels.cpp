@@ -12,6 +12,7 @@ extern const Microkernels microkernels_portable;
 #if defined(__x86_64__)
 extern const Microkernels microkernels_avx2;
 extern const Microkernels microkernels_avx512;
+extern const Microkernels microkernels_avx512_bf16;
 #endif
 
 namespace {
@@ -21,11 +22,14 @@ const Microkernels& choose() {
     const Microkernels& set;
     bool runs_here;
   };
+#if defined(__x86_64__)
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   const Choice choices[] = {
 #if defined(__x86_64__)
-      {microkernels_avx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {microkernels_avx512_bf16, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+      {microkernels_avx512, has_avx512},
       {microkernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c")},
 #endif

@@ -12,8 +12,32 @@ constexpr int64_t kLanes = 16;
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
+// bfloat16 as the processor multiplies it: products of neighbouring pairs, summed in float32. A pair is two
+// bfloat16 in 32 bits, the first one low. Tiles are rows of bfloat16 as they lie in memory.
+struct PairMicrokernels {
+  // out[i][:] += sum over c of tile[i][c] * t[c][:]          t [cols / 2, kLanes] pairs of columns
+  void (*reduce_columns)(
+      const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* t, float* out);
+
+  // out[j][c] += sum over i of t[i][j] * tile[i][c]          t [ceil(rows / 2), kLanes] pairs of rows
+  void (*reduce_rows)(
+      const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* t, float* out,
+      int64_t ld_out);
+
+  // tile[i][c] += sum over j of s[i][j] * t[j][c], rounded once   s [rows, pairs], t [pairs, ld_t] pairs of ranks
+  void (*expand)(
+      uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* s, int64_t pairs,
+      const uint32_t* t, int64_t ld_t);
+
+  // row[c] = kept ? row[c] : 0, as dropout below without the scale
+  void (*mask)(
+      uint16_t* row, int64_t row_index, int64_t first, int64_t cols, int64_t groups, uint64_t seed,
+      uint32_t threshold);
+};
+
 struct Microkernels {
   const char* name;
+  const PairMicrokernels* pairs;  // nullptr where the processor has no such product
 
   // out[i][:] += sum over c of tile[i][c] * t[c][:]          t [cols, kLanes], out [rows, kLanes]
   void (*reduce_columns)(const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* t, float* out);

@@ -74,8 +74,7 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
 
 def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     like = layer.weight if x is None else x
-    sample = torch.empty((0, layer.in_features), dtype=like.dtype, device=like.device)
-    tensors = (sample, layer.weight, layer.lora_A, layer.lora_B)
+    tensors = _sample(operation, layer, like)
     reasons = {
         name: dispatch.why_not(name, operation, tensors) for name in dispatch.backend_names()
     }
@@ -83,10 +82,7 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     if layer.merged:
         return Choice(operation, None, "the layer is merged: a plain product", {})
     if forced is None:
-        # What has a mask is told by its seed.
-        masked = layer.dropout and layer.training and operation in ("shrink", "shrink_backward")
-        seed = torch.zeros(1, dtype=torch.int64, device=like.device) if masked else None
-        backend, reason = dispatch.automatic_choice(operation, *tensors, seed)
+        backend, reason = dispatch.automatic_choice(operation, *tensors)
     elif reasons[forced] is None:
         backend, reason = forced, "forced"
     else:
@@ -94,3 +90,20 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     usable = "usable, another was forced" if forced else "usable, not measured to be faster"
     others = {name: why or usable for name, why in reasons.items() if name not in (backend, forced)}
     return Choice(operation, backend, reason, others)
+
+
+def _sample(operation: str, layer: LoRALinear, like: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as the operation gets them in this layer, without rows; a mask comes with a seed."""
+
+    def rows(size: int) -> Tensor:
+        return torch.empty((0, size), dtype=like.dtype, device=like.device)
+
+    x, dy, s = rows(layer.in_features), rows(layer.out_features), rows(layer.r)
+    masked = layer.dropout and layer.training
+    seed = (torch.zeros(1, dtype=torch.int64, device=like.device),) if masked else ()
+    return {
+        "shrink": (x, layer.lora_A, *seed),
+        "linear_expand": (x, layer.weight, s, layer.lora_B),
+        "expand_backward": (dy, s, layer.lora_B),
+        "shrink_backward": (s, x, *seed),
+    }[operation]

@@ -1,9 +1,9 @@
 """Which backend serves a call: the one place that decides, and that says why not.
 
-``auto`` takes the fastest backend that is measured to be so. On a CPU that is the native kernels for
-whatever has a dropout mask, and in float32 and float16; else it is ``aten``. No record from a GPU exists
-yet. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a call raises with the
-reason; nothing falls back in silence.
+``auto`` takes the fastest backend that is measured to be so. On a CPU that is the native kernels
+for whatever has a dropout mask, and for ranks up to 16; else it is ``aten``. No record from a GPU
+exists yet. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a call raises
+with the reason; nothing falls back in silence.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafast.ops import backend as _backend
+from lorafast.ops import native
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "LORAFAST_BACKEND"
@@ -108,19 +109,37 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
     return _backend.BACKENDS[name].implementation(operation)
 
 
+# Where the rank is found among an operation's tensors: (which tensor, which dimension).
+_RANK = {
+    "shrink": (1, 0),
+    "linear_expand": (2, 1),
+    "expand_backward": (1, 1),
+    "shrink_backward": (0, 1),
+}
+_THIN = 16
+"""The rank up to which the native kernels beat the vendor's products, measured at 16, 32, 64 and 128."""
+
+
 def automatic_choice(operation: str, *tensors: Tensor | None) -> tuple[str, str]:
-    """The backend that ``auto`` takes for these tensors (x, dy or ds the first), and the rule for it."""
+    """The backend that ``auto`` takes for an operation on its tensors, and the rule for it.
+
+    The rules for a CPU were measured on one with AVX-512 and its bfloat16 product.
+    """
     aten, cpu = _backend.ATEN.name, _backend.CPU.name
     x = tensors[0]
     if x is None or x.device.type != "cpu":
         return aten, "no measurement on this device shows another backend ahead of it"
-    reason = why_not(cpu, operation, tensors)
-    if reason is not None:
+    if why_not(cpu, operation, tensors) is not None:
         return aten, "the fastest that can serve it"
-    masked = any(t is not None and t.dtype is torch.int64 for t in tensors)  # the seed
-    if x.dtype is torch.bfloat16 and not masked:
-        return aten, "on a CPU in bfloat16 without dropout, measured"
-    return cpu, "on a CPU, measured"
+    if any(t is not None and t.dtype is torch.int64 for t in tensors):  # the seed of a mask
+        return cpu, "on a CPU with dropout, measured"
+    which, dimension = _RANK[operation]
+    like = tensors[which]
+    if like is None or like.shape[dimension] > _THIN:
+        return aten, f"on a CPU without dropout above rank {_THIN}, measured"
+    if x.dtype is torch.bfloat16 and not native.multiplies_bfloat16():
+        return aten, "on a CPU in bfloat16 without AVX-512's product, measured"
+    return cpu, f"on a CPU up to rank {_THIN}, measured"
 
 
 def backends() -> dict[str, BackendStatus]:

@@ -28,8 +28,15 @@ def why_not_loaded() -> str | None:
     return None
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the native CPU kernels have the processor's own bfloat16 product."""
+    return why_not_loaded() is None and capability() == "avx512_bf16"
+
+
+@functools.cache
 def capability() -> str:
-    """The instruction set that the native CPU kernels use here: avx512, avx2 or portable.
+    """The instruction set of the native CPU kernels here: avx512_bf16, avx512, avx2 or portable.
 
     Raises:
         OSError: ``LORAFAST_CPU`` names one that this processor lacks.

@@ -26,7 +26,12 @@ from lorafast.ops import cpu
 
 ROOT = Path(__file__).parents[2]
 EXERCISE = Path(__file__).with_name("exercise.py")
-SETS = {"portable": (), "avx2": ("avx2", "fma", "f16c"), "avx512": ("avx512f", "avx512bw")}
+SETS = {
+    "portable": (),
+    "avx2": ("avx2", "fma", "f16c"),
+    "avx512": ("avx512f", "avx512bw"),
+    "avx512_bf16": ("avx512f", "avx512_bf16"),
+}
 
 
 def cpu_flags():
@@ -207,9 +212,11 @@ def test_the_sanitizers_find_nothing(tmp_path):
     flags = (
         "-std=c++17 -O1 -g -fPIC -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
     )
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     sets = {
         "microkernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "microkernels_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+        "microkernels_avx512": avx512,
+        "microkernels_avx512_bf16": [*avx512, "-mavx512bf16"],
     }
     objects = []
     for source in [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:

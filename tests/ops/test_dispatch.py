@@ -134,7 +134,7 @@ def test_explain_names_choice_and_reasons(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = torch.nn.Sequential(LoRALinear(8, 8, 2), torch.nn.ReLU(), LoRALinear(8, 4, 2))
-    explanation = lorafast.explain(model.to(torch.bfloat16))
+    explanation = lorafast.explain(model.double())
     assert set(explanation.layers) == {"0", "2"}
     choice = explanation.layers["0"][0]
     assert (choice.operation, choice.backend) == ("shrink", "aten")
@@ -162,25 +162,45 @@ def test_explain_without_a_layer_is_refused():
 
 @pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native kernels are not built")
 class TestAutomaticChoiceOnACPU:
-    """The rule that was measured: cpu with a mask and in float32, aten in bfloat16 without one."""
+    """The rule that was measured: cpu with a mask and up to rank 16."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_float32_and_float16(self, dtype):
-        x = torch.empty(3, 4, dtype=dtype)
-        assert dispatch.automatic_choice("shrink", x, None)[0] == "cpu"
+    def test_rank(self, dtype):
+        x, seed = torch.empty(3, 4, dtype=dtype), torch.tensor([1])
+        thin, thick = torch.empty(16, 4), torch.empty(17, 4)
+        assert dispatch.automatic_choice("shrink", x, thin, None)[0] == "cpu"
+        assert dispatch.automatic_choice("shrink", x, thick, None)[0] == "aten"
+        assert dispatch.automatic_choice("shrink", x, thick, seed)[0] == "cpu"
 
-    def test_bfloat16(self):
-        x, seed = torch.empty(3, 4, dtype=torch.bfloat16), torch.tensor([1])
-        assert dispatch.automatic_choice("shrink", x, None)[0] == "aten"
-        assert dispatch.automatic_choice("shrink", x, seed)[0] == "cpu"
+    @pytest.mark.parametrize("has_product", [False, True])
+    def test_bfloat16_needs_its_product(self, has_product, monkeypatch):
+        monkeypatch.setattr(native, "multiplies_bfloat16", lambda: has_product)
+        x, lora_A = torch.empty(3, 4, dtype=torch.bfloat16), torch.empty(2, 4)
+        expected = "cpu" if has_product else "aten"
+        assert dispatch.automatic_choice("shrink", x, lora_A, None)[0] == expected
+        assert dispatch.automatic_choice("shrink", x, lora_A, torch.tensor([1]))[0] == "cpu"
+
+    def test_the_rank_of_every_operation(self):
+        M, K, N = 3, 40, 50
+        for r, expected in ((16, "cpu"), (17, "aten")):
+            x, dy, s = torch.empty(M, K), torch.empty(M, N), torch.empty(M, r)
+            weight, lora_A, lora_B = torch.empty(N, K), torch.empty(r, K), torch.empty(N, r)
+            for operation, tensors in (
+                ("shrink", (x, lora_A)),
+                ("linear_expand", (x, weight, s, lora_B, None)),
+                ("linear_expand", (dy, weight.t(), s, lora_A.t(), None)),
+                ("expand_backward", (dy, s, lora_B)),
+                ("shrink_backward", (s, x)),
+            ):
+                assert dispatch.automatic_choice(operation, *tensors)[0] == expected
 
     def test_what_the_kernels_refuse(self):
-        x = torch.empty(3, 4, dtype=torch.float64)
-        assert dispatch.automatic_choice("shrink", x, None)[0] == "aten"
-        assert dispatch.automatic_choice("shrink", torch.empty(3, 4, device="meta"))[0] == "aten"
+        double, meta = torch.empty(3, 4, dtype=torch.float64), torch.empty(3, 4, device="meta")
+        assert dispatch.automatic_choice("shrink", double, double)[0] == "aten"
+        assert dispatch.automatic_choice("shrink", meta, meta)[0] == "aten"
 
-    def test_explain_knows_the_mask(self):
-        layer = LoRALinear(8, 8, 2, dropout=0.1, dtype=torch.bfloat16)
+    def test_explain_knows_mask_and_rank(self):
+        layer = LoRALinear(80, 80, 20, dropout=0.1)
         chosen = {c.operation: c.backend for c in lorafast.explain(layer).layers["(module)"]}
         assert chosen == {
             "shrink": "cpu",
@@ -194,6 +214,8 @@ class TestAutomaticChoiceOnACPU:
     def test_without_the_library_it_is_aten(self, monkeypatch):
         missing = dataclasses.replace(backend.CPU, why_unusable=lambda: "not built")
         monkeypatch.setitem(backend.BACKENDS, "cpu", missing)
-        assert dispatch.automatic_choice("shrink", torch.empty(3, 4))[0] == "aten"
+        assert (
+            dispatch.automatic_choice("shrink", torch.empty(3, 4), torch.empty(2, 4))[0] == "aten"
+        )
         y = LoRALinear(600, 800, 2)(torch.randn(64, 600))
         assert y.shape == (64, 800)
