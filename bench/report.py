@@ -3,7 +3,7 @@
     python bench/report.py            # rewrites the section
     python bench/report.py --check    # exit status 1 if the section and the records disagree
 
-The newest complete run on a GPU and the newest on a CPU are shown. No figure is typed by hand.
+Of ``gpu-*``, ``cpu-*`` and ``traffic-*`` the newest complete run is shown. No figure is typed by hand.
 """
 
 import argparse
@@ -32,18 +32,15 @@ Run = dict[str, Any]
 
 def render(results: Path = RESULTS) -> str:
     """The section, without its two marks."""
-    runs = {path: read(path) for path in sorted(results.glob("*.json"))}
-    complete = {path: run for path, run in runs.items() if run["complete"]}
-    newest = sorted(complete, key=lambda path: complete[path]["started"], reverse=True)
-    on_gpu = [path for path in newest if on_a_gpu(complete[path])]
-    on_cpu = [path for path in newest if not on_a_gpu(complete[path])]
-    parts = [_section(path, complete[path]) for path in (*on_gpu[:1], *on_cpu[:1])]
-    if not on_gpu:
-        parts.insert(0, "No run on a GPU is recorded yet.")
-    counted = [complete[path] for path in newest if complete[path].get("traffic")]
-    if counted:
-        # Closed forms that were held against the interpreter before those that could not be.
-        parts.append(_traffic(min(counted, key=_unchecked)))
+    parts = []
+    for kind, render_run in (("gpu", _section), ("cpu", _section), ("traffic", _traffic)):
+        runs = {path: read(path) for path in results.glob(f"{kind}-*.json")}
+        complete = [path for path, run in runs.items() if run["complete"]]
+        if complete:
+            newest = max(complete, key=lambda path: runs[path]["started"])
+            parts.append(render_run(newest, runs[newest]))
+        elif kind == "gpu":
+            parts.append("No run on a GPU is recorded yet.")
     return "\n\n".join(parts)
 
 
@@ -160,7 +157,7 @@ def _models(rows: Sequence[models.Row]) -> list[str]:
     ]
 
 
-def _traffic(run: Run) -> str:
+def _traffic(path: Path, run: Run) -> str:
     rows = [traffic.Row.from_json(row) for row in run["traffic"]]
     lines = [
         [
@@ -177,13 +174,9 @@ def _traffic(run: Run) -> str:
     header = ["layer", "dropout", "", "launches", "MB", "over the least"]
     return (
         "Counted, not timed: launches and device-memory traffic of a forward and a backward on a GPU "
-        "(`lorafast bench --traffic`, the same on every machine). *The least* moves every operand "
+        "(`lorafast bench --traffic`, the same on every machine; [record]({_relative(path)})). *The least* moves every operand "
         "once.\n\n" + markdown(header, lines)
     )
-
-
-def _unchecked(run: Run) -> bool:
-    return any(row["unchecked"] is not None for row in run["traffic"])
 
 
 def _picture(path: Path) -> str:
