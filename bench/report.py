@@ -174,8 +174,9 @@ def _traffic(path: Path, run: Run) -> str:
     header = ["layer", "dropout", "", "launches", "MB", "over the least"]
     return (
         "Counted, not timed: launches and device-memory traffic of a forward and a backward on a GPU "
-        "(`lorafast bench --traffic`, the same on every machine; [record]({_relative(path)})). *The least* moves every operand "
-        "once.\n\n" + markdown(header, lines)
+        "(`lorafast bench --traffic`, the same on every machine; "
+        f"[record]({_relative(path)})). *The least* moves every operand once.\n\n"
+        + markdown(header, lines)
     )
 
 
