@@ -7,6 +7,7 @@ Of ``gpu-*``, ``cpu-*`` and ``traffic-*`` the newest complete run is shown. No f
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -77,8 +78,8 @@ def _section(path: Path, run: Run) -> str:
         )
         parts.append(_calls(calls))
     steps = [models.Row(**row) for row in run.get("models", ())]
-    for name in dict.fromkeys(row.model for row in steps):
-        parts += _models([row for row in steps if row.model == name])
+    for _, group in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
+        parts += _models(list(group))
     return "\n\n".join(parts)
 
 
