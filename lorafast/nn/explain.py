@@ -55,8 +55,8 @@ def _describe(choice: Choice) -> str:
 def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     """Which backend serves each operation of each ``LoRALinear`` in ``module``, and why not others.
 
-    ``x`` is an input such as a layer would get; only its device and dtype count, and without it the
-    weight's are assumed.
+    ``x`` is an input such as a layer would get; only its device, dtype and number of rows count.
+    Without it the weight's are assumed, and many rows.
 
     Raises:
         ValueError: ``module`` has no ``LoRALinear``.
@@ -74,7 +74,8 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
 
 def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     like = layer.weight if x is None else x
-    tensors = _sample(operation, layer, like)
+    M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)
+    tensors = _sample(operation, layer, like, M)
     reasons = {
         name: dispatch.why_not(name, operation, tensors) for name in dispatch.backend_names()
     }
@@ -92,11 +93,14 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     return Choice(operation, backend, reason, others)
 
 
-def _sample(operation: str, layer: LoRALinear, like: Tensor) -> tuple[Tensor, ...]:
-    """Tensors as the operation gets them in this layer, without rows; a mask comes with a seed."""
+_MANY_ROWS = 1 << 20
+
+
+def _sample(operation: str, layer: LoRALinear, like: Tensor, M: int) -> tuple[Tensor, ...]:
+    """Tensors as the operation gets them in this layer, one row in memory; a mask comes with a seed."""
 
     def rows(size: int) -> Tensor:
-        return torch.empty((0, size), dtype=like.dtype, device=like.device)
+        return torch.empty((1, size), dtype=like.dtype, device=like.device).expand(M, size)
 
     x, dy, s = rows(layer.in_features), rows(layer.out_features), rows(layer.r)
     masked = layer.dropout and layer.training

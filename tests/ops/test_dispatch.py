@@ -162,26 +162,36 @@ def test_explain_without_a_layer_is_refused():
 
 @pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native kernels are not built")
 class TestAutomaticChoiceOnACPU:
-    """The rule that was measured: cpu with a mask and up to rank 16."""
+    """The rule that was measured: cpu with a mask, and up to rank 16 from 128 rows."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_rank(self, dtype):
-        x, seed = torch.empty(3, 4, dtype=dtype), torch.tensor([1])
+        x, seed = torch.empty(128, 4, dtype=dtype), torch.tensor([1])
         thin, thick = torch.empty(16, 4), torch.empty(17, 4)
         assert dispatch.automatic_choice("shrink", x, thin, None)[0] == "cpu"
         assert dispatch.automatic_choice("shrink", x, thick, None)[0] == "aten"
         assert dispatch.automatic_choice("shrink", x, thick, seed)[0] == "cpu"
 
+    def test_rows(self):
+        lora_A, seed = torch.empty(2, 4), torch.tensor([1])
+        for M, expected in ((127, "aten"), (128, "cpu")):
+            x = torch.empty(M, 4)
+            assert dispatch.automatic_choice("shrink", x, lora_A, None)[0] == expected
+            assert dispatch.automatic_choice("shrink", x, lora_A, seed)[0] == "cpu"
+            layer = LoRALinear(4, 6, 2)
+            chosen = {c.backend for c in lorafast.explain(layer, x).layers["(module)"]}
+            assert chosen == {expected}
+
     @pytest.mark.parametrize("has_product", [False, True])
     def test_bfloat16_needs_its_product(self, has_product, monkeypatch):
         monkeypatch.setattr(native, "multiplies_bfloat16", lambda: has_product)
-        x, lora_A = torch.empty(3, 4, dtype=torch.bfloat16), torch.empty(2, 4)
+        x, lora_A = torch.empty(128, 4, dtype=torch.bfloat16), torch.empty(2, 4)
         expected = "cpu" if has_product else "aten"
         assert dispatch.automatic_choice("shrink", x, lora_A, None)[0] == expected
         assert dispatch.automatic_choice("shrink", x, lora_A, torch.tensor([1]))[0] == "cpu"
 
     def test_the_rank_of_every_operation(self):
-        M, K, N = 3, 40, 50
+        M, K, N = 128, 40, 50
         for r, expected in ((16, "cpu"), (17, "aten")):
             x, dy, s = torch.empty(M, K), torch.empty(M, N), torch.empty(M, r)
             weight, lora_A, lora_B = torch.empty(N, K), torch.empty(r, K), torch.empty(N, r)
