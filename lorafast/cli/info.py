@@ -67,7 +67,7 @@ def _choice() -> str:
     if dispatch.why_not("cpu", "shrink", (torch.empty((1, 1)),)) is not None:
         return "aten for every operation (no measurement shows another backend ahead of it)"
     return (
-        "on a CPU cpu with dropout and up to rank 16 over many rows, else aten (as measured); "
+        "on a CPU cpu with dropout and in bfloat16 up to rank 16, else aten (as measured); "
         "elsewhere aten (no "
         "measurement shows another backend ahead of it)"
     )

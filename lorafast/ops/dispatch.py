@@ -1,9 +1,9 @@
 """Which backend serves a call: the one place that decides, and that says why not.
 
 ``auto`` takes the fastest backend that is measured to be so. On a CPU that is the native kernels
-for whatever has a dropout mask, and for ranks up to 16 over many rows; else it is ``aten``. No record
-from a GPU exists yet. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a
-call raises with the reason; nothing falls back in silence.
+for whatever has a dropout mask, and in bfloat16 for ranks up to 16 over many rows; else it is ``aten``.
+No record from a GPU exists yet. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't
+serve a call raises with the reason; nothing falls back in silence.
 """
 
 import contextlib
@@ -137,11 +137,10 @@ def automatic_choice(operation: str, *tensors: Tensor | None) -> tuple[str, str]
         return cpu, "on a CPU with dropout, measured"
     which, dimension = _RANK[operation]
     like = tensors[which]
-    if like is None or like.shape[dimension] > _THIN or x.shape[0] < _MANY:
-        return aten, f"on a CPU without dropout above rank {_THIN} or below {_MANY} rows, measured"
-    if x.dtype is torch.bfloat16 and not native.multiplies_bfloat16():
-        return aten, "on a CPU in bfloat16 without AVX-512's product, measured"
-    return cpu, f"on a CPU up to rank {_THIN} from {_MANY} rows, measured"
+    thin = like is not None and like.shape[dimension] <= _THIN and x.shape[0] >= _MANY
+    if thin and x.dtype is torch.bfloat16 and native.multiplies_bfloat16():
+        return cpu, f"on a CPU in bfloat16 up to rank {_THIN} from {_MANY} rows, measured"
+    return aten, "on a CPU without dropout, measured"
 
 
 def backends() -> dict[str, BackendStatus]:

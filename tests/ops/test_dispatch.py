@@ -162,39 +162,41 @@ def test_explain_without_a_layer_is_refused():
 
 @pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native kernels are not built")
 class TestAutomaticChoiceOnACPU:
-    """The rule that was measured: cpu with a mask, and up to rank 16 from 128 rows."""
+    """The rule that was measured: cpu with a mask, and in bfloat16 up to rank 16 from 128 rows."""
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_rank(self, dtype):
-        x, seed = torch.empty(128, 4, dtype=dtype), torch.tensor([1])
-        thin, thick = torch.empty(16, 4), torch.empty(17, 4)
-        assert dispatch.automatic_choice("shrink", x, thin, None)[0] == "cpu"
-        assert dispatch.automatic_choice("shrink", x, thick, None)[0] == "aten"
-        assert dispatch.automatic_choice("shrink", x, thick, seed)[0] == "cpu"
+    @pytest.fixture(autouse=True)
+    def _has_product(self, monkeypatch):
+        monkeypatch.setattr(native, "multiplies_bfloat16", lambda: True)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_a_mask(self, dtype):
+        x, lora_A = torch.empty(3, 4, dtype=dtype), torch.empty(99, 4)
+        assert dispatch.automatic_choice("shrink", x, lora_A, torch.tensor([1]))[0] == "cpu"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_other_dtypes_without_a_mask(self, dtype):
+        x = torch.empty(128, 4, dtype=dtype)
+        assert dispatch.automatic_choice("shrink", x, torch.empty(2, 4), None)[0] == "aten"
+
+    def test_bfloat16_needs_its_product(self, monkeypatch):
+        monkeypatch.setattr(native, "multiplies_bfloat16", lambda: False)
+        x = torch.empty(128, 4, dtype=torch.bfloat16)
+        assert dispatch.automatic_choice("shrink", x, torch.empty(2, 4), None)[0] == "aten"
 
     def test_rows(self):
-        lora_A, seed = torch.empty(2, 4), torch.tensor([1])
         for M, expected in ((127, "aten"), (128, "cpu")):
-            x = torch.empty(M, 4)
-            assert dispatch.automatic_choice("shrink", x, lora_A, None)[0] == expected
-            assert dispatch.automatic_choice("shrink", x, lora_A, seed)[0] == "cpu"
-            layer = LoRALinear(4, 6, 2)
+            x = torch.empty(M, 4, dtype=torch.bfloat16)
+            assert dispatch.automatic_choice("shrink", x, torch.empty(2, 4), None)[0] == expected
+            layer = LoRALinear(4, 6, 2, dtype=torch.bfloat16)
             chosen = {c.backend for c in lorafast.explain(layer, x).layers["(module)"]}
             assert chosen == {expected}
-
-    @pytest.mark.parametrize("has_product", [False, True])
-    def test_bfloat16_needs_its_product(self, has_product, monkeypatch):
-        monkeypatch.setattr(native, "multiplies_bfloat16", lambda: has_product)
-        x, lora_A = torch.empty(128, 4, dtype=torch.bfloat16), torch.empty(2, 4)
-        expected = "cpu" if has_product else "aten"
-        assert dispatch.automatic_choice("shrink", x, lora_A, None)[0] == expected
-        assert dispatch.automatic_choice("shrink", x, lora_A, torch.tensor([1]))[0] == "cpu"
 
     def test_the_rank_of_every_operation(self):
         M, K, N = 128, 40, 50
         for r, expected in ((16, "cpu"), (17, "aten")):
-            x, dy, s = torch.empty(M, K), torch.empty(M, N), torch.empty(M, r)
-            weight, lora_A, lora_B = torch.empty(N, K), torch.empty(r, K), torch.empty(N, r)
+            x, dy, s = (torch.empty(M, n, dtype=torch.bfloat16) for n in (K, N, r))
+            weight = torch.empty(N, K, dtype=torch.bfloat16)
+            lora_A, lora_B = torch.empty(r, K), torch.empty(N, r)
             for operation, tensors in (
                 ("shrink", (x, lora_A)),
                 ("linear_expand", (x, weight, s, lora_B, None)),
