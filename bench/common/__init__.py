@@ -1,1 +1,1 @@
-"""What the measurements share: shapes, contenders, clocks, memory, records, tables, plots."""
+"""What the measurements share: shapes, contenders, the check, clocks, memory, records, tables."""

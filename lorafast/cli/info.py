@@ -68,6 +68,5 @@ def _choice() -> str:
         return "aten for every operation (no measurement shows another backend ahead of it)"
     return (
         "on a CPU cpu with dropout and in bfloat16 up to rank 16, else aten (as measured); "
-        "elsewhere aten (no "
-        "measurement shows another backend ahead of it)"
+        "elsewhere aten (no measurement shows another backend ahead of it)"
     )
