@@ -1,6 +1,6 @@
 // y += drop(scaling · s·Bᵀ), in place: y [M, N], s [M, r], lora_B [N, r]. Threads share out row blocks.
-#include "matrix.h"
 #include "operations.h"
+#include "pack.h"
 
 namespace lorafast::cpu {
 
@@ -15,54 +15,34 @@ void expand_(
   const Microkernels& kernels = microkernels();
   const auto dropout = Dropout::of(seed, threshold, survivor_scale);
   const Matrix to(y), shrunk(s);
-  const int64_t ld_factors = padded(N);
-  const std::vector<float> factors =
-      pack_transposed(kernels, Matrix(lora_B), static_cast<float>(scaling), ld_factors);
-  const PairMicrokernels* pairs = dropout ? nullptr : pairs_for(kernels, to);
-  const int64_t rank_pairs = blocks_of(r, 2);
-  std::vector<uint32_t> factor_pairs;
-  if (pairs) factor_pairs = pair_rows(kernels, factors.data(), r, ld_factors);
+  const float scale = static_cast<float>(scaling) * (dropout ? dropout->scale : 1.0f);
 
-  torch::stable::parallel_for(0, blocks_of(M, kTileRows), 1, [&](int64_t begin, int64_t end) {
-    Tile tile;
-    std::vector<float> rows_of_s(kTileRows * r), row_of_y(kTileCols);
-    std::vector<uint32_t> pairs_of_s(kTileRows * rank_pairs, 0);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t row = block * kTileRows, rows = std::min(kTileRows, M - row);
-      for (int64_t i = 0; i < rows; ++i) shrunk.load_row(kernels, row + i, 0, r, &rows_of_s[i * r]);
-      if (pairs) {
-        for (int64_t i = 0; i < rows; ++i)  // an odd rank's last pair has a zero from above
-          kernels.store(&rows_of_s[i * r], Dtype::kBFloat16, r, &pairs_of_s[i * rank_pairs]);
-        pairs->expand(
-            reinterpret_cast<uint16_t*>(to.at(row, 0)), N, rows, N, pairs_of_s.data(), rank_pairs,
-            factor_pairs.data(), ld_factors);
-        continue;
-      }
-      for (int64_t col = 0; col < N; col += kTileCols) {
-        const int64_t cols = std::min(kTileCols, N - col);
-        if (to.dtype == Dtype::kFloat32 && cols % kLanes == 0 && !dropout) {
-          kernels.expand(
-              reinterpret_cast<float*>(to.at(row, col)), N, rows, cols, rows_of_s.data(), r, r, &factors[col],
-              ld_factors);
-          continue;
+  choose_products(kernels, to, [&](auto value) {
+    using Value = decltype(value);
+    const auto factors = pack_for<Value>(kernels, transposed(Matrix(lora_B)));
+    const int64_t ranks = blocks_of(r, kPer<Value>);
+    torch::stable::parallel_for(0, blocks_of(M, kTileRows), 1, [&](int64_t begin, int64_t end) {
+      Tiles<Value> tiles(kernels, to);
+      std::vector<Factor<Value>> rows_of_s(kTileRows * ranks, 0);
+      uint8_t keep[kTileRows * kKeepRow];
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = block * kTileRows, rows = std::min(kTileRows, M - row);
+        for (int64_t i = 0; i < rows; ++i) {
+          if constexpr (kPaired<Value>)
+            shrunk.copy_row(kernels, row + i, 0, r, reinterpret_cast<uint16_t*>(&rows_of_s[i * ranks]));
+          else shrunk.load_row(kernels, row + i, 0, r, &rows_of_s[i * ranks]);
         }
-        float* sums;
-        if (dropout) {
-          sums = tile.zeros(rows, cols);
-          kernels.expand(sums, tile.ld(), rows, tile.cols(), rows_of_s.data(), r, r, &factors[col], ld_factors);
-          dropout->apply(kernels, sums, tile.ld(), row, rows, col, cols, N);
-          for (int64_t i = 0; i < rows; ++i) {
-            to.load_row(kernels, row + i, col, cols, row_of_y.data());
-            for (int64_t c = 0; c < cols; ++c) sums[i * tile.ld() + c] += row_of_y[c];
-          }
-        } else {
-          sums = tile.copy(kernels, to, row, rows, col, cols);
-          kernels.expand(sums, tile.ld(), rows, tile.cols(), rows_of_s.data(), r, r, &factors[col], ld_factors);
+        for (int64_t col = 0; col < N; col += kTileCols) {
+          const int64_t cols = std::min(kTileCols, N - col);
+          if (dropout) dropout->keep(kernels, row, rows, col, cols, N, keep);
+          const auto tile = tiles.at(row, rows, col, cols);
+          products<Value>(kernels).expand(
+              tile.data, tile.ld, rows, tile.cols, rows_of_s.data(), ranks, &factors[col * ranks], scale,
+              dropout ? keep : nullptr);
+          tiles.put_back(tile, row, rows, col, cols);
         }
-        for (int64_t i = 0; i < rows; ++i)
-          kernels.store(sums + i * tile.ld(), to.dtype, cols, to.at(row + i, col));
       }
-    }
+    });
   });
 }
 

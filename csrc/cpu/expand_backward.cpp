@@ -1,5 +1,5 @@
 // ds = scaling · dy·B and dB = scaling · dyᵀ·s, dy read once for both:
-// dy [M, N], s [M, r], lora_B [N, r] → ds [M, r], dB [N, r]. Threads share out chunks of rows.
+// dy [M, N], s [M, r], lora_B [N, r] → ds [M, r], dB [N, r].
 #include "operations.h"
 #include "reduce_rows.h"
 
@@ -14,60 +14,54 @@ void expand_backward(
   check_output("ds", ds, M, r);
   check_output("dB", dB, N, r);
   const Microkernels& kernels = microkernels();
-  const Matrix from(dy), to(ds), shrunk(s);
-  const int64_t rank_blocks = blocks_of(r, kLanes);
-  const std::vector<float> factors = pack_ranks(kernels, Matrix(lora_B), static_cast<float>(scaling));
-  const std::vector<float> rows_of_s = pack_ranks(kernels, shrunk, 1.0f);
-  RowSums row_sums(M, r, N);
-  const PairMicrokernels* pairs = pairs_for(kernels, from);
-  std::vector<uint32_t> factor_pairs;  // N is even: rank blocks don't meet in a pair
-  std::vector<std::vector<uint32_t>> s_pairs;
-  if (pairs) {
-    factor_pairs = pair_rows(kernels, factors.data(), rank_blocks * N, kLanes);
-    for (int64_t j = 0; j < rank_blocks; ++j)
-      s_pairs.push_back(pair_rows(kernels, &rows_of_s[j * M * kLanes], M, kLanes));
-  }
+  const Matrix from(dy), to(ds);
+  const auto scale = static_cast<float>(scaling);
+  const int64_t rank_blocks = blocks_of(r, kLanes), row_blocks = blocks_of(M, kTileRows);
+  const int64_t block_sums = rank_blocks * kTileRows * kLanes;
+  RowSums sums_of_rows(M, r, N);
+  // [stripe][row block]: as store_ranks takes them
+  const int64_t stripes = std::max<int64_t>(sums_of_rows.stripes, 1);
+  std::vector<float> sums_of_columns(stripes * row_blocks * block_sums, 0.0f);
 
-  torch::stable::parallel_for(0, row_sums.chunks, 1, [&](int64_t begin, int64_t end) {
-    Tile tile;
-    std::vector<float> sums(rank_blocks * kTileRows * kLanes), row_of_ds(rank_blocks * kLanes);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t last = std::min((chunk + 1) * row_sums.chunk_rows, M);
-      for (int64_t row = chunk * row_sums.chunk_rows; row < last; row += kTileRows) {
-        const int64_t rows = std::min(kTileRows, last - row);
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t col = 0; col < N; col += kTileCols) {
-          const int64_t cols = std::min(kTileCols, N - col);
-          if (pairs) {
-            const auto* values = reinterpret_cast<const uint16_t*>(from.at(row, col));
-            for (int64_t j = 0; j < rank_blocks; ++j) {
-              pairs->reduce_columns(
-                  values, from.row_stride, rows, cols, &factor_pairs[(j * N + col) / 2 * kLanes],
-                  &sums[j * kTileRows * kLanes]);
-              pairs->reduce_rows(
-                  values, from.row_stride, rows, cols, &s_pairs[j][row / 2 * kLanes],
-                  row_sums.of(chunk, j, col), row_sums.ld());
-            }
-            continue;
-          }
-          const float* values = tile.load(kernels, from, row, rows, col, cols, std::nullopt);
+  choose_products(kernels, from, [&](auto value) {
+    using Value = decltype(value);
+    const auto factors = pack_for<Value>(kernels, Matrix(lora_B));
+    const auto rows_of_s = pack_for<Value>(kernels, Matrix(s));
+    const int64_t packed_rows = blocks_of(M, kPer<Value>);
+    const int64_t units = sums_of_rows.chunks * sums_of_rows.stripes;
+    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      Tiles<Value> tiles(kernels, from);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t stripe = unit / sums_of_rows.chunks, chunk = unit % sums_of_rows.chunks;
+        const int64_t col = stripe * kTileCols, cols = std::min(kTileCols, N - col);
+        const int64_t first = chunk * sums_of_rows.chunk_rows, last = std::min(first + sums_of_rows.chunk_rows, M);
+        for (int64_t row = first; row < last; row += kTileRows) {
+          const int64_t rows = std::min(kTileRows, last - row);
+          const auto tile = tiles.at(row, rows, col, cols);
+          float* sums = &sums_of_columns[(stripe * row_blocks + row / kTileRows) * block_sums];
           for (int64_t j = 0; j < rank_blocks; ++j) {
-            kernels.reduce_columns(
-                values, tile.ld(), rows, cols, &factors[(j * N + col) * kLanes], &sums[j * kTileRows * kLanes]);
-            kernels.reduce_rows(
-                values, tile.ld(), rows, tile.cols(), &rows_of_s[(j * M + row) * kLanes],
-                row_sums.of(chunk, j, col), row_sums.ld());
+            products<Value>(kernels).reduce_columns(
+                tile.data, tile.ld, rows, cols, &factors[(j * N + col) / kPer<Value> * kLanes],
+                sums + j * kTileRows * kLanes);
+            products<Value>(kernels).reduce_rows(
+                tile.data, tile.ld, rows, tile.cols, &rows_of_s[(j * packed_rows + row / kPer<Value>) * kLanes],
+                sums_of_rows.of(chunk, j, col), row > first);
           }
-        }
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < r; ++j)
-            row_of_ds[j] = sums[((j / kLanes) * kTileRows + i) * kLanes + j % kLanes];
-          kernels.store(row_of_ds.data(), to.dtype, r, to.at(row + i, 0));
         }
       }
+    });
+  });
+
+  torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      float* sums = &sums_of_columns[block * block_sums];
+      for (int64_t stripe = 1; stripe < stripes; ++stripe)
+        for (int64_t i = 0; i < block_sums; ++i) sums[i] += sums[stripe * row_blocks * block_sums + i];
+      const int64_t row = block * kTileRows;
+      store_ranks(kernels, sums, scale, to, row, std::min(kTileRows, M - row));
     }
   });
-  row_sums.add_up(kernels, transposed(Matrix(dB)), static_cast<float>(scaling));
+  sums_of_rows.add_up(kernels, transposed(Matrix(dB)), scale);
 }
 
 }  // namespace lorafast::cpu

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -11,12 +13,13 @@
 
 namespace lorafast {
 
-// A tile is small enough for the cache of one core, and a whole number of dropout's Philox calls.
-constexpr int64_t kTileRows = 32;
-constexpr int64_t kTileCols = 512;
-
 inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
 inline int64_t padded(int64_t length) { return blocks_of(length, kLanes) * kLanes; }
+
+template <typename T>
+std::unique_ptr<T[]> scratch(int64_t count) {  // not cleared, unlike a vector
+  return std::unique_ptr<T[]>(new T[std::max<int64_t>(count, 1)]);
+}
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -42,6 +45,9 @@ struct Matrix {
         row_stride(tensor.stride(0)),
         col_stride(tensor.stride(1)) {}
 
+  Matrix(void* first, Dtype type, int64_t m, int64_t n, int64_t row_step, int64_t col_step)
+      : data(static_cast<char*>(first)), dtype(type), rows(m), cols(n), row_stride(row_step), col_stride(col_step) {}
+
   char* at(int64_t row, int64_t col) const {
     return data + (row * row_stride + col * col_stride) * size_of(dtype);
   }
@@ -52,6 +58,20 @@ struct Matrix {
       kernels.load(at(row, first), dtype, count, to);
     } else {
       for (int64_t i = 0; i < count; ++i) kernels.load(at(row, first + i), dtype, 1, to + i);
+    }
+  }
+
+  // the same, as bfloat16
+  void copy_row(const Microkernels& kernels, int64_t row, int64_t first, int64_t count, uint16_t* to) const {
+    if (dtype == Dtype::kBFloat16 && col_stride == 1) {
+      std::memcpy(to, at(row, first), count * sizeof(uint16_t));
+      return;
+    }
+    float values[1024];
+    for (int64_t done = 0; done < count; done += 1024) {
+      const int64_t some = std::min<int64_t>(count - done, 1024);
+      load_row(kernels, row, first + done, some, values);
+      kernels.store(values, Dtype::kBFloat16, some, to + done);
     }
   }
 };
@@ -75,152 +95,109 @@ struct Dropout {
     return Dropout{value, static_cast<uint32_t>(threshold), static_cast<float>(scale)};
   }
 
-  // On a tile of a matrix of `all_cols` columns.
-  void apply(
-      const Microkernels& kernels, float* tile, int64_t ld, int64_t row, int64_t rows, int64_t col, int64_t cols,
-      int64_t all_cols) const {
+  // The bits of a tile of a matrix of `all_cols` columns.
+  void keep(
+      const Microkernels& kernels, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t all_cols,
+      uint8_t* bits) const {
     for (int64_t i = 0; i < rows; ++i)
-      kernels.dropout(tile + i * ld, row + i, col, cols, blocks_of(all_cols, 8), seed, threshold, scale);
+      kernels.keep(row + i, col, cols, blocks_of(all_cols, 8), seed, threshold, bits + i * kKeepRow);
   }
 };
 
-// A tile as the microkernels want it: where it lies if it is float32 already, a converted copy if not.
-class Tile {
- public:
-  Tile() : scratch_(new float[kTileRows * kTileCols]) {}
+// The products that read tiles of Value: bfloat16 in pairs, or float32.
+template <typename Value>
+constexpr bool kPaired = std::is_same_v<Value, uint16_t>;
 
-  const float* load(
-      const Microkernels& kernels, const Matrix& x, int64_t row, int64_t rows, int64_t col, int64_t cols,
-      const std::optional<Dropout>& dropout) {
-    cols_ = padded(cols);
-    if (x.dtype == Dtype::kFloat32 && x.col_stride == 1 && cols == cols_ && !dropout) {
-      ld_ = x.row_stride;
-      return reinterpret_cast<const float*>(x.at(row, col));
-    }
-    float* values = copy(kernels, x, row, rows, col, cols);
-    if (dropout) dropout->apply(kernels, values, ld_, row, rows, col, cols, x.cols);
-    return values;
-  }
+template <typename Value>
+using Factor = std::conditional_t<kPaired<Value>, uint32_t, float>;
 
-  float* copy(
-      const Microkernels& kernels, const Matrix& x, int64_t row, int64_t rows, int64_t col, int64_t cols) {
-    cols_ = padded(cols);
-    ld_ = kTileCols;
-    for (int64_t i = 0; i < rows; ++i) {
-      float* to = scratch_.get() + i * ld_;
-      x.load_row(kernels, row + i, col, cols, to);
-      std::fill(to + cols, to + cols_, 0.0f);
-    }
-    return scratch_.get();
-  }
+// Elements of a row of x that one factor multiplies.
+template <typename Value>
+constexpr int64_t kPer = kPaired<Value> ? 2 : 1;
 
-  float* zeros(int64_t rows, int64_t cols) {
-    cols_ = padded(cols);
-    ld_ = kTileCols;
-    std::fill(scratch_.get(), scratch_.get() + rows * ld_, 0.0f);
-    return scratch_.get();
-  }
+template <typename Value>
+const Products<Value, Factor<Value>>& products(const Microkernels& kernels) {
+  if constexpr (kPaired<Value>) return *kernels.pairs;
+  else return kernels.floats;
+}
 
-  int64_t ld() const { return ld_; }
-  int64_t cols() const { return cols_; }
+// Calls serve with a uint16_t if the pair products can read x as it lies in memory, else with a float.
+template <typename Serve>
+void choose_products(const Microkernels& kernels, const Matrix& x, Serve serve) {
+  if (kernels.pairs && x.dtype == Dtype::kBFloat16 && x.col_stride == 1 && x.cols % kLanes == 0) serve(uint16_t{});
+  else serve(float{});
+}
 
- private:
-  std::unique_ptr<float[]> scratch_;
-  int64_t ld_ = kTileCols, cols_ = 0;
+// A tile in memory.
+template <typename Value>
+struct Tile {
+  Value* data;
+  int64_t ld, cols;  // cols is a multiple of kLanes
 };
 
-// scale · matrix in rank blocks: element (i, j) at [j / kLanes][i][j % kLanes], float32, zero beyond the rank.
-inline std::vector<float> pack_ranks(const Microkernels& kernels, const Matrix& matrix, float scale) {
-  const int64_t rows = matrix.rows, r = matrix.cols, rank_blocks = blocks_of(r, kLanes);
-  std::vector<float> packed(rank_blocks * rows * kLanes, 0.0f);
-  if (matrix.col_stride == 1) {
-    std::vector<float> row(r);
-    for (int64_t i = 0; i < rows; ++i) {
-      matrix.load_row(kernels, i, 0, r, row.data());
-      for (int64_t j = 0; j < r; ++j)
-        packed[((j / kLanes) * rows + i) * kLanes + j % kLanes] = scale * row[j];
-    }
-  } else {
-    const Matrix columns = transposed(matrix);
-    std::vector<float> column(rows);
-    for (int64_t j = 0; j < r; ++j) {
-      columns.load_row(kernels, j, 0, rows, column.data());
-      float* to = &packed[(j / kLanes) * rows * kLanes + j % kLanes];
-      for (int64_t i = 0; i < rows; ++i) to[i * kLanes] = scale * column[i];
-    }
-  }
-  return packed;
-}
-
-// scale · matrixᵀ in rows: element (i, j) at [j][i], rows of `ld` floats.
-inline std::vector<float> pack_transposed(const Microkernels& kernels, const Matrix& matrix, float scale, int64_t ld) {
-  const int64_t rows = matrix.rows, r = matrix.cols;
-  std::vector<float> packed(r * ld, 0.0f);
-  if (matrix.col_stride == 1) {
-    std::vector<float> row(r);
-    for (int64_t i = 0; i < rows; ++i) {
-      matrix.load_row(kernels, i, 0, r, row.data());
-      for (int64_t j = 0; j < r; ++j) packed[j * ld + i] = scale * row[j];
-    }
-  } else {
-    const Matrix columns = transposed(matrix);
-    for (int64_t j = 0; j < r; ++j) {
-      columns.load_row(kernels, j, 0, rows, &packed[j * ld]);
-      for (int64_t i = 0; i < rows; ++i) packed[j * ld + i] *= scale;
-    }
-  }
-  return packed;
-}
-
-// The pair kernels, where they can serve a matrix as it lies in memory.
-inline const PairMicrokernels* pairs_for(const Microkernels& kernels, const Matrix& x) {
-  const bool fits = x.dtype == Dtype::kBFloat16 && x.col_stride == 1 && x.cols % kLanes == 0;
-  return fits ? kernels.pairs : nullptr;
-}
-
-// Neighbouring rows of a float32 matrix [rows, ld] as pairs of bfloat16: [ceil(rows / 2), ld].
-inline std::vector<uint32_t> pair_rows(const Microkernels& kernels, const float* matrix, int64_t rows, int64_t ld) {
-  std::vector<uint16_t> halves(2 * ld, 0);
-  std::vector<uint32_t> paired(blocks_of(rows, 2) * ld);
-  for (int64_t i = 0; i < rows; i += 2) {
-    kernels.store(matrix + i * ld, Dtype::kBFloat16, ld, halves.data());
-    if (i + 1 < rows) {
-      kernels.store(matrix + (i + 1) * ld, Dtype::kBFloat16, ld, halves.data() + ld);
-    } else {
-      std::fill(halves.begin() + ld, halves.end(), 0);
-    }
-    for (int64_t c = 0; c < ld; ++c)
-      paired[i / 2 * ld + c] = halves[c] | static_cast<uint32_t>(halves[ld + c]) << 16;
-  }
-  return paired;
-}
-
-// A tile of bfloat16: where it lies, or under a mask a copy (the survivors' scale is the caller's).
-class PairTile {
+// Cuts tiles out of a matrix, for one thread: the next one overwrites the last.
+template <typename Value>
+class Tiles {
  public:
-  PairTile() : scratch_(new uint16_t[kTileRows * kTileCols]) {}
+  Tiles(const Microkernels& kernels, const Matrix& x)
+      : kernels_(kernels), x_(x), scratch_(scratch<Value>(kTileRows * kTileCols)) {}
 
-  const uint16_t* load(
-      const PairMicrokernels& pairs, const Matrix& x, int64_t row, int64_t rows, int64_t col, int64_t cols,
-      const std::optional<Dropout>& dropout) {
-    const auto* from = reinterpret_cast<const uint16_t*>(x.at(row, col));
-    ld_ = x.row_stride;
+  // Where it lies; or if it can't be read there, a copy in float32 with zeros beyond the last column.
+  Tile<Value> at(int64_t row, int64_t rows, int64_t col, int64_t cols) {
+    if (in_place(cols)) return {reinterpret_cast<Value*>(x_.at(row, col)), x_.row_stride, cols};
+    const Tile<Value> tile = {scratch_.get(), kTileCols, padded(cols)};
+    if constexpr (!kPaired<Value>) {
+      for (int64_t i = 0; i < rows; ++i) {
+        Value* to = tile.data + i * tile.ld;
+        x_.load_row(kernels_, row + i, col, cols, to);
+        std::fill(to + cols, to + tile.cols, 0.0f);
+      }
+    }
+    return tile;
+  }
+
+  // The same in a copy, zero where the mask drops an element: the survivors' scale is the caller's.
+  Tile<Value> at(int64_t row, int64_t rows, int64_t col, int64_t cols, const std::optional<Dropout>& dropout) {
+    const Tile<Value> from = at(row, rows, col, cols);
     if (!dropout) return from;
+    const Tile<Value> tile = {scratch_.get(), kTileCols, from.cols};
+    uint8_t keep[kKeepRow];
     for (int64_t i = 0; i < rows; ++i) {
-      uint16_t* to = scratch_.get() + i * kTileCols;
-      std::copy(from + i * ld_, from + i * ld_ + cols, to);
-      pairs.mask(
-          to, row + i, col, cols, blocks_of(x.cols, 8), dropout->seed, dropout->threshold);
+      dropout->keep(kernels_, row + i, 1, col, cols, x_.cols, keep);
+      products<Value>(kernels_).mask(from.data + i * from.ld, from.cols, keep, tile.data + i * tile.ld);
     }
-    ld_ = kTileCols;
-    return scratch_.get();
+    return tile;
   }
 
-  int64_t ld() const { return ld_; }
+  // Writes back what at() copied.
+  void put_back(const Tile<Value>& tile, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+    if (tile.data != scratch_.get()) return;
+    if constexpr (!kPaired<Value>)
+      for (int64_t i = 0; i < rows; ++i)
+        kernels_.store(tile.data + i * tile.ld, x_.dtype, cols, x_.at(row + i, col));
+  }
 
  private:
-  std::unique_ptr<uint16_t[]> scratch_;
-  int64_t ld_ = 0;
+  bool in_place(int64_t cols) const {
+    return kPaired<Value> || (x_.dtype == Dtype::kFloat32 && x_.col_stride == 1 && cols % kLanes == 0);
+  }
+
+  const Microkernels& kernels_;
+  const Matrix& x_;
+  std::unique_ptr<Value[]> scratch_;
 };
+
+// Rows of sums over rank blocks, [rank_blocks][kTileRows][kLanes], times scale, into rows of a matrix [M, r].
+inline void store_ranks(
+    const Microkernels& kernels, const float* sums, float scale, const Matrix& to, int64_t row, int64_t rows) {
+  const int64_t r = to.cols;
+  float values[kLanes];
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t first = 0; first < r; first += kLanes) {
+      const int64_t count = std::min(kLanes, r - first);
+      for (int64_t j = 0; j < count; ++j) values[j] = scale * sums[(first * kTileRows) + i * kLanes + j];
+      kernels.store(values, to.dtype, count, to.at(row + i, first));
+    }
+}
 
 }  // namespace lorafast

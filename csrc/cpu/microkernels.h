@@ -1,7 +1,8 @@
 // The inner loops, compiled once per instruction set and chosen at run time.
 //
-// All of them work on tiles: rows of float32 in cache, `ld` floats apart, `cols` of them, `cols` and every
-// `ld` a multiple of kLanes. A rank block is kLanes ranks wide; ranks beyond r are zero.
+// All of them work on tiles: rows of elements in cache, `ld` elements apart, `cols` of them, a multiple of
+// kLanes (reduce_columns takes any number of float32). Factors are packed in blocks of kLanes lanes (pack.h),
+// zero beyond the last. A mask is a bit for each element, the lowest bit first, rows of kKeepRow bytes.
 #pragma once
 
 #include <cstdint>
@@ -10,56 +11,51 @@ namespace lorafast {
 
 constexpr int64_t kLanes = 16;
 
+// A tile is small enough for the cache of one core, and a whole number of dropout's Philox calls.
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileCols = 512;
+constexpr int64_t kKeepRow = kTileCols / 8;
+
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
-// bfloat16 as the processor multiplies it: products of neighbouring pairs, summed in float32. A pair is two
-// bfloat16 in 32 bits, the first one low. Tiles are rows of bfloat16 as they lie in memory.
-struct PairMicrokernels {
-  // out[i][:] += sum over c of tile[i][c] * t[c][:]          t [cols / 2, kLanes] pairs of columns
+// Either both are float32, or a tile is bfloat16 as it lies in memory and the factors are pairs: two bfloat16
+// in 32 bits, the first one low, which the processor multiplies by two neighbours and sums in float32.
+// Then t has half as many rows (or ranks, in expand), rounded up.
+template <typename Value, typename Factor>
+struct Products {
+  // out[i][:] += sum over c of tile[i][c] * t[c][:]             t [cols, kLanes], out [rows, kLanes]
   void (*reduce_columns)(
-      const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* t, float* out);
+      const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* t, float* out);
 
-  // out[j][c] += sum over i of t[i][j] * tile[i][c]          t [ceil(rows / 2), kLanes] pairs of rows
+  // out[c / kLanes][j][c % kLanes] (+)= sum over i of t[i][j] * tile[i][c]    t [rows, kLanes]; out is added
+  // to, or with `add` false written
   void (*reduce_rows)(
-      const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* t, float* out,
-      int64_t ld_out);
+      const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* t, float* out, bool add);
 
-  // tile[i][c] += sum over j of s[i][j] * t[j][c], rounded once   s [rows, pairs], t [pairs, ld_t] pairs of ranks
+  // tile[i][c] += keep[i][c] * scale * sum over j < r of s[i][j] * t[c / kLanes][j][c % kLanes]
+  // s [rows, r], t [cols / kLanes, r, kLanes]; in pairs r counts pairs; keep nullptr: all ones
   void (*expand)(
-      uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* s, int64_t pairs,
-      const uint32_t* t, int64_t ld_t);
+      Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* s, int64_t r, const Factor* t,
+      float scale, const uint8_t* keep);
 
-  // row[c] = kept ? row[c] : 0, as dropout below without the scale
-  void (*mask)(
-      uint16_t* row, int64_t row_index, int64_t first, int64_t cols, int64_t groups, uint64_t seed,
-      uint32_t threshold);
+  // to[c] = keep[c] ? from[c] : 0
+  void (*mask)(const Value* from, int64_t cols, const uint8_t* keep, Value* to);
 };
 
 struct Microkernels {
   const char* name;
-  const PairMicrokernels* pairs;  // nullptr where the processor has no such product
-
-  // out[i][:] += sum over c of tile[i][c] * t[c][:]          t [cols, kLanes], out [rows, kLanes]
-  void (*reduce_columns)(const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* t, float* out);
-
-  // out[j][c] += sum over i of t[i][j] * tile[i][c]          t [rows, kLanes], out [kLanes, ld_out]
-  void (*reduce_rows)(
-      const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* t, float* out, int64_t ld_out);
-
-  // tile[i][c] += sum over j < r of s[i][j] * t[j][c]        s [rows, ld_s], t [r, ld_t]
-  void (*expand)(
-      float* tile, int64_t ld, int64_t rows, int64_t cols, const float* s, int64_t ld_s, int64_t r,
-      const float* t, int64_t ld_t);
+  Products<float, float> floats;
+  const Products<uint16_t, uint32_t>* pairs;  // nullptr where the processor has no such product
 
   // to[i] = from[i], from another dtype or into it, rounded to nearest even
   void (*load)(const void* from, Dtype dtype, int64_t count, float* to);
   void (*store)(const float* from, Dtype dtype, int64_t count, void* to);
 
-  // row[c] = kept ? row[c] * scale : 0 for the columns [first, first + cols) of row `row_index` of a
-  // matrix of `groups` Philox calls a row; `first` is a multiple of 8
-  void (*dropout)(
-      float* row, int64_t row_index, int64_t first, int64_t cols, int64_t groups, uint64_t seed,
-      uint32_t threshold, float scale);
+  // The mask of the columns [first, first + cols) of row `row_index` of a matrix of `groups` Philox calls
+  // a row; `first` is a multiple of 8. Whole vectors are written: up to kKeepRow bytes.
+  void (*keep)(
+      int64_t row_index, int64_t first, int64_t cols, int64_t groups, uint64_t seed, uint32_t threshold,
+      uint8_t* bits);
 };
 
 // The fastest set that this processor has, or the one that LORAFAST_CPU names.

@@ -1,52 +1,64 @@
 // Sums over rows, shared by dB and dA: out[j][c] = Σ over rows i of t[i][j] · y[i][c].
 #pragma once
 
-#include "matrix.h"
+#include "pack.h"
 
 namespace lorafast::cpu {
 
-// Rows are cut into chunks by their number alone, so that any number of threads adds up in the same order.
+// The matrix is cut into stripes of kTileCols columns by chunks of rows, each a unit of a thread's work. The cut
+// depends on the shape alone, so that any number of threads adds up in the same order. Units are numbered stripe
+// by stripe: a thread then adds up what it wrote itself.
 class RowSums {
  public:
   RowSums(int64_t M, int64_t r, int64_t cols)
-      : chunk_rows(std::max<int64_t>(4 * kTileRows, blocks_of(blocks_of(M, kMostChunks), kTileRows) * kTileRows)),
-        chunks(std::max<int64_t>(blocks_of(M, chunk_rows), 1)),
-        ranks_(blocks_of(r, kLanes) * kLanes),
-        ld_(padded(cols)),
-        partials_(chunks * ranks_ * ld_, 0.0f) {}
+      : chunk_rows(std::max(kFewestRows, blocks_of(blocks_of(M, kMostChunks), kTileRows) * kTileRows)),
+        chunks(blocks_of(M, chunk_rows)),
+        stripes(blocks_of(cols, kTileCols)),
+        rank_blocks_(blocks_of(r, kLanes)),
+        cols_(padded(cols)),
+        partials_(scratch<float>(chunks * rank_blocks_ * kLanes * cols_)) {}
 
-  // Rank block j of a chunk's partial sums, at column `col`.
+  // Rank block j of a chunk's partial sums from column `col` on: [.][kLanes ranks][kLanes columns], not cleared.
   float* of(int64_t chunk, int64_t j, int64_t col) {
-    return &partials_[(chunk * ranks_ + j * kLanes) * ld_ + col];
+    return &partials_[((chunk * rank_blocks_ + j) * cols_ + col) * kLanes];
   }
-  int64_t ld() const { return ld_; }
 
-  // to = scale · the sum of all chunks, [r, cols] with any strides
+  // to = scale · the sum of all chunks, [r, cols]; ranks or columns are neighbours in memory
   void add_up(const Microkernels& kernels, const Matrix& to, float scale) {
-    torch::stable::parallel_for(0, to.rows, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> total(to.cols);
-      for (int64_t j = begin; j < end; ++j) {
-        std::fill(total.begin(), total.end(), 0.0f);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const float* partial = &partials_[(chunk * ranks_ + j) * ld_];
-          for (int64_t c = 0; c < to.cols; ++c) total[c] += partial[c];
-        }
-        for (int64_t c = 0; c < to.cols; ++c) total[c] *= scale;
-        if (to.col_stride == 1) {
-          kernels.store(total.data(), to.dtype, to.cols, to.at(j, 0));
+    const int64_t r = to.rows, ranks = rank_blocks_ * kLanes;
+    torch::stable::parallel_for(0, blocks_of(to.cols, kSegment), 1, [&](int64_t begin, int64_t end) {
+      const bool by_rank = to.col_stride == 1;
+      const int64_t rank_step = by_rank ? kSegment : 1, col_step = by_rank ? 1 : ranks;
+      auto lines = scratch<float>(ranks * kSegment);
+      for (int64_t segment = begin; segment < end; ++segment) {
+        const int64_t first = segment * kSegment, count = std::min(kSegment, to.cols - first);
+        for (int64_t j = 0; j < rank_blocks_; ++j)
+          for (int64_t c = 0; c < count; c += kLanes) {
+            float sums[kLanes * kLanes] = {};
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+              const float* partial = of(chunk, j, first + c);
+              for (int64_t i = 0; i < kLanes * kLanes; ++i) sums[i] += partial[i];
+            }
+            for (int64_t rank = 0; rank < kLanes; ++rank)
+              for (int64_t lane = 0; lane < kLanes; ++lane)
+                lines[(j * kLanes + rank) * rank_step + (c + lane) * col_step] = scale * sums[rank * kLanes + lane];
+          }
+        if (by_rank) {
+          for (int64_t rank = 0; rank < r; ++rank)
+            kernels.store(&lines[rank * kSegment], to.dtype, count, to.at(rank, first));
         } else {
-          for (int64_t c = 0; c < to.cols; ++c) kernels.store(&total[c], to.dtype, 1, to.at(j, c));
+          for (int64_t c = 0; c < count; ++c) kernels.store(&lines[c * ranks], to.dtype, r, to.at(0, first + c));
         }
       }
     });
   }
 
-  static constexpr int64_t kMostChunks = 32;
-  const int64_t chunk_rows, chunks;
+  static constexpr int64_t kFewestRows = 8 * kTileRows, kMostChunks = 16;
+  const int64_t chunk_rows, chunks, stripes;
 
  private:
-  int64_t ranks_, ld_;
-  std::vector<float> partials_;
+  int64_t rank_blocks_, cols_;
+  std::unique_ptr<float[]> partials_;
 };
 
 }  // namespace lorafast::cpu
