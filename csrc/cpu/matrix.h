@@ -163,6 +163,8 @@ class Tiles {
     const Tile<Value> tile = {scratch_.get(), kTileCols, from.cols};
     uint8_t keep[kKeepRow];
     for (int64_t i = 0; i < rows; ++i) {
+      const Value* next = from.data + (i + 1) * from.ld;  // comes while the mask is made
+      for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(Value))) __builtin_prefetch(next + c);
       dropout->keep(kernels_, row + i, 1, col, cols, x_.cols, keep);
       products<Value>(kernels_).mask(from.data + i * from.ld, from.cols, keep, tile.data + i * tile.ld);
     }

@@ -166,95 +166,94 @@ void store(const float* from, Dtype dtype, int64_t count, void* to) {
   }
 }
 
-// The 64-bit products of 16 words with one: high and low halves. By intrinsics, because the compiler takes
-// a full 64-bit multiplication for the generic form, three times as slow.
-inline __attribute__((always_inline)) void multiply(const Words& a, uint32_t b, Words& high, Words& low) {
+// Philox on 8 calls at a time, a word of each in the low half of a 64-bit lane; what is above it is ignored.
+typedef uint64_t Longs __attribute__((vector_size(64), may_alias));
+constexpr int64_t kCalls = 8;
+
+// By intrinsics, because the compiler takes a full 64-bit multiplication for the generic form, three times as slow.
+inline __attribute__((always_inline)) Longs multiply(const Longs& a, uint32_t b) {
 #if defined(__AVX512F__)
-  const __m512i words = (__m512i)a, factor = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_mul_epu32(words, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(words, 32), factor);
-  high = (Words)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_CDAB);
-  low = (Words)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CDAB);
+  return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
 #elif defined(__AVX2__)
-  const __m256i_u* words = reinterpret_cast<const __m256i_u*>(&a);
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
-  for (int half = 0; half < 2; ++half) {
-    const __m256i even = _mm256_mul_epu32(words[half], factor);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(words[half], 32), factor);
-    reinterpret_cast<__m256i_u*>(&high)[half] = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-    reinterpret_cast<__m256i_u*>(&low)[half] = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-  }
+  Longs product;
+  for (int half = 0; half < 2; ++half)
+    reinterpret_cast<__m256i_u*>(&product)[half] =
+        _mm256_mul_epu32(reinterpret_cast<const __m256i_u*>(&a)[half], _mm256_set1_epi64x(b));
+  return product;
 #else
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a[i]) * b;
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
-  }
+  return (a & 0xFFFFFFFFu) * b;
 #endif
 }
 
-// Philox 4x32 with 7 rounds for kLanes counters from `counter` on: word w of call i in words[w][i].
-// lorafast/reference/dropout.py defines it.
-inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t counter, Words* words) {
-  const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
-  Words c0 = low + lanes, c2 = {}, c3 = {};
-  Words c1 = high - (Words)(c0 < low);  // a comparison gives -1: the carry
+// Philox 4x32 with 7 rounds for kCalls counters from `counter` on: words 0 and 1 of each call to low, 2 and 3
+// to high. lorafast/reference/dropout.py defines it.
+inline __attribute__((always_inline)) void philox(uint64_t seed, uint64_t counter, Longs& low, Longs& high) {
+  Longs c0 = counter + Longs{0, 1, 2, 3, 4, 5, 6, 7}, c1 = c0 >> 32, c2 = {}, c3 = {};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 7; ++round) {
-    Words high0, low0, high1, low1;
-    multiply(c0, 0xD2511F53u, high0, low0);
-    multiply(c2, 0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
+    const Longs product0 = multiply(c0, 0xD2511F53u), product1 = multiply(c2, 0xCD9E8D57u);
+    c0 = (product1 >> 32) ^ c1 ^ k0;
+    c1 = product1;
+    c2 = (product0 >> 32) ^ c3 ^ k1;
+    c3 = product0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
+  low = (c0 & 0xFFFFFFFFu) | c1 << 32;
+  high = (c2 & 0xFFFFFFFFu) | c3 << 32;
 }
 
-// Bit 8 i + 2 w + h of `bits` is that of half h of word w of call i.
+// A byte for each call: whether its half-words, in the order of memory, are at or above the threshold.
 #if defined(__AVX512F__)
-inline __attribute__((always_inline)) void keep_bits(const Words* words, uint32_t threshold, uint8_t* bits) {
-  const __m512i w0 = (__m512i)words[0], w1 = (__m512i)words[1], w2 = (__m512i)words[2], w3 = (__m512i)words[3];
-  const __m512i low01 = _mm512_unpacklo_epi32(w0, w1), low23 = _mm512_unpacklo_epi32(w2, w3);
-  const __m512i high01 = _mm512_unpackhi_epi32(w0, w1), high23 = _mm512_unpackhi_epi32(w2, w3);
-  // In 128-bit lane l of calls[q]: the words of call 4 l + q.
-  const __m512i calls[4] = {
-      _mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
-      _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
-  // 65536 doesn't fit a half: above the highest half is not at or above it
+inline __attribute__((always_inline)) void keep_bits(
+    const Longs& low, const Longs& high, uint32_t threshold, uint8_t* bits) {
+  // Above, not at or above: 65536 fits no half-word. Calls 0, 2, 4, 6 and calls 1, 3, 5, 7.
   const __m512i below = _mm512_set1_epi16(static_cast<short>(threshold - 1));
-  uint32_t found[4];
-  for (int q = 0; q < 4; ++q) found[q] = threshold == 0 ? ~0u : _mm512_cmpgt_epu16_mask(calls[q], below);
-  const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(found));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(bits), _mm_shuffle_epi8(all, order));
+  const __m512i even = _mm512_unpacklo_epi64((__m512i)low, (__m512i)high);
+  const __m512i odd = _mm512_unpackhi_epi64((__m512i)low, (__m512i)high);
+  const uint32_t all = threshold == 0 ? ~0u : 0;
+  const __m128i evens = _mm_cvtsi32_si128(static_cast<int>(_mm512_cmpgt_epu16_mask(even, below) | all));
+  const __m128i odds = _mm_cvtsi32_si128(static_cast<int>(_mm512_cmpgt_epu16_mask(odd, below) | all));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(bits), _mm_unpacklo_epi8(evens, odds));
+}
+#elif defined(__AVX2__)
+inline void keep_bits(const Longs& low, const Longs& high, uint32_t threshold, uint8_t* bits) {
+  if (threshold > 0xFFFF) {  // fits no half-word
+    memset(bits, 0, kCalls);
+    return;
+  }
+  const __m256i least = _mm256_set1_epi16(static_cast<short>(threshold));
+  for (int half = 0; half < 2; ++half) {
+    const __m256i first = reinterpret_cast<const __m256i_u*>(&low)[half];
+    const __m256i second = reinterpret_cast<const __m256i_u*>(&high)[half];
+    const __m256i even = _mm256_unpacklo_epi64(first, second), odd = _mm256_unpackhi_epi64(first, second);
+    const __m256i evens = _mm256_cmpeq_epi16(_mm256_max_epu16(even, least), even);
+    const __m256i odds = _mm256_cmpeq_epi16(_mm256_max_epu16(odd, least), odd);
+    const int found = _mm256_movemask_epi8(_mm256_packs_epi16(evens, odds));  // calls 0, 1, 2, 3
+    memcpy(bits + 4 * half, &found, sizeof(found));
+  }
 }
 #else
-inline void keep_bits(const Words* words, uint32_t threshold, uint8_t* bits) {
-  // Lane by lane 0 or 1, a bit at a time: the compiler keeps the calls side by side.
-  Words all = {};
-  for (int w = 0; w < 4; ++w) {
-    const Words low = words[w] & 0xFFFF, high = words[w] >> 16;
-    all |= ((Words)(low >= threshold) & (1u << 2 * w)) | ((Words)(high >= threshold) & (2u << 2 * w));
+inline void keep_bits(const Longs& low, const Longs& high, uint32_t threshold, uint8_t* bits) {
+  for (int i = 0; i < kCalls; ++i) {
+    uint32_t byte = 0;
+    for (int h = 0; h < 4; ++h) {
+      byte |= static_cast<uint32_t>((low[i] >> 16 * h & 0xFFFF) >= threshold) << h;
+      byte |= static_cast<uint32_t>((high[i] >> 16 * h & 0xFFFF) >= threshold) << (4 + h);
+    }
+    bits[i] = static_cast<uint8_t>(byte);
   }
-  for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<uint8_t>(all[i]);
 }
 #endif
 
 void keep(
     int64_t row_index, int64_t first, int64_t cols, int64_t groups, uint64_t seed, uint32_t threshold,
     uint8_t* bits) {
-  for (int64_t c = 0; c < cols; c += 8 * kLanes) {
-    Words words[4];
-    philox(seed, static_cast<uint64_t>(row_index * groups + (first + c) / 8), words);
-    keep_bits(words, threshold, bits + c / 8);
+  const uint64_t counter = static_cast<uint64_t>(row_index * groups + first / 8);
+  for (int64_t call = 0; call < (cols + 7) / 8; call += kCalls) {
+    Longs low, high;
+    philox(seed, counter + static_cast<uint64_t>(call), low, high);
+    keep_bits(low, high, threshold, bits + call);
   }
 }
 
