@@ -3,7 +3,7 @@
 from lorafast import functional, nn, reference
 from lorafast.convert import adapt, load_adapter, merge, save_adapter, summary
 from lorafast.nn import explain
-from lorafast.ops import BackendError, BackendStatus, backends, use_backend
+from lorafast.ops import BackendError, BackendStatus, allow_packing, backends, use_backend
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,7 @@ __all__ = [
     "BackendError",
     "BackendStatus",
     "adapt",
+    "allow_packing",
     "backends",
     "explain",
     "functional",

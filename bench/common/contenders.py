@@ -94,6 +94,24 @@ def _lorafast(problem: Problem, tensors: Tensors, *, backend: str = dispatch.AUT
     )
 
 
+def _packed(problem: Problem, tensors: Tensors) -> Contender:
+    contender = _lorafast(problem, tensors)
+    layer = contender.layer
+    assert isinstance(layer, LoRALinear)
+
+    def context() -> contextlib.AbstractContextManager[Any]:
+        layer.pack_()  # again before every turn: the check writes to the weight
+        return contextlib.nullcontext()
+
+    try:
+        context()
+    except ValueError as error:
+        raise UnavailableError(str(error)) from None
+    contender.name = "lorafast-packed"
+    contender.context = context
+    return contender
+
+
 def _peft(problem: Problem, tensors: Tensors) -> Contender:
     try:
         import peft
@@ -137,6 +155,7 @@ BUILDERS: dict[str, Builder] = {
     FROZEN: _frozen,
     "lorafast": _lorafast,
     "lorafast-compiled": functools.partial(_compiled, of=_lorafast),
+    "lorafast-packed": _packed,
     "peft": _peft,
     "peft-compiled": functools.partial(_compiled, of=_peft),
     **{name: functools.partial(_lorafast, backend=name) for name in dispatch.backend_names()},

@@ -16,6 +16,7 @@ PASSES = {
     "fwd": "forward",
     "bwd": "backward with dx",
     "both": "forward + backward with dx",
+    "infer": "forward in inference mode",
 }
 SCALING = 2.0
 """alpha = 2r, the common choice; 1 would let a contender leave the multiplication out."""
@@ -58,7 +59,8 @@ class Problem:
         against dx: ``1 + 2·r·(K+N)/(K·N)``; both together: ``1 + 1.5·r·(K+N)/(K·N)``.
         """
         K, N = self.shape.K, self.shape.N
-        return 1 + {"fwd": 1.0, "bwd": 2.0, "both": 1.5}[which] * self.r * (K + N) / (K * N)
+        shares = {"fwd": 1.0, "infer": 1.0, "bwd": 2.0, "both": 1.5}
+        return 1 + shares[which] * self.r * (K + N) / (K * N)
 
     def flops(self, which: str, adapted: bool) -> float:
         """Floating-point operations of the frozen or the adapted layer."""
@@ -80,7 +82,9 @@ class Problem:
         if adapted:
             forward += factors + s
             backward += M * K * size + 2 * factors + s
-        return {"fwd": forward, "bwd": backward, "both": forward + backward}[which]
+        return {
+            "fwd": forward, "infer": forward, "bwd": backward, "both": forward + backward,
+        }[which]  # fmt: skip
 
 
 @dataclass

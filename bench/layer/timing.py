@@ -1,5 +1,6 @@
 """Times every contender of a problem in turn, after checking its results."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from lorafast.bench.common.contenders import FROZEN, Builder, Contender
 from lorafast.bench.common.line_up import line_up
 from lorafast.bench.common.problem import Problem, Tensors, draw, input_sets
 from torch import Tensor
+
+_TURN_SECONDS = 0.02
+_MOST_CALLS = 200
 
 
 @dataclass
@@ -61,14 +65,18 @@ def measure(
 ) -> list[Row]:
     """Rows of the frozen layer, lorafast, and those named in ``against``, for each pass.
 
-    Each pass is sampled for about ``seconds``.
+    Each pass is sampled for about ``seconds``; inference has none with dropout.
     """
     tensors = draw(problem, device, input_sets(problem))
     found = line_up(problem, tensors, against, builders)
     rows = []
     for which in passes:
-        turns = {name: _turn(which, c, tensors) for name, c in found.right.items()}
+        if which == "infer" and problem.dropout_p:
+            continue
+        calls = _calls_a_turn(which, found.right.get(FROZEN), tensors)
+        turns = {name: _turn(which, c, tensors, calls) for name, c in found.right.items()}
         samples = interleave(clock, turns, seconds=seconds) if FROZEN in turns else {}
+        samples = {name: [t / calls for t in times] for name, times in samples.items()}
         for name in found.names:
             row = Row(problem, which, name, found.wrong.get(name), found.unavailable.get(name))
             if name in samples:
@@ -78,8 +86,21 @@ def measure(
     return rows
 
 
-def _turn(which: str, contender: Contender, tensors: Tensors) -> Turn:
-    """The timed call of a pass on input set i: fresh leaves, no gradients yet."""
+def _calls_a_turn(which: str, frozen: Contender | None, tensors: Tensors) -> int:
+    """Inference calls a layer again and again: code and weights are warm, whose turn it ever was."""
+    if which != "infer" or frozen is None or tensors.x[0].is_cuda:
+        return 1
+    with _turn(which, frozen, tensors, 3)(0) as call:
+        call()
+        start = time.perf_counter()
+        call()
+        one = (time.perf_counter() - start) / 3
+    return min(max(int(_TURN_SECONDS / one), 1), _MOST_CALLS)
+
+
+def _turn(which: str, contender: Contender, tensors: Tensors, calls: int = 1) -> Turn:
+    """The timed call (in inference, ``calls`` of them) of a pass from input set i on: fresh leaves, no
+    gradients yet."""
 
     @contextmanager
     def turn(index: int) -> Iterator[Call]:
@@ -87,6 +108,11 @@ def _turn(which: str, contender: Contender, tensors: Tensors) -> Turn:
         dy = tensors.dy[index % len(tensors.dy)]
         contender.clear_gradients()
         layer = contender.layer
+        if which == "infer":
+            inputs = [tensors.x[(index + i) % len(tensors.x)] for i in range(calls)]
+            with contender.context(), torch.inference_mode():
+                yield lambda: [layer(x) for x in inputs][-1]
+            return
         with contender.context():
             if which == "fwd":
                 yield lambda: layer(x)
@@ -105,8 +131,10 @@ def _memory(
     """Bytes saved by a forward, and the peak of a call."""
     x = tensors.x[0].detach().requires_grad_()
     owned: list[Tensor] = [tensors.weight, *contender.parameters.values()]
-    with contender.context():
-        saved = memory.saved_bytes(lambda: contender.layer(x), owned)
+    saved = 0
+    if which != "infer":
+        with contender.context():
+            saved = memory.saved_bytes(lambda: contender.layer(x), owned)
     with _turn(which, contender, tensors)(0) as call:
         peak = memory.peak_bytes(call, device)
     contender.clear_gradients()

@@ -153,7 +153,14 @@ void store(const float* from, Dtype dtype, int64_t count, void* to) {
     memcpy(to, from, count * sizeof(float));
   } else if (dtype == Dtype::kBFloat16) {
     uint16_t* halves = static_cast<uint16_t*>(to);
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + kLanes <= count; i += kLanes) {
+      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
+      memcpy(halves + i, &rounded, sizeof(rounded));
+    }
+#endif
+    for (; i < count; ++i) {
       uint32_t bits;
       memcpy(&bits, from + i, sizeof(bits));
       const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;

@@ -81,8 +81,12 @@ inline std::unique_ptr<uint32_t[]> pack_pairs(const Microkernels& kernels, const
           const int64_t col = block * kLanes + lane;
           const int64_t halves = col < cols ? std::min(2 * count, rows - 2 * first) : 0;
           auto* to = reinterpret_cast<uint16_t*>(lanes[lane]);
-          if (halves > 0) std::memcpy(to, matrix.at(2 * first, col), halves * sizeof(uint16_t));
-          std::fill(to + halves, to + 2 * count, 0);
+          if (halves == kLanes) {  // rank 16: a length that the compiler knows
+            std::memcpy(to, matrix.at(2 * first, col), kLanes * sizeof(uint16_t));
+          } else if (halves > 0) {
+            std::memcpy(to, matrix.at(2 * first, col), halves * sizeof(uint16_t));
+          }
+          for (int64_t i = halves; i < 2 * count; ++i) to[i] = 0;
         }
         uint32_t* to = &packed[(block * pairs + first) * kLanes];
         for (int64_t i = 0; i < count; ++i)

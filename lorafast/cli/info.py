@@ -7,7 +7,7 @@ import platform
 import torch
 
 import lorafast
-from lorafast.ops import dispatch, native
+from lorafast.ops import dispatch, native, packing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows.append(("CUDA (PyTorch's build)", torch.version.cuda or "none"))
     rows.append(("CPU", f"{torch.get_num_threads()} threads, {_cpu_capability()}"))
     rows.append(("native CPU kernels", native.why_not_loaded() or native.capability()))
+    rows.append(("packed weights", packing.why_unavailable() or "usable, in bfloat16"))
     rows += _devices()
     rows += [
         (f"backend {name}", "usable" if status.usable else f"not usable: {status.reason}")
@@ -67,6 +68,7 @@ def _choice() -> str:
     if dispatch.why_not("cpu", "shrink", (torch.empty((1, 1)),)) is not None:
         return "aten for every operation (no measurement shows another backend ahead of it)"
     return (
-        "on a CPU cpu with dropout and in bfloat16 up to rank 16, else aten (as measured); "
+        "on a CPU cpu with dropout, in bfloat16 up to rank 32 and in float32 from 128 rows, else aten "
+        "(as measured with AVX-512); "
         "elsewhere aten (no measurement shows another backend ahead of it)"
     )

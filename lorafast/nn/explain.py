@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.nn.lora_linear import LoRALinear
-from lorafast.ops import dispatch
+from lorafast.ops import dispatch, packing
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
         backend, reason = forced, "forced"
     else:
         backend, reason = None, f"{forced} is forced and can't: {reasons[forced]}"
+    if operation == "linear_expand" and packing.is_packed(layer.weight):
+        reason += ", on the packed weight"
     usable = "usable, another was forced" if forced else "usable, not measured to be faster"
     others = {name: why or usable for name, why in reasons.items() if name not in (backend, forced)}
     return Choice(operation, backend, reason, others)

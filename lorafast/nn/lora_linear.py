@@ -5,10 +5,10 @@ from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
+from lorafast.ops import packing
 from lorafast.ops.checks import FLOATS
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -216,7 +216,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self.merged:
-            return F.linear(x, self._merged_weight, self.bias)  # type: ignore[arg-type]
+            return packing.linear(x, self._merged_weight, self.bias)  # type: ignore[arg-type]
         p = self._parameters
         try:
             # Four times nn.Module.__getattr__ is a fifth of a small layer's forward.
@@ -262,6 +262,37 @@ class LoRALinear(nn.Module):
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
+    def pack_(self) -> "LoRALinear":
+        """Packs the frozen weight once for the vendor's product on a CPU; the layer itself.
+
+        Worth it in bfloat16 for few rows, at the price of about the weight's memory once more. The
+        packed copy serves every product that needs no gradient of its own; in training that is the
+        forward. It is invisible to ``state_dict``, not copied by ``deepcopy``, shared by layers that
+        share the weight, and dropped when the weight changes: pack again then. (Changes through
+        ``weight.data`` are found by a few of its elements.) A merged layer packs its merged weight.
+
+        Raises:
+            ValueError: the weight can't be packed (it is not bfloat16, not on a CPU, ...).
+        """
+        packing.pack(self._multiplied())
+        return self
+
+    def unpack_(self) -> "LoRALinear":
+        """Undoes ``pack_()``; the layer itself."""
+        packing.unpack(self._multiplied())
+        return self
+
+    def _multiplied(self) -> Tensor:
+        """The weight that the forward multiplies by."""
+        weight = self._merged_weight if self.merged else self.weight
+        assert weight is not None
+        return weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
+        super()._apply(fn, recurse)
+        packing.is_packed(self._multiplied())  # drops a copy that has lost its weight
+        return self
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -298,4 +329,6 @@ class LoRALinear(nn.Module):
             parts.append("use_rslora=True")
         if self.merged:
             parts.append("merged=True")
+        if packing.is_packed(self._multiplied()):
+            parts.append("packed=True")
         return ", ".join(parts)

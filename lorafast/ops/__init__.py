@@ -4,12 +4,14 @@ from lorafast.ops.dispatch import BackendError, BackendStatus, backends, use_bac
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_linear import lora_linear
+from lorafast.ops.packing import allow_packing
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
 
 __all__ = [
     "BackendError",
     "BackendStatus",
+    "allow_packing",
     "backends",
     "expand_backward",
     "linear_expand",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafast.ops import packing
 from lorafast.reference.dropout import (
     COLUMNS_PER_CALL,
     MULTIPLIERS,
@@ -30,7 +31,7 @@ def small_lora_linear(
 
     PyTorch differentiates it itself, which costs a small layer less than a backward in Python.
     """
-    y = F.linear(x, weight, bias)
+    y = packing.linear(x, weight, bias)
     s = F.linear(x, lora_A)
     if scaling == 1.0:
         return y.addmm_(s, lora_B.t())
@@ -59,6 +60,11 @@ def linear_expand(
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
+    base = packing.linear_if_packed(x, weight, bias)
+    if base is not None:
+        if dropout_p:
+            return base.add_(_dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))
+        return base.addmm_(s, lora_B.t(), alpha=scaling)
     if dropout_p:
         y = _dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed)
         if bias is not None:

@@ -1,10 +1,9 @@
 """The native CPU kernels of ``csrc/cpu/`` for the thin products; the base product stays the vendor's."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lorafast.ops import native
+from lorafast.ops import native, packing
 from lorafast.reference.dropout import survivor_scale, threshold
 
 native.why_not_loaded()  # loads them
@@ -39,7 +38,7 @@ def linear_expand(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
-    y = F.linear(x, weight, bias)
+    y = packing.linear(x, weight, bias)
     _expand_(y, s, lora_B, float(scaling), *_mask(dropout_p, seed))
     return y
 

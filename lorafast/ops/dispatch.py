@@ -1,7 +1,8 @@
 """Which backend serves a call: the one place that decides, and that says why not.
 
 ``auto`` takes the fastest backend that is measured to be so. On a CPU that is the native kernels
-for whatever has a dropout mask, and in bfloat16 for ranks up to 16 over many rows; else it is ``aten``.
+for whatever has a dropout mask, in bfloat16 (for ranks up to 32, the expansion for any), and in float32
+over many rows; else it is ``aten``.
 No record from a GPU exists yet. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't
 serve a call raises with the reason; nothing falls back in silence.
 """
@@ -89,7 +90,7 @@ def why_not(name: str, operation: str, tensors: tuple[Tensor | None, ...]) -> st
     """The reason for which backend ``name`` can't serve this call, or None if it can."""
     backend = _backend.BACKENDS[name]
     return backend.why_unusable() or backend.why_refused(
-        operation, tuple(t for t in tensors if t is not None)
+        operation, tuple([t for t in tensors if t is not None])
     )
 
 
@@ -100,7 +101,7 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
         BackendError: the named backend can't serve these tensors.
     """
     if name is None:
-        if automatic_choice(operation, *tensors)[0] == _backend.CPU.name:
+        if automatic_choice(operation, *tensors)[0] is _CPU:
             return _backend.CPU.implementation(operation)
         return _ATEN_FUNCTIONS[operation]
     reason = why_not(name, operation, tensors)
@@ -110,16 +111,20 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
 
 
 # Where the rank is found among an operation's tensors: (which tensor, which dimension).
-_RANK = {
-    "shrink": (1, 0),
-    "linear_expand": (2, 1),
-    "expand_backward": (1, 1),
-    "shrink_backward": (0, 1),
-}
-_THIN = 16
-"""The rank up to which the native kernels beat the vendor's products, measured at 16, 32, 64 and 128."""
+_RANK = {"shrink": (1, 0), "expand_backward": (1, 1), "shrink_backward": (0, 1)}
+_THIN = 32
+"""The rank up to which, in bfloat16, the native reductions beat the vendor's: measured at 4 to 128."""
 _MANY = 128
-"""The rows from which they do, measured at 1, 8, 64 and 512: below, packing A and B counts more."""
+"""The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
+
+_CPU, _ATEN = _backend.CPU.name, _backend.ATEN.name
+_UNMEASURED = (_ATEN, "no measurement on this device shows another backend ahead of it")
+_REFUSED = (_ATEN, "the fastest that can serve it")
+_MASK = (_CPU, "on a CPU with dropout, measured")
+_BFLOAT16 = (_CPU, "on a CPU in bfloat16, measured")
+_BFLOAT16_THIN = (_CPU, f"on a CPU in bfloat16 up to rank {_THIN}, measured")
+_FLOAT32 = (_CPU, f"on a CPU in float32 from {_MANY} rows, measured")
+_ELSE = (_ATEN, "on a CPU without dropout, measured")
 
 
 def automatic_choice(operation: str, *tensors: Tensor | None) -> tuple[str, str]:
@@ -127,20 +132,24 @@ def automatic_choice(operation: str, *tensors: Tensor | None) -> tuple[str, str]
 
     The rules for a CPU were measured on one with AVX-512 and its bfloat16 product.
     """
-    aten, cpu = _backend.ATEN.name, _backend.CPU.name
     x = tensors[0]
-    if x is None or x.device.type != "cpu":
-        return aten, "no measurement on this device shows another backend ahead of it"
-    if why_not(cpu, operation, tensors) is not None:
-        return aten, "the fastest that can serve it"
-    if any(t is not None and t.dtype is torch.int64 for t in tensors):  # the seed of a mask
-        return cpu, "on a CPU with dropout, measured"
-    which, dimension = _RANK[operation]
-    like = tensors[which]
-    thin = like is not None and like.shape[dimension] <= _THIN and x.shape[0] >= _MANY
-    if thin and x.dtype is torch.bfloat16 and native.multiplies_bfloat16():
-        return cpu, f"on a CPU in bfloat16 up to rank {_THIN} from {_MANY} rows, measured"
-    return aten, "on a CPU without dropout, measured"
+    if x is None or not x.is_cpu:
+        return _UNMEASURED
+    if why_not(_CPU, operation, tensors) is not None:
+        return _REFUSED
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.int64:  # the seed of a mask
+            return _MASK
+    if x.dtype is torch.bfloat16 and native.multiplies_bfloat16():
+        if operation == "linear_expand":
+            return _BFLOAT16
+        which, dimension = _RANK[operation]
+        like = tensors[which]
+        if like is not None and like.shape[dimension] <= _THIN:
+            return _BFLOAT16_THIN
+    elif x.dtype is torch.float32 and x.shape[0] >= _MANY and native.has_avx512():
+        return _FLOAT32
+    return _ELSE
 
 
 def backends() -> dict[str, BackendStatus]:

@@ -35,6 +35,12 @@ def multiplies_bfloat16() -> bool:
 
 
 @functools.cache
+def has_avx512() -> bool:
+    """Whether the native CPU kernels use AVX-512."""
+    return why_not_loaded() is None and capability().startswith("avx512")
+
+
+@functools.cache
 def capability() -> str:
     """The instruction set of the native CPU kernels here: avx512_bf16, avx512, avx2 or portable.
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from lorafast.bench.common import check
-from lorafast.bench.common.contenders import BUILDERS, Contender
+from lorafast.bench.common.contenders import BUILDERS, Contender, UnavailableError
 from lorafast.bench.common.problem import SCALING, Problem, draw
 from lorafast.bench.common.shapes import Shape
 from torch import nn
 
 from lorafast import reference
+from lorafast.ops import packing
 
 SHAPE = Shape("", 37, 120, 40, bias=True)
 PROBLEMS = [
@@ -23,6 +24,12 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"peft-compiled", "lorafast-compiled"}))
 def test_every_contender_is_right(name, problem):
     tensors = draw(problem, CPU, 1)
+    if name == "lorafast-packed" and packing.why_unavailable() is not None:
+        pytest.skip(str(packing.why_unavailable()))
+    if name == "lorafast-packed" and problem.dtype == "fp32":
+        with pytest.raises(UnavailableError, match="only bfloat16 gains"):
+            BUILDERS[name](problem, tensors)
+        return
     contender = BUILDERS[name](problem, tensors)
     weight = tensors.weight.clone()
     assert check.why_wrong(contender, problem, tensors) is None

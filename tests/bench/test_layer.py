@@ -1,11 +1,12 @@
 """The table: what is wrong has no time, what can't run says why."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from lorafast.bench.common.contenders import BUILDERS, FROZEN, UnavailableError
-from lorafast.bench.common.problem import Problem
+from lorafast.bench.common.problem import Problem, draw
 from lorafast.bench.common.shapes import Shape
 
 from lorafast.bench import layer
@@ -110,6 +111,51 @@ def test_every_pass_runs_and_memory_is_that_of_the_layer():
         assert row.saved_bytes == (0 if row.contender == FROZEN else x_and_s), row.contender
         least = 4 * M * N if row.which != "bwd" else 4 * M * K
         assert least <= row.peak_bytes < 20 * x_and_s
+
+
+def test_inference_calls_several_times_a_turn_and_counts_one(monkeypatch):
+    from lorafast.bench.layer import timing
+
+    monkeypatch.setattr(timing, "_calls_a_turn", lambda which, frozen, tensors: 4)
+    inputs = []
+
+    def builder(problem, tensors):
+        contender = BUILDERS["lorafast"](problem, tensors)
+        plain = contender.layer
+
+        def noted(x):
+            if torch.is_inference_mode_enabled():
+                inputs.append(x)
+            return plain(x)
+
+        contender.layer = noted
+        return contender
+
+    rows = {row.contender: row for row in measure([], passes=("infer",), lorafast=builder)}
+    assert rows["lorafast"].time.median == pytest.approx(0.15 / 4)
+    assert rows["lorafast"].saved_bytes == 0
+    assert rows["lorafast"].limit == PROBLEM.arithmetic_limit("fwd")
+    turns = rows["lorafast"].samples
+    assert len(inputs) == 4 * (len(turns) + 2) + 1  # two rounds to warm up; one call for the memory
+    assert not any(x.requires_grad for x in inputs)
+    assert len({x.data_ptr() for x in inputs[:4]}) == 4
+
+
+def test_a_turn_of_inference_is_long():
+    from lorafast.bench.layer import timing
+
+    (row,) = [r for r in measure([], passes=("infer",)) if r.contender == FROZEN]
+    assert row.samples
+    frozen = BUILDERS[FROZEN](PROBLEM, tensors := draw(PROBLEM, CPU, 2))
+    assert timing._calls_a_turn("infer", frozen, tensors) > 1
+    assert timing._calls_a_turn("both", frozen, tensors) == 1
+
+
+def test_inference_has_no_dropout():
+    problem = replace(PROBLEM, dropout_p=0.5)
+    assert not layer.measure(
+        problem, ("infer",), [], device=CPU, clock=FakeClock(), seconds=0.0, builders=BUILDERS
+    )
 
 
 def test_rows_survive_a_record():

@@ -162,49 +162,58 @@ def test_explain_without_a_layer_is_refused():
 
 @pytest.mark.skipif(native.why_not_loaded() is not None, reason="the native kernels are not built")
 class TestAutomaticChoiceOnACPU:
-    """The rule that was measured: cpu with a mask, and in bfloat16 up to rank 16 from 128 rows."""
+    """The rules that were measured: a mask; bfloat16 up to rank 32; float32 from 128 rows."""
 
     @pytest.fixture(autouse=True)
-    def _has_product(self, monkeypatch):
+    def _has_avx512(self, monkeypatch):
         monkeypatch.setattr(native, "multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(native, "has_avx512", lambda: True)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_a_mask(self, dtype):
         x, lora_A = torch.empty(3, 4, dtype=dtype), torch.empty(99, 4)
         assert dispatch.automatic_choice("shrink", x, lora_A, torch.tensor([1]))[0] == "cpu"
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_other_dtypes_without_a_mask(self, dtype):
-        x = torch.empty(128, 4, dtype=dtype)
+    def test_float16_without_a_mask(self):
+        x = torch.empty(128, 4, dtype=torch.float16)
         assert dispatch.automatic_choice("shrink", x, torch.empty(2, 4), None)[0] == "aten"
 
-    def test_bfloat16_needs_its_product(self, monkeypatch):
-        monkeypatch.setattr(native, "multiplies_bfloat16", lambda: False)
-        x = torch.empty(128, 4, dtype=torch.bfloat16)
-        assert dispatch.automatic_choice("shrink", x, torch.empty(2, 4), None)[0] == "aten"
+    @pytest.mark.parametrize(
+        ("dtype", "missing"),
+        [(torch.bfloat16, "multiplies_bfloat16"), (torch.float32, "has_avx512")],
+        ids=str,
+    )
+    def test_the_instructions_that_it_was_measured_with(self, monkeypatch, dtype, missing):
+        x, lora_A = torch.empty(128, 4, dtype=dtype), torch.empty(2, 4)
+        assert dispatch.automatic_choice("shrink", x, lora_A, None)[0] == "cpu"
+        monkeypatch.setattr(native, missing, lambda: False)
+        assert dispatch.automatic_choice("shrink", x, lora_A, None)[0] == "aten"
 
-    def test_rows(self):
-        for M, expected in ((127, "aten"), (128, "cpu")):
-            x = torch.empty(M, 4, dtype=torch.bfloat16)
+    @pytest.mark.parametrize(
+        ("dtype", "few"), [(torch.float32, "aten"), (torch.bfloat16, "cpu")], ids=str
+    )
+    def test_rows(self, dtype, few):
+        for M, expected in ((127, few), (128, "cpu")):
+            x = torch.empty(M, 4, dtype=dtype)
             assert dispatch.automatic_choice("shrink", x, torch.empty(2, 4), None)[0] == expected
-            layer = LoRALinear(4, 6, 2, dtype=torch.bfloat16)
+            layer = LoRALinear(4, 6, 2, dtype=dtype)
             chosen = {c.backend for c in lorafast.explain(layer, x).layers["(module)"]}
             assert chosen == {expected}
 
     def test_the_rank_of_every_operation(self):
         M, K, N = 128, 40, 50
-        for r, expected in ((16, "cpu"), (17, "aten")):
+        for r, expected in ((32, "cpu"), (33, "aten")):
             x, dy, s = (torch.empty(M, n, dtype=torch.bfloat16) for n in (K, N, r))
             weight = torch.empty(N, K, dtype=torch.bfloat16)
             lora_A, lora_B = torch.empty(r, K), torch.empty(N, r)
             for operation, tensors in (
                 ("shrink", (x, lora_A)),
-                ("linear_expand", (x, weight, s, lora_B, None)),
-                ("linear_expand", (dy, weight.t(), s, lora_A.t(), None)),
                 ("expand_backward", (dy, s, lora_B)),
                 ("shrink_backward", (s, x)),
             ):
                 assert dispatch.automatic_choice(operation, *tensors)[0] == expected
+            for tensors in ((x, weight, s, lora_B, None), (dy, weight.t(), s, lora_A.t(), None)):
+                assert dispatch.automatic_choice("linear_expand", *tensors)[0] == "cpu"
 
     def test_what_the_kernels_refuse(self):
         double, meta = torch.empty(3, 4, dtype=torch.float64), torch.empty(3, 4, device="meta")
@@ -212,16 +221,21 @@ class TestAutomaticChoiceOnACPU:
         assert dispatch.automatic_choice("shrink", meta, meta)[0] == "aten"
 
     def test_explain_knows_mask_and_rank(self):
-        layer = LoRALinear(80, 80, 20, dropout=0.1)
+        layer = LoRALinear(80, 80, 40, dropout=0.1, dtype=torch.bfloat16)
         chosen = {c.operation: c.backend for c in lorafast.explain(layer).layers["(module)"]}
         assert chosen == {
             "shrink": "cpu",
-            "linear_expand": "aten",
+            "linear_expand": "cpu",
             "expand_backward": "aten",
             "shrink_backward": "cpu",
         }
-        chosen = {c.backend for c in lorafast.explain(layer.eval()).layers["(module)"]}
-        assert chosen == {"aten"}
+        chosen = {c.operation: c.backend for c in lorafast.explain(layer.eval()).layers["(module)"]}
+        assert chosen == {
+            "shrink": "aten",
+            "linear_expand": "cpu",
+            "expand_backward": "aten",
+            "shrink_backward": "aten",
+        }
 
     def test_without_the_library_it_is_aten(self, monkeypatch):
         missing = dataclasses.replace(backend.CPU, why_unusable=lambda: "not built")

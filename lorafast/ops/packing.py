@@ -1,0 +1,195 @@
+"""The frozen weight, packed once into the layout that oneDNN multiplies fastest.
+
+The vendor's product rearranges the weight in every call. In bfloat16 that is most of a call over few
+rows: measured on a CPU with the bfloat16 product at 2048 x 2048, a packed weight takes a third of the
+time for one row, three quarters for 16, and still 0.98 for 512. (In float32 there is no gain.) A frozen
+weight doesn't change, so it can be packed once, for as much memory again.
+
+A packed copy belongs to the weight tensor, not to a layer: layers that share the weight share it, it
+is in no ``state_dict``, pickle or deepcopy, and it goes when the tensor goes. It is made by ``pack``
+alone, or in inference mode within the memory that ``allow_packing`` grants. Every product asks whether
+the weight is still what was packed, and drops the copy if not.
+"""
+
+import os
+import weakref
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "LORAFAST_PACK_MEMORY"
+_ROWS, _COLUMNS = 8, 32
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """oneDNN's copy of a weight, and what the weight was like when it was made."""
+
+    weight: weakref.ref[Tensor]
+    copy: Tensor
+    version: int
+    address: int
+    sample: Tensor
+    sampled: Tensor
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is unchanged.
+
+        PyTorch counts changes in place, but not those through ``weight.data``: those are looked for
+        in a few elements. One that leaves all of them alone goes unseen.
+        """
+        return (
+            self.weight() is weight
+            and self.version == weight._version
+            and self.address == weight.data_ptr()
+            and self.copy.dtype is weight.dtype
+            and torch.equal(self.sample, self.sampled)
+        )
+
+
+def _granted(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {text!r}, expected a number of bytes")
+    return value
+
+
+_packed: dict[int, _Packed] = {}
+"""By the id of the weight: a lookup is in the way of every product."""
+_automatic: dict[int, weakref.ref[Tensor]] = {}
+"""Weights that were packed without being asked for, each of them once."""
+_memory = _granted(os.environ.get(ENVIRONMENT_VARIABLE) or "0")
+
+
+def allow_packing(memory: int) -> None:
+    """Lets layers pack their frozen weights by themselves, in ``memory`` bytes all together.
+
+    A weight is packed when it is first multiplied by in inference mode (``torch.inference_mode()``)
+    on a CPU, if it can be packed and the memory suffices; once, so that one which is changed later is
+    not packed again and again. 0, the default, leaves it to ``LoRALinear.pack_()``; memory in use stays
+    in use. ``LORAFAST_PACK_MEMORY`` sets it for a process.
+
+    Raises:
+        ValueError: ``memory`` is not a number of bytes.
+    """
+    global _memory
+    if not isinstance(memory, int) or isinstance(memory, bool) or memory < 0:
+        raise ValueError(f"memory is {memory!r}, expected a number of bytes")
+    _memory = memory
+
+
+def why_not_packable(weight: Tensor) -> str | None:
+    """The reason for which ``weight`` can't be packed, or None if it can."""
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        return f"it is a {type(weight).__name__}, expected a plain tensor"
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device}, packing is for the CPU"
+    if weight.dtype is not torch.bfloat16:
+        return f"it is {weight.dtype}, only bfloat16 gains by packing"
+    if weight.dim() != 2 or not weight.is_contiguous() or not weight.numel():
+        layout = f"shape {list(weight.shape)} and strides {list(weight.stride())}"
+        return f"it has {layout}, expected a contiguous matrix"
+    if weight.is_inference():
+        return "it was made in inference mode, where PyTorch counts no changes"
+    return why_unavailable()
+
+
+def why_unavailable() -> str | None:
+    """What this machine lacks for packing, or None."""
+    onednn = torch.ops.mkldnn
+    try:
+        # Private, but what PyTorch's own compiler freezes weights with.
+        supported = onednn._is_mkldnn_bf16_supported()
+        _ = onednn._reorder_linear_weight.default, onednn._linear_pointwise.default
+    except AttributeError:
+        return "this PyTorch has no oneDNN that packs"
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch has no oneDNN"
+    return None if supported else "oneDNN has no bfloat16 product on this processor"
+
+
+def pack(weight: Tensor) -> None:
+    """Packs ``weight`` for the products to come; again if it has changed.
+
+    Raises:
+        ValueError: it can't be packed; the message says why.
+    """
+    reason = why_not_packable(weight)
+    if reason is not None:
+        raise ValueError(f"weight can't be packed: {reason}")
+    if _find(weight) is not None:
+        return
+    key = id(weight)
+    with torch.inference_mode(False), torch.no_grad():
+        # A cache line of a few rows: the product doesn't read the weight, so each comes from memory.
+        sampled = weight.detach()[:: max(weight.shape[0] // _ROWS, 1), :_COLUMNS]
+        _packed[key] = _Packed(
+            weakref.ref(weight, lambda _: _packed.pop(key, None)),
+            torch.ops.mkldnn._reorder_linear_weight(weight.detach()),
+            weight._version,
+            weight.data_ptr(),
+            sampled.clone(),
+            sampled,
+        )
+
+
+def unpack(weight: Tensor) -> None:
+    """Drops what was packed of ``weight``, if anything was."""
+    _packed.pop(id(weight), None)
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether there is a packed copy of ``weight`` as it is now; one of an earlier state is dropped."""
+    return _find(weight) is not None
+
+
+def memory_in_use() -> int:
+    """Bytes that packed weights take (rounding of the layout aside)."""
+    return sum(packed.copy.numel() * packed.copy.itemsize for packed in _packed.values())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, on the packed weight where there is one and nothing has to be differentiated."""
+    y = linear_if_packed(x, weight, bias)
+    return F.linear(x, weight, bias) if y is None else y
+
+
+def linear_if_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``x·Wᵀ + bias`` by the packed copy of ``weight``, None if there is none to be used."""
+    if not (_packed or _memory) or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return None
+    packed = _find(weight)
+    if packed is None and _memory and torch.is_inference_mode_enabled():
+        packed = _pack_if_allowed(weight)
+    if packed is None:
+        return None
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.copy, bias, "none", [], "")
+    return y
+
+
+def _pack_if_allowed(weight: Tensor) -> _Packed | None:
+    key = id(weight)
+    if key in _automatic or why_not_packable(weight) is not None:
+        return None
+    if memory_in_use() + weight.numel() * weight.itemsize > _memory:
+        return None
+    _automatic[key] = weakref.ref(weight, lambda _: _automatic.pop(key, None))
+    pack(weight)
+    return _find(weight)
+
+
+def _find(weight: Tensor) -> _Packed | None:
+    packed = _packed.get(id(weight))
+    if packed is not None and not packed.is_of(weight):
+        unpack(weight)
+        return None
+    return packed
