@@ -9,6 +9,7 @@ and PyTorch. It needs a C++ compiler and the headers of the PyTorch that is inst
 package works as it does, on ``aten``.
 
     LORAFAST_CPP=0     don't build it;  1: fail if it can't be built;  unset: build it if possible
+                       (instructions that the compiler doesn't know are left out in any case)
     LORAFAST_CUDA=1    fail if the CUDA part can't be built;  0, auto or unset: without it
     CXX, CXXFLAGS      the compiler, and more flags for it
     MAX_JOBS           how many compilers run at a time
@@ -18,7 +19,6 @@ Everything else is in ``pyproject.toml``.
 
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
@@ -45,12 +46,15 @@ INSTRUCTION_SETS = {
 
 
 def sources() -> list[str]:
-    """``csrc/`` without what this processor's family can't run."""
-    found = ["csrc/bindings.cpp"]
-    for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        if path.stem not in INSTRUCTION_SETS or platform.machine() in ("x86_64", "AMD64"):
-            found.append(path.relative_to(ROOT).as_posix())
-    return found
+    """``csrc/`` of the CPU."""
+    cpu = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    return ["csrc/bindings.cpp", *(path.relative_to(ROOT).as_posix() for path in cpu)]
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows ``flags``: not those of another processor, or of a later version."""
+    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def torch_folder() -> Path | None:
@@ -82,7 +86,7 @@ def native_extensions() -> list[Extension]:
         return []
     reason = why_not_native()
     if reason is None:
-        return [Extension("lorafast._C", sources(), py_limited_api=True)]
+        return [Extension("lorafast._C", sources(), py_limited_api=True, optional=asked != "1")]
     if asked == "1":
         raise SystemExit(f"LORAFAST_CPP is 1 and the native CPU kernels can't be built: {reason}")
     print(f"lorafast: without native CPU kernels: {reason}", file=sys.stderr)
@@ -93,7 +97,18 @@ class BuildNative(build_ext):
     """Compiles what has changed, a few files at a time, each with the flags of its instruction set."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Objects, then the shared library."""
+        """Objects, then the shared library; an optional extension that fails is left out in one line."""
+        try:
+            self._build(ext)
+        except subprocess.CalledProcessError as error:
+            reason = (
+                f"{error.cmd[0]} failed with {error.returncode} to make {Path(error.cmd[-1]).name}"
+            )
+            if ext.optional:
+                print(f"lorafast: without native CPU kernels: {reason}", file=sys.stderr)
+            raise CompileError(reason) from None
+
+    def _build(self, ext: Extension) -> None:
         torch = torch_folder()
         assert torch is not None
         compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -104,10 +119,15 @@ class BuildNative(build_ext):
         folder = ROOT / "build" / "native"
         folder.mkdir(parents=True, exist_ok=True)
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        known = {
+            name: flags for name, flags in INSTRUCTION_SETS.items() if accepts(compiler, flags)
+        }
+
+        def compile_(source: str) -> Path:
+            return self._compile([*base, *known.get(Path(source).stem, ())], source, folder)
+
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(
-                pool.map(lambda source: self._compile(base, source, folder), ext.sources)
-            )
+            objects = list(pool.map(compile_, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         library = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined", "-lc"]
         link = [*compiler, *map(str, objects), *library, "-o", str(target)]
@@ -119,8 +139,8 @@ class BuildNative(build_ext):
         path = Path(source)
         target = folder / f"{path.stem}.o"
         dependencies = target.with_suffix(".d")
-        command = [*base, *INSTRUCTION_SETS.get(path.stem, ())]
-        command += ["-MMD", "-MF", str(dependencies), "-c", str(ROOT / source), "-o", str(target)]
+        command = [*base, "-MMD", "-MF", str(dependencies)]
+        command += ["-c", str(ROOT / source), "-o", str(target)]
         needs = self._note(folder / path.stem, command)
         if dependencies.is_file():
             words = dependencies.read_text(encoding="utf-8").replace("\\\n", " ").split()

@@ -8,42 +8,34 @@
 
 namespace lorafast {
 
-extern const Microkernels microkernels_portable;
-#if defined(__x86_64__)
-extern const Microkernels microkernels_avx2;
-extern const Microkernels microkernels_avx512;
-extern const Microkernels microkernels_avx512_bf16;
-#endif
-
 namespace {
 
 const Microkernels& choose() {
   struct Choice {
-    const Microkernels& set;
+    const Microkernels* set;
     bool runs_here;
   };
+  bool has_avx2 = false, has_avx512 = false, has_bf16 = false;
 #if defined(__x86_64__)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(__clang__) || __GNUC__ >= 10  // an older one doesn't know the word
+  has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-  const Choice choices[] = {
-#if defined(__x86_64__)
-      {microkernels_avx512_bf16, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+#endif
+  const Choice all[] = {
+      {microkernels_avx512_bf16, has_bf16},
       {microkernels_avx512, has_avx512},
-      {microkernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c")},
-#endif
+      {microkernels_avx2, has_avx2},
       {microkernels_portable, true},
   };
   const char* asked = std::getenv("LORAFAST_CPU");
-  if (asked == nullptr || *asked == '\0') {
-    for (const Choice& choice : choices)
-      if (choice.runs_here) return choice.set;
-  }
   std::string known;
-  for (const Choice& choice : choices) {
-    if (std::strcmp(choice.set.name, asked) == 0 && choice.runs_here) return choice.set;
-    if (choice.runs_here) known += std::string(known.empty() ? "" : ", ") + choice.set.name;
+  for (const Choice& choice : all) {
+    if (choice.set == nullptr || !choice.runs_here) continue;
+    if (asked == nullptr || *asked == '\0' || std::strcmp(choice.set->name, asked) == 0) return *choice.set;
+    known += std::string(known.empty() ? "" : ", ") + choice.set->name;
   }
   throw std::runtime_error(std::string("LORAFAST_CPU is '") + asked + "', expected one of " + known);
 }

@@ -58,6 +58,12 @@ struct Microkernels {
       uint8_t* bits);
 };
 
+// One for each microkernels_<set>.cpp; nullptr where the compiler couldn't make it.
+extern const Microkernels* const microkernels_portable;
+extern const Microkernels* const microkernels_avx2;
+extern const Microkernels* const microkernels_avx512;
+extern const Microkernels* const microkernels_avx512_bf16;
+
 // The fastest set that this processor has, or the one that LORAFAST_CPU names.
 const Microkernels& microkernels();
 

@@ -440,9 +440,11 @@ const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
 #define LORAFAST_NAME_OF(set) #set
 #define LORAFAST_NAME(set) LORAFAST_NAME_OF(set)
 
-extern const Microkernels LORAFAST_TABLE(LORAFAST_SET);
-const Microkernels LORAFAST_TABLE(LORAFAST_SET) = {
+namespace {
+const Microkernels kTable = {
     LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask}, kPairsOfThisSet, load, store, keep,
 };
+}  // namespace
+const Microkernels* const LORAFAST_TABLE(LORAFAST_SET) = &kTable;
 
 }  // namespace lorafast

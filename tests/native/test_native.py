@@ -284,6 +284,50 @@ class TestBuild:
         assert process.returncode != 0
         assert "no CUDA C++ sources" in process.stderr
 
+    def build_with(self, folder, refused, **environment):
+        """A build of a copy of the sources by a compiler that fails on ``refused``."""
+        tree = folder / "tree"
+        for name in ("csrc", "kernels", "lorafast"):
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, tree)
+        compiler = folder / "c++"
+        compiler.write_text(
+            f'#!/bin/sh\nfor a in "$@"; do [ "$a" = {refused} ] && exit 3; done\nexec c++ "$@"\n'
+        )
+        compiler.chmod(0o755)
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "built")],
+            capture_output=True, text=True, check=False, cwd=tree,
+            env=os.environ | {"CXX": str(compiler)} | environment,
+        )  # fmt: skip
+
+    def test_an_older_compiler_leaves_out_what_it_does_not_know(self, tmp_path):
+        process = self.build_with(tmp_path, "-mavx512bf16")
+        assert process.returncode == 0, process.stderr
+        (library,) = (tmp_path / "built").rglob("*.so")
+        capability = (
+            "import sys, pathlib; from lorafast.ops import native; "
+            "native.LIBRARY = pathlib.Path(sys.argv[1]); print(native.capability())"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", capability, str(library)],
+            capture_output=True, text=True, check=True, cwd=ROOT,
+        ).stdout.strip()  # fmt: skip
+        assert found == native.capability().removesuffix("_bf16")
+
+    def test_a_compiler_that_fails_is_an_error_only_if_forced(self, tmp_path):
+        process = self.build_with(tmp_path, "-c")
+        assert process.returncode == 0, process.stderr
+        assert re.search(
+            r"^lorafast: without native CPU kernels: \S+ failed with 3 to make \w+\.o$",
+            process.stderr, re.M,
+        )  # fmt: skip
+        assert not list((tmp_path / "built").rglob("*.so"))
+        shutil.rmtree(tmp_path / "tree")
+        assert self.build_with(tmp_path, "-c", LORAFAST_CPP="1").returncode != 0
+
     def test_not_wanted_is_not_built(self, tmp_path):
         assert self.build(tmp_path, LORAFAST_CPP="0").returncode == 0
         assert not list(tmp_path.rglob("*.so"))
