@@ -1,5 +1,5 @@
 // What lorafast._C offers, and which file serves it. Outputs are the caller's: written, never read
-// (but for the y of expand_, which is added to). A mask is (seed, threshold, survivor_scale) as in
+// (but for y and dx where a name ends in _: added to). A mask is (seed, threshold, survivor_scale) as in
 // lorafast/reference/dropout.py; without a seed there is none.
 #include <exception>
 #include <string>
@@ -22,6 +22,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
   library.def(
       "shrink_backward(Tensor ds, Tensor x, Tensor? seed, int threshold, float survivor_scale, "
       "Tensor(a!) dA) -> ()");
+  // csrc/cpu/lora_linear.cpp
+  library.def(
+      "lora_linear_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling, Tensor? seed, "
+      "int threshold, float survivor_scale, Tensor(b!) s) -> ()");
+  library.def(
+      "lora_linear_backward_(Tensor(a!) dx, Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor s, "
+      "float scaling, Tensor? seed, int threshold, float survivor_scale, Tensor(b!) ds, Tensor(c!) dA, "
+      "Tensor(d!) dB) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
@@ -29,6 +37,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("expand_", TORCH_BOX(&lorafast::cpu::expand_));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cpu::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cpu::shrink_backward));
+  library.impl("lora_linear_", TORCH_BOX(&lorafast::cpu::lora_linear_));
+  library.impl("lora_linear_backward_", TORCH_BOX(&lorafast::cpu::lora_linear_backward_));
 }
 
 // The name of the instruction set in use, for lorafast info; "error: ..." if LORAFAST_CPU names none.

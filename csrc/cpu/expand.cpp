@@ -4,33 +4,26 @@
 
 namespace lorafast::cpu {
 
-void expand_(
-    Tensor y, const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed,
-    int64_t threshold, double survivor_scale) {
-  const int64_t M = y.size(0), N = y.size(1), r = lora_B.size(1);
-  check_output("y", y, M, N);
-  check_matrix("s", s, M, r);
-  check_matrix("lora_B", lora_B, N, r);
-  check_seed(seed, threshold);
+void add_expanded(
+    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling, const std::optional<Dropout>& dropout) {
+  const int64_t M = y.rows, N = y.cols, r = lora_B.cols;
   const Microkernels& kernels = microkernels();
-  const auto dropout = Dropout::of(seed, threshold, survivor_scale);
-  const Matrix to(y), shrunk(s);
   const float scale = static_cast<float>(scaling) * (dropout ? dropout->scale : 1.0f);
 
-  choose_products(kernels, to, [&](auto value) {
+  choose_products(kernels, y, [&](auto value) {
     using Value = decltype(value);
-    const auto factors = pack_for<Value>(kernels, transposed(Matrix(lora_B)));
+    const auto factors = pack_for<Value>(kernels, transposed(lora_B));
     const int64_t ranks = blocks_of(r, kPer<Value>);
     torch::stable::parallel_for(0, blocks_of(M, kTileRows), 1, [&](int64_t begin, int64_t end) {
-      Tiles<Value> tiles(kernels, to);
+      Tiles<Value> tiles(kernels, y);
       std::vector<Factor<Value>> rows_of_s(kTileRows * ranks, 0);
       uint8_t keep[kTileRows * kKeepRow];
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block * kTileRows, rows = std::min(kTileRows, M - row);
         for (int64_t i = 0; i < rows; ++i) {
           if constexpr (kPaired<Value>)
-            shrunk.copy_row(kernels, row + i, 0, r, reinterpret_cast<uint16_t*>(&rows_of_s[i * ranks]));
-          else shrunk.load_row(kernels, row + i, 0, r, &rows_of_s[i * ranks]);
+            s.copy_row(kernels, row + i, 0, r, reinterpret_cast<uint16_t*>(&rows_of_s[i * ranks]));
+          else s.load_row(kernels, row + i, 0, r, &rows_of_s[i * ranks]);
         }
         for (int64_t col = 0; col < N; col += kTileCols) {
           const int64_t cols = std::min(kTileCols, N - col);
@@ -44,6 +37,18 @@ void expand_(
       }
     });
   });
+}
+
+void expand_(
+    Tensor y, const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed,
+    int64_t threshold, double survivor_scale) {
+  const int64_t M = y.size(0), N = y.size(1), r = lora_B.size(1);
+  check_output("y", y, M, N);
+  check_matrix("s", s, M, r);
+  check_matrix("lora_B", lora_B, N, r);
+  check_seed(seed, threshold);
+  add_expanded(
+      Matrix(y), Matrix(s), Matrix(lora_B), scaling, Dropout::of(seed, threshold, survivor_scale));
 }
 
 }  // namespace lorafast::cpu

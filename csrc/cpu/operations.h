@@ -1,7 +1,7 @@
 // The operations that bindings.cpp lists, a file each.
 #pragma once
 
-#include "../checks.h"
+#include "matrix.h"
 
 namespace lorafast::cpu {
 
@@ -13,11 +13,24 @@ void expand_(
     Tensor y, const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed,
     int64_t threshold, double survivor_scale);
 
+// The body of expand_, for y and lora_B as views.
+void add_expanded(
+    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling, const std::optional<Dropout>& dropout);
+
 void expand_backward(
     const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scaling, Tensor ds, Tensor dB);
 
 void shrink_backward(
     const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold,
     double survivor_scale, Tensor dA);
+
+void lora_linear_(
+    Tensor y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor s);
+
+void lora_linear_backward_(
+    Tensor dx, const Tensor& dy, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& s,
+    double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor ds,
+    Tensor dA, Tensor dB);
 
 }  // namespace lorafast::cpu

@@ -1,6 +1,7 @@
 """The native CPU kernels of ``csrc/cpu/`` for the thin products; the base product stays the vendor's."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.ops import native, packing
@@ -12,6 +13,8 @@ _shrink = _kernels.shrink.default
 _expand_ = _kernels.expand_.default
 _expand_backward = _kernels.expand_backward.default
 _shrink_backward = _kernels.shrink_backward.default
+_lora_linear_ = _kernels.lora_linear_.default
+_lora_linear_backward_ = _kernels.lora_linear_backward_.default
 
 
 def _mask(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
@@ -61,3 +64,43 @@ def shrink_backward(
     dA = x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype or x.dtype)
     _shrink_backward(ds, x, *_mask(dropout_p, seed), dA)
     return dA
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``shrink`` and ``linear_expand``: ``y`` and ``s``, the thin products in one call."""
+    y = packing.linear(x, weight, bias)
+    s = x.new_empty((x.shape[0], lora_A.shape[0]))
+    _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
+    return y, s
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``expand_backward``, ``shrink_backward`` and ``linear_expand``: ``dx``, ``dA``, ``dB``."""
+    dx = F.linear(dy, weight.t())
+    ds, dA, dB = (
+        s.new_empty(s.shape),
+        lora_A.new_empty(lora_A.shape),
+        lora_B.new_empty(lora_B.shape),
+    )
+    mask = _mask(dropout_p, seed)
+    _lora_linear_backward_(dx, dy, x, lora_A, lora_B, s, float(scaling), *mask, ds, dA, dB)
+    return dx, dA, dB

@@ -9,6 +9,7 @@ serve a call raises with the reason; nothing falls back in silence.
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,31 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
         raise BackendError(f"backend {name!r} can't serve {operation}: {reason}")
     return _backend.BACKENDS[name].implementation(operation)
 
+
+def select_whole(
+    whole: str, name: str | None, *parts: tuple[str, tuple[Tensor | None, ...]]
+) -> Callable[..., Any] | None:
+    """The function ``whole`` of the backend that serves all ``parts`` (operation, tensors).
+
+    None if they are served by several backends, or theirs has no such function.
+
+    Raises:
+        BackendError: the named backend can't serve one of the parts.
+    """
+    module = None
+    for operation, tensors in parts:
+        served_by = select(operation, name, *tensors).__module__
+        if module is not None and served_by != module:
+            return None
+        module = served_by
+        if module not in _WHOLES:
+            return None
+    function: Callable[..., Any] | None = getattr(sys.modules[str(module)], whole, None)
+    return function
+
+
+_WHOLES = ("lorafast.ops.cpu",)
+"""Modules that do several operations in one call."""
 
 # Where the rank is found among an operation's tensors: (which tensor, which dimension).
 _RANK = {"shrink": (1, 0), "expand_backward": (1, 1), "shrink_backward": (0, 1)}

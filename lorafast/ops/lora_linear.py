@@ -48,10 +48,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """``y`` in the shape of ``x`` and ``s [M, r]``."""
     rows = _rows(x)
-    s = dispatch.select("shrink", backend, rows, lora_A, seed)(rows, lora_A, dropout_p, seed)
-    y = dispatch.select("linear_expand", backend, rows, weight, s, lora_B, bias)(
-        rows, weight, s, lora_B, scaling, bias
+    whole = dispatch.select_whole(
+        "lora_linear",
+        backend,
+        ("shrink", (rows, lora_A, seed)),
+        ("linear_expand", (rows, weight, lora_B, bias)),
     )
+    if whole is not None:
+        y, s = whole(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    else:
+        s = dispatch.select("shrink", backend, rows, lora_A, seed)(rows, lora_A, dropout_p, seed)
+        y = dispatch.select("linear_expand", backend, rows, weight, s, lora_B, bias)(
+            rows, weight, s, lora_B, scaling, bias
+        )
     if x.dim() != 2:
         # Not a view: autograd forbids to change in place what a Function returns as one.
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], lora_B.shape[0]))
@@ -103,6 +112,33 @@ def _backward(
     return dx, dweight, dA, dB, None, dbias, None, None
 
 
+def _whole_backward(
+    backend: str | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Gradients | None:
+    """``dx``, ``dA`` and ``dB`` in one call where a backend has it, else None."""
+    leading, dy, rows = dy.shape[:-1], _rows(dy), _rows(x)
+    whole = dispatch.select_whole(
+        "lora_linear_backward",
+        backend,
+        ("expand_backward", (dy, s, lora_B)),
+        ("shrink_backward", (s, rows, seed)),
+        ("linear_expand", (dy, weight, lora_A, seed)),
+    )
+    if whole is None:
+        return None
+    dx, dA, dB = whole(dy, rows, weight, lora_A, lora_B, s, scaling, dropout_p, seed)
+    return dx.view(*leading, dx.shape[1]), None, dA, dB, None, None, None, None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
     """Keeps for the backward what the needed gradients take: x only if A (or W) has one."""
     x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
@@ -151,6 +187,13 @@ class _LoRALinear(torch.autograd.Function):
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dy)
             x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+            need_dx, need_dweight, need_dA, need_dB, _, need_dbias, *_ = ctx.needs_input_grad
+            if need_dx and need_dA and need_dB and not (need_dweight or need_dbias):
+                found = _whole_backward(
+                    ctx.backend, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
+                )
+                if found is not None:
+                    return found
             return _backward(
                 _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s, ctx.scaling,
                 ctx.dropout_p, seed, ctx.needs_input_grad,

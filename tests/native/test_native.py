@@ -79,6 +79,24 @@ def test_contract(problem, poisoned):
         assert_contract(call, cpu, problem.dtype)
 
 
+@given(problem=problems())
+def test_the_whole_layer_is_its_parts(problem, poisoned):
+    t, p = problem.tensors(torch.device("cpu")), problem.dropout_p
+    x, dy, weight, bias = (v.to(problem.dtype) for v in (t.x, t.dy, t.weight, t.bias))
+    lora_A, lora_B = t.lora_A.to(problem.adapter_dtype), t.lora_B.to(problem.adapter_dtype)
+    x, dy = problem.lay_out(x), problem.lay_out(dy)
+    s = cpu.shrink(x, lora_A, p, t.seed)
+    y = cpu.linear_expand(x, weight, s, lora_B, 0.7, bias)
+    whole = cpu.lora_linear(x, weight, lora_A, lora_B, 0.7, bias, p, t.seed)
+    assert torch.equal(whole[0], y)
+    assert torch.equal(whole[1], s)
+    ds, dB = cpu.expand_backward(dy, s, lora_B, 0.7)
+    dA = cpu.shrink_backward(ds, x, p, t.seed, lora_A.dtype)
+    dx = cpu.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, p, t.seed)
+    whole = cpu.lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, p, t.seed)
+    assert all(map(torch.equal, whole, (dx, dA, dB)))
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set(name):
     if not set(SETS[name]) <= cpu_flags():
@@ -97,26 +115,32 @@ def test_an_unknown_instruction_set_is_refused():
     assert "LORAFAST_CPU is 'mmx', expected one of" in process.stdout
 
 
-def run_all(seed=5):
+def run_all(seed=5, dtype=torch.float32):
+    """Every kernel, on several chunks of rows and stripes of columns."""
     generator = torch.Generator().manual_seed(seed)
-    M, K, N, r = 300, 260, 130, 20
-    x, dy, weight = (torch.randn(n, generator=generator) for n in ((M, K), (M, N), (N, K)))
-    lora_A, lora_B = torch.randn(r, K, generator=generator), torch.randn(N, r, generator=generator)
+    M, K, N, r = 300, 1040, 528, 20
+
+    def draw(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    x, dy, weight, lora_A, lora_B = draw(M, K), draw(M, N), draw(N, K), draw(r, K), draw(N, r)
     mask = torch.tensor([seed])
     s = cpu.shrink(x, lora_A, 0.2, mask)
     ds, dB = cpu.expand_backward(dy, s, lora_B, 0.5)
     dA = cpu.shrink_backward(ds, x, 0.2, mask)
     y = cpu.linear_expand(x.new_zeros(M, K), weight, s, lora_B, 0.5)
-    return s, y, ds, dB, dA
+    dx = cpu.linear_expand(dy.new_zeros(M, N), weight.t(), ds, lora_A.t(), 1.0, None, 0.2, mask)
+    return s, y, ds, dB, dA, dx
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype):
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            results.append(run_all())
+            results.append(run_all(dtype=dtype))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:

@@ -1,0 +1,29 @@
+// The low-rank part of a whole layer in one call, onto the base product, and of its backward. A layer's thin work
+// is short: what a call costs in Python and in the dispatcher, with its code cold after the base product,
+// is a part of it.
+#include "operations.h"
+
+namespace lorafast::cpu {
+
+// s = drop(x)·Aᵀ and y += scaling · s·Bᵀ
+void lora_linear_(
+    Tensor y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor s) {
+  shrink(x, lora_A, seed, threshold, survivor_scale, s);
+  expand_(y, s, lora_B, scaling, std::nullopt, 0, 1.0);
+}
+
+// ds = scaling · dy·B, dB = scaling · dyᵀ·s, dA = dsᵀ·drop(x) and dx += drop(ds·A)
+void lora_linear_backward_(
+    Tensor dx, const Tensor& dy, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& s,
+    double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor ds,
+    Tensor dA, Tensor dB) {
+  expand_backward(dy, s, lora_B, scaling, ds, dB);
+  shrink_backward(ds, x, seed, threshold, survivor_scale, dA);
+  check_output("dx", dx, x.size(0), x.size(1));
+  check_matrix("lora_A", lora_A, ds.size(1), x.size(1));
+  add_expanded(
+      Matrix(dx), Matrix(ds), transposed(Matrix(lora_A)), 1.0, Dropout::of(seed, threshold, survivor_scale));
+}
+
+}  // namespace lorafast::cpu
