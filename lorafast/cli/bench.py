@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of.add_argument(
         "--shapes",
         nargs="+",
-        metavar="NAMES|M,K,N",
+        metavar="NAMES|M,K,N[,R]",
         help=f"layers of {', '.join(MODELS)}, or sizes",
     )
     of.add_argument("--tokens", type=_comma(_positive), metavar="M", help="rows for named shapes")
@@ -197,14 +197,25 @@ def _device(name: str) -> torch.device:
 
 def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[Problem]:
     """Every shape in every dtype, at every rank and dropout."""
-    shapes = parse(arguments.shapes or defaults["shapes"], arguments.tokens or defaults["tokens"])
+    layers = []
+    for word in arguments.shapes or defaults["shapes"]:
+        sizes, ranks = _sizes_and_ranks(word, arguments.rank)
+        for shape in parse([sizes], arguments.tokens or defaults["tokens"]):
+            layers += [(shape, r) for r in ranks]
     return [
         Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p)
         for dtype in arguments.dtype or defaults["dtype"]
-        for shape in shapes
-        for r in arguments.rank
+        for shape, r in layers
         for dropout_p in arguments.dropout
     ]
+
+
+def _sizes_and_ranks(word: str, ranks: list[int]) -> tuple[str, list[int]]:
+    """``M,K,N,R`` as ``M,K,N`` and its own rank."""
+    sizes, _, rank = word.rpartition(",")
+    if sizes.count(",") == 2 and rank.strip().isdecimal() and int(rank) > 0:
+        return sizes, [int(rank)]
+    return word, ranks
 
 
 def _largest(problems: list[Problem]) -> Problem:

@@ -93,13 +93,33 @@ def test_traffic_needs_no_gpu(capsys):
     assert frozen == "frozen 1 1 168 168 336 1.00 × 336"
 
 
+def test_a_shape_may_have_a_rank_of_its_own(tmp_path):
+    path = tmp_path / "run.json"
+    words = [
+        "--shapes",
+        "8,16,24,2",
+        "8,16,32",
+        "--rank",
+        "3,4",
+        "--dropout",
+        "0",
+        "--seconds",
+        "0.01",
+    ]
+    assert main(["bench", *words, "--against", "frozen", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["layer"]
+    found = [(row["problem"]["shape"]["N"], row["problem"]["r"]) for row in rows]
+    assert list(dict.fromkeys(found)) == [(24, 2), (32, 3), (32, 4)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--shapes", "llama-9b"], "shape 'llama-9b' is neither M,K,N nor one of minilm"),
         (["--dtype", "int8"], "'int8' is not one of fp32, bf16, fp16"),
         (["--against", "nobody"], "'nobody' is not one of frozen, lorafast"),
-        (["--pass", "sideways"], "'sideways' is not one of fwd, bwd, both"),
+        (["--pass", "sideways"], "'sideways' is not one of fwd, bwd, both, infer"),
+        (["--shapes", "8,8,8,0"], "shape '8' is neither M,K,N nor one of minilm"),
         (["--dropout", "1.5"], "1.5 is not from 0 to below 1"),
         (["--rank", "0"], "0 is not at least 1"),
         (["--rank", "abc"], "invalid literal for int() with base 10: 'abc'"),
