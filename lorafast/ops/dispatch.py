@@ -9,7 +9,6 @@ serve a call raises with the reason; nothing falls back in silence.
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,29 +111,35 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
 
 
 def select_whole(
-    whole: str, name: str | None, *parts: tuple[str, tuple[Tensor | None, ...]]
+    whole: str,
+    name: str | None,
+    x: Tensor,
+    lora_A: Tensor,
+    seed: Tensor | None,
+    *others: Tensor | None,
 ) -> Callable[..., Any] | None:
-    """The function ``whole`` of the backend that serves all ``parts`` (operation, tensors).
+    """The function ``whole`` of backend ``name``, which does all operations of a layer's forward or
+    backward in one call; None if it has none, or for ``auto`` if other backends are faster.
 
-    None if they are served by several backends, or theirs has no such function.
+    What is the fastest for ``shrink`` is so for the whole: then the base product has left Python and the
+    dispatcher cold, and each call more costs more than what another backend would gain.
 
     Raises:
-        BackendError: the named backend can't serve one of the parts.
+        BackendError: the named backend can't serve these tensors.
     """
-    module = None
-    for operation, tensors in parts:
-        served_by = select(operation, name, *tensors).__module__
-        if module is not None and served_by != module:
+    if name is None:
+        if automatic_choice("shrink", x, lora_A, seed)[0] is not _CPU or why_not(
+            _CPU, whole, others
+        ):
             return None
-        module = served_by
-        if module not in _WHOLES:
-            return None
-    function: Callable[..., Any] | None = getattr(sys.modules[str(module)], whole, None)
-    return function
+    elif name == _CPU:
+        reason = why_not(_CPU, whole, (x, lora_A, seed, *others))
+        if reason is not None:
+            raise BackendError(f"backend {name!r} can't serve {whole}: {reason}")
+    else:
+        return None
+    return _backend.CPU.implementation(whole)
 
-
-_WHOLES = ("lorafast.ops.cpu",)
-"""Modules that do several operations in one call."""
 
 # Where the rank is found among an operation's tensors: (which tensor, which dimension).
 _RANK = {"shrink": (1, 0), "expand_backward": (1, 1), "shrink_backward": (0, 1)}

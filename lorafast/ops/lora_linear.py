@@ -48,12 +48,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """``y`` in the shape of ``x`` and ``s [M, r]``."""
     rows = _rows(x)
-    whole = dispatch.select_whole(
-        "lora_linear",
-        backend,
-        ("shrink", (rows, lora_A, seed)),
-        ("linear_expand", (rows, weight, lora_B, bias)),
-    )
+    whole = dispatch.select_whole("lora_linear", backend, rows, lora_A, seed, weight, lora_B, bias)
     if whole is not None:
         y, s = whole(rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     else:
@@ -127,11 +122,7 @@ def _whole_backward(
     """``dx``, ``dA`` and ``dB`` in one call where a backend has it, else None."""
     leading, dy, rows = dy.shape[:-1], _rows(dy), _rows(x)
     whole = dispatch.select_whole(
-        "lora_linear_backward",
-        backend,
-        ("expand_backward", (dy, s, lora_B)),
-        ("shrink_backward", (s, rows, seed)),
-        ("linear_expand", (dy, weight, lora_A, seed)),
+        "lora_linear_backward", backend, rows, lora_A, seed, dy, weight, lora_B, s
     )
     if whole is None:
         return None
