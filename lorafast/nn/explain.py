@@ -84,6 +84,9 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
         return Choice(operation, None, "the layer is merged: a plain product", {})
     if forced is None:
         backend, reason = dispatch.automatic_choice(operation, *tensors)
+        first = dispatch.automatic_choice("shrink", *_sample("shrink", layer, like, M))
+        if first[0] == "cpu" and reasons["cpu"] is None:
+            backend, reason = first  # the whole layer goes where its shrink goes: select_whole
     elif reasons[forced] is None:
         backend, reason = forced, "forced"
     else:

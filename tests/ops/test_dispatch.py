@@ -215,6 +215,25 @@ class TestAutomaticChoiceOnACPU:
             for tensors in ((x, weight, s, lora_B, None), (dy, weight.t(), s, lora_A.t(), None)):
                 assert dispatch.automatic_choice("linear_expand", *tensors)[0] == "cpu"
 
+    def test_the_whole_layer_goes_where_its_shrink_goes(self):
+        from lorafast.ops import cpu
+
+        def whole(M, r, dtype, seed=None, backend=None):
+            x, weight = torch.empty(M, 8, dtype=dtype), torch.empty(6, 8, dtype=dtype)
+            lora_A, lora_B = torch.empty(r, 8), torch.empty(6, r)
+            return dispatch.select_whole(
+                "lora_linear", backend, x, lora_A, seed, weight, lora_B, None
+            )
+
+        assert whole(4, 32, torch.bfloat16) is cpu.lora_linear
+        assert whole(4, 33, torch.bfloat16) is None
+        assert whole(4, 33, torch.bfloat16, torch.tensor([1])) is cpu.lora_linear
+        assert whole(127, 4, torch.float32) is None
+        assert whole(127, 4, torch.float32, backend="cpu") is cpu.lora_linear
+        assert whole(128, 4, torch.float32, backend="aten") is None
+        with pytest.raises(lorafast.BackendError, match=r"can't serve lora_linear: the dtype is"):
+            whole(128, 4, torch.float64, backend="cpu")
+
     def test_what_the_kernels_refuse(self):
         double, meta = torch.empty(3, 4, dtype=torch.float64), torch.empty(3, 4, device="meta")
         assert dispatch.automatic_choice("shrink", double, double)[0] == "aten"
@@ -222,13 +241,8 @@ class TestAutomaticChoiceOnACPU:
 
     def test_explain_knows_mask_and_rank(self):
         layer = LoRALinear(80, 80, 40, dropout=0.1, dtype=torch.bfloat16)
-        chosen = {c.operation: c.backend for c in lorafast.explain(layer).layers["(module)"]}
-        assert chosen == {
-            "shrink": "cpu",
-            "linear_expand": "cpu",
-            "expand_backward": "aten",
-            "shrink_backward": "cpu",
-        }
+        chosen = {c.backend for c in lorafast.explain(layer).layers["(module)"]}
+        assert chosen == {"cpu"}  # the whole layer goes where its shrink goes
         chosen = {c.operation: c.backend for c in lorafast.explain(layer.eval()).layers["(module)"]}
         assert chosen == {
             "shrink": "aten",
