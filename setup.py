@@ -33,7 +33,10 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
+    "-fno-strict-aliasing",  # pairs of bfloat16 are written as halves and read as words
+]  # fmt: skip
 AVX512 = [
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # false, in gcc 12's own header
     "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",

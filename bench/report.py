@@ -29,7 +29,7 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- performance: rendered by bench/report.py from bench/results, not typed -->"
 END = "<!-- end of performance -->"
 Run = dict[str, Any]
-_REMARKS = {"infer": ", again and again, so that code and weights are in the cache"}
+_REMARKS = {"infer": ", again and again, so that code, and weights that fit, are in the cache"}
 
 
 def render(results: Path = RESULTS) -> str:

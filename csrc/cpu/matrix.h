@@ -1,4 +1,4 @@
-// Matrices as the kernels read and write them, cut into tiles of float32.
+// Matrices as the kernels read and write them, and cutting them into tiles.
 #pragma once
 
 #include <algorithm>
@@ -56,6 +56,9 @@ struct Matrix {
   void load_row(const Microkernels& kernels, int64_t row, int64_t first, int64_t count, float* to) const {
     if (col_stride == 1) {
       kernels.load(at(row, first), dtype, count, to);
+    } else if (col_stride == 0) {  // expanded, as the gradient of a sum
+      kernels.load(at(row, first), dtype, 1, to);
+      std::fill(to + 1, to + count, to[0]);
     } else {
       for (int64_t i = 0; i < count; ++i) kernels.load(at(row, first + i), dtype, 1, to + i);
     }

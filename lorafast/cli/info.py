@@ -65,10 +65,14 @@ def _choice() -> str:
     forced = dispatch.forced()
     if forced is not None:
         return f"{forced} for every operation (forced by {dispatch.ENVIRONMENT_VARIABLE})"
-    if dispatch.why_not("cpu", "shrink", (torch.empty((1, 1)),)) is not None:
-        return "aten for every operation (no measurement shows another backend ahead of it)"
+    unmeasured = "aten (no measurement shows another backend ahead of it)"
+    if native.why_not_loaded() is not None:
+        return f"{unmeasured} for every operation"
+    rules = ["with dropout"]
+    if native.multiplies_bfloat16():
+        rules.append("in bfloat16 up to rank 32")
+    if native.has_avx512():
+        rules.append("in float32 from 128 rows")
     return (
-        "on a CPU cpu with dropout, in bfloat16 up to rank 32 and in float32 from 128 rows, else aten "
-        "(as measured with AVX-512); "
-        "elsewhere aten (no measurement shows another backend ahead of it)"
+        f"on a CPU cpu {', '.join(rules)}, else aten; elsewhere {unmeasured}; see lorafast.explain"
     )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.ops import dispatch, packing
+from lorafast.ops.lora_linear import is_small
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ def _describe(choice: Choice) -> str:
 def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     """Which backend serves each operation of each ``LoRALinear`` in ``module``, and why not others.
 
+    It speaks of an eager training step with gradients of x, A and B; compiled code, and a backward that
+    needs fewer gradients, choose operation by operation.
+
     ``x`` is an input such as a layer would get; only its device, dtype and number of rows count.
     Without it the weight's are assumed, and many rows.
 
@@ -83,19 +87,38 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     if layer.merged:
         return Choice(operation, None, "the layer is merged: a plain product", {})
     if forced is None:
-        backend, reason = dispatch.automatic_choice(operation, *tensors)
-        first = dispatch.automatic_choice("shrink", *_sample("shrink", layer, like, M))
-        if first[0] == "cpu" and reasons["cpu"] is None:
-            backend, reason = first  # the whole layer goes where its shrink goes: select_whole
+        backend, reason = _automatically(
+            operation, layer, tensors, _sample("shrink", layer, like, M)
+        )
     elif reasons[forced] is None:
         backend, reason = forced, "forced"
     else:
         backend, reason = None, f"{forced} is forced and can't: {reasons[forced]}"
-    if operation == "linear_expand" and packing.is_packed(layer.weight):
+    weight = layer._parameters.get("weight")
+    if (
+        operation == "linear_expand"
+        and backend in ("aten", "cpu")
+        and weight is not None
+        and weight.dtype is like.dtype
+        and packing.is_packed(weight)
+    ):
         reason += ", on the packed weight"
     usable = "usable, another was forced" if forced else "usable, not measured to be faster"
     others = {name: why or usable for name, why in reasons.items() if name not in (backend, forced)}
     return Choice(operation, backend, reason, others)
+
+
+def _automatically(
+    operation: str, layer: LoRALinear, tensors: tuple[Tensor, ...], of_shrink: tuple[Tensor, ...]
+) -> tuple[str, str]:
+    """As a training step of the eager layer chooses, with gradients of x, A and B."""
+    dropout_p = layer.dropout if layer.training else 0.0
+    if is_small(of_shrink[0], layer.lora_A, layer.out_features, dropout_p, None):
+        return "aten", "a layer so small that the fewest calls are the fastest"
+    whole = dispatch.automatic_choice("shrink", *of_shrink)
+    if whole[0] == "cpu" and dispatch.why_not("cpu", operation, tensors) is None:
+        return whole  # select_whole: the layer goes where its shrink goes
+    return dispatch.automatic_choice(operation, *tensors)
 
 
 _MANY_ROWS = 1 << 20

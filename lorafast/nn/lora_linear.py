@@ -267,30 +267,39 @@ class LoRALinear(nn.Module):
 
         Worth it in bfloat16 for few rows, at the price of about the weight's memory once more. The
         packed copy serves every product that needs no gradient of its own; in training that is the
-        forward. It is invisible to ``state_dict``, not copied by ``deepcopy``, shared by layers that
-        share the weight, and dropped when the weight changes: pack again then. (Changes through
-        ``weight.data`` are found by a few of its elements.) A merged layer packs its merged weight.
+        forward (but of small layers). It is invisible to ``state_dict``, not copied by ``deepcopy``,
+        shared by layers that share the weight, and dropped when the weight changes: pack again then.
+        Changes that PyTorch doesn't count (through ``weight.data``, NumPy or another tensor over the
+        same memory) are looked for in a few elements of the weight; call ``unpack_()`` after one that
+        touches single elements. A merged layer packs its merged weight.
 
         Raises:
             ValueError: the weight can't be packed (it is not bfloat16, not on a CPU, ...).
         """
-        packing.pack(self._multiplied())
+        weight = self._merged_weight if self.merged else self._parameters.get("weight")
+        if weight is None:
+            raise ValueError("weight can't be packed: it is computed anew in every forward")
+        packing.pack(weight)
         return self
 
     def unpack_(self) -> "LoRALinear":
         """Undoes ``pack_()``; the layer itself."""
-        packing.unpack(self._multiplied())
+        for weight in self._packable():
+            packing.unpack(weight)
         return self
 
-    def _multiplied(self) -> Tensor:
-        """The weight that the forward multiplies by."""
-        weight = self._merged_weight if self.merged else self.weight
-        assert weight is not None
-        return weight
+    def _packable(self) -> list[Tensor]:
+        """The weights of which there may be packed copies; none that a parametrization computes."""
+        weights = (self._parameters.get("weight"), self._merged_weight)
+        return [weight for weight in weights if weight is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
+        if torch.__future__.get_swap_module_params_on_conversion():
+            for weight in self._packable():
+                packing.forget(weight)
         super()._apply(fn, recurse)
-        packing.is_packed(self._multiplied())  # drops a copy that has lost its weight
+        for weight in self._packable():
+            packing.is_packed(weight)  # drops a copy that has lost its weight
         return self
 
     def _load_from_state_dict(
@@ -303,6 +312,9 @@ class LoRALinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if torch.__future__.get_swap_module_params_on_conversion():
+            for weight in self._packable():
+                packing.forget(weight)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -329,6 +341,6 @@ class LoRALinear(nn.Module):
             parts.append("use_rslora=True")
         if self.merged:
             parts.append("merged=True")
-        if packing.is_packed(self._multiplied()):
+        if any(packing.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)

@@ -16,7 +16,7 @@ from lorafast.ops import native
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the four operations.
+    """One implementation of the four operations (``cpu`` has a whole layer too: ``select_whole``).
 
     ``why_unusable()`` and ``why_refused(operation, tensors)`` return a sentence, or None if nothing
     stands in the way. ``modules`` maps an operation to the module that has a function of its name.

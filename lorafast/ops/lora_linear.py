@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lorafast import reference
-from lorafast.ops import aten, dispatch, native
+from lorafast.ops import aten, dispatch
 from lorafast.ops.checks import check_dropout, check_lora_linear
-from lorafast.ops.registration import register, register_autograd, without_autocast
-
-# Private, but the one cheap question; without it the autograd.Function refuses transforms aloud.
-_transforms_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: False
+from lorafast.ops.registration import (
+    register,
+    register_autograd,
+    transforms_active,
+    without_autocast,
 )
 
 Gradients = tuple[
@@ -213,8 +213,20 @@ _SMALL_NATIVE = 1 << 16
 """As ``aten.SMALL``, where the native kernels serve best: measured between 2^15 and 2^18."""
 
 
-def _native_bfloat16(x: Tensor) -> bool:
-    return x.dtype is torch.bfloat16 and x.is_cpu and native.multiplies_bfloat16()
+def is_small(x: Tensor, lora_A: Tensor, N: int, dropout_p: float, backend: str | None) -> bool:
+    """Whether a layer is served by ``aten.small_lora_linear`` if ``backend`` is ``auto`` or ``aten``."""
+    size = x.numel() * N
+    return (
+        size < aten.SMALL
+        and not dropout_p
+        and lora_A.dtype is x.dtype
+        and (
+            size < _SMALL_NATIVE
+            or x.dtype is not torch.bfloat16
+            or backend is not None
+            or dispatch.automatic_choice("shrink", x, lora_A)[0] != "cpu"
+        )
+    )
 
 
 _EAGER = {name: _operations(name) for name in (None, *dispatch.backend_names())}
@@ -297,7 +309,7 @@ def lora_linear(
         )[0]
         return y
     backend = dispatch.forced()
-    if _transforms_active():
+    if transforms_active():
         if backend not in (None, "reference"):
             raise dispatch.BackendError(
                 f"backend {backend!r} can't serve lora_linear: torch.func transforms need operations "
@@ -307,13 +319,7 @@ def lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
         )
     N = lora_B.shape[0]
-    if (
-        (backend is None or backend == "aten")
-        and x.numel() * N < aten.SMALL
-        and not dropout_p
-        and lora_A.dtype is x.dtype
-        and (backend or x.numel() * N < _SMALL_NATIVE or not _native_bfloat16(x))
-    ):
+    if (backend is None or backend == "aten") and is_small(x, lora_A, N, dropout_p, backend):
         if x.dim() == 2:
             return aten.small_lora_linear(x, weight, lora_A, lora_B, scaling, bias)
         y = aten.small_lora_linear(_rows(x), weight, lora_A, lora_B, scaling, bias)

@@ -6,6 +6,14 @@ from pathlib import Path
 
 import torch
 
+OPERATIONS = (
+    "shrink",
+    "expand_",
+    "expand_backward",
+    "shrink_backward",
+    "lora_linear_",
+    "lora_linear_backward_",
+)
 LIBRARY = Path(__file__).resolve().parents[1] / "_C.abi3.so"
 
 
@@ -21,6 +29,8 @@ def why_not_loaded() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the native kernels can't be loaded: {error}"
+    if not all(hasattr(torch.ops.lorafast_cpu, name) for name in OPERATIONS):
+        return "the native kernels are those of another version of lorafast: install it again"
     try:
         capability()
     except OSError as error:

@@ -18,9 +18,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from lorafast.ops.registration import autocast_enabled, transforms_active
 
 ENVIRONMENT_VARIABLE = "LORAFAST_PACK_MEMORY"
 _ROWS, _COLUMNS = 8, 32
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,22 +32,26 @@ class _Packed:
     """oneDNN's copy of a weight, and what the weight was like when it was made."""
 
     weight: weakref.ref[Tensor]
-    copy: Tensor
     version: int
     address: int
-    sample: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
     sampled: Tensor
+    sample: Tensor
+    copy: Tensor
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight`` is unchanged.
 
-        PyTorch counts changes in place, but not those through ``weight.data``: those are looked for
-        in a few elements. One that leaves all of them alone goes unseen.
+        PyTorch counts changes in place, but not those through ``weight.data`` or another tensor over the
+        same memory: those are looked for in a few elements. One that leaves them alone goes unseen.
         """
         return (
             self.weight() is weight
             and self.version == weight._version
             and self.address == weight.data_ptr()
+            and self.shape == weight.shape
+            and self.stride == weight.stride()
             and self.copy.dtype is weight.dtype
             and torch.equal(self.sample, self.sampled)
         )
@@ -61,8 +69,8 @@ def _granted(text: str) -> int:
 
 _packed: dict[int, _Packed] = {}
 """By the id of the weight: a lookup is in the way of every product."""
-_automatic: dict[int, weakref.ref[Tensor]] = {}
-"""Weights that were packed without being asked for, each of them once."""
+_asked: dict[int, weakref.ref[Tensor]] = {}
+"""Weights of which it is decided whether they are packed by themselves, until ``allow_packing``."""
 _memory = _granted(os.environ.get(ENVIRONMENT_VARIABLE) or "0")
 
 
@@ -70,9 +78,9 @@ def allow_packing(memory: int) -> None:
     """Lets layers pack their frozen weights by themselves, in ``memory`` bytes all together.
 
     A weight is packed when it is first multiplied by in inference mode (``torch.inference_mode()``)
-    on a CPU, if it can be packed and the memory suffices; once, so that one which is changed later is
-    not packed again and again. 0, the default, leaves it to ``LoRALinear.pack_()``; memory in use stays
-    in use. ``LORAFAST_PACK_MEMORY`` sets it for a process.
+    on a CPU, if it can be packed and the memory suffices; once for each call of this function, so that
+    one which keeps changing is not packed again and again. 0, the default, leaves it to
+    ``LoRALinear.pack_()``; memory in use stays in use. ``LORAFAST_PACK_MEMORY`` sets it for a process.
 
     Raises:
         ValueError: ``memory`` is not a number of bytes.
@@ -81,11 +89,12 @@ def allow_packing(memory: int) -> None:
     if not isinstance(memory, int) or isinstance(memory, bool) or memory < 0:
         raise ValueError(f"memory is {memory!r}, expected a number of bytes")
     _memory = memory
+    _asked.clear()
 
 
 def why_not_packable(weight: Tensor) -> str | None:
     """The reason for which ``weight`` can't be packed, or None if it can."""
-    if type(weight) not in (Tensor, torch.nn.Parameter):
+    if type(weight) not in _PLAIN:
         return f"it is a {type(weight).__name__}, expected a plain tensor"
     if weight.device.type != "cpu":
         return f"it is on {weight.device}, packing is for the CPU"
@@ -108,8 +117,8 @@ def why_unavailable() -> str | None:
         _ = onednn._reorder_linear_weight.default, onednn._linear_pointwise.default
     except AttributeError:
         return "this PyTorch has no oneDNN that packs"
-    if not torch.backends.mkldnn.is_available():
-        return "this PyTorch has no oneDNN"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "this PyTorch has no oneDNN, or it is switched off"
     return None if supported else "oneDNN has no bfloat16 product on this processor"
 
 
@@ -130,17 +139,26 @@ def pack(weight: Tensor) -> None:
         sampled = weight.detach()[:: max(weight.shape[0] // _ROWS, 1), :_COLUMNS]
         _packed[key] = _Packed(
             weakref.ref(weight, lambda _: _packed.pop(key, None)),
-            torch.ops.mkldnn._reorder_linear_weight(weight.detach()),
             weight._version,
             weight.data_ptr(),
-            sampled.clone(),
+            weight.shape,
+            weight.stride(),
             sampled,
+            sampled.clone(),
+            # Last: a change meanwhile makes it the copy of an earlier state.
+            torch.ops.mkldnn._reorder_linear_weight(weight.detach()),
         )
 
 
 def unpack(weight: Tensor) -> None:
     """Drops what was packed of ``weight``, if anything was."""
     _packed.pop(id(weight), None)
+
+
+def forget(weight: Tensor) -> None:
+    """Drops all that is kept about ``weight``: ``swap_tensors`` refuses one with weak references."""
+    unpack(weight)
+    _asked.pop(id(weight), None)
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -150,7 +168,7 @@ def is_packed(weight: Tensor) -> bool:
 
 def memory_in_use() -> int:
     """Bytes that packed weights take (rounding of the layout aside)."""
-    return sum(packed.copy.numel() * packed.copy.itemsize for packed in _packed.values())
+    return sum(packed.copy.numel() * packed.copy.itemsize for packed in list(_packed.values()))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -161,16 +179,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_if_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``x·Wᵀ + bias`` by the packed copy of ``weight``, None if there is none to be used."""
-    if not (_packed or _memory) or torch.compiler.is_compiling():
-        return None
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if torch.compiler.is_compiling() or not (_packed or _memory):
         return None
     packed = _find(weight)
-    if packed is None and _memory and torch.is_inference_mode_enabled():
-        packed = _pack_if_allowed(weight)
     if packed is None:
+        if not (_memory and torch.is_inference_mode_enabled()):
+            return None
+        packed = _pack_if_allowed(weight)
+        if packed is None:
+            return None
+    # oneDNN's product is called below autograd, autocast and dispatch, so nothing may be left to them.
+    if (
+        type(x) not in _PLAIN
+        or x.dtype is not packed.copy.dtype
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or autocast_enabled(x)
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or (
+            torch.is_grad_enabled()
+            and (
+                x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+            )
+        )
+    ):
         return None
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.copy, bias, "none", [], "")
     return y
@@ -178,11 +211,13 @@ def linear_if_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor |
 
 def _pack_if_allowed(weight: Tensor) -> _Packed | None:
     key = id(weight)
-    if key in _automatic or why_not_packable(weight) is not None:
+    if key in _asked:
+        return None
+    _asked[key] = weakref.ref(weight, lambda _: _asked.pop(key, None))
+    if why_not_packable(weight) is not None:
         return None
     if memory_in_use() + weight.numel() * weight.itemsize > _memory:
         return None
-    _automatic[key] = weakref.ref(weight, lambda _: _automatic.pop(key, None))
     pack(weight)
     return _find(weight)
 

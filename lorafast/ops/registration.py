@@ -15,6 +15,12 @@ _LIBRARY = torch.library.Library("lorafast", "DEF")
 _autocast_anywhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
+# Private, but the one cheap question; without it the autograd.Function refuses transforms aloud.
+transforms_active: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+
+
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; meta has none and can't be asked."""
     return (

@@ -115,6 +115,11 @@ def test_an_unknown_instruction_set_is_refused():
     assert "LORAFAST_CPU is 'mmx', expected one of" in process.stdout
 
 
+def test_the_binary_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "OPERATIONS", (*native.OPERATIONS, "invented"))
+    assert "another version of lorafast" in native.why_not_loaded.__wrapped__()
+
+
 def run_all(seed=5, dtype=torch.float32):
     """Every kernel, on several chunks of rows and stripes of columns."""
     generator = torch.Generator().manual_seed(seed)
@@ -238,6 +243,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
     )
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     sets = {
+        "microkernels_portable": ["-DLORAFAST_SOFTWARE_HALF"],  # as gcc 11 has it
         "microkernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
         "microkernels_avx512": avx512,
         "microkernels_avx512_bf16": [*avx512, "-mavx512bf16"],

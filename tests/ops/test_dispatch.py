@@ -196,9 +196,15 @@ class TestAutomaticChoiceOnACPU:
         for M, expected in ((127, few), (128, "cpu")):
             x = torch.empty(M, 4, dtype=dtype)
             assert dispatch.automatic_choice("shrink", x, torch.empty(2, 4), None)[0] == expected
-            layer = LoRALinear(4, 6, 2, dtype=dtype)
+            layer = LoRALinear(400, 600, 2, dtype=dtype)
+            x = torch.empty(M, 400, dtype=dtype)
             chosen = {c.backend for c in lorafast.explain(layer, x).layers["(module)"]}
             assert chosen == {expected}
+
+    def test_a_small_layer_takes_the_fewest_calls(self):
+        layer = LoRALinear(40, 60, 2)
+        text = str(lorafast.explain(layer, torch.empty(128, 40)))
+        assert "aten (a layer so small that the fewest calls are the fastest)" in text
 
     def test_the_rank_of_every_operation(self):
         M, K, N = 128, 40, 50

@@ -198,14 +198,15 @@ CHANGES = {
     "in place": lambda layer: layer.weight.mul_(2.0),
     "one element": lambda layer: layer.weight[0, 0].add_(1.0),
     "an optimizer": _step,
-    "load_state_dict": lambda layer: layer.load_state_dict(make().state_dict()),
+    "load_state_dict": lambda layer: layer.load_state_dict(make(40, 40).state_dict()),
     "data assigned": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
     "data in place": lambda layer: layer.weight.data.add_(0.5),
     "a small sum through data": lambda layer: layer.weight.data.add_(
-        1e-2 * torch.randn(24, 4).to(BF16) @ torch.randn(4, 40).to(BF16)
+        1e-2 * torch.randn(40, 4).to(BF16) @ torch.randn(4, 40).to(BF16)
     ),
+    "data transposed": lambda layer: setattr(layer.weight, "data", layer.weight.data.t()),
     "another parameter": lambda layer: setattr(
-        layer, "weight", torch.nn.Parameter(torch.randn(24, 40).to(BF16), requires_grad=False)
+        layer, "weight", torch.nn.Parameter(torch.randn(40, 40).to(BF16), requires_grad=False)
     ),
 }
 
@@ -214,7 +215,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_changed_weight_is_not_multiplied_by_as_it_was(products, change, mode):
-    layer, x = make().pack_(), torch.randn(3, 40, dtype=BF16)
+    layer, x = make(40, 40).pack_(), torch.randn(3, 40, dtype=BF16)
     with mode():
         layer(x)
         assert len(products) == 1
@@ -223,9 +224,101 @@ def test_a_changed_weight_is_not_multiplied_by_as_it_was(products, change, mode)
         y = layer(x)
         assert len(products) == 1
         assert_close(y, copy.deepcopy(layer)(x))
-        layer.pack_()
-        assert_close(layer(x), y)
-        assert len(products) == 2
+        if layer.weight.is_contiguous():
+            layer.pack_()
+            assert_close(layer(x), y)
+            assert len(products) == 2
+
+
+@needs_onednn
+def test_a_merged_weight_that_was_cut_is_not_multiplied_by_as_it_was():
+    layer = make(bias=False)
+    layer.merge()
+    layer.pack_()
+    layer._merged_weight.data = layer._merged_weight.data[:10]
+    with torch.no_grad():
+        assert layer(torch.randn(3, 40, dtype=BF16)).shape == (3, 10)
+
+
+@needs_onednn
+class TestWhatPyTorchDoesAroundALinear:
+    """oneDNN's product is below autograd, autocast and dispatch: those take the weight as it is."""
+
+    def merged(self):
+        layer = make()
+        layer.merge()
+        return layer.pack_()
+
+    def test_autocast(self, products):
+        layer, x = self.merged(), torch.randn(3, 40)
+        with torch.no_grad(), torch.autocast("cpu", BF16):
+            y = layer(x)
+        assert y.dtype is BF16
+        assert_close(y, F.linear(x.to(BF16), layer._merged_weight, layer.bias))
+
+    def test_another_dtype_is_refused_as_ever(self):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="same dtype"):
+            self.merged()(torch.randn(3, 40))
+
+    def test_forward_gradients(self, products):
+        layer, x = self.merged(), torch.randn(3, 40, dtype=BF16)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+        expected = F.linear(torch.ones_like(x), layer._merged_weight)
+        assert_close(tangent, expected)
+        tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+        assert_close(tangent, expected)
+        assert not products
+
+    def test_subclasses(self, products):
+        class Mine(torch.Tensor):
+            pass
+
+        with torch.no_grad():
+            self.merged()(torch.randn(3, 40, dtype=BF16).as_subclass(Mine))
+        assert not products
+
+    def test_a_compiled_merged_layer(self):
+        layer, x = self.merged(), torch.randn(3, 40, dtype=BF16)
+        with torch.no_grad():
+            expected = layer(x)
+            compiled = torch.compile(layer, fullgraph=True)
+            assert_close(compiled(x), expected)
+
+    def test_modules_that_swap_their_tensors(self):
+        layer = make().pack_()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            layer.float()
+            layer.load_state_dict(layer.state_dict())
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        assert layer.weight.dtype is torch.float32
+        assert packing.memory_in_use() == 0
+
+    def test_a_weight_that_is_computed(self):
+        layer = make()
+        torch.nn.utils.parametrizations.weight_norm(layer, "weight")
+        repr(layer)
+        with pytest.raises(ValueError, match="computed anew in every forward"):
+            layer.pack_()
+
+
+@needs_onednn
+def test_unpacking_drops_both_weights_of_a_merged_layer():
+    layer = make().pack_()
+    layer.merge()
+    layer.pack_()
+    assert packing.memory_in_use() == 2 * 40 * 24 * 2
+    layer.unpack_()
+    assert packing.memory_in_use() == 0
+    layer.pack_()
+    layer.unmerge()
+    layer.pack_()
+    layer.merge()
+    layer.float()
+    assert packing.memory_in_use() == 0
 
 
 @needs_onednn
@@ -271,6 +364,10 @@ class TestAutomatically:
             layer.weight.mul_(2.0)
             layer(x)
         assert not packing.is_packed(layer.weight)
+        lorafast.allow_packing(1 << 20)
+        with torch.inference_mode():
+            layer(x)
+        assert packing.is_packed(layer.weight)
 
     def test_what_cannot_be_packed_is_left_alone(self):
         lorafast.allow_packing(1 << 20)
