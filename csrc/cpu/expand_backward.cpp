@@ -28,24 +28,21 @@ void expand_backward(
     const auto factors = pack_for<Value>(kernels, Matrix(lora_B));
     const auto rows_of_s = pack_for<Value>(kernels, Matrix(s));
     const int64_t packed_rows = blocks_of(M, kPer<Value>);
-    const int64_t units = sums_of_rows.chunks * sums_of_rows.stripes;
-    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, sums_of_rows.units(), 1, [&](int64_t begin, int64_t end) {
       Tiles<Value> tiles(kernels, from);
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t stripe = unit / sums_of_rows.chunks, chunk = unit % sums_of_rows.chunks;
-        const int64_t col = stripe * kTileCols, cols = std::min(kTileCols, N - col);
-        const int64_t first = chunk * sums_of_rows.chunk_rows, last = std::min(first + sums_of_rows.chunk_rows, M);
-        for (int64_t row = first; row < last; row += kTileRows) {
-          const int64_t rows = std::min(kTileRows, last - row);
-          const auto tile = tiles.at(row, rows, col, cols);
-          float* sums = &sums_of_columns[(stripe * row_blocks + row / kTileRows) * block_sums];
+      for (int64_t index = begin; index < end; ++index) {
+        const RowSums::Unit unit = sums_of_rows.unit(index);
+        for (int64_t row = unit.first; row < unit.last; row += kTileRows) {
+          const int64_t rows = std::min(kTileRows, unit.last - row);
+          const auto tile = tiles.at(row, rows, unit.col, unit.cols);
+          float* sums = &sums_of_columns[(unit.stripe * row_blocks + row / kTileRows) * block_sums];
           for (int64_t j = 0; j < rank_blocks; ++j) {
             products<Value>(kernels).reduce_columns(
-                tile.data, tile.ld, rows, cols, &factors[(j * N + col) / kPer<Value> * kLanes],
+                tile.data, tile.ld, rows, unit.cols, &factors[(j * N + unit.col) / kPer<Value> * kLanes],
                 sums + j * kTileRows * kLanes);
             products<Value>(kernels).reduce_rows(
                 tile.data, tile.ld, rows, tile.cols, &rows_of_s[(j * packed_rows + row / kPer<Value>) * kLanes],
-                sums_of_rows.of(chunk, j, col), row > first);
+                sums_of_rows.of(unit.chunk, j, unit.col), row > unit.first);
           }
         }
       }

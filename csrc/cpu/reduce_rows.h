@@ -14,9 +14,22 @@ class RowSums {
       : chunk_rows(std::max(kFewestRows, blocks_of(blocks_of(M, kMostChunks), kTileRows) * kTileRows)),
         chunks(blocks_of(M, chunk_rows)),
         stripes(blocks_of(cols, kTileCols)),
+        rows_(M),
+        all_cols_(cols),
         rank_blocks_(blocks_of(r, kLanes)),
         cols_(padded(cols)),
         partials_(scratch<float>(chunks * rank_blocks_ * kLanes * cols_)) {}
+
+  struct Unit {
+    int64_t chunk, first, last;  // rows [first, last)
+    int64_t stripe, col, cols;   // columns [col, col + cols)
+  };
+  int64_t units() const { return chunks * stripes; }
+  Unit unit(int64_t index) const {
+    const int64_t stripe = index / chunks, chunk = index % chunks;
+    const int64_t col = stripe * kTileCols, first = chunk * chunk_rows;
+    return {chunk, first, std::min(first + chunk_rows, rows_), stripe, col, std::min(kTileCols, all_cols_ - col)};
+  }
 
   // Rank block j of a chunk's partial sums from column `col` on: [.][kLanes ranks][kLanes columns], not cleared.
   float* of(int64_t chunk, int64_t j, int64_t col) {
@@ -57,7 +70,7 @@ class RowSums {
   const int64_t chunk_rows, chunks, stripes;
 
  private:
-  int64_t rank_blocks_, cols_;
+  int64_t rows_, all_cols_, rank_blocks_, cols_;
   std::unique_ptr<float[]> partials_;
 };
 

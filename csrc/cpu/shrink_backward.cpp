@@ -22,19 +22,17 @@ void shrink_backward(
     using Value = decltype(value);
     const auto factors = pack_for<Value>(kernels, Matrix(ds));
     const int64_t packed_rows = blocks_of(M, kPer<Value>);
-    torch::stable::parallel_for(0, sums.chunks * sums.stripes, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, sums.units(), 1, [&](int64_t begin, int64_t end) {
       Tiles<Value> tiles(kernels, from);
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t stripe = unit / sums.chunks, chunk = unit % sums.chunks;
-        const int64_t col = stripe * kTileCols, cols = std::min(kTileCols, K - col);
-        const int64_t first = chunk * sums.chunk_rows, last = std::min(first + sums.chunk_rows, M);
-        for (int64_t row = first; row < last; row += kTileRows) {
-          const int64_t rows = std::min(kTileRows, last - row);
-          const auto tile = tiles.at(row, rows, col, cols, dropout);
+      for (int64_t index = begin; index < end; ++index) {
+        const RowSums::Unit unit = sums.unit(index);
+        for (int64_t row = unit.first; row < unit.last; row += kTileRows) {
+          const int64_t rows = std::min(kTileRows, unit.last - row);
+          const auto tile = tiles.at(row, rows, unit.col, unit.cols, dropout);
           for (int64_t j = 0; j < rank_blocks; ++j)
             products<Value>(kernels).reduce_rows(
                 tile.data, tile.ld, rows, tile.cols, &factors[(j * packed_rows + row / kPer<Value>) * kLanes],
-                sums.of(chunk, j, col), row > first);
+                sums.of(unit.chunk, j, unit.col), row > unit.first);
         }
       }
     });
