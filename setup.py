@@ -103,10 +103,15 @@ class BuildNative(build_ext):
         """Objects, then the shared library; an optional extension that fails is left out in one line."""
         try:
             self._build(ext)
-        except subprocess.CalledProcessError as error:
-            reason = (
-                f"{error.cmd[0]} failed with {error.returncode} to make {Path(error.cmd[-1]).name}"
-            )
+        except (subprocess.CalledProcessError, OSError) as error:
+            reason = str(error)
+            if isinstance(error, subprocess.CalledProcessError):
+                made = Path(error.cmd[-1]).name
+                reason = f"{error.cmd[0]} failed with {error.returncode} to make {made}"
+            # Nothing may load or ship what other sources made.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            if self.editable_mode:
+                (ROOT / "lorafast" / "_C.abi3.so").unlink(missing_ok=True)
             if ext.optional:
                 print(f"lorafast: without native CPU kernels: {reason}", file=sys.stderr)
             raise CompileError(reason) from None

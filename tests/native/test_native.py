@@ -354,13 +354,16 @@ class TestBuild:
         assert found == native.capability().removesuffix("_bf16")
 
     def test_a_compiler_that_fails_is_an_error_only_if_forced(self, tmp_path):
+        stale = tmp_path / "built" / "lorafast" / "_C.abi3.so"
+        stale.parent.mkdir(parents=True)
+        stale.touch()
         process = self.build_with(tmp_path, "-c")
         assert process.returncode == 0, process.stderr
         assert re.search(
             r"^lorafast: without native CPU kernels: \S+ failed with 3 to make \w+\.o$",
             process.stderr, re.M,
         )  # fmt: skip
-        assert not list((tmp_path / "built").rglob("*.so"))
+        assert not list((tmp_path / "built").rglob("*.so"))  # not an earlier build's either
         shutil.rmtree(tmp_path / "tree")
         assert self.build_with(tmp_path, "-c", LORAFAST_CPP="1").returncode != 0
 
