@@ -70,9 +70,9 @@ def _choice() -> str:
         return f"{unmeasured} for every operation"
     rules = ["with dropout"]
     if native.multiplies_bfloat16():
-        rules.append("in bfloat16 up to rank 32")
+        rules.append(f"in bfloat16 up to rank {dispatch.THIN}")
     if native.has_avx512():
-        rules.append("in float32 from 128 rows")
+        rules.append(f"in float32 from {dispatch.MANY} rows")
     return (
         f"on a CPU cpu {', '.join(rules)}, else aten; elsewhere {unmeasured}; see lorafast.explain"
     )

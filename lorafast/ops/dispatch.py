@@ -143,9 +143,9 @@ def select_whole(
 
 # Where the rank is found among an operation's tensors: (which tensor, which dimension).
 _RANK = {"shrink": (1, 0), "expand_backward": (1, 1), "shrink_backward": (0, 1)}
-_THIN = 32
+THIN = 32
 """The rank up to which, in bfloat16, the native reductions beat the vendor's: measured at 4 to 128."""
-_MANY = 128
+MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
 
 _CPU, _ATEN = _backend.CPU.name, _backend.ATEN.name
@@ -153,8 +153,8 @@ _UNMEASURED = (_ATEN, "no measurement on this device shows another backend ahead
 _REFUSED = (_ATEN, "the fastest that can serve it")
 _MASK = (_CPU, "on a CPU with dropout, measured")
 _BFLOAT16 = (_CPU, "on a CPU in bfloat16, measured")
-_BFLOAT16_THIN = (_CPU, f"on a CPU in bfloat16 up to rank {_THIN}, measured")
-_FLOAT32 = (_CPU, f"on a CPU in float32 from {_MANY} rows, measured")
+_BFLOAT16_THIN = (_CPU, f"on a CPU in bfloat16 up to rank {THIN}, measured")
+_FLOAT32 = (_CPU, f"on a CPU in float32 from {MANY} rows, measured")
 _ELSE = (_ATEN, "on a CPU without dropout, measured")
 
 
@@ -176,9 +176,9 @@ def automatic_choice(operation: str, *tensors: Tensor | None) -> tuple[str, str]
             return _BFLOAT16
         which, dimension = _RANK[operation]
         like = tensors[which]
-        if like is not None and like.shape[dimension] <= _THIN:
+        if like is not None and like.shape[dimension] <= THIN:
             return _BFLOAT16_THIN
-    elif x.dtype is torch.float32 and x.shape[0] >= _MANY and native.has_avx512():
+    elif x.dtype is torch.float32 and x.shape[0] >= MANY and native.has_avx512():
         return _FLOAT32
     return _ELSE
 
