@@ -75,7 +75,7 @@ def test_one_operation_has_one_name_in_every_room():
         ):
             assert (ROOT / place).is_file(), place
     folders = {p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py")}
-    assert folders == operations | {"common"}
+    assert folders == operations | {"common", "lora_linear", "tables"}
 
 
 def test_the_name_kernels_is_not_ours():

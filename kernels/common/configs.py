@@ -1,18 +1,14 @@
-"""Launch configurations: one table, one validity predicate, one look-up, one way to cut a length.
+"""Launch configurations: what they say, which are valid, how lengths are cut.
 
-A row of ``TABLE[operation]`` reads
-
-    (element size in bytes, largest rank it serves, LaunchConfig)
-
-and the first row that fits the call is used; a rank beyond the last row is cut into blocks of
-``block_r``. Rows were chosen to compile without spilling and within the shared memory of every
-architecture in ``SHARED_MEMORY``; none has been tuned for speed on a GPU.
+``kernels/tables`` holds those that ship, one file an architecture.
 """
 
 from dataclasses import dataclass
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Compute capability → bytes of shared memory that one block may use."""
+_BULK_COPIES = (90, 100, 120)
+_WARP_SPECIALIZATION = (100,)
 
 
 @dataclass(frozen=True)
@@ -20,7 +16,16 @@ class LaunchConfig:
     """How one kernel is launched.
 
     ``block_m`` rows, ``block_n`` output columns and ``block_k`` columns of the contracted dimension
-    per tile (an operation ignores what it doesn't have), ``block_r`` columns of the rank.
+    per tile (an operation ignores what it doesn't have), ``block_r`` columns of the rank. The rest is
+    for ``linear_expand`` and the launches made of it:
+
+    - ``descriptors``: bulk copies through tensor descriptors, where the memory allows them;
+    - ``warp_specialize``: warps that only load, others that only multiply;
+    - ``flatten``: the loads of the next tile begin before this one is written;
+    - ``parts``: a tile is written in so many parts of its columns, and in ``masked_parts`` where each
+      needs a dropout mask;
+    - ``per_processor``: programs that a multiprocessor runs at once;
+    - ``riders``: programs that do a layer's thin work beside the product, where that pays.
     """
 
     block_m: int
@@ -29,6 +34,13 @@ class LaunchConfig:
     block_r: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+    warp_specialize: bool = False
+    flatten: bool = False
+    parts: int = 1
+    masked_parts: int = 1
+    per_processor: int = 1
+    riders: int = 0
 
     @property
     def options(self) -> dict[str, object]:
@@ -75,9 +87,27 @@ def why_invalid(
         return f"num_warps is {config.num_warps}, expected 1, 2, 4, 8 or 16"
     if config.num_stages < 1:
         return f"num_stages is {config.num_stages}, expected at least 1"
+    for name in ("parts", "masked_parts"):
+        parts = getattr(config, name)
+        if parts not in (1, 2, 4, 8) or config.block_n // parts < 16:
+            return f"{name} is {parts}, expected 1, 2, 4 or 8, of at least 16 columns each"
+    if config.per_processor < 1:
+        return f"per_processor is {config.per_processor}, expected at least 1"
+    if config.riders < 0:
+        return f"riders is {config.riders}, expected 0 or more"
     if capability not in SHARED_MEMORY:
         known = ", ".join(f"sm_{sm}" for sm in SHARED_MEMORY)
         return f"sm_{capability} is not among the architectures the table knows ({known})"
+    if config.descriptors and capability not in _BULK_COPIES:
+        return f"descriptors need bulk copies, which sm_{capability} lacks"
+    if config.descriptors and max(config.block_m, config.block_n, config.block_k) > 256:
+        return "a bulk copy takes at most 256 rows or columns"
+    if config.warp_specialize and not config.descriptors:
+        return "warp_specialize needs descriptors"
+    if config.warp_specialize and capability not in _WARP_SPECIALIZATION:
+        return f"Triton doesn't specialise the warps of this loop on sm_{capability}"
+    if config.warp_specialize and config.flatten:
+        return "warp_specialize and flatten exclude each other"
     stage = sum(blocks[a] * blocks[b] for a, b in _STAGE_TILES[operation]) * element_size
     # The last stage of the pipeline is consumed from registers or overwritten in place.
     needed = stage * max(config.num_stages - 1, 1)
@@ -93,55 +123,6 @@ def why_invalid(
     return None
 
 
-_C = LaunchConfig
-TABLE: dict[str, tuple[tuple[int, int, LaunchConfig], ...]] = {
-    #                                  m    n   k    r  warps stages
-    "shrink": (
-        (2, 16, _C(64, 16, 64, 16, 4, 3)),
-        (2, 32, _C(64, 16, 128, 32, 4, 3)),
-        (2, 64, _C(64, 16, 64, 64, 4, 3)),
-        (2, 128, _C(64, 16, 64, 128, 8, 3)),
-        (2, 256, _C(64, 16, 32, 256, 8, 3)),
-        (4, 16, _C(32, 16, 64, 16, 4, 3)),
-        (4, 32, _C(32, 16, 64, 32, 4, 3)),
-        (4, 128, _C(64, 16, 32, 128, 8, 3)),
-    ),
-    "linear_expand": (
-        (2, 16, _C(128, 128, 32, 16, 8, 3)),
-        (2, 32, _C(128, 128, 32, 32, 8, 3)),
-        (2, 64, _C(128, 128, 32, 64, 8, 3)),
-        (4, 16, _C(64, 64, 16, 16, 8, 3)),
-    ),
-    "expand_backward": (
-        (2, 16, _C(64, 128, 16, 16, 4, 3)),
-        (2, 32, _C(64, 128, 16, 32, 4, 3)),
-        (2, 64, _C(64, 128, 16, 64, 8, 3)),
-        (2, 128, _C(64, 64, 16, 128, 8, 2)),
-        (4, 16, _C(32, 64, 16, 16, 4, 3)),
-        (4, 32, _C(32, 32, 16, 32, 4, 3)),
-        (4, 64, _C(16, 64, 16, 64, 4, 3)),
-    ),
-    "shrink_backward": (
-        (2, 16, _C(64, 16, 64, 16, 4, 3)),
-        (2, 32, _C(64, 16, 128, 32, 4, 3)),
-        (2, 64, _C(64, 16, 128, 64, 8, 3)),
-        (2, 128, _C(64, 16, 64, 128, 8, 3)),
-        (4, 16, _C(32, 16, 64, 16, 4, 3)),
-        (4, 32, _C(32, 16, 64, 32, 8, 3)),
-        (4, 64, _C(16, 16, 64, 64, 8, 3)),
-    ),
-}
-
-
-def config_for(operation: str, rank: int, element_size: int) -> LaunchConfig:
-    """The row of ``TABLE`` that serves this call; the largest of the dtype beyond its last rank."""
-    rows = [(most, config) for size, most, config in TABLE[operation] if size == element_size]
-    for most, config in rows:
-        if rank <= most:
-            return config
-    return rows[-1][1]
-
-
 def chunks(processors: int, length: int, block: int, programs: int) -> tuple[int, int]:
     """Cuts ``length`` so that ``programs`` times the number of chunks fills ``processors``.
 
@@ -149,7 +130,16 @@ def chunks(processors: int, length: int, block: int, programs: int) -> tuple[int
     that two runs reduce in the same order.
     """
     blocks = -(-length // block)
-    # Two waves, and at least four blocks a chunk: below that the partial sums cost more than they save.
-    wanted = min(-(-2 * processors // programs), max(blocks // 4, 1))
+    # At least four blocks a chunk: below that the partial sums cost more than they save.
+    wanted = min(max(processors // programs, 1), max(blocks // 4, 1))
     chunk = max(-(-blocks // wanted), 1)
     return max(-(-blocks // chunk), 1), chunk
+
+
+def split_k(processors: int, tiles: int, k_blocks: int) -> int:
+    """Into how many shares K is cut so that ``tiles`` of a product fill ``processors``: 1, 2, 4 or 8,
+    each of at least four blocks."""
+    splits = 1
+    while splits < 8 and 2 * splits * tiles <= processors and 8 * splits <= k_blocks:
+        splits *= 2
+    return splits

@@ -52,3 +52,59 @@ def keep_mask(
     )
     odd = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
     return tl.interleave(even, odd).to(tl.int32) >= threshold  # [BLOCK_M, BLOCK]
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """How many programs were counted here before this one. What they stored before, it can load."""
+    # Every thread has stored before one of them says so, and none loads before it has answered.
+    tl.debug_barrier()
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before
+
+
+@triton.jit
+def raise_flag(flag_ptr):
+    """What this program has stored can be loaded by whoever waits for the flag."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for(flag_ptr, INTERPRETED: tl.constexpr):
+    """Returns 0 when the flag is raised. Who adds it to an address loads from there after that."""
+    if INTERPRETED:
+        # Programs run one by one: who comes later finds the flag raised, or would wait for ever.
+        tl.device_assert(tl.load(flag_ptr) != 0, "waits for a program that comes later")
+        waited = 0
+    else:
+        # Every thread waits for itself, so that none needs a barrier, and in one instruction for the
+        # compiler: a loop in its sight would keep the loads of the main loop from being pipelined.
+        waited = tl.inline_asm_elementwise(
+            """{
+            .reg .pred lowered;
+            again:
+            ld.acquire.gpu.global.b32 $0, [$1];
+            setp.eq.b32 lowered, $0, 0;
+            @lowered bra again;
+            sub.s32 $0, $0, 1;
+            }""",
+            "=r,l",
+            [flag_ptr],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return waited
+
+
+@triton.jit
+def sum_blocks(partials_ptr, offsets, inside, stride, count):
+    """``Σᵢ partials[offsets + i·stride]`` in order of i, so that two runs give the same bits."""
+    total = tl.load(partials_ptr + offsets, mask=inside, other=0.0)
+    for i in tl.range(1, count, num_stages=1):
+        # 64 bits: all partials together may pass 2**31 elements.
+        start = tl.cast(i, tl.int64) * stride
+        total += tl.load(partials_ptr + start + offsets, mask=inside, other=0.0)
+    return total

@@ -2,17 +2,23 @@
 
 import contextlib
 import functools
+import warnings
 
 import torch
 import triton
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.tables import tuned
 from torch import Tensor
 
+from lorafast.kernels import tables
 from lorafast.reference.dropout import survivor_scale, threshold
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
 INTERPRETER_PROCESSORS = 4
 """The interpreter runs programs one by one; a few make it cut and add up as a device does."""
+INTERPRETER_CAPABILITY = 90
+"""The compute capability whose configurations the interpreter takes."""
 
 
 def precision(x: Tensor) -> str:
@@ -40,6 +46,62 @@ def processors(x: Tensor) -> int:
 @functools.lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def capability(x: Tensor) -> int:
+    """The compute capability of the device of ``x``, as in ``sm_90``."""
+    return _capability(x.device) if x.is_cuda else INTERPRETER_CAPABILITY
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def config_for(
+    operation: str,
+    x: Tensor,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    *,
+    masked: bool = False,
+    bulk: bool = False,
+) -> LaunchConfig:
+    """The launch configuration for a call of ``operation`` on the device and in the dtype of ``x``.
+
+    ``bulk``: whether bulk copies can read and write its operands.
+    """
+    device = device_name(x)
+    key = tuned.Key(operation, str(x.dtype).removeprefix("torch."), M, K, N, r, masked)
+    record = tuned.nearest(device, key)
+    if record is not None and record.config is not None and (bulk or not record.config.descriptors):
+        return record.config
+    if x.is_cuda and not tuned.load(device):
+        _say_untuned(device, capability(x))
+    return tables.find(operation, capability(x), x.dtype, M, K, N, r, bulk)
+
+
+def device_name(x: Tensor) -> str:
+    """As PyTorch names the device; ``interpreter`` off CUDA."""
+    return _device_name(x.device) if x.is_cuda else "interpreter"
+
+
+@functools.lru_cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@functools.cache
+def _say_untuned(device: str, sm: int) -> None:
+    if device not in tables.tuned_on(sm):
+        warnings.warn(
+            f"lorafast's kernels are not tuned for {device}: they use the rules for "
+            f"sm_{sm}. `lorafast tune` measures what is fastest on it, once, in minutes.",
+            stacklevel=2,
+        )
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

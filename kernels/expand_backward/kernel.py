@@ -1,30 +1,47 @@
 """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``: one pass over dy for both.
 
-A program walks down a chunk of rows of one column block. Its dB stays in registers; its share of ds
-leaves row block by row block. Both are partial sums, added in a fixed order afterwards.
+dy is cut into row groups and column groups. Whoever takes a group of each walks down its rows: its dB
+stays in registers, its share of ds leaves row block by row block. Both are float32 partial sums; the
+last one of a row group adds up its ds, the last one of a column group its dB, in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, chunks, config_for
-from lorafast.kernels.common.device import cast, dot
-from lorafast.kernels.common.launch import INTERPRETED, on_device, precision, processors
-from lorafast.kernels.common.sum_partials import sum_partials
+from lorafast.kernels.common.configs import LaunchConfig, chunks
+from lorafast.kernels.common.counters import counters
+from lorafast.kernels.common.device import arrive, cast, dot, sum_blocks
+from lorafast.kernels.common.launch import (
+    INTERPRETED,
+    config_for,
+    on_device,
+    precision,
+    processors,
+)
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["M", "r", "m_blocks"])
-def expand_backward_kernel(
+@triton.jit
+def expand_backward_group(
     dy_ptr,
     s_ptr,
     b_ptr,
     ds_ptr,
     db_ptr,
+    ds_partials_ptr,
+    db_partials_ptr,
+    counters_ptr,
+    row_group,
+    col_group,
+    rank_block,
+    row_groups,
+    col_groups,
+    rank_blocks,
     M,
     N,
     r,
     m_blocks,
+    scaling,
     stride_dym,
     stride_dyn,
     stride_sm,
@@ -34,14 +51,17 @@ def expand_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (i, j, l): column block i of dy, row chunk j, rank block l."""
-    col_block = tl.program_id(0)
-    chunk = tl.program_id(1)
-    cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """ds and dB of ``m_blocks`` row blocks, BLOCK_N columns and BLOCK_R ranks.
+
+    True for whoever has completed ds of these rows and ranks. ``counters`` has ``rank_blocks`` zeros
+    for each row group, then for each column group.
+    """
+    cols = col_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     # 64 bits: M·N may pass 2**31 elements.
     col_offsets = cols.to(tl.int64)
     b = tl.load(
@@ -51,11 +71,14 @@ def expand_backward_kernel(
     )  # [BLOCK_N, BLOCK_R]
     b = cast(b, dy_ptr.dtype.element_ty, INTERPRETED)
 
-    ds_part = ds_ptr + col_block.to(tl.int64) * M * r
-    db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    begin = chunk * m_blocks * BLOCK_M
+    ds_size = tl.cast(M, tl.int64) * r
+    db_size = tl.cast(N, tl.int64) * r
+    ds_part = ds_partials_ptr + col_group * ds_size
+    db = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)  # transposed, so that dy is not
+    # Counted in blocks, so that the compiler knows the alignment of every load.
+    begin = row_group * m_blocks * BLOCK_M
     end = tl.minimum(begin + m_blocks * BLOCK_M, M)
-    for m in range(begin, end, BLOCK_M):
+    for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         rows = m + tl.arange(0, BLOCK_M)
         row_offsets = rows.to(tl.int64)
         row_inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
@@ -72,10 +95,69 @@ def expand_backward_kernel(
         ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         ds = dot(dy, b, ds, PRECISION, INTERPRETED)
         tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds, mask=row_inside)
-        db = dot(tl.trans(dy), s, db, PRECISION, INTERPRETED)
+        db = dot(tl.trans(s), dy, db, PRECISION, INTERPRETED)
 
-    db_ptrs = db_ptr + chunk.to(tl.int64) * N * r + col_offsets[:, None] * r + ranks[None, :]
-    tl.store(db_ptrs, db, mask=(cols < N)[:, None] & (ranks < r)[None, :])
+    db_offsets = col_offsets[None, :] * r + ranks[:, None]  # [BLOCK_R, BLOCK_N]
+    db_inside = (cols < N)[None, :] & (ranks < r)[:, None]
+    tl.store(db_partials_ptr + row_group * db_size + db_offsets, db, mask=db_inside)
+
+    of_rows = counters_ptr + row_group * rank_blocks + rank_block
+    of_cols = counters_ptr + (row_groups + col_group) * rank_blocks + rank_block
+    completed = arrive(of_rows) == col_groups - 1
+    if completed:
+        for m in range(begin, end, BLOCK_M):
+            rows = m + tl.arange(0, BLOCK_M)
+            inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
+            offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+            ds = sum_blocks(ds_partials_ptr, offsets, inside, ds_size, col_groups) * scaling
+            tl.store(ds_ptr + offsets, cast(ds, ds_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+        tl.store(of_rows, 0)
+    if arrive(of_cols) == row_groups - 1:
+        db = sum_blocks(db_partials_ptr, db_offsets, db_inside, db_size, row_groups) * scaling
+        tl.store(
+            db_ptr + db_offsets, cast(db, db_ptr.dtype.element_ty, INTERPRETED), mask=db_inside
+        )
+        tl.store(of_cols, 0)
+    return completed
+
+
+@triton.jit(do_not_specialize=["M", "r", "m_blocks"])
+def expand_backward_kernel(
+    dy_ptr,
+    s_ptr,
+    b_ptr,
+    ds_ptr,
+    db_ptr,
+    ds_partials_ptr,
+    db_partials_ptr,
+    counters_ptr,
+    M,
+    N,
+    r,
+    m_blocks,
+    scaling,
+    stride_dym,
+    stride_dyn,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Program (i, j, l): column group i of dy, row group j, rank block l."""
+    expand_backward_group(
+        dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, ds_partials_ptr, db_partials_ptr, counters_ptr,
+        tl.program_id(1), tl.program_id(0), tl.program_id(2),
+        tl.num_programs(1), tl.num_programs(0), tl.num_programs(2),
+        M, N, r, m_blocks, scaling,
+        stride_dym, stride_dyn, stride_sm, stride_sr, stride_bn, stride_br,
+        BLOCK_M, BLOCK_N, BLOCK_R, STAGES, PRECISION, INTERPRETED,
+    )  # fmt: skip
 
 
 def expand_backward(
@@ -95,22 +177,28 @@ def expand_backward(
     r = lora_B.shape[1]
     if dy.numel() == 0:
         return s.new_zeros((M, r)), torch.zeros((N, r), device=dy.device, dtype=lora_B.dtype)
-    c = config or config_for("expand_backward", r, dy.element_size())
-    col_blocks, rank_blocks = triton.cdiv(N, c.block_n), triton.cdiv(r, c.block_r)
-    count, m_blocks = chunks(processors(dy), M, c.block_m, col_blocks * rank_blocks)
-    ds = torch.empty((col_blocks, M, r), device=dy.device, dtype=torch.float32)
-    dB = torch.empty((count, N, r), device=dy.device, dtype=torch.float32)
+    c = config or config_for("expand_backward", dy, M, N, N, r)
+    col_groups, rank_blocks = triton.cdiv(N, c.block_n), triton.cdiv(r, c.block_r)
+    row_groups, m_blocks = chunks(
+        processors(dy) * c.per_processor, M, c.block_m, col_groups * rank_blocks
+    )
+    ds = torch.empty((M, r), device=dy.device, dtype=dy.dtype)
+    dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)
     with on_device(dy):
-        expand_backward_kernel[(col_blocks, count, rank_blocks)](
+        expand_backward_kernel[(col_groups, row_groups, rank_blocks)](
             dy,
             s,
             lora_B,
             ds,
             dB,
+            dy.new_empty((col_groups, M, r), dtype=torch.float32),
+            dy.new_empty((row_groups, N, r), dtype=torch.float32),
+            counters(dy, (row_groups + col_groups) * rank_blocks),
             M=M,
             N=N,
             r=r,
             m_blocks=m_blocks,
+            scaling=float(scaling),
             stride_dym=dy.stride(0),
             stride_dyn=dy.stride(1),
             stride_sm=s.stride(0),
@@ -120,8 +208,9 @@ def expand_backward(
             BLOCK_M=c.block_m,
             BLOCK_N=c.block_n,
             BLOCK_R=c.block_r,
+            STAGES=c.num_stages,
             PRECISION=precision(dy),
             INTERPRETED=INTERPRETED,
             **c.options,
         )
-        return sum_partials(ds, dy.dtype, scaling), sum_partials(dB, lora_B.dtype, scaling)
+    return ds, dB

@@ -1,59 +1,57 @@
-"""``s = drop(x)·Aᵀ``: one pass over x, its columns shared out over programs where rows are few."""
+"""``s = drop(x)·Aᵀ``: one pass over x, its columns shared out over programs where rows are few.
+
+Where they are, each program leaves a partial sum, and the last one of a row block adds them up.
+"""
 
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, chunks, config_for
-from lorafast.kernels.common.device import cast, dot, keep_mask
+from lorafast.kernels.common.configs import LaunchConfig, chunks
+from lorafast.kernels.common.counters import counters
+from lorafast.kernels.common.device import arrive, cast, dot, keep_mask, sum_blocks
 from lorafast.kernels.common.launch import (
     INTERPRETED,
+    config_for,
     dropout_arguments,
     on_device,
     precision,
     processors,
 )
-from lorafast.kernels.common.sum_partials import sum_partials
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["M", "r", "k_blocks", "threshold"])
-def shrink_kernel(
+@triton.jit
+def shrink_rows(
     x_ptr,
     a_ptr,
-    s_ptr,
     seed_ptr,
+    rows,
+    ranks,
+    begin,
+    end,
     M,
     K,
     r,
-    k_blocks,
     threshold,
     survivor_scale,
     stride_xm,
     stride_xk,
     stride_ar,
     stride_ak,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (i, j, l) shrinks row block i over column chunk j for rank block l."""
-    chunk = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """``drop(x)·Aᵀ`` in float32 for ``rows`` and ``ranks``, over the columns from begin to end."""
     # 64 bits: M·K may pass 2**31 elements.
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm  # [BLOCK_M, 1]
     a_rows = a_ptr + ranks.to(tl.int64)[None, :] * stride_ar  # [1, BLOCK_R]
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    # Counted in blocks, so that the compiler knows the alignment of every load.
-    begin = chunk * k_blocks * BLOCK_K
-    end = tl.minimum(begin + k_blocks * BLOCK_K, K)
-    for k in range(begin, end, BLOCK_K):
+    acc = tl.zeros((rows.shape[0], ranks.shape[0]), dtype=tl.float32)
+    for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         cols = k + tl.arange(0, BLOCK_K)
         offsets = cols.to(tl.int64)
         x = tl.load(
@@ -71,11 +69,60 @@ def shrink_kernel(
             kept = tl.where(keep, x.to(tl.float32) * survivor_scale, 0.0)
             x = cast(kept, x.dtype, INTERPRETED)
         acc = dot(x, cast(a, x.dtype, INTERPRETED), acc, PRECISION, INTERPRETED)
+    return acc
 
-    start = chunk.to(tl.int64) * M * r  # which partial; the only one is s itself
-    s_ptrs = s_ptr + start + rows.to(tl.int64)[:, None] * r + ranks[None, :]  # [BLOCK_M, BLOCK_R]
+
+@triton.jit(do_not_specialize=["M", "r", "k_blocks", "threshold"])
+def shrink_kernel(
+    x_ptr,
+    a_ptr,
+    s_ptr,
+    partials_ptr,
+    counters_ptr,
+    seed_ptr,
+    M,
+    K,
+    r,
+    k_blocks,
+    threshold,
+    survivor_scale,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Program (i, j, l) shrinks row block i over column chunk j for rank block l."""
+    chunk = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # Counted in blocks, so that the compiler knows the alignment of every load.
+    begin = chunk * k_blocks * BLOCK_K
+    end = tl.minimum(begin + k_blocks * BLOCK_K, K)
+    acc = shrink_rows(
+        x_ptr, a_ptr, seed_ptr, rows, ranks, begin, end, M, K, r, threshold, survivor_scale,
+        stride_xm, stride_xk, stride_ar, stride_ak,
+        BLOCK_K, STAGES, HAS_DROPOUT, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]  # [BLOCK_M, BLOCK_R]
     inside = (rows < M)[:, None] & (ranks < r)[None, :]
-    tl.store(s_ptrs, cast(acc, s_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+    if SPLIT:
+        size = tl.cast(M, tl.int64) * r
+        tl.store(partials_ptr + chunk * size + offsets, acc, mask=inside)
+        counter = counters_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+        if arrive(counter) == tl.num_programs(1) - 1:
+            acc = sum_blocks(partials_ptr, offsets, inside, size, tl.num_programs(1))
+            tl.store(s_ptr + offsets, cast(acc, s_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+            tl.store(counter, 0)
+    else:
+        tl.store(s_ptr + offsets, cast(acc, s_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 
 def shrink(
@@ -95,16 +142,19 @@ def shrink(
     s = torch.empty((M, r), device=x.device, dtype=x.dtype)
     if s.numel() == 0:
         return s
-    c = config or config_for("shrink", r, x.element_size())
+    c = config or config_for("shrink", x, M, K, K, r, masked=dropout_p > 0.0)
     row_blocks, rank_blocks = triton.cdiv(M, c.block_m), triton.cdiv(r, c.block_r)
-    count, k_blocks = chunks(processors(x), K, c.block_k, row_blocks * rank_blocks)
-    # Partial sums stay in float32 until the last addition.
-    target = s if count == 1 else s.new_empty((count, M, r), dtype=torch.float32)
+    count, k_blocks = chunks(
+        processors(x) * c.per_processor, K, c.block_k, row_blocks * rank_blocks
+    )
+    split = count > 1
     with on_device(x):
         shrink_kernel[(row_blocks, count, rank_blocks)](
             x,
             lora_A,
-            target,
+            s,
+            x.new_empty((count, M, r), dtype=torch.float32) if split else x,
+            counters(x, row_blocks * rank_blocks) if split else x,
             M=M,
             K=K,
             r=r,
@@ -116,9 +166,11 @@ def shrink(
             BLOCK_M=c.block_m,
             BLOCK_K=c.block_k,
             BLOCK_R=c.block_r,
+            STAGES=c.num_stages,
+            SPLIT=split,
             PRECISION=precision(x),
             INTERPRETED=INTERPRETED,
             **c.options,
             **dropout_arguments(x, dropout_p, seed),
         )
-        return s if count == 1 else sum_partials(target, x.dtype)
+    return s

@@ -16,7 +16,8 @@ from lorafast.ops import native
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the four operations (``cpu`` has a whole layer too: ``select_whole``).
+    """One implementation of the four operations (``cpu`` and ``triton`` have a whole layer's forward and
+    backward too: ``select_whole``).
 
     ``why_unusable()`` and ``why_refused(operation, tensors)`` return a sentence, or None if nothing
     stands in the way. ``modules`` maps an operation to the module that has a function of its name.
@@ -124,7 +125,14 @@ REFERENCE = Backend(
     "reference", _nothing_missing, _nothing_refused, lambda op: "lorafast.reference"
 )
 ATEN = Backend("aten", _nothing_missing, _nothing_refused, lambda op: "lorafast.ops.aten")
-TRITON = Backend("triton", _triton_unusable, _triton_refused, lambda op: f"lorafast.kernels.{op}")
+
+
+def _triton_module(operation: str) -> str:
+    return f"lorafast.kernels.{_TRITON_FOLDERS.get(operation, operation)}"
+
+
+_TRITON_FOLDERS = {"lora_linear_backward": "lora_linear"}
+TRITON = Backend("triton", _triton_unusable, _triton_refused, _triton_module)
 
 CPU = Backend("cpu", native.why_not_loaded, _cpu_refused, lambda op: "lorafast.ops.cpu")
 

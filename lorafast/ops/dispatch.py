@@ -2,9 +2,11 @@
 
 ``auto`` takes the fastest backend that is measured to be so. On a CPU that is the native kernels
 for whatever has a dropout mask, in bfloat16 (for ranks up to 32, the expansion for any), and in float32
-over many rows; else it is ``aten``.
-No record from a GPU exists yet. A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't
-serve a call raises with the reason; nothing falls back in silence.
+over many rows; else it is ``aten``. On a GPU it is what ``lorafast tune`` found there, and where
+there is no record near the call, what the model of ``roofline`` gives the least time.
+
+A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a call raises with the
+reason; nothing falls back in silence.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafast.ops import backend as _backend
-from lorafast.ops import native
+from lorafast.ops import native, on_gpu
 
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "LORAFAST_BACKEND"
@@ -101,9 +103,10 @@ def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callabl
         BackendError: the named backend can't serve these tensors.
     """
     if name is None:
-        if automatic_choice(operation, *tensors)[0] is _CPU:
-            return _backend.CPU.implementation(operation)
-        return _ATEN_FUNCTIONS[operation]
+        name = automatic_choice(operation, *tensors)[0]
+        if name is _ATEN:
+            return _ATEN_FUNCTIONS[operation]
+        return _backend.BACKENDS[name].implementation(operation)
     reason = why_not(name, operation, tensors)
     if reason is not None:
         raise BackendError(f"backend {name!r} can't serve {operation}: {reason}")
@@ -121,24 +124,37 @@ def select_whole(
     """The function ``whole`` of backend ``name``, which does all operations of a layer's forward or
     backward in one call; None if it has none, or for ``auto`` if other backends are faster.
 
-    What is the fastest for ``shrink`` is so for the whole: then the base product has left Python and the
-    dispatcher cold, and each call more costs more than what another backend would gain.
-
     Raises:
         BackendError: the named backend can't serve these tensors.
     """
     if name is None:
-        if automatic_choice("shrink", x, lora_A, seed)[0] is not _CPU or why_not(
-            _CPU, whole, others
-        ):
-            return None
-    elif name == _CPU:
-        reason = why_not(_CPU, whole, (x, lora_A, seed, *others))
-        if reason is not None:
-            raise BackendError(f"backend {name!r} can't serve {whole}: {reason}")
-    else:
+        name = automatic_whole(whole, x, lora_A, seed, *others)[0]
+        return None if name is None else _backend.BACKENDS[name].implementation(whole)
+    if name not in (_CPU, _TRITON):
         return None
-    return _backend.CPU.implementation(whole)
+    reason = why_not(name, whole, (x, lora_A, seed, *others))
+    if reason is not None:
+        raise BackendError(f"backend {name!r} can't serve {whole}: {reason}")
+    return _backend.BACKENDS[name].implementation(whole)
+
+
+def automatic_whole(
+    whole: str, x: Tensor, lora_A: Tensor, seed: Tensor | None, *others: Tensor | None
+) -> tuple[str | None, str]:
+    """The backend that ``auto`` takes for a whole layer's forward or backward, and the rule for it.
+
+    None where its operations choose one by one. On a CPU what is the fastest for ``shrink`` is so for
+    the whole: the base product has left Python and the dispatcher cold, and each call more costs
+    more than what another backend would gain.
+    """
+    if x.is_cuda:
+        if why_not(_TRITON, whole, (x, lora_A, seed, *others)) is not None:
+            return None, ""
+        return on_gpu.whole(whole, x, lora_A, seed, *others)
+    backend, reason = automatic_choice("shrink", x, lora_A, seed)
+    if backend is _CPU and why_not(_CPU, whole, others) is None:
+        return backend, reason
+    return None, ""
 
 
 # Where the rank is found among an operation's tensors: (which tensor, which dimension).
@@ -148,7 +164,7 @@ THIN = 32
 MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
 
-_CPU, _ATEN = _backend.CPU.name, _backend.ATEN.name
+_CPU, _ATEN, _TRITON = _backend.CPU.name, _backend.ATEN.name, _backend.TRITON.name
 _UNMEASURED = (_ATEN, "no measurement on this device shows another backend ahead of it")
 _REFUSED = (_ATEN, "the fastest that can serve it")
 _MASK = (_CPU, "on a CPU with dropout, measured")
@@ -164,6 +180,11 @@ def automatic_choice(operation: str, *tensors: Tensor | None) -> tuple[str, str]
     The rules for a CPU were measured on one with AVX-512 and its bfloat16 product.
     """
     x = tensors[0]
+    if x is not None and x.is_cuda:
+        reason = why_not(_TRITON, operation, tensors)
+        if reason is not None:
+            return _ATEN, f"the only one that can serve it: {reason}"
+        return on_gpu.choice(operation, *tensors)
     if x is None or not x.is_cpu:
         return _UNMEASURED
     if why_not(_CPU, operation, tensors) is not None:

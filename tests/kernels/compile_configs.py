@@ -1,135 +1,238 @@
-"""Compiles every launch configuration for one architecture and prints what the machine code needs.
+"""Compiles what every row of an architecture's table launches and checks the machine code.
 
-    python tests/kernels/compile_configs.py 90 [bf16 fp16 fp32]
+    python tests/kernels/compile_configs.py 90
 
-One JSON object a line. Needs no GPU; must not run with ``TRITON_INTERPRET`` set.
+A line for each configuration and variant; exit status 1 if one spills, is too large for the chip, lacks
+the instructions that it should be made of, or reads with narrow accesses. Needs no GPU; must not run
+with ``TRITON_INTERPRET`` set. What has been compiled before by the same Triton is read from
+``build/compiled``.
 """
 
+import hashlib
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from importlib import import_module
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import triton
 import triton.backends.nvidia
-from lorafast.kernels.common.configs import OPERATIONS, TABLE, LaunchConfig
-from lorafast.kernels.linear_expand.kernel import _GROUP_M
+from lorafast.kernels.common.configs import OPERATIONS, SHARED_MEMORY, LaunchConfig
+from lorafast.kernels.expand_backward import expand_backward
+from lorafast.kernels.linear_expand import linear_expand
+from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
+from lorafast.kernels.shrink import shrink
+from lorafast.kernels.shrink_backward import shrink_backward
+from lorafast.kernels.tables import table_of
+from recorded import Launch, launches_of
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-ELEMENT_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-PARTIAL_SUMS = {("expand_backward", "ds_ptr"), ("expand_backward", "db_ptr")}  # float32
-
-# operation → (variant, dropout, bias, which strides are 1). The backward calls linear_expand on Wᵀ
-# and Aᵀ, whose contiguous dimension is the other one.
-FORWARD = {"stride_xk", "stride_wk", "stride_sr", "stride_br", "stride_bias"}
-TRANSPOSED = {"stride_xk", "stride_wn", "stride_sr", "stride_bn", "stride_bias"}
-VARIANTS = {
-    "shrink": [
-        ("plain", False, False, {"stride_xk", "stride_ak"}),
-        ("dropout", True, False, {"stride_xk", "stride_ak"}),
-    ],
-    "linear_expand": [
-        ("forward", False, True, FORWARD),
-        ("dx", False, False, TRANSPOSED),
-        ("dx-dropout", True, False, TRANSPOSED),
-    ],
-    "expand_backward": [("plain", False, False, {"stride_dyn", "stride_sr", "stride_br"})],
-    "shrink_backward": [
-        ("plain", False, False, {"stride_dsr", "stride_xk"}),
-        ("dropout", True, False, {"stride_dsr", "stride_xk"}),
-    ],
-}
+_CACHE = Path(__file__).parents[2] / "build" / "compiled"
+_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Half precision multiplies on the tensor cores: their instruction on each architecture.
+_TENSOR_CORE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+_PRODUCT = "linear_expand"
+_WARP_GROUP_ROWS = 64  # HGMMA and UTCHMMA multiply so many rows; fewer go to HMMA
 
 
-def kernel_source(
-    operation: str, config: LaunchConfig, dtype: str, dropout: bool, bias: bool, unit: set[str]
-) -> ASTSource:
-    """The kernel specialised as the launcher does for contiguous inputs and sizes divisible by 16."""
-    kernel = getattr(import_module(f"lorafast.kernels.{operation}.kernel"), f"{operation}_kernel")
-    constants = {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "BLOCK_R": config.block_r,
-        "GROUP_M": _GROUP_M,
-        "HAS_DROPOUT": dropout,
-        "HAS_BIAS": bias,
-        "PRECISION": "ieee",
-        "INTERPRETED": False,
-        **dict.fromkeys(unit, 1),
-    }
-    signature, constexprs, attributes = {}, {}, {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-            constexprs[(parameter.num,)] = constants[name]
-        elif name.endswith("_ptr"):
-            element = "i64" if name == "seed_ptr" else dtype
-            signature[name] = "*fp32" if (operation, name) in PARTIAL_SUMS else f"*{element}"
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        elif name in ("scaling", "survivor_scale"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if not parameter.do_not_specialize:
-                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs, attributes)
+@dataclass(frozen=True)
+class Machine:
+    """What the machine code of one launch needs, and what it is made of."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    spills: int
+    instructions: dict[str, int]
 
 
-def machine_code(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and instructions, as cuobjdump prints them."""
+@dataclass(frozen=True)
+class Checked:
+    """One configuration in one variant: ``wrong`` says what is wrong with its machine code."""
+
+    name: str
+    operation: str
+    machine: Machine
+    wrong: list[str]
+
+    def __str__(self) -> str:
+        m = self.machine
+        made_of = " ".join(f"{name}:{count}" for name, count in m.instructions.items())
+        verdict = "; ".join(self.wrong) or "ok"
+        needs = f"{m.registers:>3} registers {m.shared:>6} shared"
+        return f"{self.name:<48} {needs}  {made_of}  {verdict}"
+
+
+def _calls(
+    operation: str, c: LaunchConfig, dtype: torch.dtype, M: int, K: int, N: int, r: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What the layer asks of an operation, on contiguous inputs without memory."""
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x, dy, s, weight = empty(M, K), empty(M, N), empty(M, r), empty(N, K)
+    lora_A, lora_B, bias = empty(r, K), empty(N, r), empty(N)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    masks = (("", 0.0, None), ("-dropout", 0.05, seed))
+    if operation == "shrink":
+        for name, p, of in masks:
+            yield f"plain{name}", lambda p=p, of=of: shrink(x, lora_A, p, of, config=c)
+    elif operation == "expand_backward":
+        yield "plain", lambda: expand_backward(dy, s, lora_B, 2.0, config=c)
+    elif operation == "shrink_backward":
+        for name, p, of in masks:
+            yield f"plain{name}", lambda p=p, of=of: shrink_backward(s, x, p, of, config=c)
+    else:
+        yield "forward", lambda: linear_expand(x, weight, s, lora_B, 2.0, bias, config=c)
+        for name, p, of in masks:
+            yield (
+                f"dx{name}",
+                lambda p=p, of=of: linear_expand(
+                    dy, weight.t(), s, lora_A.t(), 1.0, None, p, of, config=c
+                ),
+            )
+        if c.riders:
+            yield (
+                "riders-forward",
+                lambda: lora_linear(x, weight, lora_A, lora_B, 2.0, bias, config=c),
+            )
+            for name, p, of in masks:
+                yield (
+                    f"riders-backward{name}",
+                    lambda p=p, of=of: lora_linear_backward(
+                        dy, x, weight, lora_A, lora_B, s, 2.0, p, of, config=c
+                    ),
+                )
+
+
+def check_all(capability: int, dtypes: tuple[str, ...]) -> Iterator[Checked]:
+    """Every row of the table in every variant; what launches the same code is compiled once."""
+    seen = set()
+    for operation in OPERATIONS:
+        rows = table_of(capability)[operation]
+        for (bits, M, K, N, most, config), dtype in itertools.product(rows, dtypes):
+            if 8 * _DTYPES[dtype].itemsize != bits:
+                continue
+            for r in _ranks(operation, most, dtype, max(row[1] for row in rows) == M):
+                for variant, call in _calls(operation, config, _DTYPES[dtype], M, K, N, r):
+                    for launch in launches_of(capability, call):
+                        if launch.code in seen:
+                            continue
+                        seen.add(launch.code)
+                        name = f"{operation}-{dtype}-M{M}-r{r}-{variant}"
+                        machine = compiled(launch, capability)
+                        wrong = list(why_bad(launch, config, dtype, capability, machine))
+                        yield Checked(name, operation, machine, wrong)
+
+
+def _ranks(operation: str, most: int, dtype: str, most_rows: bool) -> tuple[int, ...]:
+    """The ranks to compile a row for. A product takes the rank in blocks of its own: one, several, and
+    so many that they are looped over, the last two where there are most rows."""
+    if operation != _PRODUCT:
+        return (most,) if dtype != "fp16" else ()
+    if dtype != "bf16":
+        return (16,)
+    return (16, 64, 80) if most_rows else (16,)
+
+
+def why_bad(
+    launch: Launch,
+    config: LaunchConfig,
+    dtype: str,
+    capability: int,
+    machine: Machine,
+) -> Iterator[str]:
+    """What the machine code must not have, and what it must."""
+    if machine.spills or machine.local:
+        yield f"{machine.spills} spills, {machine.local} bytes of local memory"
+    if machine.shared > SHARED_MEMORY[capability]:
+        yield f"{machine.shared} bytes of shared memory of {SHARED_MEMORY[capability]}"
+    product = launch.kernel.__name__ not in (
+        "shrink_kernel", "expand_backward_kernel", "shrink_backward_kernel",
+    )  # fmt: skip
+    has = machine.instructions
+    if product and dtype != "fp32":
+        wide = config.block_m >= _WARP_GROUP_ROWS
+        expected = _TENSOR_CORE[capability] if wide else "HMMA"
+        if expected not in has:
+            yield f"no {expected}"
+        if launch.constant("WARP_SPECIALIZE") and "USETMAXREG" not in has:
+            yield "the warps are not specialised"
+    bulk = product and launch.constant("DESCRIPTORS")
+    if bulk:
+        if "UTMALDG" not in has:
+            yield "no bulk copies"
+    elif "LDGSTS.128" not in has and "LDG.128" not in has:
+        yield "no 16-byte accesses"
+
+
+def compiled(launch: Launch, capability: int) -> Machine:
+    """The machine code of a launch, compiled or remembered."""
+    source = launch.source()
+    options = dict(launch.options)
+    parts = (triton.__version__, source.hash(), capability, sorted(options.items()))
+    path = _CACHE / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+    if path.is_file():
+        return Machine(**json.loads(path.read_text(encoding="utf-8")))
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    machine = _read(result.asm["cubin"], result.metadata.shared)
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(machine)), encoding="utf-8")
+    return machine
+
+
+def _read(cubin: bytes, shared: int) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        command = [str(_CUOBJDUMP), "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    need = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    words = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9.a-z_]*)", text, re.M)
+    return Machine(
+        registers=need["REG"],
+        stack=need["STACK"],
+        local=need["LOCAL"],
+        shared=shared,
+        spills=sum(word.split(".")[0] in ("STL", "LDL") for word in words),
+        instructions=_instructions(words),
+    )
 
-        def dump(flag: str) -> str:
-            command = [str(CUOBJDUMP), flag, file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        return dump("-res-usage"), dump("-sass")
+def _instructions(words: list[str]) -> dict[str, int]:
+    """How often the instructions occur that tell fast code from slow; an access by its width in bits."""
+    counts: Counter[str] = Counter()
+    for word in words:
+        name, *modifiers = word.split(".")
+        if name in ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "USETMAXREG"):
+            counts[name] += 1
+        elif name in ("LDGSTS", "LDG", "STG"):
+            width = next((m for m in modifiers if m in ("128", "64", "U8", "U16")), "32")
+            counts[f"{name}.{width}"] += 1
+    return dict(sorted(counts.items()))
 
 
-def compile_all(capability: int, dtypes: list[str]) -> Iterator[dict[str, object]]:
-    """One row per operation, configuration, dtype and variant."""
-    for operation in OPERATIONS:
-        for dtype in dtypes:
-            for size, rank, config in TABLE[operation]:
-                if size != ELEMENT_SIZE[dtype]:
-                    continue
-                for variant, dropout, bias, unit in VARIANTS[operation]:
-                    compiled = triton.compile(
-                        kernel_source(operation, config, dtype, dropout, bias, unit),
-                        target=GPUTarget("cuda", capability, 32),
-                        options=config.options,
-                    )
-                    usage, sass = machine_code(compiled.asm["cubin"])
-                    resources = {
-                        k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
-                    }
-                    yield {
-                        "name": f"{operation}-{dtype}-r{rank}-{variant}",
-                        "operation": operation,
-                        "dtype": dtype,
-                        "rank": rank,
-                        "variant": variant,
-                        "shared": compiled.metadata.shared,
-                        "registers": resources["REG"],
-                        "stack": resources["STACK"],
-                        "local": resources["LOCAL"],
-                        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-                        "tensor_core": sorted(
-                            set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)\b", sass))
-                        ),
-                    }
+def main(words: list[str]) -> int:
+    """Prints a line for everything; 1 if anything is wrong."""
+    wrong = False
+    for capability in map(int, words or map(str, SHARED_MEMORY)):
+        # fp16 differs from bf16 in one instruction's operand type: both are compiled where the
+        # instruction is asked for by name.
+        dtypes = ("bf16", "fp16", "fp32") if capability == 90 else ("bf16", "fp32")
+        for checked in check_all(capability, dtypes):
+            print(f"sm_{capability:<4} {checked}", flush=True)
+            wrong |= bool(checked.wrong)
+    return int(wrong)
 
 
 if __name__ == "__main__":
-    for row in compile_all(int(sys.argv[1]), sys.argv[2:] or list(ELEMENT_SIZE)):
-        print(json.dumps(row), flush=True)
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
+from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
 from lorafast.kernels.shrink import shrink
 from lorafast.kernels.shrink_backward import shrink_backward
 
@@ -13,13 +14,22 @@ from lorafast.kernels.shrink_backward import shrink_backward
 SMALL_TILES = {
     "16x16 tiles": LaunchConfig(16, 16, 16, 16, num_warps=1, num_stages=1),
     "32x16x64 tiles": LaunchConfig(32, 16, 64, 32, num_warps=1, num_stages=1),
+    "16x64 tiles in parts": LaunchConfig(16, 64, 16, 16, 1, 1, parts=2, masked_parts=4),
+    "16x32 tiles, bulk copies": LaunchConfig(
+        16, 32, 16, 16, 1, 1, descriptors=True, flatten=True, parts=2, per_processor=2
+    ),
     "shipped tiles": None,
 }
 
 
 def on_kernels(**configs: LaunchConfig | None) -> SimpleNamespace:
-    """The four launchers, those named with the configuration given."""
-    launchers = {f.__name__: f for f in (shrink, linear_expand, expand_backward, shrink_backward)}
+    """The launchers, those named with the configuration given."""
+    launchers = {
+        f.__name__: f
+        for f in (
+            shrink, linear_expand, expand_backward, shrink_backward, lora_linear, lora_linear_backward,
+        )
+    }  # fmt: skip
     for name, config in configs.items():
         launchers[name] = functools.partial(launchers[name], config=config)
     return SimpleNamespace(**launchers)

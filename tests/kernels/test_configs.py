@@ -1,26 +1,46 @@
 import dataclasses
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from lorafast.kernels.common.configs import (
     OPERATIONS,
     SHARED_MEMORY,
-    TABLE,
     LaunchConfig,
-    config_for,
+    split_k,
     why_invalid,
 )
+from lorafast.kernels.tables import find, table_of
+from lorafast.kernels.tables.find import nearest_architecture
 
-ROWS = [(op, size, rank, config) for op in OPERATIONS for size, rank, config in TABLE[op]]
+ROWS = [
+    (capability, op, row)
+    for capability in SHARED_MEMORY
+    for op in OPERATIONS
+    for row in table_of(capability)[op]
+]
 GOOD = LaunchConfig(64, 64, 32, 16, num_warps=4, num_stages=3)
 
 
+@pytest.mark.parametrize(
+    ("capability", "op", "row"),
+    ROWS,
+    ids=lambda v: "-".join(map(str, v[:5])) if type(v) is tuple else v,
+)
+def test_every_row_is_valid_on_its_architecture(capability, op, row):
+    bits, *_, config = row
+    assert why_invalid(op, config, bits // 8, capability) is None
+
+
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize(("op", "size", "rank", "config"), ROWS, ids=lambda v: str(v)[:15])
-def test_every_row_is_valid_everywhere(op, size, rank, config, capability):
-    assert why_invalid(op, config, size, capability) is None
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_dtype_is_served_with_and_without_bulk_copies(capability, op):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for bulk in (False, True):
+            config = find(op, capability, dtype, 100, 1000, 1000, 20, bulk)
+            assert bulk or not config.descriptors
 
 
 @pytest.mark.parametrize(
@@ -32,6 +52,12 @@ def test_every_row_is_valid_everywhere(op, size, rank, config, capability):
         ({"num_stages": 0}, "num_stages is 0, expected at least 1"),
         ({"block_k": 1024}, "bytes of shared memory, more than the 101376 that sm_86"),
         ({"block_m": 256, "block_n": 256, "block_k": 16}, "registers a thread"),
+        ({"parts": 3}, "parts is 3, expected 1, 2, 4 or 8"),
+        ({"masked_parts": 8}, "masked_parts is 8, expected 1, 2, 4 or 8, of at least 16 columns"),
+        ({"per_processor": 0}, "per_processor is 0, expected at least 1"),
+        ({"riders": -1}, "riders is -1, expected 0 or more"),
+        ({"descriptors": True}, "descriptors need bulk copies, which sm_86 lacks"),
+        ({"warp_specialize": True}, "warp_specialize needs descriptors"),
     ],
     ids=lambda v: str(v)[:30],
 )
@@ -40,17 +66,67 @@ def test_what_is_wrong_is_said(change, reason):
     assert reason in why_invalid("linear_expand", config, 2, 86)
 
 
+@pytest.mark.parametrize(
+    ("capability", "change", "reason"),
+    [
+        (90, {"warp_specialize": True}, "doesn't specialise the warps of this loop on sm_90"),
+        (100, {"warp_specialize": True, "flatten": True}, "exclude each other"),
+        (100, {"block_n": 512, "num_warps": 16}, "a bulk copy takes at most 256"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_what_bulk_copies_can_not_is_said(capability, change, reason):
+    config = dataclasses.replace(GOOD, descriptors=True, **change)
+    assert reason in why_invalid("linear_expand", config, 2, capability)
+
+
 def test_an_unknown_architecture_is_said():
     assert "sm_75 is not among" in why_invalid("shrink", GOOD, 2, 75)
 
 
+def test_an_unknown_device_is_served_by_the_newest_older_architecture():
+    assert [nearest_architecture(sm) for sm in (80, 87, 89, 90, 103, 121)] == [
+        80,
+        86,
+        89,
+        90,
+        100,
+        120,
+    ]
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_smallest_row_that_holds_the_rank_is_taken(op, size):
-    ranks = [rank for s, rank, _ in TABLE[op] if s == size]
-    assert ranks == sorted(ranks)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_the_smallest_rank_that_holds_the_calls_is_taken(op, capability):
+    rows = [r for r in table_of(capability)[op] if r[0] == 16 and not r[5].descriptors]
+    ranks = sorted({row[4] for row in rows})
     for rank in range(1, 257):
-        taken = config_for(op, rank, size)
-        fitting = [r for r in ranks if r >= rank]
-        expected = min(fitting) if fitting else max(ranks)
-        assert taken is next(c for s, r, c in TABLE[op] if s == size and r == expected)
+        taken = find(op, capability, torch.bfloat16, 8192, 4096, 4096, rank)
+        bucket = next((r for r in ranks if rank <= r), ranks[-1])
+        assert taken in [row[5] for row in rows if row[4] == bucket]
+
+
+def test_the_nearest_row_is_taken():
+    def block_m(M):
+        return find("linear_expand", 90, torch.bfloat16, M, 4096, 4096, 16, True).block_m
+
+    assert [block_m(M) for M in (1, 16, 31, 40, 64, 180, 200, 1024, 8192)] == [
+        16, 16, 16, 64, 64, 64, 128, 128, 128,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tiles", "k_blocks", "splits"),
+    [
+        (132, 64, 1),
+        (67, 64, 1),
+        (66, 64, 2),
+        (33, 64, 4),
+        (16, 64, 8),
+        (1, 64, 8),
+        (1, 7, 1),
+        (1, 8, 2),
+    ],
+)
+def test_k_is_split_where_tiles_are_few(tiles, k_blocks, splits):
+    assert split_k(132, tiles, k_blocks) == splits

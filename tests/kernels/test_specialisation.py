@@ -1,37 +1,65 @@
-"""A new layer shape, rank or scaling must not mean a new compilation where specialising buys nothing."""
-
-import inspect
-from importlib import import_module
+"""A new number of rows, rank or scaling means no new compilation where specialising buys nothing."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from lorafast.kernels.common.configs import OPERATIONS
+from recorded import launches_of
+from small_tiles import on_kernels
 
-COMPILED_IN = {
-    "BLOCK_M",
-    "BLOCK_N",
-    "BLOCK_K",
-    "BLOCK_R",
-    "GROUP_M",
-    "HAS_BIAS",
-    "HAS_DROPOUT",
-    "PRECISION",
-    "INTERPRETED",
-}
+K, N = 4096, 4096
+KERNELS = on_kernels()
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_sizes_rank_and_numbers_are_run_time_arguments(operation):
-    module = import_module(f"lorafast.kernels.{operation}.kernel")
-    kernel = getattr(module, f"{operation}_kernel").fn
-    parameters = inspect.signature(kernel).parameters
-    constants = {
-        name
-        for name, p in parameters.items()
-        if "constexpr" in getattr(p.annotation, "__name__", "")
-    }
-    assert constants <= COMPILED_IN
-    assert {"M", "r"} <= parameters.keys() - constants
-    assert {"BLOCK_M", "BLOCK_R"} <= constants
+def empty(*size, dtype=torch.bfloat16):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def layer(M, r=16, scaling=2.0, dropout_p=0.0):
+    """Every launch of a forward and a backward."""
+    x, dy, weight = empty(M, K), empty(M, N), empty(N, K)
+    lora_A, lora_B = empty(r, K), empty(N, r)
+    seed = empty(1, dtype=torch.int64) if dropout_p else None
+    _, s = KERNELS.lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, seed)
+    KERNELS.lora_linear_backward(dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed)
+
+
+def codes(calls, capability=90):
+    """The different machine codes that the calls launch."""
+    return {launch.code for call in calls for launch in launches_of(capability, call)}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_new_numbers_of_rows_compile_nothing_after_the_first_few(capability, dropout_p):
+    few = [1, 16, 64, 100, 512, 1000, 2048, 4096, 8192]
+    known = codes([lambda M=M: layer(M, dropout_p=dropout_p) for M in few], capability)
+    rows = torch.randint(1, 8192, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    new = codes([lambda M=M: layer(M, dropout_p=dropout_p) for M in rows], capability)
+    assert new <= known
+
+
+def test_ranks_of_one_bucket_run_the_same_code():
+    # A multiple of 8 and 16, so that the strides of s and B are divided alike.
+    for ranks in ((1,), (3, 5, 7), (17, 19, 31)):
+        assert len({frozenset(codes([lambda r=r: layer(2048, r=r)])) for r in ranks}) == 1
+
+
+def test_scaling_and_dropout_are_run_time_numbers():
+    first = codes([lambda: layer(2048, scaling=0.5, dropout_p=0.05)])
+    assert codes([lambda: layer(2048, scaling=16.0, dropout_p=0.3)]) == first
+
+
+@pytest.mark.parametrize("rows", [512, 8192])
+def test_what_is_launched(rows):
+    def names(dropout_p):
+        launched = launches_of(90, lambda: layer(rows, dropout_p=dropout_p))
+        return [launch.kernel.__name__.removesuffix("_kernel") for launch in launched]
+
+    alone = ["shrink", "linear_expand", "expand_backward", "shrink_backward", "linear_expand"]
+    if rows == 512:
+        assert names(0.0) == names(0.05) == alone
+    else:
+        assert names(0.0) == ["lora_linear", "lora_linear_backward"]
+        assert names(0.05) == ["shrink", "linear_expand", "lora_linear_backward", "shrink_backward"]

@@ -82,7 +82,7 @@ def test_forced_backend_that_cannot_serve_raises_with_the_reason():
     x, weight, lora_A, lora_B = tensors(torch.float64)
     with (
         lorafast.use_backend("triton"),
-        pytest.raises(lorafast.BackendError, match="backend 'triton' can't serve shrink: "),
+        pytest.raises(lorafast.BackendError, match="backend 'triton' can't serve lora_linear: "),
     ):
         lora_linear(x, weight, lora_A, lora_B, 0.5)
 

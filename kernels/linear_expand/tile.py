@@ -1,0 +1,301 @@
+"""A tile of ``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``: where it is, its main loop, its last steps.
+
+x and W are read through tensor descriptors (bulk copies) or through pointers, which take any strides.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.device import cast, dot, keep_mask
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+GROUP_M = 8
+"""Row blocks of a group of tiles."""
+UNROLLED_RANK_BLOCKS = 4
+"""More blocks of the rank than these are looped over."""
+
+
+@triton.jit
+def tile_at(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row block and column block of a tile: tiles come in groups of GROUP_M row blocks, so that those
+    which run together share tiles of W in the L2 cache."""
+    row_blocks = tl.cdiv(M, BLOCK_M)
+    group_size = GROUP_M * tl.cdiv(N, BLOCK_N)
+    group_first = tile // group_size * GROUP_M
+    group_rows = tl.minimum(row_blocks - group_first, GROUP_M)
+    return group_first + tile % group_size % group_rows, tile % group_size // group_rows
+
+
+@triton.jit
+def multiply(
+    x,
+    w,
+    row_block,
+    col_block,
+    begin,
+    end,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The float32 accumulator of ``x·Wᵀ`` for one tile over the K blocks from begin to end.
+
+    ``x`` and ``w`` are descriptors or pointers; TRANSPOSED says that a descriptor of W is one of Wᵀ.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if DESCRIPTORS:
+        m = row_block * BLOCK_M
+        n = col_block * BLOCK_N
+        for block in tl.range(begin, end, warp_specialize=WARP_SPECIALIZE):
+            k = block * BLOCK_K
+            x_tile = x.load([m, k])  # [BLOCK_M, BLOCK_K]
+            w_tile = (
+                w.load([k, n]) if TRANSPOSED else tl.trans(w.load([n, k]))
+            )  # [BLOCK_K, BLOCK_N]
+            acc = dot(x_tile, w_tile, acc, PRECISION, INTERPRETED)
+    else:
+        rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        # 64 bits: M·K and N·K may pass 2**31 elements.
+        x_rows = x + rows.to(tl.int64)[:, None] * stride_xm  # [BLOCK_M, 1]
+        w_cols = w + cols.to(tl.int64)[None, :] * stride_wn  # [1, BLOCK_N]
+        for block in tl.range(begin, end):
+            depth = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            offsets = depth.to(tl.int64)
+            x_tile = tl.load(
+                x_rows + offsets[None, :] * stride_xk,
+                mask=(rows < M)[:, None] & (depth < K)[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_K]
+            w_tile = tl.load(
+                w_cols + offsets[:, None] * stride_wk,
+                mask=(cols < N)[None, :] & (depth < K)[:, None],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_N]
+            acc = dot(x_tile, w_tile, acc, PRECISION, INTERPRETED)
+    return acc
+
+
+@triton.jit
+def add_low_rank(
+    acc,
+    s_ptr,
+    b_ptr,
+    rows,
+    cols,
+    M,
+    N,
+    r,
+    scale,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    BLOCK_R: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """``acc + s·(scale · B)ᵀ`` for the tile at ``rows`` and ``cols``."""
+    # Pointers, not descriptors: a program of this launch may just have written s, and a bulk copy
+    # doesn't see that without a fence of its own.
+    s_rows = s_ptr + rows.to(tl.int64)[:, None] * stride_sm
+    b_cols = b_ptr + cols.to(tl.int64)[None, :] * stride_bn
+    if RANK_BLOCKS > 0:
+        # A loop that follows the main loop would keep the tiles' loop from being flattened.
+        for i in tl.static_range(RANK_BLOCKS):
+            acc = _add_rank_block(
+                acc, s_rows, b_cols, i * BLOCK_R, rows, cols, M, N, r, scale, stride_sr, stride_br,
+                BLOCK_R, PRECISION, INTERPRETED,
+            )  # fmt: skip
+    else:
+        for first in range(0, r, BLOCK_R):
+            acc = _add_rank_block(
+                acc, s_rows, b_cols, first, rows, cols, M, N, r, scale, stride_sr, stride_br,
+                BLOCK_R, PRECISION, INTERPRETED,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _add_rank_block(
+    acc,
+    s_rows,
+    b_cols,
+    first,
+    rows,
+    cols,
+    M,
+    N,
+    r,
+    scale,
+    stride_sr,
+    stride_br,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    ranks = first + tl.arange(0, BLOCK_R)
+    offsets = ranks.to(tl.int64)
+    s = tl.load(
+        s_rows + offsets[None, :] * stride_sr,
+        mask=(rows < M)[:, None] & (ranks < r)[None, :],
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_R]
+    b = tl.load(
+        b_cols + offsets[:, None] * stride_br,
+        mask=(cols < N)[None, :] & (ranks < r)[:, None],
+        other=0.0,
+    )  # [BLOCK_R, BLOCK_N]
+    b = cast(b.to(tl.float32) * scale, s.dtype, INTERPRETED)
+    return dot(s, b, acc, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def finish(
+    acc,
+    y,
+    s_ptr,
+    b_ptr,
+    bias_ptr,
+    seed_ptr,
+    row_block,
+    first_col,
+    M,
+    N,
+    r,
+    threshold,
+    scaling,
+    survivor_scale,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    stride_bias,
+    BLOCK_R: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Writes a tile in PARTS of its columns: with the low-rank term where it is masked (else it is in
+    the accumulator already), the bias, rounded."""
+    if PARTS > 1:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
+        left, right = tl.split(halves)
+        finish(
+            left, y, s_ptr, b_ptr, bias_ptr, seed_ptr, row_block, first_col, M, N, r,
+            threshold, scaling, survivor_scale,
+            stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
+            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, HAS_BIAS, HAS_DROPOUT, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        finish(
+            right, y, s_ptr, b_ptr, bias_ptr, seed_ptr, row_block, first_col + HALF, M, N, r,
+            threshold, scaling, survivor_scale,
+            stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
+            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, HAS_BIAS, HAS_DROPOUT, PRECISION, INTERPRETED,
+        )  # fmt: skip
+    else:
+        rows = row_block * acc.shape[0] + tl.arange(0, acc.shape[0])
+        cols = first_col + tl.arange(0, acc.shape[1])
+        if HAS_DROPOUT:
+            low = tl.zeros(acc.shape, dtype=tl.float32)
+            low = add_low_rank(
+                low, s_ptr, b_ptr, rows, cols, M, N, r, 1.0,
+                stride_sm, stride_sr, stride_bn, stride_br, BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            keep = keep_mask(tl.load(seed_ptr), rows, first_col, N, threshold, acc.shape[1])
+            acc += tl.where(keep, low * (scaling * survivor_scale), 0.0)
+        if HAS_BIAS:
+            bias = tl.load(
+                bias_ptr + cols.to(tl.int64) * stride_bias, mask=cols < N, other=0.0
+            )  # [columns]
+            acc += bias.to(tl.float32)[None, :]
+        rounded = cast(acc, y.dtype if DESCRIPTORS else y.dtype.element_ty, INTERPRETED)
+        if DESCRIPTORS:
+            y.store([row_block * acc.shape[0], first_col], rounded)
+        else:
+            y_ptrs = y + rows.to(tl.int64)[:, None] * N + cols[None, :]
+            tl.store(y_ptrs, rounded, mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+def bulk_copies(x: Tensor, weight: Tensor, y: Tensor) -> bool:
+    """Whether bulk copies can read x and W and write y: 16-byte aligned rows of neighbouring elements,
+    extents in 31 bits."""
+    return all(map(_describable, (x, _straight(weight), y)))
+
+
+def _straight(weight: Tensor) -> Tensor:
+    """W or Wᵀ, whichever has neighbouring elements in its rows."""
+    return weight if weight.stride(1) == 1 else weight.t()
+
+
+def _describable(matrix: Tensor) -> bool:
+    row = matrix.stride(0) * matrix.element_size()
+    return (
+        matrix.stride(1) == 1
+        and matrix.data_ptr() % 16 == 0
+        and row % 16 == 0
+        and 0 < row < 2**40
+        and max(matrix.shape) < 2**31
+    )
+
+
+def tile_arguments(
+    x: Tensor, weight: Tensor, y: Tensor, r: int, masked: bool, c: LaunchConfig
+) -> dict[str, Any]:
+    """What a kernel that works through tiles needs for x, W and y: operands, strides, constants.
+
+    With descriptors where the configuration asks for them and the memory allows them, else pointers.
+    """
+    described = c.descriptors and bulk_copies(x, weight, y)
+    # Only with descriptors: the pointers of two tiles are too many registers.
+    flat = described and c.flatten
+    read = _straight(weight)
+    rank_blocks = triton.cdiv(r, c.block_r)
+    parts = c.masked_parts if masked else c.parts
+    arguments = {
+        "stride_xm": x.stride(0),
+        "stride_xk": x.stride(1),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        "BLOCK_M": c.block_m,
+        "BLOCK_N": c.block_n,
+        "BLOCK_K": c.block_k,
+        "BLOCK_R": c.block_r,
+        "RANK_BLOCKS": rank_blocks if rank_blocks <= (UNROLLED_RANK_BLOCKS if flat else 1) else 0,
+        "GROUP_M": GROUP_M,
+        "PARTS": parts,
+        "DESCRIPTORS": described,
+        "TRANSPOSED": described and read is not weight,
+        "WARP_SPECIALIZE": described and c.warp_specialize,
+        "FLATTEN": flat,
+        **c.options,
+    }
+    if not described:
+        return arguments | {"x": x, "w": weight, "y": y}
+    w_block = [c.block_n, c.block_k] if read is weight else [c.block_k, c.block_n]
+    return arguments | {
+        "x": TensorDescriptor.from_tensor(x, [c.block_m, c.block_k]),
+        "w": TensorDescriptor.from_tensor(read, w_block),
+        "y": TensorDescriptor.from_tensor(y, [c.block_m, c.block_n // parts]),
+    }

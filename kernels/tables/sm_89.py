@@ -1,0 +1,47 @@
+"""Launch configurations for sm_89 (L4, L40S, RTX 40): rules, none tuned on a device yet."""
+
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.tables.find import Table
+
+TUNED_ON: tuple[str, ...] = ()
+
+TABLE: Table = {
+    "shrink": (
+        # bits, M, K, N, largest rank
+        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 64, 16, 4, 4, per_processor=2)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 64, 32, 4, 4, per_processor=2)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 64, 64, 8, 3, per_processor=2)),
+        (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
+        (16, 8192, 4096, 4096, 256, LaunchConfig(64, 16, 32, 256, 8, 3)),
+        (32, 8192, 4096, 4096, 16, LaunchConfig(32, 16, 64, 16, 4, 3)),
+        (32, 8192, 4096, 4096, 32, LaunchConfig(32, 16, 64, 32, 4, 3)),
+        (32, 8192, 4096, 4096, 128, LaunchConfig(32, 16, 16, 128, 8, 3)),
+    ),
+    "linear_expand": (
+        # bits, M, K, N, largest rank
+        (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 32, 16, 8, 4, masked_parts=4)),
+        (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 64, 16, 4, 4)),
+        (16, 16, 4096, 4096, 64, LaunchConfig(16, 64, 64, 16, 4, 4)),
+        (32, 8192, 4096, 4096, 16, LaunchConfig(64, 64, 16, 16, 8, 3)),
+    ),
+    "expand_backward": (
+        # bits, M, K, N, largest rank
+        (16, 8192, 4096, 4096, 16, LaunchConfig(32, 256, 16, 16, 8, 4)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(32, 128, 16, 32, 8, 4)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(32, 64, 16, 64, 8, 4)),
+        (16, 8192, 4096, 4096, 128, LaunchConfig(64, 32, 16, 128, 8, 3)),
+        (32, 8192, 4096, 4096, 16, LaunchConfig(32, 64, 16, 16, 8, 3)),
+        (32, 8192, 4096, 4096, 32, LaunchConfig(32, 32, 16, 32, 8, 3)),
+        (32, 8192, 4096, 4096, 64, LaunchConfig(16, 64, 16, 64, 4, 3)),
+    ),
+    "shrink_backward": (
+        # bits, M, K, N, largest rank
+        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, per_processor=2)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 3, per_processor=2)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 128, 64, 8, 3)),
+        (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
+        (32, 8192, 4096, 4096, 16, LaunchConfig(32, 16, 64, 16, 4, 3)),
+        (32, 8192, 4096, 4096, 32, LaunchConfig(32, 16, 64, 32, 8, 3)),
+        (32, 8192, 4096, 4096, 64, LaunchConfig(16, 16, 64, 64, 8, 3)),
+    ),
+}  # fmt: skip

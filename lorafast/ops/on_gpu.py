@@ -1,0 +1,165 @@
+"""Which backend is the fastest on a GPU: from this machine's records, else from the model.
+
+A choice is made once for the sizes and dtypes of a call and kept.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lorafast.kernels.tables import tuned
+from lorafast.ops import roofline
+
+_ATEN, _TRITON = "aten", "triton"
+Choice = tuple[str, str]
+THIN = ("shrink", "expand_backward", "shrink_backward")
+
+
+def choice(operation: str, *tensors: Tensor | None) -> Choice:
+    """The backend for one operation on its tensors, and why."""
+    given = [t for t in tensors if t is not None]
+    first, second = given[0], given[1]
+    masked = any(t.dtype is torch.int64 for t in given)  # a seed
+    if operation == "linear_expand":
+        lora_B = given[3]
+        sizes = (first.shape[0], first.shape[1], *lora_B.shape)
+        adapter = lora_B.dtype
+    elif operation == "shrink":
+        (M, K), r = first.shape, second.shape[0]
+        sizes, adapter = (M, K, K, r), second.dtype
+    elif operation == "expand_backward":
+        (M, N), r = first.shape, second.shape[1]
+        sizes, adapter = (M, N, N, r), given[2].dtype
+    else:
+        (M, K), r = second.shape, first.shape[1]
+        sizes, adapter = (M, K, K, r), first.dtype
+    return _choice(operation, first.device, first.dtype, adapter, *sizes, masked)
+
+
+def whole(
+    operation: str, x: Tensor, lora_A: Tensor, seed: Tensor | None, *others: Tensor | None
+) -> tuple[str | None, str]:
+    """``triton`` for a whole layer's forward or backward, or None if its operations choose alone.
+
+    ``others`` has ``weight`` first, or ``dy`` and then ``weight``.
+    """
+    backward = operation == "lora_linear_backward"
+    weight = others[1 if backward else 0]
+    assert weight is not None
+    M, (N, K), r = x.shape[0], weight.shape, lora_A.shape[0]
+    masked = seed is not None
+    return _whole(operation, x.device, x.dtype, lora_A.dtype, M, K, N, r, masked)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choice(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    masked: bool,
+) -> Choice:
+    record = _record(operation, device, dtype, M, K, N, r, masked)
+    if record is not None:
+        return record.backend, _measured(record)
+    problem = roofline.Problem(M, K, N, r, dtype.itemsize, adapter_dtype.itemsize, masked)
+    return modelled(operation, problem, _device(device))
+
+
+def modelled(operation: str, problem: roofline.Problem, device: roofline.Device) -> Choice:
+    """The backend that the model gives the least time for one operation."""
+    times = {name: roofline.estimate(operation, name, problem, device) for name in (_ATEN, _TRITON)}
+    # float32 products in Triton don't use the tensor cores as the vendor's do.
+    if operation == "linear_expand" and problem.size != 2:
+        best = _ATEN
+    else:
+        best = min(times, key=lambda name: times[name].seconds)
+    return best, "no record: modelled " + ", ".join(f"{name} {t}" for name, t in times.items())
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    masked: bool,
+) -> tuple[str | None, str]:
+    record = _record(operation, device, dtype, M, K, N, r, masked)
+    if record is not None:
+        if record.backend == _TRITON:
+            return _TRITON, _measured(record)
+        return None, ""
+    problem = roofline.Problem(M, K, N, r, dtype.itemsize, adapter_dtype.itemsize, masked)
+    return modelled_whole(operation, problem, _device(device))
+
+
+def modelled_whole(
+    operation: str, problem: roofline.Problem, device: roofline.Device
+) -> tuple[str | None, str]:
+    """``triton`` if the model gives the whole layer less time with riders than its operations alone."""
+    if problem.size != 2:
+        return None, ""
+    together = roofline.estimate(operation, _TRITON, problem, device)
+    alone = 0.0
+    for name, part in parts(operation, problem):
+        backend, _ = modelled(name, part, device)
+        alone += roofline.estimate(name, backend, part, device).seconds
+    if together.seconds >= alone:
+        return None, ""
+    return _TRITON, f"no record: modelled {together}, against {alone * 1e6:,.0f} µs one by one"
+
+
+def parts(operation: str, p: roofline.Problem) -> list[tuple[str, roofline.Problem]]:
+    """The operations of a whole layer's forward or backward, each with its own problem."""
+
+    def problem(K: int, N: int, masked: bool) -> roofline.Problem:
+        return roofline.Problem(p.M, K, N, p.r, p.size, p.adapter_size, masked)
+
+    if operation == "lora_linear":
+        return [
+            ("shrink", problem(p.K, p.K, p.masked)),
+            ("linear_expand", problem(p.K, p.N, False)),
+        ]
+    return [
+        ("expand_backward", problem(p.N, p.N, False)),
+        ("shrink_backward", problem(p.K, p.K, p.masked)),
+        ("linear_expand", problem(p.N, p.K, p.masked)),
+    ]
+
+
+def _record(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    masked: bool,
+) -> tuned.Record | None:
+    if operation == "lora_linear_backward":
+        K, N = N, K  # as its product has them
+    key = tuned.Key(operation, str(dtype).removeprefix("torch."), M, K, N, r, masked)
+    return tuned.nearest(torch.cuda.get_device_name(device), key)
+
+
+def _measured(record: tuned.Record) -> str:
+    times = ", ".join(f"{name} {s * 1e6:,.0f} µs" for name, s in record.seconds.items())
+    return f"measured here by lorafast tune: {times}"
+
+
+@functools.lru_cache
+def _device(device: torch.device) -> roofline.Device:
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    return roofline.Device.of(capability, properties.multi_processor_count)

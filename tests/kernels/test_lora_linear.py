@@ -1,0 +1,200 @@
+"""A whole layer's launches, with riders and without."""
+
+import pytest
+import torch
+from helpers import Problem, assert_contract, problems
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+import numpy
+from lorafast.kernels.common import counters
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.lora_linear import backward, forward
+from lorafast.kernels.lora_linear.riders import Plan, plan
+from small_tiles import SMALL_TILES, on_kernels
+from triton.runtime import interpreter
+
+from lorafast.reference import shrink
+
+TILES = {name: config for name, config in SMALL_TILES.items() if config is not None}
+
+
+def riding(monkeypatch, riders=2, waves=1, programs=5):
+    """Lets layers of any size have riders."""
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "plan", lambda *arguments: Plan(riders, waves, programs))
+
+
+def call_forward(p, t):
+    def run_call(run, cast):
+        bias = cast(t.bias)
+        lora_A, lora_B = cast(t.lora_A, p.adapter_dtype), cast(t.lora_B, p.adapter_dtype)
+        x, weight = p.lay_out(cast(t.x)), p.lay_out(cast(t.weight))
+        arguments = (x, weight, lora_A, lora_B, 0.7, bias, p.dropout_p, t.seed)
+        if hasattr(run, "lora_linear_backward"):
+            return run.lora_linear(*arguments)
+        s = run.shrink(x, lora_A, p.dropout_p, t.seed)
+        return run.linear_expand(x, weight, s, lora_B, 0.7, bias), s
+
+    return run_call
+
+
+def call_backward(p, t):
+    def run_call(run, cast):
+        lora_A, lora_B = cast(t.lora_A, p.adapter_dtype), cast(t.lora_B, p.adapter_dtype)
+        x, dy = p.lay_out(cast(t.x)), p.lay_out(cast(t.dy))
+        weight, s = p.lay_out(cast(t.weight)), cast(t.s)
+        if hasattr(run, "lora_linear_backward"):
+            return run.lora_linear_backward(
+                dy, x, weight, lora_A, lora_B, s, 0.7, p.dropout_p, t.seed
+            )
+        ds, dB = run.expand_backward(dy, s, lora_B, 0.7)
+        dA = run.shrink_backward(ds, x, p.dropout_p, t.seed, lora_A.dtype)
+        dx = run.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, p.dropout_p, t.seed)
+        return dx, dA, dB
+
+    return run_call
+
+
+CALLS = {"forward": call_forward, "backward": call_backward}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@given(
+    p=problems(),
+    tiles=st.sampled_from(list(TILES)),
+    riders=st.integers(1, 4),
+    waves=st.integers(0, 3),
+    data=st.data(),
+)
+def test_riders_against_the_reference(poisoned, device, call, p, tiles, riders, waves, data):
+    t = p.tensors(device)
+    config = TILES[tiles]
+    tile_count = -(-p.M // config.block_m) * -(
+        -(p.N if call == "forward" else p.K) // config.block_n
+    )
+    programs = data.draw(st.integers(riders + 1, 7))
+    waves = min(waves, tile_count // (programs - riders))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        riding(monkeypatch, riders, waves, programs)
+        kernels = on_kernels(lora_linear=config, lora_linear_backward=config)
+        assert_contract(CALLS[call](p, t), kernels, p.dtype)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("order", ["backwards", "shuffled"])
+def test_no_order_in_which_programs_start_is_assumed(monkeypatch, device, call, order):
+    """One program at a time, each to its end: who waits for one that comes later never ends."""
+    if device.type != "cpu":
+        pytest.skip("the interpreter's order")
+    p = Problem(150, 72, 88, 5, torch.float32, torch.float32, 0.0, "contiguous", 1)
+    t = p.tensors(device)
+    riding(monkeypatch)
+    kernels = on_kernels(
+        **dict.fromkeys(("lora_linear", "lora_linear_backward"), TILES["16x16 tiles"])
+    )
+
+    def run():
+        return CALLS[call](p, t)(kernels, lambda value, dtype=None: value.float())
+
+    expected = run()
+    begin = interpreter.InterpreterBuilder.set_grid_idx
+    places = list(range(5))
+    if order == "backwards":
+        places.reverse()
+    else:
+        numpy.random.default_rng(0).shuffle(places)
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder,
+        "set_grid_idx",
+        lambda self, x, y, z: begin(self, places[x] if x < 5 else x, y, z),
+    )
+    for one, two in zip(run(), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_counters_are_left_as_they_were_found(monkeypatch, device, call):
+    kept = torch.zeros(4096, dtype=torch.int32, device=device)
+    used = []
+
+    def shared(x, count):
+        used.append(count)
+        return kept
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "counters", shared)
+    riding(monkeypatch)
+    p = Problem(150, 72, 88, 5, torch.float32, torch.float32, 0.0, "contiguous", 1)
+    t = p.tensors(device)
+    kernels = on_kernels(
+        **dict.fromkeys(("lora_linear", "lora_linear_backward"), TILES["16x16 tiles"])
+    )
+    results = []
+    for _ in range(3):
+        results.append(CALLS[call](p, t)(kernels, lambda value, dtype=None: value.float()))
+        assert not kept.any()
+    assert used
+    for again in results[1:]:
+        for one, two in zip(again, results[0], strict=True):
+            assert torch.equal(one, two)
+
+
+def test_counters_off_cuda_are_fresh():
+    x = torch.ones(1)
+    counters.counters(x, 3).add_(1)
+    assert not counters.counters(x, 3).any()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nan_propagates(monkeypatch, device, call):
+    riding(monkeypatch)
+    p = Problem(40, 30, 25, 3, torch.float32, torch.float32, 0.0, "contiguous", 1)
+    t = p.tensors(device)
+    (t.x if call == "forward" else t.dy)[4, 5] = float("nan")
+    kernels = on_kernels(
+        **dict.fromkeys(("lora_linear", "lora_linear_backward"), TILES["16x16 tiles"])
+    )
+    first = CALLS[call](p, t)(kernels, lambda value, dtype=None: value.float())[0]
+    assert first[4].isnan().any()
+    assert not first[20].isnan().any()
+
+
+def test_a_layer_without_riders_is_its_operations(device):
+    p = Problem(40, 30, 25, 3, torch.float32, torch.float32, 0.1, "contiguous", 1)
+    t = p.tensors(device)
+    x, lora_A = t.x.float(), t.lora_A.float()
+    _, s = on_kernels().lora_linear(
+        x, t.weight.float(), lora_A, t.lora_B.float(), 0.7, None, 0.1, t.seed
+    )
+    torch.testing.assert_close(s, shrink(x, lora_A, 0.1, t.seed))
+
+
+CONFIG = LaunchConfig(128, 256, 64, 16, 8, 3, riders=8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "riders"),
+    [
+        ((8192, 4096, 4096, 16), True),
+        ((8192, 4096, 14336, 64), True),
+        ((512, 4096, 4096, 16), False),
+        ((8192, 4096, 512, 16), False),
+        ((8192, 4096, 4096, 80), False),  # a rank that is looped over
+    ],
+)
+def test_riders_ride_where_they_can_pay(sizes, riders):
+    M, K, N, r = sizes
+    found = plan(CONFIG, M, K, N, r, M * K * 2, 132)
+    assert (found is not None) is riders
+    if found is not None:
+        tiles = -(-M // 128) * -(-N // 256)
+        assert found.riders == 8
+        assert found.programs == 132
+        assert 0 < found.waves * (found.programs - found.riders) <= tiles / 2 + 132
+
+
+def test_zero_riders_are_allowed():
+    assert plan(LaunchConfig(128, 256, 64, 16, 8, 3), 8192, 4096, 4096, 16, 2**26, 132) is None
