@@ -13,7 +13,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,14 +22,20 @@ import torch
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem
 from lorafast.bench.traffic import launches
 from lorafast.bench.traffic.launches import H200_PROCESSORS, Launch
+from lorafast.kernels.tables.find import WHOLE
 
-from lorafast.ops import backend
+from lorafast.ops import backend, dispatch
 
 _WRONG = 3
+_COUNTER = "int32"
 _SMALL = (199, 297, 293)
 """M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
 _SPLIT = (599, 1097, 293)
 """M, K, N long enough to split every sum into partial ones."""
+_RIDING = ((2190, 72, 520), (2190, 520, 200))
+"""M, K, N of enough tiles for riders on ``_RIDING_PROCESSORS``, forward or backward, in rows that bulk
+copies can read."""
+_RIDING_PROCESSORS = 20
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,16 @@ class Reduced:
 
 
 def reduce(problem: Problem) -> list[Reduced]:
-    """``problem`` at two reduced sizes, none of which a block divides."""
+    """``problem`` at reduced sizes, none of which a block divides."""
     shape = problem.shape
     return [
         Reduced(
             min(shape.M, M), min(shape.K, K), min(shape.N, N), problem.r, problem.dtype,
             problem.adapter_dtype, shape.bias, bool(problem.dropout_p), processors,
         )
-        for (M, K, N), processors in ((_SMALL, 1), (_SPLIT, H200_PROCESSORS))
+        for (M, K, N), processors in (
+            (_SMALL, 1), (_SPLIT, H200_PROCESSORS), *((s, _RIDING_PROCESSORS) for s in _RIDING),
+        )
     ]  # fmt: skip
 
 
@@ -79,11 +88,13 @@ class _Counted:
 
     def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
         loaded = self._interpreter.load(pointers, mask, other, dtype)
-        self._loads.append((pointers[mask.astype(bool)], loaded.dtype.itemsize))
+        if loaded.dtype.name != _COUNTER:
+            self._loads.append((pointers[mask.astype(bool)], loaded.dtype.itemsize))
         return loaded
 
     def store(self, pointers: Any, value: Any, mask: Any) -> Any:
-        self._stores.append((pointers[mask.astype(bool)], value.dtype.itemsize))
+        if value.dtype.name != _COUNTER:
+            self._stores.append((pointers[mask.astype(bool)], value.dtype.itemsize))
         return self._interpreter.store(pointers, value, mask)
 
     def __getattr__(self, name: str) -> Any:
@@ -94,15 +105,24 @@ def _requested(accesses: Sequence[tuple[Any, int]]) -> int:
     return sum(int(pointers.size) * size for pointers, size in accesses)
 
 
+_PAGE = 20
+"""Bits of an address within a page of those below."""
+
+
 def _distinct(accesses: Sequence[tuple[Any, int]]) -> int:
     """Bytes at distinct addresses; one buffer is always accessed in elements of one size."""
     import numpy
 
-    total = 0
-    for size in {size for _, size in accesses}:
-        pointers = [p.reshape(-1) for p, s in accesses if s == size]
-        total += int(numpy.unique(numpy.concatenate(pointers)).size) * size
-    return total
+    touched: dict[tuple[int, int], Any] = {}
+    for pointers, size in accesses:
+        flat = pointers.reshape(-1)
+        pages = flat >> _PAGE
+        for page in range(int(pages.min()), int(pages.max()) + 1) if flat.size else ():
+            if (size, page) not in touched:
+                touched[size, page] = numpy.zeros((1 << _PAGE) // size, dtype=bool)
+            within = flat[pages == page] & ((1 << _PAGE) - 1)
+            touched[size, page][within // size] = True
+    return sum(size * int(marked.sum()) for (size, _), marked in touched.items())
 
 
 @contextmanager
@@ -130,49 +150,53 @@ def _counting(processors: int) -> Iterator[list[Launch]]:
 
 def compare(problem: Reduced) -> dict[str, str | None]:
     """For each operation: None if the closed form says what was counted, else both."""
-    from lorafast.kernels.expand_backward import expand_backward
-    from lorafast.kernels.linear_expand import linear_expand
-    from lorafast.kernels.shrink import shrink
-    from lorafast.kernels.shrink_backward import shrink_backward
-
     M, K, N, r, dropout = problem.M, problem.K, problem.N, problem.r, problem.dropout
-    processors = problem.processors
     dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
-    size, adapter_size = dtype.itemsize, adapter_dtype.itemsize
     x, dy = torch.ones((M, K), dtype=dtype), torch.ones((M, N), dtype=dtype)
     weight, bias = torch.ones((N, K), dtype=dtype), torch.ones(N, dtype=dtype)
-    lora_A, lora_B = (
-        torch.ones((r, K), dtype=adapter_dtype),
-        torch.ones((N, r), dtype=adapter_dtype),
-    )
+    lora_A = torch.ones((r, K), dtype=adapter_dtype)
+    lora_B = torch.ones((N, r), dtype=adapter_dtype)
     s = torch.ones((M, r), dtype=dtype)
     masked: tuple[Any, ...] = (0.25, torch.tensor([1])) if dropout else (0.0, None)
+    layer = launches.Layer(
+        M, K, N, r, dtype, adapter_dtype.itemsize, problem.bias, dropout, problem.processors
+    )
+    run = SimpleNamespace(
+        **{name: backend.TRITON.implementation(name) for name in (*dispatch.OPERATIONS, *WHOLE)}
+    )
+    biased = bias if problem.bias else None
     calls = {
-        "shrink": (
-            lambda: shrink(x, lora_A, *masked),
-            launches.shrink(M, K, r, size, adapter_size, dropout, processors),
-        ),
+        "shrink": (lambda: run.shrink(x, lora_A, *masked), launches.shrink(layer)),
         "linear_expand": (
-            lambda: linear_expand(x, weight, s, lora_B, SCALING, bias if problem.bias else None),
-            launches.linear_expand(M, K, N, r, size, adapter_size, problem.bias, False),
+            lambda: run.linear_expand(x, weight, s, lora_B, SCALING, biased),
+            launches.linear_expand(layer, K, N, bias=layer.bias, dropout=False),
         ),
         "expand_backward": (
-            lambda: expand_backward(dy, s, lora_B, SCALING),
-            launches.expand_backward(M, N, r, size, adapter_size, processors),
+            lambda: run.expand_backward(dy, s, lora_B, SCALING),
+            launches.expand_backward(layer),
         ),
         "shrink_backward": (
-            lambda: shrink_backward(s, x, *masked, dtype=adapter_dtype),
-            launches.shrink_backward(M, K, r, size, adapter_size, dropout, processors),
+            lambda: run.shrink_backward(s, x, *masked, adapter_dtype),
+            launches.shrink_backward(layer),
         ),
         "dx": (
-            lambda: linear_expand(dy, weight.t(), s, lora_A.t(), 1.0, None, *masked),
-            launches.linear_expand(M, N, K, r, size, adapter_size, False, dropout),
+            lambda: run.linear_expand(dy, weight.t(), s, lora_A.t(), 1.0, None, *masked),
+            launches.linear_expand(layer, N, K, bias=False, dropout=dropout),
+        ),
+        "lora_linear": (
+            lambda: run.lora_linear(x, weight, lora_A, lora_B, SCALING, biased, *masked),
+            launches.lora_linear(layer),
+        ),
+        "lora_linear_backward": (
+            lambda: run.lora_linear_backward(dy, x, weight, lora_A, lora_B, s, SCALING, *masked),
+            launches.lora_linear_backward(layer),
         ),
     }
     differences: dict[str, str | None] = {}
     for name, (call, formula) in calls.items():
-        with _counting(processors) as counted:
+        with _counting(problem.processors) as counted:
             call()
+        formula = [replace(launch, ridden=0) for launch in formula]  # not told apart there
         differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
     return differences
 

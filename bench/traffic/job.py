@@ -26,7 +26,8 @@ requested: what a Triton kernel's programs load and store, tiles that they share
 class Row:
     """One contender's traffic on one problem, in bytes.
 
-    ``requested`` is None where it isn't known, ``unchecked`` says why closed forms were not held
+    ``requested`` is None where it isn't known, ``ridden`` is what riders read beside a product that
+    reads it too, counted once; ``unchecked`` says why closed forms were not held
     against the interpreter.
     """
 
@@ -35,6 +36,7 @@ class Row:
     forward: Traffic = field(default_factory=Traffic)
     backward: Traffic = field(default_factory=Traffic)
     requested: int | None = None
+    ridden: int = 0
     unchecked: str | None = None
     wrong: str | None = None
     unavailable: str | None = None
@@ -114,6 +116,7 @@ def measure(
             row.unavailable = str(error)
         if noted:
             row.requested = sum(launch.loaded + launch.stored for launch in noted)
+            row.ridden = sum(launch.ridden for launch in noted)
         rows.append(row)
     return rows
 
@@ -150,7 +153,18 @@ def _describe(verdict: interpret.Verdict) -> str:
 def format_rows(rows: Sequence[Row]) -> str:
     """A line for each contender."""
     remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
-    return table(_HEADER, list(map(_line, rows)), remarks=remarks)
+    lines = [table(_HEADER, list(map(_line, rows)), remarks=remarks)]
+    frozen = next((row.bytes for row in rows if row.contender == FROZEN), 0)
+    lines += [_apart(row, frozen) for row in rows if row.ridden and frozen and row.wrong is None]
+    return "\n".join(lines)
+
+
+def _apart(row: Row, frozen: int) -> str:
+    both = row.bytes + row.ridden
+    return (
+        f"  {row.contender}: {row.bytes / frozen:.2f} × the frozen layer's bytes; {both / frozen:.2f} × "
+        "if the cache keeps nothing of what riders and tiles both read"
+    )
 
 
 def _line(row: Row) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Bytes of our Triton kernels in closed form, and stand-ins of their launchers that add them up.
 
 A kernel's *traffic* counts every byte that a launch touches once, reading and writing: what goes
-through device memory if the cache keeps what neighbouring programs share. Its *requests* are what the
+through device memory if the cache keeps what programs of one launch share. Its *requests* are what the
 programs load and store, shared tiles again each time: what the cache has to serve. Both follow from
 the loops of ``kernels/<op>/kernel.py``; ``interpret`` counts them there and holds them against this.
+Flags and counters, a few bytes, are left out.
 """
 
 import contextlib
@@ -13,92 +14,196 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from lorafast.kernels.common.configs import chunks, config_for
+from lorafast.kernels.common.configs import LaunchConfig, chunks, split_k
+from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders, group_rows
 from torch import Tensor
 
+from lorafast.kernels import tables
 from lorafast.ops import backend
 
 H200_PROCESSORS = 132
+H200_CAPABILITY = 90
 _SEED = 8
 _PARTIAL = 4
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel: bytes read and written, each once, and bytes loaded and stored by its programs."""
+    """One kernel: bytes read and written, each once, and bytes loaded and stored by its programs.
+
+    ``ridden`` of those read are what riders read beside the product's own tiles: they are counted once,
+    but nothing makes sure that the cache still has them when the other comes.
+    """
 
     read: int
     written: int
     loaded: int
     stored: int
+    ridden: int = 0
 
 
-def sum_partials(count: int, size: int, element_size: int) -> Launch:
-    """``count`` float32 partials of ``size`` elements into one."""
-    read, written = count * size * _PARTIAL, size * element_size
-    return Launch(read, written, read, written)
+@dataclass(frozen=True)
+class Layer:
+    """A layer as the kernels see it; sizes of elements in bytes."""
+
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: torch.dtype
+    adapter_size: int
+    bias: bool
+    dropout: bool
+    processors: int = H200_PROCESSORS
+
+    @property
+    def size(self) -> int:
+        """Of an element of the activations."""
+        return self.dtype.itemsize
+
+    def config(self, operation: str, K: int, N: int) -> LaunchConfig:
+        """What serves ``operation`` on contiguous tensors."""
+        bulk = K * self.size % 16 == 0 and N * self.size % 16 == 0
+        return tables.find(operation, H200_CAPABILITY, self.dtype, self.M, K, N, self.r, bulk)
 
 
-def shrink(
-    M: int, K: int, r: int, size: int, adapter_size: int, dropout: bool, processors: int
-) -> list[Launch]:
+def shrink(p: Layer) -> list[Launch]:
     """Every row block reads A, every rank block reads x."""
-    c = config_for("shrink", r, size)
-    rows, ranks = _blocks(M, c.block_m), _blocks(r, c.block_r)
-    count, _ = chunks(processors, K, c.block_k, rows * ranks)
-    x, A = M * K * size, r * K * adapter_size
-    seed = _SEED if dropout else 0
-    written = M * r * size if count == 1 else count * M * r * _PARTIAL
-    launch = Launch(
-        x + A + seed, written, ranks * x + rows * A + rows * count * ranks * seed, written
-    )
-    return [launch] if count == 1 else [launch, sum_partials(count, M * r, size)]
-
-
-def linear_expand(
-    M: int, K: int, N: int, r: int, size: int, adapter_size: int, bias: bool, dropout: bool
-) -> list[Launch]:
-    """Every column block reads x and s, every row block reads W, B and the bias."""
-    c = config_for("linear_expand", r, size)
-    rows, cols = _blocks(M, c.block_m), _blocks(N, c.block_n)
-    by_rows = (M * K + M * r) * size
-    by_cols = N * K * size + N * r * adapter_size + (N * size if bias else 0)
-    seed = _SEED if dropout else 0
-    y = M * N * size
-    loaded = cols * by_rows + rows * by_cols + rows * cols * seed
-    return [Launch(by_rows + by_cols + seed, y, loaded, y)]
-
-
-def expand_backward(
-    M: int, N: int, r: int, size: int, adapter_size: int, processors: int
-) -> list[Launch]:
-    """Every column block reads s, every row chunk reads B, every rank block reads dy."""
-    c = config_for("expand_backward", r, size)
-    cols, ranks = _blocks(N, c.block_n), _blocks(r, c.block_r)
-    count, _ = chunks(processors, M, c.block_m, cols * ranks)
-    dy, s, B = M * N * size, M * r * size, N * r * adapter_size
-    written = (cols * M + count * N) * r * _PARTIAL
+    c = p.config("shrink", p.K, p.K)
+    rows, ranks = _blocks(p.M, c.block_m), _blocks(p.r, c.block_r)
+    count, _ = chunks(p.processors * c.per_processor, p.K, c.block_k, rows * ranks)
+    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.size
+    seed = _SEED if p.dropout else 0
+    partials = _partials(count, p.M * p.r)
     return [
-        Launch(dy + s + B, written, ranks * dy + cols * s + count * B, written),
-        sum_partials(cols, M * r, size),
-        sum_partials(count, N * r, adapter_size),
+        Launch(
+            x + A + seed + partials,
+            s + partials,
+            ranks * x + rows * A + rows * count * ranks * seed + partials,
+            s + partials,
+        )
     ]
 
 
-def shrink_backward(
-    M: int, K: int, r: int, size: int, adapter_size: int, dropout: bool, processors: int
-) -> list[Launch]:
-    """Every column block reads ds, every rank block reads x."""
-    c = config_for("shrink_backward", r, size)
-    cols, ranks = _blocks(K, c.block_k), _blocks(r, c.block_r)
-    count, _ = chunks(processors, M, c.block_m, cols * ranks)
-    x, ds = M * K * size, M * r * size
+def linear_expand(p: Layer, K: int, N: int, *, bias: bool, dropout: bool) -> list[Launch]:
+    """``[M, K] · [K, N]``: every column block reads x and s, every row block reads W, B and the bias."""
+    c = p.config("linear_expand", K, N)
+    rows, cols = _blocks(p.M, c.block_m), _blocks(N, c.block_n)
+    splits = split_k(p.processors, rows * cols, _blocks(K, c.block_k))
+    partials = _partials(splits, p.M * N)
+    tiles = _tiles(p, c, K, N, bias=bias, dropout=dropout)
+    return [
+        Launch(
+            tiles.read + partials,
+            tiles.written + partials,
+            tiles.loaded + partials,
+            tiles.stored + partials,
+        )
+    ]
+
+
+def _tiles(p: Layer, c: LaunchConfig, K: int, N: int, *, bias: bool, dropout: bool) -> Launch:
+    """All tiles of a product with their low-rank term; under a mask each part of a tile reads s and the
+    seed for itself."""
+    rows, cols = _blocks(p.M, c.block_m), _blocks(N, c.block_n)
+    x, s, y = p.M * K * p.size, p.M * p.r * p.size, p.M * N * p.size
+    by_cols = N * K * p.size + N * p.r * p.adapter_size + (N * p.size if bias else 0)
+    parts = c.masked_parts if dropout else 1
     seed = _SEED if dropout else 0
-    written = r * K * adapter_size if count == 1 else count * r * K * _PARTIAL
-    launch = Launch(
-        x + ds + seed, written, ranks * x + cols * ds + cols * count * ranks * seed, written
+    # A part beyond the last column loads nothing of B, but its rows of s.
+    loaded = cols * (x + parts * s) + rows * by_cols + rows * cols * parts * seed
+    return Launch(x + s + by_cols + seed, y, loaded, y)
+
+
+def expand_backward(p: Layer) -> list[Launch]:
+    """Every column group reads s, every row group reads B, every rank block reads dy."""
+    c = p.config("expand_backward", p.N, p.N)
+    cols, ranks = _blocks(p.N, c.block_n), _blocks(p.r, c.block_r)
+    groups, _ = chunks(p.processors * c.per_processor, p.M, c.block_m, cols * ranks)
+    return [_expand_backward(p, cols, groups, ranks)]
+
+
+def _expand_backward(p: Layer, cols: int, groups: int, ranks: int) -> Launch:
+    dy, s = p.M * p.N * p.size, p.M * p.r * p.size
+    B = p.N * p.r * p.adapter_size
+    partials = (cols * p.M + groups * p.N) * p.r * _PARTIAL
+    written = partials + s + B  # ds and dB
+    return Launch(
+        dy + s + B + partials, written, ranks * dy + cols * s + groups * B + partials, written
     )
-    return [launch] if count == 1 else [launch, sum_partials(count, r * K, adapter_size)]
+
+
+def shrink_backward(p: Layer) -> list[Launch]:
+    """Every column block reads ds, every rank block reads x."""
+    c = p.config("shrink_backward", p.K, p.K)
+    cols, ranks = _blocks(p.K, c.block_k), _blocks(p.r, c.block_r)
+    count, _ = chunks(p.processors * c.per_processor, p.M, c.block_m, cols * ranks)
+    x, ds, dA = p.M * p.K * p.size, p.M * p.r * p.size, p.r * p.K * p.adapter_size
+    seed = _SEED if p.dropout else 0
+    partials = _partials(count, p.r * p.K)
+    return [
+        Launch(
+            x + ds + seed + partials,
+            dA + partials,
+            ranks * x + cols * ds + cols * count * ranks * seed + partials,
+            dA + partials,
+        )
+    ]
+
+
+def lora_linear(p: Layer) -> list[Launch]:
+    """One launch if riders ride, else two."""
+    c = p.config("lora_linear", p.K, p.N)
+    if _forward_riders(p, c) is None:
+        return shrink(p) + linear_expand(p, p.K, p.N, bias=p.bias, dropout=False)
+    tiles = _tiles(p, c, p.K, p.N, bias=p.bias, dropout=False)
+    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.size
+    rows = _blocks(p.M, c.block_m)
+    return [
+        Launch(tiles.read + A, tiles.written + s, tiles.loaded + x + rows * A, tiles.stored + s, x)
+    ]
+
+
+def lora_linear_backward(p: Layer) -> list[Launch]:
+    """One launch if riders ride, two with dropout; else three."""
+    c = p.config("lora_linear_backward", p.N, p.K)
+    if _backward_riders(p, c) is None:
+        return [
+            *expand_backward(p),
+            *shrink_backward(p),
+            *linear_expand(p, p.N, p.K, bias=False, dropout=p.dropout),
+        ]
+    tiles = _tiles(p, c, p.N, p.K, bias=False, dropout=p.dropout)
+    eb = p.config("expand_backward", p.N, p.N)
+    groups, cols = _blocks(p.M, group_rows(c)), _blocks(p.N, eb.block_n)
+    thin = _expand_backward(p, cols, groups, 1)
+    dy, s = p.M * p.N * p.size, p.M * p.r * p.size
+    # dy is read by both; ds is written and read.
+    read = tiles.read + thin.read - dy
+    written = tiles.written + thin.written
+    loaded = tiles.loaded + thin.loaded
+    if not p.dropout:
+        sb = p.config("shrink_backward", p.K, p.K)
+        x, dA = p.M * p.K * p.size, p.r * p.K * p.adapter_size
+        read, written = read + x, written + dA
+        loaded += x + _blocks(p.K, sb.block_k) * s
+    launch = Launch(read, written, loaded, written, dy)
+    return [launch, *shrink_backward(p)] if p.dropout else [launch]
+
+
+def _forward_riders(p: Layer, c: LaunchConfig) -> Plan | None:
+    thin = p.config("shrink", p.K, p.K)
+    return forward_riders(c, thin, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
+
+
+def _backward_riders(p: Layer, c: LaunchConfig) -> Plan | None:
+    rows, cols = p.config("expand_backward", p.N, p.N), p.config("shrink_backward", p.K, p.K)
+    return backward_riders(c, rows, cols, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
+
+
+def _partials(count: int, size: int) -> int:
+    """Bytes of the partial sums of ``size`` elements; one is none."""
+    return count * size * _PARTIAL if count > 1 else 0
 
 
 def _blocks(length: int, block: int) -> int:
@@ -106,18 +211,24 @@ def _blocks(length: int, block: int) -> int:
 
 
 class _StandIns:
-    """The four launchers on meta tensors: allocate what the real ones return, note what they move."""
+    """The launchers on meta tensors: allocate what the real ones return, note what they move."""
 
     def __init__(self, processors: int, note: Callable[[list[Launch]], None]) -> None:
         self._processors = processors
         self._note = note
 
+    def _layer(
+        self, x: Tensor, K: int, N: int, r: int, adapter_size: int, bias: bool, dropout: bool
+    ) -> Layer:
+        M = x.shape[0]
+        return Layer(M, K, N, r, x.dtype, adapter_size, bias, dropout, self._processors)
+
     def shrink(
         self, x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
     ) -> Tensor:
-        (M, K), r = x.shape, lora_A.shape[0]
-        self._note(shrink(M, K, r, x.itemsize, lora_A.itemsize, bool(dropout_p), self._processors))
-        return x.new_empty((M, r))
+        r, K = lora_A.shape
+        self._note(shrink(self._layer(x, K, K, r, lora_A.itemsize, False, bool(dropout_p))))
+        return x.new_empty((x.shape[0], r))
 
     def linear_expand(
         self,
@@ -131,19 +242,16 @@ class _StandIns:
         seed: Tensor | None = None,
     ) -> Tensor:
         (M, K), (N, r) = x.shape, lora_B.shape
-        self._note(
-            linear_expand(
-                M, K, N, r, x.itemsize, lora_B.itemsize, bias is not None, bool(dropout_p)
-            )
-        )
+        p = self._layer(x, K, N, r, lora_B.itemsize, bias is not None, bool(dropout_p))
+        self._note(linear_expand(p, K, N, bias=p.bias, dropout=p.dropout))
         return x.new_empty((M, N))
 
     def expand_backward(
         self, dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        (M, N), r = dy.shape, lora_B.shape[1]
-        self._note(expand_backward(M, N, r, dy.itemsize, lora_B.itemsize, self._processors))
-        return dy.new_empty((M, r)), lora_B.new_empty((N, r))
+        N, r = lora_B.shape
+        self._note(expand_backward(self._layer(dy, N, N, r, lora_B.itemsize, False, False)))
+        return dy.new_empty((dy.shape[0], r)), lora_B.new_empty((N, r))
 
     def shrink_backward(
         self,
@@ -153,12 +261,43 @@ class _StandIns:
         seed: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        (M, K), r = x.shape, ds.shape[1]
-        dtype = dtype or x.dtype
-        self._note(
-            shrink_backward(M, K, r, x.itemsize, dtype.itemsize, bool(dropout_p), self._processors)
-        )
+        K, r, dtype = x.shape[1], ds.shape[1], dtype or x.dtype
+        p = self._layer(x, K, K, r, dtype.itemsize, False, bool(dropout_p))
+        self._note(shrink_backward(p))
         return x.new_empty((r, K), dtype=dtype)
+
+    def lora_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        (N, K), r = weight.shape, lora_A.shape[0]
+        p = self._layer(x, K, N, r, lora_A.itemsize, bias is not None, bool(dropout_p))
+        self._note(lora_linear(p))
+        return x.new_empty((x.shape[0], N)), x.new_empty((x.shape[0], r))
+
+    def lora_linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        s: Tensor,
+        scaling: float,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (N, K), r = weight.shape, lora_A.shape[0]
+        p = self._layer(x, K, N, r, lora_A.itemsize, False, bool(dropout_p))
+        self._note(lora_linear_backward(p))
+        return x.new_empty(x.shape), torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
 @contextlib.contextmanager

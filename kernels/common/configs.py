@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Compute capability → bytes of shared memory that one block may use."""
+GROUP_M = 8
+"""Row blocks of a group of tiles of a product: those that run together share tiles of W in the cache."""
+UNROLLED_RANK_BLOCKS = 4
+"""More blocks of the rank than these are looped over."""
 _BULK_COPIES = (90, 100, 120)
 _WARP_SPECIALIZATION = (100,)
 

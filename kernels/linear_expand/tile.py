@@ -7,15 +7,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.configs import GROUP_M, UNROLLED_RANK_BLOCKS, LaunchConfig
 from lorafast.kernels.common.device import cast, dot, keep_mask
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-GROUP_M = 8
-"""Row blocks of a group of tiles."""
-UNROLLED_RANK_BLOCKS = 4
-"""More blocks of the rank than these are looped over."""
 
 
 @triton.jit

@@ -19,11 +19,11 @@ from lorafast.kernels.common.launch import (
     precision,
     processors,
 )
+from lorafast.kernels.common.plan import backward_riders, group_rows
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.expand_backward.kernel import expand_backward_group
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
-    GROUP_M,
     add_low_rank,
     bulk_copies,
     finish,
@@ -35,20 +35,13 @@ from lorafast.kernels.lora_linear.riders import (
     FLAGS,
     ITEMS,
     TICKETS,
-    Plan,
     clear_when_last,
-    plan,
     tile_count,
     tile_of,
 )
 from lorafast.kernels.shrink_backward import shrink_backward
 from lorafast.kernels.shrink_backward.kernel import shrink_backward_columns
 from torch import Tensor
-
-
-def _group_rows(product: LaunchConfig) -> int:
-    """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
-    return GROUP_M * product.block_m
 
 
 @triton.jit(do_not_specialize=["M", "r", "waves", "m_blocks", "threshold"])
@@ -119,8 +112,8 @@ def lora_linear_backward_kernel(
     """
     programs = tl.num_programs(0)
     program = tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed")
-    group_rows = m_blocks * RIDER_M
-    row_groups = tl.cdiv(M, group_rows)
+    rows_of_group = m_blocks * RIDER_M
+    row_groups = tl.cdiv(M, rows_of_group)
     col_groups = tl.cdiv(N, RIDER_N)
     flags_ptr = counters_ptr + FLAGS
     first_round = 0
@@ -175,7 +168,7 @@ def lora_linear_backward_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, TRANSPOSED, WARP_SPECIALIZE,
             PRECISION, INTERPRETED,
         )  # fmt: skip
-        flag_ptr = flags_ptr + row_block * BLOCK_M // group_rows
+        flag_ptr = flags_ptr + row_block * BLOCK_M // rows_of_group
         ds_ready = ds_ptr + wait_for(flag_ptr, INTERPRETED)
         if not HAS_DROPOUT:
             rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -190,17 +183,6 @@ def lora_linear_backward_kernel(
             BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, False, HAS_DROPOUT, PRECISION, INTERPRETED,
         )  # fmt: skip
     clear_when_last(counters_ptr, row_groups + FLAGS, programs)
-
-
-def riders_for(dy: Tensor, r: int, K: int, dropout_p: float, c: LaunchConfig) -> Plan | None:
-    """The riders of a backward, None where it is three launches."""
-    M, N = dy.shape
-    rows = config_for("expand_backward", dy, M, N, N, r)
-    cols = config_for("shrink_backward", dy, M, K, K, r)
-    if not dy.numel() or r > min(rows.block_r, cols.block_r) or _group_rows(c) % rows.block_m:
-        return None
-    read = M * (N if dropout_p else N + K) * dy.element_size()
-    return plan(c, M, N, K, r, read, processors(dy))
 
 
 def lora_linear_backward(
@@ -228,7 +210,10 @@ def lora_linear_backward(
     bulk = bulk_copies(dy, weight.t(), dx)
     # The product is that of dx: its K is the layer's N.
     c = config or config_for("lora_linear_backward", dy, M, N, K, r, masked=masked, bulk=bulk)
-    riders = riders_for(dy, r, K, dropout_p, c)
+    rows = config_for("expand_backward", dy, M, N, N, r)
+    cols = config_for("shrink_backward", dy, M, K, K, r)
+    size = dy.element_size()
+    riders = backward_riders(c, rows, cols, M, K, N, r, size, masked, processors(dy))
     if riders is None:
         ds, dB = expand_backward(dy, s, lora_B, scaling)
         dA = shrink_backward(ds, x, dropout_p, seed, lora_A.dtype)
@@ -236,9 +221,7 @@ def lora_linear_backward(
             dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed, config=config
         )
         return dx, dA, dB
-    rows = config_for("expand_backward", dy, M, N, N, r)
-    cols = config_for("shrink_backward", dy, M, K, K, r)
-    row_groups, col_groups = triton.cdiv(M, _group_rows(c)), triton.cdiv(N, rows.block_n)
+    row_groups, col_groups = triton.cdiv(M, group_rows(c)), triton.cdiv(N, rows.block_n)
     ds = torch.empty((M, r), device=dy.device, dtype=dy.dtype)
     dA = torch.empty((r, K), device=dy.device, dtype=lora_A.dtype)
     dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)
@@ -260,7 +243,7 @@ def lora_linear_backward(
             K=K,
             r=r,
             waves=riders.waves,
-            m_blocks=_group_rows(c) // rows.block_m,
+            m_blocks=group_rows(c) // rows.block_m,
             scaling=float(scaling),
             stride_rows=x.stride(0),
             stride_cols=x.stride(1),

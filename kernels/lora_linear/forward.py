@@ -17,6 +17,7 @@ from lorafast.kernels.common.launch import (
     precision,
     processors,
 )
+from lorafast.kernels.common.plan import forward_riders
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
@@ -30,9 +31,7 @@ from lorafast.kernels.lora_linear.riders import (
     FLAGS,
     ITEMS,
     TICKETS,
-    Plan,
     clear_when_last,
-    plan,
     tile_count,
     tile_of,
 )
@@ -137,15 +136,6 @@ def lora_linear_kernel(
     clear_when_last(counters_ptr, row_blocks + FLAGS, programs)
 
 
-def riders_for(x: Tensor, r: int, N: int, dropout_p: float, c: LaunchConfig) -> Plan | None:
-    """The riders of a forward, None where it is two launches. A mask would keep them too long."""
-    M, K = x.shape
-    thin = config_for("shrink", x, M, K, K, r)
-    if dropout_p or not x.numel() or r > thin.block_r:
-        return None
-    return plan(c, M, K, N, r, M * K * x.element_size(), processors(x))
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -169,11 +159,12 @@ def lora_linear(
     masked = dropout_p > 0.0
     bulk = bulk_copies(x, weight, y)
     c = config or config_for("lora_linear", x, M, K, N, r, masked=masked, bulk=bulk)
-    riders = riders_for(x, r, N, dropout_p, c)
+    thin = config_for("shrink", x, M, K, K, r)
+    size = x.element_size()
+    riders = forward_riders(c, thin, M, K, N, r, size, masked, processors(x))
     if riders is None:
         s = shrink(x, lora_A, dropout_p, seed)
         return linear_expand(x, weight, s, lora_B, scaling, bias, config=config), s
-    thin = config_for("shrink", x, M, K, K, r)
     s = torch.empty((M, r), device=x.device, dtype=x.dtype)
     with on_device(x):
         lora_linear_kernel[(riders.programs,)](

@@ -130,6 +130,12 @@ def _whole_backward(
     return dx.view(*leading, dx.shape[1]), None, dA, dB, None, None, None, None
 
 
+def _needs_whole(needs: tuple[bool, ...]) -> bool:
+    """Whether a backward is asked for what one of a frozen layer with a trained adapter gives."""
+    need_dx, need_dweight, need_dA, need_dB, _, need_dbias, *_ = needs
+    return need_dx and need_dA and need_dB and not (need_dweight or need_dbias)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
     """Keeps for the backward what the needed gradients take: x only if A (or W) has one."""
     x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
@@ -178,8 +184,7 @@ class _LoRALinear(torch.autograd.Function):
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dy)
             x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
-            need_dx, need_dweight, need_dA, need_dB, _, need_dbias, *_ = ctx.needs_input_grad
-            if need_dx and need_dA and need_dB and not (need_dweight or need_dbias):
+            if _needs_whole(ctx.needs_input_grad):
                 found = _whole_backward(
                     ctx.backend, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
                 )
@@ -266,6 +271,46 @@ def _registered_fake(
     return y, x.new_empty((M, lora_A.shape[0]))
 
 
+def _registered_backward_run(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = dispatch.forced()
+    found = _whole_backward(
+        backend, dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed
+    ) or _backward(
+        _EAGER[backend], dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed,
+        (True, False, True, True, False, False, False, False),
+    )  # fmt: skip
+    dx, _, dA, dB, *_ = found
+    assert dx is not None
+    assert dA is not None
+    assert dB is not None
+    return dx, dA, dB
+
+
+def _registered_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
+    return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+
+
 def _registered_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, s = output
     ctx.mark_non_differentiable(s)
@@ -276,6 +321,11 @@ def _registered_backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy)
     x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+    if _needs_whole(ctx.needs_input_grad):
+        dx, dA, dB = torch.ops.lorafast.lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
+        )
+        return dx, None, dA, dB, None, None, None, None
     return _backward(
         torch.ops.lorafast, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
         ctx.needs_input_grad,
@@ -290,6 +340,13 @@ register(
     _registered_fake,
 )
 register_autograd("lora_linear", _registered_setup_context, _registered_backward)
+register(
+    "lora_linear_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, float scaling, "
+    "float dropout_p=0.0, Tensor? seed=None) -> (Tensor dx, Tensor dA, Tensor dB)",
+    _registered_backward_run,
+    _registered_backward_fake,
+)
 
 
 def lora_linear(

@@ -8,11 +8,12 @@ import torch
 pytest.importorskip("triton")
 
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
-from lorafast.bench.common.problem import Problem
+from lorafast.bench.common.problem import DTYPES, Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.traffic import interpret, launches, measure, run
 from lorafast.bench.traffic.count import Traffic, counting
+from lorafast.bench.traffic.job import on_meta
 
 M, K, N, r = 8192, 4096, 4096, 16
 PROBLEM = Problem(Shape("", M, K, N), r, "bf16", "bf16", 0.0)
@@ -81,20 +82,67 @@ def test_aten():
     )
 
 
+ROW_GROUPS, COL_GROUPS = M // 1024, N // 256  # of the riders' pass over dy
+PARTIALS = 4 * r * (COL_GROUPS * M + ROW_GROUPS * N)  # of ds and of dB
+
+
 def test_triton():
+    """x and dy are read by riders and by tiles, once for a launch."""
     forward, backward = traffic_of("triton")
-    columns = N // 128  # blocks of expand_backward, a partial ds each
-    chunks = -(-2 * 132 // columns)  # of rows, a partial dB each
-    # shrink, sum of its partials, linear_expand
-    assert forward.launches == 3
-    assert forward.read - (X + A) - (X + W + S + B) == 3 * 4 * M * r
-    assert forward.written == 3 * 4 * M * r + S + Y
-    # expand_backward and its two sums, shrink_backward and its sum, dx
-    assert backward.launches == 6
-    chunks_of_dA = -(-2 * 132 // (K // 64))
-    partials = 4 * M * r * columns + 4 * N * r * chunks + 4 * K * r * chunks_of_dA
-    assert backward.read == (DY + S + B) + (DS + X) + (DY + W + DS + A) + partials
-    assert backward.written == partials + DS + B + A + DX
+    assert forward == Traffic(1, X + W + A + S + B, Y + S)
+    assert backward == Traffic(
+        1, (DY + W + DS + A) + (S + B) + X + PARTIALS, DX + (DS + B) + A + PARTIALS
+    )
+
+
+def test_triton_with_dropout():
+    """shrink and shrink_backward make masks in launches of their own; the seed is drawn in one."""
+    (forward, backward) = traffic_of("triton", replace(PROBLEM, dropout_p=0.05))
+    seed = 8
+    halves = 2 * 4 * M * r  # two partial sums of s
+    read = (X + A + seed + halves) + (X + W + S + B)
+    assert forward == Traffic(3, read, seed + halves + S + Y)
+    chunks = 2 * 132 // (K // 128)  # of rows, a partial dA each
+    of_dA = chunks * 4 * r * K
+    assert backward == Traffic(
+        2,
+        (DY + W + DS + A + seed) + (S + B) + PARTIALS + (DS + X + seed + of_dA),
+        DX + (DS + B) + PARTIALS + A + of_dA,
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
+@pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
+def test_triton_moves_at_most_1_65_of_the_frozen_layers_bytes_in_6_launches(
+    dropout_p, adapter_dtype
+):
+    problem = replace(PROBLEM, dropout_p=dropout_p, adapter_dtype=adapter_dtype)
+    frozen, ours = traffic_of(FROZEN, problem), traffic_of("triton", problem)
+    moved = [sum(traffic.bytes for traffic in of) for of in (ours, frozen)]
+    assert moved[0] <= 1.65 * moved[1]
+    assert sum(traffic.launches for traffic in ours) <= 6
+
+
+def test_what_is_saved_for_the_backward():
+    """x and s, for any dropout: no mask, no dropped copy of x."""
+    for dropout_p in (0.0, 0.05):
+        problem = replace(PROBLEM, dropout_p=dropout_p)
+        tensors = on_meta(problem)
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with launches.standing_in(132, lambda noted: None):
+            contender = BUILDERS["triton"](problem, tensors)
+            x = tensors.x[0].detach().requires_grad_()
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with contender.context(), hooks:
+                contender.layer(x)
+        own = {id(t.untyped_storage()) for t in (tensors.weight, *contender.layer.parameters())}
+        seed = 8 if dropout_p else 0
+        assert sum(size for key, size in saved.items() if key not in own) == X + S + seed
 
 
 def test_the_minimum():
@@ -141,6 +189,8 @@ PROBLEMS = [
         (130, 64, 70, 40, "fp32", "fp32", False, True, 4),
         (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
         (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
+        (2190, 72, 520, 16, "bf16", "fp32", True, False, 20),  # riders forward
+        (2190, 520, 200, 16, "bf16", "fp32", True, True, 20),  # riders backward
     )
 ]
 
@@ -148,7 +198,15 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_closed_forms_say_what_the_interpreter_counts(problem):
     assert interpret.compare(problem) == dict.fromkeys(
-        ("shrink", "linear_expand", "expand_backward", "shrink_backward", "dx")
+        (
+            "shrink",
+            "linear_expand",
+            "expand_backward",
+            "shrink_backward",
+            "dx",
+            "lora_linear",
+            "lora_linear_backward",
+        )
     )
 
 
@@ -161,7 +219,7 @@ def test_a_wrong_closed_form_is_found(monkeypatch):
 
     monkeypatch.setattr(launches, "shrink", wrong)
     differences = interpret.compare(PROBLEMS[0])
-    assert [name for name, value in differences.items() if value] == ["shrink"]
+    assert [name for name, value in differences.items() if value] == ["shrink", "lora_linear"]
 
 
 def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
@@ -176,14 +234,20 @@ def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
 
 @pytest.mark.parametrize("r", [16, 64])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_both_reduced_sizes_are_needed(r, dtype):
-    """At one of them every sum is split into partial ones, at the other none is."""
-    small, split = interpret.reduce(replace(PROBLEM, r=r, dtype=dtype))
-    for problem, count in ((small, 1), (split, 2)):
-        sizes = problem.r, {"bf16": 2, "fp32": 4}[dtype]
-        M, K, P = problem.M, problem.K, problem.processors
-        assert len(launches.shrink(M, K, *sizes, 4, False, P)) == count
-        assert len(launches.shrink_backward(M, K, *sizes, 4, False, P)) == count
+def test_the_reduced_sizes_reach_every_path(r, dtype):
+    """At the first no sum is split into partial ones, at the second every one is, then riders ride."""
+    reduced = interpret.reduce(replace(PROBLEM, r=r, dtype=dtype))
+    layers = [
+        launches.Layer(p.M, p.K, p.N, p.r, DTYPES[p.dtype], 4, False, False, p.processors)
+        for p in reduced
+    ]
+    for layer, split in zip(layers[:2], (False, True), strict=True):
+        (shrunk,), (dA,) = launches.shrink(layer), launches.shrink_backward(layer)
+        assert (shrunk.written > layer.M * layer.r * layer.size) is split
+        assert (dA.written > layer.K * layer.r * 4) is split
+    if dtype == "bf16":
+        assert len(launches.lora_linear(layers[2])) == 1
+        assert len(launches.lora_linear_backward(layers[3])) == 1
 
 
 @pytest.mark.slow
@@ -198,7 +262,7 @@ def test_where_triton_cannot_interpret_the_counts_say_that_they_are_unchecked(mo
     run([PROBLEM], ["triton"], record=record)
     out = capsys.readouterr().out
     assert "not checked here: Triton is too old" in out
-    assert any(line.startswith("  triton") and "583" in line for line in out.splitlines())
+    assert any(line.startswith("  triton") and "426" in line for line in out.splitlines())
     assert not record.any_wrong()
 
 

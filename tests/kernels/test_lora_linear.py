@@ -1,5 +1,7 @@
 """A whole layer's launches, with riders and without."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import Problem, assert_contract, problems
@@ -11,8 +13,8 @@ pytest.importorskip("triton")
 import numpy
 from lorafast.kernels.common import counters
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders
 from lorafast.kernels.lora_linear import backward, forward
-from lorafast.kernels.lora_linear.riders import Plan, plan
 from small_tiles import SMALL_TILES, on_kernels
 from triton.runtime import interpreter
 
@@ -23,8 +25,9 @@ TILES = {name: config for name, config in SMALL_TILES.items() if config is not N
 
 def riding(monkeypatch, riders=2, waves=1, programs=5):
     """Lets layers of any size have riders."""
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "plan", lambda *arguments: Plan(riders, waves, programs))
+    plan = Plan(riders, waves, programs)
+    monkeypatch.setattr(forward, "forward_riders", lambda *arguments: plan)
+    monkeypatch.setattr(backward, "backward_riders", lambda *arguments: plan)
 
 
 def call_forward(p, t):
@@ -173,6 +176,7 @@ def test_a_layer_without_riders_is_its_operations(device):
 
 
 CONFIG = LaunchConfig(128, 256, 64, 16, 8, 3, riders=8)
+THIN = LaunchConfig(64, 256, 128, 128, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ CONFIG = LaunchConfig(128, 256, 64, 16, 8, 3, riders=8)
 )
 def test_riders_ride_where_they_can_pay(sizes, riders):
     M, K, N, r = sizes
-    found = plan(CONFIG, M, K, N, r, M * K * 2, 132)
+    found = forward_riders(CONFIG, THIN, M, K, N, r, 2, False, 132)
     assert (found is not None) is riders
     if found is not None:
         tiles = -(-M // 128) * -(-N // 256)
@@ -196,5 +200,14 @@ def test_riders_ride_where_they_can_pay(sizes, riders):
         assert 0 < found.waves * (found.programs - found.riders) <= tiles / 2 + 132
 
 
+def test_a_mask_has_no_riders_forward_and_only_those_of_dy_backward():
+    sizes = (8192, 4096, 4096, 16, 2)
+    assert forward_riders(CONFIG, THIN, *sizes, True, 132) is None
+    masked = backward_riders(CONFIG, THIN, THIN, *sizes, True, 132)
+    plain = backward_riders(CONFIG, THIN, THIN, *sizes, False, 132)
+    assert 0 < masked.waves < plain.waves
+
+
 def test_zero_riders_are_allowed():
-    assert plan(LaunchConfig(128, 256, 64, 16, 8, 3), 8192, 4096, 4096, 16, 2**26, 132) is None
+    none = dataclasses.replace(CONFIG, riders=0)
+    assert forward_riders(none, THIN, 8192, 4096, 4096, 16, 2, False, 132) is None

@@ -1,0 +1,91 @@
+"""Whether programs of a product's launch do a layer's thin work beside it, how many, and for how long.
+
+``kernels/lora_linear`` says what these riders do.
+"""
+
+from dataclasses import dataclass
+
+from lorafast.kernels.common.configs import GROUP_M, UNROLLED_RANK_BLOCKS, LaunchConfig
+
+_FLOPS_PER_BYTE = 64
+"""What a multiprocessor multiplies while it streams one byte: about 3,400 operations and 48 bytes a
+clock on sm_90, from the data sheet; elsewhere of the same order."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many programs ride, how many rounds of tiles they miss, how many programs there are."""
+
+    riders: int
+    waves: int
+    programs: int
+
+
+def _plan(
+    config: LaunchConfig,
+    rows: int,
+    depth: int,
+    cols: int,
+    r: int,
+    rider_bytes: int,
+    processors: int,
+) -> Plan | None:
+    """The riders for a product ``[rows, depth] · [depth, cols]`` beside which ``rider_bytes`` are read.
+
+    None where they can't pay: no rider in the configuration, a rank that is looped over, too few tiles
+    to ride beside, or thin work that would outlast half of the product.
+    """
+    if r > UNROLLED_RANK_BLOCKS * config.block_r:
+        return None
+    tiles = -(-rows // config.block_m) * -(-cols // config.block_n)
+    programs = processors * config.per_processor
+    riders = config.riders
+    if not 0 < riders < programs or tiles < 2 * programs:
+        return None
+    tile_flops = 2 * config.block_m * config.block_n * depth
+    waves = -(-rider_bytes * _FLOPS_PER_BYTE // (riders * tile_flops))
+    if 2 * waves > -(-tiles // programs):
+        return None
+    return Plan(riders, waves, programs)
+
+
+def forward_riders(
+    product: LaunchConfig,
+    shrink: LaunchConfig,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    size: int,
+    masked: bool,
+    processors: int,
+) -> Plan | None:
+    """The riders of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
+    if masked or r > shrink.block_r:
+        return None
+    return _plan(product, M, K, N, r, M * K * size, processors)
+
+
+def group_rows(product: LaunchConfig) -> int:
+    """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
+    return GROUP_M * product.block_m
+
+
+def backward_riders(
+    product: LaunchConfig,
+    expand_backward: LaunchConfig,
+    shrink_backward: LaunchConfig,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    size: int,
+    masked: bool,
+    processors: int,
+) -> Plan | None:
+    """The riders of a layer's backward, which make ds and dB, and without a mask dA."""
+    if r > min(expand_backward.block_r, shrink_backward.block_r):
+        return None
+    if group_rows(product) % expand_backward.block_m:
+        return None
+    return _plan(product, M, N, K, r, M * (N if masked else N + K) * size, processors)
