@@ -1,10 +1,14 @@
 import os
+import tempfile
 
 import torch
 
 # Before lorafast.kernels is first imported, which is when Triton reads it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Nor what was tuned on the machine that tests.
+os.environ["LORAFAST_CACHE"] = tempfile.mkdtemp(prefix="lorafast-tests-")
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -1,11 +1,12 @@
-"""Tests on the device, benchmarks, looks for faster launch configurations, records.
+"""Tests on the device, tunes, benchmarks, records.
 
     make gpu                              # python -m lorafast.bench.gpu
     LORAFAST_OUT=/tmp/out make gpu
 
-Leaves ``gpu-<name>-<date>.json``, a log and the plots in the folder that ``LORAFAST_OUT`` names
-(default ``bench/results``). The record is written whenever something is added to it. Exit status: 0,
-1 if a test failed or a contender was wrong, 2 without a GPU, 130 after Ctrl-C.
+Leaves ``gpu-<name>-<date>.json``, a log, the plots and what was tuned (``tuned-<name>.json``, from
+which rows go into ``kernels/tables``) in the folder that ``LORAFAST_OUT`` names (default
+``bench/results``). The record is written whenever something is added to it. Exit status: 0, 1 if a test
+failed or a contender was wrong, 2 without a GPU, 130 after Ctrl-C.
 """
 
 import argparse
@@ -34,11 +35,11 @@ from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import MODELS, Shape
 from lorafast.bench.models import run as run_model
-from lorafast.bench.operations import climb
+from lorafast.bench.operations import run as run_operations
 
-from lorafast.bench import layer, operations, traffic
+from lorafast.bench import layer, traffic, tune
 
-_SUMMARY = "Tests on the device, benchmarks, looks for faster launch configurations, records."
+_SUMMARY = "Tests on the device, tunes, benchmarks, records."
 _ROOT = Path(__file__).resolve().parents[2]
 _BROKE = "broke"
 
@@ -55,7 +56,7 @@ class _Plan:
     swept: list[Problem]
     model: str
     model_layers: int | None
-    search_seconds: float
+    tune_seconds: float
     tokens: int
 
 
@@ -75,7 +76,7 @@ def _plan_for_gpu(device: torch.device) -> _Plan:
         device, table, square=table[0], dropped=table[1],
         against=("peft", "peft-compiled", "aten", "triton", "frozen"),
         swept=layer.sweep(table[0], "cuda"), model="llama-8b", model_layers=None,
-        search_seconds=30.0, tokens=8192,
+        tune_seconds=12.0, tokens=8192,
     )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def _plan_for_rehearsal() -> _Plan:
     return _Plan(
         torch.device("cpu"), table, square=table[0], dropped=table[1],
         against=("peft", "aten", "triton", "frozen"), swept=[table[0], other], model="qwen-0.6b",
-        model_layers=1, search_seconds=3.0, tokens=8,
+        model_layers=1, tune_seconds=0.5, tokens=8,
     )  # fmt: skip
 
 
@@ -140,6 +141,7 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = Path(os.environ.get("LORAFAST_OUT") or _ROOT / "bench" / "results").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     path = _unused(folder, stem)
+    os.environ["LORAFAST_CACHE"] = str(folder)
     budget = _Budget(time.monotonic(), 60 * arguments.minutes)
     command = ["make", "gpu", *(sys.argv[1:] if words is None else words)]
     with _log_to(path.with_suffix(".log")):
@@ -182,20 +184,25 @@ def _stages(
 ) -> list[_Stage]:
     device, both = plan.device, [plan.square, plan.dropped]
     stages = [
-        _Stage("tests on the device", 0.1, lambda: _test(record, budget.left(0.4))),
-        _Stage("operations", 0.45, lambda: operations.run(
+        _Stage("tests on the device", 0.1, lambda: _test(record, budget.left(0.3))),
+        _Stage("operations", 0.4, lambda: run_operations(
             both, ["aten", "triton"],
-            device=device, seconds=0.3, record=record, deadline=budget.until(0.45),
+            device=device, seconds=0.3, record=record, deadline=budget.until(0.4),
         )),
-        _Stage("layers", 0.7, lambda: layer.run(
+        # Before what uses it.
+        _Stage("tune", 0.6, lambda: tune.run(
+            [plan.square], device=device, seconds=plan.tune_seconds, record=record,
+            deadline=budget.until(0.6),
+        )),
+        _Stage("layers", 0.75, lambda: layer.run(
             plan.table, ["both"], plan.against,
-            device=device, seconds=0.7, record=record, deadline=budget.until(0.7),
+            device=device, seconds=0.7, record=record, deadline=budget.until(0.75),
         )),
-        _Stage("sweep", 0.8, lambda: layer.run(
+        _Stage("sweep", 0.85, lambda: layer.run(
             plan.swept, ["both"], ["peft", "aten", "triton"],
-            device=device, seconds=0.4, record=record, kind="sweep", deadline=budget.until(0.8),
+            device=device, seconds=0.4, record=record, kind="sweep", deadline=budget.until(0.85),
         )),
-        _Stage("call overhead", 0.85, lambda: run_call_overhead(
+        _Stage("call overhead", 0.88, lambda: run_call_overhead(
             ["peft"], device=device, record=record
         )),
         _Stage("model", 0.9, lambda: run_model(
@@ -204,10 +211,6 @@ def _stages(
         )),
         _Stage("traffic", 0.95, lambda: traffic.run(
             both, ["peft", "aten", "triton"], record=record
-        )),
-        _Stage("search for launch configurations", 0.97, lambda: climb.run(
-            plan.square, operations.CASES, device=device,
-            seconds=min(plan.search_seconds, budget.left(0.97) / len(operations.CASES)), record=record,
         )),
     ]  # fmt: skip
     return stages[1:] if arguments.skip_tests else stages

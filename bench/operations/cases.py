@@ -6,25 +6,32 @@ from typing import Any
 
 import torch
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem, Tensors
+from lorafast.kernels.tables.tuned import Key
 from torch import Tensor
 
 Cast = Callable[..., Tensor]
+_DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Case:
     """``call(operations, cast)`` runs one operation on tensors passed through ``cast``, as the
-    numerical contract has it; ``flops`` and ``least_bytes`` (each operand once) are those of a call."""
+    numerical contract has it; ``flops`` and ``least_bytes`` (each operand once) are those of a call.
+
+    ``key`` is what a tuning record of it is found by.
+    """
 
     name: str
     operation: str
     call: Callable[[Any, Cast], Tensor | tuple[Tensor, ...]]
     flops: float
     least_bytes: int
+    key: Key
 
 
 def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
-    """The operations in the order of a forward and backward; ``dx`` is ``linear_expand`` once more."""
+    """The operations in the order of a forward and backward; ``dx`` is ``linear_expand`` once more, and
+    a whole layer's forward and backward are those of their parts where a backend has no more."""
     M, K, N, r = problem.shape.M, problem.shape.K, problem.shape.N, problem.r
     size, adapter_size = problem.element_size, DTYPES[problem.adapter_dtype].itemsize
     adapter, p = DTYPES[problem.adapter_dtype], problem.dropout_p
@@ -47,17 +54,45 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
         )
         return result
 
+    def forward(run: Any, cast: Cast) -> tuple[Tensor, ...]:
+        arguments = (cast(x), cast(weight), cast(lora_A, adapter), cast(lora_B, adapter), SCALING)
+        biased = None if bias is None else cast(bias)
+        if hasattr(run, "lora_linear_backward"):
+            y, s = run.lora_linear(*arguments, biased, p, seed)
+        else:
+            s = run.shrink(arguments[0], arguments[2], p, seed)
+            y = run.linear_expand(*arguments[:2], s, arguments[3], SCALING, biased)
+        return y, s
+
+    def backward(run: Any, cast: Cast) -> tuple[Tensor, ...]:
+        A, B = cast(lora_A, adapter), cast(lora_B, adapter)
+        given = (cast(dy), cast(x), cast(weight), A, B, cast(s), SCALING, p, seed)
+        if hasattr(run, "lora_linear_backward"):
+            found: tuple[Tensor, ...] = run.lora_linear_backward(*given)
+            return found
+        ds, dB = run.expand_backward(given[0], given[5], B, SCALING)
+        dA = run.shrink_backward(ds, given[1], p, seed, A.dtype)
+        return run.linear_expand(given[0], given[2].t(), ds, A.t(), 1.0, None, p, seed), dA, dB
+
+    def key(operation: str, K: int, N: int, masked: bool, transposed: bool = False) -> Key:
+        return Key(operation, _DTYPE_NAMES[problem.dtype], M, K, N, r, masked, transposed)
+
+    masked = p > 0.0
     product = 2.0 * M * K * N
+    thin = 2.0 * M * r
+    adapters = r * (K + N) * adapter_size
     both = (M * K + K * N + M * N) * size
     found = (
         Case(
             "shrink", "shrink",
             lambda run, cast: run.shrink(cast(x), cast(lora_A, adapter), p, seed),
             2.0 * M * K * r, (M * K + M * r) * size + r * K * adapter_size,
+            key("shrink", K, K, masked),
         ),
         Case(
             "linear_expand", "linear_expand", base, product + 2.0 * M * N * r,
             both + M * r * size + N * r * adapter_size + (0 if bias is None else N * size),
+            key("linear_expand", K, N, False),
         ),
         Case(
             "expand_backward", "expand_backward",
@@ -65,6 +100,7 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
                 cast(dy), cast(s), cast(lora_B, adapter), SCALING
             ),
             4.0 * M * N * r, (M * N + 2 * M * r) * size + 2 * N * r * adapter_size,
+            key("expand_backward", N, N, False),
         ),
         Case(
             "shrink_backward", "shrink_backward",
@@ -72,13 +108,28 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
                 cast(ds), cast(x), p, seed, cast(lora_A, adapter).dtype
             ),
             2.0 * M * K * r, (M * K + M * r) * size + r * K * adapter_size,
+            key("shrink_backward", K, K, masked),
         ),
         Case(
             "dx", "linear_expand", dx, product + 2.0 * M * K * r,
             both + M * r * size + r * K * adapter_size,
+            key("linear_expand", N, K, masked, True),
+        ),
+        Case(
+            "lora_linear", "lora_linear", forward, product + thin * (K + N),
+            both + M * r * size + adapters + (0 if bias is None else N * size),
+            key("lora_linear", K, N, masked),
+        ),
+        Case(
+            "lora_linear_backward", "lora_linear_backward", backward,
+            product + 2 * thin * (K + N), both + M * (K + r) * size + 2 * adapters,
+            key("lora_linear_backward", N, K, masked, True),
         ),
     )  # fmt: skip
     return {case.name: case for case in found}
 
 
-CASES = ("shrink", "linear_expand", "expand_backward", "shrink_backward", "dx")
+CASES = (
+    "shrink", "linear_expand", "expand_backward", "shrink_backward", "dx", "lora_linear",
+    "lora_linear_backward",
+)  # fmt: skip

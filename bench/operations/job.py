@@ -16,6 +16,7 @@ from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.table import table, why_no_time
 from lorafast.bench.operations.cases import Case, cases
+from lorafast.kernels.tables.find import WHOLE
 from torch import Tensor
 
 from lorafast.ops import backend, dispatch
@@ -42,9 +43,10 @@ class Row:
 
 
 def on_backend(name: str) -> SimpleNamespace:
-    """The four operations of one backend, without the package's own call path before them."""
-    functions = {op: backend.BACKENDS[name].implementation(op) for op in dispatch.OPERATIONS}
-    return SimpleNamespace(**functions)
+    """The operations of one backend, without the package's own call path before them; ``triton`` has a
+    whole layer's forward and backward too."""
+    names = (*dispatch.OPERATIONS, *(WHOLE if name == backend.TRITON.name else ()))
+    return SimpleNamespace(**{op: backend.BACKENDS[name].implementation(op) for op in names})
 
 
 def as_is(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -68,14 +68,17 @@ def config_for(
     r: int,
     *,
     masked: bool = False,
+    transposed: bool = False,
     bulk: bool = False,
 ) -> LaunchConfig:
     """The launch configuration for a call of ``operation`` on the device and in the dtype of ``x``.
 
-    ``bulk``: whether bulk copies can read and write its operands.
+    ``masked``: whether under dropout; ``transposed``: whether the product reads Wᵀ; ``bulk``: whether
+    bulk copies can read and write its operands.
     """
     device = device_name(x)
-    key = tuned.Key(operation, str(x.dtype).removeprefix("torch."), M, K, N, r, masked)
+    dtype = str(x.dtype).removeprefix("torch.")
+    key = tuned.Key(operation, dtype, M, K, N, r, masked, transposed)
     record = tuned.nearest(device, key)
     if record is not None and record.config is not None and (bulk or not record.config.descriptors):
         return record.config

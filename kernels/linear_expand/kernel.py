@@ -149,8 +149,9 @@ def linear_expand(
     if y.numel() == 0:
         return y
     c = config or config_for(
-        "linear_expand", x, M, K, N, r, masked=dropout_p > 0.0, bulk=bulk_copies(x, weight, y)
-    )
+        "linear_expand", x, M, K, N, r,
+        masked=dropout_p > 0.0, transposed=weight.stride(1) != 1, bulk=bulk_copies(x, weight, y),
+    )  # fmt: skip
     tiles = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
     splits = split_k(processors(x), tiles, triton.cdiv(K, c.block_k))
     split = splits > 1

@@ -209,7 +209,9 @@ def lora_linear_backward(
     masked = dropout_p > 0.0
     bulk = bulk_copies(dy, weight.t(), dx)
     # The product is that of dx: its K is the layer's N.
-    c = config or config_for("lora_linear_backward", dy, M, N, K, r, masked=masked, bulk=bulk)
+    c = config or config_for(
+        "lora_linear_backward", dy, M, N, K, r, masked=masked, transposed=True, bulk=bulk
+    )
     rows = config_for("expand_backward", dy, M, N, N, r)
     cols = config_for("shrink_backward", dy, M, K, K, r)
     size = dy.element_size()

@@ -26,7 +26,8 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Key:
-    """A call: operation, dtype (``bfloat16``), sizes as ``linear_expand`` has them, whether masked."""
+    """A call: operation, dtype (``bfloat16``), sizes as ``linear_expand`` has them, whether masked, and
+    whether its product reads Wᵀ, as that of dx does."""
 
     operation: str
     dtype: str
@@ -34,7 +35,8 @@ class Key:
     K: int
     N: int
     r: int
-    masked: bool
+    masked: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,13 @@ def nearest(device: str, key: Key) -> Record | None:
         (distance((key.M, key.K, key.N), (at.M, at.K, at.N)), record)
         for record in load(device)
         for at in (record.key,)
-        if (at.operation, at.dtype, at.masked) == (key.operation, key.dtype, key.masked)
-        and rank_bucket(at.r) == rank_bucket(key.r)
+        if _bucket(at) == _bucket(key)
     ]
     near = min(found, key=lambda pair: pair[0], default=None)
     return None if near is None or near[0] > _NEAR else near[1]
 
 
-def rank_bucket(r: int) -> int:
-    """The power of two that holds a rank, at least 16."""
-    return max(1 << (r - 1).bit_length(), 16)
+def _bucket(key: Key) -> tuple[object, ...]:
+    """What a record and a call must have in common: of the rank, the power of two that holds it."""
+    rank = max(1 << (key.r - 1).bit_length(), 16)
+    return key.operation, key.dtype, key.masked, key.transposed, rank

@@ -1,12 +1,12 @@
-"""The command line: ``lorafast info``, ``lorafast verify``, ``lorafast bench``."""
+"""The command line: ``lorafast info``, ``lorafast verify``, ``lorafast bench``, ``lorafast tune``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from lorafast.cli import bench, info, verify
+from lorafast.cli import bench, info, tune, verify
 
-_COMMANDS = {"info": info, "verify": verify, "bench": bench}
+_COMMANDS = {"info": info, "verify": verify, "bench": bench, "tune": tune}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

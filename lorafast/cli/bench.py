@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--models",
-        type=_comma(_one_of([name for name, model in MODELS.items() if model.gated])),
+        type=comma(one_of([name for name, model in MODELS.items() if model.gated])),
         default=[],
         metavar="NAMES",
         help="training steps of whole transformers, random weights, no dropout: "
@@ -81,30 +81,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES|M,K,N[,R]",
         help=f"layers of {', '.join(MODELS)}, or sizes",
     )
-    of.add_argument("--tokens", type=_comma(_positive), metavar="M", help="rows for named shapes")
-    of.add_argument("--rank", type=_comma(_positive), default=[16], metavar="R", help="default: 16")
-    of.add_argument("--dtype", type=_comma(_one_of(DTYPES)), help=f"of {', '.join(DTYPES)}")
+    of.add_argument("--tokens", type=comma(positive), metavar="M", help="rows for named shapes")
+    of.add_argument("--rank", type=comma(positive), default=[16], metavar="R", help="default: 16")
+    of.add_argument("--dtype", type=comma(one_of(DTYPES)), help=f"of {', '.join(DTYPES)}")
     of.add_argument(
-        "--adapter-dtype", type=_one_of(DTYPES), default="fp32", help="of A and B (default: fp32)"
+        "--adapter-dtype", type=one_of(DTYPES), default="fp32", help="of A and B (default: fp32)"
     )
     of.add_argument(
-        "--dropout", type=_comma(_probability), default=[0.0, 0.05], help="default: 0,0.05"
+        "--dropout", type=comma(probability), default=[0.0, 0.05], help="default: 0,0.05"
     )
     of.add_argument(
         "--pass",
         dest="passes",
-        type=_comma(_one_of(PASSES)),
+        type=comma(one_of(PASSES)),
         default=["both"],
         metavar="PASS",
         help=f"of {', '.join(PASSES)} (default: both)",
     )
-    of.add_argument("--model-layers", type=_positive, metavar="L", help="blocks of a whole model")
+    of.add_argument("--model-layers", type=positive, metavar="L", help="blocks of a whole model")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--against", type=_comma(_one_of(BUILDERS)), help=f"of {', '.join(BUILDERS)}")
+    how.add_argument("--against", type=comma(one_of(BUILDERS)), help=f"of {', '.join(BUILDERS)}")
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     how.add_argument(
-        "--seconds", type=_seconds, help="of samples for each problem and pass, shared by all"
+        "--seconds", type=seconds, help="of samples for each problem and pass, shared by all"
     )
     how.add_argument("--json", type=Path, metavar="F", help="record the run with every sample")
     how.add_argument(
@@ -241,7 +241,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _comma(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def comma(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """A parser of comma-separated values."""
 
     def parse_list(text: str) -> list[Any]:
@@ -253,28 +253,33 @@ def _comma(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse_list
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A positive number."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} is not a positive number of seconds")
     return value
 
 
-def _probability(text: str) -> float:
+def probability(text: str) -> float:
+    """From 0 to below 1."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not from 0 to below 1")
     return value
 
 
-def _one_of(known: Container[str]) -> Callable[[str], str]:
+def one_of(known: Container[str]) -> Callable[[str], str]:
+    """A parser of one of the known words."""
+
     def check(text: str) -> str:
         if text not in known:
             names = ", ".join(known)  # type: ignore[arg-type]

@@ -87,9 +87,7 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
     if layer.merged:
         return Choice(operation, None, "the layer is merged: a plain product", {})
     if forced is None:
-        backend, reason = _automatically(
-            operation, layer, tensors, _sample("shrink", layer, like, M)
-        )
+        backend, reason = _automatically(operation, layer, tensors, like, M)
     elif reasons[forced] is None:
         backend, reason = forced, "forced"
     else:
@@ -109,15 +107,20 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
 
 
 def _automatically(
-    operation: str, layer: LoRALinear, tensors: tuple[Tensor, ...], of_shrink: tuple[Tensor, ...]
+    operation: str, layer: LoRALinear, tensors: tuple[Tensor, ...], like: Tensor, M: int
 ) -> tuple[str, str]:
     """As a training step of the eager layer chooses, with gradients of x, A and B."""
     dropout_p = layer.dropout if layer.training else 0.0
-    if is_small(of_shrink[0], layer.lora_A, layer.out_features, dropout_p, None):
+    x, lora_A, *seed = _sample("shrink", layer, like, M)
+    if is_small(x, lora_A, layer.out_features, dropout_p, None):
         return "aten", "a layer so small that the fewest calls are the fastest"
-    whole = dispatch.automatic_choice("shrink", *of_shrink)
-    if whole[0] == "cpu" and dispatch.why_not("cpu", operation, tensors) is None:
-        return whole  # select_whole: the layer goes where its shrink goes
+    dy, s, lora_B = _sample("expand_backward", layer, like, M)
+    forward = operation in ("shrink", "linear_expand")
+    whole = "lora_linear" if forward else "lora_linear_backward"
+    others = (layer.weight, lora_B) if forward else (dy, layer.weight, lora_B, s)
+    backend, reason = dispatch.automatic_whole(whole, x, lora_A, seed[0] if seed else None, *others)
+    if backend is not None:
+        return backend, reason
     return dispatch.automatic_choice(operation, *tensors)
 
 

@@ -21,8 +21,9 @@ def choice(operation: str, *tensors: Tensor | None) -> Choice:
     given = [t for t in tensors if t is not None]
     first, second = given[0], given[1]
     masked = any(t.dtype is torch.int64 for t in given)  # a seed
+    transposed = False
     if operation == "linear_expand":
-        lora_B = given[3]
+        lora_B, transposed = given[3], second.stride(1) != 1
         sizes = (first.shape[0], first.shape[1], *lora_B.shape)
         adapter = lora_B.dtype
     elif operation == "shrink":
@@ -34,7 +35,7 @@ def choice(operation: str, *tensors: Tensor | None) -> Choice:
     else:
         (M, K), r = second.shape, first.shape[1]
         sizes, adapter = (M, K, K, r), first.dtype
-    return _choice(operation, first.device, first.dtype, adapter, *sizes, masked)
+    return _choice(operation, first.device, first.dtype, adapter, *sizes, masked, transposed)
 
 
 def whole(
@@ -63,8 +64,9 @@ def _choice(
     N: int,
     r: int,
     masked: bool,
+    transposed: bool,
 ) -> Choice:
-    record = _record(operation, device, dtype, M, K, N, r, masked)
+    record = _record(operation, device, dtype, M, K, N, r, masked, transposed)
     if record is not None:
         return record.backend, _measured(record)
     problem = roofline.Problem(M, K, N, r, dtype.itemsize, adapter_dtype.itemsize, masked)
@@ -94,7 +96,11 @@ def _whole(
     r: int,
     masked: bool,
 ) -> tuple[str | None, str]:
-    record = _record(operation, device, dtype, M, K, N, r, masked)
+    transposed = operation == "lora_linear_backward"
+    if transposed:  # as its product has them
+        record = _record(operation, device, dtype, M, N, K, r, masked, transposed)
+    else:
+        record = _record(operation, device, dtype, M, K, N, r, masked, transposed)
     if record is not None:
         if record.backend == _TRITON:
             return _TRITON, _measured(record)
@@ -146,10 +152,10 @@ def _record(
     N: int,
     r: int,
     masked: bool,
+    transposed: bool,
 ) -> tuned.Record | None:
-    if operation == "lora_linear_backward":
-        K, N = N, K  # as its product has them
-    key = tuned.Key(operation, str(dtype).removeprefix("torch."), M, K, N, r, masked)
+    dtype_name = str(dtype).removeprefix("torch.")
+    key = tuned.Key(operation, dtype_name, M, K, N, r, masked, transposed)
     return tuned.nearest(torch.cuda.get_device_name(device), key)
 
 

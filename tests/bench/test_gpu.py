@@ -41,8 +41,9 @@ def test_every_stage_runs(tmp_path):
     assert record["complete"] is True
     for kind in ("operations", "layer", "sweep", "call_overhead", "models", "traffic"):
         assert record[kind], kind
-    assert record["configurations"]
+    assert record["tune"]
     assert not record["skipped"]
     names = {p.suffix for p in tmp_path.iterdir()}
     assert names == {".json", ".log", ".png"}
+    assert (tmp_path / "tuned-interpreter.json").is_file()
     assert path.with_suffix(".log").read_text() == process.stdout

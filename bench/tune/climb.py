@@ -2,25 +2,29 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
 from lorafast.bench.common.check import raised
-from lorafast.bench.common.clock import Clock, Summary, clock_for, interleave
-from lorafast.bench.common.problem import DTYPES, Problem, draw
-from lorafast.bench.common.progress import progress, say
-from lorafast.bench.common.record import Record
-from lorafast.bench.operations.cases import Case, cases
+from lorafast.bench.common.clock import Clock, Summary, interleave
+from lorafast.bench.common.problem import DTYPES, Problem
+from lorafast.bench.operations.cases import Case
 from lorafast.bench.operations.job import as_is, on_backend, turn_of, why_wrong
-from lorafast.kernels.common.configs import LaunchConfig, config_for, why_invalid
+from lorafast.kernels.common.configs import LaunchConfig, why_invalid
+from lorafast.kernels.tables.find import WHOLE
 
+from lorafast.kernels import tables
+
+_PRODUCT = ("block_m", "block_n", "block_k")
 _BLOCKS = {
-    "shrink": ("block_m", "block_k"),
-    "linear_expand": ("block_m", "block_n", "block_k"),
-    "expand_backward": ("block_m", "block_n"),
-    "shrink_backward": ("block_m", "block_k"),
+    "shrink": ("block_m", "block_k", "per_processor"),
+    "linear_expand": (*_PRODUCT, "parts", "per_processor"),
+    "expand_backward": ("block_m", "block_n", "per_processor"),
+    "shrink_backward": ("block_m", "block_k", "per_processor"),
+    "lora_linear": (*_PRODUCT, "parts", "riders"),
+    "lora_linear_backward": (*_PRODUCT, "parts", "riders"),
 }
 
 
@@ -51,26 +55,34 @@ class Row:
 def neighbours(
     operation: str, config: LaunchConfig, element_size: int, capability: int
 ) -> Iterator[LaunchConfig]:
-    """Valid configurations that differ in one field: halved, doubled, or a stage more or less."""
+    """Valid configurations that differ in one field: halved, doubled, a stage more or less, the other
+    way; a product under a mask is written in other parts."""
     fields = (*_BLOCKS[operation], "num_warps")
-    changes = [{name: getattr(config, name) * 2} for name in fields]
+    changes: list[dict[str, int]] = [{name: getattr(config, name) * 2} for name in fields]
     changes += [{name: getattr(config, name) // 2} for name in fields]
     changes += [{"num_stages": config.num_stages + step} for step in (1, -1)]
+    if operation in ("linear_expand", *WHOLE):
+        operation = "linear_expand"
+        changes += [{"masked_parts": config.masked_parts * 2}]
+        changes += [{"masked_parts": config.masked_parts // 2}]
+        if config.descriptors:
+            changes += [{"flatten": not config.flatten}]
+            changes += [{"warp_specialize": not config.warp_specialize}]
+        if config.riders == 0:
+            changes += [{"riders": 8}]
     for change in changes:
         candidate = replace(config, **change)
-        if why_invalid(operation, candidate, element_size, capability) is None:
+        if candidate != config and not why_invalid(operation, candidate, element_size, capability):
             yield candidate
 
 
 def climb(
-    problem: Problem, name: str, *, device: torch.device, clock: Clock, deadline: float
+    problem: Problem, case: Case, *, device: torch.device, clock: Clock, deadline: float
 ) -> list[Row]:
     """The shipped configuration and those tried, until none nearby is faster or time is up."""
-    tensors = draw(problem, device, 1)
-    case = cases(problem, tensors)[name]
     capability = _capability(device)
-    shipped = config_for(case.operation, problem.r, problem.element_size)
-    rows = {shipped: Row(problem, name, asdict(shipped), True)}
+    shipped = shipped_config(problem, case, device)
+    rows = {shipped: Row(problem, case.name, asdict(shipped), True)}
     best = shipped
     while True:
         tried = False
@@ -79,12 +91,20 @@ def climb(
                 continue
             if time.monotonic() > deadline:
                 return list(rows.values())
-            rows[candidate] = _try(problem, case, candidate, shipped, clock)
+            rows[candidate] = measure(problem, case, candidate, shipped, clock)
             tried = True
         faster = min(rows, key=lambda config: 1.0 if config == shipped else rows[config].ratio)
         if faster == best or not tried:
             return list(rows.values())
         best = faster
+
+
+def shipped_config(problem: Problem, case: Case, device: torch.device) -> LaunchConfig:
+    """The row of the architecture's table for a case, whose tensors are contiguous."""
+    key, size = case.key, problem.element_size
+    bulk = key.K * size % 16 == 0 and key.N * size % 16 == 0
+    dtype = DTYPES[problem.dtype]
+    return tables.find(case.operation, _capability(device), dtype, key.M, key.K, key.N, key.r, bulk)
 
 
 def _capability(device: torch.device) -> int:
@@ -95,7 +115,7 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _try(
+def measure(
     problem: Problem,
     case: Case,
     candidate: LaunchConfig,
@@ -103,13 +123,14 @@ def _try(
     clock: Clock,
     seconds: float = 0.1,
 ) -> Row:
+    """Checks a configuration, then times it and the shipped one in turn."""
     row = Row(problem, case.name, asdict(candidate), False)
     try:
-        row.wrong = why_wrong(case, _with_config(case.operation, candidate), DTYPES[problem.dtype])
+        row.wrong = why_wrong(case, with_config(case.operation, candidate), DTYPES[problem.dtype])
         if row.wrong is None:
             turns = {
                 label: turn_of(
-                    [functools.partial(case.call, _with_config(case.operation, config), as_is)]
+                    [functools.partial(case.call, with_config(case.operation, config), as_is)]
                 )
                 for label, config in (("candidate", candidate), ("shipped", shipped))
             }
@@ -122,50 +143,8 @@ def _try(
     return row
 
 
-def _with_config(operation: str, config: LaunchConfig) -> SimpleNamespace:
+def with_config(operation: str, config: LaunchConfig) -> SimpleNamespace:
     operations = on_backend("triton")
     launcher: Callable[..., object] = getattr(operations, operation)
     setattr(operations, operation, functools.partial(launcher, config=config))
     return operations
-
-
-def run(
-    problem: Problem,
-    names: Sequence[str],
-    *,
-    device: torch.device,
-    seconds: float,
-    record: Record,
-) -> list[Row]:
-    """Climbs for ``seconds`` on each operation named; prints the best and keeps all in ``record``."""
-    clock = clock_for(device)
-    rows: list[Row] = []
-    say(f"\nlaunch configurations for {problem}")
-    for name in progress(names, "operation"):
-        deadline = time.monotonic() + seconds
-        found = climb(problem, name, device=device, clock=clock, deadline=deadline)
-        best = min(found, key=lambda row: row.ratio)
-        if best.ratio < 1:
-            # The least of many noisy medians flatters: once more, with samples of its own.
-            best = _again(problem, name, best, device, clock)
-            found.append(best)
-        record.add("configurations", found)
-        rows += found
-        say(f"  {name}: {len(found)} tried, {_verdict(best)}")
-    return rows
-
-
-def _again(problem: Problem, name: str, row: Row, device: torch.device, clock: Clock) -> Row:
-    case = cases(problem, draw(problem, device, 1))[name]
-    shipped = config_for(case.operation, problem.r, problem.element_size)
-    return _try(problem, case, LaunchConfig(**row.config), shipped, clock, seconds=0.5)
-
-
-def _verdict(best: Row) -> str:
-    against = best.against_shipped
-    if against is None or against.high >= 1:
-        return "none surely faster than the shipped one"
-    return (
-        f"{against.median:.3f} ({against.low:.3f} – {against.high:.3f}) of the shipped one's time: "
-        f"{best.config}"
-    )

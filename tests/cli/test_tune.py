@@ -1,0 +1,154 @@
+"""``lorafast tune``, in the interpreter: what it keeps, that it goes on, what it refuses."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lorafast.bench.tune import climb
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.launch import config_for
+from lorafast.kernels.tables import tuned
+
+from lorafast.cli import main
+
+TINY = ["tune", "--device", "cpu", "--shapes", "20,24,32", "--rank", "4", "--seconds", "0.2"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAFAST_CACHE", str(tmp_path))
+    tuned.load.cache_clear()
+    tuned.nearest.cache_clear()
+    yield tmp_path / "tuned-interpreter.json"
+    tuned.load.cache_clear()
+    tuned.nearest.cache_clear()
+
+
+def record(operation="shrink", config=None, backend="triton", **key):
+    sizes = {"dtype": "bfloat16", "M": 1024, "K": 4096, "N": 4096, "r": 16} | key
+    return tuned.Record(tuned.Key(operation, **sizes), backend, config, {"aten": 2e-5})
+
+
+@pytest.mark.slow
+def test_every_case_is_kept_and_the_next_run_goes_on(cache, capsys):
+    assert main(TINY) == 0
+    kept = json.loads(cache.read_text())
+    operations = [entry["key"]["operation"] for entry in kept["records"]]
+    assert operations == [
+        "shrink", "linear_expand", "expand_backward", "shrink_backward", "linear_expand",
+        "lora_linear", "lora_linear_backward",
+    ]  # fmt: skip
+    for entry in kept["records"]:
+        assert entry["backend"] in ("aten", "triton")
+        assert set(entry["seconds"]) == {"aten", "triton"}
+    capsys.readouterr()
+    assert main(TINY) == 0
+    assert capsys.readouterr().out.count(": known, ") == 7
+    assert json.loads(cache.read_text()) == kept
+
+
+def test_nothing_begins_after_the_time(cache, capsys):
+    assert main([*TINY, "--minutes", "1e-9"]) == 0
+    assert capsys.readouterr().out.count("not begun, the time is up") == 7
+    assert not cache.exists()
+
+
+def test_an_interrupted_run_keeps_what_it_has(cache, monkeypatch, capsys):
+    from lorafast.bench.tune import job
+
+    begun = []
+
+    def interrupt(problem, case, *arguments, **named):
+        begun.append(case.name)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return job.Row(problem, case.name, "aten", None, 1, samples={"aten": [1.0]})
+
+    monkeypatch.setattr(job, "tune", interrupt)
+    assert main(TINY) == 130
+    assert "interrupted: what was done is kept" in capsys.readouterr().out
+    assert [e["key"]["operation"] for e in json.loads(cache.read_text())["records"]] == ["shrink"]
+
+
+def test_where_triton_is_not_usable_it_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(TINY) == 2
+    assert "lorafast tune: nothing to tune here: no CUDA device" in capsys.readouterr().err
+
+
+def test_an_unknown_shape_is_refused(capsys):
+    assert main(["tune", "--device", "cpu", "--shapes", "gpt-9"]) == 2
+    assert "shape 'gpt-9' is neither M,K,N nor one of" in capsys.readouterr().err
+
+
+def test_a_tuned_configuration_is_launched():
+    own = LaunchConfig(16, 16, 32, 16, 1, 2)
+    x = torch.empty((1000, 4096), dtype=torch.bfloat16, device="meta")
+    before = config_for("shrink", x, 1000, 4096, 4096, 16)
+    tuned.save("interpreter", [record(config=own)])
+    assert config_for("shrink", x, 1000, 4096, 4096, 9) == own
+    # Beyond a factor of two, another bucket of ranks, another dtype, a mask: what ships.
+    assert config_for("shrink", x, 4000, 4096, 4096, 16) != own
+    assert config_for("shrink", x, 1000, 4096, 4096, 17) != own
+    assert config_for("shrink", x.half(), 1000, 4096, 4096, 16) == before
+    assert config_for("shrink", x, 1000, 4096, 4096, 16, masked=True) == before
+
+
+def test_bulk_copies_are_not_taken_where_memory_forbids_them():
+    own = LaunchConfig(128, 128, 64, 16, 8, 3, descriptors=True)
+    tuned.save("interpreter", [record("linear_expand", own)])
+    x = torch.empty((1024, 4096), dtype=torch.bfloat16, device="meta")
+    assert config_for("linear_expand", x, 1024, 4096, 4096, 16, bulk=True) == own
+    assert not config_for("linear_expand", x, 1024, 4096, 4096, 16).descriptors
+
+
+def test_the_nearest_record_is_taken():
+    near, far = record(M=1200), record(M=600)
+    tuned.save("interpreter", [far, near])
+    assert tuned.nearest("interpreter", record(M=1024).key) == near
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "can't be read"),
+        ('{"format": 0, "versions": {}}', "measured with other versions and isn't used"),
+        ('{"format": 1, "versions": {"torch": "1.0"}}', "measured with other versions"),
+    ],
+)
+def test_a_file_that_can_not_serve_is_said_and_not_used(cache, text, said):
+    cache.write_text(text)
+    with pytest.warns(UserWarning, match=said):
+        assert tuned.load("interpreter") == ()
+
+
+def test_neighbours_are_valid_and_differ():
+    start = LaunchConfig(128, 256, 64, 16, 8, 3, descriptors=True, flatten=True, parts=2, riders=8)
+    found = list(climb.neighbours("lora_linear", start, 2, 90))
+    assert len(found) == len(set(found)) > 8
+    assert start not in found
+    assert {16, 4} <= {config.riders for config in found}
+    assert not any(config.warp_specialize for config in found)
+
+
+def test_the_user_is_told_once_that_a_device_is_untuned(monkeypatch):
+    from lorafast.kernels.common import launch
+
+    launch._say_untuned.cache_clear()
+    with pytest.warns(UserWarning, match="not tuned for NVIDIA X9.*`lorafast tune`"):
+        launch._say_untuned("NVIDIA X9", 90)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launch._say_untuned("NVIDIA X9", 90)
+
+
+def test_where_records_are_kept(monkeypatch, tmp_path):
+    assert tuned.path_for("NVIDIA H200").name == "tuned-nvidia-h200.json"
+    monkeypatch.delenv("LORAFAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuned.path_for("x").parent == tmp_path / "lorafast"

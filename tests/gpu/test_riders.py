@@ -1,0 +1,148 @@
+"""Launches whose programs wait for each other: they end, and say the same every time."""
+
+import pytest
+import torch
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
+from torch import nn
+
+from lorafast.reference import contract
+
+pytestmark = pytest.mark.gpu
+
+K, N, r = 2048, 2048, 16
+# Descriptors only where the architecture has bulk copies; every architecture can have riders.
+POINTERS = LaunchConfig(64, 64, 32, 16, 4, 3, riders=8)
+
+
+@pytest.fixture
+def config(device):
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        return LaunchConfig(
+            128, 256, 64, 16, 8, 3,
+            descriptors=True, flatten=True, parts=2, masked_parts=8, riders=16,
+        )  # fmt: skip
+    return POINTERS
+
+
+def tensors(M, device):
+    def draw(*size):
+        return torch.randn(size, device=device, dtype=torch.bfloat16)
+
+    return draw(M, K), draw(M, N), draw(N, K) / K**0.5, draw(r, K) / K**0.5, draw(N, r), draw(M, r)
+
+
+@pytest.mark.parametrize("M", [4096, 8192, 20011])
+@pytest.mark.parametrize("which", ["pointers", "shipped"])
+def test_against_the_reference(device, config, which, M):
+    c = POINTERS if which == "pointers" else config
+    x, dy, weight, lora_A, lora_B, s = tensors(M, device)
+
+    class Riding:
+        def call(self, cast):
+            y, shrunk = lora_linear(x, weight, lora_A, lora_B, 0.7, config=c)
+            found = lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, config=c)
+            return y, shrunk, *found
+
+    def call(run, cast):
+        if isinstance(run, Riding):
+            return run.call(cast)
+        xs, dys, w, A, B, ss = map(cast, (x, dy, weight, lora_A, lora_B, s))
+        shrunk = run.shrink(xs, A)
+        ds, dB = run.expand_backward(dys, ss, B, 0.7)
+        return (
+            run.linear_expand(xs, w, shrunk, B, 0.7), shrunk,
+            run.linear_expand(dys, w.t(), ds, A.t(), 1.0), run.shrink_backward(ds, xs), dB,
+        )  # fmt: skip
+
+    error, allowed = contract.compare(call, Riding(), torch.bfloat16)
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
+def test_a_thousand_launches_end_and_give_the_same_bits(device, config, dropout_p):
+    x, dy, weight, lora_A, lora_B, s = tensors(8192, device)
+    seed = torch.tensor([7], device=device) if dropout_p else None
+    arguments = (dy, x, weight, lora_A, lora_B, s, 0.7, dropout_p, seed)
+    first = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
+    first_back = lora_linear_backward(*arguments, config=config)
+    for _ in range(500):
+        again = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
+        again_back = lora_linear_backward(*arguments, config=config)
+    for one, two in zip((*first, *first_back), (*again, *again_back), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_beside_another_stream_that_holds_the_chip(device, config):
+    """Not all programs run at once then, on neither stream."""
+    x, _, weight, lora_A, lora_B, _ = tensors(8192, device)
+    expected = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
+    big = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for turn in range(60):
+        with torch.cuda.stream(streams[turn % 3]):
+            if turn % 3 == 0:
+                big @ big
+            else:
+                results.append(lora_linear(x, weight, lora_A, lora_B, 0.7, config=config))
+    torch.cuda.synchronize()
+    for found in results:
+        for one, two in zip(found, expected, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_graphs_replay_with_their_own_counters(device, config):
+    x, dy, weight, lora_A, lora_B, s = tensors(8192, device)
+
+    def step():
+        y, _ = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
+        return y, *lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, config=config)
+
+    step()
+    torch.cuda.synchronize()
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        graphs.append((graph, found))
+    for _ in range(5):
+        x.normal_()
+        dy.normal_()
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in graphs]
+        for stream, (graph, _) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        expected = step()
+        for _, found in graphs:
+            for one, two in zip(found, expected, strict=True):
+                assert torch.equal(one, two)
+
+
+def test_64_numbers_of_rows_compile_nothing_new_after_the_first_few(device):
+    from lorafast.kernels.linear_expand.kernel import linear_expand_kernel
+    from lorafast.kernels.lora_linear.forward import lora_linear_kernel
+    from lorafast.kernels.shrink.kernel import shrink_kernel
+
+    from lorafast.nn import LoRALinear
+    from lorafast.ops import dispatch
+
+    kernels = (linear_expand_kernel, lora_linear_kernel, shrink_kernel)
+
+    def compiled():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    linear = nn.Linear(K, N, device=device, dtype=torch.bfloat16)
+    layer = LoRALinear.from_linear(linear, r, alpha=r)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), dispatch.use_backend("triton"):
+        for M in (1, 16, 64, 100, 512, 1000, 2048, 4096, 8192):
+            layer(torch.randn(M, K, device=device, dtype=torch.bfloat16))
+        before = compiled()
+        for M in torch.randint(1, 8192, (64,), generator=generator).tolist():
+            layer(torch.randn(M, K, device=device, dtype=torch.bfloat16))
+    assert compiled() == before
