@@ -1,7 +1,7 @@
 # make demo   fine-tune a real model with lorafast and with PEFT, side by side
 # make test   run every test
 # make bench  measure a LoRA layer against the frozen one and PEFT
-# make gpu    on a machine with an NVIDIA GPU: test, benchmark, record
+# make gpu    on a machine with an NVIDIA GPU: test, tune, benchmark, record
 # Each sets up .venv first if need be. ARGS passes options on: make demo ARGS="--rank 8".
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make test    run every test"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
-	@echo "make gpu     on a machine with an NVIDIA GPU: test, benchmark, record (9 minutes)"
+	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
 	@echo "make check   lint, types and tests, as CI does"
 	@echo "make clean   remove .venv and everything that was built"
 

@@ -3,7 +3,8 @@
     python bench/report.py            # rewrites the section
     python bench/report.py --check    # exit status 1 if the section and the records disagree
 
-Of ``gpu-*``, ``cpu-*`` and ``traffic-*`` the newest complete run is shown. No figure is typed by hand.
+Of ``gpu-*``, ``cpu-*``, ``inference-*``, ``traffic-*`` and ``compiled-*`` the newest complete run is
+shown. No figure is typed by hand.
 """
 
 import argparse
@@ -35,7 +36,10 @@ _REMARKS = {"infer": ", again and again, so that code, and weights that fit, are
 def render(results: Path = RESULTS) -> str:
     """The section, without its two marks."""
     parts = []
-    kinds = (("gpu", _section), ("cpu", _section), ("inference", _section), ("traffic", _traffic))
+    kinds = (
+        ("gpu", _section), ("cpu", _section), ("inference", _section), ("traffic", _traffic),
+        ("compiled", _compiled),
+    )  # fmt: skip
     for kind, render_run in kinds:
         runs = {path: read(path) for path in results.glob(f"{kind}-*.json")}
         complete = [path for path, run in runs.items() if run["complete"]]
@@ -175,10 +179,43 @@ def _traffic(path: Path, run: Run) -> str:
         if row.wrong is None and row.unavailable is None
     ]
     header = ["layer", "dropout", "", "launches", "MB", "over the least"]
+    riding = [
+        f"{(row.bytes + row.ridden) / row.bytes:.2f} times that"
+        for row in rows
+        if row.ridden and row.wrong is None
+    ]
+    ridden = (
+        "" if not riding else " What riders read beside a product that reads it too counts once, as "
+        "everything within a launch; if the cache kept none of it, `triton` would move "
+        f"{' and '.join(_unique(riding))}."
+    )  # fmt: skip
     return (
         "Counted, not timed: launches and device-memory traffic of a forward and a backward on a GPU "
         "(`lorafast bench --traffic`, the same on every machine; "
-        f"[record]({_relative(path)})). *The least* moves every operand once.\n\n"
+        f"[record]({_relative(path)})). *The least* moves every operand once.{ridden}\n\n"
+        + markdown(header, lines)
+    )
+
+
+def _compiled(path: Path, run: Run) -> str:
+    lines = [
+        [
+            f"sm_{row['capability']}",
+            f"`{row['kernel']}`",
+            str(row["variants"]),
+            str(row["registers"]),
+            f"{row['shared']:,} of {row['shared_limit']:,}",
+            str(row["spills"]),
+            ", ".join(row["instructions"]),
+        ]
+        for row in run["compiled"]
+    ]
+    header = ["", "kernel", "variants", "registers", "shared memory", "spills", "multiplies with"]
+    packages = run["machine"]["packages"]
+    return (
+        "Compiled, not run: what the machine code of every launch configuration in `kernels/tables` "
+        f"needs at most, by Triton {packages['triton']} (`{run['command']}`, which the tests run and "
+        f"which prints a line for each variant; [record]({_relative(path)})).\n\n"
         + markdown(header, lines)
     )
 

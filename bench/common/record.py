@@ -4,10 +4,10 @@
      "machine": {…}, "clock_state": [{…}, …], "complete": true, "skipped": ["…"],
      "<kind>": [row, …], …}
 
-A kind is ``layer``, ``sweep``, ``operations``, ``configurations``, ``call_overhead``, ``models``,
-``traffic`` or ``tests``; its rows are the fields of that job's ``Row``, samples in seconds, sizes in
-bytes. The clock's state is noted at the start, whenever rows are added, and at the end. ``complete``
-means that everything that was asked for was measured; what wasn't is ``skipped``.
+A kind is ``layer``, ``sweep``, ``operations``, ``call_overhead``, ``models``,
+``traffic``, ``tune``, ``compiled`` or ``tests``; its rows are the fields of that job's ``Row``, samples
+in seconds, sizes in bytes. The clock's state is noted at the start, whenever rows are added, and at the
+end. ``complete`` means that everything that was asked for was measured; what wasn't is ``skipped``.
 """
 
 import dataclasses

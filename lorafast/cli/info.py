@@ -2,11 +2,13 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import platform
 
 import torch
 
 import lorafast
+from lorafast.kernels.tables import tuned
 from lorafast.ops import dispatch, native, packing
 
 
@@ -55,24 +57,28 @@ def _devices() -> list[tuple[str, str]]:
             (
                 f"GPU {index}",
                 f"{device.name}, sm_{device.major}{device.minor}, "
-                f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} SMs",
+                f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} SMs, "
+                f"{_tuned(device.name)}",
             )
         )
     return rows
+
+
+def _tuned(name: str) -> str:
+    count = len(tuned.load(name)) if importlib.util.find_spec("triton") is not None else 0
+    return f"{count} calls tuned" if count else "not tuned (lorafast tune)"
 
 
 def _choice() -> str:
     forced = dispatch.forced()
     if forced is not None:
         return f"{forced} for every operation (forced by {dispatch.ENVIRONMENT_VARIABLE})"
-    unmeasured = "aten (no measurement shows another backend ahead of it)"
+    on_gpu = "on a GPU what lorafast tune found, else what a model of its speed says"
     if native.why_not_loaded() is not None:
-        return f"{unmeasured} for every operation"
+        return f"{on_gpu}; elsewhere aten for every operation; see lorafast.explain"
     rules = ["with dropout"]
     if native.multiplies_bfloat16():
         rules.append(f"in bfloat16 up to rank {dispatch.THIN}")
     if native.has_avx512():
         rules.append(f"in float32 from {dispatch.MANY} rows")
-    return (
-        f"on a CPU cpu {', '.join(rules)}, else aten; elsewhere {unmeasured}; see lorafast.explain"
-    )
+    return f"on a CPU cpu {', '.join(rules)}, else aten; {on_gpu}; see lorafast.explain"

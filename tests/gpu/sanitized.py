@@ -1,6 +1,8 @@
 """What ``compute-sanitizer`` watches: every kernel once, on small shapes that nothing divides."""
 
 import torch
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
 
 from lorafast import ops
 from lorafast.ops import dispatch
@@ -24,6 +26,17 @@ def main() -> None:
                     ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
                     ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
                     ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
+        # Small tiles, so that a small layer has enough of them for riders.
+        config = LaunchConfig(16, 16, 16, 16, 1, 2, riders=4)
+        M, r = 1031, 3
+        for dropout_p in (0.0, 0.5):
+            x, dy = (torch.randn(M, size).to(device, torch.bfloat16) for size in (K, N))
+            weight, s = torch.randn(N, K).to(x), torch.randn(M, r).to(x)
+            lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
+            lora_linear(x, weight, lora_A, lora_B, 0.7, None, dropout_p, seed, config=config)
+            lora_linear_backward(
+                dy, x, weight, lora_A, lora_B, s, 0.7, dropout_p, seed, config=config
+            )
     torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -1,13 +1,14 @@
 """Compiles what every row of an architecture's table launches and checks the machine code.
 
-    python tests/kernels/compile_configs.py 90
+    python tests/kernels/compile_configs.py [90 ...] [--json bench/results/compiled-2026-11-23.json]
 
 A line for each configuration and variant; exit status 1 if one spills, is too large for the chip, lacks
 the instructions that it should be made of, or reads with narrow accesses. Needs no GPU; must not run
 with ``TRITON_INTERPRET`` set. What has been compiled before by the same Triton is read from
-``build/compiled``.
+``build/compiled``. ``--json`` records what a kernel needs at most on each architecture.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -19,10 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.backends.nvidia
+from lorafast.bench.common.record import Record
 from lorafast.kernels.common.configs import OPERATIONS, SHARED_MEMORY, LaunchConfig
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
@@ -56,17 +59,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Checked:
-    """One configuration in one variant: ``wrong`` says what is wrong with its machine code."""
+    """One configuration in one variant; ``violations`` says what is wrong with its machine code."""
 
     name: str
-    operation: str
+    kernel: str
     machine: Machine
-    wrong: list[str]
+    violations: list[str]
 
     def __str__(self) -> str:
         m = self.machine
         made_of = " ".join(f"{name}:{count}" for name, count in m.instructions.items())
-        verdict = "; ".join(self.wrong) or "ok"
+        verdict = "; ".join(self.violations) or "ok"
         needs = f"{m.registers:>3} registers {m.shared:>6} shared"
         return f"{self.name:<48} {needs}  {made_of}  {verdict}"
 
@@ -130,8 +133,9 @@ def check_all(capability: int, dtypes: tuple[str, ...]) -> Iterator[Checked]:
                         seen.add(launch.code)
                         name = f"{operation}-{dtype}-M{M}-r{r}-{variant}"
                         machine = compiled(launch, capability)
-                        wrong = list(why_bad(launch, config, dtype, capability, machine))
-                        yield Checked(name, operation, machine, wrong)
+                        kernel = launch.kernel.__name__.removesuffix("_kernel")
+                        bad = list(why_bad(launch, config, dtype, capability, machine))
+                        yield Checked(name, kernel, machine, bad)
 
 
 def _ranks(operation: str, most: int, dtype: str, most_rows: bool) -> tuple[int, ...]:
@@ -221,18 +225,45 @@ def _instructions(words: list[str]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def main(words: list[str]) -> int:
+def summaries(capability: int, checked: list[Checked]) -> Iterator[dict[str, Any]]:
+    """For each kernel how many variants were compiled and what they need at most."""
+    for kernel in dict.fromkeys(c.kernel for c in checked):
+        machines = [c.machine for c in checked if c.kernel == kernel]
+        multiply = {name for m in machines for name in m.instructions if name.endswith("MMA")}
+        yield {
+            "capability": capability,
+            "kernel": kernel,
+            "variants": len(machines),
+            "registers": max(m.registers for m in machines),
+            "shared": max(m.shared for m in machines),
+            "shared_limit": SHARED_MEMORY[capability],
+            "spills": sum(m.spills for m in machines),
+            "instructions": sorted(multiply),
+        }
+
+
+def main(words: list[str] | None = None) -> int:
     """Prints a line for everything; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capabilities", type=int, nargs="*", metavar="SM")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(words)
+    command = ["python", "tests/kernels/compile_configs.py", *sys.argv[1:]]
+    record = Record(torch.device("cpu"), command, arguments.json)
     wrong = False
-    for capability in map(int, words or map(str, SHARED_MEMORY)):
+    for capability in arguments.capabilities or SHARED_MEMORY:
         # fp16 differs from bf16 in one instruction's operand type: both are compiled where the
         # instruction is asked for by name.
         dtypes = ("bf16", "fp16", "fp32") if capability == 90 else ("bf16", "fp32")
+        found = []
         for checked in check_all(capability, dtypes):
             print(f"sm_{capability:<4} {checked}", flush=True)
-            wrong |= bool(checked.wrong)
+            found.append(checked)
+            wrong |= bool(checked.violations)
+        record.add("compiled", list(summaries(capability, found)))
+    record.finish(complete=not wrong)
     return int(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
