@@ -8,12 +8,14 @@ import functools
 import torch
 from torch import Tensor
 
+from lorafast.kernels import tables
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.plan import backward_riders, forward_riders
 from lorafast.kernels.tables import tuned
 from lorafast.ops import roofline
 
 _ATEN, _TRITON = "aten", "triton"
 Choice = tuple[str, str]
-THIN = ("shrink", "expand_backward", "shrink_backward")
 
 
 def choice(operation: str, *tensors: Tensor | None) -> Choice:
@@ -106,13 +108,40 @@ def _whole(
             return _TRITON, _measured(record)
         return None, ""
     problem = roofline.Problem(M, K, N, r, dtype.itemsize, adapter_dtype.itemsize, masked)
+    capability, processors = _processor(device)
+    # Programs that wait for each other, on the word of a model, only where such rules have run.
+    if not tables.tuned_on(capability):
+        return None, ""
+    if not rides(operation, problem, dtype, capability, processors):
+        return None, ""
     return modelled_whole(operation, problem, _device(device))
+
+
+def rides(
+    operation: str,
+    p: roofline.Problem,
+    dtype: torch.dtype,
+    capability: int,
+    processors: int,
+) -> bool:
+    """Whether a whole layer's launch has riders by the rules that ship, on aligned tensors."""
+
+    def config(name: str, K: int, N: int) -> LaunchConfig:
+        return tables.find(name, capability, dtype, p.M, K, N, p.r, bulk=True)
+
+    sizes = (p.M, p.K, p.N, p.r, p.size, p.masked, processors)
+    if operation == "lora_linear":
+        product, shrink = config(operation, p.K, p.N), config("shrink", p.K, p.K)
+        return forward_riders(product, shrink, *sizes) is not None
+    product = config(operation, p.N, p.K)
+    rows, cols = config("expand_backward", p.N, p.N), config("shrink_backward", p.K, p.K)
+    return backward_riders(product, rows, cols, *sizes) is not None
 
 
 def modelled_whole(
     operation: str, problem: roofline.Problem, device: roofline.Device
 ) -> tuple[str | None, str]:
-    """``triton`` if the model gives the whole layer less time with riders than its operations alone."""
+    """``triton`` if the model gives a whole layer with riders less time than its operations alone."""
     if problem.size != 2:
         return None, ""
     together = roofline.estimate(operation, _TRITON, problem, device)
@@ -164,8 +193,12 @@ def _measured(record: tuned.Record) -> str:
     return f"measured here by lorafast tune: {times}"
 
 
-@functools.lru_cache
 def _device(device: torch.device) -> roofline.Device:
+    return roofline.Device.of(*_processor(device))
+
+
+@functools.lru_cache
+def _processor(device: torch.device) -> tuple[int, int]:
+    """Compute capability, as in ``sm_90``, and number of multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
-    capability = 10 * properties.major + properties.minor
-    return roofline.Device.of(capability, properties.multi_processor_count)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count

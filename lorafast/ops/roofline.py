@@ -17,9 +17,9 @@ PRODUCT_SHARE = {"aten": 1.0, "triton": 0.92}
 THIN_SHARE = {"aten": 0.6, "triton": 0.85}
 _ALONGSIDE_SHARE = 0.3
 """The part of a rider's pass that costs time: riders hold some of the multiprocessors meanwhile."""
-_MASK_BYTES = {"aten": 150.0, "triton": 2.5}
+_MASK_BYTES = {"aten": 225.0, "triton": 2.5}
 """What making a mask costs per element, in bytes moved in that time. ``aten`` composes Philox of integer
-operations; in a kernel it is about 100 instructions for eight elements."""
+operations, whose traffic is counted; in a kernel it is about 100 instructions for eight elements."""
 
 # (rate of 16-bit products in FLOP/s, bandwidth in byte/s) of a multiprocessor: what large products and
 # copies reach on the data-centre chip of the architecture, an H200 (measured) for sm_90.

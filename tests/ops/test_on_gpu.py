@@ -67,6 +67,16 @@ def test_the_whole_layer_is_chosen_where_the_model_gains(whole):
     assert on_gpu.modelled_whole(whole, problem(size=4), H200) == (None, "")
 
 
+def test_a_layer_rides_where_its_launch_does():
+    """A pass that no tile hides is no reason for the vendor's product to go."""
+    for operation in ("lora_linear", "lora_linear_backward"):
+        assert on_gpu.rides(operation, problem(), torch.bfloat16, 90, 132)
+        assert not on_gpu.rides(operation, problem(M=512), torch.bfloat16, 90, 132)
+        assert not on_gpu.rides(operation, problem(), torch.bfloat16, 80, 108)
+    assert not on_gpu.rides("lora_linear", problem(masked=True), torch.bfloat16, 90, 132)
+    assert on_gpu.rides("lora_linear_backward", problem(masked=True), torch.bfloat16, 90, 132)
+
+
 def test_the_sum_is_shown():
     _, reason = on_gpu.modelled("shrink", problem(), H200)
     assert reason.startswith("no record: modelled aten ")
@@ -88,7 +98,7 @@ class Pretended:
 def h200(monkeypatch):
     """An H200 as the choices see it."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(on_gpu, "_device", lambda device: H200)
+    monkeypatch.setattr(on_gpu, "_processor", lambda device: (90, 132))
     caches = (on_gpu._choice, on_gpu._whole, tuned.load, tuned.nearest)
     for cache in caches:
         cache.cache_clear()
@@ -136,6 +146,15 @@ def test_a_record_goes_before_the_model(h200, monkeypatch, tmp_path):
         assert reason == "measured here by lorafast tune: aten 100 µs"
         seed = Pretended(1, dtype=torch.int64)
         assert on_gpu.choice(name, *tensors, seed)[1].startswith("no record")
+
+
+def test_a_whole_layer_is_modelled_only_where_its_rules_have_run(h200, monkeypatch):
+    x = Pretended(8192, 4096)
+    weight, lora_A, lora_B = Pretended(4096, 4096), Pretended(r, 4096), Pretended(4096, r)
+    for devices, expected in (((), None), (("NVIDIA H200",), "triton")):
+        on_gpu._whole.cache_clear()
+        monkeypatch.setattr(on_gpu.tables, "tuned_on", lambda capability, d=devices: d)
+        assert on_gpu.whole("lora_linear", x, lora_A, None, weight, lora_B, None)[0] == expected
 
 
 def test_a_whole_layers_record_is_found_by_its_products_sizes(h200, monkeypatch, tmp_path):

@@ -46,6 +46,19 @@ def test_opcheck(operation, backend, grad):
         torch.library.opcheck(getattr(torch.ops.lorafast, operation).default, (*tensors, *rest))
 
 
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton", "cpu"])
+def test_opcheck_of_a_whole_backward(backend):
+    if not lorafast.backends()[backend].usable:
+        pytest.skip(lorafast.backends()[backend].reason)
+    shapes = ((2, M, N), (2, M, K), (N, K), (r, K), (N, r), (2 * M, r))
+    dy, x, weight, lora_A, lora_B, s = (torch.randn(shape) for shape in shapes)
+    with lorafast.use_backend(backend):
+        torch.library.opcheck(
+            torch.ops.lorafast.lora_linear_backward.default,
+            (dy, x, weight, lora_A, lora_B, s, 0.5, 0.25, SEED),
+        )
+
+
 @operation
 @pytest.mark.parametrize("backend", ["reference", "aten"])
 def test_first_and_second_derivatives(operation, backend):
