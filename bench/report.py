@@ -180,14 +180,14 @@ def _traffic(path: Path, run: Run) -> str:
     ]
     header = ["layer", "dropout", "", "launches", "MB", "over the least"]
     riding = [
-        f"{(row.bytes + row.ridden) / row.bytes:.2f} times that"
+        f"{(row.bytes + row.ridden) / row.bytes:.2f}"
         for row in rows
         if row.ridden and row.wrong is None
     ]
     ridden = (
         "" if not riding else " What riders read beside a product that reads it too counts once, as "
         "everything within a launch; if the cache kept none of it, `triton` would move "
-        f"{' and '.join(_unique(riding))}."
+        f"{' and '.join(_unique(riding))} times as much."
     )  # fmt: skip
     return (
         "Counted, not timed: launches and device-memory traffic of a forward and a backward on a GPU "

@@ -19,7 +19,7 @@ from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders, 
 from torch import Tensor
 
 from lorafast.kernels import tables
-from lorafast.ops import backend
+from lorafast.ops import backend, dispatch, on_gpu
 
 H200_PROCESSORS = 132
 H200_CAPABILITY = 90
@@ -302,7 +302,8 @@ class _StandIns:
 
 @contextlib.contextmanager
 def standing_in(processors: int, note: Callable[[list[Launch]], None]) -> Iterator[None]:
-    """Within the block the backend ``triton`` launches nothing, runs on any device, and is counted."""
+    """Within the block the backend ``triton`` launches nothing, runs on any device, and is counted; the
+    automatic choice is that on an H200 on which nothing was tuned."""
     stand_ins = _StandIns(processors, note)
 
     class Counted(backend.Backend):
@@ -312,5 +313,11 @@ def standing_in(processors: int, note: Callable[[list[Launch]], None]) -> Iterat
 
     fields = {f.name: getattr(backend.TRITON, f.name) for f in dataclasses.fields(backend.TRITON)}
     fields |= {"why_unusable": lambda: None, "why_refused": lambda operation, tensors: None}
-    with mock.patch.dict(backend.BACKENDS, triton=Counted(**fields)):
+    with (
+        mock.patch.dict(backend.BACKENDS, triton=Counted(**fields)),
+        mock.patch.object(dispatch, "automatic_choice", on_gpu.choice),
+        mock.patch.object(dispatch, "automatic_whole", on_gpu.whole),
+        mock.patch.object(on_gpu, "_processor", return_value=(H200_CAPABILITY, processors)),
+        mock.patch.object(on_gpu, "_record", return_value=None),
+    ):
         yield
