@@ -32,7 +32,7 @@ _SMALL = (199, 297, 293)
 """M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
 _SPLIT = (599, 1097, 293)
 """M, K, N long enough to split every sum into partial ones."""
-_RIDING = ((2190, 72, 520), (2190, 520, 200))
+_RIDING = ((2190, 72, 520), (2190, 520, 264))
 """M, K, N of enough tiles for riders on ``_RIDING_PROCESSORS``, forward or backward, in rows that bulk
 copies can read."""
 _RIDING_PROCESSORS = 20

@@ -120,17 +120,17 @@ def expand_backward(p: Layer) -> list[Launch]:
     c = p.config("expand_backward", p.N, p.N)
     cols, ranks = _blocks(p.N, c.block_n), _blocks(p.r, c.block_r)
     groups, _ = chunks(p.processors * c.per_processor, p.M, c.block_m, cols * ranks)
-    return [_expand_backward(p, cols, groups, ranks)]
+    of_ds, ds = cols * p.M * p.r * _PARTIAL, p.M * p.r * p.size
+    return [_expand_backward(p, cols, groups, ranks), Launch(of_ds, ds, of_ds, ds)]
 
 
 def _expand_backward(p: Layer, cols: int, groups: int, ranks: int) -> Launch:
+    """Without adding up ds."""
     dy, s = p.M * p.N * p.size, p.M * p.r * p.size
     B = p.N * p.r * p.adapter_size
-    partials = (cols * p.M + groups * p.N) * p.r * _PARTIAL
-    written = partials + s + B  # ds and dB
-    return Launch(
-        dy + s + B + partials, written, ranks * dy + cols * s + groups * B + partials, written
-    )
+    of_ds, of_dB = cols * p.M * p.r * _PARTIAL, groups * p.N * p.r * _PARTIAL
+    written = of_ds + of_dB + B
+    return Launch(dy + s + B + of_dB, written, ranks * dy + cols * s + groups * B + of_dB, written)
 
 
 def shrink_backward(p: Layer) -> list[Launch]:
@@ -178,10 +178,11 @@ def lora_linear_backward(p: Layer) -> list[Launch]:
     groups, cols = _blocks(p.M, group_rows(c)), _blocks(p.N, eb.block_n)
     thin = _expand_backward(p, cols, groups, 1)
     dy, s = p.M * p.N * p.size, p.M * p.r * p.size
-    # dy is read by both; ds is written and read.
-    read = tiles.read + thin.read - dy
-    written = tiles.written + thin.written
-    loaded = tiles.loaded + thin.loaded
+    # dy is read by both; ds is added up there, written and read.
+    of_ds = cols * p.M * p.r * _PARTIAL
+    read = tiles.read + thin.read - dy + of_ds
+    written = tiles.written + thin.written + s
+    loaded = tiles.loaded + thin.loaded + of_ds
     if not p.dropout:
         sb = p.config("shrink_backward", p.K, p.K)
         x, dA = p.M * p.K * p.size, p.r * p.K * p.adapter_size

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 
 import torch
+from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Clock, Summary, clock_for, interleave
 from lorafast.bench.common.problem import DTYPES, Problem, draw
 from lorafast.bench.common.progress import progress, say
@@ -19,10 +20,11 @@ from lorafast.bench.operations.cases import CASES, Case, cases
 from lorafast.bench.operations.job import as_is, on_backend, turn_of, why_wrong
 from lorafast.bench.tune import climb
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.launch import INTERPRETER_PROCESSORS
 from lorafast.kernels.tables import tuned
 from lorafast.kernels.tables.find import WHOLE
 
-from lorafast.ops import dispatch
+from lorafast.ops import on_gpu, roofline
 
 _MARGIN = 0.99
 """A fused kernel must be this much faster than ``aten``: noise must not choose it."""
@@ -65,6 +67,9 @@ def run(
         if case.key in known and not again:
             say(f"  {problem}, {case_name}: known, {known[case.key].backend}")
             continue
+        if case.operation in WHOLE and not _rides(case.operation, problem, device):
+            say(f"  {problem}, {case_name}: its operations one by one, nothing can ride")
+            continue
         if time.monotonic() > deadline:
             say(f"  {problem}, {case_name}: not begun, the time is up")
             if record is not None:
@@ -100,8 +105,13 @@ def tune(
     config = LaunchConfig(**best.config)
     fused = climb.with_config(case.operation, config)
     dtype = DTYPES[problem.dtype]
-    wrong = why_wrong(case, fused, dtype)
-    others = _one_by_one(problem, known) if case.operation in WHOLE else on_backend("aten")
+    try:
+        wrong = why_wrong(case, fused, dtype)
+    except Exception as error:  # what ships can't run here: PyTorch can, and the others go on
+        wrong = raised(error)
+    others = on_backend("aten")
+    if case.operation in WHOLE:
+        others = _one_by_one(case, problem, known, device)
     turns = {
         name: turn_of([functools.partial(case.call, operations, as_is)])
         for name, operations in (("triton", fused), ("aten", others))
@@ -113,20 +123,36 @@ def tune(
     return Row(problem, case.name, backend, asdict(config), len(found), wrong, samples)
 
 
-def _one_by_one(problem: Problem, known: dict[tuned.Key, tuned.Record]) -> SimpleNamespace:
-    """The operations as they would be chosen without a whole layer, with what they were tuned to."""
+def _rides(operation: str, problem: Problem, device: torch.device) -> bool:
+    shape, dtype = problem.shape, DTYPES[problem.dtype]
+    sizes = (dtype.itemsize, DTYPES[problem.adapter_dtype].itemsize, problem.dropout_p > 0.0)
+    capability, processors = 90, INTERPRETER_PROCESSORS
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability = 10 * properties.major + properties.minor
+        processors = properties.multi_processor_count
+    seen = roofline.Problem(shape.M, shape.K, shape.N, problem.r, *sizes)
+    return on_gpu.rides(operation, seen, dtype, capability, processors)
+
+
+_PARTS = {
+    "lora_linear": ("shrink", "linear_expand"),
+    "lora_linear_backward": ("expand_backward", "shrink_backward", "dx"),
+}
+
+
+def _one_by_one(
+    case: Case, problem: Problem, known: dict[tuned.Key, tuned.Record], device: torch.device
+) -> SimpleNamespace:
+    """A whole layer's operations as they are chosen one by one, with what they were tuned to."""
     namespace = SimpleNamespace(**vars(on_backend("aten")))
-    dtype = str(DTYPES[problem.dtype]).removeprefix("torch.")
-    for operation in dispatch.OPERATIONS:
-        winners = [
-            entry
-            for key, entry in known.items()
-            if key.operation == operation
-            and (key.dtype, key.M, key.r) == (dtype, problem.shape.M, problem.r)
-        ]
+    every = cases(problem, draw(problem, device, 1))
+    for name in _PARTS[case.operation]:
+        part = every[name]
+        winner = known.get(part.key)
         # The launchers find the tuned configurations themselves.
-        if winners and all(entry.backend == "triton" for entry in winners):
-            setattr(namespace, operation, getattr(on_backend("triton"), operation))
+        if winner is not None and winner.backend == "triton":
+            setattr(namespace, part.operation, getattr(on_backend("triton"), part.operation))
     return namespace
 
 

@@ -88,6 +88,7 @@ def wait_for(flag_ptr, INTERPRETED: tl.constexpr):
             ld.acquire.gpu.global.b32 $0, [$1];
             setp.eq.b32 lowered, $0, 0;
             @lowered bra again;
+            bar.warp.sync 0xffffffff;
             sub.s32 $0, $0, 1;
             }""",
             "=r,l",

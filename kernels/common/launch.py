@@ -87,6 +87,12 @@ def config_for(
     return tables.find(operation, capability(x), x.dtype, M, K, N, r, bulk)
 
 
+def rule_for(operation: str, x: Tensor, M: int, K: int, N: int, r: int) -> LaunchConfig:
+    """The configuration of the architecture's table, whatever was tuned: within a rider's launch it must
+    fit beside the product's."""
+    return tables.find(operation, capability(x), x.dtype, M, K, N, r)
+
+
 def device_name(x: Tensor) -> str:
     """As PyTorch names the device; ``interpreter`` off CUDA."""
     return _device_name(x.device) if x.is_cuda else "interpreter"

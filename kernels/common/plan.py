@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lorafast.kernels.common.configs import GROUP_M, UNROLLED_RANK_BLOCKS, LaunchConfig
 
+_PARTIAL = 4
 _FLOPS_PER_BYTE = 64
 """What a multiprocessor multiplies while it streams one byte: about 3,400 operations and 48 bytes a
 clock on sm_90, from the data sheet; elsewhere of the same order."""
@@ -29,13 +30,15 @@ def _plan(
     r: int,
     rider_bytes: int,
     processors: int,
+    waited_bytes: int = 0,
 ) -> Plan | None:
     """The riders for a product ``[rows, depth] · [depth, cols]`` beside which ``rider_bytes`` are read.
 
-    None where they can't pay: no rider in the configuration, a rank that is looped over, too few tiles
-    to ride beside, or thin work that would outlast half of the product.
+    ``waited_bytes`` are what one rider alone reads last while tiles wait for it. None where riders can't
+    pay: none in the configuration, a rank that is looped over, too few tiles to ride beside, thin work
+    that would outlast half of the product, or a wait that would outlast a tile.
     """
-    if r > UNROLLED_RANK_BLOCKS * config.block_r:
+    if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
         return None
     tiles = -(-rows // config.block_m) * -(-cols // config.block_n)
     programs = processors * config.per_processor
@@ -43,6 +46,8 @@ def _plan(
     if not 0 < riders < programs or tiles < 2 * programs:
         return None
     tile_flops = 2 * config.block_m * config.block_n * depth
+    if waited_bytes * _FLOPS_PER_BYTE > tile_flops:
+        return None
     waves = -(-rider_bytes * _FLOPS_PER_BYTE // (riders * tile_flops))
     if 2 * waves > -(-tiles // programs):
         return None
@@ -88,4 +93,6 @@ def backward_riders(
         return None
     if group_rows(product) % expand_backward.block_m:
         return None
-    return _plan(product, M, N, K, r, M * (N if masked else N + K) * size, processors)
+    partials = _PARTIAL * r * -(-N // expand_backward.block_n)  # bytes a row of ds
+    read = M * ((N if masked else N + K) * size + 2 * partials)
+    return _plan(product, M, N, K, r, read, processors, group_rows(product) * partials)

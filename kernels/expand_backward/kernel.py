@@ -1,8 +1,9 @@
 """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``: one pass over dy for both.
 
 dy is cut into row groups and column groups. Whoever takes a group of each walks down its rows: its dB
-stays in registers, its share of ds leaves row block by row block. Both are float32 partial sums; the
-last one of a row group adds up its ds, the last one of a column group its dB, in a fixed order.
+stays in registers, its share of ds leaves row block by row block. Both are float32 partial sums, added
+up in a fixed order: dB by the last program of its column group; ds, of which one program alone would
+have too much, by a second launch.
 """
 
 import torch
@@ -18,6 +19,7 @@ from lorafast.kernels.common.launch import (
     precision,
     processors,
 )
+from lorafast.kernels.common.sum_partials import sum_partials
 from torch import Tensor
 
 
@@ -52,13 +54,14 @@ def expand_backward_group(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """ds and dB of ``m_blocks`` row blocks, BLOCK_N columns and BLOCK_R ranks.
 
-    True for whoever has completed ds of these rows and ranks. ``counters`` has ``rank_blocks`` zeros
-    for each row group, then for each column group.
+    True for whoever has added up ds of these rows and ranks, which happens with SUM_ROWS. ``counters``
+    has ``rank_blocks`` zeros for each row group, then for each column group.
     """
     cols = col_group * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -103,15 +106,18 @@ def expand_backward_group(
 
     of_rows = counters_ptr + row_group * rank_blocks + rank_block
     of_cols = counters_ptr + (row_groups + col_group) * rank_blocks + rank_block
-    completed = arrive(of_rows) == col_groups - 1
-    if completed:
-        for m in range(begin, end, BLOCK_M):
-            rows = m + tl.arange(0, BLOCK_M)
-            inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
-            offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]
-            ds = sum_blocks(ds_partials_ptr, offsets, inside, ds_size, col_groups) * scaling
-            tl.store(ds_ptr + offsets, cast(ds, ds_ptr.dtype.element_ty, INTERPRETED), mask=inside)
-        tl.store(of_rows, 0)
+    completed = False
+    if SUM_ROWS:
+        completed = arrive(of_rows) == col_groups - 1
+        if completed:
+            for m in range(begin, end, BLOCK_M):
+                rows = m + tl.arange(0, BLOCK_M)
+                inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
+                offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+                ds = sum_blocks(ds_partials_ptr, offsets, inside, ds_size, col_groups) * scaling
+                ds = cast(ds, ds_ptr.dtype.element_ty, INTERPRETED)
+                tl.store(ds_ptr + offsets, ds, mask=inside)
+            tl.store(of_rows, 0)
     if arrive(of_cols) == row_groups - 1:
         db = sum_blocks(db_partials_ptr, db_offsets, db_inside, db_size, row_groups) * scaling
         tl.store(
@@ -126,7 +132,6 @@ def expand_backward_kernel(
     dy_ptr,
     s_ptr,
     b_ptr,
-    ds_ptr,
     db_ptr,
     ds_partials_ptr,
     db_partials_ptr,
@@ -151,12 +156,12 @@ def expand_backward_kernel(
 ):
     """Program (i, j, l): column group i of dy, row group j, rank block l."""
     expand_backward_group(
-        dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, ds_partials_ptr, db_partials_ptr, counters_ptr,
+        dy_ptr, s_ptr, b_ptr, ds_partials_ptr, db_ptr, ds_partials_ptr, db_partials_ptr, counters_ptr,
         tl.program_id(1), tl.program_id(0), tl.program_id(2),
         tl.num_programs(1), tl.num_programs(0), tl.num_programs(2),
         M, N, r, m_blocks, scaling,
         stride_dym, stride_dyn, stride_sm, stride_sr, stride_bn, stride_br,
-        BLOCK_M, BLOCK_N, BLOCK_R, STAGES, PRECISION, INTERPRETED,
+        BLOCK_M, BLOCK_N, BLOCK_R, STAGES, False, PRECISION, INTERPRETED,
     )  # fmt: skip
 
 
@@ -184,14 +189,14 @@ def expand_backward(
     )
     ds = torch.empty((M, r), device=dy.device, dtype=dy.dtype)
     dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)
+    partials = torch.empty((col_groups, M, r), device=dy.device, dtype=torch.float32)
     with on_device(dy):
         expand_backward_kernel[(col_groups, row_groups, rank_blocks)](
             dy,
             s,
             lora_B,
-            ds,
             dB,
-            dy.new_empty((col_groups, M, r), dtype=torch.float32),
+            partials,
             dy.new_empty((row_groups, N, r), dtype=torch.float32),
             counters(dy, (row_groups + col_groups) * rank_blocks),
             M=M,
@@ -213,4 +218,5 @@ def expand_backward(
             INTERPRETED=INTERPRETED,
             **c.options,
         )
+        sum_partials(partials, ds, scaling)
     return ds, dB

@@ -251,6 +251,7 @@ def _describable(matrix: Tensor) -> bool:
         and matrix.data_ptr() % 16 == 0
         and row % 16 == 0
         and 0 < row < 2**40
+        and min(matrix.shape) > 0
         and max(matrix.shape) < 2**31
     )
 

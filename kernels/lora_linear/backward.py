@@ -18,6 +18,7 @@ from lorafast.kernels.common.launch import (
     on_device,
     precision,
     processors,
+    rule_for,
 )
 from lorafast.kernels.common.plan import backward_riders, group_rows
 from lorafast.kernels.expand_backward import expand_backward
@@ -129,7 +130,7 @@ def lora_linear_backward_kernel(
                 flags_ptr + row_groups, item // col_groups, item % col_groups, 0,
                 row_groups, col_groups, 1, M, N, r, m_blocks, scaling,
                 stride_xm, stride_xk, stride_sm, stride_sr, stride_bn, stride_br,
-                RIDER_M, RIDER_N, RIDER_R, RIDER_STAGES, PRECISION, INTERPRETED,
+                RIDER_M, RIDER_N, RIDER_R, RIDER_STAGES, True, PRECISION, INTERPRETED,
             )  # fmt: skip
             if completed:
                 raise_flag(flags_ptr + item // col_groups)
@@ -212,8 +213,8 @@ def lora_linear_backward(
     c = config or config_for(
         "lora_linear_backward", dy, M, N, K, r, masked=masked, transposed=True, bulk=bulk
     )
-    rows = config_for("expand_backward", dy, M, N, N, r)
-    cols = config_for("shrink_backward", dy, M, K, K, r)
+    rows = rule_for("expand_backward", dy, M, N, N, r)
+    cols = rule_for("shrink_backward", dy, M, K, K, r)
     size = dy.element_size()
     riders = backward_riders(c, rows, cols, M, K, N, r, size, masked, processors(dy))
     if riders is None:

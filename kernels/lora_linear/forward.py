@@ -16,6 +16,7 @@ from lorafast.kernels.common.launch import (
     on_device,
     precision,
     processors,
+    rule_for,
 )
 from lorafast.kernels.common.plan import forward_riders
 from lorafast.kernels.linear_expand import linear_expand
@@ -159,7 +160,7 @@ def lora_linear(
     masked = dropout_p > 0.0
     bulk = bulk_copies(x, weight, y)
     c = config or config_for("lora_linear", x, M, K, N, r, masked=masked, bulk=bulk)
-    thin = config_for("shrink", x, M, K, K, r)
+    thin = rule_for("shrink", x, M, K, K, r)
     size = x.element_size()
     riders = forward_riders(c, thin, M, K, N, r, size, masked, processors(x))
     if riders is None:

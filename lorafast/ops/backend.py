@@ -45,9 +45,9 @@ def _installed(package: str) -> bool:
 
 
 @functools.cache
-def _capability() -> tuple[int, int]:
-    """Of the device that is current at the first call."""
-    return torch.cuda.get_device_capability()
+def _capability(device: torch.device | None = None) -> tuple[int, int]:
+    """Of a device; without one, of that which is current at the first call."""
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache
@@ -76,7 +76,12 @@ def _triton_unusable() -> str | None:
             "no CUDA device, and on a CPU Triton runs only in its interpreter "
             "(set TRITON_INTERPRET=1 before Python starts)"
         )
-    capability = _capability()
+    if torch.version.hip is not None:
+        return "PyTorch is built for AMD GPUs, the kernels are written for NVIDIA's"
+    return _too_old(_capability())
+
+
+def _too_old(capability: tuple[int, int]) -> str | None:
     if capability < (8, 0):
         return f"compute capability is {capability[0]}.{capability[1]}, the kernels need 8.0"
     return None
@@ -96,7 +101,7 @@ def _triton_refused(operation: str, tensors: tuple[Tensor, ...]) -> str | None:
             return f"the inputs are on {x.device} and {tensor.device}, expected one device"
     if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
         return f"the inputs are on {x.device}, the kernels run on CUDA devices"
-    return None
+    return _too_old(_capability(x.device)) if x.is_cuda else None
 
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # int64: the seed

@@ -4,6 +4,7 @@ A choice is made once for the sizes and dtypes of a call and kept.
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,7 +53,14 @@ def whole(
     assert weight is not None
     M, (N, K), r = x.shape[0], weight.shape, lora_A.shape[0]
     masked = seed is not None
-    return _whole(operation, x.device, x.dtype, lora_A.dtype, M, K, N, r, masked)
+    read = (others[0], weight) if backward else (x, weight)
+    bulk = all(t is not None and _reads_in_bulk(t) for t in read)
+    return _whole(operation, x.device, x.dtype, lora_A.dtype, M, K, N, r, masked, bulk)
+
+
+def _reads_in_bulk(matrix: Tensor) -> bool:
+    """Whether its rows are aligned as bulk copies need them."""
+    return matrix.stride(1) == 1 and matrix.stride(0) * matrix.dtype.itemsize % 16 == 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -71,8 +79,19 @@ def _choice(
     record = _record(operation, device, dtype, M, K, N, r, masked, transposed)
     if record is not None:
         return record.backend, _measured(record)
-    problem = roofline.Problem(M, K, N, r, dtype.itemsize, adapter_dtype.itemsize, masked)
+    partials = 0.0
+    if operation == "expand_backward":
+        partials = _partials(M, N, r, dtype, _processor(device)[0])
+    sizes = (dtype.itemsize, adapter_dtype.itemsize)
+    problem = roofline.Problem(M, K, N, r, *sizes, masked, partials)
     return modelled(operation, problem, _device(device))
+
+
+def _partials(M: int, N: int, r: int, dtype: torch.dtype, capability: int) -> float:
+    """Bytes of the partial sums of ds, and of dy read again where the rank has several blocks."""
+    config = tables.find("expand_backward", capability, dtype, M, N, N, r)
+    again = (-(-r // config.block_r) - 1) * M * N * dtype.itemsize
+    return 2.0 * 4 * M * r * -(-N // config.block_n) + again
 
 
 def modelled(operation: str, problem: roofline.Problem, device: roofline.Device) -> Choice:
@@ -97,24 +116,30 @@ def _whole(
     N: int,
     r: int,
     masked: bool,
+    bulk: bool,
 ) -> tuple[str | None, str]:
     transposed = operation == "lora_linear_backward"
     if transposed:  # as its product has them
         record = _record(operation, device, dtype, M, N, K, r, masked, transposed)
     else:
         record = _record(operation, device, dtype, M, K, N, r, masked, transposed)
-    if record is not None:
-        if record.backend == _TRITON:
-            return _TRITON, _measured(record)
-        return None, ""
     problem = roofline.Problem(M, K, N, r, dtype.itemsize, adapter_dtype.itemsize, masked)
     capability, processors = _processor(device)
+    if record is not None:
+        # What was measured nearby must be what runs here.
+        rode = (
+            record.backend == _TRITON
+            and bulk
+            and rides(operation, problem, dtype, capability, processors, record.config)
+        )
+        return (_TRITON, _measured(record)) if rode else (None, "")
     # Programs that wait for each other, on the word of a model, only where such rules have run.
     if not tables.tuned_on(capability):
         return None, ""
-    if not rides(operation, problem, dtype, capability, processors):
+    if not (bulk and rides(operation, problem, dtype, capability, processors)):
         return None, ""
-    return modelled_whole(operation, problem, _device(device))
+    partials = _partials(M, N, r, dtype, capability)
+    return modelled_whole(operation, replace(problem, partials=partials), _device(device))
 
 
 def rides(
@@ -123,17 +148,19 @@ def rides(
     dtype: torch.dtype,
     capability: int,
     processors: int,
+    own: LaunchConfig | None = None,
 ) -> bool:
-    """Whether a whole layer's launch has riders by the rules that ship, on aligned tensors."""
+    """Whether a whole layer's launch has riders, on aligned tensors: by its ``own`` configuration, or by
+    the rules that ship."""
 
     def config(name: str, K: int, N: int) -> LaunchConfig:
         return tables.find(name, capability, dtype, p.M, K, N, p.r, bulk=True)
 
     sizes = (p.M, p.K, p.N, p.r, p.size, p.masked, processors)
     if operation == "lora_linear":
-        product, shrink = config(operation, p.K, p.N), config("shrink", p.K, p.K)
+        product, shrink = own or config(operation, p.K, p.N), config("shrink", p.K, p.K)
         return forward_riders(product, shrink, *sizes) is not None
-    product = config(operation, p.N, p.K)
+    product = own or config(operation, p.N, p.K)
     rows, cols = config("expand_backward", p.N, p.N), config("shrink_backward", p.K, p.K)
     return backward_riders(product, rows, cols, *sizes) is not None
 
@@ -158,7 +185,7 @@ def parts(operation: str, p: roofline.Problem) -> list[tuple[str, roofline.Probl
     """The operations of a whole layer's forward or backward, each with its own problem."""
 
     def problem(K: int, N: int, masked: bool) -> roofline.Problem:
-        return roofline.Problem(p.M, K, N, p.r, p.size, p.adapter_size, masked)
+        return replace(p, K=K, N=N, masked=masked)
 
     if operation == "lora_linear":
         return [

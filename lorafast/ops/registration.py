@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafast.kernels.common import counters
+
 _LIBRARY = torch.library.Library("lorafast", "DEF")
 
 
@@ -44,7 +46,7 @@ def register(
     """Defines ``lorafast::name``; the first argument of ``implementation`` is a tensor."""
 
     def kernel(x: Tensor, *arguments: Any) -> Any:
-        with without_autocast(x):
+        with without_autocast(x), counters.fresh():
             return implementation(x, *arguments)
 
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

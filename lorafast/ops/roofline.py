@@ -15,6 +15,9 @@ LAUNCH_SECONDS = 3e-6
 """From the end of one short kernel to the start of the next."""
 PRODUCT_SHARE = {"aten": 1.0, "triton": 0.92}
 THIN_SHARE = {"aten": 0.6, "triton": 0.85}
+_FLOAT32_RATE = 1 / 16
+"""Of 16-bit products: float32 is multiplied without tensor cores, as PyTorch does by default."""
+_FLOAT32_SHARE = {"aten": 0.8, "triton": 0.3}
 _ALONGSIDE_SHARE = 0.3
 """The part of a rider's pass that costs time: riders hold some of the multiprocessors meanwhile."""
 _MASK_BYTES = {"aten": 225.0, "triton": 2.5}
@@ -46,7 +49,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer as one operation sees it; sizes of elements in bytes."""
+    """A layer as one operation sees it; sizes of elements in bytes.
+
+    ``partials``: bytes that Triton's reduction moves beside its operands.
+    """
 
     M: int
     K: int
@@ -55,6 +61,7 @@ class Problem:
     size: int
     adapter_size: int
     masked: bool
+    partials: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,9 @@ def estimate(operation: str, backend: str, p: Problem, device: Device) -> Estima
     if operation in ("shrink", "shrink_backward"):
         return thin(x, _mask(backend, p, p.K), 1)
     if operation == "expand_backward":
-        return thin(2 * y, 0.0, 2) if backend == "aten" else thin(y, 0.0, 1)
+        if backend == "aten":
+            return thin(2 * y, 0.0, 2)
+        return thin(y, 0.0, 2, arithmetic=2.0, more=p.partials)
     if operation == "linear_expand":
         product = _product(backend, p, device)
         if backend == "aten":
@@ -116,12 +125,17 @@ def _with_riders(product: Estimate, thin: Estimate) -> Estimate:
     return product + Estimate(thin.seconds * _ALONGSIDE_SHARE, thin.flops, thin.bytes, 0)
 
 
-def _thin(backend: str, p: Problem, device: Device) -> Callable[[float, float, int], Estimate]:
-    def pass_over(moved: float, mask: float, launches: int) -> Estimate:
-        flops = 2.0 * p.r * moved / p.size
+def _thin(backend: str, p: Problem, device: Device) -> Callable[..., Estimate]:
+    """The estimate of a pass over so many bytes of x or dy, each used ``arithmetic`` times."""
+
+    def pass_over(
+        moved: float, mask: float, launches: int, arithmetic: float = 1.0, more: float = 0.0
+    ) -> Estimate:
+        flops = 2.0 * p.r * moved / p.size * arithmetic
+        moved += more
         memory = moved / (device.bandwidth * THIN_SHARE[backend])
-        arithmetic = flops / (device.flops * THIN_SHARE[backend])
-        seconds = max(memory, arithmetic) + mask / device.bandwidth + launches * LAUNCH_SECONDS
+        multiply = flops / _rate(backend, p, device, THIN_SHARE[backend])
+        seconds = max(memory, multiply) + mask / device.bandwidth + launches * LAUNCH_SECONDS
         return Estimate(seconds, flops, moved, launches)
 
     return pass_over
@@ -133,8 +147,7 @@ def _mask(backend: str, p: Problem, columns: int) -> float:
 
 def _product(backend: str, p: Problem, device: Device) -> Estimate:
     flops = 2.0 * p.M * p.K * p.N
-    # Half the rate for float32 is generous: TF32 where it is allowed.
-    rate = device.flops * PRODUCT_SHARE[backend] / (1 if p.size == 2 else 2)
+    rate = _rate(backend, p, device, PRODUCT_SHARE[backend])
     moved = float((p.M * p.K + p.K * p.N + p.M * p.N) * p.size)
     seconds = max(flops / rate, moved / device.bandwidth) + LAUNCH_SECONDS
     return Estimate(seconds, flops, moved, 1)
@@ -142,3 +155,10 @@ def _product(backend: str, p: Problem, device: Device) -> Estimate:
 
 def _transposed(p: Problem) -> Problem:
     return Problem(p.M, p.N, p.K, p.r, p.size, p.adapter_size, p.masked)
+
+
+def _rate(backend: str, p: Problem, device: Device, share: float) -> float:
+    """FLOP/s; ``share`` is that of 16-bit products."""
+    if p.size == 2:
+        return device.flops * share
+    return device.flops * _FLOAT32_RATE * _FLOAT32_SHARE[backend]

@@ -190,7 +190,7 @@ PROBLEMS = [
         (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
         (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
         (2190, 72, 520, 16, "bf16", "fp32", True, False, 20),  # riders forward
-        (2190, 520, 200, 16, "bf16", "fp32", True, True, 20),  # riders backward
+        (2190, 520, 264, 16, "bf16", "fp32", True, True, 20),  # riders backward
     )
 ]
 
@@ -247,7 +247,8 @@ def test_the_reduced_sizes_reach_every_path(r, dtype):
         assert (dA.written > layer.K * layer.r * 4) is split
     if dtype == "bf16":
         assert len(launches.lora_linear(layers[2])) == 1
-        assert len(launches.lora_linear_backward(layers[3])) == 1
+        # One rider would add up too much of ds for a high rank.
+        assert len(launches.lora_linear_backward(layers[3])) == (1 if r == 16 else 4)
 
 
 @pytest.mark.slow

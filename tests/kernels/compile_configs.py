@@ -33,6 +33,7 @@ from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
 from lorafast.kernels.shrink import shrink
 from lorafast.kernels.shrink_backward import shrink_backward
 from lorafast.kernels.tables import table_of
+from lorafast.kernels.tables.find import WHOLE
 from recorded import Launch, launches_of
 from triton.backends.compiler import GPUTarget
 
@@ -160,9 +161,7 @@ def why_bad(
         yield f"{machine.spills} spills, {machine.local} bytes of local memory"
     if machine.shared > SHARED_MEMORY[capability]:
         yield f"{machine.shared} bytes of shared memory of {SHARED_MEMORY[capability]}"
-    product = launch.kernel.__name__ not in (
-        "shrink_kernel", "expand_backward_kernel", "shrink_backward_kernel",
-    )  # fmt: skip
+    product = launch.kernel.__name__.removesuffix("_kernel") in (_PRODUCT, *WHOLE)
     has = machine.instructions
     if product and dtype != "fp32":
         wide = config.block_m >= _WARP_GROUP_ROWS

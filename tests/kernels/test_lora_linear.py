@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import numpy
-from lorafast.kernels.common import counters
+from lorafast.kernels.common import counters, plan
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders
 from lorafast.kernels.lora_linear import backward, forward
@@ -25,9 +25,11 @@ TILES = {name: config for name, config in SMALL_TILES.items() if config is not N
 
 def riding(monkeypatch, riders=2, waves=1, programs=5):
     """Lets layers of any size have riders."""
-    plan = Plan(riders, waves, programs)
-    monkeypatch.setattr(forward, "forward_riders", lambda *arguments: plan)
-    monkeypatch.setattr(backward, "backward_riders", lambda *arguments: plan)
+
+    def always(config, rows, depth, *others):
+        return Plan(riders, waves, programs) if rows and depth else None
+
+    monkeypatch.setattr(plan, "_plan", always)
 
 
 def call_forward(p, t):
@@ -203,9 +205,18 @@ def test_riders_ride_where_they_can_pay(sizes, riders):
 def test_a_mask_has_no_riders_forward_and_only_those_of_dy_backward():
     sizes = (8192, 4096, 4096, 16, 2)
     assert forward_riders(CONFIG, THIN, *sizes, True, 132) is None
-    masked = backward_riders(CONFIG, THIN, THIN, *sizes, True, 132)
-    plain = backward_riders(CONFIG, THIN, THIN, *sizes, False, 132)
+    product = dataclasses.replace(CONFIG, riders=16)
+    masked = backward_riders(product, THIN, THIN, *sizes, True, 132)
+    plain = backward_riders(product, THIN, THIN, *sizes, False, 132)
     assert 0 < masked.waves < plain.waves
+
+
+def test_no_tile_waits_long_for_one_rider_to_add_up_ds():
+    """Its partial sums grow with the rank."""
+    product = dataclasses.replace(CONFIG, riders=64)
+    narrow = dataclasses.replace(THIN, block_n=64)
+    assert backward_riders(product, narrow, narrow, 8192, 4096, 4096, 16, 2, False, 132)
+    assert backward_riders(product, narrow, narrow, 8192, 4096, 4096, 64, 2, False, 132) is None
 
 
 def test_zero_riders_are_allowed():

@@ -107,7 +107,7 @@ def h200(monkeypatch):
         cache.cache_clear()
 
 
-M, K, N, r = 8192, 4096, 1024, 16
+M, K, N, r = 8192, 4096, 8192, 16
 
 
 def layer():

@@ -1,0 +1,46 @@
+"""``out = scale · Σ partials``: a reduction's second launch, where one program would take too long."""
+
+import triton
+import triton.language as tl
+from lorafast.kernels.common.device import cast, sum_blocks
+from lorafast.kernels.common.launch import INTERPRETED
+from torch import Tensor
+
+_BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_partials_kernel(
+    partials_ptr,
+    out_ptr,
+    count,
+    size,
+    scale,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Program p adds up elements p·BLOCK and on."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
+    total = sum_blocks(partials_ptr, offsets, inside, size, count) * scale
+    tl.store(out_ptr + offsets, cast(total, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+
+
+def sum_partials(partials: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """``out = scale · Σᵢ partials[i]``, in order of ``i``, so that two runs give the same bits.
+
+    Shapes: ``partials [P, …]`` float32, contiguous; ``out […]``, contiguous.
+    """
+    size = out.numel()
+    sum_partials_kernel[(triton.cdiv(size, _BLOCK),)](
+        partials,
+        out,
+        partials.shape[0],
+        size,
+        float(scale),
+        BLOCK=_BLOCK,
+        INTERPRETED=INTERPRETED,
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
