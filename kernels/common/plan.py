@@ -91,7 +91,8 @@ def backward_riders(
     """The riders of a layer's backward, which make ds and dB, and without a mask dA."""
     if r > min(expand_backward.block_r, shrink_backward.block_r):
         return None
-    if group_rows(product) % expand_backward.block_m:
+    # With a rank of several blocks the launch would spill: compiled for sm_90.
+    if r > product.block_r or group_rows(product) % expand_backward.block_m:
         return None
     partials = _PARTIAL * r * -(-N // expand_backward.block_n)  # bytes a row of ds
     read = M * ((N if masked else N + K) * size + 2 * partials)
