@@ -154,7 +154,7 @@ def expand_backward_kernel(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (i, j, l): column group i of dy, row group j, rank block l."""
+    """Program (i, j, l): column group i of dy, row group j, rank block l. ds leaves in partial sums."""
     expand_backward_group(
         dy_ptr, s_ptr, b_ptr, ds_partials_ptr, db_ptr, ds_partials_ptr, db_partials_ptr, counters_ptr,
         tl.program_id(1), tl.program_id(0), tl.program_id(2),
