@@ -146,7 +146,7 @@ def _ranks(operation: str, most: int, dtype: str, most_rows: bool) -> tuple[int,
         return (most,) if dtype != "fp16" else ()
     if dtype != "bf16":
         return (16,)
-    return (16, 32, 64, 80) if most_rows else (16,)
+    return (16, 64, 80) if most_rows else (16,)
 
 
 def why_bad(
