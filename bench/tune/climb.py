@@ -80,7 +80,7 @@ def climb(
     problem: Problem, case: Case, *, device: torch.device, clock: Clock, deadline: float
 ) -> list[Row]:
     """The shipped configuration and those tried, until none nearby is faster or time is up."""
-    capability = _capability(device)
+    capability = capability_of(device)
     shipped = shipped_config(problem, case, device)
     rows = {shipped: Row(problem, case.name, asdict(shipped), True)}
     best = shipped
@@ -104,10 +104,12 @@ def shipped_config(problem: Problem, case: Case, device: torch.device) -> Launch
     key, size = case.key, problem.element_size
     bulk = key.K * size % 16 == 0 and key.N * size % 16 == 0
     dtype = DTYPES[problem.dtype]
-    return tables.find(case.operation, _capability(device), dtype, key.M, key.K, key.N, key.r, bulk)
+    return tables.find(
+        case.operation, capability_of(device), dtype, key.M, key.K, key.N, key.r, bulk
+    )
 
 
-def _capability(device: torch.device) -> int:
+def capability_of(device: torch.device) -> int:
     """As in ``sm_90``; the interpreter takes every configuration that this one takes."""
     if device.type != "cuda":
         return 90
@@ -144,6 +146,7 @@ def measure(
 
 
 def with_config(operation: str, config: LaunchConfig) -> SimpleNamespace:
+    """Triton's operations, one of them with a configuration of its own."""
     operations = on_backend("triton")
     launcher: Callable[..., object] = getattr(operations, operation)
     setattr(operations, operation, functools.partial(launcher, config=config))

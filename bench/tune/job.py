@@ -126,13 +126,11 @@ def tune(
 def _rides(operation: str, problem: Problem, device: torch.device) -> bool:
     shape, dtype = problem.shape, DTYPES[problem.dtype]
     sizes = (dtype.itemsize, DTYPES[problem.adapter_dtype].itemsize, problem.dropout_p > 0.0)
-    capability, processors = 90, INTERPRETER_PROCESSORS
+    processors = INTERPRETER_PROCESSORS
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        capability = 10 * properties.major + properties.minor
-        processors = properties.multi_processor_count
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
     seen = roofline.Problem(shape.M, shape.K, shape.N, problem.r, *sizes)
-    return on_gpu.rides(operation, seen, dtype, capability, processors)
+    return on_gpu.rides(operation, seen, dtype, climb.capability_of(device), processors)
 
 
 _PARTS = {

@@ -150,7 +150,7 @@ def linear_expand(
         return y
     c = config or config_for(
         "linear_expand", x, M, K, N, r,
-        masked=dropout_p > 0.0, transposed=weight.stride(1) != 1, bulk=bulk_copies(x, weight, y),
+        masked=dropout_p > 0.0, transposed=weight.stride(1) != 1, bulk=bulk_copies(x, weight),
     )  # fmt: skip
     tiles = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
     splits = split_k(processors(x), tiles, triton.cdiv(K, c.block_k))

@@ -233,10 +233,11 @@ def finish(
             tl.store(y_ptrs, rounded, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
-def bulk_copies(x: Tensor, weight: Tensor, y: Tensor) -> bool:
-    """Whether bulk copies can read x and W and write y: 16-byte aligned rows of neighbouring elements,
-    extents in 31 bits."""
-    return all(map(_describable, (x, _straight(weight), y)))
+def bulk_copies(x: Tensor, weight: Tensor) -> bool:
+    """Whether bulk copies can read x and W and write a new y: 16-byte aligned rows of neighbouring
+    elements, extents in 31 bits."""
+    written = weight.shape[0] * weight.element_size()
+    return written % 16 == 0 and _describable(x) and _describable(_straight(weight))
 
 
 def _straight(weight: Tensor) -> Tensor:
@@ -263,7 +264,7 @@ def tile_arguments(
 
     With descriptors where the configuration asks for them and the memory allows them, else pointers.
     """
-    described = c.descriptors and bulk_copies(x, weight, y)
+    described = c.descriptors and bulk_copies(x, weight)
     # Only with descriptors: the pointers of two tiles are too many registers.
     flat = described and c.flatten
     read = _straight(weight)

@@ -206,9 +206,8 @@ def lora_linear_backward(
     ``s [M, r]`` → ``dx [M, K]``, ``dA [r, K]``, ``dB [N, r]``, each in the dtype of its argument.
     """
     (M, N), (r, K) = dy.shape, lora_A.shape
-    dx = torch.empty((M, K), device=dy.device, dtype=dy.dtype)
     masked = dropout_p > 0.0
-    bulk = bulk_copies(dy, weight.t(), dx)
+    bulk = bulk_copies(dy, weight.t())
     # The product is that of dx: its K is the layer's N.
     c = config or config_for(
         "lora_linear_backward", dy, M, N, K, r, masked=masked, transposed=True, bulk=bulk
@@ -225,6 +224,7 @@ def lora_linear_backward(
         )
         return dx, dA, dB
     row_groups, col_groups = triton.cdiv(M, group_rows(c)), triton.cdiv(N, rows.block_n)
+    dx = torch.empty((M, K), device=dy.device, dtype=dy.dtype)
     ds = torch.empty((M, r), device=dy.device, dtype=dy.dtype)
     dA = torch.empty((r, K), device=dy.device, dtype=lora_A.dtype)
     dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)

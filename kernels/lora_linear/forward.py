@@ -156,9 +156,8 @@ def lora_linear(
     """
     M, K = x.shape
     N, r = lora_B.shape
-    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     masked = dropout_p > 0.0
-    bulk = bulk_copies(x, weight, y)
+    bulk = bulk_copies(x, weight)
     c = config or config_for("lora_linear", x, M, K, N, r, masked=masked, bulk=bulk)
     thin = rule_for("shrink", x, M, K, K, r)
     size = x.element_size()
@@ -166,6 +165,7 @@ def lora_linear(
     if riders is None:
         s = shrink(x, lora_A, dropout_p, seed)
         return linear_expand(x, weight, s, lora_B, scaling, bias, config=config), s
+    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     s = torch.empty((M, r), device=x.device, dtype=x.dtype)
     with on_device(x):
         lora_linear_kernel[(riders.programs,)](

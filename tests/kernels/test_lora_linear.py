@@ -222,3 +222,15 @@ def test_no_tile_waits_long_for_one_rider_to_add_up_ds():
 def test_zero_riders_are_allowed():
     none = dataclasses.replace(CONFIG, riders=0)
     assert forward_riders(none, THIN, 8192, 4096, 4096, 16, 2, False, 132) is None
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_without_riders_the_product_has_one_output(monkeypatch, device, call):
+    """Not a second one beside it, which would be the layer's largest piece of memory."""
+    p = Problem(40, 30, 25, 3, torch.float32, torch.float32, 0.0, "contiguous", 1)
+    t = p.tensors(device)
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(a[0]) or empty(*a, **k))
+    CALLS[call](p, t)(on_kernels(), lambda value, dtype=None: value.float())
+    assert made.count((p.M, p.N if call == "forward" else p.K)) == 1
