@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem, Tensors
-from lorafast.kernels.tables.tuned import Key
+from lorafast.kernels.tables.tuned import Key, dtypes
 from torch import Tensor
 
 Cast = Callable[..., Tensor]
-_DTYPE_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,9 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
         return run.linear_expand(given[0], given[2].t(), ds, A.t(), 1.0, None, p, seed), dA, dB
 
     def key(operation: str, K: int, N: int, masked: bool, transposed: bool = False) -> Key:
-        return Key(operation, _DTYPE_NAMES[problem.dtype], M, K, N, r, masked, transposed)
+        of = DTYPES[problem.dtype if operation == "shrink_backward" else problem.adapter_dtype]
+        names = dtypes(DTYPES[problem.dtype], of)
+        return Key(operation, names, M, K, N, r, masked, transposed)
 
     masked = p > 0.0
     product = 2.0 * M * K * N

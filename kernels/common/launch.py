@@ -67,18 +67,20 @@ def config_for(
     N: int,
     r: int,
     *,
+    adapter_dtype: torch.dtype | None = None,
     masked: bool = False,
     transposed: bool = False,
     bulk: bool = False,
 ) -> LaunchConfig:
     """The launch configuration for a call of ``operation`` on the device and in the dtype of ``x``.
 
-    ``masked``: whether under dropout; ``transposed``: whether the product reads Wᵀ; ``bulk``: whether
-    bulk copies can read and write its operands.
+    ``adapter_dtype``: of the A or B that it reads, if not that of ``x``; ``masked``: whether under
+    dropout; ``transposed``: whether the product reads Wᵀ; ``bulk``: whether bulk copies can read and
+    write its operands.
     """
     device = device_name(x)
-    dtype = str(x.dtype).removeprefix("torch.")
-    key = tuned.Key(operation, dtype, M, K, N, r, masked, transposed)
+    dtypes = tuned.dtypes(x.dtype, adapter_dtype or x.dtype)
+    key = tuned.Key(operation, dtypes, M, K, N, r, masked, transposed)
     record = tuned.nearest(device, key)
     if record is not None and record.config is not None and (bulk or not record.config.descriptors):
         return record.config

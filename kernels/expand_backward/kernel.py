@@ -182,7 +182,7 @@ def expand_backward(
     r = lora_B.shape[1]
     if dy.numel() == 0:
         return s.new_zeros((M, r)), torch.zeros((N, r), device=dy.device, dtype=lora_B.dtype)
-    c = config or config_for("expand_backward", dy, M, N, N, r)
+    c = config or config_for("expand_backward", dy, M, N, N, r, adapter_dtype=lora_B.dtype)
     col_groups, rank_blocks = triton.cdiv(N, c.block_n), triton.cdiv(r, c.block_r)
     row_groups, m_blocks = chunks(
         processors(dy) * c.per_processor, M, c.block_m, col_groups * rank_blocks

@@ -149,7 +149,7 @@ def linear_expand(
     if y.numel() == 0:
         return y
     c = config or config_for(
-        "linear_expand", x, M, K, N, r,
+        "linear_expand", x, M, K, N, r, adapter_dtype=lora_B.dtype,
         masked=dropout_p > 0.0, transposed=weight.stride(1) != 1, bulk=bulk_copies(x, weight),
     )  # fmt: skip
     tiles = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)

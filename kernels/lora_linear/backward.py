@@ -210,8 +210,9 @@ def lora_linear_backward(
     bulk = bulk_copies(dy, weight.t())
     # The product is that of dx: its K is the layer's N.
     c = config or config_for(
-        "lora_linear_backward", dy, M, N, K, r, masked=masked, transposed=True, bulk=bulk
-    )
+        "lora_linear_backward", dy, M, N, K, r,
+        adapter_dtype=lora_A.dtype, masked=masked, transposed=True, bulk=bulk,
+    )  # fmt: skip
     rows = rule_for("expand_backward", dy, M, N, N, r)
     cols = rule_for("shrink_backward", dy, M, K, K, r)
     size = dy.element_size()

@@ -158,7 +158,9 @@ def lora_linear(
     N, r = lora_B.shape
     masked = dropout_p > 0.0
     bulk = bulk_copies(x, weight)
-    c = config or config_for("lora_linear", x, M, K, N, r, masked=masked, bulk=bulk)
+    c = config or config_for(
+        "lora_linear", x, M, K, N, r, adapter_dtype=lora_A.dtype, masked=masked, bulk=bulk
+    )
     thin = rule_for("shrink", x, M, K, K, r)
     size = x.element_size()
     riders = forward_riders(c, thin, M, K, N, r, size, masked, processors(x))

@@ -142,7 +142,9 @@ def shrink(
     s = torch.empty((M, r), device=x.device, dtype=x.dtype)
     if s.numel() == 0:
         return s
-    c = config or config_for("shrink", x, M, K, K, r, masked=dropout_p > 0.0)
+    c = config or config_for(
+        "shrink", x, M, K, K, r, adapter_dtype=lora_A.dtype, masked=dropout_p > 0.0
+    )
     row_blocks, rank_blocks = triton.cdiv(M, c.block_m), triton.cdiv(r, c.block_r)
     count, k_blocks = chunks(
         processors(x) * c.per_processor, K, c.block_k, row_blocks * rank_blocks

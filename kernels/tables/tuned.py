@@ -21,16 +21,16 @@ from lorafast.kernels.tables.find import distance
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Key:
-    """A call: operation, dtype (``bfloat16``), sizes as ``linear_expand`` has them, whether masked, and
-    whether its product reads Wᵀ, as that of dx does."""
+    """A call: operation, dtypes (as ``dtypes`` says them), sizes as ``linear_expand`` has them, whether
+    masked, and whether its product reads Wᵀ, as that of dx does."""
 
     operation: str
-    dtype: str
+    dtypes: str
     M: int
     K: int
     N: int
@@ -47,6 +47,17 @@ class Record:
     backend: str
     config: LaunchConfig | None
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
+    """``bfloat16``, or ``bfloat16+float32`` with adapters that are wider; ``tf32`` for float32 whose
+    products PyTorch may round so."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        name = "tf32"
+    if adapter_dtype is dtype:
+        return name
+    return f"{name}+{str(adapter_dtype).removeprefix('torch.')}"
 
 
 def versions() -> dict[str, str]:
@@ -127,4 +138,4 @@ def nearest(device: str, key: Key) -> Record | None:
 def _bucket(key: Key) -> tuple[object, ...]:
     """What a record and a call must have in common: of the rank, the power of two that holds it."""
     rank = max(1 << (key.r - 1).bit_length(), 16)
-    return key.operation, key.dtype, key.masked, key.transposed, rank
+    return key.operation, key.dtypes, key.masked, key.transposed, rank

@@ -38,7 +38,8 @@ def choice(operation: str, *tensors: Tensor | None) -> Choice:
     else:
         (M, K), r = second.shape, first.shape[1]
         sizes, adapter = (M, K, K, r), first.dtype
-    return _choice(operation, first.device, first.dtype, adapter, *sizes, masked, transposed)
+    names = tuned.dtypes(first.dtype, adapter)
+    return _choice(operation, first.device, first.dtype, adapter, names, *sizes, masked, transposed)
 
 
 def whole(
@@ -55,7 +56,8 @@ def whole(
     masked = seed is not None
     read = (others[0], weight) if backward else (x, weight)
     bulk = all(t is not None and _reads_in_bulk(t) for t in read)
-    return _whole(operation, x.device, x.dtype, lora_A.dtype, M, K, N, r, masked, bulk)
+    names = tuned.dtypes(x.dtype, lora_A.dtype)
+    return _whole(operation, x.device, x.dtype, lora_A.dtype, names, M, K, N, r, masked, bulk)
 
 
 def _reads_in_bulk(matrix: Tensor) -> bool:
@@ -69,6 +71,7 @@ def _choice(
     device: torch.device,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
+    names: str,
     M: int,
     K: int,
     N: int,
@@ -76,7 +79,7 @@ def _choice(
     masked: bool,
     transposed: bool,
 ) -> Choice:
-    record = _record(operation, device, dtype, M, K, N, r, masked, transposed)
+    record = _record(operation, device, names, M, K, N, r, masked, transposed)
     if record is not None:
         return record.backend, _measured(record)
     partials = 0.0
@@ -111,6 +114,7 @@ def _whole(
     device: torch.device,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
+    names: str,
     M: int,
     K: int,
     N: int,
@@ -120,9 +124,9 @@ def _whole(
 ) -> tuple[str | None, str]:
     transposed = operation == "lora_linear_backward"
     if transposed:  # as its product has them
-        record = _record(operation, device, dtype, M, N, K, r, masked, transposed)
+        record = _record(operation, device, names, M, N, K, r, masked, transposed)
     else:
-        record = _record(operation, device, dtype, M, K, N, r, masked, transposed)
+        record = _record(operation, device, names, M, K, N, r, masked, transposed)
     problem = roofline.Problem(M, K, N, r, dtype.itemsize, adapter_dtype.itemsize, masked)
     capability, processors = _processor(device)
     if record is not None:
@@ -202,7 +206,7 @@ def parts(operation: str, p: roofline.Problem) -> list[tuple[str, roofline.Probl
 def _record(
     operation: str,
     device: torch.device,
-    dtype: torch.dtype,
+    names: str,
     M: int,
     K: int,
     N: int,
@@ -210,8 +214,7 @@ def _record(
     masked: bool,
     transposed: bool,
 ) -> tuned.Record | None:
-    dtype_name = str(dtype).removeprefix("torch.")
-    key = tuned.Key(operation, dtype_name, M, K, N, r, masked, transposed)
+    key = tuned.Key(operation, names, M, K, N, r, masked, transposed)
     return tuned.nearest(torch.cuda.get_device_name(device), key)
 
 

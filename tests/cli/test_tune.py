@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def record(operation="shrink", config=None, backend="triton", **key):
-    sizes = {"dtype": "bfloat16", "M": 1024, "K": 4096, "N": 4096, "r": 16} | key
+    sizes = {"dtypes": "bfloat16", "M": 1024, "K": 4096, "N": 4096, "r": 16} | key
     return tuned.Record(tuned.Key(operation, **sizes), backend, config, {"aten": 2e-5})
 
 
@@ -102,6 +102,20 @@ def test_a_tuned_configuration_is_launched():
     assert config_for("shrink", x, 1000, 4096, 4096, 17) != own
     assert config_for("shrink", x.half(), 1000, 4096, 4096, 16) == before
     assert config_for("shrink", x, 1000, 4096, 4096, 16, masked=True) == before
+    # Float32 adapters need twice the shared memory for A.
+    wide = torch.float32
+    assert config_for("shrink", x, 1000, 4096, 4096, 16, adapter_dtype=wide) == before
+
+
+def test_a_record_of_float32_is_not_one_of_tf32():
+    assert tuned.dtypes(torch.float32, torch.float32) == "float32"
+    assert tuned.dtypes(torch.bfloat16, torch.float32) == "bfloat16+float32"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert tuned.dtypes(torch.float32, torch.float32) == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_bulk_copies_are_not_taken_where_memory_forbids_them():
