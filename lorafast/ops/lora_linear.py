@@ -28,6 +28,9 @@ Gradients = tuple[
 ]
 
 
+_ARGUMENTS = 8
+
+
 def _rows(x: Tensor) -> Tensor:
     """``[..., K]`` as ``[M, K]``."""
     if x.dim() == 2:
@@ -321,15 +324,26 @@ def _registered_backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy)
     x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
-    if _needs_whole(ctx.needs_input_grad):
+    # PyTorch leaves out trailing arguments that have their default: no bias, no dropout.
+    needs = (*ctx.needs_input_grad, False, False, False)[:_ARGUMENTS]
+    if _needs_whole(needs):
         dx, dA, dB = torch.ops.lorafast.lora_linear_backward(
             dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
         )
         return dx, None, dA, dB, None, None, None, None
     return _backward(
-        torch.ops.lorafast, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
-        ctx.needs_input_grad,
-    )  # fmt: skip
+        torch.ops.lorafast,
+        dy,
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        s,
+        ctx.scaling,
+        ctx.dropout_p,
+        seed,
+        needs,
+    )
 
 
 register(

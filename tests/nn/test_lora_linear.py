@@ -406,10 +406,11 @@ class TestCompile:
             assert compiled(x).shape == (M, 24)
         assert len(graphs) == 1
 
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
-    def test_output_and_gradients_are_those_of_eager(self, dropout, monkeypatch):
+    def test_output_and_gradients_are_those_of_eager(self, dropout, bias, monkeypatch):
         monkeypatch.setattr(aten, "SMALL", 0)
-        made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout)
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout, bias=bias)
         compiled = torch.compile(made, fullgraph=True)
         found = {}
         for name, run in (("eager", made), ("compiled", compiled)):
