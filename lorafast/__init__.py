@@ -2,7 +2,7 @@
 
 from lorafast import functional, nn, reference
 from lorafast.convert import adapt, load_adapter, merge, save_adapter, summary
-from lorafast.nn import explain
+from lorafast.integrations import accelerate, accelerated, explain, restore
 from lorafast.ops import BackendError, BackendStatus, allow_packing, backends, use_backend
 
 __version__ = "0.1.0"
@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BackendStatus",
+    "accelerate",
+    "accelerated",
     "adapt",
     "allow_packing",
     "backends",
@@ -19,6 +21,7 @@ __all__ = [
     "merge",
     "nn",
     "reference",
+    "restore",
     "save_adapter",
     "summary",
     "use_backend",

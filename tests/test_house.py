@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Imports go down only. The package's own __init__ hands names on and stands above everything but the
 # measurements and the command line, which use it as anyone does.
-FLOORS = ["reference", "kernels", "ops", "functional", "nn", "convert", "__init__", "bench", "cli"]
+FLOORS = [
+    "reference", "kernels", "ops", "functional", "nn", "convert", "integrations", "__init__", "bench",
+    "cli",
+]  # fmt: skip
 OWN_FOLDERS = ("kernels", "bench")  # at the top, imported from lorafast
 SOURCES = [
     *sorted((ROOT / "lorafast").rglob("*.py")),

@@ -1,0 +1,99 @@
+"""``accelerate``: the layers of other packages, served by this one's kernels. PEFT's, so far."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, TypeVar, overload
+
+from torch import Tensor, nn
+
+from lorafast.nn import explain as explain_own
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@overload
+def accelerate(model: Model, *, quiet: bool = False) -> Model: ...
+@overload
+def accelerate(model: None = None, *, quiet: bool = False) -> None: ...
+def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | None:
+    """Makes the LoRA layers of a PEFT model fast, in place; nothing else changes.
+
+    Each layer keeps its parameters, state, adapters and place, and everything that PEFT does with them;
+    only its ``forward`` is another. Calls that aren't served fast are PEFT's own, by rule: ``explain``
+    lists them. A dropout mask is drawn from PyTorch's generator, but not the one that ``nn.Dropout``
+    draws. A pickle of the model holds PEFT's layers: accelerate what it loads again.
+
+    Args:
+        model: a ``PeftModel``, or any module with PEFT's adapter layers in it. Without it, PEFT makes
+            fast layers from now on (``get_peft_model``, ``from_pretrained``, ``add_adapter``), until
+            ``restore()``.
+        quiet: doesn't print how many layers are fast.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        RuntimeError: it is one whose layers aren't known here; the message says which are.
+        ValueError: the model has no adapter layers.
+    """
+    swap = _swap()
+    if model is None:
+        swap.from_now_on.begin()
+        return None
+    swap.accelerate(model, quiet=quiet)
+    return model
+
+
+def restore(model: Model | None = None) -> Model | None:
+    """Undoes ``accelerate``: ``model`` has PEFT's own layers again; without it, PEFT makes its own."""
+    swap = _swap()
+    if model is None:
+        swap.from_now_on.end(all_of_it=True)
+        return None
+    swap.restore(model)
+    return model
+
+
+@contextlib.contextmanager
+def accelerated() -> Iterator[None]:
+    """PEFT makes fast layers within the block; those stay fast after it. Blocks nest."""
+    swap = _swap()
+    swap.from_now_on.begin()
+    try:
+        yield
+    finally:
+        swap.from_now_on.end()
+
+
+def explain(module: nn.Module, x: Tensor | None = None) -> Any:
+    """What serves each adapted layer of ``module``, and why; prints as text.
+
+    For a model with PEFT's adapter layers: which are fast and which PEFT's own, and why, as the model is
+    now. For one with ``LoRALinear``: the backend of each operation, and why not the others, for an input
+    like ``x`` (only its device, dtype and number of rows count), else for many rows of the weight's.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in module.modules()):
+        return _swap().explain(module)
+    return explain_own(module, x)
+
+
+def _swap() -> ModuleType:
+    try:
+        from lorafast.integrations.peft import swap
+    except ImportError as error:
+        if error.name not in ("peft", "transformers"):
+            raise
+        raise ImportError(
+            "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: "
+            "pip install 'lorafast[peft]'",
+            name=error.name,
+        ) from error
+    swap.check_version()
+    return swap

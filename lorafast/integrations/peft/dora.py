@@ -1,0 +1,59 @@
+"""DoRA (Liu et al., 2024): ``y = m / ‖W + scaling·B·A‖ ⊙ (x·Wᵀ + scaling · x·Aᵀ·Bᵀ) + bias``.
+
+PEFT makes ``B·A`` and its sum with W, out × in each, in every forward. The norm of row j needs neither:
+``‖W_j + s·B_j·A‖² = ‖W_j‖² + 2s · B_j·(W·Aᵀ)_j + s² · B_j·(A·Aᵀ)·B_jᵀ``, from ``W·Aᵀ [N, r]`` and
+``A·Aᵀ [r, r]``. It is no part of the gradient (section 4.3 of the paper).
+
+``‖W‖²`` is not kept between calls: W may change where PyTorch counts no change (``weight.data += …``, as
+PEFT merges), only a pass over W could tell, and a pass over W is what it would save. Measured at
+2048 × 2048 on two cores: 0.3 ms in float32, beside the 28 ms of the product with 512 rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafast import functional
+from lorafast.integrations.peft.adapters import Adapter, settled
+from lorafast.ops.registration import without_autocast
+
+_PARTS = 16
+"""PyTorch on a CPU squares half precision in a float32 copy: of a part of W at a time."""
+
+
+def dora_linear(
+    x: Tensor, weight: Tensor, adapter: Adapter, magnitude: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``y`` as above; ``weight [N, K]``, ``magnitude [N]``."""
+    lora_A, lora_B, scaling = adapter.lora_A.weight, adapter.lora_B.weight, adapter.scaling
+    with torch.no_grad(), without_autocast(x):
+        norm = weight_norm(weight, lora_A, lora_B, scaling)
+    scale = magnitude / norm
+    lora_B, scaling = settled(lora_B, scaling)
+    if adapter.dropout_p:
+        # As PEFT has it: the frozen layer sees x, the change that DoRA makes sees what is left of it.
+        left = adapter.dropout(x)
+        adapted = functional.lora_linear(left, weight, lora_A, lora_B, scaling)
+        y = F.linear(x, weight, bias)
+        return (y + (adapted * scale - F.linear(left, weight))).to(y.dtype)
+    y = functional.lora_linear(x, weight, lora_A, lora_B, scaling)
+    scaled = y * scale if bias is None else torch.addcmul(bias, y, scale)
+    return scaled.to(y.dtype)
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """``‖W + scaling · B·A‖`` of each row, ``[N]`` in float32 (float64 of float64)."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with_A = torch.mm(weight, lora_A.t().to(weight.dtype)).to(dtype)  # [N, r]
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    squared = _squared_rows(weight, dtype) + ((B * with_A).sum(1) * (2 * scaling))
+    squared = squared + ((B @ (A @ A.t())) * B).sum(1) * (scaling * scaling)
+    return squared.clamp_min(0.0).sqrt()
+
+
+def _squared_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``‖W_j‖²`` of each row."""
+    if weight.dtype is dtype or weight.device.type != "cpu":
+        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+    parts = weight.split(-(-weight.shape[0] // _PARTS))
+    return torch.cat([part.to(dtype).square().sum(1) for part in parts])

@@ -1,0 +1,45 @@
+"""LoRA over an embedding: ``y = W[x] + Σ scaling · Aᵀ[x]·Bᵀ``, each adapter added in one product."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Embedding
+from torch import Tensor
+
+from lorafast.integrations.peft import rules
+from lorafast.integrations.peft.adapters import settled
+from lorafast.ops.registration import without_autocast
+
+
+def forward(
+    layer: Embedding, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The layer's output, or None where PEFT serves the call itself."""
+    names = active(layer)
+    if args or kwargs or rules.why_stock_embedding(layer, names, x):
+        return None
+    y: Tensor = layer.base_layer(x)
+    tokens = x.reshape(-1)
+    rows = y.reshape(tokens.numel(), -1)  # [M, N]
+    with without_autocast(y):
+        for name in names:
+            rows = _add(layer, name, tokens, rows)
+    return rows.reshape(y.shape)
+
+
+def _add(layer: Embedding, name: str, tokens: Tensor, rows: Tensor) -> Tensor:
+    lora_A = layer.lora_embedding_A[name]  # [r, V]
+    lora_B, scaling = settled(layer.lora_embedding_B[name], layer.scaling[name])  # [N, r]
+    padding = layer._modules["base_layer"].padding_idx
+    if padding is None and tokens.device.type == "cpu":
+        s = lora_A.index_select(1, tokens).t()  # its gradient is not [V, r], to be transposed
+    else:
+        s = F.embedding(tokens, lora_A.t(), padding)
+    return torch.addmm(rows, s.to(rows.dtype), lora_B.t().to(rows.dtype), alpha=scaling)
+
+
+def active(layer: Embedding) -> list[str]:
+    """The active adapters that this layer has, in order."""
+    has = layer.lora_embedding_A._parameters
+    return [name for name in layer.active_adapters if name in has]

@@ -1,0 +1,71 @@
+"""LoRA over a linear layer: which of PEFT's calls are served fast, and how."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor
+
+from lorafast import functional
+from lorafast.integrations.peft import dora, mixed, rules
+from lorafast.integrations.peft.adapters import Adapter, active, settled, weight_of
+
+
+def forward(
+    layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The layer's output, or None where PEFT serves the call itself."""
+    if args:
+        return None
+    if kwargs:
+        return mixed.forward(layer, x, kwargs) if "adapter_names" in kwargs else None
+    adapters = active(layer)
+    if rules.why_stock_linear(layer, adapters) is not None:
+        return None
+    base = layer._modules["base_layer"]
+    weight, bias = weight_of(base), base._parameters["bias"]
+    if rules.why_stock_input(layer, adapters, weight, x) is not None:
+        return None
+    first = adapters[0]
+    if first.name in layer.lora_variant:
+        magnitude = layer.lora_magnitude_vector[first.name].weight
+        return dora.dora_linear(x, weight, first, magnitude, bias)
+    return lora_linear(x, weight, adapters, bias)
+
+
+def lora_linear(x: Tensor, weight: Tensor, adapters: list[Adapter], bias: Tensor | None) -> Tensor:
+    """``x·Wᵀ + Σ scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` in one pass.
+
+    Several adapters are one: A's stacked, B's side by side. Where each drops elements of its own, the
+    first one is in the pass and the others are added to it.
+    """
+    first, *others = adapters
+    dropout_p = first.dropout_p
+    apart = []
+    if others and any(adapter.dropout_p for adapter in adapters):
+        apart, others = others, []
+    lora_A, lora_B, scaling, added = _as_one(first, others)
+    if added is not None:
+        bias = (added if bias is None else bias + added).to(weight.dtype)
+    y = functional.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p)
+    for _, A, B, dropout, s in apart:
+        y = (y + B(A(dropout(x.to(A.weight.dtype)))) * s).to(y.dtype)
+    return y
+
+
+def _as_one(first: Adapter, others: list[Adapter]) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    """A, B, scaling and what is added to the bias, for the sum of adapters."""
+    lora_A: Any = first.lora_A._parameters["weight"]
+    lora_B: Any = first.lora_B._parameters["weight"]
+    bias = first.lora_B._parameters["bias"]
+    added = None if bias is None else bias * first.scaling
+    if not others:
+        return lora_A, *settled(lora_B, first.scaling), added
+    every_A, every_B = [lora_A], [lora_B * first.scaling]
+    for other in others:
+        every_A.append(other.lora_A.weight)
+        every_B.append(other.lora_B.weight * other.scaling)
+        if other.lora_B.bias is not None:
+            more = other.lora_B.bias * other.scaling
+            added = more if added is None else added + more
+    return torch.cat(every_A), torch.cat(every_B, 1), 1.0, added

@@ -1,0 +1,219 @@
+"""Which calls of PEFT's adapter layers PEFT serves itself, and why.
+
+Each function returns the reason as a sentence's end, or None if it has nothing against serving the call
+fast. They run in every forward, so they look and don't compute; whatever they don't know is PEFT's.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+from transformers.pytorch_utils import Conv1D
+
+from lorafast.integrations.peft.adapters import Adapter
+from lorafast.ops.registration import autocast_enabled
+
+_PLAIN = (Tensor, nn.Parameter)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_stock(layer: LoraLayer) -> str | None:
+    """Against a fast forward of ``layer``, whatever its kind and input."""
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        names = ", ".join(map(repr, layer.merged_adapters))
+        return f"adapters are merged into its weight: {names}"
+    if (
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    ):
+        return "hooks are registered for all modules"
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "what is exported must run where lorafast isn't installed"
+    return None
+
+
+def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
+    """Against a fast forward of a layer over a linear one, whatever its input."""
+    reason = why_stock(layer)
+    if reason is not None:
+        return reason
+    if not adapters:
+        return "none of its adapters is active"
+    base = layer._modules["base_layer"]
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
+    reason = _why_not_plain(base) or _why_parallel(base)
+    if reason is not None:
+        return f"its base layer {reason}"
+    for adapter in adapters:
+        reason = _why_not_adapter(adapter)
+        if reason is not None:
+            return reason
+        variant = layer.lora_variant.get(adapter.name)
+        if variant is not None:
+            reason = _why_not_variant(layer, adapter, variant, len(adapters))
+            if reason is not None:
+                return reason
+    return None
+
+
+def _why_not_adapter(adapter: Adapter) -> str | None:
+    name, lora_A, lora_B, dropout, _ = adapter
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return f"adapter {name!r} is made of {_type(lora_A)} and {_type(lora_B)}"
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return f"the dropout of adapter {name!r} is a {_type(dropout)}"
+    reason = _why_not_plain(lora_A) or _why_not_plain(lora_B) or _why_called(dropout)
+    return reason and f"adapter {name!r} {reason}"
+
+
+def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: int) -> str | None:
+    if type(variant) is not DoraLinearVariant:
+        return f"adapter {adapter.name!r} is of another kind: {type(variant).__name__}"
+    if active > 1:
+        return f"adapter {adapter.name!r}, of DoRA, is active together with others"
+    if adapter.lora_B.bias is not None:
+        return f"adapter {adapter.name!r} is of DoRA with lora_bias"
+    reason = _why_not_plain(layer.lora_magnitude_vector[adapter.name])
+    return reason and f"the magnitude of adapter {adapter.name!r} {reason}"
+
+
+def _why_not_plain(module: nn.Module) -> str | None:
+    """Against reading the parameters of ``module`` instead of calling it."""
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None:
+        return "has no weight of its own"
+    for parameter in (weight,) if bias is None else (weight, bias):
+        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+            return f"has a {type(parameter).__name__}, not a plain tensor"
+        if parameter.is_meta:
+            return "is on the meta device"
+    return _why_called(module)
+
+
+def _why_called(module: nn.Module) -> str | None:
+    """Against passing over a call of ``module``."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has hooks"
+    own = module.__dict__
+    if "_hf_hook" in own:
+        return "has a hook of accelerate's"
+    if "forward" in own:
+        return "has a forward of its own"
+    return None
+
+
+def _why_parallel(base: nn.Module) -> str | None:
+    own = base.__dict__
+    parallel = "_hf_tp_plan" in own or "_hf_device_mesh" in own
+    return "has a tensor parallel plan" if parallel else None
+
+
+def why_stock_input(
+    layer: LoraLayer, adapters: list[Adapter], weight: Tensor, x: Any
+) -> str | None:
+    """Against a fast forward of a layer over a linear one for this input; ``weight [N, K]``."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"its input is a {type(x).__name__}, not a plain tensor"
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        return f"its input has shape {list(x.shape)}, expected [..., {K}]"
+    first = adapters[0].lora_A._parameters["weight"]
+    assert first is not None
+    dtype, adapter_dtype, device = x.dtype, first.dtype, x.device
+    if dtype not in _FLOATS or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
+        return f"its input is {dtype}, its adapters are {adapter_dtype}"
+    if weight.device != device:
+        return f"its input is on {device}, its weight on {weight.device}"
+    if not autocast_enabled(x):
+        if weight.dtype is not dtype:
+            return f"its input is {dtype}, its weight {weight.dtype}"
+        if adapter_dtype is not dtype and not layer.cast_input_dtype_enabled:
+            return f"its input is {dtype} and must not be cast to {adapter_dtype}"
+    for name, lora_A, lora_B, *_ in adapters:
+        A: Any = lora_A._parameters["weight"]
+        B: Any = lora_B._parameters["weight"]
+        r = A.shape[0]
+        if A.shape != (r, K) or B.shape != (N, r) or r == 0:
+            return f"adapter {name!r} has the shapes {list(A.shape)} and {list(B.shape)}"
+        if A.dtype is not adapter_dtype or B.dtype is not adapter_dtype:
+            return f"adapter {name!r} is not {adapter_dtype} throughout, as the first one"
+        if A.device != device or B.device != device:
+            return f"its input is on {device}, adapter {name!r} is elsewhere"
+    return None
+
+
+def why_stock_mixed(layer: LoraLayer, x: Any, kwargs: dict[str, Any]) -> str | None:
+    """Against serving a mixed batch fast; ``kwargs`` are the call's."""
+    unknown = kwargs.keys() - {"adapter_names"}
+    if unknown:
+        return f"an argument that isn't known here: {', '.join(sorted(unknown))}"
+    rows = kwargs["adapter_names"]
+    if not isinstance(rows, (list, tuple)) or not isinstance(x, Tensor):
+        return "adapter_names is no list"
+    if x.dim() < 2 or len(rows) != len(x):
+        return f"{len(rows)} adapter_names for an input of shape {list(x.shape)}"
+    for name in dict.fromkeys(rows):
+        if name in layer.lora_variant:
+            return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
+        dropout = layer.lora_dropout._modules.get(name)
+        if type(dropout) is nn.Dropout and dropout.training:
+            return f"adapter {name!r} of a mixed batch has dropout in training"
+    return None
+
+
+def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> str | None:
+    """Against a fast forward of a layer over an embedding; of its input only where that is given."""
+    reason = why_stock(layer)
+    if reason is not None:
+        return reason
+    if not names:
+        return "none of its adapters is active"
+    base = layer._modules["base_layer"]
+    if type(base) is not nn.Embedding:
+        return f"its base layer is a {_type(base)}, not exactly an nn.Embedding"
+    reason = _why_not_plain(base) or _why_parallel(base)
+    if reason is not None:
+        return f"its base layer {reason}"
+    if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+        return "its base layer has max_norm, scale_grad_by_freq or sparse"
+    for name in names:
+        reason = _why_not_embedding(layer, name, base.weight)
+        if reason is not None:
+            return f"adapter {name!r} {reason}"
+    if x is not None and (type(x) not in _PLAIN or x.device != base.weight.device):
+        return "its input is not a plain tensor where its weight is"
+    return None
+
+
+def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | None:
+    if name in layer.lora_variant:
+        return f"is of another kind: {type(layer.lora_variant[name]).__name__}"
+    lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
+        return f"has a {type(lora_A).__name__}, not a plain tensor"
+    r = lora_A.shape[0]
+    if lora_A.shape != (r, weight.shape[0]) or lora_B.shape != (weight.shape[1], r):
+        return f"has the shapes {list(lora_A.shape)} and {list(lora_B.shape)}"
+    if not {weight.dtype, lora_A.dtype, lora_B.dtype} <= set(_FLOATS):
+        return f"is {lora_A.dtype}, the weight {weight.dtype}"
+    if not weight.device == lora_A.device == lora_B.device:
+        return f"is on {lora_A.device}, the weight on {weight.device}"
+    return None
+
+
+def _type(module: nn.Module) -> str:
+    return type(module).__qualname__

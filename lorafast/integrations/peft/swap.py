@@ -1,0 +1,157 @@
+"""``accelerate`` and ``restore``: layers get their fast class, or PEFT's own back."""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lorafast.integrations.peft import embedding, rules
+from lorafast.integrations.peft.adapters import active
+from lorafast.integrations.peft.layers import FAST, Embedding, Linear
+
+_KNOWN = ((0, 20), (0, 21))
+"""The versions of PEFT whose forward the fast layers stand in for."""
+
+
+def check_version() -> None:
+    """Raises ``RuntimeError`` for a PEFT whose layers may compute something else."""
+    version = peft.__version__
+    try:
+        known = tuple(int(part) for part in version.split(".")[:2]) in _KNOWN
+    except ValueError:
+        known = False
+    if not known:
+        wanted = " or ".join(f"{major}.{minor}" for major, minor in _KNOWN)
+        raise RuntimeError(
+            f"lorafast.accelerate stands in for the layers of PEFT {wanted}, and PEFT {version} is "
+            "installed, whose layers may compute something else: install one of those, or a lorafast "
+            "that knows this one"
+        )
+
+
+def accelerate(model: nn.Module, *, quiet: bool = False) -> nn.Module:
+    """Serves the LoRA layers of ``model`` fast from now on; says in a line how many."""
+    check_version()
+    for module in model.modules():
+        if type(module) in FAST and "forward" not in module.__dict__:
+            module.__class__ = FAST[type(module)]
+    served = explain(model)
+    if not quiet:
+        print(f"lorafast: {served.summary}")
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Gives the layers of ``model`` PEFT's own classes back."""
+    for module in model.modules():
+        if type(module) in FAST.values():
+            _give_back(module)
+    return model
+
+
+def _give_back(module: nn.Module) -> None:
+    fast: Any = type(module)
+    module.__class__ = fast._stock
+    # A hook of accelerate's that was put on in between calls what it found.
+    for name in ("forward", "_old_forward"):
+        kept = module.__dict__.get(name)
+        if getattr(kept, "__func__", None) is fast.forward:
+            setattr(module, name, types.MethodType(fast._stock.forward, module))
+
+
+class _FromNowOn:
+    """Whether PEFT makes fast layers, and how it made them before; blocks nest."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._before: staticmethod | None = None
+
+    def begin(self) -> None:
+        self._depth += 1
+        if self._before is not None:
+            return
+        before = self._before = vars(LoraModel)["_create_new_module"]
+
+        @functools.wraps(before.__func__)
+        def create(*args: Any, **kwargs: Any) -> nn.Module:
+            module: nn.Module = before.__func__(*args, **kwargs)
+            if type(module) in FAST:
+                module.__class__ = FAST[type(module)]
+            return module
+
+        LoraModel._create_new_module = staticmethod(create)
+
+    def end(self, all_of_it: bool = False) -> None:
+        self._depth = 0 if all_of_it else max(self._depth - 1, 0)
+        if self._depth == 0 and self._before is not None:
+            LoraModel._create_new_module = self._before
+            self._before = None
+
+
+from_now_on = _FromNowOn()
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves each adapter layer: the reason for which PEFT does, or None; prints as text."""
+
+    layers: dict[str, str | None]
+
+    @property
+    def summary(self) -> str:
+        """In a line, how many layers are fast."""
+        fast = sum(reason is None for reason in self.layers.values())
+        stock = len(self.layers) - fast
+        line = f"{fast} of {len(self.layers)} adapter layers are fast"
+        return f"{line}, {stock} PEFT's own (lorafast.explain(model) says why)" if stock else line
+
+    def __str__(self) -> str:
+        groups: dict[str | None, list[str]] = {}
+        for name, reason in self.layers.items():
+            groups.setdefault(reason, []).append(name)
+        lines = [self.summary]
+        for reason, names in groups.items():
+            lines.append("served by lorafast:" if reason is None else f"served by PEFT, {reason}:")
+            lines += [f"  {name}" for name in names]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Served:
+    """What serves each of PEFT's adapter layers in ``model`` as it is now, for an input that fits it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {
+        name or "(module)": _why_stock(module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    if not layers:
+        raise ValueError("the model has none of PEFT's adapter layers")
+    return Served(layers)
+
+
+def _why_stock(module: nn.Module) -> str | None:
+    kind = type(module)
+    if kind in FAST:
+        if "forward" in module.__dict__:
+            return (
+                "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
+            )
+        return "it isn't accelerated: it was made later, or restored"
+    if kind is Linear:
+        return rules.why_stock_linear(module, active(module))
+    if kind is Embedding:
+        return rules.why_stock_embedding(module, embedding.active(module))
+    if isinstance(module, LoraLayer):
+        return f"a {kind.__qualname__} layer, for which there is no faster way here"
+    return f"{kind.__module__}.{kind.__qualname__} is not LoRA"
