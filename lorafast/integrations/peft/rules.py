@@ -53,14 +53,12 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     if reason is not None:
         return f"its base layer {reason}"
     for adapter in adapters:
-        reason = _why_not_adapter(adapter)
-        if reason is not None:
-            return reason
         variant = layer.lora_variant.get(adapter.name)
         if variant is not None:
             reason = _why_not_variant(layer, adapter, variant, len(adapters))
-            if reason is not None:
-                return reason
+        reason = reason or _why_not_adapter(adapter)
+        if reason is not None:
+            return reason
     return None
 
 
