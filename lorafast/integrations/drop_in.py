@@ -48,7 +48,11 @@ def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | No
 
 
 def restore(model: Model | None = None) -> Model | None:
-    """Undoes ``accelerate``: ``model`` has PEFT's own layers again; without it, PEFT makes its own."""
+    """Undoes ``accelerate``: ``model`` has PEFT's own layers again; without it, PEFT makes its own.
+
+    Raises:
+        ValueError: a layer has been given another class since, as FSDP does to what it shards.
+    """
     swap = _swap()
     if model is None:
         swap.from_now_on.end(all_of_it=True)

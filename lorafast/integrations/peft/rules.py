@@ -91,7 +91,9 @@ def _why_not_plain(module: nn.Module) -> str | None:
         return "has no weight of its own"
     for parameter in (weight,) if bias is None else (weight, bias):
         if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-            return f"has a {type(parameter).__name__}, not a plain tensor"
+            kind = type(parameter).__name__
+            hint = " (FSDP's are whole in its forward)" if kind == "DTensor" else ""
+            return f"has a {kind}, not a plain tensor{hint}"
         if parameter.is_meta:
             return "is on the meta device"
     return _why_called(module)

@@ -49,9 +49,14 @@ def accelerate(model: nn.Module, *, quiet: bool = False) -> nn.Module:
 
 def restore(model: nn.Module) -> nn.Module:
     """Gives the layers of ``model`` PEFT's own classes back."""
-    for module in model.modules():
+    for name, module in model.named_modules():
         if type(module) in FAST.values():
             _give_back(module)
+        elif isinstance(module, tuple(FAST.values())):
+            raise ValueError(
+                f"{name} was given the class {type(module).__qualname__} after it was accelerated "
+                "(FSDP does so): it can't be restored"
+            )
     return model
 
 
@@ -148,9 +153,9 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    if kind is Linear:
+    if isinstance(module, Linear):
         return rules.why_stock_linear(module, active(module))
-    if kind is Embedding:
+    if isinstance(module, Embedding):
         return rules.why_stock_embedding(module, embedding.active(module))
     if isinstance(module, LoraLayer):
         return f"a {kind.__qualname__} layer, for which there is no faster way here"
