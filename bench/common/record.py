@@ -4,7 +4,7 @@
      "machine": {…}, "clock_state": [{…}, …], "complete": true, "skipped": ["…"],
      "<kind>": [row, …], …}
 
-A kind is ``layer``, ``sweep``, ``operations``, ``call_overhead``, ``models``,
+A kind is ``layer``, ``sweep``, ``operations``, ``call_overhead``, ``models``, ``accelerate``,
 ``traffic``, ``tune``, ``compiled`` or ``tests``; its rows are the fields of that job's ``Row``, samples
 in seconds, sizes in bytes. The clock's state is noted at the start, whenever rows are added, and at the
 end. ``complete`` means that everything that was asked for was measured; what wasn't is ``skipped``.

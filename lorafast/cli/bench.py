@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from lorafast.bench import layer, traffic
+from lorafast.bench.accelerate import MODELS as PEFT_MODELS
+from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
 from lorafast.bench.common.problem import DTYPES, PASSES, Problem
@@ -72,6 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="training steps of whole transformers, random weights, no dropout: "
         + ", ".join(name for name, model in MODELS.items() if model.gated),
+    )
+
+    what.add_argument(
+        "--accelerate",
+        type=comma(one_of(PEFT_MODELS)),
+        default=[],
+        metavar="NAMES",
+        help="training and evaluation steps of models with PEFT's adapters, stock and accelerated: "
+        + ", ".join(PEFT_MODELS),
     )
 
     of = parser.add_argument_group("of what")
@@ -156,7 +167,7 @@ def _measure(
     defaults = _DEFAULTS[device.type]
     against = arguments.against or defaults["against"]
     seconds = arguments.seconds or defaults["seconds"]
-    asked = arguments.traffic or arguments.call_overhead or arguments.models
+    asked = arguments.traffic or arguments.call_overhead or arguments.models or arguments.accelerate
     if arguments.layers or not asked:
         layer.run(
             problems, arguments.passes, against, device=device, seconds=seconds, record=record
@@ -180,6 +191,11 @@ def _measure(
             tokens=arguments.tokens and arguments.tokens[0], layers=arguments.model_layers,
             seconds=arguments.seconds,
         )  # fmt: skip
+
+    for r, dtype in itertools.product(arguments.rank, arguments.dtype or defaults["dtype"]):
+        run_accelerated(
+            arguments.accelerate, r, dtype, device=device, record=record, seconds=arguments.seconds
+        )
 
 
 def _device(name: str) -> torch.device:

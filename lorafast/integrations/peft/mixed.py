@@ -1,11 +1,11 @@
-"""Mixed batches: each element of a batch with an adapter of its own (``adapter_names``), without a loop.
+"""Mixed batches: each element of a batch with an adapter of its own (``adapter_names``), in one pass.
 
-PEFT gathers the elements of each adapter, multiplies them and scatters the results, adapter by adapter.
-Here the factors are laid side by side, an element's own A and B beside each element, and multiplied as
-one batch; or, for elements of few rows, where that would copy more than it computes, every row meets
-every adapter and a mask keeps its own.
+PEFT gathers, multiplies and scatters adapter by adapter. Here the elements of one adapter stand together
+in one batched product: ``[groups, elements · T, K]`` by the A's, then the B's, of the groups. An adapter
+with more elements than the average has several groups, so that no more than about half is filling.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,6 @@ from torch import Tensor
 
 from lorafast.integrations.peft import rules
 from lorafast.integrations.peft.adapters import Adapter, named, weight_of
-
-_FEW_ROWS = 8
-"""Rows of an element below which its own factors aren't copied."""
 
 
 def forward(layer: Linear, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -31,50 +28,58 @@ def forward(layer: Linear, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     base = layer._modules["base_layer"]
     if rules.why_stock_input(layer, adapters, weight_of(base), x) is not None:
         return None
-    result: Tensor = base(x)
-    elements = x.reshape(len(rows), -1, x.shape[-1])  # [batch, T, K]
-    T = elements.shape[1]
-    batched = result.reshape(len(rows), T, -1)  # [batch, T, N]
-    y = (_masked if T < _FEW_ROWS else _side_by_side)(adapters, rows, elements, batched)
-    return y.reshape(result.shape).to(result.dtype)
+    return add_low_rank(base(x), x, adapters, rows)
 
 
-def _side_by_side(adapters: list[Adapter], rows: list[str], x: Tensor, result: Tensor) -> Tensor:
-    """``result + x·Aᵀ·(scaling · B)ᵀ`` with the A and B of each element of the batch."""
+def add_low_rank(result: Tensor, x: Tensor, adapters: list[Adapter], rows: Sequence[str]) -> Tensor:
+    """``result + scaling · x·Aᵀ·Bᵀ``, ``x[i]`` with the adapter ``rows[i]`` if there is one."""
+    elements = {a.name: [i for i, name in enumerate(rows) if name == a.name] for a in adapters}
+    size = -(-sum(map(len, elements.values())) // len(adapters))
+    groups = [
+        (adapter, elements[adapter.name][i : i + size])
+        for adapter in adapters
+        for i in range(0, len(elements[adapter.name]), size)
+    ]
+    slots = [i for _, group in groups for i in (*group, *[0] * (size - len(group)))]
+    taken = torch.tensor(slots, device=x.device)
+    dtype = result.dtype
+    every_A, every_B, bias = _factors([adapter for adapter, _ in groups], dtype)
+    x = x.index_select(0, taken).to(dtype)
+    s = torch.bmm(x.reshape(len(groups), -1, x.shape[-1]), every_A.mT)  # [groups, size · T, r]
+    change = torch.bmm(s, every_B.mT)  # [groups, size · T, N]
+    if bias is not None:
+        change = change + bias.unsqueeze(1)
+    change = change.reshape(len(slots), *result.shape[1:])
+    if len(slots) > sum(map(len, elements.values())):
+        filled = [i * size + j for i, (_, group) in enumerate(groups) for j in range(len(group))]
+        kept = torch.tensor(filled, device=x.device)
+        change, taken = change.index_select(0, kept), taken.index_select(0, kept)
+    return result.index_add(0, taken, change.to(dtype))
+
+
+def _factors(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``A [n, r, K]``, ``scaling · B [n, N, r]``, ``scaling · bias [n, N]``; zeros fill up to ``r``."""
     r = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
-    factors = {adapter.name: _factors(adapter, r, result.dtype) for adapter in adapters}
-    # An element without an adapter meets zeros.
-    none = tuple(torch.zeros_like(factor) for factor in factors[adapters[0].name])
-    own = [factors.get(name, none) for name in rows]
-    every_A, every_B, every_bias = (torch.stack(kind) for kind in zip(*own, strict=True))
-    x = x.to(result.dtype)
-    y = torch.baddbmm(result, torch.bmm(x, every_A.mT), every_B.mT)
-    return y + every_bias.unsqueeze(1) if _have_bias(adapters) else y
+    every_A, every_B, every_bias = [], [], []
+    for _, lora_A, lora_B, _, _ in adapters:
+        missing = r - lora_A.weight.shape[0]
+        every_A.append(F.pad(lora_A.weight, (0, 0, 0, missing)) if missing else lora_A.weight)
+        every_B.append(F.pad(lora_B.weight, (0, missing)) if missing else lora_B.weight)
+        every_bias.append(lora_B.bias)
+    scaling = _scaling(adapters, every_B[0])
+    B = torch.stack(every_B) * scaling.view(-1, 1, 1)
+    bias = None
+    if any(b is not None for b in every_bias):
+        zeros = torch.zeros_like(B[0, :, 0])
+        bias = torch.stack([zeros if b is None else b for b in every_bias]) * scaling.unsqueeze(1)
+        bias = bias.to(dtype)
+    return torch.stack(every_A).to(dtype), B.to(dtype), bias
 
 
-def _masked(adapters: list[Adapter], rows: list[str], x: Tensor, result: Tensor) -> Tensor:
-    """The same with every adapter for every row, and zeros for all but its own."""
-    ranks = [adapter.lora_A.weight.shape[0] for adapter in adapters]
-    factors = [_factors(a, r, result.dtype) for a, r in zip(adapters, ranks, strict=True)]
-    every_A, every_B, every_bias = zip(*factors, strict=True)
-    owns = torch.tensor([[a.name == row for a in adapters] for row in rows], device=x.device)
-    owns = owns.to(result.dtype)  # [batch, adapters]
-    mask = torch.cat([owns[:, i : i + 1].expand(-1, r) for i, r in enumerate(ranks)], 1)
-    s = F.linear(x.to(result.dtype), torch.cat(every_A)) * mask.unsqueeze(1)  # [batch, T, Σr]
-    y = result + F.linear(s, torch.cat(every_B, 1))
-    if _have_bias(adapters):
-        y = y + (owns @ torch.stack(every_bias)).unsqueeze(1)
-    return y
-
-
-def _factors(adapter: Adapter, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """``A [r, K]``, ``scaling · B [N, r]`` and ``scaling · bias [N]``, filled up with zeros to ``r``."""
-    lora_B, scaling = adapter.lora_B, adapter.scaling
-    A, B = adapter.lora_A.weight.to(dtype), (lora_B.weight * scaling).to(dtype)
-    bias = B.new_zeros(B.shape[0]) if lora_B.bias is None else (lora_B.bias * scaling).to(dtype)
-    missing = r - A.shape[0]
-    return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)), bias) if missing else (A, B, bias)
-
-
-def _have_bias(adapters: list[Adapter]) -> bool:
-    return any(adapter.lora_B.bias is not None for adapter in adapters)
+def _scaling(adapters: list[Adapter], like: Tensor) -> Tensor:
+    """``[n]``, without asking for the value of a tensor, or in compiled code of a number."""
+    values = [adapter.scaling for adapter in adapters]
+    if torch.compiler.is_compiling() or any(isinstance(value, Tensor) for value in values):
+        one = like.new_ones(())
+        return torch.stack([(one * value).to(like.dtype) for value in values])
+    return torch.tensor(values, dtype=like.dtype, device=like.device)

@@ -98,8 +98,8 @@ def test_the_number_of_operations_does_not_grow_with_the_batch(T):
                 x = torch.randn(batch, T, K, dtype=next(model.parameters()).dtype)
                 model(x, adapter_names=(NAMES * 4)[:batch])
             counts[kind, batch] = counting.products
-    assert counts["fast", 8] == counts["fast", 32] <= 4
-    assert counts["stock", 8] > 8
+    assert counts["fast", 8] == counts["fast", 32] <= 7
+    assert counts["stock", 8] > 12
 
 
 FALLBACKS = {
