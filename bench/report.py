@@ -184,9 +184,9 @@ def _accelerated(rows: Sequence[accelerate.Row]) -> list[str]:
         )
     first = rows[0]
     return [
-        "Whole models with PEFT's adapters, stock and after `lorafast.accelerate(model)` (a Llama of random "
-        f"weights, four blocks of width 576; all-MiniLM-L6-v2), {first.dtype}, r = {first.r} on every linear "
-        "layer; the last column is how much faster a step has become:",
+        "Whole models with PEFT's adapters, stock and after `lorafast.accelerate(model)` (a Llama of "
+        f"random weights, four blocks of width 576; all-MiniLM-L6-v2), {first.dtype}, r = {first.r} on "
+        "every linear layer; the last column is how much faster a step has become:",
         markdown(["step", "frozen", "peft", "accelerated", "peft / accelerated"], lines),
     ]
 
