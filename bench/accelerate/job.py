@@ -214,10 +214,11 @@ def run(
     device: torch.device,
     record: Record,
     seconds: float | None = None,
+    cases: Sequence[Case] = CASES,
 ) -> list[Row]:
     """Every case of every model, printed and kept in ``record``."""
     found = []
-    for name, case in progress([(name, case) for name in names for case in CASES], "case"):
+    for name, case in progress([(name, case) for name in names for case in cases], "case"):
         rows = measure(name, case, r, dtype, device=device, seconds=seconds or _SECONDS)
         say(f"\n{describe(rows[0])}")
         say(format_rows(rows))

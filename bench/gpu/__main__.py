@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from lorafast.bench.accelerate import CASES, Case
+from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
 from lorafast.bench.common import machine
 from lorafast.bench.common.problem import Problem
@@ -58,6 +60,7 @@ class _Plan:
     model_layers: int | None
     tune_seconds: float
     tokens: int
+    peft_cases: Sequence[Case]
 
 
 def _plan_for_gpu(device: torch.device) -> _Plan:
@@ -76,7 +79,7 @@ def _plan_for_gpu(device: torch.device) -> _Plan:
         device, table, square=table[0], dropped=table[1],
         against=("peft", "peft-compiled", "aten", "triton", "frozen"),
         swept=layer.sweep(table[0], "cuda"), model="llama-8b", model_layers=None,
-        tune_seconds=12.0, tokens=8192,
+        tune_seconds=12.0, tokens=8192, peft_cases=CASES,
     )  # fmt: skip
 
 
@@ -87,7 +90,7 @@ def _plan_for_rehearsal() -> _Plan:
     return _Plan(
         torch.device("cpu"), table, square=table[0], dropped=table[1],
         against=("peft", "aten", "triton", "frozen"), swept=[table[0], other], model="qwen-0.6b",
-        model_layers=1, tune_seconds=0.5, tokens=8,
+        model_layers=1, tune_seconds=0.5, tokens=8, peft_cases=CASES[-1:],
     )  # fmt: skip
 
 
@@ -208,6 +211,10 @@ def _stages(
         _Stage("model", 0.9, lambda: run_model(
             MODELS[plan.model], 16, "bf16", ["peft"], device=device, record=record,
             layers=plan.model_layers, tokens=plan.tokens, seconds=5.0,
+        )),
+        _Stage("PEFT's layers, accelerated", 0.92, lambda: run_accelerated(
+            ["tiny-llama"], 16, "bf16", device=device, record=record, seconds=1.0,
+            cases=plan.peft_cases,
         )),
         _Stage("traffic", 0.95, lambda: traffic.run(
             both, ["peft", "aten", "triton"], record=record

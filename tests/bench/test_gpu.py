@@ -39,7 +39,15 @@ def test_every_stage_runs(tmp_path):
     (path,) = tmp_path.glob("rehearsal-*.json")
     record = json.loads(path.read_text())
     assert record["complete"] is True
-    for kind in ("operations", "layer", "sweep", "call_overhead", "models", "traffic"):
+    for kind in (
+        "operations",
+        "layer",
+        "sweep",
+        "call_overhead",
+        "models",
+        "accelerate",
+        "traffic",
+    ):
         assert record[kind], kind
     assert record["tune"]
     assert not record["skipped"]
