@@ -9,7 +9,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test bench gpu lint types check clean
+.PHONY: help setup demo test test-oldest-peft bench gpu lint types check clean
 
 help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
@@ -34,6 +34,15 @@ demo: $(READY)
 # One worker a core, so one thread a worker.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
+
+# The oldest PEFT that lorafast.accelerate knows, in a folder of its own before the one in .venv.
+OLDEST_PEFT := build/peft-0.20.0
+
+test-oldest-peft: $(READY) $(OLDEST_PEFT)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST_PEFT) $(PY) -m pytest -n auto tests/integrations/peft $(ARGS)
+
+$(OLDEST_PEFT):
+	$(PY) -m pip install -q --no-deps --target $@ peft==0.20.0
 
 bench: $(READY)
 	$(PY) -m lorafast bench --layers --call-overhead --models qwen-0.6b \
