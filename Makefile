@@ -39,6 +39,7 @@ test: $(READY)
 OLDEST_PEFT := build/peft-0.20.0
 
 test-oldest-peft: $(READY) $(OLDEST_PEFT)
+	PYTHONPATH=$(OLDEST_PEFT) $(PY) -c 'import peft; assert peft.__version__ == "0.20.0", peft'
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST_PEFT) $(PY) -m pytest -n auto tests/integrations/peft $(ARGS)
 
 $(OLDEST_PEFT):
