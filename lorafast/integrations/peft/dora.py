@@ -22,15 +22,21 @@ _PARTS = 16
 
 
 def dora_linear(
-    x: Tensor, weight: Tensor, adapter: Adapter, magnitude: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    adapter: Adapter,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    dropped: bool,
 ) -> Tensor:
-    """``y`` as above; ``weight [N, K]``, ``magnitude [N]``."""
+    """``y`` as above; ``weight [N, K]``, ``magnitude [N]``; ``dropped``: elements of x are, on their way
+    to the change that the adapter makes."""
     lora_A, lora_B, scaling = adapter.lora_A.weight, adapter.lora_B.weight, adapter.scaling
     with torch.no_grad(), without_autocast(x):
         norm = weight_norm(weight, lora_A, lora_B, scaling)
     scale = magnitude / norm
     lora_B, scaling = settled(lora_B, scaling)
-    if adapter.dropout_p:
+    if dropped:
         # As PEFT has it: the frozen layer sees x, the change that DoRA makes sees what is left of it.
         left = adapter.dropout(x)
         adapted = functional.lora_linear(left, weight, lora_A, lora_B, scaling)

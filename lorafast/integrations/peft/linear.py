@@ -29,7 +29,8 @@ def forward(
     first = adapters[0]
     if first.name in layer.lora_variant:
         magnitude = layer.lora_magnitude_vector[first.name].weight
-        return dora.dora_linear(x, weight, first, magnitude, bias)
+        dropped = layer.training and first.dropout_p > 0.0
+        return dora.dora_linear(x, weight, first, magnitude, bias, dropped)
     return lora_linear(x, weight, adapters, bias)
 
 

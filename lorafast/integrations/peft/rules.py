@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,7 @@ from lorafast.integrations.peft.adapters import Adapter
 from lorafast.ops.registration import autocast_enabled
 
 _PLAIN = (Tensor, nn.Parameter)
+_LINEAR: dict[Any, Any] = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,6 +38,8 @@ def why_stock(layer: LoraLayer) -> str | None:
         return "hooks are registered for all modules"
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "what is exported must run where lorafast isn't installed"
+    if forward_ad._current_level >= 0:
+        return "it is differentiated in forward mode"
     return None
 
 
@@ -47,8 +51,10 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     if not adapters:
         return "none of its adapters is active"
     base = layer._modules["base_layer"]
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
+    if type(base) not in _LINEAR:
         return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
+    if type(base).forward is not _LINEAR[type(base)]:
+        return f"the forward of {_type(base)} was replaced"
     reason = _why_not_plain(base) or _why_parallel(base)
     if reason is not None:
         return f"its base layer {reason}"
@@ -63,11 +69,13 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
 
 
 def _why_not_adapter(adapter: Adapter) -> str | None:
-    name, lora_A, lora_B, dropout, _ = adapter
+    name, lora_A, lora_B, dropout, scaling = adapter
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"adapter {name!r} is made of {_type(lora_A)} and {_type(lora_B)}"
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"the dropout of adapter {name!r} is a {_type(dropout)}"
+    if isinstance(scaling, Tensor) and scaling.dim() > 0:
+        return f"the scaling of adapter {name!r} has the shape {list(scaling.shape)}"
     reason = _why_not_plain(lora_A) or _why_not_plain(lora_B) or _why_called(dropout)
     return reason and f"adapter {name!r} {reason}"
 
@@ -96,6 +104,8 @@ def _why_not_plain(module: nn.Module) -> str | None:
             return f"has a {kind}, not a plain tensor{hint}"
         if parameter.is_meta:
             return "is on the meta device"
+        if parameter.layout is not torch.strided:
+            return f"is {parameter.layout}"
     return _why_called(module)
 
 
@@ -128,6 +138,8 @@ def why_stock_input(
     """Against a fast forward of a layer over a linear one for this input; ``weight [N, K]``."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"its input is a {type(x).__name__}, not a plain tensor"
+    if x.layout is not torch.strided or x.is_nested:
+        return "its input is sparse or nested"
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         return f"its input has shape {list(x.shape)}, expected [..., {K}]"
@@ -138,6 +150,9 @@ def why_stock_input(
         return f"its input is {dtype}, its adapters are {adapter_dtype}"
     if weight.device != device:
         return f"its input is on {device}, its weight on {weight.device}"
+    bias = layer._modules["base_layer"]._parameters["bias"]
+    if weight.dtype not in _FLOATS or (bias is not None and bias.dtype is not weight.dtype):
+        return f"its weight is {weight.dtype}, its bias {None if bias is None else bias.dtype}"
     if not autocast_enabled(x):
         if weight.dtype is not dtype:
             return f"its input is {dtype}, its weight {weight.dtype}"
@@ -153,6 +168,10 @@ def why_stock_input(
             return f"adapter {name!r} is not {adapter_dtype} throughout, as the first one"
         if A.device != device or B.device != device:
             return f"its input is on {device}, adapter {name!r} is elsewhere"
+    if adapters[0].name in layer.lora_variant:
+        magnitude = layer.lora_magnitude_vector[adapters[0].name].weight
+        if x.dim() < 2 or magnitude.shape != (N,) or magnitude.device != device:
+            return "DoRA of a single row, or with a magnitude of another shape or device"
     return None
 
 
@@ -190,6 +209,8 @@ def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> st
         return f"its base layer {reason}"
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
         return "its base layer has max_norm, scale_grad_by_freq or sparse"
+    if layer._get_embed_scale() is not None:
+        return "its base layer scales what it gives"
     for name in names:
         reason = _why_not_embedding(layer, name, base.weight)
         if reason is not None:
@@ -212,6 +233,9 @@ def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | Non
         return f"is {lora_A.dtype}, the weight {weight.dtype}"
     if not weight.device == lora_A.device == lora_B.device:
         return f"is on {lora_A.device}, the weight on {weight.device}"
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor) and scaling.dim() > 0:
+        return f"has a scaling of the shape {list(scaling.shape)}"
     return None
 
 

@@ -126,6 +126,17 @@ def _(layer):
     layer.lora_dropout["default"] = nn.AlphaDropout(0.0)
 
 
+@change("the scaling of adapter 'default' has the shape [1]")
+def _(layer):
+    layer.scaling["default"] = torch.tensor([0.5])
+
+
+@change("its base layer is torch.sparse_csr")
+def _(layer):
+    weight = layer.base_layer.weight.detach()
+    layer.base_layer.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=False)
+
+
 @change("adapter 'default' is of another kind: ALoraLinearVariant")
 def _(layer):
     from peft.tuners.lora.variants import ALoraLinearVariant
@@ -263,6 +274,80 @@ def test_bad_input_raises_what_it_raised(x, served_by_peft):
     assert len(served_by_peft) == 1
 
 
+def test_forward_mode(served_by_peft):
+    stock, fast = stock_and_fast(peft_model(), lambda layer: None)
+    x, tangent = torch.randn(5, K), torch.randn(5, K)
+    found = []
+    for model in (stock, fast):
+        with torch.autograd.forward_ad.dual_level():
+            y = model(torch.autograd.forward_ad.make_dual(x, tangent))
+            found.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert len(served_by_peft) == 1
+
+
+def test_a_forward_of_nn_Linear_that_was_replaced(served_by_peft, monkeypatch):
+    stock, fast = stock_and_fast(peft_model(), lambda layer: None)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * x @ self.weight.t())
+    assert "the forward of Linear was replaced" in str(lorafast.explain(fast))
+    assert_same(stock, fast, torch.randn(5, K))
+    assert len(served_by_peft) == 1
+
+
+def test_a_single_row_of_dora(served_by_peft):
+    """PEFT makes it a matrix of one row."""
+    stock, fast = stock_and_fast(peft_model(use_dora=True), lambda layer: None)
+    assert fast(torch.randn(K)).shape == (1, N)
+    assert_same(stock, fast, torch.randn(K))
+    assert len(served_by_peft) == 2
+
+
+def test_dropout_of_dora_follows_the_layer():
+    """Not the dropout's own mode, as PEFT has it."""
+    model = peft_model(use_dora=True, lora_dropout=0.5)
+    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    x = torch.randn(5, K)
+    for training, dropout_training in ((False, True), (True, False)):
+        found = []
+        for tested in (model, fast):
+            layer = layer_of(tested).train(training)
+            layer.lora_dropout.train(dropout_training)
+            torch.manual_seed(0)
+            found.append(tested(x))
+        torch.testing.assert_close(*found)
+
+
+def test_a_bias_of_another_dtype(served_by_peft):
+    fast = lorafast.accelerate(peft_model(dtype=torch.bfloat16), quiet=True)
+    layer_of(fast).base_layer.bias.data = layer_of(fast).base_layer.bias.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        fast(torch.randn(5, K))
+    assert len(served_by_peft) == 1
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(5, K).to_sparse(),
+        torch.nested.nested_tensor([torch.randn(n, K) for n in (2, 3)]),
+    ],
+    ids=["sparse", "nested"],
+)
+def test_input_of_another_layout(x, served_by_peft):
+    stock, fast = stock_and_fast(peft_model(), lambda layer: None)
+
+    def outcome(model):
+        try:
+            return torch.cat(list(model(x).unbind()))
+        except Exception as error:
+            return type(error), str(error)
+
+    theirs, ours = outcome(stock), outcome(fast)
+    assert type(theirs) is type(ours)
+    assert torch.equal(theirs, ours) if isinstance(ours, torch.Tensor) else theirs == ours
+    assert len(served_by_peft) == 1
+
+
 def test_adapters_that_PEFT_would_cast_down_to(served_by_peft):
     def narrow(layer):
         layer.lora_A.to(torch.bfloat16)
@@ -304,12 +389,16 @@ def test_meta(served_by_peft):
 def test_what_is_exported_is_PEFTs(served_by_peft):
     fast = lorafast.accelerate(peft_model(), quiet=True).eval()
     x = torch.randn(5, K)
-    exported = torch.export.export(fast, (x,))
-    targets = {str(node.target) for node in exported.graph.nodes}
-    assert not any("lorafast" in target for target in targets)
-    torch.testing.assert_close(exported.module()(x), fast(x))
+    expected = fast(x)
+    for strict in (False, True):
+        exported = torch.export.export(fast, (x,), strict=strict)
+        targets = {str(node.target) for node in exported.graph.nodes}
+        assert not any("lorafast" in target for target in targets)
+        torch.testing.assert_close(exported.module()(x), expected)
+    served_by_peft.clear()
     traced = torch.jit.trace(fast, x, check_trace=False)
-    torch.testing.assert_close(traced(x), fast(x))
+    assert len(served_by_peft) == 1
+    torch.testing.assert_close(traced(x), expected)
 
 
 EMBEDDINGS = {
@@ -317,6 +406,10 @@ EMBEDDINGS = {
     "scale_grad_by_freq": lambda layer: setattr(layer.base_layer, "scale_grad_by_freq", True),
     "tensor parallel plan": lambda layer: setattr(layer.base_layer, "_hf_tp_plan", "rowwise"),
     "hooks": lambda layer: hooked(layer.base_layer),
+    "scales what it gives": lambda layer: setattr(
+        layer.base_layer, "embed_scale", torch.tensor(3.0)
+    ),
+    "a scaling of the shape [1]": lambda layer: layer.scaling.update(default=torch.ones(1)),
     "disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merge(),
     "not exactly an nn.Embedding": lambda layer: setattr(
