@@ -110,6 +110,12 @@ def _(layer):
     nn.utils.parametrizations.weight_norm(layer.lora_A["default"])
 
 
+@change("its base layer has no weight of its own")
+def _(layer):
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer.base_layer)
+
+
 @change("its base layer has a tensor parallel plan")
 def _(layer):
     layer.base_layer._hf_tp_plan = "colwise"
@@ -257,9 +263,9 @@ def test_an_input_that_is_not_plain(what, served_by_peft):
 
 @pytest.mark.parametrize(
     "x",
-    [torch.randn(5, K + 1), torch.randn(5, K).double(), torch.ones(5, K, dtype=torch.int64),
-     torch.randn(5, K, device="meta"), torch.tensor(1.0)],
-    ids=["columns", "float64", "int64", "meta", "a number"],
+    [torch.randn(5, K + 1), torch.randn(5, K).double(), torch.randn(5, K).bfloat16(),
+     torch.ones(5, K, dtype=torch.int64), torch.randn(5, K, device="meta"), torch.tensor(1.0)],
+    ids=["columns", "float64", "bfloat16", "int64", "meta", "a number"],
 )  # fmt: skip
 def test_bad_input_raises_what_it_raised(x, served_by_peft):
     stock, fast = stock_and_fast(peft_model(), lambda layer: None)
@@ -291,6 +297,37 @@ def test_a_forward_of_nn_Linear_that_was_replaced(served_by_peft, monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * x @ self.weight.t())
     assert "the forward of Linear was replaced" in str(lorafast.explain(fast))
     assert_same(stock, fast, torch.randn(5, K))
+    assert len(served_by_peft) == 1
+
+
+def test_a_hook_on_the_magnitude_of_dora(served_by_peft):
+    def hook(layer):
+        magnitude = layer.lora_magnitude_vector["default"]
+        magnitude.register_forward_hook(lambda module, args, output: output + 1.0)
+
+    stock, fast = stock_and_fast(peft_model(use_dora=True), hook)
+    assert "the magnitude of adapter 'default' has hooks" in str(lorafast.explain(fast))
+    assert_same(stock, fast, torch.randn(5, K))
+    assert len(served_by_peft) == 1
+
+
+@pytest.mark.parametrize(
+    "shapes", [((4, K + 1), (N, 4)), ((4, K), (N, 5)), ((0, K), (N, 0))], ids=str
+)
+def test_factors_that_do_not_fit(shapes, served_by_peft):
+    def replace(layer):
+        for factor, shape in zip((layer.lora_A, layer.lora_B), shapes, strict=True):
+            factor["default"].weight = nn.Parameter(torch.ones(shape))
+
+    def outcome(model):
+        try:
+            return model(x).sum().item()
+        except RuntimeError as error:
+            return str(error)
+
+    stock, fast = stock_and_fast(peft_model(), replace)
+    x = torch.randn(5, K)
+    assert outcome(fast) == outcome(stock)
     assert len(served_by_peft) == 1
 
 
