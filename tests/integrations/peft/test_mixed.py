@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,6 +123,14 @@ def test_what_PEFT_serves(reason):
         torch.testing.assert_close(*found, rtol=0, atol=0)
     # PEFT goes through a set of names: its masks come in any order.
     assert found[0].shape == found[1].shape
+
+
+def test_names_that_are_no_list():
+    stock = mixed_model()
+    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
+    x = torch.randn(2, 5, K)
+    found = [m(x, adapter_names=np.array(["default", "other1"])) for m in (stock, fast)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reason", ["length", "merged", "dora"])
