@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_twins import K, N, peft_model
 from torch._dynamo.testing import CompileCounter
 
@@ -89,6 +90,23 @@ def test_no_new_graph_for_another_scaling(kind, scaling):
         scale(value)
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == before
+
+
+def test_no_new_graph_for_a_hot_swapped_adapter(tmp_path):
+    """Another adapter, of another rank and scaling, prepared for as PEFT says."""
+    other = peft_model(r=7, lora_alpha=3)
+    other.save_pretrained(tmp_path)
+    model = fast_model()
+    other.base_model.model.layer.base_layer = model.base_model.model.layer.base_layer
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    x = torch.randn(6, K)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        compiled(x)
+        hotswap_adapter(model, tmp_path, "default")
+        torch.testing.assert_close(compiled(x), other(x))
+    assert counter.frame_count == 1
 
 
 def test_mixed_batch():
