@@ -464,6 +464,43 @@ def test_embedding(reason, served_by_peft):
     assert len(served_by_peft) == 1
 
 
+def own_factor(layer):
+    lora_A = layer.lora_embedding_A["default"].detach().as_subclass(OwnTensor)
+    layer.lora_embedding_A["default"] = nn.Parameter(lora_A)
+
+
+FACTORS = {
+    "none of its adapters is active": lambda layer: setattr(layer, "_active_adapter", []),
+    "has a OwnTensor, not a plain tensor": own_factor,
+    "has the shapes [4, 34] and [40, 4]": lambda layer: layer.lora_embedding_A.update(
+        default=nn.Parameter(torch.randn(4, TOKENS + 3))
+    ),
+    "is torch.float64, the weight torch.float32": lambda layer: layer.lora_embedding_A.double(),
+}
+
+
+@pytest.mark.parametrize("reason", FACTORS)
+def test_embedding_of_other_factors(reason, served_by_peft):
+    stock, fast = stock_and_fast(peft_model("embedding"), FACTORS[reason])
+    assert reason in str(lorafast.explain(fast))
+    tokens = torch.randint(TOKENS, (3, 4))
+    outcomes = []
+    for model in (stock, fast):
+        try:
+            outcomes.append(model(tokens).sum().item())
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert len(served_by_peft) == 1
+
+
+def test_tokens_of_a_subclass(served_by_peft):
+    stock, fast = stock_and_fast(peft_model("embedding"), lambda layer: None)
+    tokens = torch.randint(TOKENS, (3, 4)).as_subclass(OwnTensor)
+    torch.testing.assert_close(fast(tokens), stock(tokens), rtol=0, atol=0)
+    assert len(served_by_peft) == 1
+
+
 def test_embedding_of_dora(served_by_peft):
     stock = peft_model("embedding", use_dora=True)
     fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
