@@ -473,7 +473,7 @@ FACTORS = {
     "none of its adapters is active": lambda layer: setattr(layer, "_active_adapter", []),
     "has a OwnTensor, not a plain tensor": own_factor,
     "has the shapes [4, 34] and [40, 4]": lambda layer: layer.lora_embedding_A.update(
-        {"default": nn.Parameter(torch.randn(4, TOKENS + 3))}
+        {"default": nn.Parameter(torch.ones(4, TOKENS + 3))}
     ),
     "is torch.float64, the weight torch.float32": lambda layer: layer.lora_embedding_A.double(),
 }
