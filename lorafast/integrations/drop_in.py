@@ -23,7 +23,9 @@ def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | No
     Each layer keeps its parameters, state, adapters and place, and everything that PEFT does with them;
     only its ``forward`` is another. Calls that aren't served fast are PEFT's own, by rule: ``explain``
     lists them. A dropout mask is drawn from PyTorch's generator, but not the one that ``nn.Dropout``
-    draws. A pickle of the model holds PEFT's layers: accelerate what it loads again.
+    draws. A pickle of the model holds PEFT's layers: accelerate what it loads again. What a layer keeps
+    for its backward is its input itself, of which PEFT's may keep a copy (cast, or after dropout): it
+    must not be changed in place before. A second derivative needs ``lora_A`` to require a gradient.
 
     Args:
         model: a ``PeftModel``, or any module with PEFT's adapter layers in it. Without it, PEFT makes
@@ -76,8 +78,9 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Any:
     """What serves each adapted layer of ``module``, and why; prints as text.
 
     For a model with PEFT's adapter layers: which are fast and which PEFT's own, and why, as the model is
-    now. For one with ``LoRALinear``: the backend of each operation, and why not the others, for an input
-    like ``x`` (only its device, dtype and number of rows count), else for many rows of the weight's.
+    now, for an input that fits it. For one with ``LoRALinear``: the backend of each operation, and why
+    not the others, for an input like ``x`` (only its device, dtype and number of rows count), else for
+    many rows of the weight's.
 
     Raises:
         ValueError: there is neither.

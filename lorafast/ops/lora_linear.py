@@ -173,6 +173,9 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> Gradients:
     )  # fmt: skip
 
 
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -187,6 +190,11 @@ class _LoRALinear(torch.autograd.Function):
             if torch.is_grad_enabled():
                 return _differentiable_backward(ctx, dy)
             x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+            if _is_batched(dy):  # is_grads_batched, which no kernel knows
+                return _backward(
+                    reference, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
+                    ctx.needs_input_grad,
+                )  # fmt: skip
             if _needs_whole(ctx.needs_input_grad):
                 found = _whole_backward(
                     ctx.backend, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed

@@ -385,6 +385,19 @@ def test_repr_reads_as_the_constructor():
     )
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_batched_gradients(dropout):
+    made = layer(K=64, N=48, r=4, dtype=torch.float32, dropout=dropout)
+    x = torch.randn(200, 64, requires_grad=True)
+    y = made(x)
+    inputs, every_dy = (x, made.lora_A, made.lora_B), torch.randn(3, 200, 48)
+    batched = torch.autograd.grad(y, inputs, every_dy, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(every_dy):
+        single = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        for one, two in zip(batched, single, strict=True):
+            torch.testing.assert_close(one[i], two, rtol=1e-4, atol=1e-4)
+
+
 class TestCompile:
     @pytest.fixture(autouse=True)
     def _fresh(self):

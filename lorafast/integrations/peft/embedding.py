@@ -21,7 +21,7 @@ def forward(
         return None
     y: Tensor = layer.base_layer(x)
     tokens = x.reshape(-1)
-    rows = y.reshape(tokens.numel(), -1)  # [M, N]
+    rows = y.reshape(tokens.numel(), y.shape[-1])  # [M, N]
     with without_autocast(y):
         for name in names:
             rows = _add(layer, name, tokens, rows)
@@ -41,5 +41,4 @@ def _add(layer: Embedding, name: str, tokens: Tensor, rows: Tensor) -> Tensor:
 
 def active(layer: Embedding) -> list[str]:
     """The active adapters that this layer has, in order."""
-    has = layer.lora_embedding_A._parameters
-    return [name for name in layer.active_adapters if name in has]
+    return [name for name in layer.active_adapters if name in layer.lora_embedding_A]

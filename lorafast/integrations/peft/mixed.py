@@ -40,7 +40,8 @@ def add_low_rank(result: Tensor, x: Tensor, adapters: list[Adapter], rows: Seque
         for adapter in adapters
         for i in range(0, len(elements[adapter.name]), size)
     ]
-    slots = [i for _, group in groups for i in (*group, *[0] * (size - len(group)))]
+    # Filled up with an element of the same adapter: what another one holds must not come near its sums.
+    slots = [i for _, group in groups for i in (*group, *group[:1] * (size - len(group)))]
     taken = torch.tensor(slots, device=x.device)
     dtype = result.dtype
     every_A, every_B, bias = _factors([adapter for adapter, _ in groups], dtype)
@@ -66,7 +67,7 @@ def _factors(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tenso
         every_A.append(F.pad(lora_A.weight, (0, 0, 0, missing)) if missing else lora_A.weight)
         every_B.append(F.pad(lora_B.weight, (0, missing)) if missing else lora_B.weight)
         every_bias.append(lora_B.bias)
-    scaling = _scaling(adapters, every_B[0])
+    scaling = _scaling(adapters, every_B[0].device)
     B = torch.stack(every_B) * scaling.view(-1, 1, 1)
     bias = None
     if any(b is not None for b in every_bias):
@@ -76,10 +77,10 @@ def _factors(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tenso
     return torch.stack(every_A).to(dtype), B.to(dtype), bias
 
 
-def _scaling(adapters: list[Adapter], like: Tensor) -> Tensor:
-    """``[n]``, without asking for the value of a tensor, or in compiled code of a number."""
+def _scaling(adapters: list[Adapter], device: torch.device) -> Tensor:
+    """``[n]`` in float32, without asking for the value of a tensor, or in compiled code of a number."""
     values = [adapter.scaling for adapter in adapters]
     if torch.compiler.is_compiling() or any(isinstance(value, Tensor) for value in values):
-        one = like.new_ones(())
-        return torch.stack([(one * value).to(like.dtype) for value in values])
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+        one = torch.ones((), device=device)
+        return torch.stack([(one * value).to(torch.float32) for value in values])
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -7,6 +7,7 @@ fast. They run in every forward, so they look and don't compute; whatever they d
 from typing import Any
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -18,7 +19,11 @@ from lorafast.integrations.peft.adapters import Adapter
 from lorafast.ops.registration import autocast_enabled
 
 _PLAIN = (Tensor, nn.Parameter)
-_LINEAR: dict[Any, Any] = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}
+_LINEAR: dict[Any, str] = {
+    nn.Linear: "torch.nn.modules.linear",
+    Conv1D: "transformers.pytorch_utils",
+}
+"""The base layers that are known, and where their forward is written."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,11 +58,21 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     base = layer._modules["base_layer"]
     if type(base) not in _LINEAR:
         return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
-    if type(base).forward is not _LINEAR[type(base)]:
-        return f"the forward of {_type(base)} was replaced"
-    reason = _why_not_plain(base) or _why_parallel(base)
+    for kind in (type(base), nn.Linear):
+        if kind.forward.__module__ != _LINEAR[kind]:
+            return f"the forward of {kind.__qualname__} was replaced"
+    reason = _why_not_plain(base) or _why_no_bias(base) or _why_parallel(base)
     if reason is not None:
         return f"its base layer {reason}"
+    weight = base.weight
+    if (
+        weight.dtype is torch.float16
+        and torch.is_grad_enabled()
+        and not autocast_enabled(weight)
+        and any(adapter.lora_A.weight.dtype is torch.float32 for adapter in adapters)
+    ):
+        # In float16 what PEFT has in float32 would underflow.
+        return "its adapters are float32 over float16, and gradients are asked for"
     for adapter in adapters:
         variant = layer.lora_variant.get(adapter.name)
         if variant is not None:
@@ -76,7 +91,14 @@ def _why_not_adapter(adapter: Adapter) -> str | None:
         return f"the dropout of adapter {name!r} is a {_type(dropout)}"
     if isinstance(scaling, Tensor) and scaling.dim() > 0:
         return f"the scaling of adapter {name!r} has the shape {list(scaling.shape)}"
-    reason = _why_not_plain(lora_A) or _why_not_plain(lora_B) or _why_called(dropout)
+    if type(dropout) is nn.Dropout and (dropout.inplace or type(dropout.p) not in (float, int)):
+        return f"the dropout of adapter {name!r} changes its input, or has a probability of its own kind"
+    reason = (
+        _why_not_plain(lora_A)
+        or _why_not_plain(lora_B)
+        or _why_no_bias(lora_B)
+        or _why_called(dropout)
+    )
     return reason and f"adapter {name!r} {reason}"
 
 
@@ -87,7 +109,10 @@ def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: i
         return f"adapter {adapter.name!r}, of DoRA, is active together with others"
     if adapter.lora_B.bias is not None:
         return f"adapter {adapter.name!r} is of DoRA with lora_bias"
-    reason = _why_not_plain(layer.lora_magnitude_vector[adapter.name])
+    magnitude = layer.lora_magnitude_vector[adapter.name]
+    if type(magnitude) is not DoraLinearLayer:
+        return f"the magnitude of adapter {adapter.name!r} is a {_type(magnitude)}"
+    reason = _why_not_plain(magnitude)
     return reason and f"the magnitude of adapter {adapter.name!r} {reason}"
 
 
@@ -107,6 +132,10 @@ def _why_not_plain(module: nn.Module) -> str | None:
         if parameter.layout is not torch.strided:
             return f"is {parameter.layout}"
     return _why_called(module)
+
+
+def _why_no_bias(module: nn.Module) -> str | None:
+    return None if "bias" in module._parameters else "has no bias of its own, not even None"
 
 
 def _why_called(module: nn.Module) -> str | None:
@@ -223,7 +252,8 @@ def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> st
 def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | None:
     if name in layer.lora_variant:
         return f"is of another kind: {type(layer.lora_variant[name]).__name__}"
-    lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    lora_A = layer.lora_embedding_A._parameters.get(name)
+    lora_B = layer.lora_embedding_B._parameters.get(name)
     if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
         return f"has a {type(lora_A).__name__}, not a plain tensor"
     r = lora_A.shape[0]
@@ -233,6 +263,8 @@ def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | Non
         return f"is {lora_A.dtype}, the weight {weight.dtype}"
     if not weight.device == lora_A.device == lora_B.device:
         return f"is on {lora_A.device}, the weight on {weight.device}"
+    if (weight.dtype, lora_A.dtype) == (torch.float16, torch.float32) and torch.is_grad_enabled():
+        return "is float32 over float16, and gradients are asked for"
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor) and scaling.dim() > 0:
         return f"has a scaling of the shape {list(scaling.shape)}"

@@ -49,14 +49,16 @@ def accelerate(model: nn.Module, *, quiet: bool = False) -> nn.Module:
 
 def restore(model: nn.Module) -> nn.Module:
     """Gives the layers of ``model`` PEFT's own classes back."""
-    for name, module in model.named_modules():
-        if type(module) in FAST.values():
-            _give_back(module)
-        elif isinstance(module, tuple(FAST.values())):
+    fast = tuple(FAST.values())
+    found: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, fast)}
+    for name, module in found.items():
+        if type(module) not in fast:
             raise ValueError(
                 f"{name} was given the class {type(module).__qualname__} after it was accelerated "
                 "(FSDP does so): it can't be restored"
             )
+    for module in found.values():
+        _give_back(module)
     return model
 
 
@@ -75,7 +77,8 @@ class _FromNowOn:
 
     def __init__(self) -> None:
         self._depth = 0
-        self._before: staticmethod | None = None
+        self._before: Any = None
+        self._own: Any = None
 
     def begin(self) -> None:
         self._depth += 1
@@ -86,17 +89,19 @@ class _FromNowOn:
         @functools.wraps(before.__func__)
         def create(*args: Any, **kwargs: Any) -> nn.Module:
             module: nn.Module = before.__func__(*args, **kwargs)
-            if type(module) in FAST:
+            if self._depth and type(module) in FAST:
                 module.__class__ = FAST[type(module)]
             return module
 
-        LoraModel._create_new_module = staticmethod(create)
+        self._own = LoraModel._create_new_module = staticmethod(create)
 
     def end(self, all_of_it: bool = False) -> None:
         self._depth = 0 if all_of_it else max(self._depth - 1, 0)
         if self._depth == 0 and self._before is not None:
-            LoraModel._create_new_module = self._before
-            self._before = None
+            # Not what someone else has put there since.
+            if vars(LoraModel)["_create_new_module"] is self._own:
+                LoraModel._create_new_module = self._before
+            self._before = self._own = None
 
 
 from_now_on = _FromNowOn()
@@ -145,6 +150,13 @@ def explain(model: nn.Module) -> Served:
     return Served(layers)
 
 
+def _calls_its_class(module: nn.Module) -> bool:
+    """Whether a forward of the instance, if there is one, is a hook of accelerate's over its class's."""
+    own = module.__dict__
+    kept = own.get("_old_forward") or own.get("forward")
+    return kept is None or getattr(kept, "__func__", None) is type(module).forward
+
+
 def _why_stock(module: nn.Module) -> str | None:
     kind = type(module)
     if kind in FAST:
@@ -153,6 +165,8 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
+    if isinstance(module, (Linear, Embedding)) and not _calls_its_class(module):
+        return "its forward was replaced after it was made fast"
     if isinstance(module, Linear):
         return rules.why_stock_linear(module, active(module))
     if isinstance(module, Embedding):

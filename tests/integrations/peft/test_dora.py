@@ -28,8 +28,18 @@ def test_a_row_that_the_adapter_cancels():
     """Rounding must not make a square negative, whose root would be NaN."""
     lora_A, lora_B = torch.randn(3, K), torch.randn(N, 3)
     found = weight_norm(-(lora_B @ lora_A), lora_A, lora_B, 1.0)
-    assert torch.isfinite(found).all()
+    assert torch.isfinite(1 / found).all()
     assert found.max() < 1e-2
+
+
+@pytest.mark.parametrize("left", [0.1, 0.01])
+def test_a_row_that_the_adapter_nearly_cancels(left):
+    """Float32 adapters over bfloat16: the products of both are float32."""
+    lora_A, lora_B = torch.randn(3, K), torch.randn(N, 3)
+    weight = (-(lora_B @ lora_A) * (1 + left)).bfloat16()
+    exact = (weight.double() + lora_B.double() @ lora_A.double()).norm(dim=1)
+    found = weight_norm(weight, lora_A, lora_B, 1.0)
+    assert ((found - exact).abs() <= 1e-6 / left**2 * exact).all()
 
 
 def test_no_row_is_an_empty_sum():

@@ -110,6 +110,28 @@ def _(layer):
     nn.utils.parametrizations.weight_norm(layer.lora_A["default"])
 
 
+@change("adapter 'default' has hooks   ")  # before the backward
+def _(layer):
+    layer.lora_A["default"].register_full_backward_pre_hook(lambda module, dy: (2 * dy[0],))
+
+
+@change("its base layer has no bias of its own")
+def _(layer):
+    bias = layer.base_layer.bias.detach()
+    del layer.base_layer.bias
+    layer.base_layer.register_buffer("bias", bias)
+
+
+@change("the dropout of adapter 'default' changes its input")
+def _(layer):
+    layer.lora_dropout["default"] = nn.Dropout(0.5, inplace=True).eval()
+
+
+@change("its base layer has a tensor parallel plan ")
+def _(layer):
+    layer.base_layer._hf_device_mesh = None
+
+
 @change("its base layer has no weight of its own")
 def _(layer):
     with pytest.warns(FutureWarning):
@@ -203,6 +225,22 @@ def test_what_is_changed_about_a_layer(reason, served_by_peft):
     (why,) = lorafast.explain(fast).layers.values()
     assert reason.strip() in why
     assert_same(stock, fast, torch.randn(5, K))
+    assert len(served_by_peft) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_other_hooks_on_every_module(kind, served_by_peft):
+    stock, fast = stock_and_fast(peft_model(), lambda layer: None)
+    seen = []
+    register = getattr(nn.modules.module, f"register_module_{kind}")
+    handle = register(lambda module, *_: seen.append(type(module)))
+    try:
+        assert_same(stock, fast, torch.randn(5, K))
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) == 6
     assert len(served_by_peft) == 1
 
 
@@ -329,6 +367,42 @@ def test_factors_that_do_not_fit(shapes, served_by_peft):
     x = torch.randn(5, K)
     assert outcome(fast) == outcome(stock)
     assert len(served_by_peft) == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_float32_over_float16_where_gradients_are_asked_for(kind, served_by_peft):
+    """In float16 the gradients of small adapters would be lost."""
+    stock, fast = peft_model(kind, torch.float16, upcast=True), None
+    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
+    assert "float32 over float16, and gradients are asked for" in str(lorafast.explain(fast))
+    x = torch.randint(TOKENS, (3, 4)) if kind == "embedding" else torch.randn(5, K).half()
+    assert_same(stock, fast, x)
+    assert len(served_by_peft) == 1
+    with torch.no_grad():
+        fast(x)
+        assert set(lorafast.explain(fast).layers.values()) == {None}
+    assert len(served_by_peft) == 1
+
+
+def test_a_magnitude_of_another_class(served_by_peft):
+    def replace(layer):
+        magnitude = layer.lora_magnitude_vector["default"]
+        magnitude.__class__ = type("Own", (type(magnitude),), {})
+
+    stock, fast = stock_and_fast(peft_model(use_dora=True), replace)
+    assert "the magnitude of adapter 'default' is a Own" in str(lorafast.explain(fast))
+    assert_same(stock, fast, torch.randn(5, K))
+    assert len(served_by_peft) == 1
+
+
+def test_more_positional_arguments(served_by_peft):
+    _, fast = stock_and_fast(peft_model(), lambda layer: None)
+    with pytest.raises(TypeError):
+        layer_of(fast)(torch.randn(5, K), 1)
+    _, fast = stock_and_fast(peft_model("embedding"), lambda layer: None)
+    with pytest.raises(TypeError):
+        layer_of(fast)(torch.ones(5, dtype=torch.int64), 1)
+    assert len(served_by_peft) == 2
 
 
 def test_a_single_row_of_dora(served_by_peft):
@@ -491,6 +565,29 @@ def test_embedding_of_other_factors(reason, served_by_peft):
         except RuntimeError as error:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
+    assert len(served_by_peft) == 1
+
+
+def test_embedding_with_sparse_gradients(served_by_peft):
+    stock, fast = stock_and_fast(
+        peft_model("embedding"), lambda layer: setattr(layer.base_layer, "sparse", True)
+    )
+    tokens = torch.randint(TOKENS, (3, 4))
+    torch.testing.assert_close(fast(tokens), stock(tokens), rtol=0, atol=0)
+    assert len(served_by_peft) == 1
+
+
+def test_embedding_of_a_parametrized_factor(served_by_peft):
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    def parametrize(layer):
+        nn.utils.parametrize.register_parametrization(layer.lora_embedding_A, "default", Twice())
+
+    stock, fast = stock_and_fast(peft_model("embedding", adapters=2), parametrize)
+    assert "adapter 'default' has a NoneType" in str(lorafast.explain(fast))
+    assert_same(stock, fast, torch.randint(TOKENS, (3, 4)))
     assert len(served_by_peft) == 1
 
 

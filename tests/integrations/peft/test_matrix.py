@@ -15,7 +15,6 @@ DTYPES = {
     "bf16": (torch.bfloat16, False),
     "fp16": (torch.float16, False),
     "bf16, fp32 adapters": (torch.bfloat16, True),
-    "fp16, fp32 adapters": (torch.float16, True),
 }
 # Kind of base layer, whether it has a bias, whether B has. Conv1D always has one.
 LAYERS = {
@@ -84,6 +83,40 @@ def test_embedding(dtype, adapters, padding):
     tokens[0, :2] = 3
     assert_equal(twins(model), tokens, rows(dtype, 3, 9, size=N), dtype)
     assert_equal(twins(model), tokens[0], rows(dtype, 9, size=N), dtype)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "dora"])
+def test_evaluation(kind):
+    """Dropout is for training; float32 adapters over float16 are fast where no gradient is asked for."""
+    options = {"lora_dropout": 0.5} if kind != "embedding" else {}
+    if kind == "dora":
+        kind, options = "linear", options | {"use_dora": True}
+    for dtype, upcast in [*DTYPES.values(), (torch.float16, True)]:
+        pair = twins(peft_model(kind, dtype, upcast=upcast, **options).eval())
+        x = torch.randint(TOKENS, (3, 5)) if kind == "embedding" else rows(dtype, 3, 5)
+        with torch.no_grad():
+            assert_equal(pair, x, rows(dtype, 3, 5, size=N), dtype)
+
+
+def test_only_the_second_of_two_adapters_drops():
+    model = peft_model(adapters=2, lora_dropout=0.4)
+    model.base_model.model.layer.lora_dropout["default"].p = 0.0
+    dtype = torch.float32
+    assert_equal(twins(model), rows(dtype, 3, 5), rows(dtype, 3, 5, size=N), dtype)
+
+
+def test_many_rows():
+    """Beyond what goes through the fewest calls."""
+    dtype = torch.float32
+    for options in ({}, {"adapters": 2}, {"use_dora": True}):
+        x, dy = rows(dtype, 2, 300), rows(dtype, 2, 300, size=N)
+        assert_equal(twins(peft_model(**options)), x, dy, dtype)
+
+
+def test_no_tokens():
+    pair = twins(peft_model("embedding"))
+    tokens = torch.zeros((2, 0), dtype=torch.int64)
+    assert_equal(pair, tokens, rows(torch.float32, 2, 0, size=N), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3, 4)], ids=str)

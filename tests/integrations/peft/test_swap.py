@@ -205,6 +205,17 @@ class TestFromNowOn:
         made.set_adapter("more")
         assert fast_layers(made) == {"base_model.model.down"}
 
+    def test_what_others_put_in_place_stays(self, monkeypatch):
+        from peft.tuners.lora.model import LoraModel
+
+        with lorafast.accelerated():
+            inner = LoraModel._create_new_module
+            own = staticmethod(lambda *args, **kwargs: inner(*args, **kwargs))
+            monkeypatch.setattr(LoraModel, "_create_new_module", own)
+        assert vars(LoraModel)["_create_new_module"] is own
+        assert fast_layers(model()) == set()
+        monkeypatch.undo()
+
     def test_restoring_a_model_leaves_the_others(self):
         lorafast.accelerate()
         one, other = model(), model()
@@ -246,6 +257,16 @@ class TestAnEarlierForward:
             lorafast.explain(made)
         )
         assert type(made.base_model.model.layer) is Linear
+
+    def test_another_forward_after(self):
+        made = lorafast.accelerate(peft_model(), quiet=True)
+        made.base_model.model.layer.forward = lambda x: 0 * x
+        assert "its forward was replaced after it was made fast" in str(lorafast.explain(made))
+
+    def test_a_hook_after_is_no_reason(self):
+        made = lorafast.accelerate(peft_model(), quiet=True)
+        self.hook(made.base_model.model.layer)
+        assert len(fast_layers(made)) == 1
 
     def test_after_and_restored(self, monkeypatch):
         made = lorafast.accelerate(peft_model(), quiet=True)
