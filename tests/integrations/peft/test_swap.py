@@ -43,29 +43,25 @@ def lora_layers(of):
 TOKEN_ROWS = torch.arange(12).view(3, 4)
 
 
+def visible(of):
+    """What a user sees of a model."""
+    return {
+        "repr": repr(of),
+        "keys": list(of.state_dict()),
+        "parameters": {n: (id(p), p.dtype, p.requires_grad) for n, p in of.named_parameters()},
+        "modules": {n: id(m) for n, m in of.named_modules()},
+        "status": of.get_layer_status(),
+        "model status": of.get_model_status(),
+        "config": of.peft_config["default"].to_dict(),
+    }
+
+
 def test_nothing_visible_changes():
     stock = model()
-    before = {
-        "repr": repr(stock),
-        "keys": list(stock.state_dict()),
-        "parameters": {n: (id(p), p.dtype, p.requires_grad) for n, p in stock.named_parameters()},
-        "modules": {n: id(m) for n, m in stock.named_modules()},
-        "status": stock.get_layer_status(),
-        "model status": stock.get_model_status(),
-        "config": stock.peft_config["default"].to_dict(),
-    }
+    before = visible(stock)
     assert lorafast.accelerate(stock, quiet=True) is stock
     assert len(fast_layers(stock)) == 3
-    after = {
-        "repr": repr(stock),
-        "keys": list(stock.state_dict()),
-        "parameters": {n: (id(p), p.dtype, p.requires_grad) for n, p in stock.named_parameters()},
-        "modules": {n: id(m) for n, m in stock.named_modules()},
-        "status": stock.get_layer_status(),
-        "model status": stock.get_model_status(),
-        "config": stock.peft_config["default"].to_dict(),
-    }
-    assert after == before
+    assert visible(stock) == before
     assert isinstance(stock.base_model.model.up, peft.tuners.lora.Linear)
     assert isinstance(stock.base_model.model.embed, peft.tuners.lora.Embedding)
 
