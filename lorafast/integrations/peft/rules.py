@@ -4,6 +4,7 @@ Each function returns the reason as a sentence's end, or None if it has nothing 
 fast. They run in every forward, so they look and don't compute; whatever they don't know is PEFT's.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ _LINEAR: dict[Any, str] = {
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_stock(layer: LoraLayer) -> str | None:
-    """Against a fast forward of ``layer``, whatever its kind and input."""
+def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
+    """Against a fast forward of ``layer`` with these adapters, whatever its kind and input."""
     if layer._disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
@@ -45,21 +46,20 @@ def why_stock(layer: LoraLayer) -> str | None:
         return "what is exported must run where lorafast isn't installed"
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode"
-    return None
+    return None if active else "none of its adapters is active"
 
 
 def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     """Against a fast forward of a layer over a linear one, whatever its input."""
-    reason = why_stock(layer)
+    reason = _why_stock(layer, adapters)
     if reason is not None:
         return reason
-    if not adapters:
-        return "none of its adapters is active"
     base = layer._modules["base_layer"]
     if type(base) not in _LINEAR:
         return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
     for kind in (type(base), nn.Linear):
-        if kind.forward.__module__ != _LINEAR[kind]:
+        forward = kind.forward
+        if forward.__module__ != _LINEAR[kind] or hasattr(forward, "__wrapped__"):
             return f"the forward of {kind.__qualname__} was replaced"
     reason = _why_not_plain(base) or _why_no_bias(base) or _why_parallel(base)
     if reason is not None:
@@ -225,11 +225,9 @@ def why_stock_mixed(layer: LoraLayer, x: Any, kwargs: dict[str, Any]) -> str | N
 
 def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> str | None:
     """Against a fast forward of a layer over an embedding; of its input only where that is given."""
-    reason = why_stock(layer)
+    reason = _why_stock(layer, names)
     if reason is not None:
         return reason
-    if not names:
-        return "none of its adapters is active"
     base = layer._modules["base_layer"]
     if type(base) is not nn.Embedding:
         return f"its base layer is a {_type(base)}, not exactly an nn.Embedding"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -146,3 +147,41 @@ def assert_equal(pair: Twins, x, dy, dtype, **arguments):
 def fast_layers(model) -> set[str]:
     """The names of the layers that are served fast."""
     return {name for name, why in lorafast.explain(model).layers.items() if why is None}
+
+
+class OwnTensor(torch.Tensor):
+    """Not exactly a Tensor."""
+
+
+def layer_of(model):
+    return next(m for m in model.modules() if isinstance(m, LoraLayer))
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, output: output + 1.0)
+
+
+def stock_and_fast(model, do):
+    """The same thing done to a stock layer and to one that has been accelerated."""
+    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    assert set(lorafast.explain(fast).layers.values()) == {None}
+    do(layer_of(model))
+    do(layer_of(fast))
+    return model, fast
+
+
+def assert_same(stock, fast, x, **arguments):
+    """Outputs and gradients are the very same: the same code made them."""
+    found = []
+    for model in (stock, fast):
+        model.zero_grad()
+        torch.manual_seed(0)
+        leaf = x.detach().clone().requires_grad_(x.is_floating_point())
+        y = model(leaf, **arguments)
+        if y.requires_grad:
+            y.sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"y": y.detach(), "x": leaf.grad} | gradients)
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=0, msg=name)

@@ -1,0 +1,18 @@
+import pytest
+
+
+@pytest.fixture
+def served_by_peft(monkeypatch):
+    """Counts the calls of accelerated layers that PEFT serves."""
+    from peft.tuners.lora import layer as stock_layers
+
+    calls = []
+    for cls in (stock_layers.Linear, stock_layers.Embedding):
+
+        def forward(self, *args, _forward=cls.forward, **kwargs):
+            if type(self).__module__.startswith("lorafast"):
+                calls.append(self)
+            return _forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "forward", forward)
+    return calls
