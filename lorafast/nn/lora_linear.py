@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
+from lorafast.nn.scripted import ScriptedLoRALinear
 from lorafast.ops import packing
 from lorafast.ops.checks import FLOATS
+
+# For torch.fx a call is one node, as one of nn.Linear is.
+torch.fx.wrap("lora_linear")
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = "float16, bfloat16, float32 or float64"
@@ -261,6 +265,15 @@ class LoRALinear(nn.Module):
         linear.weight = nn.Parameter(self._with_delta(), requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in this layer's place."""
+        if self.merged:
+            return self.to_linear()
+        scripted = ScriptedLoRALinear(
+            self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.dropout
+        )
+        return scripted.train(self.training)
 
     def pack_(self) -> "LoRALinear":
         """Packs the frozen weight once for the vendor's product on a CPU; the layer itself.
