@@ -12,8 +12,8 @@ from lorafast.bench.common.clock import Clock, Summary, interleave
 from lorafast.bench.common.problem import DTYPES, Problem
 from lorafast.bench.operations.cases import Case
 from lorafast.bench.operations.job import as_is, on_backend, turn_of, why_wrong
-from lorafast.kernels.common.configs import LaunchConfig, why_invalid
-from lorafast.kernels.tables.find import WHOLE
+from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig, why_invalid
+from lorafast.kernels.tables.find import WHOLE, nearest_architecture
 
 from lorafast.kernels import tables
 
@@ -110,11 +110,11 @@ def shipped_config(problem: Problem, case: Case, device: torch.device) -> Launch
 
 
 def capability_of(device: torch.device) -> int:
-    """As in ``sm_90``; the interpreter takes every configuration that this one takes."""
+    """The architecture whose rules hold there, as in ``sm_90``."""
     if device.type != "cuda":
-        return 90
+        return INTERPRETER_CAPABILITY
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return nearest_architecture(10 * major + minor)
 
 
 def measure(

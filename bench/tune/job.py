@@ -55,8 +55,12 @@ def run(
     """Tunes every case of every problem that has no record yet, about ``seconds`` each.
 
     With ``again`` also those that have one. None begins after ``deadline``.
+
+    Raises:
+        OSError, RuntimeError: what is found can't be kept.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else tuned.INTERPRETER
+    tuned.prepare(name)
     known = {entry.key: entry for entry in tuned.load(name)}
     clock = clock_for(device)
     rows = []
@@ -80,7 +84,7 @@ def run(
         medians = {backend: Summary.of(s).median for backend, s in row.samples.items()}
         config = None if row.config is None else LaunchConfig(**row.config)
         known[case.key] = tuned.Record(case.key, row.backend, config, medians)
-        path = tuned.save(name, known.values())
+        path = tuned.save(name, [known[case.key]])
         if record is not None:
             record.add("tune", [row])
         say(f"  {problem}, {case_name}: {_verdict(row, medians)}")

@@ -11,7 +11,12 @@ GROUP_M = 8
 """Row blocks of a group of tiles of a product: those that run together share tiles of W in the cache."""
 UNROLLED_RANK_BLOCKS = 4
 """More blocks of the rank than these are looped over."""
+INTERPRETER_CAPABILITY = 90
+"""The compute capability whose configurations Triton's interpreter takes."""
 _BULK_COPIES = (90, 100, 120)
+_LARGEST_BLOCK = 1 << 16
+"""A tile of Triton's has at most 2**20 elements, and each side at least 16."""
+_MOST_STAGES, _MOST_PROGRAMS = 32, 32
 _WARP_SPECIALIZATION = (100,)
 
 
@@ -85,18 +90,18 @@ def why_invalid(
     """
     blocks = {name: getattr(config, name) for name in ("block_m", "block_n", "block_k", "block_r")}
     for name, size in blocks.items():
-        if size < 16 or size & (size - 1):
-            return f"{name} is {size}: tl.dot needs powers of two of at least 16"
+        if not 16 <= size <= _LARGEST_BLOCK or size & (size - 1):
+            return f"{name} is {size}: tl.dot needs powers of two of at least 16, up to {_LARGEST_BLOCK}"
     if config.num_warps not in (1, 2, 4, 8, 16):
         return f"num_warps is {config.num_warps}, expected 1, 2, 4, 8 or 16"
-    if config.num_stages < 1:
-        return f"num_stages is {config.num_stages}, expected at least 1"
+    if not 1 <= config.num_stages <= _MOST_STAGES:
+        return f"num_stages is {config.num_stages}, expected 1 to {_MOST_STAGES}"
     for name in ("parts", "masked_parts"):
         parts = getattr(config, name)
         if parts not in (1, 2, 4, 8) or config.block_n // parts < 16:
             return f"{name} is {parts}, expected 1, 2, 4 or 8, of at least 16 columns each"
-    if config.per_processor < 1:
-        return f"per_processor is {config.per_processor}, expected at least 1"
+    if not 1 <= config.per_processor <= _MOST_PROGRAMS:
+        return f"per_processor is {config.per_processor}, expected 1 to {_MOST_PROGRAMS}"
     if config.riders < 0:
         return f"riders is {config.riders}, expected 0 or more"
     if capability not in SHARED_MEMORY:

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 import triton
-from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig
 from lorafast.kernels.tables import tuned
 from torch import Tensor
 
@@ -17,8 +17,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
 INTERPRETER_PROCESSORS = 4
 """The interpreter runs programs one by one; a few make it cut and add up as a device does."""
-INTERPRETER_CAPABILITY = 90
-"""The compute capability whose configurations the interpreter takes."""
 
 
 def precision(x: Tensor) -> str:
@@ -97,7 +95,7 @@ def rule_for(operation: str, x: Tensor, M: int, K: int, N: int, r: int) -> Launc
 
 def device_name(x: Tensor) -> str:
     """As PyTorch names the device; ``interpreter`` off CUDA."""
-    return _device_name(x.device) if x.is_cuda else "interpreter"
+    return _device_name(x.device) if x.is_cuda else tuned.INTERPRETER
 
 
 @functools.lru_cache

@@ -2,26 +2,40 @@
 
 A JSON file a device, in ``$LORAFAST_CACHE``, else ``$XDG_CACHE_HOME/lorafast``, else in
 ``~/.cache/lorafast``. It names the device and the versions it was measured with; records of another
-Triton or PyTorch are not used.
+Triton or PyTorch are not used. Anyone may have written to it: what ``why_unusable`` has a reason against
+is left out, in one warning, before a call can come across it.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.tables.find import distance
+from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig, why_invalid
+from lorafast.kernels.common.configs import OPERATIONS as SINGLE
+from lorafast.kernels.common.files import write_whole
+from lorafast.kernels.common.from_json import from_json
+from lorafast.kernels.tables.find import WHOLE, distance, nearest_architecture
+
+if sys.platform != "win32":
+    import fcntl
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
 _FORMAT = 2
+BACKENDS = ("aten", "triton")
+"""Those that a record may name: what ``lorafast tune`` sets against each other."""
+INTERPRETER = "interpreter"
+"""The name of the device off CUDA."""
+_ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "tf32": 4}
 
 
 @dataclass(frozen=True)
@@ -62,61 +76,164 @@ def dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
 
 def versions() -> dict[str, str]:
     """What the measurements depend on."""
-    triton = __import__("triton").__version__
+    try:
+        triton = __import__("triton").__version__
+    except ImportError:
+        triton = "none"
     return {"torch": torch.__version__, "triton": triton, "cuda": torch.version.cuda or "none"}
 
 
 def path_for(device: str) -> Path:
-    """The file for a device of this name."""
+    """The file for a device of this name.
+
+    Raises:
+        RuntimeError: the folder begins with the home of a user who is not known.
+    """
     cache = os.environ.get("LORAFAST_CACHE")
     if not cache:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = str(Path(base) / "lorafast")
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lorafast")
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return Path(cache) / f"tuned-{name}.json"
+    return Path(cache).expanduser() / f"tuned-{name}.json"
+
+
+def prepare(device: str) -> None:
+    """Makes the folder of the records, before anything is measured that would be kept there.
+
+    Raises:
+        OSError: nothing can be written there.
+        RuntimeError: see ``path_for``.
+    """
+    folder = path_for(device).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def save(device: str, records: Iterable[Record]) -> Path:
-    """Writes the records; a reader sees the old file or the new one, never half of one."""
+    """Adds records to the file, in place of those of the same calls.
+
+    What others add at the same time, here or in another process, is kept. Records of other versions are
+    dropped, and those that can't be used.
+
+    Raises:
+        OSError: the file can't be written.
+        RuntimeError: see ``path_for``.
+    """
     path = path_for(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format": _FORMAT,
-        "device": device,
-        "versions": versions(),
-        "records": [asdict(record) for record in records],
-    }
-    half = path.with_name(f"{path.name}.{os.getpid()}")
-    half.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    half.replace(path)
+    with _locked(path.parent):
+        known = {record.key: record for record in _read(path, device)[0]}
+        known |= {record.key: record for record in records}
+        content = {
+            "format": _FORMAT,
+            "device": device,
+            "versions": versions(),
+            "records": [asdict(record) for record in known.values()],
+        }
+        write_whole(path, json.dumps(content, indent=1).encode())
     load.cache_clear()
     nearest.cache_clear()
     return path
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within the block no other thread or process is in one for the same folder."""
+    if sys.platform == "win32":  # who writes last wins
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # A network's file system may have no locks: who writes last wins there.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @functools.cache
 def load(device: str) -> tuple[Record, ...]:
-    """The records for a device; none if there are none, or if they are of other versions."""
-    path = path_for(device)
+    """The records for a device that can be used; a warning says what of the file can't."""
     try:
+        records, remark = _read(path_for(device), device)
+    except RuntimeError as error:
+        records, remark = (), f"what lorafast tune found is not used: {error}"
+    if remark is not None:
+        warnings.warn(remark, stacklevel=2)
+    return records
+
+
+def _read(path: Path, device: str) -> tuple[tuple[Record, ...], str | None]:
+    """The records of a file that can be used, and a sentence about those that can't."""
+    try:
+        if path.exists() and not path.is_file():
+            return (), f"{path} is not used: it is no regular file"
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT or content["versions"] != versions():
-            warnings.warn(
+            return (
+                (),
                 f"{path} was measured with other versions and isn't used: lorafast tune again",
-                stacklevel=2,
             )
-            return ()
-        return tuple(_from_json(fields) for fields in content["records"])
+        entries = list(content["records"])
     except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path} can't be read ({error}): lorafast tune writes it anew", stacklevel=2)
-        return ()
+        return (), None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        # An error's own sentence may quote the file.
+        return (), f"{path} can't be read ({str(error)[:200]}): lorafast tune writes it anew"
+    capability = _capability_of(device)
+    records, refused = [], []
+    for index, fields in enumerate(entries):
+        try:
+            records.append(_checked(fields, f"records[{index}]", capability))
+        except ValueError as error:
+            refused.append(str(error))
+    if not refused:
+        return tuple(records), None
+    return tuple(records), (
+        f"{path}: {len(refused)} of {len(entries)} records are not used, the first because "
+        f"{refused[0]}: lorafast tune measures those calls again"
+    )
 
 
-def _from_json(fields: dict[str, Any]) -> Record:
-    config = fields["config"] and LaunchConfig(**fields["config"])
-    return Record(Key(**fields["key"]), fields["backend"], config, fields["seconds"])
+def _checked(fields: object, where: str, capability: int) -> Record:
+    record = from_json(Record, fields, where)
+    reason = why_unusable(record, capability)
+    if reason is not None:
+        raise ValueError(f"{where} can't be used: {reason}")
+    return record
+
+
+def _capability_of(device: str) -> int:
+    """The architecture whose rules hold for a device of this name; of one that isn't here, sm_90's."""
+    if device != INTERPRETER and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if torch.cuda.get_device_name(index) == device:
+                major, minor = torch.cuda.get_device_capability(index)
+                return nearest_architecture(10 * major + minor)
+    return INTERPRETER_CAPABILITY
+
+
+def why_unusable(record: Record, capability: int) -> str | None:
+    """The reason for which calls on this architecture can't go by ``record``, or None."""
+    key = record.key
+    if key.operation not in (*SINGLE, *WHOLE):
+        return f"operation is {key.operation!r}, expected one of {', '.join((*SINGLE, *WHOLE))}"
+    x_dtype, *adapter_dtype = key.dtypes.split("+")
+    if not {x_dtype, *adapter_dtype} <= _ELEMENT_SIZES.keys() or len(adapter_dtype) > 1:
+        return f"dtypes is {key.dtypes!r}, expected one or two of {', '.join(_ELEMENT_SIZES)}"
+    for name in ("M", "K", "N", "r"):
+        if getattr(key, name) < 1:
+            return f"{name} is {getattr(key, name)}, expected at least 1"
+    if record.backend not in BACKENDS:
+        return f"backend is {record.backend!r}, expected {' or '.join(BACKENDS)}"
+    for name, seconds in record.seconds.items():
+        if seconds < 0:
+            return f"the time of {name} is {seconds}, expected seconds"
+    if record.config is None:
+        return None
+    operation = "linear_expand" if key.operation in WHOLE else key.operation
+    return why_invalid(operation, record.config, _ELEMENT_SIZES[x_dtype], capability)
 
 
 @functools.lru_cache(maxsize=4096)
