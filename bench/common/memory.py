@@ -26,6 +26,13 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
     return sum(size for size, _ in kept.values())
 
 
+def whole(device: torch.device) -> int:
+    """All memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most bytes that PyTorch's allocator held during ``call``, over what it held before."""
     if device.type == "cuda":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lorafast.bench.common import memory
 from lorafast.bench.common.shapes import Shape
 from torch import Tensor
 
@@ -103,6 +104,17 @@ def input_sets(problem: Problem) -> int:
     """How many x and dy to rotate through, so that none is still in the cache at its next turn."""
     one = problem.shape.M * (problem.shape.K + problem.shape.N) * problem.element_size
     return min(max(-(-_ROTATED_BYTES // one), 2), _MOST_SETS)
+
+
+def why_too_large(problem: Problem, device: torch.device) -> str | None:
+    """A sentence if the tensors of ``draw`` alone are more than the device's whole memory, or None."""
+    M, K, N, r = problem.shape.M, problem.shape.K, problem.shape.N, problem.r
+    elements = K * N + input_sets(problem) * M * (K + N)
+    adapter = r * (K + N) * DTYPES[problem.adapter_dtype].itemsize
+    needed, there = elements * problem.element_size + adapter, memory.whole(device)
+    if needed <= there:
+        return None
+    return f"{problem}: its tensors take {needed / 1e9:,.0f} GB, and {device} has {there / 1e9:,.0f} GB"
 
 
 def draw(problem: Problem, device: torch.device, sets: int, seed: int = 0) -> Tensors:

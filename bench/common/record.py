@@ -13,7 +13,6 @@ end. ``complete`` means that everything that was asked for was measured; what wa
 import dataclasses
 import datetime
 import json
-import os
 import re
 import sys
 import time
@@ -22,20 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lorafast.bench.common import machine
+from lorafast.bench.common import machine, output
 
 FORMAT = "lorafast-bench/1"
 _START = time.monotonic()
 
 
 class Record:
-    """A run as it goes, written to ``path`` (None: nowhere) whenever something is added."""
+    """A run as it goes, written to ``path`` (None: nowhere) whenever something is added.
+
+    A ``path`` that is no file but a pipe or a device is written to once, at the end.
+
+    Raises:
+        output.UnwritableError: ``path`` can't be written, also from every method that adds something.
+    """
 
     def __init__(
         self, device: torch.device, command: Sequence[str] | None = None, path: Path | None = None
     ) -> None:
         self._device = device
         self._path = path
+        if path is not None:
+            output.check(path)
         self._content: dict[str, Any] = {
             "format": FORMAT,
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -60,13 +67,13 @@ class Record:
     def finish(self, *, complete: bool = True) -> None:
         """The end; ``complete`` unless the run broke off."""
         self._content["complete"] = complete and not self._content["skipped"]
-        self._note()
+        self._note(last=True)
 
-    def _note(self) -> None:
+    def _note(self, last: bool = False) -> None:
         state = {"seconds": time.monotonic() - _START, **machine.clock_state(self._device)}
         self._content["clock_state"].append(state)
-        if self._path is not None:
-            self._write(self._path)
+        if self._path is not None and (last or not output.is_stream(self._path)):
+            output.write(self._path, self._text())
 
     @property
     def commit(self) -> str | None:
@@ -90,15 +97,10 @@ class Record:
         rows = (row for rows in lists for row in rows if isinstance(row, dict))
         return any(row.get("wrong") is not None for row in rows)
 
-    def _write(self, path: Path) -> None:
-        """Writes the file, whose folder is made if need be; a break leaves the one before."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _text(self) -> str:
         text = json.dumps(_rounded(self._content), indent=1, ensure_ascii=False)
         # A list of samples on one line.
-        text = re.sub(r"\[[\s\d.,e+-]+\]", lambda match: " ".join(match[0].split()), text)
-        draft = path.with_name(path.name + ".draft")
-        draft.write_text(text + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        return re.sub(r"\[[\s\d.,e+-]+\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def _rounded(value: Any) -> Any:

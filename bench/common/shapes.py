@@ -4,8 +4,16 @@ Sizes are those of the published configurations: all-MiniLM-L6-v2, TinyLlama-1.1
 Llama-3.2-1B, Llama-3.1-8B, Qwen2.5-32B, Llama-3.1-70B.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+LARGEST = 1 << 30
+"""The largest size: two of them multiplied, in bytes, are still numbers of 64 bits."""
+LARGEST_RANK = 1 << 16
+"""Far beyond the width of any layer."""
+SIZES = "M,K,N"
+_NUMBER = re.compile(r"[-+]?[\d._]*(e[-+]?\d*)?|[-+]?(inf|nan)")
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,17 @@ def of_model(model: Model, M: int) -> list[Shape]:
     ]
 
 
-def parse(words: Sequence[str], tokens: Sequence[int]) -> list[Shape]:
-    """Shapes from ``llama-8b,minilm`` (at each M of ``tokens``) or ``M,K,N``.
+def size(text: str, largest: int = LARGEST) -> int | None:
+    """The whole number from 1 to ``largest`` that ``text`` is; None if it is none."""
+    plain = text.strip()
+    # A longer text is no such number, and Python may refuse to read it.
+    value = int(plain) if plain.isdecimal() and len(plain) < 20 else 0
+    return value if 1 <= value <= largest else None
+
+
+def parse(words: Sequence[str], tokens: Sequence[int], sizes: str = SIZES) -> list[Shape]:
+    """Shapes from ``llama-8b,minilm`` (at each M of ``tokens``) or ``M,K,N``; ``sizes`` is what errors
+    call the latter.
 
     Raises:
         ValueError: a word is neither.
@@ -82,13 +99,18 @@ def parse(words: Sequence[str], tokens: Sequence[int]) -> list[Shape]:
     shapes: list[Shape] = []
     for word in words:
         parts = [part.strip() for part in word.split(",")]
-        if all(part.isdecimal() and int(part) > 0 for part in parts) and len(parts) == 3:
-            M, K, N = map(int, parts)
+        if all(map(_NUMBER.fullmatch, parts)):
+            numbers = [number for part in parts if (number := size(part))]
+            if len(numbers) != 3 or len(parts) != 3:
+                raise ValueError(
+                    f"shape {word[:60]!r} is not {sizes}: whole numbers from 1 to {LARGEST}"
+                )
+            M, K, N = numbers
             shapes.append(Shape("", M, K, N))
             continue
         for part in parts:
             if part not in MODELS:
                 known = ", ".join(MODELS)
-                raise ValueError(f"shape {part!r} is neither M,K,N nor one of {known}")
+                raise ValueError(f"shape {part[:60]!r} is neither {sizes} nor one of {known}")
             shapes += [shape for M in tokens for shape in of_model(MODELS[part], M)]
     return shapes

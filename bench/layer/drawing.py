@@ -1,5 +1,7 @@
 """Overhead against M and against r, one line a contender, for light and dark pages."""
 
+import errno
+import io
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +10,7 @@ from typing import Any
 
 from lorafast.bench.common.problem import PASSES, Problem
 from lorafast.bench.layer.timing import Row
+from lorafast.kernels.common.files import write_whole
 
 _SWEPT_M = {"cpu": (1, 8, 64, 512, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
 _SWEPT_R = {"cpu": (4, 16, 64, 256), "cuda": (4, 8, 16, 32, 64, 128, 256)}
@@ -42,16 +45,43 @@ def plot(rows: Sequence[Row], path: Path) -> list[Path]:
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: no row has a time.
+        OSError: a file can't be written.
     """
     panels = _panels(rows)
-    written = []
-    for suffix, colours in _GROUNDS.items():
-        figure = _draw(panels, colours)
-        target = path.with_name(f"{path.stem}{suffix}{path.suffix or '.png'}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=150, facecolor=colours["ground"])
-        written.append(target)
-    return written
+    for target, colours in zip(targets(path), _GROUNDS.values(), strict=True):
+        figure, picture = _draw(panels, colours), io.BytesIO()
+        kind = target.suffix.removeprefix(".").lower()
+        figure.savefig(picture, format=kind, dpi=150, facecolor=colours["ground"])
+        write_whole(target, picture.getvalue())
+    return targets(path)
+
+
+def targets(path: Path) -> list[Path]:
+    """The files that ``plot`` writes, on a light and on a dark ground; a ``.png`` if nothing is said."""
+    suffix = path.suffix or ".png"
+    return [path.with_name(f"{path.stem}{ground}{suffix}") for ground in _GROUNDS]
+
+
+def prepare(path: Path) -> None:
+    """Makes the folder of a picture, before anything is measured for it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib can't draw such a file.
+        OSError: it can't be written, or what is there is no file.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if not path.name or path.suffix.removeprefix(".").lower() not in ("", *known):
+        raise ValueError(f"the picture is {str(path)!r}, expected a file of {', '.join(known)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target in (path, *targets(path)):
+        if target.exists() and not target.is_file():
+            raise OSError(
+                errno.EINVAL, "a picture can't be written there: it is no file", str(target)
+            )
 
 
 Axis = Callable[[Row], int]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lorafast.bench.common import memory
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.shapes import Model
@@ -51,6 +52,18 @@ def fitting(model: Model, tokens: int, dtype: str, device: torch.device) -> Size
     by_memory = _free_memory(device) / 2 / (per_layer * (DTYPES[dtype].itemsize + 8))
     by_time = _STEP_FLOPS[device.type] / (4 * per_layer * tokens)
     return Size(model, max(min(int(by_memory), int(by_time), model.layers), 1), tokens, dtype)
+
+
+def why_too_large(size: Size, device: torch.device) -> str | None:
+    """A sentence if the weights and logits alone are more than the device's whole memory, or None."""
+    elements = size.parameters + size.tokens * (size.vocabulary + size.model.hidden)
+    needed, there = elements * DTYPES[size.dtype].itemsize, memory.whole(device)
+    if needed <= there:
+        return None
+    return (
+        f"{size.layers} blocks of {size.model.name} and {size.tokens} tokens take "
+        f"{needed / 1e9:,.0f} GB, and {device} has {there / 1e9:,.0f} GB"
+    )
 
 
 def _free_memory(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Model
 from lorafast.bench.common.table import megabytes, table, why_no_time
-from lorafast.bench.models.arms import Arm, Size, build, fitting, make
+from lorafast.bench.models.arms import Arm, Size, build, fitting, make, why_too_large
 from torch import Tensor, nn
 
 from lorafast.reference import contract
@@ -61,6 +61,9 @@ def measure(
         for name in names
     }  # fmt: skip
     try:
+        too_large = why_too_large(size, device)
+        if too_large is not None:
+            raise UnavailableError(too_large)
         frozen = build(size, device)
     except UnavailableError as error:
         for row in rows.values():

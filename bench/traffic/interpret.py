@@ -26,7 +26,7 @@ from lorafast.kernels.tables.find import WHOLE
 
 from lorafast.ops import backend, dispatch
 
-_WRONG = 3
+_WRONG, _UNCHECKED = 3, 4
 _COUNTER = "int32"
 _SMALL = (199, 297, 293)
 """M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
@@ -224,17 +224,18 @@ def check(problems: Sequence[Problem]) -> Verdict:
     )
     if process.returncode == 0:
         return Verdict()
-    said = (process.stdout + process.stderr).strip().splitlines()
+    answered = process.returncode in (_WRONG, _UNCHECKED)
+    said = (process.stdout if answered else process.stderr).strip().splitlines()
     last = said[-1] if said else f"the check ended with status {process.returncode}"
     return Verdict(wrong=last) if process.returncode == _WRONG else Verdict(unchecked=last)
 
 
 def main() -> int:
-    """Exit status 3 if a closed form is wrong, 1 if none can be checked; the last line says why."""
+    """Exit status 3 if a closed form is wrong, 4 if none can be checked; the last line says why."""
     reason = backend.TRITON.why_unusable()
     if reason is not None:
         print(reason)
-        return 1
+        return _UNCHECKED
     for line in sys.stdin:
         problem = Reduced(**json.loads(line))
         for name, difference in compare(problem).items():

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Clock, Summary, clock_for, interleave
+from lorafast.bench.common.output import UnwritableError
 from lorafast.bench.common.problem import DTYPES, Problem, draw
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
@@ -57,10 +58,13 @@ def run(
     With ``again`` also those that have one. None begins after ``deadline``.
 
     Raises:
-        OSError, RuntimeError: what is found can't be kept.
+        UnwritableError: what is found can't be kept.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else tuned.INTERPRETER
-    tuned.prepare(name)
+    try:
+        tuned.prepare(name)
+    except OSError as error:
+        raise UnwritableError(f"what is found can't be kept: {error}") from None
     known = {entry.key: entry for entry in tuned.load(name)}
     clock = clock_for(device)
     rows = []
@@ -84,7 +88,10 @@ def run(
         medians = {backend: Summary.of(s).median for backend, s in row.samples.items()}
         config = None if row.config is None else LaunchConfig(**row.config)
         known[case.key] = tuned.Record(case.key, row.backend, config, medians)
-        path = tuned.save(name, [known[case.key]])
+        try:
+            path = tuned.save(name, [known[case.key]])
+        except OSError as error:
+            raise UnwritableError(f"what was found can't be kept: {error}") from None
         if record is not None:
             record.add("tune", [row])
         say(f"  {problem}, {case_name}: {_verdict(row, medians)}")

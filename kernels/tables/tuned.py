@@ -87,13 +87,16 @@ def path_for(device: str) -> Path:
     """The file for a device of this name.
 
     Raises:
-        RuntimeError: the folder begins with the home of a user who is not known.
+        OSError: the folder is in the home of a user who is not known.
     """
     cache = os.environ.get("LORAFAST_CACHE")
     if not cache:
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lorafast")
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return Path(cache).expanduser() / f"tuned-{name}.json"
+    try:
+        return Path(cache).expanduser() / f"tuned-{name}.json"
+    except RuntimeError:
+        raise OSError(f"there is no home folder for the {cache!r} of the records") from None
 
 
 def prepare(device: str) -> None:
@@ -101,7 +104,6 @@ def prepare(device: str) -> None:
 
     Raises:
         OSError: nothing can be written there.
-        RuntimeError: see ``path_for``.
     """
     folder = path_for(device).parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,6 @@ def save(device: str, records: Iterable[Record]) -> Path:
 
     Raises:
         OSError: the file can't be written.
-        RuntimeError: see ``path_for``.
     """
     path = path_for(device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def load(device: str) -> tuple[Record, ...]:
     """The records for a device that can be used; a warning says what of the file can't."""
     try:
         records, remark = _read(path_for(device), device)
-    except RuntimeError as error:
+    except OSError as error:
         records, remark = (), f"what lorafast tune found is not used: {error}"
     if remark is not None:
         warnings.warn(remark, stacklevel=2)

@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,23 @@ from lorafast.bench.accelerate import MODELS as PEFT_MODELS
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
-from lorafast.bench.common.problem import DTYPES, PASSES, Problem
+from lorafast.bench.common.output import UnwritableError
+from lorafast.bench.common.problem import DTYPES, PASSES, Problem, why_too_large
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.shapes import MODELS, parse
+from lorafast.bench.common.shapes import LARGEST_RANK, MODELS, SIZES, parse, size
 from lorafast.bench.compare import compare
 from lorafast.bench.models import run as run_model
+from lorafast.cli import terminal
+from lorafast.cli.options import (
+    comma,
+    default_device,
+    device,
+    one_of,
+    positive,
+    probability,
+    rank,
+    seconds,
+)
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -47,7 +58,7 @@ _TRAFFIC_DEFAULTS = {
     "dtype": ["bf16"],
     "against": ["peft", "aten", "triton"],
 }
-_INTERRUPTED = 130
+_COMMAND = "lorafast bench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"layers of {', '.join(MODELS)}, or sizes",
     )
     of.add_argument("--tokens", type=comma(positive), metavar="M", help="rows for named shapes")
-    of.add_argument("--rank", type=comma(positive), default=[16], metavar="R", help="default: 16")
+    of.add_argument("--rank", type=comma(rank), default=[16], metavar="R", help="default: 16")
     of.add_argument("--dtype", type=comma(one_of(DTYPES)), help=f"of {', '.join(DTYPES)}")
     of.add_argument(
         "--adapter-dtype", type=one_of(DTYPES), default="fp32", help="of A and B (default: fp32)"
@@ -113,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument("--against", type=comma(one_of(BUILDERS)), help=f"of {', '.join(BUILDERS)}")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument("--device", default=default_device(), help="default: %(default)s")
     how.add_argument(
         "--seconds", type=seconds, help="of samples for each problem and pass, shared by all"
     )
@@ -131,30 +142,70 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.bench_command == "compare":
         return _compare(arguments)
     try:
-        device = _device(arguments.device)
-        problems = _problems(arguments, _DEFAULTS[device.type])
+        of = device(arguments.device)
+        if of.type == "cuda":
+            torch.cuda.set_device(of)  # events belong to the current one
+        problems = _problems(arguments, _DEFAULTS[of.type])
         counted = _problems(arguments, _TRAFFIC_DEFAULTS)
-        record = Record(device, path=arguments.json)
-        if arguments.plot:
-            arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"lorafast bench: {error}", file=sys.stderr)
+        if _times_layers(arguments):
+            _refuse_too_large(problems, of)
+        if arguments.plot is not None:
+            _prepare_plot(arguments)
+        record = Record(of, path=arguments.json)
+    except (ValueError, OSError, UnwritableError) as error:
+        terminal.complain(_COMMAND, error)
         return 2
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
-        arguments.plot = None
     status = 0
     try:
-        _measure(arguments, device, problems, counted, record)
-    except KeyboardInterrupt:
-        print("\ninterrupted: what was done is kept", file=sys.stderr)
-        status = _INTERRUPTED
-    record.finish(complete=not status)
+        try:
+            _measure(arguments, of, problems, counted, record)
+        except KeyboardInterrupt:
+            print("\ninterrupted: what was done is kept", file=sys.stderr)
+            status = terminal.INTERRUPTED
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            terminal.complain(_COMMAND, f"out of memory: {_first_line(error)}")
+            status = 2
+        record.finish(complete=not status)
+    except UnwritableError as error:
+        terminal.complain(_COMMAND, error)
+        return 2
     if arguments.json:
         print(f"recorded in {arguments.json}")
     if arguments.plot and record.rows("sweep"):
-        _plot(record, arguments.plot)
+        status = _plot(record, arguments.plot) or status
     return status or int(record.any_wrong())
+
+
+def _times_layers(arguments: argparse.Namespace) -> bool:
+    others = (arguments.traffic, arguments.call_overhead, arguments.models, arguments.accelerate)
+    return arguments.layers or arguments.plot is not None or not any(others)
+
+
+def _refuse_too_large(problems: list[Problem], of: torch.device) -> None:
+    for problem in problems:
+        reason = why_too_large(problem, of)
+        if reason is not None:
+            raise ValueError(reason)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch has no memory left; on a CPU it says so in words alone."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _prepare_plot(arguments: argparse.Namespace) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        arguments.plot = None
+    else:
+        layer.prepare(arguments.plot)
 
 
 def _measure(
@@ -167,8 +218,7 @@ def _measure(
     defaults = _DEFAULTS[device.type]
     against = arguments.against or defaults["against"]
     seconds = arguments.seconds or defaults["seconds"]
-    asked = arguments.traffic or arguments.call_overhead or arguments.models or arguments.accelerate
-    if arguments.layers or not asked:
+    if _times_layers(arguments):
         layer.run(
             problems, arguments.passes, against, device=device, seconds=seconds, record=record
         )
@@ -198,25 +248,12 @@ def _measure(
         )
 
 
-def _device(name: str) -> torch.device:
-    if name.split(":")[0] not in _DEFAULTS:
-        raise ValueError(f"--device is {name!r}, expected cpu, cuda or cuda:<index>")
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device is cuda, and PyTorch sees no NVIDIA GPU here")
-        if ":" not in name:
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.set_device(device)  # events belong to the current one
-    return device
-
-
 def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[Problem]:
     """Every shape in every dtype, at every rank and dropout."""
     layers = []
     for word in arguments.shapes or defaults["shapes"]:
         sizes, ranks = _sizes_and_ranks(word, arguments.rank)
-        for shape in parse([sizes], arguments.tokens or defaults["tokens"]):
+        for shape in parse([sizes], arguments.tokens or defaults["tokens"], f"{SIZES}[,R]"):
             layers += [(shape, r) for r in ranks]
     return [
         Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p)
@@ -228,10 +265,9 @@ def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[P
 
 def _sizes_and_ranks(word: str, ranks: list[int]) -> tuple[str, list[int]]:
     """``M,K,N,R`` as ``M,K,N`` and its own rank."""
-    sizes, _, rank = word.rpartition(",")
-    if sizes.count(",") == 2 and rank.strip().isdecimal() and int(rank) > 0:
-        return sizes, [int(rank)]
-    return word, ranks
+    sizes, _, last = word.rpartition(",")
+    own = size(last, LARGEST_RANK) if sizes.count(",") == 2 else None
+    return (word, ranks) if own is None else (sizes, [own])
 
 
 def _largest(problems: list[Problem]) -> Problem:
@@ -239,67 +275,20 @@ def _largest(problems: list[Problem]) -> Problem:
     return max(problems, key=lambda p: (p.shape.K == p.shape.N, p.shape.K * p.shape.N))
 
 
-def _plot(record: Record, path: Path) -> None:
+def _plot(record: Record, path: Path) -> int:
     try:
         written = layer.plot([layer.Row.from_json(row) for row in record.rows("sweep")], path)
     except (ValueError, OSError) as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    else:
-        print("drawn: " + ", ".join(map(str, written)))
+        terminal.complain(_COMMAND, f"no plot: {error}")
+        return 2
+    print("drawn: " + ", ".join(map(str, written)))
+    return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     try:
         print(compare(arguments.before, arguments.after))
     except ValueError as error:
-        print(f"lorafast bench compare: {error}", file=sys.stderr)
+        terminal.complain(f"{_COMMAND} compare", error)
         return 2
     return 0
-
-
-def comma(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of comma-separated values."""
-
-    def parse_list(text: str) -> list[Any]:
-        try:
-            return [convert(part.strip()) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse_list
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def seconds(text: str) -> float:
-    """A positive number."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number of seconds")
-    return value
-
-
-def probability(text: str) -> float:
-    """From 0 to below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not from 0 to below 1")
-    return value
-
-
-def one_of(known: Container[str]) -> Callable[[str], str]:
-    """A parser of one of the known words."""
-
-    def check(text: str) -> str:
-        if text not in known:
-            names = ", ".join(known)  # type: ignore[arg-type]
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {names}")
-        return text
-
-    return check

@@ -2,8 +2,8 @@
 
 import argparse
 import importlib.metadata
-import importlib.util
 import platform
+from collections.abc import Callable
 
 import torch
 
@@ -23,13 +23,13 @@ def run(arguments: argparse.Namespace) -> int:
     rows.append(("CUDA (PyTorch's build)", torch.version.cuda or "none"))
     rows.append(("CPU", f"{torch.get_num_threads()} threads, {_cpu_capability()}"))
     rows.append(("native CPU kernels", native.why_not_loaded() or native.capability()))
-    rows.append(("packed weights", packing.why_unavailable() or "usable, in bfloat16"))
+    rows.append(("packed weights", _or_error(_packing)))
     rows += _devices()
     rows += [
         (f"backend {name}", "usable" if status.usable else f"not usable: {status.reason}")
         for name, status in lorafast.backends().items()
     ]
-    rows.append(("chosen", _choice()))
+    rows.append(("chosen", _or_error(_choice)))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:<{width}}  {value}")
@@ -65,8 +65,26 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _tuned(name: str) -> str:
-    count = len(tuned.load(name)) if importlib.util.find_spec("triton") is not None else 0
+    count = len(tuned.load(name))
     return f"{count} calls tuned" if count else "not tuned (lorafast tune)"
+
+
+def _or_error(describe: Callable[[], str]) -> str:
+    """What is wrong with an environment variable, in the row of what it sets."""
+    try:
+        return describe()
+    except ValueError as error:
+        return str(error)
+
+
+def _packing() -> str:
+    reason = packing.why_unavailable()
+    if reason is not None:
+        return reason
+    memory = packing.granted()
+    if not memory:
+        return "usable, in bfloat16"
+    return f"usable, in bfloat16; {memory / 2**20:,.0f} MiB granted"
 
 
 def _choice() -> str:

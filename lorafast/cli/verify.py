@@ -7,6 +7,7 @@ PyTorch in the same dtype, plus one rounding. The exit status is 1 if a row fail
 import argparse
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import lorafast
 from lorafast import ops
+from lorafast.cli import terminal
+from lorafast.cli.options import default_device, device
 from lorafast.ops import backend, dispatch
 from lorafast.reference import contract
 
@@ -26,9 +29,7 @@ _LETTERS = "M, K, N, r"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``."""
     parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to run (default: %(default)s)",
+        "--device", default=default_device(), help="where to run (default: %(default)s)"
     )
     parser.add_argument(
         "--dtype", choices=list(_DTYPES), nargs="+", default=list(_DTYPES), help="default: all"
@@ -52,12 +53,20 @@ class _Row:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table."""
-    device = torch.device(arguments.device)
-    if device.type == "cpu" and importlib.util.find_spec("triton") is not None:
-        # Before the kernels are first imported, which is when Triton reads it.
+    try:
+        of = device(arguments.device)
+    except ValueError as error:
+        terminal.complain("lorafast verify", error)
+        return 2
+    # Triton reads it when it is imported: what is imported already stays what it is.
+    if (
+        of.type == "cpu"
+        and "triton" not in sys.modules
+        and importlib.util.find_spec("triton") is not None
+    ):
         os.environ.setdefault("TRITON_INTERPRET", "1")
     rows = []
-    sample = torch.empty((1, 1), device=device)
+    sample = torch.empty((1, 1), device=of)
     for name in lorafast.backends():
         reason = dispatch.why_not(name, "shrink", (sample,))
         if reason is not None:
@@ -65,34 +74,32 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         if name == "triton" and backend.interpreting():
             print("triton: run in Triton's interpreter, which checks the kernels and not the chip")
-        rows += list(_verify(name, arguments.dtype, device))
+        rows += list(_verify(name, arguments.dtype, of))
     _print_table(rows)
     failed = sum(not row.passed for row in rows)
     print(f"{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 
-def _verify(backend: str, dtypes: list[str], device: torch.device) -> Iterator[_Row]:
+def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]:
     for dtype in dtypes:
         for shape in _SHAPES:
             for dropout_p in (0.0, 0.25):
-                for operation, call in _calls(shape, dropout_p, device).items():
+                for operation, call in _calls(shape, dropout_p, of).items():
                     with dispatch.use_backend(backend):
                         worst = contract.compare(call, ops, _DTYPES[dtype])
                     yield _Row(backend, operation, dtype, shape, dropout_p, *worst)
 
 
-def _calls(
-    shape: tuple[int, ...], dropout_p: float, device: torch.device
-) -> dict[str, contract.Call]:
+def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[str, contract.Call]:
     """Each operation as a call on the tensors of one layer, in float64."""
     M, K, N, r = shape
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(of)
 
-    seed = torch.tensor([1234567890123456789], device=device) if dropout_p else None
+    seed = torch.tensor([1234567890123456789], device=of) if dropout_p else None
     x, dy, s, ds = draw(M, K), draw(M, N), draw(M, r), draw(M, r)
     weight, lora_A, lora_B, bias = draw(N, K), draw(r, K), draw(N, r), draw(N)
     calls: dict[str, contract.Call] = {

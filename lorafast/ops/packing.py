@@ -66,11 +66,28 @@ def _granted(text: str) -> int:
     return value
 
 
+def _granted_at_import() -> int:
+    """-1 if the variable is no number: importing raises nothing, the first layer to ask does."""
+    try:
+        return _granted(os.environ.get(ENVIRONMENT_VARIABLE) or "0")
+    except ValueError:
+        return -1
+
+
 _packed: dict[int, _Packed] = {}
 """By the id of the weight: a lookup is in the way of every product."""
 _asked: dict[int, weakref.ref[Tensor]] = {}
 """Weights of which it is decided whether they are packed by themselves, until ``allow_packing``."""
-_memory = _granted(os.environ.get(ENVIRONMENT_VARIABLE) or "0")
+_memory = _granted_at_import()
+
+
+def granted() -> int:
+    """The bytes in which layers may pack by themselves.
+
+    Raises:
+        ValueError: ``LORAFAST_PACK_MEMORY`` is not a number of bytes.
+    """
+    return _granted(os.environ.get(ENVIRONMENT_VARIABLE) or "0") if _memory < 0 else _memory
 
 
 def allow_packing(memory: int) -> None:
@@ -211,10 +228,11 @@ def _pack_if_allowed(weight: Tensor) -> _Packed | None:
     key = id(weight)
     if key in _asked:
         return None
+    memory = granted()
     _asked[key] = weakref.ref(weight, lambda _: _asked.pop(key, None))
     if why_not_packable(weight) is not None:
         return None
-    if memory_in_use() + weight.numel() * weight.itemsize > _memory:
+    if memory_in_use() + weight.numel() * weight.itemsize > memory:
         return None
     pack(weight)
     return _find(weight)

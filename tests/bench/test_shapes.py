@@ -31,7 +31,13 @@ def test_sizes_give_the_published_number_of_parameters(model, parameters):
     assert m.layers * block + embeddings == pytest.approx(parameters, rel=0.01)
 
 
-@pytest.mark.parametrize("word", ["llama-9b", "1,2", "1,2,x", "0,2,3", ""])
+@pytest.mark.parametrize("word", ["llama-9b", "1,2,x"])
 def test_other_words_are_refused_by_name(word):
     with pytest.raises(ValueError, match="is neither M,K,N nor one of minilm"):
+        parse([word], [1])
+
+
+@pytest.mark.parametrize("word", ["1,2", "0,2,3", "", "1,2,3,4", "1,,3", "1.0,2,3", f"1,2,{2**31}"])
+def test_sizes_that_are_none_are_refused(word):
+    with pytest.raises(ValueError, match=f"shape '{word}' is not M,K,N: whole numbers from 1 to"):
         parse([word], [1])

@@ -271,5 +271,5 @@ def test_the_process_says_why_it_cannot_check(monkeypatch, capsys):
     monkeypatch.setattr(interpret.backend, "TRITON", replace(
         interpret.backend.TRITON, why_unusable=lambda: "Triton is too old"
     ))  # fmt: skip
-    assert interpret.main() == 1
+    assert interpret.main() == interpret._UNCHECKED
     assert capsys.readouterr().out == "Triton is too old\n"

@@ -65,3 +65,44 @@ def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch):
 def test_a_command_is_required():
     with pytest.raises(SystemExit):
         main([])
+
+
+@pytest.mark.parametrize(
+    "device", ["foo", "mps", "meta", "", "cuda:x", "cuda:-1", "cpu:1000", "cuda:1 "]
+)
+def test_verify_names_a_device_that_is_none(capsys, device):
+    assert main(["verify", "--device", device]) == 2
+    assert capsys.readouterr().err == (
+        f"lorafast verify: --device is {device!r}, expected cpu, cuda or cuda:<index>\n"
+    )
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:256"])
+def test_verify_names_a_gpu_that_is_not_there(capsys, device):
+    assert main(["verify", "--device", device]) == 2
+    assert f"--device is {device!r}, and PyTorch sees" in capsys.readouterr().err
+
+
+def test_packing_asks_for_its_variable_where_it_is_needed(monkeypatch):
+    from lorafast.ops import packing
+
+    monkeypatch.setenv(packing.ENVIRONMENT_VARIABLE, "-5")
+    monkeypatch.setattr(packing, "_memory", packing._granted_at_import())
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    assert packing.linear(x, weight, None).shape == (2, 4)
+    sentence = "LORAFAST_PACK_MEMORY is '-5', expected a number of bytes"
+    for _ in range(2):
+        with torch.inference_mode(), pytest.raises(ValueError, match=sentence):
+            packing.linear(x, weight, None)
+    packing.allow_packing(0)
+    with torch.inference_mode():
+        assert packing.linear(x, weight, None).shape == (2, 4)
+
+
+def test_info_says_how_much_may_be_packed(capsys, monkeypatch):
+    from lorafast.ops import packing
+
+    monkeypatch.setattr(packing, "why_unavailable", lambda: None)
+    monkeypatch.setattr(packing, "_memory", 3 << 20)
+    main(["info"])
+    assert "packed weights          usable, in bfloat16; 3 MiB granted\n" in capsys.readouterr().out

@@ -171,3 +171,48 @@ def test_where_records_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv("LORAFAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuned.path_for("x").parent == tmp_path / "lorafast"
+
+
+def test_where_nothing_can_be_kept_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setenv("LORAFAST_CACHE", "/dev/null/cache")
+    assert main(TINY) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("lorafast tune: what is found can't be kept: [Errno 20]")
+    assert "/dev/null/cache" in line
+
+
+def test_a_disk_that_is_full_meanwhile_is_one_line(monkeypatch, capsys):
+    from lorafast.bench.tune import job
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    row = job.Row(None, "shrink", "aten", None, 1, samples={"aten": [1.0]})
+    monkeypatch.setattr(job, "tune", lambda *arguments, **named: row)
+    monkeypatch.setattr(tuned, "write_whole", full)
+    assert main(TINY) == 2
+    assert capsys.readouterr().err.endswith(
+        "lorafast tune: what was found can't be kept: [Errno 28] No space left on device\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "foo"], "--device is 'foo', expected cpu, cuda or cuda:<index>"),
+        (["--device", "mps"], "--device is 'mps', expected cpu, cuda or cuda:<index>"),
+        (["--shapes", "8,8,8,0"], "shape '8,8,8,0' is not M,K,N: whole numbers from 1 to"),
+        (["--shapes", "1000000,1000000,8"], "its tensors take"),
+        (["--minutes", "nan"], "nan is not a positive number"),
+        (["--rank", "0"], "0 is not at least 1"),
+    ],
+)
+def test_bad_options_are_named(capsys, words, said):
+    try:
+        status = main(["tune", "--device", "cpu", *words])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    assert said in capsys.readouterr().err
