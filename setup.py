@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -57,7 +58,37 @@ def sources() -> list[str]:
 def accepts(compiler: list[str], flags: list[str]) -> bool:
     """Whether the compiler knows ``flags``: not those of another processor, or of a later version."""
     command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def words(variable: str, default: str = "") -> list[str]:
+    """The words of a variable as a shell splits them.
+
+    Raises:
+        ValueError: a quote in it has no end.
+    """
+    text = os.environ.get(variable, default)
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"{variable} is {text!r}: {str(error).lower()}") from None
+
+
+def compiler_jobs() -> int:
+    """How many compilers run at a time.
+
+    Raises:
+        ValueError: ``MAX_JOBS`` is no such number.
+    """
+    text = os.environ.get("MAX_JOBS", "").strip()
+    if not text:
+        return os.cpu_count() or 1
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise ValueError(f"MAX_JOBS is {text!r}, expected a whole number of at least 1")
+    return int(text)
 
 
 def torch_folder() -> Path | None:
@@ -70,11 +101,20 @@ def torch_folder() -> Path | None:
 
 def why_not_native() -> str | None:
     """What is missing for the extension, or None."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if sys.platform != "linux":
         return f"it is built on Linux only, this is {sys.platform}"
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler})"
+    try:
+        compiler = words("CXX", "c++")
+        words("CXXFLAGS")
+        compiler_jobs()
+    except ValueError as error:
+        return str(error)
+    if not compiler or not compiler[0]:
+        return f"CXX is {os.environ['CXX']!r}, expected a C++ compiler"
+    if shutil.which(compiler[0]) is None:
+        return f"there is no C++ compiler ({compiler[0]})"
+    if not accepts(compiler, ["-std=c++17"]):
+        return f"{shlex.join(compiler)} doesn't compile C++17"
     if torch_folder() is None:
         return "PyTorch 2.11 or later is not installed yet, whose headers it needs"
     return None
@@ -83,7 +123,12 @@ def why_not_native() -> str | None:
 def native_extensions() -> list[Extension]:
     """``lorafast._C``, or nothing where it can't be built or isn't wanted."""
     asked = os.environ.get("LORAFAST_CPP", "")
-    if os.environ.get("LORAFAST_CUDA", "auto") == "1":
+    cuda = os.environ.get("LORAFAST_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"LORAFAST_CPP is {asked!r}, expected 0, 1 or nothing")
+    if cuda not in ("", "0", "1", "auto"):
+        raise SystemExit(f"LORAFAST_CUDA is {cuda!r}, expected 0, 1, auto or nothing")
+    if cuda == "1":
         raise SystemExit("LORAFAST_CUDA is 1: lorafast has no CUDA C++ sources yet")
     if asked == "0":
         return []
@@ -119,14 +164,13 @@ class BuildNative(build_ext):
     def _build(self, ext: Extension) -> None:
         torch = torch_folder()
         assert torch is not None
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        base = [*compiler, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        compiler = words("CXX", "c++")
+        base = [*compiler, *FLAGS, *words("CXXFLAGS")]
         base += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
         base += ["-isystem", str(torch / "include")]
         # Not the temporary folder of an editable install: a second build finds the first one's objects.
         folder = ROOT / "build" / "native"
         folder.mkdir(parents=True, exist_ok=True)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         known = {
             name: flags for name, flags in INSTRUCTION_SETS.items() if accepts(compiler, flags)
         }
@@ -134,7 +178,7 @@ class BuildNative(build_ext):
         def compile_(source: str) -> Path:
             return self._compile([*base, *known.get(Path(source).stem, ())], source, folder)
 
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(compiler_jobs()) as pool:
             objects = list(pool.map(compile_, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         library = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined", "-lc"]
@@ -170,6 +214,21 @@ class BuildNative(build_ext):
         subprocess.run(command, check=True)
 
 
+class Wheel(bdist_wheel):
+    """A wheel that says what it holds: without the extension it serves every machine."""
+
+    def run(self) -> None:
+        """Builds the extension first: whether that went well decides the wheel's name."""
+        if not self.skip_build:
+            self.run_command("build_ext")
+        built = self.get_finalized_command("build_ext")
+        wanted = self.distribution.ext_modules or []
+        if not all(Path(built.get_ext_fullpath(ext.name)).is_file() for ext in wanted):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+
 def _current(target: Path, needs: list[Path]) -> bool:
     """Whether ``target`` is newer than everything that it is made of."""
     if not target.is_file() or not all(need.is_file() for need in needs):
@@ -188,6 +247,6 @@ setup(
     packages=[*find_packages(include=["lorafast", "lorafast.*"]), *folders],
     package_dir=folders,
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )
