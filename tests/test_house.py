@@ -1,6 +1,7 @@
 """The house's own rules: floors, names, packaging."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,15 @@ def test_the_name_kernels_is_not_ours():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
     )
     assert process.stdout.strip() == "None"
+
+
+def test_nobody_is_told_to_install_our_name_from_an_index():
+    told = re.compile(r"pip install[^#)\n]*?[\s'\"]lorafast\b(?!')")
+    texts = [*SOURCES, *(ROOT / "examples").glob("*.py"), *(ROOT / "docs").rglob("*.md")]
+    for path in (*texts, ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        # A sentence may be written in several pieces.
+        text = re.sub(r"[\"']?\n\s*f?[\"']", "", path.read_text(encoding="utf-8"))
+        assert not told.search(text), path
 
 
 @pytest.mark.slow

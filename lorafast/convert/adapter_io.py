@@ -37,7 +37,7 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "adapters are saved and loaded with safetensors: pip install 'lorafast[safetensors]'"
+            "adapters are saved and loaded with safetensors: pip install safetensors"
         ) from error
     return safetensors.torch
 

@@ -98,8 +98,7 @@ def _swap() -> ModuleType:
         if error.name not in ("peft", "transformers"):
             raise
         raise ImportError(
-            "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: "
-            "pip install 'lorafast[peft]'",
+            "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: pip install peft",
             name=error.name,
         ) from error
     swap.check_version()

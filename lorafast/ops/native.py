@@ -23,7 +23,7 @@ def why_not_loaded() -> str | None:
     if not LIBRARY.is_file():
         return (
             "the native kernels are not built (installing lorafast builds them where there are a C++ "
-            "compiler and PyTorch already: pip install --no-deps --force-reinstall lorafast)"
+            "compiler and PyTorch already: pip install --no-deps --force-reinstall . in its checkout)"
         )
     try:
         torch.ops.load_library(LIBRARY)

@@ -307,8 +307,7 @@ def test_without_PEFT():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = process.stdout.splitlines()
     assert lines == [
-        "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: "
-        "pip install 'lorafast[peft]'",
+        "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: pip install peft",
         "dict_keys(['(module)'])",
     ], process.stderr
 
