@@ -14,16 +14,21 @@ import dataclasses
 import datetime
 import json
 import re
+import reprlib
 import sys
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lorafast.bench.common import machine, output
+from lorafast.kernels.common.from_json import from_json
 
 FORMAT = "lorafast-bench/1"
+_HEADINGS = {"started": str, "command": str, "machine": dict, "complete": bool}
+T = TypeVar("T")
 _START = time.monotonic()
 
 
@@ -120,14 +125,38 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as a recorded run: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise ValueError(f"{path} can't be read as a recorded run: {reason}") from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(
-            f"{path} is not a recorded run: its format is {found!r}, expected {FORMAT!r}"
+            f"{path} is not a recorded run: its format is {reprlib.repr(found)}, expected {FORMAT!r}"
         )
-    missing = [key for key in ("started", "command", "machine", "complete") if key not in content]
+    missing = [key for key in _HEADINGS if key not in content]
     if missing:
         raise ValueError(f"{path} is not a whole recorded run: it lacks {', '.join(missing)}")
+    for key, kind in _HEADINGS.items():
+        if type(content[key]) is not kind:
+            raise ValueError(
+                f"{path} is not a whole recorded run: {key} is {reprlib.repr(content[key])}"
+            )
+    for key, kinds in (("device", (str,)), ("commit", (str, types.NoneType))):
+        found = content["machine"].get(key)
+        if not isinstance(found, kinds):
+            raise ValueError(
+                f"{path} is not a whole recorded run: its machine's {key} is {reprlib.repr(found)}"
+            )
     return content
+
+
+def rows_of(run: dict[str, Any], kind: str, cls: type[T], path: Path) -> list[T]:
+    """The rows of a kind in a recorded run, which was read from ``path``.
+
+    Raises:
+        ValueError: one of them is no such row; the message says which.
+    """
+    rows = run.get(kind, [])
+    if type(rows) is not list:
+        raise ValueError(f"{path}: {kind} is {reprlib.repr(rows)}, expected a list")
+    return [from_json(cls, row, f"{path}: {kind}[{i}]") for i, row in enumerate(rows)]
