@@ -276,7 +276,9 @@ def section_of(text: str) -> str:
 
 def main() -> int:
     """Rewrites or checks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Renders the README's performance section from bench/results."
+    )
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
     text, rendered = README.read_text(encoding="utf-8"), render()

@@ -32,15 +32,19 @@ def check(path: Path) -> None:
         UnwritableError: nothing can be written to ``path``.
     """
     try:
+        reason = None
         if path.is_dir():
-            raise UnwritableError(f"{path} can't be written: it is a folder")
-        if path.is_socket():
-            raise UnwritableError(f"{path} can't be written: it is a socket")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UnwritableError(f"{path} can't be written: no permission")
-        path.parent.mkdir(parents=True, exist_ok=True)
+            reason = "it is a folder"
+        elif path.is_socket():
+            reason = "it is a socket"
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path if path.exists() else path.parent, os.W_OK):
+                reason = "no permission"
     except (OSError, ValueError) as error:
         raise _unwritable(path, error) from None
+    if reason is not None:
+        raise UnwritableError(f"{path} can't be written: {reason}")
 
 
 def write(path: Path, text: str) -> None:

@@ -32,7 +32,7 @@ import torch
 from lorafast.bench.accelerate import CASES, Case
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
-from lorafast.bench.common import machine
+from lorafast.bench.common import machine, output
 from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import MODELS, Shape
@@ -129,6 +129,8 @@ def main(words: Sequence[str] | None = None) -> int:
         "--rehearse", action="store_true", help="on the CPU at tiny sizes: tries the command itself"
     )
     arguments = parser.parse_args(words)
+    if not 0 < arguments.minutes < float("inf"):
+        parser.error(f"--minutes is {arguments.minutes}, expected a positive number")
     if arguments.rehearse:
         # Before the kernels are first imported, which is when Triton reads it.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -142,8 +144,12 @@ def main(words: Sequence[str] | None = None) -> int:
     kind = "rehearsal" if arguments.rehearse else "gpu"
     stem = f"{kind}-{name}-{datetime.date.today().isoformat()}"
     folder = Path(os.environ.get("LORAFAST_OUT") or _ROOT / "bench" / "results").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     path = _unused(folder, stem)
+    try:
+        output.check(path)
+    except output.UnwritableError as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return 2
     os.environ["LORAFAST_CACHE"] = str(folder)
     budget = _Budget(time.monotonic(), 60 * arguments.minutes)
     command = ["make", "gpu", *(sys.argv[1:] if words is None else words)]
@@ -291,7 +297,7 @@ def _kill(process: "subprocess.Popen[str]") -> None:
 def _plot(record: Record, path: Path) -> list[Path]:
     try:
         return layer.plot([layer.Row.from_json(row) for row in record.rows("sweep")], path)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"no plot: {error}")
         return []
 

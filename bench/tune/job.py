@@ -20,8 +20,7 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.operations.cases import CASES, Case, cases
 from lorafast.bench.operations.job import as_is, on_backend, turn_of, why_wrong
 from lorafast.bench.tune import climb
-from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.launch import INTERPRETER_PROCESSORS
+from lorafast.kernels.common.configs import INTERPRETER_PROCESSORS, LaunchConfig
 from lorafast.kernels.tables import tuned
 from lorafast.kernels.tables.find import WHOLE
 

@@ -11,6 +11,8 @@ GROUP_M = 8
 """Row blocks of a group of tiles of a product: those that run together share tiles of W in the cache."""
 UNROLLED_RANK_BLOCKS = 4
 """More blocks of the rank than these are looped over."""
+INTERPRETER_PROCESSORS = 4
+"""The interpreter runs programs one by one; a few make it cut and add up as a device does."""
 INTERPRETER_CAPABILITY = 90
 """The compute capability whose configurations Triton's interpreter takes."""
 _BULK_COPIES = (90, 100, 120)

@@ -6,7 +6,11 @@ import warnings
 
 import torch
 import triton
-from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig
+from lorafast.kernels.common.configs import (
+    INTERPRETER_CAPABILITY,
+    INTERPRETER_PROCESSORS,
+    LaunchConfig,
+)
 from lorafast.kernels.tables import tuned
 from torch import Tensor
 
@@ -15,8 +19,6 @@ from lorafast.reference.dropout import survivor_scale, threshold
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
-INTERPRETER_PROCESSORS = 4
-"""The interpreter runs programs one by one; a few make it cut and add up as a device does."""
 
 
 def precision(x: Tensor) -> str:

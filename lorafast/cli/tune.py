@@ -10,6 +10,7 @@ import time
 from lorafast.bench.common.output import UnwritableError
 from lorafast.bench.common.problem import DTYPES, Problem, why_too_large
 from lorafast.bench.common.shapes import parse
+from lorafast.bench.tune import run as run_tune
 from lorafast.cli import terminal
 from lorafast.cli.options import (
     comma,
@@ -62,9 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         terminal.complain(_COMMAND, error)
         return 2
-    # Only now: it needs Triton.
-    from lorafast.bench.tune import run as run_tune
-
     deadline = float("inf")
     if arguments.minutes is not None:
         deadline = time.monotonic() + 60 * arguments.minutes

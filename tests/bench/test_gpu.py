@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorafast.bench.gpu.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,3 +56,20 @@ def test_every_stage_runs(tmp_path):
     assert names == {".json", ".log", ".png"}
     assert (tmp_path / "tuned-interpreter.json").is_file()
     assert path.with_suffix(".log").read_text() == process.stdout
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "0", "-1"])
+def test_minutes_that_are_none_are_refused(capsys, minutes):
+    with pytest.raises(SystemExit) as ended:
+        main(["--rehearse", "--minutes", minutes])
+    assert ended.value.code == 2
+    assert "expected a positive number" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("LORAFAST_OUT", "/dev/null/out")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # restored afterwards: the command sets it
+    assert main(["--rehearse"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("make gpu: /dev/null/out/rehearsal-")
+    assert line.endswith(".json can't be written: Not a directory")

@@ -110,3 +110,13 @@ def test_a_closed_output_is_no_error(tmp_path):
     command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *lorafast_command("info")]
     process = subprocess.run(command, env=bare(tmp_path, "numpy"), capture_output=True)
     assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
+
+
+def test_no_command_imports_what_it_may_do_without(tmp_path):
+    names = ("cli.info", "cli.verify", "cli.bench", "cli.tune", "bench.gpu.__main__")
+    heavy = ("triton", "peft", "transformers", "matplotlib", "safetensors")
+    code = f"import sys, {', '.join(f'lorafast.{name}' for name in names)}\n"
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    env = bare(tmp_path, "numpy", *heavy)
+    process = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert process.stdout == "[]\n", process.stderr

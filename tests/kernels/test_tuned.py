@@ -234,3 +234,19 @@ def test_the_home_of_nobody_is_said_and_not_used(monkeypatch):
     monkeypatch.setenv("LORAFAST_CACHE", "~nobody-of-this-name/x")
     with pytest.warns(UserWarning, match="what lorafast tune found is not used"):
         assert tuned.load("interpreter") == ()
+
+
+def test_the_rules_are_those_of_the_device_of_that_name(monkeypatch):
+    devices = {"Old": (8, 6), "Newer": (10, 3)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: list(devices)[index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: list(devices.values())[i])
+    config = LaunchConfig(128, 128, 64, 16, 8, 3, descriptors=True)
+    key = tuned.Key("lora_linear", "bfloat16+float32", 8192, 4096, 4096, 16)
+    record = tuned.Record(key, "triton", config)
+    for name in ("Newer", "Old", "absent"):
+        tuned.save(name, [record])
+    assert tuned.load("Newer") == tuned.load("absent") == (record,)
+    with pytest.warns(UserWarning, match="descriptors need bulk copies, which sm_86 lacks"):
+        assert tuned.load("Old") == ()
