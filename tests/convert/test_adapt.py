@@ -1,59 +1,17 @@
 import math
-from functools import partial
 
 import pytest
 import torch
+from models import adapted, trained
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 import lorafast
 from lorafast.nn import LoRALinear
 
-
-def adapted(model):
-    """Names of the LoRA layers, also second names."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name for name, module in modules if isinstance(module, LoRALinear)}
-
-
-def trained(model):
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-
 ADAPTERS = {f"{layer}.lora_{half}" for layer in ("block.up", "block.down", "head") for half in "AB"}
 
 
-# Which layers
-
-
-@pytest.mark.parametrize(
-    ("selection", "expected"),
-    [
-        pytest.param({}, {"block.up", "block.down", "head"}, id="default"),
-        pytest.param(
-            {"targets": "all-linear"}, {"block.up", "block.down", "head"}, id="all-linear"
-        ),
-        pytest.param({"targets": ["up"]}, {"block.up"}, id="ending"),
-        pytest.param({"targets": ("block.down",)}, {"block.down"}, id="full-name"),
-        pytest.param({"targets": {"up", "head"}}, {"block.up", "head"}, id="set"),
-        pytest.param({"targets": iter(["up", "head"])}, {"block.up", "head"}, id="iterator"),
-        pytest.param({"targets": r"block\..*"}, {"block.up", "block.down"}, id="regex"),
-        pytest.param({"targets": r"head|.*\.up"}, {"block.up", "head"}, id="regex-alternatives"),
-        pytest.param({"exclude": ["head"]}, {"block.up", "block.down"}, id="exclude-name"),
-        pytest.param({"exclude": r"block\..*"}, {"head"}, id="exclude-regex"),
-        pytest.param({"exclude": iter(["up", "head"])}, {"block.down"}, id="exclude-iterator"),
-        pytest.param({"targets": r"block\..*", "exclude": ["block.up"]}, {"block.down"}, id="both"),
-    ],
-)
-def test_selects_layers(net, selection, expected):
-    assert lorafast.adapt(net, 2, **selection) is net
-    assert adapted(net) == expected
-
-
-def test_an_ending_is_a_whole_component():
-    model = nn.ModuleDict({"q": nn.Linear(3, 3), "sub": nn.ModuleDict({"kq": nn.Linear(3, 3)})})
-    lorafast.adapt(model, 1, ["q"])
-    assert adapted(model) == {"q"}
+# The model
 
 
 @pytest.mark.parametrize("r", [1, 3, 11], ids=lambda r: f"r{r}")
@@ -316,114 +274,7 @@ def test_refuses_an_argument_and_leaves_the_model_unchanged(
         lorafast.adapt(net, **{"r": 2} | options)
 
 
-@pytest.mark.parametrize(
-    ("selection", "sentence"),
-    [
-        pytest.param({"targets": ["q_proj"]}, "targets has 'q_proj'.*there are", id="unknown"),
-        pytest.param({"targets": ["donw"]}, "'donw'.*did you mean 'down'?", id="misspelt"),
-        pytest.param({"targets": ["up", "q_proj"]}, "targets has 'q_proj'", id="one-of-two"),
-        pytest.param({"targets": "up"}, r"'up', a regex.*pass \['up'\]", id="ending-as-regex"),
-        pytest.param({"targets": "*.up"}, r"targets is '\*\.up'.*regex", id="glob-as-regex"),
-        pytest.param({"exclude": "*.up"}, r"exclude is '\*\.up'.*regex", id="exclude-glob"),
-        pytest.param({"targets": []}, r"targets is \[\]", id="no-targets"),
-        pytest.param({"targets": None}, "targets is None", id="none"),
-        pytest.param({"targets": ["norm"]}, "norm.*LayerNorm", id="not-a-linear"),
-        pytest.param({"exclude": ".*"}, "all-linear.*no nn.Linear left", id="all-excluded"),
-        pytest.param({"targets": ["up"], "exclude": ["up"]}, "'up'.*exclude", id="up-excluded"),
-    ],
-)
-def test_refuses_a_selection_and_leaves_the_model_unchanged(net, unchanged, selection, sentence):
-    with unchanged(net), pytest.raises((ValueError, TypeError), match=sentence):
-        lorafast.adapt(net, 2, **selection)
-
-
-@pytest.mark.parametrize("name", ["haed", "block"], ids=["misspelt", "holds-linears"])
-def test_refuses_an_exclusion_that_leaves_out_no_layer(net, unchanged, name):
-    with unchanged(net), pytest.raises(ValueError, match=f"exclude has '{name}'"):
-        lorafast.adapt(net, 2, exclude=[name])
-
-
-def test_refuses_to_adapt_twice(net, unchanged):
-    lorafast.adapt(net, 2)
-    with unchanged(net), pytest.raises(ValueError, match=r"block\.up is adapted already"):
-        lorafast.adapt(net, 2, ["up"])
-    with unchanged(net), pytest.raises(ValueError, match=r"no nn\.Linear left to adapt"):
-        lorafast.adapt(net, 2)
-
-
-class ScaledLinear(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def _with_own_forward():
-    linear = nn.Linear(3, 3)
-    linear.forward = lambda x: x
-    return linear
-
-
-def _pruned():
-    linear = nn.Linear(3, 3)
-    prune.l1_unstructured(linear, "weight", 0.5)
-    return linear
-
-
-UNADAPTABLE = [
-    pytest.param(partial(nn.LazyLinear, 3), "LazyLinear", id="lazy"),
-    pytest.param(partial(ScaledLinear, 3, 3), r"its forward.*ScaledLinear", id="subclass"),
-    pytest.param(_with_own_forward, "its forward", id="patched-forward"),
-    pytest.param(_pruned, "its weight is computed", id="pruned"),
-    pytest.param(
-        lambda: parametrizations.orthogonal(nn.Linear(3, 3)),
-        "its forward|its weight is computed by a parametrization",
-        id="parametrized",
-    ),
-    pytest.param(
-        lambda: nn.Linear(3, 3, dtype=torch.complex64),
-        "its weight is torch.complex64",
-        id="complex",
-    ),
-    pytest.param(
-        lambda: nn.Linear(3, 3).to(torch.float8_e4m3fn),
-        "its weight is torch.float8_e4m3fn",
-        id="float8",
-    ),
-]
-
-
-@pytest.mark.parametrize(("make", "reason"), UNADAPTABLE)
-def test_a_layer_asked_for_by_name_that_cannot_be_adapted_is_refused(make, reason):
-    model = nn.Sequential(nn.Linear(3, 3), make())
-    types = [type(module) for module in model]
-    with pytest.raises(TypeError, match=f"1 can't be adapted.*{reason}"):
-        lorafast.adapt(model, 2, ["0", "1"])
-    assert [type(module) for module in model] == types
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(("make", "reason"), UNADAPTABLE)
-def test_all_linear_leaves_a_layer_that_cannot_be_adapted_and_says_so(make, reason):
-    model = nn.Sequential(nn.Linear(3, 3), make())
-    left = model[1]
-    with pytest.warns(UserWarning, match=f"left as they are: 1: .*{reason}"):
-        lorafast.adapt(model, 2)
-    assert adapted(model) == {"0"}
-    assert model[1] is left
-
-
-# Modules that read a weight without calling its layer
-
-
-def test_the_output_projection_of_multihead_attention_is_refused(unchanged):
-    attention = nn.MultiheadAttention(6, 2)
-    with unchanged(attention), pytest.raises(TypeError, match=r"out_proj.*without calling it"):
-        lorafast.adapt(attention, 2, ["out_proj"])
-    with (
-        unchanged(attention),
-        pytest.raises(ValueError, match=r"no nn\.Linear left"),
-        pytest.warns(UserWarning, match=r"out_proj: nn\.MultiheadAttention reads"),
-    ):
-        lorafast.adapt(attention, 2)
+# PyTorch's encoder
 
 
 def _encoder_layer():
@@ -457,86 +308,3 @@ def test_the_fast_path_of_an_encoder_does_not_bypass_the_adapters(assert_same, d
     with torch.no_grad():
         actual = model.eval()(x, src_key_padding_mask=padding)
     assert_same(actual[~padding], expected[~padding])
-
-
-# Transformers
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
-def _llama_config(transformers, **options):
-    return transformers.LlamaConfig(
-        vocab_size=19,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
-
-
-PROJECTIONS = {
-    *(f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"),
-    *(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")),
-}
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_all_linear_leaves_out_the_output_head_of_a_language_model(transformers, tied):
-    model = transformers.LlamaForCausalLM(_llama_config(transformers, tie_word_embeddings=tied))
-    lorafast.adapt(model, 2)
-    assert adapted(model) == PROJECTIONS
-    assert not model.lm_head.weight.requires_grad
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
-
-
-def test_the_output_head_can_be_asked_for(transformers):
-    model = transformers.LlamaForCausalLM(_llama_config(transformers))
-    lorafast.adapt(model, 2, ["lm_head"])
-    assert adapted(model) == {"lm_head"}
-
-
-def test_all_linear_leaves_out_a_classification_head(transformers):
-    # It starts at random and isn't in the adapter's file: over another draw the adapter is worthless.
-    model = transformers.LlamaForSequenceClassification(_llama_config(transformers, num_labels=3))
-    with pytest.warns(UserWarning, match="score: part of the classifier"):
-        lorafast.adapt(model, 2)
-    assert adapted(model) == PROJECTIONS
-
-
-def test_all_linear_leaves_out_every_layer_of_a_classification_head(transformers):
-    config = transformers.RobertaConfig(
-        vocab_size=19,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-    )
-    model = transformers.RobertaForSequenceClassification(config)
-    with pytest.warns(UserWarning, match="classifier.dense: part of the classifier"):
-        lorafast.adapt(model, 2)
-    # Query, key, value and three called dense in the encoder; classifier.dense and .out_proj not.
-    assert len(adapted(model)) == 6
-    assert all(name.startswith("roberta.encoder.") for name in adapted(model))
-
-
-def test_layers_of_mamba_whose_weight_is_read_are_left_as_they_are(transformers):
-    config = transformers.MambaConfig(
-        vocab_size=19, hidden_size=8, num_hidden_layers=1, state_size=4
-    )
-    model = transformers.MambaForCausalLM(config)
-    # In training its fused kernel takes x_proj, dt_proj and out_proj as bare weights; dt_proj always.
-    with pytest.warns(UserWarning, match=r"left as they are: .*mixer\.dt_proj"):
-        lorafast.adapt(model, 2)
-    assert adapted(model) == {"backbone.layers.0.mixer.in_proj"}
-    model.train()(torch.tensor([[3, 1, 4]])).logits.sum().backward()
-    mixer = model.backbone.layers[0].mixer
-    assert mixer.in_proj.lora_B.grad.count_nonzero() > 0
