@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorafast.convert.first_backward import waits_for_gradient
 from lorafast.nn import LoRALinear
 
 
@@ -19,6 +20,11 @@ class AdapterRow:
     dropout: float
     parameters: int
     merged: bool
+    no_gradient: bool = False
+    """A backward reached other adapters of the model, and none has reached this one so far."""
+
+    def _remark(self) -> str:
+        return "  merged" if self.merged else "  no gradient so far" if self.no_gradient else ""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Summary:
             shape = f"{row.in_features} → {row.out_features}"
             lines.append(
                 f"{row.name:<{width}}  {shape:>14}  {row.r:>4}  {row.scaling:>7.4g}  "
-                f"{row.dropout:>7.4g}  {row.parameters:>10,}{'  merged' if row.merged else ''}"
+                f"{row.dropout:>7.4g}  {row.parameters:>10,}{row._remark()}"
             )
         share = 100 * self.trainable / self.total if self.total else 0.0
         layers = "layer" if len(self.layers) == 1 else "layers"
@@ -65,6 +71,7 @@ def summary(model: nn.Module) -> Summary:
             dropout=layer.dropout,
             parameters=layer.lora_A.numel() + layer.lora_B.numel(),
             merged=layer.merged,
+            no_gradient=waits_for_gradient(layer),
         )
         for name, layer in model.named_modules()
         if isinstance(layer, LoRALinear)

@@ -7,19 +7,14 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lorafast.convert.places import COMPILED, why_not_here
 from lorafast.nn import LoRALinear
-from lorafast.nn.lora_linear import why_not_adaptable
 
 ALL_LINEAR = "all-linear"
 Pattern = str | Iterable[str]
 
-# What torch.compile calls the module that it wraps.
-COMPILED = "_orig_mod"
-
 # Where Transformers keeps a classifier, as PEFT has it.
 _CLASSIFIERS = ("score", "classifier")
-# What the fused kernels of state-space mixers (Mamba and its kin) take as bare weights.
-_READ_BY_MAMBA = ("x_proj", "dt_proj", "out_proj")
 
 
 def matches(pattern: Pattern, name: str) -> bool:
@@ -86,20 +81,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule(COMPILED)
         else:
             return model
-
-
-def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> str | None:
-    """The reason for which the layer can't be adapted at its places in the model, or None."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        if child == COMPILED:
-            return "torch.compile goes on calling the layer that it was given: adapt it before"
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight without calling it"
-        if child in _READ_BY_MAMBA and hasattr(parent, "A_log") and hasattr(parent, "D"):
-            return f"{type(parent).__name__} reads its weight without calling it"
-    return why_not_adaptable(module)
 
 
 def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn.Linear, list[str]]:

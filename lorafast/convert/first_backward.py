@@ -1,0 +1,144 @@
+"""After the first backward: which adapters got no gradient, where others did.
+
+A parent may read a layer's weight and never call the layer; its adapter is then never trained. Hooks on
+the adapters notice, and the first backward removes them, so that later ones don't pay for them.
+"""
+
+import re
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.graph import Node
+
+from lorafast.nn import LoRALinear
+
+
+class _Hook:
+    """What autograd calls when ``lora_B`` of a layer has got a gradient."""
+
+    def __init__(self, watch: "_Watch", name: str, layer: LoRALinear) -> None:
+        self.watch, self.name, self.layer = watch, name, weakref.ref(layer)
+        self.handle = layer.lora_B.register_post_accumulate_grad_hook(self)
+
+    def __call__(self, lora_B: Tensor) -> None:
+        if not torch.compiler.is_compiling():  # compiled autograd has no end of a backward
+            self.watch.got_gradient(self)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        layer = self.layer()
+        lora_B = None if layer is None else layer._parameters.get("lora_B")
+        if lora_B is not None and not lora_B._post_accumulate_grad_hooks:
+            # Autograd would look into an empty dict in every backward.
+            lora_B._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+
+
+class _Watch:
+    """The adapters of a model: those that still wait for a gradient, and those that have got one."""
+
+    def __init__(self, layers: dict[str, LoRALinear]) -> None:
+        self.waiting = {name: _Hook(self, name, layer) for name, layer in layers.items()}
+        self.got: dict[str, _Hook] = {}
+        self.reported = False
+        self._backward = -1
+
+    def got_gradient(self, hook: _Hook) -> None:
+        self.got[hook.name] = hook
+        self.waiting.pop(hook.name, None)
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
+            _at_end_of_backward(self._end)
+
+    def _end(self) -> None:
+        for hook in self.got.values():
+            hook.remove()
+        if self.got and not self.reported:
+            self.reported = True
+            left = self.left()
+            if left:
+                warnings.warn(_SENTENCE.format(_some(left)), stacklevel=2)
+        self.got.clear()
+
+    def left(self) -> list[str]:
+        """The layers without a gradient, but those whose like in another block or expert has got one."""
+        roles = {_role(name) for name in self.got}
+        return [
+            name
+            for name, hook in self.waiting.items()
+            if _role(name) not in roles and _can_get_one(hook.layer())
+        ]
+
+    def stop(self) -> None:
+        for hook in (*self.waiting.values(), *self.got.values()):
+            hook.remove()
+
+
+_SENTENCE = (
+    "these layers' adapters got no gradient in the first backward, where others did: {} (nobody called "
+    "the layers, as where a module reads its child's weight, or the loss doesn't depend on them)"
+)
+
+
+def watch(model: nn.Module) -> None:
+    """Warns after the next backward of adapters in ``model`` that get no gradient in it, once."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    for old in {hook.watch for hook in map(_hook_of, layers.values()) if hook is not None}:
+        old.stop()
+    _Watch({name: layer for name, layer in layers.items() if _can_get_one(layer)})
+
+
+def waits_for_gradient(layer: LoRALinear) -> bool:
+    """Whether a backward has passed ``layer`` by, and none has reached it since."""
+    hook = _hook_of(layer)
+    return hook is not None and hook.watch.reported
+
+
+def _hook_of(layer: LoRALinear) -> _Hook | None:
+    lora_B = layer._parameters.get("lora_B")
+    hooks = getattr(lora_B, "_post_accumulate_grad_hooks", None) or {}
+    return next((hook for hook in hooks.values() if isinstance(hook, _Hook)), None)
+
+
+def _can_get_one(layer: LoRALinear | None) -> bool:
+    lora_B = None if layer is None or layer.merged else layer._parameters.get("lora_B")
+    return lora_B is not None and lora_B.requires_grad
+
+
+def _role(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:6])
+    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
+
+
+def _at_end_of_backward(call: Callable[[], None]) -> None:
+    """Calls when the running backward has ended, and if it runs within another, when that has.
+
+    Reentrant checkpointing runs a backward for each block within a node of the model's own.
+    """
+
+    def end() -> None:
+        node: Node | None = torch._C._current_autograd_node()  # of the backward around this one
+        if node is None:
+            call()
+        else:
+            _at_end_of_the_backward_of(node, call)
+
+    Variable._execution_engine.queue_callback(end)
+
+
+def _at_end_of_the_backward_of(node: Node, call: Callable[[], None]) -> None:
+    def queue(gradients: tuple[Tensor, ...]) -> None:
+        handle.remove()
+        _at_end_of_backward(call)
+
+    # Hooks of a node that is running come too late; the next one runs in the same backward.
+    after = next(function for function, _ in node.next_functions if function is not None)
+    handle = after.register_prehook(queue)
