@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lorafast.convert import targets as _targets
+from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import LoRALinear
@@ -87,5 +88,6 @@ def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder) and adapted:
             module.use_nested_tensor = False
+    let_gradients_through(model)
     watch(model)
     return model

@@ -4,6 +4,7 @@ import warnings
 
 from torch import nn
 
+from lorafast.convert.checkpointing import remove_hooks
 from lorafast.convert.targets import replace
 from lorafast.nn import LoRALinear
 from lorafast.nn.lora_linear import move_hooks
@@ -36,6 +37,7 @@ def merge(model: nn.Module) -> nn.Module:
     merged = {layer: layer.to_linear() for layer in dict.fromkeys(layers.values())}
     for layer, linear in merged.items():
         move_hooks(layer, linear)
+    remove_hooks(model)
     return replace(model, {name: merged[layer] for name, layer in layers.items()})
 
 
