@@ -1,5 +1,6 @@
-"""Where a layer stands in a model: places whose adapter would never run."""
+"""Where a layer stands in a model: places whose adapter would never run, and PEFT's own layers."""
 
+import sys
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -58,6 +59,12 @@ _READ_BY_PARENT: tuple[tuple[Callable[[nn.Module], bool], tuple[str, ...]], ...]
 )
 
 
+def has_peft_adapter(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of PEFT's, with an adapter of any kind; never imports PEFT."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
 def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> str | None:
     """The reason for which the layer can't be adapted at its places in the model, or None."""
     for name in names:
@@ -67,4 +74,6 @@ def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> s
             return "torch.compile goes on calling the layer that it was given: adapt it before"
         if any(child in children and reads(parent) for reads, children in _READ_BY_PARENT):
             return f"{type(parent).__name__} reads its weight without calling it"
+    if has_peft_adapter(module):
+        return "it has PEFT's adapter (lorafast.accelerate(model) makes that fast)"
     return why_not_adaptable(module)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lorafast.convert.places import COMPILED, why_not_here
+from lorafast.convert.places import COMPILED, has_peft_adapter, why_not_here
 from lorafast.nn import LoRALinear
 
 ALL_LINEAR = "all-linear"
@@ -87,12 +87,18 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     """The layers to adapt, each with all the names that reach it; any of them selects it.
 
     Raises:
-        ValueError: an argument is no pattern, nothing matches, or one of several names matches
-            nothing.
+        ValueError: an argument is no pattern, nothing matches, one of several names matches nothing,
+            or the model has PEFT's adapters.
         TypeError: a layer that was asked for can't be adapted.
     """
     targets = check_pattern("targets", targets)
     exclude = check_pattern("exclude", () if exclude is None else exclude)
+    for name, module in model.named_modules():
+        if has_peft_adapter(module):
+            raise ValueError(
+                f"{name or 'the model'} has PEFT's adapter, expected a model without: "
+                "lorafast.accelerate(model) makes PEFT's adapters fast"
+            )
     layers = names_by_layer(model)
     for one in _each(exclude):
         if not any(_reaches(one, names) for names in layers.values()):

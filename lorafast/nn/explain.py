@@ -72,7 +72,10 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
                 _choose(operation, layer, x) for operation in dispatch.OPERATIONS
             )
     if not layers:
-        raise ValueError("the module has no LoRALinear: there is nothing to choose a backend for")
+        raise ValueError(
+            "the module has no LoRALinear, whose backends could be explained: lorafast.adapt(model) "
+            "makes them (a model with PEFT's adapters needs none: lorafast.accelerate(model))"
+        )
     return Explanation(layers)
 
 

@@ -191,3 +191,40 @@ def test_all_linear_leaves_out_every_layer_of_a_classification_head(transformers
     # Query, key, value and three called dense in the encoder; classifier.dense and .out_proj not.
     assert len(adapted(model)) == 6
     assert all(name.startswith("roberta.encoder.") for name in adapted(model))
+
+
+# PEFT's models
+
+
+@pytest.fixture
+def peft_net(net):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["up"]))
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["up"], ["down"], ["base_layer"], r".*\.lora_A\.default"], ids=str
+)
+def test_a_model_with_peft_s_adapters_is_refused(peft_net, unchanged, targets):
+    sentence = r"block\.up has PEFT's adapter, expected.*lorafast\.accelerate"
+    with unchanged(peft_net), pytest.raises(ValueError, match=sentence):
+        lorafast.adapt(peft_net, 2, targets)
+
+
+def test_a_model_that_peft_has_left_can_be_adapted(peft_net):
+    net = peft_net.unload()
+    lorafast.adapt(net, 2)
+    assert adapted(net) == {"block.up", "block.down", "head"}
+
+
+def test_explain_says_how_to_get_adapters(net):
+    with pytest.raises(ValueError, match=r"lorafast\.adapt\(model\).*lorafast\.accelerate"):
+        lorafast.explain(net)
+
+
+def test_loading_into_a_layer_of_peft_s_is_refused(make_net, unchanged, tmp_path):
+    peft = pytest.importorskip("peft")
+    lorafast.save_adapter(lorafast.adapt(make_net(), 2, ["up"]), tmp_path)
+    net = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["up"]), make_net())
+    with unchanged(net), pytest.raises(ValueError, match=r"block\.up can't take.*PEFT's adapter"):
+        lorafast.load_adapter(net, tmp_path)
