@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from lorafast.functional import lora_linear
 from lorafast.nn.scripted import ScriptedLoRALinear
@@ -16,6 +17,7 @@ from lorafast.ops.checks import FLOATS
 torch.fx.wrap("lora_linear")
 
 _HALF = (torch.float16, torch.bfloat16)
+_DISTRIBUTED = "torch.distributed."
 _FLOATS = "float16, bfloat16, float32 or float64"
 # What nn.Module keeps of a module's hooks; they move with the layer when it is wrapped.
 _HOOKS = (
@@ -43,7 +45,18 @@ def why_not_adaptable(linear: nn.Module) -> str | None:
             return f"its {name} is computed by a parametrization: remove that first"
     if linear.weight.dtype not in FLOATS:
         return f"its weight is {linear.weight.dtype}, expected {_FLOATS}"
-    return None
+    return _why_not_plain(linear.weight)
+
+
+def _why_not_plain(weight: Tensor) -> str | None:
+    kind = type(weight)
+    if kind.__module__.startswith(_DISTRIBUTED):
+        weight = getattr(weight, "_local_tensor", weight)  # of a DTensor
+    elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_fake(weight):
+        return f"its weight is of class {kind.__name__} (quantized?), expected a plain tensor"
+    if weight.layout is not torch.strided:
+        return f"its weight is {weight.layout}, expected a dense one"
+    return None if type(weight) is kind else _why_not_plain(weight)
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lorafast
+from lorafast.nn import LoRALinear
 
 # Which layers
 
@@ -96,6 +97,33 @@ def _pruned():
     return linear
 
 
+class Int8Tensor(torch.Tensor):
+    """Says that it is float32 and holds integers, as torchao's tensors do."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        raise NotImplementedError(f"{function} of {cls.__name__}")
+
+
+def _with_weight(weight):
+    linear = nn.Linear(3, 3)
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+def _quantized():
+    return _with_weight(Int8Tensor(torch.ones(3, 3, dtype=torch.int8), torch.ones(3)))
+
+
 UNADAPTABLE = [
     pytest.param(partial(nn.LazyLinear, 3), "LazyLinear", id="lazy"),
     pytest.param(partial(ScaledLinear, 3, 3), r"its forward.*ScaledLinear", id="subclass"),
@@ -115,6 +143,12 @@ UNADAPTABLE = [
         lambda: nn.Linear(3, 3).to(torch.float8_e4m3fn),
         "its weight is torch.float8_e4m3fn",
         id="float8",
+    ),
+    pytest.param(_quantized, r"its weight is of class Int8Tensor \(quantized", id="quantized"),
+    pytest.param(
+        lambda: _with_weight(torch.eye(3).to_sparse()),
+        "its weight is torch.sparse_coo, expected a dense one",
+        id="sparse",
     ),
 ]
 
@@ -191,6 +225,41 @@ def test_all_linear_leaves_out_every_layer_of_a_classification_head(transformers
     # Query, key, value and three called dense in the encoder; classifier.dense and .out_proj not.
     assert len(adapted(model)) == 6
     assert all(name.startswith("roberta.encoder.") for name in adapted(model))
+
+
+# Weights of classes of PyTorch's own
+
+
+class Marked(torch.Tensor):
+    """A subclass that computes as any tensor does."""
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_weight_is_adapted_and_a_quantized_one_in_shards_is_not(one_process):
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+
+    def sharded(values):
+        return _with_weight(tensor.DTensor.from_local(values, mesh, run_check=False))
+
+    assert type(lorafast.adapt(sharded(torch.eye(3)), 2)) is LoRALinear
+    with pytest.raises(TypeError, match="Int8Tensor"):
+        LoRALinear.from_linear(sharded(_quantized().weight.data), 2)
+
+
+def test_weights_that_compute_as_any_other_are_adapted():
+    with torch._subclasses.FakeTensorMode():
+        assert type(lorafast.adapt(nn.Linear(3, 3), 2)) is LoRALinear
+    marked = _with_weight(torch.eye(3).as_subclass(Marked))
+    assert type(lorafast.adapt(marked, 2)) is LoRALinear
 
 
 # PEFT's models
