@@ -109,7 +109,8 @@ class Int8Tensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
+        aten = torch.ops.aten
+        if function in (aten.detach.default, aten.view.default, aten.alias.default):
             return cls(args[0].values, args[0].scale)
         raise NotImplementedError(f"{function} of {cls.__name__}")
 
