@@ -6,6 +6,7 @@ from torch import nn
 from lorafast.convert import targets as _targets
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
+from lorafast.convert.resizing import let_heads_resize
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import LoRALinear
 
@@ -89,5 +90,6 @@ def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
         elif isinstance(module, nn.TransformerEncoder) and adapted:
             module.use_nested_tensor = False
     let_gradients_through(model)
+    let_heads_resize(model)
     watch(model)
     return model

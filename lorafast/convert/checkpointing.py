@@ -46,7 +46,7 @@ def let_gradients_through(model: nn.Module) -> None:
         )
 
 
-def remove_hooks(model: nn.Module) -> None:
+def undo(model: nn.Module) -> None:
     """Undoes ``let_gradients_through``."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):

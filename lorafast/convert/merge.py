@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from lorafast.convert.checkpointing import remove_hooks
+from lorafast.convert import checkpointing, resizing
 from lorafast.convert.targets import replace
 from lorafast.nn import LoRALinear
 from lorafast.nn.lora_linear import move_hooks
@@ -30,14 +30,17 @@ def merge(model: nn.Module) -> nn.Module:
     shared = _also_used_elsewhere(model, layers)
     if shared:
         warnings.warn(
-            "merged weights that other modules share are no longer shared: " + ", ".join(shared),
+            "merged weights that other modules share are no longer shared: "
+            + ", ".join(shared)
+            + _untie_config(model, layers),
             stacklevel=2,
         )
     # A layer that has two names stays one layer.
     merged = {layer: layer.to_linear() for layer in dict.fromkeys(layers.values())}
     for layer, linear in merged.items():
         move_hooks(layer, linear)
-    remove_hooks(model)
+    checkpointing.undo(model)
+    resizing.undo(model)
     return replace(model, {name: merged[layer] for name, layer in layers.items()})
 
 
@@ -47,3 +50,15 @@ def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> lis
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
     return [f"{name}.weight" for name, layer in layers.items() if len(owners[id(layer.weight)]) > 1]
+
+
+def _untie_config(model: nn.Module, layers: dict[str, LoRALinear]) -> str:
+    """What to do lest Transformers ties a merged head again when it loads the saved model."""
+    config = getattr(model, "config", None)
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head not in layers.values() or not getattr(config, "tie_word_embeddings", False):
+        return ""
+    return (
+        " (set model.config.tie_word_embeddings = False before saving, or loading ties them again)"
+    )
