@@ -2,11 +2,13 @@
 
 from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter_io import load_adapter, save_adapter
+from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
 from lorafast.convert.summary import AdapterRow, Summary, summary
 
 __all__ = [
     "AdapterRow",
+    "LeftOut",
     "Summary",
     "adapt",
     "load_adapter",

@@ -1,11 +1,14 @@
 """``adapt``: a model's linear layers become LoRA layers, in place."""
 
+import warnings
+
 import torch
 from torch import nn
 
 from lorafast.convert import targets as _targets
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
+from lorafast.convert.left_out import large_share
 from lorafast.convert.resizing import let_heads_resize
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import LoRALinear
@@ -63,6 +66,10 @@ def adapt(
     if freeze:
         freeze_base(inner)
     adapted = put_in_place(inner, layers)
+    if targets == ALL_LINEAR:
+        sentence = large_share(adapted)
+        if sentence is not None:
+            warnings.warn(sentence, stacklevel=2)
     return model if adapted is inner else adapted
 
 

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorafast.convert.first_backward import waits_for_gradient
+from lorafast.convert.left_out import LeftOut, left_out
 from lorafast.nn import LoRALinear
+
+# alpha where a LoraConfig gives none.
+_PEFT_ALPHA = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Summary:
     trainable: int
     adapter: int
     layers: tuple[AdapterRow, ...]
+    left: tuple[LeftOut, ...] = ()
+    """Frozen layers without an adapter, by class."""
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.layers] + [len("layer")])
@@ -51,6 +57,9 @@ class Summary:
             f"{len(self.layers)} adapted {layers}, {self.adapter:,} adapter parameters; "
             f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
         )
+        if any(row.scaling == 1.0 and row.r != _PEFT_ALPHA for row in self.layers):
+            lines.append("scaling 1 is the default, alpha = r; that of PEFT's LoraConfig is 8 / r")
+        lines += [f"without adapter: {one}" for one in self.left]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -84,4 +93,5 @@ def summary(model: nn.Module) -> Summary:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         adapter=sum(half.numel() for half in adapter),
         layers=rows,
+        left=left_out(model),
     )

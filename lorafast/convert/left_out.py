@@ -1,0 +1,110 @@
+"""Which weights of a model have no adapter, and which of PEFT's settings would give them one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorafast.nn import LoRALinear
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BY_MODULE = "LoraConfig(target_modules=[...])"
+_BY_PARAMETER = "LoraConfig(target_parameters=[...])"
+# Above this share of a model's parameters "all-linear" is not what its name promises.
+_LARGE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The frozen layers of one class that hold matrices and have no adapter."""
+
+    kind: str
+    layers: int
+    parameters: int
+    peft: str = ""
+    """The setting of PEFT's that adapts them, where there is one."""
+
+    def __str__(self) -> str:
+        served = f" (PEFT adapts them: {self.peft})" if self.peft else ""
+        return f"{self.layers} {self.kind}, {self.parameters:,} parameters{served}"
+
+
+def left_out(model: nn.Module) -> tuple[LeftOut, ...]:
+    """What has no adapter and is not trained, the largest first; a shared parameter counts once."""
+    return tuple(
+        sorted(
+            (_count(layers) for layers in _layers_by_kind(model).values()),
+            key=lambda one: -one.parameters,
+        )
+    )
+
+
+def large_share(model: nn.Module) -> str | None:
+    """A sentence where convolutions and stacked experts hold much of the model, else None."""
+    groups = _layers_by_kind(model).values()
+    missed = [_count(layers) for layers in groups if _is_missed(layers[0][0])]
+    if not missed:
+        return None
+    adapters = {
+        id(half)
+        for layer in model.modules()
+        if isinstance(layer, LoRALinear)
+        for half in (layer.lora_A, layer.lora_B)
+    }
+    total = _size(p for p in model.parameters() if id(p) not in adapters)
+    parameters = sum(one.parameters for one in missed)
+    if parameters < _LARGE_SHARE * total:
+        return None
+    return (
+        f"{100 * parameters / total:.0f} % of the parameters are in layers that 'all-linear' doesn't "
+        f"reach: {'; '.join(map(str, missed))}; lorafast.accelerate then makes PEFT's linear layers fast"
+    )
+
+
+def _layers_by_kind(
+    model: nn.Module,
+) -> dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]]:
+    """By class, each with its own parameters; stacked weights are a kind for themselves."""
+    modules = list(model.modules())
+    seen = {id(p) for m in modules if isinstance(m, LoRALinear) for p in m.parameters()}
+    found: dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]] = {}
+    for module in modules:
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        frozen = [p for p in own if not p.requires_grad]
+        if _has_matrix(frozen):
+            key = (type(module).__name__, _is_missed(module))
+            found.setdefault(key, []).append((module, frozen))
+    return found
+
+
+def _has_matrix(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(nn.parameter.is_lazy(p) or p.dim() >= 2 for p in parameters)
+
+
+def _count(layers: list[tuple[nn.Module, list[nn.Parameter]]]) -> LeftOut:
+    module = layers[0][0]
+    peft = ""
+    if isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
+        peft = _BY_MODULE
+    elif _is_stacked(module):
+        peft = _BY_PARAMETER
+    size = _size(p for _, own in layers for p in own)
+    return LeftOut(type(module).__name__, len(layers), size, peft)
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    """Elements, but for lazy parameters, which have no shape yet."""
+    return sum(p.numel() for p in parameters if not nn.parameter.is_lazy(p))
+
+
+def _is_missed(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) or _is_stacked(module)
+
+
+def _is_stacked(module: nn.Module) -> bool:
+    """Whether it keeps several matrices in one parameter, as a mixture of experts often does."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    own = module.parameters(recurse=False)
+    return any(not nn.parameter.is_lazy(p) and p.dim() == 3 and len(p) > 1 for p in own)
