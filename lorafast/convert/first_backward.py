@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
 
+from lorafast.convert.targets import some
 from lorafast.nn import LoRALinear
 
 
@@ -61,7 +62,7 @@ class _Watch:
             self.reported = True
             left = self.left()
             if left:
-                warnings.warn(_SENTENCE.format(_some(left)), stacklevel=2)
+                warnings.warn(_SENTENCE.format(some(left)), stacklevel=2)
         self.got.clear()
 
     def left(self) -> list[str]:
@@ -111,11 +112,6 @@ def _can_get_one(layer: LoRALinear | None) -> bool:
 
 def _role(name: str) -> str:
     return re.sub(r"\d+", "*", name)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:6])
-    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
 
 
 def _at_end_of_backward(call: Callable[[], None]) -> None:

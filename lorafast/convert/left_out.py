@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafast.nn import LoRALinear
 
@@ -39,9 +40,12 @@ def left_out(model: nn.Module) -> tuple[LeftOut, ...]:
     )
 
 
-def large_share(model: nn.Module) -> str | None:
-    """A sentence where convolutions and stacked experts hold much of the model, else None."""
-    groups = _layers_by_kind(model).values()
+def large_share(model: nn.Module, trained: bool = False) -> str | None:
+    """A sentence where convolutions and stacked experts hold much of the model, else None.
+
+    Trained ones count only with ``trained``.
+    """
+    groups = _layers_by_kind(model, trained).values()
     missed = [_count(layers) for layers in groups if _is_missed(layers[0][0])]
     if not missed:
         return None
@@ -62,7 +66,7 @@ def large_share(model: nn.Module) -> str | None:
 
 
 def _layers_by_kind(
-    model: nn.Module,
+    model: nn.Module, trained: bool = False
 ) -> dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]]:
     """By class, each with its own parameters; stacked weights are a kind for themselves."""
     modules = list(model.modules())
@@ -71,10 +75,10 @@ def _layers_by_kind(
     for module in modules:
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen |= {id(p) for p in own}
-        frozen = [p for p in own if not p.requires_grad]
-        if _has_matrix(frozen):
+        own = [p for p in own if trained or not p.requires_grad]
+        if _has_matrix(own):
             key = (type(module).__name__, _is_missed(module))
-            found.setdefault(key, []).append((module, frozen))
+            found.setdefault(key, []).append((module, own))
     return found
 
 
@@ -104,7 +108,7 @@ def _is_missed(module: nn.Module) -> bool:
 
 def _is_stacked(module: nn.Module) -> bool:
     """Whether it keeps several matrices in one parameter, as a mixture of experts often does."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, (nn.modules.conv._ConvNd, ParametrizationList)):
         return False
     own = module.parameters(recurse=False)
     return any(not nn.parameter.is_lazy(p) and p.dim() == 3 and len(p) > 1 for p in own)

@@ -4,9 +4,11 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable
+from typing import TypeGuard
 
 from torch import nn
 
+from lorafast.convert.left_out import large_share
 from lorafast.convert.places import COMPILED, has_peft_adapter, why_not_here
 from lorafast.nn import LoRALinear
 
@@ -15,6 +17,10 @@ Pattern = str | Iterable[str]
 
 # Where Transformers keeps a classifier, as PEFT has it.
 _CLASSIFIERS = ("score", "classifier")
+_IN_CLASSIFIER = (
+    "part of the classifier, which starts at random and is no adapter's (train it whole and name it in "
+    "modules_to_save)"
+)
 
 
 def matches(pattern: Pattern, name: str) -> bool:
@@ -63,11 +69,16 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is of a kind that can be adapted; ``why_not_here`` has the reasons against one."""
+    return isinstance(module, nn.Linear)
+
+
 def names_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The linear and LoRA layers of ``model`` in its order, each with all the names that reach it."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, LoRALinear)):
+        if _is_linear(module) or isinstance(module, LoRALinear):
             found.setdefault(module, []).append(name)
     return found
 
@@ -103,7 +114,7 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     for one in _each(exclude):
         if not any(_reaches(one, names) for names in layers.values()):
             raise ValueError(_nothing_matches("exclude", one, model))
-    linears = {layer: names for layer, names in layers.items() if isinstance(layer, nn.Linear)}
+    linears = {layer: names for layer, names in layers.items() if not isinstance(layer, LoRALinear)}
     kept = {layer: names for layer, names in linears.items() if not _reaches(exclude, names)}
     if targets == ALL_LINEAR:
         return _all_linear(model, kept)
@@ -141,46 +152,73 @@ def _all_linear(
 ) -> dict[nn.Linear, list[str]]:
     head = output_head(model)
     in_head = set() if head is None else set(head.modules())
-    found, refused = {}, []
+    found: dict[nn.Linear, list[str]] = {}
+    refused: dict[str, list[str]] = {}
     for layer, names in linears.items():
         if layer in in_head:
             if names[0].partition(".")[0] in _CLASSIFIERS:
-                refused.append(
-                    f"{names[0]}: part of the classifier, which starts at random and is no adapter's "
-                    "(train it whole and name it in modules_to_save)"
-                )
+                refused.setdefault(_IN_CLASSIFIER, []).append(names[0])
             continue
         reason = why_not_here(names, layer, model)
         if reason is None:
             found[layer] = names
         else:
-            refused.append(f"{names[0]}: {reason}")
+            refused.setdefault(reason, []).append(names[0])
     if refused:
-        warnings.warn("left as they are: " + "; ".join(refused), stacklevel=4)
+        reasons = [f"{some(names)}: {reason}" for reason, names in refused.items()]
+        warnings.warn("left as they are: " + "; ".join(reasons), stacklevel=4)
     if not found:
-        raise ValueError(f"targets is {ALL_LINEAR!r}, and the model has no nn.Linear left to adapt")
+        elsewhere = large_share(model, trained=True)
+        raise ValueError(
+            f"targets is {ALL_LINEAR!r}, and the model has no nn.Linear left to adapt"
+            + (f": {elsewhere}" if elsewhere else "")
+        )
     return found
 
 
 def _nothing_matches(argument: str, one: str | tuple[str, ...], model: nn.Module) -> str:
     given = _given(argument, one)
-    if isinstance(one, str):
-        return (
-            f"{given}, a regex that matches the full name of no nn.Linear "
-            f"(for a name or its ending pass [{one!r}])"
-        )
-    hits = {name: module for name, module in model.named_modules() if matches(one, name)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    hits = {name: module for name, module in modules.items() if matches(one, name)}
     adapted = [name for name, module in hits.items() if isinstance(module, LoRALinear)]
     if adapted:
         return f"{given}, and {adapted[0]} is adapted already"
     if hits:
-        name, module = next(iter(hits.items()))
-        return f"{given}, and {name} is a {type(module).__name__}, expected an nn.Linear"
+        # A module that holds others says less about what was meant.
+        name = next((name for name in hits if not any(hits[name].children())), next(iter(hits)))
+        return f"{given}, and {name or 'the model'} is a {_kind(hits[name])}, expected an nn.Linear"
+    if isinstance(one, str):
+        reached = any(_reaches((one,), names) for names in names_by_layer(model).values())
+        hint = f" (for a name or its ending pass [{one!r}])" if reached else ""
+        return f"{given}, a regex that matches the full name of no module{hint}"
+    return f"{given}, which is the name of no nn.Linear in the model{_nearest(one[0], model)}"
+
+
+def _nearest(name: str, model: nn.Module) -> str:
+    """A hint at what may have been meant: a linear layer, else any other, else all linear layers."""
     layers = names_by_layer(model).values()
-    endings = sorted({name.rpartition(".")[2] for names in layers for name in names})
-    close = difflib.get_close_matches(one[0], endings, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else f" (there are {', '.join(endings)})"
-    return f"{given}, which is the name of no nn.Linear in the model{hint}"
+    linear = sorted({full.rpartition(".")[2] for names in layers for full in names})
+    close = difflib.get_close_matches(name, linear, n=1)
+    if close:
+        return f", did you mean {close[0]!r}?"
+    others = {full.rpartition(".")[2]: module for full, module in model.named_modules() if full}
+    close = difflib.get_close_matches(name, others, n=1)
+    if close:
+        return f" ({close[0]!r} is a {_kind(others[close[0]])})"
+    return f" (there are {', '.join(linear)})" if linear else " (there is none)"
+
+
+def _kind(module: nn.Module) -> str:
+    """The name of its class, with the library's where it would pass for PyTorch's own."""
+    kind = type(module)
+    foreign = kind.__name__ == "Linear" and not isinstance(module, nn.Linear)
+    return f"{kind.__module__}.{kind.__qualname__}" if foreign else kind.__name__
+
+
+def some(names: list[str], most: int = 6) -> str:
+    """``names`` as a list of words, the first of them if they are many."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def replace(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:

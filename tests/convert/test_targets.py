@@ -51,6 +51,9 @@ def test_an_ending_is_a_whole_component():
         pytest.param({"targets": ["q_proj"]}, "targets has 'q_proj'.*there are", id="unknown"),
         pytest.param({"targets": ["donw"]}, "'donw'.*did you mean 'down'?", id="misspelt"),
         pytest.param({"targets": ["up", "q_proj"]}, "targets has 'q_proj'", id="one-of-two"),
+        pytest.param({"targets": ["nrm"]}, r"'nrm'.*\('norm' is a LayerNorm\)", id="misspelt-norm"),
+        pytest.param({"targets": r"n.*m"}, "n.*m'.*norm is a LayerNorm, expected", id="regex-norm"),
+        pytest.param({"targets": "upp"}, r"'upp', a regex that.*no module$", id="regex-nothing"),
         pytest.param({"targets": "up"}, r"'up', a regex.*pass \['up'\]", id="ending-as-regex"),
         pytest.param({"targets": "*.up"}, r"targets is '\*\.up'.*regex", id="glob-as-regex"),
         pytest.param({"exclude": "*.up"}, r"exclude is '\*\.up'.*regex", id="exclude-glob"),
@@ -221,7 +224,7 @@ def test_all_linear_leaves_out_every_layer_of_a_classification_head(transformers
         max_position_embeddings=12,
     )
     model = transformers.RobertaForSequenceClassification(config)
-    with pytest.warns(UserWarning, match="classifier.dense: part of the classifier"):
+    with pytest.warns(UserWarning, match=r"classifier\.dense, classifier\.out_proj: part of"):
         lorafast.adapt(model, 2)
     # Query, key, value and three called dense in the encoder; classifier.dense and .out_proj not.
     assert len(adapted(model)) == 6
@@ -298,3 +301,39 @@ def test_loading_into_a_layer_of_peft_s_is_refused(make_net, unchanged, tmp_path
     net = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["up"]), make_net())
     with unchanged(net), pytest.raises(ValueError, match=r"block\.up can't take.*PEFT's adapter"):
         lorafast.load_adapter(net, tmp_path)
+
+
+def test_a_regex_that_matches_convolutions_says_so(unchanged):
+    model = nn.ModuleDict({"conv": nn.Sequential(nn.Conv2d(3, 3, 3)), "fc": nn.Linear(3, 3)})
+    sentence = r"targets is 'conv\.\*', and conv\.0 is a Conv2d, expected an nn\.Linear"
+    with unchanged(model), pytest.raises(ValueError, match=sentence):
+        lorafast.adapt(model, 2, "conv.*")
+
+
+def test_a_linear_layer_is_suggested_before_any_other():
+    model = nn.ModuleDict({"up_projj": nn.Conv1d(3, 3, 1), "up_proj": nn.Linear(3, 3)})
+    with pytest.raises(ValueError, match=r"did you mean 'up_proj'\?"):
+        lorafast.adapt(model, 2, ["up_prjj"])
+
+
+def test_a_class_that_is_only_called_linear_is_named_in_full():
+    foreign = type("Linear", (nn.Module,), {"__module__": "other.library"})
+    model = nn.ModuleDict({"q_proj": foreign(), "fc": nn.Linear(3, 3)})
+    with pytest.raises(ValueError, match=r"q_proj is a other\.library\.Linear, expected an nn\.Li"):
+        lorafast.adapt(model, 2, ["q_proj"])
+
+
+def test_all_linear_says_what_a_model_has_instead(unchanged):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    sentence = r"no nn\.Linear left to adapt: 100 % of.*1 Conv2d, 224 parameters"
+    with unchanged(model), pytest.raises(ValueError, match=sentence):
+        lorafast.adapt(model, 2)
+
+
+def test_many_layers_left_for_one_reason_are_one_sentence():
+    model = nn.ModuleList(nn.MultiheadAttention(4, 2) for _ in range(9)).append(nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="left as they are") as caught:
+        lorafast.adapt(model, 2)
+    (warning,) = caught
+    assert str(warning.message).count("without calling it") == 1
+    assert "5.out_proj and 3 more: MultiheadAttention reads" in str(warning.message)
