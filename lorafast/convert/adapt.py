@@ -28,13 +28,18 @@ def adapt(
 ) -> nn.Module:
     """Replaces linear layers of ``model`` by ``LoRALinear`` that share their weights.
 
+    A warning after the first backward names adapters that got no gradient where others did. Reentrant
+    checkpointing trains the adapters of Transformers' models; one of your own must give it an input
+    that requires a gradient, or be checkpointed with ``use_reentrant=False``.
+
     Args:
         model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
         r: rank.
         targets: ``"all-linear"`` (every ``nn.Linear`` but those of a Transformers model's output head
             or classifier), a list of names (a layer's full name or its ending, as PEFT's
             ``target_modules``), or a string, a regex that must match the full name.
-        alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``); None is ``r``.
+        alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``). None is ``r``: a
+            scaling of 1, where PEFT's default, ``lora_alpha=8``, gives 0.5 at r = 16.
         dropout: probability of dropping an element of a layer's input to the adapter.
         use_rslora: see ``alpha``.
         exclude: layers to leave out, given like ``targets``. A layer that has two names is selected,
@@ -46,10 +51,12 @@ def adapt(
         ``model``.
 
     Raises:
-        ValueError: a name or regex matches no layer, or ``r``, ``alpha`` or ``dropout`` doesn't fit.
-            The model is unchanged.
+        ValueError: a name or regex matches no layer, the model has PEFT's adapters (which
+            ``accelerate`` is for), or ``r``, ``alpha`` or ``dropout`` doesn't fit. The model is
+            unchanged.
         TypeError: a layer that was asked for can't be adapted. The model is unchanged. With
-            ``"all-linear"`` such a layer is left as it is, and a warning names it.
+            ``"all-linear"`` such a layer is left as it is, and a warning names it, as it does
+            convolutions and stacked experts that hold a quarter of the parameters or more.
     """
     inner = _targets.unwrapped(model)
     layers: dict[str, LoRALinear] = {}

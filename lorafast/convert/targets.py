@@ -114,7 +114,7 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     for one in _each(exclude):
         if not any(_reaches(one, names) for names in layers.values()):
             raise ValueError(_nothing_matches("exclude", one, model))
-    linears = {layer: names for layer, names in layers.items() if not isinstance(layer, LoRALinear)}
+    linears = {layer: names for layer, names in layers.items() if _is_linear(layer)}
     kept = {layer: names for layer, names in linears.items() if not _reaches(exclude, names)}
     if targets == ALL_LINEAR:
         return _all_linear(model, kept)

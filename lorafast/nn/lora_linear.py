@@ -104,7 +104,7 @@ class LoRALinear(nn.Module):
         out_features: size of the last dimension of the output.
         r: rank of the adapter, at least 1.
         alpha: ``scaling`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora`` (Kalajdzievski,
-            2023); None stands for ``r``.
+            2023); None stands for ``r``, a scaling of 1, where PEFT's default ``lora_alpha`` is 8.
         dropout: probability of dropping an element of ``x`` on its way into the adapter in training.
         bias: whether the frozen layer has a bias.
         use_rslora: see ``alpha``.
