@@ -136,5 +136,8 @@ def _at_end_of_the_backward_of(node: Node, call: Callable[[], None]) -> None:
         _at_end_of_backward(call)
 
     # Hooks of a node that is running come too late; the next one runs in the same backward.
-    after = next(function for function, _ in node.next_functions if function is not None)
-    handle = after.register_prehook(queue)
+    after = next((function for function, _ in node.next_functions if function is not None), None)
+    if after is None:
+        call()
+    else:
+        handle = after.register_prehook(queue)
