@@ -1,23 +1,28 @@
 """``merge``: LoRA layers become plain linear layers."""
 
+import sys
 import warnings
 
 from torch import nn
 
 from lorafast.convert.targets import replace
-from lorafast.nn import LoRALinear
-from lorafast.nn.lora_linear import move_hooks
+from lorafast.nn import LoRALinear, offload
+from lorafast.nn.plain import move_hooks
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replaces every ``LoRALinear`` by an ``nn.Linear`` of weight ``W + scaling · B·A``.
+    """Replaces every ``LoRALinear`` by a plain layer of weight ``W + scaling · B·A``.
 
-    The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The sum is
-    rounded to the dtype of the weight. Hooks move along. A weight that another module shares is no
-    longer shared, and a warning names it.
+    The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The layers
+    are of the class that was adapted, ``nn.Linear`` as a rule. The sum is rounded to the dtype of the
+    weight. Hooks move along. A weight that another module shares is no longer shared, and a warning
+    names it. Weights that Accelerate has offloaded, to a disk too, are brought in one layer at a time;
+    the merged ones are offloaded to the CPU's memory.
 
     Raises:
-        ValueError: the model has no ``LoRALinear``.
+        ValueError: the model has no ``LoRALinear``; or a layer's adapter has NaN or infinite values or
+            makes some, the layer has no values (meta), is sharded, or has hooks that can't move. The
+            message names the layer, and the model is unchanged.
     """
     layers = {
         name: module
@@ -26,17 +31,40 @@ def merge(model: nn.Module) -> nn.Module:
     }
     if not layers:
         raise ValueError("the model has no LoRALinear to merge")
+    _check_not_sharded(model)
     shared = _also_used_elsewhere(model, layers)
+    # A layer that has two names stays one layer.
+    merged: dict[LoRALinear, nn.Module] = {}
+    for name, layer in layers.items():
+        if layer in merged:
+            continue
+        try:
+            merged[layer] = layer.to_linear()
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'} can't be merged: {error}") from error
+        offload.unwrap(layer, merged[layer])
     if shared:
         warnings.warn(
             "merged weights that other modules share are no longer shared: " + ", ".join(shared),
             stacklevel=2,
         )
-    # A layer that has two names stays one layer.
-    merged = {layer: layer.to_linear() for layer in dict.fromkeys(layers.values())}
     for layer, linear in merged.items():
         move_hooks(layer, linear)
     return replace(model, {name: merged[layer] for name, layer in layers.items()})
+
+
+def _check_not_sharded(model: nn.Module) -> None:
+    """FSDP goes on gathering the parameters of the modules that it was given, not of others."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and any(isinstance(m, LoRALinear) for m in module.modules()):
+            raise ValueError(
+                f"{name or 'the model'} is sharded by FSDP, which keeps the layers it was given: merge "
+                "before sharding, or save the adapter and load it into a model that isn't"
+            )
 
 
 def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:

@@ -117,7 +117,8 @@ def _automatically(
     dy, s, lora_B = _sample("expand_backward", layer, like, M)
     forward = operation in ("shrink", "linear_expand")
     whole = "lora_linear" if forward else "lora_linear_backward"
-    others = (layer.weight, lora_B) if forward else (dy, layer.weight, lora_B, s)
+    W = layer.base_weight()
+    others = (W, lora_B) if forward else (dy, W, lora_B, s)
     backend, reason = dispatch.automatic_whole(whole, x, lora_A, seed[0] if seed else None, *others)
     if backend is not None:
         return backend, reason
@@ -138,7 +139,7 @@ def _sample(operation: str, layer: LoRALinear, like: Tensor, M: int) -> tuple[Te
     seed = (torch.zeros(1, dtype=torch.int64, device=like.device),) if masked else ()
     return {
         "shrink": (x, layer.lora_A, *seed),
-        "linear_expand": (x, layer.weight, s, layer.lora_B),
+        "linear_expand": (x, layer.base_weight(), s, layer.lora_B),
         "expand_backward": (dy, s, layer.lora_B),
         "shrink_backward": (s, x, *seed),
     }[operation]

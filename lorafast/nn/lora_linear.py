@@ -1,6 +1,7 @@
 """``LoRALinear``: a frozen ``nn.Linear`` with a low-rank adapter."""
 
 import math
+import sys
 from numbers import Real
 from typing import Any
 
@@ -8,45 +9,72 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
+from lorafast.nn import offload
+from lorafast.nn.plain import (
+    carry,
+    features,
+    is_conv1d,
+    is_own_forward,
+    move_hooks,
+    stock_class,
+    why_not_carried,
+)
 from lorafast.ops import packing
 from lorafast.ops.checks import FLOATS
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATS = "float16, bfloat16, float32 or float64"
-# What nn.Module keeps of a module's hooks; they move with the layer when it is wrapped.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+# What a LoRALinear has on its instance beside PyTorch's machinery.
+_OWN = frozenset(
+    {
+        "weight", "bias", "lora_A", "lora_B", "_merged_weight", "merged", "dropout",
+        "_r", "_alpha", "_scaling", "_use_rslora", "_plain_class",
+    }
+)  # fmt: skip
+_PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
 
 
 def why_not_adaptable(linear: nn.Module) -> str | None:
     """The reason for which ``linear`` can't become a ``LoRALinear``, or None if it can."""
-    if not isinstance(linear, nn.Linear):
+    stock = stock_class(linear)
+    if stock is None:
         return f"it is a {type(linear).__name__}, expected an nn.Linear"
     if isinstance(linear, nn.modules.linear.LazyLinear):
         return "it is a LazyLinear whose shape is not known yet: run it once first"
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        return f"its forward is not that of nn.Linear ({type(linear).__name__})"
+    if type(linear).forward is not stock.forward:
+        expected = "nn.Linear" if stock is nn.Linear else stock.__name__
+        return f"its forward is not that of {expected} ({type(linear).__name__})"
+    reason = _why_not_its_forward(linear, stock)
+    if reason is not None:
+        return reason
     for name in ("weight", "bias"):
         if name not in linear._parameters:
             return f"its {name} is computed by a parametrization: remove that first"
-    if linear.weight.dtype not in FLOATS:
-        return f"its weight is {linear.weight.dtype}, expected {_FLOATS}"
-    return None
+    weight = linear._parameters["weight"]
+    assert weight is not None
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}, expected {_FLOATS}"
+    if is_sharded(weight):
+        return (
+            f"its weight is a {type(weight).__name__}, a shard: adapt the model before sharding it"
+        )
+    return why_not_carried(linear, stock, _TAKEN)
 
 
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Gives ``target`` the hooks of ``source``, whose place it takes; their handles go on working."""
-    for name in _HOOKS:
-        if name in vars(source):
-            setattr(target, name, getattr(source, name))
+def _why_not_its_forward(module: nn.Module, stock: type[nn.Module]) -> str | None:
+    """The reason for which a forward on the instance itself would be lost with it, or None."""
+    forward = vars(module).get("forward")
+    if forward is None or is_own_forward(module, forward, stock):
+        return None
+    if offload.is_wrapped(module):
+        return offload.why_not_movable(module)
+    return f"its forward is replaced on the instance ({type(module).__name__}), which would be lost"
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``; asked without importing what isn't imported yet."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_rank(name: str, value: object) -> int:
@@ -75,6 +103,21 @@ def _check_dtype(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r}, expected {_FLOATS}")
 
 
+def _check_mergeable(name: str, tensor: Tensor) -> None:
+    if is_sharded(tensor):
+        raise ValueError(
+            f"its {name} is a {type(tensor).__name__}, a shard: merge before the model is sharded, or "
+            "save the adapter and load it into a model that isn't"
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"its {name} is on the device meta, which holds no values: load the model first"
+        )
+    bad = 0 if name == "weight" else int((~tensor.isfinite()).sum())
+    if bad:
+        raise ValueError(f"its {name} is NaN or infinite in {bad} of {tensor.numel()} elements")
+
+
 class LoRALinear(nn.Module):
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` with W and bias frozen (Hu et al., 2021).
 
@@ -97,6 +140,9 @@ class LoRALinear(nn.Module):
             float32 if that is float16 or bfloat16, whose steps are too coarse for an optimizer (as
             in PEFT).
 
+    ``alpha``, ``use_rslora`` and ``scaling`` can be set and follow each other; a merged layer is merged
+    again. ``r`` is fixed.
+
     ``lora_A`` starts Kaiming-uniform with ``a = sqrt(5)`` and ``lora_B`` zero, the distribution of
     PEFT: a fresh adapter changes nothing.
 
@@ -109,6 +155,8 @@ class LoRALinear(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     _merged_weight: Tensor | None
+    _plain_class: type[nn.Module] = nn.Linear
+    merged = False
 
     def __init__(
         self,
@@ -132,7 +180,7 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         r: int,
         *,
         alpha: float | None = None,
@@ -140,28 +188,41 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRALinear":
-        """Wraps ``linear``: takes over its parameters (no copy), its hooks and its mode.
+        """Wraps ``linear``: takes over its parameters (no copy), its hooks, its mode and all it holds.
 
-        The parameters are the same objects, so tied weights stay tied; they are frozen. Arguments as
-        for the class.
+        The parameters are the same objects, so tied weights stay tied; they are frozen. Attributes,
+        buffers and submodules of a subclass are taken over too, its methods are not; merging gives
+        back a layer of its class. Arguments as for the class.
+
+        ``linear`` may be Transformers' ``Conv1D`` (GPT-2's linear layer); its ``weight`` stays
+        ``[in_features, out_features]``. It may be offloaded by Accelerate: its hook goes on serving
+        ``weight`` and ``bias``, the adapter stays in memory.
 
         Raises:
-            TypeError: ``linear`` is not a plain ``nn.Linear``, or its dtype or ``adapter_dtype`` is not
-                one of float16, bfloat16, float32 and float64. ``linear`` is unchanged.
+            TypeError: ``linear`` is not a plain ``nn.Linear`` or ``Conv1D``, has what would be lost, or
+                its dtype or ``adapter_dtype`` is not one of float16, bfloat16, float32 and float64.
+                ``linear`` is unchanged.
             ValueError: another argument doesn't fit. ``linear`` is unchanged.
         """
         reason = why_not_adaptable(linear)
         if reason is not None:
             raise TypeError(f"linear can't be adapted: {reason}")
+        if is_conv1d(linear):
+            from lorafast.nn.lora_conv1d import LoRAConv1D  # which is a LoRALinear
+
+            cls = cls if issubclass(cls, LoRAConv1D) else LoRAConv1D
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
+        carry(linear, layer, but=_OWN)
         move_hooks(linear, layer)
-        return layer.train(linear.training)
+        offload.wrap(linear, layer)
+        layer.training = linear.training
+        return layer
 
     def _build(
         self,
-        linear: nn.Linear,
+        linear: nn.Module,
         r: int,
         alpha: float | None,
         dropout: float,
@@ -173,22 +234,62 @@ class LoRALinear(nn.Module):
         assert isinstance(weight, nn.Parameter)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.r = check_rank("r", r)
+        self._plain_class = type(linear)
+        self.in_features, self.out_features = features(linear)
+        self._r = check_rank("r", r)
         self.set_scaling(r if alpha is None else alpha, use_rslora)
         self.dropout = check_probability("dropout", dropout)
         self.merged = False
         self.weight = weight
-        self.bias = linear.bias
-        factory: dict[str, Any] = {"device": weight.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
-        self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
+        self.bias = linear.bias  # type: ignore[assignment]
+        device = offload.device_of(linear, weight)
+        factory: dict[str, Any] = {"device": device, "dtype": adapter_dtype}
+        # An inference tensor could never be trained.
+        with torch.inference_mode(False):
+            self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
+            self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
         self.register_buffer("_merged_weight", None, persistent=False)
         self.reset_adapter()
         # Last: until here an error leaves ``linear`` as it was.
         for frozen in linear.parameters(recurse=False):
             frozen.requires_grad_(False)
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self._r
+
+    @property
+    def alpha(self) -> float:
+        """``scaling`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.set_scaling(value, self._use_rslora)
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether ``scaling`` is ``alpha / sqrt(r)``."""
+        return self._use_rslora
+
+    @use_rslora.setter
+    def use_rslora(self, value: bool) -> None:
+        self.set_scaling(self._alpha, value)
+
+    @property
+    def scaling(self) -> float:
+        """The factor before ``B·A``."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        value = check_alpha("scaling", value)
+        self.set_scaling(value * self._divisor(self._use_rslora), self._use_rslora)
+        self._scaling = value  # which the quotient may miss by a rounding
+
+    def _divisor(self, use_rslora: bool) -> float:
+        return math.sqrt(self._r) if use_rslora else self._r
 
     def set_scaling(self, alpha: float, use_rslora: bool = False) -> None:
         """Sets ``scaling`` to ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
@@ -196,9 +297,16 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: ``alpha`` is not a finite number.
         """
-        self.alpha = check_alpha("alpha", alpha)
-        self.use_rslora = use_rslora
-        self.scaling = self.alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        self._alpha = check_alpha("alpha", alpha)
+        self._use_rslora = use_rslora
+        self._scaling = self._alpha / self._divisor(use_rslora)
+        if self.merged:
+            self.merge()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of the time when these four were plain attributes.
+        renamed = {f"_{name}": state[name] for name in _PROPERTIES if name in state}
+        super().__setstate__({k: v for k, v in state.items() if k not in _PROPERTIES} | renamed)
 
     def reset_adapter(self) -> None:
         """Draws ``lora_A`` anew (Kaiming-uniform, ``a = sqrt(5)``) and sets ``lora_B`` to zero."""
@@ -224,18 +332,44 @@ class LoRALinear(nn.Module):
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
-        return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+        return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+
+    def base_weight(self) -> Tensor:
+        """W as ``[out_features, in_features]``, whichever way the layer keeps it."""
+        return self.weight
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """``scaling · B·A``, ``[out_features, in_features]``, in float32 (float64 if the adapter is)."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        with offload.present(self):
+            return self._delta_weight()
 
-    @torch.no_grad()
+    def _delta_weight(self) -> Tensor:
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self._scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
     def _with_delta(self) -> Tensor:
-        delta = self.delta_weight()
-        return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        """``W + scaling · B·A``, ``[out_features, in_features]``, rounded to the dtype of ``weight``.
+
+        Raises:
+            ValueError: there are no values, or none that can be merged.
+        """
+        weight = self.base_weight()
+        for name, tensor in (("weight", weight), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            _check_mergeable(name, tensor)
+        expected = [self.out_features, self.in_features]
+        if list(weight.shape) != expected:
+            raise ValueError(
+                f"its weight has shape {list(weight.shape)}, expected {expected}: merge it unsharded"
+            )
+        delta = self._delta_weight()
+        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        spoilt = int((weight.isfinite() & ~merged.isfinite()).sum())
+        if spoilt:
+            raise ValueError(
+                f"W + scaling · B·A is beyond {weight.dtype} in {spoilt} of {merged.numel()} elements"
+            )
+        return merged
 
     def merge(self) -> None:
         """From now on multiplies by ``W + scaling · B·A``, made once, as fast as a plain layer.
@@ -243,8 +377,15 @@ class LoRALinear(nn.Module):
         The sum is rounded to the dtype of ``weight``, which loses small updates in bfloat16 and
         float16. ``weight`` itself and the ``state_dict`` stay as they are. Until ``unmerge()`` the
         adapter gets no gradient and there is no dropout. Merging again takes the current adapter.
+        Values that Accelerate has offloaded are brought in; the merged weight stays in memory.
+
+        Raises:
+            ValueError: the adapter has NaN or infinite values, or makes some; the layer is on meta or
+                sharded. The layer is unchanged.
         """
-        self._merged_weight = self._with_delta()
+        # A weight made in inference mode would refuse every later training step.
+        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
+            self._merged_weight = self._with_delta()
         self.merged = True
 
     def unmerge(self) -> None:
@@ -252,15 +393,33 @@ class LoRALinear(nn.Module):
         self._merged_weight = None
         self.merged = False
 
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with weight ``W + scaling · B·A``; this layer stays as it is.
+    def to_linear(self) -> nn.Module:
+        """A plain layer with weight ``W + scaling · B·A``; this layer stays as it is.
 
-        The bias is shared, the weight is new; neither requires a gradient.
+        It is of the class that was wrapped, ``nn.Linear`` as a rule. The weight is new; the bias and
+        whatever else a subclass had are shared. No parameter that was frozen requires a gradient. It
+        has no hooks; ``lorafast.merge`` moves those.
+
+        Raises:
+            ValueError: as for ``merge()``, or ``forward`` was replaced on this instance.
         """
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._with_delta(), requires_grad=False)
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
+        reason = _why_not_its_forward(self, type(self))
+        if reason is not None:
+            raise ValueError(reason)
+        plain = self._plain_class.__new__(self._plain_class)
+        nn.Module.__init__(plain)
+        if isinstance(plain, nn.Linear):
+            plain.in_features, plain.out_features = self.in_features, self.out_features
+        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
+            plain.weight = nn.Parameter(self._plain_weight(), requires_grad=False)
+            plain.register_parameter("bias", self.bias)
+        carry(self, plain, but=_OWN)
+        plain.training = self.training
+        return plain
+
+    def _plain_weight(self) -> Tensor:
+        """The merged weight as the plain layer keeps it."""
+        return self._with_delta()
 
     def pack_(self) -> "LoRALinear":
         """Packs the frozen weight once for the vendor's product on a CPU; the layer itself.
@@ -294,13 +453,18 @@ class LoRALinear(nn.Module):
         return [weight for weight in weights if weight is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
-        if torch.__future__.get_swap_module_params_on_conversion():
-            for weight in self._packable():
-                packing.forget(weight)
+        was_meta = self._adapter_is_meta()
         super()._apply(fn, recurse)
+        if was_meta and not self._adapter_is_meta():
+            # to_empty(): a checkpoint of the plain layer, loaded next, leaves the adapter alone.
+            self.reset_adapter()
         for weight in self._packable():
             packing.is_packed(weight)  # drops a copy that has lost its weight
         return self
+
+    def _adapter_is_meta(self) -> bool:
+        halves = (self._parameters.get("lora_A"), self._parameters.get("lora_B"))
+        return all(half is not None and half.is_meta for half in halves)
 
     def _load_from_state_dict(
         self,
@@ -312,9 +476,6 @@ class LoRALinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if torch.__future__.get_swap_module_params_on_conversion():
-            for weight in self._packable():
-                packing.forget(weight)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -324,8 +485,25 @@ class LoRALinear(nn.Module):
             for key in adapter:
                 if key in missing_keys:  # not there if a parametrization computes it
                     missing_keys.remove(key)
+            self._follow_to(self.weight.device)
         if self.merged:
-            self.merge()
+            try:
+                self.merge()
+            except ValueError as error:
+                self.unmerge()
+                error_msgs.append(f"{prefix[:-1] or 'the layer'} can't be merged again: {error}")
+
+    def _follow_to(self, device: torch.device) -> None:
+        """Gives an adapter on meta memory on ``device``, and the values of a fresh one."""
+        if device.type == "meta" or not self._adapter_is_meta():
+            return
+        with torch.inference_mode(False):
+            for name in ("lora_A", "lora_B"):
+                half = self._parameters[name]
+                assert half is not None
+                empty = torch.empty_like(half, device=device)
+                self._parameters[name] = nn.Parameter(empty, requires_grad=half.requires_grad)
+        self.reset_adapter()
 
     def extra_repr(self) -> str:
         """The constructor's arguments, as in ``nn.Linear``."""
@@ -344,3 +522,6 @@ class LoRALinear(nn.Module):
         if any(packing.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)
+
+
+_TAKEN = frozenset(dir(LoRALinear)) | _OWN
