@@ -110,7 +110,7 @@ def _own_names(module: nn.Module) -> list[str]:
 
 
 def carry(source: nn.Module, target: nn.Module, but: Collection[str]) -> None:
-    """Gives ``target`` what ``source`` holds by name: attributes, tensors, submodules; none in ``but``."""
+    """Gives ``target`` what ``source`` holds (attributes, tensors, submodules) but for ``but``."""
     for name, value in vars(source).items():
         if name not in _MACHINERY and name not in but:
             vars(target)[name] = value
