@@ -385,7 +385,7 @@ class LoRALinear(nn.Module):
         """
         # A weight made in inference mode would refuse every later training step.
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
-            self._merged_weight = self._with_delta()
+            self._merged_weight = self._with_delta().contiguous()
         self.merged = True
 
     def unmerge(self) -> None:

@@ -47,7 +47,9 @@ def test_a_sharded_layer_is_refused_and_goes_on(mesh, call):
     model, x = adapted(), torch.randn(3, 7)
     expected = copy.deepcopy(model)(x)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match="^its weight is a DTensor, a shard: merge before the model"):
+    with pytest.raises(
+        ValueError, match=r"^its weight is a DTensor, a shard: merge before the model"
+    ):
         getattr(model[0], call)()
     assert not model[0].merged
     torch.testing.assert_close(model(x), expected)
