@@ -25,9 +25,9 @@ def adapt(
     Args:
         model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
         r: rank.
-        targets: ``"all-linear"`` (every ``nn.Linear`` but those of a Transformers model's output head
-            or classifier), a list of names (a layer's full name or its ending, as PEFT's
-            ``target_modules``), or a string, a regex that must match the full name.
+        targets: ``"all-linear"`` (every ``nn.Linear`` and GPT-2's ``Conv1D`` but those of a Transformers
+            model's output head or classifier), a list of names (a layer's full name or its ending, as
+            PEFT's ``target_modules``), or a string, a regex that must match the full name.
         alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``); None is ``r``.
         dropout: probability of dropping an element of a layer's input to the adapter.
         use_rslora: see ``alpha``.

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorafast.nn import LoRALinear
 from lorafast.nn.lora_linear import why_not_adaptable
+from lorafast.nn.plain import stock_class
 
 ALL_LINEAR = "all-linear"
 Pattern = str | Iterable[str]
@@ -72,7 +73,7 @@ def names_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The linear and LoRA layers of ``model`` in its order, each with all the names that reach it."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, LoRALinear)):
+        if isinstance(module, LoRALinear) or stock_class(module) is not None:
             found.setdefault(module, []).append(name)
     return found
 
@@ -102,7 +103,7 @@ def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> s
     return why_not_adaptable(module)
 
 
-def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn.Linear, list[str]]:
+def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn.Module, list[str]]:
     """The layers to adapt, each with all the names that reach it; any of them selects it.
 
     Raises:
@@ -116,7 +117,7 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     for one in _each(exclude):
         if not any(_reaches(one, names) for names in layers.values()):
             raise ValueError(_nothing_matches("exclude", one, model))
-    linears = {layer: names for layer, names in layers.items() if isinstance(layer, nn.Linear)}
+    linears = {layer: names for layer, names in layers.items() if not isinstance(layer, LoRALinear)}
     kept = {layer: names for layer, names in linears.items() if not _reaches(exclude, names)}
     if targets == ALL_LINEAR:
         return _all_linear(model, kept)
@@ -150,8 +151,8 @@ def _reaches(pattern: Pattern, names: list[str]) -> bool:
 
 
 def _all_linear(
-    model: nn.Module, linears: dict[nn.Linear, list[str]]
-) -> dict[nn.Linear, list[str]]:
+    model: nn.Module, linears: dict[nn.Module, list[str]]
+) -> dict[nn.Module, list[str]]:
     head = output_head(model)
     in_head = set() if head is None else set(head.modules())
     found, refused = {}, []

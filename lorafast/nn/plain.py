@@ -62,13 +62,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return found is not None and isinstance(module, found)
 
 
-def features(linear: nn.Module) -> tuple[int, int]:
-    """``in_features`` and ``out_features``."""
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    weight = linear._parameters["weight"]
-    assert weight is not None
-    return weight.shape[0], weight.shape[1]
+def features(linear: Any) -> tuple[int, int]:
+    """``in_features`` and ``out_features`` of a plain layer or a ``LoRALinear``."""
+    if is_conv1d(linear):
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return linear.in_features, linear.out_features
 
 
 def is_own_forward(module: nn.Module, forward: object, stock: type[nn.Module]) -> bool:
