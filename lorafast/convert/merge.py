@@ -72,4 +72,7 @@ def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> lis
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
-    return [f"{name}.weight" for name, layer in layers.items() if len(owners[id(layer.weight)]) > 1]
+    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+    return [
+        f"{name}.weight" for name, weight in weights.items() if len(owners.get(id(weight), ())) > 1
+    ]

@@ -413,7 +413,7 @@ class LoRALinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
             plain.weight = nn.Parameter(self._plain_weight(), requires_grad=False)
             plain.register_parameter("bias", self.bias)
-        carry(self, plain, but=_OWN)
+        carry(self, plain, but=_OWN | {"parametrizations"})
         plain.training = self.training
         return plain
 
@@ -485,7 +485,7 @@ class LoRALinear(nn.Module):
             for key in adapter:
                 if key in missing_keys:  # not there if a parametrization computes it
                     missing_keys.remove(key)
-            self._follow_to(self.weight.device)
+        self._follow_weight()
         if self.merged:
             try:
                 self.merge()
@@ -493,15 +493,16 @@ class LoRALinear(nn.Module):
                 self.unmerge()
                 error_msgs.append(f"{prefix[:-1] or 'the layer'} can't be merged again: {error}")
 
-    def _follow_to(self, device: torch.device) -> None:
-        """Gives an adapter on meta memory on ``device``, and the values of a fresh one."""
-        if device.type == "meta" or not self._adapter_is_meta():
+    def _follow_weight(self) -> None:
+        """Gives an adapter that is on meta without its weight memory, and the values of a fresh one."""
+        weight = self._parameters.get("weight")
+        if weight is None or weight.is_meta or not self._adapter_is_meta():
             return
         with torch.inference_mode(False):
             for name in ("lora_A", "lora_B"):
                 half = self._parameters[name]
                 assert half is not None
-                empty = torch.empty_like(half, device=device)
+                empty = torch.empty_like(half, device=weight.device)
                 self._parameters[name] = nn.Parameter(empty, requires_grad=half.requires_grad)
         self.reset_adapter()
 

@@ -14,7 +14,7 @@ from lorafast.nn import LoRALinear
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-from transformers.pytorch_utils import Conv1D
+Conv1D = transformers.pytorch_utils.Conv1D
 
 IDS = torch.tensor([[3, 1, 4, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7, 12]])
 LAYERS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lorafast
 from lorafast.nn import LoRALinear
@@ -61,6 +63,26 @@ def test_a_layer_merged_before_sharding_serves(mesh):
     model[0].merge()
     fully_shard(model, mesh=mesh)
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
+@pytest.mark.parametrize("load", ["to_empty", "assign", "set_model_state_dict"])
+def test_adapters_that_were_sharded_on_meta(mesh, load):
+    plain, x = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 6)), torch.randn(3, 7)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 6))
+    fully_shard(lorafast.adapt(model, 2), mesh=mesh)
+    state = {k: distribute_tensor(t, mesh, [Shard(0)]) for k, t in plain.state_dict().items()}
+    if load == "to_empty":
+        model.to_empty(device="cpu")
+        model.load_state_dict(state)
+    elif load == "assign":
+        model.load_state_dict(state, assign=True)
+    else:
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(model, plain.state_dict(), options=options)
+    assert model[0].lora_A.full_tensor().any()
+    torch.testing.assert_close(model(x), plain(x))
 
 
 def test_a_sharded_model_is_not_adapted(mesh):
