@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.ops import dispatch, packing
 from lorafast.ops.lora_linear import is_small
@@ -68,9 +69,10 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     layers = {}
     for name, layer in module.named_modules():
         if isinstance(layer, LoRALinear):
-            layers[name or "(module)"] = tuple(
-                _choose(operation, layer, x) for operation in dispatch.OPERATIONS
-            )
+            with offload.present(layer):
+                layers[name or "(module)"] = tuple(
+                    _choose(operation, layer, x) for operation in dispatch.OPERATIONS
+                )
     if not layers:
         raise ValueError("the module has no LoRALinear: there is nothing to choose a backend for")
     return Explanation(layers)

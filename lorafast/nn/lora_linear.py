@@ -294,14 +294,22 @@ class LoRALinear(nn.Module):
     def set_scaling(self, alpha: float, use_rslora: bool = False) -> None:
         """Sets ``scaling`` to ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
 
+        A merged layer is merged again.
+
         Raises:
-            ValueError: ``alpha`` is not a finite number.
+            ValueError: ``alpha`` is not a finite number, or the layer can't be merged with it. The layer
+                is unchanged.
         """
-        self._alpha = check_alpha("alpha", alpha)
-        self._use_rslora = use_rslora
-        self._scaling = self._alpha / self._divisor(use_rslora)
+        alpha = check_alpha("alpha", alpha)
+        before = dict(vars(self))
+        self._alpha, self._use_rslora = alpha, use_rslora
+        self._scaling = alpha / self._divisor(use_rslora)
         if self.merged:
-            self.merge()
+            try:
+                self.merge()
+            except ValueError:
+                vars(self).update(before)
+                raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of the time when these four were plain attributes.

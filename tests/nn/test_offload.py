@@ -89,6 +89,14 @@ class TestOffloadedAfterAdapting:
         assert not {"_hf_hook", "_old_forward", "forward"} & set(vars(plain))
         assert_offloaded(net)
 
+    @pytest.mark.parametrize("sample", [None, torch.ones(3, 7)], ids=["many rows", "x"])
+    def test_explain_is_that_of_the_forward(self, offload, sample):
+        net = adapted(model())
+        expected = str(lorafast.explain(net, sample))
+        offload(net)
+        assert str(lorafast.explain(net, sample)) == expected
+        assert_offloaded(net)
+
     def test_hooks_can_be_removed_after_merging(self, offload, x):
         net = adapted(model())
         expected = net(x).detach()

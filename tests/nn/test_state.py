@@ -78,6 +78,15 @@ class TestScaling:
             setattr(made, name, value)
         assert (made.alpha, made.scaling) == (2, 2 / 3)
 
+    def test_a_merged_layer_that_can_not_take_it_keeps_what_it_has(self):
+        made = layer(dtype=torch.float16, alpha=3)
+        made.merge()
+        merged = made._merged_weight
+        with pytest.raises(ValueError, match="beyond torch.float16"):
+            made.alpha = 1e9
+        assert (made.alpha, made.scaling, made.merged) == (3, 1, True)
+        assert made._merged_weight is merged
+
     def test_the_rank_is_fixed(self):
         made = layer()
         with pytest.raises(AttributeError, match=r"'r'.*no setter"):
