@@ -19,8 +19,8 @@ from lorafast.convert.targets import (
     output_head,
 )
 from lorafast.nn import LoRALinear
+from lorafast.nn.checks import check_alpha, check_probability, check_rank
 from lorafast.nn.lora_conv1d import LoRAConv1D
-from lorafast.nn.lora_linear import check_alpha, check_probability, check_rank
 from lorafast.nn.plain import stock_class
 
 CONFIG_FILE = "adapter_config.json"

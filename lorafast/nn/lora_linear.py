@@ -1,8 +1,6 @@
 """``LoRALinear``: a frozen ``nn.Linear`` with a low-rank adapter."""
 
 import math
-import sys
-from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +8,15 @@ from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
 from lorafast.nn import offload
+from lorafast.nn.checks import (
+    FLOAT_NAMES,
+    check_alpha,
+    check_dtype,
+    check_mergeable,
+    check_probability,
+    check_rank,
+    is_sharded,
+)
 from lorafast.nn.plain import (
     carry,
     features,
@@ -23,7 +30,6 @@ from lorafast.ops import packing
 from lorafast.ops.checks import FLOATS
 
 _HALF = (torch.float16, torch.bfloat16)
-_FLOATS = "float16, bfloat16, float32 or float64"
 # What a LoRALinear has on its instance beside PyTorch's machinery.
 _OWN = frozenset(
     {
@@ -53,7 +59,7 @@ def why_not_adaptable(linear: nn.Module) -> str | None:
     weight = linear._parameters["weight"]
     assert weight is not None
     if weight.dtype not in FLOATS:
-        return f"its weight is {weight.dtype}, expected {_FLOATS}"
+        return f"its weight is {weight.dtype}, expected {FLOAT_NAMES}"
     if is_sharded(weight):
         return (
             f"its weight is a {type(weight).__name__}, a shard: adapt the model before sharding it"
@@ -69,53 +75,6 @@ def _why_not_its_forward(module: nn.Module, stock: type[nn.Module]) -> str | Non
     if offload.is_wrapped(module):
         return offload.why_not_movable(module)
     return f"its forward is replaced on the instance ({type(module).__name__}), which would be lost"
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``; asked without importing what isn't imported yet."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def check_rank(name: str, value: object) -> int:
-    """``value``, an integer of at least 1; else ``ValueError``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
-    return value
-
-
-def check_alpha(name: str, value: object) -> float:
-    """``value`` as a float, a finite number; else ``ValueError``."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
-
-
-def check_probability(name: str, value: object) -> float:
-    """``value`` as a float, a number from 0 to 1; else ``ValueError``."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"{name} is {value!r}, expected a probability from 0 to 1")
-    return float(value)
-
-
-def _check_dtype(name: str, value: object) -> None:
-    if value is not None and value not in FLOATS:
-        raise TypeError(f"{name} is {value!r}, expected {_FLOATS}")
-
-
-def _check_mergeable(name: str, tensor: Tensor) -> None:
-    if is_sharded(tensor):
-        raise ValueError(
-            f"its {name} is a {type(tensor).__name__}, a shard: merge before the model is sharded, or "
-            "save the adapter and load it into a model that isn't"
-        )
-    if tensor.is_meta:
-        raise ValueError(
-            f"its {name} is on the device meta, which holds no values: load the model first"
-        )
-    bad = 0 if name == "weight" else int((~tensor.isfinite()).sum())
-    if bad:
-        raise ValueError(f"its {name} is NaN or infinite in {bad} of {tensor.numel()} elements")
 
 
 class LoRALinear(nn.Module):
@@ -173,7 +132,7 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_dtype("dtype", dtype)
+        check_dtype("dtype", dtype)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
 
@@ -229,7 +188,7 @@ class LoRALinear(nn.Module):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        _check_dtype("adapter_dtype", adapter_dtype)
+        check_dtype("adapter_dtype", adapter_dtype)
         weight = linear.weight
         assert isinstance(weight, nn.Parameter)
         if adapter_dtype is None:
@@ -364,7 +323,7 @@ class LoRALinear(nn.Module):
         """
         weight = self.base_weight()
         for name, tensor in (("weight", weight), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
-            _check_mergeable(name, tensor)
+            check_mergeable(name, tensor)
         expected = [self.out_features, self.in_features]
         if list(weight.shape) != expected:
             raise ValueError(
