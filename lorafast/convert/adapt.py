@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lorafast.convert import targets as _targets
+from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import LoRALinear
 
@@ -42,12 +43,18 @@ def adapt(
     Raises:
         ValueError: a name or regex matches no layer, or ``r``, ``alpha`` or ``dropout`` doesn't fit.
             The model is unchanged.
-        TypeError: a layer that was asked for can't be adapted. The model is unchanged. With
-            ``"all-linear"`` such a layer is left as it is, and a warning names it.
+        TypeError: a layer that was asked for can't be adapted (with ``"all-linear"`` it is left as it
+            is, and a warning names it), or FSDP has sharded it. The model is unchanged.
     """
     inner = _targets.unwrapped(model)
     layers: dict[str, LoRALinear] = {}
-    for linear, names in _targets.find(inner, targets, exclude).items():
+    found = _targets.find(inner, targets, exclude)
+    sharded = name_of_sharded(inner, found)
+    if sharded is not None:
+        raise TypeError(
+            f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
+        )
+    for linear, names in found.items():
         layer = LoRALinear.from_linear(
             linear,
             r,

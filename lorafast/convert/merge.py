@@ -1,10 +1,10 @@
 """``merge``: LoRA layers become plain linear layers."""
 
-import sys
 import warnings
 
 from torch import nn
 
+from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.targets import replace
 from lorafast.nn import LoRALinear, offload
 from lorafast.nn.plain import move_hooks
@@ -31,7 +31,12 @@ def merge(model: nn.Module) -> nn.Module:
     }
     if not layers:
         raise ValueError("the model has no LoRALinear to merge")
-    _check_not_sharded(model)
+    sharded = name_of_sharded(model, layers.values())
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded by FSDP, which keeps the layers that it was given: merge before "
+            "sharding, or save the adapter and load it into a model that isn't"
+        )
     shared = _also_used_elsewhere(model, layers)
     # A layer that has two names stays one layer.
     merged: dict[LoRALinear, nn.Module] = {}
@@ -51,20 +56,6 @@ def merge(model: nn.Module) -> nn.Module:
     for layer, linear in merged.items():
         move_hooks(layer, linear)
     return replace(model, {name: merged[layer] for name, layer in layers.items()})
-
-
-def _check_not_sharded(model: nn.Module) -> None:
-    """FSDP goes on gathering the parameters of the modules that it was given, not of others."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
-    for name, module in model.named_modules():
-        if isinstance(module, kinds) and any(isinstance(m, LoRALinear) for m in module.modules()):
-            raise ValueError(
-                f"{name or 'the model'} is sharded by FSDP, which keeps the layers it was given: merge "
-                "before sharding, or save the adapter and load it into a model that isn't"
-            )
 
 
 def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:

@@ -15,7 +15,6 @@ from lorafast.nn.checks import (
     check_mergeable,
     check_probability,
     check_rank,
-    is_sharded,
 )
 from lorafast.nn.plain import (
     carry,
@@ -60,10 +59,6 @@ def why_not_adaptable(linear: nn.Module) -> str | None:
     assert weight is not None
     if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}, expected {FLOAT_NAMES}"
-    if is_sharded(weight):
-        return (
-            f"its weight is a {type(weight).__name__}, a shard: adapt the model before sharding it"
-        )
     return why_not_carried(linear, stock, _TAKEN)
 
 

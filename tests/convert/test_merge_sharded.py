@@ -85,9 +85,21 @@ def test_adapters_that_were_sharded_on_meta(mesh, load):
     torch.testing.assert_close(model(x), plain(x))
 
 
-def test_a_sharded_model_is_not_adapted(mesh):
+@pytest.mark.parametrize("targets", ["all-linear", ["0"]], ids=str)
+def test_a_sharded_model_is_not_adapted(mesh, targets):
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 6))
     fully_shard(model, mesh=mesh)
-    with pytest.raises(TypeError, match="its weight is a DTensor, a shard: adapt the model before"):
-        lorafast.adapt(model, 2, ["0"])
+    with pytest.raises(TypeError, match=r"^the model is sharded by FSDP, expected a whole model"):
+        lorafast.adapt(model, 2, targets)
     assert not any(isinstance(module, LoRALinear) for module in model)
+    model(torch.randn(3, 7))
+
+
+def test_what_is_not_sharded_beside_it_is_adapted(mesh):
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 6))
+    fully_shard(model[1], mesh=mesh)
+    lorafast.adapt(model, 2, ["0"])
+    x = torch.randn(3, 7)
+    expected = model(x).detach()
+    lorafast.merge(model)
+    torch.testing.assert_close(model(x), expected)
