@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from lorafast import ops
+from lorafast.ops import composed
 from lorafast.ops.checks import check_lora_linear
-from lorafast.ops.registration import autocast_enabled
+from lorafast.ops.context import autocast_enabled
 
 _SEEDS = 2**63 - 1
 
@@ -24,7 +25,8 @@ def lora_linear(
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias``, the LoRA linear layer (Hu et al., 2021).
 
     Args:
-        x: ``[..., K]``, any number of leading dimensions, any strides.
+        x: ``[..., K]``, any number of leading dimensions, any strides. A sparse, nested or oneDNN
+            tensor gives what ``F.linear`` gives for it, by PyTorch's own calls.
         weight: ``[N, K]``, in the dtype of ``x``.
         lora_A: ``[r, K]``; ``r`` of at least 1, larger than ``K`` or ``N`` if you like.
         lora_B: ``[N, r]``, in the dtype of ``lora_A``, which may differ from that of ``x``: float32
@@ -50,12 +52,15 @@ def lora_linear(
         return _under_autocast(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=training
         )
-    check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    has_rows = check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     seed = None
     if dropout_p and training:
         seed = torch.randint(_SEEDS, (1,), device=x.device)
+        has_rows = has_rows and not composed.is_sharded(x)
     else:
         dropout_p = 0.0
+    if not has_rows:
+        return composed.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
 
 

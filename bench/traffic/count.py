@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorafast.ops.registration import implementation_of
+
 _aten = torch.ops.aten
 # They allocate, or rename what is there.
 _MOVES_NOTHING = {
@@ -56,6 +58,10 @@ class _CountingMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        ours = implementation_of(func)
+        if ours is not None:
+            with self:
+                return ours(*args, **kwargs)
         out = func(*args, **kwargs)
         if not func.is_view and func.overloadpacket not in _MOVES_NOTHING:
             read = sum(map(_bytes, _inputs(func, args, kwargs)))

@@ -1,20 +1,15 @@
 """Checks of a LoRA layer's arguments and of its values before they are merged."""
 
 import math
-import sys
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
 from lorafast.ops.checks import FLOATS
+from lorafast.ops.composed import is_sharded
 
 FLOAT_NAMES = "float16, bfloat16, float32 or float64"
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``; asked without importing what isn't imported yet."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_rank(name: str, value: object) -> int:
@@ -57,16 +52,17 @@ def check_dtype(name: str, value: object) -> None:
 
 
 def check_mergeable(name: str, tensor: Tensor) -> None:
-    """``tensor``, a layer's ``name``, must be whole and have values, finite ones in an adapter."""
-    if is_sharded(tensor):
-        raise ValueError(
-            f"its {name} is a {type(tensor).__name__}, a shard: merge before the model is sharded, or "
-            "save the adapter and load it into a model that isn't"
-        )
+    """``tensor``, a layer's ``name``, must have values, finite ones in an adapter."""
     if tensor.is_meta:
         raise ValueError(
             f"its {name} is on the device meta, which holds no values: load the model first"
         )
-    bad = 0 if name == "weight" else int((~tensor.isfinite()).sum())
+    bad = 0 if name == "weight" else count(~tensor.isfinite())
     if bad:
         raise ValueError(f"its {name} is NaN or infinite in {bad} of {tensor.numel()} elements")
+
+
+def count(mask: Tensor) -> int:
+    """How many elements of ``mask``, which may be sharded, are true."""
+    total: Any = mask.sum()
+    return int(total.full_tensor() if is_sharded(total) else total)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
 from lorafast.nn.lora_linear import LoRALinear
-from lorafast.ops import packing
+
+# For torch.fx a call is one node, as one of nn.Linear is.
+torch.fx.wrap("lora_linear")
 
 
 class LoRAConv1D(LoRALinear):
@@ -22,7 +25,7 @@ class LoRAConv1D(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self.merged:
-            return packing.linear(x, self._merged_weight, self.bias)  # type: ignore[arg-type]
+            return self._forward_merged(x)
         p = self._parameters
         try:
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]

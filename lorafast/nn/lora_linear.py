@@ -15,6 +15,7 @@ from lorafast.nn.checks import (
     check_mergeable,
     check_probability,
     check_rank,
+    count,
 )
 from lorafast.nn.plain import (
     carry,
@@ -25,8 +26,13 @@ from lorafast.nn.plain import (
     stock_class,
     why_not_carried,
 )
+from lorafast.nn.scripted import ScriptedLoRALinear
 from lorafast.ops import packing
 from lorafast.ops.checks import FLOATS
+from lorafast.ops.composed import is_sharded
+
+# For torch.fx a call is one node, as one of nn.Linear is.
+torch.fx.wrap("lora_linear")
 
 _HALF = (torch.float16, torch.bfloat16)
 # What a LoRALinear has on its instance beside PyTorch's machinery.
@@ -286,7 +292,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self.merged:
-            return packing.linear(x, self._merged_weight, self.bias)  # type: ignore[arg-type]
+            return self._forward_merged(x)
         p = self._parameters
         try:
             # Four times nn.Module.__getattr__ is a fifth of a small layer's forward.
@@ -295,6 +301,13 @@ class LoRALinear(nn.Module):
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
         return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+
+    def _forward_merged(self, x: Tensor) -> Tensor:
+        weight: Any = self._buffers["_merged_weight"]
+        if type(weight) is not Tensor and is_sharded(weight) and not is_sharded(x):
+            # FSDP makes the layer's own parameters whole in its forward.
+            weight = weight.full_tensor()
+        return packing.linear(x, weight, self.bias)
 
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, whichever way the layer keeps it."""
@@ -326,7 +339,7 @@ class LoRALinear(nn.Module):
             )
         delta = self._delta_weight()
         merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
-        spoilt = int((weight.isfinite() & ~merged.isfinite()).sum())
+        spoilt = count(weight.isfinite() & ~merged.isfinite())
         if spoilt:
             raise ValueError(
                 f"W + scaling · B·A is beyond {weight.dtype} in {spoilt} of {merged.numel()} elements"
@@ -342,8 +355,8 @@ class LoRALinear(nn.Module):
         Values that Accelerate has offloaded are brought in; the merged weight stays in memory.
 
         Raises:
-            ValueError: the adapter has NaN or infinite values, or makes some; the layer is on meta or
-                sharded. The layer is unchanged.
+            ValueError: the adapter has NaN or infinite values, or makes some; or the layer is on meta.
+                The layer is unchanged.
         """
         # A weight made in inference mode would refuse every later training step.
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
@@ -358,9 +371,9 @@ class LoRALinear(nn.Module):
     def to_linear(self) -> nn.Module:
         """A plain layer with weight ``W + scaling · B·A``; this layer stays as it is.
 
-        It is of the class that was wrapped, ``nn.Linear`` as a rule. The weight is new; the bias and
-        whatever else a subclass had are shared. No parameter that was frozen requires a gradient. It
-        has no hooks; ``lorafast.merge`` moves those.
+        It is of the class that was wrapped, ``nn.Linear`` as a rule. The weight is new, and sharded if
+        this layer's is; the bias and whatever else a subclass had are shared. No parameter that was
+        frozen requires a gradient. It has no hooks; ``lorafast.merge`` moves those.
 
         Raises:
             ValueError: as for ``merge()``, or ``forward`` was replaced on this instance.
@@ -382,6 +395,18 @@ class LoRALinear(nn.Module):
     def _plain_weight(self) -> Tensor:
         """The merged weight as the plain layer keeps it."""
         return self._with_delta()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in this layer's place."""
+        if self.merged:
+            return self.to_linear()
+        weight = self.base_weight()
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight.detach(), requires_grad=False)
+        scripted = ScriptedLoRALinear(
+            weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.dropout
+        )
+        return scripted.train(self.training)
 
     def pack_(self) -> "LoRALinear":
         """Packs the frozen weight once for the vendor's product on a CPU; the layer itself.

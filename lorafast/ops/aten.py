@@ -107,11 +107,11 @@ def _dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     if not dropout_p or seed is None:
         return x
     M, K = x.shape
-    keep = _keep_mask(M, K, dropout_p, seed)
+    keep = keep_mask(M, K, dropout_p, seed)
     return torch.where(keep, x, 0.0).mul_(survivor_scale(dropout_p))
 
 
-def _keep_mask(M: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
+def keep_mask(M: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     """The boolean mask ``[M, K]`` of ``lorafast.reference.keep_mask``, two to three times as fast."""
     groups = -(-K // COLUMNS_PER_CALL)
     index = torch.arange(M * groups, device=seed.device)

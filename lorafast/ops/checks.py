@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STRIDED = torch.strided
 
 
 def _shape(tensor: Tensor) -> str:
@@ -49,8 +50,11 @@ def check_lora_linear(
     scaling: float,
     bias: Tensor | None,
     dropout_p: float,
-) -> None:
-    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA linear layer."""
+) -> bool:
+    """Whether ``x`` is a strided tensor, as kernels and operations take it.
+
+    Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA linear layer.
+    """
     try:
         N, K = weight.shape
         r, K_A = lora_A.shape
@@ -72,11 +76,32 @@ def check_lora_linear(
             )
             and 0.0 <= dropout_p <= 1.0
             and type(scaling) in (float, int)
+            and x.layout is _STRIDED
         )
-    except (AttributeError, IndexError, TypeError, ValueError):
-        fits = False
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        fits = False  # a nested tensor raises RuntimeError when asked for its shape
     if not fits:
         _explain_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        return has_rows(x)
+    return True
+
+
+def has_rows(x: Tensor) -> bool:
+    """Whether ``x`` is a strided tensor and not a nested one."""
+    return x.layout is _STRIDED and not x.is_nested
+
+
+def describe_layout(x: Tensor) -> str:
+    """As a sentence names it."""
+    return "nested" if x.is_nested else str(x.layout)
+
+
+def _width(x: Tensor) -> int | None:
+    """Size of the last dimension, None of a nested tensor in which it varies."""
+    try:
+        return x.size(-1)
+    except RuntimeError:
+        return None
 
 
 def _explain_lora_linear(
@@ -106,10 +131,10 @@ def _explain_lora_linear(
     if r == 0:
         raise ValueError(f"lora_A has shape {_shape(lora_A)}: the rank r is 0, expected at least 1")
     check_matrix("lora_B", lora_B, N, r)
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(
-            f"x has shape {_shape(x)}, expected [..., {K}]: weight has {K} input features"
-        )
+    if x.dim() == 0 or _width(x) != K:
+        width = _width(x) or "of several sizes"
+        shape = _shape(x) if has_rows(x) else f"[..., {width}] ({describe_layout(x)})"
+        raise ValueError(f"x has shape {shape}, expected [..., {K}]: weight has {K} input features")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias has shape {_shape(bias)}, expected [{N}]")
     check_same_dtype("weight", weight, "x", x.dtype)

@@ -12,6 +12,7 @@ reason; nothing falls back in silence.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,22 @@ def _known(name: str, origin: str) -> str | None:
     return name
 
 
-_forced: str | None = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
+_UNREAD = object()
+_environment: Any = _UNREAD
+
+
+def _from_environment() -> str | None:
+    """What ``LORAFAST_BACKEND`` forces; read late, for a wrong value must not stop imports."""
+    global _environment
+    if _environment is _UNREAD:
+        _environment = _known(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
+    return _environment
+
+
+_blocks: dict[object, str | None] = {}
+"""The choices of all ``use_backend`` blocks that are open in the process, the latest last."""
+_entered: ContextVar[tuple[object, ...]] = ContextVar("lorafast_blocks", default=())
+"""The blocks that this thread or task is in; one that began inside a block may outlive it."""
 
 
 def backend_names() -> tuple[str, ...]:
@@ -64,28 +80,47 @@ def backend_names() -> tuple[str, ...]:
 
 
 def forced() -> str | None:
-    """The name of the forced backend, None for ``auto``."""
-    return _forced
+    """The name of the forced backend, None for ``auto``.
+
+    Raises:
+        ValueError: ``LORAFAST_BACKEND`` is the name of none.
+    """
+    if _blocks:
+        for block in reversed(_entered.get()):
+            with contextlib.suppress(KeyError):  # it has ended
+                return _blocks[block]
+        latest = list(_blocks.values())[-1:]  # other threads open and close blocks meanwhile
+        if latest:
+            return latest[0]
+    return _from_environment()
+
+
+# torch.compiler.assume_constant_result, without the second that importing the compiler takes: Dynamo
+# can't trace a ContextVar. It asks only to refuse; compiled operations ask whenever they run.
+forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, every operation runs on backend ``name`` (``auto`` to lift a choice).
 
-    The choice holds for the whole process, as PyTorch's own ``torch.backends`` flags do. A backward
-    runs on the backend of its forward, also when it runs after the block; compiled code asks anew
-    whenever it runs an operation.
+    The choice is that of the thread or async task that opens the block. A thread that has opened none
+    (autograd's, those of ``nn.DataParallel``) follows the latest block that is open anywhere in the
+    process. A backward runs on the backend of its forward, also when it runs after the block; compiled
+    code asks anew whenever it runs an operation.
 
     Raises:
         ValueError: there is no backend of this name.
         BackendError: (from the operations inside) the backend can't serve the call.
     """
-    global _forced
-    before, _forced = _forced, _known(name, "name")
+    chosen, block, outer = _known(name, "name"), object(), _entered.get()
+    _blocks[block] = chosen
+    _entered.set((*outer, block))
     try:
         yield
     finally:
-        _forced = before
+        del _blocks[block]
+        _entered.set(outer)
 
 
 def why_not(name: str, operation: str, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -94,6 +129,19 @@ def why_not(name: str, operation: str, tensors: tuple[Tensor | None, ...]) -> st
     return backend.why_unusable() or backend.why_refused(
         operation, tuple([t for t in tensors if t is not None])
     )
+
+
+def check_plain_pytorch(operation: str, reason: str) -> None:
+    """Raises ``BackendError`` if a backend is forced that isn't made of PyTorch's own operations.
+
+    ``reason``: what asks for such operations, ``context.needs_plain_pytorch``.
+    """
+    name = forced()
+    if name not in (None, _backend.REFERENCE.name):
+        raise BackendError(
+            f"backend {name!r} can't serve {operation}: {reason} need operations that PyTorch "
+            f"differentiates itself, which only {_backend.REFERENCE.name!r} is made of"
+        )
 
 
 def select(operation: str, name: str | None, *tensors: Tensor | None) -> Callable[..., Any]:

@@ -1,15 +1,14 @@
 """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``: contract and registration."""
 
-import torch
 from torch import Tensor
 
 from lorafast import reference
 from lorafast.ops import dispatch
 from lorafast.ops.checks import check_matrix, check_same_dtype
-from lorafast.ops.registration import differentiate_by_reference, register
+from lorafast.ops.registration import differentiate_by_reference, register, runner
 
 
-def _check(dy: Tensor, s: Tensor, lora_B: Tensor) -> None:
+def _check(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> None:
     check_matrix("dy", dy, "M", "N")
     check_matrix("s", s, dy.shape[0], "r")
     check_matrix("lora_B", lora_B, dy.shape[1], s.shape[1])
@@ -17,14 +16,14 @@ def _check(dy: Tensor, s: Tensor, lora_B: Tensor) -> None:
 
 
 def _run(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    _check(dy, s, lora_B)
+    _check(dy, s, lora_B, scaling)
     run = dispatch.select("expand_backward", dispatch.forced(), dy, s, lora_B)
     ds, dB = run(dy, s, lora_B, scaling)
     return ds, dB
 
 
 def _fake(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    _check(dy, s, lora_B)
+    _check(dy, s, lora_B, scaling)
     return dy.new_empty(s.shape), lora_B.new_empty(lora_B.shape)
 
 
@@ -35,6 +34,7 @@ register(
     _fake,
 )
 differentiate_by_reference("expand_backward", reference.expand_backward)
+_call = runner("expand_backward", reference.expand_backward, _check)
 
 
 def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -47,5 +47,5 @@ def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tu
         ValueError, TypeError: a shape or a dtype doesn't fit.
         BackendError: the forced backend can't serve the call.
     """
-    ds, dB = torch.ops.lorafast.expand_backward(dy, s, lora_B, scaling)
+    ds, dB = _call(dy, s, lora_B, scaling)
     return ds, dB

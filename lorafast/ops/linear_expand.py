@@ -1,12 +1,11 @@
 """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``: contract and registration."""
 
-import torch
 from torch import Tensor
 
 from lorafast import reference
 from lorafast.ops import dispatch
 from lorafast.ops.checks import check_dropout, check_matrix, check_same_dtype
-from lorafast.ops.registration import differentiate_by_reference, register
+from lorafast.ops.registration import differentiate_by_reference, register, runner
 
 
 def _check(
@@ -14,6 +13,7 @@ def _check(
     weight: Tensor,
     s: Tensor,
     lora_B: Tensor,
+    scaling: float,
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
@@ -41,7 +41,7 @@ def _run(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    _check(x, weight, s, lora_B, bias, dropout_p, seed)
+    _check(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
     run = dispatch.select("linear_expand", dispatch.forced(), x, weight, s, lora_B, bias, seed)
     y: Tensor = run(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
     return y
@@ -57,7 +57,7 @@ def _fake(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    _check(x, weight, s, lora_B, bias, dropout_p, seed)
+    _check(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -69,6 +69,7 @@ register(
     _fake,
 )
 differentiate_by_reference("linear_expand", reference.linear_expand)
+_call = runner("linear_expand", reference.linear_expand, _check)
 
 
 def linear_expand(
@@ -91,7 +92,5 @@ def linear_expand(
         ValueError, TypeError: a shape, a dtype, ``dropout_p`` or ``seed`` doesn't fit.
         BackendError: the forced backend can't serve the call.
     """
-    y: Tensor = torch.ops.lorafast.linear_expand(
-        x, weight, s, lora_B, scaling, bias, dropout_p, seed
-    )
+    y: Tensor = _call(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
     return y

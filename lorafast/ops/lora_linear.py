@@ -1,9 +1,10 @@
 """The LoRA linear layer: one backward formula, registered for tracing and wrapped for eager.
 
-Under ``torch.compile`` a call is the op ``lorafast::lora_linear``. Eager code skips the registered
-op, whose Python costs more than a small layer's arithmetic, and goes through an
-``autograd.Function`` over the same formula. Under ``torch.func`` transforms, where neither works, it
-is the reference, which PyTorch differentiates and batches itself.
+Under ``torch.compile``, and where a mode sees every operation, a call is the op
+``lorafast::lora_linear``. Other eager code skips the registered op, whose Python costs more than a small
+layer's arithmetic, and goes through an ``autograd.Function`` over the same formula. Under ``torch.func``
+transforms, in forward mode and in exported programs, where neither works, it is the reference, which
+PyTorch differentiates, batches and exports itself.
 """
 
 from collections.abc import Callable
@@ -14,20 +15,14 @@ import torch
 from torch import Tensor
 
 from lorafast import reference
-from lorafast.ops import aten, dispatch
+from lorafast.ops import aten, dispatch, flops
 from lorafast.ops.checks import check_dropout, check_lora_linear
-from lorafast.ops.registration import (
-    register,
-    register_autograd,
-    transforms_active,
-    without_autocast,
-)
+from lorafast.ops.context import needs_plain_pytorch, watched, without_autocast
+from lorafast.ops.registration import register, register_autograd
 
 Gradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, Tensor | None, None, None
 ]
-
-
 _ARGUMENTS = 8
 
 
@@ -70,38 +65,41 @@ def _backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
     s: Tensor | None,
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    adapter_dtype: torch.dtype,
     needs: tuple[bool, ...],
 ) -> Gradients:
     """Every gradient that ``needs`` asks for, by the operations that ``run`` has.
 
-    ``needs`` is in the order of the forward's arguments. ``x``, ``weight`` and ``s`` may be None
-    where no needed gradient takes them.
+    ``needs`` is in the order of the forward's arguments. A tensor may be None where no needed gradient
+    takes it (``_save`` has the list).
     """
     need_dx, need_dweight, need_dA, need_dB, _, need_dbias, *_ = needs
-    K = lora_A.shape[1]
     leading = dy.shape[:-1]
     dy = _rows(dy)
     rows = None if x is None else _rows(x)
     ds = dB = dA = dx = dweight = dbias = None
-    if (need_dx or need_dA) and need_dB:
-        ds, dB = run.expand_backward(dy, s, lora_B, scaling)
-    elif need_dx or need_dA:
-        ds = scaling * run.shrink(dy, lora_B.t())  # ds alone is a shrink
+    if need_dx or need_dA:
+        assert lora_B is not None
+        if need_dB:
+            ds, dB = run.expand_backward(dy, s, lora_B, scaling)
+        else:
+            ds = scaling * run.shrink(dy, lora_B.t())  # ds alone is a shrink
     elif need_dB:
         # dB alone is a shrink_backward, transposed
-        dB = run.shrink_backward(s, dy, 0.0, None, lora_B.dtype).t() * scaling
+        dB = run.shrink_backward(s, dy, 0.0, None, adapter_dtype).t() * scaling
     if need_dA:
-        dA = run.shrink_backward(ds, rows, dropout_p, seed, lora_A.dtype)
+        dA = run.shrink_backward(ds, rows, dropout_p, seed, adapter_dtype)
     if need_dx:
         assert weight is not None
+        assert lora_A is not None
         dx = run.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
-        dx = dx.view(*leading, K)
+        dx = dx.view(*leading, weight.shape[1])
     if need_dweight:
         assert rows is not None
         dweight = dy.t() @ rows
@@ -140,36 +138,79 @@ def _needs_whole(needs: tuple[bool, ...]) -> bool:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
-    """Keeps for the backward what the needed gradients take: x only if A (or W) has one."""
+    """Keeps for the backward what the needed gradients take, so that all else may change meanwhile."""
     x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
     need_dx, need_dweight, need_dA, need_dB, *_ = ctx.needs_input_grad
     ctx.save_for_backward(
         x if need_dA or need_dweight else None,
         weight if need_dx else None,
-        lora_A,
-        lora_B,
+        lora_A if need_dx else None,
+        lora_B if need_dx or need_dA else None,
         s if need_dB else None,
         seed,
     )
+    ctx.lora_A = lora_A  # not its values: what a second derivative is for
     ctx.scaling = scaling
     ctx.dropout_p = dropout_p
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor) -> Gradients:
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """``x``, ``weight``, ``lora_A``, ``lora_B``, ``s`` and ``seed``, those that ``_save`` kept."""
+    try:
+        kept: tuple[Any, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise RuntimeError(
+            "x, weight, lora_A or lora_B was changed in place after a LoRA layer had kept it for its "
+            "backward: write x = x + layer(x), not x += layer(x), and step the optimizer only after "
+            "the backward"
+        ) from error
+    return kept
+
+
+class _ValueOf(torch.autograd.Function):
+    """``value``, differentiated as if it were ``again``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, again: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
     """The formula on the reference operations, so that PyTorch can differentiate it once more."""
-    x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
-    if ctx.needs_input_grad[3]:
+    x, weight, lora_A, lora_B, s, seed = _saved(ctx)
+    if needs[3]:
         if x is not None:
             # s was saved as a number; its dependence on x and A must be part of the graph.
-            s = reference.shrink(_rows(x), lora_A, ctx.dropout_p, seed)
-        elif ctx.needs_input_grad[0]:
+            again = reference.shrink(_rows(x), ctx.lora_A, ctx.dropout_p, seed)
+            s = _ValueOf.apply(s, again)
+        elif needs[0]:
             raise RuntimeError(
                 "a second derivative of lora_linear needs x, which is not kept when lora_A has no "
                 "gradient: let lora_A require one"
             )
     return _backward(
         reference, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
-        ctx.needs_input_grad,
+        ctx.lora_A.dtype, needs,
+    )  # fmt: skip
+
+
+def _observed_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
+    """By registered operations, as compiled code and modes have it."""
+    x, weight, lora_A, lora_B, s, seed = _saved(ctx)
+    if _needs_whole(needs):
+        dx, dA, dB = torch.ops.lorafast.lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
+        )
+        return dx, None, dA, dB, None, None, None, None
+    return _backward(
+        torch.ops.lorafast, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
+        ctx.lora_A.dtype, needs,
     )  # fmt: skip
 
 
@@ -186,24 +227,27 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
+        needs = ctx.needs_input_grad
+        if torch.compiler.is_compiling():  # compiled autograd, which traces this
+            return _observed_backward(ctx, dy, needs)
         with without_autocast(dy):
             if torch.is_grad_enabled():
-                return _differentiable_backward(ctx, dy)
-            x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
-            if _is_batched(dy):  # is_grads_batched, which no kernel knows
-                return _backward(
-                    reference, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed,
-                    ctx.needs_input_grad,
-                )  # fmt: skip
-            if _needs_whole(ctx.needs_input_grad):
+                return _differentiable_backward(ctx, dy, needs)
+            batched = _is_batched(dy)  # is_grads_batched, which no kernel knows
+            if not batched and watched():
+                flops.tell_counters()
+                with dispatch.use_backend(ctx.backend or dispatch.AUTO):
+                    return _observed_backward(ctx, dy, needs)
+            x, weight, lora_A, lora_B, s, seed = _saved(ctx)
+            if not batched and _needs_whole(needs):
                 found = _whole_backward(
                     ctx.backend, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
                 )
                 if found is not None:
                     return found
             return _backward(
-                _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s, ctx.scaling,
-                ctx.dropout_p, seed, ctx.needs_input_grad,
+                reference if batched else _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s,
+                ctx.scaling, ctx.dropout_p, seed, ctx.lora_A.dtype, needs,
             )  # fmt: skip
 
 
@@ -297,7 +341,7 @@ def _registered_backward_run(
     found = _whole_backward(
         backend, dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed
     ) or _backward(
-        _EAGER[backend], dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed,
+        _EAGER[backend], dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed, lora_A.dtype,
         (True, False, True, True, False, False, False, False),
     )  # fmt: skip
     dx, _, dA, dB, *_ = found
@@ -325,33 +369,18 @@ def _registered_backward_fake(
 def _registered_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, s = output
     ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)  # no zeros for that of s
     _save(ctx, inputs, s)
 
 
-def _registered_backward(ctx: Any, dy: Tensor, _: Tensor) -> Gradients:
-    if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, dy)
-    x, weight, lora_A, lora_B, s, seed = ctx.saved_tensors
+def _registered_backward(ctx: Any, dy: Tensor | None, _: None) -> Gradients:
+    if dy is None:
+        return None, None, None, None, None, None, None, None
     # PyTorch leaves out trailing arguments that have their default: no bias, no dropout.
     needs = (*ctx.needs_input_grad, False, False, False)[:_ARGUMENTS]
-    if _needs_whole(needs):
-        dx, dA, dB = torch.ops.lorafast.lora_linear_backward(
-            dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
-        )
-        return dx, None, dA, dB, None, None, None, None
-    return _backward(
-        torch.ops.lorafast,
-        dy,
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        s,
-        ctx.scaling,
-        ctx.dropout_p,
-        seed,
-        needs,
-    )
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, dy, needs)
+    return _observed_backward(ctx, dy, needs)
 
 
 register(
@@ -382,21 +411,25 @@ def lora_linear(
     seed: Tensor | None,
 ) -> Tensor:
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` on checked arguments, outside autocast."""
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    reason = needs_plain_pytorch(compiling)
+    if reason is not None:
+        dispatch.check_plain_pytorch("lora_linear", reason)
+        return reference.lora_linear(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
+        )
+    mode = not compiling and watched()
+    if mode:
+        flops.tell_counters()
+    if compiling:
+        # A float of a custom operation is a constant of the graph: another value would be another graph.
+        lora_B, scaling = lora_B * scaling, 1.0
+    if compiling or mode:
         y: Tensor = torch.ops.lorafast.lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed
         )[0]
         return y
     backend = dispatch.forced()
-    if transforms_active():
-        if backend not in (None, "reference"):
-            raise dispatch.BackendError(
-                f"backend {backend!r} can't serve lora_linear: torch.func transforms need operations "
-                "that PyTorch differentiates itself, which only 'reference' is made of"
-            )
-        return reference.lora_linear(
-            x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
-        )
     N = lora_B.shape[0]
     if (backend is None or backend == "aten") and is_small(x, lora_A, N, dropout_p, backend):
         if x.dim() == 2:

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from lorafast.ops.registration import autocast_enabled, transforms_active
+from lorafast.ops.context import autocast_enabled, needs_plain_pytorch
 
 ENVIRONMENT_VARIABLE = "LORAFAST_PACK_MEMORY"
 _ROWS, _COLUMNS = 8, 32
@@ -215,8 +214,7 @@ def linear_if_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor |
         or not x.is_cpu
         or x.layout is not torch.strided
         or autocast_enabled(x)
-        or transforms_active()
-        or forward_ad._current_level >= 0
+        or needs_plain_pytorch() is not None
         or (
             torch.is_grad_enabled()
             and (

@@ -1,43 +1,28 @@
 """Registration of the operations with ``torch.library``, for ``torch.compile`` and everything that
 traces. Eager code takes the shorter path in ``lora_linear``."""
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lorafast.kernels.common import counters
+from lorafast.ops import dispatch, flops
+from lorafast.ops.context import needs_plain_pytorch, watched, without_autocast
 
 _LIBRARY = torch.library.Library("lorafast", "DEF")
+_implementations: dict[str, Callable[..., Any]] = {}
 
 
-# Private, but ten times as cheap as asking for the device of a tensor; without it every call asks.
-_autocast_anywhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+def implementation_of(operation: Any) -> Callable[..., Any] | None:
+    """What runs for an overload of ``torch.ops``, below autograd; None if it is not registered here.
 
-
-# Private, but the one cheap question; without it the autograd.Function refuses transforms aloud.
-transforms_active: Callable[[], bool] = getattr(
-    torch._C, "_are_functorch_transforms_active", lambda: False
-)
-
-
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``; meta has none and can't be asked."""
-    return (
-        _autocast_anywhere()
-        and isinstance(x, Tensor)
-        and not x.is_meta
-        and torch.is_autocast_enabled(x.device.type)
-    )
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Inside an operation dtypes are settled: autocast must not change them again."""
-    if autocast_enabled(x):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    For modes that look inside an operation, which is one call to them.
+    """
+    namespace, _, name = operation._overloadpacket._qualified_op_name.partition("::")
+    return _implementations.get(name) if namespace == "lorafast" else None
 
 
 def register(
@@ -46,12 +31,46 @@ def register(
     """Defines ``lorafast::name``; the first argument of ``implementation`` is a tensor."""
 
     def kernel(x: Tensor, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, (x, *arguments))
         with without_autocast(x), counters.fresh():
             return implementation(x, *arguments)
 
+    _implementations[name] = kernel
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafast::{name}", fake, lib=_LIBRARY)
+
+
+def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
+    """Below autograd a tangent would be lost without a word."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise NotImplementedError(
+                f"torch.ops.lorafast.{name} has no forward-mode derivative: call lorafast.ops.{name} or "
+                "lorafast.functional, which PyTorch differentiates in forward mode"
+            )
+
+
+def runner(
+    name: str, reference: Callable[..., Any], check: Callable[..., None]
+) -> Callable[..., Any]:
+    """``torch.ops.lorafast.name``, or on checked arguments its reference where only operations that
+    PyTorch differentiates itself will do."""
+    operation = getattr(torch.ops.lorafast, name)
+
+    def run(*arguments: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        reason = needs_plain_pytorch(compiling)
+        if reason is None:
+            if not compiling and watched():
+                flops.tell_counters()
+            return operation(*arguments)
+        dispatch.check_plain_pytorch(name, reason)
+        check(*arguments)
+        return reference(*arguments)
+
+    return run
 
 
 def register_autograd(

@@ -1,12 +1,11 @@
 """``s = drop(x)·Aᵀ``: contract and registration."""
 
-import torch
 from torch import Tensor
 
 from lorafast import reference
 from lorafast.ops import dispatch
 from lorafast.ops.checks import check_dropout, check_matrix
-from lorafast.ops.registration import differentiate_by_reference, register
+from lorafast.ops.registration import differentiate_by_reference, register, runner
 
 
 def _check(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> None:
@@ -34,6 +33,7 @@ register(
     _fake,
 )
 differentiate_by_reference("shrink", reference.shrink)
+_call = runner("shrink", reference.shrink, _check)
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -46,5 +46,5 @@ def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | Non
         ValueError: a shape, ``dropout_p`` or ``seed`` doesn't fit.
         BackendError: the forced backend can't serve the call.
     """
-    s: Tensor = torch.ops.lorafast.shrink(x, lora_A, dropout_p, seed)
+    s: Tensor = _call(x, lora_A, dropout_p, seed)
     return s

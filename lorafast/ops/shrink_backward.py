@@ -6,10 +6,12 @@ from torch import Tensor
 from lorafast import reference
 from lorafast.ops import dispatch
 from lorafast.ops.checks import check_dropout, check_matrix, check_same_dtype
-from lorafast.ops.registration import differentiate_by_reference, register
+from lorafast.ops.registration import differentiate_by_reference, register, runner
 
 
-def _check(ds: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None) -> None:
+def _check(
+    ds: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None, dtype: torch.dtype | None
+) -> None:
     check_matrix("x", x, "M", "K")
     check_matrix("ds", ds, x.shape[0], "r")
     check_same_dtype("ds", ds, "x", x.dtype)
@@ -23,7 +25,7 @@ def _run(
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(ds, x, dropout_p, seed)
+    _check(ds, x, dropout_p, seed, dtype)
     run = dispatch.select("shrink_backward", dispatch.forced(), ds, x, seed)
     dA: Tensor = run(ds, x, dropout_p, seed, dtype)
     return dA
@@ -36,7 +38,7 @@ def _fake(
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(ds, x, dropout_p, seed)
+    _check(ds, x, dropout_p, seed, dtype)
     return x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype or x.dtype)
 
 
@@ -47,6 +49,7 @@ register(
     _fake,
 )
 differentiate_by_reference("shrink_backward", reference.shrink_backward)
+_call = runner("shrink_backward", reference.shrink_backward, _check)
 
 
 def shrink_backward(
@@ -65,5 +68,5 @@ def shrink_backward(
         ValueError, TypeError: a shape, a dtype, ``dropout_p`` or ``seed`` doesn't fit.
         BackendError: the forced backend can't serve the call.
     """
-    dA: Tensor = torch.ops.lorafast.shrink_backward(ds, x, dropout_p, seed, dtype)
+    dA: Tensor = _call(ds, x, dropout_p, seed, dtype)
     return dA

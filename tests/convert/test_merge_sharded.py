@@ -1,6 +1,7 @@
-"""FSDP2 in one process: what is sharded is not merged, and says so."""
+"""FSDP2 and DTensors in one process: what is merged, and what says why it is not."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import lorafast
 from lorafast.nn import LoRALinear
@@ -44,17 +45,46 @@ def test_a_sharded_model_is_refused_and_goes_on(mesh, shard, name):
         torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("call", ["merge", "to_linear"])
-def test_a_sharded_layer_is_refused_and_goes_on(mesh, call):
-    model, x = adapted(), torch.randn(3, 7)
-    expected = copy.deepcopy(model)(x)
+def test_one_layer_of_a_sharded_model_is_merged(mesh):
+    model, x = adapted(), torch.randn(3, 7, requires_grad=True)
+    whole = copy.deepcopy(model)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(
-        ValueError, match=r"^its weight is a DTensor, a shard: merge before the model"
-    ):
-        getattr(model[0], call)()
-    assert not model[0].merged
-    torch.testing.assert_close(model(x), expected)
+    plain = model[0].to_linear()
+    torch.testing.assert_close(plain.weight.full_tensor(), whole[0].to_linear().weight)
+    model[0].merge()
+    for _ in range(2):
+        for net in (model, whole):
+            net.zero_grad()
+        y, expected = model(x), whole(x)
+        torch.testing.assert_close(y, expected)
+        found = torch.autograd.grad(y.sum(), x)[0]
+        torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), x)[0])
+    model[0].unmerge()
+    torch.testing.assert_close(model(x), whole(x))
+
+
+def test_a_sharded_layer_is_checked_too(mesh):
+    model = adapted()
+    fully_shard(model, mesh=mesh)
+    with torch.no_grad():
+        model[0].lora_A.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"^its lora_A is NaN or infinite in 14 of 14 elements"):
+        model[0].merge()
+
+
+def test_a_distributed_layer_is_merged_as_it_is(mesh):
+    model, x = adapted(), torch.randn(3, 7)
+    expected = model(x)
+    for layer in model:
+        for name, parameter in list(layer.named_parameters()):
+            placement = Replicate() if name == "lora_A" else Shard(0)
+            placed = distribute_tensor(parameter.detach(), mesh, [placement])
+            setattr(layer, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+    x = distribute_tensor(x, mesh, [Replicate()])
+    model[0].merge()
+    torch.testing.assert_close(model(x).full_tensor(), expected)
+    lorafast.merge(model)
+    torch.testing.assert_close(model(x).full_tensor(), expected)
 
 
 def test_a_layer_merged_before_sharding_serves(mesh):

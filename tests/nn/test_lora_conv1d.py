@@ -166,3 +166,13 @@ def test_transformers_is_not_imported_for_it():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert process.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["apart", "merged"])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_and_traced_symbolically(made, x, merged):
+    if merged:
+        made.merge()
+    expected = formula(made, x)
+    torch.testing.assert_close(torch.jit.script(made)(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(made)(x), expected)

@@ -1,7 +1,10 @@
+import asyncio
 import dataclasses
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,6 +73,72 @@ def test_choice_nests_and_ends_with_the_block():
             raise KeyError
         assert dispatch.forced() == "reference"
     assert dispatch.forced() is None
+
+
+def test_overlapping_blocks_of_threads_leave_no_choice_behind():
+    """Each thread has its own; the first to enter is the first to leave."""
+    seen, entered, left = {}, threading.Barrier(2), threading.Event()
+
+    def first():
+        with lorafast.use_backend("reference"):
+            entered.wait()
+            seen["first"] = dispatch.forced()
+        left.set()
+        seen["first, after"] = dispatch.forced()
+
+    def second():
+        with lorafast.use_backend("aten"):
+            entered.wait()
+            left.wait()
+            seen["second"] = dispatch.forced()
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (seen["first"], seen["second"]) == ("reference", "aten")
+    assert dispatch.forced() is None
+
+
+def test_a_thread_without_a_block_follows_the_latest_open_one():
+    """Autograd's threads on a GPU and nn.DataParallel's, which run what the block's thread asked for."""
+
+    def of_another_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(dispatch.forced).result()
+
+    with lorafast.use_backend("aten"):
+        with lorafast.use_backend("reference"):
+            assert of_another_thread() == "reference"
+        assert of_another_thread() == "aten"
+    assert of_another_thread() is None
+
+
+def test_a_task_that_outlives_its_block_keeps_no_choice():
+    async def late(ended):
+        await ended.wait()
+        return dispatch.forced()
+
+    async def main():
+        ended = asyncio.Event()
+        with lorafast.use_backend("reference"):
+            task = asyncio.create_task(late(ended))
+            await asyncio.sleep(0)
+        ended.set()
+        return await task
+
+    assert asyncio.run(main()) is None
+
+
+def test_a_wrong_environment_variable_stops_the_first_call_and_no_import():
+    code = (
+        "import torch, lorafast; t = torch.ones(2, 2)\n"
+        "try: lorafast.functional.lora_linear(t, t, t, t, 1.0)\n"
+        "except ValueError as error: print(error)"
+    )
+    run = run_python(code, LORAFAST_BACKEND="cutlass")
+    assert run.stdout.startswith("LORAFAST_BACKEND is 'cutlass', expected one of auto, reference")
 
 
 def test_unknown_backend_is_refused():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorafast import functional
 from lorafast.integrations.peft.adapters import Adapter, settled
-from lorafast.ops.registration import without_autocast
+from lorafast.ops.context import without_autocast
 
 _PARTS = 16
 """Half precision is squared and multiplied in a float32 copy, of a part of W at a time."""

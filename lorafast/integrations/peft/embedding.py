@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorafast.integrations.peft import rules
 from lorafast.integrations.peft.adapters import settled
-from lorafast.ops.registration import without_autocast
+from lorafast.ops.context import without_autocast
 
 
 def forward(

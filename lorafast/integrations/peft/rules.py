@@ -17,7 +17,7 @@ from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
 from lorafast.integrations.peft.adapters import Adapter
-from lorafast.ops.registration import autocast_enabled
+from lorafast.ops.context import autocast_enabled
 
 _PLAIN = (Tensor, nn.Parameter)
 _LINEAR: dict[Any, str] = {

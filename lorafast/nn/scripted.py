@@ -1,0 +1,40 @@
+"""What ``torch.jit.script`` makes of a ``LoRALinear``: the formula in PyTorch's own calls."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ScriptedLoRALinear(nn.Module):
+    """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` over the parameters of a layer, which it shares.
+
+    A script runs where lorafast isn't installed, at the speed of PyTorch's own calls. Its dropout mask
+    is that of ``nn.Dropout``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        lora_A: nn.Parameter,
+        lora_B: nn.Parameter,
+        scaling: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.lora_A = lora_A
+        self.lora_B = lora_B
+        self.scaling = float(scaling)
+        self.dropout = float(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` → ``[..., out_features]``."""
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        dropped = F.dropout(x, self.dropout, self.training).to(dtype)
+        s = F.linear(dropped, self.lora_A.to(dtype))
+        low_rank = F.linear(s, self.lora_B.to(dtype) * self.scaling)
+        return F.linear(x, self.weight, self.bias) + low_rank.to(x.dtype)

@@ -1,0 +1,75 @@
+"""The layer as PyTorch's own calls of ``F.linear``, for inputs whose rows the kernels can't read.
+
+Sparse, nested and oneDNN tensors, and DTensors with dropout: whatever ``F.linear`` does with them, this
+does. In the low-rank term float16 is float32, as in every backend.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafast.ops import aten, dispatch
+from lorafast.ops.checks import describe_layout
+from lorafast.reference.dropout import survivor_scale
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` on checked arguments, outside autocast.
+
+    The mask of a nested tensor is PyTorch's own; that of a DTensor is the one that the whole tensor
+    would have on one device, drawn by the first rank of its mesh.
+
+    Raises:
+        ValueError: dropout of a sparse or oneDNN ``x``, which PyTorch doesn't have.
+        BackendError: a backend is forced that isn't made of PyTorch's own operations.
+    """
+    kind = type(x).__name__ if is_sharded(x) else describe_layout(x)
+    dispatch.check_plain_pytorch("lora_linear", f"inputs like this one ({kind})")
+    dropped = _drop(x, dropout_p, seed) if dropout_p else x
+    dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
+    s = F.linear(dropped.to(dtype), lora_A.to(dtype))
+    return F.linear(x, weight, bias) + F.linear(s, lora_B.to(dtype) * scaling).to(x.dtype)
+
+
+def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if seed is not None and is_sharded(x):
+        return _drop_sharded(x, dropout_p, seed)
+    if not x.is_nested:
+        raise ValueError(
+            f"x is {describe_layout(x)}, of which PyTorch has no dropout: expected a strided tensor "
+            "(x.to_dense()) or dropout_p 0"
+        )
+    return F.dropout(x, dropout_p)
+
+
+def _drop_sharded(x: Any, dropout_p: float, seed: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    mesh = x.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    seed = distribute_tensor(seed, mesh, everywhere).to_local()  # the first rank's, on all of them
+    K = x.shape[-1]
+    keep = aten.keep_mask(x.numel() // max(K, 1), K, dropout_p, seed).view(x.shape)
+    scale = keep.to(x.dtype) * survivor_scale(dropout_p)
+    scaled: Tensor = x * DTensor.from_local(scale, mesh, everywhere, run_check=False)
+    return scaled
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor."""
+    if type(x) is Tensor:
+        return False
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(x, tensors.DTensor)

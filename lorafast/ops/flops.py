@@ -1,0 +1,74 @@
+"""FLOPs of the registered operations, for PyTorch's ``FlopCounterMode``.
+
+A formula is one PyTorch's own operations would be counted by: two for each multiply-add of a product,
+none for what is element by element.
+"""
+
+import sys
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils import _python_dispatch
+
+_Shape = tuple[int, ...]
+
+
+def _shrink(x: _Shape, lora_A: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * lora_A[0]
+
+
+def _linear_expand(x: _Shape, weight: _Shape, s: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[0] * (x[1] + s[1])
+
+
+def _expand_backward(dy: _Shape, s: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * 2 * prod(dy) * s[1]
+
+
+def _shrink_backward(ds: _Shape, x: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * ds[1]
+
+
+def _lora_linear(x: _Shape, weight: _Shape, lora_A: _Shape, *_: Any, **__: Any) -> int:
+    (N, K), r = weight, lora_A[0]
+    return 2 * prod(x[:-1]) * (N * K + r * (N + K))
+
+
+def _lora_linear_backward(
+    dy: _Shape, x: _Shape, weight: _Shape, lora_A: _Shape, *_: Any, **__: Any
+) -> int:
+    (N, K), r = weight, lora_A[0]
+    return 2 * prod(dy[:-1]) * (N * K + 2 * r * (N + K))
+
+
+FORMULAS = {
+    "shrink": _shrink,
+    "linear_expand": _linear_expand,
+    "expand_backward": _expand_backward,
+    "shrink_backward": _shrink_backward,
+    "lora_linear": _lora_linear,
+    "lora_linear_backward": _lora_linear_backward,
+}
+
+
+def tell_counters() -> None:
+    """Gives PyTorch's counter the formulas, if it is there, and those of its modes that are open.
+
+    Called where a mode is open, not when this package is imported: the counter imports Triton. A mode
+    has the formulas that were known when it was made.
+    """
+    counter: Any = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    known = counter.flop_registry
+    for name, formula in FORMULAS.items():
+        operation = getattr(torch.ops.lorafast, name)
+        if operation not in known:
+            counter.register_flop_formula(operation)(formula)
+    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+        of_mode = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if isinstance(of_mode, dict):
+            for name in FORMULAS:
+                operation = getattr(torch.ops.lorafast, name)
+                of_mode.setdefault(operation, known[operation])

@@ -1,0 +1,147 @@
+"""An adapted model in what leaves Python: traced, scripted, exported, as ONNX.
+
+None needs lorafast to run, and the adapter is in all of them.
+"""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import lorafast
+from lorafast.nn import LoRALinear
+
+ROWS = pytest.mark.parametrize("rows", [3, 300])
+
+
+def adapted(**more):
+    """Layers on both sides of where the fused formula begins at 300 rows, with a trained adapter."""
+    model = nn.Sequential(nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 512), nn.Linear(512, 768))
+    lorafast.adapt(model, r=4, **more)
+    for layer in model:
+        if isinstance(layer, LoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.2)
+    return model.eval()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def without_lorafast(load, tmp_path, x):
+    """What a process without this package computes."""
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys; sys.modules['lorafast'] = None\n"
+        f"import torch\nx = torch.load({str(tmp_path / 'x.pt')!r})\n"
+        f"torch.save(({load})(x).detach(), {str(tmp_path / 'y.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return torch.load(tmp_path / "y.pt")
+
+
+@ROWS
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["trace", "script"])
+def test_torchscript(how, merged, rows, tmp_path):
+    model, x = adapted(), torch.randn(rows, 96)
+    if merged:
+        for layer in model:
+            if isinstance(layer, LoRALinear):
+                layer.merge()
+    script = torch.jit.trace(model, x) if how == "trace" else torch.jit.script(model)
+    close(script(x), model(x))
+    script.save(str(tmp_path / "model.pt"))
+    file = str(tmp_path / "model.pt")
+    close(without_lorafast(f"torch.jit.load({file!r})", tmp_path, x), model(x))
+    more = torch.randn(rows + 1, 96)
+    close(script(more), model(more))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_trains_the_parameters_of_the_layer():
+    model, x = adapted(dropout=0.0), torch.randn(5, 96)
+    torch.jit.script(model)(x).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(x).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert all(name.rpartition(".")[2] in ("lora_A", "lora_B") for name in found)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_script_of_half_precision_keeps_the_range_of_the_adapter(dtype):
+    layer = LoRALinear(64, 48, 2, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.lora_A.fill_(100.0)
+        layer.lora_B.fill_(1e-3)
+    x = torch.full((3, 64), 50.0, dtype=dtype)  # s is 320,000, out of float16's range
+    y = torch.jit.script(layer)(x)
+    close(y.float(), torch.full((3, 48), 2 * 320.0 * 1.0))
+
+
+@ROWS
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_torch_export(strict, rows, tmp_path):
+    model, x = adapted(), torch.randn(rows, 96)
+    rows_vary = {"input": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(model, (x,), dynamic_shapes=rows_vary, strict=strict)
+    assert "lorafast" not in str(program.graph)
+    close(program.module()(x), model(x))
+    more = torch.randn(rows + 4, 96)
+    close(program.module()(more), model(more))
+    file = str(tmp_path / "model.pt2")
+    torch.export.save(program, file)
+    found = without_lorafast(f"torch.export.load({file!r}).module()", tmp_path, x)
+    close(found, model(x))
+
+
+@ROWS
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_onnx(dynamo, rows, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model, x = adapted(), torch.randn(rows, 96)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), file if dynamo else str(file), dynamo=dynamo, verbose=False)
+    exported = onnx.load(file)
+    (y,) = ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x.numpy()})
+    close(torch.from_numpy(y), model(x))
+
+
+def test_fx_has_a_node_for_a_layer_and_its_parameters():
+    model, x = adapted(), torch.randn(5, 96)
+    traced = torch.fx.symbolic_trace(model)
+    calls = [node for node in traced.graph.nodes if node.op == "call_function"]
+    assert [node.target for node in calls] == [lorafast.functional.lora_linear] * 3
+    close(traced(x), model(x))
+    traced(x).sum().backward()
+    trained = {name for name, p in traced.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_is_traced_with_what_it_has_learnt():
+    model, x = adapted(), torch.randn(300, 96)
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter -= 1e-4 * parameter.grad
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x), buffer)
+    buffer.seek(0)
+    close(torch.jit.load(buffer)(x), model(x))

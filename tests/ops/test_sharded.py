@@ -1,0 +1,52 @@
+"""DTensors through the layer, with dropout: the mask of the whole tensor, the same on every rank."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lorafast import reference
+from lorafast.functional import lora_linear
+
+P = 0.3
+
+
+def _on_each_rank(rank, world, file):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    torch.manual_seed(0)
+    x, W, A, B = (torch.randn(s).double() for s in ((4, 6, 24), (10, 24), (3, 24), (10, 3)))
+    everywhere = [Replicate()]
+    for of_x in (Replicate(), Shard(0), Shard(1)):
+        for of_weight in (Replicate(), Shard(0)):
+            shards = (
+                distribute_tensor(x, mesh, [of_x]).requires_grad_(),
+                distribute_tensor(A, mesh, everywhere).requires_grad_(),
+                distribute_tensor(B, mesh, [of_weight]).requires_grad_(),
+            )
+            weight = distribute_tensor(W, mesh, [of_weight])
+            torch.manual_seed(7 + rank)
+            y = lora_linear(shards[0], weight, *shards[1:], 0.5, dropout_p=P)
+            found = (y, *torch.autograd.grad(y.square().sum(), shards))
+
+            torch.manual_seed(7)
+            seed = torch.randint(2**63 - 1, (1,))
+            whole = tuple(t.clone().requires_grad_() for t in (x, A, B))
+            y = reference.lora_linear(whole[0], W, *whole[1:], 0.5, dropout_p=P, seed=seed)
+            expected = (y, *torch.autograd.grad(y.square().sum(), whole))
+            for name, one, two in zip(("y", "dx", "dA", "dB"), found, expected, strict=True):
+                torch.testing.assert_close(one.full_tensor(), two, msg=f"{name} {of_x} {of_weight}")
+    dist.destroy_process_group()
+
+
+def test_dropout_of_a_dtensor_is_that_of_the_whole_tensor():
+    if not dist.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_on_each_rank, (2, os.path.join(folder, "rendezvous")), nprocs=2)
