@@ -8,6 +8,7 @@ from torch import nn
 from lorafast.convert import targets as _targets
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
+from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.left_out import large_share
 from lorafast.convert.resizing import let_heads_resize
 from lorafast.convert.targets import ALL_LINEAR, Pattern
@@ -35,9 +36,9 @@ def adapt(
     Args:
         model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
         r: rank.
-        targets: ``"all-linear"`` (every ``nn.Linear`` but those of a Transformers model's output head
-            or classifier), a list of names (a layer's full name or its ending, as PEFT's
-            ``target_modules``), or a string, a regex that must match the full name.
+        targets: ``"all-linear"`` (every ``nn.Linear`` and GPT-2's ``Conv1D`` but those of a Transformers
+            model's output head or classifier), a list of names (a layer's full name or its ending, as
+            PEFT's ``target_modules``), or a string, a regex that must match the full name.
         alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``). None is ``r``: a
             scaling of 1, where PEFT's default, ``lora_alpha=8``, gives 0.5 at r = 16.
         dropout: probability of dropping an element of a layer's input to the adapter.
@@ -54,13 +55,20 @@ def adapt(
         ValueError: a name or regex matches no layer, the model has PEFT's adapters (which
             ``accelerate`` is for), or ``r``, ``alpha`` or ``dropout`` doesn't fit. The model is
             unchanged.
-        TypeError: a layer that was asked for can't be adapted. The model is unchanged. With
-            ``"all-linear"`` such a layer is left as it is, and a warning names it, as it does
-            convolutions and stacked experts that hold a quarter of the parameters or more.
+        TypeError: a layer that was asked for can't be adapted, or FSDP has sharded it. The model is
+            unchanged. With ``"all-linear"`` a layer that can't be adapted is left as it is, and a
+            warning names it, as it does convolutions and stacked experts that hold a quarter of the
+            parameters or more.
     """
     inner = _targets.unwrapped(model)
     layers: dict[str, LoRALinear] = {}
-    for linear, names in _targets.find(inner, targets, exclude).items():
+    found = _targets.find(inner, targets, exclude)
+    sharded = name_of_sharded(inner, found)
+    if sharded is not None:
+        raise TypeError(
+            f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
+        )
+    for linear, names in found.items():
         layer = LoRALinear.from_linear(
             linear,
             r,

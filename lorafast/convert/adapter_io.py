@@ -26,6 +26,8 @@ from lorafast.convert.peft_format import (
 )
 from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
 from lorafast.nn import LoRALinear
+from lorafast.nn.offload import device_of
+from lorafast.nn.plain import features
 
 _NO_MEMORY = "{} is on the device meta, which holds no values: load the model first"
 # What PEFT calls the layer that an adapter wraps.
@@ -187,7 +189,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     layers: dict[str, LoRALinear] = {}
     for linear, names in names_by_layer(inner).items():
-        if isinstance(linear, nn.Linear) and names[0] in adapters:
+        if not isinstance(linear, LoRALinear) and names[0] in adapters:
             layer = LoRALinear.from_linear(
                 linear,
                 config.rank(names[0]),
@@ -293,16 +295,20 @@ def _check_pair(
     r = config.rank(name)
     if isinstance(module, LoRALinear) and module.r != r:
         raise ValueError(f"{name} is adapted with r = {module.r}, and the file has r = {r}")
-    assert isinstance(module, (nn.Linear, LoRALinear))
-    if module.weight.is_meta:
+    K, N = features(module)
+    weight = module.lora_A if isinstance(module, LoRALinear) else module.weight
+    assert isinstance(weight, Tensor)
+    # Of an offloaded plain layer the adapter is made where its forward runs.
+    device = weight.device if isinstance(module, LoRALinear) else device_of(module, weight)
+    if device.type == "meta":
         raise ValueError(_NO_MEMORY.format(name))
-    expected = {"lora_A": (r, module.in_features), "lora_B": (module.out_features, r)}
+    expected = {"lora_A": (r, K), "lora_B": (N, r)}
     for half, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if tuple(tensor.shape) != expected[half]:
             raise ValueError(
                 f"{half} of {name} has shape {list(tensor.shape)} in the file, expected "
                 f"{list(expected[half])}: r is {r} in the config, the layer is "
-                f"{module.in_features} → {module.out_features}"
+                f"{K} → {N}"
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{half} of {name} is {tensor.dtype} in the file, expected floats")

@@ -5,20 +5,25 @@ import warnings
 from torch import nn
 
 from lorafast.convert import checkpointing, resizing
+from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.targets import replace
-from lorafast.nn import LoRALinear
-from lorafast.nn.lora_linear import move_hooks
+from lorafast.nn import LoRALinear, offload
+from lorafast.nn.plain import move_hooks
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replaces every ``LoRALinear`` by an ``nn.Linear`` of weight ``W + scaling · B·A``.
+    """Replaces every ``LoRALinear`` by a plain layer of weight ``W + scaling · B·A``.
 
-    The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The sum is
-    rounded to the dtype of the weight. Hooks move along. A weight that another module shares is no
-    longer shared, and a warning names it.
+    The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The layers
+    are of the class that was adapted, ``nn.Linear`` as a rule. The sum is rounded to the dtype of the
+    weight. Hooks move along. A weight that another module shares is no longer shared, and a warning
+    names it. Weights that Accelerate has offloaded, to a disk too, are brought in one layer at a time;
+    the merged ones are offloaded to the CPU's memory.
 
     Raises:
-        ValueError: the model has no ``LoRALinear``.
+        ValueError: the model has no ``LoRALinear``; or a layer's adapter has NaN or infinite values or
+            makes some, the layer has no values (meta), is sharded, or has hooks that can't move. The
+            message names the layer, and the model is unchanged.
     """
     layers = {
         name: module
@@ -27,7 +32,23 @@ def merge(model: nn.Module) -> nn.Module:
     }
     if not layers:
         raise ValueError("the model has no LoRALinear to merge")
+    sharded = name_of_sharded(model, layers.values())
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded by FSDP, which keeps the layers that it was given: merge before "
+            "sharding, or save the adapter and load it into a model that isn't"
+        )
     shared = _also_used_elsewhere(model, layers)
+    # A layer that has two names stays one layer.
+    merged: dict[LoRALinear, nn.Module] = {}
+    for name, layer in layers.items():
+        if layer in merged:
+            continue
+        try:
+            merged[layer] = layer.to_linear()
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'} can't be merged: {error}") from error
+        offload.unwrap(layer, merged[layer])
     if shared:
         warnings.warn(
             "merged weights that other modules share are no longer shared: "
@@ -35,8 +56,6 @@ def merge(model: nn.Module) -> nn.Module:
             + _untie_config(model, layers),
             stacklevel=2,
         )
-    # A layer that has two names stays one layer.
-    merged = {layer: layer.to_linear() for layer in dict.fromkeys(layers.values())}
     for layer, linear in merged.items():
         move_hooks(layer, linear)
     checkpointing.undo(model)
@@ -49,7 +68,10 @@ def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> lis
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
-    return [f"{name}.weight" for name, layer in layers.items() if len(owners[id(layer.weight)]) > 1]
+    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
+    return [
+        f"{name}.weight" for name, weight in weights.items() if len(owners.get(id(weight), ())) > 1
+    ]
 
 
 def _untie_config(model: nn.Module, layers: dict[str, LoRALinear]) -> str:

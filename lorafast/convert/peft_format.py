@@ -19,7 +19,9 @@ from lorafast.convert.targets import (
     output_head,
 )
 from lorafast.nn import LoRALinear
-from lorafast.nn.lora_linear import check_alpha, check_probability, check_rank
+from lorafast.nn.checks import check_alpha, check_probability, check_rank
+from lorafast.nn.lora_conv1d import LoRAConv1D
+from lorafast.nn.plain import stock_class
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,7 +33,7 @@ LORA_B = ".lora_B.weight"
 # which they don't.
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
+    "fan_in_fan_out": (False, None, True),  # each layer of the model says it, as in PEFT
     "use_dora": (False, None),
     "lora_bias": (False, None),
     "target_parameters": (None, []),
@@ -80,7 +82,7 @@ class AdapterConfig:
         return {
             name
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, LoRALinear))
+            if (isinstance(module, LoRALinear) or stock_class(module) is not None)
             and module not in in_head
             and self._targets(name)
         }
@@ -158,7 +160,7 @@ def describe(
         "use_rslora": first.use_rslora,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
         "target_modules": _shortest_targets(layers, model),
         "modules_to_save": modules_to_save or None,

@@ -4,13 +4,13 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable
-from typing import TypeGuard
 
 from torch import nn
 
 from lorafast.convert.left_out import large_share
 from lorafast.convert.places import COMPILED, has_peft_adapter, why_not_here
 from lorafast.nn import LoRALinear
+from lorafast.nn.plain import stock_class
 
 ALL_LINEAR = "all-linear"
 Pattern = str | Iterable[str]
@@ -69,16 +69,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it is of a kind that can be adapted; ``why_not_here`` has the reasons against one."""
-    return isinstance(module, nn.Linear)
-
-
 def names_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The linear and LoRA layers of ``model`` in its order, each with all the names that reach it."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if _is_linear(module) or isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear) or stock_class(module) is not None:
             found.setdefault(module, []).append(name)
     return found
 
@@ -94,7 +89,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn.Linear, list[str]]:
+def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn.Module, list[str]]:
     """The layers to adapt, each with all the names that reach it; any of them selects it.
 
     Raises:
@@ -114,7 +109,7 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     for one in _each(exclude):
         if not any(_reaches(one, names) for names in layers.values()):
             raise ValueError(_nothing_matches("exclude", one, model))
-    linears = {layer: names for layer, names in layers.items() if _is_linear(layer)}
+    linears = {layer: names for layer, names in layers.items() if not isinstance(layer, LoRALinear)}
     kept = {layer: names for layer, names in linears.items() if not _reaches(exclude, names)}
     if targets == ALL_LINEAR:
         return _all_linear(model, kept)
@@ -148,11 +143,11 @@ def _reaches(pattern: Pattern, names: list[str]) -> bool:
 
 
 def _all_linear(
-    model: nn.Module, linears: dict[nn.Linear, list[str]]
-) -> dict[nn.Linear, list[str]]:
+    model: nn.Module, linears: dict[nn.Module, list[str]]
+) -> dict[nn.Module, list[str]]:
     head = output_head(model)
     in_head = set() if head is None else set(head.modules())
-    found: dict[nn.Linear, list[str]] = {}
+    found: dict[nn.Module, list[str]] = {}
     refused: dict[str, list[str]] = {}
     for layer, names in linears.items():
         if layer in in_head:

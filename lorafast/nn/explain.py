@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.ops import dispatch, packing
 from lorafast.ops.lora_linear import is_small
@@ -68,9 +69,10 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     layers = {}
     for name, layer in module.named_modules():
         if isinstance(layer, LoRALinear):
-            layers[name or "(module)"] = tuple(
-                _choose(operation, layer, x) for operation in dispatch.OPERATIONS
-            )
+            with offload.present(layer):
+                layers[name or "(module)"] = tuple(
+                    _choose(operation, layer, x) for operation in dispatch.OPERATIONS
+                )
     if not layers:
         raise ValueError(
             "the module has no LoRALinear, whose backends could be explained: lorafast.adapt(model) "
@@ -120,7 +122,8 @@ def _automatically(
     dy, s, lora_B = _sample("expand_backward", layer, like, M)
     forward = operation in ("shrink", "linear_expand")
     whole = "lora_linear" if forward else "lora_linear_backward"
-    others = (layer.weight, lora_B) if forward else (dy, layer.weight, lora_B, s)
+    W = layer.base_weight()
+    others = (W, lora_B) if forward else (dy, W, lora_B, s)
     backend, reason = dispatch.automatic_whole(whole, x, lora_A, seed[0] if seed else None, *others)
     if backend is not None:
         return backend, reason
@@ -141,7 +144,7 @@ def _sample(operation: str, layer: LoRALinear, like: Tensor, M: int) -> tuple[Te
     seed = (torch.zeros(1, dtype=torch.int64, device=like.device),) if masked else ()
     return {
         "shrink": (x, layer.lora_A, *seed),
-        "linear_expand": (x, layer.weight, s, layer.lora_B),
+        "linear_expand": (x, layer.base_weight(), s, layer.lora_B),
         "expand_backward": (dy, s, layer.lora_B),
         "shrink_backward": (s, x, *seed),
     }[operation]

@@ -1,7 +1,6 @@
 """``LoRALinear``: a frozen ``nn.Linear`` with a low-rank adapter."""
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -9,43 +8,66 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from lorafast.functional import lora_linear
+from lorafast.nn import offload
+from lorafast.nn.checks import (
+    FLOAT_NAMES,
+    check_alpha,
+    check_dtype,
+    check_mergeable,
+    check_probability,
+    check_rank,
+    count,
+)
+from lorafast.nn.plain import (
+    carry,
+    features,
+    is_conv1d,
+    is_own_forward,
+    move_hooks,
+    stock_class,
+    why_not_carried,
+)
 from lorafast.nn.scripted import ScriptedLoRALinear
 from lorafast.ops import packing
 from lorafast.ops.checks import FLOATS
+from lorafast.ops.composed import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
 torch.fx.wrap("lora_linear")
 
 _HALF = (torch.float16, torch.bfloat16)
 _DISTRIBUTED = "torch.distributed."
-_FLOATS = "float16, bfloat16, float32 or float64"
-# What nn.Module keeps of a module's hooks; they move with the layer when it is wrapped.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+# What a LoRALinear has on its instance beside PyTorch's machinery.
+_OWN = frozenset(
+    {
+        "weight", "bias", "lora_A", "lora_B", "_merged_weight", "merged", "dropout",
+        "_r", "_alpha", "_scaling", "_use_rslora", "_plain_class",
+    }
+)  # fmt: skip
+_PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
 
 
 def why_not_adaptable(linear: nn.Module) -> str | None:
     """The reason for which ``linear`` can't become a ``LoRALinear``, or None if it can."""
-    if not isinstance(linear, nn.Linear):
+    stock = stock_class(linear)
+    if stock is None:
         return f"it is a {type(linear).__name__}, expected an nn.Linear"
     if isinstance(linear, nn.modules.linear.LazyLinear):
         return "it is a LazyLinear whose shape is not known yet: run it once first"
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        return f"its forward is not that of nn.Linear ({type(linear).__name__})"
+    if type(linear).forward is not stock.forward:
+        expected = "nn.Linear" if stock is nn.Linear else stock.__name__
+        return f"its forward is not that of {expected} ({type(linear).__name__})"
+    reason = _why_not_its_forward(linear, stock)
+    if reason is not None:
+        return reason
     for name in ("weight", "bias"):
         if name not in linear._parameters:
             return f"its {name} is computed by a parametrization: remove that first"
-    if linear.weight.dtype not in FLOATS:
-        return f"its weight is {linear.weight.dtype}, expected {_FLOATS}"
-    return _why_not_plain(linear.weight)
+    weight = linear._parameters["weight"]
+    assert weight is not None
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}, expected {FLOAT_NAMES}"
+    return _why_not_plain(weight) or why_not_carried(linear, stock, _TAKEN)
 
 
 def _why_not_plain(weight: Tensor) -> str | None:
@@ -59,37 +81,14 @@ def _why_not_plain(weight: Tensor) -> str | None:
     return None if type(weight) is kind else _why_not_plain(weight)
 
 
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Gives ``target`` the hooks of ``source``, whose place it takes; their handles go on working."""
-    for name in _HOOKS:
-        if name in vars(source):
-            setattr(target, name, getattr(source, name))
-
-
-def check_rank(name: str, value: object) -> int:
-    """``value``, an integer of at least 1; else ``ValueError``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
-    return value
-
-
-def check_alpha(name: str, value: object) -> float:
-    """``value`` as a float, a finite number; else ``ValueError``."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
-
-
-def check_probability(name: str, value: object) -> float:
-    """``value`` as a float, a number from 0 to 1; else ``ValueError``."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
-        raise ValueError(f"{name} is {value!r}, expected a probability from 0 to 1")
-    return float(value)
-
-
-def _check_dtype(name: str, value: object) -> None:
-    if value is not None and value not in FLOATS:
-        raise TypeError(f"{name} is {value!r}, expected {_FLOATS}")
+def _why_not_its_forward(module: nn.Module, stock: type[nn.Module]) -> str | None:
+    """The reason for which a forward on the instance itself would be lost with it, or None."""
+    forward = vars(module).get("forward")
+    if forward is None or is_own_forward(module, forward, stock):
+        return None
+    if offload.is_wrapped(module):
+        return offload.why_not_movable(module)
+    return f"its forward is replaced on the instance ({type(module).__name__}), which would be lost"
 
 
 class LoRALinear(nn.Module):
@@ -114,6 +113,9 @@ class LoRALinear(nn.Module):
             float32 if that is float16 or bfloat16, whose steps are too coarse for an optimizer (as
             in PEFT).
 
+    ``alpha``, ``use_rslora`` and ``scaling`` can be set and follow each other; a merged layer is merged
+    again. ``r`` is fixed.
+
     ``lora_A`` starts Kaiming-uniform with ``a = sqrt(5)`` and ``lora_B`` zero, the distribution of
     PEFT: a fresh adapter changes nothing.
 
@@ -126,6 +128,8 @@ class LoRALinear(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     _merged_weight: Tensor | None
+    _plain_class: type[nn.Module] = nn.Linear
+    merged = False
 
     def __init__(
         self,
@@ -142,14 +146,14 @@ class LoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_dtype("dtype", dtype)
+        check_dtype("dtype", dtype)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
 
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         r: int,
         *,
         alpha: float | None = None,
@@ -157,65 +161,133 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRALinear":
-        """Wraps ``linear``: takes over its parameters (no copy), its hooks and its mode.
+        """Wraps ``linear``: takes over its parameters (no copy), its hooks, its mode and all it holds.
 
-        The parameters are the same objects, so tied weights stay tied; they are frozen. Arguments as
-        for the class.
+        The parameters are the same objects, so tied weights stay tied; they are frozen. Attributes,
+        buffers and submodules of a subclass are taken over too, its methods are not; merging gives
+        back a layer of its class. Arguments as for the class.
+
+        ``linear`` may be Transformers' ``Conv1D`` (GPT-2's linear layer); its ``weight`` stays
+        ``[in_features, out_features]``. It may be offloaded by Accelerate: its hook goes on serving
+        ``weight`` and ``bias``, the adapter stays in memory.
 
         Raises:
-            TypeError: ``linear`` is not a plain ``nn.Linear``, or its dtype or ``adapter_dtype`` is not
-                one of float16, bfloat16, float32 and float64. ``linear`` is unchanged.
+            TypeError: ``linear`` is not a plain ``nn.Linear`` or ``Conv1D``, has what would be lost, or
+                its dtype or ``adapter_dtype`` is not one of float16, bfloat16, float32 and float64.
+                ``linear`` is unchanged.
             ValueError: another argument doesn't fit. ``linear`` is unchanged.
         """
         reason = why_not_adaptable(linear)
         if reason is not None:
             raise TypeError(f"linear can't be adapted: {reason}")
+        if is_conv1d(linear):
+            from lorafast.nn.lora_conv1d import LoRAConv1D  # which is a LoRALinear
+
+            cls = cls if issubclass(cls, LoRAConv1D) else LoRAConv1D
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
+        carry(linear, layer, but=_OWN)
         move_hooks(linear, layer)
-        return layer.train(linear.training)
+        offload.wrap(linear, layer)
+        layer.training = linear.training
+        return layer
 
     def _build(
         self,
-        linear: nn.Linear,
+        linear: nn.Module,
         r: int,
         alpha: float | None,
         dropout: float,
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        _check_dtype("adapter_dtype", adapter_dtype)
+        check_dtype("adapter_dtype", adapter_dtype)
         weight = linear.weight
         assert isinstance(weight, nn.Parameter)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.r = check_rank("r", r)
+        self._plain_class = type(linear)
+        self.in_features, self.out_features = features(linear)
+        self._r = check_rank("r", r)
         self.set_scaling(r if alpha is None else alpha, use_rslora)
         self.dropout = check_probability("dropout", dropout)
         self.merged = False
         self.weight = weight
-        self.bias = linear.bias
-        factory: dict[str, Any] = {"device": weight.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
-        self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
+        self.bias = linear.bias  # type: ignore[assignment]
+        device = offload.device_of(linear, weight)
+        factory: dict[str, Any] = {"device": device, "dtype": adapter_dtype}
+        # An inference tensor could never be trained.
+        with torch.inference_mode(False):
+            self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
+            self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
         self.register_buffer("_merged_weight", None, persistent=False)
         self.reset_adapter()
         # Last: until here an error leaves ``linear`` as it was.
         for frozen in linear.parameters(recurse=False):
             frozen.requires_grad_(False)
 
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self._r
+
+    @property
+    def alpha(self) -> float:
+        """``scaling`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.set_scaling(value, self._use_rslora)
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether ``scaling`` is ``alpha / sqrt(r)``."""
+        return self._use_rslora
+
+    @use_rslora.setter
+    def use_rslora(self, value: bool) -> None:
+        self.set_scaling(self._alpha, value)
+
+    @property
+    def scaling(self) -> float:
+        """The factor before ``B·A``."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        value = check_alpha("scaling", value)
+        self.set_scaling(value * self._divisor(self._use_rslora), self._use_rslora)
+        self._scaling = value  # which the quotient may miss by a rounding
+
+    def _divisor(self, use_rslora: bool) -> float:
+        return math.sqrt(self._r) if use_rslora else self._r
+
     def set_scaling(self, alpha: float, use_rslora: bool = False) -> None:
         """Sets ``scaling`` to ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
 
+        A merged layer is merged again.
+
         Raises:
-            ValueError: ``alpha`` is not a finite number.
+            ValueError: ``alpha`` is not a finite number, or the layer can't be merged with it. The layer
+                is unchanged.
         """
-        self.alpha = check_alpha("alpha", alpha)
-        self.use_rslora = use_rslora
-        self.scaling = self.alpha / (math.sqrt(self.r) if use_rslora else self.r)
+        alpha = check_alpha("alpha", alpha)
+        before = dict(vars(self))
+        self._alpha, self._use_rslora = alpha, use_rslora
+        self._scaling = alpha / self._divisor(use_rslora)
+        if self.merged:
+            try:
+                self.merge()
+            except ValueError:
+                vars(self).update(before)
+                raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of the time when these four were plain attributes.
+        renamed = {f"_{name}": state[name] for name in _PROPERTIES if name in state}
+        super().__setstate__({k: v for k, v in state.items() if k not in _PROPERTIES} | renamed)
 
     def reset_adapter(self) -> None:
         """Draws ``lora_A`` anew (Kaiming-uniform, ``a = sqrt(5)``) and sets ``lora_B`` to zero."""
@@ -233,7 +305,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self.merged:
-            return packing.linear(x, self._merged_weight, self.bias)  # type: ignore[arg-type]
+            return self._forward_merged(x)
         p = self._parameters
         try:
             # Four times nn.Module.__getattr__ is a fifth of a small layer's forward.
@@ -241,18 +313,51 @@ class LoRALinear(nn.Module):
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
-        return lora_linear(x, weight, lora_A, lora_B, self.scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+        return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+
+    def _forward_merged(self, x: Tensor) -> Tensor:
+        weight: Any = self._buffers["_merged_weight"]
+        if type(weight) is not Tensor and is_sharded(weight) and not is_sharded(x):
+            # FSDP makes the layer's own parameters whole in its forward.
+            weight = weight.full_tensor()
+        return packing.linear(x, weight, self.bias)
+
+    def base_weight(self) -> Tensor:
+        """W as ``[out_features, in_features]``, whichever way the layer keeps it."""
+        return self.weight
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """``scaling · B·A``, ``[out_features, in_features]``, in float32 (float64 if the adapter is)."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        with offload.present(self):
+            return self._delta_weight()
 
-    @torch.no_grad()
+    def _delta_weight(self) -> Tensor:
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self._scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
     def _with_delta(self) -> Tensor:
-        delta = self.delta_weight()
-        return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        """``W + scaling · B·A``, ``[out_features, in_features]``, rounded to the dtype of ``weight``.
+
+        Raises:
+            ValueError: there are no values, or none that can be merged.
+        """
+        weight = self.base_weight()
+        for name, tensor in (("weight", weight), ("lora_A", self.lora_A), ("lora_B", self.lora_B)):
+            check_mergeable(name, tensor)
+        expected = [self.out_features, self.in_features]
+        if list(weight.shape) != expected:
+            raise ValueError(
+                f"its weight has shape {list(weight.shape)}, expected {expected}: merge it unsharded"
+            )
+        delta = self._delta_weight()
+        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        spoilt = count(weight.isfinite() & ~merged.isfinite())
+        if spoilt:
+            raise ValueError(
+                f"W + scaling · B·A is beyond {weight.dtype} in {spoilt} of {merged.numel()} elements"
+            )
+        return merged
 
     def merge(self) -> None:
         """From now on multiplies by ``W + scaling · B·A``, made once, as fast as a plain layer.
@@ -260,8 +365,15 @@ class LoRALinear(nn.Module):
         The sum is rounded to the dtype of ``weight``, which loses small updates in bfloat16 and
         float16. ``weight`` itself and the ``state_dict`` stay as they are. Until ``unmerge()`` the
         adapter gets no gradient and there is no dropout. Merging again takes the current adapter.
+        Values that Accelerate has offloaded are brought in; the merged weight stays in memory.
+
+        Raises:
+            ValueError: the adapter has NaN or infinite values, or makes some; or the layer is on meta.
+                The layer is unchanged.
         """
-        self._merged_weight = self._with_delta()
+        # A weight made in inference mode would refuse every later training step.
+        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
+            self._merged_weight = self._with_delta().contiguous()
         self.merged = True
 
     def unmerge(self) -> None:
@@ -269,22 +381,43 @@ class LoRALinear(nn.Module):
         self._merged_weight = None
         self.merged = False
 
-    def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with weight ``W + scaling · B·A``; this layer stays as it is.
+    def to_linear(self) -> nn.Module:
+        """A plain layer with weight ``W + scaling · B·A``; this layer stays as it is.
 
-        The bias is shared, the weight is new; neither requires a gradient.
+        It is of the class that was wrapped, ``nn.Linear`` as a rule. The weight is new, and sharded if
+        this layer's is; the bias and whatever else a subclass had are shared. No parameter that was
+        frozen requires a gradient. It has no hooks; ``lorafast.merge`` moves those.
+
+        Raises:
+            ValueError: as for ``merge()``, or ``forward`` was replaced on this instance.
         """
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._with_delta(), requires_grad=False)
-        linear.register_parameter("bias", self.bias)
-        return linear.train(self.training)
+        reason = _why_not_its_forward(self, type(self))
+        if reason is not None:
+            raise ValueError(reason)
+        plain = self._plain_class.__new__(self._plain_class)
+        nn.Module.__init__(plain)
+        if isinstance(plain, nn.Linear):
+            plain.in_features, plain.out_features = self.in_features, self.out_features
+        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
+            plain.weight = nn.Parameter(self._plain_weight(), requires_grad=False)
+            plain.register_parameter("bias", self.bias)
+        carry(self, plain, but=_OWN | {"parametrizations"})
+        plain.training = self.training
+        return plain
+
+    def _plain_weight(self) -> Tensor:
+        """The merged weight as the plain layer keeps it."""
+        return self._with_delta()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in this layer's place."""
         if self.merged:
             return self.to_linear()
+        weight = self.base_weight()
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight.detach(), requires_grad=False)
         scripted = ScriptedLoRALinear(
-            self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.dropout
+            weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.dropout
         )
         return scripted.train(self.training)
 
@@ -320,13 +453,18 @@ class LoRALinear(nn.Module):
         return [weight for weight in weights if weight is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
-        if torch.__future__.get_swap_module_params_on_conversion():
-            for weight in self._packable():
-                packing.forget(weight)
+        was_meta = self._adapter_is_meta()
         super()._apply(fn, recurse)
+        if was_meta and not self._adapter_is_meta():
+            # to_empty(): a checkpoint of the plain layer, loaded next, leaves the adapter alone.
+            self.reset_adapter()
         for weight in self._packable():
             packing.is_packed(weight)  # drops a copy that has lost its weight
         return self
+
+    def _adapter_is_meta(self) -> bool:
+        halves = (self._parameters.get("lora_A"), self._parameters.get("lora_B"))
+        return all(half is not None and half.is_meta for half in halves)
 
     def _load_from_state_dict(
         self,
@@ -338,9 +476,6 @@ class LoRALinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if torch.__future__.get_swap_module_params_on_conversion():
-            for weight in self._packable():
-                packing.forget(weight)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -350,8 +485,26 @@ class LoRALinear(nn.Module):
             for key in adapter:
                 if key in missing_keys:  # not there if a parametrization computes it
                     missing_keys.remove(key)
+        self._follow_weight()
         if self.merged:
-            self.merge()
+            try:
+                self.merge()
+            except ValueError as error:
+                self.unmerge()
+                error_msgs.append(f"{prefix[:-1] or 'the layer'} can't be merged again: {error}")
+
+    def _follow_weight(self) -> None:
+        """Gives an adapter that is on meta without its weight memory, and the values of a fresh one."""
+        weight = self._parameters.get("weight")
+        if weight is None or weight.is_meta or not self._adapter_is_meta():
+            return
+        with torch.inference_mode(False):
+            for name in ("lora_A", "lora_B"):
+                half = self._parameters[name]
+                assert half is not None
+                empty = torch.empty_like(half, device=weight.device)
+                self._parameters[name] = nn.Parameter(empty, requires_grad=half.requires_grad)
+        self.reset_adapter()
 
     def extra_repr(self) -> str:
         """The constructor's arguments, as in ``nn.Linear``."""
@@ -370,3 +523,6 @@ class LoRALinear(nn.Module):
         if any(packing.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)
+
+
+_TAKEN = frozenset(dir(LoRALinear)) | _OWN

@@ -5,15 +5,18 @@ rows: measured on a CPU with the bfloat16 product at 2048 x 2048, a packed weigh
 time for one row, three quarters for 16, and still 0.98 for 512. (In float32 there is no gain.) A frozen
 weight doesn't change, so it can be packed once, for as much memory again.
 
-A packed copy belongs to the weight tensor, not to a layer: layers that share the weight share it, it
-is in no ``state_dict``, pickle or deepcopy, and it goes when the tensor goes. It is made by ``pack``
-alone, or in inference mode within the memory that ``allow_packing`` grants. Every product asks whether
-the weight is still what was packed, and drops the copy if not.
+A packed copy belongs to the weight, not to a layer: layers that share the weight share it, it is in no
+``state_dict``, pickle or deepcopy, and it goes when the weight's memory goes. The storage is watched for
+that, since ``torch.utils.swap_tensors`` refuses a tensor that has weak references. The copy is made by
+``pack`` alone, or in inference mode within the memory that ``allow_packing`` grants. Every product asks
+whether the weight is still what was packed, and drops the copy if not.
 """
 
+import ctypes
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +33,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class _Packed:
     """oneDNN's copy of a weight, and what the weight was like when it was made."""
 
-    weight: weakref.ref[Tensor]
+    storage: weakref.ref[torch.UntypedStorage]
     version: int
     address: int
     shape: torch.Size
     stride: tuple[int, ...]
-    sampled: Tensor
+    sampled: Tensor  # owns no memory: valid while the weight is at its address
     sample: Tensor
     copy: Tensor
 
@@ -46,8 +49,7 @@ class _Packed:
         same memory: those are looked for in a few elements. One that leaves them alone goes unseen.
         """
         return (
-            self.weight() is weight
-            and self.version == weight._version
+            self.version == weight._version
             and self.address == weight.data_ptr()
             and self.shape == weight.shape
             and self.stride == weight.stride()
@@ -76,7 +78,7 @@ def _granted_at_import() -> int:
 
 _packed: dict[int, _Packed] = {}
 """By the id of the weight: a lookup is in the way of every product."""
-_asked: dict[int, weakref.ref[Tensor]] = {}
+_asked: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 """Weights of which it is decided whether they are packed by themselves, until ``allow_packing``."""
 _memory = _granted_at_import()
 
@@ -149,12 +151,17 @@ def pack(weight: Tensor) -> None:
         raise ValueError(f"weight can't be packed: {reason}")
     if _find(weight) is not None:
         return
-    key = id(weight)
+    watch = _watch(weight, _packed)
+    # Another tensor over the same memory may have been packed.
+    twin = next((packed for packed in list(_packed.values()) if packed.is_of(weight)), None)
+    if twin is not None:
+        _packed[id(weight)] = replace(twin, storage=watch)
+        return
     with torch.inference_mode(False), torch.no_grad():
         # A cache line of a few rows: the product doesn't read the weight, so each comes from memory.
-        sampled = weight.detach()[:: max(weight.shape[0] // _ROWS, 1), :_COLUMNS]
-        _packed[key] = _Packed(
-            weakref.ref(weight, lambda _: _packed.pop(key, None)),
+        sampled = _unowned(weight)[:: max(weight.shape[0] // _ROWS, 1), :_COLUMNS]
+        _packed[id(weight)] = _Packed(
+            watch,
             weight._version,
             weight.data_ptr(),
             weight.shape,
@@ -166,15 +173,27 @@ def pack(weight: Tensor) -> None:
         )
 
 
+def _watch(weight: Tensor, kept: dict[int, Any]) -> weakref.ref[torch.UntypedStorage]:
+    """A weak reference that drops what is ``kept`` about ``weight`` when its memory is freed."""
+    key = id(weight)
+
+    def drop(freed: weakref.ref[torch.UntypedStorage]) -> None:
+        found = kept.get(key)
+        if found is freed or getattr(found, "storage", None) is freed:
+            kept.pop(key, None)
+
+    return weakref.ref(weight.untyped_storage(), drop)
+
+
+def _unowned(weight: Tensor) -> Tensor:
+    """``weight`` as a tensor that doesn't keep its memory; the caller knows that it is there."""
+    memory = (ctypes.c_char * (weight.numel() * weight.itemsize)).from_address(weight.data_ptr())
+    return torch.frombuffer(memory, dtype=weight.dtype).view(weight.shape)
+
+
 def unpack(weight: Tensor) -> None:
     """Drops what was packed of ``weight``, if anything was."""
     _packed.pop(id(weight), None)
-
-
-def forget(weight: Tensor) -> None:
-    """Drops all that is kept about ``weight``: ``swap_tensors`` refuses one with weak references."""
-    unpack(weight)
-    _asked.pop(id(weight), None)
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -184,7 +203,8 @@ def is_packed(weight: Tensor) -> bool:
 
 def memory_in_use() -> int:
     """Bytes that packed weights take (rounding of the layout aside)."""
-    return sum(packed.copy.numel() * packed.copy.itemsize for packed in list(_packed.values()))
+    copies = {id(packed.copy): packed.copy for packed in list(_packed.values())}
+    return sum(copy.numel() * copy.itemsize for copy in copies.values())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -229,7 +249,7 @@ def _pack_if_allowed(weight: Tensor) -> _Packed | None:
     if key in _asked:
         return None
     memory = granted()
-    _asked[key] = weakref.ref(weight, lambda _: _asked.pop(key, None))
+    _asked[key] = _watch(weight, _asked)
     if why_not_packable(weight) is not None:
         return None
     if memory_in_use() + weight.numel() * weight.itemsize > memory:

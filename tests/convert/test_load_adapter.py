@@ -267,7 +267,7 @@ MISFITS = [
     case("layer_replication in", config={"layer_replication": [[0, 1]]}, id="replication"),
     case("use_bdlora in", config={"use_bdlora": {"nblocks": 1}}, id="block-diagonal"),
     case("kasa_config in", config={"kasa_config": {"beta": 1e-4}}, id="kasa"),
-    case("fan_in_fan_out in .* is True", config={"fan_in_fan_out": True}, id="fan_in_fan_out"),
+    case("fan_in_fan_out in .* is 'yes'", config={"fan_in_fan_out": "yes"}, id="fan_in_fan_out"),
     case("layers_to_transform in .* is 'x'", config={"layers_to_transform": "x"}, id="layers-text"),
     case("target_modules in .* is None", config={"target_modules": None}, id="no-targets"),
     case(r"target_modules in .* is \[\]", config={"target_modules": []}, id="empty-targets"),

@@ -156,6 +156,19 @@ def test_does_not_warn_without_a_shared_weight(net):
         lorafast.merge(net)
 
 
+def test_parametrized_layers_become_plain_ones(assert_same):
+    model = nn.Sequential(LoRALinear(5, 5, 2, dtype=torch.float64)).eval()
+    nn.init.normal_(model[0].lora_B)
+    nn.utils.parametrizations.spectral_norm(model[0], "lora_A")
+    nn.utils.parametrizations.weight_norm(model[0], "weight")
+    model.eval()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    expected = model(x).detach()
+    lorafast.merge(model)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+    assert_same(model(x), expected)
+
+
 def test_refuses_a_model_without_adapters(net, unchanged):
     with unchanged(net), pytest.raises(ValueError, match="no LoRALinear to merge"):
         lorafast.merge(net)

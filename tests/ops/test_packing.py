@@ -179,6 +179,52 @@ class TestALayer:
             compiled = torch.compile(layer, fullgraph=True)(x)
         assert_close(compiled, expected)
 
+    def test_tensors_can_be_swapped(self, products):
+        layer, x = make().pack_(), torch.randn(3, 40, dtype=BF16)
+        other = torch.nn.Parameter(torch.randn(24, 40).to(BF16), requires_grad=False)
+        expected = F.linear(x, other, layer.bias) + (
+            layer(x) - F.linear(x, layer.weight, layer.bias)
+        )
+        torch.utils.swap_tensors(layer.weight, other)
+        products.clear()
+        with torch.no_grad():
+            assert_close(layer(x), expected)
+        assert products == []
+        assert packing.memory_in_use() == 0
+
+    def test_tensors_of_which_packing_was_asked_can_be_swapped(self):
+        layer = make()
+        lorafast.allow_packing(1)
+        with torch.inference_mode():
+            layer(torch.randn(3, 40, dtype=BF16))
+        other = torch.nn.Parameter(torch.zeros(24, 40, dtype=BF16), requires_grad=False)
+        torch.utils.swap_tensors(layer.weight, other)
+        assert not layer.weight.any()
+
+    def test_two_tensors_over_the_same_memory_have_one_copy(self, products):
+        one, two = make(), make()
+        two.weight = torch.nn.Parameter(one.weight.detach(), requires_grad=False)
+        one.pack_()
+        two.pack_()
+        assert packing.memory_in_use() == 40 * 24 * 2
+        with torch.no_grad():
+            two(torch.randn(3, 40, dtype=BF16))
+        assert len(products) == 1
+        one.unpack_()
+        assert packing.is_packed(two.weight)
+
+    def test_a_pickled_weight_is_an_ordinary_one(self):
+        layer = make().pack_()
+        layer.merge()
+        layer.pack_()
+        file = io.BytesIO()
+        torch.save([layer.weight, layer._merged_weight], file)
+        file.seek(0)
+        for weight in torch.load(file, weights_only=True):
+            assert vars(weight) == {}
+        assert vars(layer.weight) == {}
+        assert vars(copy.deepcopy(layer)._merged_weight) == {}
+
     def test_memory_goes_with_the_weight(self):
         layer = make().pack_()
         assert packing.memory_in_use() == 40 * 24 * 2
@@ -398,8 +444,13 @@ def test_memory_must_be_bytes(memory):
 
 
 def test_the_environment_must_be_bytes():
+    code = (
+        "import torch, lorafast\n"
+        "layer = lorafast.nn.LoRALinear(64, 64, 2, dtype=torch.bfloat16)\n"
+        "with torch.inference_mode(): layer(torch.ones(3, 64, dtype=torch.bfloat16))"
+    )
     process = subprocess.run(
-        [sys.executable, "-c", "import lorafast"], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
         env=os.environ | {"LORAFAST_PACK_MEMORY": "1GB"},
     )  # fmt: skip
     assert "LORAFAST_PACK_MEMORY is '1GB', expected a number of bytes" in process.stderr

@@ -1,0 +1,18 @@
+"""Models that FSDP has sharded: it goes on gathering the parameters of the modules that it was given."""
+
+import sys
+from collections.abc import Container
+
+from torch import nn
+
+
+def name_of_sharded(model: nn.Module, layers: Container[nn.Module]) -> str | None:
+    """The name of a module that FSDP has sharded and that holds one of ``layers``, or None."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return None
+    for name, module in model.named_modules():
+        by_fsdp = isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+        if by_fsdp and any(inner in layers for inner in module.modules()):
+            return name or "the model"
+    return None
