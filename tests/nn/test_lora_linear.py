@@ -480,3 +480,21 @@ class TestCompile:
         x = torch.randn(10, 16)
         exported = torch.export.export(made, (x,))
         torch.testing.assert_close(exported.module()(x), made(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_scaling_is_no_graph_of_its_own(dtype):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    layer = LoRALinear(64, 48, 8, dtype=dtype)
+    torch.nn.init.normal_(layer.lora_B)
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(20, 64).to(dtype)
+    for alpha in (8.0, 16.0, 3.7, 5.5, 1.1):
+        layer.set_scaling(alpha)
+        # In bfloat16 scaling · B is rounded once more.
+        tolerance = 0.0 if dtype is torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(compiled(x), layer(x), rtol=max(tolerance, 1e-6), atol=1e-1)
+    assert counter.frame_count <= 2  # the first other value makes the number a variable
