@@ -433,7 +433,10 @@ def test_a_missing_folder_or_file_is_named(net, unchanged, tmp_path):
         lorafast.load_adapter(net, tmp_path / "nowhere")
     folder = write_adapter(tmp_path)
     (folder / WEIGHTS).unlink()
-    with unchanged(net), pytest.raises(FileNotFoundError, match=f"has no {WEIGHTS}$"):
+    with (
+        unchanged(net),
+        pytest.raises(FileNotFoundError, match=f"has no {WEIGHTS}; it holds {CONFIG}$"),
+    ):
         lorafast.load_adapter(net, folder)
     write_adapter(tmp_path)
     (folder / CONFIG).unlink()
