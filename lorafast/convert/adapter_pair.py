@@ -85,6 +85,8 @@ def write_pair(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor])
             with _draft(folder) as draft:
                 _save(tensors, draft / WEIGHTS_FILE, metadata)
                 (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+                # safetensors lets the owner alone read what it writes.
+                (draft / WEIGHTS_FILE).chmod((draft / CONFIG_FILE).stat().st_mode & 0o777)
                 for file in (WEIGHTS_FILE, CONFIG_FILE):
                     _sync(draft / file)
                 with _locked(folder):
@@ -243,16 +245,26 @@ def _read_json(folder: Path) -> object:
 
 
 def _read_tensors(folder: Path, digest: str) -> dict[str, Tensor] | None:
-    """The tensors, or None if they were saved with a config of another digest."""
+    """The tensors, or None if they are not of the config's save or were replaced meanwhile."""
+    before = _identity(folder / WEIGHTS_FILE)
     with _opened(folder) as file:
         if _digest_of(file) not in (None, digest):
             return None
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    # safe_open opens the file twice, for the header and for the tensors: they may be of two saves.
+    return tensors if _identity(folder / WEIGHTS_FILE) == before else None
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    if not path.exists():
+        return None
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
-    """The safetensors file: header and tensors of one handle, whoever replaces the file meanwhile."""
+    """The safetensors file."""
     safetensors()
     from safetensors import SafetensorError, safe_open
 
