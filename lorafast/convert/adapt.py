@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lorafast.convert import targets as _targets
+from lorafast.convert.save_pretrained import save_adapters_too
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import LoRALinear
 
@@ -79,6 +80,7 @@ def freeze_base(model: nn.Module) -> None:
 def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
     """Puts LoRA layers into the model and makes sure that the model calls them."""
     model = _targets.replace(model, dict(layers))
+    save_adapters_too(model)
     for module in model.modules():
         adapted = any(isinstance(child, LoRALinear) for child in module.modules())
         # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the adapters.

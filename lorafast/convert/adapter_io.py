@@ -60,8 +60,13 @@ def save_adapter(
         TypeError: ``modules_to_save`` is a string.
         ImportError: safetensors is not installed.
     """
+    for sentence in write_adapter(model, Path(folder), modules_to_save):
+        warnings.warn(sentence, stacklevel=2)
+
+
+def write_adapter(model: nn.Module, folder: Path, modules_to_save: Sequence[str] = ()) -> list[str]:
+    """As ``save_adapter``; what of the model's training the file can't give back, a sentence each."""
     safetensors()
-    folder = Path(folder)
     check_folder(folder)
     model = unwrapped(model)
     layers = {
@@ -98,8 +103,7 @@ def save_adapter(
     for name, layer in layers.items():
         _check_factors(name, layer)
     config = describe(layers, model, sorted(modules_to_save))
-    for sentence in _lost_in_the_file(model, layers, tensors):
-        warnings.warn(sentence, stacklevel=2)
+    lost = list(_lost_in_the_file(model, layers, tensors))
     writes = True
     # Copies: safetensors refuses tensors that share memory, and strides.
     copies = {}
@@ -109,6 +113,7 @@ def save_adapter(
         copies[PREFIX + name] = gathered.detach().cpu().clone().contiguous()
     if writes:
         write_pair(folder, config, copies)
+    return lost
 
 
 def _check_factors(name: str, layer: LoRALinear) -> None:

@@ -183,6 +183,7 @@ def describe(
     return {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": _auto_mapping(model),
         "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "inference_mode": True,
         "r": r,
@@ -202,6 +203,13 @@ def describe(
             if layer.alpha != alpha
         },
     }
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    """What PEFT's ``AutoPeftModel`` makes the base model from."""
+    # FSDP2 gives the model a class of its own, before the model's.
+    cls = next(cls for cls in type(model).__mro__ if not hasattr(cls, "set_reshard_after_forward"))
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def _regex(name: str) -> str:
@@ -282,7 +290,7 @@ def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
         layers_pattern=_layers(*optional("layers_pattern", ())),
         rank_pattern=_values(*optional("rank_pattern", {}), _rank),
         alpha_pattern=_values(*optional("alpha_pattern", {}), _alpha),
-        modules_to_save=check_names(*optional("modules_to_save", ())),
+        modules_to_save=_names(*optional("modules_to_save", ())),
     )
 
 
@@ -357,13 +365,20 @@ def _integers(where: str, value: object) -> tuple[int, ...]:
 def _selection(where: str, value: object) -> Selection:
     if isinstance(value, str):
         return Selection(regex=BoundedRegex(where, value))
-    return Selection(check_names(where, value))
+    return Selection(_names(where, value))
+
+
+def _names(where: str, value: object) -> tuple[str, ...]:
+    try:
+        return check_names(where, value)
+    except ValueError as error:
+        raise ValueError(f"{where} is {shortened(value)}, expected a list of names") from error
 
 
 def _layers(where: str, value: object) -> tuple[BoundedRegex, ...]:
     if isinstance(value, str):
         value = (value,) if value else ()
-    names = check_names(where, value)
+    names = _names(where, value)
     for name in names:
         BoundedRegex(where, name)
     return tuple(

@@ -125,7 +125,7 @@ def test_refuses_to_copy_into_an_odd_factor(adapted, unchanged, tmp_path):
         lorafast.load_adapter(adapted, folder)
 
 
-class Boom(Exception):
+class UnforeseenError(Exception):
     """What nobody foresaw."""
 
 
@@ -158,7 +158,7 @@ def test_undoes_everything_on_an_error_that_nobody_foresaw(
             calls.append(name)
             result = real(*arguments, **options)
             if len(calls) == call:
-                raise Boom
+                raise UnforeseenError
             return result
 
         monkeypatch.setattr(owner, name, replaced)
@@ -173,7 +173,7 @@ def test_undoes_everything_on_an_error_that_nobody_foresaw(
         explode_at(exchange, "freeze_base", 1)
     else:
         explode_at(exchange, "put_in_place", 1)
-    with unchanged(model), pytest.raises(Boom):
+    with unchanged(model), pytest.raises(UnforeseenError):
         lorafast.load_adapter(model, folder)
 
 
