@@ -36,6 +36,14 @@ def adapter(n):
             if "lora" in name:
                 parameter.fill_(n)
     return model
+
+def forked(work, *arguments):
+    # In a process of its own.
+    child = os.fork()
+    if child == 0:
+        work(*arguments)
+        os._exit(0)
+    return child
 """
 
 
@@ -114,25 +122,48 @@ def test_files_of_peft_carry_none_and_are_loaded(net, tmp_path):
     assert net.block.up.r == 2
 
 
-@pytest.mark.parametrize(("renames", "before"), [(0, "ours"), (1, "ours"), (1, "pefts"), (1, None)])
-def test_a_save_that_is_killed_leaves_no_mixture(net, make_net, tmp_path, renames, before):
-    if before == "ours":
-        lorafast.save_adapter(filled(make_net(), 1), tmp_path)
-    elif before == "pefts":
-        write_adapter(tmp_path)
-    code = f"""
-done = 0
-replace = os.replace
-def until_killed(source, target):
-    global done
-    if done == {renames}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    done += 1
-    replace(source, target)
-os.replace = until_killed
-lorafast.save_adapter(adapter(2), sys.argv[1])
+KILLED = {
+    "0-ours": (0, "ours"),
+    "1-ours": (1, "ours"),
+    "1-pefts": (1, "pefts"),
+    "1-none": (1, None),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders in which a save was killed before its first or its second rename."""
+    folder = tmp_path_factory.mktemp("killed")
+    for name, (_, before) in KILLED.items():
+        (folder / name).mkdir()
+        if before == "pefts":
+            write_adapter(folder / name)
+    code = """
+def killed(folder, renames):
+    replace = os.replace
+    def until(source, target):
+        nonlocal renames
+        if not renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+        renames -= 1
+        replace(source, target)
+    os.replace = until
+    lorafast.save_adapter(adapter(2), folder)
+
+for folder in sys.argv[1:]:
+    if folder.endswith("ours"):
+        lorafast.save_adapter(adapter(1), folder)
+    child = forked(killed, folder, int(os.path.basename(folder)[0]))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
 """
-    finish(start(code, tmp_path), -9)
+    finish(start(code, *(folder / name for name in KILLED)))
+    return folder
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_a_save_that_is_killed_leaves_no_mixture(killed, net, make_net, case):
+    tmp_path = killed / case
+    renames, before = KILLED[case]
     assert len(drafts(tmp_path)) == 1
     if before is None:
         with pytest.raises(FileNotFoundError, match=f"has no {CONFIG}"):
@@ -157,18 +188,21 @@ lorafast.save_adapter(adapter(2), sys.argv[1])
 
 def test_many_save_different_adapters_while_others_read(make_net, tmp_path):
     lorafast.save_adapter(filled(make_net(), 1), tmp_path)
-    write = """
-model = adapter(int(sys.argv[2]))
-for _ in range(10):
-    lorafast.save_adapter(model, sys.argv[1])
+    code = """
+def save(n):
+    model = adapter(n)
+    for _ in range(15):
+        lorafast.save_adapter(model, sys.argv[1])
+
+for child in [forked(save, n) for n in (2, 3, 4)]:
+    assert os.waitpid(child, 0)[1] == 0
 """
-    writers = [start(write, tmp_path, n) for n in (2, 3)]
+    writers = start(code, tmp_path)
     seen = set()
-    while any(writer.poll() is None for writer in writers):
+    while writers.poll() is None:
         seen.add(number(lorafast.load_adapter(make_net(), tmp_path)))
-    for writer in writers:
-        finish(writer)
-    assert number(lorafast.load_adapter(make_net(), tmp_path)) in (2, 3)
+    finish(writers)
+    assert number(lorafast.load_adapter(make_net(), tmp_path)) in (2, 3, 4)
     assert len(seen) >= 2
     assert drafts(tmp_path) == []
 
