@@ -1,5 +1,6 @@
 """``save_adapter`` and ``load_adapter``: adapters as files in PEFT's format, safetensors only."""
 
+import contextlib
 import itertools
 import os
 import warnings
@@ -39,17 +40,17 @@ def save_adapter(
 
     ``peft.PeftModel.from_pretrained(base_model, folder)`` reads it, and so does ``load_adapter``.
 
+    A save that is killed, or a full disk, leaves nothing that ``load_adapter`` takes for an adapter, and
+    several processes may save to one folder: one of their adapters stays. Of a model that is sharded
+    (FSDP2, tensor parallelism) every rank must call this: the tensors are gathered, and the first
+    rank of the mesh writes.
+
     Args:
         model: a model with ``LoRALinear`` layers, merged or not.
         folder: created if need be; an adapter that is in it is replaced.
         modules_to_save: names of other modules to store whole, such as a trained classification head.
             As in PEFT, one stands for every module whose name ends with these letters. A warning
             names trained parameters that are not stored.
-
-    A save that is killed, or a full disk, leaves nothing that ``load_adapter`` takes for an adapter, and
-    several processes may save to one folder: one of their adapters stays. Of a model that is sharded
-    (FSDP2, tensor parallelism) every rank must call this: the tensors are gathered, and the first
-    rank of the mesh writes.
 
     Raises:
         ValueError: there is nothing to save, a name in ``modules_to_save`` matches nothing or holds
@@ -349,8 +350,10 @@ def _check_others(
 
 def _embeddings(model: nn.Module) -> set[str]:
     """All names of the input and output embeddings of a Transformers model."""
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    found = [getter() for name in getters if callable(getter := getattr(model, name, None))]
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # it has none
+            found.append(getattr(model, getter)())
     return {
         name
         for name, module in model.named_modules(remove_duplicate=False)

@@ -1,5 +1,8 @@
 """Adapters of sharded models: gathered when they are saved, sharded when they are loaded."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,6 +55,62 @@ def test_loads_into_a_sharded_adapted_model(mesh, net, tmp_path):
     for key, parameter in layers.items():
         assert isinstance(parameter, DTensor)
         assert torch.equal(parameter.full_tensor(), good_tensors()[key].double()), key
+
+
+TWO_RANKS = """
+import os, sys
+from collections import OrderedDict
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import lorafast
+
+def make():
+    torch.manual_seed(3)
+    return nn.Sequential(OrderedDict(up=nn.Linear(5, 7), head=nn.Linear(7, 3)))
+
+def adapted():
+    model = lorafast.adapt(make(), 2, ["up"])
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model
+
+rank = 0 if os.fork() else 1
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+model = adapted()
+fully_shard(model, mesh=mesh)
+lorafast.save_adapter(model, sys.argv[2], modules_to_save=["head"])
+dist.barrier()
+expected = adapted().state_dict()
+plain = lorafast.load_adapter(make(), sys.argv[2])
+sharded = lorafast.adapt(make(), 2, ["up"])
+fully_shard(sharded, mesh=mesh)
+lorafast.load_adapter(sharded, sys.argv[2])
+assert sharded.up.lora_B.to_local().shape == (4 - rank, 2)
+found = {name: tensor.full_tensor() for name, tensor in sharded.state_dict().items()}
+for name in ("up.lora_A", "up.lora_B", "head.weight", "head.bias"):
+    assert torch.equal(plain.state_dict()[name], expected[name]), name
+    assert torch.equal(found[name], expected[name]), name
+dist.destroy_process_group()
+if rank == 1:
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_save_and_load(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-c", TWO_RANKS, tmp_path / "store", tmp_path / "adapter"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert len(read(tmp_path / "adapter")[1]) == 4
 
 
 def test_refuses_to_adapt_what_is_sharded(mesh, net, tmp_path):
