@@ -6,9 +6,11 @@ PEFT is installed it reads an adapter in PEFT's format that lies beside a model,
 
 import functools
 import importlib.util
+import inspect
 import threading
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,36 @@ _lock = threading.Lock()
 
 
 def save_adapters_too(model: nn.Module) -> None:
-    """From now on ``save_pretrained`` of this kind of model writes adapters, if there are any, too.
+    """From now on ``save_pretrained`` of Transformers models writes adapters, where there are any, too.
 
-    The method of the class is replaced, not one of the model: a model that is merged or copied or
-    pickled has nothing of ours.
+    The method of their class is replaced, not one of the model: a model that is merged, copied or
+    pickled has nothing of ours. Other libraries' models are left alone.
     """
-    owner = next((cls for cls in type(model).__mro__ if "save_pretrained" in vars(cls)), None)
-    if owner is None or owner.__module__.partition(".")[0] == "peft":
-        return
+    owners = (
+        cls
+        for cls in type(model).__mro__
+        if "save_pretrained" in vars(cls) and cls.__module__.partition(".")[0] == "transformers"
+    )
     with _lock:
-        stock = vars(owner)["save_pretrained"]
-        if not isinstance(stock, types.FunctionType) or hasattr(stock, "_saves_adapters"):
-            return
+        for owner in owners:
+            stock = vars(owner)["save_pretrained"]
+            if isinstance(stock, types.FunctionType) and not hasattr(stock, "_saves_adapters"):
+                owner.save_pretrained = _with_adapters(stock)  # type: ignore[attr-defined]
 
-        @functools.wraps(stock)
-        def save_pretrained(
-            self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
-        ) -> Any:
-            if is_main_process:
-                # First, so that what is pushed to the hub has it.
-                _save_beside(self, Path(save_directory))
-            return stock(self, save_directory, is_main_process, *args, **kwargs)
 
-        save_pretrained._saves_adapters = True  # type: ignore[attr-defined]
-        owner.save_pretrained = save_pretrained  # type: ignore[attr-defined]
+def _with_adapters(stock: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("is_main_process", True):
+            # First, so that what is pushed to the hub has it.
+            _save_beside(given["self"], Path(given["save_directory"]))
+        return stock(*args, **kwargs)
+
+    save_pretrained._saves_adapters = True  # type: ignore[attr-defined]
+    return save_pretrained
 
 
 def _save_beside(model: nn.Module, folder: Path) -> None:

@@ -125,6 +125,32 @@ def test_save_pretrained_warns_where_peft_is_not_installed(on_disk, tmp_path, mo
         on_disk.save_pretrained(tmp_path / "whole")
 
 
+class OfAnotherLibrary(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(5, 7)
+
+    def save_pretrained(self, path):
+        return path
+
+
+def test_save_pretrained_of_another_library_is_left_alone(tmp_path):
+    stock = vars(OfAnotherLibrary)["save_pretrained"]
+    model = lorafast.adapt(OfAnotherLibrary(), 2)
+    assert model.save_pretrained(path=tmp_path / "w") == tmp_path / "w"
+    assert vars(OfAnotherLibrary)["save_pretrained"] is stock
+    assert not (tmp_path / "w").exists()
+
+
+def test_save_pretrained_keeps_the_adapters_of_a_part(
+    on_disk, tmp_path, draw_adapters, assert_same
+):
+    draw_adapters(lorafast.adapt(on_disk.model, 3, ["q_proj"]))
+    on_disk.save_pretrained(save_directory=tmp_path / "whole")
+    found = logits(reloaded(tmp_path / "whole")).detach()
+    assert_same(found, logits(on_disk).detach(), LLAMA_EPS)
+
+
 def test_save_pretrained_of_another_process_writes_nothing(on_disk, tmp_path):
     lorafast.adapt(on_disk, 3, ["q_proj"]).save_pretrained(tmp_path / "w", is_main_process=False)
     assert not (tmp_path / "w" / CONFIG).exists()
