@@ -11,6 +11,7 @@ from lorafast.convert.first_backward import watch
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.left_out import large_share
 from lorafast.convert.resizing import let_heads_resize
+from lorafast.convert.save_pretrained import save_adapters_too
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import LoRALinear
 
@@ -104,6 +105,7 @@ def freeze_base(model: nn.Module) -> None:
 def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
     """Puts LoRA layers into the model and makes sure that the model calls them."""
     model = _targets.replace(model, dict(layers))
+    save_adapters_too(model)
     for module in model.modules():
         adapted = any(isinstance(child, LoRALinear) for child in module.modules())
         # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the adapters.

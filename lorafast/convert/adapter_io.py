@@ -1,47 +1,38 @@
 """``save_adapter`` and ``load_adapter``: adapters as files in PEFT's format, safetensors only."""
 
+import contextlib
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafast.convert.adapt import freeze_base, put_in_place
+from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
+from lorafast.convert.exchange import put_into, whole, why_not_replaceable
 from lorafast.convert.peft_format import (
-    CONFIG_FILE,
     LORA_A,
     LORA_B,
     PREFIX,
-    WEIGHTS_FILE,
     AdapterConfig,
     describe,
-    read_config,
+    parse_config,
     stored_whole,
 )
 from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
 from lorafast.nn import LoRALinear
 from lorafast.nn.offload import device_of
 from lorafast.nn.plain import features
+from lorafast.ops.checks import FLOATS
 
 _NO_MEMORY = "{} is on the device meta, which holds no values: load the model first"
-# What PEFT calls the layer that an adapter wraps.
+# What PEFT calls the layer that an adapter wraps, and an embedding's factors.
 _BASE_LAYER = ".base_layer"
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "adapters are saved and loaded with safetensors: pip install safetensors"
-        ) from error
-    return safetensors.torch
+_LORA_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+# What the first release of FSDP calls the module that it wraps.
+_FSDP = "_fsdp_wrapped_module"
 
 
 def save_adapter(
@@ -50,6 +41,11 @@ def save_adapter(
     """Writes the adapters of ``model`` to ``folder`` as PEFT does: a config and a safetensors file.
 
     ``peft.PeftModel.from_pretrained(base_model, folder)`` reads it, and so does ``load_adapter``.
+
+    A save that is killed, or a full disk, leaves nothing that ``load_adapter`` takes for an adapter, and
+    several processes may save to one folder: one of their adapters stays. Of a model that is sharded
+    (FSDP2, tensor parallelism) every rank must call this: the tensors are gathered, and the first
+    rank of the mesh writes.
 
     Args:
         model: a model with ``LoRALinear`` layers, merged or not.
@@ -60,12 +56,21 @@ def save_adapter(
 
     Raises:
         ValueError: there is nothing to save, a name in ``modules_to_save`` matches nothing or holds
-            an adapted layer, a stored tensor is shared with a module that is not stored, or the
-            layers differ in what PEFT's format has one value for. Nothing is written.
+            an adapted layer, a stored tensor is shared with a module that is not stored, the
+            layers differ in what PEFT's format has one value for, or a tensor is a mere shard that
+            can't be gathered here. Nothing is written.
+        OSError: ``folder`` can't be written.
         TypeError: ``modules_to_save`` is a string.
         ImportError: safetensors is not installed.
     """
-    _safetensors()
+    for sentence in write_adapter(model, Path(folder), modules_to_save):
+        warnings.warn(sentence, stacklevel=2)
+
+
+def write_adapter(model: nn.Module, folder: Path, modules_to_save: Sequence[str] = ()) -> list[str]:
+    """As ``save_adapter``; what of the model's training the file can't give back, a sentence each."""
+    safetensors()
+    check_folder(folder)
     model = unwrapped(model)
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
@@ -91,11 +96,41 @@ def save_adapter(
     for name, tensor in tensors.items():
         if COMPILED in name.split("."):
             raise ValueError("a module inside the model is compiled: save before compiling it")
+        if _FSDP in name.split("."):
+            raise ValueError(
+                "the model is in FullyShardedDataParallel, whose parameters are flat: save inside "
+                "summon_full_params and give the model that it wraps, or use fully_shard"
+            )
         if tensor.is_meta:
             raise ValueError(_NO_MEMORY.format(name))
-    for sentence in _lost_in_the_file(model, layers, tensors):
-        warnings.warn(sentence, stacklevel=2)
-    _write(Path(folder), describe(layers, model, sorted(modules_to_save)), tensors)
+    for name, layer in layers.items():
+        _check_factors(name, layer)
+    config = describe(layers, model, sorted(modules_to_save))
+    lost = list(_lost_in_the_file(model, layers, tensors))
+    writes = True
+    # Copies: safetensors refuses tensors that share memory, and strides.
+    copies = {}
+    for name, tensor in tensors.items():
+        gathered, first = whole(tensor)
+        writes = writes and first
+        copies[PREFIX + name] = gathered.detach().cpu().clone().contiguous()
+    if writes:
+        write_pair(folder, config, copies)
+    return lost
+
+
+def _check_factors(name: str, layer: LoRALinear) -> None:
+    expected = {
+        "lora_A": (layer.r, layer.in_features),
+        "lora_B": (layer.out_features, layer.r),
+    }
+    for half, shape in expected.items():
+        found = tuple(getattr(layer, half).shape)
+        if found != shape:
+            raise ValueError(
+                f"{half} of {name} has shape {list(found)}, expected {list(shape)}: gather its shards "
+                "first (DeepSpeed's GatheredParameters)"
+            )
 
 
 def _lost_in_the_file(
@@ -113,21 +148,6 @@ def _lost_in_the_file(
     for names in names_by_layer(model).values():
         if names[0] in layers and len(names) > 1:
             yield f"{' and '.join(names)} are one layer, which PEFT adapts under the first name alone"
-
-
-def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Both files are complete before either takes its name."""
-    # Copies: safetensors refuses tensors that share memory, and strides.
-    copies = {
-        PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()
-    }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = {file: folder / f"{file}.partial" for file in (WEIGHTS_FILE, CONFIG_FILE)}
-    _safetensors().save_file(copies, partial[WEIGHTS_FILE], metadata={"format": "pt"})
-    partial[CONFIG_FILE].write_text(text, encoding="utf-8")
-    for file, path in partial.items():
-        path.replace(folder / file)
 
 
 def _whole_modules(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
@@ -165,91 +185,65 @@ def _shared(state: dict[str, Tensor]) -> list[tuple[str, str]]:
     return [pair for group in names.values() for pair in itertools.permutations(group, 2)]
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool | None = None
+) -> nn.Module:
     """Loads an adapter in PEFT's format from ``folder`` into ``model``; returns ``model``.
 
     The layers that it is for may be plain ``nn.Linear``, which are adapted now (and the rest of the
     model is frozen, as ``adapt`` does), or ``LoRALinear`` of the same rank, whose values
     and scaling are replaced (their dropout stays).
-    Modules stored whole (``modules_to_save``) are loaded too. Everything is checked before anything
-    is changed: on an error the model is as it was.
+    Modules stored whole (``modules_to_save``) are loaded too, and so are embeddings that PEFT stored
+    beside the adapter. A weight that several modules share stays shared. Everything is checked and
+    made before anything is changed: on an error the model is as it was.
+
+    Args:
+        model: the base model, or one that is adapted already.
+        folder: where ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
+        is_trainable: True: the adapter and the modules stored whole are trained from now on. False:
+            they are frozen, as PEFT's ``from_pretrained`` has it unless told otherwise. None: what is
+            adapted now is trained, and with it the modules stored whole; where all layers were adapted
+            already, everything stays as frozen or trained as it is. In no case does the model change
+            between training and evaluation.
 
     Raises:
         FileNotFoundError: ``folder`` has no config or no safetensors file. Pickles are never read.
-        ValueError: the file doesn't fit the model; the message names the layer.
+        NotADirectoryError: ``folder`` is a file.
+        ValueError: the file doesn't fit the model, or has what lorafast doesn't compute or know; the
+            message names the layer or the field. Or the two files are not of one save.
         ImportError: safetensors is not installed.
     """
-    folder = Path(folder)
+    safetensors()
     inner = unwrapped(model)
-    config = read_config(folder)
-    tensors = _read_tensors(folder)
+    config, tensors = read_pair(Path(folder), parse_config)
     adapters, others = _by_layer(tensors)
     _check_layers(inner, config, adapters)
     base = _check_others(inner, config, others, adapters)
-
-    layers: dict[str, LoRALinear] = {}
-    for linear, names in names_by_layer(inner).items():
-        if not isinstance(linear, LoRALinear) and names[0] in adapters:
-            layer = LoRALinear.from_linear(
-                linear,
-                config.rank(names[0]),
-                alpha=config.alpha(names[0]),
-                dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-            )
-            layers |= dict.fromkeys(names, layer)
-    if layers:
-        freeze_base(inner)
-        put_in_place(inner, layers)
-    with torch.no_grad():
-        for target, value in base:
-            target.copy_(value)
-        for name, (lora_A, lora_B) in adapters.items():
-            _set_adapter(inner.get_submodule(name), lora_A, lora_B, config, name)
+    put_into(inner, config, adapters, base, is_trainable)
     return model
-
-
-def _set_adapter(
-    layer: nn.Module, lora_A: Tensor, lora_B: Tensor, config: AdapterConfig, name: str
-) -> None:
-    assert isinstance(layer, LoRALinear)
-    layer.set_scaling(config.alpha(name), config.use_rslora)
-    layer.lora_A.copy_(lora_A)
-    layer.lora_B.copy_(lora_B)
-    if layer.merged:
-        layer.merge()
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    safetensors = _safetensors()
-    from safetensors import SafetensorError
-
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickles = [
-            p.name
-            for p in (folder / "adapter_model.bin", folder / "adapter_model.pt")
-            if p.is_file()
-        ]
-        hint = f"; {pickles[0]} is a pickle and is never read" if pickles else ""
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}{hint}")
-    try:
-        tensors: dict[str, Tensor] = safetensors.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    return tensors
 
 
 def _by_layer(
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Adapter pairs by layer name, and all other tensors by their name in the model."""
+    if not any(key.endswith((LORA_A, LORA_B, *_LORA_EMBEDDING)) for key in tensors):
+        names = ", ".join(map(repr, sorted(tensors)[:3])) or "none"
+        raise ValueError(
+            f"the file has no LoRA tensors: its names are {names}{' ...' if len(tensors) > 3 else ''}, "
+            f"expected PEFT's, such as {PREFIX}<layer>{LORA_A}"
+        )
     halves: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise ValueError(f"tensor {key!r} doesn't begin with {PREFIX!r}: not PEFT's format")
         name = key.removeprefix(PREFIX)
+        if name.endswith(_LORA_EMBEDDING):
+            raise ValueError(
+                f"the file has an adapter for the embedding {name.rpartition('.')[0]}: lorafast adapts "
+                "linear layers"
+            )
         for ending in (LORA_A, LORA_B):
             if name.endswith(ending):
                 halves.setdefault(name.removesuffix(ending), {})[ending] = tensor
@@ -266,8 +260,6 @@ def _by_layer(
 def _check_layers(
     model: nn.Module, config: AdapterConfig, adapters: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
-    if not adapters:
-        raise ValueError("the file has no LoRA tensors")
     modules = dict(model.named_modules(remove_duplicate=False))
     names = names_by_layer(model)
     targets = config.targets(model)
@@ -302,16 +294,25 @@ def _check_pair(
     device = weight.device if isinstance(module, LoRALinear) else device_of(module, weight)
     if device.type == "meta":
         raise ValueError(_NO_MEMORY.format(name))
-    expected = {"lora_A": (r, K), "lora_B": (N, r)}
-    for half, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if tuple(tensor.shape) != expected[half]:
+    for half, tensor, shape in (("lora_A", lora_A, (r, K)), ("lora_B", lora_B, (N, r))):
+        if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{half} of {name} has shape {list(tensor.shape)} in the file, expected "
-                f"{list(expected[half])}: r is {r} in the config, the layer is "
-                f"{K} → {N}"
+                f"{list(shape)}: r is {r} in the config, the layer is {K} → {N}"
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{half} of {name} is {tensor.dtype} in the file, expected floats")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{half} of {name} is {tensor.dtype} in the file, expected float16, bfloat16, float32 "
+                "or float64"
+            )
+        if isinstance(module, LoRALinear):
+            reason = why_not_replaceable(getattr(module, half))
+            if reason is not None:
+                raise ValueError(f"{half} of {name} can't be replaced: {reason}")
+    if not isinstance(module, LoRALinear) and hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"{name} is sharded: load the adapter before the model is, or adapt it before"
+        )
 
 
 def _check_others(
@@ -320,14 +321,15 @@ def _check_others(
     """Pairs (tensor of the model, its new value) for what the file has besides adapters.
 
     These are the modules stored whole, and base weights, which PEFT adds where an output head is
-    adapted.
+    adapted or embeddings were resized.
     """
     values = {}
+    embeddings = _embeddings(model)
     for name, tensor in others.items():
         owner, _, last = name.rpartition(".")
         if owner.endswith(_BASE_LAYER) and owner.removesuffix(_BASE_LAYER) in adapters:
             values[f"{owner.removesuffix(_BASE_LAYER)}.{last}"] = tensor
-        elif stored_whole(owner, config.modules_to_save):
+        elif stored_whole(owner, config.modules_to_save) or owner in embeddings:
             values[name] = tensor
         else:
             raise ValueError(
@@ -339,7 +341,7 @@ def _check_others(
         if stored_whole(_owner(name), config.modules_to_save) and name not in values:
             raise ValueError(f"{name} is part of modules_to_save, and the file doesn't have it")
     for name, tensor in values.items():
-        _check_value(name, tensor, state)
+        _check_value(name, tensor, state, _owner(name) in embeddings)
     for name, other in _shared(state):
         if name in values and not _same(values[name], values.get(other, state[other]), state[name]):
             raise ValueError(
@@ -349,17 +351,41 @@ def _check_others(
     return [(state[name], tensor) for name, tensor in values.items()]
 
 
-def _check_value(name: str, tensor: Tensor, state: dict[str, Tensor]) -> None:
+def _embeddings(model: nn.Module) -> set[str]:
+    """All names of the input and output embeddings of a Transformers model."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # it has none
+            found.append(getattr(model, getter)())
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(module is one for one in found)
+    }
+
+
+def _check_value(
+    name: str, tensor: Tensor, state: dict[str, Tensor], is_embedding: bool = False
+) -> None:
     if name not in state:
         raise ValueError(f"the file has {name}, which the model doesn't have")
     if state[name].shape != tensor.shape:
+        hint = ": call model.resize_token_embeddings first" if is_embedding else ""
         raise ValueError(
-            f"{name} has shape {list(tensor.shape)} in the file, expected {list(state[name].shape)}"
+            f"{name} has shape {list(tensor.shape)} in the file, expected "
+            f"{list(state[name].shape)}{hint}"
         )
     if state[name].is_meta:
         raise ValueError(_NO_MEMORY.format(name))
-    if state[name].is_floating_point() != tensor.is_floating_point():
-        raise ValueError(f"{name} is {tensor.dtype} in the file, expected {state[name].dtype}")
+    dtype = state[name].dtype
+    if tensor.dtype != dtype and (
+        dtype.is_floating_point != tensor.is_floating_point()
+        or (tensor.is_floating_point() and tensor.dtype not in FLOATS)
+    ):
+        raise ValueError(f"{name} is {tensor.dtype} in the file, expected {dtype}")
+    reason = why_not_replaceable(state[name])
+    if reason is not None:
+        raise ValueError(f"{name} can't be replaced: {reason}")
 
 
 def _same(one: Tensor, other: Tensor, like: Tensor) -> bool:

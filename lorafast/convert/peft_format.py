@@ -1,27 +1,21 @@
 """PEFT's adapter format: ``adapter_config.json`` and the names in ``adapter_model.safetensors``."""
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from lorafast.convert.targets import (
-    ALL_LINEAR,
-    check_names,
-    check_pattern,
-    check_regex,
-    matches,
-    output_head,
-)
+from lorafast.convert.bounded_regex import BoundedRegex, shortened
+from lorafast.convert.targets import ALL_LINEAR, check_names, names_by_layer, output_head
 from lorafast.nn import LoRALinear
 from lorafast.nn.checks import check_alpha, check_probability, check_rank
 from lorafast.nn.lora_conv1d import LoRAConv1D
-from lorafast.nn.plain import stock_class
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,8 +41,56 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
 }
+# Fields of PEFT 0.20 and 0.21 that say where an adapter comes from or how it was trained: it computes
+# the same whatever they are. (runtime_config, which older releases wrote, PEFT ignores too.)
+_DESCRIPTIVE = frozenset({
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "ensure_weight_tying",
+    "runtime_config",
+})  # fmt: skip
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # Starts for which PEFT takes a part of W away, so that B·A belongs to what is left of it.
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# More than any matrix has rows.
+_MOST_RANK = 2**31
+
+
+_T = TypeVar("_T")
+
+
+class Selection:
+    """Layers that ``target_modules`` or ``exclude_modules`` names: names, their endings, or a regex."""
+
+    def __init__(self, names: Iterable[str] = (), regex: BoundedRegex | None = None) -> None:
+        self.names = frozenset(names)
+        self.regex = regex
+
+    def __contains__(self, name: object) -> bool:
+        assert isinstance(name, str)
+        if self.regex is not None:
+            return self.regex.fullmatch(name)
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in self.names for i in range(len(parts)))
+
+
+class ByPattern(Generic[_T]):
+    """``rank_pattern`` or ``alpha_pattern``: values of layers by regexes over names or their endings."""
+
+    def __init__(self, where: str, values: dict[str, _T]) -> None:
+        self._values = values
+        self._regexes = []
+        for key, value in values.items():
+            BoundedRegex(f"a key of {where}", key)
+            embedded = BoundedRegex(f"a key of {where}", rf"(.*\.)?({key})$", key)
+            self._regexes.append((embedded, value))
+
+    def get(self, name: str, default: _T) -> _T:
+        """PEFT's rule: the first key that matches the name or its ending, or else is the name."""
+        for regex, value in self._regexes:
+            if regex.match(name):
+                return value
+        return self._values.get(name, default)
 
 
 @dataclass(frozen=True)
@@ -59,52 +101,49 @@ class AdapterConfig:
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
-    target_modules: str | tuple[str, ...]
-    exclude_modules: str | tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] = ()
-    layers_pattern: tuple[str, ...] = ()
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
+    target_modules: Selection | None
+    """None stands for ``all-linear``."""
+    exclude_modules: Selection
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[BoundedRegex, ...]
+    rank_pattern: ByPattern[int]
+    alpha_pattern: ByPattern[float]
+    modules_to_save: tuple[str, ...]
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
-        return _pattern_value(self.rank_pattern, name, self.r)
+        return self.rank_pattern.get(name, self.r)
 
     def alpha(self, name: str) -> float:
         """The alpha of layer ``name``."""
-        return _pattern_value(self.alpha_pattern, name, self.lora_alpha)
+        return self.alpha_pattern.get(name, self.lora_alpha)
 
     def targets(self, model: nn.Module) -> set[str]:
         """The linear layers of ``model``, adapted or not, that the config names."""
-        head = output_head(model) if self.target_modules == ALL_LINEAR else None
+        head = output_head(model) if self.target_modules is None else None
         in_head = set() if head is None else set(head.modules())
         return {
-            name
-            for name, module in model.named_modules()
-            if (isinstance(module, LoRALinear) or stock_class(module) is not None)
-            and module not in in_head
-            and self._targets(name)
+            names[0]
+            for layer, names in names_by_layer(model).items()
+            if layer not in in_head and self._targets(names[0])
         }
 
     def _targets(self, name: str) -> bool:
-        if matches(self.exclude_modules, name):
+        if name in self.exclude_modules:
             return False
         if any(f".{stored}." in f".{name}." for stored in self.modules_to_save):
             return False
-        if self.target_modules == ALL_LINEAR:
+        if self.target_modules is None:
             return True
-        if isinstance(self.target_modules, str) or name in self.target_modules:
-            return matches(self.target_modules, name)
-        return matches(self.target_modules, name) and self._in_layers(name)
+        if self.target_modules.regex is not None or name in self.target_modules.names:
+            return name in self.target_modules
+        return name in self.target_modules and self._in_layers(name)
 
     def _in_layers(self, name: str) -> bool:
         if not self.layers_to_transform:
             return True
-        # The first number counts, not that of an expert inside the layer.
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in self.layers_pattern]
-        for pattern in patterns or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
-            found = re.match(pattern, name)
+        for pattern in self.layers_pattern or (_ANY_LAYERS,):
+            found = pattern.groups(name)
             if found:
                 return (
                     found["index"] is not None and int(found["index"]) in self.layers_to_transform
@@ -112,15 +151,8 @@ class AdapterConfig:
         return False
 
 
-_T = TypeVar("_T")
-
-
-def _pattern_value(patterns: dict[str, _T], name: str, default: _T) -> _T:
-    """PEFT's rule: the first key that is a regex for the name or its ending, or else is the name."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return patterns.get(name, default)
+# The first number counts, not that of an expert inside the layer.
+_ANY_LAYERS = BoundedRegex("layers", r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
 def stored_whole(name: str, modules_to_save: Sequence[str]) -> bool:
@@ -152,6 +184,7 @@ def describe(
     return {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": _auto_mapping(model),
         "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "inference_mode": True,
         "r": r,
@@ -173,6 +206,13 @@ def describe(
     }
 
 
+def _auto_mapping(model: nn.Module) -> dict[str, str]:
+    """What PEFT's ``AutoPeftModel`` makes the base model from."""
+    # FSDP2 gives the model a class of its own, before the model's.
+    cls = next(cls for cls in type(model).__mro__ if not hasattr(cls, "set_reshard_after_forward"))
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+
+
 def _regex(name: str) -> str:
     """A key for this layer alone, and not for those whose names end like it."""
     return "^" + re.escape(name)
@@ -187,42 +227,44 @@ def _shortest_targets(layers: dict[str, LoRALinear], model: nn.Module) -> list[s
     names = [name for name, _ in model.named_modules()]
     endings = sorted({name.rpartition(".")[2] for name in layers})
     for candidate in (endings, sorted(layers)):
-        if {name for name in names if matches(candidate, name)} == set(layers):
+        selection = Selection(candidate)
+        if {name for name in names if name in selection} == set(layers):
             return candidate
     return "|".join(re.escape(name) for name in sorted(layers))
 
 
-def read_config(folder: Path) -> AdapterConfig:
-    """Reads ``adapter_config.json``.
+def parse_config(raw: object, path: Path) -> AdapterConfig:
+    """The content of ``adapter_config.json`` at ``path``.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not JSON, not LoRA, has a value that is none, asks for what ``LoRALinear``
-            doesn't compute, or goes with other base weights.
+        ValueError: it is not LoRA, has a value that is none or a field that isn't known, asks for what
+            ``LoRALinear`` doesn't compute, or goes with other base weights.
     """
-    path = folder / CONFIG_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type in {path} is {raw.get('peft_type')!r}, expected 'LORA'")
-    for name, harmless in _WITHOUT_EFFECT.items():
-        if raw.get(name) not in harmless:
-            raise ValueError(
-                f"{name} in {path} is {raw[name]!r}: LoRALinear doesn't compute that "
-                f"(expected {harmless[0]!r})"
-            )
-    start = raw.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
-        raise ValueError(
-            f"init_lora_weights in {path} is {start!r}: PEFT changes the base weights for it, and the "
-            "adapter doesn't fit others (its save_pretrained converts it, given "
-            "path_initial_model_for_weight_conversion)"
-        )
-    return _parse(raw, path)
+    try:
+        return _parse(raw, path)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for an adapter's config") from error
+
+
+def config_digest(raw: dict[str, Any]) -> str:
+    """A digest of all fields that an adapter's numbers depend on, whatever order and defaults."""
+    meaning = {
+        name: _canonical(value)
+        for name, value in raw.items()
+        if name not in _DESCRIPTIVE and value and value != "none"
+    }
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+def _canonical(value: object) -> object:
+    """PEFT keeps names in sets, and 8.0 is 8."""
+    if isinstance(value, list):
+        return sorted(json.dumps(one) for one in value)
+    if isinstance(value, dict):
+        return {key: _canonical(one) for key, one in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
@@ -233,47 +275,121 @@ def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
         value = raw.get(name)
         return f"{name} in {path}", default if value is None else value
 
+    _check_kind(raw, path)
     where, targets = given("target_modules", None)
     if not targets:
         raise ValueError(f"{where} is {targets!r}, expected names or a regex")
+    everything = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     return AdapterConfig(
-        r=check_rank(*given("r", 8)),
-        lora_alpha=check_alpha(*given("lora_alpha", 8)),
-        lora_dropout=check_probability(*optional("lora_dropout", 0.0)),
+        r=_rank(*given("r", 8)),
+        lora_alpha=_alpha(*given("lora_alpha", 8)),
+        lora_dropout=_probability(*optional("lora_dropout", 0.0)),
         use_rslora=_bool(*optional("use_rslora", False)),
-        target_modules=check_pattern(where, targets),
-        exclude_modules=check_pattern(*optional("exclude_modules", ())),
+        target_modules=None if everything else _selection(where, targets),
+        exclude_modules=_selection(*optional("exclude_modules", ())),
         layers_to_transform=_integers(*optional("layers_to_transform", ())),
-        layers_pattern=_regexes(*optional("layers_pattern", ())),
-        rank_pattern=_values(*optional("rank_pattern", {}), check_rank),
-        alpha_pattern=_values(*optional("alpha_pattern", {}), check_alpha),
-        modules_to_save=check_names(*optional("modules_to_save", ())),
+        layers_pattern=_layers(*optional("layers_pattern", ())),
+        rank_pattern=_values(*optional("rank_pattern", {}), _rank),
+        alpha_pattern=_values(*optional("alpha_pattern", {}), _alpha),
+        modules_to_save=_names(*optional("modules_to_save", ())),
     )
+
+
+def _check_kind(raw: dict[str, Any], path: Path) -> None:
+    """Raises ``ValueError`` unless the adapter is one that ``LoRALinear`` computes."""
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(
+            f"peft_type in {path} is {shortened(raw.get('peft_type'))}, expected 'LORA'"
+        )
+    known = _DESCRIPTIVE.union(_WITHOUT_EFFECT, AdapterConfig.__dataclass_fields__)
+    for name, value in raw.items():
+        if value and name not in known:
+            raise ValueError(
+                f"{name} in {path} is {shortened(value)}, a field that lorafast doesn't know: what the "
+                "adapter computes may depend on it"
+            )
+    for name, harmless in _WITHOUT_EFFECT.items():
+        if raw.get(name) not in harmless:
+            raise ValueError(
+                f"{name} in {path} is {shortened(raw[name])}: LoRALinear doesn't compute that "
+                f"(expected {harmless[0]!r})"
+            )
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
+        raise ValueError(
+            f"init_lora_weights in {path} is {shortened(start)}: PEFT changes the base weights for it, "
+            "and the adapter doesn't fit others (its save_pretrained converts it, given "
+            "path_initial_model_for_weight_conversion)"
+        )
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS:
+        raise ValueError(
+            f"init_lora_weights in {path} is {shortened(start)}, a start that lorafast doesn't know: "
+            "it may have changed the base weights"
+        )
+
+
+def _fits(check: Callable[[str, object], _T], where: str, value: object) -> _T:
+    try:
+        return check(where, value)
+    except OverflowError as error:
+        raise ValueError(f"{where} is {shortened(value)}, too large for a float") from error
+
+
+def _rank(where: str, value: object) -> int:
+    rank = check_rank(where, value)
+    if rank > _MOST_RANK:
+        raise ValueError(f"{where} is {shortened(value)}, more than a matrix has rows")
+    return rank
+
+
+def _alpha(where: str, value: object) -> float:
+    return _fits(check_alpha, where, value)
+
+
+def _probability(where: str, value: object) -> float:
+    return _fits(check_probability, where, value)
 
 
 def _bool(where: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{where} is {value!r}, expected true or false")
+        raise ValueError(f"{where} is {shortened(value)}, expected true or false")
     return value
 
 
 def _integers(where: str, value: object) -> tuple[int, ...]:
     found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(type(one) is int for one in found):
-        raise ValueError(f"{where} is {value!r}, expected an integer or several")
+        raise ValueError(f"{where} is {shortened(value)}, expected an integer or several")
     return found
 
 
-def _regexes(where: str, value: object) -> tuple[str, ...]:
+def _selection(where: str, value: object) -> Selection:
+    if isinstance(value, str):
+        return Selection(regex=BoundedRegex(where, value))
+    return Selection(_names(where, value))
+
+
+def _names(where: str, value: object) -> tuple[str, ...]:
+    try:
+        return check_names(where, value)
+    except ValueError as error:
+        raise ValueError(f"{where} is {shortened(value)}, expected a list of names") from error
+
+
+def _layers(where: str, value: object) -> tuple[BoundedRegex, ...]:
     if isinstance(value, str):
         value = (value,) if value else ()
-    return tuple(check_regex(where, one) for one in check_names(where, value))
+    names = _names(where, value)
+    for name in names:
+        BoundedRegex(where, name)
+    return tuple(
+        BoundedRegex(where, rf"(?:^|.*?\.){name}\.(?P<index>\d+)\.", name) for name in names
+    )
 
 
-def _values(where: str, value: object, check: Callable[[str, object], _T]) -> dict[str, _T]:
+def _values(where: str, value: object, check: Callable[[str, object], _T]) -> ByPattern[_T]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}, expected an object")
-    return {
-        check_regex(f"a key of {where}", key): check(f"{where}, for {key!r},", one)
-        for key, one in value.items()
-    }
+        raise ValueError(f"{where} is {shortened(value)}, expected an object")
+    return ByPattern(
+        where, {key: check(f"{where}, for {key!r},", one) for key, one in value.items()}
+    )

@@ -102,7 +102,15 @@ def _state(model: nn.Module) -> dict[str, object]:
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "training": {name: module.training for name, module in modules.items()},
         "adapters": {
-            name: (module.r, module.scaling, module.dropout, module.merged)
+            name: (
+                module.r,
+                module.alpha,
+                module.scaling,
+                module.use_rslora,
+                module.dropout,
+                module.merged,
+                id(module._merged_weight),
+            )
             for name, module in modules.items()
             if isinstance(module, lorafast.nn.LoRALinear)
         },
@@ -120,6 +128,7 @@ def unchanged() -> Callable[[nn.Module], AbstractContextManager[None]]:
         yield
         assert _state(model) == before
         for key, tensor in model.state_dict().items():
-            assert torch.equal(tensor.double(), values[key].double()), key
+            one, other = (t.to_dense() if t.is_sparse else t for t in (tensor, values[key]))
+            assert torch.equal(one.double(), other.double()), key
 
     return check

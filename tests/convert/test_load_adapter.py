@@ -86,6 +86,18 @@ def test_loads_modules_stored_whole(net, tmp_path):
     assert type(net.head) is nn.Linear
 
 
+@pytest.mark.parametrize("has", ["nothing", "no-embedding"])
+def test_a_model_without_embeddings_loads_modules_stored_whole(net, tmp_path, has):
+    def none():
+        raise NotImplementedError
+
+    if has == "no-embedding":
+        net.get_input_embeddings = net.get_output_embeddings = none
+    head = {HEAD_W: torch.randn(2, 3), HEAD_b: torch.randn(2)}
+    lorafast.load_adapter(net, write_adapter(tmp_path, head, {"modules_to_save": ["head"]}))
+    assert torch.equal(net.head.weight, head[HEAD_W].double())
+
+
 def test_names_in_the_config_that_the_model_lacks_are_harmless(net, tmp_path):
     # PEFT writes both "classifier" and "score", of which a model has one.
     folder = write_adapter(tmp_path, config={"modules_to_save": ["classifier", "score"]})
@@ -433,7 +445,10 @@ def test_a_missing_folder_or_file_is_named(net, unchanged, tmp_path):
         lorafast.load_adapter(net, tmp_path / "nowhere")
     folder = write_adapter(tmp_path)
     (folder / WEIGHTS).unlink()
-    with unchanged(net), pytest.raises(FileNotFoundError, match=f"has no {WEIGHTS}$"):
+    with (
+        unchanged(net),
+        pytest.raises(FileNotFoundError, match=f"has no {WEIGHTS}; it holds {CONFIG}$"),
+    ):
         lorafast.load_adapter(net, folder)
     write_adapter(tmp_path)
     (folder / CONFIG).unlink()

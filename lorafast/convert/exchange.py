@@ -1,0 +1,167 @@
+"""A loaded adapter's values go into a model, all of them or none."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafast.convert.adapt import freeze_base, put_in_place
+from lorafast.convert.peft_format import AdapterConfig, stored_whole
+from lorafast.convert.targets import names_by_layer, replace
+from lorafast.nn import LoRALinear
+
+
+def whole(tensor: Tensor) -> tuple[Tensor, bool]:
+    """The tensor, gathered if it is sharded, and whether this process is its mesh's first."""
+    if not hasattr(tensor, "full_tensor"):  # a DTensor, whose module is slow to import
+        return tensor, True
+    sharded: Any = tensor
+    mesh = sharded.device_mesh
+    # Offloaded shards are gathered where the mesh communicates.
+    gathered: Tensor = sharded.to(mesh.device_type).full_tensor()
+    return gathered, not any(mesh.get_coordinate() or ())
+
+
+def why_not_replaceable(tensor: Tensor) -> str | None:
+    """The reason for which values can't be copied into ``tensor``, or None."""
+    if tensor.is_meta:
+        return "it is on the device meta, which holds no values"
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}"
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        return "it is expanded: its elements share memory"
+    return None
+
+
+def put_into(
+    model: nn.Module,
+    config: AdapterConfig,
+    adapters: dict[str, tuple[Tensor, Tensor]],
+    base: list[tuple[Tensor, Tensor]],
+    is_trainable: bool | None,
+) -> None:
+    """Adapts the layers that aren't yet, and copies the values: ``base`` has pairs (tensor, its value).
+
+    Everything fits: that was checked. Where it fails nonetheless, the model is as it was.
+    """
+    # What is made here may be trained later, as nothing can that is made in inference mode.
+    with torch.inference_mode(False), torch.no_grad(), _all_or_nothing(model) as undo:
+        made: dict[nn.Module, LoRALinear] = {}
+        layers: dict[str, LoRALinear] = {}
+        for layer, names in names_by_layer(model).items():
+            if names[0] not in adapters:
+                continue
+            if isinstance(layer, LoRALinear):
+                layers[names[0]] = layer
+            else:
+                layers[names[0]] = made[layer] = _make(layer, names[0], config)
+        values = list(base)
+        for name, pair in adapters.items():
+            values += zip((layers[name].lora_A, layers[name].lora_B), pair, strict=True)
+        values = [(target, _like(value, target)) for target, value in values]
+        there = {name: layer for name, layer in layers.items() if layer not in made.values()}
+        undo.keep([target for target, _ in values], there.values())
+
+        for target, value in values:
+            _copy(value, target)
+        for name, layer in there.items():
+            layer.set_scaling(config.alpha(name), config.use_rslora)  # merges again what is merged
+        if made:
+            freeze_base(model)
+        if is_trainable is not None:
+            for layer in layers.values():
+                _set_trained(is_trainable, (layer.lora_A, layer.lora_B))
+        if is_trainable is not None or made:
+            _set_trained(is_trainable is not False, _stored(model, config))
+        in_place = {
+            name: made[layer]
+            for layer, names in names_by_layer(model).items()
+            if layer in made
+            for name in names
+        }
+        undo.replaced = {name: model.get_submodule(name) for name in in_place}
+        put_in_place(model, in_place)
+
+
+def _make(layer: nn.Module, name: str, config: AdapterConfig) -> LoRALinear:
+    return LoRALinear.from_linear(
+        layer,
+        config.rank(name),
+        alpha=config.alpha(name),
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+    )
+
+
+def _stored(model: nn.Module, config: AdapterConfig) -> Iterator[Tensor]:
+    """The parameters of modules stored whole."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if stored_whole(name.rpartition(".")[0], config.modules_to_save):
+            yield parameter
+
+
+def _set_trained(trained: bool, parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        # Neither integers nor what was made in inference mode can be trained.
+        if parameter.is_floating_point() and not parameter.is_inference():
+            parameter.requires_grad_(trained)
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """``value`` in the dtype, on the device and sharded as ``target`` is."""
+    sharded: Any = target
+    if not hasattr(sharded, "full_tensor"):
+        return value.to(target)
+    from torch.distributed.tensor import distribute_tensor
+
+    local = value.to(device=sharded.to_local().device, dtype=target.dtype)
+    # Every rank has read the file: each keeps its shard, and nothing is sent.
+    return distribute_tensor(local, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def _copy(value: Tensor, target: Tensor) -> None:
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(value)
+
+
+class _Undo:
+    """What is about to be changed of a model, as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._values: list[tuple[Tensor, Tensor]] = []
+        self._layers: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self.replaced: dict[str, nn.Module] = {}
+
+    def keep(self, targets: Iterable[Tensor], layers: Iterable[nn.Module]) -> None:
+        """Keeps the values of tensors, and the attributes and buffers of layers."""
+        self._values = [(target, target.detach().clone()) for target in targets]
+        self._layers = [(layer, dict(vars(layer)), dict(layer._buffers)) for layer in layers]
+
+    def undo(self) -> None:
+        """Puts everything back."""
+        replace(self._model, self.replaced)
+        for target, value in self._values:
+            _copy(value, target)
+        for layer, attributes, buffers in self._layers:
+            vars(layer).update(attributes)
+            layer._buffers.update(buffers)
+        for parameter, requires_grad in self._requires_grad:
+            if parameter.requires_grad != requires_grad:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[_Undo]:
+    undo = _Undo(model)
+    try:
+        yield undo
+    except BaseException:
+        undo.undo()
+        raise

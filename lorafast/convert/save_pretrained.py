@@ -1,0 +1,93 @@
+"""``save_pretrained`` of an adapted Transformers model writes the adapter beside the model.
+
+Transformers saves a ``LoRALinear``'s factors under names that its ``from_pretrained`` drops. But where
+PEFT is installed it reads an adapter in PEFT's format that lies beside a model, and adds it.
+"""
+
+import functools
+import importlib.util
+import inspect
+import threading
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorafast.nn import LoRALinear
+
+_lock = threading.Lock()
+
+
+def save_adapters_too(model: nn.Module) -> None:
+    """From now on ``save_pretrained`` of Transformers models writes adapters, where there are any, too.
+
+    The method of their class is replaced, not one of the model: a model that is merged, copied or
+    pickled has nothing of ours. Other libraries' models are left alone.
+    """
+    owners = (
+        cls
+        for cls in type(model).__mro__
+        if "save_pretrained" in vars(cls) and cls.__module__.partition(".")[0] == "transformers"
+    )
+    with _lock:
+        for owner in owners:
+            stock = vars(owner)["save_pretrained"]
+            if isinstance(stock, types.FunctionType) and not hasattr(stock, "_saves_adapters"):
+                owner.save_pretrained = _with_adapters(stock)  # type: ignore[attr-defined]
+
+
+def _with_adapters(stock: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("is_main_process", True):
+            # First, so that what is pushed to the hub has it.
+            _save_beside(given["self"], Path(given["save_directory"]))
+        return stock(*args, **kwargs)
+
+    save_pretrained._saves_adapters = True  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+def _save_beside(model: nn.Module, folder: Path) -> None:
+    # Not above: adapt, which save_adapter is built on, needs this module.
+    from lorafast.convert.adapter_io import write_adapter
+    from lorafast.convert.peft_format import CONFIG_FILE
+
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if not layers:
+        if (folder / CONFIG_FILE).is_file():
+            warnings.warn(
+                f"{folder} holds an adapter, which from_pretrained will add to the model that is saved "
+                f"there now: if it is merged, delete {CONFIG_FILE}",
+                stacklevel=3,
+            )
+        return
+    reason = None
+    if any(hasattr(layer.lora_A, "full_tensor") for layer in layers):
+        reason = "the model is sharded, and only lorafast.save_adapter on every rank gathers them"
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        reason = "the model has PEFT's too, which take the same files"
+    else:
+        try:
+            # What is trained besides is in the model's own file.
+            write_adapter(model, folder)
+        except ValueError as error:
+            reason = f"{error}"
+    if reason is not None:
+        warnings.warn(
+            f"save_pretrained writes lorafast's adapters so that from_pretrained drops them ({reason}): "
+            "call lorafast.save_adapter, or lorafast.merge before",
+            stacklevel=3,
+        )
+    elif importlib.util.find_spec("peft") is None:
+        warnings.warn(
+            "from_pretrained drops the adapters where PEFT isn't installed: load them with "
+            "lorafast.load_adapter, or save after lorafast.merge",
+            stacklevel=3,
+        )
