@@ -29,6 +29,14 @@ def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def widen(x):
+    """A tile of float16 in float32, where the low-rank term lives; any other as it is."""
+    if x.dtype == tl.float16:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def keep_mask(
     seed,
     rows,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import LaunchConfig, chunks
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import arrive, cast, dot, keep_mask, sum_blocks
+from lorafast.kernels.common.device import arrive, cast, dot, keep_mask, sum_blocks, widen
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     config_for,
@@ -18,6 +18,8 @@ from lorafast.kernels.common.launch import (
     processors,
 )
 from torch import Tensor
+
+from lorafast.reference import wide
 
 
 @triton.jit
@@ -64,6 +66,7 @@ def shrink_rows(
             mask=(ranks < r)[None, :] & (cols < end)[:, None],
             other=0.0,
         )  # [BLOCK_K, BLOCK_R]
+        x = widen(x)
         if HAS_DROPOUT:
             keep = keep_mask(seed, rows, k, K, threshold, BLOCK_K)
             kept = tl.where(keep, x.to(tl.float32) * survivor_scale, 0.0)
@@ -135,11 +138,12 @@ def shrink(
 ) -> Tensor:
     """``s = drop(x)·Aᵀ``.
 
-    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x``.
+    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x`` (float32 for
+    float16).
     """
     M, K = x.shape
     r = lora_A.shape[0]
-    s = torch.empty((M, r), device=x.device, dtype=x.dtype)
+    s = torch.empty((M, r), device=x.device, dtype=wide(x.dtype))
     if s.numel() == 0:
         return s
     c = config or config_for(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import LaunchConfig, chunks
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import arrive, cast, dot, keep_mask, sum_blocks
+from lorafast.kernels.common.device import arrive, cast, dot, keep_mask, sum_blocks, widen
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     config_for,
@@ -65,6 +65,7 @@ def shrink_backward_columns(
             mask=(ranks < r)[:, None] & (rows < end)[None, :],
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
+        x = widen(x)
         if HAS_DROPOUT:
             keep = keep_mask(seed, rows, first_col, K, threshold, BLOCK_K)
             kept = tl.where(keep, x.to(tl.float32) * survivor_scale, 0.0)

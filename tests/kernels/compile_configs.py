@@ -30,6 +30,8 @@ from lorafast.kernels.tables.find import WHOLE
 from machine_code import Known, Machine
 from recorded import Launch, launches_of
 
+from lorafast.reference import wide
+
 # Half precision multiplies on the tensor cores: their instruction on each architecture.
 _TENSOR_CORE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 _PRODUCT = "linear_expand"
@@ -89,7 +91,8 @@ def _calls(
     def empty(*size: int, dtype: torch.dtype = kind.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    x, dy, s, weight, bias = empty(M, K), empty(M, N), empty(M, r), empty(N, K), empty(N)
+    x, dy, weight, bias = empty(M, K), empty(M, N), empty(N, K), empty(N)
+    s = empty(M, r, dtype=wide(kind.dtype))
     lora_A, lora_B = (empty(*size, dtype=kind.adapter_dtype) for size in ((r, K), (N, r)))
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     masks = (("", 0.0, None), ("-dropout", 0.05, seed))

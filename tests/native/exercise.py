@@ -42,8 +42,9 @@ def strided(tensor, layout):
     return tensor
 
 
-def calls_of(M, K, N, r, layout, p, seed):
+def calls_of(M, K, N, r, dtype, layout, p, seed):
     """Each operation on tensors of its own; ``layout`` is that of the large ones."""
+    low = reference.wide(dtype)
     x, dy, s, ds = (torch.randn(M, n) for n in (K, N, r, r))
     W, A, B, b = (torch.randn(*n) for n in ((N, K), (r, K), (N, r), (N,)))
 
@@ -53,15 +54,17 @@ def calls_of(M, K, N, r, layout, p, seed):
     return {
         "shrink": lambda run, cast: run.shrink(lay(cast(x)), cast(A), p, seed),
         "linear_expand": lambda run, cast: run.linear_expand(
-            cast(x), cast(W), lay(cast(s)), cast(B), 0.7, cast(b)
+            cast(x), cast(W), lay(cast(s, low)), cast(B), 0.7, cast(b)
         ),
         "dx": lambda run, cast: run.linear_expand(
-            cast(dy), cast(W).t(), cast(ds), cast(A).t(), 1.0, None, p, seed
+            cast(dy), cast(W).t(), cast(ds, low), cast(A).t(), 1.0, None, p, seed
         ),
         "expand_backward": lambda run, cast: run.expand_backward(
-            lay(cast(dy)), cast(s), cast(B), 0.7
+            lay(cast(dy)), cast(s, low), cast(B), 0.7
         ),
-        "shrink_backward": lambda run, cast: run.shrink_backward(cast(ds), lay(cast(x)), p, seed),
+        "shrink_backward": lambda run, cast: run.shrink_backward(
+            cast(ds, low), lay(cast(x)), p, seed
+        ),
     }
 
 
@@ -73,7 +76,7 @@ def main():
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     layouts = ("contiguous", "transposed", "every other column")
     for shape, dtype, layout, p in itertools.product(SHAPES, dtypes, layouts, (0.0, 0.3)):
-        for name, call in calls_of(*shape, layout, p, seed).items():
+        for name, call in calls_of(*shape, dtype, layout, p, seed).items():
             error, allowed = contract.compare(call, cpu, dtype)
             if not error <= allowed:
                 sys.exit(
