@@ -22,10 +22,10 @@ INTERPRETER_CAPABILITY = 90
 
 
 def precision(x: Tensor) -> str:
-    """How float32 operands are rounded: as PyTorch's own products round them on CUDA; in the low-rank
-    term of float16 to three numbers of float16's significand and float32's range, nothing lost."""
+    """How float32 operands are rounded: as PyTorch's own products round them on CUDA; beside float16 to
+    its significand, with float32's range."""
     if x.dtype == torch.float16:
-        return "tf32x3"
+        return "tf32"
     allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 

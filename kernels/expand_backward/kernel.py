@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import LaunchConfig, chunks
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import arrive, cast, dot, sum_blocks, widen
+from lorafast.kernels.common.device import arrive, cast, factor, low_rank_dot, sum_blocks
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     config_for,
@@ -72,7 +72,7 @@ def expand_backward_group(
         mask=(cols < N)[:, None] & (ranks < r)[None, :],
         other=0.0,
     )  # [BLOCK_N, BLOCK_R]
-    b = cast(b, s_ptr.dtype.element_ty, INTERPRETED)
+    b = factor(b, dy_ptr.dtype.element_ty, INTERPRETED)
 
     ds_size = tl.cast(M, tl.int64) * r
     db_size = tl.cast(N, tl.int64) * r
@@ -90,16 +90,15 @@ def expand_backward_group(
             mask=(rows < end)[:, None] & (cols < N)[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_N]
-        dy = widen(dy)
         s = tl.load(
             s_ptr + row_offsets[:, None] * stride_sm + ranks.to(tl.int64)[None, :] * stride_sr,
             mask=row_inside,
             other=0.0,
         )  # [BLOCK_M, BLOCK_R]
         ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        ds = dot(dy, b, ds, PRECISION, INTERPRETED)
+        ds = low_rank_dot(dy, b, ds, PRECISION, INTERPRETED)
         tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds, mask=row_inside)
-        db = dot(tl.trans(s), dy, db, PRECISION, INTERPRETED)
+        db = low_rank_dot(tl.trans(s), dy, db, PRECISION, INTERPRETED)
 
     db_offsets = col_offsets[None, :] * r + ranks[:, None]  # [BLOCK_R, BLOCK_N]
     db_inside = (cols < N)[None, :] & (ranks < r)[:, None]

@@ -177,7 +177,7 @@ def linear_expand(
             stride_bias=1 if bias is None else bias.stride(0),
             SPLIT=split,
             HAS_BIAS=bias is not None,
-            PRECISION="tf32" if x.dtype == torch.float16 else precision(x),
+            PRECISION=precision(x),
             INTERPRETED=INTERPRETED,
             **tile_arguments(x, weight, y, r, dropout_p > 0.0, c),
             **dropout_arguments(x, dropout_p, seed),

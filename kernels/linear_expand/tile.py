@@ -289,7 +289,7 @@ def tile_arguments(
         "PARTS": parts,
         "DESCRIPTORS": described,
         "TRANSPOSED": described and read is not weight,
-        "WARP_SPECIALIZE": described and c.warp_specialize,
+        "WARP_SPECIALIZE": described and c.warp_specialize and unrolled > 0,
         "FLATTEN": flat,
         **c.options,
     }
