@@ -54,6 +54,7 @@ struct Matrix {
 
   // to[i] = the elements (row, first + i), i < count
   void load_row(const Microkernels& kernels, int64_t row, int64_t first, int64_t count, float* to) const {
+    if (count == 0) return;  // there may be no element to read, nor memory
     if (col_stride == 1) {
       kernels.load(at(row, first), dtype, count, to);
     } else if (col_stride == 0) {  // expanded, as the gradient of a sum
@@ -66,6 +67,7 @@ struct Matrix {
 
   // the same, as bfloat16
   void copy_row(const Microkernels& kernels, int64_t row, int64_t first, int64_t count, uint16_t* to) const {
+    if (count == 0) return;
     if (dtype == Dtype::kBFloat16 && col_stride == 1) {
       std::memcpy(to, at(row, first), count * sizeof(uint16_t));
       return;

@@ -40,7 +40,7 @@ def low_rank_dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 def _split(x):
     """Two numbers in TF32 whose sum is ``x``, to 22 bits of its 24."""
     high = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return high, tl.where(high == x, 0.0, x - high)  # infinity has no rest
+    return high, tl.where(tl.abs(x) == float("inf"), 0.0, x - high)  # infinity has no rest
 
 
 @triton.jit

@@ -22,6 +22,10 @@ if len(sys.argv) > 1:
 from lorafast.ops import cpu
 
 SHAPES = (
+    (0, 5, 7, 3),
+    (5, 0, 7, 3),
+    (5, 7, 0, 3),
+    (5, 7, 6, 0),
     (1, 1, 1, 1),
     (5, 33, 17, 3),
     (70, 200, 130, 16),
@@ -32,13 +36,16 @@ SHAPES = (
 
 
 def strided(tensor, layout):
-    """The same values in other strides."""
+    """The same values in other strides; "one column expanded" repeats the first instead."""
     if layout == "transposed":
         return tensor.t().contiguous().t()
     if layout == "every other column":
         wide = tensor.new_full((tensor.shape[0], 2 * tensor.shape[1]), float("nan"))
         wide[:, ::2] = tensor
         return wide[:, ::2]
+    if layout == "one column expanded":
+        first = tensor[:, :1] if tensor.shape[1] else tensor.new_empty(tensor.shape[0], 1)
+        return first.expand(tensor.shape)
     return tensor
 
 
@@ -74,7 +81,7 @@ def main():
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     seed = torch.tensor([-(2**62) + 99])
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    layouts = ("contiguous", "transposed", "every other column")
+    layouts = ("contiguous", "transposed", "every other column", "one column expanded")
     for shape, dtype, layout, p in itertools.product(SHAPES, dtypes, layouts, (0.0, 0.3)):
         for name, call in calls_of(*shape, dtype, layout, p, seed).items():
             error, allowed = contract.compare(call, cpu, dtype)
