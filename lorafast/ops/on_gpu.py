@@ -14,6 +14,7 @@ from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import backward_riders, forward_riders, may_ride
 from lorafast.kernels.tables import tuned
 from lorafast.ops import roofline
+from lorafast.reference import wide
 
 _ATEN, _TRITON = "aten", "triton"
 Choice = tuple[str, str]
@@ -87,7 +88,7 @@ def _choice(
     if operation == "expand_backward":
         partials = _partials(M, N, r, dtype, _processor(device)[0])
     sizes = (dtype.itemsize, adapter_dtype.itemsize)
-    problem = roofline.Problem(M, K, N, r, *sizes, masked, partials)
+    problem = roofline.Problem(M, K, N, r, *sizes, masked, partials, wide(dtype) is not dtype)
     return modelled(operation, problem, _device(device))
 
 
