@@ -54,7 +54,6 @@ struct Matrix {
 
   // to[i] = the elements (row, first + i), i < count
   void load_row(const Microkernels& kernels, int64_t row, int64_t first, int64_t count, float* to) const {
-    if (count == 0) return;  // there may be no element to read, nor memory
     if (col_stride == 1) {
       kernels.load(at(row, first), dtype, count, to);
     } else if (col_stride == 0) {  // expanded, as the gradient of a sum
@@ -67,7 +66,6 @@ struct Matrix {
 
   // the same, as bfloat16
   void copy_row(const Microkernels& kernels, int64_t row, int64_t first, int64_t count, uint16_t* to) const {
-    if (count == 0) return;
     if (dtype == Dtype::kBFloat16 && col_stride == 1) {
       std::memcpy(to, at(row, first), count * sizeof(uint16_t));
       return;
@@ -80,6 +78,12 @@ struct Matrix {
     }
   }
 };
+
+// An output that sums nothing. An empty matrix has no memory: no kernel may come near one.
+inline void clear(const Tensor& output) {
+  if (output.numel() == 0) return;
+  std::memset(output.mutable_data_ptr(), 0, static_cast<size_t>(output.numel()) * output.element_size());
+}
 
 // The transpose of a matrix, a view.
 inline Matrix transposed(Matrix matrix) {

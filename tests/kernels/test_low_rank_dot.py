@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 from lorafast.kernels.common.device import _split
 
