@@ -67,7 +67,8 @@ def expected(
         dropped = Dropped(dropped.keep, dropped.scale**power)
     inputs = {"x": x}
     if adapted:
-        s = reference.shrink(x if dropped is None else dropped(x), lora_A)
+        wide = x.to(reference.wide(x.dtype))
+        s = reference.shrink(x if dropped is None else dropped(wide), lora_A)
         y = reference.linear_expand(x, cast(tensors.weight), s, lora_B, SCALING**power, bias)
         inputs |= {"lora_A": lora_A, "lora_B": lora_B}
     else:

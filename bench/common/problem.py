@@ -8,6 +8,8 @@ from lorafast.bench.common import memory
 from lorafast.bench.common.shapes import Shape
 from torch import Tensor
 
+from lorafast.reference import wide
+
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -77,7 +79,7 @@ class Problem:
         M, K, N = self.shape.M, self.shape.K, self.shape.N
         size, adapter_size = self.element_size, DTYPES[self.adapter_dtype].itemsize
         factors = self.r * (K + N) * adapter_size
-        s = M * self.r * size
+        s = M * self.r * wide(DTYPES[self.dtype]).itemsize
         forward = (M * K + K * N + M * N + (N if self.shape.bias else 0)) * size
         backward = (M * N + K * N + M * K) * size
         if adapted:

@@ -9,6 +9,8 @@ from lorafast.bench.common.problem import DTYPES, SCALING, Problem, Tensors
 from lorafast.kernels.tables.tuned import Key, dtypes
 from torch import Tensor
 
+from lorafast.reference import wide
+
 Cast = Callable[..., Tensor]
 
 
@@ -37,19 +39,20 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
     x, dy, weight, bias = tensors.x[0], tensors.dy[0], tensors.weight, tensors.bias
     lora_A, lora_B = tensors.lora_A, tensors.lora_B
     seed = torch.tensor([2023], device=x.device) if p else None
-    s = torch.nn.functional.linear(x, lora_A.to(x.dtype))
-    ds = SCALING * (dy @ lora_B.to(x.dtype))
+    low = wide(x.dtype)
+    s = torch.nn.functional.linear(x.to(low), lora_A.to(low))
+    ds = SCALING * (dy.to(low) @ lora_B.to(low))
 
     def base(run: Any, cast: Cast) -> Tensor:
         result: Tensor = run.linear_expand(
-            cast(x), cast(weight), cast(s), cast(lora_B, adapter), SCALING,
+            cast(x), cast(weight), cast(s, low), cast(lora_B, adapter), SCALING,
             None if bias is None else cast(bias),
         )  # fmt: skip
         return result
 
     def dx(run: Any, cast: Cast) -> Tensor:
         result: Tensor = run.linear_expand(
-            cast(dy), cast(weight).t(), cast(ds), cast(lora_A, adapter).t(), 1.0, None, p, seed
+            cast(dy), cast(weight).t(), cast(ds, low), cast(lora_A, adapter).t(), 1.0, None, p, seed
         )
         return result
 
@@ -65,7 +68,7 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
 
     def backward(run: Any, cast: Cast) -> tuple[Tensor, ...]:
         A, B = cast(lora_A, adapter), cast(lora_B, adapter)
-        given = (cast(dy), cast(x), cast(weight), A, B, cast(s), SCALING, p, seed)
+        given = (cast(dy), cast(x), cast(weight), A, B, cast(s, low), SCALING, p, seed)
         if hasattr(run, "lora_linear_backward"):
             found: tuple[Tensor, ...] = run.lora_linear_backward(*given)
             return found
@@ -83,47 +86,48 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
     thin = 2.0 * M * r
     adapters = r * (K + N) * adapter_size
     both = (M * K + K * N + M * N) * size
+    of_s = M * r * low.itemsize
     found = (
         Case(
             "shrink", "shrink",
             lambda run, cast: run.shrink(cast(x), cast(lora_A, adapter), p, seed),
-            2.0 * M * K * r, (M * K + M * r) * size + r * K * adapter_size,
+            2.0 * M * K * r, M * K * size + of_s + r * K * adapter_size,
             key("shrink", K, K, masked),
         ),
         Case(
             "linear_expand", "linear_expand", base, product + 2.0 * M * N * r,
-            both + M * r * size + N * r * adapter_size + (0 if bias is None else N * size),
+            both + of_s + N * r * adapter_size + (0 if bias is None else N * size),
             key("linear_expand", K, N, False),
         ),
         Case(
             "expand_backward", "expand_backward",
             lambda run, cast: run.expand_backward(
-                cast(dy), cast(s), cast(lora_B, adapter), SCALING
+                cast(dy), cast(s, low), cast(lora_B, adapter), SCALING
             ),
-            4.0 * M * N * r, (M * N + 2 * M * r) * size + 2 * N * r * adapter_size,
+            4.0 * M * N * r, M * N * size + 2 * of_s + 2 * N * r * adapter_size,
             key("expand_backward", N, N, False),
         ),
         Case(
             "shrink_backward", "shrink_backward",
             lambda run, cast: run.shrink_backward(
-                cast(ds), cast(x), p, seed, cast(lora_A, adapter).dtype
+                cast(ds, low), cast(x), p, seed, cast(lora_A, adapter).dtype
             ),
-            2.0 * M * K * r, (M * K + M * r) * size + r * K * adapter_size,
+            2.0 * M * K * r, M * K * size + of_s + r * K * adapter_size,
             key("shrink_backward", K, K, masked),
         ),
         Case(
             "dx", "linear_expand", dx, product + 2.0 * M * K * r,
-            both + M * r * size + r * K * adapter_size,
+            both + of_s + r * K * adapter_size,
             key("linear_expand", N, K, masked, True),
         ),
         Case(
             "lora_linear", "lora_linear", forward, product + thin * (K + N),
-            both + M * r * size + adapters + (0 if bias is None else N * size),
+            both + of_s + adapters + (0 if bias is None else N * size),
             key("lora_linear", K, N, masked),
         ),
         Case(
             "lora_linear_backward", "lora_linear_backward", backward,
-            product + 2 * thin * (K + N), both + M * (K + r) * size + 2 * adapters,
+            product + 2 * thin * (K + N), both + M * K * size + of_s + 2 * adapters,
             key("lora_linear_backward", N, K, masked, True),
         ),
     )  # fmt: skip

@@ -25,6 +25,7 @@ from lorafast.bench.traffic.launches import H200_PROCESSORS, Launch
 from lorafast.kernels.tables.find import WHOLE
 
 from lorafast.ops import backend, dispatch
+from lorafast.reference import wide
 
 _WRONG, _UNCHECKED = 3, 4
 _COUNTER = "int32"
@@ -156,7 +157,7 @@ def compare(problem: Reduced) -> dict[str, str | None]:
     weight, bias = torch.ones((N, K), dtype=dtype), torch.ones(N, dtype=dtype)
     lora_A = torch.ones((r, K), dtype=adapter_dtype)
     lora_B = torch.ones((N, r), dtype=adapter_dtype)
-    s = torch.ones((M, r), dtype=dtype)
+    s = torch.ones((M, r), dtype=wide(dtype))
     masked: tuple[Any, ...] = (0.25, torch.tensor([1])) if dropout else (0.0, None)
     layer = launches.Layer(
         M, K, N, r, dtype, adapter_dtype.itemsize, problem.bias, dropout, problem.processors

@@ -15,11 +15,12 @@ from unittest import mock
 
 import torch
 from lorafast.kernels.common.configs import LaunchConfig, chunks, split_k
-from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders, group_rows
+from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders, group_rows, may_ride
 from torch import Tensor
 
 from lorafast.kernels import tables
 from lorafast.ops import backend, dispatch, on_gpu
+from lorafast.reference import wide
 
 H200_PROCESSORS = 132
 H200_CAPABILITY = 90
@@ -57,6 +58,11 @@ class Layer:
     processors: int = H200_PROCESSORS
 
     @property
+    def low_rank_size(self) -> int:
+        """Of an element of s and ds."""
+        return wide(self.dtype).itemsize
+
+    @property
     def size(self) -> int:
         """Of an element of the activations."""
         return self.dtype.itemsize
@@ -72,7 +78,7 @@ def shrink(p: Layer) -> list[Launch]:
     c = p.config("shrink", p.K, p.K)
     rows, ranks = _blocks(p.M, c.block_m), _blocks(p.r, c.block_r)
     count, _ = chunks(p.processors * c.per_processor, p.K, c.block_k, rows * ranks)
-    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.size
+    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.low_rank_size
     seed = _SEED if p.dropout else 0
     partials = _partials(count, p.M * p.r)
     return [
@@ -106,7 +112,7 @@ def _tiles(p: Layer, c: LaunchConfig, K: int, N: int, *, bias: bool, dropout: bo
     """All tiles of a product with their low-rank term; under a mask each part of a tile reads s and the
     seed for itself."""
     rows, cols = _blocks(p.M, c.block_m), _blocks(N, c.block_n)
-    x, s, y = p.M * K * p.size, p.M * p.r * p.size, p.M * N * p.size
+    x, s, y = p.M * K * p.size, p.M * p.r * p.low_rank_size, p.M * N * p.size
     by_cols = N * K * p.size + N * p.r * p.adapter_size + (N * p.size if bias else 0)
     parts = c.masked_parts if dropout else 1
     seed = _SEED if dropout else 0
@@ -120,13 +126,13 @@ def expand_backward(p: Layer) -> list[Launch]:
     c = p.config("expand_backward", p.N, p.N)
     cols, ranks = _blocks(p.N, c.block_n), _blocks(p.r, c.block_r)
     groups, _ = chunks(p.processors * c.per_processor, p.M, c.block_m, cols * ranks)
-    of_ds, ds = cols * p.M * p.r * _PARTIAL, p.M * p.r * p.size
+    of_ds, ds = cols * p.M * p.r * _PARTIAL, p.M * p.r * p.low_rank_size
     return [_expand_backward(p, cols, groups, ranks), Launch(of_ds, ds, of_ds, ds)]
 
 
 def _expand_backward(p: Layer, cols: int, groups: int, ranks: int) -> Launch:
     """Without adding up ds."""
-    dy, s = p.M * p.N * p.size, p.M * p.r * p.size
+    dy, s = p.M * p.N * p.size, p.M * p.r * p.low_rank_size
     B = p.N * p.r * p.adapter_size
     of_ds, of_dB = cols * p.M * p.r * _PARTIAL, groups * p.N * p.r * _PARTIAL
     written = of_ds + of_dB + B
@@ -138,7 +144,7 @@ def shrink_backward(p: Layer) -> list[Launch]:
     c = p.config("shrink_backward", p.K, p.K)
     cols, ranks = _blocks(p.K, c.block_k), _blocks(p.r, c.block_r)
     count, _ = chunks(p.processors * c.per_processor, p.M, c.block_m, cols * ranks)
-    x, ds, dA = p.M * p.K * p.size, p.M * p.r * p.size, p.r * p.K * p.adapter_size
+    x, ds, dA = p.M * p.K * p.size, p.M * p.r * p.low_rank_size, p.r * p.K * p.adapter_size
     seed = _SEED if p.dropout else 0
     partials = _partials(count, p.r * p.K)
     return [
@@ -157,7 +163,7 @@ def lora_linear(p: Layer) -> list[Launch]:
     if _forward_riders(p, c) is None:
         return shrink(p) + linear_expand(p, p.K, p.N, bias=p.bias, dropout=False)
     tiles = _tiles(p, c, p.K, p.N, bias=p.bias, dropout=False)
-    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.size
+    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.low_rank_size
     rows = _blocks(p.M, c.block_m)
     return [
         Launch(tiles.read + A, tiles.written + s, tiles.loaded + x + rows * A, tiles.stored + s, x)
@@ -177,7 +183,7 @@ def lora_linear_backward(p: Layer) -> list[Launch]:
     eb = p.config("expand_backward", p.N, p.N)
     groups, cols = _blocks(p.M, group_rows(c)), _blocks(p.N, eb.block_n)
     thin = _expand_backward(p, cols, groups, 1)
-    dy, s = p.M * p.N * p.size, p.M * p.r * p.size
+    dy, s = p.M * p.N * p.size, p.M * p.r * p.low_rank_size
     # dy is read by both; ds is added up there, written and read.
     of_ds = cols * p.M * p.r * _PARTIAL
     read = tiles.read + thin.read - dy + of_ds
@@ -193,11 +199,15 @@ def lora_linear_backward(p: Layer) -> list[Launch]:
 
 
 def _forward_riders(p: Layer, c: LaunchConfig) -> Plan | None:
+    if not may_ride(p.dtype):
+        return None
     thin = p.config("shrink", p.K, p.K)
     return forward_riders(c, thin, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
 
 
 def _backward_riders(p: Layer, c: LaunchConfig) -> Plan | None:
+    if not may_ride(p.dtype):
+        return None
     rows, cols = p.config("expand_backward", p.N, p.N), p.config("shrink_backward", p.K, p.K)
     return backward_riders(c, rows, cols, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
 
@@ -229,7 +239,7 @@ class _StandIns:
     ) -> Tensor:
         r, K = lora_A.shape
         self._note(shrink(self._layer(x, K, K, r, lora_A.itemsize, False, bool(dropout_p))))
-        return x.new_empty((x.shape[0], r))
+        return x.new_empty((x.shape[0], r), dtype=wide(x.dtype))
 
     def linear_expand(
         self,
@@ -252,7 +262,7 @@ class _StandIns:
     ) -> tuple[Tensor, Tensor]:
         N, r = lora_B.shape
         self._note(expand_backward(self._layer(dy, N, N, r, lora_B.itemsize, False, False)))
-        return dy.new_empty((dy.shape[0], r)), lora_B.new_empty((N, r))
+        return s.new_empty((dy.shape[0], r)), lora_B.new_empty((N, r))
 
     def shrink_backward(
         self,
@@ -281,7 +291,7 @@ class _StandIns:
         (N, K), r = weight.shape, lora_A.shape[0]
         p = self._layer(x, K, N, r, lora_A.itemsize, bias is not None, bool(dropout_p))
         self._note(lora_linear(p))
-        return x.new_empty((x.shape[0], N)), x.new_empty((x.shape[0], r))
+        return x.new_empty((x.shape[0], N)), x.new_empty((x.shape[0], r), dtype=wide(x.dtype))
 
     def lora_linear_backward(
         self,

@@ -9,6 +9,7 @@ constexpr int64_t kFewBlocks = 16;
 void add_expanded(
     const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling, const std::optional<Dropout>& dropout) {
   const int64_t M = y.rows, N = y.cols, r = lora_B.cols;
+  if (M == 0 || N == 0 || r == 0) return;
   const Microkernels& kernels = microkernels();
   const float scale = static_cast<float>(scaling) * (dropout ? dropout->scale : 1.0f);
 

@@ -13,6 +13,10 @@ void expand_backward(
   check_matrix("lora_B", lora_B, N, r);
   check_output("ds", ds, M, r);
   check_output("dB", dB, N, r);
+  if (M == 0 || N == 0 || r == 0) {
+    clear(ds);
+    return clear(dB);
+  }
   const Microkernels& kernels = microkernels();
   const Matrix from(dy), to(ds);
   const auto scale = static_cast<float>(scaling);

@@ -79,6 +79,12 @@ struct Matrix {
   }
 };
 
+// An output that sums nothing. An empty matrix has no memory: no kernel may come near one.
+inline void clear(const Tensor& output) {
+  if (output.numel() == 0) return;
+  std::memset(output.mutable_data_ptr(), 0, static_cast<size_t>(output.numel()) * output.element_size());
+}
+
 // The transpose of a matrix, a view.
 inline Matrix transposed(Matrix matrix) {
   std::swap(matrix.rows, matrix.cols);

@@ -15,6 +15,7 @@ void shrink(
   check_matrix("lora_A", lora_A, r, K);
   check_output("s", s, M, r);
   check_seed(seed, threshold);
+  if (M == 0 || K == 0 || r == 0) return clear(s);
   const Microkernels& kernels = microkernels();
   const auto dropout = Dropout::of(seed, threshold, survivor_scale);
   const Matrix from(x), to(s);

@@ -12,6 +12,7 @@ void shrink_backward(
   check_matrix("ds", ds, M, r);
   check_output("dA", dA, r, K);
   check_seed(seed, threshold);
+  if (M == 0 || K == 0 || r == 0) return clear(dA);
   const Microkernels& kernels = microkernels();
   const auto dropout = Dropout::of(seed, threshold, survivor_scale);
   const Matrix from(x);

@@ -15,6 +15,35 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def low_rank_dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``acc + a·b`` in float32 for a tile of x or dy and a factor: of one dtype, or float16 and float32.
+
+    float16 fits into TF32, the other factor is the sum of two numbers in TF32 to 22 bits: nothing
+    is lost, on tensor cores.
+    """
+    if a.dtype == b.dtype:
+        acc = dot(a, b, acc, PRECISION, INTERPRETED)
+    elif a.dtype == tl.float16:
+        high, low = _split(b)
+        a = a.to(tl.float32)
+        acc = dot(a, high, acc, "tf32", INTERPRETED)
+        acc = dot(a, low, acc, "tf32", INTERPRETED)
+    else:
+        high, low = _split(a)
+        b = b.to(tl.float32)
+        acc = dot(high, b, acc, "tf32", INTERPRETED)
+        acc = dot(low, b, acc, "tf32", INTERPRETED)
+    return acc
+
+
+@triton.jit
+def _split(x):
+    """Two numbers in TF32 whose sum is ``x``, to 22 bits of its 24."""
+    high = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, tl.where(tl.abs(x) == float("inf"), 0.0, x - high)  # infinity has no rest
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """``x`` in ``dtype``, rounded to nearest even."""
     if x.dtype != dtype:
@@ -26,6 +55,35 @@ def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
             x = tl.where(tl.abs(x) < float("inf"), rounded.to(tl.float32, bitcast=True), x)
         x = x.to(dtype)
     return x
+
+
+@triton.jit
+def factor(a, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A or B beside a tile of ``dtype``, for ``low_rank_dot``: rounded to it, but not to float16."""
+    if dtype != tl.float16:
+        a = cast(a, dtype, INTERPRETED)
+    elif a.dtype != tl.float16:
+        a = a.to(tl.float32)
+    return a
+
+
+@triton.jit
+def drop(x, keep, survivor_scale, INTERPRETED: tl.constexpr):
+    """Dropout of a tile; of float16 without its scale, which would round: ``scale_sum`` has it."""
+    if x.dtype == tl.float16:
+        x = tl.where(keep, x, 0.0)
+    else:
+        kept = tl.where(keep, x.to(tl.float32) * survivor_scale, 0.0)
+        x = cast(kept, x.dtype, INTERPRETED)
+    return x
+
+
+@triton.jit
+def scale_sum(acc, dtype: tl.constexpr, survivor_scale, HAS_DROPOUT: tl.constexpr):
+    """What ``drop`` left to do when tiles of ``dtype`` are summed."""
+    if HAS_DROPOUT and dtype == tl.float16:
+        acc *= survivor_scale
+    return acc
 
 
 @triton.jit

@@ -22,7 +22,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def precision(x: Tensor) -> str:
-    """How float32 operands are rounded: as PyTorch's own products round them on CUDA."""
+    """How float32 operands are rounded: as PyTorch's own products round them on CUDA; beside float16 to
+    its significand, with float32's range."""
+    if x.dtype == torch.float16:
+        return "tf32"
     allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 

@@ -5,7 +5,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from lorafast.kernels.common.configs import GROUP_M, UNROLLED_RANK_BLOCKS, LaunchConfig
+
+from lorafast.reference import wide
 
 _PARTIAL = 4
 _FLOPS_PER_BYTE = 64
@@ -20,6 +23,11 @@ class Plan:
     riders: int
     waves: int
     programs: int
+
+
+def may_ride(dtype: torch.dtype) -> bool:
+    """Whether layers of this dtype have riders: float16's thin work is in float32, in other tiles."""
+    return wide(dtype) is dtype
 
 
 def _plan(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import LaunchConfig, chunks
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import arrive, cast, dot, sum_blocks
+from lorafast.kernels.common.device import arrive, cast, factor, low_rank_dot, sum_blocks
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     config_for,
@@ -72,7 +72,7 @@ def expand_backward_group(
         mask=(cols < N)[:, None] & (ranks < r)[None, :],
         other=0.0,
     )  # [BLOCK_N, BLOCK_R]
-    b = cast(b, dy_ptr.dtype.element_ty, INTERPRETED)
+    b = factor(b, dy_ptr.dtype.element_ty, INTERPRETED)
 
     ds_size = tl.cast(M, tl.int64) * r
     db_size = tl.cast(N, tl.int64) * r
@@ -96,9 +96,9 @@ def expand_backward_group(
             other=0.0,
         )  # [BLOCK_M, BLOCK_R]
         ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        ds = dot(dy, b, ds, PRECISION, INTERPRETED)
+        ds = low_rank_dot(dy, b, ds, PRECISION, INTERPRETED)
         tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds, mask=row_inside)
-        db = dot(tl.trans(s), dy, db, PRECISION, INTERPRETED)
+        db = low_rank_dot(tl.trans(s), dy, db, PRECISION, INTERPRETED)
 
     db_offsets = col_offsets[None, :] * r + ranks[:, None]  # [BLOCK_R, BLOCK_N]
     db_inside = (cols < N)[None, :] & (ranks < r)[:, None]
@@ -175,7 +175,7 @@ def expand_backward(
 ) -> tuple[Tensor, Tensor]:
     """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``.
 
-    Shapes: ``dy [M, N]``, ``s [M, r]``, ``lora_B [N, r]`` → ``ds [M, r]`` in the dtype of ``dy``,
+    Shapes: ``dy [M, N]``, ``s [M, r]``, ``lora_B [N, r]`` → ``ds [M, r]`` in the dtype of ``s``,
     ``dB [N, r]`` in the dtype of ``lora_B``.
     """
     M, N = dy.shape
@@ -187,7 +187,7 @@ def expand_backward(
     row_groups, m_blocks = chunks(
         processors(dy) * c.per_processor, M, c.block_m, col_groups * rank_blocks
     )
-    ds = torch.empty((M, r), device=dy.device, dtype=dy.dtype)
+    ds = torch.empty((M, r), device=dy.device, dtype=s.dtype)
     dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)
     partials = torch.empty((col_groups, M, r), device=dy.device, dtype=torch.float32)
     with on_device(dy):

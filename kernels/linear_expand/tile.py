@@ -5,6 +5,7 @@ x and W are read through tensor descriptors (bulk copies) or through pointers, w
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import GROUP_M, UNROLLED_RANK_BLOCKS, LaunchConfig
@@ -269,6 +270,10 @@ def tile_arguments(
     flat = described and c.flatten
     read = _straight(weight)
     rank_blocks = triton.cdiv(r, c.block_r)
+    unrolled = UNROLLED_RANK_BLOCKS if flat else 1
+    if x.dtype == torch.float16:
+        # In float32 several blocks at once don't fit in shared memory.
+        unrolled = 0 if masked else 1
     parts = c.masked_parts if masked else c.parts
     arguments = {
         "stride_xm": x.stride(0),
@@ -279,12 +284,12 @@ def tile_arguments(
         "BLOCK_N": c.block_n,
         "BLOCK_K": c.block_k,
         "BLOCK_R": c.block_r,
-        "RANK_BLOCKS": rank_blocks if rank_blocks <= (UNROLLED_RANK_BLOCKS if flat else 1) else 0,
+        "RANK_BLOCKS": rank_blocks if rank_blocks <= unrolled else 0,
         "GROUP_M": GROUP_M,
         "PARTS": parts,
         "DESCRIPTORS": described,
         "TRANSPOSED": described and read is not weight,
-        "WARP_SPECIALIZE": described and c.warp_specialize,
+        "WARP_SPECIALIZE": described and c.warp_specialize and unrolled > 0,
         "FLATTEN": flat,
         **c.options,
     }

@@ -20,7 +20,7 @@ from lorafast.kernels.common.launch import (
     processors,
     rule_for,
 )
-from lorafast.kernels.common.plan import backward_riders, group_rows
+from lorafast.kernels.common.plan import backward_riders, group_rows, may_ride
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.expand_backward.kernel import expand_backward_group
 from lorafast.kernels.linear_expand import linear_expand
@@ -216,7 +216,9 @@ def lora_linear_backward(
     rows = rule_for("expand_backward", dy, M, N, N, r)
     cols = rule_for("shrink_backward", dy, M, K, K, r)
     size = dy.element_size()
-    riders = backward_riders(c, rows, cols, M, K, N, r, size, masked, processors(dy))
+    riders = None
+    if may_ride(dy.dtype):
+        riders = backward_riders(c, rows, cols, M, K, N, r, size, masked, processors(dy))
     if riders is None:
         ds, dB = expand_backward(dy, s, lora_B, scaling)
         dA = shrink_backward(ds, x, dropout_p, seed, lora_A.dtype)

@@ -18,7 +18,7 @@ from lorafast.kernels.common.launch import (
     processors,
     rule_for,
 )
-from lorafast.kernels.common.plan import forward_riders
+from lorafast.kernels.common.plan import forward_riders, may_ride
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
@@ -152,7 +152,7 @@ def lora_linear(
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` and ``s = drop(x)·Aᵀ``.
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_A [r, K]``, ``lora_B [N, r]``, ``bias [N]`` →
-    ``y [M, N]``, ``s [M, r]``, in the dtype of ``x``.
+    ``y [M, N]``, ``s [M, r]``, in the dtype of ``x`` (``s`` in float32 for float16).
     """
     M, K = x.shape
     N, r = lora_B.shape
@@ -163,7 +163,9 @@ def lora_linear(
     )
     thin = rule_for("shrink", x, M, K, K, r)
     size = x.element_size()
-    riders = forward_riders(c, thin, M, K, N, r, size, masked, processors(x))
+    riders = None
+    if may_ride(x.dtype):
+        riders = forward_riders(c, thin, M, K, N, r, size, masked, processors(x))
     if riders is None:
         s = shrink(x, lora_A, dropout_p, seed)
         return linear_expand(x, weight, s, lora_B, scaling, bias, config=config), s

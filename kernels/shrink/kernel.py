@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import LaunchConfig, chunks
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import arrive, cast, dot, keep_mask, sum_blocks
+from lorafast.kernels.common.device import (
+    arrive,
+    cast,
+    drop,
+    factor,
+    keep_mask,
+    low_rank_dot,
+    scale_sum,
+    sum_blocks,
+)
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     config_for,
@@ -18,6 +27,8 @@ from lorafast.kernels.common.launch import (
     processors,
 )
 from torch import Tensor
+
+from lorafast.reference import wide
 
 
 @triton.jit
@@ -66,10 +77,9 @@ def shrink_rows(
         )  # [BLOCK_K, BLOCK_R]
         if HAS_DROPOUT:
             keep = keep_mask(seed, rows, k, K, threshold, BLOCK_K)
-            kept = tl.where(keep, x.to(tl.float32) * survivor_scale, 0.0)
-            x = cast(kept, x.dtype, INTERPRETED)
-        acc = dot(x, cast(a, x.dtype, INTERPRETED), acc, PRECISION, INTERPRETED)
-    return acc
+            x = drop(x, keep, survivor_scale, INTERPRETED)
+        acc = low_rank_dot(x, factor(a, x.dtype, INTERPRETED), acc, PRECISION, INTERPRETED)
+    return scale_sum(acc, x_ptr.dtype.element_ty, survivor_scale, HAS_DROPOUT)
 
 
 @triton.jit(do_not_specialize=["M", "r", "k_blocks", "threshold"])
@@ -135,11 +145,12 @@ def shrink(
 ) -> Tensor:
     """``s = drop(x)·Aᵀ``.
 
-    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x``.
+    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x`` (float32 for
+    float16).
     """
     M, K = x.shape
     r = lora_A.shape[0]
-    s = torch.empty((M, r), device=x.device, dtype=x.dtype)
+    s = torch.empty((M, r), device=x.device, dtype=wide(x.dtype))
     if s.numel() == 0:
         return s
     c = config or config_for(

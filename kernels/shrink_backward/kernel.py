@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import LaunchConfig, chunks
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import arrive, cast, dot, keep_mask, sum_blocks
+from lorafast.kernels.common.device import (
+    arrive,
+    cast,
+    drop,
+    keep_mask,
+    low_rank_dot,
+    scale_sum,
+    sum_blocks,
+)
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     config_for,
@@ -67,10 +75,9 @@ def shrink_backward_columns(
         )  # [BLOCK_R, BLOCK_M]
         if HAS_DROPOUT:
             keep = keep_mask(seed, rows, first_col, K, threshold, BLOCK_K)
-            kept = tl.where(keep, x.to(tl.float32) * survivor_scale, 0.0)
-            x = cast(kept, x.dtype, INTERPRETED)
-        acc = dot(ds, x, acc, PRECISION, INTERPRETED)
-    return acc
+            x = drop(x, keep, survivor_scale, INTERPRETED)
+        acc = low_rank_dot(ds, x, acc, PRECISION, INTERPRETED)
+    return scale_sum(acc, x_ptr.dtype.element_ty, survivor_scale, HAS_DROPOUT)
 
 
 @triton.jit(do_not_specialize=["M", "r", "m_blocks", "threshold"])

@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from lorafast.kernels.common.configs import SHARED_MEMORY, LaunchConfig
 
+from lorafast.reference import wide
+
 WHOLE = ("lora_linear", "lora_linear_backward")
 
 Row = tuple[int, int, int, int, int, LaunchConfig]
@@ -52,6 +54,8 @@ def find(
     """
     if operation in WHOLE:
         operation = "linear_expand"
+    if operation != "linear_expand":
+        dtype = wide(dtype)  # what reads float16 for the low-rank term multiplies in float32
     rows = [row for row in table_of(capability)[operation] if row[0] == 8 * dtype.itemsize]
     described = [row for row in rows if row[5].descriptors]
     if described:

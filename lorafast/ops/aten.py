@@ -3,6 +3,9 @@
 The expansion comes first and the base product is accumulated onto it: ``y = scaling · s·Bᵀ`` is thin
 and only written, then the vendor's product reads it back as its accumulator, hidden behind the
 arithmetic. Only the small term is rounded early.
+
+In float16 the small term may not be: it lives in float32 and is added to the finished base product,
+before the one rounding of the sum.
 """
 
 import torch
@@ -32,6 +35,9 @@ def small_lora_linear(
     PyTorch differentiates it itself, which costs a small layer less than a backward in Python.
     """
     y = packing.linear(x, weight, bias)
+    if x.dtype is torch.float16:
+        s = F.linear(x.float(), lora_A.float())
+        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype)
     s = F.linear(x, lora_A)
     if scaling == 1.0:
         return y.addmm_(s, lora_B.t())
@@ -40,6 +46,8 @@ def small_lora_linear(
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``s = drop(x)·Aᵀ``."""
+    if x.dtype is torch.float16:
+        x = x.float()
     if dropout_p:
         x = _dropout(x, dropout_p, seed)
     if lora_A.dtype is not x.dtype:
@@ -58,6 +66,9 @@ def linear_expand(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
+    if x.dtype is torch.float16:
+        low = _dropout(_scaled_mm(s, lora_B.float().t(), scaling), dropout_p, seed)
+        return low.add_(packing.linear(x, weight, bias)).to(x.dtype)
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
     base = packing.linear_if_packed(x, weight, bias)
@@ -78,6 +89,8 @@ def linear_expand(
 
 def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``."""
+    if dy.dtype is torch.float16:
+        dy = dy.float()
     ds = _scaled_mm(dy, lora_B.to(dy.dtype), scaling)
     dB = _scaled_mm(dy.t(), s, scaling)
     return ds, dB.to(lora_B.dtype)
@@ -91,7 +104,10 @@ def shrink_backward(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``dA = dsᵀ·drop(x)``."""
-    return torch.mm(ds.t(), _dropout(x, dropout_p, seed)).to(dtype or x.dtype)
+    dtype = dtype or x.dtype
+    if x.dtype is torch.float16:
+        x = x.float()
+    return torch.mm(ds.t(), _dropout(x, dropout_p, seed)).to(dtype)
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lorafast.reference import wide
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIDED = torch.strided
 
@@ -26,6 +28,12 @@ def check_same_dtype(name: str, tensor: Tensor, other: str, dtype: torch.dtype) 
     """``tensor`` must have the dtype of ``other``."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}, the dtype of {other}")
+
+
+def check_low_rank(name: str, tensor: Tensor, other: str, dtype: torch.dtype) -> None:
+    """``tensor``, s or ds, must have the dtype of the low-rank term of ``other``."""
+    if tensor.dtype != wide(dtype):
+        raise TypeError(f"{name} is {tensor.dtype}, expected {wide(dtype)}: {other} is {dtype}")
 
 
 def check_dropout(dropout_p: float, seed: Tensor | None) -> None:

@@ -7,12 +7,12 @@ does. In the low-rank term float16 is float32, as in every backend.
 import sys
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.ops import aten, dispatch
 from lorafast.ops.checks import describe_layout
+from lorafast.reference import wide
 from lorafast.reference.dropout import survivor_scale
 
 
@@ -38,7 +38,7 @@ def lora_linear(
     kind = type(x).__name__ if is_sharded(x) else describe_layout(x)
     dispatch.check_plain_pytorch("lora_linear", f"inputs like this one ({kind})")
     dropped = _drop(x, dropout_p, seed) if dropout_p else x
-    dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
+    dtype = wide(x.dtype)
     s = F.linear(dropped.to(dtype), lora_A.to(dtype))
     return F.linear(x, weight, bias) + F.linear(s, lora_B.to(dtype) * scaling).to(x.dtype)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.ops import native, packing
+from lorafast.reference import wide
 from lorafast.reference.dropout import survivor_scale, threshold
 
 native.why_not_loaded()  # loads them
@@ -25,7 +26,7 @@ def _mask(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, fl
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``s = drop(x)·Aᵀ``."""
-    s = x.new_empty((x.shape[0], lora_A.shape[0]))
+    s = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=wide(x.dtype))
     _shrink(x, lora_A, *_mask(dropout_p, seed), s)
     return s
 
@@ -48,7 +49,7 @@ def linear_expand(
 
 def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``."""
-    ds, dB = dy.new_empty(s.shape), lora_B.new_empty(lora_B.shape)
+    ds, dB = s.new_empty(s.shape), lora_B.new_empty(lora_B.shape)
     _expand_backward(dy, s, lora_B, float(scaling), ds, dB)
     return ds, dB
 
@@ -78,7 +79,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """``shrink`` and ``linear_expand``: ``y`` and ``s``, the thin products in one call."""
     y = packing.linear(x, weight, bias)
-    s = x.new_empty((x.shape[0], lora_A.shape[0]))
+    s = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=wide(x.dtype))
     _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
     return y, s
 

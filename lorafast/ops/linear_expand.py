@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lorafast import reference
 from lorafast.ops import dispatch
-from lorafast.ops.checks import check_dropout, check_matrix, check_same_dtype
+from lorafast.ops.checks import check_dropout, check_low_rank, check_matrix, check_same_dtype
 from lorafast.ops.registration import differentiate_by_reference, register, runner
 
 
@@ -23,7 +23,7 @@ def _check(
     check_matrix("s", s, x.shape[0], "r")
     check_matrix("lora_B", lora_B, weight.shape[0], s.shape[1])
     check_same_dtype("weight", weight, "x", x.dtype)
-    check_same_dtype("s", s, "x", x.dtype)
+    check_low_rank("s", s, "x", x.dtype)
     if bias is not None:
         check_same_dtype("bias", bias, "x", x.dtype)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
@@ -85,8 +85,8 @@ def linear_expand(
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``.
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``s [M, r]``, ``lora_B [N, r]``, ``bias [N]`` →
-    ``y [M, N]``; all but ``lora_B`` in the dtype of ``x``. On ``(dy, Wᵀ, ds, Aᵀ)`` it is ``dx``,
-    where the dropout mask falls on the low-rank term.
+    ``y [M, N]``; all but ``lora_B`` in the dtype of ``x``, but ``s`` in float32 for float16. On
+    ``(dy, Wᵀ, ds, Aᵀ)`` it is ``dx``, where the dropout mask falls on the low-rank term.
 
     Raises:
         ValueError, TypeError: a shape, a dtype, ``dropout_p`` or ``seed`` doesn't fit.

@@ -91,8 +91,9 @@ def _backward(
         else:
             ds = scaling * run.shrink(dy, lora_B.t())  # ds alone is a shrink
     elif need_dB:
-        # dB alone is a shrink_backward, transposed
-        dB = run.shrink_backward(s, dy, 0.0, None, adapter_dtype).t() * scaling
+        # dB alone is a shrink_backward, transposed; scaled before it is rounded to float16
+        dB = run.shrink_backward(s, dy, 0.0, None, reference.wide(adapter_dtype)).t() * scaling
+        dB = dB.to(adapter_dtype)
     if need_dA:
         dA = run.shrink_backward(ds, rows, dropout_p, seed, adapter_dtype)
     if need_dx:
@@ -323,7 +324,7 @@ def _registered_fake(
     for size in x.shape[:-1]:
         M = M * size
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty((M, lora_A.shape[0]))
+    return y, x.new_empty((M, lora_A.shape[0]), dtype=reference.wide(x.dtype))
 
 
 def _registered_backward_run(

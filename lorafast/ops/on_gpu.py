@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.plan import backward_riders, forward_riders
+from lorafast.kernels.common.plan import backward_riders, forward_riders, may_ride
 from lorafast.kernels.tables import tuned
 from lorafast.ops import roofline
+from lorafast.reference import wide
 
 _ATEN, _TRITON = "aten", "triton"
 Choice = tuple[str, str]
@@ -37,9 +38,10 @@ def choice(operation: str, *tensors: Tensor | None) -> Choice:
         sizes, adapter = (M, N, N, r), given[2].dtype
     else:
         (M, K), r = second.shape, first.shape[1]
-        sizes, adapter = (M, K, K, r), first.dtype
-    names = tuned.dtypes(first.dtype, adapter)
-    return _choice(operation, first.device, first.dtype, adapter, names, *sizes, masked, transposed)
+        sizes, adapter = (M, K, K, r), second.dtype
+    dtype = second.dtype if operation == "shrink_backward" else first.dtype
+    names = tuned.dtypes(dtype, adapter)
+    return _choice(operation, first.device, dtype, adapter, names, *sizes, masked, transposed)
 
 
 def whole(
@@ -86,7 +88,7 @@ def _choice(
     if operation == "expand_backward":
         partials = _partials(M, N, r, dtype, _processor(device)[0])
     sizes = (dtype.itemsize, adapter_dtype.itemsize)
-    problem = roofline.Problem(M, K, N, r, *sizes, masked, partials)
+    problem = roofline.Problem(M, K, N, r, *sizes, masked, partials, wide(dtype) is not dtype)
     return modelled(operation, problem, _device(device))
 
 
@@ -160,6 +162,8 @@ def rides(
     def config(name: str, K: int, N: int) -> LaunchConfig:
         return tables.find(name, capability, dtype, p.M, K, N, p.r, bulk=True)
 
+    if not may_ride(dtype):
+        return False
     sizes = (p.M, p.K, p.N, p.r, p.size, p.masked, processors)
     if operation == "lora_linear":
         product, shrink = own or config(operation, p.K, p.N), config("shrink", p.K, p.K)

@@ -51,7 +51,8 @@ class Device:
 class Problem:
     """A layer as one operation sees it; sizes of elements in bytes.
 
-    ``partials``: bytes that Triton's reduction moves beside its operands.
+    ``partials``: bytes that Triton's reduction moves beside its operands; ``widened``: whether the
+    low-rank term is float32 beside a smaller x, of which ``aten`` then makes a float32 copy.
     """
 
     M: int
@@ -62,6 +63,7 @@ class Problem:
     adapter_size: int
     masked: bool
     partials: float = 0.0
+    widened: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,21 @@ def estimate(operation: str, backend: str, p: Problem, device: Device) -> Estima
     """
     thin = _thin(backend, p, device)
     x, y = float(p.M * p.K * p.size), float(p.M * p.N * p.size)
+    copied = backend == "aten" and p.widened
     if operation in ("shrink", "shrink_backward"):
-        return thin(x, _mask(backend, p, p.K), 1)
+        more, launches = (4 * x, 2) if copied else (0.0, 1)
+        return thin(x, _mask(backend, p, p.K), launches, more=more)
     if operation == "expand_backward":
+        if copied:
+            return thin(2 * y, 0.0, 3, more=5 * y)
         if backend == "aten":
             return thin(2 * y, 0.0, 2)
         return thin(y, 0.0, 2, arithmetic=2.0, more=p.partials)
     if operation == "linear_expand":
         product = _product(backend, p, device)
+        if copied:
+            # The term in float32, the product added to it, both rounded: ten passes' bytes.
+            return thin(y, _mask(backend, p, p.N), 3, more=9 * y) + product
         if backend == "aten":
             # Expand first; reading that back hides behind the product.
             return thin(y, _mask(backend, p, p.N), 1) + product

@@ -6,6 +6,7 @@ from lorafast import reference
 from lorafast.ops import dispatch
 from lorafast.ops.checks import check_dropout, check_matrix
 from lorafast.ops.registration import differentiate_by_reference, register, runner
+from lorafast.reference import wide
 
 
 def _check(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> None:
@@ -23,7 +24,7 @@ def _run(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None 
 
 def _fake(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     _check(x, lora_A, dropout_p, seed)
-    return x.new_empty((x.shape[0], lora_A.shape[0]))
+    return x.new_empty((x.shape[0], lora_A.shape[0]), dtype=wide(x.dtype))
 
 
 register(
@@ -39,8 +40,9 @@ _call = runner("shrink", reference.shrink, _check)
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``s = drop(x)·Aᵀ``.
 
-    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x``. ``seed`` is an
-    int64 tensor of one element on the device of ``x``.
+    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x`` (float32 for
+    float16, whose range it may leave). ``seed`` is an int64 tensor of one element on the device of
+    ``x``.
 
     Raises:
         ValueError: a shape, ``dropout_p`` or ``seed`` doesn't fit.

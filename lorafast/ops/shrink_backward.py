@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lorafast import reference
 from lorafast.ops import dispatch
-from lorafast.ops.checks import check_dropout, check_matrix, check_same_dtype
+from lorafast.ops.checks import check_dropout, check_low_rank, check_matrix
 from lorafast.ops.registration import differentiate_by_reference, register, runner
 
 
@@ -14,7 +14,7 @@ def _check(
 ) -> None:
     check_matrix("x", x, "M", "K")
     check_matrix("ds", ds, x.shape[0], "r")
-    check_same_dtype("ds", ds, "x", x.dtype)
+    check_low_rank("ds", ds, "x", x.dtype)
     check_dropout(dropout_p, seed)
 
 
@@ -62,7 +62,8 @@ def shrink_backward(
     """``dA = dsᵀ·drop(x)``.
 
     Shapes: ``ds [M, r]``, ``x [M, K]`` → ``dA [r, K]`` in ``dtype`` (that of ``x`` if None).
-    ``seed`` is an int64 tensor of one element on the device of ``x``.
+    ``ds`` is in the dtype of ``x``, in float32 for float16. ``seed`` is an int64 tensor of one
+    element on the device of ``x``.
 
     Raises:
         ValueError, TypeError: a shape, a dtype, ``dropout_p`` or ``seed`` doesn't fit.

@@ -6,6 +6,7 @@ from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
+from lorafast.reference.wide import wide
 
 __all__ = [
     "dropout",
@@ -16,4 +17,5 @@ __all__ = [
     "philox_4x32",
     "shrink",
     "shrink_backward",
+    "wide",
 ]

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from lorafast.reference.dropout import dropout
+from lorafast.reference.wide import wide
 
 
 def linear_expand(
@@ -18,11 +19,12 @@ def linear_expand(
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``.
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``s [M, r]``, ``lora_B [N, r]``, ``bias [N]`` →
-    ``y [M, N]``, in the dtype of ``x``.
+    ``y [M, N]``, in the dtype of ``x``; ``s`` in that of ``shrink``, as the low-rank term, until it is
+    added.
 
     The forward has no mask here (``shrink`` has it). The backward does: ``dx`` is this operation on
     ``(dy, Wᵀ, ds, Aᵀ)``, whose low-rank term passes back through the dropout of ``x``.
     """
-    low_rank = dropout(scaling * (s @ lora_B.to(x.dtype).t()), dropout_p, seed)
+    low_rank = dropout(scaling * (s @ lora_B.to(wide(x.dtype)).t()), dropout_p, seed)
     y = x @ weight.t() + low_rank
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).to(x.dtype)

@@ -3,11 +3,14 @@
 from torch import Tensor
 
 from lorafast.reference.dropout import dropout
+from lorafast.reference.wide import wide
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``s = drop(x)·Aᵀ``.
 
-    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x``.
+    Shapes: ``x [M, K]``, ``lora_A [r, K]`` → ``s [M, r]``, in the dtype of ``x``
+    (float32 for float16: ``wide``).
     """
-    return dropout(x, dropout_p, seed) @ lora_A.to(x.dtype).t()
+    low = wide(x.dtype)
+    return dropout(x.to(low), dropout_p, seed) @ lora_A.to(low).t()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lorafast.reference.dropout import dropout
+from lorafast.reference.wide import wide
 
 
 def shrink_backward(
@@ -15,6 +16,8 @@ def shrink_backward(
 ) -> Tensor:
     """``dA = dsᵀ·drop(x)``.
 
-    Shapes: ``ds [M, r]``, ``x [M, K]`` → ``dA [r, K]`` in ``dtype`` (that of ``x`` if None).
+    Shapes: ``ds [M, r]``, ``x [M, K]`` → ``dA [r, K]`` in ``dtype`` (that of ``x`` if None). ``ds`` is
+    float32 for ``x`` in float16.
     """
-    return (ds.t() @ dropout(x, dropout_p, seed)).to(dtype or x.dtype)
+    dropped = dropout(x.to(wide(x.dtype)), dropout_p, seed)
+    return (ds.t() @ dropped).to(dtype or x.dtype)

@@ -11,7 +11,7 @@ from lorafast.bench.common.shapes import Shape
 
 from lorafast import ops
 from lorafast.ops import dispatch
-from lorafast.reference import contract
+from lorafast.reference import contract, wide
 
 pytestmark = pytest.mark.gpu
 
@@ -65,12 +65,14 @@ def test_strided_operations(dtype, backend, device):
     x, dy = (torch.randn(size, M, device=device).t() for size in (K, N))
     weight, lora_A = torch.randn(N, 2 * K, device=device)[:, ::2], torch.randn(K, r, device=device)
     lora_B = torch.randn(r, N, device=device)
-    s = torch.randn(M, r, device=device)
+    s, low = torch.randn(M, r, device=device), wide(dtype)
     calls = (
         lambda run, cast: run.shrink(cast(x), cast(lora_A).t()),
-        lambda run, cast: run.linear_expand(cast(x), cast(weight), cast(s), cast(lora_B).t(), 0.7),
-        lambda run, cast: run.expand_backward(cast(dy), cast(s), cast(lora_B).t(), 0.7),
-        lambda run, cast: run.shrink_backward(cast(s), cast(x)),
+        lambda run, cast: run.linear_expand(
+            cast(x), cast(weight), cast(s, low), cast(lora_B).t(), 0.7
+        ),
+        lambda run, cast: run.expand_backward(cast(dy), cast(s, low), cast(lora_B).t(), 0.7),
+        lambda run, cast: run.shrink_backward(cast(s, low), cast(x)),
     )
     with dispatch.use_backend(backend):
         for call in calls:

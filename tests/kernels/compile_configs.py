@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from lorafast.bench.common.record import Record
 from lorafast.kernels.common.configs import OPERATIONS, SHARED_MEMORY, LaunchConfig
+from lorafast.kernels.common.plan import may_ride
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
@@ -29,6 +30,8 @@ from lorafast.kernels.tables import table_of
 from lorafast.kernels.tables.find import WHOLE
 from machine_code import Known, Machine
 from recorded import Launch, launches_of
+
+from lorafast.reference import wide
 
 # Half precision multiplies on the tensor cores: their instruction on each architecture.
 _TENSOR_CORE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
@@ -44,21 +47,22 @@ class Kind:
     adapter_dtype: torch.dtype
     tf32: bool = False
 
-    @property
-    def bits(self) -> int:
-        """Of an element of x: what a table's rows are for."""
-        return 8 * self.dtype.itemsize
+    def bits(self, operation: str) -> int:
+        """Of an element as the operation multiplies it: what a table's rows are for."""
+        dtype = self.dtype if operation == _PRODUCT else wide(self.dtype)
+        return 8 * dtype.itemsize
 
     @property
     def on_tensor_cores(self) -> bool:
         """Whether the product has an instruction of its own."""
-        return self.bits == 16 or self.tf32
+        return self.bits(_PRODUCT) == 16 or self.tf32
 
 
 _KINDS = {
     "bf16": Kind(torch.bfloat16, torch.bfloat16),
     "bf16+fp32": Kind(torch.bfloat16, torch.float32),  # PEFT's default: adapters in float32
     "fp16": Kind(torch.float16, torch.float16),
+    "fp16+fp32": Kind(torch.float16, torch.float32),
     "fp32": Kind(torch.float32, torch.float32),
     "tf32": Kind(torch.float32, torch.float32, tf32=True),
 }
@@ -89,7 +93,8 @@ def _calls(
     def empty(*size: int, dtype: torch.dtype = kind.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    x, dy, s, weight, bias = empty(M, K), empty(M, N), empty(M, r), empty(N, K), empty(N)
+    x, dy, weight, bias = empty(M, K), empty(M, N), empty(N, K), empty(N)
+    s = empty(M, r, dtype=wide(kind.dtype))
     lora_A, lora_B = (empty(*size, dtype=kind.adapter_dtype) for size in ((r, K), (N, r)))
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     masks = (("", 0.0, None), ("-dropout", 0.05, seed))
@@ -113,7 +118,7 @@ def _calls(
                     dy, weight.t(), s, lora_A.t(), 1.0, None, p, of, config=c
                 ),
             )
-        if c.riders:
+        if c.riders and may_ride(kind.dtype):
             yield (
                 "riders-forward",
                 lambda: lora_linear(x, weight, lora_A, lora_B, 2.0, bias, config=c),
@@ -134,7 +139,7 @@ def check_all(capability: int, kinds: Iterable[str], known: Known) -> Iterator[C
         rows = table_of(capability)[operation]
         for (bits, M, K, N, most, config), name_of_kind in itertools.product(rows, kinds):
             kind = _KINDS[name_of_kind]
-            if kind.bits != bits:
+            if kind.bits(operation) != bits:
                 continue
             for r in _ranks(operation, most, name_of_kind, max(row[1] for row in rows) == M):
                 for variant, call in _calls(operation, config, kind, M, K, N, r):
@@ -164,8 +169,8 @@ def _ranks(operation: str, most: int, kind: str, most_rows: bool) -> tuple[int, 
     """The ranks to compile a row for. A product takes the rank in blocks of its own: one, several, and
     so many that they are looped over, the last two where there are most rows."""
     if operation != _PRODUCT:
-        return (most,) if kind != "fp16" else ()
-    if kind != "bf16":
+        return (most,)
+    if kind not in ("bf16", "fp16+fp32"):
         return (16,)
     return (16, 64, 80) if most_rows else (16,)
 
@@ -228,7 +233,7 @@ def main(words: list[str] | None = None) -> int:
     record = Record(torch.device("cpu"), command, arguments.json)
     wrong = False
     for capability in arguments.capabilities or SHARED_MEMORY:
-        # fp16 differs from bf16 in one instruction's operand type: both are compiled where the
+        # float16 adapters differ from float32 ones in a conversion: both are compiled where the
         # instruction is asked for by name.
         kinds = [kind for kind in _KINDS if kind != "fp16" or capability == 90]
         found = []

@@ -8,11 +8,13 @@ pytest.importorskip("triton")
 from helpers import Problem, assert_contract, problems
 from small_tiles import SMALL_TILES, on_kernels
 
+from lorafast.reference import wide
+
 
 def call(p, t):
     def run_call(run, cast):
         return run.expand_backward(
-            p.lay_out(cast(t.dy)), cast(t.s), cast(t.lora_B, p.adapter_dtype), 0.7
+            p.lay_out(cast(t.dy)), cast(t.s, wide(p.dtype)), cast(t.lora_B, p.adapter_dtype), 0.7
         )
 
     return run_call

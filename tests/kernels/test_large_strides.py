@@ -52,7 +52,7 @@ def test_linear_expand(far_apart, device, far):
         weight = far_apart(24)
     else:
         x, weight = draw(5, 2, device=device), far_apart(24).t()
-    s, lora_B = draw(x.shape[0], 3, device=device), draw(weight.shape[0], 3, device=device)
+    s, lora_B = draw(x.shape[0], 3, device=device).float(), draw(weight.shape[0], 3, device=device)
     arguments = (x, weight, s, lora_B, 0.5)
     assert_same(on_kernels().linear_expand(*arguments), reference.linear_expand(*arguments))
 
@@ -62,7 +62,7 @@ def test_linear_expand_with_a_strided_bias(device):
     bias = storage.as_strided((3,), (2**30,))
     bias.copy_(torch.randn(3))
     x, weight = draw(2, 4, device=device), draw(3, 4, device=device)
-    s, lora_B = draw(2, 1, device=device), draw(3, 1, device=device)
+    s, lora_B = draw(2, 1, device=device).float(), draw(3, 1, device=device)
     arguments = (x, weight, s, lora_B, 0.5, bias)
     assert_same(on_kernels().linear_expand(*arguments), reference.linear_expand(*arguments))
 
@@ -70,12 +70,12 @@ def test_linear_expand_with_a_strided_bias(device):
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 def test_expand_backward(far_apart, device, transposed):
     dy = far_apart(24).t() if transposed else far_apart(24)
-    s, lora_B = draw(dy.shape[0], 3, device=device), draw(dy.shape[1], 3, device=device)
+    s, lora_B = draw(dy.shape[0], 3, device=device).float(), draw(dy.shape[1], 3, device=device)
     found = on_kernels().expand_backward(dy, s, lora_B, 0.5)
     for one, two in zip(found, reference.expand_backward(dy, s, lora_B, 0.5), strict=True):
         assert_same(one, two)
 
 
 def test_shrink_backward(far_apart, device):
-    x, ds = far_apart(24), draw(2, 3, device=device)
+    x, ds = far_apart(24), draw(2, 3, device=device).float()
     assert_same(on_kernels().shrink_backward(ds, x), reference.shrink_backward(ds, x))

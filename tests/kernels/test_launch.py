@@ -20,7 +20,14 @@ def test_float32_is_rounded_as_pytorch_does(matmul):
     assert precision(x) == "ieee"
     matmul.fp32_precision = "tf32"
     assert precision(x) == "tf32"
-    assert precision(x.half()) == "ieee"
+    assert precision(x.bfloat16()) == "ieee"
+
+
+def test_beside_float16_float32_is_rounded_to_its_significand_always(matmul):
+    x = torch.randn(2, 2).half()
+    for chosen in ("ieee", "tf32"):
+        matmul.fp32_precision = chosen
+        assert precision(x) == "tf32"
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 1000, 8192])

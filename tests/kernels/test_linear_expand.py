@@ -8,13 +8,15 @@ pytest.importorskip("triton")
 from helpers import Problem, assert_contract, problems
 from small_tiles import SMALL_TILES, on_kernels
 
+from lorafast.reference import wide
+
 
 def call(p, t):
     def run_call(run, cast):
         return run.linear_expand(
             p.lay_out(cast(t.x)),
             p.lay_out(cast(t.weight)),
-            cast(t.s),
+            cast(t.s, wide(p.dtype)),
             cast(t.lora_B, p.adapter_dtype),
             0.7,
             cast(t.bias) if t.bias is not None else None,

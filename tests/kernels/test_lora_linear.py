@@ -18,7 +18,7 @@ from lorafast.kernels.lora_linear import backward, forward
 from small_tiles import SMALL_TILES, on_kernels
 from triton.runtime import interpreter
 
-from lorafast.reference import shrink
+from lorafast.reference import shrink, wide
 
 TILES = {name: config for name, config in SMALL_TILES.items() if config is not None}
 
@@ -50,7 +50,7 @@ def call_backward(p, t):
     def run_call(run, cast):
         lora_A, lora_B = cast(t.lora_A, p.adapter_dtype), cast(t.lora_B, p.adapter_dtype)
         x, dy = p.lay_out(cast(t.x)), p.lay_out(cast(t.dy))
-        weight, s = p.lay_out(cast(t.weight)), cast(t.s)
+        weight, s = p.lay_out(cast(t.weight)), cast(t.s, wide(p.dtype))
         if hasattr(run, "lora_linear_backward"):
             return run.lora_linear_backward(
                 dy, x, weight, lora_A, lora_B, s, 0.7, p.dropout_p, t.seed

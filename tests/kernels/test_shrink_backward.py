@@ -8,11 +8,13 @@ pytest.importorskip("triton")
 from helpers import Problem, assert_contract, problems
 from small_tiles import SMALL_TILES, on_kernels
 
+from lorafast.reference import wide
+
 
 def call(p, t):
     def run_call(run, cast):
         return run.shrink_backward(
-            cast(t.ds),
+            cast(t.ds, wide(p.dtype)),
             p.lay_out(cast(t.x)),
             p.dropout_p,
             t.seed,

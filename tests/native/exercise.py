@@ -22,6 +22,10 @@ if len(sys.argv) > 1:
 from lorafast.ops import cpu
 
 SHAPES = (
+    (0, 5, 7, 3),
+    (5, 0, 7, 3),
+    (5, 7, 0, 3),
+    (5, 7, 6, 0),
     (1, 1, 1, 1),
     (5, 33, 17, 3),
     (70, 200, 130, 16),
@@ -32,18 +36,22 @@ SHAPES = (
 
 
 def strided(tensor, layout):
-    """The same values in other strides."""
+    """The same values in other strides; "one column expanded" repeats the first instead."""
     if layout == "transposed":
         return tensor.t().contiguous().t()
     if layout == "every other column":
         wide = tensor.new_full((tensor.shape[0], 2 * tensor.shape[1]), float("nan"))
         wide[:, ::2] = tensor
         return wide[:, ::2]
+    if layout == "one column expanded":
+        first = tensor[:, :1] if tensor.shape[1] else tensor.new_empty(tensor.shape[0], 1)
+        return first.expand(tensor.shape)
     return tensor
 
 
-def calls_of(M, K, N, r, layout, p, seed):
+def calls_of(M, K, N, r, dtype, layout, p, seed):
     """Each operation on tensors of its own; ``layout`` is that of the large ones."""
+    low = reference.wide(dtype)
     x, dy, s, ds = (torch.randn(M, n) for n in (K, N, r, r))
     W, A, B, b = (torch.randn(*n) for n in ((N, K), (r, K), (N, r), (N,)))
 
@@ -53,15 +61,17 @@ def calls_of(M, K, N, r, layout, p, seed):
     return {
         "shrink": lambda run, cast: run.shrink(lay(cast(x)), cast(A), p, seed),
         "linear_expand": lambda run, cast: run.linear_expand(
-            cast(x), cast(W), lay(cast(s)), cast(B), 0.7, cast(b)
+            cast(x), cast(W), lay(cast(s, low)), cast(B), 0.7, cast(b)
         ),
         "dx": lambda run, cast: run.linear_expand(
-            cast(dy), cast(W).t(), cast(ds), cast(A).t(), 1.0, None, p, seed
+            cast(dy), cast(W).t(), cast(ds, low), cast(A).t(), 1.0, None, p, seed
         ),
         "expand_backward": lambda run, cast: run.expand_backward(
-            lay(cast(dy)), cast(s), cast(B), 0.7
+            lay(cast(dy)), cast(s, low), cast(B), 0.7
         ),
-        "shrink_backward": lambda run, cast: run.shrink_backward(cast(ds), lay(cast(x)), p, seed),
+        "shrink_backward": lambda run, cast: run.shrink_backward(
+            cast(ds, low), lay(cast(x)), p, seed
+        ),
     }
 
 
@@ -71,9 +81,9 @@ def main():
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     seed = torch.tensor([-(2**62) + 99])
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    layouts = ("contiguous", "transposed", "every other column")
+    layouts = ("contiguous", "transposed", "every other column", "one column expanded")
     for shape, dtype, layout, p in itertools.product(SHAPES, dtypes, layouts, (0.0, 0.3)):
-        for name, call in calls_of(*shape, layout, p, seed).items():
+        for name, call in calls_of(*shape, dtype, layout, p, seed).items():
             error, allowed = contract.compare(call, cpu, dtype)
             if not error <= allowed:
                 sys.exit(

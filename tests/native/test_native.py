@@ -24,6 +24,7 @@ if native.why_not_loaded() is not None:
     pytest.skip(native.why_not_loaded(), allow_module_level=True)
 
 from lorafast.ops import cpu
+from lorafast.reference import wide
 
 ROOT = Path(__file__).parents[2]
 EXERCISE = Path(__file__).with_name("exercise.py")
@@ -54,15 +55,21 @@ def exercise(*arguments, **environment):
 def test_contract(problem, poisoned):
     t = problem.tensors(torch.device("cpu"))
     p, adapter, lay = problem.dropout_p, problem.adapter_dtype, problem.lay_out
+    low = wide(problem.dtype)
     calls = (
         lambda run, cast: run.shrink(lay(cast(t.x)), cast(t.lora_A, adapter), p, t.seed),
         lambda run, cast: run.linear_expand(
-            lay(cast(t.x)), cast(t.weight), cast(t.s), cast(t.lora_B, adapter), 0.7, cast(t.bias)
+            lay(cast(t.x)),
+            cast(t.weight),
+            cast(t.s, low),
+            cast(t.lora_B, adapter),
+            0.7,
+            cast(t.bias),
         ),
         lambda run, cast: run.linear_expand(
             cast(t.dy),
             cast(t.weight).t(),
-            cast(t.ds),
+            cast(t.ds, low),
             cast(t.lora_A, adapter).t(),
             1.0,
             None,
@@ -70,10 +77,10 @@ def test_contract(problem, poisoned):
             t.seed,
         ),
         lambda run, cast: run.expand_backward(
-            lay(cast(t.dy)), cast(t.s), cast(t.lora_B, adapter), 0.7
+            lay(cast(t.dy)), cast(t.s, low), cast(t.lora_B, adapter), 0.7
         ),
         lambda run, cast: run.shrink_backward(
-            cast(t.ds), lay(cast(t.x)), p, t.seed, cast(t.lora_A, adapter).dtype
+            cast(t.ds, low), lay(cast(t.x)), p, t.seed, cast(t.lora_A, adapter).dtype
         ),
     )
     for call in calls:

@@ -77,6 +77,27 @@ def test_a_layer_rides_where_its_launch_does():
     assert on_gpu.rides("lora_linear_backward", problem(masked=True), torch.bfloat16, 90, 132)
 
 
+def test_float16_has_no_riders_and_a_product_of_its_own():
+    for operation in ("lora_linear", "lora_linear_backward"):
+        assert not on_gpu.rides(operation, problem(), torch.float16, 90, 132)
+    # What PyTorch's calls have in float32, they copy.
+    widened = Problem(8192, 4096, 4096, 16, 2, 4, False, widened=True)
+    for operation in OPERATIONS:
+        assert on_gpu.modelled(operation, widened, H200)[0] == "triton"
+        times = [estimate(operation, "aten", p, H200) for p in (problem(), widened)]
+        assert times[0].bytes < times[1].bytes
+        assert times[0].seconds < times[1].seconds
+
+
+def test_what_reads_float16_is_found_by_its_dtype(monkeypatch):
+    """``ds`` comes first and is float32: it is x whose dtype a record names."""
+    seen = []
+    monkeypatch.setattr(on_gpu, "_choice", lambda *known: seen.append(known))
+    x, ds = torch.empty(8, 32, dtype=torch.float16), torch.empty(8, 4)
+    on_gpu.choice("shrink_backward", ds, x)
+    assert seen[0][2:5] == (torch.float16, torch.float16, "float16")
+
+
 def test_the_sum_is_shown():
     _, reason = on_gpu.modelled("shrink", problem(), H200)
     assert reason.startswith("no record: modelled aten ")

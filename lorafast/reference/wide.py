@@ -1,0 +1,12 @@
+"""The dtype in which the low-rank term of a layer lives."""
+
+import torch
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of ``s`` and ``ds`` for ``x`` of ``dtype``: float32 for float16, else ``dtype`` itself.
+
+    float16 ends at 65,504 and keeps nothing below 6e-8: a float32 adapter makes an ``s`` beyond the
+    one, and a young one a ``ds`` below the other.
+    """
+    return torch.float32 if dtype is torch.float16 else dtype

@@ -1,0 +1,75 @@
+"""A tensor whose storage was freed or cut under it is refused by name, by every native operation."""
+
+import pytest
+import torch
+
+import lorafast
+from lorafast.ops import native
+
+if native.why_not_loaded() is not None:
+    pytest.skip(native.why_not_loaded(), allow_module_level=True)
+
+M, K, N, r = 6, 8, 10, 3
+SHAPES = {
+    "x": (M, K), "dx": (M, K), "y": (M, N), "dy": (M, N), "s": (M, r), "ds": (M, r),
+    "lora_A": (r, K), "dA": (r, K), "lora_B": (N, r), "dB": (N, r), "seed": (1,),
+}  # fmt: skip
+NUMBERS = {"scaling": 0.5, "threshold": 20_000, "survivor_scale": 1.5}
+ARGUMENTS = {
+    operation: [
+        a.name for a in getattr(torch.ops.lorafast_cpu, operation).default._schema.arguments
+    ]
+    for operation in native.OPERATIONS
+}
+CASES = [(op, name) for op, names in ARGUMENTS.items() for name in names if name in SHAPES]
+
+
+def tensor(name):
+    dtype = torch.int64 if name == "seed" else torch.float32
+    return torch.ones(SHAPES[name], dtype=dtype)
+
+
+@pytest.mark.parametrize(("operation", "name"), CASES)
+@pytest.mark.parametrize("left", [0, 4])
+def test_too_small_a_storage_is_refused(operation, name, left):
+    given = {n: NUMBERS[n] if n in NUMBERS else tensor(n) for n in ARGUMENTS[operation]}
+    run = getattr(torch.ops.lorafast_cpu, operation)
+    run(*given.values())
+    needed = given[name].untyped_storage().nbytes()
+    given[name].untyped_storage().resize_(left)
+    sentence = rf"\b{name} has a storage of {left} bytes, expected at least {needed}"
+    with pytest.raises(RuntimeError, match=sentence):
+        run(*given.values())
+
+
+def test_a_view_needs_its_last_element_and_no_more():
+    wide = torch.ones(M, 2 * K)
+    x, lora_A, s = wide[:, ::2], tensor("lora_A"), tensor("s")
+    arguments = (x, lora_A, None, 0, 1.0, s)
+    needed = 4 * (x.storage_offset() + (M - 1) * 2 * K + (K - 1) * 2 + 1)
+    wide.untyped_storage().resize_(needed)
+    torch.ops.lorafast_cpu.shrink(*arguments)
+    wide.untyped_storage().resize_(needed - 1)
+    with pytest.raises(RuntimeError, match=f"expected at least {needed}"):
+        torch.ops.lorafast_cpu.shrink(*arguments)
+
+
+@pytest.mark.parametrize("freed", ["x", "weight", "lora_A", "lora_B"])
+@pytest.mark.parametrize("backend", ["cpu", "aten"])
+def test_a_layer_with_freed_memory_is_refused(backend, freed):
+    t = {"x": tensor("x"), "weight": torch.ones(N, K)}
+    t |= {name: tensor(name) for name in ("lora_A", "lora_B")}
+    t[freed].untyped_storage().resize_(0)
+    with lorafast.use_backend(backend), pytest.raises(RuntimeError):
+        lorafast.ops.lora_linear(*t.values(), 1.0, None, 0.0, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rank_0_with_an_expanded_s_writes_nothing_but_the_base_product(dtype):
+    x, weight = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype)
+    s = torch.ones(M, 1, dtype=lorafast.reference.wide(dtype)).expand(M, 0)
+    assert s.stride(1) == 0
+    lora_B = torch.ones(N, 0, dtype=dtype)
+    with lorafast.use_backend("cpu"):
+        y = lorafast.ops.linear_expand(x, weight, s, lora_B, 1.0)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight))

@@ -1,0 +1,214 @@
+"""float16's range: what a float32 adapter makes of it is neither infinite nor lost, on any path.
+
+The yardstick is what PEFT does, which casts x to float32 for its adapter: within the package's contract,
+every output by name.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorafast
+from lorafast import ops, reference
+from lorafast.ops import aten
+from lorafast.reference import contract
+
+BACKENDS = ("reference", "aten", "cpu", "triton")
+K, N, r = 48, 40, 4
+SCALING = 2.0
+SEED = torch.tensor([20_261_126])
+
+# Sizes of x, A, B, dy, and rows. The first makes s of 2e5; the others a ds that float16 hasn't.
+SITUATIONS = {
+    "s overflows": (3e3, 10.0, 1e-5, 1e-3, 33),
+    "small dy": (1.0, 0.1, 1e-3, 1e-5, 33),
+    "smaller dy": (1.0, 0.1, 1e-3, 1e-6, 33),
+    "smallest dy": (1.0, 0.1, 1e-3, 1e-7, 33),
+    "young B": (1.0, 0.1, 1e-6, 1e-5, 33),
+    "tiny A": (1.0, 1e-7, 0.1, 1e-2, 33),
+    "512 rows": (1.0, 0.1, 1e-4, 1 / (512 * N), 512),
+    "4096 rows": (1.0, 0.1, 1e-4, 1 / (4096 * N), 4096),
+}
+
+
+def draw(situation, adapter_dtype):
+    of_x, of_A, of_B, of_dy, M = SITUATIONS[situation]
+    return {
+        "x": (of_x * torch.randn(M, K)).half(),
+        "weight": (torch.randn(N, K) / K**0.5).half(),
+        "lora_A": (of_A * torch.randn(r, K)).to(adapter_dtype),
+        "lora_B": (of_B * torch.randn(N, r)).to(adapter_dtype),
+        "dy": (of_dy * torch.randn(M, N)).half(),
+    }
+
+
+def peft(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
+    """As stock PEFT composes it; float64 stays float64."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dropped = reference.dropout(x.to(wide), dropout_p, seed)
+    low = F.linear(F.linear(dropped, lora_A.to(wide)), lora_B.to(wide))
+    return (F.linear(x, weight, bias) + low * scaling).to(x.dtype)
+
+
+def outputs(layer, t, dropout_p, scaling=SCALING):
+    leaves = {name: t[name].detach().requires_grad_() for name in ("x", "lora_A", "lora_B")}
+    y = layer(
+        leaves["x"], t["weight"], leaves["lora_A"], leaves["lora_B"], scaling, None,
+        dropout_p, SEED if dropout_p else None,
+    )  # fmt: skip
+    found = torch.autograd.grad(y, list(leaves.values()), t["dy"])
+    return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), found, strict=True))}
+
+
+def assert_as_exact_as_peft(found, t, dropout_p):
+    truth = outputs(peft, {name: value.double() for name, value in t.items()}, dropout_p)
+    squares = {name: value.double().square() for name, value in t.items()}
+    sizes = outputs(peft, squares, dropout_p, SCALING**2)
+    for name, eager in outputs(peft, t, dropout_p).items():
+        assert found[name].dtype is eager.dtype, name
+        allowed = contract.allowed(eager, truth[name], sizes[name].abs().sqrt())
+        assert contract.error(found[name], truth[name]) <= allowed < float("inf"), name
+
+
+def skip_unless_usable(backend):
+    status = lorafast.backends()[backend]
+    if not status.usable:
+        pytest.skip(status.reason)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_float32_adapters(backend, situation, dropout_p):
+    skip_unless_usable(backend)
+    t = draw(situation, torch.float32)
+    if backend == "triton" and t["x"].shape[0] > 1000:
+        pytest.skip("too many rows for the interpreter")
+    with lorafast.use_backend(backend):
+        assert_as_exact_as_peft(outputs(ops.lora_linear, t, dropout_p), t, dropout_p)
+
+
+@pytest.mark.parametrize("size", ["small", "fused"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("situation", ["s overflows", "smaller dy", "512 rows"])
+def test_float16_adapters(backend, situation, size, monkeypatch):
+    skip_unless_usable(backend)
+    if size == "fused":
+        monkeypatch.setattr(aten, "SMALL", 0)
+    t = draw(situation, torch.float16)
+    with lorafast.use_backend(backend):
+        assert_as_exact_as_peft(outputs(ops.lora_linear, t, 0.0), t, 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", ["x", "lora_A", "lora_B"])
+def test_a_gradient_alone(backend, needs, monkeypatch):
+    """``ds`` alone is a shrink, ``dB`` alone a shrink_backward: scaled before they are rounded."""
+    skip_unless_usable(backend)
+    monkeypatch.setattr(aten, "SMALL", 0)
+    t = draw("smaller dy", torch.float16)
+    t["dy"] = t["dy"].sign() * 6e-8  # the smallest: dB without its scaling has few bits
+    scaling = 512.0
+
+    def alone(layer, t, scaling):
+        leaf = t[needs].detach().requires_grad_()
+        given = t | {needs: leaf}
+        y = layer(
+            given["x"], given["weight"], given["lora_A"], given["lora_B"], scaling, None, 0.0, None
+        )
+        return torch.autograd.grad(y, leaf, t["dy"])[0]
+
+    with lorafast.use_backend(backend):
+        found = alone(ops.lora_linear, t, scaling)
+    truth = alone(peft, {name: value.double() for name, value in t.items()}, scaling)
+    squares = {name: value.double().square() for name, value in t.items()}
+    size = alone(peft, squares, scaling**2).abs().sqrt()
+    allowed = contract.allowed(alone(peft, t, scaling), truth, size)
+    assert contract.error(found, truth) <= allowed < float("inf")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_between_the_operations_is_float32(backend):
+    skip_unless_usable(backend)
+    t = draw("s overflows", torch.float32)
+    with lorafast.use_backend(backend):
+        s = ops.shrink(t["x"], t["lora_A"])
+        ds, dB = ops.expand_backward(t["dy"], s, t["lora_B"], SCALING)
+        y = ops.linear_expand(t["x"], t["weight"], s, t["lora_B"], SCALING)
+        dA = ops.shrink_backward(ds, t["x"])
+    assert s.abs().max() > 65_504
+    assert (s.dtype, ds.dtype, dB.dtype) == (torch.float32,) * 3
+    assert (y.dtype, dA.dtype) == (torch.float16,) * 2
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_low_rank_term_beyond_float16_is_added_before_it_is_rounded(backend):
+    skip_unless_usable(backend)
+    x, weight = torch.full((3, 1), 100.0).half(), torch.full((2, 1), -600.0).half()
+    with lorafast.use_backend(backend):
+        y = ops.lora_linear(x, weight, torch.ones(1, 1), torch.ones(2, 1), 700.0, None, 0.0, None)
+    assert torch.equal(y, torch.full((3, 2), 10_000.0).half())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [512, 4096])
+def test_an_adapted_layer_without_a_gradient_scaler(rows, dropout):
+    """The mean over all of y is the loss: dy is about 1e-6."""
+    layer = lorafast.adapt(nn.Linear(K, N).half(), r, dropout=dropout)
+    nn.init.normal_(layer.lora_B, std=1e-4)
+    exact = copy.deepcopy(layer).double()
+    x, target = torch.randn(rows, K).half(), torch.randn(rows, N).half()
+
+    def gradients(layer, x, target):
+        torch.manual_seed(3)
+        loss = (layer(x) * target).double().mean()
+        return dict(
+            zip(("dA", "dB"), torch.autograd.grad(loss, (layer.lora_A, layer.lora_B)), strict=True)
+        )
+
+    truth = gradients(exact, x.double(), target.double())
+    for name, found in gradients(layer, x, target).items():
+        assert found.dtype is torch.float32
+        # dy itself is rounded to float16, where it is subnormal.
+        assert (found.double() - truth[name]).norm() <= 0.02 * truth[name].norm(), name
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32], ids=str)
+def test_opcheck(adapter_dtype):
+    """What is traced has the dtypes of what runs."""
+    t = draw("small dy", adapter_dtype)
+    x, weight, lora_A, lora_B, dy = (t[name] for name in ("x", "weight", "lora_A", "lora_B", "dy"))
+    s = ops.shrink(x, lora_A)
+    tests = ("test_schema", "test_faketensor")
+    library = torch.ops.lorafast
+    for op, arguments in (
+        (library.shrink, (x, lora_A, 0.25, SEED)),
+        (library.linear_expand, (x, weight, s, lora_B, SCALING)),
+        (library.expand_backward, (dy, s, lora_B, SCALING)),
+        (library.shrink_backward, (s, x, 0.25, SEED)),
+        (library.lora_linear, (x, weight, lora_A, lora_B, SCALING, None, 0.25, SEED)),
+        (library.lora_linear_backward, (dy, x, weight, lora_A, lora_B, s, SCALING)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=tests)
+
+
+def test_compiled_it_is_what_runs_eagerly():
+    t = draw("s overflows", torch.float32)
+    compiled = torch.compile(ops.lora_linear, backend="aot_eager", fullgraph=True)
+    assert_as_exact_as_peft(outputs(compiled, t, 0.3), t, 0.3)
+
+
+REFUSALS = {
+    "linear_expand": lambda half: ops.linear_expand(half, half, half, half, 1.0),
+    "expand_backward": lambda half: ops.expand_backward(half, half, half, 1.0),
+}
+
+
+@pytest.mark.parametrize("call", REFUSALS.values(), ids=REFUSALS)
+def test_s_in_float16_is_refused(call):
+    with pytest.raises(TypeError, match=r"s is torch\.float16, expected torch\.float32: d?[xy] is"):
+        call(torch.ones(4, 4).half())
