@@ -63,16 +63,15 @@ def _around_float16(
     float32, for neither what an adapter makes nor its gradients need fit into float16."""
     lora_A, lora_B = adapter.lora_A.weight, adapter.lora_B.weight
     wide = x.to(lora_A.dtype)
+    beside = bias
     if dropped:
         left = adapter.dropout(wide)
         frozen = F.linear(left, weight.to(left.dtype))
-        y = F.linear(x, weight, bias) - frozen
+        beside = F.linear(x, weight, bias) - frozen
     else:
         left, frozen = wide, F.linear(x, weight)
-        y = bias
-    changed = frozen + F.linear(F.linear(left, lora_A), lora_B) * adapter.scaling
-    y = changed * scale if y is None else torch.addcmul(y.to(changed.dtype), changed, scale)
-    return y.to(x.dtype)
+    y = (frozen + F.linear(F.linear(left, lora_A), lora_B) * adapter.scaling) * scale
+    return (y if beside is None else y + beside).to(x.dtype)
 
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
+from lorafast.integrations.peft import known
 from lorafast.integrations.peft.adapters import Adapter
 from lorafast.ops.registration import autocast_enabled
 
@@ -26,6 +27,7 @@ _LINEAR: dict[Any, str] = {
 }
 """The base layers that are known, and where their forward is written."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DORA_CHANGED, _MIXED_CHANGED = known.why_changed("dora"), known.why_changed("mixed batch")
 _SPARSE = "its input is sparse or nested"
 
 
@@ -111,6 +113,8 @@ def _why_not_adapter(adapter: Adapter) -> str | None:
 def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: int) -> str | None:
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter.name!r} is of another kind: {type(variant).__name__}"
+    if _DORA_CHANGED is not None:
+        return _DORA_CHANGED
     if active > 1:
         return f"adapter {adapter.name!r}, of DoRA, is active together with others"
     if adapter.lora_B.bias is not None:
@@ -212,6 +216,8 @@ def why_stock_input(
 
 def why_stock_mixed(layer: LoraLayer, x: Any, kwargs: dict[str, Any]) -> str | None:
     """Against serving a mixed batch fast; ``kwargs`` are the call's."""
+    if _MIXED_CHANGED is not None:
+        return _MIXED_CHANGED
     unknown = kwargs.keys() - {"adapter_names"}
     if unknown:
         return f"an argument that isn't known here: {', '.join(sorted(unknown))}"

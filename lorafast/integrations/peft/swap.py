@@ -2,42 +2,30 @@
 
 import functools
 import types
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lorafast.integrations.peft import embedding, rules
+from lorafast.integrations.peft import embedding, known, rules
 from lorafast.integrations.peft.adapters import active
-from lorafast.integrations.peft.layers import FAST, Embedding, Linear
-
-_KNOWN = ((0, 20), (0, 21))
-"""The versions of PEFT whose forward the fast layers stand in for."""
+from lorafast.integrations.peft.layers import FAST, LAYERS, Embedding, Linear
 
 
-def check_version() -> None:
-    """Raises ``RuntimeError`` for a PEFT whose layers may compute something else."""
-    version = peft.__version__
-    try:
-        known = tuple(int(part) for part in version.split(".")[:2]) in _KNOWN
-    except ValueError:
-        known = False
-    if not known:
-        wanted = " or ".join(f"{major}.{minor}" for major, minor in _KNOWN)
-        raise RuntimeError(
-            f"lorafast.accelerate stands in for the layers of PEFT {wanted}, and PEFT {version} is "
-            "installed, whose layers may compute something else: install one of those, or a lorafast "
-            "that knows this one"
-        )
+@functools.cache
+def warn_of_changes() -> None:
+    """Says once what this release of PEFT has changed, if anything."""
+    sentence = known.changes()
+    if sentence is not None:
+        warnings.warn(sentence, stacklevel=4)
 
 
 def accelerate(model: nn.Module, *, quiet: bool = False) -> nn.Module:
     """Serves the LoRA layers of ``model`` fast from now on; says in a line how many."""
-    check_version()
+    warn_of_changes()
     for module in model.modules():
         if type(module) in FAST and "forward" not in module.__dict__:
             module.__class__ = FAST[type(module)]
@@ -70,41 +58,6 @@ def _give_back(module: nn.Module) -> None:
         kept = module.__dict__.get(name)
         if getattr(kept, "__func__", None) is fast.forward:
             setattr(module, name, types.MethodType(fast._stock.forward, module))
-
-
-class _FromNowOn:
-    """Whether PEFT makes fast layers, and how it made them before; blocks nest."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._before: Any = None
-        self._own: Any = None
-
-    def begin(self) -> None:
-        self._depth += 1
-        if self._before is not None:
-            return
-        before = self._before = vars(LoraModel)["_create_new_module"]
-
-        @functools.wraps(before.__func__)
-        def create(*args: Any, **kwargs: Any) -> nn.Module:
-            module: nn.Module = before.__func__(*args, **kwargs)
-            if self._depth and type(module) in FAST:
-                module.__class__ = FAST[type(module)]
-            return module
-
-        self._own = LoraModel._create_new_module = staticmethod(create)
-
-    def end(self, all_of_it: bool = False) -> None:
-        self._depth = 0 if all_of_it else max(self._depth - 1, 0)
-        if self._depth == 0 and self._before is not None:
-            # Not what someone else has put there since.
-            if vars(LoraModel)["_create_new_module"] is self._own:
-                LoraModel._create_new_module = self._before
-            self._before = self._own = None
-
-
-from_now_on = _FromNowOn()
 
 
 @dataclass(frozen=True)
@@ -171,6 +124,9 @@ def _why_stock(module: nn.Module) -> str | None:
         return rules.why_stock_linear(module, active(module))
     if isinstance(module, Embedding):
         return rules.why_stock_embedding(module, embedding.active(module))
+    changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
+    if changed is not None:
+        return changed
     if isinstance(module, LoraLayer):
         return f"a {kind.__qualname__} layer, for which there is no faster way here"
     return f"{kind.__module__}.{kind.__qualname__} is not LoRA"

@@ -281,21 +281,6 @@ class TestAnEarlierForward:
         assert calls == []
 
 
-@pytest.mark.parametrize("version", ["0.19.1", "0.22.0", "1.0", "nightly"])
-def test_another_version_of_PEFT_is_refused(monkeypatch, version):
-    made = model()
-    monkeypatch.setattr(peft, "__version__", version)
-    with pytest.raises(RuntimeError, match=rf"PEFT 0.20 or 0.21, and PEFT {version} is installed"):
-        lorafast.accelerate(made)
-    assert {type(m) for m in lora_layers(made).values()} == {Linear, Embedding}
-
-
-@pytest.mark.parametrize("version", ["0.20.0", "0.21.2", "0.21.3.dev0"])
-def test_known_versions_of_PEFT(monkeypatch, version):
-    monkeypatch.setattr(peft, "__version__", version)
-    lorafast.accelerate(model(), quiet=True)
-
-
 def test_without_PEFT():
     code = (
         "import sys; sys.modules['peft'] = None\n"
@@ -307,8 +292,7 @@ def test_without_PEFT():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = process.stdout.splitlines()
     assert lines == [
-        "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: "
-        "pip install 'lorafast[peft]'",
+        "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: pip install peft",
         "dict_keys(['(module)'])",
     ], process.stderr
 
