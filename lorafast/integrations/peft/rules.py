@@ -28,6 +28,7 @@ _LINEAR: dict[Any, str] = {
 """The base layers that are known, and where their forward is written."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DORA_CHANGED, _MIXED_CHANGED = known.why_changed("dora"), known.why_changed("mixed batch")
+INACTIVE = "none of its adapters is active"
 _SPARSE = "its input is sparse or nested"
 
 
@@ -49,7 +50,7 @@ def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
         return "what is exported must run where lorafast isn't installed"
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode"
-    return None if active else "none of its adapters is active"
+    return None if active else INACTIVE
 
 
 def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:

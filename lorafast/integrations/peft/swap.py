@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lorafast.convert.targets import COMPILED, why_not_here
 from lorafast.integrations.peft import embedding, known, rules
 from lorafast.integrations.peft.adapters import active
 from lorafast.integrations.peft.layers import FAST, LAYERS, Embedding, Linear
@@ -62,17 +63,28 @@ def _give_back(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """What serves each adapter layer: the reason for which PEFT does, or None; prints as text."""
+    """What serves each adapter layer: None for a fast one, else why it isn't; prints as text."""
 
     layers: dict[str, str | None]
 
     @property
     def summary(self) -> str:
-        """In a line, how many layers are fast."""
-        fast = sum(reason is None for reason in self.layers.values())
-        stock = len(self.layers) - fast
-        line = f"{fast} of {len(self.layers)} adapter layers are fast"
-        return f"{line}, {stock} PEFT's own (lorafast.explain(model) says why)" if stock else line
+        """In a line, how many layers are fast, and what the others are."""
+        reasons = self.layers.values()
+        inactive = sum(reason == rules.INACTIVE for reason in reasons)
+        uncalled = [n for n, reason in self.layers.items() if (reason or "").startswith(_UNCALLED)]
+        fast = sum(reason is None for reason in reasons)
+        stock = len(reasons) - fast - inactive - len(uncalled)
+        parts = [f"{fast} of {len(reasons)} adapter layers are fast"]
+        if inactive:
+            parts.append(f"{inactive} without an active adapter")
+        if uncalled:
+            more = ", ..." if len(uncalled) > _NAMED else ""
+            parts.append(f"{len(uncalled)} never called ({', '.join(uncalled[:_NAMED])}{more})")
+        if stock:
+            parts.append(f"{stock} PEFT's own")
+        hint = "" if fast == len(reasons) else " (lorafast.explain(model) says why)"
+        return f"{', '.join(parts)}{hint}"
 
     def __str__(self) -> str:
         groups: dict[str | None, list[str]] = {}
@@ -80,11 +92,23 @@ class Served:
             groups.setdefault(reason, []).append(name)
         lines = [self.summary]
         for reason, names in groups.items():
-            lines.append("served by lorafast:" if reason is None else f"served by PEFT, {reason}:")
+            lines.append(f"{_heading(reason)}:")
             lines += [f"  {name}" for name in names]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+_UNCALLED = "never called, for "
+_NAMED = 3
+
+
+def _heading(reason: str | None) -> str:
+    if reason is None:
+        return "served by lorafast"
+    if reason == rules.INACTIVE:
+        return "without an active adapter"
+    return reason if reason.startswith(_UNCALLED) else f"served by PEFT, {reason}"
 
 
 def explain(model: nn.Module) -> Served:
@@ -94,13 +118,24 @@ def explain(model: nn.Module) -> Served:
         ValueError: there is none.
     """
     layers = {
-        name or "(module)": _why_stock(module)
+        name or "(module)": _why_uncalled(name, model) or _why_stock(module)
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
     if not layers:
         raise ValueError("the model has none of PEFT's adapter layers")
     return Served(layers)
+
+
+def _why_uncalled(name: str, model: nn.Module) -> str | None:
+    """The reason for which the layer of this name never runs, or None."""
+    if (
+        name.rpartition(".")[2] == COMPILED
+    ):  # it goes on calling the layer, with the class that it has
+        return None
+    anything = nn.Linear(1, 1, device="meta")  # it is the place that is asked about, not the layer
+    reason = why_not_here([name], anything, model)
+    return reason and f"{_UNCALLED}{reason}"
 
 
 def _calls_its_class(module: nn.Module) -> bool:

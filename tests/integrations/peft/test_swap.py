@@ -89,6 +89,64 @@ def test_it_says_in_a_line_how_many(capsys):
     )
 
 
+def test_layers_without_an_active_adapter_are_counted_apart(capsys):
+    made = model()
+    made.add_adapter("small", LoraConfig(target_modules=["down"], r=2))
+    made.set_adapter("small")
+    lorafast.accelerate(made)
+    assert capsys.readouterr().out == (
+        "lorafast: 1 of 3 adapter layers are fast, 2 without an active adapter "
+        "(lorafast.explain(model) says why)\n"
+    )
+    assert str(lorafast.explain(made)).splitlines()[1:3] == [
+        "without an active adapter:",
+        "  base_model.model.embed",
+    ]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(K, 2)
+        self.attention.out_proj = nn.Linear(K, K)
+        self.up = nn.Linear(K, N)
+
+    def forward(self, x):
+        return self.up(self.attention(x, x, x)[0])
+
+
+def test_layers_that_nobody_calls_are_named(capsys, served_by_peft):
+    made = get_peft_model(Attention(), LoraConfig(target_modules=["out_proj", "up"]))
+    lorafast.accelerate(made)
+    assert capsys.readouterr().out == (
+        "lorafast: 1 of 2 adapter layers are fast, 1 never called "
+        "(base_model.model.attention.out_proj) (lorafast.explain(model) says why)\n"
+    )
+    assert "MultiheadAttention reads its weight without calling it:\n" in str(
+        lorafast.explain(made)
+    )
+    made(torch.randn(3, K)).sum().backward()
+    layer = made.base_model.model.attention.out_proj
+    assert layer.lora_B["default"].weight.grad is None
+    assert served_by_peft == []
+
+
+def test_many_that_nobody_calls(capsys):
+    net = nn.ModuleList([Attention() for _ in range(5)])
+    lorafast.accelerate(get_peft_model(net, LoraConfig(target_modules=["out_proj"])))
+    assert "5 never called (base_model.model.0.attention.out_proj, base_model.model.1." in (
+        text := capsys.readouterr().out
+    )
+    assert "base_model.model.2.attention.out_proj, ...)" in text
+
+
+def test_a_compiled_layer_is_called():
+    made = model()
+    made.base_model.model.up = torch.compile(made.base_model.model.up, backend="eager")
+    lorafast.accelerate(made, quiet=True)
+    assert len(fast_layers(made)) == 3
+
+
 def test_explain_as_text():
     text = str(lorafast.explain(lorafast.accelerate(model(use_dora=True), quiet=True)))
     assert text == (
