@@ -25,7 +25,8 @@ def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | No
     lists them. A dropout mask is drawn from PyTorch's generator, but not the one that ``nn.Dropout``
     draws. A pickle of the model holds PEFT's layers: accelerate what it loads again. What a layer keeps
     for its backward is its input itself, of which PEFT's may keep a copy (cast, or after dropout): it
-    must not be changed in place before. A second derivative needs ``lora_A`` to require a gradient.
+    must not be changed in place before (``x = x + layer(x)``, not ``x += layer(x)``). A second
+    derivative needs ``lora_A`` to require a gradient.
 
     Any release of PEFT will do: where one has changed what a fast layer stands in for, layers of that
     kind stay PEFT's own, and a warning says so once.
