@@ -45,6 +45,8 @@ _everywhere = False
 _wanted = 0
 _replaced: tuple[Any, Any] | None = None
 """What PEFT had in place, and what is there instead of it."""
+_covered: dict[Any, Any] = {}
+"""What was there instead when someone else replaced it, and what PEFT had in place."""
 
 
 def begin_everywhere() -> None:
@@ -80,6 +82,7 @@ def _retain() -> None:
     with _lock:
         if _replaced is None:
             before = vars(LoraModel)[_PLACE]
+            before = _covered.pop(before, before)
             own = staticmethod(_making_fast(before.__func__))
             _replaced = before, own
             setattr(LoraModel, _PLACE, own)
@@ -93,9 +96,11 @@ def _release() -> None:
         if _wanted or _replaced is None:
             return
         before, own = _replaced
-        # Not what someone else has put there since.
+        # Not what someone else has put there since, who may put back what was found.
         if vars(LoraModel)[_PLACE] is own:
             setattr(LoraModel, _PLACE, before)
+        else:
+            _covered[own] = before
         _replaced = None
 
 

@@ -262,13 +262,18 @@ class TestFromNowOn:
     def test_what_others_put_in_place_stays(self, monkeypatch):
         from peft.tuners.lora.model import LoraModel
 
+        stock = vars(LoraModel)["_create_new_module"]
         with lorafast.accelerated():
             inner = LoraModel._create_new_module
             own = staticmethod(lambda *args, **kwargs: inner(*args, **kwargs))
             monkeypatch.setattr(LoraModel, "_create_new_module", own)
         assert vars(LoraModel)["_create_new_module"] is own
         assert fast_layers(model()) == set()
-        monkeypatch.undo()
+        monkeypatch.undo()  # which puts back what it found
+        assert fast_layers(model()) == set()
+        with lorafast.accelerated():
+            assert len(fast_layers(model())) == 3
+        assert vars(LoraModel)["_create_new_module"] is stock
 
     def test_restoring_a_model_leaves_the_others(self):
         lorafast.accelerate()
