@@ -9,11 +9,12 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-oldest-peft bench gpu lint types check clean
+.PHONY: help setup demo test test-peft test-oldest-peft bench gpu lint types check clean
 
 help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make test    run every test"
+	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
 	@echo "make check   lint, types and tests, as CI does"
@@ -35,15 +36,20 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
 
-# The oldest PEFT that lorafast.accelerate knows, in a folder of its own before the one in .venv.
-OLDEST_PEFT := build/peft-0.20.0
+# What accelerates PEFT's layers, with any release of PEFT: make test-peft PEFT=0.21.0. It lies in a folder
+# of its own, before the one in .venv.
+PEFT ?= 0.20.0
 
-test-oldest-peft: $(READY) $(OLDEST_PEFT)
-	PYTHONPATH=$(OLDEST_PEFT) $(PY) -c 'import peft; assert peft.__version__ == "0.20.0", peft'
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST_PEFT) $(PY) -m pytest -n auto tests/integrations/peft $(ARGS)
+test-peft: $(READY) build/peft-$(PEFT)
+	PYTHONPATH=build/peft-$(PEFT) $(PY) -c 'import peft; assert peft.__version__ == "$(PEFT)", peft'
+	OMP_NUM_THREADS=1 PYTHONPATH=build/peft-$(PEFT) $(PY) -m pytest -n auto tests/integrations/peft $(ARGS)
 
-$(OLDEST_PEFT):
-	$(PY) -m pip install -q --no-deps --target $@ peft==0.20.0
+# The oldest release that lorafast[peft] takes.
+test-oldest-peft:
+	$(MAKE) test-peft PEFT=0.20.0
+
+build/peft-%:
+	$(PY) -m pip install -q --no-deps --target $@ peft==$*
 
 bench: $(READY)
 	$(PY) -m lorafast bench --layers --call-overhead --models qwen-0.6b \

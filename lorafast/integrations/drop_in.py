@@ -25,7 +25,11 @@ def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | No
     lists them. A dropout mask is drawn from PyTorch's generator, but not the one that ``nn.Dropout``
     draws. A pickle of the model holds PEFT's layers: accelerate what it loads again. What a layer keeps
     for its backward is its input itself, of which PEFT's may keep a copy (cast, or after dropout): it
-    must not be changed in place before. A second derivative needs ``lora_A`` to require a gradient.
+    must not be changed in place before (``x = x + layer(x)``, not ``x += layer(x)``). A second
+    derivative needs ``lora_A`` to require a gradient.
+
+    Any release of PEFT will do: where one has changed what a fast layer stands in for, layers of that
+    kind stay PEFT's own, and a warning says so once.
 
     Args:
         model: a ``PeftModel``, or any module with PEFT's adapter layers in it. Without it, PEFT makes
@@ -38,12 +42,13 @@ def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | No
 
     Raises:
         ImportError: PEFT is not installed.
-        RuntimeError: it is one whose layers aren't known here; the message says which are.
+        RuntimeError: it is one without the layers that are known here.
         ValueError: the model has no adapter layers.
     """
-    swap = _swap()
+    swap, from_now_on = _rooms()
     if model is None:
-        swap.from_now_on.begin()
+        swap.warn_of_changes()
+        from_now_on.begin_everywhere()
         return None
     swap.accelerate(model, quiet=quiet)
     return model
@@ -52,12 +57,14 @@ def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | No
 def restore(model: Model | None = None) -> Model | None:
     """Undoes ``accelerate``: ``model`` has PEFT's own layers again; without it, PEFT makes its own.
 
+    A block of ``accelerated`` lasts until it ends.
+
     Raises:
         ValueError: a layer has been given another class since, as FSDP does to what it shards.
     """
-    swap = _swap()
+    swap, from_now_on = _rooms()
     if model is None:
-        swap.from_now_on.end(all_of_it=True)
+        from_now_on.end_everywhere()
         return None
     swap.restore(model)
     return model
@@ -65,13 +72,18 @@ def restore(model: Model | None = None) -> Model | None:
 
 @contextlib.contextmanager
 def accelerated() -> Iterator[None]:
-    """PEFT makes fast layers within the block; those stay fast after it. Blocks nest."""
-    swap = _swap()
-    swap.from_now_on.begin()
+    """PEFT makes fast layers within the block; those stay fast after it. Blocks nest.
+
+    A block holds for its own thread, or asynchronous task and the tasks that it starts; other threads'
+    models stay PEFT's. ``accelerate()`` holds for all.
+    """
+    swap, from_now_on = _rooms()
+    swap.warn_of_changes()
+    block = from_now_on.Block()
     try:
         yield
     finally:
-        swap.from_now_on.end()
+        block.end()
 
 
 def explain(module: nn.Module, x: Tensor | None = None) -> Any:
@@ -87,19 +99,25 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Any:
     """
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in module.modules()):
-        return _swap().explain(module)
+        return _rooms()[0].explain(module)
     return explain_own(module, x)
 
 
-def _swap() -> ModuleType:
+def _rooms() -> tuple[ModuleType, ModuleType]:
+    """``swap`` and ``from_now_on`` of the room for PEFT."""
     try:
-        from lorafast.integrations.peft import swap
+        from lorafast.integrations.peft import from_now_on, swap
     except ImportError as error:
-        if error.name not in ("peft", "transformers"):
-            raise
-        raise ImportError(
-            "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: pip install peft",
-            name=error.name,
-        ) from error
-    swap.check_version()
-    return swap
+        peft = sys.modules.get("peft")
+        if peft is None or error.name == "transformers":
+            raise ImportError(
+                "lorafast.accelerate is for PEFT's layers, and PEFT is not installed: pip install peft",
+                name=error.name,
+            ) from error
+        if (error.name or "").partition(".")[0] == "peft":
+            raise RuntimeError(
+                f"lorafast.accelerate stands in for layers that PEFT {peft.__version__} doesn't have: "
+                f"{error}"
+            ) from error
+        raise
+    return swap, from_now_on

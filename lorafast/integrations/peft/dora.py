@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorafast import functional
 from lorafast.integrations.peft.adapters import Adapter, settled
-from lorafast.ops.context import without_autocast
+from lorafast.ops.context import autocast_enabled, without_autocast
 
 _PARTS = 16
 """Half precision is squared and multiplied in a float32 copy, of a part of W at a time."""
@@ -37,6 +37,8 @@ def dora_linear(
     with torch.no_grad(), without_autocast(x):
         norm = weight_norm(weight, lora_A, lora_B, scaling)
     scale = magnitude / norm
+    if x.dtype is torch.float16 and lora_A.dtype is torch.float32 and not autocast_enabled(x):
+        return _around_float16(x, weight, adapter, scale, bias, dropped)
     lora_B, scaling = settled(lora_B, scaling)
     if dropped:
         # As PEFT has it: the frozen layer sees x, the change that DoRA makes sees what is left of it.
@@ -47,6 +49,29 @@ def dora_linear(
     y = functional.lora_linear(x, weight, lora_A, lora_B, scaling)
     scaled = y * scale if bias is None else torch.addcmul(bias, y, scale)
     return scaled.to(y.dtype)
+
+
+def _around_float16(
+    x: Tensor,
+    weight: Tensor,
+    adapter: Adapter,
+    scale: Tensor,
+    bias: Tensor | None,
+    dropped: bool,
+) -> Tensor:
+    """``y`` of a float16 layer with float32 adapters, as PEFT has it: all but the product with W is
+    float32, for neither what an adapter makes nor its gradients need fit into float16."""
+    lora_A, lora_B = adapter.lora_A.weight, adapter.lora_B.weight
+    wide = x.to(lora_A.dtype)
+    beside = bias
+    if dropped:
+        left = adapter.dropout(wide)
+        frozen = F.linear(left, weight.to(left.dtype))
+        beside = F.linear(x, weight, bias) - frozen
+    else:
+        left, frozen = wide, F.linear(x, weight)
+    y = (frozen + F.linear(F.linear(left, lora_A), lora_B) * adapter.scaling) * scale
+    return (y if beside is None else y + beside).to(x.dtype)
 
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def forward(
     with without_autocast(y):
         for name in names:
             rows = _add(layer, name, tokens, rows)
-    return rows.reshape(y.shape)
+    rows = rows.reshape(y.shape)
+    return rows if rows.dtype is y.dtype else rows.to(y.dtype)
 
 
 def _add(layer: Embedding, name: str, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -36,7 +37,10 @@ def _add(layer: Embedding, name: str, tokens: Tensor, rows: Tensor) -> Tensor:
         s = lora_A.index_select(1, tokens).t()  # its gradient is not [V, r], to be transposed
     else:
         s = F.embedding(tokens, lora_A.t(), padding)
-    return torch.addmm(rows, s.to(rows.dtype), lora_B.t().to(rows.dtype), alpha=scaling)
+    dtype = rows.dtype
+    if dtype is torch.float16 and lora_B.dtype is not torch.float16:
+        dtype = torch.float32  # which what the adapter makes needs, and its gradients
+    return torch.addmm(rows.to(dtype), s.to(dtype), lora_B.t().to(dtype), alpha=scaling)
 
 
 def active(layer: Embedding) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from peft.tuners.lora import layer as stock
 from torch import Tensor
 
-from lorafast.integrations.peft import embedding, linear
+from lorafast.integrations.peft import embedding, known, linear
 
 
 class _Fast:
@@ -58,5 +58,12 @@ class Embedding(_Fast, stock.Embedding):
         return stock.Embedding.forward(self, x, *args, **kwargs) if y is None else y
 
 
-FAST = {fast._stock: fast for fast in (Linear, Embedding)}
+LAYERS: dict[Any, str] = {stock.Linear: "linear", stock.Embedding: "embedding"}
+"""PEFT's classes that are stood in for, and their kind."""
+
+FAST = {
+    fast._stock: fast
+    for fast in (Linear, Embedding)
+    if known.why_changed(LAYERS[fast._stock]) is None
+}
 """PEFT's class → the fast one."""

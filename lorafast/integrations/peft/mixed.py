@@ -44,6 +44,8 @@ def add_low_rank(result: Tensor, x: Tensor, adapters: list[Adapter], rows: Seque
     slots = [i for _, group in groups for i in (*group, *group[:1] * (size - len(group)))]
     taken = torch.tensor(slots, device=x.device)
     dtype = result.dtype
+    if dtype is torch.float16:
+        dtype = adapters[0].lora_A.weight.dtype  # float32 holds what float16 doesn't
     every_A, every_B, bias = _factors([adapter for adapter, _ in groups], dtype)
     x = x.index_select(0, taken).to(dtype)
     s = torch.bmm(x.reshape(len(groups), -1, x.shape[-1]), every_A.mT)  # [groups, size · T, r]
@@ -55,7 +57,7 @@ def add_low_rank(result: Tensor, x: Tensor, adapters: list[Adapter], rows: Seque
         filled = [i * size + j for i, (_, group) in enumerate(groups) for j in range(len(group))]
         kept = torch.tensor(filled, device=x.device)
         change, taken = change.index_select(0, kept), taken.index_select(0, kept)
-    return result.index_add(0, taken, change.to(dtype))
+    return result.index_add(0, taken, change.to(result.dtype))
 
 
 def _factors(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
+from lorafast.integrations.peft import known
 from lorafast.integrations.peft.adapters import Adapter
 from lorafast.ops.context import autocast_enabled
 
@@ -26,6 +27,9 @@ _LINEAR: dict[Any, str] = {
 }
 """The base layers that are known, and where their forward is written."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DORA_CHANGED, _MIXED_CHANGED = known.why_changed("dora"), known.why_changed("mixed batch")
+INACTIVE = "none of its adapters is active"
+_SPARSE = "its input is sparse or nested"
 
 
 def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
@@ -46,7 +50,7 @@ def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
         return "what is exported must run where lorafast isn't installed"
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode"
-    return None if active else "none of its adapters is active"
+    return None if active else INACTIVE
 
 
 def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
@@ -64,22 +68,27 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     reason = _why_not_plain(base) or _why_no_bias(base) or _why_parallel(base)
     if reason is not None:
         return f"its base layer {reason}"
-    weight = base.weight
-    if (
-        weight.dtype is torch.float16
-        and torch.is_grad_enabled()
-        and not autocast_enabled(weight)
-        and any(adapter.lora_A.weight.dtype is torch.float32 for adapter in adapters)
-    ):
-        # In float16 what PEFT has in float32 would underflow.
-        return "its adapters are float32 over float16, and gradients are asked for"
+    weight = base._parameters["weight"]
     for adapter in adapters:
         variant = layer.lora_variant.get(adapter.name)
         if variant is not None:
             reason = _why_not_variant(layer, adapter, variant, len(adapters))
         reason = reason or _why_not_adapter(adapter)
+        if reason is None and variant is None and weight.dtype is torch.float16:
+            reason = _why_not_around_float16(weight, adapter)
         if reason is not None:
             return reason
+    return None
+
+
+def _why_not_around_float16(weight: Tensor, adapter: Adapter) -> str | None:
+    if (
+        torch.is_grad_enabled()
+        and adapter.lora_A.weight.dtype is torch.float32
+        and not autocast_enabled(weight)
+    ):
+        # In float16 what PEFT has in float32 would underflow.
+        return "its adapters are float32 over float16, and gradients are asked for"
     return None
 
 
@@ -105,6 +114,8 @@ def _why_not_adapter(adapter: Adapter) -> str | None:
 def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: int) -> str | None:
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter.name!r} is of another kind: {type(variant).__name__}"
+    if _DORA_CHANGED is not None:
+        return _DORA_CHANGED
     if active > 1:
         return f"adapter {adapter.name!r}, of DoRA, is active together with others"
     if adapter.lora_B.bias is not None:
@@ -168,7 +179,7 @@ def why_stock_input(
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"its input is a {type(x).__name__}, not a plain tensor"
     if x.layout is not torch.strided or x.is_nested:
-        return "its input is sparse or nested"
+        return _SPARSE
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         return f"its input has shape {list(x.shape)}, expected [..., {K}]"
@@ -206,14 +217,16 @@ def why_stock_input(
 
 def why_stock_mixed(layer: LoraLayer, x: Any, kwargs: dict[str, Any]) -> str | None:
     """Against serving a mixed batch fast; ``kwargs`` are the call's."""
+    if _MIXED_CHANGED is not None:
+        return _MIXED_CHANGED
     unknown = kwargs.keys() - {"adapter_names"}
     if unknown:
         return f"an argument that isn't known here: {', '.join(sorted(unknown))}"
     rows = kwargs["adapter_names"]
     if not isinstance(rows, (list, tuple)) or not isinstance(x, Tensor):
         return "adapter_names is no list"
-    if x.dim() < 2 or len(rows) != len(x):
-        return f"{len(rows)} adapter_names for an input of shape {list(x.shape)}"
+    if x.is_nested or x.dim() < 2 or len(rows) != len(x):
+        return f"{len(rows)} adapter_names, and the input is nested, a row or of another length"
     for name in dict.fromkeys(rows):
         if name in layer.lora_variant:
             return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
@@ -242,9 +255,11 @@ def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> st
         reason = _why_not_embedding(layer, name, base.weight)
         if reason is not None:
             return f"adapter {name!r} {reason}"
-    if x is not None and (type(x) not in _PLAIN or x.device != base.weight.device):
+    if x is None:
+        return None
+    if type(x) not in _PLAIN or x.device != base.weight.device:
         return "its input is not a plain tensor where its weight is"
-    return None
+    return _SPARSE if x.layout is not torch.strided or x.is_nested else None
 
 
 def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | None:
@@ -254,6 +269,8 @@ def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | Non
     lora_B = layer.lora_embedding_B._parameters.get(name)
     if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
         return f"has a {type(lora_A).__name__}, not a plain tensor"
+    if lora_A.layout is not torch.strided or lora_B.layout is not torch.strided:
+        return f"is {lora_A.layout} and {lora_B.layout}"
     r = lora_A.shape[0]
     if lora_A.shape != (r, weight.shape[0]) or lora_B.shape != (weight.shape[1], r):
         return f"has the shapes {list(lora_A.shape)} and {list(lora_B.shape)}"
@@ -261,8 +278,6 @@ def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | Non
         return f"is {lora_A.dtype}, the weight {weight.dtype}"
     if not weight.device == lora_A.device == lora_B.device:
         return f"is on {lora_A.device}, the weight on {weight.device}"
-    if (weight.dtype, lora_A.dtype) == (torch.float16, torch.float32) and torch.is_grad_enabled():
-        return "is float32 over float16, and gradients are asked for"
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor) and scaling.dim() > 0:
         return f"has a scaling of the shape {list(scaling.shape)}"

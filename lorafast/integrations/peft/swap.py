@@ -2,42 +2,31 @@
 
 import functools
 import types
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lorafast.integrations.peft import embedding, rules
+from lorafast.convert.targets import COMPILED, why_not_here
+from lorafast.integrations.peft import embedding, known, rules
 from lorafast.integrations.peft.adapters import active
-from lorafast.integrations.peft.layers import FAST, Embedding, Linear
-
-_KNOWN = ((0, 20), (0, 21))
-"""The versions of PEFT whose forward the fast layers stand in for."""
+from lorafast.integrations.peft.layers import FAST, LAYERS, Embedding, Linear
 
 
-def check_version() -> None:
-    """Raises ``RuntimeError`` for a PEFT whose layers may compute something else."""
-    version = peft.__version__
-    try:
-        known = tuple(int(part) for part in version.split(".")[:2]) in _KNOWN
-    except ValueError:
-        known = False
-    if not known:
-        wanted = " or ".join(f"{major}.{minor}" for major, minor in _KNOWN)
-        raise RuntimeError(
-            f"lorafast.accelerate stands in for the layers of PEFT {wanted}, and PEFT {version} is "
-            "installed, whose layers may compute something else: install one of those, or a lorafast "
-            "that knows this one"
-        )
+@functools.cache
+def warn_of_changes() -> None:
+    """Says once what this release of PEFT has changed, if anything."""
+    sentence = known.changes()
+    if sentence is not None:
+        warnings.warn(sentence, stacklevel=4)
 
 
 def accelerate(model: nn.Module, *, quiet: bool = False) -> nn.Module:
     """Serves the LoRA layers of ``model`` fast from now on; says in a line how many."""
-    check_version()
+    warn_of_changes()
     for module in model.modules():
         if type(module) in FAST and "forward" not in module.__dict__:
             module.__class__ = FAST[type(module)]
@@ -72,54 +61,30 @@ def _give_back(module: nn.Module) -> None:
             setattr(module, name, types.MethodType(fast._stock.forward, module))
 
 
-class _FromNowOn:
-    """Whether PEFT makes fast layers, and how it made them before; blocks nest."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._before: Any = None
-        self._own: Any = None
-
-    def begin(self) -> None:
-        self._depth += 1
-        if self._before is not None:
-            return
-        before = self._before = vars(LoraModel)["_create_new_module"]
-
-        @functools.wraps(before.__func__)
-        def create(*args: Any, **kwargs: Any) -> nn.Module:
-            module: nn.Module = before.__func__(*args, **kwargs)
-            if self._depth and type(module) in FAST:
-                module.__class__ = FAST[type(module)]
-            return module
-
-        self._own = LoraModel._create_new_module = staticmethod(create)
-
-    def end(self, all_of_it: bool = False) -> None:
-        self._depth = 0 if all_of_it else max(self._depth - 1, 0)
-        if self._depth == 0 and self._before is not None:
-            # Not what someone else has put there since.
-            if vars(LoraModel)["_create_new_module"] is self._own:
-                LoraModel._create_new_module = self._before
-            self._before = self._own = None
-
-
-from_now_on = _FromNowOn()
-
-
 @dataclass(frozen=True)
 class Served:
-    """What serves each adapter layer: the reason for which PEFT does, or None; prints as text."""
+    """What serves each adapter layer: None for a fast one, else why it isn't; prints as text."""
 
     layers: dict[str, str | None]
 
     @property
     def summary(self) -> str:
-        """In a line, how many layers are fast."""
-        fast = sum(reason is None for reason in self.layers.values())
-        stock = len(self.layers) - fast
-        line = f"{fast} of {len(self.layers)} adapter layers are fast"
-        return f"{line}, {stock} PEFT's own (lorafast.explain(model) says why)" if stock else line
+        """In a line, how many layers are fast, and what the others are."""
+        reasons = self.layers.values()
+        inactive = sum(reason == rules.INACTIVE for reason in reasons)
+        uncalled = [n for n, reason in self.layers.items() if (reason or "").startswith(_UNCALLED)]
+        fast = sum(reason is None for reason in reasons)
+        stock = len(reasons) - fast - inactive - len(uncalled)
+        parts = [f"{fast} of {len(reasons)} adapter layers are fast"]
+        if inactive:
+            parts.append(f"{inactive} without an active adapter")
+        if uncalled:
+            more = ", ..." if len(uncalled) > _NAMED else ""
+            parts.append(f"{len(uncalled)} never called ({', '.join(uncalled[:_NAMED])}{more})")
+        if stock:
+            parts.append(f"{stock} PEFT's own")
+        hint = "" if fast == len(reasons) else " (lorafast.explain(model) says why)"
+        return f"{', '.join(parts)}{hint}"
 
     def __str__(self) -> str:
         groups: dict[str | None, list[str]] = {}
@@ -127,11 +92,23 @@ class Served:
             groups.setdefault(reason, []).append(name)
         lines = [self.summary]
         for reason, names in groups.items():
-            lines.append("served by lorafast:" if reason is None else f"served by PEFT, {reason}:")
+            lines.append(f"{_heading(reason)}:")
             lines += [f"  {name}" for name in names]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+_UNCALLED = "never called, for "
+_NAMED = 3
+
+
+def _heading(reason: str | None) -> str:
+    if reason is None:
+        return "served by lorafast"
+    if reason == rules.INACTIVE:
+        return "without an active adapter"
+    return reason if reason.startswith(_UNCALLED) else f"served by PEFT, {reason}"
 
 
 def explain(model: nn.Module) -> Served:
@@ -141,13 +118,24 @@ def explain(model: nn.Module) -> Served:
         ValueError: there is none.
     """
     layers = {
-        name or "(module)": _why_stock(module)
+        name or "(module)": _why_uncalled(name, model) or _why_stock(module)
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
     if not layers:
         raise ValueError("the model has none of PEFT's adapter layers")
     return Served(layers)
+
+
+def _why_uncalled(name: str, model: nn.Module) -> str | None:
+    """The reason for which the layer of this name never runs, or None."""
+    if (
+        name.rpartition(".")[2] == COMPILED
+    ):  # it goes on calling the layer, with the class that it has
+        return None
+    anything = nn.Linear(1, 1, device="meta")  # it is the place that is asked about, not the layer
+    reason = why_not_here([name], anything, model)
+    return reason and f"{_UNCALLED}{reason}"
 
 
 def _calls_its_class(module: nn.Module) -> bool:
@@ -171,6 +159,9 @@ def _why_stock(module: nn.Module) -> str | None:
         return rules.why_stock_linear(module, active(module))
     if isinstance(module, Embedding):
         return rules.why_stock_embedding(module, embedding.active(module))
+    changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
+    if changed is not None:
+        return changed
     if isinstance(module, LoraLayer):
         return f"a {kind.__qualname__} layer, for which there is no faster way here"
     return f"{kind.__module__}.{kind.__qualname__} is not LoRA"

@@ -1,5 +1,12 @@
 import pytest
 
+try:
+    # Looks at PEFT's methods, which tests replace.
+    import lorafast.integrations.peft.swap  # noqa: F401
+except ImportError as error:
+    if error.name not in ("peft", "transformers"):
+        raise
+
 
 @pytest.fixture
 def served_by_peft(monkeypatch):

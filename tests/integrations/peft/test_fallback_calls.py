@@ -57,13 +57,12 @@ def test_forward_mode(served_by_peft):
     assert len(served_by_peft) == 1
 
 
-@pytest.mark.parametrize("kind", ["linear", "embedding"])
-def test_float32_over_float16_where_gradients_are_asked_for(kind, served_by_peft):
+def test_float32_over_float16_where_gradients_are_asked_for(served_by_peft):
     """In float16 the gradients of small adapters would be lost."""
-    stock, fast = peft_model(kind, torch.float16, upcast=True), None
+    stock = peft_model(dtype=torch.float16, upcast=True)
     fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
     assert "float32 over float16, and gradients are asked for" in str(lorafast.explain(fast))
-    x = torch.randint(TOKENS, (3, 4)) if kind == "embedding" else torch.randn(5, K).half()
+    x = torch.randn(5, K).half()
     assert_same(stock, fast, x)
     assert len(served_by_peft) == 1
     with torch.no_grad():
@@ -98,20 +97,43 @@ def test_a_bias_of_another_dtype(served_by_peft):
     assert len(served_by_peft) == 1
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.randn(5, K).to_sparse(),
-        torch.nested.nested_tensor([torch.randn(n, K) for n in (2, 3)]),
-    ],
-    ids=["sparse", "nested"],
-)
-def test_input_of_another_layout(x, served_by_peft):
-    stock, fast = stock_and_fast(peft_model(), lambda layer: None)
+def nested(rows, layout):
+    return torch.nested.nested_tensor(list(rows.tensor_split([2])), layout=layout)
+
+
+LAYOUTS = {
+    "sparse": lambda rows: rows.to_sparse(),
+    "csr": lambda rows: rows.to_sparse_csr(),
+    "mkldnn": lambda rows: rows.to_mkldnn(),
+    "nested": lambda rows: nested(rows, torch.strided),
+    "jagged": lambda rows: nested(rows, torch.jagged),
+}
+WAYS = {
+    "linear": ({}, {}),
+    "dora": ({"use_dora": True}, {}),
+    "embedding": ({"kind": "embedding"}, {}),
+    "mixed batch": ({"adapters": 2}, {"adapter_names": ["default", "other1"]}),
+}
+
+
+@pytest.mark.parametrize("rows", [4, 1200], ids="{} rows".format)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_input_of_another_layout(way, layout, rows, served_by_peft):
+    """Whatever stock PEFT makes of it, a sentence or a result."""
+    options, arguments = WAYS[way]
+    stock, fast = stock_and_fast(peft_model(**options).eval(), lambda layer: None)
+    plain = torch.randint(TOKENS, (rows, 3)) if way == "embedding" else torch.randn(rows, K)
+    if way == "embedding" and layout == "mkldnn":
+        pytest.skip("there are no mkldnn tensors of int64")
+    if arguments:
+        plain = plain.view(2, -1, K)
+    x = LAYOUTS[layout](plain)
 
     def outcome(model):
         try:
-            return torch.cat(list(model(x).unbind()))
+            y = model.base_model.model.layer(x, **arguments)
+            return torch.cat([part.reshape(-1) for part in y.unbind()])
         except Exception as error:
             return type(error), str(error)
 

@@ -1,0 +1,115 @@
+"""Whether the layers that PEFT makes are fast: everywhere, or within the blocks of a thread or task.
+
+PEFT makes every layer in one place, which is replaced while anybody wants fast layers, and put back when
+nobody does any more.
+"""
+
+import functools
+import threading
+from contextvars import ContextVar
+from typing import Any
+
+from peft.tuners.lora.model import LoraModel
+from torch import nn
+
+from lorafast.integrations.peft.layers import FAST
+
+_PLACE = "_create_new_module"
+
+
+class Block:
+    """A block in which PEFT makes fast layers, until ``end``; ``outer`` is the one around it, if any.
+
+    A task that starts in a block inherits it, and may live on when it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.outer = _innermost()
+        self.ended = False
+        _retain()
+        _block.set(self)
+
+    def end(self) -> None:
+        """Ends the block, in whatever context this is called; a generator may be closed in another."""
+        with _lock:
+            if self.ended:
+                return
+            self.ended = True
+        _block.set(_innermost())
+        _release()
+
+
+_block: ContextVar[Block | None] = ContextVar("lorafast.accelerated", default=None)
+_lock = threading.RLock()  # a block may be ended by the garbage collector, between any two lines
+_everywhere = False
+_wanted = 0
+_replaced: tuple[Any, Any] | None = None
+"""What PEFT had in place, and what is there instead of it."""
+_covered: dict[Any, Any] = {}
+"""What was there instead when someone else replaced it, and what PEFT had in place."""
+
+
+def begin_everywhere() -> None:
+    """PEFT makes fast layers from now on, in every thread."""
+    global _everywhere
+    with _lock:
+        if _everywhere:
+            return
+        _retain()
+        _everywhere = True
+
+
+def end_everywhere() -> None:
+    """Undoes ``begin_everywhere``; blocks end by themselves."""
+    global _everywhere
+    with _lock:
+        if not _everywhere:
+            return
+        _everywhere = False
+        _release()
+
+
+def _innermost() -> Block | None:
+    """The block that this context is in."""
+    block = _block.get()
+    while block is not None and block.ended:
+        block = block.outer
+    return block
+
+
+def _retain() -> None:
+    global _wanted, _replaced
+    with _lock:
+        if _replaced is None:
+            before = vars(LoraModel)[_PLACE]
+            before = _covered.pop(before, before)
+            own = staticmethod(_making_fast(before.__func__))
+            _replaced = before, own
+            setattr(LoraModel, _PLACE, own)
+        _wanted += 1
+
+
+def _release() -> None:
+    global _wanted, _replaced
+    with _lock:
+        _wanted -= 1
+        if _wanted or _replaced is None:
+            return
+        before, own = _replaced
+        # Not what someone else has put there since, who may put back what was found.
+        if vars(LoraModel)[_PLACE] is own:
+            setattr(LoraModel, _PLACE, before)
+        else:
+            _covered[own] = before
+        _replaced = None
+
+
+def _making_fast(before: Any) -> Any:
+    @functools.wraps(before)
+    def create(*args: Any, **kwargs: Any) -> nn.Module:
+        module: nn.Module = before(*args, **kwargs)
+        if type(module) in FAST and (_everywhere or _innermost() is not None):
+            module.__class__ = FAST[type(module)]
+        return module
+
+    return create

@@ -1,0 +1,132 @@
+"""Whether the methods that fast layers stand in for are the ones known here, in the PEFT installed.
+
+A method is known by the digest of its syntax tree. Comments, formatting, docstrings, annotations and the
+words of f-strings are left out, for they change nothing that is computed; so are empty fields, in which
+the trees of Python's versions differ. (Bytecode and ``ast.dump`` differ from version to version.)
+Nothing is compared of what sets a layer up (``update_layer``, ``set_adapter``): ``rules`` looks at what
+that has made, in every call.
+
+What is in memory at import is compared: a method that someone has replaced isn't the known one.
+"""
+
+import ast
+import functools
+import hashlib
+import inspect
+from types import FunctionType
+from typing import Any
+
+import peft
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.variants import DoraLinearVariant
+
+VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
+"""The releases whose methods are known, for where there is no source, as in a frozen program."""
+
+_READ = {
+    "_check_forward_args": "60bf418e1477d373",
+    "active_adapter": "25831eb2e7c6599a",
+    "active_adapters": "18fd4c3b499d7ea1",
+    "disable_adapters": "55b485a1f692375b",
+    "get_base_layer": "2b75099902c2d39c",
+    "merged": "92ac8e0669a18af1",
+}
+METHODS: dict[str, dict[Any, dict[str, str]]] = {
+    "linear": {
+        Linear: _READ
+        | {
+            "forward": "f94cca207fd041ce",
+            "_cast_input_dtype": "accb7f5ac617a435",
+        },
+    },
+    "mixed batch": {Linear: {"_mixed_batch_forward": "00663609a8d200e3"}},
+    "dora": {
+        DoraLinearVariant: {"forward": "c59fc34a5011602b"},
+        DoraLinearLayer: {
+            "forward": "ce8a00b0e41b3f15",
+            "get_weight_norm": "4a2cc114f74de342",
+            "get_lora_weight": "4ad3075ba108389b",
+        },
+    },
+    "embedding": {
+        Embedding: _READ
+        | {
+            "forward": "34c603801c0903d3",
+            "_embed": "7c974e09c43b8b6b",
+            "_get_embed_scale": "469409799a5d1201",
+        },
+    },
+}
+"""By kind of layer or call: the methods that are stood in for or read, by class, and their digests."""
+
+_UNCOMPARED = ("annotation", "returns", "type_params", "type_comment", "kind")
+
+
+@functools.cache
+def why_changed(kind: str) -> str | None:
+    """The reason for which this release of PEFT serves a kind of layer or call itself, or None."""
+    changed = [name for name, same in _compared(kind).items() if not same]
+    return f"PEFT {peft.__version__} has another {', '.join(changed)}" if changed else None
+
+
+def changes() -> str | None:
+    """All that has changed in this release of PEFT, in a sentence, or None."""
+    kinds = [kind for kind in METHODS if why_changed(kind) is not None]
+    if not kinds:
+        return None
+    names = dict.fromkeys(n for kind in kinds for n, same in _compared(kind).items() if not same)
+    return (
+        f"PEFT {peft.__version__} has another {', '.join(names)} than lorafast knows, so that PEFT "
+        f"serves itself: {', '.join(kinds)} (a lorafast that knows this release makes them fast)"
+    )
+
+
+def _compared(kind: str) -> dict[str, bool]:
+    """Whether each method is the known one, by its name."""
+    found = {}
+    for owner, methods in METHODS[kind].items():
+        for name, known in methods.items():
+            now = digest(owner, name)
+            same = peft.__version__ in VERSIONS if now is None else now == known
+            found[f"{owner.__name__}.{name}"] = same
+    return found
+
+
+def digest(owner: Any, name: str) -> str | None:
+    """Of the method that a class has, 16 hexadecimal digits; None if its source isn't there.
+
+    It is empty for one that is missing, or wrapped by code from elsewhere.
+    """
+    method = inspect.getattr_static(owner, name, None)
+    method = getattr(method, "fget", None) or getattr(method, "__func__", None) or method
+    if not isinstance(method, FunctionType) or not isinstance(inspect.unwrap(method), FunctionType):
+        return ""
+    if method.__code__.co_filename != inspect.unwrap(method).__code__.co_filename:
+        return ""
+    try:
+        source = inspect.getsource(method)
+    except OSError:
+        return None
+    tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source).body[0]
+    function = tree.body[0] if isinstance(tree, ast.If) else tree
+    return hashlib.sha256(_text(function).encode()).hexdigest()[:16]
+
+
+def _text(node: Any) -> str:
+    """A syntax tree as text, of what is compared."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.JoinedStr):
+        fields["values"] = [v for v in node.values if not isinstance(v, ast.Constant)]
+    elif isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+        fields["body"] = node.body[1:]
+    compared = (
+        f"{name}={_text(value)}"
+        for name, value in fields.items()
+        if name not in _UNCOMPARED and value is not None and value != []
+    )
+    return f"{type(node).__name__}({', '.join(compared)})"

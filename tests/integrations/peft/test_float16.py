@@ -1,0 +1,51 @@
+"""Float32 adapters over a float16 layer: what they make on the way is beyond float16."""
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from peft_twins import TOKENS, K, N, assert_equal, peft_model, twins
+
+ROWS = ["default", "__base__", "other1", "other2", "other1"]
+CASES = {
+    "dora": {"use_dora": True},
+    "dora, dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "dora, conv1d": {"use_dora": True, "kind": "conv1d"},
+    "embedding": {"kind": "embedding"},
+    "embedding, two adapters": {"kind": "embedding", "adapters": 2},
+    "mixed batch": {"adapters": 3},
+}
+
+
+def made(case, factor):
+    """The pair, an input and arguments; ``A`` is ``factor`` times as large and ``B`` as small."""
+    model = peft_model(dtype=torch.float16, upcast=True, **CASES[case])
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "embedding_A" in name:
+            parameter.data *= factor
+        elif "lora_B" in name or "embedding_B" in name:
+            parameter.data /= factor
+    tokens = "embedding" in case
+    x = torch.randint(TOKENS, (5, 4)) if tokens else torch.randn(5, 4, K).half()
+    mixed = case == "mixed batch"
+    return twins(model.eval() if mixed else model), x, {"adapter_names": ROWS} if mixed else {}
+
+
+@pytest.mark.parametrize("factor", [1e6, 1.0, 1e-6], ids="A x {}".format)
+@pytest.mark.parametrize("case", CASES)
+def test_an_activation_that_float16_has_not(case, factor, served_by_peft):
+    pair, x, arguments = made(case, factor)
+    mixed = bool(arguments)  # with gradients it is left to PEFT
+    with torch.set_grad_enabled(not mixed):
+        assert_equal(pair, x, torch.randn(5, 4, N).half(), torch.float16, **arguments)
+    assert served_by_peft == []
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "mixed batch"])
+def test_gradients_that_float16_has_not(case, served_by_peft):
+    """``ds`` of a young adapter: what comes back through a small ``B``."""
+    pair, x, _ = made(case, 1e5)
+    dy = (torch.randn(5, 4, N) * 1e-3).half()
+    assert_equal(pair, x, dy, torch.float16)
+    assert served_by_peft == []
