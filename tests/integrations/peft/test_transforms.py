@@ -156,7 +156,8 @@ def test_transforms(kind, name, sizes):
 COMPILED = [
     *(("jvp", kind) for kind in ("linear", "dora", "embedding", "mixed batch")),
     ("jacfwd", "linear"),
-    ("grad", "embedding"),
+    *(("grad", kind) for kind in ("linear", "three adapters", "dora", "embedding")),
+    ("ensemble", "linear"),
 ]
 
 
@@ -250,7 +251,7 @@ class Keeping(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", ["embedding", "mixed batch"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_mode_keeps_stays_as_it_was(kind, sizes):
     pair, x, dy = case(kind, sizes)
     with Keeping() as mode:
@@ -272,7 +273,7 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("kind", ["embedding", "mixed batch"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_selective_checkpointing(kind, policy, sizes):
     """The gradients of a model that isn't checkpointed, and the output stays as it was."""
     pair, x, dy = case(kind, sizes)
