@@ -68,27 +68,13 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     reason = _why_not_plain(base) or _why_no_bias(base) or _why_parallel(base)
     if reason is not None:
         return f"its base layer {reason}"
-    weight = base._parameters["weight"]
     for adapter in adapters:
         variant = layer.lora_variant.get(adapter.name)
         if variant is not None:
             reason = _why_not_variant(layer, adapter, variant, len(adapters))
         reason = reason or _why_not_adapter(adapter)
-        if reason is None and variant is None and weight.dtype is torch.float16:
-            reason = _why_not_around_float16(weight, adapter)
         if reason is not None:
             return reason
-    return None
-
-
-def _why_not_around_float16(weight: Tensor, adapter: Adapter) -> str | None:
-    if (
-        torch.is_grad_enabled()
-        and adapter.lora_A.weight.dtype is torch.float32
-        and not autocast_enabled(weight)
-    ):
-        # In float16 what PEFT has in float32 would underflow.
-        return "its adapters are float32 over float16, and gradients are asked for"
     return None
 
 

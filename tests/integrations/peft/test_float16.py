@@ -9,6 +9,9 @@ from peft_twins import TOKENS, K, N, assert_equal, peft_model, twins
 
 ROWS = ["default", "__base__", "other1", "other2", "other1"]
 CASES = {
+    "linear": {},
+    "linear, three adapters": {"adapters": 3},
+    "conv1d": {"kind": "conv1d"},
     "dora": {"use_dora": True},
     "dora, dropout": {"use_dora": True, "lora_dropout": 0.3},
     "dora, conv1d": {"use_dora": True, "kind": "conv1d"},
@@ -36,16 +39,14 @@ def made(case, factor):
 @pytest.mark.parametrize("case", CASES)
 def test_an_activation_that_float16_has_not(case, factor, served_by_peft):
     pair, x, arguments = made(case, factor)
-    mixed = bool(arguments)  # with gradients it is left to PEFT
-    with torch.set_grad_enabled(not mixed):
-        assert_equal(pair, x, torch.randn(5, 4, N).half(), torch.float16, **arguments)
+    assert_equal(pair, x, torch.randn(5, 4, N).half(), torch.float16, **arguments)
     assert served_by_peft == []
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "mixed batch"])
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_that_float16_has_not(case, served_by_peft):
     """``ds`` of a young adapter: what comes back through a small ``B``."""
-    pair, x, _ = made(case, 1e5)
+    pair, x, arguments = made(case, 1e5)
     dy = (torch.randn(5, 4, N) * 1e-3).half()
-    assert_equal(pair, x, dy, torch.float16)
+    assert_equal(pair, x, dy, torch.float16, **arguments)
     assert served_by_peft == []
