@@ -30,7 +30,7 @@ if sys.platform != "win32":
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
-_FORMAT = 2
+_FORMAT = 3
 BACKENDS = ("aten", "triton")
 """Those that a record may name: what ``lorafast tune`` sets against each other."""
 INTERPRETER = "interpreter"
