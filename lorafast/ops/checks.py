@@ -105,10 +105,10 @@ def describe_layout(x: Tensor) -> str:
 
 
 def _width(x: Tensor) -> int | None:
-    """Size of the last dimension, None of a nested tensor in which it varies."""
+    """Size of the last dimension; None if there is none, or of a nested tensor in which it varies."""
     try:
         return x.size(-1)
-    except RuntimeError:
+    except (IndexError, RuntimeError):
         return None
 
 

@@ -419,13 +419,12 @@ def lora_linear(
         return reference.lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
         )
-    mode = not compiling and watched()
-    if mode:
-        flops.tell_counters()
-    if compiling:
-        # A float of a custom operation is a constant of the graph: another value would be another graph.
-        lora_B, scaling = lora_B * scaling, 1.0
-    if compiling or mode:
+    if compiling or watched():
+        if compiling:
+            # A float of a custom operation is a constant of its graph: another value, another graph.
+            lora_B, scaling = lora_B * scaling, 1.0
+        else:
+            flops.tell_counters()
         y: Tensor = torch.ops.lorafast.lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed
         )[0]
