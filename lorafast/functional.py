@@ -56,7 +56,7 @@ def lora_linear(
     seed = None
     if dropout_p and training:
         seed = torch.randint(_SEEDS, (1,), device=x.device)
-        has_rows = has_rows and not composed.is_sharded(x)
+        has_rows = has_rows and (type(x) is Tensor or not composed.is_sharded(x))
     else:
         dropout_p = 0.0
     if not has_rows:

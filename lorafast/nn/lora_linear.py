@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
@@ -320,6 +321,8 @@ class LoRALinear(nn.Module):
         if type(weight) is not Tensor and is_sharded(weight) and not is_sharded(x):
             # FSDP makes the layer's own parameters whole in its forward.
             weight = weight.full_tensor()
+        if torch.compiler.is_compiling():
+            return F.linear(x, weight, self.bias)
         return packing.linear(x, weight, self.bias)
 
     def base_weight(self) -> Tensor:

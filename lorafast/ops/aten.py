@@ -23,6 +23,7 @@ from lorafast.reference.dropout import (
 )
 
 _LOW = 0xFFFFFFFF
+_HALF = torch.float16
 SMALL = 1 << 22
 """Multiply-adds of the base product below which a call's own cost counts more than its passes."""
 
@@ -35,7 +36,7 @@ def small_lora_linear(
     PyTorch differentiates it itself, which costs a small layer less than a backward in Python.
     """
     y = packing.linear(x, weight, bias)
-    if x.dtype is torch.float16:
+    if x.dtype is _HALF:
         s = F.linear(x.float(), lora_A.float())
         return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype)
     s = F.linear(x, lora_A)

@@ -104,17 +104,19 @@ def _triton_refused(operation: str, tensors: tuple[Tensor, ...]) -> str | None:
     return _too_old(_capability(x.device)) if x.is_cuda else None
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)  # int64: the seed
 
 
 def _cpu_refused(operation: str, tensors: tuple[Tensor, ...]) -> str | None:
     for tensor in tensors:
+        if tensor.is_cpu and type(tensor) in _PLAIN and tensor.dtype in _CPU_DTYPES:
+            continue  # in the way of every call
         if not tensor.is_cpu:
             return f"an input is on {tensor.device}, the native kernels run on the CPU"
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if type(tensor) not in _PLAIN:
             return f"an input is a {type(tensor).__name__}, the kernels read plain tensors"
-        if tensor.dtype not in _CPU_DTYPES:
-            return f"the dtype is {tensor.dtype}, the kernels have float32, bfloat16 and float16"
+        return f"the dtype is {tensor.dtype}, the kernels have float32, bfloat16 and float16"
     return None
 
 

@@ -57,6 +57,17 @@ def needs_plain_pytorch(compiling: bool = False) -> str | None:
     return None
 
 
+def alone() -> bool:
+    """Whether nothing surrounds an eager call of which the two questions here ask, in one look."""
+    return not (
+        transforms_active()
+        or forward_ad._current_level >= 0
+        or _traced()
+        or _dispatch_modes()
+        or _function_modes()
+    )
+
+
 def watched() -> bool:
     """Whether a mode sees every operation of PyTorch's and may keep what it returns.
 
@@ -65,8 +76,8 @@ def watched() -> bool:
     """
     if _dispatch_modes():
         return True
+    count = _function_modes()
     # A default device is a mode too, and keeps nothing.
-    return any(
-        type(torch._C._get_function_stack_at(i)) is not DeviceContext
-        for i in range(_function_modes())
+    return count > 0 and any(
+        type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count)
     )

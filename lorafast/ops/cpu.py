@@ -8,6 +8,7 @@ from lorafast.ops import native, packing
 from lorafast.reference import wide
 from lorafast.reference.dropout import survivor_scale, threshold
 
+_HALF = torch.float16
 native.why_not_loaded()  # loads them
 _kernels = torch.ops.lorafast_cpu
 _shrink = _kernels.shrink.default
@@ -24,9 +25,16 @@ def _mask(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, fl
     return seed, threshold(dropout_p), survivor_scale(dropout_p)
 
 
+def _low_rank(x: Tensor, r: int) -> Tensor:
+    """Memory for ``s``; naming a dtype costs a small layer a hundredth of its forward."""
+    if x.dtype is _HALF:
+        return x.new_empty((x.shape[0], r), dtype=wide(_HALF))
+    return x.new_empty((x.shape[0], r))
+
+
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``s = drop(x)·Aᵀ``."""
-    s = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=wide(x.dtype))
+    s = _low_rank(x, lora_A.shape[0])
     _shrink(x, lora_A, *_mask(dropout_p, seed), s)
     return s
 
@@ -79,7 +87,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """``shrink`` and ``linear_expand``: ``y`` and ``s``, the thin products in one call."""
     y = packing.linear(x, weight, bias)
-    s = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=wide(x.dtype))
+    s = _low_rank(x, lora_A.shape[0])
     _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
     return y, s
 

@@ -92,7 +92,7 @@ def forced() -> str | None:
         latest = list(_blocks.values())[-1:]  # other threads open and close blocks meanwhile
         if latest:
             return latest[0]
-    return _from_environment()
+    return _from_environment() if _environment is _UNREAD else _environment
 
 
 # torch.compiler.assume_constant_result, without the second that importing the compiler takes: Dynamo

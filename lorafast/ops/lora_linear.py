@@ -17,7 +17,13 @@ from torch import Tensor
 from lorafast import reference
 from lorafast.ops import aten, dispatch, flops
 from lorafast.ops.checks import check_dropout, check_lora_linear
-from lorafast.ops.context import needs_plain_pytorch, watched, without_autocast
+from lorafast.ops.context import (
+    alone,
+    autocast_enabled,
+    needs_plain_pytorch,
+    watched,
+    without_autocast,
+)
 from lorafast.ops.registration import register, register_autograd
 
 Gradients = tuple[
@@ -231,25 +237,31 @@ class _LoRALinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.compiler.is_compiling():  # compiled autograd, which traces this
             return _observed_backward(ctx, dy, needs)
-        with without_autocast(dy):
-            if torch.is_grad_enabled():
-                return _differentiable_backward(ctx, dy, needs)
-            batched = _is_batched(dy)  # is_grads_batched, which no kernel knows
-            if not batched and watched():
-                flops.tell_counters()
-                with dispatch.use_backend(ctx.backend or dispatch.AUTO):
-                    return _observed_backward(ctx, dy, needs)
-            x, weight, lora_A, lora_B, s, seed = _saved(ctx)
-            if not batched and _needs_whole(needs):
-                found = _whole_backward(
-                    ctx.backend, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
-                )
-                if found is not None:
-                    return found
-            return _backward(
-                reference if batched else _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s,
-                ctx.scaling, ctx.dropout_p, seed, ctx.lora_A.dtype, needs,
-            )  # fmt: skip
+        if autocast_enabled(dy):
+            with without_autocast(dy):
+                return _eager_backward(ctx, dy, needs)
+        return _eager_backward(ctx, dy, needs)
+
+
+def _eager_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, dy, needs)
+    batched = _is_batched(dy)  # is_grads_batched, which no kernel knows
+    if not batched and watched():
+        flops.tell_counters()
+        with dispatch.use_backend(ctx.backend or dispatch.AUTO):
+            return _observed_backward(ctx, dy, needs)
+    x, weight, lora_A, lora_B, s, seed = _saved(ctx)
+    if not batched and _needs_whole(needs):
+        found = _whole_backward(
+            ctx.backend, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
+        )
+        if found is not None:
+            return found
+    return _backward(
+        reference if batched else _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s,
+        ctx.scaling, ctx.dropout_p, seed, ctx.lora_A.dtype, needs,
+    )  # fmt: skip
 
 
 # Function.apply without its Python prologue, which unwraps what torch.func left behind: that never
@@ -413,22 +425,22 @@ def lora_linear(
 ) -> Tensor:
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` on checked arguments, outside autocast."""
     compiling = torch.compiler.is_compiling()
-    reason = needs_plain_pytorch(compiling)
-    if reason is not None:
-        dispatch.check_plain_pytorch("lora_linear", reason)
-        return reference.lora_linear(
-            x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
-        )
-    if compiling or watched():
-        if compiling:
-            # A float of a custom operation is a constant of its graph: another value, another graph.
-            lora_B, scaling = lora_B * scaling, 1.0
-        else:
-            flops.tell_counters()
-        y: Tensor = torch.ops.lorafast.lora_linear(
-            x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed
-        )[0]
-        return y
+    if compiling or not alone():
+        reason = needs_plain_pytorch(compiling)
+        if reason is not None:
+            dispatch.check_plain_pytorch("lora_linear", reason)
+            return reference.lora_linear(
+                x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
+            )
+        if compiling or watched():
+            if compiling:
+                # A float of a custom operation is a constant: another value would be another graph.
+                lora_B, scaling = lora_B * scaling, 1.0
+            else:
+                flops.tell_counters()
+            return torch.ops.lorafast.lora_linear(
+                x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed
+            )[0]
     backend = dispatch.forced()
     N = lora_B.shape[0]
     if (backend is None or backend == "aten") and is_small(x, lora_A, N, dropout_p, backend):

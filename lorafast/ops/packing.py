@@ -208,14 +208,19 @@ def memory_in_use() -> int:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear``, on the packed weight where there is one and nothing has to be differentiated."""
+    """``F.linear``, on the packed weight where there is one and nothing has to be differentiated.
+
+    Not for code that is compiled, which would have a graph for each state of what is packed.
+    """
+    if not (_packed or _memory):
+        return F.linear(x, weight, bias)
     y = linear_if_packed(x, weight, bias)
     return F.linear(x, weight, bias) if y is None else y
 
 
 def linear_if_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``x·Wᵀ + bias`` by the packed copy of ``weight``, None if there is none to be used."""
-    if torch.compiler.is_compiling() or not (_packed or _memory):
+    if not (_packed or _memory):
         return None
     packed = _find(weight)
     if packed is None:

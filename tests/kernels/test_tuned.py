@@ -135,7 +135,8 @@ def test_numbers_are_right_whatever_the_file_holds(file):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "null", "[]", "7", f'{{"format": {tuned._FORMAT}}}', DEEP, f'{{"format": {tuned._FORMAT}, "records": {DEEP}}}',
+        "", "{", "null", "[]", "7", f'{{"format": {tuned._FORMAT}}}',
+        DEEP, f'{{"format": {tuned._FORMAT}, "records": {DEEP}}}',
         '{"format": ' + "1" * 5000 + "}", "\ud800",
     ],
     ids=lambda text: ascii(text[:20]),
