@@ -6,7 +6,7 @@ from torch import Tensor
 from lorafast import ops
 from lorafast.ops import composed
 from lorafast.ops.checks import check_lora_linear
-from lorafast.ops.context import autocast_enabled
+from lorafast.ops.context import autocast_anywhere, autocast_enabled
 
 _SEEDS = 2**63 - 1
 
@@ -48,7 +48,7 @@ def lora_linear(
             was expected.
         BackendError: the forced backend can't serve the call; the message says why.
     """
-    if autocast_enabled(x):
+    if autocast_anywhere() and autocast_enabled(x):
         return _under_autocast(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=training
         )

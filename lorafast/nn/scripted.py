@@ -34,7 +34,7 @@ class ScriptedLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-        dropped = F.dropout(x, self.dropout, self.training).to(dtype)
+        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
         s = F.linear(dropped, self.lora_A.to(dtype))
         low_rank = F.linear(s, self.lora_B.to(dtype) * self.scaling)
-        return F.linear(x, self.weight, self.bias) + low_rank.to(x.dtype)
+        return (F.linear(x, self.weight, self.bias) + low_rank).to(x.dtype)

@@ -40,12 +40,13 @@ def lora_linear(
     dropped = _drop(x, dropout_p, seed) if dropout_p else x
     dtype = wide(x.dtype)
     s = F.linear(dropped.to(dtype), lora_A.to(dtype))
-    return F.linear(x, weight, bias) + F.linear(s, lora_B.to(dtype) * scaling).to(x.dtype)
+    return (F.linear(x, weight, bias) + F.linear(s, lora_B.to(dtype) * scaling)).to(x.dtype)
 
 
 def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     if seed is not None and is_sharded(x):
         return _drop_sharded(x, dropout_p, seed)
+    x = x.to(wide(x.dtype))
     if not x.is_nested:
         raise ValueError(
             f"x is {describe_layout(x)}, of which PyTorch has no dropout: expected a strided tensor "
@@ -62,9 +63,8 @@ def _drop_sharded(x: Any, dropout_p: float, seed: Tensor) -> Tensor:
     seed = distribute_tensor(seed, mesh, everywhere).to_local()  # the first rank's, on all of them
     K = x.shape[-1]
     keep = aten.keep_mask(x.numel() // max(K, 1), K, dropout_p, seed).view(x.shape)
-    scale = keep.to(x.dtype) * survivor_scale(dropout_p)
-    scaled: Tensor = x * DTensor.from_local(scale, mesh, everywhere, run_check=False)
-    return scaled
+    kept = DTensor.from_local(keep, mesh, everywhere, run_check=False)
+    return torch.where(kept, x.to(wide(x.dtype)), 0.0) * survivor_scale(dropout_p)
 
 
 def is_sharded(x: Tensor) -> bool:

@@ -1,8 +1,7 @@
 """What surrounds a call: autocast, transforms, tracing, and modes that see every operation.
 
-They are asked in every call, so each is one look at a flag of PyTorch's. Some of the flags are private:
-without one, its question is answered as if nothing surrounded the call, and PyTorch refuses aloud what
-then goes wrong.
+They are asked in every call, so each is one look at a flag of PyTorch's, most of them private. Those that
+are looked up by ``getattr`` may go: their question is then answered as if nothing surrounded the call.
 """
 
 import contextlib
@@ -15,20 +14,20 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 # Ten times as cheap as asking for the device of a tensor; without it every call asks.
-_autocast_anywhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+autocast_anywhere: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
-_traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
+traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; meta has none and can't be asked."""
     return (
-        _autocast_anywhere()
+        autocast_anywhere()
         and isinstance(x, Tensor)
         and not x.is_meta
         and torch.is_autocast_enabled(x.device.type)
@@ -52,7 +51,7 @@ def needs_plain_pytorch(compiling: bool = False) -> str | None:
         return "torch.func transforms"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives"
-    if torch.compiler.is_exporting() if compiling else _traced():
+    if torch.compiler.is_exporting() if compiling else traced():
         return "exported programs"
     return None
 
@@ -62,9 +61,9 @@ def alone() -> bool:
     return not (
         transforms_active()
         or forward_ad._current_level >= 0
-        or _traced()
-        or _dispatch_modes()
-        or _function_modes()
+        or traced()
+        or dispatch_modes()
+        or function_modes()
     )
 
 
@@ -74,9 +73,9 @@ def watched() -> bool:
     Selective activation checkpointing does so: what it has kept must not be changed in place after. A
     registered operation is one call to a mode, which sees no part of it.
     """
-    if _dispatch_modes():
+    if dispatch_modes():
         return True
-    count = _function_modes()
+    count = function_modes()
     # A default device is a mode too, and keeps nothing.
     return count > 0 and any(
         type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(count)

@@ -70,6 +70,8 @@ def _from_environment() -> str | None:
 
 _blocks: dict[object, str | None] = {}
 """The choices of all ``use_backend`` blocks that are open in the process, the latest last."""
+_latest: str | None = None
+"""The name that the latest of them was given: compiled code is compiled again when it changes."""
 _entered: ContextVar[tuple[object, ...]] = ContextVar("lorafast_blocks", default=())
 """The blocks that this thread or task is in; one that began inside a block may outlive it."""
 
@@ -96,7 +98,7 @@ def forced() -> str | None:
 
 
 # torch.compiler.assume_constant_result, without the second that importing the compiler takes: Dynamo
-# can't trace a ContextVar. It asks only to refuse; compiled operations ask whenever they run.
+# can't trace a ContextVar. ``_latest`` is what it guards; compiled operations ask whenever they run.
 forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -114,13 +116,17 @@ def use_backend(name: str) -> Iterator[None]:
         BackendError: (from the operations inside) the backend can't serve the call.
     """
     chosen, block, outer = _known(name, "name"), object(), _entered.get()
+    global _latest
     _blocks[block] = chosen
     _entered.set((*outer, block))
+    _latest = name
     try:
         yield
     finally:
         del _blocks[block]
         _entered.set(outer)
+        remaining = list(_blocks.values())[-1:]
+        _latest = (remaining[0] or AUTO) if remaining else None
 
 
 def why_not(name: str, operation: str, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -136,7 +142,7 @@ def check_plain_pytorch(operation: str, reason: str) -> None:
 
     ``reason``: what asks for such operations, ``context.needs_plain_pytorch``.
     """
-    name = forced()
+    name = _from_environment() if _latest is None else forced()
     if name not in (None, _backend.REFERENCE.name):
         raise BackendError(
             f"backend {name!r} can't serve {operation}: {reason} need operations that PyTorch "

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lorafast import reference
 from lorafast.ops import aten, dispatch, flops
@@ -20,7 +21,11 @@ from lorafast.ops.checks import check_dropout, check_lora_linear
 from lorafast.ops.context import (
     alone,
     autocast_enabled,
+    dispatch_modes,
+    function_modes,
     needs_plain_pytorch,
+    traced,
+    transforms_active,
     watched,
     without_autocast,
 )
@@ -30,6 +35,7 @@ Gradients = tuple[
     Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, Tensor | None, None, None
 ]
 _ARGUMENTS = 8
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -176,18 +182,6 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
     return kept
 
 
-class _ValueOf(torch.autograd.Function):
-    """``value``, differentiated as if it were ``again``."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, again: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, gradient
-
-
 def _differentiable_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
     """The formula on the reference operations, so that PyTorch can differentiate it once more."""
     x, weight, lora_A, lora_B, s, seed = _saved(ctx)
@@ -195,7 +189,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> G
         if x is not None:
             # s was saved as a number; its dependence on x and A must be part of the graph.
             again = reference.shrink(_rows(x), ctx.lora_A, ctx.dropout_p, seed)
-            s = _ValueOf.apply(s, again)
+            s = again + (s - again).detach()
         elif needs[0]:
             raise RuntimeError(
                 "a second derivative of lora_linear needs x, which is not kept when lora_A has no "
@@ -246,20 +240,26 @@ class _LoRALinear(torch.autograd.Function):
 def _eager_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy, needs)
-    batched = _is_batched(dy)  # is_grads_batched, which no kernel knows
-    if not batched and watched():
-        flops.tell_counters()
+    plain = _is_batched(dy)  # is_grads_batched, which no kernel knows
+    if not plain and not alone():
         with dispatch.use_backend(ctx.backend or dispatch.AUTO):
-            return _observed_backward(ctx, dy, needs)
+            # Of what began after the forward: its tangents, its batches.
+            reason = needs_plain_pytorch()
+            if reason is not None:
+                dispatch.check_plain_pytorch("lora_linear_backward", reason)
+                plain = True
+            elif watched():
+                flops.tell_counters()
+                return _observed_backward(ctx, dy, needs)
     x, weight, lora_A, lora_B, s, seed = _saved(ctx)
-    if not batched and _needs_whole(needs):
+    if not plain and _needs_whole(needs):
         found = _whole_backward(
             ctx.backend, dy, x, weight, lora_A, lora_B, s, ctx.scaling, ctx.dropout_p, seed
         )
         if found is not None:
             return found
     return _backward(
-        reference if batched else _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s,
+        reference if plain else _EAGER[ctx.backend], dy, x, weight, lora_A, lora_B, s,
         ctx.scaling, ctx.dropout_p, seed, ctx.lora_A.dtype, needs,
     )  # fmt: skip
 
@@ -391,7 +391,8 @@ def _registered_backward(ctx: Any, dy: Tensor | None, _: None) -> Gradients:
         return None, None, None, None, None, None, None, None
     # PyTorch leaves out trailing arguments that have their default: no bias, no dropout.
     needs = (*ctx.needs_input_grad, False, False, False)[:_ARGUMENTS]
-    if torch.is_grad_enabled():
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or needs_plain_pytorch(compiling) is not None:
         return _differentiable_backward(ctx, dy, needs)
     return _observed_backward(ctx, dy, needs)
 
@@ -425,7 +426,15 @@ def lora_linear(
 ) -> Tensor:
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` on checked arguments, outside autocast."""
     compiling = torch.compiler.is_compiling()
-    if compiling or not alone():
+    # As ``alone`` asks, without the call.
+    if (
+        compiling
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or traced()
+        or dispatch_modes()
+        or function_modes()
+    ):
         reason = needs_plain_pytorch(compiling)
         if reason is not None:
             dispatch.check_plain_pytorch("lora_linear", reason)
@@ -435,6 +444,8 @@ def lora_linear(
         if compiling or watched():
             if compiling:
                 # A float of a custom operation is a constant: another value would be another graph.
+                if lora_B.dtype in _HALVES:  # which would round the product
+                    lora_A, lora_B = lora_A.float(), lora_B.float()
                 lora_B, scaling = lora_B * scaling, 1.0
             else:
                 flops.tell_counters()
