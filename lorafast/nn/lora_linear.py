@@ -272,7 +272,7 @@ class LoRALinear(nn.Module):
 
         Raises:
             ValueError: ``alpha`` is not a finite number, or the layer can't be merged with it. The layer
-                is unchanged.
+                is unchanged, as after any other error.
         """
         alpha = check_alpha("alpha", alpha)
         before = dict(vars(self))
@@ -281,7 +281,7 @@ class LoRALinear(nn.Module):
         if self.merged:
             try:
                 self.merge()
-            except ValueError:
+            except BaseException:
                 vars(self).update(before)
                 raise
 
@@ -495,6 +495,9 @@ class LoRALinear(nn.Module):
             except ValueError as error:
                 self.unmerge()
                 error_msgs.append(f"{prefix[:-1] or 'the layer'} can't be merged again: {error}")
+            except BaseException:
+                self.unmerge()
+                raise
 
     def _follow_weight(self) -> None:
         """Gives an adapter that is on meta without its weight memory, and the values of a fresh one."""

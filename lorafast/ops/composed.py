@@ -7,6 +7,7 @@ does. In the low-rank term float16 is float32, as in every backend.
 import sys
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 

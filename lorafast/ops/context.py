@@ -1,7 +1,7 @@
 """What surrounds a call: autocast, transforms, tracing, and modes that see every operation.
 
-They are asked in every call, so each is one look at a flag of PyTorch's, most of them private. Those that
-are looked up by ``getattr`` may go: their question is then answered as if nothing surrounded the call.
+They are asked in every call, so each is one look at a flag of PyTorch's, most of them private. Those
+looked up by ``getattr`` may go: their question is then answered as if nothing surrounded the call.
 """
 
 import contextlib

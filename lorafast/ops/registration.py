@@ -47,8 +47,8 @@ def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
     for argument in arguments:
         if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
             raise NotImplementedError(
-                f"torch.ops.lorafast.{name} has no forward-mode derivative: begin forward mode before the "
-                "layer's forward, outside compiled code, and call lorafast.functional or lorafast.ops"
+                f"torch.ops.lorafast.{name} has no forward-mode derivative: begin forward mode before "
+                "the forward, outside compiled code, and call lorafast.functional or lorafast.ops"
             )
 
 

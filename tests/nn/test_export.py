@@ -89,6 +89,21 @@ def test_a_script_of_half_precision_keeps_the_range_of_the_adapter(dtype):
     close(y.float(), torch.full((3, 48), 2 * 320.0 * 1.0))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_of_float16_is_rounded_once():
+    layer = LoRALinear(64, 48, 4, alpha=2800.0, dropout=0.5, bias=False, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.fill_(-600.0 / 64)
+        layer.lora_A.fill_(1.0 / 64)
+        layer.lora_B.fill_(1.0 / 4)
+    x = torch.full((3, 64), 100.0, dtype=torch.float16)
+    script = torch.jit.script(layer)
+    assert script(torch.full((3, 64), 40_000.0, dtype=torch.float16)).dtype == torch.float16
+    y = torch.jit.script(layer.eval())(x)
+    torch.testing.assert_close(y, layer(x), rtol=2e-3, atol=0)
+    assert y.isfinite().all()
+
+
 @ROWS
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 def test_torch_export(strict, rows, tmp_path):

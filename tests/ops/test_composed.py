@@ -77,3 +77,20 @@ def test_a_nested_tensor_of_another_width(widths, said):
     x = torch.nested.nested_tensor([torch.randn(2, width) for width in widths])
     with pytest.raises(ValueError, match=rf"x has shape \[\.\.\., {said}\] \(nested\), expected"):
         lora_linear(x, torch.randn(N, K), torch.randn(R, K), torch.randn(N, R), SCALING)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["nested", "jagged"])
+def test_float16_is_rounded_once(kind):
+    """Neither s nor the low-rank term fits into float16; the sum does."""
+    x = torch.nested.nested_tensor(
+        [torch.full((n, K), 100.0, dtype=torch.float16) for n in (4, 2)],
+        layout=torch.jagged if kind == "jagged" else torch.strided,
+    )
+    W = torch.full((N, K), -600.0 / K, dtype=torch.float16)
+    A, B = torch.full((R, K), 1.0 / K), torch.full((N, R), 1.0 / R)
+    rows = torch.full((6, K), 100.0, dtype=torch.float16)
+    expected = lora_linear(rows, W, A, B, 700.0)
+    assert expected.isfinite().all()
+    found = dense(lora_linear(x, W, A, B, 700.0))
+    torch.testing.assert_close(found, expected.flatten(), rtol=2e-3, atol=0)

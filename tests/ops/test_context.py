@@ -220,6 +220,68 @@ def test_the_bare_operation_loses_no_tangent_without_a_word():
 
 
 @ROWS
+@pytest.mark.parametrize("how", ["dual level", "torch.func"])
+def test_forward_mode_that_begins_after_the_forward(rows, how):
+    """The tangent of a gradient: a Hessian-vector product."""
+    x, W, A, B, bias = draw(rows, torch.float64)
+    v, t = torch.randn(2, rows, 240, dtype=torch.float64)
+    found = []
+    for run in (layer, plain):
+        y = run(x, W, A, B, bias)
+
+        def pull(v, y=y):
+            return torch.autograd.grad(y, (x, A, B), v, retain_graph=True)
+
+        if how == "torch.func":
+            found.append(torch.func.jvp(pull, (v,), (t,))[1])
+        else:
+            with forward_ad.dual_level():
+                duals = pull(forward_ad.make_dual(v, t))
+                found.append(tuple(forward_ad.unpack_dual(dual).tangent for dual in duals))
+    for name, one, two in zip(("dx", "dA", "dB"), *found, strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+
+
+@ROWS
+def test_a_batch_of_gradients_by_vmap(rows):
+    x, W, A, B, bias = draw(rows)
+    several = torch.randn(3, rows, 240)
+    found = []
+    for run in (layer, plain):
+        y = run(x, W, A, B, bias)
+        pull = functools.partial(torch.autograd.grad, y, (x, A, B), retain_graph=True)
+        found.append(torch.vmap(pull)(several))
+    for name, one, two in zip(("dx", "dA", "dB"), *found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3, msg=name)
+
+
+def test_forward_mode_after_the_forward_of_a_forced_backend_is_refused():
+    x, W, A, B, _ = draw(300)
+    with lorafast.use_backend("aten"):
+        y = layer(x, W, A, B)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(lorafast.BackendError, match="forward-mode derivatives need"),
+    ):
+        torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_transforms_ask_again_which_backend_is_forced():
+    torch._dynamo.reset()
+    x, W, A, B, _ = (t.detach() for t in draw(4))
+    derivative = torch.compile(
+        lambda A: torch.func.grad(lambda A: layer(x, W, A, B).sum())(A), backend="aot_eager"
+    )
+    derivative(A)
+    with (
+        lorafast.use_backend("aten"),
+        pytest.raises(Exception, match=r"torch\.func transforms need"),
+    ):
+        derivative(A)
+
+
+@ROWS
 def test_forward_mode_on_a_forced_backend_is_refused(rows):
     x, W, A, B, _ = draw(rows)
     with (

@@ -202,6 +202,34 @@ def test_compiled_it_is_what_runs_eagerly():
     assert_as_exact_as_peft(outputs(compiled, t, 0.3), t, 0.3)
 
 
+@pytest.mark.parametrize("scaling", [0.1, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_compiled_scaling_rounds_no_half_adapter(dtype, scaling):
+    """scaling · B of a young adapter would lose its digits in the adapter's dtype."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, W, A = (torch.randn(s).to(dtype) for s in ((40, 64), (48, 64), (4, 64)))
+    B = (1e-6 * torch.randn(48, 4)).to(dtype)
+    dy = torch.randn(40, 48).to(dtype)
+    compiled = torch.compile(ops.lora_linear, backend="aot_eager", fullgraph=True)
+    found = {}
+    for name, run, cast in (
+        ("ref64", reference.lora_linear, lambda t: t.double()),
+        ("eager", ops.lora_linear, lambda t: t),
+        ("compiled", compiled, lambda t: t),
+    ):
+        leaves = [cast(t).requires_grad_() for t in (A, B)]
+        more = {} if run is reference.lora_linear else {"dropout_p": 0.0, "seed": None}
+        y = run(cast(x), cast(W), *leaves, scaling, bias=None, **more)
+        found[name] = torch.autograd.grad(y, leaves, cast(dy))
+    for i, name in enumerate(("dA", "dB")):
+        eager, actual = (
+            contract.error(found[of][i], found["ref64"][i]) for of in ("eager", "compiled")
+        )
+        size = torch.finfo(dtype).eps * found["ref64"][i].norm().item()
+        assert actual <= 1.25 * eager + size, name
+
+
 REFUSALS = {
     "linear_expand": lambda half: ops.linear_expand(half, half, half, half, 1.0),
     "expand_backward": lambda half: ops.expand_backward(half, half, half, 1.0),
