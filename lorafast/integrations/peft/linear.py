@@ -61,6 +61,8 @@ def _as_one(first: Adapter, others: list[Adapter]) -> tuple[Tensor, Tensor, floa
     bias = first.lora_B._parameters["bias"]
     added = None if bias is None else bias * first.scaling
     if not others:
+        if torch.compiler.is_compiling() and not isinstance(first.scaling, Tensor):
+            return lora_A, lora_B, first.scaling, added  # which lora_linear folds into B, unrounded
         return lora_A, *settled(lora_B, first.scaling), added
     every_A, every_B = [lora_A], [lora_B * first.scaling]
     for other in others:
