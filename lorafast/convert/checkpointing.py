@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafast.nn import LoRALinear
+
 
 class _RequiresGrad:
     """Forward hook of input embeddings: their output requires a gradient where blocks need that.
@@ -26,24 +28,31 @@ class _RequiresGrad:
 def let_gradients_through(model: nn.Module) -> None:
     """Makes reentrant checkpointing train the model's adapters, whether it is on or comes later.
 
-    As PEFT does it. Transformers does it by itself for models of token ids. A warning says so where
-    blocks are checkpointed already and the model doesn't tell which its input embeddings are.
+    As PEFT does it, of Transformers' models that ``model`` is or holds; of those of token ids
+    Transformers does it by itself. A warning says so where blocks are checkpointed already and their
+    model doesn't tell which its input embeddings are.
     """
-    blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    if not blocks or getattr(model, "main_input_name", "input_ids") == "input_ids":
-        return
-    embeddings = _input_embeddings(model)
-    for embedding in embeddings:
-        hooks = embedding._forward_hooks.values()
-        if not any(isinstance(hook, _RequiresGrad) for hook in hooks):
-            embedding.register_forward_hook(_RequiresGrad(blocks))
-    if not embeddings and any(map(_is_reentrant, blocks)):
-        warnings.warn(
-            "reentrant checkpointing trains no adapter of a block whose input requires no gradient, "
-            f"and {type(model).__name__} doesn't name its input embeddings: checkpoint with "
-            "use_reentrant=False",
-            stacklevel=4,
-        )
+    seen: set[nn.Module] = set()
+    for owner in model.modules():
+        if owner in seen or getattr(owner, "main_input_name", "input_ids") == "input_ids":
+            continue
+        inside = list(owner.modules())
+        seen.update(inside)
+        blocks = [module for module in inside if hasattr(module, "gradient_checkpointing")]
+        if not blocks or not any(isinstance(module, LoRALinear) for module in inside):
+            continue
+        embeddings = _input_embeddings(owner)
+        for embedding in embeddings:
+            hooks = embedding._forward_hooks.values()
+            if not any(isinstance(hook, _RequiresGrad) for hook in hooks):
+                embedding.register_forward_hook(_RequiresGrad(blocks))
+        if not embeddings and any(map(_is_reentrant, blocks)):
+            warnings.warn(
+                "reentrant checkpointing trains no adapter of a block whose input requires no gradient, "
+                f"and {type(owner).__name__} doesn't name its input embeddings: checkpoint with "
+                "use_reentrant=False",
+                stacklevel=4,
+            )
 
 
 def undo(model: nn.Module) -> None:

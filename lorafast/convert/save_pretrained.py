@@ -24,12 +24,14 @@ _lock = threading.Lock()
 def save_adapters_too(model: nn.Module) -> None:
     """From now on ``save_pretrained`` of Transformers models writes adapters, where there are any, too.
 
-    The method of their class is replaced, not one of the model: a model that is merged, copied or
-    pickled has nothing of ours. Other libraries' models are left alone.
+    Those are meant that ``model`` is or holds. The method of their class is replaced, not one of the
+    model: a model that is merged, copied or pickled has nothing of ours. Other libraries' models are
+    left alone.
     """
     owners = (
         cls
-        for cls in type(model).__mro__
+        for kind in {type(module) for module in model.modules()}
+        for cls in kind.__mro__
         if "save_pretrained" in vars(cls) and cls.__module__.partition(".")[0] == "transformers"
     )
     with _lock:

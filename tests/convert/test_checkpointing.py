@@ -80,6 +80,39 @@ def test_all_adapters_are_trained(when, use_reentrant, expected, draw_adapters):
     assert_gradients(gradients(model), expected)
 
 
+class Wrapped(torch.nn.Module):
+    """A user's own module around the model, and a head."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.vit = model.vit
+        self.head = model.classifier
+
+    def forward(self, images):
+        state = self.vit(images).last_hidden_state[:, 0]
+        return transformers.modeling_outputs.ImageClassifierOutput(logits=self.head(state))
+
+
+def test_adapters_are_trained_of_a_model_in_a_module_of_ones_own(expected, draw_adapters):
+    model = vit()
+    checkpointed(model.vit, True)
+    wrapped = lorafast.adapt(Wrapped(model), 2, ["q_proj", "fc1"])
+    wrapped.head.requires_grad_(True)
+    draw_adapters(wrapped).train()
+    plain = lorafast.adapt(Wrapped(vit()), 2, ["q_proj", "fc1"])
+    plain.head.requires_grad_(True)
+    draw_adapters(plain).train()
+    actual = gradients(wrapped)
+    assert len(actual) == 8
+    assert_gradients(actual, gradients(plain))
+
+
+def test_a_part_without_adapters_gets_no_gradient():
+    model = Wrapped(checkpointed(vit(), True))
+    lorafast.adapt(model, 2, ["head"])
+    assert not model.vit.get_input_embeddings()._forward_hooks
+
+
 def test_a_loaded_adapter_is_trained(tmp_path, expected, draw_adapters):
     with pytest.warns(UserWarning, match="trained but not saved"):
         lorafast.save_adapter(adapted(vit(), draw_adapters), tmp_path)

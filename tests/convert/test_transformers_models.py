@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -149,6 +151,30 @@ def test_save_pretrained_keeps_the_adapters_of_a_part(
     on_disk.save_pretrained(save_directory=tmp_path / "whole")
     found = logits(reloaded(tmp_path / "whole")).detach()
     assert_same(found, logits(on_disk).detach(), LLAMA_EPS)
+
+
+INSIDE = """
+import sys
+import lorafast
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+model = LlamaForCausalLM(
+    LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=19,
+    )
+)
+lorafast.adapt(nn.ModuleDict({"inner": model}), 2, ["q_proj"])
+model.save_pretrained(sys.argv[1])
+"""
+
+
+def test_save_pretrained_of_a_model_that_was_adapted_within_a_module_of_ones_own(tmp_path):
+    # In a process of its own: the class remembers that one of its models was adapted.
+    subprocess.run(
+        [sys.executable, "-c", INSIDE, tmp_path], check=True, timeout=120, capture_output=True
+    )
+    assert len(read(tmp_path)[1]) == 2
 
 
 def test_save_pretrained_of_another_process_writes_nothing(on_disk, tmp_path):
