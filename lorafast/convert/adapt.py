@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lorafast.convert import targets as _targets
+from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
 from lorafast.convert.fsdp import name_of_sharded
@@ -69,19 +70,21 @@ def adapt(
         raise TypeError(
             f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
         )
-    for linear, names in found.items():
-        layer = LoRALinear.from_linear(
-            linear,
-            r,
-            alpha=alpha,
-            dropout=dropout,
-            use_rslora=use_rslora,
-            adapter_dtype=adapter_dtype,
-        )
-        layers |= dict.fromkeys(names, layer)
-    if freeze:
-        freeze_base(inner)
-    adapted = put_in_place(inner, layers)
+    with all_or_nothing(inner) as undo:
+        for linear, names in found.items():
+            layer = undo.made[linear] = LoRALinear.from_linear(
+                linear,
+                r,
+                alpha=alpha,
+                dropout=dropout,
+                use_rslora=use_rslora,
+                adapter_dtype=adapter_dtype,
+            )
+            layers |= dict.fromkeys(names, layer)
+        if freeze:
+            freeze_base(inner)
+        undo.replaced = {name: inner.get_submodule(name) for name in layers}
+        adapted = put_in_place(inner, layers)
     if targets == ALL_LINEAR:
         sentence = large_share(adapted)
         if sentence is not None:

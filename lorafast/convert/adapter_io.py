@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
 from lorafast.convert.exchange import put_into, whole, why_not_replaceable
+from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.peft_format import (
     LORA_A,
     LORA_B,
@@ -45,7 +46,8 @@ def save_adapter(
     A save that is killed, or a full disk, leaves nothing that ``load_adapter`` takes for an adapter, and
     several processes may save to one folder: one of their adapters stays. Of a model that is sharded
     (FSDP2, tensor parallelism) every rank must call this: the tensors are gathered, and the first
-    rank of the mesh writes.
+    rank of the mesh writes. The others return before the files are there: call
+    ``torch.distributed.barrier()`` before they read.
 
     Args:
         model: a model with ``LoRALinear`` layers, merged or not.
@@ -263,6 +265,14 @@ def _check_layers(
     modules = dict(model.named_modules(remove_duplicate=False))
     names = names_by_layer(model)
     targets = config.targets(model)
+    plain = [
+        modules[n] for n in adapters if n in modules and not isinstance(modules[n], LoRALinear)
+    ]
+    sharded = name_of_sharded(model, plain)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded by FSDP: load the adapter before the model is, or adapt it before"
+        )
     for name, (lora_A, lora_B) in adapters.items():
         module = modules.get(name)
         if module is None:

@@ -1,6 +1,5 @@
 """A loaded adapter's values go into a model, all of them or none."""
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.convert.adapt import freeze_base, put_in_place
+from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
 from lorafast.convert.peft_format import AdapterConfig, stored_whole
-from lorafast.convert.targets import names_by_layer, replace
+from lorafast.convert.targets import names_by_layer
 from lorafast.nn import LoRALinear
 
 
@@ -21,7 +21,8 @@ def whole(tensor: Tensor) -> tuple[Tensor, bool]:
     mesh = sharded.device_mesh
     # Offloaded shards are gathered where the mesh communicates.
     gathered: Tensor = sharded.to(mesh.device_type).full_tensor()
-    return gathered, not any(mesh.get_coordinate() or ())
+    coordinate = mesh.get_coordinate()  # None on a rank outside the mesh
+    return gathered, coordinate is not None and not any(coordinate)
 
 
 def why_not_replaceable(tensor: Tensor) -> str | None:
@@ -49,8 +50,9 @@ def put_into(
     Everything fits: that was checked. Where it fails nonetheless, the model is as it was.
     """
     # What is made here may be trained later, as nothing can that is made in inference mode.
-    with torch.inference_mode(False), torch.no_grad(), _all_or_nothing(model) as undo:
+    with torch.inference_mode(False), torch.no_grad(), all_or_nothing(model) as undo:
         made: dict[nn.Module, LoRALinear] = {}
+        undo.made = made  # type: ignore[assignment]
         layers: dict[str, LoRALinear] = {}
         for layer, names in names_by_layer(model).items():
             if names[0] not in adapters:
@@ -67,7 +69,7 @@ def put_into(
         undo.keep([target for target, _ in values], there.values())
 
         for target, value in values:
-            _copy(value, target)
+            copy_into(target, value)
         for name, layer in there.items():
             layer.set_scaling(config.alpha(name), config.use_rslora)  # merges again what is merged
         if made:
@@ -121,47 +123,3 @@ def _like(value: Tensor, target: Tensor) -> Tensor:
     local = value.to(device=sharded.to_local().device, dtype=target.dtype)
     # Every rank has read the file: each keeps its shard, and nothing is sent.
     return distribute_tensor(local, sharded.device_mesh, sharded.placements, src_data_rank=None)
-
-
-def _copy(value: Tensor, target: Tensor) -> None:
-    with torch.inference_mode(target.is_inference()), torch.no_grad():
-        target.copy_(value)
-
-
-class _Undo:
-    """What is about to be changed of a model, as it was."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-        self._values: list[tuple[Tensor, Tensor]] = []
-        self._layers: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-        self.replaced: dict[str, nn.Module] = {}
-
-    def keep(self, targets: Iterable[Tensor], layers: Iterable[nn.Module]) -> None:
-        """Keeps the values of tensors, and the attributes and buffers of layers."""
-        self._values = [(target, target.detach().clone()) for target in targets]
-        self._layers = [(layer, dict(vars(layer)), dict(layer._buffers)) for layer in layers]
-
-    def undo(self) -> None:
-        """Puts everything back."""
-        replace(self._model, self.replaced)
-        for target, value in self._values:
-            _copy(value, target)
-        for layer, attributes, buffers in self._layers:
-            vars(layer).update(attributes)
-            layer._buffers.update(buffers)
-        for parameter, requires_grad in self._requires_grad:
-            if parameter.requires_grad != requires_grad:
-                with torch.inference_mode(parameter.is_inference()):
-                    parameter.requires_grad_(requires_grad)
-
-
-@contextlib.contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[_Undo]:
-    undo = _Undo(model)
-    try:
-        yield undo
-    except BaseException:
-        undo.undo()
-        raise

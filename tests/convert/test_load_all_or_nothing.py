@@ -1,5 +1,8 @@
 """Loading changes all of a model or nothing, also where tensors are of an odd kind."""
 
+import gc
+import importlib
+
 import pytest
 import torch
 from adapter_files import (
@@ -166,7 +169,7 @@ def test_undoes_everything_on_an_error_that_nobody_foresaw(
     if where == "make":
         explode_at(exchange, "_make", 2 if before == "plain" else 1)
     elif where == "copy":
-        explode_at(exchange, "_copy", 2)
+        explode_at(exchange, "copy_into", 2)
     elif where == "merge":
         explode_at(LoRALinear, "merge", 1)
     elif where == "freeze":
@@ -175,6 +178,43 @@ def test_undoes_everything_on_an_error_that_nobody_foresaw(
         explode_at(exchange, "put_in_place", 1)
     with unchanged(model), pytest.raises(UnforeseenError):
         lorafast.load_adapter(model, folder)
+
+
+@pytest.fixture
+def hooked(net):
+    """The net, and what the hooks of its layers were called with."""
+    called = []
+    for layer in (net.block.up, net.block.down):
+        layer.register_load_state_dict_pre_hook(lambda module, *call: called.append(module))
+    return net, called
+
+
+@pytest.mark.parametrize("how", ["load", "adapt", "adapt-later-layer"])
+def test_hooks_that_know_their_module_are_given_back(hooked, unchanged, tmp_path, monkeypatch, how):
+    adapt = importlib.import_module("lorafast.convert.adapt")  # the package has the function
+    exchange = importlib.import_module("lorafast.convert.exchange")
+
+    def fail(*arguments, **options):
+        raise UnforeseenError
+
+    net, called = hooked
+    folder = write_adapter(tmp_path)
+    real, calls = LoRALinear.from_linear, []
+
+    def fail_later(*arguments, **options):
+        calls.append(arguments)
+        return real(*arguments, **options) if len(calls) == 1 else fail()
+
+    with monkeypatch.context() as patch:
+        if how == "adapt-later-layer":
+            patch.setattr(LoRALinear, "from_linear", fail_later)
+        else:
+            patch.setattr(exchange if how == "load" else adapt, "put_in_place", fail)
+        with unchanged(net), pytest.raises(UnforeseenError):
+            lorafast.load_adapter(net, folder) if how == "load" else lorafast.adapt(net, 2)
+    gc.collect()
+    net.load_state_dict(net.state_dict())
+    assert called == [net.block.up, net.block.down]
 
 
 # What is trained afterwards

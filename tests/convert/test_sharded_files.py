@@ -10,7 +10,7 @@ from adapter_files import DOWN_A, DOWN_B, UP_A, UP_B, WEIGHTS, good_tensors, rea
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import lorafast
 
@@ -40,9 +40,10 @@ def test_fsdp2_saves_whole_tensors(mesh, net, make_net, tmp_path, draw_adapters,
     assert torch.equal(other.block.up.lora_B, expected["block.up.lora_B"])
 
 
-def test_a_rank_that_is_not_the_first_writes_nothing(mesh, net, tmp_path, monkeypatch):
+@pytest.mark.parametrize("coordinate", [[1], None], ids=["second", "outside"])
+def test_a_rank_that_is_not_the_first_writes_nothing(mesh, net, tmp_path, monkeypatch, coordinate):
     fully_shard(lorafast.adapt(net, 2), mesh=mesh)
-    monkeypatch.setattr(type(mesh), "get_coordinate", lambda self: [1])
+    monkeypatch.setattr(type(mesh), "get_coordinate", lambda self: coordinate)
     lorafast.save_adapter(net, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -113,11 +114,22 @@ def test_two_ranks_save_and_load(tmp_path):
     assert len(read(tmp_path / "adapter")[1]) == 4
 
 
-def test_refuses_to_adapt_what_is_sharded(mesh, net, tmp_path):
+@pytest.mark.parametrize("called", [False, True], ids=["", "after-a-forward"])
+def test_refuses_to_adapt_what_is_sharded(mesh, net, x, unchanged, tmp_path, called):
     fully_shard(net, mesh=mesh)
-    with pytest.raises(ValueError, match=r"block\.(up|down) is sharded"):
+    if called:
+        net(x)  # after which the outermost module's parameters stay whole
+        assert not isinstance(net.block.up.weight, DTensor)
+    with unchanged(net), pytest.raises(ValueError, match="the model is sharded by FSDP: load the"):
         lorafast.load_adapter(net, write_adapter(tmp_path))
     assert type(net.block.up) is nn.Linear
+
+
+def test_refuses_to_adapt_a_layer_of_dtensors(mesh, net, tmp_path):
+    weight = distribute_tensor(net.block.up.weight.detach(), mesh, [Replicate()])
+    net.block.up.weight = nn.Parameter(weight)
+    with pytest.raises(ValueError, match=r"block\.up is sharded: load the adapter before"):
+        lorafast.load_adapter(net, write_adapter(tmp_path))
 
 
 def test_refuses_the_flat_parameters_of_the_first_fsdp(mesh, net, tmp_path):
