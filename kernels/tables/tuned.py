@@ -6,27 +6,22 @@ Triton or PyTorch are not used. Anyone may have written to it: what ``why_unusab
 is left out, in one warning, before a call can come across it.
 """
 
-import contextlib
 import functools
 import json
 import os
 import re
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig, why_invalid
 from lorafast.kernels.common.configs import OPERATIONS as SINGLE
-from lorafast.kernels.common.files import write_whole
+from lorafast.kernels.common.files import locked, write_whole
 from lorafast.kernels.common.from_json import from_json
 from lorafast.kernels.tables.find import WHOLE, distance, nearest_architecture
-
-if sys.platform != "win32":
-    import fcntl
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
@@ -122,7 +117,7 @@ def save(device: str, records: Iterable[Record]) -> Path:
     """
     path = path_for(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent):
+    with locked(path.parent):
         known = {record.key: record for record in _read(path, device)[0]}
         known |= {record.key: record for record in records}
         content = {
@@ -135,22 +130,6 @@ def save(device: str, records: Iterable[Record]) -> Path:
     load.cache_clear()
     nearest.cache_clear()
     return path
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Within the block no other thread or process is in one for the same folder."""
-    if sys.platform == "win32":  # who writes last wins
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # A network's file system may have no locks: who writes last wins there.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @functools.cache

@@ -21,18 +21,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lorafast.convert.peft_format import CONFIG_FILE, WEIGHTS_FILE, config_digest
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from lorafast.kernels.common.files import locked
 
 _DIGEST = "lorafast_config_digest"
 _DRAFT = ".lorafast-save-"
 # A draft that nobody has written to for so long is what a killed process left behind.
 _ABANDONED_S = 3600.0
-# How long to wait for another process that holds the folder's lock.
-_PATIENCE_S = 10.0
 # When to look again at files of two saves: between its two renames a writer needs microseconds.
 _LOOKS_S = (0.0, 0.01, 0.05, 0.1, 0.2)
 _REWRITES = 20
@@ -89,7 +83,7 @@ def write_pair(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor])
                 (draft / WEIGHTS_FILE).chmod((draft / CONFIG_FILE).stat().st_mode & 0o777)
                 for file in (WEIGHTS_FILE, CONFIG_FILE):
                     _sync(draft / file)
-                with _locked(folder):
+                with locked(folder):
                     _take_names(draft, folder)
                     _sync(folder)
                     if _is_one_save(folder):
@@ -113,7 +107,7 @@ def read_pair(folder: Path, parse: Callable[[object, Path], _T]) -> tuple[_T, di
     for wait in _LOOKS_S:
         time.sleep(wait)
         # The first look doesn't ask for the lock, which another process may hold for long.
-        with _locked(folder) if wait else contextlib.nullcontext():
+        with locked(folder) if wait else contextlib.nullcontext():
             raw = _read_json(folder)
             config = parse(raw, folder / CONFIG_FILE)
             assert isinstance(raw, dict)
@@ -165,33 +159,6 @@ def _remove_abandoned(folder: Path, before: float) -> None:
             touched = max(stat.st_mtime for stat in (entry.stat(follow_symlinks=False), *inside))
             if touched < before:
                 shutil.rmtree(entry.path)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, where the file system has one and nobody holds it for too long."""
-    if fcntl is None or not folder.is_dir():
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.002)
-                    continue
-            except OSError:  # a file system without locks: whoever writes looks at what came of it
-                pass
-            break
-        yield
-    finally:
-        # Not by closing alone: a process forked meanwhile has the handle too.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
 
 
 def _sync(path: Path) -> None:

@@ -29,6 +29,11 @@ class _Hook:
         if not torch.compiler.is_compiling():  # compiled autograd has no end of a backward
             self.watch.got_gradient(self)
 
+    def is_in_place(self) -> bool:
+        """Whether the layer still has the ``lora_B`` that was watched; one put in its place is not."""
+        layer = self.layer()
+        return layer is not None and _hook_of(layer) is self
+
     def remove(self) -> None:
         self.handle.remove()
         layer = self.layer()
@@ -71,7 +76,7 @@ class _Watch:
         return [
             name
             for name, hook in self.waiting.items()
-            if _role(name) not in roles and _can_get_one(hook.layer())
+            if _role(name) not in roles and hook.is_in_place() and _can_get_one(hook.layer())
         ]
 
     def stop(self) -> None:

@@ -55,11 +55,15 @@ def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _take_over(head: LoRALinear, linear: nn.Linear) -> None:
-    """Gives ``head`` the frozen parameters of ``linear``, and ``lora_B`` as many rows."""
+    """Gives ``head`` the parameters of ``linear``, and ``lora_B`` as many rows.
+
+    They are trained, or frozen, as the head's were: a tied weight is the input embedding's too.
+    """
     assert isinstance(linear.weight, nn.Parameter)
     rows = linear.weight.shape[0]
-    for parameter in linear.parameters(recurse=False):
-        parameter.requires_grad_(False)
+    linear.weight.requires_grad_(head.weight.requires_grad)
+    if linear.bias is not None and head.bias is not None:
+        linear.bias.requires_grad_(head.bias.requires_grad)
     head.weight = linear.weight
     head.bias = linear.bias
     if rows == head.out_features:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import CONFIG, WEIGHTS, read, write_adapter
+from lorafast.kernels.common import files
 
 import lorafast
-from lorafast.convert import adapter_pair
 
 safetensors = pytest.importorskip("safetensors.torch")
 peft = pytest.importorskip("peft")
@@ -220,7 +220,7 @@ def test_many_save_the_same_adapter_to_a_folder_that_is_not_there(make_net, tmp_
 
 def test_without_locks_too_one_pair_stays(make_net, tmp_path, monkeypatch):
     """Another writer's whole save falls between our two renames."""
-    monkeypatch.setattr(adapter_pair, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     lorafast.save_adapter(filled(make_net(), 1), tmp_path)
     replace, calls = os.replace, []
 
@@ -255,7 +255,7 @@ def test_a_reader_between_two_renames_looks_again(make_net, tmp_path, monkeypatc
 
 def test_the_folder_is_not_waited_for_without_end(make_net, tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-    monkeypatch.setattr(adapter_pair, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:

@@ -90,6 +90,23 @@ def test_resize_token_embeddings(size, mean_resizing, model, assert_same):
     assert head.lora_B.grad.shape == (size, 2)
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_resizing_leaves_what_is_trained_as_it_was(trained, model):
+    model.lm_head.weight.requires_grad_(trained)  # of a tied head the input embedding, too
+    model.resize_token_embeddings(OLD + 5, mean_resizing=False)
+    assert model.lm_head.weight.requires_grad == trained
+
+
+@pytest.mark.filterwarnings("error:these layers:UserWarning")
+def test_a_resized_head_is_not_said_to_get_no_gradient(plain):
+    inner = next(n for n, m in plain.named_modules() if n.endswith(("q_proj", ".q")))
+    model = lorafast.adapt(plain, 2, [inner, "lm_head"])
+    model.resize_token_embeddings(OLD + 5, mean_resizing=False)
+    model(IDS, labels=IDS).loss.backward()
+    assert model.lm_head.lora_B.grad is not None
+    assert not any(row.no_gradient for row in lorafast.summary(model).layers)
+
+
 def test_a_merged_head_is_resized(model, assert_same):
     model.lm_head.merge()
     expected = logits(model)

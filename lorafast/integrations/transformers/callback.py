@@ -17,7 +17,7 @@ class SaveAdapter(TrainerCallback):
     ``Trainer(model, args, callbacks=[SaveAdapter()])`` writes it, and
     ``load_adapter(base, "out/checkpoint-500")`` reads it.
     The checkpoint keeps the whole model, which ``resume_from_checkpoint`` needs. A Transformers model
-    that isn't sharded has its adapter there without this too.
+    that isn't sharded has its adapter there without this too. Not for a hyperparameter search.
 
     Args:
         modules_to_save: as for ``save_adapter``.
@@ -25,6 +25,14 @@ class SaveAdapter(TrainerCallback):
 
     def __init__(self, modules_to_save: Sequence[str] = ()) -> None:
         self.modules_to_save = modules_to_save
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuses a hyperparameter search, whose trials have folders that a callback isn't told of."""
+        if state.is_hyper_param_search:
+            raise ValueError(
+                "SaveAdapter can't tell the folders of a hyperparameter search's trials: leave it out "
+                "there, and save the adapter of the best trial with save_adapter"
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer calls this on every rank after a checkpoint is written."""

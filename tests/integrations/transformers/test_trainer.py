@@ -110,3 +110,11 @@ def test_one_process_of_several_saves(tmp_path):
     arguments = trainer(adapted(), tmp_path).args
     SaveAdapter().on_save(arguments, State, None, model=adapted())
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_hyperparameter_search_is_refused(tmp_path):
+    class State:
+        is_hyper_param_search = True
+
+    with pytest.raises(ValueError, match="can't tell the folders of a hyperparameter search"):
+        SaveAdapter().on_train_begin(trainer(adapted(), tmp_path).args, State, None)
