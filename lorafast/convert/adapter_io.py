@@ -65,12 +65,18 @@ def save_adapter(
         TypeError: ``modules_to_save`` is a string.
         ImportError: safetensors is not installed.
     """
-    for sentence in write_adapter(model, Path(folder), modules_to_save):
+    forgotten, lost = write_adapter(model, Path(folder), modules_to_save)
+    for sentence in (*forgotten, *lost):
         warnings.warn(sentence, stacklevel=2)
 
 
-def write_adapter(model: nn.Module, folder: Path, modules_to_save: Sequence[str] = ()) -> list[str]:
-    """As ``save_adapter``; what of the model's training the file can't give back, a sentence each."""
+def write_adapter(
+    model: nn.Module, folder: Path, modules_to_save: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
+    """As ``save_adapter``; what the files can't give back of the model's training, a sentence each.
+
+    First what is trained besides the adapters and not in the files, then what of the adapters.
+    """
     safetensors()
     check_folder(folder)
     model = unwrapped(model)
@@ -108,7 +114,8 @@ def write_adapter(model: nn.Module, folder: Path, modules_to_save: Sequence[str]
     for name, layer in layers.items():
         _check_factors(name, layer)
     config = describe(layers, model, sorted(modules_to_save))
-    lost = list(_lost_in_the_file(model, layers, tensors))
+    forgotten = list(_trained_besides(model, tensors))
+    lost = list(_lost_in_the_file(model, layers))
     writes = True
     # Copies: safetensors refuses tensors that share memory, and strides.
     copies = {}
@@ -118,7 +125,7 @@ def write_adapter(model: nn.Module, folder: Path, modules_to_save: Sequence[str]
         copies[PREFIX + name] = gathered.detach().cpu().clone().contiguous()
     if writes:
         write_pair(folder, config, copies)
-    return lost
+    return forgotten, lost
 
 
 def _check_factors(name: str, layer: LoRALinear) -> None:
@@ -135,10 +142,7 @@ def _check_factors(name: str, layer: LoRALinear) -> None:
             )
 
 
-def _lost_in_the_file(
-    model: nn.Module, layers: Container[str], tensors: dict[str, Tensor]
-) -> Iterator[str]:
-    """What of the model's training the file can't give back, a sentence each."""
+def _trained_besides(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
     stored = {id(tensor) for tensor in tensors.values()}
     forgotten = [
         name
@@ -147,6 +151,9 @@ def _lost_in_the_file(
     ]
     if forgotten:
         yield f"trained but not saved (name their modules in modules_to_save): {', '.join(forgotten)}"
+
+
+def _lost_in_the_file(model: nn.Module, layers: Container[str]) -> Iterator[str]:
     for names in names_by_layer(model).values():
         if names[0] in layers and len(names) > 1:
             yield f"{' and '.join(names)} are one layer, which PEFT adapts under the first name alone"

@@ -62,8 +62,9 @@ def _save_beside(model: nn.Module, folder: Path) -> None:
     from lorafast.convert.peft_format import CONFIG_FILE
 
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    native = getattr(model, "_hf_peft_config_loaded", False)  # PEFT's, which Transformers saves
     if not layers:
-        if (folder / CONFIG_FILE).is_file():
+        if not native and (folder / CONFIG_FILE).is_file():
             warnings.warn(
                 f"{folder} holds an adapter, which from_pretrained will add to the model that is saved "
                 f"there now: if it is merged, delete {CONFIG_FILE}",
@@ -73,14 +74,17 @@ def _save_beside(model: nn.Module, folder: Path) -> None:
     reason = None
     if any(hasattr(layer.lora_A, "full_tensor") for layer in layers):
         reason = "the model is sharded, and only lorafast.save_adapter on every rank gathers them"
-    elif getattr(model, "_hf_peft_config_loaded", False):
+    elif native:
         reason = "the model has PEFT's too, which take the same files"
     else:
         try:
             # What is trained besides is in the model's own file.
-            write_adapter(model, folder)
-        except ValueError as error:
+            _, lost = write_adapter(model, folder)
+        except (OSError, ValueError) as error:
             reason = f"{error}"
+        else:
+            for sentence in lost:
+                warnings.warn(sentence, stacklevel=3)
     if reason is not None:
         warnings.warn(
             f"save_pretrained writes lorafast's adapters so that from_pretrained drops them ({reason}): "

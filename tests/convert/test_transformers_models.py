@@ -118,6 +118,37 @@ def test_save_pretrained_warns_of_adapters_that_it_can_not_keep(on_disk, tmp_pat
     assert (tmp_path / "whole" / "model.safetensors").exists()
 
 
+def test_save_pretrained_is_silent_of_a_model_with_pefts_own_adapter(on_disk, tmp_path):
+    from lorafast.convert import save_pretrained
+
+    lorafast.save_adapter(lorafast.adapt(copy.deepcopy(on_disk), 3, ["q_proj"]), tmp_path)
+    on_disk._hf_peft_config_loaded = True  # as add_adapter of Transformers leaves it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        save_pretrained._save_beside(on_disk, tmp_path)
+
+
+def test_save_pretrained_goes_on_where_the_adapter_can_not_be_written(on_disk, tmp_path):
+    lorafast.adapt(on_disk, 3, ["q_proj"])
+    (tmp_path / "whole" / CONFIG).mkdir(parents=True)
+    with pytest.warns(UserWarning, match=rf"from_pretrained drops them \(.*{CONFIG} is a folder"):
+        on_disk.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+
+
+def test_save_pretrained_says_what_the_adapters_file_loses(on_disk, tmp_path):
+    on_disk.model.layers[0].mlp.up_proj = on_disk.model.layers[0].mlp.gate_proj
+    lorafast.adapt(on_disk, 3, ["gate_proj"])
+    on_disk.lm_head.requires_grad_(True)  # in the model's own file
+    # Transformers itself refuses tensors that it doesn't know as tied, after the adapter is written.
+    with (
+        pytest.warns(UserWarning, match=r"gate_proj and .*up_proj are one layer") as caught,
+        pytest.raises(RuntimeError, match="shared tensors"),
+    ):
+        on_disk.save_pretrained(tmp_path / "whole")
+    assert not any("trained but not saved" in str(one.message) for one in caught)
+
+
 def test_save_pretrained_warns_where_peft_is_not_installed(on_disk, tmp_path, monkeypatch):
     from lorafast.convert import save_pretrained
 
