@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from lorafast import ops
+from lorafast.core.context import autocast_anywhere, autocast_enabled
 from lorafast.ops import composed
 from lorafast.ops.checks import check_lora_linear
-from lorafast.ops.context import autocast_anywhere, autocast_enabled
 
 _SEEDS = 2**63 - 1
 

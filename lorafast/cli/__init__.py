@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from lorafast.cli import terminal
-from lorafast.ops import dispatch, packing
+from lorafast.operands import packed
+from lorafast.ops import dispatch
 
 _COMMANDS = {
     "info": "versions, devices, and which backends this machine can use (and why not the others)",
@@ -59,7 +60,7 @@ def _run(words: Sequence[str], command: str) -> int:
     if parsed.command != "info":
         try:
             dispatch.forced()
-            packing.granted()
+            packed.granted()
         except ValueError as error:
             terminal.complain(command, error)
             return 2

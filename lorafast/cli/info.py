@@ -9,7 +9,8 @@ import torch
 
 import lorafast
 from lorafast.kernels.tables import tuned
-from lorafast.ops import dispatch, native, packing
+from lorafast.operands import packed
+from lorafast.ops import dispatch, native
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +79,10 @@ def _or_error(describe: Callable[[], str]) -> str:
 
 
 def _packing() -> str:
-    reason = packing.why_unavailable()
+    reason = packed.why_unavailable()
     if reason is not None:
         return reason
-    memory = packing.granted()
+    memory = packed.granted()
     if not memory:
         return "usable, in bfloat16"
     return f"usable, in bfloat16; {memory / 2**20:,.0f} MiB granted"

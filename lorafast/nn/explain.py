@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
-from lorafast.ops import dispatch, packing
+from lorafast.operands import packed
+from lorafast.ops import dispatch
 from lorafast.ops.lora_linear import is_small
 
 
@@ -103,7 +104,7 @@ def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
         and backend in ("aten", "cpu")
         and weight is not None
         and weight.dtype is like.dtype
-        and packing.is_packed(weight)
+        and packed.is_packed(weight)
     ):
         reason += ", on the packed weight"
     usable = "usable, another was forced" if forced else "usable, not measured to be faster"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from lorafast.core.dtypes import FLOATS
 from lorafast.functional import lora_linear
 from lorafast.nn import offload
 from lorafast.nn.checks import (
@@ -29,8 +30,7 @@ from lorafast.nn.plain import (
     why_not_carried,
 )
 from lorafast.nn.scripted import ScriptedLoRALinear
-from lorafast.ops import packing
-from lorafast.ops.checks import FLOATS
+from lorafast.operands import packed
 from lorafast.ops.composed import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
@@ -323,7 +323,7 @@ class LoRALinear(nn.Module):
             weight = weight.full_tensor()
         if torch.compiler.is_compiling():
             return F.linear(x, weight, self.bias)
-        return packing.linear(x, weight, self.bias)
+        return packed.linear(x, weight, self.bias)
 
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, whichever way the layer keeps it."""
@@ -441,13 +441,13 @@ class LoRALinear(nn.Module):
         weight = self._merged_weight if self.merged else self._parameters.get("weight")
         if weight is None:
             raise ValueError("weight can't be packed: it is computed anew in every forward")
-        packing.pack(weight)
+        packed.pack(weight)
         return self
 
     def unpack_(self) -> "LoRALinear":
         """Undoes ``pack_()``; the layer itself."""
         for weight in self._packable():
-            packing.unpack(weight)
+            packed.unpack(weight)
         return self
 
     def _packable(self) -> list[Tensor]:
@@ -462,7 +462,7 @@ class LoRALinear(nn.Module):
             # to_empty(): a checkpoint of the plain layer, loaded next, leaves the adapter alone.
             self.reset_adapter()
         for weight in self._packable():
-            packing.is_packed(weight)  # drops a copy that has lost its weight
+            packed.is_packed(weight)  # drops a copy that has lost its weight
         return self
 
     def _adapter_is_meta(self) -> bool:
@@ -526,7 +526,7 @@ class LoRALinear(nn.Module):
             parts.append("use_rslora=True")
         if self.merged:
             parts.append("merged=True")
-        if any(packing.is_packed(weight) for weight in self._packable()):
+        if any(packed.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)
 

@@ -1,10 +1,10 @@
 """Each operation's contract: checks, registration, backward, choice of backend."""
 
+from lorafast.operands.packed import allow_packing
 from lorafast.ops.dispatch import BackendError, BackendStatus, backends, use_backend
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_linear import lora_linear
-from lorafast.ops.packing import allow_packing
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafast.ops import packing
+from lorafast.operands import packed
 from lorafast.reference.dropout import (
     COLUMNS_PER_CALL,
     MULTIPLIERS,
@@ -35,7 +35,7 @@ def small_lora_linear(
 
     PyTorch differentiates it itself, which costs a small layer less than a backward in Python.
     """
-    y = packing.linear(x, weight, bias)
+    y = packed.linear(x, weight, bias)
     if x.dtype is _HALF:
         s = F.linear(x.float(), lora_A.float())
         return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype)
@@ -69,10 +69,10 @@ def linear_expand(
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
     if x.dtype is torch.float16:
         low = _dropout(_scaled_mm(s, lora_B.float().t(), scaling), dropout_p, seed)
-        return low.add_(packing.linear(x, weight, bias)).to(x.dtype)
+        return low.add_(packed.linear(x, weight, bias)).to(x.dtype)
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
-    base = packing.linear_if_packed(x, weight, bias)
+    base = packed.linear_if_packed(x, weight, bias)
     if base is not None:
         if dropout_p:
             return base.add_(_dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from lorafast.reference import wide
+from lorafast.core.dtypes import FLOATS, wide
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIDED = torch.strided
 
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafast.ops import native, packing
+from lorafast.operands import packed
+from lorafast.ops import native
 from lorafast.reference import wide
 from lorafast.reference.dropout import survivor_scale, threshold
 
@@ -50,7 +51,7 @@ def linear_expand(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
-    y = packing.linear(x, weight, bias)
+    y = packed.linear(x, weight, bias)
     _expand_(y, s, lora_B, float(scaling), *_mask(dropout_p, seed))
     return y
 
@@ -86,7 +87,7 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``shrink`` and ``linear_expand``: ``y`` and ``s``, the thin products in one call."""
-    y = packing.linear(x, weight, bias)
+    y = packed.linear(x, weight, bias)
     s = _low_rank(x, lora_A.shape[0])
     _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
     return y, s

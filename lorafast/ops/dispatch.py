@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafast.core.errors import BackendError
 from lorafast.ops import backend as _backend
 from lorafast.ops import native, on_gpu
 
@@ -28,10 +29,6 @@ ENVIRONMENT_VARIABLE = "LORAFAST_BACKEND"
 OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
 
 _ATEN_FUNCTIONS = {operation: _backend.ATEN.implementation(operation) for operation in OPERATIONS}
-
-
-class BackendError(RuntimeError):
-    """A backend was forced that can't serve the call; the message says why."""
 
 
 @dataclass(frozen=True)

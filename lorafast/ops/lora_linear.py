@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lorafast import reference
-from lorafast.ops import aten, dispatch, flops
-from lorafast.ops.checks import check_dropout, check_lora_linear
-from lorafast.ops.context import (
+from lorafast.core.context import (
     alone,
     autocast_enabled,
     dispatch_modes,
@@ -29,6 +27,8 @@ from lorafast.ops.context import (
     watched,
     without_autocast,
 )
+from lorafast.ops import aten, dispatch, flops
+from lorafast.ops.checks import check_dropout, check_lora_linear
 from lorafast.ops.registration import register, register_autograd
 
 Gradients = tuple[

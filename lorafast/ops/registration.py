@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lorafast.core.context import needs_plain_pytorch, watched, without_autocast
 from lorafast.kernels.common import counters
 from lorafast.ops import dispatch, flops
-from lorafast.ops.context import needs_plain_pytorch, watched, without_autocast
 
 _LIBRARY = torch.library.Library("lorafast", "DEF")
 _implementations: dict[str, Callable[..., Any]] = {}

@@ -1,12 +1,12 @@
 """What is right: each operation in plain PyTorch, readable, differentiable, in any float dtype."""
 
+from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
 from lorafast.reference.expand_backward import expand_backward
 from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
-from lorafast.reference.wide import wide
 
 __all__ = [
     "dropout",

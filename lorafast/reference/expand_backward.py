@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lorafast.reference.wide import wide
+from lorafast.core.dtypes import wide
 
 
 def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout
-from lorafast.reference.wide import wide
 
 
 def linear_expand(

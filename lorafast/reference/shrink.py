@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout
-from lorafast.reference.wide import wide
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout
-from lorafast.reference.wide import wide
 
 
 def shrink_backward(

@@ -9,7 +9,7 @@ from lorafast.bench.common.shapes import Shape
 from torch import nn
 
 from lorafast import reference
-from lorafast.ops import packing
+from lorafast.operands import packed
 
 SHAPE = Shape("", 37, 120, 40, bias=True)
 PROBLEMS = [
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"peft-compiled", "lorafast-compiled"}))
 def test_every_contender_is_right(name, problem):
     tensors = draw(problem, CPU, 1)
-    if name == "lorafast-packed" and packing.why_unavailable() is not None:
-        pytest.skip(str(packing.why_unavailable()))
+    if name == "lorafast-packed" and packed.why_unavailable() is not None:
+        pytest.skip(str(packed.why_unavailable()))
     if name == "lorafast-packed" and problem.dtype == "fp32":
         with pytest.raises(UnavailableError, match="only bfloat16 gains"):
             BUILDERS[name](problem, tensors)

@@ -84,25 +84,25 @@ def test_verify_names_a_gpu_that_is_not_there(capsys, device):
 
 
 def test_packing_asks_for_its_variable_where_it_is_needed(monkeypatch):
-    from lorafast.ops import packing
+    from lorafast.operands import packed
 
-    monkeypatch.setenv(packing.ENVIRONMENT_VARIABLE, "-5")
-    monkeypatch.setattr(packing, "_memory", packing._granted_at_import())
+    monkeypatch.setenv(packed.ENVIRONMENT_VARIABLE, "-5")
+    monkeypatch.setattr(packed, "_memory", packed._granted_at_import())
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
-    assert packing.linear(x, weight, None).shape == (2, 4)
+    assert packed.linear(x, weight, None).shape == (2, 4)
     sentence = "LORAFAST_PACK_MEMORY is '-5', expected a number of bytes"
     for _ in range(2):
         with torch.inference_mode(), pytest.raises(ValueError, match=sentence):
-            packing.linear(x, weight, None)
-    packing.allow_packing(0)
+            packed.linear(x, weight, None)
+    packed.allow_packing(0)
     with torch.inference_mode():
-        assert packing.linear(x, weight, None).shape == (2, 4)
+        assert packed.linear(x, weight, None).shape == (2, 4)
 
 
 def test_info_says_how_much_may_be_packed(capsys, monkeypatch):
-    from lorafast.ops import packing
+    from lorafast.operands import packed
 
-    monkeypatch.setattr(packing, "why_unavailable", lambda: None)
-    monkeypatch.setattr(packing, "_memory", 3 << 20)
+    monkeypatch.setattr(packed, "why_unavailable", lambda: None)
+    monkeypatch.setattr(packed, "_memory", 3 << 20)
     main(["info"])
     assert "packed weights          usable, in bfloat16; 3 MiB granted\n" in capsys.readouterr().out

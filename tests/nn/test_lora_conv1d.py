@@ -131,7 +131,7 @@ def test_packing_waits_for_merging():
     with pytest.raises(ValueError, match=r"a Conv1D keeps it transposed, merge the layer first"):
         made.pack_()
     made.merge()
-    if lorafast.ops.packing.why_unavailable() is None:
+    if lorafast.operands.packed.why_unavailable() is None:
         assert "packed=True" in repr(made.pack_())
 
 

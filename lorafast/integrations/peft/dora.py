@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import functional
+from lorafast.core.context import autocast_enabled, without_autocast
 from lorafast.integrations.peft.adapters import Adapter, settled
-from lorafast.ops.context import autocast_enabled, without_autocast
 
 _PARTS = 16
 """Half precision is squared and multiplied in a float32 copy, of a part of W at a time."""

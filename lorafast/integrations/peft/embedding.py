@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Embedding
 from torch import Tensor
 
+from lorafast.core.context import without_autocast
 from lorafast.integrations.peft import rules
 from lorafast.integrations.peft.adapters import settled
-from lorafast.ops.context import without_autocast
 
 
 def forward(

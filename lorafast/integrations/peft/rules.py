@@ -16,9 +16,9 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
+from lorafast.core.context import autocast_enabled
 from lorafast.integrations.peft import known
 from lorafast.integrations.peft.adapters import Adapter
-from lorafast.ops.context import autocast_enabled
 
 _PLAIN = (Tensor, nn.Parameter)
 _LINEAR: dict[Any, str] = {

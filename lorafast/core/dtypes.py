@@ -1,6 +1,8 @@
-"""The dtype in which the low-rank term of a layer lives."""
+"""The dtypes that layers may have, and the one in which their low-rank term lives."""
 
 import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafast.ops.context import autocast_enabled, needs_plain_pytorch
+from lorafast.core.context import autocast_enabled, needs_plain_pytorch
 
 ENVIRONMENT_VARIABLE = "LORAFAST_PACK_MEMORY"
 _ROWS, _COLUMNS = 8, 32

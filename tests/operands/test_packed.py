@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import lorafast
 from lorafast.nn import LoRALinear
-from lorafast.ops import packing
+from lorafast.operands import packed
 
 BF16 = torch.bfloat16
 
 needs_onednn = pytest.mark.skipif(
-    packing.why_unavailable() is not None, reason=str(packing.why_unavailable())
+    packed.why_unavailable() is not None, reason=str(packed.why_unavailable())
 )
 
 
@@ -46,7 +46,7 @@ def make(K=40, N=24, r=4, **options):
 def products(monkeypatch):
     """Counts the products on a packed weight."""
     count = []
-    plain = packing.linear_if_packed
+    plain = packed.linear_if_packed
 
     def counted(*arguments):
         y = plain(*arguments)
@@ -54,15 +54,15 @@ def products(monkeypatch):
             count.append(y.shape)
         return y
 
-    monkeypatch.setattr(packing, "linear_if_packed", counted)
+    monkeypatch.setattr(packed, "linear_if_packed", counted)
     return count
 
 
 class _Packed:
     @staticmethod
     def linear(x, weight, bias):
-        packing.pack(weight)
-        y = packing.linear_if_packed(x, weight, bias)
+        packed.pack(weight)
+        y = packed.linear_if_packed(x, weight, bias)
         assert y is not None
         return y
 
@@ -101,15 +101,15 @@ class TestALayer:
             plain, plain_of_trained = layer(x), layer(x.clone().requires_grad_())
             layer.pack_()
             with torch.no_grad():
-                packed = layer(x)
+                by_packed = layer(x)
             trained = layer(x)
-            assert_close(packed, plain)
+            assert_close(by_packed, plain)
             assert_close(trained, plain)
             assert len(products) == 2
             leaf = x.clone().requires_grad_()
             gradients = torch.autograd.grad(layer(leaf).sum(), (leaf, layer.lora_A, layer.lora_B))
         assert all(g.isfinite().all() for g in gradients)
-        assert plain_of_trained.shape == packed.shape
+        assert plain_of_trained.shape == by_packed.shape
 
     def test_gradients_are_those_without_packing(self):
         layer, x = make(300, 200), torch.randn(90, 300, dtype=BF16)
@@ -136,12 +136,12 @@ class TestALayer:
         assert layer.state_dict().keys() == before.keys()
         assert len(list(layer.parameters())) == 4
         assert list(layer.buffers()) == []
-        assert not packing.is_packed(copy.deepcopy(layer).weight)
+        assert not packed.is_packed(copy.deepcopy(layer).weight)
         file = io.BytesIO()
         torch.save(layer, file)
         file.seek(0)
-        assert not packing.is_packed(torch.load(file, weights_only=False).weight)
-        assert packing.is_packed(layer.weight)
+        assert not packed.is_packed(torch.load(file, weights_only=False).weight)
+        assert packed.is_packed(layer.weight)
 
     def test_layers_that_share_a_weight_share_it(self, products):
         one = make(bias=False)
@@ -161,7 +161,7 @@ class TestALayer:
         assert len(products) == 1
         assert_close(y, F.linear(x, layer._merged_weight, layer.bias))
         layer.unmerge()
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
 
     def test_it_shows(self):
         layer = make().pack_()
@@ -169,7 +169,7 @@ class TestALayer:
         assert "on the packed weight" in str(lorafast.explain(layer))
         layer.unpack_()
         assert "packed" not in repr(layer)
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
 
     def test_compiled(self):
         layer, x = make(300, 200), torch.randn(90, 300, dtype=BF16)
@@ -190,7 +190,7 @@ class TestALayer:
         with torch.no_grad():
             assert_close(layer(x), expected)
         assert products == []
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
 
     def test_tensors_of_which_packing_was_asked_can_be_swapped(self):
         layer = make()
@@ -206,12 +206,12 @@ class TestALayer:
         two.weight = torch.nn.Parameter(one.weight.detach(), requires_grad=False)
         one.pack_()
         two.pack_()
-        assert packing.memory_in_use() == 40 * 24 * 2
+        assert packed.memory_in_use() == 40 * 24 * 2
         with torch.no_grad():
             two(torch.randn(3, 40, dtype=BF16))
         assert len(products) == 1
         one.unpack_()
-        assert packing.is_packed(two.weight)
+        assert packed.is_packed(two.weight)
 
     def test_a_pickled_weight_is_an_ordinary_one(self):
         layer = make().pack_()
@@ -227,10 +227,10 @@ class TestALayer:
 
     def test_memory_goes_with_the_weight(self):
         layer = make().pack_()
-        assert packing.memory_in_use() == 40 * 24 * 2
+        assert packed.memory_in_use() == 40 * 24 * 2
         del layer
         gc.collect()
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
 
 
 def _step(layer):
@@ -341,7 +341,7 @@ class TestWhatPyTorchDoesAroundALinear:
         finally:
             torch.__future__.set_swap_module_params_on_conversion(False)
         assert layer.weight.dtype is torch.float32
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
 
     def test_a_weight_that_is_computed(self):
         layer = make()
@@ -356,15 +356,15 @@ def test_unpacking_drops_both_weights_of_a_merged_layer():
     layer = make().pack_()
     layer.merge()
     layer.pack_()
-    assert packing.memory_in_use() == 2 * 40 * 24 * 2
+    assert packed.memory_in_use() == 2 * 40 * 24 * 2
     layer.unpack_()
-    assert packing.memory_in_use() == 0
+    assert packed.memory_in_use() == 0
     layer.pack_()
     layer.unmerge()
     layer.pack_()
     layer.merge()
     layer.float()
-    assert packing.memory_in_use() == 0
+    assert packed.memory_in_use() == 0
 
 
 @needs_onednn
@@ -372,7 +372,7 @@ def test_unpacking_drops_both_weights_of_a_merged_layer():
 def test_another_dtype_or_device_drops_it(convert):
     layer = make().pack_()
     convert(layer)
-    assert packing.memory_in_use() == 0
+    assert packed.memory_in_use() == 0
 
 
 @needs_onednn
@@ -381,12 +381,12 @@ class TestAutomatically:
         layer, x = make(), torch.randn(3, 40, dtype=BF16)
         with torch.inference_mode():
             layer(x)
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
         lorafast.allow_packing(40 * 24 * 2)
         with torch.no_grad():
             layer(x)
         layer(x)
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
         with torch.inference_mode():
             layer(x)
             assert len(products) == 1
@@ -400,7 +400,7 @@ class TestAutomatically:
         with torch.inference_mode():
             for layer in layers:
                 layer(x)
-        assert [packing.is_packed(layer.weight) for layer in layers] == [True, True, False]
+        assert [packed.is_packed(layer.weight) for layer in layers] == [True, True, False]
 
     def test_once(self):
         layer, x = make(), torch.randn(3, 40, dtype=BF16)
@@ -409,25 +409,25 @@ class TestAutomatically:
             layer(x)
             layer.weight.mul_(2.0)
             layer(x)
-        assert not packing.is_packed(layer.weight)
+        assert not packed.is_packed(layer.weight)
         lorafast.allow_packing(1 << 20)
         with torch.inference_mode():
             layer(x)
-        assert packing.is_packed(layer.weight)
+        assert packed.is_packed(layer.weight)
 
     def test_what_cannot_be_packed_is_left_alone(self):
         lorafast.allow_packing(1 << 20)
         with torch.inference_mode():
             LoRALinear(8, 8, 2)(torch.randn(2, 8))
             make()(torch.randn(3, 40, dtype=BF16))  # a weight made in inference mode
-        assert packing.memory_in_use() == 0
+        assert packed.memory_in_use() == 0
 
     def test_by_the_environment(self):
         code = (
-            "import torch\nfrom lorafast.nn import LoRALinear\nfrom lorafast.ops import packing\n"
+            "import torch\nfrom lorafast.nn import LoRALinear\nfrom lorafast.operands import packed\n"
             "layer = LoRALinear(8, 8, 2, dtype=torch.bfloat16)\n"
             "with torch.inference_mode(): layer(torch.randn(2, 8).bfloat16())\n"
-            "print(packing.memory_in_use())"
+            "print(packed.memory_in_use())"
         )
         for value, expected in (("1000", "128"), ("127", "0"), ("0", "0")):
             process = subprocess.run(

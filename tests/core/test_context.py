@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import lorafast
 from lorafast import ops, reference
+from lorafast.core.context import watched
 from lorafast.functional import lora_linear
 from lorafast.nn import LoRALinear
-from lorafast.ops.context import watched
 from lorafast.reference import contract
 
 ROWS = pytest.mark.parametrize("rows", [4, 300])

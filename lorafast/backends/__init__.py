@@ -1,0 +1,1 @@
+"""The backends: what they answer, the registry that chooses, a folder for each."""

@@ -1,0 +1,132 @@
+"""The backends that there are, which of them serves a problem, and which one the user has forced.
+
+``auto`` takes a plan that a measured rule puts ahead of all others (of several, that of the backend that
+was registered last, which knew the others); else, of those whose time is known, the fastest: measured
+times where there are any, modelled ones otherwise; else the first backend that can serve the call. A
+whole layer's forward or backward is also offered as its operations one by one, each by the backend that
+is the fastest there.
+
+A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a call raises with its
+reason; nothing falls back in silence.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorafast.backends import composed
+from lorafast.backends.plan import Backend, Plan, Refusal
+from lorafast.core.errors import BackendError
+from lorafast.core.problem import LAYER_OPERATIONS, Problem
+
+AUTO = "auto"
+_KEPT = 4096
+
+_backends: dict[str, Backend] = {}
+_forget: list[Callable[[], None]] = []
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether this machine can use a backend, and if not, why."""
+
+    name: str
+    usable: bool
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'usable' if self.usable else self.reason}"
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, to be chosen, forced and explained like any other.
+
+    Raises:
+        ValueError: there is one of this name.
+    """
+    if backend.name in _backends or backend.name == AUTO:
+        raise ValueError(f"there is a backend {backend.name!r} already")
+    _backends[backend.name] = backend
+    forget_plans()
+
+
+def unregister(name: str) -> None:
+    """Takes a backend away again.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    del _backends[name]
+    forget_plans()
+
+
+def names() -> tuple[str, ...]:
+    """The names of the backends, in the order of registration."""
+    return tuple(_backends)
+
+
+def get(name: str) -> Backend:
+    """The backend of this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _backends[name]
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name: whether this machine can use it, and if not, why."""
+    status = {}
+    for name, backend in _backends.items():
+        reason = backend.why_unusable()
+        status[name] = BackendStatus(name, reason is None, reason)
+    return status
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def plan_of(name: str, problem: Problem) -> Plan | Refusal:
+    """The answer of the backend ``name``; one that this machine can't use refuses."""
+    backend = _backends[name]
+    reason = backend.why_unusable()
+    return backend.plan(problem) if reason is None else Refusal(name, reason)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def choose(problem: Problem, forced: str | None = None) -> Plan:
+    """The plan that serves a problem: of the ``forced`` backend, or of the one that ``auto`` takes.
+
+    Raises:
+        BackendError: the forced backend refuses; the message has its reason.
+    """
+    if forced is not None:
+        answer = plan_of(forced, problem)
+        if isinstance(answer, Refusal):
+            raise BackendError(
+                f"backend {forced!r} can't serve {problem.operation}: {answer.reason}"
+            )
+        return answer
+    plans = [p for p in (plan_of(name, problem) for name in _backends) if isinstance(p, Plan)]
+    for plan in reversed(plans):
+        if plan.ahead is not None:
+            return plan
+    if problem.operation in LAYER_OPERATIONS:
+        together = composed.plan(problem, choose)
+        if together.ahead is not None:
+            return together
+        plans.append(together)
+    timed = [plan for plan in plans if plan.seconds is not None]
+    measured = [plan for plan in timed if plan.measured]
+    return min(measured or timed or plans[:1], key=lambda plan: plan.seconds or 0.0)
+
+
+def when_forgotten(forget: Callable[[], None]) -> None:
+    """Has ``forget`` called whenever plans that were made may no longer be the best."""
+    _forget.append(forget)
+
+
+def forget_plans() -> None:
+    """Has every problem planned anew: after a backend has come or gone, or records have changed."""
+    plan_of.cache_clear()
+    choose.cache_clear()
+    for forget in _forget:
+        forget()

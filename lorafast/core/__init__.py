@@ -1,0 +1,1 @@
+"""What every room speaks of: a call, described; the dtypes of its terms; what surrounds it; errors."""

@@ -1,0 +1,155 @@
+"""``Problem``: one call, described. Whatever chooses or plans reads it, and nothing else."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafast.core.dtypes import wide
+
+OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
+LAYER_OPERATIONS = ("lora_linear", "lora_linear_backward")
+"""A whole layer's forward and backward, which are made of the four."""
+
+_TMA_ROW, _TMA_EXTENT = 2**40, 2**31
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Layout(NamedTuple):
+    """How a matrix lies in memory.
+
+    ``rows``: the bytes, up to 16, of which the address of each row is a multiple; 0 if the elements of
+    a row are not neighbours. ``columns``: the same of its columns. ``huge``: beyond what TMA can
+    describe, 2**31 rows or columns or 2**40 bytes from one to the next.
+    """
+
+    rows: int = 16
+    columns: int = 0
+    huge: bool = False
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "Layout":
+        """That of a tensor of two dimensions."""
+        (rows, columns), (row, column) = matrix.shape, matrix.stride()
+        size, address = matrix.dtype.itemsize, matrix.data_ptr()
+        return cls(
+            _alignment(address, row * size) if column == 1 else 0,
+            _alignment(address, column * size) if row == 1 else 0,
+            max(rows, columns) >= _TMA_EXTENT or max(row, column) * size >= _TMA_ROW,
+        )
+
+    @classmethod
+    def fresh(cls, rows: int, columns: int, dtype: torch.dtype) -> "Layout":
+        """That of a new matrix: contiguous, at an aligned address."""
+        row = columns * dtype.itemsize
+        return cls(_alignment(0, row), 0, max(rows, columns) >= _TMA_EXTENT or row >= _TMA_ROW)
+
+
+def _alignment(address: int, step: int) -> int:
+    """The largest power of two up to 16 that divides both."""
+    bits = address | step | 16
+    return bits & -bits
+
+
+class Layouts(NamedTuple):
+    """The layout of each matrix that the operation reads; of the weight, of what it is stored in."""
+
+    x: Layout = Layout()
+    dy: Layout = Layout()
+    weight: Layout = Layout()
+    lora_A: Layout = Layout()
+    lora_B: Layout = Layout()
+    s: Layout = Layout()
+    """Of ``ds`` where that is read."""
+
+
+class Problem(NamedTuple):
+    """All that the choice of a backend and of its launches may depend on.
+
+    Sizes are the layer's, ``x [M, K]`` and ``weight [N, K]``; one that the operation doesn't have is 0:
+    ``shrink`` and ``shrink_backward`` have no N, ``expand_backward`` has no K.
+
+    - ``operation``: one of ``OPERATIONS`` or ``LAYER_OPERATIONS``;
+    - ``dtype``: of x, y, dy and dx, and of the weight as it is multiplied; ``adapter_dtype``: of A, B
+      and their gradients;
+    - ``format``: how the weight is stored, a name of ``lorafast.operands``;
+    - ``transposed``: of ``linear_expand``: it multiplies by W, not by Wᵀ, as dx does;
+    - ``wants``: the results asked for where there are several, in the operation's order: of
+      ``expand_backward`` ``ds``, ``dB``, ``dbias``; of ``lora_linear_backward`` ``dx``, ``dweight``,
+      ``dA``, ``dB``, ``dbias``;
+    - ``dropout``: whether there is a mask; ``bias``: whether one is added;
+    - ``plain``: whether all are tensors of PyTorch's own class, on one device;
+    - ``tf32``: whether PyTorch may round float32 products so;
+    - ``layouts``: how the matrices lie in memory, on a GPU; elsewhere nothing depends on it.
+    """
+
+    operation: str
+    M: int
+    K: int
+    N: int
+    r: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    device: torch.device
+    format: str = "dense"
+    transposed: bool = False
+    wants: tuple[str, ...] = ()
+    dropout: bool = False
+    bias: bool = False
+    plain: bool = True
+    tf32: bool = False
+    layouts: Layouts = Layouts()
+
+
+WANTS = {
+    "expand_backward": ("ds", "dB", "dbias"),
+    "lora_linear_backward": ("dx", "dweight", "dA", "dB", "dbias"),
+}
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether all are of PyTorch's own class and on one device: what kernels can read."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(type(t) in _PLAIN and t.device == given[0].device for t in given)
+
+
+def parts(problem: Problem) -> list[Problem]:
+    """The problems of the operations that a whole layer's forward or backward is made of, in order."""
+    p = problem
+    if p.operation == "lora_linear":
+        return [
+            p._replace(operation="shrink", N=0, bias=False, format="dense"),
+            p._replace(operation="linear_expand", dropout=False, layouts=_with_fresh_s(p)),
+        ]
+    assert p.operation == "lora_linear_backward", p.operation
+    found = []
+    first = expand_wants(p.wants)
+    if first:
+        found.append(
+            p._replace(operation="expand_backward", K=0, dropout=False, wants=first, format="dense")
+        )
+    if "dA" in p.wants:
+        found.append(
+            p._replace(
+                operation="shrink_backward", N=0, wants=(), format="dense", layouts=_with_fresh_s(p)
+            )
+        )
+    if "dx" in p.wants:
+        found.append(
+            p._replace(
+                operation="linear_expand", transposed=True, wants=(), layouts=_with_fresh_s(p)
+            )
+        )
+    return found
+
+
+def expand_wants(wants: tuple[str, ...]) -> tuple[str, ...]:
+    """What a layer's backward needs of ``expand_backward``."""
+    needs_ds = "dx" in wants or "dA" in wants
+    return tuple(
+        name for name in WANTS["expand_backward"] if name in wants or (name == "ds" and needs_ds)
+    )
+
+
+def _with_fresh_s(p: Problem) -> Layouts:
+    return p.layouts._replace(s=Layout.fresh(p.M, p.r, wide(p.dtype)))
