@@ -19,12 +19,12 @@ from lorafast.kernels import tables
 
 _PRODUCT = ("block_m", "block_n", "block_k")
 _BLOCKS = {
-    "shrink": ("block_m", "block_k", "per_processor"),
-    "linear_expand": (*_PRODUCT, "parts", "per_processor"),
-    "expand_backward": ("block_m", "block_n", "per_processor"),
-    "shrink_backward": ("block_m", "block_k", "per_processor"),
-    "lora_linear": (*_PRODUCT, "parts", "riders"),
-    "lora_linear_backward": (*_PRODUCT, "parts", "riders"),
+    "shrink": ("block_m", "block_k", "ctas_per_sm"),
+    "linear_expand": (*_PRODUCT, "parts", "ctas_per_sm"),
+    "expand_backward": ("block_m", "block_n", "ctas_per_sm"),
+    "shrink_backward": ("block_m", "block_k", "ctas_per_sm"),
+    "lora_linear": (*_PRODUCT, "parts", "helpers"),
+    "lora_linear_backward": (*_PRODUCT, "parts", "helpers"),
 }
 
 
@@ -68,8 +68,8 @@ def neighbours(
         if config.descriptors:
             changes += [{"flatten": not config.flatten}]
             changes += [{"warp_specialize": not config.warp_specialize}]
-        if config.riders == 0:
-            changes += [{"riders": 8}]
+        if config.helpers == 0:
+            changes += [{"helpers": 8}]
     for change in changes:
         candidate = replace(config, **change)
         if candidate != config and not why_invalid(operation, candidate, element_size, capability):
