@@ -93,8 +93,8 @@ def config_for(
 
 
 def rule_for(operation: str, x: Tensor, M: int, K: int, N: int, r: int) -> LaunchConfig:
-    """The configuration of the architecture's table, whatever was tuned: within a rider's launch it must
-    fit beside the product's."""
+    """The configuration of the architecture's table, whatever was tuned: a launch with helpers must
+    have room for it beside the GEMM."""
     return tables.find(operation, capability(x), x.dtype, M, K, N, r)
 
 

@@ -1,6 +1,6 @@
 """Whether programs of a product's launch do a layer's thin work beside it, how many, and for how long.
 
-``kernels/lora_linear`` says what these riders do.
+``kernels/lora_linear`` says what these helpers do.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ clock on sm_90, from the data sheet; elsewhere of the same order."""
 
 @dataclass(frozen=True)
 class Plan:
-    """How many programs ride, how many rounds of tiles they miss, how many programs there are."""
+    """How many programs help, how many rounds of tiles they miss, how many programs there are."""
 
-    riders: int
+    helpers: int
     waves: int
     programs: int
 
 
-def may_ride(dtype: torch.dtype) -> bool:
-    """Whether layers of this dtype have riders: float16's thin work is in float32, in other tiles."""
+def may_help(dtype: torch.dtype) -> bool:
+    """Whether layers of this dtype have helpers: float16's thin work is in float32, in other tiles."""
     return wide(dtype) is dtype
 
 
@@ -36,33 +36,33 @@ def _plan(
     depth: int,
     cols: int,
     r: int,
-    rider_bytes: int,
+    helper_bytes: int,
     processors: int,
     waited_bytes: int = 0,
 ) -> Plan | None:
-    """The riders for a product ``[rows, depth] · [depth, cols]`` beside which ``rider_bytes`` are read.
+    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
 
-    ``waited_bytes`` are what one rider alone reads last while tiles wait for it. None where riders can't
-    pay: none in the configuration, a rank that is looped over, too few tiles to ride beside, thin work
-    that would outlast half of the product, or a wait that would outlast a tile.
+    ``waited_bytes`` are what one helper alone reads last while tiles wait for it. None where helpers
+    can't pay: none in the configuration, a rank that is looped over, too few tiles to work beside,
+    skinny work that would outlast half of the GEMM, or a wait that would outlast a tile.
     """
     if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
         return None
     tiles = -(-rows // config.block_m) * -(-cols // config.block_n)
-    programs = processors * config.per_processor
-    riders = config.riders
-    if not 0 < riders < programs or tiles < 2 * programs:
+    programs = processors * config.ctas_per_sm
+    helpers = config.helpers
+    if not 0 < helpers < programs or tiles < 2 * programs:
         return None
     tile_flops = 2 * config.block_m * config.block_n * depth
     if waited_bytes * _FLOPS_PER_BYTE > tile_flops:
         return None
-    waves = -(-rider_bytes * _FLOPS_PER_BYTE // (riders * tile_flops))
+    waves = -(-helper_bytes * _FLOPS_PER_BYTE // (helpers * tile_flops))
     if 2 * waves > -(-tiles // programs):
         return None
-    return Plan(riders, waves, programs)
+    return Plan(helpers, waves, programs)
 
 
-def forward_riders(
+def forward_helpers(
     product: LaunchConfig,
     shrink: LaunchConfig,
     M: int,
@@ -73,7 +73,7 @@ def forward_riders(
     masked: bool,
     processors: int,
 ) -> Plan | None:
-    """The riders of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
+    """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
     if masked or r > shrink.block_r:
         return None
     return _plan(product, M, K, N, r, M * K * size, processors)
@@ -84,7 +84,7 @@ def group_rows(product: LaunchConfig) -> int:
     return GROUP_M * product.block_m
 
 
-def backward_riders(
+def backward_helpers(
     product: LaunchConfig,
     expand_backward: LaunchConfig,
     shrink_backward: LaunchConfig,
@@ -96,7 +96,7 @@ def backward_riders(
     masked: bool,
     processors: int,
 ) -> Plan | None:
-    """The riders of a layer's backward, which make ds and dB, and without a mask dA."""
+    """The helpers of a layer's backward, which make ds and dB, and without a mask dA."""
     if r > min(expand_backward.block_r, shrink_backward.block_r):
         return None
     # With a rank of several blocks the launch would spill: compiled for sm_90.

@@ -70,16 +70,16 @@ def test_the_whole_layer_is_chosen_where_the_model_gains(whole):
 def test_a_layer_rides_where_its_launch_does():
     """A pass that no tile hides is no reason for the vendor's product to go."""
     for operation in ("lora_linear", "lora_linear_backward"):
-        assert on_gpu.rides(operation, problem(), torch.bfloat16, 90, 132)
-        assert not on_gpu.rides(operation, problem(M=512), torch.bfloat16, 90, 132)
-        assert not on_gpu.rides(operation, problem(), torch.bfloat16, 80, 108)
-    assert not on_gpu.rides("lora_linear", problem(masked=True), torch.bfloat16, 90, 132)
-    assert on_gpu.rides("lora_linear_backward", problem(masked=True), torch.bfloat16, 90, 132)
+        assert on_gpu.helps(operation, problem(), torch.bfloat16, 90, 132)
+        assert not on_gpu.helps(operation, problem(M=512), torch.bfloat16, 90, 132)
+        assert not on_gpu.helps(operation, problem(), torch.bfloat16, 80, 108)
+    assert not on_gpu.helps("lora_linear", problem(masked=True), torch.bfloat16, 90, 132)
+    assert on_gpu.helps("lora_linear_backward", problem(masked=True), torch.bfloat16, 90, 132)
 
 
-def test_float16_has_no_riders_and_a_product_of_its_own():
+def test_float16_has_no_helpers_and_a_product_of_its_own():
     for operation in ("lora_linear", "lora_linear_backward"):
-        assert not on_gpu.rides(operation, problem(), torch.float16, 90, 132)
+        assert not on_gpu.helps(operation, problem(), torch.float16, 90, 132)
     # What PyTorch's calls have in float32, they copy.
     widened = Problem(8192, 4096, 4096, 16, 2, 4, False, widened=True)
     for operation in OPERATIONS:
