@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from lorafast.kernels.common.configs import LaunchConfig, chunks, split_k
 from lorafast.kernels.common.plan import (
-    Plan,
+    Helpers,
     backward_helpers,
     forward_helpers,
     group_rows,
@@ -204,14 +204,14 @@ def lora_linear_backward(p: Layer) -> list[Launch]:
     return [launch, *shrink_backward(p)] if p.dropout else [launch]
 
 
-def _forward_helpers(p: Layer, c: LaunchConfig) -> Plan | None:
+def _forward_helpers(p: Layer, c: LaunchConfig) -> Helpers | None:
     if not may_help(p.dtype):
         return None
     thin = p.config("shrink", p.K, p.K)
     return forward_helpers(c, thin, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
 
 
-def _backward_helpers(p: Layer, c: LaunchConfig) -> Plan | None:
+def _backward_helpers(p: Layer, c: LaunchConfig) -> Helpers | None:
     if not may_help(p.dtype):
         return None
     rows, cols = p.config("expand_backward", p.N, p.N), p.config("shrink_backward", p.K, p.K)

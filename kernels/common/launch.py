@@ -82,7 +82,7 @@ def config_for(
     write its operands.
     """
     device = device_name(x)
-    dtypes = tuned.dtypes(x.dtype, adapter_dtype or x.dtype)
+    dtypes = tuned.dtypes(x.dtype, adapter_dtype or x.dtype, precision(x) == "tf32")
     key = tuned.Key(operation, dtypes, M, K, N, r, masked, transposed)
     record = tuned.nearest(device, key)
     if record is not None and record.config is not None and (bulk or not record.config.descriptors):

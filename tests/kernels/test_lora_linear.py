@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import numpy
 from lorafast.kernels.common import counters, plan
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.plan import Plan, backward_helpers, forward_helpers
+from lorafast.kernels.common.plan import Helpers, backward_helpers, forward_helpers
 from lorafast.kernels.lora_linear import backward, forward
 from small_tiles import SMALL_TILES, on_kernels
 from triton.runtime import interpreter
@@ -27,7 +27,7 @@ def with_helpers(monkeypatch, helpers=2, waves=1, programs=5):
     """Lets layers of any size have helpers."""
 
     def always(config, rows, depth, *others):
-        return Plan(helpers, waves, programs) if rows and depth else None
+        return Helpers(helpers, waves, programs) if rows and depth else None
 
     monkeypatch.setattr(plan, "_plan", always)
 
