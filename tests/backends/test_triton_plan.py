@@ -41,7 +41,6 @@ def on(monkeypatch):
     """Makes CUDA devices of those given, by their index."""
 
     def pretend(*devices):
-        monkeypatch.setattr(backend, "device_of", lambda device: devices[device.index])
         monkeypatch.setattr(cost, "device_of", lambda device: devices[device.index])
         monkeypatch.setattr(backend, "say_untuned", lambda device, sm: None)
 
@@ -71,7 +70,7 @@ def test_every_device_is_planned_for(operation, device):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for M in (1, 100, 8192):
             p = problem(operation, M=M, dtype=dtype)
-            launch = model.PLANNED[operation](p, device)
+            launch = model.PLANNED[operation](p, device, None)
             assert launch.config.num_warps
             assert launching.lines(launch)
 
@@ -146,15 +145,15 @@ def test_helpers_serve_a_large_layer_forward_and_backward():
     [
         (problem(M=64), "the configuration has none"),
         (problem(M=512, dropout=True), "the configuration has none"),
-        (problem(dropout=True), "a mask, the rank or too few tiles"),
-        (problem(N=1024), "a mask, the rank or too few tiles"),
-        (problem(r=200), "a mask, the rank or too few tiles"),
+        (problem(dropout=True), "a mask, the rank, or few tiles or SMs"),
+        (problem(N=1024), "a mask, the rank, or few tiles or SMs"),
+        (problem(r=200), "a mask, the rank, or few tiles or SMs"),
         (problem(dtype=torch.float16), "float16's skinny work is in float32"),
         (problem(K=4100), "TMA can't read or write"),
         (problem(M=0), "nothing to compute"),
         (
             problem("lora_linear_backward", wants=("dx",)),
-            "they make dx, dA, dB, and dx is asked for",
+            "they make dx, dA, dB at once, and dx is asked for",
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

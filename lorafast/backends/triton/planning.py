@@ -9,8 +9,8 @@ kernels are not batch-invariant; two runs of one call give the same bits.
 
 import torch
 
-from lorafast.backends.cost import Device, record_of
-from lorafast.core.problem import Problem
+from lorafast.backends.cost import Device, key_of, record_of
+from lorafast.core.problem import LAYER_OPERATIONS, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
@@ -52,43 +52,58 @@ def precision(p: Problem) -> str:
     return "tf32" if p.dtype is torch.float32 and p.tf32 else "ieee"
 
 
-def plan_shrink(p: Problem, device: Device) -> ShrinkLaunch:
+def plan_shrink(p: Problem, device: Device, config: LaunchConfig | None = None) -> ShrinkLaunch:
     """One pass over x, its columns shared out where rows are few."""
-    c = _config(p, device, p.M, p.K, p.K)
+    c = config or config_of(p, device)
     return shrink_launch(
         c, p.M, p.K, p.r, sms=device.sms, precision=precision(p), dropout=p.dropout
     )
 
 
-def plan_expand_backward(p: Problem, device: Device) -> ExpandBackwardLaunch:
-    """One pass over dy for all that is wanted."""
-    c = _config(p, device, p.M, p.N, p.N)
+def plan_expand_backward(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> ExpandBackwardLaunch | ShrinkLaunch:
+    """One pass over dy for all that is wanted; ds alone is a shrink of dy."""
+    if p.wants == ("ds",):
+        return plan_shrink(as_shrink(p), device, config)
+    c = config or config_of(p, device)
     return expand_backward_launch(
         c, p.M, p.N, p.r, sms=device.sms, precision=precision(p), wants=p.wants
     )
 
 
-def plan_shrink_backward(p: Problem, device: Device) -> ShrinkBackwardLaunch:
+def as_shrink(p: Problem) -> Problem:
+    """``ds = scaling · dy·B``, which is all that is wanted, as a shrink of dy."""
+    layouts = p.layouts._replace(x=p.layouts.dy)
+    return p._replace(operation="shrink", K=p.N, N=0, wants=(), layouts=layouts)
+
+
+def plan_shrink_backward(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> ShrinkBackwardLaunch:
     """One pass over x, its rows shared out where columns are few."""
-    c = _config(p, device, p.M, p.K, p.K)
+    c = config or config_of(p, device)
     return shrink_backward_launch(
         c, p.M, p.K, p.r, sms=device.sms, precision=precision(p), dropout=p.dropout
     )
 
 
-def plan_linear_expand(p: Problem, device: Device) -> LinearExpandLaunch:
+def plan_linear_expand(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> LinearExpandLaunch:
     """The GEMM of y, or transposed that of dx, with its low-rank term."""
-    K, N = _gemm(p)
-    return _linear_expand(p, device, _config(p, device, p.M, K, N, tma(p)), p.dropout, None)
+    return _linear_expand(p, device, config or config_of(p, device), p.dropout, None)
 
 
-def plan_lora_linear(p: Problem, device: Device) -> LoraLinearLaunch | str:
+def plan_lora_linear(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> LoraLinearLaunch | str:
     """A layer's forward in one launch with helpers, or why they can't serve it."""
     reason = _why_no_helpers(p)
     if reason is not None:
         return reason
-    own = _config(p, device, p.M, p.K, p.N, True)
-    shrink = _rule("shrink", p, device, p.K)
+    own = config or config_of(p, device)
+    shrink = _beside("shrink", p, device, p.K)
     helpers = forward_helpers(
         own, shrink, p.M, p.K, p.N, p.r, p.dtype.itemsize, p.dropout, device.sms
     )
@@ -97,17 +112,19 @@ def plan_lora_linear(p: Problem, device: Device) -> LoraLinearLaunch | str:
     return LoraLinearLaunch(_linear_expand(p, device, own, False, helpers), helpers, shrink)
 
 
-def plan_lora_linear_backward(p: Problem, device: Device) -> LoraLinearBackwardLaunch | str:
+def plan_lora_linear_backward(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> LoraLinearBackwardLaunch | str:
     """A frozen layer's backward in one launch with helpers, with a mask in two, or why they can't serve
     it."""
-    if p.wants != FROZEN:
-        return f"they make {', '.join(FROZEN)}, and {', '.join(p.wants)} is asked for"
+    if p.wants not in (FROZEN, (*FROZEN, "dbias")):
+        return f"they make {', '.join(FROZEN)} at once, and {', '.join(p.wants)} is asked for"
     reason = _why_no_helpers(p)
     if reason is not None:
         return reason
-    own = _config(p, device, p.M, p.N, p.K, True)
-    rows = _rule("expand_backward", p, device, p.N)
-    columns = _rule("shrink_backward", p, device, p.K)
+    own = config or config_of(p, device)
+    rows = _beside("expand_backward", p, device, p.N)
+    columns = _beside("shrink_backward", p, device, p.K)
     helpers = backward_helpers(
         own, rows, columns, p.M, p.K, p.N, p.r, p.dtype.itemsize, p.dropout, device.sms
     )
@@ -123,7 +140,7 @@ def plan_lora_linear_backward(p: Problem, device: Device) -> LoraLinearBackwardL
 
 
 _HAS_NONE = "the configuration has none"
-_CANNOT_SERVE = "a mask, the rank or too few tiles would keep them too long beside the GEMM"
+_CANNOT_SERVE = "a mask, the rank, or few tiles or SMs would keep them too long beside the GEMM"
 
 
 def _why_no_helpers(p: Problem) -> str | None:
@@ -139,13 +156,9 @@ def _why_no_helpers(p: Problem) -> str | None:
 def tma(p: Problem) -> bool:
     """Whether TMA can read what the problem's GEMM reads and write what it writes: the one place that
     says so."""
-    read = p.layouts.dy if _is_backward(p) else p.layouts.x
-    return tma_fits(p.dtype, read, p.layouts.weight, p.M, _gemm(p)[1])
-
-
-def _gemm(p: Problem) -> tuple[int, int]:
-    """Depth and columns of the problem's GEMM."""
-    return (p.N, p.K) if _is_backward(p) else (p.K, p.N)
+    backward = _is_backward(p)
+    read, columns = (p.layouts.dy, p.K) if backward else (p.layouts.x, p.N)
+    return tma_fits(p.dtype, read, p.layouts.weight, p.M, columns)
 
 
 def _is_backward(p: Problem) -> bool:
@@ -155,7 +168,7 @@ def _is_backward(p: Problem) -> bool:
 def _linear_expand(
     p: Problem, device: Device, c: LaunchConfig, dropout: bool, helpers: Helpers | None
 ) -> LinearExpandLaunch:
-    K, N = _gemm(p)
+    K, N = (p.N, p.K) if _is_backward(p) else (p.K, p.N)
     by_rows = p.layouts.weight.rows > 0
     return linear_expand_launch(
         c, p.M, K, N, p.r, sms=device.sms, dtype=p.dtype, precision=precision(p), tma=tma(p),
@@ -163,14 +176,23 @@ def _linear_expand(
     )  # fmt: skip
 
 
-def _config(p: Problem, device: Device, M: int, K: int, N: int, bulk: bool = False) -> LaunchConfig:
+def config_of(p: Problem, device: Device) -> LaunchConfig:
     """What was measured for the call or near it, else the rule of the architecture."""
     record = record_of(p, device.name)
-    if record is not None and record.config is not None and (bulk or not record.config.descriptors):
-        return record.config
-    return tables.find(p.operation, device.capability, p.dtype, M, K, N, p.r, bulk)
+    if record is not None and record.config is not None:
+        described = record.config.descriptors
+        if not described or tma(p):
+            return record.config
+    return rule_of(p, device)
 
 
-def _rule(operation: str, p: Problem, device: Device, length: int) -> LaunchConfig:
-    """The rule of the architecture, whatever was tuned: beside a GEMM's configuration it must fit."""
+def rule_of(p: Problem, device: Device) -> LaunchConfig:
+    """The rule of the architecture for the call."""
+    key = key_of(p)
+    bulk = p.operation in ("linear_expand", *LAYER_OPERATIONS) and tma(p)
+    return tables.find(p.operation, device.capability, p.dtype, p.M, key.K, key.N, p.r, bulk)
+
+
+def _beside(operation: str, p: Problem, device: Device, length: int) -> LaunchConfig:
+    """The rule for what helpers do, whatever was tuned: beside a GEMM's configuration it must fit."""
     return tables.find(operation, device.capability, p.dtype, p.M, length, length, p.r)
