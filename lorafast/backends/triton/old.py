@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafast.ops import native
+from lorafast.backends.cpu import native
 
 
 @dataclass(frozen=True)
