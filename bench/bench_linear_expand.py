@@ -2,14 +2,14 @@
 
 import pytest
 
-from lorafast.ops import dispatch
+from lorafast.backends import registry
 
 
-@pytest.mark.parametrize("backend", dispatch.backend_names())
+@pytest.mark.parametrize("backend", registry.names())
 def test_linear_expand(time_operation, backend):
     time_operation("linear_expand", backend)
 
 
-@pytest.mark.parametrize("backend", dispatch.backend_names())
+@pytest.mark.parametrize("backend", registry.names())
 def test_dx(time_operation, backend):
     time_operation("dx", backend)

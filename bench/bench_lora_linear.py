@@ -2,9 +2,9 @@
 
 import pytest
 
-from lorafast.ops import dispatch
+from lorafast.backends import registry
 
 
-@pytest.mark.parametrize("contender", ["frozen", "lorafast", "peft", *dispatch.backend_names()])
+@pytest.mark.parametrize("contender", ["frozen", "lorafast", "peft", *registry.names()])
 def test_lora_linear(time_layer, contender):
     time_layer(contender)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lorafast.ops import dispatch
+from lorafast.backends import registry
 
 
-@pytest.mark.parametrize("backend", dispatch.backend_names())
+@pytest.mark.parametrize("backend", registry.names())
 def test_shrink_backward(time_operation, backend):
     time_operation("shrink_backward", backend)

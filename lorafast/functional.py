@@ -5,15 +5,15 @@ from torch import Tensor
 
 from lorafast import ops
 from lorafast.core.context import autocast_anywhere, autocast_enabled
-from lorafast.ops import composed
-from lorafast.ops.checks import check_lora_linear
+from lorafast.operands import Operand, Weight
+from lorafast.ops.checks import check_lora_linear, check_probability
 
 _SEEDS = 2**63 - 1
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -27,7 +27,8 @@ def lora_linear(
     Args:
         x: ``[..., K]``, any number of leading dimensions, any strides. A sparse, nested or oneDNN
             tensor gives what ``F.linear`` gives for it, by PyTorch's own calls.
-        weight: ``[N, K]``, in the dtype of ``x``.
+        weight: ``[N, K]``, in the dtype of ``x``: a tensor, or an ``Operand`` of another format
+            (``lorafast.operands``), into which no gradient flows.
         lora_A: ``[r, K]``; ``r`` of at least 1, larger than ``K`` or ``N`` if you like.
         lora_B: ``[N, r]``, in the dtype of ``lora_A``, which may differ from that of ``x``: float32
             adapters over a bfloat16 layer make no float32 copy of ``x``.
@@ -52,21 +53,18 @@ def lora_linear(
         return _under_autocast(
             x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=training
         )
-    has_rows = check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    seed = None
-    if dropout_p and training:
-        seed = torch.randint(_SEEDS, (1,), device=x.device)
-        has_rows = has_rows and (type(x) is Tensor or not composed.is_sharded(x))
-    else:
-        dropout_p = 0.0
-    if not has_rows:
-        return composed.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    if dropout_p:
+        if training:
+            check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)  # before a draw
+            seed = torch.randint(_SEEDS, (1,), device=x.device)
+            return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+        check_probability(dropout_p)
+    return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias)
 
 
 def _under_autocast(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -87,7 +85,7 @@ def _under_autocast(
     with torch.autocast(device_type, enabled=False):
         return lora_linear(
             cast(x),
-            cast(weight),
+            weight if isinstance(weight, Operand) else cast(weight),
             lora_A,
             lora_B,
             scaling,

@@ -13,6 +13,9 @@ os.environ["LORAFAST_CACHE"] = tempfile.mkdtemp(prefix="lorafast-tests-")
 import pytest
 from hypothesis import HealthCheck, settings
 
+from lorafast.backends import registry
+from lorafast.backends.aten import backend as aten
+
 settings.register_profile(
     "repeatable",
     derandomize=True,
@@ -35,6 +38,18 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def never_small(monkeypatch):
+    """No layer is so small that it is left to PyTorch's autograd: called, it says so to all plans."""
+
+    def never():
+        monkeypatch.setattr(aten, "SMALL", 0)
+        registry.forget_plans()
+
+    yield never
+    registry.forget_plans()
 
 
 @pytest.fixture

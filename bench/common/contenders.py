@@ -14,8 +14,9 @@ import torch
 from lorafast.bench.common.problem import SCALING, Problem, Tensors
 from torch import Tensor, nn
 
+from lorafast.backends import forced, registry
 from lorafast.nn import LoRALinear
-from lorafast.ops import dispatch
+from lorafast.ops.problems import why_not
 from lorafast.reference.dropout import survivor_scale
 
 FROZEN = "frozen"
@@ -76,20 +77,20 @@ def _lora_linear(problem: Problem, tensors: Tensors) -> LoRALinear:
     return layer.train()
 
 
-def _lorafast(problem: Problem, tensors: Tensors, *, backend: str = dispatch.AUTO) -> Contender:
-    if backend != dispatch.AUTO:
-        reason = dispatch.why_not(backend, "shrink", (tensors.weight,))
+def _lorafast(problem: Problem, tensors: Tensors, *, backend: str = registry.AUTO) -> Contender:
+    if backend != registry.AUTO:
+        reason = why_not(backend, tensors.weight)
         if reason is not None:
             raise UnavailableError(reason)
     layer = _lora_linear(problem, tensors)
     return Contender(
-        "lorafast" if backend == dispatch.AUTO else backend,
+        "lorafast" if backend == registry.AUTO else backend,
         layer,
         {"lora_A": layer.lora_A, "lora_B": layer.lora_B},
         # Unforced, as a user calls it: a context manager more would count on a tiny layer.
         contextlib.nullcontext
-        if backend == dispatch.AUTO
-        else functools.partial(dispatch.use_backend, backend),
+        if backend == registry.AUTO
+        else functools.partial(forced.use_backend, backend),
         survivor_scale(problem.dropout_p),
     )
 
@@ -158,5 +159,5 @@ BUILDERS: dict[str, Builder] = {
     "lorafast-packed": _packed,
     "peft": _peft,
     "peft-compiled": functools.partial(_compiled, of=_peft),
-    **{name: functools.partial(_lorafast, backend=name) for name in dispatch.backend_names()},
+    **{name: functools.partial(_lorafast, backend=name) for name in registry.names()},
 }

@@ -15,8 +15,9 @@ from lorafast.bench.common.shapes import Model
 from torch import Tensor, nn
 
 import lorafast
+from lorafast.backends import forced
 from lorafast.nn import LoRALinear
-from lorafast.ops import dispatch
+from lorafast.ops.problems import why_not
 
 # Arithmetic of a frozen step that a model is cut to: about a second.
 _STEP_FLOPS = {"cpu": 60e9, "cuda": 100e12}
@@ -200,7 +201,7 @@ def _lorafast(name: str, model: nn.Module, r: int) -> Arm:
     if name == "lorafast":
         return Arm(name, adapted, _dtype(model), adapters)
     weight = next(model.parameters())
-    reason = dispatch.why_not(name, "shrink", (weight,))
+    reason = why_not(name, weight)
     if reason is not None:
         raise UnavailableError(reason)
-    return Arm(name, adapted, _dtype(model), adapters, lambda: dispatch.use_backend(name))
+    return Arm(name, adapted, _dtype(model), adapters, lambda: forced.use_backend(name))

@@ -52,7 +52,15 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
 
     def dx(run: Any, cast: Cast) -> Tensor:
         result: Tensor = run.linear_expand(
-            cast(dy), cast(weight).t(), cast(ds, low), cast(lora_A, adapter).t(), 1.0, None, p, seed
+            cast(dy),
+            cast(weight),
+            cast(ds, low),
+            cast(lora_A, adapter).t(),
+            1.0,
+            None,
+            p,
+            seed,
+            transposed=True,
         )
         return result
 
@@ -74,7 +82,8 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
             return found
         ds, dB = run.expand_backward(given[0], given[5], B, SCALING)
         dA = run.shrink_backward(ds, given[1], p, seed, A.dtype)
-        return run.linear_expand(given[0], given[2].t(), ds, A.t(), 1.0, None, p, seed), dA, dB
+        dx = run.linear_expand(given[0], given[2], ds, A.t(), 1.0, None, p, seed, transposed=True)
+        return dx, dA, dB
 
     def key(operation: str, K: int, N: int, masked: bool, transposed: bool = False) -> Key:
         of = DTYPES[problem.dtype if operation == "shrink_backward" else problem.adapter_dtype]

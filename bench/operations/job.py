@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.table import table, why_no_time
 from lorafast.bench.operations.cases import Case, cases
-from lorafast.kernels.tables.find import WHOLE
 from torch import Tensor
 
-from lorafast.ops import backend, dispatch
+from lorafast.ops.problems import on_backend, why_not
 from lorafast.reference import contract
 
 COPY, PRODUCT = "copy of x", "torch.mm"
@@ -40,13 +38,6 @@ class Row:
     samples: list[float] = field(default_factory=list)
     copy_samples: list[float] = field(default_factory=list)
     product_samples: list[float] = field(default_factory=list)
-
-
-def on_backend(name: str) -> SimpleNamespace:
-    """The operations of one backend, without the package's own call path before them; ``triton`` has a
-    whole layer's forward and backward too."""
-    names = (*dispatch.OPERATIONS, *(WHOLE if name == backend.TRITON.name else ()))
-    return SimpleNamespace(**{op: backend.BACKENDS[name].implementation(op) for op in names})
 
 
 def as_is(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -94,7 +85,7 @@ def measure(
         for backend_name in backends:
             row = Row(problem, name, backend_name, case.flops, case.least_bytes)
             of_case.append(row)
-            row.unavailable = dispatch.why_not(backend_name, case.operation, (tensors.x[0],))
+            row.unavailable = why_not(backend_name, tensors.x[0])
             if row.unavailable is not None:
                 continue
             operations = on_backend(backend_name)

@@ -10,6 +10,7 @@ dweight = dyᵀ·x                                              PyTorch's produc
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,11 @@ def plan(problem: Problem, plan_of: Callable[[Problem], Plan]) -> Plan:
     return Plan(
         " + ".join(backends) or "PyTorch",
         run,
-        tuple(line for made in plans.values() for line in made.launches),
+        tuple(
+            f"{operation} on {made.backend}: {line}"
+            for operation, made in plans.items()
+            for line in made.launches
+        ),
         sum(known) if len(known) == len(seconds) else None,
         "its operations one by one",
         all(made.measured for made in plans.values()),
@@ -47,7 +52,10 @@ def plan(problem: Problem, plan_of: Callable[[Problem], Plan]) -> Plan:
 def plan_or_refusal(
     problem: Problem, plan_of: Callable[[Problem], Plan | Refusal]
 ) -> Plan | Refusal:
-    """As ``plan``, by one backend, which may refuse one of the operations."""
+    """As ``plan``, by one backend, which may refuse one of the operations.
+
+    Not ahead of anything: what is ahead of it is its operations, each by the best backend.
+    """
     for part in parts(problem):
         answer = plan_of(part)
         if isinstance(answer, Refusal):
@@ -58,7 +66,7 @@ def plan_or_refusal(
         assert isinstance(answer, Plan)
         return answer
 
-    return plan(problem, must)
+    return replace(plan(problem, must), ahead=None)
 
 
 def forward(shrink: Run, linear_expand: Run) -> Run:

@@ -60,6 +60,8 @@ class Backend(ABC):
     """One way to compute the operations. ``register`` puts it among those that there are."""
 
     name: ClassVar[str]
+    plain_pytorch: ClassVar[bool] = False
+    """Whether it is the definition itself, which stands in where only PyTorch's own operations will do."""
 
     def why_unusable(self) -> str | None:
         """What this machine lacks for it, a sentence, or None."""
@@ -68,6 +70,10 @@ class Backend(ABC):
     @abstractmethod
     def plan(self, problem: Problem) -> Plan | Refusal:
         """How it serves the problem, or why it can't. Asked once for a problem: plans are kept."""
+
+    def remark(self) -> str | None:
+        """What whoever checks its results should know, a sentence, or None."""
+        return None
 
     def describe(self) -> list[tuple[str, str]]:
         """Lines of ``lorafast info`` about it: what, and how it is here."""

@@ -5,9 +5,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from lorafast.backends import forced
 from lorafast.cli import terminal
 from lorafast.operands import packed
-from lorafast.ops import dispatch
 
 _COMMANDS = {
     "info": "versions, devices, and which backends this machine can use (and why not the others)",
@@ -59,7 +59,7 @@ def _run(words: Sequence[str], command: str) -> int:
     parsed = parser.parse_args(words)
     if parsed.command != "info":
         try:
-            dispatch.forced()
+            forced.forced()
             packed.granted()
         except ValueError as error:
             terminal.complain(command, error)

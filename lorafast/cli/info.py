@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 import lorafast
+from lorafast.backends import forced, registry
 from lorafast.kernels.tables import tuned
 from lorafast.operands import packed
-from lorafast.ops import dispatch, native
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows += [(name, _version(name)) for name in ("torch", "triton", "numpy", "safetensors", "peft")]
     rows.append(("CUDA (PyTorch's build)", torch.version.cuda or "none"))
     rows.append(("CPU", f"{torch.get_num_threads()} threads, {_cpu_capability()}"))
-    rows.append(("native CPU kernels", native.why_not_loaded() or native.capability()))
+    rows += [line for name in registry.names() for line in registry.get(name).describe()]
     rows.append(("packed weights", _or_error(_packing)))
     rows += _devices()
     rows += [
@@ -89,15 +89,7 @@ def _packing() -> str:
 
 
 def _choice() -> str:
-    forced = dispatch.forced()
-    if forced is not None:
-        return f"{forced} for every operation (forced by {dispatch.ENVIRONMENT_VARIABLE})"
-    on_gpu = "on a GPU what lorafast tune found, else what a model of its speed says"
-    if native.why_not_loaded() is not None:
-        return f"{on_gpu}; elsewhere aten for every operation; see lorafast.explain"
-    rules = ["with dropout"]
-    if native.multiplies_bfloat16():
-        rules.append(f"in bfloat16 up to rank {dispatch.THIN}")
-    if native.has_avx512():
-        rules.append(f"in float32 from {dispatch.MANY} rows")
-    return f"on a CPU cpu {', '.join(rules)}, else aten; {on_gpu}; see lorafast.explain"
+    name = forced.forced()
+    if name is not None:
+        return f"{name} for every operation (forced by {forced.ENVIRONMENT_VARIABLE})"
+    return "the fastest, by what was measured, else by a model of the device: lorafast.explain says which"

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import lorafast
 from lorafast import ops
+from lorafast.backends import forced, registry
 from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
-from lorafast.ops import backend, dispatch
+from lorafast.ops.problems import why_not
 from lorafast.reference import contract
 
 _SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (129, 96, 257, 40))
@@ -68,12 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
     rows = []
     sample = torch.empty((1, 1), device=of)
     for name in lorafast.backends():
-        reason = dispatch.why_not(name, "shrink", (sample,))
+        reason = why_not(name, sample)
         if reason is not None:
             print(f"{name}: not run, {reason}")
             continue
-        if name == "triton" and backend.interpreting():
-            print("triton: run in Triton's interpreter, which checks the kernels and not the chip")
+        remark = registry.get(name).remark()
+        if remark is not None:
+            print(f"{name}: {remark}")
         rows += list(_verify(name, arguments.dtype, of))
     _print_table(rows)
     failed = sum(not row.passed for row in rows)
@@ -86,7 +88,7 @@ def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]
         for shape in _SHAPES:
             for dropout_p in (0.0, 0.25):
                 for operation, call in _calls(shape, dropout_p, of).items():
-                    with dispatch.use_backend(backend):
+                    with forced.use_backend(backend):
                         worst = contract.compare(call, ops, _DTYPES[dtype])
                     yield _Row(backend, operation, dtype, shape, dropout_p, *worst)
 
@@ -105,7 +107,15 @@ def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[s
     calls: dict[str, contract.Call] = {
         "shrink": lambda run, cast: run.shrink(cast(x), cast(lora_A), dropout_p, seed),
         "dx": lambda run, cast: run.linear_expand(
-            cast(dy), cast(weight).t(), cast(ds), cast(lora_A).t(), 1.0, None, dropout_p, seed
+            cast(dy),
+            cast(weight),
+            cast(ds),
+            cast(lora_A).t(),
+            1.0,
+            None,
+            dropout_p,
+            seed,
+            transposed=True,
         ),
         "shrink_backward": lambda run, cast: run.shrink_backward(
             cast(ds), cast(x), dropout_p, seed

@@ -76,9 +76,8 @@ class Problem(NamedTuple):
       and their gradients;
     - ``format``: how the weight is stored, a name of ``lorafast.operands``;
     - ``transposed``: of ``linear_expand``: it multiplies by W, not by Wᵀ, as dx does;
-    - ``wants``: the results asked for where there are several, in the operation's order: of
-      ``expand_backward`` ``ds``, ``dB``, ``dbias``; of ``lora_linear_backward`` ``dx``, ``dweight``,
-      ``dA``, ``dB``, ``dbias``;
+    - ``wants``: the results asked for where there are several (``WANTS`` has them, in their order);
+      ``lora_linear`` without ``s`` may have a plan that PyTorch differentiates itself;
     - ``dropout``: whether there is a mask; ``bias``: whether one is added;
     - ``plain``: whether all are tensors of PyTorch's own class, on one device;
     - ``tf32``: whether PyTorch may round float32 products so;
@@ -104,6 +103,7 @@ class Problem(NamedTuple):
 
 
 WANTS = {
+    "lora_linear": ("y", "s"),
     "expand_backward": ("ds", "dB", "dbias"),
     "lora_linear_backward": ("dx", "dweight", "dA", "dB", "dbias"),
 }
@@ -120,8 +120,10 @@ def parts(problem: Problem) -> list[Problem]:
     p = problem
     if p.operation == "lora_linear":
         return [
-            p._replace(operation="shrink", N=0, bias=False, format="dense"),
-            p._replace(operation="linear_expand", dropout=False, layouts=_with_fresh_s(p)),
+            p._replace(operation="shrink", N=0, wants=(), bias=False, format="dense"),
+            p._replace(
+                operation="linear_expand", wants=(), dropout=False, layouts=_with_fresh_s(p)
+            ),
         ]
     assert p.operation == "lora_linear_backward", p.operation
     found = []

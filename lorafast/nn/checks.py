@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafast.ops.checks import FLOATS
-from lorafast.ops.composed import is_sharded
+from lorafast.core.dtypes import FLOATS
+from lorafast.ops.unstrided import is_sharded
 
 FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 

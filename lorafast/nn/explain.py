@@ -1,24 +1,28 @@
-"""``explain``: which backend serves a module's operations, and why not the others."""
+"""``explain``: the plan of a module's layers, and why not another backend."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lorafast import operands
+from lorafast.backends import BackendError, Plan, forced, registry
+from lorafast.core.problem import Layout, Problem
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.operands import packed
-from lorafast.ops import dispatch
-from lorafast.ops.lora_linear import is_small
+from lorafast.ops.problems import backward_problem, layer_problem
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of one operation, the reason for it, and the reasons against the others."""
+    """What serves an operation: its backend (None if none does), the reason, what it launches, and the
+    reasons against the others."""
 
     operation: str
     backend: str | None
     reason: str
+    launches: tuple[str, ...]
     others: dict[str, str]
 
 
@@ -43,23 +47,21 @@ def _names(names: list[str]) -> str:
 
 
 def _describe_all(choices: tuple[Choice, ...]) -> str:
-    groups: dict[str, list[str]] = {}
-    for choice in choices:
-        groups.setdefault(_describe(choice), []).append(choice.operation)
-    return "\n".join(f"  {', '.join(ops)}: {text}" for text, ops in groups.items())
+    return "\n".join(f"  {choice.operation}: {_describe(choice)}" for choice in choices)
 
 
 def _describe(choice: Choice) -> str:
     lines = [f"{choice.backend or 'none'} ({choice.reason})"]
+    lines += [f"    {launch}" for launch in choice.launches]
     lines += [f"    not {name}: {reason}" for name, reason in choice.others.items()]
     return "\n".join(lines)
 
 
 def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
-    """Which backend serves each operation of each ``LoRALinear`` in ``module``, and why not others.
+    """Which backend serves each ``LoRALinear`` in ``module``, what it launches, and why not others.
 
-    It speaks of an eager training step with gradients of x, A and B; compiled code, and a backward that
-    needs fewer gradients, choose operation by operation.
+    It speaks of an eager training step with gradients of x, A and B: ``lora_linear`` is the forward,
+    ``lora_linear_backward`` the backward.
 
     ``x`` is an input such as a layer would get; only its device, dtype and number of rows count.
     Without it the weight's are assumed, and many rows.
@@ -71,9 +73,7 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     for name, layer in module.named_modules():
         if isinstance(layer, LoRALinear):
             with offload.present(layer):
-                layers[name or "(module)"] = tuple(
-                    _choose(operation, layer, x) for operation in dispatch.OPERATIONS
-                )
+                layers[name or "(module)"] = _choices(layer, x)
     if not layers:
         raise ValueError(
             "the module has no LoRALinear, whose backends could be explained: lorafast.adapt(model) "
@@ -82,70 +82,89 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     return Explanation(layers)
 
 
-def _choose(operation: str, layer: LoRALinear, x: Tensor | None) -> Choice:
-    like = layer.weight if x is None else x
-    M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)
-    tensors = _sample(operation, layer, like, M)
-    reasons = {
-        name: dispatch.why_not(name, operation, tensors) for name in dispatch.backend_names()
-    }
-    forced = dispatch.forced()
-    if layer.merged:
-        return Choice(operation, None, "the layer is merged: a plain product", {})
-    if forced is None:
-        backend, reason = _automatically(operation, layer, tensors, like, M)
-    elif reasons[forced] is None:
-        backend, reason = forced, "forced"
-    else:
-        backend, reason = None, f"{forced} is forced and can't: {reasons[forced]}"
-    weight = layer._parameters.get("weight")
-    if (
-        operation == "linear_expand"
-        and backend in ("aten", "cpu")
-        and weight is not None
-        and weight.dtype is like.dtype
-        and packed.is_packed(weight)
-    ):
-        reason += ", on the packed weight"
-    usable = "usable, another was forced" if forced else "usable, not measured to be faster"
-    others = {name: why or usable for name, why in reasons.items() if name not in (backend, forced)}
-    return Choice(operation, backend, reason, others)
-
-
-def _automatically(
-    operation: str, layer: LoRALinear, tensors: tuple[Tensor, ...], like: Tensor, M: int
-) -> tuple[str, str]:
-    """As a training step of the eager layer chooses, with gradients of x, A and B."""
-    dropout_p = layer.dropout if layer.training else 0.0
-    x, lora_A, *seed = _sample("shrink", layer, like, M)
-    if is_small(x, lora_A, layer.out_features, dropout_p, None):
-        return "aten", "a layer so small that the fewest calls are the fastest"
-    dy, s, lora_B = _sample("expand_backward", layer, like, M)
-    forward = operation in ("shrink", "linear_expand")
-    whole = "lora_linear" if forward else "lora_linear_backward"
-    W = layer.base_weight()
-    others = (W, lora_B) if forward else (dy, W, lora_B, s)
-    backend, reason = dispatch.automatic_whole(whole, x, lora_A, seed[0] if seed else None, *others)
-    if backend is not None:
-        return backend, reason
-    return dispatch.automatic_choice(operation, *tensors)
-
-
 _MANY_ROWS = 1 << 20
 
 
-def _sample(operation: str, layer: LoRALinear, like: Tensor, M: int) -> tuple[Tensor, ...]:
-    """Tensors as the operation gets them in this layer, one row in memory; a mask comes with a seed."""
+def _choices(layer: LoRALinear, x: Tensor | None) -> tuple[Choice, ...]:
+    forward, backward = _problems(layer, x)
+    if layer.merged:
+        merged = "the layer is merged: a plain product"
+        return tuple(Choice(p.operation, None, merged, (), {}) for p in (forward, backward))
+    chosen = _choose(forward)
+    if chosen is not None and chosen.differentiable:
+        second = Choice(
+            backward.operation, chosen.backend, "PyTorch differentiates the forward", (), {}
+        )
+    else:
+        second = _choice(backward, _choose(backward))
+    return _choice(forward, chosen, _packed(layer, forward)), second
 
-    def rows(size: int) -> Tensor:
-        return torch.empty((1, size), dtype=like.dtype, device=like.device).expand(M, size)
 
-    x, dy, s = rows(layer.in_features), rows(layer.out_features), rows(layer.r)
-    masked = layer.dropout and layer.training
-    seed = (torch.zeros(1, dtype=torch.int64, device=like.device),) if masked else ()
-    return {
-        "shrink": (x, layer.lora_A, *seed),
-        "linear_expand": (x, layer.base_weight(), s, layer.lora_B),
-        "expand_backward": (dy, s, layer.lora_B),
-        "shrink_backward": (s, x, *seed),
-    }[operation]
+def _choose(problem: Problem) -> Plan | None:
+    try:
+        return registry.choose(problem, forced.forced())
+    except BackendError:
+        return None
+
+
+def _choice(problem: Problem, plan: Plan | None, remark: str = "") -> Choice:
+    name = forced.forced()
+    answers = {other: registry.plan_of(other, problem) for other in registry.names()}
+    if plan is None:
+        assert name is not None
+        refusal = answers[name]
+        assert not isinstance(refusal, Plan)
+        backend, reason, launches = None, f"{name} is forced and can't: {refusal.reason}", ()
+    else:
+        why = "forced" if name is not None else plan.ahead or _time(plan)
+        backend, reason, launches = plan.backend, why + remark, plan.launches
+    serving = (backend or "").split(" + ")
+    others = {
+        other: _against(answer, name)
+        for other, answer in answers.items()
+        if other not in serving and other != name
+    }
+    return Choice(problem.operation, backend, reason, launches, others)
+
+
+def _time(plan: Plan) -> str:
+    if plan.seconds is None:
+        return "no measurement on this device shows another backend ahead of it"
+    return f"{plan.seconds * 1e6:,.0f} µs, {plan.source}"
+
+
+def _against(answer: object, forced_name: str | None) -> str:
+    if not isinstance(answer, Plan):
+        return getattr(answer, "reason", "")
+    if forced_name is not None:
+        return "usable, another was forced"
+    return "usable, not measured to be faster" if answer.seconds is None else _time(answer)
+
+
+def _packed(layer: LoRALinear, problem: Problem) -> str:
+    weight = layer._parameters.get("weight")
+    if problem.device.type != "cpu" or weight is None or weight.dtype is not problem.dtype:
+        return ""
+    return ", on the packed weight" if packed.is_packed(weight) else ""
+
+
+def _problems(layer: LoRALinear, x: Tensor | None) -> tuple[Problem, Problem]:
+    """The layer's forward and backward, on rows like those of ``x``."""
+    weight = layer.base_weight()
+    like = operands.stored(weight)[0] if x is None else x
+    dtype = weight.dtype if x is None else x.dtype
+    M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)
+
+    def rows(size: int) -> Tensor:  # one in memory
+        return torch.empty((1, size), dtype=dtype, device=like.device).expand(M, size)
+
+    dropout = bool(layer.dropout and layer.training)
+    forward = layer_problem(
+        rows(layer.in_features), weight, layer.lora_A, layer.lora_B, layer.bias, dropout, ("y",),
+        layouts=True,
+    )  # fmt: skip
+    fresh = Layout.fresh(M, layer.in_features, dtype)
+    forward = forward._replace(layouts=forward.layouts._replace(x=fresh))
+    backward = backward_problem(forward, ("dx", "dA", "dB"), rows(layer.out_features), layouts=True)
+    fresh = Layout.fresh(M, layer.out_features, dtype)
+    return forward, backward._replace(layouts=backward.layouts._replace(dy=fresh))

@@ -31,7 +31,7 @@ from lorafast.nn.plain import (
 )
 from lorafast.nn.scripted import ScriptedLoRALinear
 from lorafast.operands import packed
-from lorafast.ops.composed import is_sharded
+from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
 torch.fx.wrap("lora_linear")

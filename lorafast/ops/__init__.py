@@ -1,7 +1,8 @@
 """Each operation's contract: checks, registration, backward, choice of backend."""
 
+from lorafast.backends import BackendError, BackendStatus, backends
+from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
-from lorafast.ops.dispatch import BackendError, BackendStatus, backends, use_backend
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_linear import lora_linear

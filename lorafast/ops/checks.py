@@ -4,15 +4,16 @@ import torch
 from torch import Tensor
 
 from lorafast.core.dtypes import FLOATS, wide
+from lorafast.operands import Weight
 
 _STRIDED = torch.strided
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: Weight) -> str:
     return f"[{', '.join(str(size) for size in tensor.shape)}]"
 
 
-def check_matrix(name: str, tensor: Tensor, rows: object, columns: object) -> None:
+def check_matrix(name: str, tensor: Weight, rows: object, columns: object) -> None:
     """``tensor`` must be ``[rows, columns]``; a string stands for any size and is its name."""
     sizes = (rows, columns)
     fits = tensor.dim() == 2 and all(
@@ -23,7 +24,7 @@ def check_matrix(name: str, tensor: Tensor, rows: object, columns: object) -> No
         raise ValueError(f"{name} has shape {_shape(tensor)}, expected [{rows}, {columns}]")
 
 
-def check_same_dtype(name: str, tensor: Tensor, other: str, dtype: torch.dtype) -> None:
+def check_same_dtype(name: str, tensor: Weight, other: str, dtype: torch.dtype) -> None:
     """``tensor`` must have the dtype of ``other``."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}, the dtype of {other}")
@@ -35,10 +36,15 @@ def check_low_rank(name: str, tensor: Tensor, other: str, dtype: torch.dtype) ->
         raise TypeError(f"{name} is {tensor.dtype}, expected {wide(dtype)}: {other} is {dtype}")
 
 
-def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
-    """A probability, and a seed if there is anything to drop."""
+def check_probability(dropout_p: float) -> None:
+    """``dropout_p`` must be a probability."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
+
+
+def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
+    """A probability, and a seed if there is anything to drop."""
+    check_probability(dropout_p)
     if dropout_p > 0.0 and seed is None:
         raise ValueError(
             "seed is None, expected an int64 tensor of one element: dropout_p is not 0"
@@ -51,7 +57,7 @@ def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
 
 def check_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -113,7 +119,7 @@ def _width(x: Tensor) -> int | None:
 
 def _explain_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -121,11 +127,11 @@ def _explain_lora_linear(
     dropout_p: float,
 ) -> None:
     """Finds what is wrong and says it; the order is that in which a user would look."""
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    tensors: dict[str, Weight] = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor if name != "weight" else Weight):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
         if tensor.dtype not in FLOATS:
             raise TypeError(
@@ -151,6 +157,6 @@ def _explain_lora_linear(
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is")
-    check_dropout(dropout_p, torch.zeros((), dtype=torch.int64))
+    check_probability(dropout_p)
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling is a {type(scaling).__name__}, expected a number")

@@ -18,27 +18,41 @@ def _shrink(x: _Shape, lora_A: _Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(x) * lora_A[0]
 
 
-def _linear_expand(x: _Shape, weight: _Shape, s: _Shape, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * weight[0] * (x[1] + s[1])
+def _linear_expand(
+    x: _Shape, weight: Any, format: str, s: _Shape, lora_B: _Shape, *_: Any, **__: Any
+) -> int:
+    return 2 * x[0] * lora_B[0] * (x[1] + s[1])
 
 
-def _expand_backward(dy: _Shape, s: _Shape, *_: Any, **__: Any) -> int:
-    return 2 * 2 * prod(dy) * s[1]
+def _expand_backward(
+    dy: _Shape,
+    s: _Shape | None,
+    lora_B: _Shape | None,
+    scaling: float,
+    wants: str = "ds,dB",
+    *_: Any,
+    **__: Any,
+) -> int:
+    like = lora_B if s is None else s
+    products = sum(name in wants.split(",") for name in ("ds", "dB"))
+    return 0 if like is None else 2 * products * prod(dy) * like[1]
 
 
 def _shrink_backward(ds: _Shape, x: _Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(x) * ds[1]
 
 
-def _lora_linear(x: _Shape, weight: _Shape, lora_A: _Shape, *_: Any, **__: Any) -> int:
-    (N, K), r = weight, lora_A[0]
+def _lora_linear(
+    x: _Shape, weight: Any, format: str, lora_A: _Shape, lora_B: _Shape, *_: Any, **__: Any
+) -> int:
+    N, (r, K) = lora_B[0], lora_A
     return 2 * prod(x[:-1]) * (N * K + r * (N + K))
 
 
 def _lora_linear_backward(
-    dy: _Shape, x: _Shape, weight: _Shape, lora_A: _Shape, *_: Any, **__: Any
+    dy: _Shape, x: _Shape, weight: Any, format: str, lora_A: _Shape, *_: Any, **__: Any
 ) -> int:
-    (N, K), r = weight, lora_A[0]
+    N, (r, K) = dy[-1], lora_A
     return 2 * prod(dy[:-1]) * (N * K + 2 * r * (N + K))
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lorafast.backends import forced
 from lorafast.core.context import needs_plain_pytorch, watched, without_autocast
 from lorafast.kernels.common import counters
-from lorafast.ops import dispatch, flops
+from lorafast.ops import flops
 
 _LIBRARY = torch.library.Library("lorafast", "DEF")
 _implementations: dict[str, Callable[..., Any]] = {}
@@ -66,7 +68,7 @@ def runner(
             if not compiling and watched():
                 flops.tell_counters()
             return operation(*arguments)
-        dispatch.check_plain_pytorch(name, reason)
+        forced.check_plain_pytorch(name, reason)
         check(*arguments)
         return reference(*arguments)
 
@@ -87,27 +89,36 @@ def differentiate_by_reference(name: str, reference: Callable[..., Any]) -> None
     times, and not fast. ``lora_linear`` has a backward of its own and never comes here."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(i if isinstance(i, Tensor) else None for i in inputs))
-        ctx.arguments = [None if isinstance(i, Tensor) else i for i in inputs]
+        leaves, ctx.structure = tree_flatten(inputs)  # a weight is a list of tensors
+        ctx.save_for_backward(*(i if isinstance(i, Tensor) else None for i in leaves))
+        ctx.arguments = [None if isinstance(i, Tensor) else i for i in leaves]
 
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         again = torch.is_grad_enabled()
-        inputs = [
+        leaves = [
             argument if tensor is None else tensor
             for tensor, argument in zip(ctx.saved_tensors, ctx.arguments, strict=True)
         ]
-        needed = [i for i, needs in enumerate(ctx.needs_input_grad) if needs]
+        # PyTorch leaves out trailing arguments that have their default.
+        needs, structure = tree_flatten(ctx.needs_input_grad)
+        needed = [i for i, need in enumerate(needs) if need]
         if not again:
             for i in needed:
-                inputs[i] = inputs[i].detach().requires_grad_()
+                leaves[i] = leaves[i].detach().requires_grad_()
         with torch.enable_grad():
-            outputs = reference(*inputs)
+            outputs = reference(*tree_unflatten(leaves, ctx.structure))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(y, dy) for y, dy in zip(outputs, gradients, strict=True) if y.requires_grad]
         found = torch.autograd.grad(
-            outputs, [inputs[i] for i in needed], gradients, create_graph=again, allow_unused=True
+            [y for y, _ in pairs],
+            [leaves[i] for i in needed],
+            [dy for _, dy in pairs],
+            create_graph=again,
+            allow_unused=True,
         )
-        result: list[Tensor | None] = [None] * len(inputs)
+        result: list[Tensor | None] = [None] * len(needs)
         for i, gradient in zip(needed, found, strict=True):
             result[i] = gradient
-        return tuple(result)
+        return tuple(tree_unflatten(result, structure))
 
     register_autograd(name, setup_context, backward)

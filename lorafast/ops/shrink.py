@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from lorafast import reference
-from lorafast.ops import dispatch
+from lorafast.core.dtypes import wide
 from lorafast.ops.checks import check_dropout, check_matrix
+from lorafast.ops.problems import planned, shrink_problem
 from lorafast.ops.registration import differentiate_by_reference, register, runner
-from lorafast.reference import wide
 
 
 def _check(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> None:
@@ -17,8 +17,8 @@ def _check(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> 
 
 def _run(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     _check(x, lora_A, dropout_p, seed)
-    run = dispatch.select("shrink", dispatch.forced(), x, lora_A, seed)
-    s: Tensor = run(x, lora_A, dropout_p, seed)
+    problem = shrink_problem(x, lora_A, dropout_p, seed)
+    s: Tensor = planned(problem)(x, lora_A, dropout_p, seed)
     return s
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lorafast import reference
-from lorafast.ops import dispatch
 from lorafast.ops.checks import check_dropout, check_low_rank, check_matrix
+from lorafast.ops.problems import planned, shrink_backward_problem
 from lorafast.ops.registration import differentiate_by_reference, register, runner
 
 
@@ -26,8 +26,8 @@ def _run(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     _check(ds, x, dropout_p, seed, dtype)
-    run = dispatch.select("shrink_backward", dispatch.forced(), ds, x, seed)
-    dA: Tensor = run(ds, x, dropout_p, seed, dtype)
+    problem = shrink_backward_problem(ds, x, dropout_p, seed, dtype or x.dtype)
+    dA: Tensor = planned(problem)(ds, x, dropout_p, seed)
     return dA
 
 

@@ -2,7 +2,7 @@
 
 from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
-from lorafast.reference.expand_backward import expand_backward
+from lorafast.reference.expand_backward import expand_backward, expand_dB, expand_ds
 from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.shrink import shrink
@@ -11,6 +11,8 @@ from lorafast.reference.shrink_backward import shrink_backward
 __all__ = [
     "dropout",
     "expand_backward",
+    "expand_dB",
+    "expand_ds",
     "keep_mask",
     "linear_expand",
     "lora_linear",

@@ -15,16 +15,18 @@ def linear_expand(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``.
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``s [M, r]``, ``lora_B [N, r]``, ``bias [N]`` →
     ``y [M, N]``, in the dtype of ``x``; ``s`` in that of ``shrink``, as the low-rank term, until it is
-    added.
+    added. ``transposed``: ``y = x·W + …`` for ``weight [K, N]``.
 
-    The forward has no mask here (``shrink`` has it). The backward does: ``dx`` is this operation on
-    ``(dy, Wᵀ, ds, Aᵀ)``, whose low-rank term passes back through the dropout of ``x``.
+    The forward has no mask here (``shrink`` has it). The backward does: ``dx`` is this operation,
+    transposed, on ``(dy, W, ds, Aᵀ)``, whose low-rank term passes back through the dropout of ``x``.
     """
     low_rank = dropout(scaling * (s @ lora_B.to(wide(x.dtype)).t()), dropout_p, seed)
-    y = x @ weight.t() + low_rank
+    y = x @ (weight if transposed else weight.t()) + low_rank
     return (y if bias is None else y + bias).to(x.dtype)

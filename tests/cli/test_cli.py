@@ -8,6 +8,8 @@ import torch
 
 import lorafast
 from lorafast import reference
+from lorafast.backends import registry
+from lorafast.backends.aten import operations as aten
 from lorafast.cli import main, verify
 
 
@@ -48,15 +50,15 @@ def test_verify_passes_on_this_machine(capsys):
 def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch):
     monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
     monkeypatch.setattr(
-        lorafast.ops.aten,
+        aten,
         "shrink_backward",
-        lambda *arguments: -reference.shrink_backward(*arguments),
+        lambda dtype: lambda *arguments: -reference.shrink_backward(*arguments, dtype),
     )
-    lorafast.ops.backend._implementation.cache_clear()
+    registry.forget_plans()
     try:
         assert main(["verify", "--dtype", "fp32"]) == 1
     finally:
-        lorafast.ops.backend._implementation.cache_clear()
+        registry.forget_plans()
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if line.endswith("FAILED")]
     assert [line.split()[:2] for line in failed] == [["aten", "shrink_backward"]]

@@ -216,7 +216,9 @@ def test_the_bare_operation_loses_no_tangent_without_a_word():
     x, W, A, B, _ = draw(300)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         tangent_of(
-            lambda x: torch.ops.lorafast.lora_linear(x, W, A, B, SCALING)[0], (x,), (x.clone(),)
+            lambda x: torch.ops.lorafast.lora_linear(x, [W], "dense", A, B, SCALING)[0],
+            (x,),
+            (x.clone(),),
         )
 
 
@@ -336,7 +338,7 @@ def test_second_derivative_of_the_registered_operation_without_a_bias():
     x, W = x[:, :5].contiguous().requires_grad_(), W[:, :5].contiguous()
 
     def registered(x, A, B):
-        return torch.ops.lorafast.lora_linear(x, W, A, B, SCALING)[0]
+        return torch.ops.lorafast.lora_linear(x, [W], "dense", A, B, SCALING)[0]
 
     assert torch.autograd.gradgradcheck(registered, (x, A, B))
 

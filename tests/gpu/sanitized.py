@@ -5,7 +5,7 @@ from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
 
 from lorafast import ops
-from lorafast.ops import dispatch
+from lorafast.backends import forced
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     device = torch.device("cuda")
     M, K, N = 131, 70, 201
     seed = torch.tensor([11], device=device)
-    with dispatch.use_backend("triton"):
+    with forced.use_backend("triton"):
         for dtype in (torch.bfloat16, torch.float32):
             for r in (3, 300):
                 for dropout_p in (0.0, 0.5):

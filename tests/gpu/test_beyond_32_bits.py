@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorafast import ops, reference
-from lorafast.ops import dispatch
+from lorafast.backends import forced
 from lorafast.reference import contract
 from lorafast.reference.dropout import philox_4x32, survivor_scale, threshold
 
@@ -45,7 +45,7 @@ def assert_contract(found, function, *tensors):
 def test_shrink(backend, dropout_p, device):
     x, lora_A = draw(M, K, device=device), draw(r, K, device=device)
     seed = torch.tensor([7], device=device)
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         s = ops.shrink(x, lora_A, dropout_p, seed)
     tail = x[-TAIL:]
     if dropout_p:
@@ -70,7 +70,7 @@ def mask_of_the_tail(dropout_p, seed):
 def test_linear_expand(backend, device):
     x, weight = draw(M, K, device=device), draw(N, K, device=device, scale=K**-0.5)
     s, lora_B = draw(M, r, device=device), draw(N, r, device=device)
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         y = ops.linear_expand(x, weight, s, lora_B, 0.5)
     assert_contract(
         y[-TAIL:],
@@ -87,7 +87,7 @@ def test_expand_backward(backend, device):
     dy, lora_B = draw(M, N, device=device), draw(N, r, device=device)
     s = torch.zeros(M, r, device=device, dtype=torch.bfloat16)
     s[-TAIL:] = draw(TAIL, r, device=device)  # dB is a sum over the tail alone
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         ds, dB = ops.expand_backward(dy, s, lora_B, 0.5)
     for index, found in enumerate((ds[-TAIL:], dB)):
         assert_contract(
@@ -104,6 +104,6 @@ def test_shrink_backward(backend, device):
     x = draw(M, K, device=device)
     ds = torch.zeros(M, r, device=device, dtype=torch.bfloat16)
     ds[-TAIL:] = draw(TAIL, r, device=device)
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         dA = ops.shrink_backward(ds, x)
     assert_contract(dA, reference.shrink_backward, ds[-TAIL:], x[-TAIL:])

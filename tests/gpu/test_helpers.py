@@ -128,8 +128,8 @@ def test_64_numbers_of_rows_compile_nothing_new_after_the_first_few(device):
     from lorafast.kernels.lora_linear.forward import lora_linear_kernel
     from lorafast.kernels.shrink.kernel import shrink_kernel
 
+    from lorafast.backends import forced
     from lorafast.nn import LoRALinear
-    from lorafast.ops import dispatch
 
     kernels = (linear_expand_kernel, lora_linear_kernel, shrink_kernel)
 
@@ -139,7 +139,7 @@ def test_64_numbers_of_rows_compile_nothing_new_after_the_first_few(device):
     linear = nn.Linear(K, N, device=device, dtype=torch.bfloat16)
     layer = LoRALinear.from_linear(linear, r, alpha=r)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), dispatch.use_backend("triton"):
+    with torch.no_grad(), forced.use_backend("triton"):
         for M in (1, 16, 64, 100, 512, 1000, 2048, 4096, 8192):
             layer(torch.randn(M, K, device=device, dtype=torch.bfloat16))
         before = compiled()

@@ -10,7 +10,7 @@ from lorafast.bench.common.problem import Problem, draw
 from lorafast.bench.common.shapes import Shape
 
 from lorafast import ops
-from lorafast.ops import dispatch
+from lorafast.backends import forced
 from lorafast.reference import contract, wide
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +74,7 @@ def test_strided_operations(dtype, backend, device):
         lambda run, cast: run.expand_backward(cast(dy), cast(s, low), cast(lora_B).t(), 0.7),
         lambda run, cast: run.shrink_backward(cast(s, low), cast(x)),
     )
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         for call in calls:
             error, allowed = contract.compare(call, ops, dtype)
             assert error <= allowed

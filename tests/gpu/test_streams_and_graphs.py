@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from lorafast.backends import forced
 from lorafast.nn import LoRALinear
-from lorafast.ops import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +42,7 @@ def step(layer, x, dy):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_launches_go_to_the_current_stream(layer, backend, device):
     x = draw(M, K, device=device)
-    with torch.no_grad(), dispatch.use_backend(backend):
+    with torch.no_grad(), forced.use_backend(backend):
         expected = layer(x)
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
@@ -65,7 +65,7 @@ def test_launches_go_to_the_current_stream(layer, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_on_a_second_stream(layer, backend, device):
     x, dy = draw(M, K, device=device), draw(M, N, device=device)
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         expected = step(layer, x, dy)
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -78,7 +78,7 @@ def test_a_step_on_a_second_stream(layer, backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_captured_step_replays(layer, backend, device):
     x, dy = draw(M, K, device=device), draw(M, N, device=device)
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         replay, found = capture(layer, x, dy)
         for _ in range(3):
             x.copy_(draw(M, K, device=device))
@@ -93,7 +93,7 @@ def test_a_captured_step_replays(layer, backend, device):
 def test_a_captured_dropout_draws_a_new_mask_on_every_replay(layer, backend, device):
     layer.dropout = 0.5
     x, dy = draw(M, K, device=device), draw(M, N, device=device)
-    with dispatch.use_backend(backend):
+    with forced.use_backend(backend):
         replay, found = capture(layer, x, dy)
         outputs = []
         for _ in range(3):

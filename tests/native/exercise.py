@@ -11,7 +11,7 @@ import sys
 import torch
 
 from lorafast import reference
-from lorafast.ops import native
+from lorafast.backends.cpu import native
 from lorafast.reference import contract
 
 if len(sys.argv) > 1:

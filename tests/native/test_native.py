@@ -18,7 +18,7 @@ import torch
 from helpers import assert_contract, problems
 from hypothesis import given
 
-from lorafast.ops import native
+from lorafast.backends.cpu import native
 
 if native.why_not_loaded() is not None:
     pytest.skip(native.why_not_loaded(), allow_module_level=True)
@@ -351,7 +351,7 @@ class TestBuild:
         assert process.returncode == 0, process.stderr
         (library,) = (tmp_path / "built").rglob("*.so")
         capability = (
-            "import sys, pathlib; from lorafast.ops import native; "
+            "import sys, pathlib; from lorafast.backends.cpu import native; "
             "native.LIBRARY = pathlib.Path(sys.argv[1]); print(native.capability())"
         )
         found = subprocess.run(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorafast
-from lorafast.ops import native
+from lorafast.backends.cpu import native
 
 if native.why_not_loaded() is not None:
     pytest.skip(native.why_not_loaded(), allow_module_level=True)

@@ -122,7 +122,7 @@ def test_what_is_told_of_it(made, x):
     assert (row.in_features, row.out_features, row.parameters) == (7, 5, 3 * 12)
     for sample in (x, None):
         assert {c.operation for c in lorafast.explain(made, sample).layers["(module)"]} == {
-            "shrink", "linear_expand", "expand_backward", "shrink_backward",
+            "lora_linear", "lora_linear_backward",
         }  # fmt: skip
 
 

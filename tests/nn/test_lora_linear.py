@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafast.nn import LoRALinear
 from lorafast.nn.lora_linear import move_hooks
-from lorafast.ops import aten
 
 
 def layer(K=7, N=5, r=3, *, dtype=torch.float64, **options):
@@ -421,8 +420,8 @@ class TestCompile:
 
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
-    def test_output_and_gradients_are_those_of_eager(self, dropout, bias, monkeypatch):
-        monkeypatch.setattr(aten, "SMALL", 0)
+    def test_output_and_gradients_are_those_of_eager(self, dropout, bias, never_small):
+        never_small()
         made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout, bias=bias)
         compiled = torch.compile(made, fullgraph=True)
         found = {}

@@ -13,7 +13,6 @@ from torch import nn
 
 import lorafast
 from lorafast import ops, reference
-from lorafast.ops import aten
 from lorafast.reference import contract
 
 BACKENDS = ("reference", "aten", "cpu", "triton")
@@ -94,10 +93,10 @@ def test_float32_adapters(backend, situation, dropout_p):
 @pytest.mark.parametrize("size", ["small", "fused"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("situation", ["s overflows", "smaller dy", "512 rows"])
-def test_float16_adapters(backend, situation, size, monkeypatch):
+def test_float16_adapters(backend, situation, size, never_small):
     skip_unless_usable(backend)
     if size == "fused":
-        monkeypatch.setattr(aten, "SMALL", 0)
+        never_small()
     t = draw(situation, torch.float16)
     with lorafast.use_backend(backend):
         assert_as_exact_as_peft(outputs(ops.lora_linear, t, 0.0), t, 0.0)
@@ -105,10 +104,10 @@ def test_float16_adapters(backend, situation, size, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("needs", ["x", "lora_A", "lora_B"])
-def test_a_gradient_alone(backend, needs, monkeypatch):
+def test_a_gradient_alone(backend, needs, never_small):
     """``ds`` alone is a shrink, ``dB`` alone a shrink_backward: scaled before they are rounded."""
     skip_unless_usable(backend)
-    monkeypatch.setattr(aten, "SMALL", 0)
+    never_small()
     t = draw("smaller dy", torch.float16)
     t["dy"] = t["dy"].sign() * 6e-8  # the smallest: dB without its scaling has few bits
     scaling = 512.0
@@ -187,11 +186,11 @@ def test_opcheck(adapter_dtype):
     library = torch.ops.lorafast
     for op, arguments in (
         (library.shrink, (x, lora_A, 0.25, SEED)),
-        (library.linear_expand, (x, weight, s, lora_B, SCALING)),
+        (library.linear_expand, (x, [weight], "dense", s, lora_B, SCALING)),
         (library.expand_backward, (dy, s, lora_B, SCALING)),
         (library.shrink_backward, (s, x, 0.25, SEED)),
-        (library.lora_linear, (x, weight, lora_A, lora_B, SCALING, None, 0.25, SEED)),
-        (library.lora_linear_backward, (dy, x, weight, lora_A, lora_B, s, SCALING)),
+        (library.lora_linear, (x, [weight], "dense", lora_A, lora_B, SCALING, None, 0.25, SEED)),
+        (library.lora_linear_backward, (dy, x, [weight], "dense", lora_A, lora_B, s, SCALING)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=tests)
 

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import lorafast
 from lorafast import reference
 from lorafast.functional import lora_linear
-from lorafast.ops import aten
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 SHAPES = ((3, 6), (5, 6), (2, 6), (5, 2), (5,))
@@ -42,15 +41,15 @@ def gradients(y, t):
 
 
 @pytest.fixture(params=["small", "fused"])
-def path(request, monkeypatch):
+def path(request, never_small):
     """Small layers are differentiated by PyTorch, others by the fused formula: both must be right."""
     if request.param == "fused":
-        monkeypatch.setattr(aten, "SMALL", 0)
+        never_small()
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    monkeypatch.setattr(aten, "SMALL", 0)
+def fused(never_small):
+    never_small()
 
 
 @pytest.mark.parametrize("grad", SUBSETS, ids="+".join)
@@ -428,5 +427,15 @@ def test_opcheck(fused):
     for dropout_p, seed in ((0.0, None), (0.25, torch.tensor([3]))):
         torch.library.opcheck(
             torch.ops.lorafast.lora_linear.default,
-            (t["x"], t["weight"], t["lora_A"], t["lora_B"], 0.5, t["bias"], dropout_p, seed),
+            (
+                t["x"],
+                [t["weight"]],
+                "dense",
+                t["lora_A"],
+                t["lora_B"],
+                0.5,
+                t["bias"],
+                dropout_p,
+                seed,
+            ),
         )

@@ -7,6 +7,7 @@ import torch
 
 import lorafast
 from lorafast import ops, reference
+from lorafast.core.problem import OPERATIONS
 
 M, K, N, r = 5, 12, 7, 3
 SEED = torch.tensor([42])
@@ -29,7 +30,15 @@ def inputs(operation, grad=True):
     return (draw(M, r, grad=grad), draw(M, K, grad=grad)), (0.25, SEED)
 
 
-operation = pytest.mark.parametrize("operation", lorafast.ops.dispatch.OPERATIONS)
+def as_registered(operation, tensors):
+    """A weight is a list of tensors and the name of its format."""
+    if operation != "linear_expand":
+        return tensors
+    x, weight, *rest = tensors
+    return (x, [weight], "dense", *rest)
+
+
+operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
 @operation
@@ -43,7 +52,8 @@ def test_opcheck(operation, backend, grad):
         tensors = tuple(t.float() for t in tensors)
     tensors = tuple(t.requires_grad_(grad) for t in tensors)
     with lorafast.use_backend(backend):
-        torch.library.opcheck(getattr(torch.ops.lorafast, operation).default, (*tensors, *rest))
+        arguments = (*as_registered(operation, tensors), *rest)
+        torch.library.opcheck(getattr(torch.ops.lorafast, operation).default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton", "cpu"])
@@ -55,7 +65,7 @@ def test_opcheck_of_a_whole_backward(backend):
     with lorafast.use_backend(backend):
         torch.library.opcheck(
             torch.ops.lorafast.lora_linear_backward.default,
-            (dy, x, weight, lora_A, lora_B, s, 0.5, 0.25, SEED),
+            (dy, x, [weight], "dense", lora_A, lora_B, s, 0.5, 0.25, SEED),
         )
 
 

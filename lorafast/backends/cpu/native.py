@@ -14,7 +14,7 @@ OPERATIONS = (
     "lora_linear_",
     "lora_linear_backward_",
 )
-LIBRARY = Path(__file__).resolve().parents[1] / "_C.abi3.so"
+LIBRARY = Path(__file__).resolve().parents[2] / "_C.abi3.so"
 
 
 @functools.cache

@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafast.ops import aten, dispatch
+from lorafast import operands
+from lorafast.backends import forced
+from lorafast.backends.aten.operations import keep_mask
+from lorafast.core.dtypes import wide
+from lorafast.operands import Weight
 from lorafast.ops.checks import describe_layout
-from lorafast.reference import wide
 from lorafast.reference.dropout import survivor_scale
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -37,11 +40,13 @@ def lora_linear(
         BackendError: a backend is forced that isn't made of PyTorch's own operations.
     """
     kind = type(x).__name__ if is_sharded(x) else describe_layout(x)
-    dispatch.check_plain_pytorch("lora_linear", f"inputs like this one ({kind})")
+    forced.check_plain_pytorch("lora_linear", f"inputs like this one ({kind})")
     dropped = _drop(x, dropout_p, seed) if dropout_p else x
     dtype = wide(x.dtype)
     s = F.linear(dropped.to(dtype), lora_A.to(dtype))
-    return (F.linear(x, weight, bias) + F.linear(s, lora_B.to(dtype) * scaling)).to(x.dtype)
+    return (
+        F.linear(x, operands.as_dense(weight), bias) + F.linear(s, lora_B.to(dtype) * scaling)
+    ).to(x.dtype)
 
 
 def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -63,7 +68,7 @@ def _drop_sharded(x: Any, dropout_p: float, seed: Tensor) -> Tensor:
     everywhere = [Replicate()] * mesh.ndim
     seed = distribute_tensor(seed, mesh, everywhere).to_local()  # the first rank's, on all of them
     K = x.shape[-1]
-    keep = aten.keep_mask(x.numel() // max(K, 1), K, dropout_p, seed).view(x.shape)
+    keep = keep_mask(x.numel() // max(K, 1), K, dropout_p, seed).view(x.shape)
     kept = DTensor.from_local(keep, mesh, everywhere, run_check=False)
     return torch.where(kept, x.to(wide(x.dtype)), 0.0) * survivor_scale(dropout_p)
 

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafast.operands import packed
+from lorafast import operands
+from lorafast.backends.plan import Run
+from lorafast.core.problem import WANTS
+from lorafast.operands import Weight
 from lorafast.reference.dropout import (
     COLUMNS_PER_CALL,
     MULTIPLIERS,
@@ -24,30 +27,54 @@ from lorafast.reference.dropout import (
 
 _LOW = 0xFFFFFFFF
 _HALF = torch.float16
-SMALL = 1 << 22
-"""Multiply-adds of the base product below which a call's own cost counts more than its passes."""
 
 
 def small_lora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None
-) -> Tensor:
-    """The LoRA linear layer without dropout for ``x [M, K]``, in the fewest and cheapest calls.
-
-    PyTorch differentiates it itself, which costs a small layer less than a backward in Python.
-    """
-    y = packed.linear(x, weight, bias)
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, None]:
+    """The layer without dropout in the fewest and cheapest calls, for PyTorch to differentiate."""
+    y = operands.linear(x, weight, bias)
     if x.dtype is _HALF:
         s = F.linear(x.float(), lora_A.float())
-        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype)
+        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype), None
     s = F.linear(x, lora_A)
     if scaling == 1.0:
-        return y.addmm_(s, lora_B.t())
-    return y.addmm_(s, lora_B.t(), alpha=scaling)
+        return y.addmm_(s, lora_B.t()), None
+    return y.addmm_(s, lora_B.t(), alpha=scaling), None
+
+
+def merged_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, None]:
+    """The layer without dropout as ``x·(W + scaling · B·A)ᵀ + bias``: two calls instead of three.
+
+    Not below float32, where the sum would round small updates away. A frozen A has no gradient to keep x
+    for, which this does.
+    """
+    if not lora_A.requires_grad and torch.is_grad_enabled():
+        return small_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    if scaling == 1.0:
+        return F.linear(x, torch.addmm(weight, lora_B, lora_A), bias), None
+    return F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias), None
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``s = drop(x)·Aᵀ``."""
-    if x.dtype is torch.float16:
+    if x.dtype is _HALF:
         x = x.float()
     if dropout_p:
         x = _dropout(x, dropout_p, seed)
@@ -58,7 +85,7 @@ def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | Non
 
 def linear_expand(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     s: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -67,12 +94,12 @@ def linear_expand(
     seed: Tensor | None = None,
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
-    if x.dtype is torch.float16:
+    if x.dtype is _HALF:
         low = _dropout(_scaled_mm(s, lora_B.float().t(), scaling), dropout_p, seed)
-        return low.add_(packed.linear(x, weight, bias)).to(x.dtype)
+        return low.add_(operands.linear(x, weight, bias)).to(x.dtype)
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
-    base = packed.linear_if_packed(x, weight, bias)
+    base = operands.packed_linear(x, weight, bias)
     if base is not None:
         if dropout_p:
             return base.add_(_dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))
@@ -85,30 +112,56 @@ def linear_expand(
         y = _scaled_mm(s, lora_B.t(), scaling)
     else:
         y = torch.addmm(bias, s, lora_B.t(), alpha=scaling)
-    return y.addmm_(x, weight.t())
+    return operands.add_linear_(y, x, weight)
 
 
-def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``."""
-    if dy.dtype is torch.float16:
-        dy = dy.float()
-    ds = _scaled_mm(dy, lora_B.to(dy.dtype), scaling)
-    dB = _scaled_mm(dy.t(), s, scaling)
-    return ds, dB.to(lora_B.dtype)
-
-
-def shrink_backward(
+def linear_expand_transposed(
+    dy: Tensor,
+    weight: Weight,
     ds: Tensor,
-    x: Tensor,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    lora_A_t: Tensor,
+    scaling: float,
+    bias: None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> Tensor:
-    """``dA = dsᵀ·drop(x)``."""
-    dtype = dtype or x.dtype
-    if x.dtype is torch.float16:
-        x = x.float()
-    return torch.mm(ds.t(), _dropout(x, dropout_p, seed)).to(dtype)
+    """``dx = dy·W + drop(scaling · ds·A)``."""
+    if dy.dtype is _HALF:
+        low = _dropout(_scaled_mm(ds, lora_A_t.float().t(), scaling), dropout_p, seed)
+        return low.add_(operands.linear_transposed(dy, weight)).to(dy.dtype)
+    low = _dropout(_scaled_mm(ds, lora_A_t.to(dy.dtype).t(), scaling), dropout_p, seed)
+    return operands.add_linear_transposed_(low, dy, weight)
+
+
+def expand_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:
+    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``: what is wanted."""
+    want_ds, want_dB, want_dbias = (name in wants for name in WANTS["expand_backward"])
+
+    def run(
+        dy: Tensor, s: Tensor | None, lora_B: Tensor | None, scaling: float
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        ds = dB = None
+        wide = dy.float() if dy.dtype is _HALF else dy
+        if want_ds:
+            assert lora_B is not None
+            ds = _scaled_mm(wide, lora_B.to(wide.dtype), scaling)
+        if want_dB:
+            assert s is not None
+            dB = _scaled_mm(wide.t(), s, scaling).to(dtype)
+        return ds, dB, dy.sum(0) if want_dbias else None
+
+    return run
+
+
+def shrink_backward(dtype: torch.dtype) -> Run:
+    """``dA = dsᵀ·drop(x)`` in ``dtype``."""
+
+    def run(ds: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+        if x.dtype is _HALF:
+            x = x.float()
+        return torch.mm(ds.t(), _dropout(x, dropout_p, seed)).to(dtype)
+
+    return run
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:

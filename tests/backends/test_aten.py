@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lorafast import reference
-from lorafast.ops import aten
+from lorafast.backends.aten import operations as aten
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.05, 0.5, 1.0])

@@ -1,0 +1,62 @@
+"""``aten``: what serves everything, and what every other backend is measured against."""
+
+from lorafast.backends import composed, cost
+from lorafast.backends.aten import operations
+from lorafast.backends.plan import Backend, Plan, Refusal, Run
+from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.operands import DENSE
+
+SMALL = 1 << 22
+"""Multiply-adds of the base GEMM on a CPU below which a call's own cost counts more than its passes."""
+_MERGED = 1 << 16
+"""Multiply-adds up to which ``W + scaling · B·A`` costs less than the call that it saves: measured on one
+thread, 32 to 256 features, ranks 4 to 64."""
+_EXACT = 4
+"""Bytes of an element from which W may take the update up."""
+
+
+class Aten(Backend):
+    """PyTorch's own calls in their best order; any tensors, dtypes, devices and formats."""
+
+    name = "aten"
+
+    def plan(self, problem: Problem) -> Plan | Refusal:
+        """A layer that is small is left to PyTorch's autograd, another is its operations one by one."""
+        if problem.operation in LAYER_OPERATIONS:
+            if problem.operation == "lora_linear" and _is_small(problem):
+                return _small(problem)
+            return composed.plan_or_refusal(problem, self.plan)
+        run, launches = _operation(problem)
+        return cost.priced(Plan(self.name, run, launches), problem)
+
+
+def _is_small(p: Problem) -> bool:
+    alone = "s" not in p.wants and not p.dropout and p.adapter_dtype is p.dtype
+    if cost.gpu_of(p) is not None:
+        return alone and cost.host_bound(Aten.name, p)
+    return alone and p.M * p.K * p.N < SMALL
+
+
+def _small(p: Problem) -> Plan:
+    run, calls = operations.small_lora_linear, 3
+    if p.dtype.itemsize >= _EXACT and p.format == DENSE and p.K * p.N * (p.r + p.M) <= _MERGED:
+        run, calls = operations.merged_lora_linear, 2
+    return Plan(
+        Aten.name,
+        run,
+        (f"{calls} calls that PyTorch differentiates itself",),
+        ahead="a layer so small that the fewest calls are the fastest",
+        differentiable=True,
+    )
+
+
+def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
+    if p.operation == "shrink":
+        return operations.shrink, ("one product",)
+    if p.operation == "expand_backward":
+        run = operations.expand_backward(p.wants, p.adapter_dtype)
+        return run, (f"{', '.join(p.wants)}: one call each",)
+    if p.operation == "shrink_backward":
+        return operations.shrink_backward(p.adapter_dtype), ("one product",)
+    run = operations.linear_expand_transposed if p.transposed else operations.linear_expand
+    return run, ("the low-rank product, then the base GEMM onto it",)

@@ -1,0 +1,5 @@
+"""Native kernels for CPUs."""
+
+from lorafast.backends.cpu.backend import Cpu
+
+__all__ = ["Cpu"]

@@ -1,0 +1,114 @@
+"""``cpu``: the native kernels, and the rules by which they are measured to be ahead."""
+
+import torch
+
+from lorafast.backends import composed
+from lorafast.backends.cpu import native
+from lorafast.backends.plan import Backend, Plan, Refusal
+from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SKINNY = 32
+"""The rank up to which, in bfloat16, the native reductions beat oneDNN's: measured at 4 to 128."""
+MANY = 128
+"""The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
+_SMALL = {torch.bfloat16: 1 << 16, torch.float32: 1 << 22}
+"""Multiply-adds of the base GEMM below which, without a mask, three of PyTorch's calls cost less than one
+of ours in a ``Function``: measured between 2**15 and 2**18, and at 128 x 512 x 512."""
+
+
+class Cpu(Backend):
+    """C++ with AVX2 or AVX-512 for the skinny products, whatever format the weight has.
+
+    The rules were measured on a processor with AVX-512 and its bfloat16 product.
+    """
+
+    name = "cpu"
+
+    def why_unusable(self) -> str | None:
+        """Whether the extension is built, and runs."""
+        return native.why_not_loaded()
+
+    def plan(self, problem: Problem) -> Plan | Refusal:
+        """One call for all skinny products of a layer's forward or backward, or one an operation."""
+        reason = _why_refused(problem)
+        if reason is not None:
+            return Refusal(self.name, reason)
+        from lorafast.backends.cpu import operations as run  # which needs the extension
+
+        p = problem
+        ahead = _why_ahead(p)
+        if p.operation == "lora_linear":
+            return Plan(self.name, run.lora_linear, _FORWARD, ahead=ahead)
+        if p.operation == "lora_linear_backward":
+            if p.wants != ("dx", "dA", "dB"):
+                return composed.plan_or_refusal(problem, self.plan)
+            return Plan(self.name, run.lora_linear_backward, _BACKWARD, ahead=ahead)
+        if p.operation == "shrink":
+            return Plan(self.name, run.shrink, ("shrink",), ahead=ahead)
+        if p.operation == "expand_backward":
+            made = run.expand_backward(p.wants, p.adapter_dtype)
+            return Plan(self.name, made, ("expand_backward",), ahead=ahead)
+        if p.operation == "shrink_backward":
+            made = run.shrink_backward(p.adapter_dtype)
+            return Plan(self.name, made, ("shrink_backward",), ahead=ahead)
+        product = run.linear_expand_transposed if p.transposed else run.linear_expand
+        return Plan(self.name, product, ("the base GEMM, then expand onto it",), ahead=ahead)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """The instruction set, and when ``auto`` takes these kernels."""
+        reason = native.why_not_loaded()
+        if reason is not None:
+            return [("native CPU kernels", reason)]
+        rules = ["with dropout"]
+        if native.multiplies_bfloat16():
+            rules.append(f"in bfloat16 up to rank {SKINNY}")
+        if native.has_avx512():
+            rules.append(f"in float32 from {MANY} rows")
+        return [
+            ("native CPU kernels", native.capability()),
+            ("chosen on a CPU", ", ".join(rules)),
+        ]
+
+
+_FORWARD = ("the base GEMM, then both skinny products in one call",)
+_BACKWARD = ("the base GEMM, then all skinny products in one call",)
+
+
+def _why_refused(p: Problem) -> str | None:
+    if p.device.type != "cpu":
+        return f"an input is on {p.device}, the native kernels run on the CPU"
+    if not p.plain:
+        return "an input is a tensor subclass or on another device: the kernels read plain tensors"
+    for dtype in (p.dtype, p.adapter_dtype):
+        if dtype not in _DTYPES:
+            return f"the dtype is {dtype}, the kernels have float32, bfloat16 and float16"
+    return None
+
+
+def _why_ahead(p: Problem) -> str | None:
+    """The measurement by which these kernels are the fastest for a problem, or None.
+
+    A layer is like its ``shrink``, or its backward's reductions: its base GEMM has left Python and the
+    dispatcher cold, and each call more costs more than what another backend would gain.
+    """
+    if p.operation in LAYER_OPERATIONS:
+        if p.operation == "lora_linear" and _is_small(p):
+            return None
+        first = next((q for q in parts(p) if q.operation != "linear_expand"), None)
+        return None if first is None else _why_ahead(first._replace(dropout=p.dropout))
+    if p.dropout:
+        return "on a CPU with dropout, measured"
+    if p.dtype is torch.bfloat16 and native.multiplies_bfloat16():
+        if p.operation == "linear_expand":
+            return "on a CPU in bfloat16, measured"
+        if p.r <= SKINNY:
+            return f"on a CPU in bfloat16 up to rank {SKINNY}, measured"
+    elif p.dtype is torch.float32 and p.M >= MANY and native.has_avx512():
+        return f"on a CPU in float32 from {MANY} rows, measured"
+    return None
+
+
+def _is_small(p: Problem) -> bool:
+    alone = "s" not in p.wants and not p.dropout and p.adapter_dtype is p.dtype
+    return alone and _SMALL.get(p.dtype, 0) > p.M * p.K * p.N

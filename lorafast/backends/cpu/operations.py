@@ -1,0 +1,152 @@
+"""The native CPU kernels of ``csrc/cpu/`` for the skinny products; the base GEMM stays oneDNN's or MKL's."""
+
+import torch
+from torch import Tensor
+
+from lorafast import operands
+from lorafast.backends.cpu import native
+from lorafast.backends.plan import Run
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import WANTS
+from lorafast.operands import Weight
+from lorafast.reference.dropout import survivor_scale, threshold
+
+_HALF = torch.float16
+native.why_not_loaded()  # loads them
+_kernels = torch.ops.lorafast_cpu
+_shrink = _kernels.shrink.default
+_expand_ = _kernels.expand_.default
+_expand_backward = _kernels.expand_backward.default
+_shrink_backward = _kernels.shrink_backward.default
+_lora_linear_ = _kernels.lora_linear_.default
+_lora_linear_backward_ = _kernels.lora_linear_backward_.default
+
+
+def _mask(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    if not dropout_p:
+        return None, 0, 1.0
+    return seed, threshold(dropout_p), survivor_scale(dropout_p)
+
+
+def _low_rank(x: Tensor, r: int) -> Tensor:
+    """Memory for ``s``; naming a dtype costs a small layer a hundredth of its forward."""
+    if x.dtype is _HALF:
+        return x.new_empty((x.shape[0], r), dtype=wide(_HALF))
+    return x.new_empty((x.shape[0], r))
+
+
+def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """``s = drop(x)·Aᵀ``."""
+    s = _low_rank(x, lora_A.shape[0])
+    _shrink(x, lora_A, *_mask(dropout_p, seed), s)
+    return s
+
+
+def linear_expand(
+    x: Tensor,
+    weight: Weight,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
+    y = operands.linear(x, weight, bias)
+    _expand_(y, s, lora_B, float(scaling), *_mask(dropout_p, seed))
+    return y
+
+
+def linear_expand_transposed(
+    dy: Tensor,
+    weight: Weight,
+    ds: Tensor,
+    lora_A_t: Tensor,
+    scaling: float,
+    bias: None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``dx = dy·W + drop(scaling · ds·A)``."""
+    dx = operands.linear_transposed(dy, weight)
+    _expand_(dx, ds, lora_A_t, float(scaling), *_mask(dropout_p, seed))
+    return dx
+
+
+def expand_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:
+    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``: what is wanted."""
+    want_ds, want_dB, want_dbias = (name in wants for name in WANTS["expand_backward"])
+
+    def run(
+        dy: Tensor, s: Tensor | None, lora_B: Tensor | None, scaling: float
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        ds = dB = None
+        if want_ds and want_dB:
+            assert s is not None
+            assert lora_B is not None
+            ds, dB = s.new_empty(s.shape), lora_B.new_empty(lora_B.shape)
+            _expand_backward(dy, s, lora_B, float(scaling), ds, dB)
+        elif want_ds:
+            assert lora_B is not None
+            ds = _low_rank(dy, lora_B.shape[1])  # a shrink; scaled before it is rounded
+            _shrink(dy, lora_B.t().float() * scaling, None, 0, 1.0, ds)
+        elif want_dB:
+            assert s is not None
+            scaled = s.new_empty((s.shape[1], dy.shape[1]), dtype=torch.float32)
+            _shrink_backward(s, dy, None, 0, 1.0, scaled)  # transposed
+            dB = scaled.t().mul(scaling).to(dtype, memory_format=torch.contiguous_format)
+        return ds, dB, dy.sum(0) if want_dbias else None
+
+    return run
+
+
+def shrink_backward(dtype: torch.dtype) -> Run:
+    """``dA = dsᵀ·drop(x)`` in ``dtype``."""
+
+    def run(ds: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+        dA = x.new_empty((ds.shape[1], x.shape[1]), dtype=dtype)
+        _shrink_backward(ds, x, *_mask(dropout_p, seed), dA)
+        return dA
+
+    return run
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``shrink`` and ``linear_expand``: ``y`` and ``s``, the skinny products in one call."""
+    y = operands.linear(x, weight, bias)
+    s = _low_rank(x, lora_A.shape[0])
+    _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
+    return y, s
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, None, Tensor, Tensor, None]:
+    """``expand_backward``, ``shrink_backward`` and ``linear_expand``: ``dx``, ``dA``, ``dB``."""
+    dx = operands.linear_transposed(dy, weight)
+    ds, dA, dB = (
+        s.new_empty(s.shape),
+        lora_A.new_empty(lora_A.shape),
+        lora_B.new_empty(lora_B.shape),
+    )
+    mask = _mask(dropout_p, seed)
+    _lora_linear_backward_(dx, dy, x, lora_A, lora_B, s, float(scaling), *mask, ds, dA, dB)
+    return dx, None, dA, dB, None

@@ -1,0 +1,265 @@
+"""A call described: of a layer's forward and backward, and of each of the four operations."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafast import operands
+from lorafast.backends import forced, registry
+from lorafast.backends.plan import Refusal
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import WANTS, Layout, Layouts, Problem, is_plain
+from lorafast.operands import Weight
+
+FROZEN = ("dx", "dA", "dB")
+"""What the backward of a frozen layer with a trained adapter is asked for."""
+
+
+def planned(problem: Problem) -> Any:
+    """What runs the problem: by the forced backend, or by the one that is the fastest.
+
+    Raises:
+        BackendError: the forced backend can't serve it.
+    """
+    return registry.choose(problem, forced.forced()).run
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Whether PyTorch may round the float32 products of ``x`` to TF32."""
+    return x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def shrink_problem(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Problem:
+    """``s = drop(x)·Aᵀ``."""
+    return _problem(
+        "shrink", x, lora_A.dtype, K=x.shape[1], r=lora_A.shape[0], others=(seed,),
+        layouts={"x": x, "lora_A": lora_A}, dropout=bool(dropout_p),
+    )  # fmt: skip
+
+
+def linear_expand_problem(
+    x: Tensor,
+    weight: Weight,
+    s: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    transposed: bool,
+) -> Problem:
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``, or transposed, ``dx``."""
+    if transposed:
+        layouts = {"dy": x, "s": s, "lora_A": lora_B.t()}  # A as it is stored
+    else:
+        layouts = {"x": x, "s": s, "lora_B": lora_B}
+    N, K = weight.shape
+    return _problem(
+        "linear_expand", x, lora_B.dtype, K=K, N=N, r=s.shape[1], weight=weight, layouts=layouts,
+        others=(seed, bias), transposed=transposed, dropout=bool(dropout_p), bias=bias is not None,
+    )  # fmt: skip
+
+
+def expand_backward_problem(
+    dy: Tensor,
+    s: Tensor | None,
+    lora_B: Tensor | None,
+    wants: tuple[str, ...],
+    adapter_dtype: torch.dtype,
+) -> Problem:
+    """``ds``, ``dB`` and ``dbias``, what is wanted of them."""
+    factor = lora_B if s is None else s
+    return _problem(
+        "expand_backward", dy, adapter_dtype, N=dy.shape[1],
+        r=0 if factor is None else factor.shape[1],
+        layouts={"dy": dy, "s": s, "lora_B": lora_B}, wants=wants,
+    )  # fmt: skip
+
+
+def shrink_backward_problem(
+    ds: Tensor,
+    x: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    adapter_dtype: torch.dtype,
+) -> Problem:
+    """``dA = dsᵀ·drop(x)``."""
+    return _problem(
+        "shrink_backward", x, adapter_dtype, K=x.shape[1], r=ds.shape[1], others=(seed,),
+        layouts={"x": x, "s": ds}, dropout=bool(dropout_p),
+    )  # fmt: skip
+
+
+def _problem(
+    operation: str,
+    x: Tensor,
+    adapter_dtype: torch.dtype,
+    *,
+    K: int = 0,
+    N: int = 0,
+    r: int,
+    weight: Weight | None = None,
+    others: tuple[Tensor | None, ...] = (),
+    layouts: dict[str, Tensor | None],
+    **fields: Any,
+) -> Problem:
+    """The problem of an operation on ``x`` or ``dy [M, …]``.
+
+    ``layouts``: by the names of ``Layouts`` the matrices that it reads beside the weight; ``others``:
+    what it reads beside these.
+    """
+    stored = [] if weight is None else operands.stored(weight)
+    plain = is_plain(x, *stored, *layouts.values(), *others)
+    found = Layouts()
+    if plain and not x.is_meta:
+        named = {name: Layout.of(t) for name, t in layouts.items() if t is not None}
+        if weight is not None:
+            named["weight"] = _weight_layout(weight)
+        found = Layouts(**named)
+    return Problem(
+        operation, x.shape[0], K, N, r, x.dtype, adapter_dtype, x.device,
+        operands.DENSE if weight is None else operands.format_of(weight),
+        plain=plain, tf32=allows_tf32(x), layouts=found, **fields,
+    )  # fmt: skip
+
+
+def _weight_layout(weight: Weight) -> Layout:
+    """How the weight lies in memory; of one that is not dense its format knows."""
+    return Layout.of(weight) if isinstance(weight, Tensor) else Layout()
+
+
+def layer_problem(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    dropout: bool,
+    wants: tuple[str, ...],
+    layouts: bool,
+) -> Problem:
+    """A layer's forward, described; ``x`` is a matrix."""
+    (N, K), r = weight.shape, lora_A.shape[0]
+    plain = is_plain(x, *operands.stored(weight), lora_A, lora_B, bias)
+    found = Layouts()
+    if layouts and plain and not x.is_meta:
+        found = Layouts(
+            x=Layout.of(x),
+            weight=_weight_layout(weight),
+            lora_A=Layout.of(lora_A),
+            lora_B=Layout.of(lora_B),
+        )
+    return Problem(
+        "lora_linear", x.shape[0], K, N, r, x.dtype, lora_A.dtype, x.device,
+        operands.format_of(weight), wants=wants, dropout=dropout, bias=bias is not None,
+        plain=plain, tf32=allows_tf32(x), layouts=found,
+    )  # fmt: skip
+
+
+def backward_problem(p: Problem, wants: tuple[str, ...], dy: Tensor, layouts: bool) -> Problem:
+    """The backward of a layer's forward ``p``."""
+    plain = p.plain and is_plain(dy)
+    found = p.layouts
+    if layouts and plain and not dy.is_meta:
+        s = Layout.fresh(p.M, p.r, wide(p.dtype))
+        found = found._replace(dy=Layout.of(dy), s=s)
+    return p._replace(
+        operation="lora_linear_backward", wants=wants, bias=False, plain=plain, layouts=found
+    )
+
+
+def why_not(name: str, like: Tensor) -> str | None:
+    """Why backend ``name`` can't serve layers of the dtype and on the device of ``like``, or None."""
+    x = like.new_empty((1, 1))
+    problem = layer_problem(x, x, x, x, None, False, ("y",), layouts=True)
+    answer = registry.plan_of(name, problem)
+    return answer.reason if isinstance(answer, Refusal) else None
+
+
+def on_backend(name: str | None) -> SimpleNamespace:
+    """The operations on backend ``name`` (None: the fastest for each call), below autograd.
+
+    Functions by name, as ``Plan`` describes their arguments, but that ``expand_backward`` returns ``ds``
+    and ``dB`` alone, ``shrink_backward`` takes the dtype of ``dA`` too, ``linear_expand`` whether it is
+    ``transposed``, and ``lora_linear_backward`` returns ``dx``, ``dA`` and ``dB``.
+    """
+
+    def run(problem: Problem, *arguments: Any) -> Any:
+        return registry.choose(problem, name).run(*arguments)
+
+    def shrink(
+        x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
+    ) -> Any:
+        problem = shrink_problem(x, lora_A, dropout_p, seed)
+        return run(problem, x, lora_A, dropout_p, seed)
+
+    def linear_expand(
+        x: Tensor,
+        weight: Weight,
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        *,
+        transposed: bool = False,
+    ) -> Any:
+        problem = linear_expand_problem(x, weight, s, lora_B, bias, dropout_p, seed, transposed)
+        return run(problem, x, weight, s, lora_B, scaling, bias, dropout_p, seed)
+
+    def expand_backward(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Any:
+        problem = expand_backward_problem(dy, s, lora_B, ("ds", "dB"), lora_B.dtype)
+        return run(problem, dy, s, lora_B, scaling)[:2]
+
+    def shrink_backward(
+        ds: Tensor,
+        x: Tensor,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        problem = shrink_backward_problem(ds, x, dropout_p, seed, dtype or x.dtype)
+        return run(problem, ds, x, dropout_p, seed)
+
+    def lora_linear(
+        x: Tensor,
+        weight: Weight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Any:
+        wants = WANTS["lora_linear"]
+        problem = layer_problem(
+            x, weight, lora_A, lora_B, bias, bool(dropout_p), wants, layouts=True
+        )
+        return run(problem, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+    def lora_linear_backward(
+        dy: Tensor,
+        x: Tensor,
+        weight: Weight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        s: Tensor,
+        scaling: float,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Any:
+        forward = layer_problem(x, weight, lora_A, lora_B, None, bool(dropout_p), (), layouts=True)
+        problem = backward_problem(forward, FROZEN, dy, layouts=True)
+        found = run(problem, dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed)
+        return found[0], found[2], found[3]
+
+    return SimpleNamespace(
+        shrink=shrink,
+        linear_expand=linear_expand,
+        expand_backward=expand_backward,
+        shrink_backward=shrink_backward,
+        lora_linear=lora_linear,
+        lora_linear_backward=lora_linear_backward,
+    )
