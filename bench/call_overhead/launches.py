@@ -41,7 +41,7 @@ def nothing_launched() -> Iterator[list[str]]:
         unload_module=lambda module: None,
     )  # fmt: skip
 
-    class Nothing(DriverBase):  # type: ignore[misc]
+    class Nothing(DriverBase):
         def __init__(self) -> None:
             self.utils, self.launcher_cls = utils, nvidia.CudaLauncher
 

@@ -216,7 +216,7 @@ def compare(reduced: Reduced) -> dict[str, str | None]:
             assert isinstance(plan, Plan), plan
             with _counting() as counted:
                 plan.run(*tensors)
-            device = cost.gpu_of(call)
+            device = cost.gpu_of(call.device)
             assert device is not None
             # What helpers read is not told apart there.
             formula = [replace(launch, helped=0) for launch in formula_of(call, device)]

@@ -149,11 +149,11 @@ def pretending(device: Device) -> Iterator[None]:
         registry.forget_plans()
 
 
-def gpu_of(problem: Problem) -> Device | None:
-    """The GPU on which the problem is, or None."""
+def gpu_of(device: torch.device) -> Device | None:
+    """What is known of ``device``, None if it is no GPU."""
     if _pretended is not None:
         return _pretended
-    return device_of(problem.device) if problem.device.type == "cuda" else None
+    return device_of(device) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def price(backend: str, problem: Problem, device: Device | None = None) -> Price
 
     ``device`` is that of the problem unless another one is to be reckoned with.
     """
-    device = device or gpu_of(problem)
+    device = device or gpu_of(problem.device)
     if device is None:
         return None
     return _measured(backend, problem, device) or _modelled(backend, problem, device)
@@ -238,7 +238,7 @@ def priced(plan: Plan, problem: Problem, device: Device | None = None) -> Plan:
 
 def host_bound(backend: str, problem: Problem, device: Device | None = None) -> bool:
     """Whether the host takes longer for a layer's forward, through its ``Function``, than the GPU."""
-    device = device or gpu_of(problem)
+    device = device or gpu_of(problem.device)
     estimate = None if device is None else estimate_of(backend, problem, device)
     return estimate is not None and estimate.device < estimate.host + LAYER_SECONDS
 

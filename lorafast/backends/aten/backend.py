@@ -32,7 +32,7 @@ class Aten(Backend):
 
 def _is_small(p: Problem) -> bool:
     alone = "s" not in p.wants and not p.dropout and p.adapter_dtype is p.dtype
-    if cost.gpu_of(p) is not None:
+    if cost.gpu_of(p.device) is not None:
         return alone and cost.host_bound(Aten.name, p)
     return alone and p.M * p.K * p.N < SMALL
 

@@ -45,7 +45,7 @@ class Triton(Backend):
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """Its launches, or why the kernels can't serve it."""
-        device = device_of(problem)
+        device = device_of(problem.device)
         reason = _why_refused(problem, device)
         if reason is not None:
             return Refusal(self.name, reason)
@@ -131,12 +131,12 @@ def _version(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def device_of(problem: Problem) -> Device | None:
-    """Where the kernels would run, None if nowhere."""
-    found = gpu_of(problem)
+def device_of(device: torch.device) -> Device | None:
+    """What the kernels of calls on ``device`` run on, None if they don't."""
+    found = gpu_of(device)
     if found is not None:
         return found
-    return interpreter() if interpreting() and problem.device.type == "cpu" else None
+    return interpreter() if interpreting() and device.type == "cpu" else None
 
 
 def interpreter() -> Device:
