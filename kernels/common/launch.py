@@ -30,14 +30,12 @@ def precision(x: Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def dropout_arguments(x: Tensor, dropout_p: float, seed: Tensor | None) -> dict[str, object]:
-    """The kernel arguments of a dropout; a kernel without one gets a pointer it never reads."""
-    dropped = dropout_p > 0.0 and seed is not None
+def dropout_arguments(dropout_p: float, seed: Tensor | None) -> dict[str, object]:
+    """The kernel arguments of a dropout; without one there is no seed."""
     return {
-        "seed_ptr": seed if dropped else x,
+        "seed_ptr": seed if dropout_p > 0.0 else None,
         "threshold": threshold(dropout_p),
         "survivor_scale": survivor_scale(dropout_p),
-        "HAS_DROPOUT": dropped,
     }
 
 

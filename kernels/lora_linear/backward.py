@@ -1,6 +1,6 @@
 """``dx``, ``dA`` and ``dB`` of a LoRA linear layer.
 
-Where helpers pay, ``ds`` and ``dB`` are made beside the product of dx, which takes ds in its last
+Where helper CTAs pay, ``ds`` and ``dB`` are made beside the GEMM of dx, which takes ds in its last
 step, and ``dA`` behind them; under dropout ``dA`` has a launch of its own. Elsewhere they are
 ``expand_backward``, ``shrink_backward`` and ``linear_expand``.
 """
@@ -8,6 +8,7 @@ step, and ``dA`` behind them; under dropout ``dA`` has a launch of its own. Else
 import torch
 import triton
 import triton.language as tl
+from lorafast.kernels.common.bundles import Mask, Matrix, Sum
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import cast, raise_flag, wait_for
@@ -26,11 +27,11 @@ from lorafast.kernels.expand_backward.kernel import expand_backward_group
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
-    bulk_copies,
     finish,
     multiply,
-    tile_arguments,
+    takes_tma,
     tile_at,
+    tiles_of,
 )
 from lorafast.kernels.lora_linear.helpers import (
     FLAGS,
@@ -47,9 +48,9 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["M", "r", "waves", "m_blocks", "threshold"])
 def lora_linear_backward_kernel(
-    x,
+    dy,
     w,
-    y,
+    dx,
     dy_ptr,
     x_ptr,
     a_ptr,
@@ -58,8 +59,10 @@ def lora_linear_backward_kernel(
     ds_ptr,
     da_ptr,
     db_ptr,
+    dbias_ptr,
     ds_partials_ptr,
     db_partials_ptr,
+    dbias_partials_ptr,
     seed_ptr,
     counters_ptr,
     M,
@@ -71,12 +74,12 @@ def lora_linear_backward_kernel(
     threshold,
     scaling,
     survivor_scale,
-    stride_xm,
-    stride_xk,
+    stride_dym,
+    stride_dyn,
     stride_wn,
     stride_wk,
-    stride_rows,
-    stride_cols,
+    stride_xm,
+    stride_xk,
     stride_ar,
     stride_ak,
     stride_bn,
@@ -91,7 +94,7 @@ def lora_linear_backward_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    N_MAJOR: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
     HELPERS: tl.constexpr,
@@ -102,15 +105,22 @@ def lora_linear_backward_kernel(
     COLUMNS_M: tl.constexpr,
     COLUMNS_K: tl.constexpr,
     COLUMNS_STAGES: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The product is ``dx [M, K] = dy [M, N] · W``: its operands are x = dy, w = Wᵀ, y = dx.
+    """The tiles are those of ``dx [M, K] = dy [M, N] · W``, whose inner dimension is N.
+
+    They read dy and W and write dx by ``dy``, ``w`` and ``dx``, descriptors or pointers; the helpers
+    read dy by ``dy_ptr``.
 
     The helpers' first items are row groups by column groups of dy: a row group's flag says that its ds
     is there. Then, without dropout, come column blocks of x for dA, which need all of ds.
     """
+    a_columns = Matrix(a_ptr, stride_ak, stride_ar)  # Aᵀ [K, r]
+    mask = Mask(seed_ptr, threshold, survivor_scale) if seed_ptr is not None else None
+    if not DESCRIPTORS:
+        dy = Matrix(dy, stride_dym, stride_dyn)
+        w = Matrix(w, stride_wk, stride_wn)  # Wᵀ [K, N]
     programs = tl.num_programs(0)
     program = tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed")
     rows_of_group = m_blocks * HELPER_M
@@ -121,21 +131,23 @@ def lora_linear_backward_kernel(
     if program < HELPERS:
         groups = row_groups * col_groups
         items = groups
-        if not HAS_DROPOUT:
+        if mask is None:
             items += tl.cdiv(K, COLUMNS_K)
         item = tl.atomic_add(counters_ptr + ITEMS, 1, sem="relaxed")
         while item < groups:
             completed = expand_backward_group(
-                dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, ds_partials_ptr, db_partials_ptr,
+                Matrix(dy_ptr, stride_dym, stride_dyn),
+                Matrix(s_ptr, stride_sm, stride_sr), Matrix(b_ptr, stride_bn, stride_br),
+                ds_ptr, ds_partials_ptr, Sum(db_ptr, db_partials_ptr),
+                Sum(dbias_ptr, dbias_partials_ptr) if dbias_ptr is not None else None,
                 flags_ptr + row_groups, item // col_groups, item % col_groups, 0,
                 row_groups, col_groups, 1, M, N, r, m_blocks, scaling,
-                stride_xm, stride_xk, stride_sm, stride_sr, stride_bn, stride_br,
-                HELPER_M, HELPER_N, HELPER_R, HELPER_STAGES, True, PRECISION, INTERPRETED,
+                HELPER_M, HELPER_N, HELPER_R, HELPER_STAGES, PRECISION, INTERPRETED,
             )  # fmt: skip
             if completed:
                 raise_flag(flags_ptr + item // col_groups)
             item = tl.atomic_add(counters_ptr + ITEMS, 1, sem="relaxed")
-        if not HAS_DROPOUT:
+        if mask is None:
             ds_ready = ds_ptr
             if item < items:
                 for group in range(0, row_groups):
@@ -144,9 +156,9 @@ def lora_linear_backward_kernel(
             while item < items:
                 first_col = (item - groups) * COLUMNS_K
                 da = shrink_backward_columns(
-                    ds_ready, x_ptr, x_ptr, first_col, ranks, 0, M, K, r, 0, 1.0,
-                    r, 1, stride_rows, stride_cols,
-                    COLUMNS_M, COLUMNS_K, COLUMNS_STAGES, False, PRECISION, INTERPRETED,
+                    Matrix(ds_ready, r, 1), Matrix(x_ptr, stride_xm, stride_xk), None,
+                    first_col, ranks, 0, M, K, r,
+                    COLUMNS_M, COLUMNS_K, COLUMNS_STAGES, PRECISION, INTERPRETED,
                 )  # fmt: skip
                 cols = first_col + tl.arange(0, COLUMNS_K)
                 tl.store(
@@ -164,24 +176,22 @@ def lora_linear_backward_kernel(
         tile = tile_of(i, program, programs, waves, HELPERS)
         row_block, col_block = tile_at(tile, M, K, BLOCK_M, BLOCK_N, GROUP_M)
         acc = multiply(
-            x, w, row_block, col_block, 0, n_blocks, M, K, N,
-            stride_xm, stride_xk, stride_wn, stride_wk,
-            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, TRANSPOSED, WARP_SPECIALIZE,
+            dy, w, row_block, col_block, 0, n_blocks, M, K, N,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, WARP_SPECIALIZE,
             PRECISION, INTERPRETED,
         )  # fmt: skip
         flag_ptr = flags_ptr + row_block * BLOCK_M // rows_of_group
-        ds_ready = ds_ptr + wait_for(flag_ptr, INTERPRETED)
-        if not HAS_DROPOUT:
+        ds_of_tile = Matrix(ds_ptr + wait_for(flag_ptr, INTERPRETED), r, 1)
+        if mask is None:
             rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
             cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
             acc = add_low_rank(
-                acc, ds_ready, a_ptr, rows, cols, M, K, r, 1.0,
-                r, 1, stride_ak, stride_ar, BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
+                acc, ds_of_tile, a_columns, rows, cols, M, K, r, 1.0,
+                BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
             )  # fmt: skip
         finish(
-            acc, y, ds_ready, a_ptr, x_ptr, seed_ptr, row_block, col_block * BLOCK_N, M, K, r,
-            threshold, 1.0, survivor_scale, r, 1, stride_ak, stride_ar, 1,
-            BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, False, HAS_DROPOUT, PRECISION, INTERPRETED,
+            acc, dx, ds_of_tile, a_columns, None, mask, row_block, col_block * BLOCK_N, M, K, r, 1.0,
+            BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, PRECISION, INTERPRETED,
         )  # fmt: skip
     clear_when_last(counters_ptr, row_groups + FLAGS, programs)
 
@@ -197,18 +207,20 @@ def lora_linear_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     *,
+    dbias: bool = False,
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``dx = dy·W + drop'(ds·A)``, ``dA = dsᵀ·drop(x)``, ``dB = scaling · dyᵀ·s``, with
-    ``ds = scaling · dy·B``.
+    ``ds = scaling · dy·B``, and ``dbias = Σ dy`` over its rows if asked for.
 
     Shapes: ``dy [M, N]``, ``x [M, K]``, ``weight [N, K]``, ``lora_A [r, K]``, ``lora_B [N, r]``,
-    ``s [M, r]`` → ``dx [M, K]``, ``dA [r, K]``, ``dB [N, r]``, each in the dtype of its argument.
+    ``s [M, r]`` → ``dx [M, K]``, ``dA [r, K]``, ``dB [N, r]``, each in the dtype of its argument, and
+    ``dbias [N]`` in that of ``dy``.
     """
     (M, N), (r, K) = dy.shape, lora_A.shape
     masked = dropout_p > 0.0
-    bulk = bulk_copies(dy, weight.t())
-    # The product is that of dx: its K is the layer's N.
+    bulk = takes_tma(dy, weight, transposed=True)
+    # The GEMM is that of dx: its K is the layer's N.
     c = config or config_for(
         "lora_linear_backward", dy, M, N, K, r,
         adapter_dtype=lora_A.dtype, masked=masked, transposed=True, bulk=bulk,
@@ -220,19 +232,27 @@ def lora_linear_backward(
     if may_help(dy.dtype):
         helpers = backward_helpers(c, rows, cols, M, K, N, r, size, masked, processors(dy))
     if helpers is None:
-        ds, dB = expand_backward(dy, s, lora_B, scaling)
-        dA = shrink_backward(ds, x, dropout_p, seed, lora_A.dtype)
+        some_ds, some_dB, of_bias = expand_backward(dy, s, lora_B, scaling, dbias=dbias)
+        assert some_ds is not None
+        assert some_dB is not None
+        dA = shrink_backward(some_ds, x, dropout_p, seed, lora_A.dtype)
         dx = linear_expand(
-            dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed, config=config
-        )
-        return dx, dA, dB
+            dy, weight, some_ds, lora_A.t(), 1.0, None, dropout_p, seed,
+            transposed=True, config=config,
+        )  # fmt: skip
+        return dx, dA, some_dB, of_bias
     row_groups, col_groups = triton.cdiv(M, group_rows(c)), triton.cdiv(N, rows.block_n)
     dx = torch.empty((M, K), device=dy.device, dtype=dy.dtype)
     ds = torch.empty((M, r), device=dy.device, dtype=dy.dtype)
     dA = torch.empty((r, K), device=dy.device, dtype=lora_A.dtype)
     dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)
+    of_bias = torch.empty(N, device=dy.device, dtype=dy.dtype) if dbias else None
+    tiles = tiles_of(dy, weight, dx, r, True, masked, c)
     with on_device(dy):
         lora_linear_backward_kernel[(helpers.programs,)](
+            dy=tiles.x,
+            w=tiles.w,
+            dx=tiles.y,
             dy_ptr=dy,
             x_ptr=x,
             a_ptr=lora_A,
@@ -241,8 +261,12 @@ def lora_linear_backward(
             ds_ptr=ds,
             da_ptr=dA,
             db_ptr=dB,
+            dbias_ptr=of_bias,
             ds_partials_ptr=dy.new_empty((col_groups, M, r), dtype=torch.float32),
             db_partials_ptr=dy.new_empty((row_groups, N, r), dtype=torch.float32),
+            dbias_partials_ptr=dy.new_empty((row_groups, N), dtype=torch.float32)
+            if dbias
+            else None,
             counters_ptr=counters(dy, FLAGS.value + 2 * row_groups + col_groups),
             M=M,
             N=N,
@@ -251,8 +275,12 @@ def lora_linear_backward(
             waves=helpers.waves,
             m_blocks=group_rows(c) // rows.block_m,
             scaling=float(scaling),
-            stride_rows=x.stride(0),
-            stride_cols=x.stride(1),
+            stride_dym=dy.stride(0),
+            stride_dyn=dy.stride(1),
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_xm=x.stride(0),
+            stride_xk=x.stride(1),
             stride_ar=lora_A.stride(0),
             stride_ak=lora_A.stride(1),
             stride_bn=lora_B.stride(0),
@@ -269,9 +297,9 @@ def lora_linear_backward(
             COLUMNS_STAGES=cols.num_stages,
             PRECISION=precision(dy),
             INTERPRETED=INTERPRETED,
-            **tile_arguments(dy, weight.t(), dx, r, masked, c),
-            **dropout_arguments(dy, dropout_p, seed),
+            **tiles.constants,
+            **dropout_arguments(dropout_p, seed),
         )
     if dropout_p:
         dA = shrink_backward(ds, x, dropout_p, seed, lora_A.dtype)
-    return dx, dA, dB
+    return dx, dA, dB, of_bias

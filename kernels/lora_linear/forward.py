@@ -1,12 +1,13 @@
 """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` and ``s = drop(x)·Aᵀ``.
 
-Where helpers pay it is one launch: they shrink row blocks while the others multiply. Elsewhere it is
+Where helper CTAs pay it is one launch: they shrink row blocks while the others multiply. Elsewhere it is
 ``shrink``, then ``linear_expand``.
 """
 
 import torch
 import triton
 import triton.language as tl
+from lorafast.kernels.common.bundles import Matrix, Vector
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import cast, raise_flag, wait_for
@@ -22,11 +23,11 @@ from lorafast.kernels.common.plan import forward_helpers, may_help
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
-    bulk_copies,
     finish,
     multiply,
-    tile_arguments,
+    takes_tma,
     tile_at,
+    tiles_of,
 )
 from lorafast.kernels.lora_linear.helpers import (
     FLAGS,
@@ -75,18 +76,26 @@ def lora_linear_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    N_MAJOR: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
     HELPERS: tl.constexpr,
     HELPER_K: tl.constexpr,
     HELPER_R: tl.constexpr,
     HELPER_STAGES: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """An item of the helpers is a row block of s; its flag says that it is there."""
+    """An item of the helpers is a row block of s; its flag says that it is there.
+
+    The tiles read x and W by ``x`` and ``w``, descriptors or pointers, the helpers x by ``x_ptr``.
+    """
+    a = Matrix(a_ptr, stride_ar, stride_ak)
+    b = Matrix(b_ptr, stride_bn, stride_br)
+    bias = Vector(bias_ptr, stride_bias) if bias_ptr is not None else None
+    if not DESCRIPTORS:
+        x = Matrix(x, stride_xm, stride_xk)
+        w = Matrix(w, stride_wn, stride_wk)
     programs = tl.num_programs(0)
     program = tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed")
     row_blocks = tl.cdiv(M, BLOCK_M)
@@ -97,9 +106,8 @@ def lora_linear_kernel(
         while item < row_blocks:
             rows = item * BLOCK_M + tl.arange(0, BLOCK_M)
             acc = shrink_rows(
-                x_ptr, a_ptr, x_ptr, rows, ranks, 0, K, M, K, r, 0, 1.0,
-                stride_xm, stride_xk, stride_ar, stride_ak,
-                HELPER_K, HELPER_STAGES, False, PRECISION, INTERPRETED,
+                Matrix(x_ptr, stride_xm, stride_xk), a, None, rows, ranks, 0, K, M, K, r,
+                HELPER_K, HELPER_STAGES, PRECISION, INTERPRETED,
             )  # fmt: skip
             tl.store(
                 s_ptr + rows.to(tl.int64)[:, None] * r + ranks[None, :],
@@ -118,21 +126,19 @@ def lora_linear_kernel(
         row_block, col_block = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = multiply(
             x, w, row_block, col_block, 0, k_blocks, M, N, K,
-            stride_xm, stride_xk, stride_wn, stride_wk,
-            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, TRANSPOSED, WARP_SPECIALIZE,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, WARP_SPECIALIZE,
             PRECISION, INTERPRETED,
         )  # fmt: skip
-        s_ready = s_ptr + wait_for(counters_ptr + FLAGS + row_block, INTERPRETED)
+        s_ready = Matrix(s_ptr + wait_for(counters_ptr + FLAGS + row_block, INTERPRETED), r, 1)
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = add_low_rank(
-            acc, s_ready, b_ptr, rows, cols, M, N, r, scaling,
-            r, 1, stride_bn, stride_br, BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
+            acc, s_ready, b, rows, cols, M, N, r, scaling,
+            BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
         )  # fmt: skip
         finish(
-            acc, y, s_ready, b_ptr, bias_ptr, x_ptr, row_block, col_block * BLOCK_N, M, N, r,
-            0, scaling, 1.0, r, 1, stride_bn, stride_br, stride_bias,
-            BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, HAS_BIAS, False, PRECISION, INTERPRETED,
+            acc, y, s_ready, b, bias, None, row_block, col_block * BLOCK_N, M, N, r, scaling,
+            BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, PRECISION, INTERPRETED,
         )  # fmt: skip
     clear_when_last(counters_ptr, row_blocks + FLAGS, programs)
 
@@ -157,27 +163,31 @@ def lora_linear(
     M, K = x.shape
     N, r = lora_B.shape
     masked = dropout_p > 0.0
-    bulk = bulk_copies(x, weight)
+    bulk = takes_tma(x, weight, transposed=False)
     c = config or config_for(
         "lora_linear", x, M, K, N, r, adapter_dtype=lora_A.dtype, masked=masked, bulk=bulk
     )
-    thin = rule_for("shrink", x, M, K, K, r)
+    skinny = rule_for("shrink", x, M, K, K, r)
     size = x.element_size()
     helpers = None
     if may_help(x.dtype):
-        helpers = forward_helpers(c, thin, M, K, N, r, size, masked, processors(x))
+        helpers = forward_helpers(c, skinny, M, K, N, r, size, masked, processors(x))
     if helpers is None:
         s = shrink(x, lora_A, dropout_p, seed)
         return linear_expand(x, weight, s, lora_B, scaling, bias, config=config), s
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     s = torch.empty((M, r), device=x.device, dtype=x.dtype)
+    tiles = tiles_of(x, weight, y, r, False, False, c)
     with on_device(x):
         lora_linear_kernel[(helpers.programs,)](
+            x=tiles.x,
+            w=tiles.w,
+            y=tiles.y,
             x_ptr=x,
             a_ptr=lora_A,
             s_ptr=s,
             b_ptr=lora_B,
-            bias_ptr=x if bias is None else bias,
+            bias_ptr=bias,
             counters_ptr=counters(x, FLAGS.value + triton.cdiv(M, c.block_m)),
             M=M,
             N=N,
@@ -185,18 +195,21 @@ def lora_linear(
             r=r,
             waves=helpers.waves,
             scaling=float(scaling),
+            stride_xm=x.stride(0),
+            stride_xk=x.stride(1),
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
             stride_ar=lora_A.stride(0),
             stride_ak=lora_A.stride(1),
             stride_bn=lora_B.stride(0),
             stride_br=lora_B.stride(1),
-            stride_bias=1 if bias is None else bias.stride(0),
+            stride_bias=None if bias is None else bias.stride(0),
             HELPERS=helpers.helpers,
-            HELPER_K=thin.block_k,
-            HELPER_R=thin.block_r,
-            HELPER_STAGES=thin.num_stages,
-            HAS_BIAS=bias is not None,
+            HELPER_K=skinny.block_k,
+            HELPER_R=skinny.block_r,
+            HELPER_STAGES=skinny.num_stages,
             PRECISION=precision(x),
             INTERPRETED=INTERPRETED,
-            **tile_arguments(x, weight, y, r, False, c),
+            **tiles.constants,
         )
     return y, s

@@ -6,6 +6,7 @@ Each leaves a partial sum in float32; the last one of a column block adds them u
 import torch
 import triton
 import triton.language as tl
+from lorafast.kernels.common.bundles import Mask, Matrix
 from lorafast.kernels.common.configs import LaunchConfig, chunks
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import (
@@ -30,54 +31,50 @@ from torch import Tensor
 
 @triton.jit
 def shrink_backward_columns(
-    ds_ptr,
-    x_ptr,
-    seed_ptr,
+    ds,
+    x,
+    mask,
     first_col,
     ranks,
     begin,
     end,
     K,
     r,
-    threshold,
-    survivor_scale,
-    stride_dsm,
-    stride_dsr,
-    stride_xm,
-    stride_xk,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``dsᵀ·drop(x)`` in float32 for ``ranks`` and BLOCK_K columns, over the rows from begin to end."""
+    """``dsᵀ·drop(x)`` in float32 for ``ranks`` and BLOCK_K columns, over the rows from begin to end.
+
+    ``ds [M, r]`` and ``x [M, K]`` are ``Matrix``; ``mask`` is a ``Mask``, or None without dropout.
+    """
     cols = first_col + tl.arange(0, BLOCK_K)
     # 64 bits: M·K may pass 2**31 elements.
-    x_cols = x_ptr + cols.to(tl.int64)[None, :] * stride_xk  # [1, BLOCK_K]
-    ds_ranks = ds_ptr + ranks.to(tl.int64)[:, None] * stride_dsr  # [BLOCK_R, 1]
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+    x_cols = x.ptr + cols.to(tl.int64)[None, :] * x.stride_col  # [1, BLOCK_K]
+    ds_ranks = ds.ptr + ranks.to(tl.int64)[:, None] * ds.stride_col  # [BLOCK_R, 1]
+    if mask is not None:
+        seed = tl.load(mask.seed_ptr)
     acc = tl.zeros((ranks.shape[0], BLOCK_K), dtype=tl.float32)
     for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         rows = m + tl.arange(0, BLOCK_M)
         offsets = rows.to(tl.int64)
-        x = tl.load(
-            x_cols + offsets[:, None] * stride_xm,
+        x_tile = tl.load(
+            x_cols + offsets[:, None] * x.stride_row,
             mask=(rows < end)[:, None] & (cols < K)[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_K]
-        ds = tl.load(
-            ds_ranks + offsets[None, :] * stride_dsm,
+        ds_tile = tl.load(
+            ds_ranks + offsets[None, :] * ds.stride_row,
             mask=(ranks < r)[:, None] & (rows < end)[None, :],
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
-        if HAS_DROPOUT:
-            keep = keep_mask(seed, rows, first_col, K, threshold, BLOCK_K)
-            x = drop(x, keep, survivor_scale, INTERPRETED)
-        acc = low_rank_dot(ds, x, acc, PRECISION, INTERPRETED)
-    return scale_sum(acc, x_ptr.dtype.element_ty, survivor_scale, HAS_DROPOUT)
+        if mask is not None:
+            keep = keep_mask(seed, rows, first_col, K, mask.threshold, BLOCK_K)
+            x_tile = drop(x_tile, keep, mask.scale, INTERPRETED)
+        acc = low_rank_dot(ds_tile, x_tile, acc, PRECISION, INTERPRETED)
+    return scale_sum(acc, x.ptr.dtype.element_ty, mask)
 
 
 @triton.jit(do_not_specialize=["M", "r", "m_blocks", "threshold"])
@@ -102,12 +99,13 @@ def shrink_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program (i, j, l): column block i of x, row chunk j, rank block l."""
+    ds = Matrix(ds_ptr, stride_dsm, stride_dsr)
+    x = Matrix(x_ptr, stride_xm, stride_xk)
+    mask = Mask(seed_ptr, threshold, survivor_scale) if seed_ptr is not None else None
     first_col = tl.program_id(0) * BLOCK_K
     chunk = tl.program_id(1)
     cols = first_col + tl.arange(0, BLOCK_K)
@@ -116,13 +114,12 @@ def shrink_backward_kernel(
     begin = chunk * m_blocks * BLOCK_M
     end = tl.minimum(begin + m_blocks * BLOCK_M, M)
     acc = shrink_backward_columns(
-        ds_ptr, x_ptr, seed_ptr, first_col, ranks, begin, end, K, r, threshold, survivor_scale,
-        stride_dsm, stride_dsr, stride_xm, stride_xk,
-        BLOCK_M, BLOCK_K, STAGES, HAS_DROPOUT, PRECISION, INTERPRETED,
+        ds, x, mask, first_col, ranks, begin, end, K, r,
+        BLOCK_M, BLOCK_K, STAGES, PRECISION, INTERPRETED,
     )  # fmt: skip
     offsets = ranks.to(tl.int64)[:, None] * K + cols[None, :]  # [BLOCK_R, BLOCK_K]
     inside = (ranks < r)[:, None] & (cols < K)[None, :]
-    if SPLIT:
+    if partials_ptr is not None:
         size = tl.cast(K, tl.int64) * r
         tl.store(partials_ptr + chunk * size + offsets, acc, mask=inside)
         counter = counters_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
@@ -162,8 +159,8 @@ def shrink_backward(
             ds,
             x,
             dA,
-            x.new_empty((count, r, K), dtype=torch.float32) if split else x,
-            counters(x, col_blocks * rank_blocks) if split else x,
+            x.new_empty((count, r, K), dtype=torch.float32) if split else None,
+            counters(x, col_blocks * rank_blocks) if split else None,
             M=M,
             K=K,
             r=r,
@@ -176,10 +173,9 @@ def shrink_backward(
             BLOCK_K=c.block_k,
             BLOCK_R=c.block_r,
             STAGES=c.num_stages,
-            SPLIT=split,
             PRECISION=precision(x),
             INTERPRETED=INTERPRETED,
             **c.options,
-            **dropout_arguments(x, dropout_p, seed),
+            **dropout_arguments(dropout_p, seed),
         )
     return dA

@@ -18,7 +18,7 @@ def _check(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> None:
 def _run(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     _check(dy, s, lora_B, scaling)
     run = dispatch.select("expand_backward", dispatch.forced(), dy, s, lora_B)
-    ds, dB = run(dy, s, lora_B, scaling)
+    ds, dB, *_ = run(dy, s, lora_B, scaling)
     return ds, dB
 
 

@@ -99,7 +99,7 @@ def _backward(
     if need_dx or need_dA:
         assert lora_B is not None
         if need_dB:
-            ds, dB = run.expand_backward(dy, s, lora_B, scaling)
+            ds, dB, *_ = run.expand_backward(dy, s, lora_B, scaling)
         else:
             ds = scaling * run.shrink(dy, lora_B.t())  # ds alone is a shrink
     elif need_dB:
@@ -140,7 +140,7 @@ def _whole_backward(
     )
     if whole is None:
         return None
-    dx, dA, dB = whole(dy, rows, weight, lora_A, lora_B, s, scaling, dropout_p, seed)
+    dx, dA, dB, *_ = whole(dy, rows, weight, lora_A, lora_B, s, scaling, dropout_p, seed)
     return dx.view(*leading, dx.shape[1]), None, dA, dB, None, None, None, None
 
 

@@ -60,7 +60,7 @@ def _launch(kernel: JITFunction, grid: tuple[int, ...], given: dict[str, Any]) -
     assert given.keys() == {p.name for p in kernel.params}
     for p in kernel.params:
         value = given[p.name]
-        if p.is_constexpr:
+        if p.is_constexpr or value is None:
             kind = "constexpr"
         elif isinstance(value, TensorDescriptor):
             block = ",".join(map(str, value.block_shape))
