@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lorafast.kernels.common import counters
 from lorafast.ops import dispatch, flops
 from lorafast.ops.context import needs_plain_pytorch, watched, without_autocast
 
@@ -33,7 +32,7 @@ def register(
     def kernel(x: Tensor, *arguments: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, (x, *arguments))
-        with without_autocast(x), counters.fresh():
+        with without_autocast(x):
             return implementation(x, *arguments)
 
     _implementations[name] = kernel
