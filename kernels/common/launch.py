@@ -40,7 +40,7 @@ def dropout_arguments(dropout_p: float, seed: Tensor | None) -> dict[str, object
 
 
 def processors(x: Tensor) -> int:
-    """How many programs of a kernel can run at the same time, one a multiprocessor."""
+    """How many programs of a kernel can run at the same time, one an SM."""
     return _multiprocessors(x.device) if x.is_cuda else INTERPRETER_PROCESSORS
 
 
@@ -76,8 +76,8 @@ def config_for(
     """The launch configuration for a call of ``operation`` on the device and in the dtype of ``x``.
 
     ``adapter_dtype``: of the A or B that it reads, if not that of ``x``; ``masked``: whether under
-    dropout; ``transposed``: whether the product reads Wᵀ; ``bulk``: whether bulk copies can read and
-    write its operands.
+    dropout; ``transposed``: whether the GEMM is x·W; ``bulk``: whether TMA can read and write its
+    operands.
     """
     device = device_name(x)
     dtypes = tuned.dtypes(x.dtype, adapter_dtype or x.dtype)

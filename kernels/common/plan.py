@@ -1,4 +1,4 @@
-"""Whether programs of a product's launch do a layer's thin work beside it, how many, and for how long.
+"""Whether programs of a GEMM's launch do a layer's skinny work beside it, how many, and for how long.
 
 ``kernels/lora_linear`` says what these helpers do.
 """
@@ -12,7 +12,7 @@ from lorafast.reference import wide
 
 _PARTIAL = 4
 _FLOPS_PER_BYTE = 64
-"""What a multiprocessor multiplies while it streams one byte: about 3,400 operations and 48 bytes a
+"""What an SM multiplies while it streams one byte: about 3,400 operations and 48 bytes a
 clock on sm_90, from the data sheet; elsewhere of the same order."""
 
 
@@ -26,7 +26,7 @@ class Plan:
 
 
 def may_help(dtype: torch.dtype) -> bool:
-    """Whether layers of this dtype have helpers: float16's thin work is in float32, in other tiles."""
+    """Whether layers of this dtype have helpers: float16's skinny work is in float32, in other tiles."""
     return wide(dtype) is dtype
 
 

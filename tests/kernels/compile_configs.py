@@ -203,10 +203,9 @@ def why_bad(
             yield f"no {expected}"
         if launch.constant("WARP_SPECIALIZE") and "USETMAXREG" not in has:
             yield "the warps are not specialised"
-    bulk = product and launch.constant("DESCRIPTORS")
-    if bulk:
+    if product and launch.constant("DESCRIPTORS"):
         if "UTMALDG" not in has:
-            yield "no bulk copies"
+            yield "no TMA"
     elif "LDGSTS.128" not in has and "LDG.128" not in has:
         # A tile that was cut for float32 has half as many bytes in float16.
         halved = not product and kind.dtype is torch.float16

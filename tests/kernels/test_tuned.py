@@ -249,5 +249,5 @@ def test_the_rules_are_those_of_the_device_of_that_name(monkeypatch):
     for name in ("Newer", "Old", "absent"):
         tuned.save(name, [record])
     assert tuned.load("Newer") == tuned.load("absent") == (record,)
-    with pytest.warns(UserWarning, match="descriptors need bulk copies, which sm_86 lacks"):
+    with pytest.warns(UserWarning, match="descriptors need TMA, which sm_86 lacks"):
         assert tuned.load("Old") == ()
