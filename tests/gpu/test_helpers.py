@@ -11,7 +11,7 @@ from lorafast.reference import contract
 pytestmark = pytest.mark.gpu
 
 K, N, r = 2048, 2048, 16
-# Descriptors only where the architecture has bulk copies; every architecture can have helpers.
+# Descriptors only where the architecture has TMA; every architecture can have helpers.
 POINTERS = LaunchConfig(64, 64, 32, 16, 4, 3, helpers=8)
 
 
@@ -127,6 +127,28 @@ def test_graphs_replay_with_their_own_counters(device, config):
         for _, found in graphs:
             for one, two in zip(found, expected, strict=True):
                 assert torch.equal(one, two)
+
+
+def test_a_captured_launch_clears_nothing(device, config, monkeypatch):
+    """Its counters were zeroed before the capture."""
+    x, dy, weight, lora_A, lora_B, s = tensors(8192, device)
+
+    def step():
+        y, _ = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
+        return y, *lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, config=config)[:3]
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", None)
+        with torch.cuda.graph(graph):
+            found = step()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_64_numbers_of_rows_compile_nothing_new_after_the_first_few(device):
