@@ -157,11 +157,11 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
     M, K, N, r, dropout = reduced.M, reduced.K, reduced.N, reduced.r, reduced.dropout
     dtype, adapter = DTYPES[reduced.dtype], DTYPES[reduced.adapter_dtype]
     x, dy = torch.ones((M, K), dtype=dtype), torch.ones((M, N), dtype=dtype)
-    weight, of_bias = torch.ones((N, K), dtype=dtype), torch.ones(N, dtype=dtype)
+    weight, ones = torch.ones((N, K), dtype=dtype), torch.ones(N, dtype=dtype)
     lora_A, lora_B = torch.ones((r, K), dtype=adapter), torch.ones((N, r), dtype=adapter)
     s = torch.ones((M, r), dtype=wide(dtype))
     p, seed = (0.25, torch.tensor([1])) if dropout else (0.0, None)
-    bias = of_bias if reduced.bias else None
+    bias = ones if reduced.bias else None
     layer = problems.layer_problem(
         x, weight, lora_A, lora_B, bias, dropout, ("y", "s"), layouts=True
     )
@@ -174,6 +174,11 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
         described = problems.backward_problem(layer, wants, dy, layouts=True)
         return described, (dy, x, weight, lora_A, lora_B, s, SCALING, p, seed)
 
+    of_bias = {
+        "dB and dbias": of_dy("dB", "dbias"),
+        "ds, dB and dbias": of_dy("ds", "dB", "dbias"),
+        "lora_linear_backward and dbias": backward("dx", "dA", "dB", "dbias"),
+    }
     return {
         "shrink": (problems.shrink_problem(x, lora_A, p, seed), (x, lora_A, p, seed)),
         "linear_expand": (
@@ -182,8 +187,6 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
         ),
         "expand_backward": of_dy("ds", "dB"),
         "ds": of_dy("ds"),
-        "dB and dbias": of_dy("dB", "dbias"),
-        "ds, dB and dbias": of_dy("ds", "dB", "dbias"),
         "shrink_backward": (
             problems.shrink_backward_problem(s, x, p, seed, adapter), (s, x, p, seed),
         ),
@@ -193,7 +196,7 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
         ),
         "lora_linear": (layer, (x, weight, lora_A, lora_B, SCALING, bias, p, seed)),
         "lora_linear_backward": backward("dx", "dA", "dB"),
-        "lora_linear_backward and dbias": backward("dx", "dA", "dB", "dbias"),
+        **(of_bias if reduced.bias else {}),
     }  # fmt: skip
 
 

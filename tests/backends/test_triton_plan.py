@@ -208,6 +208,15 @@ def test_a_record_is_launched_as_it_was_measured():
     assert not planning.plan_linear_expand(unaligned, H200).config.descriptors
 
 
+def test_a_square_weights_record_is_that_of_its_direction():
+    """A square weight's strides don't tell whether it is transposed."""
+    own = LaunchConfig(128, 128, 64, 16, 8, 3, descriptors=True)
+    p = problem("linear_expand")
+    tuned.save(H200.name, [tuned.Record(cost.key_of(p), "triton", own, {"triton": 1e-4})])
+    assert planning.config_of(p, H200) == own
+    assert planning.config_of(p._replace(transposed=True), H200) != own
+
+
 def test_float32_is_rounded_as_pytorch_does_and_float16s_factors_always():
     assert planning.precision(problem(dtype=torch.float32)) == "ieee"
     assert planning.precision(problem(dtype=torch.float32, tf32=True)) == "tf32"

@@ -14,8 +14,10 @@ pytest.importorskip("triton")
 
 from helpers import assert_contract
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.shrink import shrink
 from lorafast.kernels.tables import tuned
+
+from lorafast.backends import registry
+from lorafast.ops.problems import on_backend
 
 CONFIG = LaunchConfig(16, 16, 32, 16, 1, 2)
 KEY = tuned.Key("shrink", "float32", 20, 40, 40, 4)
@@ -26,6 +28,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 def forget():
     tuned.load.cache_clear()
     tuned.nearest.cache_clear()
+    registry.forget_plans()
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +127,9 @@ def test_numbers_are_right_whatever_the_file_holds(file):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 40, generator=generator, dtype=torch.float64)
     lora_A = torch.randn(4, 40, generator=generator, dtype=torch.float64)
-    operations = type("Operations", (), {"shrink": staticmethod(shrink)})
     with pytest.warns(UserWarning, match="ctas_per_sm is 0"):
         assert_contract(
-            lambda run, cast: run.shrink(cast(x), cast(lora_A)), operations, torch.float32
+            lambda run, cast: run.shrink(cast(x), cast(lora_A)), on_backend("triton"), torch.float32
         )
 
 
@@ -248,5 +250,5 @@ def test_the_rules_are_those_of_the_device_of_that_name(monkeypatch):
     for name in ("Newer", "Old", "absent"):
         tuned.save(name, [record])
     assert tuned.load("Newer") == tuned.load("absent") == (record,)
-    with pytest.warns(UserWarning, match="descriptors need bulk copies, which sm_86 lacks"):
+    with pytest.warns(UserWarning, match="descriptors need TMA, which sm_86 lacks"):
         assert tuned.load("Old") == ()

@@ -142,7 +142,7 @@ def device_of(device: torch.device) -> Device | None:
 def interpreter() -> Device:
     """What the interpreter pretends to be: a few SMs of an H200, so that it cuts and adds up as one."""
     return Device.known_by(
-        tuned.INTERPRETER, configs.INTERPRETER_CAPABILITY, configs.INTERPRETER_PROCESSORS
+        tuned.INTERPRETER, configs.INTERPRETER_CAPABILITY, configs.INTERPRETER_SMS
     )
 
 

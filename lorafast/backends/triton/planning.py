@@ -7,26 +7,23 @@ Bits of a result depend on all that: they differ between buckets of M, numbers o
 kernels are not batch-invariant; two runs of one call give the same bits.
 """
 
-import torch
-
 from lorafast.backends.cost import Device, key_of, record_of
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
-    Helpers,
     LinearExpandLaunch,
     LoraLinearBackwardLaunch,
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
-    backward_helpers,
     expand_backward_launch,
-    forward_helpers,
-    group_rows,
     linear_expand_launch,
+    lora_linear_backward_launch,
+    lora_linear_launch,
     may_help,
+    precision_of,
     shrink_backward_launch,
     shrink_launch,
     tma_fits,
@@ -45,11 +42,8 @@ FROZEN = ("dx", "dA", "dB")
 
 
 def precision(p: Problem) -> str:
-    """How float32 operands are rounded: as PyTorch's own products round them; beside float16 to its
-    significand, with float32's range."""
-    if p.dtype is torch.float16:
-        return "tf32"
-    return "tf32" if p.dtype is torch.float32 and p.tf32 else "ieee"
+    """How float32 operands are rounded."""
+    return precision_of(p.dtype, p.tf32)
 
 
 def plan_shrink(p: Problem, device: Device, config: LaunchConfig | None = None) -> ShrinkLaunch:
@@ -92,7 +86,12 @@ def plan_linear_expand(
     p: Problem, device: Device, config: LaunchConfig | None = None
 ) -> LinearExpandLaunch:
     """The GEMM of y, or transposed that of dx, with its low-rank term."""
-    return _linear_expand(p, device, config or config_of(p, device), p.dropout, None)
+    K, N = (p.N, p.K) if p.transposed else (p.K, p.N)
+    return linear_expand_launch(
+        config or config_of(p, device), p.M, K, N, p.r, sms=device.sms, dtype=p.dtype,
+        precision=precision(p), tma=tma(p), transposed=p.transposed, by_rows=_by_rows(p),
+        bias=p.bias, dropout=p.dropout,
+    )  # fmt: skip
 
 
 def plan_lora_linear(
@@ -103,13 +102,12 @@ def plan_lora_linear(
     if reason is not None:
         return reason
     own = config or config_of(p, device)
-    shrink = _beside("shrink", p, device, p.K)
-    helpers = forward_helpers(
-        own, shrink, p.M, p.K, p.N, p.r, p.dtype.itemsize, p.dropout, device.sms
-    )
-    if helpers is None:
-        return _CANNOT_SERVE if own.helpers else _HAS_NONE
-    return LoraLinearLaunch(_linear_expand(p, device, own, False, helpers), helpers, shrink)
+    launch = lora_linear_launch(
+        own, _beside("shrink", p, device, p.K), p.M, p.K, p.N, p.r,
+        sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
+        bias=p.bias, dropout=p.dropout,
+    )  # fmt: skip
+    return launch or (_CANNOT_SERVE if own.helpers else _HAS_NONE)
 
 
 def plan_lora_linear_backward(
@@ -123,20 +121,14 @@ def plan_lora_linear_backward(
     if reason is not None:
         return reason
     own = config or config_of(p, device)
-    rows = _beside("expand_backward", p, device, p.N)
-    columns = _beside("shrink_backward", p, device, p.K)
-    helpers = backward_helpers(
-        own, rows, columns, p.M, p.K, p.N, p.r, p.dtype.itemsize, p.dropout, device.sms
-    )
-    if helpers is None:
-        return _CANNOT_SERVE if own.helpers else _HAS_NONE
-    groups = -(-p.N // rows.block_n), -(-p.M // group_rows(own))
-    alone = None
-    if p.dropout:
-        part = p._replace(operation="shrink_backward", N=0, wants=())
-        alone = plan_shrink_backward(part, device)
-    gemm = _linear_expand(p, device, own, p.dropout, helpers)
-    return LoraLinearBackwardLaunch(gemm, helpers, rows, columns, groups, alone)
+    of_dA = p._replace(operation="shrink_backward", N=0, wants=())
+    launch = lora_linear_backward_launch(
+        own, _beside("expand_backward", p, device, p.N), _beside("shrink_backward", p, device, p.K),
+        p.M, p.K, p.N, p.r,
+        sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
+        dropout=p.dropout, dbias="dbias" in p.wants, alone=config_of(of_dA, device),
+    )  # fmt: skip
+    return launch or (_CANNOT_SERVE if own.helpers else _HAS_NONE)
 
 
 _HAS_NONE = "the configuration has none"
@@ -156,24 +148,14 @@ def _why_no_helpers(p: Problem) -> str | None:
 def tma(p: Problem) -> bool:
     """Whether TMA can read what the problem's GEMM reads and write what it writes: the one place that
     says so."""
-    backward = _is_backward(p)
-    read, columns = (p.layouts.dy, p.K) if backward else (p.layouts.x, p.N)
-    return tma_fits(p.dtype, read, p.layouts.weight, p.M, columns)
+    if p.transposed or p.operation == "lora_linear_backward":
+        return tma_fits(p.dtype, p.layouts.dy, p.layouts.weight, p.M, p.N, p.K)
+    return tma_fits(p.dtype, p.layouts.x, p.layouts.weight, p.M, p.K, p.N)
 
 
-def _is_backward(p: Problem) -> bool:
-    return p.transposed or p.operation == "lora_linear_backward"
-
-
-def _linear_expand(
-    p: Problem, device: Device, c: LaunchConfig, dropout: bool, helpers: Helpers | None
-) -> LinearExpandLaunch:
-    K, N = (p.N, p.K) if _is_backward(p) else (p.K, p.N)
-    by_rows = p.layouts.weight.rows > 0
-    return linear_expand_launch(
-        c, p.M, K, N, p.r, sms=device.sms, dtype=p.dtype, precision=precision(p), tma=tma(p),
-        n_major=by_rows is _is_backward(p), bias=p.bias, dropout=dropout, helpers=helpers,
-    )  # fmt: skip
+def _by_rows(p: Problem) -> bool:
+    """Whether the weight lies in memory as its shape says, or as its transpose's."""
+    return p.layouts.weight.rows > 0
 
 
 def config_of(p: Problem, device: Device) -> LaunchConfig:
