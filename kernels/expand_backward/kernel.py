@@ -280,12 +280,13 @@ def expand_backward(
 def _fitting(c: LaunchConfig, ds: bool, dbias: bool) -> LaunchConfig:
     """Half as many columns where registers would spill: found by compiling for sm_90.
 
-    Without ds it costs nothing: there are no partial sums of it to grow.
+    Without ds it costs nothing, for there are no partial sums of it to grow, as long as a thread is left
+    16 bytes of a tile.
     """
-    a_thread = c.block_n * (c.block_m + c.block_r) // (32 * c.num_warps)  # of dy and dB
-    if ds and not (dbias and a_thread > _MOST_BESIDE_DBIAS):
-        return c
-    return dataclasses.replace(c, block_n=max(c.block_n // 2, 16))
+    threads = 32 * c.num_warps
+    of_dy, of_dB = c.block_m * c.block_n // threads, c.block_r * c.block_n // threads
+    narrower = dbias and of_dy + of_dB > _MOST_BESIDE_DBIAS if ds else of_dy >= 16
+    return dataclasses.replace(c, block_n=max(c.block_n // 2, 16)) if narrower else c
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ def test_nan_propagates(device):
         (8, 32, {"dbias": True}, 128),
         (16, 32, {"dbias": True}, 256),
         (8, 16, {"ds": False}, 128),
+        (8, 32, {"ds": False, "dbias": True}, 128),
     ],
 )
 def test_tiles_are_narrower_where_registers_would_spill(warps, rank, asked, columns):
