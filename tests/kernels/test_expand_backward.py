@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from helpers import Problem, assert_contract, problems
+from lorafast.kernels.common.configs import LaunchConfig
+from recorded import launches_of
 from small_tiles import SMALL_TILES, on_kernels
 
 from lorafast import reference
@@ -104,3 +106,27 @@ def test_nan_propagates(device):
     for result in found:
         assert result.isnan().any()
         assert not result.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("warps", "rank", "asked", "columns"),
+    [
+        (8, 16, {}, 256),
+        (8, 32, {}, 256),
+        (8, 16, {"dbias": True}, 256),
+        (8, 32, {"dbias": True}, 128),
+        (16, 32, {"dbias": True}, 256),
+        (8, 16, {"ds": False}, 128),
+        (8, 32, {"ds": False, "dbias": True}, 128),
+    ],
+)
+def test_tiles_are_narrower_where_registers_would_spill(warps, rank, asked, columns):
+    config = LaunchConfig(64, 256, 16, rank, warps, 4)
+    dy, s, lora_B = (
+        torch.empty(size, device="meta") for size in ((512, 1024), (512, 16), (1024, 16))
+    )
+
+    def run():
+        on_kernels().expand_backward(dy, s, lora_B, 0.7, **asked, config=config)
+
+    assert launches_of(90, run)[0].constant("BLOCK_N") == columns
