@@ -67,7 +67,7 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 types: $(READY)
-	$(PY) -m mypy
+	$(PY) tests/check_types.py
 
 check: lint types test
 

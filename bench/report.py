@@ -87,8 +87,8 @@ def _section(path: Path, run: Run) -> str:
     for _, group in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
         parts += _models(list(group))
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
-    for _, group in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
-        parts += _accelerated(list(group))
+    for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
+        parts += _accelerated(list(of_peft))
     return "\n\n".join(parts)
 
 

@@ -2,7 +2,7 @@
 
 from lorafast import functional, nn, reference
 from lorafast.convert import adapt, load_adapter, merge, save_adapter, summary
-from lorafast.integrations import accelerate, accelerated, explain, restore
+from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
 from lorafast.ops import BackendError, BackendStatus, allow_packing, backends, use_backend
 
 __version__ = "0.1.0"
@@ -25,4 +25,5 @@ __all__ = [
     "save_adapter",
     "summary",
     "use_backend",
+    "warm_up",
 ]

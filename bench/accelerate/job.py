@@ -193,8 +193,8 @@ def measure(
             row.unavailable = str(error)
         return list(rows.values())
     generator = torch.Generator(device).manual_seed(2)
-    hidden: Any = frozen.config.hidden_size
-    shape = (_BATCH, case.length, hidden)
+    config: Any = frozen.config
+    shape = (_BATCH, case.length, config.hidden_size)
     x = torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
     x.requires_grad_(case.training)
     models = {FROZEN: frozen, STOCK: _adapted(frozen, case, r), FAST: _adapted(frozen, case, r)}

@@ -148,8 +148,10 @@ def _draw(panels: Sequence[Panel], colours: dict[str, str]) -> Any:
 
 def _draw_panel(ax: Any, panel: Panel, colours: dict[str, str]) -> None:
     for contender in dict.fromkeys(row.contender for row in panel.rows):
+        of_contender = [row for row in panel.rows if row.contender == contender]
         points = sorted(
-            (panel.at(row), row.overhead) for row in panel.rows if row.contender == contender
+            ((panel.at(row), row.overhead) for row in of_contender if row.overhead is not None),
+            key=lambda point: point[0],
         )
         x = [at for at, _ in points]
         colour = _COLOURS.get(contender, colours["ink"])

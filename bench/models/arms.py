@@ -104,7 +104,8 @@ def build(size: Size, device: torch.device) -> nn.Module:
     config = LlamaConfig(**sizes)
     torch.manual_seed(0)
     with device:
-        return LlamaForCausalLM(config).to(DTYPES[size.dtype]).requires_grad_(False).train()
+        built: nn.Module = LlamaForCausalLM(config)
+        return built.to(DTYPES[size.dtype]).requires_grad_(False).train()
 
 
 @dataclass

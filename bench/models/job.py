@@ -1,6 +1,7 @@
 """Times training steps, after checking logits and gradients against the model in float64."""
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,8 +91,7 @@ def measure(
         rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
         arm = arms[name]
         rows[name].peak_bytes = memory.peak_bytes(
-            lambda arm=arm: arm.step(embeddings, labels),
-            device,
+            functools.partial(arm.step, embeddings, labels), device
         )
     return list(rows.values())
 

@@ -87,7 +87,9 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
 
     def key(operation: str, K: int, N: int, masked: bool, transposed: bool = False) -> Key:
         of = DTYPES[problem.dtype if operation == "shrink_backward" else problem.adapter_dtype]
-        names = dtypes(DTYPES[problem.dtype], of)
+        names = dtypes(
+            DTYPES[problem.dtype], of, torch.backends.cuda.matmul.fp32_precision == "tf32"
+        )
         return Key(operation, names, M, K, N, r, masked, transposed)
 
     masked = p > 0.0

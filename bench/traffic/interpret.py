@@ -33,10 +33,10 @@ _SMALL = (199, 297, 293)
 """M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
 _SPLIT = (599, 1097, 293)
 """M, K, N long enough to split every sum into partial ones."""
-_RIDING = ((2190, 72, 520), (2190, 520, 264))
-"""M, K, N of enough tiles for riders on ``_RIDING_PROCESSORS``, forward or backward, in rows that bulk
+_HELPED = ((2190, 72, 520), (2190, 520, 264))
+"""M, K, N of enough tiles for helpers on ``_HELPED_PROCESSORS``, forward or backward, in rows that bulk
 copies can read."""
-_RIDING_PROCESSORS = 20
+_HELPED_PROCESSORS = 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def reduce(problem: Problem) -> list[Reduced]:
             problem.adapter_dtype, shape.bias, bool(problem.dropout_p), processors,
         )
         for (M, K, N), processors in (
-            (_SMALL, 1), (_SPLIT, H200_PROCESSORS), *((s, _RIDING_PROCESSORS) for s in _RIDING),
+            (_SMALL, 1), (_SPLIT, H200_PROCESSORS), *((s, _HELPED_PROCESSORS) for s in _HELPED),
         )
     ]  # fmt: skip
 

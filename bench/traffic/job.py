@@ -27,7 +27,7 @@ lorafast, triton: as on an H200 on which nothing was tuned"""
 class Row:
     """One contender's traffic on one problem, in bytes.
 
-    ``requested`` is None where it isn't known, ``ridden`` is what riders read beside a product that
+    ``requested`` is None where it isn't known, ``ridden`` is what helpers read beside a product that
     reads it too, counted once; ``unchecked`` says why closed forms were not held
     against the interpreter.
     """
@@ -164,7 +164,7 @@ def _apart(row: Row, frozen: int) -> str:
     both = row.bytes + row.ridden
     return (
         f"  {row.contender}: {row.bytes / frozen:.2f} × the frozen layer's bytes; {both / frozen:.2f} × "
-        "if the cache keeps nothing of what riders and tiles both read"
+        "if the cache keeps nothing of what helpers and tiles both read"
     )
 
 

@@ -15,7 +15,13 @@ from unittest import mock
 
 import torch
 from lorafast.kernels.common.configs import LaunchConfig, chunks, split_k
-from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders, group_rows, may_ride
+from lorafast.kernels.common.plan import (
+    Helpers,
+    backward_helpers,
+    forward_helpers,
+    group_rows,
+    may_help,
+)
 from torch import Tensor
 
 from lorafast.kernels import tables
@@ -32,7 +38,7 @@ _PARTIAL = 4
 class Launch:
     """One kernel: bytes read and written, each once, and bytes loaded and stored by its programs.
 
-    ``ridden`` of those read are what riders read beside the product's own tiles: they are counted once,
+    ``ridden`` of those read are what helpers read beside the product's own tiles: they are counted once,
     but nothing makes sure that the cache still has them when the other comes.
     """
 
@@ -77,7 +83,7 @@ def shrink(p: Layer) -> list[Launch]:
     """Every row block reads A, every rank block reads x."""
     c = p.config("shrink", p.K, p.K)
     rows, ranks = _blocks(p.M, c.block_m), _blocks(p.r, c.block_r)
-    count, _ = chunks(p.processors * c.per_processor, p.K, c.block_k, rows * ranks)
+    count, _ = chunks(p.processors * c.ctas_per_sm, p.K, c.block_k, rows * ranks)
     x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.low_rank_size
     seed = _SEED if p.dropout else 0
     partials = _partials(count, p.M * p.r)
@@ -125,7 +131,7 @@ def expand_backward(p: Layer) -> list[Launch]:
     """Every column group reads s, every row group reads B, every rank block reads dy."""
     c = p.config("expand_backward", p.N, p.N)
     cols, ranks = _blocks(p.N, c.block_n), _blocks(p.r, c.block_r)
-    groups, _ = chunks(p.processors * c.per_processor, p.M, c.block_m, cols * ranks)
+    groups, _ = chunks(p.processors * c.ctas_per_sm, p.M, c.block_m, cols * ranks)
     of_ds, ds = cols * p.M * p.r * _PARTIAL, p.M * p.r * p.low_rank_size
     return [_expand_backward(p, cols, groups, ranks), Launch(of_ds, ds, of_ds, ds)]
 
@@ -143,7 +149,7 @@ def shrink_backward(p: Layer) -> list[Launch]:
     """Every column block reads ds, every rank block reads x."""
     c = p.config("shrink_backward", p.K, p.K)
     cols, ranks = _blocks(p.K, c.block_k), _blocks(p.r, c.block_r)
-    count, _ = chunks(p.processors * c.per_processor, p.M, c.block_m, cols * ranks)
+    count, _ = chunks(p.processors * c.ctas_per_sm, p.M, c.block_m, cols * ranks)
     x, ds, dA = p.M * p.K * p.size, p.M * p.r * p.low_rank_size, p.r * p.K * p.adapter_size
     seed = _SEED if p.dropout else 0
     partials = _partials(count, p.r * p.K)
@@ -158,9 +164,9 @@ def shrink_backward(p: Layer) -> list[Launch]:
 
 
 def lora_linear(p: Layer) -> list[Launch]:
-    """One launch if riders ride, else two."""
+    """One launch if helpers pay, else two."""
     c = p.config("lora_linear", p.K, p.N)
-    if _forward_riders(p, c) is None:
+    if _forward_helpers(p, c) is None:
         return shrink(p) + linear_expand(p, p.K, p.N, bias=p.bias, dropout=False)
     tiles = _tiles(p, c, p.K, p.N, bias=p.bias, dropout=False)
     x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.low_rank_size
@@ -171,9 +177,9 @@ def lora_linear(p: Layer) -> list[Launch]:
 
 
 def lora_linear_backward(p: Layer) -> list[Launch]:
-    """One launch if riders ride, two with dropout; else three."""
+    """One launch if helpers pay, two with dropout; else three."""
     c = p.config("lora_linear_backward", p.N, p.K)
-    if _backward_riders(p, c) is None:
+    if _backward_helpers(p, c) is None:
         return [
             *expand_backward(p),
             *shrink_backward(p),
@@ -198,18 +204,18 @@ def lora_linear_backward(p: Layer) -> list[Launch]:
     return [launch, *shrink_backward(p)] if p.dropout else [launch]
 
 
-def _forward_riders(p: Layer, c: LaunchConfig) -> Plan | None:
-    if not may_ride(p.dtype):
+def _forward_helpers(p: Layer, c: LaunchConfig) -> Helpers | None:
+    if not may_help(p.dtype):
         return None
     thin = p.config("shrink", p.K, p.K)
-    return forward_riders(c, thin, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
+    return forward_helpers(c, thin, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
 
 
-def _backward_riders(p: Layer, c: LaunchConfig) -> Plan | None:
-    if not may_ride(p.dtype):
+def _backward_helpers(p: Layer, c: LaunchConfig) -> Helpers | None:
+    if not may_help(p.dtype):
         return None
     rows, cols = p.config("expand_backward", p.N, p.N), p.config("shrink_backward", p.K, p.K)
-    return backward_riders(c, rows, cols, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
+    return backward_helpers(c, rows, cols, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
 
 
 def _partials(count: int, size: int) -> int:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lorafast.bench.common.check import raised
@@ -19,12 +20,12 @@ from lorafast.kernels import tables
 
 _PRODUCT = ("block_m", "block_n", "block_k")
 _BLOCKS = {
-    "shrink": ("block_m", "block_k", "per_processor"),
-    "linear_expand": (*_PRODUCT, "parts", "per_processor"),
-    "expand_backward": ("block_m", "block_n", "per_processor"),
-    "shrink_backward": ("block_m", "block_k", "per_processor"),
-    "lora_linear": (*_PRODUCT, "parts", "riders"),
-    "lora_linear_backward": (*_PRODUCT, "parts", "riders"),
+    "shrink": ("block_m", "block_k", "ctas_per_sm"),
+    "linear_expand": (*_PRODUCT, "parts", "ctas_per_sm"),
+    "expand_backward": ("block_m", "block_n", "ctas_per_sm"),
+    "shrink_backward": ("block_m", "block_k", "ctas_per_sm"),
+    "lora_linear": (*_PRODUCT, "parts", "helpers"),
+    "lora_linear_backward": (*_PRODUCT, "parts", "helpers"),
 }
 
 
@@ -34,7 +35,7 @@ class Row:
 
     problem: Problem
     case: str
-    config: dict[str, int]
+    config: dict[str, Any]
     shipped: bool
     wrong: str | None = None
     unusable: str | None = None
@@ -58,7 +59,7 @@ def neighbours(
     """Valid configurations that differ in one field: halved, doubled, a stage more or less, the other
     way; a product under a mask is written in other parts."""
     fields = (*_BLOCKS[operation], "num_warps")
-    changes: list[dict[str, int]] = [{name: getattr(config, name) * 2} for name in fields]
+    changes: list[dict[str, Any]] = [{name: getattr(config, name) * 2} for name in fields]
     changes += [{name: getattr(config, name) // 2} for name in fields]
     changes += [{"num_stages": config.num_stages + step} for step in (1, -1)]
     if operation in ("linear_expand", *WHOLE):
@@ -68,8 +69,8 @@ def neighbours(
         if config.descriptors:
             changes += [{"flatten": not config.flatten}]
             changes += [{"warp_specialize": not config.warp_specialize}]
-        if config.riders == 0:
-            changes += [{"riders": 8}]
+        if config.helpers == 0:
+            changes += [{"helpers": 8}]
     for change in changes:
         candidate = replace(config, **change)
         if candidate != config and not why_invalid(operation, candidate, element_size, capability):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lorafast.bench.common.check import raised
@@ -37,7 +38,7 @@ class Row:
     problem: Problem
     case: str
     backend: str
-    config: dict[str, int] | None
+    config: dict[str, Any] | None
     tried: int
     wrong: str | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -74,8 +75,8 @@ def run(
         if case.key in known and not again:
             say(f"  {problem}, {case_name}: known, {known[case.key].backend}")
             continue
-        if case.operation in WHOLE and not _rides(case.operation, problem, device):
-            say(f"  {problem}, {case_name}: its operations one by one, nothing can ride")
+        if case.operation in WHOLE and not _helps(case.operation, problem, device):
+            say(f"  {problem}, {case_name}: its operations one by one, nothing can help")
             continue
         if time.monotonic() > deadline:
             say(f"  {problem}, {case_name}: not begun, the time is up")
@@ -133,14 +134,14 @@ def tune(
     return Row(problem, case.name, backend, asdict(config), len(found), wrong, samples)
 
 
-def _rides(operation: str, problem: Problem, device: torch.device) -> bool:
+def _helps(operation: str, problem: Problem, device: torch.device) -> bool:
     shape, dtype = problem.shape, DTYPES[problem.dtype]
     sizes = (dtype.itemsize, DTYPES[problem.adapter_dtype].itemsize, problem.dropout_p > 0.0)
     processors = INTERPRETER_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     seen = roofline.Problem(shape.M, shape.K, shape.N, problem.r, *sizes)
-    return on_gpu.rides(operation, seen, dtype, climb.capability_of(device), processors)
+    return on_gpu.helps(operation, seen, dtype, climb.capability_of(device), processors)
 
 
 _PARTS = {

@@ -35,8 +35,8 @@ class LaunchConfig:
     - ``flatten``: the loads of the next tile begin before this one is written;
     - ``parts``: a tile is written in so many parts of its columns, and in ``masked_parts`` where each
       needs a dropout mask;
-    - ``per_processor``: programs that a multiprocessor runs at once;
-    - ``riders``: programs that do a layer's thin work beside the product, where that pays.
+    - ``ctas_per_sm``: programs that a multiprocessor runs at once;
+    - ``helpers``: programs that do a layer's thin work beside the product, where that pays.
     """
 
     block_m: int
@@ -50,8 +50,8 @@ class LaunchConfig:
     flatten: bool = False
     parts: int = 1
     masked_parts: int = 1
-    per_processor: int = 1
-    riders: int = 0
+    ctas_per_sm: int = 1
+    helpers: int = 0
 
     @property
     def options(self) -> dict[str, object]:
@@ -102,10 +102,10 @@ def why_invalid(
         parts = getattr(config, name)
         if parts not in (1, 2, 4, 8) or config.block_n // parts < 16:
             return f"{name} is {parts}, expected 1, 2, 4 or 8, of at least 16 columns each"
-    if not 1 <= config.per_processor <= _MOST_PROGRAMS:
-        return f"per_processor is {config.per_processor}, expected 1 to {_MOST_PROGRAMS}"
-    if config.riders < 0:
-        return f"riders is {config.riders}, expected 0 or more"
+    if not 1 <= config.ctas_per_sm <= _MOST_PROGRAMS:
+        return f"ctas_per_sm is {config.ctas_per_sm}, expected 1 to {_MOST_PROGRAMS}"
+    if config.helpers < 0:
+        return f"helpers is {config.helpers}, expected 0 or more"
     if capability not in SHARED_MEMORY:
         known = ", ".join(f"sm_{sm}" for sm in SHARED_MEMORY)
         return f"sm_{capability} is not among the architectures the table knows ({known})"

@@ -82,7 +82,7 @@ def config_for(
     write its operands.
     """
     device = device_name(x)
-    dtypes = tuned.dtypes(x.dtype, adapter_dtype or x.dtype)
+    dtypes = tuned.dtypes(x.dtype, adapter_dtype or x.dtype, precision(x) == "tf32")
     key = tuned.Key(operation, dtypes, M, K, N, r, masked, transposed)
     record = tuned.nearest(device, key)
     if record is not None and record.config is not None and (bulk or not record.config.descriptors):
@@ -93,8 +93,8 @@ def config_for(
 
 
 def rule_for(operation: str, x: Tensor, M: int, K: int, N: int, r: int) -> LaunchConfig:
-    """The configuration of the architecture's table, whatever was tuned: within a rider's launch it must
-    fit beside the product's."""
+    """The configuration of the architecture's table, whatever was tuned: a launch with helpers must
+    have room for it beside the GEMM."""
     return tables.find(operation, capability(x), x.dtype, M, K, N, r)
 
 

@@ -1,32 +1,239 @@
-"""Whether programs of a product's launch do a layer's thin work beside it, how many, and for how long.
+"""What each kernel is launched with, from the sizes of a call and a configuration: pure arithmetic.
 
-``kernels/lora_linear`` says what these riders do.
+A launch says everything but its tensors: grid, shares of a reduction, TMA or pointers, helpers. Numbers
+depend on it in their last bits, since it says how sums are cut: on the bucket of M, on the number of SMs
+and on the tables. So a row's result may differ between batches of different sizes (the kernels are not
+batch-invariant), and never between two runs of one call.
+
+``kernels/lora_linear`` says what helpers do.
 """
 
 from dataclasses import dataclass
 
 import torch
-from lorafast.kernels.common.configs import GROUP_M, UNROLLED_RANK_BLOCKS, LaunchConfig
+from lorafast.kernels.common.configs import (
+    GROUP_M,
+    UNROLLED_RANK_BLOCKS,
+    LaunchConfig,
+    chunks,
+    split_k,
+)
 
+from lorafast.core.problem import Layout
 from lorafast.reference import wide
 
 _PARTIAL = 4
-_FLOPS_PER_BYTE = 64
-"""What a multiprocessor multiplies while it streams one byte: about 3,400 operations and 48 bytes a
-clock on sm_90, from the data sheet; elsewhere of the same order."""
+_FLOPS_PER_BYTE = 97
+"""What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
+beside the GEMM; elsewhere of the same order."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How many programs ride, how many rounds of tiles they miss, how many programs there are."""
+class ShrinkLaunch:
+    """``grid``: row blocks, shares of K, rank blocks; a share has ``k_blocks`` blocks of K."""
 
-    riders: int
+    config: LaunchConfig
+    M: int
+    K: int
+    r: int
+    grid: tuple[int, int, int]
+    k_blocks: int
+    precision: str
+    dropout: bool
+
+    @property
+    def split(self) -> bool:
+        """Whether partial sums are left and added up by whoever comes last."""
+        return self.grid[1] > 1
+
+
+@dataclass(frozen=True)
+class LinearExpandLaunch:
+    """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` that take tiles in turn.
+
+    ``splits``: shares of K; ``tma``: tensor descriptors, else pointers; ``n_major``: the second matrix
+    lies in memory as ``[K, N]``; ``rank_blocks``: those of the rank that are unrolled, 0 where they are
+    looped over; ``parts``: a tile is written in so many.
+    """
+
+    config: LaunchConfig
+    M: int
+    K: int
+    N: int
+    r: int
+    tiles: int
+    splits: int
+    programs: int
+    tma: bool
+    flatten: bool
+    warp_specialize: bool
+    rank_blocks: int
+    parts: int
+    n_major: bool
+    precision: str
+    bias: bool
+    dropout: bool
+
+
+@dataclass(frozen=True)
+class ExpandBackwardLaunch:
+    """``grid``: column groups, row groups, rank blocks; a row group has ``m_blocks`` blocks of M."""
+
+    config: LaunchConfig
+    M: int
+    N: int
+    r: int
+    grid: tuple[int, int, int]
+    m_blocks: int
+    precision: str
+    wants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShrinkBackwardLaunch:
+    """``grid``: column blocks, shares of M, rank blocks; a share has ``m_blocks`` blocks of M."""
+
+    config: LaunchConfig
+    M: int
+    K: int
+    r: int
+    grid: tuple[int, int, int]
+    m_blocks: int
+    precision: str
+    dropout: bool
+
+    @property
+    def split(self) -> bool:
+        """Whether partial sums are left and added up by whoever comes last."""
+        return self.grid[1] > 1
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """``helpers`` of ``programs`` do skinny work and miss ``waves`` rounds of tiles meanwhile.
+
+    ``rounds``: those that the launch takes; ``alone``: that it would take without.
+    """
+
+    helpers: int
     waves: int
     programs: int
+    rounds: int = 1
+    alone: int = 1
 
 
-def may_ride(dtype: torch.dtype) -> bool:
-    """Whether layers of this dtype have riders: float16's thin work is in float32, in other tiles."""
+@dataclass(frozen=True)
+class LoraLinearLaunch:
+    """The GEMM of y, beside which helpers shrink as ``shrink`` says."""
+
+    gemm: LinearExpandLaunch
+    helpers: Helpers
+    shrink: LaunchConfig
+
+
+@dataclass(frozen=True)
+class LoraLinearBackwardLaunch:
+    """The GEMM of dx, beside which helpers make ds and dB by ``rows``, and dA by ``columns`` unless that
+    has a launch of its own. ``groups``: column groups of ds, row groups of dB."""
+
+    gemm: LinearExpandLaunch
+    helpers: Helpers
+    rows: LaunchConfig
+    columns: LaunchConfig
+    groups: tuple[int, int]
+    shrink_backward: ShrinkBackwardLaunch | None
+
+
+def shrink_launch(
+    c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
+) -> ShrinkLaunch:
+    """Cuts K so that few rows keep all SMs busy."""
+    row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
+    count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
+    return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
+
+
+def linear_expand_launch(
+    c: LaunchConfig,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    *,
+    sms: int,
+    dtype: torch.dtype,
+    precision: str,
+    tma: bool,
+    n_major: bool = False,
+    bias: bool = False,
+    dropout: bool = False,
+    helpers: "Helpers | None" = None,
+) -> LinearExpandLaunch:
+    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should.
+
+    Beside helpers K is not cut: their programs are counted in.
+    """
+    tiles = _blocks(M, c.block_m) * _blocks(N, c.block_n)
+    if helpers is None:
+        splits = split_k(sms, tiles, _blocks(K, c.block_k))
+        programs = min(tiles * splits, sms * c.ctas_per_sm)
+    else:
+        splits, programs = 1, helpers.programs
+    described = c.descriptors and tma
+    # With pointers those of two tiles are too many registers; a split has too much after its main loop.
+    flatten = described and c.flatten and splits == 1
+    unrolled = UNROLLED_RANK_BLOCKS if flatten else 1
+    if dtype is torch.float16:
+        # In float32 several blocks at once don't fit in shared memory.
+        unrolled = 0 if dropout else 1
+    rank_blocks = _blocks(r, c.block_r)
+    return LinearExpandLaunch(
+        c, M, K, N, r, tiles, splits, programs, described, flatten,
+        warp_specialize=described and c.warp_specialize and unrolled > 0,
+        rank_blocks=rank_blocks if rank_blocks <= unrolled else 0,
+        parts=c.masked_parts if dropout else c.parts,
+        n_major=n_major, precision=precision, bias=bias, dropout=dropout,
+    )  # fmt: skip
+
+
+def expand_backward_launch(
+    c: LaunchConfig,
+    M: int,
+    N: int,
+    r: int,
+    *,
+    sms: int,
+    precision: str,
+    wants: tuple[str, ...] = ("ds", "dB"),
+) -> ExpandBackwardLaunch:
+    """A program for each column group and row group."""
+    col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(r, c.block_r)
+    row_groups, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_groups * rank_blocks)
+    grid = (col_groups, row_groups, rank_blocks)
+    return ExpandBackwardLaunch(c, M, N, r, grid, m_blocks, precision, wants)
+
+
+def shrink_backward_launch(
+    c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
+) -> ShrinkBackwardLaunch:
+    """Cuts M so that few columns keep all SMs busy."""
+    col_blocks, rank_blocks = _blocks(K, c.block_k), _blocks(r, c.block_r)
+    count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
+    return ShrinkBackwardLaunch(
+        c, M, K, r, (col_blocks, count, rank_blocks), m_blocks, precision, dropout
+    )
+
+
+def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, columns: int) -> bool:
+    """Whether TMA can read x and W ``[N, K]``, or dy and W, and write a new ``[M, columns]``: rows of
+    neighbours that begin at multiples of 16 bytes, extents in 31 bits."""
+    y = Layout.fresh(M, columns, dtype)
+    straight = weight.rows == 16 or weight.columns == 16
+    return x.rows == 16 and y.rows == 16 and straight and not (x.huge or weight.huge or y.huge)
+
+
+def may_help(dtype: torch.dtype) -> bool:
+    """Whether layers of this dtype have helpers: float16's skinny work is in float32, in other tiles."""
     return wide(dtype) is dtype
 
 
@@ -36,33 +243,41 @@ def _plan(
     depth: int,
     cols: int,
     r: int,
-    rider_bytes: int,
-    processors: int,
+    helper_bytes: int,
+    sms: int,
     waited_bytes: int = 0,
-) -> Plan | None:
-    """The riders for a product ``[rows, depth] · [depth, cols]`` beside which ``rider_bytes`` are read.
+) -> Helpers | None:
+    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
 
-    ``waited_bytes`` are what one rider alone reads last while tiles wait for it. None where riders can't
-    pay: none in the configuration, a rank that is looped over, too few tiles to ride beside, thin work
-    that would outlast half of the product, or a wait that would outlast a tile.
+    ``waited_bytes`` are what one helper alone reads last while tiles wait for it. None where helpers
+    can't serve: none in the configuration, a rank that is looped over, skinny work that would outlast
+    half of the GEMM, or a wait that would outlast a tile. Whether they pay, ``rounds`` says.
     """
     if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
         return None
-    tiles = -(-rows // config.block_m) * -(-cols // config.block_n)
-    programs = processors * config.per_processor
-    riders = config.riders
-    if not 0 < riders < programs or tiles < 2 * programs:
+    tiles = _blocks(rows, config.block_m) * _blocks(cols, config.block_n)
+    programs = sms * config.ctas_per_sm
+    helpers = config.helpers
+    if not 0 < helpers < programs:
         return None
     tile_flops = 2 * config.block_m * config.block_n * depth
     if waited_bytes * _FLOPS_PER_BYTE > tile_flops:
         return None
-    waves = -(-rider_bytes * _FLOPS_PER_BYTE // (riders * tile_flops))
-    if 2 * waves > -(-tiles // programs):
+    alone = _blocks(tiles, programs)
+    waves = -(-helper_bytes * _FLOPS_PER_BYTE // (helpers * tile_flops))
+
+    def rounds(missed: int) -> int:
+        return missed + _blocks(max(tiles - missed * (programs - helpers), 0), programs)
+
+    if 2 * waves > alone:
         return None
-    return Plan(riders, waves, programs)
+    # More time for helpers where no other program takes a round more for it.
+    while 2 * (waves + 1) <= alone and rounds(waves + 1) == rounds(waves):
+        waves += 1
+    return Helpers(helpers, waves, programs, rounds(waves), alone)
 
 
-def forward_riders(
+def forward_helpers(
     product: LaunchConfig,
     shrink: LaunchConfig,
     M: int,
@@ -71,12 +286,12 @@ def forward_riders(
     r: int,
     size: int,
     masked: bool,
-    processors: int,
-) -> Plan | None:
-    """The riders of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
+    sms: int,
+) -> Helpers | None:
+    """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
     if masked or r > shrink.block_r:
         return None
-    return _plan(product, M, K, N, r, M * K * size, processors)
+    return _plan(product, M, K, N, r, M * K * size, sms)
 
 
 def group_rows(product: LaunchConfig) -> int:
@@ -84,7 +299,7 @@ def group_rows(product: LaunchConfig) -> int:
     return GROUP_M * product.block_m
 
 
-def backward_riders(
+def backward_helpers(
     product: LaunchConfig,
     expand_backward: LaunchConfig,
     shrink_backward: LaunchConfig,
@@ -94,14 +309,18 @@ def backward_riders(
     r: int,
     size: int,
     masked: bool,
-    processors: int,
-) -> Plan | None:
-    """The riders of a layer's backward, which make ds and dB, and without a mask dA."""
+    sms: int,
+) -> Helpers | None:
+    """The helpers of a layer's backward, which make ds and dB, and without a mask dA."""
     if r > min(expand_backward.block_r, shrink_backward.block_r):
         return None
     # With a rank of several blocks the launch would spill: compiled for sm_90.
     if r > product.block_r or group_rows(product) % expand_backward.block_m:
         return None
-    partials = _PARTIAL * r * -(-N // expand_backward.block_n)  # bytes a row of ds
+    partials = _PARTIAL * r * _blocks(N, expand_backward.block_n)  # bytes a row of ds
     read = M * ((N if masked else N + K) * size + 2 * partials)
-    return _plan(product, M, N, K, r, read, processors, group_rows(product) * partials)
+    return _plan(product, M, N, K, r, read, sms, group_rows(product) * partials)
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)

@@ -185,7 +185,7 @@ def expand_backward(
     c = config or config_for("expand_backward", dy, M, N, N, r, adapter_dtype=lora_B.dtype)
     col_groups, rank_blocks = triton.cdiv(N, c.block_n), triton.cdiv(r, c.block_r)
     row_groups, m_blocks = chunks(
-        processors(dy) * c.per_processor, M, c.block_m, col_groups * rank_blocks
+        processors(dy) * c.ctas_per_sm, M, c.block_m, col_groups * rank_blocks
     )
     ds = torch.empty((M, r), device=dy.device, dtype=s.dtype)
     dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)

@@ -158,7 +158,7 @@ def linear_expand(
     if split:
         c = dataclasses.replace(c, flatten=False)  # what follows the main loop is too much for it
     with on_device(x):
-        linear_expand_kernel[(min(tiles * splits, processors(x) * c.per_processor),)](
+        linear_expand_kernel[(min(tiles * splits, processors(x) * c.ctas_per_sm),)](
             s_ptr=s,
             b_ptr=lora_B,
             bias_ptr=x if bias is None else bias,

@@ -1,6 +1,6 @@
 """``dx``, ``dA`` and ``dB`` of a LoRA linear layer.
 
-Where riders pay, ``ds`` and ``dB`` are made beside the product of dx, which takes ds in its last
+Where helpers pay, ``ds`` and ``dB`` are made beside the product of dx, which takes ds in its last
 step, and ``dA`` behind them; under dropout ``dA`` has a launch of its own. Elsewhere they are
 ``expand_backward``, ``shrink_backward`` and ``linear_expand``.
 """
@@ -20,7 +20,7 @@ from lorafast.kernels.common.launch import (
     processors,
     rule_for,
 )
-from lorafast.kernels.common.plan import backward_riders, group_rows, may_ride
+from lorafast.kernels.common.plan import backward_helpers, group_rows, may_help
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.expand_backward.kernel import expand_backward_group
 from lorafast.kernels.linear_expand import linear_expand
@@ -32,7 +32,7 @@ from lorafast.kernels.linear_expand.tile import (
     tile_arguments,
     tile_at,
 )
-from lorafast.kernels.lora_linear.riders import (
+from lorafast.kernels.lora_linear.helpers import (
     FLAGS,
     ITEMS,
     TICKETS,
@@ -94,11 +94,11 @@ def lora_linear_backward_kernel(
     TRANSPOSED: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
-    RIDERS: tl.constexpr,
-    RIDER_M: tl.constexpr,
-    RIDER_N: tl.constexpr,
-    RIDER_R: tl.constexpr,
-    RIDER_STAGES: tl.constexpr,
+    HELPERS: tl.constexpr,
+    HELPER_M: tl.constexpr,
+    HELPER_N: tl.constexpr,
+    HELPER_R: tl.constexpr,
+    HELPER_STAGES: tl.constexpr,
     COLUMNS_M: tl.constexpr,
     COLUMNS_K: tl.constexpr,
     COLUMNS_STAGES: tl.constexpr,
@@ -108,17 +108,17 @@ def lora_linear_backward_kernel(
 ):
     """The product is ``dx [M, K] = dy [M, N] · W``: its operands are x = dy, w = Wᵀ, y = dx.
 
-    The riders' first items are row groups by column groups of dy: a row group's flag says that its ds is
-    there. Then, without dropout, come column blocks of x for dA, which need all of ds.
+    The helpers' first items are row groups by column groups of dy: a row group's flag says that its ds
+    is there. Then, without dropout, come column blocks of x for dA, which need all of ds.
     """
     programs = tl.num_programs(0)
     program = tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed")
-    rows_of_group = m_blocks * RIDER_M
+    rows_of_group = m_blocks * HELPER_M
     row_groups = tl.cdiv(M, rows_of_group)
-    col_groups = tl.cdiv(N, RIDER_N)
+    col_groups = tl.cdiv(N, HELPER_N)
     flags_ptr = counters_ptr + FLAGS
     first_round = 0
-    if program < RIDERS:
+    if program < HELPERS:
         groups = row_groups * col_groups
         items = groups
         if not HAS_DROPOUT:
@@ -130,7 +130,7 @@ def lora_linear_backward_kernel(
                 flags_ptr + row_groups, item // col_groups, item % col_groups, 0,
                 row_groups, col_groups, 1, M, N, r, m_blocks, scaling,
                 stride_xm, stride_xk, stride_sm, stride_sr, stride_bn, stride_br,
-                RIDER_M, RIDER_N, RIDER_R, RIDER_STAGES, True, PRECISION, INTERPRETED,
+                HELPER_M, HELPER_N, HELPER_R, HELPER_STAGES, True, PRECISION, INTERPRETED,
             )  # fmt: skip
             if completed:
                 raise_flag(flags_ptr + item // col_groups)
@@ -140,7 +140,7 @@ def lora_linear_backward_kernel(
             if item < items:
                 for group in range(0, row_groups):
                     ds_ready += wait_for(flags_ptr + group, INTERPRETED)
-            ranks = tl.arange(0, RIDER_R)
+            ranks = tl.arange(0, HELPER_R)
             while item < items:
                 first_col = (item - groups) * COLUMNS_K
                 da = shrink_backward_columns(
@@ -159,9 +159,9 @@ def lora_linear_backward_kernel(
 
     n_blocks = tl.cdiv(N, BLOCK_K)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(K, BLOCK_N)
-    rounds = tile_count(program, programs, tiles, waves, RIDERS)
+    rounds = tile_count(program, programs, tiles, waves, HELPERS)
     for i in tl.range(first_round, rounds, flatten=FLATTEN):
-        tile = tile_of(i, program, programs, waves, RIDERS)
+        tile = tile_of(i, program, programs, waves, HELPERS)
         row_block, col_block = tile_at(tile, M, K, BLOCK_M, BLOCK_N, GROUP_M)
         acc = multiply(
             x, w, row_block, col_block, 0, n_blocks, M, K, N,
@@ -216,10 +216,10 @@ def lora_linear_backward(
     rows = rule_for("expand_backward", dy, M, N, N, r)
     cols = rule_for("shrink_backward", dy, M, K, K, r)
     size = dy.element_size()
-    riders = None
-    if may_ride(dy.dtype):
-        riders = backward_riders(c, rows, cols, M, K, N, r, size, masked, processors(dy))
-    if riders is None:
+    helpers = None
+    if may_help(dy.dtype):
+        helpers = backward_helpers(c, rows, cols, M, K, N, r, size, masked, processors(dy))
+    if helpers is None:
         ds, dB = expand_backward(dy, s, lora_B, scaling)
         dA = shrink_backward(ds, x, dropout_p, seed, lora_A.dtype)
         dx = linear_expand(
@@ -232,7 +232,7 @@ def lora_linear_backward(
     dA = torch.empty((r, K), device=dy.device, dtype=lora_A.dtype)
     dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)
     with on_device(dy):
-        lora_linear_backward_kernel[(riders.programs,)](
+        lora_linear_backward_kernel[(helpers.programs,)](
             dy_ptr=dy,
             x_ptr=x,
             a_ptr=lora_A,
@@ -248,7 +248,7 @@ def lora_linear_backward(
             N=N,
             K=K,
             r=r,
-            waves=riders.waves,
+            waves=helpers.waves,
             m_blocks=group_rows(c) // rows.block_m,
             scaling=float(scaling),
             stride_rows=x.stride(0),
@@ -259,11 +259,11 @@ def lora_linear_backward(
             stride_br=lora_B.stride(1),
             stride_sm=s.stride(0),
             stride_sr=s.stride(1),
-            RIDERS=riders.riders,
-            RIDER_M=rows.block_m,
-            RIDER_N=rows.block_n,
-            RIDER_R=rows.block_r,
-            RIDER_STAGES=rows.num_stages,
+            HELPERS=helpers.helpers,
+            HELPER_M=rows.block_m,
+            HELPER_N=rows.block_n,
+            HELPER_R=rows.block_r,
+            HELPER_STAGES=rows.num_stages,
             COLUMNS_M=cols.block_m,
             COLUMNS_K=cols.block_k,
             COLUMNS_STAGES=cols.num_stages,

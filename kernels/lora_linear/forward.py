@@ -1,6 +1,6 @@
 """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` and ``s = drop(x)·Aᵀ``.
 
-Where riders pay it is one launch: they shrink row blocks while the others multiply. Elsewhere it is
+Where helpers pay it is one launch: they shrink row blocks while the others multiply. Elsewhere it is
 ``shrink``, then ``linear_expand``.
 """
 
@@ -18,7 +18,7 @@ from lorafast.kernels.common.launch import (
     processors,
     rule_for,
 )
-from lorafast.kernels.common.plan import forward_riders, may_ride
+from lorafast.kernels.common.plan import forward_helpers, may_help
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
@@ -28,7 +28,7 @@ from lorafast.kernels.linear_expand.tile import (
     tile_arguments,
     tile_at,
 )
-from lorafast.kernels.lora_linear.riders import (
+from lorafast.kernels.lora_linear.helpers import (
     FLAGS,
     ITEMS,
     TICKETS,
@@ -78,28 +78,28 @@ def lora_linear_kernel(
     TRANSPOSED: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
-    RIDERS: tl.constexpr,
-    RIDER_K: tl.constexpr,
-    RIDER_R: tl.constexpr,
-    RIDER_STAGES: tl.constexpr,
+    HELPERS: tl.constexpr,
+    HELPER_K: tl.constexpr,
+    HELPER_R: tl.constexpr,
+    HELPER_STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """An item of the riders is a row block of s; its flag says that it is there."""
+    """An item of the helpers is a row block of s; its flag says that it is there."""
     programs = tl.num_programs(0)
     program = tl.atomic_add(counters_ptr + TICKETS, 1, sem="relaxed")
     row_blocks = tl.cdiv(M, BLOCK_M)
     first_round = 0
-    if program < RIDERS:
-        ranks = tl.arange(0, RIDER_R)
+    if program < HELPERS:
+        ranks = tl.arange(0, HELPER_R)
         item = tl.atomic_add(counters_ptr + ITEMS, 1, sem="relaxed")
         while item < row_blocks:
             rows = item * BLOCK_M + tl.arange(0, BLOCK_M)
             acc = shrink_rows(
                 x_ptr, a_ptr, x_ptr, rows, ranks, 0, K, M, K, r, 0, 1.0,
                 stride_xm, stride_xk, stride_ar, stride_ak,
-                RIDER_K, RIDER_STAGES, False, PRECISION, INTERPRETED,
+                HELPER_K, HELPER_STAGES, False, PRECISION, INTERPRETED,
             )  # fmt: skip
             tl.store(
                 s_ptr + rows.to(tl.int64)[:, None] * r + ranks[None, :],
@@ -112,9 +112,9 @@ def lora_linear_kernel(
 
     k_blocks = tl.cdiv(K, BLOCK_K)
     tiles = row_blocks * tl.cdiv(N, BLOCK_N)
-    rounds = tile_count(program, programs, tiles, waves, RIDERS)
+    rounds = tile_count(program, programs, tiles, waves, HELPERS)
     for i in tl.range(first_round, rounds, flatten=FLATTEN):
-        tile = tile_of(i, program, programs, waves, RIDERS)
+        tile = tile_of(i, program, programs, waves, HELPERS)
         row_block, col_block = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = multiply(
             x, w, row_block, col_block, 0, k_blocks, M, N, K,
@@ -163,16 +163,16 @@ def lora_linear(
     )
     thin = rule_for("shrink", x, M, K, K, r)
     size = x.element_size()
-    riders = None
-    if may_ride(x.dtype):
-        riders = forward_riders(c, thin, M, K, N, r, size, masked, processors(x))
-    if riders is None:
+    helpers = None
+    if may_help(x.dtype):
+        helpers = forward_helpers(c, thin, M, K, N, r, size, masked, processors(x))
+    if helpers is None:
         s = shrink(x, lora_A, dropout_p, seed)
         return linear_expand(x, weight, s, lora_B, scaling, bias, config=config), s
     y = torch.empty((M, N), device=x.device, dtype=x.dtype)
     s = torch.empty((M, r), device=x.device, dtype=x.dtype)
     with on_device(x):
-        lora_linear_kernel[(riders.programs,)](
+        lora_linear_kernel[(helpers.programs,)](
             x_ptr=x,
             a_ptr=lora_A,
             s_ptr=s,
@@ -183,17 +183,17 @@ def lora_linear(
             N=N,
             K=K,
             r=r,
-            waves=riders.waves,
+            waves=helpers.waves,
             scaling=float(scaling),
             stride_ar=lora_A.stride(0),
             stride_ak=lora_A.stride(1),
             stride_bn=lora_B.stride(0),
             stride_br=lora_B.stride(1),
             stride_bias=1 if bias is None else bias.stride(0),
-            RIDERS=riders.riders,
-            RIDER_K=thin.block_k,
-            RIDER_R=thin.block_r,
-            RIDER_STAGES=thin.num_stages,
+            HELPERS=helpers.helpers,
+            HELPER_K=thin.block_k,
+            HELPER_R=thin.block_r,
+            HELPER_STAGES=thin.num_stages,
             HAS_BIAS=bias is not None,
             PRECISION=precision(x),
             INTERPRETED=INTERPRETED,

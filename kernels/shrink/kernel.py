@@ -157,9 +157,7 @@ def shrink(
         "shrink", x, M, K, K, r, adapter_dtype=lora_A.dtype, masked=dropout_p > 0.0
     )
     row_blocks, rank_blocks = triton.cdiv(M, c.block_m), triton.cdiv(r, c.block_r)
-    count, k_blocks = chunks(
-        processors(x) * c.per_processor, K, c.block_k, row_blocks * rank_blocks
-    )
+    count, k_blocks = chunks(processors(x) * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
     split = count > 1
     with on_device(x):
         shrink_kernel[(row_blocks, count, rank_blocks)](

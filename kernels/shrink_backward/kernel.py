@@ -154,9 +154,7 @@ def shrink_backward(
         return torch.zeros((r, K), device=x.device, dtype=dtype)
     c = config or config_for("shrink_backward", x, M, K, K, r, masked=dropout_p > 0.0)
     col_blocks, rank_blocks = triton.cdiv(K, c.block_k), triton.cdiv(r, c.block_r)
-    count, m_blocks = chunks(
-        processors(x) * c.per_processor, M, c.block_m, col_blocks * rank_blocks
-    )
+    count, m_blocks = chunks(processors(x) * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
     split = count > 1
     dA = torch.empty((r, K), device=x.device, dtype=dtype)
     with on_device(x):

@@ -8,9 +8,9 @@ TUNED_ON: tuple[str, ...] = ()
 TABLE: Table = {
     "shrink": (
         # bits, M, K, N, largest rank
-        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 64, 16, 4, 4, per_processor=2)),
-        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 64, 32, 4, 4, per_processor=2)),
-        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 64, 64, 8, 3, per_processor=2)),
+        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 64, 16, 4, 4, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 64, 32, 4, 4, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 64, 64, 8, 3, ctas_per_sm=2)),
         (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
         (16, 8192, 4096, 4096, 256, LaunchConfig(32, 16, 32, 256, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 16, 64, 16, 4, 3)),
@@ -40,8 +40,8 @@ TABLE: Table = {
     ),
     "shrink_backward": (
         # bits, M, K, N, largest rank
-        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, per_processor=2)),
-        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 3, per_processor=2)),
+        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 3, ctas_per_sm=2)),
         (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 128, 64, 8, 3)),
         (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 16, 64, 16, 4, 3)),

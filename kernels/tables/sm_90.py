@@ -8,9 +8,9 @@ TUNED_ON: tuple[str, ...] = ()
 TABLE: Table = {
     "shrink": (
         # bits, M, K, N, largest rank
-        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, per_processor=2)),
-        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 4, per_processor=2)),
-        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 128, 64, 8, 3, per_processor=2)),
+        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 4, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 128, 64, 8, 3, ctas_per_sm=2)),
         (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
         (16, 8192, 4096, 4096, 256, LaunchConfig(64, 16, 32, 256, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 16, 64, 16, 4, 3)),
@@ -20,7 +20,7 @@ TABLE: Table = {
     "linear_expand": (
         # bits, M, K, N, largest rank
         (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 3,
-            descriptors=True, flatten=True, parts=2, masked_parts=8, riders=16)),
+            descriptors=True, flatten=True, parts=2, masked_parts=8, helpers=16)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 4,
             descriptors=True, flatten=True, masked_parts=2)),
         (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 128, 16, 4, 4, descriptors=True, flatten=True)),
@@ -42,8 +42,8 @@ TABLE: Table = {
     ),
     "shrink_backward": (
         # bits, M, K, N, largest rank
-        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, per_processor=2)),
-        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 4, per_processor=2)),
+        (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 4, ctas_per_sm=2)),
         (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 128, 64, 8, 3)),
         (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 16, 64, 16, 4, 3)),

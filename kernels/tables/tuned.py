@@ -25,7 +25,7 @@ from lorafast.kernels.tables.find import WHOLE, distance, nearest_architecture
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
-_FORMAT = 3
+_FORMAT = 4
 BACKENDS = ("aten", "triton")
 """Those that a record may name: what ``lorafast tune`` sets against each other."""
 INTERPRETER = "interpreter"
@@ -36,7 +36,8 @@ _ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "tf32": 4}
 @dataclass(frozen=True)
 class Key:
     """A call: operation, dtypes (as ``dtypes`` says them), sizes as ``linear_expand`` has them, whether
-    masked, and whether its product reads Wᵀ, as that of dx does."""
+    masked, whether its GEMM reads Wᵀ, as that of dx does, and whether the rows of what it reads begin at
+    multiples of 16 bytes."""
 
     operation: str
     dtypes: str
@@ -46,11 +47,13 @@ class Key:
     r: int
     masked: bool = False
     transposed: bool = False
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
 class Record:
-    """The fastest backend for a call, the fastest configuration of ``triton``, medians in seconds."""
+    """The fastest backend for a call, the fastest configuration of the Triton kernels, and of every
+    backend that was measured the median in seconds."""
 
     key: Key
     backend: str
@@ -58,11 +61,11 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
+def dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype, tf32: bool) -> str:
     """``bfloat16``, or ``bfloat16+float32`` with adapters that are wider; ``tf32`` for float32 whose
     products PyTorch may round so."""
     name = str(dtype).removeprefix("torch.")
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if dtype is torch.float32 and tf32:
         name = "tf32"
     if adapter_dtype is dtype:
         return name
@@ -205,11 +208,12 @@ def why_unusable(record: Record, capability: int) -> str | None:
     for name in ("M", "K", "N", "r"):
         if getattr(key, name) < 1:
             return f"{name} is {getattr(key, name)}, expected at least 1"
-    if record.backend not in BACKENDS:
-        return f"backend is {record.backend!r}, expected {' or '.join(BACKENDS)}"
     for name, seconds in record.seconds.items():
-        if seconds < 0:
+        if not seconds > 0:
             return f"the time of {name} is {seconds}, expected seconds"
+    if record.backend not in record.seconds:
+        known = ", ".join(record.seconds) or "nothing"
+        return f"backend is {record.backend!r}, and there are times of {known} alone"
     if record.config is None:
         return None
     operation = "linear_expand" if key.operation in WHOLE else key.operation
@@ -235,4 +239,4 @@ def nearest(device: str, key: Key) -> Record | None:
 def _bucket(key: Key) -> tuple[object, ...]:
     """What a record and a call must have in common: of the rank, the power of two that holds it."""
     rank = max(1 << (key.r - 1).bit_length(), 16)
-    return key.operation, key.dtypes, key.masked, key.transposed, rank
+    return key.operation, key.dtypes, key.masked, key.transposed, key.aligned, rank

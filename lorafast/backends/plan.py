@@ -61,7 +61,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     plain_pytorch: ClassVar[bool] = False
-    """Whether it is the definition itself, which stands in where only PyTorch's own operations will do."""
+    """Whether it is the definition, which serves where only PyTorch's own operations will do."""
 
     def why_unusable(self) -> str | None:
         """What this machine lacks for it, a sentence, or None."""

@@ -52,7 +52,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seconds": 1.0,
     },
 }
-_TRAFFIC_DEFAULTS = {
+_TRAFFIC_DEFAULTS: dict[str, Any] = {
     "shapes": ["8192,4096,4096"],
     "tokens": [8192],
     "dtype": ["bf16"],

@@ -20,7 +20,7 @@ class Layout(NamedTuple):
 
     ``rows``: the bytes, up to 16, of which the address of each row is a multiple; 0 if the elements of
     a row are not neighbours. ``columns``: the same of its columns. ``huge``: beyond what TMA can
-    describe, 2**31 rows or columns or 2**40 bytes from one to the next.
+    describe, 2**31 rows or columns, or 2**40 bytes from one to the next, or none at all.
     """
 
     rows: int = 16
@@ -35,7 +35,9 @@ class Layout(NamedTuple):
         return cls(
             _alignment(address, row * size) if column == 1 else 0,
             _alignment(address, column * size) if row == 1 else 0,
-            max(rows, columns) >= _TMA_EXTENT or max(row, column) * size >= _TMA_ROW,
+            max(rows, columns) >= _TMA_EXTENT
+            or max(row, column) * size >= _TMA_ROW
+            or not min(row, column),
         )
 
     @classmethod

@@ -89,7 +89,7 @@ def build(tensors: Sequence[Tensor], description: str) -> Weight:
     if description == DENSE:
         (weight,) = tensors
         return weight
-    name, names, parameters = (description.split("|", 2) + ["", ""])[:3]
+    name, names, parameters = [*description.split("|", 2), "", ""][:3]
     if name not in _formats:
         raise ValueError(f"format is {name!r}, expected one of {', '.join(formats())}")
     keys = names.split(",")

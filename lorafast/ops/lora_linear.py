@@ -2,9 +2,8 @@
 
 Under ``torch.compile``, and where a mode sees every operation, a call is the op
 ``lorafast::lora_linear``. Other eager code skips the registered op, whose Python costs more than a small
-layer's arithmetic: what a call is like is looked up among those that were checked and planned before, and
-its plan runs, differentiated by PyTorch where it can be, else by an ``autograd.Function`` over the same
-formula. Under ``torch.func`` transforms, in forward mode and in exported programs, where neither works,
+layer's arithmetic: a call like one that was checked and planned before runs the plan of that one, which
+PyTorch differentiates where it can, else an ``autograd.Function`` over the same formula. Under ``torch.func`` transforms, in forward mode and in exported programs, where neither works,
 it is the reference, which PyTorch differentiates, batches and exports itself.
 """
 
@@ -85,7 +84,7 @@ registry.when_forgotten(_calls.clear)
 
 
 def _layouts_matter(device: int, backend: str | None) -> bool:
-    """Whether plans may depend on how matrices lie in memory: not those for a CPU, unless one is forced."""
+    """Whether plans depend on how matrices lie in memory: not on a CPU, unless one is forced."""
     return device >= 0 or backend is not None
 
 
@@ -170,8 +169,7 @@ def lora_linear(
             return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if call.differentiable:
         if call.matrix:
-            y = call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
-            return y  # type: ignore[no-any-return]
+            return call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]  # type: ignore[no-any-return]
         y = call.run(_rows(x), weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
         return y.view(*x.shape[:-1], y.shape[1])
     if torch.is_grad_enabled():

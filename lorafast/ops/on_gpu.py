@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.plan import backward_riders, forward_riders, may_ride
+from lorafast.kernels.common.plan import backward_helpers, forward_helpers, may_help
 from lorafast.kernels.tables import tuned
 from lorafast.ops import roofline
 from lorafast.reference import wide
@@ -136,19 +136,19 @@ def _whole(
         rode = (
             record.backend == _TRITON
             and bulk
-            and rides(operation, problem, dtype, capability, processors, record.config)
+            and helps(operation, problem, dtype, capability, processors, record.config)
         )
         return (_TRITON, _measured(record)) if rode else (None, "")
     # Programs that wait for each other, on the word of a model, only where such rules have run.
     if not tables.tuned_on(capability):
         return None, ""
-    if not (bulk and rides(operation, problem, dtype, capability, processors)):
+    if not (bulk and helps(operation, problem, dtype, capability, processors)):
         return None, ""
     partials = _partials(M, N, r, dtype, capability)
     return modelled_whole(operation, replace(problem, partials=partials), _device(device))
 
 
-def rides(
+def helps(
     operation: str,
     p: roofline.Problem,
     dtype: torch.dtype,
@@ -156,27 +156,27 @@ def rides(
     processors: int,
     own: LaunchConfig | None = None,
 ) -> bool:
-    """Whether a whole layer's launch has riders, on aligned tensors: by its ``own`` configuration, or by
-    the rules that ship."""
+    """Whether a whole layer's launch has helpers, on aligned tensors: by its ``own`` configuration, or
+    by the rules that ship."""
 
     def config(name: str, K: int, N: int) -> LaunchConfig:
         return tables.find(name, capability, dtype, p.M, K, N, p.r, bulk=True)
 
-    if not may_ride(dtype):
+    if not may_help(dtype):
         return False
     sizes = (p.M, p.K, p.N, p.r, p.size, p.masked, processors)
     if operation == "lora_linear":
         product, shrink = own or config(operation, p.K, p.N), config("shrink", p.K, p.K)
-        return forward_riders(product, shrink, *sizes) is not None
+        return forward_helpers(product, shrink, *sizes) is not None
     product = own or config(operation, p.N, p.K)
     rows, cols = config("expand_backward", p.N, p.N), config("shrink_backward", p.K, p.K)
-    return backward_riders(product, rows, cols, *sizes) is not None
+    return backward_helpers(product, rows, cols, *sizes) is not None
 
 
 def modelled_whole(
     operation: str, problem: roofline.Problem, device: roofline.Device
 ) -> tuple[str | None, str]:
-    """``triton`` if the model gives a whole layer with riders less time than its operations alone."""
+    """``triton`` if the model gives a whole layer with helpers less time than its operations alone."""
     if problem.size != 2:
         return None, ""
     together = roofline.estimate(operation, _TRITON, problem, device)

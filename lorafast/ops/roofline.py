@@ -19,7 +19,7 @@ _FLOAT32_RATE = 1 / 16
 """Of 16-bit products: float32 is multiplied without tensor cores, as PyTorch does by default."""
 _FLOAT32_SHARE = {"aten": 0.8, "triton": 0.3}
 _ALONGSIDE_SHARE = 0.3
-"""The part of a rider's pass that costs time: riders hold some of the multiprocessors meanwhile."""
+"""The part of a helper's pass that costs time: helpers hold some of the multiprocessors meanwhile."""
 _MASK_BYTES = {"aten": 225.0, "triton": 2.5}
 """What making a mask costs per element, in bytes moved in that time. ``aten`` composes Philox of integer
 operations, whose traffic is counted; in a kernel it is about 100 instructions for eight elements."""
@@ -97,7 +97,7 @@ def _count(launches: int) -> str:
 def estimate(operation: str, backend: str, p: Problem, device: Device) -> Estimate:
     """What ``operation`` costs on ``backend``, ``aten`` or ``triton``.
 
-    ``operation`` is one of the four, or ``lora_linear`` or ``lora_linear_backward`` with riders.
+    ``operation`` is one of the four, or ``lora_linear`` or ``lora_linear_backward`` with helpers.
     """
     thin = _thin(backend, p, device)
     x, y = float(p.M * p.K * p.size), float(p.M * p.N * p.size)
@@ -121,16 +121,16 @@ def estimate(operation: str, backend: str, p: Problem, device: Device) -> Estima
             return thin(y, _mask(backend, p, p.N), 1) + product
         return product + Estimate(_mask(backend, p, p.N) / device.bandwidth, 0.0, 0.0, 0)
     if operation == "lora_linear":
-        return _with_riders(_product(backend, p, device), thin(x, 0.0, 0))
+        return _with_helpers(_product(backend, p, device), thin(x, 0.0, 0))
     assert operation == "lora_linear_backward", operation
     dx = _product(backend, _transposed(p), device)
     mask = Estimate(_mask(backend, p, p.K) / device.bandwidth, 0.0, 0.0, 0)
     if p.masked:
-        return _with_riders(dx, thin(y, 0.0, 0)) + mask + thin(x, _mask(backend, p, p.K), 1)
-    return _with_riders(dx, thin(x + y, 0.0, 0))
+        return _with_helpers(dx, thin(y, 0.0, 0)) + mask + thin(x, _mask(backend, p, p.K), 1)
+    return _with_helpers(dx, thin(x + y, 0.0, 0))
 
 
-def _with_riders(product: Estimate, thin: Estimate) -> Estimate:
+def _with_helpers(product: Estimate, thin: Estimate) -> Estimate:
     return product + Estimate(thin.seconds * _ALONGSIDE_SHARE, thin.flops, thin.bytes, 0)
 
 

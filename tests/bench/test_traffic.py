@@ -82,12 +82,12 @@ def test_aten():
     )
 
 
-ROW_GROUPS, COL_GROUPS = M // 1024, N // 256  # of the riders' pass over dy
+ROW_GROUPS, COL_GROUPS = M // 1024, N // 256  # of the helpers' pass over dy
 PARTIALS = 4 * r * (COL_GROUPS * M + ROW_GROUPS * N)  # of ds and of dB
 
 
 def test_triton():
-    """x and dy are read by riders and by tiles, once for a launch."""
+    """x and dy are read by helpers and by tiles, once for a launch."""
     forward, backward = traffic_of("triton")
     assert forward == Traffic(1, X + W + A + S + B, Y + S)
     assert backward == Traffic(
@@ -189,8 +189,8 @@ PROBLEMS = [
         (130, 64, 70, 40, "fp32", "fp32", False, True, 4),
         (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
         (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
-        (2190, 72, 520, 16, "bf16", "fp32", True, False, 20),  # riders forward
-        (2190, 520, 264, 16, "bf16", "fp32", True, True, 20),  # riders backward
+        (2190, 72, 520, 16, "bf16", "fp32", True, False, 20),  # helpers forward
+        (2190, 520, 264, 16, "bf16", "fp32", True, True, 20),  # helpers backward
     )
 ]
 
@@ -235,7 +235,7 @@ def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
 @pytest.mark.parametrize("r", [16, 64])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_reduced_sizes_reach_every_path(r, dtype):
-    """At the first no sum is split into partial ones, at the second every one is, then riders ride."""
+    """At the first no sum is split into partial ones, at the second every one is, then helpers pay."""
     reduced = interpret.reduce(replace(PROBLEM, r=r, dtype=dtype))
     layers = [
         launches.Layer(p.M, p.K, p.N, p.r, DTYPES[p.dtype], 4, False, False, p.processors)
@@ -247,7 +247,7 @@ def test_the_reduced_sizes_reach_every_path(r, dtype):
         assert (dA.written > layer.K * layer.r * 4) is split
     if dtype == "bf16":
         assert len(launches.lora_linear(layers[2])) == 1
-        # One rider would add up too much of ds for a high rank.
+        # One helper would add up too much of ds for a high rank.
         assert len(launches.lora_linear_backward(layers[3])) == (1 if r == 16 else 4)
 
 

@@ -52,7 +52,7 @@ def test_every_case_is_kept_and_the_next_run_goes_on(cache, capsys):
     assert main(TINY) == 0
     said = capsys.readouterr().out
     assert said.count(": known, ") == 5
-    assert said.count("nothing can ride") == 2
+    assert said.count("nothing can help") == 2
     assert json.loads(cache.read_text()) == kept
 
 
@@ -148,11 +148,11 @@ def test_a_file_that_can_not_serve_is_said_and_not_used(cache, text, said):
 
 
 def test_neighbours_are_valid_and_differ():
-    start = LaunchConfig(128, 256, 64, 16, 8, 3, descriptors=True, flatten=True, parts=2, riders=8)
+    start = LaunchConfig(128, 256, 64, 16, 8, 3, descriptors=True, flatten=True, parts=2, helpers=8)
     found = list(climb.neighbours("lora_linear", start, 2, 90))
     assert len(found) == len(set(found)) > 8
     assert start not in found
-    assert {16, 4} <= {config.riders for config in found}
+    assert {16, 4} <= {config.helpers for config in found}
     assert not any(config.warp_specialize for config in found)
 
 

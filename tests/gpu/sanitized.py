@@ -26,8 +26,8 @@ def main() -> None:
                     ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
                     ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
                     ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
-        # Small tiles, so that a small layer has enough of them for riders.
-        config = LaunchConfig(16, 16, 16, 16, 1, 2, riders=4)
+        # Small tiles, so that a small layer has enough of them for helpers.
+        config = LaunchConfig(16, 16, 16, 16, 1, 2, helpers=4)
         M, r = 1031, 3
         for dropout_p in (0.0, 0.5):
             x, dy = (torch.randn(M, size).to(device, torch.bfloat16) for size in (K, N))

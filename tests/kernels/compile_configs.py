@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lorafast.bench.common.record import Record
 from lorafast.kernels.common.configs import OPERATIONS, SHARED_MEMORY, LaunchConfig
-from lorafast.kernels.common.plan import may_ride
+from lorafast.kernels.common.plan import may_help
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
@@ -118,14 +118,14 @@ def _calls(
                     dy, weight.t(), s, lora_A.t(), 1.0, None, p, of, config=c
                 ),
             )
-        if c.riders and may_ride(kind.dtype):
+        if c.helpers and may_help(kind.dtype):
             yield (
-                "riders-forward",
+                "helpers-forward",
                 lambda: lora_linear(x, weight, lora_A, lora_B, 2.0, bias, config=c),
             )
             for name, p, of in masks:
                 yield (
-                    f"riders-backward{name}",
+                    f"helpers-backward{name}",
                     lambda p=p, of=of: lora_linear_backward(
                         dy, x, weight, lora_A, lora_B, s, 2.0, p, of, config=c
                     ),

@@ -1,4 +1,4 @@
-"""A whole layer's launches, with riders and without."""
+"""A whole layer's launches, with helpers and without."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import numpy
 from lorafast.kernels.common import counters, plan
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.plan import Plan, backward_riders, forward_riders
+from lorafast.kernels.common.plan import Helpers, backward_helpers, forward_helpers
 from lorafast.kernels.lora_linear import backward, forward
 from small_tiles import SMALL_TILES, on_kernels
 from triton.runtime import interpreter
@@ -23,11 +23,11 @@ from lorafast.reference import shrink, wide
 TILES = {name: config for name, config in SMALL_TILES.items() if config is not None}
 
 
-def riding(monkeypatch, riders=2, waves=1, programs=5):
-    """Lets layers of any size have riders."""
+def with_helpers(monkeypatch, helpers=2, waves=1, programs=5):
+    """Lets layers of any size have helpers."""
 
     def always(config, rows, depth, *others):
-        return Plan(riders, waves, programs) if rows and depth else None
+        return Helpers(helpers, waves, programs) if rows and depth else None
 
     monkeypatch.setattr(plan, "_plan", always)
 
@@ -70,20 +70,20 @@ CALLS = {"forward": call_forward, "backward": call_backward}
 @given(
     p=problems(),
     tiles=st.sampled_from(list(TILES)),
-    riders=st.integers(1, 4),
+    helpers=st.integers(1, 4),
     waves=st.integers(0, 3),
     data=st.data(),
 )
-def test_riders_against_the_reference(poisoned, device, call, p, tiles, riders, waves, data):
+def test_helpers_against_the_reference(poisoned, device, call, p, tiles, helpers, waves, data):
     t = p.tensors(device)
     config = TILES[tiles]
     tile_count = -(-p.M // config.block_m) * -(
         -(p.N if call == "forward" else p.K) // config.block_n
     )
-    programs = data.draw(st.integers(riders + 1, 7))
-    waves = min(waves, tile_count // (programs - riders))
+    programs = data.draw(st.integers(helpers + 1, 7))
+    waves = min(waves, tile_count // (programs - helpers))
     with pytest.MonkeyPatch.context() as monkeypatch:
-        riding(monkeypatch, riders, waves, programs)
+        with_helpers(monkeypatch, helpers, waves, programs)
         kernels = on_kernels(lora_linear=config, lora_linear_backward=config)
         assert_contract(CALLS[call](p, t), kernels, p.dtype)
 
@@ -96,7 +96,7 @@ def test_no_order_in_which_programs_start_is_assumed(monkeypatch, device, call, 
         pytest.skip("the interpreter's order")
     p = Problem(150, 72, 88, 5, torch.float32, torch.float32, 0.0, "contiguous", 1)
     t = p.tensors(device)
-    riding(monkeypatch)
+    with_helpers(monkeypatch)
     kernels = on_kernels(
         **dict.fromkeys(("lora_linear", "lora_linear_backward"), TILES["16x16 tiles"])
     )
@@ -131,7 +131,7 @@ def test_the_counters_are_left_as_they_were_found(monkeypatch, device, call):
 
     for module in (forward, backward):
         monkeypatch.setattr(module, "counters", shared)
-    riding(monkeypatch)
+    with_helpers(monkeypatch)
     p = Problem(150, 72, 88, 5, torch.float32, torch.float32, 0.0, "contiguous", 1)
     t = p.tensors(device)
     kernels = on_kernels(
@@ -155,7 +155,7 @@ def test_counters_off_cuda_are_fresh():
 
 @pytest.mark.parametrize("call", CALLS)
 def test_nan_propagates(monkeypatch, device, call):
-    riding(monkeypatch)
+    with_helpers(monkeypatch)
     p = Problem(40, 30, 25, 3, torch.float32, torch.float32, 0.0, "contiguous", 1)
     t = p.tensors(device)
     (t.x if call == "forward" else t.dy)[4, 5] = float("nan")
@@ -167,7 +167,7 @@ def test_nan_propagates(monkeypatch, device, call):
     assert not first[20].isnan().any()
 
 
-def test_a_layer_without_riders_is_its_operations(device):
+def test_a_layer_without_helpers_is_its_operations(device):
     p = Problem(40, 30, 25, 3, torch.float32, torch.float32, 0.1, "contiguous", 1)
     t = p.tensors(device)
     x, lora_A = t.x.float(), t.lora_A.float()
@@ -177,12 +177,12 @@ def test_a_layer_without_riders_is_its_operations(device):
     torch.testing.assert_close(s, shrink(x, lora_A, 0.1, t.seed))
 
 
-CONFIG = LaunchConfig(128, 256, 64, 16, 8, 3, riders=8)
+CONFIG = LaunchConfig(128, 256, 64, 16, 8, 3, helpers=8)
 THIN = LaunchConfig(64, 256, 128, 128, 8, 3)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "riders"),
+    ("sizes", "helpers"),
     [
         ((8192, 4096, 4096, 16), True),
         ((8192, 4096, 14336, 64), True),
@@ -191,41 +191,41 @@ THIN = LaunchConfig(64, 256, 128, 128, 8, 3)
         ((8192, 4096, 4096, 80), False),  # a rank that is looped over
     ],
 )
-def test_riders_ride_where_they_can_pay(sizes, riders):
+def test_helpers_work_where_they_can_pay(sizes, helpers):
     M, K, N, r = sizes
-    found = forward_riders(CONFIG, THIN, M, K, N, r, 2, False, 132)
-    assert (found is not None) is riders
+    found = forward_helpers(CONFIG, THIN, M, K, N, r, 2, False, 132)
+    assert (found is not None) is helpers
     if found is not None:
         tiles = -(-M // 128) * -(-N // 256)
-        assert found.riders == 8
+        assert found.helpers == 8
         assert found.programs == 132
-        assert 0 < found.waves * (found.programs - found.riders) <= tiles / 2 + 132
+        assert 0 < found.waves * (found.programs - found.helpers) <= tiles / 2 + 132
 
 
-def test_a_mask_has_no_riders_forward_and_only_those_of_dy_backward():
+def test_a_mask_has_no_helpers_forward_and_only_those_of_dy_backward():
     sizes = (8192, 4096, 4096, 16, 2)
-    assert forward_riders(CONFIG, THIN, *sizes, True, 132) is None
-    product = dataclasses.replace(CONFIG, riders=16)
-    masked = backward_riders(product, THIN, THIN, *sizes, True, 132)
-    plain = backward_riders(product, THIN, THIN, *sizes, False, 132)
+    assert forward_helpers(CONFIG, THIN, *sizes, True, 132) is None
+    product = dataclasses.replace(CONFIG, helpers=16)
+    masked = backward_helpers(product, THIN, THIN, *sizes, True, 132)
+    plain = backward_helpers(product, THIN, THIN, *sizes, False, 132)
     assert 0 < masked.waves < plain.waves
 
 
-def test_no_tile_waits_long_for_one_rider_to_add_up_ds():
+def test_no_tile_waits_long_for_one_helper_to_add_up_ds():
     """Its partial sums grow with the rank."""
-    product = dataclasses.replace(CONFIG, riders=64)
+    product = dataclasses.replace(CONFIG, helpers=64)
     narrow = dataclasses.replace(THIN, block_n=64)
-    assert backward_riders(product, narrow, narrow, 8192, 4096, 4096, 16, 2, False, 132)
-    assert backward_riders(product, narrow, narrow, 8192, 4096, 4096, 64, 2, False, 132) is None
+    assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 16, 2, False, 132)
+    assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 64, 2, False, 132) is None
 
 
-def test_zero_riders_are_allowed():
-    none = dataclasses.replace(CONFIG, riders=0)
-    assert forward_riders(none, THIN, 8192, 4096, 4096, 16, 2, False, 132) is None
+def test_zero_helpers_are_allowed():
+    none = dataclasses.replace(CONFIG, helpers=0)
+    assert forward_helpers(none, THIN, 8192, 4096, 4096, 16, 2, False, 132) is None
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_without_riders_the_product_has_one_output(monkeypatch, device, call):
+def test_without_helpers_the_product_has_one_output(monkeypatch, device, call):
     """Not a second one beside it, which would be the layer's largest piece of memory."""
     p = Problem(40, 30, 25, 3, torch.float32, torch.float32, 0.0, "contiguous", 1)
     t = p.tensors(device)

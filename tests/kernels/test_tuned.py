@@ -54,9 +54,9 @@ def write(file, *entries):
 
 
 BAD = [
-    ("config.per_processor", 0, "per_processor is 0, expected 1 to"),
-    ("config.per_processor", -1, "per_processor is -1, expected 1 to"),
-    ("config.per_processor", 10**6, "per_processor is 1000000, expected 1 to"),
+    ("config.ctas_per_sm", 0, "ctas_per_sm is 0, expected 1 to"),
+    ("config.ctas_per_sm", -1, "ctas_per_sm is -1, expected 1 to"),
+    ("config.ctas_per_sm", 10**6, "ctas_per_sm is 1000000, expected 1 to"),
     ("config.block_k", -16, "block_k is -16: tl.dot needs powers of two"),
     ("config.block_k", 24, "block_k is 24"),
     ("config.block_k", 32.0, r"records\[0\].config.block_k is 32.0, expected a whole number"),
@@ -120,13 +120,13 @@ def test_an_entry_that_is_no_record_is_left_out(file, entry):
 
 def test_numbers_are_right_whatever_the_file_holds(file):
     entry = dataclasses.asdict(RECORD)
-    entry["config"]["per_processor"] = 0
+    entry["config"]["ctas_per_sm"] = 0
     write(file, entry)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 40, generator=generator, dtype=torch.float64)
     lora_A = torch.randn(4, 40, generator=generator, dtype=torch.float64)
     operations = type("Operations", (), {"shrink": staticmethod(shrink)})
-    with pytest.warns(UserWarning, match="per_processor is 0"):
+    with pytest.warns(UserWarning, match="ctas_per_sm is 0"):
         assert_contract(
             lambda run, cast: run.shrink(cast(x), cast(lora_A)), operations, torch.float32
         )

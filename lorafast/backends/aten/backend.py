@@ -2,15 +2,15 @@
 
 from lorafast.backends import composed
 from lorafast.backends.aten import operations
+from lorafast.backends.cost import host_bound, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
 from lorafast.operands import DENSE
 
 SMALL = 1 << 22
-"""Multiply-adds of the base GEMM on a CPU below which a call's own cost counts more than its passes."""
+"""Multiply-adds of the base GEMM, on a CPU, below which a call's own cost counts most."""
 _MERGED = 1 << 16
-"""Multiply-adds up to which ``W + scaling · B·A`` costs less than the call that it saves: measured on one
-thread, 32 to 256 features, ranks 4 to 64."""
+"""Multiply-adds up to which ``W + scaling · B·A`` costs less than the call that it saves."""
 _EXACT = 4
 """Bytes of an element from which W may take the update up."""
 
@@ -25,14 +25,18 @@ class Aten(Backend):
         if problem.operation in LAYER_OPERATIONS:
             if problem.operation == "lora_linear" and _is_small(problem):
                 return _small(problem)
-            return composed.plan_or_refusal(problem, self.plan)
+            together = composed.plan_or_refusal(problem, self.plan)
+            return priced(together, problem) if isinstance(together, Plan) else together
         run, launches = _operation(problem)
-        return Plan(self.name, run, launches)
+        return priced(Plan(self.name, run, launches), problem)
 
 
 def _is_small(p: Problem) -> bool:
-    alone = "s" not in p.wants and not p.dropout and p.adapter_dtype is p.dtype
-    return alone and p.M * p.K * p.N < SMALL
+    if "s" in p.wants or p.dropout or p.adapter_dtype is not p.dtype:
+        return False
+    if p.device.type == "cuda":
+        return host_bound(Aten.name, p)
+    return p.M * p.K * p.N < SMALL
 
 
 def _small(p: Problem) -> Plan:

@@ -134,7 +134,7 @@ def linear_expand_transposed(
 
 
 def expand_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:
-    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``: what is wanted."""
+    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``."""
     want_ds, want_dB, want_dbias = (name in wants for name in WANTS["expand_backward"])
 
     def run(

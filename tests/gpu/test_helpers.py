@@ -11,8 +11,8 @@ from lorafast.reference import contract
 pytestmark = pytest.mark.gpu
 
 K, N, r = 2048, 2048, 16
-# Descriptors only where the architecture has bulk copies; every architecture can have riders.
-POINTERS = LaunchConfig(64, 64, 32, 16, 4, 3, riders=8)
+# Descriptors only where the architecture has bulk copies; every architecture can have helpers.
+POINTERS = LaunchConfig(64, 64, 32, 16, 4, 3, helpers=8)
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def config(device):
     if torch.cuda.get_device_capability(device) == (9, 0):
         return LaunchConfig(
             128, 256, 64, 16, 8, 3,
-            descriptors=True, flatten=True, parts=2, masked_parts=8, riders=16,
+            descriptors=True, flatten=True, parts=2, masked_parts=8, helpers=16,
         )  # fmt: skip
     return POINTERS
 
@@ -38,14 +38,14 @@ def test_against_the_reference(device, config, which, M):
     c = POINTERS if which == "pointers" else config
     x, dy, weight, lora_A, lora_B, s = tensors(M, device)
 
-    class Riding:
+    class WithHelpers:
         def call(self, cast):
             y, shrunk = lora_linear(x, weight, lora_A, lora_B, 0.7, config=c)
             found = lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, config=c)
             return y, shrunk, *found
 
     def call(run, cast):
-        if isinstance(run, Riding):
+        if isinstance(run, WithHelpers):
             return run.call(cast)
         xs, dys, w, A, B, ss = map(cast, (x, dy, weight, lora_A, lora_B, s))
         shrunk = run.shrink(xs, A)
@@ -55,7 +55,7 @@ def test_against_the_reference(device, config, which, M):
             run.linear_expand(dys, w.t(), ds, A.t(), 1.0), run.shrink_backward(ds, xs), dB,
         )  # fmt: skip
 
-    error, allowed = contract.compare(call, Riding(), torch.bfloat16)
+    error, allowed = contract.compare(call, WithHelpers(), torch.bfloat16)
     assert error <= allowed
 
 

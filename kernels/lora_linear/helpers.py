@@ -1,11 +1,11 @@
-"""Riders: programs of the product's launch that do the thin work before they take tiles.
+"""Helpers: programs of the product's launch that do the thin work before they take tiles.
 
 A pass over x leaves the tensor cores idle, the product leaves memory nearly idle: a few programs do the
 first beside the second. They take items of thin work from a queue, in the order in which tiles need
 them, and raise a flag for what is complete; a tile waits for its flag only before its last step.
 
-It ends: a program rides if its ticket, drawn when it starts, is among the first, so whoever waits
-runs after every rider has started; riders take items one by one and wait for nothing before the queue
+It ends: a program helps if its ticket, drawn when it starts, is among the first, so whoever waits
+runs after every helper has started; helpers take items one by one and wait for nothing before the queue
 is empty and what they took is done; hence every flag is raised. No order in which the device starts
 programs, and no number of them that it runs at once, is assumed.
 
@@ -22,17 +22,17 @@ TICKETS, ITEMS, FINISHED, FLAGS = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def tile_count(program, programs, tiles, waves, RIDERS: tl.constexpr):
-    """How many rounds of tiles a program goes through, those that a rider misses counted."""
-    late = tiles - waves * (programs - RIDERS)
+def tile_count(program, programs, tiles, waves, HELPERS: tl.constexpr):
+    """How many rounds of tiles a program goes through, those that a helper misses counted."""
+    late = tiles - waves * (programs - HELPERS)
     return waves + tl.maximum(tl.cdiv(late - program, programs), 0)
 
 
 @triton.jit
-def tile_of(turn, program, programs, waves, RIDERS: tl.constexpr):
-    """The tile of a program in a round: riders have none in the first ``waves`` of them."""
-    early = turn * (programs - RIDERS) + program - RIDERS
-    late = waves * (programs - RIDERS) + (turn - waves) * programs + program
+def tile_of(turn, program, programs, waves, HELPERS: tl.constexpr):
+    """The tile of a program in a round: helpers have none in the first ``waves`` of them."""
+    early = turn * (programs - HELPERS) + program - HELPERS
+    late = waves * (programs - HELPERS) + (turn - waves) * programs + program
     return tl.where(turn < waves, early, late)
 
 

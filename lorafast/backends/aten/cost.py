@@ -1,0 +1,141 @@
+"""What PyTorch's own calls take on a GPU: a model of ``operations``, call by call.
+
+The shares are assumptions until a GPU has measured them: cuBLAS is the yardstick of GEMMs, its skinny
+ones reach less of the bandwidth, and both less where rows are not aligned.
+"""
+
+from lorafast.backends.cost import CALL_SECONDS, Device, Estimate, work
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
+
+_SKINNY = 0.6
+"""Of the bandwidth, for a GEMM as thin as the rank."""
+_FLOAT32 = 0.8
+"""Of the float32 rate."""
+_UNALIGNED = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.5}
+"""Of either, by the bytes at which every row begins: a narrower load each."""
+_MASK_LAUNCHES, _MASK_BYTES = 145, 225
+"""Launches of a dropout mask, and bytes that they move per element: counted."""
+
+
+def estimate(problem: Problem, device: Device) -> Estimate:
+    """What the problem takes on ``device``."""
+    if problem.operation in LAYER_OPERATIONS:
+        found = sum((estimate(part, device) for part in parts(problem)), Estimate())
+        if "dweight" in problem.wants:
+            found += _gemm(problem, problem.layouts.dy, device)
+        return found
+    return _OPERATIONS[problem.operation](problem, device)
+
+
+def _shrink(p: Problem, device: Device) -> Estimate:
+    x, s, A = p.M * p.K, p.M * p.r, p.r * p.K
+    found = _widened(p, x, device) + _mask(p, p.K, device) + _cast(p, A, device)
+    return found + _skinny(p, x, s + A, p.layouts.x, device)
+
+
+def _shrink_backward(p: Problem, device: Device) -> Estimate:
+    x, ds, dA = p.M * p.K, p.M * p.r, p.r * p.K
+    found = _widened(p, x, device) + _mask(p, p.K, device)
+    return found + _skinny(p, x, ds + dA, p.layouts.x, device) + _cast(p, dA, device)
+
+
+def _expand_backward(p: Problem, device: Device) -> Estimate:
+    """dy once for each result."""
+    dy, of_s, of_B = p.M * p.N, p.M * p.r, p.N * p.r
+    found = Estimate()
+    if "ds" in p.wants or "dB" in p.wants:
+        found += _widened(p, dy, device)
+    for name in ("ds", "dB"):
+        if name in p.wants:
+            found += _cast(p, of_B, device) + _skinny(p, dy, of_s + of_B, p.layouts.dy, device)
+    if "dbias" in p.wants:
+        found += work(device, moved=dy * p.dtype.itemsize, share=_SKINNY)
+    return found
+
+
+def _linear_expand(p: Problem, device: Device) -> Estimate:
+    """The low-rank term first; reading that back hides behind the GEMM."""
+    columns = p.K if p.transposed else p.N
+    y, size, of_s = p.M * columns, wide(p.dtype).itemsize, p.M * p.r
+    factor = p.r * columns
+    low = work(
+        device,
+        flops=2.0 * p.r * y,
+        rate=_rate(p, device),
+        moved=(y + of_s + factor) * size,
+        share=_SKINNY,
+    )
+    found = _cast(p, factor, device) + low + _mask(p, columns, device)
+    read = p.layouts.dy if p.transposed else p.layouts.x
+    found += _gemm(p, read, device)
+    if wide(p.dtype) is not p.dtype:  # added in float32, and rounded
+        found += work(device, moved=y * (2 * size + p.dtype.itemsize), share=_SKINNY)
+        found += work(device, moved=y * (size + p.dtype.itemsize), share=_SKINNY)
+    return found
+
+
+_OPERATIONS = {
+    "shrink": _shrink,
+    "linear_expand": _linear_expand,
+    "expand_backward": _expand_backward,
+    "shrink_backward": _shrink_backward,
+}
+
+
+def _gemm(p: Problem, read: Layout, device: Device) -> Estimate:
+    share = _aligned(read) if p.dtype.itemsize == 2 else 1.0
+    share *= _aligned(p.layouts.weight) if p.dtype.itemsize == 2 else 1.0
+    return work(
+        device,
+        flops=2.0 * p.M * p.K * p.N,
+        rate=_rate(p, device) * share,
+        moved=float((p.M * p.K + p.K * p.N + p.M * p.N) * p.dtype.itemsize),
+        share=share,
+    )
+
+
+def _skinny(p: Problem, large: int, small: int, layout: Layout, device: Device) -> Estimate:
+    """A GEMM that reads a matrix of ``large`` elements once, and ``small`` ones beside it."""
+    size = wide(p.dtype).itemsize
+    share = _SKINNY * (_aligned(layout) if size == p.dtype.itemsize else 1.0)
+    rate = device.rate(wide(p.dtype), p.tf32) * (1.0 if size == 2 else _FLOAT32)
+    return work(
+        device,
+        flops=2.0 * p.r * large,
+        rate=rate * share,
+        moved=(large + small) * size,
+        share=share,
+    )
+
+
+def _rate(p: Problem, device: Device) -> float:
+    tensor_cores = p.dtype.itemsize == 2 or p.tf32
+    return device.rate(p.dtype, p.tf32) * (1.0 if tensor_cores else _FLOAT32)
+
+
+def _aligned(layout: Layout) -> float:
+    return _UNALIGNED.get(max(layout.rows, layout.columns), min(_UNALIGNED.values()))
+
+
+def _widened(p: Problem, elements: int, device: Device) -> Estimate:
+    """A copy in the dtype of the low-rank term."""
+    low = wide(p.dtype)
+    if low is p.dtype:
+        return Estimate()
+    return work(device, moved=elements * (p.dtype.itemsize + low.itemsize), share=_SKINNY)
+
+
+def _cast(p: Problem, elements: int, device: Device) -> Estimate:
+    """A copy of A or B, or of their gradient, where adapters have a dtype of their own."""
+    low = wide(p.dtype)
+    if p.adapter_dtype is low:
+        return Estimate()
+    return work(device, moved=elements * (p.adapter_dtype.itemsize + low.itemsize), share=_SKINNY)
+
+
+def _mask(p: Problem, columns: int, device: Device) -> Estimate:
+    if not p.dropout:
+        return Estimate()
+    moved = float(p.M * columns * _MASK_BYTES)
+    return work(device, moved=moved, launches=_MASK_LAUNCHES, host=CALL_SECONDS)

@@ -1,0 +1,147 @@
+"""``triton``: the kernels of ``lorafast.kernels``, on a GPU or in Triton's interpreter."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from dataclasses import replace
+
+import torch
+
+from lorafast.backends import composed
+from lorafast.backends.cost import Device, device_of, priced
+from lorafast.backends.plan import Backend, Plan, Refusal
+from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.kernels import tables
+from lorafast.kernels.common import configs
+from lorafast.kernels.tables import tuned
+
+_OLDEST = 80
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Triton(Backend):
+    """Fused kernels for dense weights; a whole layer in one launch where helpers pay.
+
+    ``auto`` uses helpers by the model alone where nothing was tuned: they assume no order of programs
+    and no residency, so a wrong model costs time and nothing else.
+    """
+
+    name = "triton"
+
+    def why_unusable(self) -> str | None:
+        """What the installation lacks; which GPU a call is on, its plan asks."""
+        return _why_unusable(interpreting())
+
+    def plan(self, problem: Problem) -> Plan | Refusal:
+        """Its launches, or why the kernels can't serve it."""
+        device = _device(problem)
+        reason = _why_refused(problem, device)
+        if reason is not None:
+            return Refusal(self.name, reason)
+        assert device is not None
+        if problem.device.type == "cuda" and not tuned.load(device.name):
+            say_untuned(device.name, device.capability)
+        # Both import Triton, which a machine may lack.
+        from lorafast.backends.triton import cost, launching, planning
+
+        launch: planning.Launch | str
+        if problem.operation in LAYER_OPERATIONS:
+            launch = cost.helped(problem, device)
+        else:
+            launch = cost.PLANNED[problem.operation](problem, device)
+        if isinstance(launch, str):
+            apart = composed.plan_or_refusal(problem, self.plan)
+            if isinstance(apart, Refusal):
+                return apart
+            return replace(apart, launches=(*apart.launches, f"no helpers: {launch}"))
+        plan = Plan(self.name, launching.run_of(launch, problem), launching.lines(launch))
+        return priced(plan, problem)
+
+    def remark(self) -> str | None:
+        """That results come from the interpreter, if they do."""
+        if not interpreting():
+            return None
+        return "run in Triton's interpreter, which checks the kernels and not the chip"
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Triton's version, and whether it interprets."""
+        reason = self.why_unusable()
+        if reason is not None:
+            return [("Triton kernels", reason)]
+        version = ".".join(map(str, _version("triton")))
+        return [("Triton kernels", f"Triton {version}{', interpreted' * interpreting()}")]
+
+
+@functools.cache
+def say_untuned(device: str, sm: int) -> None:
+    """Warns, once."""
+    if device not in tables.tuned_on(sm):
+        warnings.warn(
+            f"lorafast's kernels are not tuned for {device}: they use the rules for "
+            f"sm_{sm}. `lorafast tune` measures what is fastest on it, once, in minutes.",
+            stacklevel=2,
+        )
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on any device (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _why_unusable(interpreted: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if interpreted:
+        if importlib.util.find_spec("numpy") is None:
+            return "Triton's interpreter needs NumPy (pip install numpy)"
+        if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+            return "Triton before 3.7 can't interpret with NumPy 2.4 or later: upgrade Triton"
+        return None
+    if not torch.cuda.is_available():
+        return (
+            "no CUDA device, and on a CPU Triton runs only in its interpreter "
+            "(set TRITON_INTERPRET=1 before Python starts)"
+        )
+    if torch.version.hip is not None:
+        return "PyTorch is built for AMD GPUs, the kernels are written for NVIDIA's"
+    return None
+
+
+def _version(package: str) -> tuple[int, ...]:
+    """Major and minor version of an installed package."""
+    version: str = importlib.import_module(package).__version__
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _device(problem: Problem) -> Device | None:
+    """Where the kernels would run, None if nowhere."""
+    if problem.device.type == "cuda":
+        return device_of(problem.device)
+    return interpreter() if interpreting() and problem.device.type == "cpu" else None
+
+
+def interpreter() -> Device:
+    """What the interpreter pretends to be: a few SMs of an H200, so that it cuts and adds up as one."""
+    return Device.known_by(
+        tuned.INTERPRETER, configs.INTERPRETER_CAPABILITY, configs.INTERPRETER_PROCESSORS
+    )
+
+
+def _why_refused(p: Problem, device: Device | None) -> str | None:
+    if p.dtype not in _DTYPES:
+        return f"the dtype is {p.dtype}, the kernels have float16, bfloat16 and float32"
+    if p.adapter_dtype not in _DTYPES:
+        return f"the adapter is {p.adapter_dtype}, the kernels have float16, bfloat16 and float32"
+    if not p.plain:
+        return "an input is a tensor subclass or on another device: the kernels read plain tensors"
+    if device is None:
+        return f"the inputs are on {p.device}, the kernels run on CUDA devices"
+    if device.capability < _OLDEST:
+        major, minor = divmod(device.capability, 10)
+        return f"compute capability is {major}.{minor}, the kernels need 8.0"
+    if p.format != "dense" and p.operation in ("linear_expand", *LAYER_OPERATIONS):
+        return f"the kernels read dense weights; this one is stored as {p.format}"
+    return None

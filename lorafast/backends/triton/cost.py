@@ -1,0 +1,247 @@
+"""What the Triton kernels take on a GPU: a model of their launches.
+
+The shares are assumptions until a GPU has measured them. Published GEMMs in Triton-like languages reach
+84 to 97 % of cuBLAS; on sm_100 the accumulator goes through registers twice a tile.
+"""
+
+import functools
+from collections.abc import Callable
+
+from lorafast.backends.cost import Device, Estimate, record_of, work
+from lorafast.backends.triton import planning
+from lorafast.backends.triton.planning import Launch
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
+from lorafast.kernels.common.plan import (
+    ExpandBackwardLaunch,
+    LinearExpandLaunch,
+    LoraLinearBackwardLaunch,
+    LoraLinearLaunch,
+    ShrinkBackwardLaunch,
+    ShrinkLaunch,
+)
+from lorafast.kernels.tables.find import nearest_architecture
+
+LAUNCH_HOST = 16e-6
+"""Host time of a launch, from Python to the driver."""
+TMA_HOST = 22e-6
+"""What tensor descriptors add to it."""
+_GEMM = {100: 0.78}
+_GEMM_ELSEWHERE = 0.9
+"""Of cuBLAS, for 16-bit GEMMs."""
+_TF32_GEMM = 0.5
+"""Of cuBLAS: the rules for 32-bit elements have small tiles."""
+_FLOAT32 = 0.3
+"""Of the float32 rate: Triton's dot without tensor cores."""
+_SKINNY = 0.85
+"""Of the bandwidth."""
+_BY_ELEMENT = 0.25
+"""Of either where rows aren't aligned: the loads of the loop are one element wide, and not pipelined."""
+_MASK_BYTES = 2.5
+"""What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight."""
+_MASKED_GEMM = 1.2
+"""Times a GEMM whose low-rank term is masked: its epilogue loads factors in every part of a tile."""
+_PARTIAL = 4
+_BLOCK = 16
+"""Triton sees that many elements' divisibility in an argument, and no less."""
+
+
+def estimate(problem: Problem, device: Device) -> Estimate:
+    """What the problem takes on ``device``."""
+    if problem.operation not in LAYER_OPERATIONS:
+        return _of(PLANNED[problem.operation](problem, device), problem, device)
+    launch = helped(problem, device)
+    if not isinstance(launch, str):
+        return _of(launch, problem, device)
+    found = _one_by_one(problem, device)
+    if "dweight" in problem.wants:  # PyTorch's own
+        moved = (problem.M * problem.N + problem.M * problem.K) * problem.dtype.itemsize
+        flops = 2.0 * problem.M * problem.K * problem.N
+        found += work(
+            device, flops=flops, rate=device.rate(problem.dtype, problem.tf32), moved=moved
+        )
+    return found
+
+
+def helped(problem: Problem, device: Device) -> LoraLinearLaunch | LoraLinearBackwardLaunch | str:
+    """The launch with helpers that serves a whole layer, or why there is none: they can't serve it, or
+    the operations take less time one by one."""
+    launch = _WHOLE[problem.operation](problem, device)
+    if isinstance(launch, str):
+        return launch
+    if record_of(problem, device.name) is not None:
+        return launch  # as it was measured, to be chosen or not
+    together, apart = _of(launch, problem, device), _one_by_one(problem, device)
+    if together.seconds < apart.seconds:
+        return launch
+    times = f"{together.seconds * 1e6:,.0f} µs with them, {apart.seconds * 1e6:,.0f} without"
+    return f"they don't pay, modelled {times}"
+
+
+def _one_by_one(problem: Problem, device: Device) -> Estimate:
+    return sum((estimate(part, device) for part in parts(problem)), Estimate())
+
+
+PLANNED: dict[str, Callable[[Problem, Device], Launch]] = {
+    "shrink": planning.plan_shrink,
+    "linear_expand": planning.plan_linear_expand,
+    "expand_backward": planning.plan_expand_backward,
+    "shrink_backward": planning.plan_shrink_backward,
+}
+_WHOLE: dict[
+    str, Callable[[Problem, Device], LoraLinearLaunch | LoraLinearBackwardLaunch | str]
+] = {
+    "lora_linear": planning.plan_lora_linear,
+    "lora_linear_backward": planning.plan_lora_linear_backward,
+}
+
+
+@functools.singledispatch
+def _of(launch: Launch, p: Problem, device: Device) -> Estimate:
+    raise NotImplementedError(type(launch))
+
+
+@_of.register
+def _shrink(launch: ShrinkLaunch, p: Problem, device: Device) -> Estimate:
+    _, count, ranks = launch.grid
+    s = p.M * p.r
+    moved = float(ranks * p.M * p.K * p.dtype.itemsize) + p.r * p.K * p.adapter_dtype.itemsize
+    moved += s * wide(p.dtype).itemsize + _partials(count, s)
+    found = _skinny(p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
+    return found + _mask(p, ranks * p.M * p.K, device)
+
+
+@_of.register
+def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem, device: Device) -> Estimate:
+    cols, count, ranks = launch.grid
+    dA = p.r * p.K
+    moved = float(ranks * p.M * p.K * p.dtype.itemsize) + cols * p.M * p.r * wide(p.dtype).itemsize
+    moved += dA * p.adapter_dtype.itemsize + _partials(count, dA)
+    found = _skinny(p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
+    return found + _mask(p, ranks * p.M * p.K, device)
+
+
+@_of.register
+def _expand_backward(launch: ExpandBackwardLaunch, p: Problem, device: Device) -> Estimate:
+    """dy once for all results; ds is added up in a second launch, dB by whoever comes last."""
+    cols, rows, ranks = launch.grid
+    low = wide(p.dtype).itemsize
+    products = len({"ds", "dB"} & set(p.wants))
+    moved = float(ranks * p.M * p.N * p.dtype.itemsize) + 2 * p.N * p.r * p.adapter_dtype.itemsize
+    launches = 1
+    if "ds" in p.wants:
+        moved += 2 * _PARTIAL * cols * p.M * p.r + p.M * p.r * low
+        launches += 1
+    if "dB" in p.wants:
+        moved += _partials(rows, p.N * p.r) + p.M * p.r * low
+    return _skinny(
+        p, device, 2.0 * products * p.M * p.N * p.r, moved, "dy", p.layouts.dy, p.N, launches
+    )
+
+
+@_of.register
+def _linear_expand(launch: LinearExpandLaunch, p: Problem, device: Device) -> Estimate:
+    size = p.dtype.itemsize
+    flops = 2.0 * launch.M * launch.K * launch.N
+    moved = float(launch.M * launch.K + launch.K * launch.N + launch.M * launch.N) * size
+    moved += _partials(launch.splits, launch.M * launch.N)
+    rate, share, remark = _gemm_rate(p, device), 1.0, ""
+    if not launch.tma:
+        read = ("dy", p.layouts.dy) if p.transposed else ("x", p.layouts.x)
+        for name, layout, length in (
+            (*read, p.N if p.transposed else p.K), ("weight", p.layouts.weight, p.K),
+        ):  # fmt: skip
+            if not _aligned(layout, length):
+                share, remark = _BY_ELEMENT, _said(name)
+    if launch.dropout:
+        rate /= _MASKED_GEMM
+    if p.dtype.itemsize == 4 and not p.tf32:
+        remark = "; ".join(filter(None, (remark, "float32 uses no tensor cores in Triton")))
+    host = LAUNCH_HOST + (TMA_HOST if launch.tma else 0.0)
+    found = work(
+        device, flops=flops, rate=rate * share, moved=moved, share=share, host=host, remark=remark
+    )
+    return found + _mask(p, launch.M * launch.N if launch.dropout else 0, device)
+
+
+@_of.register
+def _lora_linear(launch: LoraLinearLaunch, p: Problem, device: Device) -> Estimate:
+    """The skinny work hides beside the GEMM, whose other programs go through as many rounds more as
+    helpers miss."""
+    gemm = _of(launch.gemm, p, device)
+    thin = Estimate(flops=2.0 * p.M * p.K * p.r, bytes=float(p.r * p.K * p.adapter_dtype.itemsize))
+    return _beside(gemm, launch, device) + thin
+
+
+@_of.register
+def _lora_linear_backward(launch: LoraLinearBackwardLaunch, p: Problem, device: Device) -> Estimate:
+    gemm = _of(launch.gemm, p._replace(transposed=True), device)
+    cols, rows = launch.groups
+    size = p.dtype.itemsize
+    partials = _partials(2, cols * p.M * p.r) / 2 + _partials(2, rows * p.N * p.r) / 2
+    thin = Estimate(flops=4.0 * p.M * p.N * p.r, bytes=2 * p.M * p.r * size + partials)
+    found = _beside(gemm, launch, device) + thin
+    if launch.shrink_backward is None:
+        return found + Estimate(flops=2.0 * p.M * p.K * p.r, bytes=float(p.M * p.K * size))
+    return found + _of(launch.shrink_backward, p, device)
+
+
+def _beside(
+    gemm: Estimate, launch: LoraLinearLaunch | LoraLinearBackwardLaunch, device: Device
+) -> Estimate:
+    more = launch.helpers.rounds / launch.helpers.alone - 1
+    return gemm + Estimate(device=gemm.device * more)
+
+
+def _skinny(
+    p: Problem,
+    device: Device,
+    flops: float,
+    moved: float,
+    name: str,
+    layout: Layout,
+    length: int,
+    launches: int = 1,
+) -> Estimate:
+    """A pass over the matrix ``name``, whose rows have ``length`` elements."""
+    share, remark = _SKINNY, ""
+    if not _aligned(layout, length):
+        share, remark = _SKINNY * _BY_ELEMENT, _said(name)
+    if p.dtype.itemsize == 4 and not p.tf32:
+        rate = device.float32_flops * _FLOAT32
+    elif wide(p.dtype) is not p.dtype:  # the wide factor is two numbers in TF32
+        rate = device.flops / 4
+    else:
+        rate = device.rate(p.dtype, p.tf32) * _SKINNY
+    return work(
+        device, flops=flops, rate=rate, moved=moved, share=share, launches=launches,
+        host=LAUNCH_HOST, remark=remark,
+    )  # fmt: skip
+
+
+def _gemm_rate(p: Problem, device: Device) -> float:
+    rate = device.rate(p.dtype, p.tf32)
+    if p.dtype.itemsize == 2:
+        return rate * _GEMM.get(nearest_architecture(device.capability), _GEMM_ELSEWHERE)
+    return rate * (_TF32_GEMM if p.tf32 else _FLOAT32)
+
+
+def _mask(p: Problem, elements: int, device: Device) -> Estimate:
+    if not p.dropout or not elements:
+        return Estimate()
+    return Estimate(device=elements * _MASK_BYTES / device.bandwidth)
+
+
+def _partials(count: int, size: int) -> float:
+    """Bytes of partial sums, written and read; one is none."""
+    return 2.0 * _PARTIAL * count * size if count > 1 else 0.0
+
+
+def _aligned(layout: Layout, length: int) -> bool:
+    """Whether a loop over rows of ``length`` elements loads 16 bytes at a time: that takes aligned rows,
+    and a length whose divisibility the compiler sees."""
+    return layout.rows == 16 and length % _BLOCK == 0
+
+
+def _said(name: str) -> str:
+    return f"the rows of {name} aren't aligned to 16 bytes, or end within a block: read by element"

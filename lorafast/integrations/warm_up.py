@@ -1,0 +1,80 @@
+"""``warm_up``: kernels are compiled, and plans made, before they are needed."""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafast.nn import LoRALinear
+
+
+def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
+    """Runs every adapted layer of ``module`` once for each number of rows, forward and backward.
+
+    A kernel is compiled at the first call that needs it, which takes seconds, and once for a bucket of
+    rows: ``warm_up(model, [1, 512, 8192])`` does that beforehand, for the layers that ``adapt`` or
+    ``accelerate`` made (or ``module`` itself, if it is one) as they are now: in training or not, under
+    the autocast of the caller, on their devices. Where gradients are off, or none is required, there is
+    no backward. No ``.grad``, no random number generator and no record of ``lorafast tune`` changes;
+    forward hooks of the layers run, as in any call.
+
+    Args:
+        module: an adapted layer, or a model that has some.
+        rows: numbers of rows of a layer's input: batch size times sequence length.
+
+    Raises:
+        ValueError: there is no adapted layer, or a number of rows is less than 1.
+    """
+    counts = list(rows)
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"rows has {count!r}, expected whole numbers of at least 1")
+    layers = [layer for layer in module.modules() if isinstance(layer, _kinds())]
+    if not layers:
+        raise ValueError(
+            "the module has no adapted layer to warm up: lorafast.adapt(model) or "
+            "lorafast.accelerate(model) makes them"
+        )
+    for layer in layers:
+        with _generators_kept(layer):
+            for count in counts:
+                _run(layer, count)
+
+
+def _kinds() -> tuple[type, ...]:
+    """The classes of adapted layers, PEFT's if those are in use."""
+    peft = sys.modules.get("lorafast.integrations.peft.layers")
+    return (LoRALinear,) if peft is None else (LoRALinear, peft.Linear)
+
+
+def _run(layer: Any, rows: int) -> None:
+    weight = _weight_of(layer)
+    # Stand-ins, for a gradient that reaches a parameter is seen by its hooks.
+    parameters = {
+        name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()
+    }
+    x = torch.zeros((rows, layer.in_features), dtype=weight.dtype, device=weight.device)
+    trained = [p for p in parameters.values() if p.requires_grad]
+    if not (trained and torch.is_grad_enabled()):
+        torch.func.functional_call(layer, parameters, (x,))
+        return
+    y = torch.func.functional_call(layer, parameters, (x.requires_grad_(),))
+    torch.autograd.grad(y, [x, *trained], torch.zeros_like(y), allow_unused=True)
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """The frozen weight; other formats tell their dtype and device as a tensor does."""
+    base = layer if isinstance(layer, LoRALinear) else layer.get_base_layer()
+    weight: Tensor = base.weight
+    return weight
+
+
+@contextlib.contextmanager
+def _generators_kept(layer: nn.Module) -> Iterator[None]:
+    """A dropout draws its seed: not from the numbers that come next."""
+    devices = {p.device for p in layer.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng([device.index for device in devices]):
+        yield
