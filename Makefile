@@ -22,7 +22,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -e '.[dev]'

@@ -3,8 +3,9 @@
 Under ``torch.compile``, and where a mode sees every operation, a call is the op
 ``lorafast::lora_linear``. Other eager code skips the registered op, whose Python costs more than a small
 layer's arithmetic: a call like one that was checked and planned before runs the plan of that one, which
-PyTorch differentiates where it can, else an ``autograd.Function`` over the same formula. Under ``torch.func`` transforms, in forward mode and in exported programs, where neither works,
-it is the reference, which PyTorch differentiates, batches and exports itself.
+PyTorch differentiates where it can, else an ``autograd.Function`` over the same formula. Under
+``torch.func`` transforms, in forward mode and in exported programs, where neither works, it is the
+reference, which PyTorch differentiates, batches and exports itself.
 """
 
 from collections.abc import Callable

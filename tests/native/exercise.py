@@ -17,7 +17,7 @@ from lorafast.reference import contract
 if len(sys.argv) > 1:
     from pathlib import Path
 
-    native.LIBRARY = Path(sys.argv[1])
+    native.LIBRARY.path = Path(sys.argv[1])
 
 from lorafast.ops import cpu
 
