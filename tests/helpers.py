@@ -91,5 +91,5 @@ def problems() -> st.SearchStrategy[Problem]:
 
 
 def assert_contract(call: contract.Call, operations: object, dtype: torch.dtype) -> None:
-    error, allowed = contract.compare(call, operations, dtype)
-    assert error <= allowed
+    verdict = contract.compare(call, operations, dtype)
+    assert verdict.why_broken is None, verdict.why_broken

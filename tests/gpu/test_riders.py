@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from helpers import assert_contract
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
 from torch import nn
-
-from lorafast.reference import contract
 
 pytestmark = pytest.mark.gpu
 
@@ -55,8 +54,7 @@ def test_against_the_reference(device, config, which, M):
             run.linear_expand(dys, w.t(), ds, A.t(), 1.0), run.shrink_backward(ds, xs), dB,
         )  # fmt: skip
 
-    error, allowed = contract.compare(call, Riding(), torch.bfloat16)
-    assert error <= allowed
+    assert_contract(call, Riding(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])

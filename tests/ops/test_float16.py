@@ -67,10 +67,12 @@ def assert_as_exact_as_peft(found, t, dropout_p):
     truth = outputs(peft, {name: value.double() for name, value in t.items()}, dropout_p)
     squares = {name: value.double().square() for name, value in t.items()}
     sizes = outputs(peft, squares, dropout_p, SCALING**2)
-    for name, eager in outputs(peft, t, dropout_p).items():
-        assert found[name].dtype is eager.dtype, name
-        allowed = contract.allowed(eager, truth[name], sizes[name].abs().sqrt())
-        assert contract.error(found[name], truth[name]) <= allowed < float("inf"), name
+    sizes = {name: value.abs().sqrt() for name, value in sizes.items()}
+    eager = outputs(peft, t, dropout_p)
+    # The yardstick itself overflows nowhere.
+    assert all(value.isfinite().all() for value in (*eager.values(), *truth.values()))
+    reason = contract.why_any_broken(found, contract.bounds(eager, truth, sizes))
+    assert reason is None, reason
 
 
 def skip_unless_usable(backend):
@@ -126,8 +128,9 @@ def test_a_gradient_alone(backend, needs, monkeypatch):
     truth = alone(peft, {name: value.double() for name, value in t.items()}, scaling)
     squares = {name: value.double().square() for name, value in t.items()}
     size = alone(peft, squares, scaling**2).abs().sqrt()
-    allowed = contract.allowed(alone(peft, t, scaling), truth, size)
-    assert contract.error(found, truth) <= allowed < float("inf")
+    eager = alone(peft, t, scaling)
+    assert eager.isfinite().all()
+    assert contract.why_broken(found, eager, truth, size) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -223,11 +226,9 @@ def test_compiled_scaling_rounds_no_half_adapter(dtype, scaling):
         y = run(cast(x), cast(W), *leaves, scaling, bias=None, **more)
         found[name] = torch.autograd.grad(y, leaves, cast(dy))
     for i, name in enumerate(("dA", "dB")):
-        eager, actual = (
-            contract.error(found[of][i], found["ref64"][i]) for of in ("eager", "compiled")
-        )
-        size = torch.finfo(dtype).eps * found["ref64"][i].norm().item()
-        assert actual <= 1.25 * eager + size, name
+        compiled, eager, ref64 = (found[of][i] for of in ("compiled", "eager", "ref64"))
+        reason = contract.why_broken(compiled, eager, ref64)
+        assert reason is None, f"{name} is {reason}"
 
 
 REFUSALS = {
