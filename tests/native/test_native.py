@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from circumstances import MEMORY, THREADS, WORK, assert_same_bits
 from helpers import assert_contract, problems
 from hypothesis import given
 
@@ -147,17 +148,8 @@ def run_all(seed=5, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(dtype):
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            results.append(run_all(dtype=dtype))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+def test_the_bits_are_the_same_whatever_changes(dtype):
+    assert_same_bits(lambda: run_all(dtype=dtype), THREADS, MEMORY, WORK)
 
 
 def test_eight_python_threads_at_once():
