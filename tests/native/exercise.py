@@ -1,6 +1,6 @@
 """Every native kernel on shapes that nothing divides, held against the float64 reference.
 
-    LORAFAST_CPU=avx2 python tests/native/exercise.py [path of the library]
+    LORAFAST_CPU=avx2 PYTHONPATH=.:tests python tests/native/exercise.py [path of the library]
 
 Run by the tests once for each instruction set, and under the sanitizers on a library of its own.
 """
@@ -9,6 +9,7 @@ import itertools
 import sys
 
 import torch
+from layouts import lay_out
 
 from lorafast import reference
 from lorafast.ops import native
@@ -35,20 +36,6 @@ SHAPES = (
 )
 
 
-def strided(tensor, layout):
-    """The same values in other strides; "one column expanded" repeats the first instead."""
-    if layout == "transposed":
-        return tensor.t().contiguous().t()
-    if layout == "every other column":
-        wide = tensor.new_full((tensor.shape[0], 2 * tensor.shape[1]), float("nan"))
-        wide[:, ::2] = tensor
-        return wide[:, ::2]
-    if layout == "one column expanded":
-        first = tensor[:, :1] if tensor.shape[1] else tensor.new_empty(tensor.shape[0], 1)
-        return first.expand(tensor.shape)
-    return tensor
-
-
 def calls_of(M, K, N, r, dtype, layout, p, seed):
     """Each operation on tensors of its own; ``layout`` is that of the large ones."""
     low = reference.wide(dtype)
@@ -56,7 +43,7 @@ def calls_of(M, K, N, r, dtype, layout, p, seed):
     W, A, B, b = (torch.randn(*n) for n in ((N, K), (r, K), (N, r), (N,)))
 
     def lay(tensor):
-        return strided(tensor, layout)
+        return lay_out(tensor, layout)
 
     return {
         "shrink": lambda run, cast: run.shrink(lay(cast(x)), cast(A), p, seed),

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import skip_unless_usable
 from torch import nn
 
 import lorafast
@@ -73,12 +74,6 @@ def assert_as_exact_as_peft(found, t, dropout_p):
     assert all(value.isfinite().all() for value in (*eager.values(), *truth.values()))
     reason = contract.why_any_broken(found, contract.bounds(eager, truth, sizes))
     assert reason is None, reason
-
-
-def skip_unless_usable(backend):
-    status = lorafast.backends()[backend]
-    if not status.usable:
-        pytest.skip(status.reason)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

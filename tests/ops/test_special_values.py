@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, Problem, assert_contract
+from helpers import DTYPES, Problem, assert_contract, skip_unless_usable
 
 import lorafast
 from lorafast import ops, reference
@@ -88,9 +88,7 @@ def assert_reached(call, places):
 
 @pytest.fixture(params=lorafast.backends())
 def on_backend(request):
-    status = lorafast.backends()[request.param]
-    if not status.usable:
-        pytest.skip(status.reason)
+    skip_unless_usable(request.param)
     with lorafast.use_backend(request.param):
         yield ops
 
