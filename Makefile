@@ -37,7 +37,7 @@ demo: $(READY)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
 
 test: $(READY)
-	$(PYTEST) -m "not slow" $(ARGS)
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(READY)
 	$(PYTEST) $(ARGS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from circumstances import MEMORY, ORDER, WORK, assert_same_bits, together
 from helpers import assert_contract, problems, skip_unless_usable
-from hypothesis import given, settings
+from hypothesis import given
 from torch.utils.checkpoint import checkpoint
 
 import lorafast
@@ -82,7 +82,6 @@ def test_second_derivative_without_x_is_refused(fused, grad):
         torch.autograd.grad(run(t).sum(), t["lora_B"], create_graph=True)
 
 
-@settings(max_examples=40)
 @given(p=problems())
 @pytest.mark.parametrize("backend", ["aten", "triton"])
 def test_output_and_gradients_against_float64(device, poisoned, backend, p):
