@@ -34,7 +34,7 @@ demo: $(READY)
 	$(PY) examples/finetune_minilm.py $(ARGS)
 
 # One worker a core, so one thread a worker.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
 
 test: $(READY)
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(PYTEST) -m "not slow" $(ARGS)
