@@ -3,6 +3,7 @@ reference: which ones, of every operation, on every backend, in every tile.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import DTYPES, Problem, assert_contract, skip_unless_usable
 
 import lorafast
 from lorafast import ops, reference
-from lorafast.reference import wide
+from lorafast.reference import contract, wide
 
 M, K, N, r = 20, 40, 25, 5
 VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -142,6 +143,16 @@ def test_what_is_dropped_reaches_nothing(on_backend, poisoned, device, value):
         of_dx = calls(t, dtype, p)["dx"]
         assert_reached(of_dx, [(ROW, keep[ROW])])
         assert_contract(of_dx, on_backend, dtype)
+
+
+def test_a_mask_that_multiplies_is_caught(device):
+    """Zero times NaN is NaN."""
+    t = tensors(device, dropout_p=0.5)
+    keep = reference.keep_mask(M, K, 0.5, t.seed)
+    t.x[ROW, int((~keep[ROW]).nonzero()[0])] = math.nan
+    multiplied = SimpleNamespace(shrink=lambda x, lora_A, *_: (x * keep * 2) @ lora_A.t())
+    verdict = contract.compare(calls(t, torch.float32, 0.5)["shrink"], multiplied, torch.float32)
+    assert verdict.why_broken.startswith(f"nan at [{ROW}, 0], expected ")
 
 
 @pytest.mark.parametrize("value", VALUES)
