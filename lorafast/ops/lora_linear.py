@@ -146,7 +146,8 @@ def lora_linear(
         if y is not None:
             return y
     backend = forced.forced()
-    key = call = None
+    key: Any = None
+    call = None
     try:
         device = x.get_device()
         # All that the checks and the plan depend on.
@@ -170,11 +171,11 @@ def lora_linear(
             return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if call.differentiable:
         if call.matrix:
-            return call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]  # type: ignore[no-any-return]
+            return call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
         y = call.run(_rows(x), weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
         return y.view(*x.shape[:-1], y.shape[1])
     if torch.is_grad_enabled():
-        return _apply(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)  # type: ignore[no-any-return]
+        return _apply(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return _forward(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]
 
 
@@ -239,17 +240,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor, needs: tuple[bool, ...])
     """Keeps for the backward what the needed gradients take, so that all else may change meanwhile."""
     x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
     need_dx, need_dweight, need_dA, need_dB, *_ = needs
-    if isinstance(weight, Tensor):
-        stored, ctx.description = (weight,), operands.DENSE
-    else:
-        stored, ctx.description = tuple(operands.stored(weight)), operands.describe(weight)
+    stored: list[Tensor] = []
+    if need_dx:
+        stored = [weight] if isinstance(weight, Tensor) else operands.stored(weight)
+    ctx.description = operands.describe(weight)
     ctx.save_for_backward(
         x if need_dA or need_dweight else None,
         lora_A if need_dx else None,
         lora_B if need_dx or need_dA else None,
         s if need_dB else None,
         seed,
-        *(stored if need_dx else ()),
+        *stored,
     )
     ctx.lora_A = lora_A  # not its values: what a second derivative is for
     ctx.scaling = scaling

@@ -50,6 +50,7 @@ def linear_expand_problem(
     transposed: bool,
 ) -> Problem:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``, or transposed, ``dx``."""
+    layouts: dict[str, Tensor | None]
     if transposed:
         layouts = {"dy": x, "s": s, "lora_A": lora_B.t()}  # A as it is stored
     else:

@@ -40,7 +40,8 @@ def _is_small(p: Problem) -> bool:
 
 
 def _small(p: Problem) -> Plan:
-    run, calls = operations.small_lora_linear, 3
+    run: Run = operations.small_lora_linear
+    calls = 3
     if p.dtype.itemsize >= _EXACT and p.format == DENSE and p.K * p.N * (p.r + p.M) <= _MERGED:
         run, calls = operations.merged_lora_linear, 2
     return Plan(
