@@ -64,6 +64,11 @@ class Operand(ABC):
         return next(iter(self.tensors().values())).get_device()
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether it is in the host's memory."""
+        return self.device.type == "cpu"
+
+    @property
     def is_meta(self) -> bool:
         """Whether it has no memory."""
         return self.device.type == "meta"

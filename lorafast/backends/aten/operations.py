@@ -38,16 +38,16 @@ def small_lora_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """The layer without dropout in the fewest and cheapest calls, for PyTorch to differentiate."""
     y = operands.linear(x, weight, bias)
     if x.dtype is _HALF:
         s = F.linear(x.float(), lora_A.float())
-        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype), None
+        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype)
     s = F.linear(x, lora_A)
     if scaling == 1.0:
-        return y.addmm_(s, lora_B.t()), None
-    return y.addmm_(s, lora_B.t(), alpha=scaling), None
+        return y.addmm_(s, lora_B.t())
+    return y.addmm_(s, lora_B.t(), alpha=scaling)
 
 
 def merged_lora_linear(
@@ -59,7 +59,7 @@ def merged_lora_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """The layer without dropout as ``x·(W + scaling · B·A)ᵀ + bias``: two calls instead of three.
 
     Not below float32, where the sum would round small updates away. A frozen A has no gradient to keep x
@@ -68,8 +68,8 @@ def merged_lora_linear(
     if not lora_A.requires_grad and torch.is_grad_enabled():
         return small_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if scaling == 1.0:
-        return F.linear(x, torch.addmm(weight, lora_B, lora_A), bias), None
-    return F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias), None
+        return F.linear(x, torch.addmm(weight, lora_B, lora_A), bias)
+    return F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
