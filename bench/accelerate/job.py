@@ -100,7 +100,8 @@ def _adapted(frozen: nn.Module, case: Case, r: int) -> nn.Module:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(0.1)
-    return adapted.train(case.training)
+    trained: nn.Module = adapted.train(case.training)
+    return trained
 
 
 def _step(model: nn.Module, case: Case, x: Tensor) -> Callable[[], Tensor]:
@@ -161,7 +162,7 @@ def _results(model: nn.Module, case: Case, x: Tensor) -> dict[str, Tensor]:
     for module in dropouts:
         module.train()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    dx: Any = x.grad
+    dx: Any = x.grad  # a tensor again, which mypy can't know of
     found = {"y": y.detach(), "dx": dx}
     found[f"gradients of {len(gradients)} parameters"] = torch.cat(
         [gradients[name].flatten() for name in sorted(gradients)]
@@ -193,8 +194,8 @@ def measure(
             row.unavailable = str(error)
         return list(rows.values())
     generator = torch.Generator(device).manual_seed(2)
-    hidden: Any = frozen.config.hidden_size
-    shape = (_BATCH, case.length, hidden)
+    config: Any = frozen.config
+    shape = (_BATCH, case.length, int(config.hidden_size))
     x = torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
     x.requires_grad_(case.training)
     models = {FROZEN: frozen, STOCK: _adapted(frozen, case, r), FAST: _adapted(frozen, case, r)}

@@ -6,11 +6,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorafast.bench.common.problem import PASSES, Problem
 from lorafast.bench.layer.timing import Row
 from lorafast.kernels.common.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SWEPT_M = {"cpu": (1, 8, 64, 512, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
 _SWEPT_R = {"cpu": (4, 16, 64, 256), "cuda": (4, 8, 16, 32, 64, 128, 256)}
@@ -123,7 +127,7 @@ def _panels(rows: Sequence[Row]) -> list[Panel]:
     ]
 
 
-def _draw(panels: Sequence[Panel], colours: dict[str, str]) -> Any:
+def _draw(panels: Sequence[Panel], colours: dict[str, str]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -146,10 +150,12 @@ def _draw(panels: Sequence[Panel], colours: dict[str, str]) -> Any:
     return figure
 
 
-def _draw_panel(ax: Any, panel: Panel, colours: dict[str, str]) -> None:
+def _draw_panel(ax: "Axes", panel: Panel, colours: dict[str, str]) -> None:
     for contender in dict.fromkeys(row.contender for row in panel.rows):
         points = sorted(
-            (panel.at(row), row.overhead) for row in panel.rows if row.contender == contender
+            (panel.at(row), row.overhead)
+            for row in panel.rows
+            if row.contender == contender and row.overhead is not None
         )
         x = [at for at, _ in points]
         colour = _COLOURS.get(contender, colours["ink"])

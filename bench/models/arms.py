@@ -103,7 +103,8 @@ def build(size: Size, device: torch.device) -> nn.Module:
     config = LlamaConfig(**sizes)
     torch.manual_seed(0)
     with device:
-        return LlamaForCausalLM(config).to(DTYPES[size.dtype]).requires_grad_(False).train()
+        llama: nn.Module = LlamaForCausalLM(config)
+        return llama.to(DTYPES[size.dtype]).requires_grad_(False).train()
 
 
 @dataclass
@@ -178,7 +179,7 @@ def _peft(model: nn.Module, r: int) -> Arm:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's words with transformers
         adapted = peft.get_peft_model(model, config)
     prefix = "base_model.model."
-    adapters: Any = {
+    adapters: dict[str, tuple[Tensor, Tensor]] = {
         module_name.removeprefix(prefix): (
             module.lora_A["default"].weight,
             module.lora_B["default"].weight,

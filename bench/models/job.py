@@ -1,6 +1,7 @@
 """Times training steps, after checking logits and gradients against the model in float64."""
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,11 +89,8 @@ def measure(
     samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=50)
     for name, times in samples.items():
         rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
-        arm = arms[name]
-        rows[name].peak_bytes = memory.peak_bytes(
-            lambda arm=arm: arm.step(embeddings, labels),
-            device,
-        )
+        step = functools.partial(arms[name].step, embeddings, labels)
+        rows[name].peak_bytes = memory.peak_bytes(step, device)
     return list(rows.values())
 
 
