@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
@@ -166,7 +166,7 @@ def compare(problem: Reduced) -> dict[str, str | None]:
         **{name: backend.TRITON.implementation(name) for name in (*dispatch.OPERATIONS, *WHOLE)}
     )
     biased = bias if problem.bias else None
-    calls = {
+    calls: dict[str, tuple[Callable[[], object], list[Launch]]] = {
         "shrink": (lambda: run.shrink(x, lora_A, *masked), launches.shrink(layer)),
         "linear_expand": (
             lambda: run.linear_expand(x, weight, s, lora_B, SCALING, biased),

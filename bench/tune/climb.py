@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lorafast.bench.common.check import raised
@@ -34,7 +35,7 @@ class Row:
 
     problem: Problem
     case: str
-    config: dict[str, int]
+    config: dict[str, Any]  # the fields of a LaunchConfig
     shipped: bool
     wrong: str | None = None
     unusable: str | None = None
@@ -58,7 +59,7 @@ def neighbours(
     """Valid configurations that differ in one field: halved, doubled, a stage more or less, the other
     way; a product under a mask is written in other parts."""
     fields = (*_BLOCKS[operation], "num_warps")
-    changes: list[dict[str, int]] = [{name: getattr(config, name) * 2} for name in fields]
+    changes: list[dict[str, Any]] = [{name: getattr(config, name) * 2} for name in fields]
     changes += [{name: getattr(config, name) // 2} for name in fields]
     changes += [{"num_stages": config.num_stages + step} for step in (1, -1)]
     if operation in ("linear_expand", *WHOLE):

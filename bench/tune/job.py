@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lorafast.bench.common.check import raised
@@ -37,7 +38,7 @@ class Row:
     problem: Problem
     case: str
     backend: str
-    config: dict[str, int] | None
+    config: dict[str, Any] | None  # the fields of a LaunchConfig
     tried: int
     wrong: str | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
