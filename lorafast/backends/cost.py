@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorafast.backends.plan import Plan
-from lorafast.core.problem import Problem
+from lorafast.core.problem import DENSE, Problem
 from lorafast.kernels.tables import tuned
 from lorafast.kernels.tables.find import nearest_architecture
 
@@ -224,7 +224,7 @@ def host_bound(backend: str, problem: Problem, device: Device | None = None) -> 
 def estimate_of(backend: str, problem: Problem, device: Device) -> Estimate | None:
     """By the backend's own model; None if it has none."""
     model = _model(backend)
-    return None if model is None or problem.format != "dense" else model(problem, device)
+    return None if model is None or problem.format != DENSE else model(problem, device)
 
 
 @functools.cache
@@ -272,7 +272,7 @@ def _all_wanted(problem: Problem) -> bool:
 
 def record_of(problem: Problem, device: str) -> tuned.Record | None:
     """What was measured on the device of this name for the call or for one near it."""
-    if problem.format != "dense" or min(problem.M, problem.r) < 1:
+    if problem.format != DENSE or min(problem.M, problem.r) < 1:
         return None
     return tuned.nearest(device, key_of(problem))
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lorafast.core.problem import DENSE
 from lorafast.operands import dense as _dense
 from lorafast.operands import packed
 from lorafast.operands.operand import Operand
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 Weight = Tensor | Operand
-DENSE = "dense"
 _formats: dict[str, type[Operand]] = {}
 
 

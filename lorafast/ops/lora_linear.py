@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from lorafast import operands, reference
 from lorafast.backends import composed, forced, registry
 from lorafast.backends.plan import Run
-from lorafast.backends.reference import operation as reference_operation
 from lorafast.core.context import (
     alone,
     autocast_enabled,
@@ -361,15 +360,10 @@ def _run_backward(ctx: Any, run: Run, dy: Tensor, saved: tuple[Any, ...]) -> Gra
 def _reference_backward(wants: tuple[str, ...], adapter_dtype: torch.dtype) -> Run:
     """The formula on the reference operations."""
     device = torch.device("cpu")  # the reference asks for none, nor for sizes
-    problem = Problem("", 0, 0, 0, 0, adapter_dtype, adapter_dtype, device)
-    runs = {
-        "expand_backward": problem._replace(operation="expand_backward", wants=expand_wants(wants)),
-        "shrink_backward": problem._replace(operation="shrink_backward"),
-        "linear_expand": problem._replace(operation="linear_expand", transposed=True),
-    }
-    if not runs["expand_backward"].wants:
-        del runs["expand_backward"]
-    return composed.backward({name: reference_operation(p) for name, p in runs.items()}, wants)
+    problem = Problem(
+        "lora_linear_backward", 0, 0, 0, 0, adapter_dtype, adapter_dtype, device, wants=wants
+    )
+    return registry.definition(problem).run
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> Gradients:
