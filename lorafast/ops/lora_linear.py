@@ -79,24 +79,23 @@ class _Call:
 
 
 class Memory:
-    """A layer's tensors, and what stands for their shapes, dtypes and devices: read once, not in every
-    call. Whoever gives them others in place (``Module.to`` does) makes a new one."""
+    """Which tensors a layer had when it was called last, and what stands for their shapes, dtypes and
+    devices: read once, not in every call.
 
-    __slots__ = ("bias", "like", "lora_A", "lora_B", "weight")
+    It holds addresses, not tensors, which others may want to free. Whoever changes tensors in place
+    (``Module.to`` does) makes a new one; what is missed all the same costs a check, not a wrong result.
+    """
+
+    __slots__ = ("kept",)
 
     def __init__(self) -> None:
-        self.weight: Weight | None = None
-        self.lora_A: Tensor | None = None
-        self.lora_B: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.like: tuple[object, ...] | _Like = ()
+        self.kept: tuple[tuple[int, ...], _Like | None] = ((), None)
 
     def keep(self, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> "_Like":
         """Reads the tensors."""
-        self.weight, self.lora_A, self.lora_B, self.bias = weight, lora_A, lora_B, bias
-        found = _likes.setdefault(_like(weight, lora_A, lora_B, bias), _Like())
-        self.like = found
-        return found
+        like = _likes.setdefault(_like(weight, lora_A, lora_B, bias), _Like())
+        self.kept = ((id(weight), id(lora_A), id(lora_B), id(bias)), like)
+        return like
 
 
 class _Like:
@@ -194,15 +193,10 @@ def lora_linear(
     try:
         if memory is None:
             like = _like(weight, lora_A, lora_B, bias)
-        elif (
-            memory.weight is weight
-            and memory.lora_A is lora_A
-            and memory.lora_B is lora_B
-            and memory.bias is bias
-        ):
-            like = memory.like
         else:
-            like = memory.keep(weight, lora_A, lora_B, bias)
+            tensors, like = memory.kept
+            if tensors != (id(weight), id(lora_A), id(lora_B), id(bias)):
+                like = memory.keep(weight, lora_A, lora_B, bias)
         key = (
             x.shape,
             x.dtype,
@@ -215,8 +209,8 @@ def lora_linear(
             backend,
         )
         if backend is not None or not x.is_cpu:
-            tensors = (x, *operands.stored(weight), lora_A, lora_B)
-            key = (*key, _where(tensors), _like(weight, lora_A, lora_B, bias), allows_tf32(x))
+            matrices = (x, *operands.stored(weight), lora_A, lora_B)
+            key = (*key, _where(matrices), _like(weight, lora_A, lora_B, bias), allows_tf32(x))
         call = _calls[key]
     except KeyError:
         pass
@@ -240,7 +234,7 @@ def lora_linear(
         # One was, and no call of PyTorch's would say so.
         return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
     if torch.is_grad_enabled():
-        return _apply(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)  # type: ignore[no-any-return]
+        return _apply(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return _forward(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]
 
 

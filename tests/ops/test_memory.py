@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import weakref
 
 import pytest
 import torch
@@ -103,5 +104,11 @@ def test_copies_and_pickles_have_their_own(layer):
     file.seek(0)
     for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
         assert other._memory is not layer._memory
-        assert other._memory.weight is None
+        assert other._memory.kept == ((), None)
         call(other)
+
+
+def test_no_tensor_is_kept(layer):
+    watched = weakref.ref(layer.weight.untyped_storage())
+    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    assert watched() is None
