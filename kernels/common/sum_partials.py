@@ -32,12 +32,12 @@ def sum_partials(partials: Tensor, out: Tensor, scale: float = 1.0) -> None:
     Shapes: ``partials [P, …]`` float32, contiguous; ``out […]``, contiguous.
     """
     size = out.numel()
-    sum_partials_kernel[(triton.cdiv(size, _BLOCK),)](
+    sum_partials_kernel[(-(-size // _BLOCK),)](
         partials,
         out,
         partials.shape[0],
         size,
-        float(scale),
+        scale,
         BLOCK=_BLOCK,
         INTERPRETED=INTERPRETED,
         num_warps=4,

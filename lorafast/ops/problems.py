@@ -1,5 +1,6 @@
 """A call described: of a layer's forward and backward, and of each of the four operations."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends import forced, registry
-from lorafast.backends.plan import Refusal
+from lorafast.backends.plan import Plan, Refusal
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import WANTS, Layout, Layouts, Problem, is_plain
 from lorafast.operands import Weight
@@ -184,7 +185,12 @@ def why_not(name: str, like: Tensor) -> str | None:
 
 
 def on_backend(name: str | None) -> SimpleNamespace:
-    """The operations on backend ``name`` (None: the fastest for each call), below autograd.
+    """The operations on backend ``name`` (None: the fastest for each call), as ``by_plans`` has them."""
+    return by_plans(lambda problem: registry.choose(problem, name))
+
+
+def by_plans(choose: Callable[[Problem], Plan]) -> SimpleNamespace:
+    """The operations below autograd, each by the plan that ``choose`` has for a call.
 
     Functions by name, as ``Plan`` describes their arguments, but that ``expand_backward`` returns ``ds``
     and ``dB`` alone, ``shrink_backward`` takes the dtype of ``dA`` too, ``linear_expand`` whether it is
@@ -192,7 +198,7 @@ def on_backend(name: str | None) -> SimpleNamespace:
     """
 
     def run(problem: Problem, *arguments: Any) -> Any:
-        return registry.choose(problem, name).run(*arguments)
+        return choose(problem).run(*arguments)
 
     def shrink(
         x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None

@@ -1,8 +1,7 @@
 """``aten``: what serves everything, and what every other backend is measured against."""
 
-from lorafast.backends import composed
+from lorafast.backends import composed, cost
 from lorafast.backends.aten import operations
-from lorafast.backends.cost import host_bound, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
 from lorafast.operands import DENSE
@@ -27,17 +26,16 @@ class Aten(Backend):
             if problem.operation == "lora_linear" and _is_small(problem):
                 return _small(problem)
             together = composed.plan_or_refusal(problem, self.plan)
-            return priced(together, problem) if isinstance(together, Plan) else together
+            return cost.priced(together, problem) if isinstance(together, Plan) else together
         run, launches = _operation(problem)
-        return priced(Plan(self.name, run, launches), problem)
+        return cost.priced(Plan(self.name, run, launches), problem)
 
 
 def _is_small(p: Problem) -> bool:
-    if "s" in p.wants or p.dropout or p.adapter_dtype is not p.dtype:
-        return False
-    if p.device.type == "cuda":
-        return host_bound(Aten.name, p)
-    return p.M * p.K * p.N < SMALL
+    alone = "s" not in p.wants and not p.dropout and p.adapter_dtype is p.dtype
+    if cost.gpu_of(p.device) is not None:
+        return alone and cost.host_bound(Aten.name, p)
+    return alone and p.M * p.K * p.N < SMALL
 
 
 def _small(p: Problem) -> Plan:
