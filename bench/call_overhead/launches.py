@@ -8,12 +8,27 @@ tensors need (their allocator, counters and the device guard). Beside each stand
 as small; it must be run without ``TRITON_INTERPRET``.
 """
 
-from collections.abc import Iterator
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
+from lorafast.bench.common.clock import Summary
+from lorafast.bench.common.progress import say
+from lorafast.bench.common.table import table
+from lorafast.bench.traffic.launches import h200
+from lorafast.kernels.common import start
+
+from lorafast.backends.triton import cost as model
+from lorafast.backends.triton import launching
+from lorafast.core.problem import Problem
 
 _CALLS, _ROUNDS = 400, 15
 _HEADER = ("", "µs a call", "middle half", "× F.linear")
@@ -81,3 +96,67 @@ def nothing_launched() -> Iterator[list[str]]:
         yield launched
     finally:
         driver._active = before
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """Every operation of a layer on tensors so small that nothing else takes time, as plans run it."""
+    device = h200()
+    dtype = torch.bfloat16
+
+    def empty(*size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype)
+
+    x, dy, weight, s = empty(M, K), empty(M, N), empty(N, K), empty(M, r)
+    lora_A, lora_B = empty(r, K), empty(N, r)
+
+    def planned(operation: str, *tensors: Any, **described: Any) -> Callable[[], object]:
+        p = Problem(operation, M, K, N, r, dtype, dtype, x.device, **described)
+        launch = model.PLANNED[operation](p, device, None)
+        return functools.partial(launching.run_of(launch, p), *tensors)
+
+    return {
+        "shrink": planned("shrink", x, lora_A, 0.0, None),
+        "linear_expand": planned("linear_expand", x, weight, s, lora_B, 2.0, None, 0.0, None),
+        "expand_backward": planned("expand_backward", dy, s, lora_B, 2.0, wants=("ds", "dB")),
+        "shrink_backward": planned("shrink_backward", s, x, 0.0, None),
+        "dx": planned(
+            "linear_expand", dy, weight, s, lora_A.t(), 1.0, None, 0.0, None, transposed=True
+        ),
+    }
+
+
+def measure(rounds: int = _ROUNDS, calls_a_round: int = _CALLS) -> dict[str, list[float]]:
+    """Seconds a call, a number a round: of ``F.linear`` and of every operation."""
+    small = torch.zeros(2, 2)
+    with torch.no_grad(), nothing_launched(), mock.patch.object(start, "_FIRST_DEVICE", -1):
+        turns = {"F.linear": functools.partial(F.linear, small, small), **calls()}
+        for call in turns.values():
+            call()
+        samples: dict[str, list[float]] = {name: [] for name in turns}
+        for _ in range(rounds):
+            for name, call in turns.items():
+                begun = time.perf_counter()
+                for _ in range(calls_a_round):
+                    call()
+                samples[name].append((time.perf_counter() - begun) / calls_a_round)
+    return samples
+
+
+def main() -> int:
+    """Prints a line for each operation; 2 where Triton interprets or is missing."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        print("TRITON_INTERPRET is set: nothing is compiled then, and nothing launched")
+        return 2
+    torch.set_num_threads(1)
+    samples = measure()
+    lines = []
+    for name, times in samples.items():
+        at, ratio = Summary.of(times), Summary.of_ratio(times, samples["F.linear"])
+        middle = f"{at.low * 1e6:.1f} – {at.high * 1e6:.1f}"
+        lines.append((f"  {name}", f"{at.median * 1e6:.1f}", middle, f"{ratio.median:.1f}"))
+    say(table(_HEADER, lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

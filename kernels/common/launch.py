@@ -30,16 +30,16 @@ def precision(x: Tensor) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _mask(dropout_p: float) -> dict[str, Any]:
-    return {"threshold": threshold(dropout_p), "survivor_scale": survivor_scale(dropout_p)}
+def _numbers(dropout_p: float) -> tuple[int, float]:
+    return threshold(dropout_p), survivor_scale(dropout_p)
 
 
-def dropout_arguments(dropout_p: float, seed: Tensor | None) -> dict[str, Any]:
-    """The kernel arguments of a dropout; without one there is no seed."""
-    return {"seed_ptr": seed, **_mask(dropout_p)}
+def mask_of(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """A dropout as kernels take it: its seed, its threshold, what survivors are multiplied by."""
+    return seed, *_numbers(dropout_p)
 
 
-NO_DROPOUT = dropout_arguments(0.0, None)
+NO_MASK = mask_of(0.0, None)
 
 
 def sms(x: Tensor) -> int:

@@ -8,7 +8,7 @@ batch-invariant), and never between two runs of one call.
 ``kernels/lora_linear`` says what helpers do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lorafast.kernels.common.configs import (
@@ -26,6 +26,12 @@ _PARTIAL = 4
 _FLOPS_PER_BYTE = 97
 """What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
 beside the GEMM; elsewhere of the same order."""
+
+
+_TWO_LOADS = 16
+"""Elements: two loads of 16 bytes a thread, in 16 bits."""
+_MOST_BESIDE_DBIAS = 80
+"""Elements of a tile of dy and of dB a thread, beside which dbias is added up without spilling."""
 
 
 @dataclass(frozen=True)
@@ -214,12 +220,27 @@ def expand_backward_launch(
     wants: tuple[str, ...] = ("ds", "dB"),
 ) -> ExpandBackwardLaunch:
     """A program for each column group and row group."""
+    c = _fitting(c, wants)
     col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(r, c.block_r)
     row_groups, m_blocks = chunks(
         sms * c.ctas_per_sm, M, c.block_m, max(col_groups * rank_blocks, 1)
     )
     grid = (col_groups, row_groups, rank_blocks)
     return ExpandBackwardLaunch(c, M, N, r, grid, m_blocks, precision, wants)
+
+
+def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
+    """Half as many columns where registers would spill: found by compiling for sm_90.
+
+    Without ds it costs nothing, for there are no partial sums of it to grow, as long as a thread is left
+    16 bytes of a tile.
+    """
+    threads = 32 * c.num_warps
+    of_dy, of_dB = c.block_m * c.block_n // threads, c.block_r * c.block_n // threads
+    narrower = of_dy >= _TWO_LOADS
+    if "ds" in wants:
+        narrower = "dbias" in wants and of_dy + of_dB > _MOST_BESIDE_DBIAS
+    return replace(c, block_n=max(c.block_n // 2, 16)) if narrower else c
 
 
 def shrink_backward_launch(

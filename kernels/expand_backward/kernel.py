@@ -25,7 +25,8 @@ from lorafast.kernels.common.launch import (
     sms,
 )
 from lorafast.kernels.common.plan import ExpandBackwardLaunch, expand_backward_launch
-from lorafast.kernels.common.sum_partials import sum_partials
+from lorafast.kernels.common.start import Start, key_of
+from lorafast.kernels.common.sum_partials import launcher as launcher_of_sum
 from lorafast.kernels.shrink import shrink
 from torch import Tensor
 
@@ -246,20 +247,9 @@ def launcher(launch: ExpandBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
     col_groups, row_groups, rank_blocks = launch.grid
     want_ds, want_dB, want_dbias = (name in launch.wants for name in ("ds", "dB", "dbias"))
     used = (row_groups + col_groups) * rank_blocks
-    start = expand_backward_kernel[launch.grid]
-    constants = {
-        "M": M,
-        "N": N,
-        "r": r,
-        "m_blocks": launch.m_blocks,
-        "BLOCK_M": c.block_m,
-        "BLOCK_N": c.block_n,
-        "BLOCK_R": c.block_r,
-        "STAGES": c.num_stages,
-        "PRECISION": launch.precision,
-        "INTERPRETED": INTERPRETED,
-        **c.options,
-    }
+    sum_up = launcher_of_sum(col_groups, M * r)
+    start = Start(expand_backward_kernel, launch.grid, c.options)
+    blocks = (c.block_m, c.block_n, c.block_r, c.num_stages, launch.precision, INTERPRETED)
 
     @on_its_device
     def run(dy: Tensor, s: Tensor | None, lora_B: Tensor | None, scaling: float) -> Sums:
@@ -271,28 +261,33 @@ def launcher(launch: ExpandBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
             return ds, dB, dbias
         scaling = float(scaling)
         ds_partials = dB_partials = dbias_partials = None
-        stride_sm = stride_sr = stride_bn = stride_br = None
+        of_s: tuple[int | None, ...] = (None, None)
+        of_B: tuple[int | None, ...] = (None, None)
         if want_ds:
             ds_partials = torch.empty((col_groups, M, r), dtype=torch.float32, device=device)
             assert lora_B is not None
-            stride_bn, stride_br = lora_B.stride()
+            of_B = lora_B.stride()
+        else:
+            lora_B = None
         if want_dB:
             dB_partials = torch.empty((row_groups, N, r), dtype=torch.float32, device=device)
             assert s is not None
-            stride_sm, stride_sr = s.stride()
+            of_s = s.stride()
+        else:
+            s = None
         if want_dbias:
             dbias_partials = torch.empty((row_groups, N), dtype=torch.float32, device=device)
-        stride_dym, stride_dyn = dy.stride()
+        strides = (*dy.stride(), *of_s, *of_B)
         start(
-            dy, s if want_dB else None, lora_B if want_ds else None, dB, dbias,
-            ds_partials, dB_partials, dbias_partials, counters(dy, used),
-            scaling=scaling,
-            stride_dym=stride_dym, stride_dyn=stride_dyn, stride_sm=stride_sm, stride_sr=stride_sr,
-            stride_bn=stride_bn, stride_br=stride_br,
-            **constants,
+            key_of(
+                dy.dtype, None if s is None else s.dtype, None if lora_B is None else lora_B.dtype,
+                strides, tensors=(dy, s, lora_B),
+            ),
+            dy, s, lora_B, dB, dbias, ds_partials, dB_partials, dbias_partials, counters(dy, used),
+            M, N, r, launch.m_blocks, scaling, *strides, *blocks,
         )  # fmt: skip
         if ds is not None and ds_partials is not None:
-            sum_partials(ds_partials, ds, scaling)
+            sum_up(ds_partials, ds, scaling)
         return ds, dB, dbias
 
     return run

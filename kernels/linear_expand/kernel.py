@@ -20,17 +20,18 @@ from lorafast.kernels.common.device import arrive, sum_blocks
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
-    NO_DROPOUT,
-    dropout_arguments,
+    NO_MASK,
+    mask_of,
     on_its_device,
     precision,
     rule_for,
     sms,
 )
 from lorafast.kernels.common.plan import LinearExpandLaunch, linear_expand_launch, tma_fits
+from lorafast.kernels.common.start import Start, key_of
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
-    constants_of,
+    blocks_of,
     finish,
     multiply,
     operands_of,
@@ -166,10 +167,11 @@ def linear_expand(
 def launcher(launch: LinearExpandLaunch) -> Callable[..., Tensor]:
     """What launches it: of ``x, weight, s, lora_B, scaling, bias, dropout_p, seed``, the last three
     optional."""
-    M, N, tiles, splits = launch.M, launch.N, launch.tiles, launch.splits
-    start = linear_expand_kernel[(launch.programs,)]
+    M, N, K, r = launch.M, launch.N, launch.K, launch.r
+    tiles, splits = launch.tiles, launch.splits
+    start = Start(linear_expand_kernel, (launch.programs,), launch.config.options)
     operands = operands_of(launch)
-    constants = {"splits": splits, "INTERPRETED": INTERPRETED, **NO_DROPOUT, **constants_of(launch)}
+    blocks = (*blocks_of(launch), launch.precision, INTERPRETED)
 
     @on_its_device
     def run(
@@ -189,23 +191,18 @@ def launcher(launch: LinearExpandLaunch) -> Callable[..., Tensor]:
         if splits > 1:
             partials = torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
             used = counters(x, tiles)
-        named = constants
-        if launch.dropout:
-            named = constants | dropout_arguments(dropout_p, seed)
-        stride_wn, stride_wk = weight.stride()
-        if launch.transposed:
-            stride_wn, stride_wk = stride_wk, stride_wn
-        stride_xm, stride_xk = x.stride()
-        stride_sm, stride_sr = s.stride()
-        stride_bn, stride_br = lora_B.stride()
+        seed, threshold, survivor_scale = mask_of(dropout_p, seed) if launch.dropout else NO_MASK
+        of_w = weight.stride()
+        strides = (
+            *x.stride(), *(of_w[::-1] if launch.transposed else of_w), *s.stride(), *lora_B.stride(),
+            None if bias is None else bias.stride(0),
+        )  # fmt: skip
         start(
-            *operands(x, weight, y), s, lora_B, bias,
-            partials_ptr=partials, counters_ptr=used,
-            scaling=float(scaling),
-            stride_xm=stride_xm, stride_xk=stride_xk, stride_wn=stride_wn, stride_wk=stride_wk,
-            stride_sm=stride_sm, stride_sr=stride_sr, stride_bn=stride_bn, stride_br=stride_br,
-            stride_bias=None if bias is None else bias.stride(0),
-            **named,
+            key_of(
+                x.dtype, s.dtype, lora_B.dtype, strides, tensors=(x, weight, s, lora_B, bias, seed)
+            ),
+            *operands(x, weight, y), s, lora_B, bias, seed, partials, used,
+            M, N, K, r, splits, threshold, float(scaling), survivor_scale, *strides, *blocks,
         )  # fmt: skip
         return y
 

@@ -219,28 +219,13 @@ Operands = tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | 
 """``x``, ``w`` and ``y`` as tiles are read and written."""
 
 
-def constants_of(launch: LinearExpandLaunch) -> dict[str, Any]:
-    """What a kernel that works through tiles is given for them: sizes, constants, options."""
+def blocks_of(launch: LinearExpandLaunch) -> tuple[Any, ...]:
+    """The compile-time constants of a kernel that works through tiles, from BLOCK_M to FLATTEN."""
     c = launch.config
-    return {
-        "M": launch.M,
-        "N": launch.N,
-        "K": launch.K,
-        "r": launch.r,
-        "BLOCK_M": c.block_m,
-        "BLOCK_N": c.block_n,
-        "BLOCK_K": c.block_k,
-        "BLOCK_R": c.block_r,
-        "RANK_BLOCKS": launch.rank_blocks,
-        "GROUP_M": GROUP_M,
-        "PARTS": launch.parts,
-        "DESCRIPTORS": launch.tma,
-        "N_MAJOR": launch.n_major,
-        "WARP_SPECIALIZE": launch.warp_specialize,
-        "FLATTEN": launch.flatten,
-        "PRECISION": launch.precision,
-        **c.options,
-    }
+    return (
+        c.block_m, c.block_n, c.block_k, c.block_r, launch.rank_blocks, GROUP_M, launch.parts,
+        launch.tma, launch.n_major, launch.warp_specialize, launch.flatten,
+    )  # fmt: skip
 
 
 def operands_of(launch: LinearExpandLaunch) -> Callable[[Tensor, Tensor, Tensor], Operands]:

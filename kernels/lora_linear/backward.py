@@ -18,8 +18,8 @@ from lorafast.kernels.common.device import cast, raise_flag, wait_for
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
-    NO_DROPOUT,
-    dropout_arguments,
+    NO_MASK,
+    mask_of,
     on_its_device,
     precision,
     rule_for,
@@ -31,12 +31,13 @@ from lorafast.kernels.common.plan import (
     lora_linear_backward_launch,
     tma_fits,
 )
+from lorafast.kernels.common.start import Start, key_of
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.expand_backward.kernel import expand_backward_group
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
-    constants_of,
+    blocks_of,
     finish,
     multiply,
     operands_of,
@@ -265,28 +266,16 @@ def launcher(launch: LoraLinearBackwardLaunch, dtype: torch.dtype) -> Callable[.
     gemm, helpers, rows, columns = launch.gemm, launch.helpers, launch.rows, launch.columns
     M, N, K, r = gemm.M, gemm.K, gemm.N, gemm.r
     col_groups, row_groups = launch.groups
-    start = lora_linear_backward_kernel[(helpers.programs,)]
+    start = Start(lora_linear_backward_kernel, (helpers.programs,), gemm.config.options)
     operands = operands_of(gemm)
     used = FLAGS.value + 2 * row_groups + col_groups
     of_dA = launch.shrink_backward
     shrink_backward_alone = None if of_dA is None else launcher_of_dA(of_dA, dtype)
-    constants = {
-        **constants_of(gemm),
-        "N": N,  # the layer's, where the GEMM's are K
-        "K": K,
-        "waves": helpers.waves,
-        "m_blocks": group_rows(gemm.config) // rows.block_m,
-        "HELPERS": helpers.helpers,
-        "HELPER_M": rows.block_m,
-        "HELPER_N": rows.block_n,
-        "HELPER_R": rows.block_r,
-        "HELPER_STAGES": rows.num_stages,
-        "COLUMNS_M": columns.block_m,
-        "COLUMNS_K": columns.block_k,
-        "COLUMNS_STAGES": columns.num_stages,
-        "INTERPRETED": INTERPRETED,
-        **NO_DROPOUT,
-    }
+    m_blocks = group_rows(gemm.config) // rows.block_m
+    blocks = (
+        *blocks_of(gemm), helpers.helpers, rows.block_m, rows.block_n, rows.block_r, rows.num_stages,
+        columns.block_m, columns.block_k, columns.num_stages, gemm.precision, INTERPRETED,
+    )  # fmt: skip
 
     @on_its_device
     def run(
@@ -311,24 +300,19 @@ def launcher(launch: LoraLinearBackwardLaunch, dtype: torch.dtype) -> Callable[.
         if launch.dbias:
             dbias = torch.empty((N,), dtype=dy.dtype, device=device)
             dbias_partials = torch.empty((row_groups, N), dtype=torch.float32, device=device)
-        named = constants
-        if gemm.dropout:
-            named = constants | dropout_arguments(dropout_p, seed)
-        stride_dym, stride_dyn = dy.stride()
-        stride_wn, stride_wk = weight.stride()
-        stride_xm, stride_xk = x.stride()
-        stride_ar, stride_ak = lora_A.stride()
-        stride_bn, stride_br = lora_B.stride()
-        stride_sm, stride_sr = s.stride()
+        of_dropout = mask_of(dropout_p, seed) if gemm.dropout else NO_MASK
+        strides = (
+            *dy.stride(), *weight.stride(), *x.stride(), *lora_A.stride(), *lora_B.stride(), *s.stride(),
+        )  # fmt: skip
         start(
+            key_of(
+                dy.dtype, lora_A.dtype, strides,
+                tensors=(dy, x, weight, lora_A, lora_B, s, of_dropout[0]),
+            ),
             *operands(dy, weight, dx), dy, x, lora_A, lora_B, s, ds, dA, dB, dbias,
-            ds_partials, dB_partials, dbias_partials,
-            counters_ptr=counters(dy, used),
-            scaling=float(scaling),
-            stride_dym=stride_dym, stride_dyn=stride_dyn, stride_wn=stride_wn, stride_wk=stride_wk,
-            stride_xm=stride_xm, stride_xk=stride_xk, stride_ar=stride_ar, stride_ak=stride_ak,
-            stride_bn=stride_bn, stride_br=stride_br, stride_sm=stride_sm, stride_sr=stride_sr,
-            **named,
+            ds_partials, dB_partials, dbias_partials, of_dropout[0], counters(dy, used),
+            M, N, K, r, helpers.waves, m_blocks, of_dropout[1], float(scaling), of_dropout[2],
+            *strides, *blocks,
         )  # fmt: skip
         if shrink_backward_alone is not None:
             dA = shrink_backward_alone(ds, x, dropout_p, seed)

@@ -23,10 +23,11 @@ from lorafast.kernels.common.launch import (
     sms,
 )
 from lorafast.kernels.common.plan import LoraLinearLaunch, lora_linear_launch, tma_fits
+from lorafast.kernels.common.start import Start, key_of
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
-    constants_of,
+    blocks_of,
     finish,
     multiply,
     operands_of,
@@ -184,19 +185,14 @@ def lora_linear(
 def launcher(launch: LoraLinearLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
     """What launches it: of ``x, weight, lora_A, lora_B, scaling, bias``, and a dropout that is none."""
     gemm, helpers, c = launch.gemm, launch.helpers, launch.shrink
-    M, N, r = gemm.M, gemm.N, gemm.r
-    start = lora_linear_kernel[(helpers.programs,)]
+    M, N, K, r = gemm.M, gemm.N, gemm.K, gemm.r
+    start = Start(lora_linear_kernel, (helpers.programs,), gemm.config.options)
     operands = operands_of(gemm)
     used = FLAGS.value + -(-M // gemm.config.block_m)
-    constants = {
-        "waves": helpers.waves,
-        "HELPERS": helpers.helpers,
-        "HELPER_K": c.block_k,
-        "HELPER_R": c.block_r,
-        "HELPER_STAGES": c.num_stages,
-        "INTERPRETED": INTERPRETED,
-        **constants_of(gemm),
-    }
+    blocks = (
+        *blocks_of(gemm), helpers.helpers, c.block_k, c.block_r, c.num_stages, gemm.precision,
+        INTERPRETED,
+    )  # fmt: skip
 
     @on_its_device
     def run(
@@ -211,17 +207,16 @@ def launcher(launch: LoraLinearLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
         s = torch.empty((M, r), dtype=x.dtype, device=x.device)
-        stride_xm, stride_xk = x.stride()
-        stride_wn, stride_wk = weight.stride()
-        stride_ar, stride_ak = lora_A.stride()
-        stride_bn, stride_br = lora_B.stride()
+        strides = (
+            *x.stride(), *weight.stride(), *lora_A.stride(), *lora_B.stride(),
+            None if bias is None else bias.stride(0),
+        )  # fmt: skip
         start(
+            key_of(
+                x.dtype, lora_A.dtype, strides, tensors=(x, weight, lora_A, lora_B, bias)
+            ),
             *operands(x, weight, y), x, lora_A, s, lora_B, bias, counters(x, used),
-            scaling=float(scaling),
-            stride_xm=stride_xm, stride_xk=stride_xk, stride_wn=stride_wn, stride_wk=stride_wk,
-            stride_ar=stride_ar, stride_ak=stride_ak, stride_bn=stride_bn, stride_br=stride_br,
-            stride_bias=None if bias is None else bias.stride(0),
-            **constants,
+            M, N, K, r, helpers.waves, float(scaling), *strides, *blocks,
         )  # fmt: skip
         return y, s
 

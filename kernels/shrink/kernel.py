@@ -25,14 +25,15 @@ from lorafast.kernels.common.device import (
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
-    NO_DROPOUT,
-    dropout_arguments,
+    NO_MASK,
+    mask_of,
     on_its_device,
     precision,
     rule_for,
     sms,
 )
 from lorafast.kernels.common.plan import ShrinkLaunch, shrink_launch
+from lorafast.kernels.common.start import Start, key_of
 from torch import Tensor
 
 from lorafast.reference import wide
@@ -174,21 +175,8 @@ def launcher(launch: ShrinkLaunch) -> Callable[..., Tensor]:
     """What launches it: of ``x, lora_A, dropout_p, seed, scale``, the last three optional."""
     c, M, K, r = launch.config, launch.M, launch.K, launch.r
     row_blocks, count, rank_blocks = launch.grid
-    start = shrink_kernel[launch.grid]
-    constants = {
-        "M": M,
-        "K": K,
-        "r": r,
-        "k_blocks": launch.k_blocks,
-        "BLOCK_M": c.block_m,
-        "BLOCK_K": c.block_k,
-        "BLOCK_R": c.block_r,
-        "STAGES": c.num_stages,
-        "PRECISION": launch.precision,
-        "INTERPRETED": INTERPRETED,
-        **NO_DROPOUT,
-        **c.options,
-    }
+    start = Start(shrink_kernel, launch.grid, c.options)
+    blocks = (c.block_m, c.block_k, c.block_r, c.num_stages, launch.precision, INTERPRETED)
 
     @on_its_device
     def run(
@@ -205,16 +193,12 @@ def launcher(launch: ShrinkLaunch) -> Callable[..., Tensor]:
         if launch.split:
             partials = torch.empty((count, M, r), dtype=torch.float32, device=x.device)
             used = counters(x, row_blocks * rank_blocks)
-        named = constants
-        if launch.dropout:
-            named = constants | dropout_arguments(dropout_p, seed)
-        stride_xm, stride_xk = x.stride()
-        stride_ar, stride_ak = lora_A.stride()
+        seed, threshold, survivor_scale = mask_of(dropout_p, seed) if launch.dropout else NO_MASK
+        strides = (*x.stride(), *lora_A.stride())
         start(
-            x, lora_A, s, partials, used,
-            scale=None if scale is None else float(scale),
-            stride_xm=stride_xm, stride_xk=stride_xk, stride_ar=stride_ar, stride_ak=stride_ak,
-            **named,
+            key_of(x.dtype, lora_A.dtype, scale is None, strides, tensors=(x, lora_A, seed)),
+            x, lora_A, s, partials, used, seed, M, K, r, launch.k_blocks,
+            None if scale is None else float(scale), threshold, survivor_scale, *strides, *blocks,
         )  # fmt: skip
         return s
 

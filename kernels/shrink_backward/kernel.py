@@ -24,14 +24,15 @@ from lorafast.kernels.common.device import (
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
-    NO_DROPOUT,
-    dropout_arguments,
+    NO_MASK,
+    mask_of,
     on_its_device,
     precision,
     rule_for,
     sms,
 )
 from lorafast.kernels.common.plan import ShrinkBackwardLaunch, shrink_backward_launch
+from lorafast.kernels.common.start import Start, key_of
 from torch import Tensor
 
 
@@ -163,21 +164,8 @@ def launcher(launch: ShrinkBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
     """What launches it: of ``ds, x, dropout_p, seed``, the last two optional; dA has ``dtype``."""
     c, M, K, r = launch.config, launch.M, launch.K, launch.r
     col_blocks, count, rank_blocks = launch.grid
-    start = shrink_backward_kernel[launch.grid]
-    constants = {
-        "M": M,
-        "K": K,
-        "r": r,
-        "m_blocks": launch.m_blocks,
-        "BLOCK_M": c.block_m,
-        "BLOCK_K": c.block_k,
-        "BLOCK_R": c.block_r,
-        "STAGES": c.num_stages,
-        "PRECISION": launch.precision,
-        "INTERPRETED": INTERPRETED,
-        **NO_DROPOUT,
-        **c.options,
-    }
+    start = Start(shrink_backward_kernel, launch.grid, c.options)
+    blocks = (c.block_m, c.block_k, c.block_r, c.num_stages, launch.precision, INTERPRETED)
 
     @on_its_device
     def run(ds: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -188,15 +176,12 @@ def launcher(launch: ShrinkBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
         if launch.split:
             partials = torch.empty((count, r, K), dtype=torch.float32, device=x.device)
             used = counters(x, col_blocks * rank_blocks)
-        named = constants
-        if launch.dropout:
-            named = constants | dropout_arguments(dropout_p, seed)
-        stride_dsm, stride_dsr = ds.stride()
-        stride_xm, stride_xk = x.stride()
+        seed, threshold, survivor_scale = mask_of(dropout_p, seed) if launch.dropout else NO_MASK
+        strides = (*ds.stride(), *x.stride())
         start(
-            ds, x, dA, partials, used,
-            stride_dsm=stride_dsm, stride_dsr=stride_dsr, stride_xm=stride_xm, stride_xk=stride_xk,
-            **named,
+            key_of(ds.dtype, x.dtype, strides, tensors=(ds, x, seed)),
+            ds, x, dA, partials, used, seed, M, K, r, launch.m_blocks, threshold, survivor_scale,
+            *strides, *blocks,
         )  # fmt: skip
         return dA
 

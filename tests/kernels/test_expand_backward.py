@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from helpers import Problem, assert_contract, problems
+from lorafast.kernels.common.configs import LaunchConfig
+from recorded import launches_of
 from small_tiles import SMALL_TILES, on_kernels
 
 from lorafast import reference
@@ -78,3 +80,27 @@ def test_ds_alone_is_scaled_before_it_is_rounded(device):
     twice = (0.7 * (dy.float() @ lora_B.float()).bfloat16().float()).bfloat16()
     assert once != twice
     assert torch.equal(ds, once)
+
+
+@pytest.mark.parametrize(
+    ("warps", "rank", "asked", "columns"),
+    [
+        (8, 16, {}, 256),
+        (8, 32, {}, 256),
+        (8, 16, {"dbias": True}, 256),
+        (8, 32, {"dbias": True}, 128),
+        (16, 32, {"dbias": True}, 256),
+        (8, 16, {"ds": False}, 128),
+        (8, 32, {"ds": False, "dbias": True}, 128),
+    ],
+)
+def test_tiles_are_narrower_where_registers_would_spill(warps, rank, asked, columns):
+    config = LaunchConfig(64, 256, 16, rank, warps, 4)
+    dy, s, lora_B = (
+        torch.empty(size, device="meta") for size in ((512, 1024), (512, 16), (1024, 16))
+    )
+
+    def run():
+        on_kernels().expand_backward(dy, s, lora_B, 0.7, **asked, config=config)
+
+    assert launches_of(90, run)[0].constant("BLOCK_N") == columns

@@ -138,10 +138,10 @@ _CANNOT_SERVE = "a mask, the rank, or few tiles or SMs would keep them too long 
 def _why_no_helpers(p: Problem) -> str | None:
     if not may_help(p.dtype):
         return "float16's skinny work is in float32, in other tiles than the GEMM's"
-    if not tma(p):
-        return "TMA can't read or write the GEMM's matrices"
     if min(p.M, p.K, p.N, p.r) < 1:
         return "there is nothing to compute"
+    if not tma(p):
+        return "TMA can't read or write the GEMM's matrices"
     return None
 
 
