@@ -1,5 +1,5 @@
 # make demo   fine-tune a real model with lorafast and with PEFT, side by side
-# make test   run every test
+# make test   run the tests that a change needs first
 # make bench  measure a LoRA layer against the frozen one and PEFT
 # make gpu    on a machine with an NVIDIA GPU: test, tune, benchmark, record
 # Each sets up .venv first if need be. ARGS passes options on: make demo ARGS="--rank 8".
@@ -9,20 +9,21 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-peft test-oldest-peft bench gpu lint types check clean
+.PHONY: help setup demo test test-all test-peft test-oldest-peft bench gpu lint types check clean
 
 help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
-	@echo "make test    run every test"
+	@echo "make test    run the tests that a change needs first (4 minutes on two cores)"
+	@echo "make test-all   run every test (7 minutes)"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
-	@echo "make check   lint, types and tests, as CI does"
+	@echo "make check   lint, types and every test, as CI does"
 	@echo "make clean   remove .venv and everything that was built"
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -e '.[dev]'
@@ -33,8 +34,13 @@ demo: $(READY)
 	$(PY) examples/finetune_minilm.py $(ARGS)
 
 # One worker a core, so one thread a worker.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(ARGS)
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	$(PYTEST) $(ARGS)
 
 # What accelerates PEFT's layers, with any release of PEFT: make test-peft PEFT=0.21.0. It lies in a folder
 # of its own, before the one in .venv.
@@ -42,7 +48,7 @@ PEFT ?= 0.20.0
 
 test-peft: $(READY) build/peft-$(PEFT)
 	PYTHONPATH=build/peft-$(PEFT) $(PY) -c 'import peft; assert peft.__version__ == "$(PEFT)", peft'
-	OMP_NUM_THREADS=1 PYTHONPATH=build/peft-$(PEFT) $(PY) -m pytest -n auto tests/integrations/peft $(ARGS)
+	PYTHONPATH=build/peft-$(PEFT) $(PYTEST) tests/integrations/peft $(ARGS)
 
 # The oldest release that lorafast[peft] takes.
 test-oldest-peft:
@@ -69,7 +75,7 @@ lint: $(READY)
 types: $(READY)
 	$(PY) tests/check_types.py
 
-check: lint types test
+check: lint types test-all
 
 clean:
 	rm -rf .venv build lorafast/_C*.so dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,17 +1,21 @@
-"""Maps folders to packages, and builds ``lorafast._C`` from ``csrc/``.
+"""Maps folders to packages, and builds ``lorafast/_C_<device>.abi3.so`` from ``csrc/<device>/``.
 
 Folders: ``kernels/`` and ``bench/`` go into ``lorafast.kernels`` and ``lorafast.bench``. Neither has an
 ``__init__.py`` itself: the top-level name ``kernels`` belongs to another package and must never be
 importable from here.
 
-The extension is compiled against libtorch's stable ABI alone, so one binary serves every later Python
-and PyTorch. It needs a C++ compiler and the headers of the PyTorch that is installed; without them the
-package works as it does, on ``aten``.
+Each device's kernels are a shared object of their own, a row of ``NATIVE``. They are compiled against
+libtorch's stable ABI alone, so one binary serves every later Python and PyTorch. They need a compiler
+and the headers of the PyTorch that is installed, which need not have CUDA; without them the package
+works as it does, on ``aten``.
 
-    LORAFAST_CPP=0     don't build it;  1: fail if it can't be built;  unset: build it if possible
-                       (instructions that the compiler doesn't know are left out in any case)
-    LORAFAST_CUDA=1    fail if the CUDA part can't be built;  0, auto or unset: without it
-    CXX, CXXFLAGS      the compiler, and more flags for it
+    LORAFAST_CPP       the CPU's. 0: don't build them;  1: fail if they can't be built;  auto or unset:
+                       build them if possible (instructions that the compiler doesn't know are left out
+                       in any case)
+    LORAFAST_CUDA      the same for CUDA's, which need nvcc too
+    LORAFAST_CUDA_ARCH the GPUs that CUDA's are compiled for, "80 90a"; unset: all that nvcc knows of
+    CUDA_HOME          the CUDA toolkit; unset: that of the nvcc on the path, or /usr/local/cuda
+    CXX, CXXFLAGS      the C++ compiler (nvcc's too), and more flags for it
     MAX_JOBS           how many compilers run at a time
 
 Everything else is in ``pyproject.toml``.
@@ -24,8 +28,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -34,10 +40,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
-FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
-    "-fno-strict-aliasing",  # pairs of bfloat16 are written as halves and read as words
-]  # fmt: skip
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 AVX512 = [
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # false, in gcc 12's own header
     "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512",
@@ -47,18 +50,18 @@ INSTRUCTION_SETS = {
     "microkernels_avx512": AVX512,
     "microkernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
-
-
-def sources() -> list[str]:
-    """``csrc/`` of the CPU."""
-    cpu = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return ["csrc/bindings.cpp", *(path.relative_to(ROOT).as_posix() for path in cpu)]
+# Code for 80 serves 86 and 89 as well; as PTX, whatever is not listed.
+CUDA_ARCHITECTURES = ["80", "90a", "100a", "120"]
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
     """Whether the compiler knows ``flags``: not those of another processor, or of a later version."""
-    command = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    if Path(compiler[0]).name == "nvcc":
+        check = ["--dryrun", "-c", "-x", "cu", os.devnull]
+    else:
+        check = ["-fsyntax-only", "-x", "c++", os.devnull]
     try:
+        command = [*compiler, *flags, *check]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
         return False
@@ -99,80 +102,210 @@ def torch_folder() -> Path | None:
     return next((f for f in folders if (f / "include/torch/csrc/stable/library.h").is_file()), None)
 
 
-def why_not_native() -> str | None:
-    """What is missing for the extension, or None."""
+def cxx() -> list[str]:
+    """The C++ compiler.
+
+    Raises:
+        ValueError: there is none that serves.
+    """
+    compiler = words("CXX", "c++")
+    words("CXXFLAGS")
+    if not compiler or not compiler[0]:
+        raise ValueError(f"CXX is {os.environ['CXX']!r}, expected a C++ compiler")
+    if shutil.which(compiler[0]) is None:
+        raise ValueError(f"there is no C++ compiler ({compiler[0]})")
+    if not accepts(compiler, ["-std=c++17"]):
+        raise ValueError(f"{shlex.join(compiler)} doesn't compile C++17")
+    return compiler
+
+
+def cxx_flags(compiler: list[str]) -> list[str]:
+    """For every C++ file."""
+    flags = ["-std=c++17", "-O3", *HOST_FLAGS, "-Wno-psabi"]
+    flags.append(
+        "-fno-strict-aliasing"
+    )  # pairs of bfloat16 are written as halves and read as words
+    return [*flags, *words("CXXFLAGS")]
+
+
+def nvcc() -> list[str]:
+    """The CUDA compiler, on top of ``cxx()``.
+
+    Raises:
+        ValueError: there is none that serves.
+    """
+    home = os.environ.get("CUDA_HOME", "")
+    if home:
+        found = shutil.which(os.path.join(home, "bin", "nvcc"))
+        if found is None:
+            raise ValueError(f"CUDA_HOME is {home!r}, which has no bin/nvcc")
+    else:
+        found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+        if found is None:
+            raise ValueError("there is no nvcc (CUDA_HOME says where the CUDA toolkit is)")
+    host, *flags = cxx()
+    compiler = [found, "-ccbin", host, *to_host(flags)]
+    if not accepts(compiler, ["-std=c++17"]):
+        raise ValueError(f"{found} doesn't compile C++17 with {host}")
+    for architecture in words("LORAFAST_CUDA_ARCH"):
+        if not accepts(compiler, code_for(architecture)):
+            raise ValueError(f"LORAFAST_CUDA_ARCH has {architecture!r}, which {found} doesn't know")
+    return compiler
+
+
+def nvcc_flags(compiler: list[str]) -> list[str]:
+    """For every file of the CUDA part. ``USE_CUDA`` declares the stream in PyTorch's headers."""
+    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", *to_host(HOST_FLAGS)]
+    for architecture in words("LORAFAST_CUDA_ARCH") or CUDA_ARCHITECTURES:
+        if accepts(compiler, code_for(architecture)):
+            flags += code_for(architecture)
+    asked = words("CXXFLAGS")
+    if "-Werror" in asked:
+        flags.append("-Werror=all-warnings")
+    return [*flags, *to_host(asked)]
+
+
+def to_host(flags: list[str]) -> list[str]:
+    """``flags`` as nvcc hands them to the C++ compiler: at a comma it would split them."""
+    return ["-Xcompiler=" + flag.replace(",", r"\,") for flag in flags]
+
+
+def code_for(architecture: str) -> list[str]:
+    """Machine code, for the oldest architecture PTX as well."""
+    code = f"sm_{architecture}"
+    if architecture == CUDA_ARCHITECTURES[0]:
+        code = f"[{code},compute_{architecture}]"
+    return ["-gencode", f"arch=compute_{architecture},code={code}"]
+
+
+class Native(NamedTuple):
+    """A device's kernels: how ``csrc/<device>/`` becomes ``lorafast/_C_<device>.abi3.so``."""
+
+    name: str  # as a sentence has it
+    variable: str  # says whether they are wanted
+    suffixes: tuple[str, ...]
+    compiler: Callable[[], list[str]]  # or a ValueError: what is missing
+    flags: Callable[[list[str]], list[str]]
+    flags_of_file: dict[str, list[str]]  # those that the compiler knows, by the file's stem
+    link: list[str]  # besides libtorch_cpu
+
+
+NATIVE = {
+    "cpu": Native(
+        "CPU", "LORAFAST_CPP", (".cpp",), cxx, cxx_flags, INSTRUCTION_SETS,
+        ["-Wl,--no-undefined", "-lc"],
+    ),
+    # What only PyTorch's CUDA library has, such as the stream, stays undefined: that library is loaded
+    # where a GPU is. Each object holds all of its device code: there is nothing to link in it.
+    "cuda": Native(
+        "CUDA", "LORAFAST_CUDA", (".cpp", ".cu"), nvcc, nvcc_flags, {},
+        ["--cudart=static", "--no-device-link"],
+    ),
+}  # fmt: skip
+MODULE = "lorafast._C_"
+
+
+def sources(device: str) -> list[str]:
+    """The files of ``csrc/<device>/`` that are compiled."""
+    paths = sorted((ROOT / "csrc" / device).glob("*"))
+    return [
+        path.relative_to(ROOT).as_posix()
+        for path in paths
+        if path.suffix in NATIVE[device].suffixes
+    ]
+
+
+def why_not(device: str) -> str | None:
+    """What is missing for a device's kernels, or None."""
     if sys.platform != "linux":
-        return f"it is built on Linux only, this is {sys.platform}"
+        return f"they are built on Linux only, this is {sys.platform}"
+    if not sources(device):
+        return f"lorafast has no sources in csrc/{device}"
     try:
-        compiler = words("CXX", "c++")
-        words("CXXFLAGS")
+        NATIVE[device].compiler()
         compiler_jobs()
     except ValueError as error:
         return str(error)
-    if not compiler or not compiler[0]:
-        return f"CXX is {os.environ['CXX']!r}, expected a C++ compiler"
-    if shutil.which(compiler[0]) is None:
-        return f"there is no C++ compiler ({compiler[0]})"
-    if not accepts(compiler, ["-std=c++17"]):
-        return f"{shlex.join(compiler)} doesn't compile C++17"
     if torch_folder() is None:
-        return "PyTorch 2.11 or later is not installed yet, whose headers it needs"
+        return "PyTorch 2.11 or later is not installed yet, whose headers they need"
     return None
 
 
 def native_extensions() -> list[Extension]:
-    """``lorafast._C``, or nothing where it can't be built or isn't wanted."""
-    asked = os.environ.get("LORAFAST_CPP", "")
-    cuda = os.environ.get("LORAFAST_CUDA", "")
-    if asked not in ("", "0", "1"):
-        raise SystemExit(f"LORAFAST_CPP is {asked!r}, expected 0, 1 or nothing")
-    if cuda not in ("", "0", "1", "auto"):
-        raise SystemExit(f"LORAFAST_CUDA is {cuda!r}, expected 0, 1, auto or nothing")
-    if cuda == "1":
-        raise SystemExit("LORAFAST_CUDA is 1: lorafast has no CUDA C++ sources yet")
-    if asked == "0":
-        return []
-    reason = why_not_native()
-    if reason is None:
-        return [Extension("lorafast._C", sources(), py_limited_api=True, optional=asked != "1")]
-    if asked == "1":
-        raise SystemExit(f"LORAFAST_CPP is 1 and the native CPU kernels can't be built: {reason}")
-    print(f"lorafast: without native CPU kernels: {reason}", file=sys.stderr)
-    return []
+    """Those of ``NATIVE`` that can be built and are wanted."""
+    extensions = []
+    for native in NATIVE.values():
+        asked = os.environ.get(native.variable, "")
+        if asked not in ("", "0", "1", "auto"):
+            raise SystemExit(f"{native.variable} is {asked!r}, expected 0, 1, auto or nothing")
+    for device, native in NATIVE.items():
+        asked = os.environ.get(native.variable, "")
+        forced = asked == "1"
+        if asked == "0" or (not forced and not sources(device)):
+            continue
+        reason = why_not(device)
+        if reason is None:
+            name = MODULE + device
+            extensions.append(
+                Extension(name, sources(device), py_limited_api=True, optional=not forced)
+            )
+        elif forced:
+            raise SystemExit(
+                f"{native.variable} is 1 and the native {native.name} kernels can't be built: {reason}"
+            )
+        else:
+            print(f"lorafast: without native {native.name} kernels: {reason}", file=sys.stderr)
+    return extensions
 
 
 class BuildNative(build_ext):
-    """Compiles what has changed, a few files at a time, each with the flags of its instruction set."""
+    """Compiles what has changed, a few files at a time, each with flags of its own."""
+
+    def run(self) -> None:
+        """Leaves no shared object but those of this build: nothing may load or ship an earlier one."""
+        self.folders = [Path(self.build_lib) / "lorafast"]
+        if self.inplace or self.editable_mode:
+            self.folders.append(ROOT / "lorafast")
+        wanted = {Path(self.get_ext_filename(ext.name)).name for ext in self.extensions or ()}
+        for folder in self.folders:
+            for left in folder.glob("_C*.so"):
+                if left.name not in wanted:
+                    left.unlink()
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The name under which ``lorafast`` looks: no Python's own, since none is linked."""
+        return os.path.join(*fullname.split(".")) + ".abi3.so"
 
     def build_extension(self, ext: Extension) -> None:
         """Objects, then the shared library; an optional extension that fails is left out in one line."""
+        device = ext.name.removeprefix(MODULE)
         try:
-            self._build(ext)
+            self._build(device, NATIVE[device], ext)
         except (subprocess.CalledProcessError, OSError) as error:
             reason = str(error)
             if isinstance(error, subprocess.CalledProcessError):
                 made = Path(error.cmd[-1]).name
                 reason = f"{error.cmd[0]} failed with {error.returncode} to make {made}"
             # Nothing may load or ship what other sources made.
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-            if self.editable_mode:
-                (ROOT / "lorafast" / "_C.abi3.so").unlink(missing_ok=True)
+            for folder in self.folders:
+                (folder / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
             if ext.optional:
-                print(f"lorafast: without native CPU kernels: {reason}", file=sys.stderr)
+                name = NATIVE[device].name
+                print(f"lorafast: without native {name} kernels: {reason}", file=sys.stderr)
             raise CompileError(reason) from None
 
-    def _build(self, ext: Extension) -> None:
+    def _build(self, device: str, native: Native, ext: Extension) -> None:
         torch = torch_folder()
         assert torch is not None
-        compiler = words("CXX", "c++")
-        base = [*compiler, *FLAGS, *words("CXXFLAGS")]
-        base += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
+        compiler = native.compiler()
+        base = [*compiler, *native.flags(compiler), f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
         base += ["-isystem", str(torch / "include")]
         # Not the temporary folder of an editable install: a second build finds the first one's objects.
-        folder = ROOT / "build" / "native"
+        folder = ROOT / "build" / "native" / device
         folder.mkdir(parents=True, exist_ok=True)
         known = {
-            name: flags for name, flags in INSTRUCTION_SETS.items() if accepts(compiler, flags)
+            stem: flags for stem, flags in native.flags_of_file.items() if accepts(compiler, flags)
         }
 
         def compile_(source: str) -> Path:
@@ -181,29 +314,29 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(compiler_jobs()) as pool:
             objects = list(pool.map(compile_, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
-        library = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,--no-undefined", "-lc"]
-        link = [*compiler, *map(str, objects), *library, "-o", str(target)]
+        link = [*compiler, "-shared", *map(str, objects), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        link += [*native.link, "-o", str(target)]
         if not _current(target, [*objects, *self._note(folder / "link", link)]):
             target.parent.mkdir(parents=True, exist_ok=True)
             self._run(link)
 
     def _compile(self, base: list[str], source: str, folder: Path) -> Path:
         path = Path(source)
-        target = folder / f"{path.stem}.o"
-        dependencies = target.with_suffix(".d")
+        target = folder / f"{path.name}.o"
+        dependencies = folder / f"{path.name}.d"
         command = [*base, "-MMD", "-MF", str(dependencies)]
         command += ["-c", str(ROOT / source), "-o", str(target)]
-        needs = self._note(folder / path.stem, command)
+        needs = self._note(folder / path.name, command)
         if dependencies.is_file():
-            words = dependencies.read_text(encoding="utf-8").replace("\\\n", " ").split()
-            needs += [Path(word) for word in words[1:]]
+            _, _, rule = dependencies.read_text(encoding="utf-8").partition(":")
+            needs += [Path(word) for word in rule.replace("\\\n", " ").split()]
         if not dependencies.is_file() or not _current(target, needs):
             self._run(command)
         return target
 
     def _note(self, path: Path, command: list[str]) -> list[Path]:
         """A file that is newer than what was built by another command."""
-        path = path.with_suffix(".command")
+        path = path.with_name(path.name + ".command")
         text = shlex.join(command)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
@@ -223,9 +356,9 @@ class Wheel(bdist_wheel):
             self.run_command("build_ext")
         built = self.get_finalized_command("build_ext")
         wanted = self.distribution.ext_modules or []
-        if not all(Path(built.get_ext_fullpath(ext.name)).is_file() for ext in wanted):
-            self.distribution.ext_modules = []
-            self.root_is_pure = True
+        there = [ext for ext in wanted if Path(built.get_ext_fullpath(ext.name)).is_file()]
+        self.distribution.ext_modules = there
+        self.root_is_pure = not there
         super().run()
 
 

@@ -1,36 +1,19 @@
-"""What several test files share: random problems, memory layouts, the check of the contract."""
+"""What several test files share: random problems, the check of the contract, what a backend needs."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import strategies as st
+from layouts import LAYOUTS, lay_out
 from torch import Tensor
 
+import lorafast
 from lorafast.reference import contract
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LAYOUTS = ("contiguous", "transposed", "every other column", "one row expanded", "offset")
 DROPOUT = (0.0, 0.05, 0.5, 1.0)
-
-
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The values of a matrix in other strides; "one row expanded" repeats its first row instead."""
-    M, K = tensor.shape
-    if layout == "transposed":
-        return tensor.t().contiguous().t()
-    if layout == "every other column":
-        wide = tensor.new_full((M, 2 * K), float("nan"))
-        wide[:, ::2] = tensor
-        return wide[:, ::2]
-    if layout == "one row expanded":
-        return tensor[:1].expand(M, K)
-    if layout == "offset":
-        # One element off, so that no row begins at an aligned address.
-        flat = tensor.new_full((M * K + 1,), float("nan"))
-        flat[1:] = tensor.reshape(-1)
-        return flat[1:].view(M, K)
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -91,5 +74,11 @@ def problems() -> st.SearchStrategy[Problem]:
 
 
 def assert_contract(call: contract.Call, operations: object, dtype: torch.dtype) -> None:
-    error, allowed = contract.compare(call, operations, dtype)
-    assert error <= allowed
+    verdict = contract.compare(call, operations, dtype)
+    assert verdict.why_broken is None, verdict.why_broken
+
+
+def skip_unless_usable(backend: str) -> None:
+    status = lorafast.backends()[backend]
+    if not status.usable:
+        pytest.skip(status.reason)

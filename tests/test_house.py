@@ -92,6 +92,18 @@ def test_the_name_kernels_is_not_ours():
     assert process.stdout.strip() == "None"
 
 
+def test_the_factor_of_the_contract_stands_in_one_place():
+    folders = ("lorafast", "kernels", "bench", "tests", "examples")
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"\b1\.25\b", path.read_text(encoding="utf-8"))
+    }
+    own = {"lorafast/reference/contract.py", "tests/reference/test_contract.py"}
+    assert found == own
+
+
 def test_nobody_is_told_to_install_our_name_from_an_index():
     told = re.compile(r"pip install[^#)\n]*?[\s'\"]lorafast\b(?!')")
     texts = [*SOURCES, *(ROOT / "examples").glob("*.py"), *(ROOT / "docs").rglob("*.md")]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lorafast.bench.accelerate.models import build
-from lorafast.bench.common.check import off_by, raised
+from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Call, Summary, Timed, Turn, clock_for, interleave
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
@@ -137,15 +137,7 @@ def _why_wrong(stock: nn.Module, fast: nn.Module, case: Case, x: Tensor) -> str 
     wide = x.detach().double().requires_grad_(x.requires_grad)
     exact = _results(copy.deepcopy(stock).double(), case, wide)
     theirs, ours = (_results(model, case, x) for model in (stock, fast))
-    if ours.keys() != theirs.keys():
-        return "other parameters have gradients"
-    eps = torch.finfo(x.dtype).eps
-    for name, value in exact.items():
-        allowed = 1.25 * contract.error(theirs[name], value) + eps * value.norm().item()
-        reason = off_by(contract.error(ours[name], value), allowed)
-        if reason is not None:
-            return f"{name}: {reason}"
-    return None
+    return contract.why_any_broken(ours, contract.bounds(theirs, exact, dtype=x.dtype))
 
 
 def _results(model: nn.Module, case: Case, x: Tensor) -> dict[str, Tensor]:

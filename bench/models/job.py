@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from lorafast.bench.common import memory
-from lorafast.bench.common.check import off_by, raised
+from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES
@@ -117,12 +117,7 @@ class _Truth:
         self._inputs = embeddings[:1, :_CHECKED_TOKENS].detach(), labels[:1, :_CHECKED_TOKENS]
         eager = self._outputs(make("reference", frozen, r))
         exact = self._outputs(make("reference", copy.deepcopy(frozen).double(), r))
-        eps = torch.finfo(embeddings.dtype).eps
-        self._exact = exact
-        self._allowed = {
-            name: 1.25 * contract.error(eager[name], value) + eps * value.norm().item()
-            for name, value in exact.items()
-        }
+        self._bounds = contract.bounds(eager, exact, dtype=embeddings.dtype)
 
     def _outputs(self, arm: Arm) -> dict[str, Tensor]:
         """Logits, gradient of the embeddings, gradients of all adapters in one vector."""
@@ -146,11 +141,7 @@ class _Truth:
         """What is wrong with an arm's results, or None; the frozen model is what it is."""
         if arm.name == FROZEN:
             return None
-        for name, value in self._outputs(arm).items():
-            reason = off_by(contract.error(value, self._exact[name]), self._allowed[name])
-            if reason is not None:
-                return f"{name}: {reason}"
-        return None
+        return contract.why_any_broken(self._outputs(arm), self._bounds)
 
 
 def _turn(arm: Arm, embeddings: Tensor, labels: Tensor) -> Turn:

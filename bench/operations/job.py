@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from lorafast.bench.common.check import off_by, raised
+from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Call, Clock, Summary, Turn, clock_for, interleave
 from lorafast.bench.common.problem import DTYPES, Problem, Tensors, draw, input_sets
 from lorafast.bench.common.progress import progress, say
@@ -47,7 +47,7 @@ def as_is(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def why_wrong(case: Case, operations: Any, dtype: torch.dtype) -> str | None:
     """What the numerical contract says against an operation, or None."""
-    return off_by(*contract.compare(case.call, operations, dtype))
+    return contract.compare(case.call, operations, dtype).why_broken
 
 
 def turn_of(calls: Sequence[Call]) -> Turn:

@@ -50,10 +50,11 @@ void expand_(
     Tensor y, const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed,
     int64_t threshold, double survivor_scale) {
   const int64_t M = y.size(0), N = y.size(1), r = lora_B.size(1);
-  check_output("y", y, M, N);
-  check_matrix("s", s, M, r);
-  check_matrix("lora_B", lora_B, N, r);
-  check_seed(seed, threshold);
+  const OneDevice device(kDevice, "y", y);
+  check_output("y", y, M, N, device);
+  check_matrix("s", s, M, r, device);
+  check_matrix("lora_B", lora_B, N, r, device);
+  check_seed(seed, threshold, device);
   add_expanded(
       Matrix(y), Matrix(s), Matrix(lora_B), scaling, Dropout::of(seed, threshold, survivor_scale));
 }

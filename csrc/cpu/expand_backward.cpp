@@ -8,11 +8,12 @@ namespace lorafast::cpu {
 void expand_backward(
     const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scaling, Tensor ds, Tensor dB) {
   const int64_t M = dy.size(0), N = dy.size(1), r = lora_B.size(1);
-  check_matrix("dy", dy, M, N);
-  check_matrix("s", s, M, r);
-  check_matrix("lora_B", lora_B, N, r);
-  check_output("ds", ds, M, r);
-  check_output("dB", dB, N, r);
+  const OneDevice device(kDevice, "dy", dy);
+  check_matrix("dy", dy, M, N, device);
+  check_matrix("s", s, M, r, device);
+  check_matrix("lora_B", lora_B, N, r, device);
+  check_output("ds", ds, M, r, device);
+  check_output("dB", dB, N, r, device);
   if (M == 0 || N == 0 || r == 0) {
     clear(ds);
     return clear(dB);

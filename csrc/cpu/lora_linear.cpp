@@ -20,8 +20,9 @@ void lora_linear_backward_(
     Tensor dA, Tensor dB) {
   expand_backward(dy, s, lora_B, scaling, ds, dB);
   shrink_backward(ds, x, seed, threshold, survivor_scale, dA);
-  check_output("dx", dx, x.size(0), x.size(1));
-  check_matrix("lora_A", lora_A, ds.size(1), x.size(1));
+  const OneDevice device(kDevice, "dx", dx);
+  check_output("dx", dx, x.size(0), x.size(1), device);
+  check_matrix("lora_A", lora_A, ds.size(1), x.size(1), device);
   add_expanded(
       Matrix(dx), Matrix(ds), transposed(Matrix(lora_A)), 1.0, Dropout::of(seed, threshold, survivor_scale));
 }

@@ -5,6 +5,8 @@
 
 namespace lorafast::cpu {
 
+constexpr DeviceType kDevice = DeviceType::CPU;
+
 void shrink(
     const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& seed, int64_t threshold,
     double survivor_scale, Tensor s);

@@ -11,10 +11,11 @@ void shrink(
     const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& seed, int64_t threshold,
     double survivor_scale, Tensor s) {
   const int64_t M = x.size(0), K = x.size(1), r = lora_A.size(0);
-  check_matrix("x", x, M, K);
-  check_matrix("lora_A", lora_A, r, K);
-  check_output("s", s, M, r);
-  check_seed(seed, threshold);
+  const OneDevice device(kDevice, "x", x);
+  check_matrix("x", x, M, K, device);
+  check_matrix("lora_A", lora_A, r, K, device);
+  check_output("s", s, M, r, device);
+  check_seed(seed, threshold, device);
   if (M == 0 || K == 0 || r == 0) return clear(s);
   const Microkernels& kernels = microkernels();
   const auto dropout = Dropout::of(seed, threshold, survivor_scale);

@@ -8,10 +8,11 @@ void shrink_backward(
     const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold,
     double survivor_scale, Tensor dA) {
   const int64_t M = x.size(0), K = x.size(1), r = ds.size(1);
-  check_matrix("x", x, M, K);
-  check_matrix("ds", ds, M, r);
-  check_output("dA", dA, r, K);
-  check_seed(seed, threshold);
+  const OneDevice device(kDevice, "x", x);
+  check_matrix("x", x, M, K, device);
+  check_matrix("ds", ds, M, r, device);
+  check_output("dA", dA, r, K, device);
+  check_seed(seed, threshold, device);
   if (M == 0 || K == 0 || r == 0) return clear(dA);
   const Microkernels& kernels = microkernels();
   const auto dropout = Dropout::of(seed, threshold, survivor_scale);

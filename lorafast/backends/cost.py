@@ -21,7 +21,7 @@ import torch
 
 from lorafast.backends import registry
 from lorafast.backends.plan import Plan
-from lorafast.core.problem import Problem
+from lorafast.core.problem import DENSE, Problem
 from lorafast.kernels.tables import tuned
 from lorafast.kernels.tables.find import nearest_architecture
 
@@ -246,7 +246,7 @@ def host_bound(backend: str, problem: Problem, device: Device | None = None) -> 
 def estimate_of(backend: str, problem: Problem, device: Device) -> Estimate | None:
     """By the backend's own model; None if it has none."""
     model = _model(backend)
-    return None if model is None or problem.format != "dense" else model(problem, device)
+    return None if model is None or problem.format != DENSE else model(problem, device)
 
 
 @functools.cache
@@ -294,7 +294,7 @@ def _all_wanted(problem: Problem) -> bool:
 
 def record_of(problem: Problem, device: str) -> tuned.Record | None:
     """What was measured on the device of this name for the call or for one near it."""
-    if problem.format != "dense" or min(problem.M, problem.r) < 1:
+    if problem.format != DENSE or min(problem.M, problem.r) < 1:
         return None
     return tuned.nearest(device, key_of(problem))
 

@@ -109,6 +109,12 @@ def plan_of(name: str, problem: Problem) -> Plan | Refusal:
     return backend.plan(problem) if reason is None else Refusal(name, reason)
 
 
+def definition(problem: Problem) -> Plan:
+    """The plan made of operations that PyTorch differentiates, once more if need be."""
+    answers = (plan_of(name, problem) for name in tuple(_backends) if _backends[name].plain_pytorch)
+    return next(plan for plan in answers if isinstance(plan, Plan))
+
+
 @functools.lru_cache(maxsize=_KEPT)
 def choose(problem: Problem, forced: str | None = None) -> Plan:
     """The plan that serves a problem: of the ``forced`` backend, or of the one that ``auto`` takes.

@@ -92,4 +92,4 @@ def _choice() -> str:
     name = forced.forced()
     if name is not None:
         return f"{name} for every operation (forced by {forced.ENVIRONMENT_VARIABLE})"
-    return "the fastest, by what was measured, else by a model of the device: lorafast.explain says which"
+    return "the fastest that was measured, else modelled: lorafast.explain says which"

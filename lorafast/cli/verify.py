@@ -1,7 +1,7 @@
 """Runs every operation on every backend that this machine has and compares with float64.
 
-A row passes if its error is within the package's one numerical contract: 1.25 times that of plain
-PyTorch in the same dtype, plus one rounding. The exit status is 1 if a row fails.
+A row passes if it keeps the package's one numerical contract (``lorafast/reference/contract.py``). The
+exit status is 1 if a row fails.
 """
 
 import argparse
@@ -44,12 +44,7 @@ class _Row:
     dtype: str
     shape: tuple[int, ...]
     dropout_p: float
-    error: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.allowed
+    verdict: contract.Verdict
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name}: {remark}")
         rows += list(_verify(name, arguments.dtype, of))
     _print_table(rows)
-    failed = sum(not row.passed for row in rows)
+    failed = sum(row.verdict.why_broken is not None for row in rows)
     print(f"{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
@@ -89,8 +84,8 @@ def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]
             for dropout_p in (0.0, 0.25):
                 for operation, call in _calls(shape, dropout_p, of).items():
                     with forced.use_backend(backend):
-                        worst = contract.compare(call, ops, _DTYPES[dtype])
-                    yield _Row(backend, operation, dtype, shape, dropout_p, *worst)
+                        verdict = contract.compare(call, ops, _DTYPES[dtype])
+                    yield _Row(backend, operation, dtype, shape, dropout_p, verdict)
 
 
 def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[str, contract.Call]:
@@ -137,13 +132,11 @@ def _print_table(rows: list[_Row]) -> None:
     worst: dict[tuple[str, str, str], _Row] = {}
     for row in rows:
         key = (row.backend, row.operation, row.dtype)
-        if key not in worst or _severity(row) > _severity(worst[key]):
+        if key not in worst or row.verdict.severity > worst[key].verdict.severity:
             worst[key] = row
     for row in worst.values():
         place = f"{row.shape}" + (f" p={row.dropout_p}" if row.dropout_p else "")
+        found = row.verdict
+        failed = "" if found.why_broken is None else f"FAILED: {found.why_broken}"
         print(f"{row.backend:<10} {row.operation:<16} {row.dtype:<5} {place:<30} "
-              f"{row.error:>9.1e} {row.allowed:>9.1e} {'' if row.passed else 'FAILED'}")  # fmt: skip
-
-
-def _severity(row: _Row) -> float:
-    return row.error / row.allowed if row.allowed else float(row.error > 0)
+              f"{found.error:>9.1e} {found.allowed:>9.1e} {failed}")  # fmt: skip

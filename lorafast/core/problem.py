@@ -11,6 +11,9 @@ OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
 LAYER_OPERATIONS = ("lora_linear", "lora_linear_backward")
 """A whole layer's forward and backward, which are made of the four."""
 
+DENSE = "dense"
+"""The format of a weight that is a plain tensor, and of an operation that reads none."""
+
 _TMA_ROW, _TMA_EXTENT = 2**40, 2**31
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -92,7 +95,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     device: torch.device
-    format: str = "dense"
+    format: str = DENSE
     transposed: bool = False
     wants: tuple[str, ...] = ()
     dropout: bool = False
@@ -120,7 +123,7 @@ def parts(problem: Problem) -> list[Problem]:
     p = problem
     if p.operation == "lora_linear":
         return [
-            p._replace(operation="shrink", N=0, wants=(), bias=False, format="dense"),
+            p._replace(operation="shrink", N=0, wants=(), bias=False, format=DENSE),
             p._replace(
                 operation="linear_expand", wants=(), dropout=False, layouts=_with_fresh_s(p)
             ),
@@ -130,12 +133,12 @@ def parts(problem: Problem) -> list[Problem]:
     first = expand_wants(p.wants)
     if first:
         found.append(
-            p._replace(operation="expand_backward", K=0, dropout=False, wants=first, format="dense")
+            p._replace(operation="expand_backward", K=0, dropout=False, wants=first, format=DENSE)
         )
     if "dA" in p.wants:
         found.append(
             p._replace(
-                operation="shrink_backward", N=0, wants=(), format="dense", layouts=_with_fresh_s(p)
+                operation="shrink_backward", N=0, wants=(), format=DENSE, layouts=_with_fresh_s(p)
             )
         )
     if "dx" in p.wants:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast import operands
-from lorafast.backends import BackendError, Plan, forced, registry
+from lorafast.backends import BackendError, Plan, Refusal, forced, registry
 from lorafast.core.problem import Layout, Problem
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
@@ -114,17 +114,20 @@ def _choice(problem: Problem, plan: Plan | None, remark: str = "") -> Choice:
         assert name is not None
         refusal = answers[name]
         assert not isinstance(refusal, Plan)
-        backend, reason, launches = None, f"{name} is forced and can't: {refusal.reason}", ()
-    else:
-        why = "forced" if name is not None else plan.ahead or _time(plan)
-        backend, reason, launches = plan.backend, why + remark, plan.launches
-    serving = (backend or "").split(" + ")
-    others = {
+        reason = f"{name} is forced and can't: {refusal.reason}"
+        return Choice(problem.operation, None, reason, (), _others(answers, ""))
+    reason = "forced" if name is not None else plan.ahead or _time(plan)
+    others = _others(answers, plan.backend)
+    return Choice(problem.operation, plan.backend, reason + remark, plan.launches, others)
+
+
+def _others(answers: dict[str, Plan | Refusal], serving: str) -> dict[str, str]:
+    name = forced.forced()
+    return {
         other: _against(answer, name)
         for other, answer in answers.items()
-        if other not in serving and other != name
+        if other not in serving.split(" + ") and other != name
     }
-    return Choice(problem.operation, backend, reason, launches, others)
 
 
 def _time(plan: Plan) -> str:
@@ -133,9 +136,9 @@ def _time(plan: Plan) -> str:
     return f"{plan.seconds * 1e6:,.0f} µs, {plan.source}"
 
 
-def _against(answer: object, forced_name: str | None) -> str:
-    if not isinstance(answer, Plan):
-        return getattr(answer, "reason", "")
+def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
+    if isinstance(answer, Refusal):
+        return answer.reason
     if forced_name is not None:
         return "usable, another was forced"
     return "usable, not measured to be faster" if answer.seconds is None else _time(answer)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from lorafast.core.dtypes import FLOATS
-from lorafast.functional import lora_linear
+from lorafast.functional import lora_linear, lora_linear_of
 from lorafast.nn import offload
 from lorafast.nn.checks import (
     FLOAT_NAMES,
@@ -31,6 +31,7 @@ from lorafast.nn.plain import (
 )
 from lorafast.nn.scripted import ScriptedLoRALinear
 from lorafast.operands import packed
+from lorafast.ops.lora_linear import Memory
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
@@ -42,7 +43,7 @@ _DISTRIBUTED = "torch.distributed."
 _OWN = frozenset(
     {
         "weight", "bias", "lora_A", "lora_B", "_merged_weight", "merged", "dropout",
-        "_r", "_alpha", "_scaling", "_use_rslora", "_plain_class",
+        "_memory", "_r", "_alpha", "_scaling", "_use_rslora", "_plain_class",
     }
 )  # fmt: skip
 _PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
@@ -209,6 +210,7 @@ class LoRALinear(nn.Module):
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
         self._plain_class = type(linear)
+        self._memory = Memory()
         self.in_features, self.out_features = features(linear)
         self._r = check_rank("r", r)
         self.set_scaling(r if alpha is None else alpha, use_rslora)
@@ -285,7 +287,11 @@ class LoRALinear(nn.Module):
                 vars(self).update(before)
                 raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_memory"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._memory = Memory()
         # Pickles of the time when these four were plain attributes.
         renamed = {f"_{name}": state[name] for name in _PROPERTIES if name in state}
         super().__setstate__({k: v for k, v in state.items() if k not in _PROPERTIES} | renamed)
@@ -314,6 +320,8 @@ class LoRALinear(nn.Module):
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
+        if not dropout_p and type(x) is Tensor:  # torch.fx sees the other call
+            return lora_linear_of(self._memory, x, weight, lora_A, lora_B, self._scaling, bias)  # type: ignore[arg-type]
         return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
 
     def _forward_merged(self, x: Tensor) -> Tensor:
@@ -456,6 +464,7 @@ class LoRALinear(nn.Module):
         return [weight for weight in weights if weight is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
+        self._memory = Memory()
         was_meta = self._adapter_is_meta()
         super()._apply(fn, recurse)
         if was_meta and not self._adapter_is_meta():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lorafast.core.problem import DENSE
 from lorafast.operands import dense as _dense
 from lorafast.operands import packed
 from lorafast.operands.operand import Operand
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 Weight = Tensor | Operand
-DENSE = "dense"
 _formats: dict[str, type[Operand]] = {}
 
 
@@ -89,7 +89,7 @@ def build(tensors: Sequence[Tensor], description: str) -> Weight:
     if description == DENSE:
         (weight,) = tensors
         return weight
-    name, names, parameters = (description.split("|", 2) + ["", ""])[:3]
+    name, names, parameters = [*description.split("|", 2), "", ""][:3]
     if name not in _formats:
         raise ValueError(f"format is {name!r}, expected one of {', '.join(formats())}")
     keys = names.split(",")

@@ -48,7 +48,7 @@ class Operand(ABC):
 
     @abstractmethod
     def rows(self, begin: int, end: int) -> Tensor:
-        """Rows ``begin`` to ``end`` of W: ``[end - begin, K]``, in ``dtype``, differentiable by nothing."""
+        """Rows ``begin`` to ``end`` of W: ``[end - begin, K]``, in ``dtype``."""
 
     def dense(self) -> Tensor:
         """W ``[N, K]``."""
@@ -62,6 +62,11 @@ class Operand(ABC):
     def get_device(self) -> int:
         """As a tensor's."""
         return next(iter(self.tensors().values())).get_device()
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is in the host's memory."""
+        return self.device.type == "cpu"
 
     @property
     def is_meta(self) -> bool:
@@ -84,5 +89,5 @@ class Operand(ABC):
         return y
 
     def linear_transposed(self, dy: Tensor) -> Tensor:
-        """``dy·W`` for ``dy [M, N]``. All of W at once: sums of several products would be rounded between."""
+        """``dy·W`` for ``dy [M, N]``: all of W at once, for tiles would be rounded between."""
         return dy @ self.dense()

@@ -32,6 +32,11 @@ def allows_tf32(x: Tensor) -> bool:
     return x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _has_addresses(x: Tensor) -> bool:
+    """Whether it lies where a backend may read it by address."""
+    return x.is_cuda or x.is_cpu
+
+
 def shrink_problem(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Problem:
     """``s = drop(x)·Aᵀ``."""
     return _problem(
@@ -51,6 +56,7 @@ def linear_expand_problem(
     transposed: bool,
 ) -> Problem:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``, or transposed, ``dx``."""
+    layouts: dict[str, Tensor | None]
     if transposed:
         layouts = {"dy": x, "s": s, "lora_A": lora_B.t()}  # A as it is stored
     else:
@@ -113,7 +119,7 @@ def _problem(
     stored = [] if weight is None else operands.stored(weight)
     plain = is_plain(x, *stored, *layouts.values(), *others)
     found = Layouts()
-    if plain and not x.is_meta:
+    if plain and _has_addresses(x):
         named = {name: Layout.of(t) for name, t in layouts.items() if t is not None}
         if weight is not None:
             named["weight"] = _weight_layout(weight)
@@ -144,7 +150,7 @@ def layer_problem(
     (N, K), r = weight.shape, lora_A.shape[0]
     plain = is_plain(x, *operands.stored(weight), lora_A, lora_B, bias)
     found = Layouts()
-    if layouts and plain and not x.is_meta:
+    if layouts and plain and _has_addresses(x):
         found = Layouts(
             x=Layout.of(x),
             weight=_weight_layout(weight),
@@ -162,7 +168,7 @@ def backward_problem(p: Problem, wants: tuple[str, ...], dy: Tensor, layouts: bo
     """The backward of a layer's forward ``p``."""
     plain = p.plain and is_plain(dy)
     found = p.layouts
-    if layouts and plain and not dy.is_meta:
+    if layouts and plain and _has_addresses(dy):
         s = Layout.fresh(p.M, p.r, wide(p.dtype))
         found = found._replace(dy=Layout.of(dy), s=s)
     return p._replace(

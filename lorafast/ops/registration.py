@@ -54,7 +54,7 @@ def _refuse_tangents(name: str, arguments: Iterable[Any]) -> None:
 
 
 def runner(
-    name: str, reference: Callable[..., Any], check: Callable[..., None]
+    name: str, reference: Callable[..., Any], check: Callable[..., object]
 ) -> Callable[..., Any]:
     """``torch.ops.lorafast.name``, or on checked arguments its reference where only operations that
     PyTorch differentiates itself will do."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends import forced
-from lorafast.backends.aten.operations import keep_mask
+from lorafast.backends.dropout import keep_mask
 from lorafast.core.dtypes import wide
 from lorafast.operands import Weight
 from lorafast.ops.checks import describe_layout

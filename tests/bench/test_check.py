@@ -1,5 +1,7 @@
 """The check must see what a suite that compares outputs alone misses."""
 
+import math
+
 import pytest
 import torch
 from lorafast.bench.common import check
@@ -11,6 +13,7 @@ from torch import nn
 from lorafast import reference
 from lorafast.operands import packed
 
+NAN = torch.tensor(math.nan)
 SHAPE = Shape("", 37, 120, 40, bias=True)
 PROBLEMS = [
     Problem(SHAPE, 4, dtype, adapter_dtype, dropout_p)
@@ -89,6 +92,8 @@ class Layer(nn.Module):
         y = nn.functional.linear(x, weight, None if wrong == "no bias" else bias)
         low_rank = dropped @ A.t() @ B.t()
         y = y + (low_rank if wrong == "not scaled" else SCALING * low_rank)
+        if wrong == "y has a NaN":
+            y = y + torch.zeros_like(y).index_put((torch.tensor(3), torch.tensor(5)), NAN)
         return y.double() if wrong == "y is float64" else y
 
 
@@ -100,6 +105,7 @@ WRONG = {
     "dB is scaled twice": "dB is off",
     "no bias": "y is off",
     "not scaled": "y is off",
+    "y has a NaN": "y is nan at [3, 5], expected ",
     "y is float64": "y is torch.float64, expected torch.float32",
     "the mask stays": "two dropout masks in a row are the same",
     "rows are dropped whole": "of x is dropped|a row lost too many elements",

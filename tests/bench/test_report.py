@@ -35,6 +35,7 @@ def test_a_kept_record_is_whole_and_of_a_commit(path):
     assert content["machine"]["commit"]
     assert not content["machine"]["commit"].endswith("-dirty")
     kinds = [rows for rows in content.values() if isinstance(rows, list)]
+    assert any(isinstance(row, dict) for rows in kinds for row in rows)
     assert not any(isinstance(row, dict) and row.get("wrong") for rows in kinds for row in rows)
 
 

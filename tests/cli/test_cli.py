@@ -1,3 +1,4 @@
+import math
 import re
 import subprocess
 import sys
@@ -47,12 +48,22 @@ def test_verify_passes_on_this_machine(capsys):
         assert (re.search(rf"^{name} +shrink ", out, re.M) is not None) == status.usable
 
 
-def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch):
+def with_a_nan(result):
+    result[1, 2] = math.nan
+    return result
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [(torch.neg, "off by "), (with_a_nan, "nan at [1, 2], expected ")],
+    ids=["sign", "nan"],
+)
+def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch, wrong, sentence):
     monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
     monkeypatch.setattr(
         aten,
         "shrink_backward",
-        lambda dtype: lambda *arguments: -reference.shrink_backward(*arguments, dtype),
+        lambda dtype: lambda *given: wrong(reference.shrink_backward(*given, dtype)),
     )
     registry.forget_plans()
     try:
@@ -60,8 +71,9 @@ def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch):
     finally:
         registry.forget_plans()
     out = capsys.readouterr().out
-    failed = [line for line in out.splitlines() if line.endswith("FAILED")]
-    assert [line.split()[:2] for line in failed] == [["aten", "shrink_backward"]]
+    (line,) = [line for line in out.splitlines() if "FAILED" in line]
+    assert line.split()[:2] == ["aten", "shrink_backward"]
+    assert f" FAILED: {sentence}" in line
 
 
 def test_a_command_is_required():

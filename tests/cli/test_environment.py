@@ -30,6 +30,7 @@ def test_pytorch_alone_is_enough(tmp_path, words, status, said):
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_every_command_works_without_docstrings(tmp_path):
     tiny = [*TINY, "--against", "frozen"]
     code = (

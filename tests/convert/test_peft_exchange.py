@@ -501,7 +501,7 @@ def tree():
 
 
 # No shrinking: the examples are small, and PEFT is slow.
-FEW = settings(max_examples=40, phases=[Phase.explicit, Phase.generate])
+FEW = settings(phases=[Phase.explicit, Phase.generate])
 
 
 def of_lorafast(model):

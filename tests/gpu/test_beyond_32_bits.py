@@ -37,7 +37,8 @@ def assert_contract(found, function, *tensors):
     exact = function(*(t.double() for t in tensors))
     eager = function(*tensors)
     size = function(*(t.double().square() for t in tensors)).abs().sqrt()
-    assert contract.error(found, exact) <= contract.allowed(eager, exact, size)
+    reason = contract.why_broken(found, eager, exact, size)
+    assert reason is None, reason
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

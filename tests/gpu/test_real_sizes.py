@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from helpers import assert_contract
 from lorafast.bench.common.check import why_wrong
 from lorafast.bench.common.contenders import BUILDERS
 from lorafast.bench.common.problem import Problem, draw
@@ -11,7 +12,7 @@ from lorafast.bench.common.shapes import Shape
 
 from lorafast import ops
 from lorafast.backends import forced
-from lorafast.reference import contract, wide
+from lorafast.reference import wide
 
 pytestmark = pytest.mark.gpu
 
@@ -76,5 +77,4 @@ def test_strided_operations(dtype, backend, device):
     )
     with forced.use_backend(backend):
         for call in calls:
-            error, allowed = contract.compare(call, ops, dtype)
-            assert error <= allowed
+            assert_contract(call, ops, dtype)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from circumstances import MEMORY, THREADS, WORK, assert_same_bits
 from helpers import assert_contract, problems
 from hypothesis import given
 
 from lorafast.backends.cpu import native
+from lorafast.backends.library import Library
 
 if native.why_not_loaded() is not None:
     pytest.skip(native.why_not_loaded(), allow_module_level=True)
@@ -42,12 +44,17 @@ def cpu_flags():
 
 
 def exercise(*arguments, **environment):
+    own = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",  # beside other tests, a thread that spins waits for itself
+    }
     return subprocess.run(
         [sys.executable, str(EXERCISE), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"} | environment,
+        env=os.environ | own | environment,
     )
 
 
@@ -105,7 +112,11 @@ def test_the_whole_layer_is_its_parts(problem, poisoned):
     assert all(map(torch.equal, whole, (dx, dA, dB)))
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name",
+    # The one that is chosen here is the one that a change breaks first.
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != native.capability())) for n in SETS],
+)
 def test_every_instruction_set(name):
     if not set(SETS[name]) <= cpu_flags():
         pytest.skip(f"this processor has no {name}")
@@ -123,9 +134,47 @@ def test_an_unknown_instruction_set_is_refused():
     assert "LORAFAST_CPU is 'mmx', expected one of" in process.stdout
 
 
-def test_the_binary_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(native, "OPERATIONS", (*native.OPERATIONS, "invented"))
-    assert "another version of lorafast" in native.why_not_loaded.__wrapped__()
+class TestLibrary:
+    """What becomes of a shared object that can't serve: a sentence."""
+
+    def test_one_of_another_version(self):
+        other = Library("cpu", (*native.LIBRARY.operations, "invented"))
+        assert other.why_not_loaded() == (
+            "the native CPU kernels are those of another version of lorafast: install it again"
+        )
+
+    def test_one_that_is_not_there(self):
+        assert (
+            Library("nowhere", ())
+            .why_not_loaded()
+            .startswith(
+                "the native NOWHERE kernels are not built (installing lorafast builds them where"
+            )
+        )
+
+    def test_one_that_is_none(self, tmp_path):
+        library = Library("cpu", ())
+        library.path = tmp_path / "_C_cpu.abi3.so"
+        library.path.write_text("no ELF")
+        assert re.match(
+            r"the native CPU kernels can't be loaded: .*_C_cpu\.abi3\.so", library.why_not_loaded()
+        )
+
+    def test_one_that_can_not_run(self):
+        def start(path):
+            raise OSError(f"{path.name} wants another processor")
+
+        library = Library("cpu", native.LIBRARY.operations, start)
+        assert library.why_not_loaded() == (
+            "the native CPU kernels can't run: _C_cpu.abi3.so wants another processor"
+        )
+
+    def test_it_is_loaded_once(self, monkeypatch):
+        loaded = []
+        monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+        library = Library("cpu", native.LIBRARY.operations)
+        assert [library.why_not_loaded(), library.why_not_loaded()] == [None, None]
+        assert loaded == [native.LIBRARY.path]
 
 
 def run_all(seed=5, dtype=torch.float32):
@@ -147,17 +196,8 @@ def run_all(seed=5, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(dtype):
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            results.append(run_all(dtype=dtype))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+def test_the_bits_are_the_same_whatever_changes(dtype):
+    assert_same_bits(lambda: run_all(dtype=dtype), THREADS, MEMORY, WORK)
 
 
 def test_eight_python_threads_at_once():
@@ -222,11 +262,11 @@ def test_bad_arguments_are_named():
         kernels.shrink(x, lora_A, None, 0, 1.0, torch.empty(4, 3))
     with pytest.raises(RuntimeError, match="s is not contiguous"):
         kernels.shrink(x, lora_A, None, 0, 1.0, torch.empty(2, 4).t())
-    with pytest.raises(RuntimeError, match="x has dtype"):
+    with pytest.raises(RuntimeError, match="x has dtype Double, expected float32"):
         kernels.shrink(x.double(), lora_A, None, 0, 1.0, s)
     with pytest.raises(RuntimeError, match="threshold is -1"):
         kernels.shrink(x, lora_A, None, -1, 1.0, s)
-    with pytest.raises(RuntimeError, match="seed must be one int64"):
+    with pytest.raises(RuntimeError, match="seed has 2 elements of dtype Long, expected one int64"):
         kernels.shrink(x, lora_A, torch.zeros(2, dtype=torch.int64), 5, 1.0, s)
 
 
@@ -234,7 +274,7 @@ def test_the_binary_needs_the_stable_abi_and_no_more():
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", "--demangle", str(native.LIBRARY)],
+        ["nm", "-D", "--undefined-only", "--demangle", str(native.LIBRARY.path)],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     symbols = [line.split(maxsplit=1)[-1].removeprefix("U ") for line in listed.splitlines()]
@@ -252,7 +292,8 @@ def test_the_sanitizers_find_nothing(tmp_path):
         pytest.skip("g++ is not installed")
     torch_folder = Path(torch.__file__).parent
     flags = (
-        "-std=c++17 -O1 -g -fPIC -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all"
+        "-std=c++17 -O1 -g -fPIC -fvisibility=hidden -Wno-psabi -fsanitize=address,undefined "
+        "-fno-sanitize-recover=all"
     )
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     sets = {
@@ -262,7 +303,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
         "microkernels_avx512_bf16": [*avx512, "-mavx512bf16"],
     }
     objects = []
-    for source in [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         objects.append(tmp_path / f"{source.stem}.o")
         subprocess.run(
             [
@@ -272,7 +313,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
             ],
             check=True,
         )  # fmt: skip
-    library = tmp_path / "_C.abi3.so"
+    library = tmp_path / "_C_cpu.abi3.so"
     subprocess.run(
         [
             compiler, "-shared", "-fsanitize=address,undefined", *map(str, objects),
@@ -325,7 +366,7 @@ class TestBuild:
         assert "LORAFAST_CPP is 1 and the native CPU kernels can't be built" in process.stderr
         process = self.build(tmp_path, LORAFAST_CUDA="1")
         assert process.returncode != 0
-        assert "no CUDA C++ sources" in process.stderr
+        assert "no sources in csrc/cuda" in process.stderr
 
     def build_with(self, folder, refused, **environment):
         """A build of a copy of the sources by a compiler that fails on ``refused``."""
@@ -352,7 +393,7 @@ class TestBuild:
         (library,) = (tmp_path / "built").rglob("*.so")
         capability = (
             "import sys, pathlib; from lorafast.backends.cpu import native; "
-            "native.LIBRARY = pathlib.Path(sys.argv[1]); print(native.capability())"
+            "native.LIBRARY.path = pathlib.Path(sys.argv[1]); print(native.capability())"
         )
         found = subprocess.run(
             [sys.executable, "-c", capability, str(library)],
@@ -361,13 +402,13 @@ class TestBuild:
         assert found == native.capability().removesuffix("_bf16")
 
     def test_a_compiler_that_fails_is_an_error_only_if_forced(self, tmp_path):
-        stale = tmp_path / "built" / "lorafast" / "_C.abi3.so"
+        stale = tmp_path / "built" / "lorafast" / "_C_cpu.abi3.so"
         stale.parent.mkdir(parents=True)
         stale.touch()
         process = self.build_with(tmp_path, "-c")
         assert process.returncode == 0, process.stderr
         assert re.search(
-            r"^lorafast: without native CPU kernels: \S+ failed with 3 to make \w+\.o$",
+            r"^lorafast: without native CPU kernels: \S+ failed with 3 to make \w+\.cpp\.o$",
             process.stderr, re.M,
         )  # fmt: skip
         assert not list((tmp_path / "built").rglob("*.so"))  # not an earlier build's either
@@ -381,5 +422,5 @@ class TestBuild:
     def test_one_binary_serves_every_later_python(self, tmp_path):
         assert self.build(tmp_path).returncode == 0
         (library,) = tmp_path.rglob("*.so")
-        assert library.name == "_C.abi3.so"
+        assert library.name == "_C_cpu.abi3.so"
         assert sysconfig.get_config_var("EXT_SUFFIX") not in library.name

@@ -19,7 +19,7 @@ ARGUMENTS = {
     operation: [
         a.name for a in getattr(torch.ops.lorafast_cpu, operation).default._schema.arguments
     ]
-    for operation in native.OPERATIONS
+    for operation in native.LIBRARY.operations
 }
 CASES = [(op, name) for op, names in ARGUMENTS.items() for name in names if name in SHAPES]
 

@@ -147,7 +147,10 @@ class TestMergingValues:
         with torch.no_grad():
             made.weight[0, 0] = math.inf
         made.merge()
-        assert made._merged_weight.isinf().sum() == 1
+        assert made._merged_weight[0, 0] == math.inf
+        expected = made.weight + made.delta_weight()
+        torch.testing.assert_close(made._merged_weight, expected)
+        assert expected.isfinite().sum() == expected.numel() - 1
 
     def test_a_checkpoint_that_can_not_be_merged_again_is_an_error_of_loading(self, x):
         model = nn.Sequential(layer())
@@ -157,6 +160,7 @@ class TestMergingValues:
         with pytest.raises(RuntimeError, match=r"0 can't be merged again: its lora_B is NaN"):
             model.load_state_dict(state)
         assert not model[0].merged
+        assert model(x).isnan().any(0).tolist() == [True] + [False] * 4
         assert model(x)[:, 0].isnan().all()
 
     @pytest.mark.parametrize("bad", [0, 1], ids=["first", "last"])

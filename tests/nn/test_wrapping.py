@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -100,8 +102,8 @@ class TestStateDictHooks:
     """As on the plain layer: the module that they are called with is the one that is in the model."""
 
     def test_they_go_to_the_lora_layer_and_back(self):
-        linear = nn.Linear(7, 5)
         called = []
+        linear = nn.Linear(7, 5)
         linear.register_state_dict_pre_hook(lambda m, prefix, keep: called.append(("pre", m)))
         linear.register_state_dict_post_hook(lambda m, *_: called.append(("post", m)))
         linear.register_load_state_dict_pre_hook(lambda m, *_: called.append(("load pre", m)))
@@ -135,10 +137,14 @@ class TestStateDictHooks:
         def make():
             linear = nn.Linear(7, 5)
             linear.register_load_state_dict_pre_hook(lambda *_: None)
-            return LoRALinear.from_linear(linear, 2)
+            return LoRALinear.from_linear(linear, 2), weakref.ref(linear)
 
-        layer = make()
-        layer.load_state_dict(layer.state_dict())
+        layer, linear = make()
+        gc.collect()
+        state = {name: torch.randn_like(value) for name, value in layer.state_dict().items()}
+        layer.load_state_dict(state)
+        assert linear() is None
+        assert torch.equal(layer.weight, state["weight"])
 
 
 class OwnLoading(nn.Linear):

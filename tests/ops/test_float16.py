@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import skip_unless_usable
 from torch import nn
 
 import lorafast
@@ -66,16 +67,12 @@ def assert_as_exact_as_peft(found, t, dropout_p):
     truth = outputs(peft, {name: value.double() for name, value in t.items()}, dropout_p)
     squares = {name: value.double().square() for name, value in t.items()}
     sizes = outputs(peft, squares, dropout_p, SCALING**2)
-    for name, eager in outputs(peft, t, dropout_p).items():
-        assert found[name].dtype is eager.dtype, name
-        allowed = contract.allowed(eager, truth[name], sizes[name].abs().sqrt())
-        assert contract.error(found[name], truth[name]) <= allowed < float("inf"), name
-
-
-def skip_unless_usable(backend):
-    status = lorafast.backends()[backend]
-    if not status.usable:
-        pytest.skip(status.reason)
+    sizes = {name: value.abs().sqrt() for name, value in sizes.items()}
+    eager = outputs(peft, t, dropout_p)
+    # The yardstick itself overflows nowhere.
+    assert all(value.isfinite().all() for value in (*eager.values(), *truth.values()))
+    reason = contract.why_any_broken(found, contract.bounds(eager, truth, sizes))
+    assert reason is None, reason
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,8 +122,9 @@ def test_a_gradient_alone(backend, needs, never_small):
     truth = alone(peft, {name: value.double() for name, value in t.items()}, scaling)
     squares = {name: value.double().square() for name, value in t.items()}
     size = alone(peft, squares, scaling**2).abs().sqrt()
-    allowed = contract.allowed(alone(peft, t, scaling), truth, size)
-    assert contract.error(found, truth) <= allowed < float("inf")
+    eager = alone(peft, t, scaling)
+    assert eager.isfinite().all()
+    assert contract.why_broken(found, eager, truth, size) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -156,24 +154,32 @@ def test_a_low_rank_term_beyond_float16_is_added_before_it_is_rounded(backend):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [512, 4096])
 def test_an_adapted_layer_without_a_gradient_scaler(rows, dropout):
-    """The mean over all of y is the loss: dy is about 1e-6."""
+    """The mean over all of y is the loss: dy is about 1e-6, which float16 rounds as PEFT has it too."""
     layer = lorafast.adapt(nn.Linear(K, N).half(), r, dropout=dropout)
     nn.init.normal_(layer.lora_B, std=1e-4)
-    exact = copy.deepcopy(layer).double()
     x, target = torch.randn(rows, K).half(), torch.randn(rows, N).half()
 
-    def gradients(layer, x, target):
-        torch.manual_seed(3)
-        loss = (layer(x) * target).double().mean()
-        return dict(
-            zip(("dA", "dB"), torch.autograd.grad(loss, (layer.lora_A, layer.lora_B)), strict=True)
-        )
+    def of_peft(layer):
+        def forward(x):
+            seed = torch.randint(2**63 - 1, (1,))  # as the layer draws it
+            factors = layer.weight, layer.lora_A, layer.lora_B, layer.scaling, layer.bias
+            return peft(x, *factors, layer.dropout, seed)
 
-    truth = gradients(exact, x.double(), target.double())
-    for name, found in gradients(layer, x, target).items():
-        assert found.dtype is torch.float32
-        # dy itself is rounded to float16, where it is subnormal.
-        assert (found.double() - truth[name]).norm() <= 0.02 * truth[name].norm(), name
+        return forward
+
+    def gradients(layer, forward, x, target):
+        torch.manual_seed(3)
+        loss = (forward(x) * target).double().mean()
+        found = torch.autograd.grad(loss, (layer.lora_A, layer.lora_B))
+        return dict(zip(("dA", "dB"), found, strict=True))
+
+    exact = copy.deepcopy(layer).double()
+    truth = gradients(exact, of_peft(exact), x.double(), target.double())
+    eager = gradients(layer, of_peft(layer), x, target)
+    found = gradients(layer, layer, x, target)
+    assert all(gradient.dtype is torch.float32 for gradient in eager.values())
+    reason = contract.why_any_broken(found, contract.bounds(eager, truth, dtype=x.dtype))
+    assert reason is None, reason
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32], ids=str)
@@ -222,11 +228,9 @@ def test_compiled_scaling_rounds_no_half_adapter(dtype, scaling):
         y = run(cast(x), cast(W), *leaves, scaling, bias=None, **more)
         found[name] = torch.autograd.grad(y, leaves, cast(dy))
     for i, name in enumerate(("dA", "dB")):
-        eager, actual = (
-            contract.error(found[of][i], found["ref64"][i]) for of in ("eager", "compiled")
-        )
-        size = torch.finfo(dtype).eps * found["ref64"][i].norm().item()
-        assert actual <= 1.25 * eager + size, name
+        compiled, eager, ref64 = (found[of][i] for of in ("compiled", "eager", "ref64"))
+        reason = contract.why_broken(compiled, eager, ref64)
+        assert reason is None, f"{name} is {reason}"
 
 
 REFUSALS = {

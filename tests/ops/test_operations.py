@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import skip_unless_usable
 
 import lorafast
 from lorafast import ops, reference
@@ -45,8 +46,7 @@ operation = pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
 def test_opcheck(operation, backend, grad):
-    if backend == "triton" and not lorafast.backends()["triton"].usable:
-        pytest.skip(lorafast.backends()["triton"].reason)
+    skip_unless_usable(backend)
     tensors, rest = inputs(operation, grad=False)
     if backend == "triton":
         tensors = tuple(t.float() for t in tensors)
@@ -58,8 +58,7 @@ def test_opcheck(operation, backend, grad):
 
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton", "cpu"])
 def test_opcheck_of_a_whole_backward(backend):
-    if not lorafast.backends()[backend].usable:
-        pytest.skip(lorafast.backends()[backend].reason)
+    skip_unless_usable(backend)
     shapes = ((2, M, N), (2, M, K), (N, K), (r, K), (N, r), (2 * M, r))
     dy, x, weight, lora_A, lora_B, s = (torch.randn(shape) for shape in shapes)
     with lorafast.use_backend(backend):

@@ -13,19 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import operands
+from lorafast.backends.dropout import dropout
 from lorafast.backends.plan import Run
 from lorafast.core.problem import WANTS
 from lorafast.operands import Weight
-from lorafast.reference.dropout import (
-    COLUMNS_PER_CALL,
-    MULTIPLIERS,
-    ROUNDS,
-    WEYL,
-    survivor_scale,
-    threshold,
-)
 
-_LOW = 0xFFFFFFFF
 _HALF = torch.float16
 
 
@@ -38,16 +30,16 @@ def small_lora_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """The layer without dropout in the fewest and cheapest calls, for PyTorch to differentiate."""
     y = operands.linear(x, weight, bias)
     if x.dtype is _HALF:
         s = F.linear(x.float(), lora_A.float())
-        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype), None
+        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype)
     s = F.linear(x, lora_A)
     if scaling == 1.0:
-        return y.addmm_(s, lora_B.t()), None
-    return y.addmm_(s, lora_B.t(), alpha=scaling), None
+        return y.addmm_(s, lora_B.t())
+    return y.addmm_(s, lora_B.t(), alpha=scaling)
 
 
 def merged_lora_linear(
@@ -59,7 +51,7 @@ def merged_lora_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """The layer without dropout as ``x·(W + scaling · B·A)ᵀ + bias``: two calls instead of three.
 
     Not below float32, where the sum would round small updates away. A frozen A has no gradient to keep x
@@ -68,8 +60,8 @@ def merged_lora_linear(
     if not lora_A.requires_grad and torch.is_grad_enabled():
         return small_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if scaling == 1.0:
-        return F.linear(x, torch.addmm(weight, lora_B, lora_A), bias), None
-    return F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias), None
+        return F.linear(x, torch.addmm(weight, lora_B, lora_A), bias)
+    return F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -77,7 +69,7 @@ def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | Non
     if x.dtype is _HALF:
         x = x.float()
     if dropout_p:
-        x = _dropout(x, dropout_p, seed)
+        x = dropout(x, dropout_p, seed)
     if lora_A.dtype is not x.dtype:
         lora_A = lora_A.to(x.dtype)
     return torch.mm(x, lora_A.t())
@@ -95,17 +87,17 @@ def linear_expand(
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
     if x.dtype is _HALF:
-        low = _dropout(_scaled_mm(s, lora_B.float().t(), scaling), dropout_p, seed)
+        low = dropout(_scaled_mm(s, lora_B.float().t(), scaling), dropout_p, seed)
         return low.add_(operands.linear(x, weight, bias)).to(x.dtype)
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
     base = operands.packed_linear(x, weight, bias)
     if base is not None:
         if dropout_p:
-            return base.add_(_dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))
+            return base.add_(dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))
         return base.addmm_(s, lora_B.t(), alpha=scaling)
     if dropout_p:
-        y = _dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed)
+        y = dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed)
         if bias is not None:
             y += bias
     elif bias is None:
@@ -127,14 +119,14 @@ def linear_expand_transposed(
 ) -> Tensor:
     """``dx = dy·W + drop(scaling · ds·A)``."""
     if dy.dtype is _HALF:
-        low = _dropout(_scaled_mm(ds, lora_A_t.float().t(), scaling), dropout_p, seed)
+        low = dropout(_scaled_mm(ds, lora_A_t.float().t(), scaling), dropout_p, seed)
         return low.add_(operands.linear_transposed(dy, weight)).to(dy.dtype)
-    low = _dropout(_scaled_mm(ds, lora_A_t.to(dy.dtype).t(), scaling), dropout_p, seed)
+    low = dropout(_scaled_mm(ds, lora_A_t.to(dy.dtype).t(), scaling), dropout_p, seed)
     return operands.add_linear_transposed_(low, dy, weight)
 
 
 def expand_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:
-    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``: what is wanted."""
+    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``."""
     want_ds, want_dB, want_dbias = (name in wants for name in WANTS["expand_backward"])
 
     def run(
@@ -159,7 +151,7 @@ def shrink_backward(dtype: torch.dtype) -> Run:
     def run(ds: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
         if x.dtype is _HALF:
             x = x.float()
-        return torch.mm(ds.t(), _dropout(x, dropout_p, seed)).to(dtype)
+        return torch.mm(ds.t(), dropout(x, dropout_p, seed)).to(dtype)
 
     return run
 
@@ -170,43 +162,3 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
         return torch.mm(a, b)
     out = a.new_empty((a.shape[0], b.shape[1]))
     return out.addmm_(a, b, beta=0.0, alpha=scale)
-
-
-def _dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """``lorafast.reference.dropout``, its mask made in the memory of a few temporaries."""
-    if not dropout_p or seed is None:
-        return x
-    M, K = x.shape
-    keep = keep_mask(M, K, dropout_p, seed)
-    return torch.where(keep, x, 0.0).mul_(survivor_scale(dropout_p))
-
-
-def keep_mask(M: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """The boolean mask ``[M, K]`` of ``lorafast.reference.keep_mask``, two to three times as fast."""
-    groups = -(-K // COLUMNS_PER_CALL)
-    index = torch.arange(M * groups, device=seed.device)
-    keep = torch.empty((M * groups, COLUMNS_PER_CALL), dtype=torch.bool, device=seed.device)
-    dropped_below = threshold(dropout_p)
-    for i, word in enumerate(_philox(index, seed.reshape(()))):
-        torch.ge(word & 0xFFFF, dropped_below, out=keep[:, 2 * i])
-        torch.ge(word >> 16, dropped_below, out=keep[:, 2 * i + 1])
-    return keep.view(M, groups * COLUMNS_PER_CALL)[:, :K]
-
-
-def _philox(index: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-    """The four words for counter ``index`` and key ``seed``; see ``reference.philox_4x32``."""
-    c0, c1 = index & _LOW, index >> 32
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
-    for _ in range(ROUNDS):
-        torch.mul(c0, MULTIPLIERS[0], out=product0)
-        torch.mul(c2, MULTIPLIERS[1], out=product1)
-        torch.bitwise_right_shift(product1, 32, out=c0)
-        c0.bitwise_and_(_LOW).bitwise_xor_(c1).bitwise_xor_(k0)
-        torch.bitwise_right_shift(product0, 32, out=c2)
-        c2.bitwise_and_(_LOW).bitwise_xor_(c3).bitwise_xor_(k1)
-        torch.bitwise_and(product1, _LOW, out=c1)
-        torch.bitwise_and(product0, _LOW, out=c3)
-        k0, k1 = (k0 + WEYL[0]) & _LOW, (k1 + WEYL[1]) & _LOW
-    return c0, c1, c2, c3

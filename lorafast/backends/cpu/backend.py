@@ -13,8 +13,8 @@ SKINNY = 32
 MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
 _SMALL = {torch.bfloat16: 1 << 16, torch.float32: 1 << 22}
-"""Multiply-adds of the base GEMM below which, without a mask, three of PyTorch's calls cost less than one
-of ours in a ``Function``: measured between 2**15 and 2**18, and at 128 x 512 x 512."""
+"""Multiply-adds of the base GEMM below which, without a mask, three of PyTorch's calls cost less than
+one of ours in a ``Function``: measured between 2**15 and 2**18, and at 128 x 512 x 512."""
 
 
 class Cpu(Backend):

@@ -1,41 +1,35 @@
-"""The compiled extension ``lorafast._C``: whether it is here, and loading it once."""
+"""The native CPU kernels: whether they are here, and which instructions they use."""
 
 import ctypes
 import functools
 from pathlib import Path
 
-import torch
+from lorafast.backends.library import Library
 
-OPERATIONS = (
-    "shrink",
-    "expand_",
-    "expand_backward",
-    "shrink_backward",
-    "lora_linear_",
-    "lora_linear_backward_",
+
+def _capability(path: Path) -> str:
+    kernels = ctypes.CDLL(str(path))
+    kernels.lorafast_cpu_capability.restype = ctypes.c_char_p
+    raw: bytes = kernels.lorafast_cpu_capability()
+    name = raw.decode()
+    if name.startswith("error: "):
+        raise OSError(name.removeprefix("error: "))
+    return name
+
+
+LIBRARY = Library(
+    "cpu",
+    (
+        "shrink",
+        "expand_",
+        "expand_backward",
+        "shrink_backward",
+        "lora_linear_",
+        "lora_linear_backward_",
+    ),
+    start=_capability,
 )
-LIBRARY = Path(__file__).resolve().parents[2] / "_C.abi3.so"
-
-
-@functools.cache
-def why_not_loaded() -> str | None:
-    """Loads the extension; the reason for which that can't be done, or None if it is there."""
-    if not LIBRARY.is_file():
-        return (
-            "the native kernels are not built (installing lorafast builds them where there are a C++ "
-            "compiler and PyTorch already: pip install --no-deps --force-reinstall . in its checkout)"
-        )
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"the native kernels can't be loaded: {error}"
-    if not all(hasattr(torch.ops.lorafast_cpu, name) for name in OPERATIONS):
-        return "the native kernels are those of another version of lorafast: install it again"
-    try:
-        capability()
-    except OSError as error:
-        return f"the native kernels can't run: {error}"
-    return None
+why_not_loaded = LIBRARY.why_not_loaded
 
 
 @functools.cache
@@ -57,10 +51,4 @@ def capability() -> str:
     Raises:
         OSError: ``LORAFAST_CPU`` names one that this processor lacks.
     """
-    library = ctypes.CDLL(str(LIBRARY))
-    library.lorafast_cpu_capability.restype = ctypes.c_char_p
-    raw: bytes = library.lorafast_cpu_capability()
-    name = raw.decode()
-    if name.startswith("error: "):
-        raise OSError(name.removeprefix("error: "))
-    return name
+    return _capability(LIBRARY.path)

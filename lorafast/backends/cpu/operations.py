@@ -1,4 +1,4 @@
-"""The native CPU kernels of ``csrc/cpu/`` for the skinny products; the base GEMM stays oneDNN's or MKL's."""
+"""The native CPU kernels of ``csrc/cpu/`` for the skinny products; the base GEMM is the operand's."""
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def linear_expand_transposed(
 
 
 def expand_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:
-    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``: what is wanted."""
+    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s`` in ``dtype``, ``dbias = Σ dy``."""
     want_ds, want_dB, want_dbias = (name in wants for name in WANTS["expand_backward"])
 
     def run(

@@ -1,5 +1,5 @@
 """The reference operations, served as a backend."""
 
-from lorafast.backends.reference.backend import Reference, operation
+from lorafast.backends.reference.backend import Reference
 
-__all__ = ["Reference", "operation"]
+__all__ = ["Reference"]

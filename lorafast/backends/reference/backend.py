@@ -22,10 +22,10 @@ class Reference(Backend):
         """One plain PyTorch expression each."""
         if problem.operation in LAYER_OPERATIONS:
             return composed.plan_or_refusal(problem, self.plan)
-        return Plan(self.name, operation(problem), ("plain PyTorch",))
+        return Plan(self.name, _operation(problem), ("plain PyTorch",))
 
 
-def operation(problem: Problem) -> Run:
+def _operation(problem: Problem) -> Run:
     """What runs one of the four operations."""
     if problem.operation == "shrink":
         return reference.shrink

@@ -13,7 +13,7 @@ import torch
 from lorafast.backends import composed
 from lorafast.backends.cost import Device, gpu_of, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common import configs
 from lorafast.kernels.common.configs import LaunchConfig
@@ -158,6 +158,6 @@ def _why_refused(p: Problem, device: Device | None) -> str | None:
     if device.capability < _OLDEST:
         major, minor = divmod(device.capability, 10)
         return f"compute capability is {major}.{minor}, the kernels need 8.0"
-    if p.format != "dense" and p.operation in ("linear_expand", *LAYER_OPERATIONS):
+    if p.format != DENSE and p.operation in ("linear_expand", *LAYER_OPERATIONS):
         return f"the kernels read dense weights; this one is stored as {p.format}"
     return None

@@ -1,11 +1,11 @@
-// What lorafast._C offers, and which file serves it. Outputs are the caller's: written, never read
+// What lorafast/_C_cpu offers, and which file serves it. Outputs are the caller's: written, never read
 // (but for y and dx where a name ends in _: added to). A mask is (seed, threshold, survivor_scale) as in
 // lorafast/reference/dropout.py; without a seed there is none.
 #include <exception>
 #include <string>
 
-#include "cpu/microkernels.h"
-#include "cpu/operations.h"
+#include "microkernels.h"
+#include "operations.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
   // csrc/cpu/shrink.cpp
