@@ -47,7 +47,7 @@ def test_arguments_are_looked_at_once_for_a_key():
     begin = Start(kernel, (3,), {"num_warps": 4})
     for value in range(4):
         begin("key", value, None)
-    assert kernel.looked == [((3, 1, 1), (0, None), {"num_warps": 4})]
+    assert kernel.looked == [((3,), (0, None), {"num_warps": 4})]
     assert kernel.direct == [((3, 1, 1), (value, None)) for value in (1, 2, 3)]
     begin("other", 9)
     assert len(kernel.looked) == 2
