@@ -199,8 +199,8 @@ def expand_backward_kernel(
     )  # fmt: skip
 
 
-_MOST_BESIDE_DBIAS = 80
-"""Elements of a tile of dy and of dB a thread, beside which dbias is added up without spilling."""
+_MOST_BESIDE_DBIAS = 16
+"""Elements of dB a thread, beside which dbias is added up without spilling."""
 
 
 def expand_backward(
@@ -278,15 +278,18 @@ def expand_backward(
 
 
 def _fitting(c: LaunchConfig, ds: bool, dbias: bool) -> LaunchConfig:
-    """Half as many columns where registers would spill: found by compiling for sm_90.
+    """Smaller tiles where registers would spill: found by compiling.
 
-    Without ds it costs nothing, for there are no partial sums of it to grow, as long as a thread is left
-    16 bytes of a tile.
+    Half as many columns, which without ds costs nothing, for there are no partial sums of it to grow;
+    half as many ranks where a thread would be left less than 16 bytes of dy.
     """
     threads = 32 * c.num_warps
-    of_dy, of_dB = c.block_m * c.block_n // threads, c.block_r * c.block_n // threads
-    narrower = dbias and of_dy + of_dB > _MOST_BESIDE_DBIAS if ds else of_dy >= 16
-    return dataclasses.replace(c, block_n=max(c.block_n // 2, 16)) if narrower else c
+    wide_enough = c.block_m * c.block_n // threads >= 16
+    if ds and not (dbias and c.block_r * c.block_n // threads > _MOST_BESIDE_DBIAS):
+        return c
+    if wide_enough:
+        return dataclasses.replace(c, block_n=max(c.block_n // 2, 16))
+    return dataclasses.replace(c, block_r=max(c.block_r // 2, 16)) if ds else c
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> Tensor:
