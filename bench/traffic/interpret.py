@@ -38,7 +38,7 @@ _SMALL = (199, 297, 293)
 """M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
 _SPLIT = (599, 1097, 293)
 """M, K, N long enough to split every sum into partial ones."""
-_HELPED = ((2190, 72, 520), (2190, 520, 520))
+_HELPED = ((2190, 72, 520), (2190, 264, 520))
 """M, K, N of enough tiles for helpers on ``_HELPED_SMS``, forward or backward, in rows that bulk
 copies can read."""
 _HELPED_SMS = 20

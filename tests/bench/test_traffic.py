@@ -192,7 +192,7 @@ PROBLEMS = [
         (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
         (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
         (2190, 72, 520, 16, "bf16", "fp32", False, False, 20),  # helpers forward
-        (2190, 520, 520, 16, "bf16", "fp32", True, True, 20),  # helpers backward
+        (2190, 264, 520, 16, "bf16", "fp32", True, True, 20),  # helpers backward
     )
 ]
 
