@@ -48,6 +48,13 @@ def test_verify_passes_on_this_machine(capsys):
         assert (re.search(rf"^{name} +shrink ", out, re.M) is not None) == status.usable
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_verify_passes_in_every_dtype(capsys, monkeypatch, dtype):
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    assert main(["verify", "--dtype", dtype]) == 0
+    assert "0 failed" in capsys.readouterr().out
+
+
 def with_a_nan(result):
     result[1, 2] = math.nan
     return result
