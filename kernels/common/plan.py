@@ -30,8 +30,8 @@ beside the GEMM; elsewhere of the same order."""
 
 _TWO_LOADS = 16
 """Elements: two loads of 16 bytes a thread, in 16 bits."""
-_MOST_BESIDE_DBIAS = 80
-"""Elements of a tile of dy and of dB a thread, beside which dbias is added up without spilling."""
+_MOST_BESIDE_DBIAS = 16
+"""Elements of dB a thread, beside which dbias is added up without spilling."""
 
 
 @dataclass(frozen=True)
@@ -230,17 +230,19 @@ def expand_backward_launch(
 
 
 def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
-    """Half as many columns where registers would spill: found by compiling for sm_90.
+    """Smaller tiles where registers would spill: found by compiling.
 
-    Without ds it costs nothing, for there are no partial sums of it to grow, as long as a thread is left
-    16 bytes of a tile.
+    Half as many columns, which without ds costs nothing, for there are no partial sums of it to grow;
+    half as many ranks where a thread would be left less than 16 bytes of dy.
     """
     threads = 32 * c.num_warps
     of_dy, of_dB = c.block_m * c.block_n // threads, c.block_r * c.block_n // threads
-    narrower = of_dy >= _TWO_LOADS
-    if "ds" in wants:
-        narrower = "dbias" in wants and of_dy + of_dB > _MOST_BESIDE_DBIAS
-    return replace(c, block_n=max(c.block_n // 2, 16)) if narrower else c
+    with_ds = "ds" in wants
+    if with_ds and not ("dbias" in wants and of_dB > _MOST_BESIDE_DBIAS):
+        return c
+    if of_dy >= _TWO_LOADS:
+        return replace(c, block_n=max(c.block_n // 2, 16))
+    return replace(c, block_r=max(c.block_r // 2, 16)) if with_ds else c
 
 
 def shrink_backward_launch(

@@ -5,9 +5,6 @@ exit status is 1 if a row fails.
 """
 
 import argparse
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +16,7 @@ from lorafast import ops
 from lorafast.backends import forced, registry
 from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
+from lorafast.core.dtypes import wide
 from lorafast.ops.problems import why_not
 from lorafast.reference import contract
 
@@ -54,13 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         terminal.complain("lorafast verify", error)
         return 2
-    # Triton reads it when it is imported: what is imported already stays what it is.
-    if (
-        of.type == "cpu"
-        and "triton" not in sys.modules
-        and importlib.util.find_spec("triton") is not None
-    ):
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in registry.names():
+        registry.get(name).allow_checks(of)
     rows = []
     sample = torch.empty((1, 1), device=of)
     for name in lorafast.backends():
@@ -82,14 +75,17 @@ def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]
     for dtype in dtypes:
         for shape in _SHAPES:
             for dropout_p in (0.0, 0.25):
-                for operation, call in _calls(shape, dropout_p, of).items():
+                low = wide(_DTYPES[dtype])
+                for operation, call in _calls(shape, dropout_p, low, of).items():
                     with forced.use_backend(backend):
                         verdict = contract.compare(call, ops, _DTYPES[dtype])
                     yield _Row(backend, operation, dtype, shape, dropout_p, verdict)
 
 
-def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[str, contract.Call]:
-    """Each operation as a call on the tensors of one layer, in float64."""
+def _calls(
+    shape: tuple[int, ...], dropout_p: float, low: torch.dtype, of: torch.device
+) -> dict[str, contract.Call]:
+    """Each operation as a call on the tensors of one layer, in float64; s and ds are ``low``."""
     M, K, N, r = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -104,7 +100,7 @@ def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[s
         "dx": lambda run, cast: run.linear_expand(
             cast(dy),
             cast(weight),
-            cast(ds),
+            cast(ds, low),
             cast(lora_A).t(),
             1.0,
             None,
@@ -113,15 +109,15 @@ def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[s
             transposed=True,
         ),
         "shrink_backward": lambda run, cast: run.shrink_backward(
-            cast(ds), cast(x), dropout_p, seed
+            cast(ds, low), cast(x), dropout_p, seed
         ),
     }
     if not dropout_p:
         calls["linear_expand"] = lambda run, cast: run.linear_expand(
-            cast(x), cast(weight), cast(s), cast(lora_B), 0.7, cast(bias)
+            cast(x), cast(weight), cast(s, low), cast(lora_B), 0.7, cast(bias)
         )
         calls["expand_backward"] = lambda run, cast: run.expand_backward(
-            cast(dy), cast(s), cast(lora_B), 0.7
+            cast(dy), cast(s, low), cast(lora_B), 0.7
         )
     return calls
 

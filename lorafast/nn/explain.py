@@ -112,7 +112,7 @@ def _choice(problem: Problem, plan: Plan | None, remark: str = "") -> Choice:
     answers = {other: registry.plan_of(other, problem) for other in registry.names()}
     if plan is None:
         assert name is not None
-        refusal = answers[name]
+        refusal = registry.plan_of(name, problem)
         assert not isinstance(refusal, Plan)
         reason = f"{name} is forced and can't: {refusal.reason}"
         return Choice(problem.operation, None, reason, (), _others(answers, ""))

@@ -1,4 +1,6 @@
+import functools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -46,6 +48,39 @@ def test_verify_passes_on_this_machine(capsys):
     assert re.search(r"^\d+ passed, 0 failed$", out, re.M)
     for name, status in lorafast.backends().items():
         assert (re.search(rf"^{name} +shrink ", out, re.M) is not None) == status.usable
+
+
+def test_verify_asks_each_backend_to_allow_checks(monkeypatch):
+    allowed = []
+    for name in registry.names():
+        allow = functools.partial(lambda name, device: allowed.append((name, device.type)), name)
+        monkeypatch.setattr(registry.get(name), "allow_checks", allow)
+    monkeypatch.setattr(verify, "_SHAPES", ())
+    assert main(["verify", "--device", "cpu"]) == 0
+    assert allowed == [(name, "cpu") for name in registry.names()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", [False, True])
+def test_triton_is_interpreted_for_checks_unless_it_was_imported_before(imported):
+    pytest.importorskip("triton")
+    code = (
+        f"import {'triton' if imported else 'torch'}; "
+        "from lorafast.cli import main; main(['verify', '--device', 'cpu', '--dtype', 'fp32'])"
+    )
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert ("\ntriton     shrink " in out) != imported
+    assert ("triton: not run, " in out) == imported
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_verify_passes_in_every_dtype(capsys, monkeypatch, dtype):
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    assert main(["verify", "--dtype", dtype]) == 0
+    assert "0 failed" in capsys.readouterr().out
 
 
 def with_a_nan(result):
