@@ -43,8 +43,11 @@ def register(backend: Backend) -> None:
     """Adds a backend, to be chosen, forced and explained like any other.
 
     Raises:
+        TypeError: it is none; perhaps the class of one.
         ValueError: there is one of this name, or it is no word.
     """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend is {backend!r}, expected an object of a class of Backend")
     if backend.name in _backends or backend.name == AUTO:
         raise ValueError(f"there is a backend {backend.name!r} already")
     if not backend.name.isidentifier():

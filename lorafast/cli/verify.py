@@ -5,8 +5,9 @@ exit status is 1 if a row fails.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,20 @@ def _calls(
     seed = torch.tensor([1234567890123456789], device=of) if dropout_p else None
     x, dy, s, ds = draw(M, K), draw(M, N), draw(M, r), draw(M, r)
     weight, lora_A, lora_B, bias = draw(N, K), draw(r, K), draw(N, r), draw(N)
+
+    def layer(run: Any, cast: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+        y: Tensor = run.lora_linear(
+            leaves[0], cast(weight), *leaves[1:], 0.7, cast(bias), dropout_p=dropout_p, seed=seed
+        )
+        return y
+
+    def gradients(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [cast(t).detach().requires_grad_() for t in (x, lora_A, lora_B)]
+        return torch.autograd.grad(layer(run, cast, *leaves), leaves, cast(dy))
+
     calls: dict[str, contract.Call] = {
+        "lora_linear": lambda run, cast: layer(run, cast, cast(x), cast(lora_A), cast(lora_B)),
+        "lora_linear_backward": gradients,
         "shrink": lambda run, cast: run.shrink(cast(x), cast(lora_A), dropout_p, seed),
         "dx": lambda run, cast: run.linear_expand(
             cast(dy),
@@ -123,7 +137,7 @@ def _calls(
 
 
 def _print_table(rows: list[_Row]) -> None:
-    print(f"\n{'backend':<10} {'operation':<16} {'dtype':<5} {'worst at ' + _LETTERS:<30} "
+    print(f"\n{'backend':<10} {'operation':<20} {'dtype':<5} {'worst at ' + _LETTERS:<30} "
           f"{'error':>9} {'allowed':>9}")  # fmt: skip
     worst: dict[tuple[str, str, str], _Row] = {}
     for row in rows:
@@ -134,5 +148,5 @@ def _print_table(rows: list[_Row]) -> None:
         place = f"{row.shape}" + (f" p={row.dropout_p}" if row.dropout_p else "")
         found = row.verdict
         failed = "" if found.why_broken is None else f"FAILED: {found.why_broken}"
-        print(f"{row.backend:<10} {row.operation:<16} {row.dtype:<5} {place:<30} "
+        print(f"{row.backend:<10} {row.operation:<20} {row.dtype:<5} {place:<30} "
               f"{found.error:>9.1e} {found.allowed:>9.1e} {failed}")  # fmt: skip

@@ -133,7 +133,7 @@ def _others(answers: dict[str, Plan | Refusal], serving: str) -> dict[str, str]:
 def _time(plan: Plan) -> str:
     if plan.seconds is None:
         return "no measurement on this device shows another backend ahead of it"
-    return f"{plan.seconds * 1e6:,.0f} µs, {plan.source}"
+    return f"{plan.seconds * 1e6:,.0f} µs" + (f", {plan.source}" if plan.source else "")
 
 
 def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
@@ -141,6 +141,8 @@ def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
         return answer.reason
     if forced_name is not None:
         return "usable, another was forced"
+    if answer.ahead is not None:
+        return f"ahead by a rule ({answer.ahead}), but registered before"
     return "usable, not measured to be faster" if answer.seconds is None else _time(answer)
 
 

@@ -541,3 +541,21 @@ def test_what_a_plan_raises_is_raised_whatever_is_chosen(register):
     for name in (None, "faulty"):
         with pytest.raises(RuntimeError, match="a fault of the backend's own"):
             registry.choose(problem("shrink"), name)
+
+
+def test_a_class_is_no_backend():
+    with pytest.raises(TypeError, match=r"backend is <class '.*Timed'>, expected an object"):
+        registry.register(Timed)
+
+
+def test_explain_says_what_lost_and_why(register):
+    register(
+        Timed("early", ahead="on Mondays"),
+        Timed("late", ahead="on Tuesdays"),
+        Timed("timed", seconds=2e-6),
+    )
+    registry.get("timed")._plan = replace(registry.get("timed")._plan, source="")
+    text = str(lorafast.explain(LoRALinear(8, 8, 2)))
+    assert "lora_linear: late (on Tuesdays)\n" in text
+    assert "not early: ahead by a rule (on Mondays), but registered before\n" in text
+    assert "not timed: 2 µs\n" in text

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lorafast import reference
 from lorafast.backends import registry
 from lorafast.backends.aten import operations as aten
 from lorafast.cli import main, verify
+from lorafast.core.problem import LAYER_OPERATIONS
 
 
 def test_info_lists_versions_devices_and_backends(capsys):
@@ -106,9 +108,33 @@ def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch, wrong, sentence):
     finally:
         registry.forget_plans()
     out = capsys.readouterr().out
-    (line,) = [line for line in out.splitlines() if "FAILED" in line]
-    assert line.split()[:2] == ["aten", "shrink_backward"]
-    assert f" FAILED: {sentence}" in line
+    failed = [line for line in out.splitlines() if "FAILED" in line]
+    # Alone, and in a layer's backward.
+    operations = ["lora_linear_backward", "shrink_backward"]
+    assert [line.split()[:2] for line in failed] == [["aten", name] for name in operations]
+    assert f" FAILED: {sentence}" in failed[1]
+
+
+def test_verify_fails_on_a_layer_that_is_wrong_though_its_operations_are_right(capsys, monkeypatch):
+    """Of a backend that has a plan of its own for it."""
+
+    class Wrong(type(registry.get("reference"))):
+        name = "wrong"
+
+        def plan(self, problem):
+            plan = super().plan(problem)
+            if problem.operation not in LAYER_OPERATIONS:
+                return plan
+            return replace(plan, run=lambda *given: (-plan.run(*given)[0], *plan.run(*given)[1:]))
+
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    registry.register(Wrong())
+    try:
+        assert main(["verify", "--dtype", "fp32"]) == 1
+    finally:
+        registry.unregister("wrong")
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert [line.split()[:2] for line in failed] == [["wrong", name] for name in LAYER_OPERATIONS]
 
 
 def test_a_command_is_required():

@@ -182,6 +182,12 @@ def test_what_it_says_it_refuses(numpy, operation, change, reason):
     assert answer.reason.startswith(reason)
 
 
+def test_an_operation_to_come_is_refused(numpy):
+    problem = Problem("norm_shrink", 1, 8, 8, 2, torch.float32, torch.float32, CPU)
+    reason = "norm_shrink is none of the operations in NumPy"
+    assert numpy.plan(problem) == Refusal("numpy", reason)
+
+
 def test_without_numpy_it_is_not_usable(numpy, monkeypatch):
     from lorafast.backends.numpy import backend
 
