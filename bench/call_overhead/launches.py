@@ -129,7 +129,9 @@ def measure(rounds: int = _ROUNDS, calls_a_round: int = _CALLS) -> dict[str, lis
     """Seconds a call, a number a round: of ``F.linear`` and of every operation."""
     small = torch.zeros(2, 2)
     with torch.no_grad(), nothing_launched(), mock.patch.object(start, "_FIRST_DEVICE", -1):
-        turns = {"F.linear": functools.partial(F.linear, small, small), **calls()}
+        turns: dict[str, Callable[[], object]] = {
+            "F.linear": functools.partial(F.linear, small, small), **calls(),
+        }  # fmt: skip
         for call in turns.values():
             call()
         samples: dict[str, list[float]] = {name: [] for name in turns}

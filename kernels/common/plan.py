@@ -236,13 +236,12 @@ def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
     half as many ranks where a thread would be left less than 16 bytes of dy.
     """
     threads = 32 * c.num_warps
-    of_dy, of_dB = c.block_m * c.block_n // threads, c.block_r * c.block_n // threads
-    with_ds = "ds" in wants
-    if with_ds and not ("dbias" in wants and of_dB > _MOST_BESIDE_DBIAS):
+    beside_dbias = "dbias" in wants and c.block_r * c.block_n // threads > _MOST_BESIDE_DBIAS
+    if "ds" in wants and not beside_dbias:
         return c
-    if of_dy >= _TWO_LOADS:
+    if c.block_m * c.block_n // threads >= _TWO_LOADS:
         return replace(c, block_n=max(c.block_n // 2, 16))
-    return replace(c, block_r=max(c.block_r // 2, 16)) if with_ds else c
+    return replace(c, block_r=max(c.block_r // 2, 16)) if "ds" in wants else c
 
 
 def shrink_backward_launch(

@@ -26,7 +26,7 @@ class Start:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], options: dict[str, object]) -> None:
         self._kernel = kernel
-        self._grid = (*grid, 1, 1)[:3]
+        self._grid = grid
         self._options = options
         self._known: dict[Hashable, Any] = {}
 
@@ -41,7 +41,7 @@ class Start:
         if key is not None and compiled is not None and not self._kernel.pre_run_hooks:
             if len(self._known) >= _MOST:
                 self._known.clear()
-            self._known[key] = compiled[self._grid]
+            self._known[key] = compiled[(*self._grid, 1, 1)[:3]]
 
 
 def key_of(*parts: Hashable, tensors: tuple[Tensor | None, ...]) -> Hashable:

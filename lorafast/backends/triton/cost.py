@@ -23,10 +23,11 @@ from lorafast.kernels.common.plan import (
 )
 from lorafast.kernels.tables.find import nearest_architecture
 
-LAUNCH_HOST = 16e-6
-"""Host time of a launch, from Python to the driver."""
-TMA_HOST = 22e-6
-"""What tensor descriptors add to it."""
+LAUNCH_HOST = 8e-6
+"""Host time of a launch: 5 µs on a driver that does nothing (``lorafast.bench.call_overhead.launches``),
+and an estimate of 3 for the driver's own share."""
+TMA_HOST = 8e-6
+"""What tensor descriptors add to it: 6 µs in the same way, and 2 for the driver's three maps."""
 _GEMM = {100: 0.78}
 _GEMM_ELSEWHERE = 0.9
 """Of cuBLAS, for 16-bit GEMMs."""
