@@ -153,9 +153,9 @@ def lora_linear(
         # All that the checks and the plan depend on.
         key = (
             x.shape, x.dtype, device, x.layout, type(x), weight.shape, weight.dtype,
-            weight.get_device(), type(weight), lora_A.shape, lora_A.dtype, lora_A.get_device(),
-            type(lora_A), lora_B.shape, lora_B.dtype, lora_B.get_device(), type(lora_B),
-            bias if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+            weight.get_device(), weight.layout, type(weight), lora_A.shape, lora_A.dtype,
+            lora_A.get_device(), type(lora_A), lora_B.shape, lora_B.dtype, lora_B.get_device(),
+            type(lora_B), bias if bias is None else (bias.shape, bias.dtype, bias.get_device()),
             dropout_p, type(scaling), backend,
         )  # fmt: skip
         if device >= 0 or backend is not None:
@@ -240,17 +240,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor, needs: tuple[bool, ...])
     """Keeps for the backward what the needed gradients take, so that all else may change meanwhile."""
     x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
     need_dx, need_dweight, need_dA, need_dB, *_ = needs
-    stored: list[Tensor] = []
-    if need_dx:
-        stored = [weight] if isinstance(weight, Tensor) else operands.stored(weight)
-    ctx.description = operands.describe(weight)
+    if isinstance(weight, Tensor):
+        ctx.description, stored = operands.DENSE, [weight]
+    else:
+        ctx.description, stored = operands.describe(weight), operands.stored(weight)
     ctx.save_for_backward(
         x if need_dA or need_dweight else None,
         lora_A if need_dx else None,
         lora_B if need_dx or need_dA else None,
         s if need_dB else None,
         seed,
-        *stored,
+        *(stored if need_dx else ()),
     )
     ctx.lora_A = lora_A  # not its values: what a second derivative is for
     ctx.scaling = scaling

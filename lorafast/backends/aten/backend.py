@@ -34,6 +34,8 @@ class Aten(Backend):
 def _is_small(p: Problem) -> bool:
     if "s" in p.wants or p.dropout or p.adapter_dtype is not p.dtype:
         return False
+    if p.format != DENSE:  # PyTorch's autograd would keep W made dense
+        return False
     if p.device.type == "cuda":
         return host_bound(Aten.name, p)
     return p.M * p.K * p.N < SMALL
@@ -42,7 +44,7 @@ def _is_small(p: Problem) -> bool:
 def _small(p: Problem) -> Plan:
     run: Run = operations.small_lora_linear
     calls = 3
-    if p.dtype.itemsize >= _EXACT and p.format == DENSE and p.K * p.N * (p.r + p.M) <= _MERGED:
+    if p.dtype.itemsize >= _EXACT and p.K * p.N * (p.r + p.M) <= _MERGED:
         run, calls = operations.merged_lora_linear, 2
     return Plan(
         Aten.name,
