@@ -142,7 +142,7 @@ def chunks(processors: int, length: int, block: int, programs: int) -> tuple[int
     """
     blocks = -(-length // block)
     # At least four blocks a chunk: below that the partial sums cost more than they save.
-    wanted = min(max(processors // programs, 1), max(blocks // 4, 1))
+    wanted = min(max(processors // max(programs, 1), 1), max(blocks // 4, 1))  # 0 of no rows
     chunk = max(-(-blocks // wanted), 1)
     return max(-(-blocks // chunk), 1), chunk
 

@@ -23,13 +23,13 @@ __all__ = [
     "as_dense",
     "build",
     "describe",
+    "finished_linear",
     "format_of",
     "formats",
     "is_packed",
     "linear",
     "linear_transposed",
     "of_layer",
-    "packed_linear",
     "parameters_of",
     "register",
     "stored",
@@ -148,14 +148,14 @@ def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
 
 
 def add_linear_(y: Tensor, x: Tensor, weight: Weight) -> Tensor:
-    """``y += x·Wᵀ``, in one rounding where the weight is dense."""
+    """``y += x·Wᵀ``."""
     if isinstance(weight, Tensor):
         return _dense.add_linear_(y, x, weight)
     return y.add_(weight.linear(x, None))
 
 
 def add_linear_transposed_(dx: Tensor, dy: Tensor, weight: Weight) -> Tensor:
-    """``dx += dy·W``, in one rounding where the weight is dense."""
+    """``dx += dy·W``."""
     if isinstance(weight, Tensor):
         return _dense.add_linear_transposed_(dx, dy, weight)
     return dx.add_(weight.linear_transposed(dy))
@@ -166,8 +166,9 @@ def is_packed(weight: Weight) -> bool:
     return isinstance(weight, Tensor) and packed.is_packed(weight)
 
 
-def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
-    """``x·Wᵀ + bias`` by a packed copy, None if there is none to be used."""
+def finished_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
+    """``x·Wᵀ + bias`` by a product that accumulates onto nothing, a packed copy's or that of a format;
+    None if ``add_linear_`` does better."""
     if isinstance(weight, Tensor):
         return packed.linear_if_packed(x, weight, bias)
-    return None
+    return weight.linear(x, bias)

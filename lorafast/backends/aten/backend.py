@@ -64,4 +64,6 @@ def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
     if p.operation == "shrink_backward":
         return operations.shrink_backward(p.adapter_dtype), ("one product",)
     run = operations.linear_expand_transposed if p.transposed else operations.linear_expand
+    if p.format != DENSE:
+        return run, (f"the product of {p.format}, and the low-rank one",)
     return run, ("the low-rank product, then the base GEMM onto it",)
