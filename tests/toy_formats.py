@@ -99,7 +99,12 @@ FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "negative": Negative.of,
     "scaled": Scaled.of,
 }
-"""By name, what stores a dense weight so: without loss."""
+"""By name, what stores a dense weight so, if need be with a loss: ``held`` has what is left."""
+
+
+def held(format: str, weight: Tensor) -> Tensor:
+    """What the format holds of a dense weight: the weight that its products are to be compared by."""
+    return operands.as_dense(FORMATS[format](weight))
 
 
 @contextmanager

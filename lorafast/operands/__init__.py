@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorafast.operands import dense as _dense
 from lorafast.operands import packed
+from lorafast.operands.dense import kept_transposed
 from lorafast.operands.operand import Operand
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "format_of",
     "formats",
     "is_packed",
+    "kept_transposed",
     "linear",
     "linear_transposed",
     "of_layer",

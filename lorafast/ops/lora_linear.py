@@ -67,10 +67,13 @@ def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
 class _Call:
     """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
 
-    __slots__ = ("backend", "backwards", "differentiable", "matrix", "problem", "run")
+    __slots__ = ("backend", "backwards", "differentiable", "matrix", "operand", "problem", "run")
 
-    def __init__(self, problem: Problem, backend: str | None, matrix: bool) -> None:
+    def __init__(
+        self, problem: Problem, backend: str | None, matrix: bool, operand: object
+    ) -> None:
         plan = registry.choose(problem, backend)
+        self.operand = operand
         self.problem = problem
         self.backend = backend
         self.matrix = matrix
@@ -112,7 +115,8 @@ def _first_call(
     layouts = _layouts_matter(x.get_device(), backend)
     dropout = bool(dropout_p)
     problem = layer_problem(_rows(x), weight, lora_A, lora_B, bias, dropout, ("y",), layouts)
-    call = _Call(problem, backend, x.dim() == 2)
+    operand = None if isinstance(weight, Tensor) else weight.layout
+    call = _Call(problem, backend, x.dim() == 2, operand)
     if key is not None:
         if len(_calls) >= _KEPT:
             _calls.clear()
@@ -153,9 +157,9 @@ def lora_linear(
         # All that the checks and the plan depend on.
         key = (
             x.shape, x.dtype, device, x.layout, type(x), weight.shape, weight.dtype,
-            weight.get_device(), weight.layout, type(weight), lora_A.shape, lora_A.dtype,
-            lora_A.get_device(), type(lora_A), lora_B.shape, lora_B.dtype, lora_B.get_device(),
-            type(lora_B), bias if bias is None else (bias.shape, bias.dtype, bias.get_device()),
+            weight.get_device(), type(weight), lora_A.shape, lora_A.dtype, lora_A.get_device(),
+            type(lora_A), lora_B.shape, lora_B.dtype, lora_B.get_device(), type(lora_B),
+            bias if bias is None else (bias.shape, bias.dtype, bias.get_device()),
             dropout_p, type(scaling), backend,
         )  # fmt: skip
         if device >= 0 or backend is not None:
@@ -174,6 +178,12 @@ def lora_linear(
             return call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
         y = call.run(_rows(x), weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
         return y.view(*x.shape[:-1], y.shape[1])
+    if call.operand is not None and call.operand != weight.layout:
+        key = (*key, weight.layout)  # what they depend on too; a tensor needn't be asked
+        call = _calls.get(key) or _first_call(
+            key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend
+        )
+        assert call is not None
     if torch.is_grad_enabled():
         return _apply(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return _forward(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from toy_formats import FORMATS
+from toy_formats import FORMATS, held
 
 import lorafast
 from lorafast import operands, ops, reference
@@ -36,10 +36,11 @@ CASES = pytest.mark.parametrize(
 SCALING = 0.5
 
 
-def draw(rows, dtype=torch.float32):
-    """x, W, A, B, bias; all but W and bias require gradients."""
+def draw(rows, dtype=torch.float32, format="dense"):
+    """x, W as the format holds it, A, B, bias; all but W and bias require gradients."""
     sizes = ((rows, 256), (240, 256), (8, 256), (240, 8), (240,))
     x, W, A, B, bias = (torch.randn(size).to(dtype) for size in sizes)
+    W = held(format, W)
     return x.requires_grad_(), W, A.requires_grad_(), B.requires_grad_(), bias
 
 
@@ -130,7 +131,7 @@ class _KeepsAllCalls(TorchFunctionMode):
 @pytest.mark.parametrize("mode", [_KeepsAll, _KeepsAllCalls])
 @pytest.mark.parametrize("where", ["inference", "forward", "backward", "both"])
 def test_what_a_mode_has_kept_stays_what_it_was(mode, dtype, rows, format, where):
-    x, W, A, B, bias = draw(rows, dtype)
+    x, W, A, B, bias = draw(rows, dtype, format)
     inside = mode()
     with torch.set_grad_enabled(where != "inference"):
         with contextlib.nullcontext() if where == "backward" else inside:
@@ -153,7 +154,7 @@ def test_a_default_device_is_no_mode_that_keeps_anything():
 @CASES
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_a_mode_in_the_backward_gets_the_gradients_of_the_forwards_backend(rows, format, dropout_p):
-    x, W, A, B, bias = draw(rows)
+    x, W, A, B, bias = draw(rows, format=format)
     found = []
     for mode in (_KeepsAll(), None):
         torch.manual_seed(2)
@@ -181,7 +182,7 @@ def tangent_of(function, values, tangents):
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("wanted", ["x", "A", "B", "xAB"])
 def test_forward_mode(rows, format, grad, wanted):
-    x, W, A, B, bias = draw(rows, torch.float64)
+    x, W, A, B, bias = draw(rows, torch.float64, format)
     tangents = [
         torch.randn_like(t) if name in wanted else torch.zeros_like(t)
         for name, t in zip("xAB", (x, A, B), strict=True)
@@ -196,7 +197,7 @@ def test_forward_mode(rows, format, grad, wanted):
 
 @CASES
 def test_forward_mode_with_dropout_has_the_mask_of_the_forward(rows, format):
-    x, W, A, B, _ = draw(rows, torch.float64)
+    x, W, A, B, _ = draw(rows, torch.float64, format)
     t = torch.randn_like(x)
 
     def dropped(x):
@@ -211,7 +212,7 @@ def test_forward_mode_with_dropout_has_the_mask_of_the_forward(rows, format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_forward_mode_through_each_operation(format, grad):
-    x, W, A, B, bias = draw(5, torch.float64)
+    x, W, A, B, bias = draw(5, torch.float64, format)
     s, dy = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 240, dtype=torch.float64)
     calls = {
         "shrink": ((x, A), lambda run, x, A: run.shrink(x, A)),
@@ -251,7 +252,7 @@ def test_the_bare_operation_loses_no_tangent_without_a_word():
 @pytest.mark.parametrize("how", ["dual level", "torch.func"])
 def test_forward_mode_that_begins_after_the_forward(rows, format, how):
     """The tangent of a gradient: a Hessian-vector product."""
-    x, W, A, B, bias = draw(rows, torch.float64)
+    x, W, A, B, bias = draw(rows, torch.float64, format)
     v, t = torch.randn(2, rows, 240, dtype=torch.float64)
     found = []
     for run in (functools.partial(layer, format=format), plain):
@@ -272,7 +273,7 @@ def test_forward_mode_that_begins_after_the_forward(rows, format, how):
 
 @CASES
 def test_a_batch_of_gradients_by_vmap(rows, format):
-    leaves, several = draw(rows), torch.randn(3, rows, 240)
+    leaves, several = draw(rows, format=format), torch.randn(3, rows, 240)
     found = []
     ours = functools.partial(layer, format=format)
     for run, dtype in ((ours, torch.float32), (plain, torch.float32), (plain, torch.float64)):
@@ -352,6 +353,7 @@ def test_transforms(transform, compiled, rows, format):
     torch._dynamo.reset()
     sizes = ((rows, 9), (240, 9), (3, 9), (240, 3))
     x, W, A, B = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    W = held(format, W)
 
     def run(function):
         def go(x, A):
@@ -428,7 +430,7 @@ def test_flops_are_those_of_plain_pytorch(rows, format, wanted, dropout_p):
 
     counted = []
     for run in (plain, functools.partial(layer, format=format, dropout_p=dropout_p)):
-        x, W, A, B, bias = draw(rows)
+        x, W, A, B, bias = draw(rows, format=format)
         for name, tensor in zip("xAB", (x, A, B), strict=True):
             tensor.requires_grad_(name in wanted)
         with FlopCounterMode(display=False) as counter:
@@ -441,7 +443,7 @@ def test_flops_are_those_of_plain_pytorch(rows, format, wanted, dropout_p):
 def test_flops_of_each_operation(format):
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, W, A, B, _ = (t.detach() for t in draw(7))
+    x, W, A, B, _ = (t.detach() for t in draw(7, format=format))
     s, dy = x.new_ones(7, 8), x.new_ones(7, 240)
     calls = [
         lambda run: run.shrink(x, A),

@@ -64,7 +64,7 @@ class TestDescription:
     @pytest.mark.parametrize(
         ("tensors", "description", "sentence"),
         [
-            (1, "nf5|a||", "format is 'nf5', expected one of dense, negative, scaled"),
+            (1, "nf5|a||", "format is 'nf5', expected one of dense, "),
             (2, "negative|negative||", "weight has 2 tensors, expected negative"),
             (1, "scaled|values||2x2", "weight has values, and scaled needs 'exponents'"),
             (1, "negative", "format is 'negative', expected what lorafast.operands.describe gives"),
@@ -88,11 +88,12 @@ class TestDescription:
             operands.register(other)
 
     def test_it_goes_as_it_came(self):
-        assert operands.formats() == ("dense", "negative", "scaled")
+        assert operands.formats()[0] == "dense"
+        assert operands.formats()[-2:] == ("negative", "scaled")
         operands.unregister("negative")
         x, weight, A, B, _ = draw("negative")
         try:
-            with pytest.raises(ValueError, match="format is 'negative', expected one of dense, sc"):
+            with pytest.raises(ValueError, match="format is 'negative', expected one of dense, "):
                 torch.ops.lorafast.lora_linear(
                     x, operands.stored(weight), operands.describe(weight), A, B, 1.0
                 )
@@ -115,13 +116,14 @@ class TestServed:
             pytest.skip("the native kernels are for the CPU")
         t = p.tensors(device)
         found = []
-        for store in (FORMATS["dense"], FORMATS[format]):
+        weight = FORMATS[format](t.weight.to(p.dtype))
+        for W in (weight.dense(), weight):
             x = p.lay_out(t.x.to(p.dtype)).detach().requires_grad_()
             A, B = (f.to(p.adapter_dtype).requires_grad_() for f in (t.lora_A, t.lora_B))
             with lorafast.use_backend(backend):
                 y = lorafast.ops.lora_linear(
                     x,
-                    store(t.weight.to(p.dtype)),
+                    W,
                     A,
                     B,
                     0.5,
@@ -140,18 +142,21 @@ class TestServed:
     @pytest.mark.parametrize("rows", [0, 1, 37, 200])
     def test_by_auto(self, format, dtype, dropout_p, rows):
         shapes = ((rows, 67), (45, 67), (7, 67), (45, 7), (45,), (rows, 45))
-        drawn = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+        x, W, *rest = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+        weight = FORMATS[format](W)
 
-        def run(layer, store, cast):
-            x, W, A, B, bias, dy = (t.to(cast) for t in drawn)
-            leaves = [t.requires_grad_() for t in (x, A, B)]
-            y = layer(x, store(W), A, B, 0.5, bias, dropout_p=dropout_p, seed=torch.tensor([3]))
+        def run(layer, W, cast):
+            leaves = [t.to(cast).requires_grad_() for t in (x, *rest[:2])]
+            bias, dy = (t.to(cast) for t in rest[2:])
+            y = layer(
+                leaves[0], W, *leaves[1:], 0.5, bias, dropout_p=dropout_p, seed=torch.tensor([3])
+            )
             gradients = torch.autograd.grad(y, leaves, dy)
             return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *gradients), strict=True))
 
-        ours = run(lorafast.ops.lora_linear, FORMATS[format], dtype)
+        ours = run(lorafast.ops.lora_linear, weight, dtype)
         eager, ref64 = (
-            run(lorafast.reference.lora_linear, FORMATS["dense"], cast)
+            run(lorafast.reference.lora_linear, weight.dense().to(cast), cast)
             for cast in (dtype, torch.float64)
         )
         reason = contract.why_any_broken(ours, contract.bounds(eager, ref64))
@@ -481,7 +486,7 @@ class TestModel:
         lorafast.adapt(net, 2, ["up"])
         assert isinstance(net.up, LoRALinear)
         assert isinstance(net.down, NegativeLinear)
-        with pytest.raises(ValueError, match="'downn', which is .*, did you mean 'down'"):
+        with pytest.raises(ValueError, match=r"'downn', which is .*, did you mean 'down'"):
             lorafast.adapt(Net(), 2, ["downn"])
 
     def test_without_the_format_they_are_not(self):

@@ -10,7 +10,7 @@ from circumstances import MEMORY, ORDER, WORK, assert_same_bits, together
 from helpers import assert_contract, problems, skip_unless_usable
 from hypothesis import given
 from torch.utils.checkpoint import checkpoint
-from toy_formats import FORMATS
+from toy_formats import FORMATS, held
 
 import lorafast
 from lorafast import operands, reference
@@ -116,6 +116,7 @@ SERVED = [("aten", name) for name in FORMATS] + [("triton", "dense")]
 def test_output_and_gradients_against_float64(device, poisoned, backend, format, p):
     skip_unless_usable(backend)
     t = p.tensors(device)
+    held_weight = held(format, t.weight.to(p.dtype))
 
     def call(layer, cast):
         leaves = {
@@ -123,7 +124,7 @@ def test_output_and_gradients_against_float64(device, poisoned, backend, format,
             "lora_A": cast(t.lora_A, p.adapter_dtype).detach().requires_grad_(),
             "lora_B": cast(t.lora_B, p.adapter_dtype).detach().requires_grad_(),
         }
-        weight, bias = cast(t.weight), cast(t.bias)
+        weight, bias = cast(t.weight if layer is on_backend else held_weight), cast(t.bias)
         y = layer(leaves["x"], weight, leaves["lora_A"], leaves["lora_B"], bias)
         return y.detach(), *torch.autograd.grad(y, list(leaves.values()), cast(t.dy))
 
@@ -211,7 +212,7 @@ def test_a_fresh_adapter_changes_no_bit(format, dtype, M, K, N, with_bias):
     bias = torch.randn(N).to(dtype) if with_bias else None
     W, lora_B = FORMATS[format](weight), torch.zeros((N, 4), dtype=dtype)
     y = lora_linear(x, W, lora_A, lora_B, 2.0, bias)
-    assert torch.equal(y, F.linear(x, weight, bias))
+    assert torch.equal(y, F.linear(x, held(format, weight), bias))
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3, 4), (0,), (2, 0, 3)], ids=str)
@@ -223,7 +224,7 @@ def test_shapes(format, leading, K, r):
     lora_A.requires_grad_()
     y = lora_linear(x, FORMATS[format](weight), lora_A, lora_B, 0.5)
     dx, dA = torch.autograd.grad(y.sum(), (x, lora_A))
-    expected = reference.lora_linear(x, weight, lora_A, lora_B, 0.5)
+    expected = reference.lora_linear(x, held(format, weight), lora_A, lora_B, 0.5)
     dx_expected, dA_expected = torch.autograd.grad(expected.sum(), (x, lora_A))
     for name, one, two in (
         ("y", y, expected),
@@ -410,7 +411,8 @@ def test_torch_func(format, transform):
         return lora_linear(t["x"], weight, lora_A, t["lora_B"], 0.5, t["bias"])
 
     def formula(lora_A):
-        return F.linear(t["x"], t["weight"] + 0.5 * t["lora_B"] @ lora_A, t["bias"])
+        W = operands.as_dense(weight) + 0.5 * t["lora_B"] @ lora_A
+        return F.linear(t["x"], W, t["bias"])
 
     torch.testing.assert_close(transform(layer, t), transform(formula, t), rtol=1e-10, atol=1e-10)
 
