@@ -1,5 +1,7 @@
 """The public functions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,15 +95,15 @@ def _under_autocast(
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type)
 
-    def cast(tensor: Tensor) -> Tensor:
+    def cast(tensor: Any) -> Any:
         # As autocast itself: float64 stays. What is no float tensor stays too, to be refused by name.
-        lower = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        lower = isinstance(tensor, (Tensor, Operand)) and tensor.dtype.is_floating_point
         return tensor.to(dtype) if lower and tensor.dtype != torch.float64 else tensor
 
     with torch.autocast(device_type, enabled=False):
         return lora_linear(
             cast(x),
-            weight if isinstance(weight, Operand) else cast(weight),
+            cast(weight),
             lora_A,
             lora_B,
             scaling,

@@ -1,12 +1,19 @@
 """The house's own rules: floors, names, packaging."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lorafast.kernels.common import configs
+from lorafast.kernels.tables.find import WHOLE
+
+import lorafast  # noqa: F401
+from lorafast.core.problem import LAYER_OPERATIONS, OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 # Imports go down only. The package's own __init__ hands names on and stands above everything but the
@@ -69,18 +76,144 @@ def test_reference_imports_core_alone():
                 assert room(target) in ("core", "reference"), path
 
 
+def imports_at_import(path: Path):
+    """The modules imported where the module itself is: not in functions, not for types alone."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            nodes += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        nodes += ast.iter_child_nodes(node)
+
+
+def test_modules_import_each_other_in_no_circle():
+    """As they are named: importing a module runs its package's ``__init__``, which doesn't count."""
+    modules = {module_name(path): path for path in SOURCES}
+    graph = {}
+    for module, path in modules.items():
+        found = {t if t in modules else t.rpartition(".")[0] for t in imports_at_import(path)}
+        graph[module] = (found & modules.keys()) - {module}
+    assert graph["lorafast.backends.registry"] >= {"lorafast.backends.composed"}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+
+
+def literals(path: Path) -> set[str]:
+    """The string literals of a module, but for docstrings and what ``__all__`` hands on."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    aside = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr):
+            aside |= {id(node.value)}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            aside |= {id(child) for child in ast.walk(node)}
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in aside
+    }
+
+
+BACKENDS = {path.parent.name for path in (ROOT / "lorafast" / "backends").glob("*/__init__.py")}
+# Who else may say a backend's name, and what it means there. bench/ names its contenders.
+NAMES_OF_OTHER_THINGS = {
+    "lorafast/cli/bench.py": "contenders of the command line",
+    "lorafast/cli/info.py": "the package triton, whose version it prints",
+}
+
+
+def of_a_backend(path: Path) -> str | None:
+    """The name of the backend to whose folder a module belongs."""
+    parts = path.relative_to(ROOT).parts
+    return parts[2] if parts[:2] == ("lorafast", "backends") and len(parts) > 3 else None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_outside_a_backends_folder_knows_its_name(path):
+    own, place = of_a_backend(path), str(path.relative_to(ROOT))
+    assert own is None or own in BACKENDS
+    if path.parts[len(ROOT.parts)] in OWN_FOLDERS or place in NAMES_OF_OTHER_THINGS:
+        named = set()  # kernels/ are Triton's own rooms
+    else:
+        devices = {"cpu", "cuda"}  # are named everywhere
+        named = literals(path) & (BACKENDS - devices)
+    if place == "lorafast/backends/__init__.py":  # the one list
+        return
+    for target in imports(path):
+        parts = target.split(".")
+        if parts[:2] == ["lorafast", "backends"] and len(parts) > 2 and parts[2] in BACKENDS:
+            named.add(parts[2])
+    assert named <= {own}, f"{place} knows {', '.join(named)}"
+
+
+def test_the_exceptions_are_needed():
+    for place in NAMES_OF_OTHER_THINGS:
+        assert literals(ROOT / place) & BACKENDS, place
+    for place, names in FORMATS_ELSEWHERE.items():
+        assert literals(ROOT / place) & FORMATS == names, place
+
+
+def test_the_one_list_registers_each_folder():
+    found = {t.split(".")[2] for t in imports(ROOT / "lorafast/backends/__init__.py")}
+    assert found >= BACKENDS
+
+
+FORMATS = {path.stem for path in (ROOT / "lorafast" / "operands").glob("*.py")} - {
+    "__init__", "operand",
+}  # fmt: skip
+FORMATS_ELSEWHERE = {
+    "lorafast/core/problem.py": {"dense"},  # that of a plain tensor, which a problem has by default
+    "lorafast/convert/places.py": {"dense"},  # the name of a layer in other people's models
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_operands_knows_the_names_of_formats(path):
+    place = str(path.relative_to(ROOT))
+    if not place.startswith("lorafast/operands/"):
+        assert literals(path) & FORMATS <= FORMATS_ELSEWHERE.get(place, set())
+
+
+def functions(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def test_one_operation_has_one_name_in_every_room():
-    operations = {"shrink", "linear_expand", "expand_backward", "shrink_backward"}
-    for operation in operations:
+    for operation in OPERATIONS:
         for place in (
             f"lorafast/reference/{operation}.py",
             f"lorafast/ops/{operation}.py",
             f"kernels/{operation}/kernel.py",
             f"tests/kernels/test_{operation}.py",
+            f"bench/bench_{operation}.py",
         ):
             assert (ROOT / place).is_file(), place
+        assert hasattr(torch.ops.lorafast, operation)
+        for backend in ("aten", "cpu"):  # whose operations are functions
+            path = ROOT / "lorafast" / "backends" / backend / "operations.py"
+            assert operation in functions(path), path
+    for operation in LAYER_OPERATIONS:
+        assert hasattr(torch.ops.lorafast, operation)
+    assert configs.OPERATIONS == OPERATIONS
+    assert WHOLE == LAYER_OPERATIONS
     folders = {p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py")}
-    assert folders == operations | {"common", "lora_linear", "tables"}
+    assert folders == {*OPERATIONS, "common", "lora_linear", "tables"}
+
+
+def test_an_operations_cpp_file_bears_its_name():
+    """``expand`` is the low-rank half of ``linear_expand``: the GEMM stays with oneDNN."""
+    for folder in (p.parent for p in (ROOT / "csrc").glob("*/bindings.cpp")):
+        stems = {p.stem for p in folder.iterdir() if p.suffix in (".cpp", ".cu")} - {"bindings"}
+        assert {s for s in stems if not s.startswith("microkernels")} <= {
+            *OPERATIONS, "expand", "lora_linear",
+        }  # fmt: skip
 
 
 def test_the_name_kernels_is_not_ours():

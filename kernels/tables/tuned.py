@@ -26,8 +26,6 @@ from lorafast.kernels.tables.find import WHOLE, distance, nearest_architecture
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
 _FORMAT = 4
-BACKENDS = ("aten", "triton")
-"""Those that a record may name: what ``lorafast tune`` sets against each other."""
 INTERPRETER = "interpreter"
 """The name of the device off CUDA."""
 _ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "tf32": 4}

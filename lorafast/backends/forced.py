@@ -97,8 +97,8 @@ def check_plain_pytorch(operation: str, reason: str) -> None:
     ``reason``: what asks for such operations, ``context.needs_plain_pytorch``.
     """
     name = _from_environment() if _latest is None else forced()
-    if name is not None and not registry.get(name).plain_pytorch:
-        able = " and ".join(repr(n) for n in registry.names() if registry.get(n).plain_pytorch)
+    if name is not None and name not in registry.plain_pytorch_names():
+        able = " and ".join(map(repr, registry.plain_pytorch_names()))
         raise BackendError(
             f"backend {name!r} can't serve {operation}: {reason} need operations that PyTorch "
             f"differentiates itself, which only {able} is made of"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from lorafast.core.problem import Problem
 
 Run = Callable[..., Any]
@@ -70,6 +72,10 @@ class Backend(ABC):
     @abstractmethod
     def plan(self, problem: Problem) -> Plan | Refusal:
         """How it serves the problem, or why it can't. Asked once for a problem: plans are kept."""
+
+    def allow_checks(self, device: torch.device) -> None:
+        """Has ``lorafast verify`` run it on ``device`` where it serves for checks alone."""
+        return
 
     def remark(self) -> str | None:
         """What whoever checks its results should know, a sentence, or None."""

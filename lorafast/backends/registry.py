@@ -43,10 +43,15 @@ def register(backend: Backend) -> None:
     """Adds a backend, to be chosen, forced and explained like any other.
 
     Raises:
-        ValueError: there is one of this name.
+        TypeError: it is none; perhaps the class of one.
+        ValueError: there is one of this name, or it is no word.
     """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend is {backend!r}, expected an object of a class of Backend")
     if backend.name in _backends or backend.name == AUTO:
         raise ValueError(f"there is a backend {backend.name!r} already")
+    if not backend.name.isidentifier():
+        raise ValueError(f"name is {backend.name!r}, expected a word")
     _backends[backend.name] = backend
     forget_plans()
 
@@ -83,6 +88,11 @@ def names() -> tuple[str, ...]:
     return tuple(_backends)
 
 
+def plain_pytorch_names() -> list[str]:
+    """Those of the backends that are made of operations that PyTorch differentiates itself."""
+    return [name for name, backend in tuple(_backends.items()) if backend.plain_pytorch]
+
+
 def get(name: str) -> Backend:
     """The backend of this name.
 
@@ -95,7 +105,7 @@ def get(name: str) -> Backend:
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name: whether this machine can use it, and if not, why."""
     status = {}
-    for name, backend in _backends.items():
+    for name, backend in tuple(_backends.items()):
         reason = backend.why_unusable()
         status[name] = BackendStatus(name, reason is None, reason)
     return status
@@ -103,15 +113,34 @@ def backends() -> dict[str, BackendStatus]:
 
 @functools.lru_cache(maxsize=_KEPT)
 def plan_of(name: str, problem: Problem) -> Plan | Refusal:
-    """The answer of the backend ``name``; one that this machine can't use refuses."""
-    backend = _backends[name]
+    """The answer of the backend ``name``; one that this machine can't use refuses.
+
+    Raises:
+        TypeError: the answer is neither a plan nor a refusal, or a plan that can't be followed.
+    """
+    backend = _backends.get(name)
+    if backend is None:  # forced, or of a forward whose backward comes now
+        return Refusal(name, "it is registered no more")
     reason = backend.why_unusable()
-    return backend.plan(problem) if reason is None else Refusal(name, reason)
+    answer = backend.plan(problem) if reason is None else Refusal(name, reason)
+    wrong = _why_wrong(answer, problem)
+    if wrong is not None:
+        raise TypeError(f"backend {name!r} answered {problem.operation} with {wrong}")
+    return answer
+
+
+def _why_wrong(answer: object, problem: Problem) -> str | None:
+    if not isinstance(answer, Plan | Refusal):
+        return f"{answer!r}, expected a Plan or a Refusal"
+    alone = problem.operation == "lora_linear" and "s" not in problem.wants and not problem.dropout
+    if isinstance(answer, Plan) and answer.differentiable and not alone:
+        return "a differentiable plan, which lora_linear alone may have, without s and dropout"
+    return None
 
 
 def definition(problem: Problem) -> Plan:
     """The plan made of operations that PyTorch differentiates, once more if need be."""
-    answers = (plan_of(name, problem) for name in tuple(_backends) if _backends[name].plain_pytorch)
+    answers = (plan_of(name, problem) for name in plain_pytorch_names())
     return next(plan for plan in answers if isinstance(plan, Plan))
 
 
@@ -129,7 +158,9 @@ def choose(problem: Problem, forced: str | None = None) -> Plan:
                 f"backend {forced!r} can't serve {problem.operation}: {answer.reason}"
             )
         return answer
-    plans = [p for p in (plan_of(name, problem) for name in _backends) if isinstance(p, Plan)]
+    plans = [
+        p for p in (plan_of(name, problem) for name in tuple(_backends)) if isinstance(p, Plan)
+    ]
     for plan in reversed(plans):
         if plan.ahead is not None:
             return plan

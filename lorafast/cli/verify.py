@@ -5,11 +5,9 @@ exit status is 1 if a row fails.
 """
 
 import argparse
-import importlib.util
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from lorafast import ops
 from lorafast.backends import forced, registry
 from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
+from lorafast.core.dtypes import wide
 from lorafast.ops.problems import why_not
 from lorafast.reference import contract
 
@@ -54,13 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         terminal.complain("lorafast verify", error)
         return 2
-    # Triton reads it when it is imported: what is imported already stays what it is.
-    if (
-        of.type == "cpu"
-        and "triton" not in sys.modules
-        and importlib.util.find_spec("triton") is not None
-    ):
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    for name in registry.names():
+        registry.get(name).allow_checks(of)
     rows = []
     sample = torch.empty((1, 1), device=of)
     for name in lorafast.backends():
@@ -82,14 +76,17 @@ def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]
     for dtype in dtypes:
         for shape in _SHAPES:
             for dropout_p in (0.0, 0.25):
-                for operation, call in _calls(shape, dropout_p, of).items():
+                low = wide(_DTYPES[dtype])
+                for operation, call in _calls(shape, dropout_p, low, of).items():
                     with forced.use_backend(backend):
                         verdict = contract.compare(call, ops, _DTYPES[dtype])
                     yield _Row(backend, operation, dtype, shape, dropout_p, verdict)
 
 
-def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[str, contract.Call]:
-    """Each operation as a call on the tensors of one layer, in float64."""
+def _calls(
+    shape: tuple[int, ...], dropout_p: float, low: torch.dtype, of: torch.device
+) -> dict[str, contract.Call]:
+    """Each operation as a call on the tensors of one layer, in float64; s and ds are ``low``."""
     M, K, N, r = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -99,12 +96,25 @@ def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[s
     seed = torch.tensor([1234567890123456789], device=of) if dropout_p else None
     x, dy, s, ds = draw(M, K), draw(M, N), draw(M, r), draw(M, r)
     weight, lora_A, lora_B, bias = draw(N, K), draw(r, K), draw(N, r), draw(N)
+
+    def layer(run: Any, cast: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+        y: Tensor = run.lora_linear(
+            leaves[0], cast(weight), *leaves[1:], 0.7, cast(bias), dropout_p=dropout_p, seed=seed
+        )
+        return y
+
+    def gradients(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [cast(t).detach().requires_grad_() for t in (x, lora_A, lora_B)]
+        return torch.autograd.grad(layer(run, cast, *leaves), leaves, cast(dy))
+
     calls: dict[str, contract.Call] = {
+        "lora_linear": lambda run, cast: layer(run, cast, cast(x), cast(lora_A), cast(lora_B)),
+        "lora_linear_backward": gradients,
         "shrink": lambda run, cast: run.shrink(cast(x), cast(lora_A), dropout_p, seed),
         "dx": lambda run, cast: run.linear_expand(
             cast(dy),
             cast(weight),
-            cast(ds),
+            cast(ds, low),
             cast(lora_A).t(),
             1.0,
             None,
@@ -113,21 +123,21 @@ def _calls(shape: tuple[int, ...], dropout_p: float, of: torch.device) -> dict[s
             transposed=True,
         ),
         "shrink_backward": lambda run, cast: run.shrink_backward(
-            cast(ds), cast(x), dropout_p, seed
+            cast(ds, low), cast(x), dropout_p, seed
         ),
     }
     if not dropout_p:
         calls["linear_expand"] = lambda run, cast: run.linear_expand(
-            cast(x), cast(weight), cast(s), cast(lora_B), 0.7, cast(bias)
+            cast(x), cast(weight), cast(s, low), cast(lora_B), 0.7, cast(bias)
         )
         calls["expand_backward"] = lambda run, cast: run.expand_backward(
-            cast(dy), cast(s), cast(lora_B), 0.7
+            cast(dy), cast(s, low), cast(lora_B), 0.7
         )
     return calls
 
 
 def _print_table(rows: list[_Row]) -> None:
-    print(f"\n{'backend':<10} {'operation':<16} {'dtype':<5} {'worst at ' + _LETTERS:<30} "
+    print(f"\n{'backend':<10} {'operation':<20} {'dtype':<5} {'worst at ' + _LETTERS:<30} "
           f"{'error':>9} {'allowed':>9}")  # fmt: skip
     worst: dict[tuple[str, str, str], _Row] = {}
     for row in rows:
@@ -138,5 +148,5 @@ def _print_table(rows: list[_Row]) -> None:
         place = f"{row.shape}" + (f" p={row.dropout_p}" if row.dropout_p else "")
         found = row.verdict
         failed = "" if found.why_broken is None else f"FAILED: {found.why_broken}"
-        print(f"{row.backend:<10} {row.operation:<16} {row.dtype:<5} {place:<30} "
+        print(f"{row.backend:<10} {row.operation:<20} {row.dtype:<5} {place:<30} "
               f"{found.error:>9.1e} {found.allowed:>9.1e} {failed}")  # fmt: skip

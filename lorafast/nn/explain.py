@@ -10,7 +10,6 @@ from lorafast.backends import BackendError, Plan, Refusal, forced, registry
 from lorafast.core.problem import Layout, Problem
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
-from lorafast.operands import packed
 from lorafast.ops.problems import backward_problem, layer_problem
 
 
@@ -112,7 +111,7 @@ def _choice(problem: Problem, plan: Plan | None, remark: str = "") -> Choice:
     answers = {other: registry.plan_of(other, problem) for other in registry.names()}
     if plan is None:
         assert name is not None
-        refusal = answers[name]
+        refusal = registry.plan_of(name, problem)
         assert not isinstance(refusal, Plan)
         reason = f"{name} is forced and can't: {refusal.reason}"
         return Choice(problem.operation, None, reason, (), _others(answers, ""))
@@ -133,7 +132,7 @@ def _others(answers: dict[str, Plan | Refusal], serving: str) -> dict[str, str]:
 def _time(plan: Plan) -> str:
     if plan.seconds is None:
         return "no measurement on this device shows another backend ahead of it"
-    return f"{plan.seconds * 1e6:,.0f} µs, {plan.source}"
+    return f"{plan.seconds * 1e6:,.0f} µs" + (f", {plan.source}" if plan.source else "")
 
 
 def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
@@ -141,19 +140,21 @@ def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
         return answer.reason
     if forced_name is not None:
         return "usable, another was forced"
+    if answer.ahead is not None:
+        return f"ahead by a rule ({answer.ahead}), but registered before"
     return "usable, not measured to be faster" if answer.seconds is None else _time(answer)
 
 
 def _packed(layer: LoRALinear, problem: Problem) -> str:
-    weight = layer._parameters.get("weight")
-    if problem.device.type != "cpu" or weight is None or weight.dtype is not problem.dtype:
+    weight = layer.operand()
+    if problem.device.type != "cpu" or weight.dtype is not problem.dtype:
         return ""
-    return ", on the packed weight" if packed.is_packed(weight) else ""
+    return ", on the packed weight" if operands.is_packed(weight) else ""
 
 
 def _problems(layer: LoRALinear, x: Tensor | None) -> tuple[Problem, Problem]:
     """The layer's forward and backward, on rows like those of ``x``."""
-    weight = layer.base_weight()
+    weight = layer.operand()
     like = operands.stored(weight)[0] if x is None else x
     dtype = weight.dtype if x is None else x.dtype
     M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)

@@ -66,10 +66,13 @@ def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
 class _Call:
     """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
 
-    __slots__ = ("backend", "backwards", "differentiable", "matrix", "problem", "run")
+    __slots__ = ("backend", "backwards", "differentiable", "matrix", "operand", "problem", "run")
 
-    def __init__(self, problem: Problem, backend: str | None, matrix: bool) -> None:
+    def __init__(
+        self, problem: Problem, backend: str | None, matrix: bool, operand: object
+    ) -> None:
         plan = registry.choose(problem, backend)
+        self.operand = operand
         self.problem = problem
         self.backend = backend
         self.matrix = matrix
@@ -152,7 +155,8 @@ def _first_call(
     layouts = _layouts_matter(x, backend)
     dropout = bool(dropout_p)
     problem = layer_problem(_rows(x), weight, lora_A, lora_B, bias, dropout, ("y",), layouts)
-    call = _Call(problem, backend, x.dim() == 2)
+    operand = None if isinstance(weight, Tensor) else weight.layout
+    call = _Call(problem, backend, x.dim() == 2, operand)
     if key is not None:
         if len(_calls) >= _KEPT:
             _calls.clear()
@@ -230,6 +234,12 @@ def lora_linear(
             check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
             raise
         return y.view(*x.shape[:-1], y.shape[1])
+    if call.operand is not None and call.operand != weight.layout:
+        key = (*key, weight.layout)  # what they depend on too; a tensor needn't be asked
+        call = _calls.get(key) or _first_call(
+            key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend
+        )
+        assert call is not None
     if memory is not None and memory.keep(weight, lora_A, lora_B, bias) is not like:
         # One was, and no call of PyTorch's would say so.
         return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
@@ -299,17 +309,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor, needs: tuple[bool, ...])
     """Keeps for the backward what the needed gradients take, so that all else may change meanwhile."""
     x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
     need_dx, need_dweight, need_dA, need_dB, *_ = needs
-    stored: list[Tensor] = []
-    if need_dx:
-        stored = [weight] if isinstance(weight, Tensor) else operands.stored(weight)
-    ctx.description = operands.describe(weight)
+    if isinstance(weight, Tensor):
+        ctx.description, stored = operands.DENSE, [weight]
+    else:
+        ctx.description, stored = operands.describe(weight), operands.stored(weight)
     ctx.save_for_backward(
         x if need_dA or need_dweight else None,
         lora_A if need_dx else None,
         lora_B if need_dx or need_dA else None,
         s if need_dB else None,
         seed,
-        *stored,
+        *(stored if need_dx else ()),
     )
     ctx.lora_A = lora_A  # not its values: what a second derivative is for
     ctx.scaling = scaling

@@ -127,7 +127,8 @@ def _problem(
     return Problem(
         operation, x.shape[0], K, N, r, x.dtype, adapter_dtype, x.device,
         operands.DENSE if weight is None else operands.format_of(weight),
-        plain=plain, tf32=allows_tf32(x), layouts=found, **fields,
+        format_parameters="" if weight is None else operands.parameters_of(weight), plain=plain,
+        tf32=allows_tf32(x), layouts=found, **fields,
     )  # fmt: skip
 
 
@@ -161,6 +162,7 @@ def layer_problem(
         "lora_linear", x.shape[0], K, N, r, x.dtype, lora_A.dtype, x.device,
         operands.format_of(weight), wants=wants, dropout=dropout, bias=bias is not None,
         plain=plain, tf32=allows_tf32(x), layouts=found,
+        format_parameters=operands.parameters_of(weight),
     )  # fmt: skip
 
 

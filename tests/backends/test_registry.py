@@ -1,9 +1,11 @@
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -425,3 +427,135 @@ def test_a_name_is_taken_once(register):
     for name in ("mine", "auto", "aten"):
         with pytest.raises(ValueError, match=f"there is a backend '{name}' already"):
             registry.register(Timed(name))
+
+
+def test_a_name_is_a_word():
+    for name in ("", "a b", "a + b"):
+        with pytest.raises(ValueError, match=f"name is '{re.escape(name)}', expected a word"):
+            registry.register(Timed(name))
+
+
+@pytest.fixture
+def copy_of_reference():
+    """Another backend that computes; gone at the end, if not before."""
+
+    class Copy(type(registry.get("reference"))):
+        name = "copy"
+        plain_pytorch = False
+
+    registry.register(Copy())
+    yield
+    if "copy" in registry.names():
+        registry.unregister("copy")
+
+
+@pytest.mark.usefixtures("copy_of_reference")
+class TestABackendThatIsRegisteredNoMore:
+    def test_a_call_in_its_block(self):
+        t = tensors()
+        with lorafast.use_backend("copy"):
+            lora_linear(*t, 0.5)
+            registry.unregister("copy")
+            message = "backend 'copy' can't serve lora_linear: it is registered no more"
+            with pytest.raises(lorafast.BackendError, match=message):
+                lora_linear(*t, 0.5)
+            with pytest.raises(lorafast.BackendError, match="backend 'copy' can't serve lora_lin"):
+                torch.func.vmap(lambda x: lora_linear(x, *t[1:], 0.5))(t[0])
+            explained = str(lorafast.explain(LoRALinear(8, 6, 2)))
+        assert "none (copy is forced and can't: it is registered no more)" in explained
+        lora_linear(*t, 0.5)
+
+    def test_the_backward_of_its_forward(self):
+        x, weight, lora_A, lora_B = tensors()
+        lora_B.requires_grad_()
+        with lorafast.use_backend("copy"):
+            y = lora_linear(x, weight, lora_A, lora_B, 0.5)
+        registry.unregister("copy")
+        with pytest.raises(lorafast.BackendError, match="lora_linear_backward: it is registered n"):
+            y.sum().backward()
+
+    def test_registered_again_it_serves_again(self):
+        t, copy = tensors(), registry.get("copy")
+        with lorafast.use_backend("copy"):
+            registry.unregister("copy")
+            with pytest.raises(lorafast.BackendError):
+                lora_linear(*t, 0.5)
+            registry.register(copy)
+            lora_linear(*t, 0.5)
+
+
+def test_a_backend_that_comes_after_layers_ran_serves_the_next_call(register):
+    t = tensors()
+    lora_linear(*t, 0.5)
+    served = []
+
+    def run(*arguments):
+        served.append("late")
+        return lorafast.reference.linear_expand(t[0], t[1], t[0][:, :2], t[3], 0.0), None
+
+    late = Timed("late")
+    late._plan = Plan("late", run, ("a test",), ahead="so", differentiable=True)
+    late.plan = lambda p: (
+        late._plan if p.operation == "lora_linear" else Refusal("late", "the layer alone")
+    )
+    register(late)
+    lora_linear(*t, 0.5)
+    assert served == ["late"]
+
+
+def test_an_answer_that_is_neither_plan_nor_refusal(register):
+    silent = Timed("silent")
+    silent.plan = lambda p: None
+    register(silent)
+    for name in (None, "silent"):
+        message = "backend 'silent' answered shrink with None, expected a Plan or a Refusal"
+        with pytest.raises(TypeError, match=message):
+            registry.choose(problem("shrink"), name)
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields"),
+    [
+        ("shrink", {}),
+        ("lora_linear", {"wants": ("y", "s")}),
+        ("lora_linear", {"wants": ("y",), "dropout": True}),
+    ],
+)
+def test_a_differentiable_plan_that_nobody_can_follow(register, operation, fields):
+    wrong = Timed("wrong")
+    wrong._plan = replace(wrong._plan, differentiable=True)
+    register(wrong)
+    with pytest.raises(TypeError, match=f"backend 'wrong' answered {operation} with a differentia"):
+        registry.choose(problem(operation, **fields), "wrong")
+
+
+def test_what_a_plan_raises_is_raised_whatever_is_chosen(register):
+    """A backend with a fault is not passed over."""
+
+    def plan(p):
+        raise RuntimeError("a fault of the backend's own")
+
+    faulty = Timed("faulty")
+    faulty.plan = plan
+    register(faulty)
+    for name in (None, "faulty"):
+        with pytest.raises(RuntimeError, match="a fault of the backend's own"):
+            registry.choose(problem("shrink"), name)
+
+
+def test_a_class_is_no_backend():
+    with pytest.raises(TypeError, match=r"backend is <class '.*Timed'>, expected an object"):
+        registry.register(Timed)
+
+
+def test_explain_says_what_lost_and_why(register):
+    register(
+        Timed("early", ahead="on Mondays"),
+        Timed("late", ahead="on Tuesdays"),
+        Timed("timed", seconds=2e-6),
+    )
+    registry.get("timed")._plan = replace(registry.get("timed")._plan, source="")
+    text = str(lorafast.explain(LoRALinear(8, 8, 2)))
+    assert "lora_linear: late (on Tuesdays)\n" in text
+    assert "not early: ahead by a rule (on Mondays), but registered before\n" in text
+    assert "not timed: 2 µs\n" in text

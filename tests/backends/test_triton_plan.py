@@ -251,6 +251,12 @@ def test_operations_without_a_weight_ask_for_no_format(on):
     assert isinstance(TRITON.plan(problem("linear_expand", format="nf4")), Refusal)
 
 
+@pytest.mark.parametrize("operation", [*OPERATIONS, *LAYER_OPERATIONS])
+def test_no_rows_are_planned_for(on, operation):
+    on(H200)
+    assert isinstance(TRITON.plan(problem(operation, M=0)), Plan)
+
+
 def test_an_old_gpu_disables_no_newer_one(on):
     old = Device.known_by("Tesla T4", 75, 40)
     on(old, H200)

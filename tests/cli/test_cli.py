@@ -1,7 +1,10 @@
+import functools
 import math
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from lorafast import reference
 from lorafast.backends import registry
 from lorafast.backends.aten import operations as aten
 from lorafast.cli import main, verify
+from lorafast.core.problem import LAYER_OPERATIONS
 
 
 def test_info_lists_versions_devices_and_backends(capsys):
@@ -48,6 +52,39 @@ def test_verify_passes_on_this_machine(capsys):
         assert (re.search(rf"^{name} +shrink ", out, re.M) is not None) == status.usable
 
 
+def test_verify_asks_each_backend_to_allow_checks(monkeypatch):
+    allowed = []
+    for name in registry.names():
+        allow = functools.partial(lambda name, device: allowed.append((name, device.type)), name)
+        monkeypatch.setattr(registry.get(name), "allow_checks", allow)
+    monkeypatch.setattr(verify, "_SHAPES", ())
+    assert main(["verify", "--device", "cpu"]) == 0
+    assert allowed == [(name, "cpu") for name in registry.names()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", [False, True])
+def test_triton_is_interpreted_for_checks_unless_it_was_imported_before(imported):
+    pytest.importorskip("triton")
+    code = (
+        f"import {'triton' if imported else 'torch'}; "
+        "from lorafast.cli import main; main(['verify', '--device', 'cpu', '--dtype', 'fp32'])"
+    )
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert ("\ntriton     shrink " in out) != imported
+    assert ("triton: not run, " in out) == imported
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_verify_passes_in_every_dtype(capsys, monkeypatch, dtype):
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    assert main(["verify", "--dtype", dtype]) == 0
+    assert "0 failed" in capsys.readouterr().out
+
+
 def with_a_nan(result):
     result[1, 2] = math.nan
     return result
@@ -71,9 +108,33 @@ def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch, wrong, sentence):
     finally:
         registry.forget_plans()
     out = capsys.readouterr().out
-    (line,) = [line for line in out.splitlines() if "FAILED" in line]
-    assert line.split()[:2] == ["aten", "shrink_backward"]
-    assert f" FAILED: {sentence}" in line
+    failed = [line for line in out.splitlines() if "FAILED" in line]
+    # Alone, and in a layer's backward.
+    operations = ["lora_linear_backward", "shrink_backward"]
+    assert [line.split()[:2] for line in failed] == [["aten", name] for name in operations]
+    assert f" FAILED: {sentence}" in failed[1]
+
+
+def test_verify_fails_on_a_layer_that_is_wrong_though_its_operations_are_right(capsys, monkeypatch):
+    """Of a backend that has a plan of its own for it."""
+
+    class Wrong(type(registry.get("reference"))):
+        name = "wrong"
+
+        def plan(self, problem):
+            plan = super().plan(problem)
+            if problem.operation not in LAYER_OPERATIONS:
+                return plan
+            return replace(plan, run=lambda *given: (-plan.run(*given)[0], *plan.run(*given)[1:]))
+
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    registry.register(Wrong())
+    try:
+        assert main(["verify", "--dtype", "fp32"]) == 1
+    finally:
+        registry.unregister("wrong")
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert [line.split()[:2] for line in failed] == [["wrong", name] for name in LAYER_OPERATIONS]
 
 
 def test_a_command_is_required():

@@ -60,7 +60,7 @@ def test_verify_interprets_where_triton_is_there_and_no_gpu(tmp_path):
 
 SPOILT = {"LORAFAST_BACKEND": "nonsense", "LORAFAST_PACK_MEMORY": "much"}
 SENTENCES = {
-    "LORAFAST_BACKEND": "LORAFAST_BACKEND is 'nonsense', expected one of auto, reference",
+    "LORAFAST_BACKEND": "LORAFAST_BACKEND is 'nonsense', expected one of auto, aten",
     "LORAFAST_PACK_MEMORY": "LORAFAST_PACK_MEMORY is 'much', expected a number of bytes",
 }
 

@@ -32,16 +32,19 @@ class Aten(Backend):
 
 
 def _is_small(p: Problem) -> bool:
-    alone = "s" not in p.wants and not p.dropout and p.adapter_dtype is p.dtype
+    if "s" in p.wants or p.dropout or p.adapter_dtype is not p.dtype:
+        return False
+    if p.format != DENSE:  # PyTorch's autograd would keep W made dense
+        return False
     if cost.gpu_of(p.device) is not None:
-        return alone and cost.host_bound(Aten.name, p)
-    return alone and p.M * p.K * p.N < SMALL
+        return cost.host_bound(Aten.name, p)
+    return p.M * p.K * p.N < SMALL
 
 
 def _small(p: Problem) -> Plan:
     run: Run = operations.small_lora_linear
     calls = 3
-    if p.dtype.itemsize >= _EXACT and p.format == DENSE and p.K * p.N * p.r <= _MERGED:
+    if p.dtype.itemsize >= _EXACT and p.K * p.N * p.r <= _MERGED:
         run, calls = operations.merged_lora_linear, 2
     return Plan(
         Aten.name,
@@ -61,4 +64,6 @@ def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
     if p.operation == "shrink_backward":
         return operations.shrink_backward(p.adapter_dtype), ("one product",)
     run = operations.linear_expand_transposed if p.transposed else operations.linear_expand
+    if p.format != DENSE:
+        return run, (f"the product of {p.format}, and the low-rank one",)
     return run, ("the low-rank product, then the base GEMM onto it",)

@@ -5,7 +5,8 @@ and only written, then the vendor's product reads it back as its accumulator, hi
 arithmetic. Only the small term is rounded early.
 
 In float16 the small term may not be: it lives in float32 and is added to the finished base product,
-before the one rounding of the sum.
+before the one rounding of the sum. Where the base product is a packed copy's or a format's, which
+accumulate onto nothing, the expansion comes after it too.
 """
 
 import torch
@@ -91,7 +92,7 @@ def linear_expand(
         return low.add_(operands.linear(x, weight, bias)).to(x.dtype)
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
-    base = operands.packed_linear(x, weight, bias)
+    base = operands.finished_linear(x, weight, bias)
     if base is not None:
         if dropout_p:
             return base.add_(dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))

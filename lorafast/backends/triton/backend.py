@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -74,6 +75,11 @@ class Triton(Backend):
 
         return launching.run_of(launch, problem)
 
+    def allow_checks(self, device: torch.device) -> None:
+        """On a CPU in the interpreter, unless Triton is imported: it has read its variable then."""
+        if device.type == "cpu" and "triton" not in sys.modules and _is_installed():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+
     def remark(self) -> str | None:
         """That results come from the interpreter, if they do."""
         if not interpreting():
@@ -107,7 +113,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def _why_unusable(interpreted: bool) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "Triton is not installed (pip install triton)"
     if interpreted:
         if importlib.util.find_spec("numpy") is None:
@@ -123,6 +129,10 @@ def _why_unusable(interpreted: bool) -> str | None:
     if torch.version.hip is not None:
         return "PyTorch is built for AMD GPUs, the kernels are written for NVIDIA's"
     return None
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _version(package: str) -> tuple[int, ...]:
