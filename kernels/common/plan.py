@@ -385,7 +385,7 @@ def _plan(
 
 
 def forward_helpers(
-    product: LaunchConfig,
+    gemm: LaunchConfig,
     shrink: LaunchConfig,
     M: int,
     K: int,
@@ -398,16 +398,16 @@ def forward_helpers(
     """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
     if masked or r > shrink.block_r:
         return None
-    return _plan(product, M, K, N, r, M * K * size, sms)
+    return _plan(gemm, M, K, N, r, M * K * size, sms)
 
 
-def group_rows(product: LaunchConfig) -> int:
+def group_rows(gemm: LaunchConfig) -> int:
     """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
-    return GROUP_M * product.block_m
+    return GROUP_M * gemm.block_m
 
 
 def backward_helpers(
-    product: LaunchConfig,
+    gemm: LaunchConfig,
     expand_backward: LaunchConfig,
     shrink_backward: LaunchConfig,
     M: int,
@@ -422,11 +422,11 @@ def backward_helpers(
     if r > min(expand_backward.block_r, shrink_backward.block_r):
         return None
     # With a rank of several blocks the launch would spill: compiled for sm_90.
-    if r > product.block_r or group_rows(product) % expand_backward.block_m:
+    if r > gemm.block_r or group_rows(gemm) % expand_backward.block_m:
         return None
     partials = _PARTIAL * r * _blocks(N, expand_backward.block_n)  # bytes a row of ds
     read = M * ((N if masked else N + K) * size + 2 * partials)
-    return _plan(product, M, N, K, r, read, sms, group_rows(product) * partials)
+    return _plan(gemm, M, N, K, r, read, sms, group_rows(gemm) * partials)
 
 
 def _blocks(length: int, block: int) -> int:
