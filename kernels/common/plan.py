@@ -159,7 +159,7 @@ def shrink_launch(
 ) -> ShrinkLaunch:
     """Cuts K so that few rows keep all SMs busy."""
     row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
-    count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, max(row_blocks * rank_blocks, 1))
+    count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
     return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
 
 
@@ -222,9 +222,7 @@ def expand_backward_launch(
     """A program for each column group and row group."""
     c = _fitting(c, wants)
     col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(r, c.block_r)
-    row_groups, m_blocks = chunks(
-        sms * c.ctas_per_sm, M, c.block_m, max(col_groups * rank_blocks, 1)
-    )
+    row_groups, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_groups * rank_blocks)
     grid = (col_groups, row_groups, rank_blocks)
     return ExpandBackwardLaunch(c, M, N, r, grid, m_blocks, precision, wants)
 
@@ -249,7 +247,7 @@ def shrink_backward_launch(
 ) -> ShrinkBackwardLaunch:
     """Cuts M so that few columns keep all SMs busy."""
     col_blocks, rank_blocks = _blocks(K, c.block_k), _blocks(r, c.block_r)
-    count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, max(col_blocks * rank_blocks, 1))
+    count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
     return ShrinkBackwardLaunch(
         c, M, K, r, (col_blocks, count, rank_blocks), m_blocks, precision, dropout
     )
