@@ -60,7 +60,7 @@ def test_verify_interprets_where_triton_is_there_and_no_gpu(tmp_path):
 
 SPOILT = {"LORAFAST_BACKEND": "nonsense", "LORAFAST_PACK_MEMORY": "much"}
 SENTENCES = {
-    "LORAFAST_BACKEND": "LORAFAST_BACKEND is 'nonsense', expected one of auto, reference",
+    "LORAFAST_BACKEND": "LORAFAST_BACKEND is 'nonsense', expected one of auto, aten",
     "LORAFAST_PACK_MEMORY": "LORAFAST_PACK_MEMORY is 'much', expected a number of bytes",
 }
 
@@ -69,7 +69,7 @@ def test_info_says_which_variables_are_nonsense(tmp_path):
     process = run("info", env=bare(tmp_path, "numpy", **SPOILT))
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    (chosen,) = (line for line in lines if line.startswith("chosen "))
+    (chosen,) = (line for line in lines if line.startswith("chosen  "))
     (packed,) = (line for line in lines if line.startswith("packed weights "))
     assert SENTENCES["LORAFAST_BACKEND"] in chosen
     assert SENTENCES["LORAFAST_PACK_MEMORY"] in packed or "oneDNN" in packed
