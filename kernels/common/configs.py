@@ -138,11 +138,11 @@ def chunks(processors: int, length: int, block: int, programs: int) -> tuple[int
     """Cuts ``length`` so that ``programs`` times the number of chunks fills ``processors``.
 
     Returns the number of chunks and how many blocks each has. Depends on shapes and device alone, so
-    that two runs reduce in the same order. ``programs`` is 0 where there are no rows.
+    that two runs reduce in the same order.
     """
     blocks = -(-length // block)
     # At least four blocks a chunk: below that the partial sums cost more than they save.
-    wanted = min(max(processors // max(programs, 1), 1), max(blocks // 4, 1))
+    wanted = min(max(processors // max(programs, 1), 1), max(blocks // 4, 1))  # 0 of no rows
     chunk = max(-(-blocks // wanted), 1)
     return max(-(-blocks // chunk), 1), chunk
 
