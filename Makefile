@@ -13,8 +13,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
-	@echo "make test    run the tests that a change needs first (5 minutes on two cores)"
-	@echo "make test-all   run every test (8 minutes)"
+	@echo "make test    run the tests that a change needs first (4 minutes on two cores)"
+	@echo "make test-all   run every test (7 minutes)"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"

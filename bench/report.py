@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorafast.bench.call_overhead import PASSES as CALLS
 from lorafast.bench.common.clock import Summary
@@ -30,6 +30,7 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- performance: rendered by bench/report.py from bench/results, not typed -->"
 END = "<!-- end of performance -->"
 Run = dict[str, Any]
+T = TypeVar("T")
 _REMARKS = {"infer": ", again and again, so that code, and weights that fit, are in the cache"}
 
 
@@ -84,8 +85,8 @@ def _section(path: Path, run: Run) -> str:
         )
         parts.append(_calls(calls))
     steps = [models.Row(**row) for row in run.get("models", ())]
-    for _, group in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
-        parts += _models(list(group))
+    for _, same in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
+        parts += _models(list(same))
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
     for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
         parts += _accelerated(list(of_peft))
@@ -117,7 +118,7 @@ def _describe(problem: Problem) -> str:
     return f"{shape.label}: {sizes}" if shape.label else sizes
 
 
-def _overhead(row: Any) -> str:
+def _overhead(row: layer.Row | models.Row | accelerate.Row | None) -> str:
     if row is None:
         return ""
     if row.wrong is not None:
@@ -261,7 +262,7 @@ def _relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
-def _unique(items: Iterable[Any]) -> list[Any]:
+def _unique(items: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(items))
 
 

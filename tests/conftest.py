@@ -12,6 +12,7 @@ os.environ["LORAFAST_CACHE"] = tempfile.mkdtemp(prefix="lorafast-tests-")
 
 import pytest
 from hypothesis import HealthCheck, settings
+from toy_formats import registered
 
 from lorafast.backends import registry
 from lorafast.backends.aten import backend as aten
@@ -51,6 +52,13 @@ def never_small(monkeypatch):
 
     yield never
     registry.forget_plans()
+
+
+@pytest.fixture
+def toy_formats():
+    """The package knows the tests' own formats of a frozen weight."""
+    with registered():
+        yield
 
 
 @pytest.fixture

@@ -50,4 +50,5 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     assert profile.profiler is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
+    peak: int = max(accumulate((event.nbytes() for event in events), initial=0))
+    return peak

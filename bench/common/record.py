@@ -147,7 +147,8 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} is not a whole recorded run: its machine's {key} is {reprlib.repr(found)}"
             )
-    return content
+    run: dict[str, Any] = content
+    return run
 
 
 def rows_of(run: dict[str, Any], kind: str, cls: type[T], path: Path) -> list[T]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem, Tensors
-from lorafast.kernels.tables.tuned import Key, dtypes
 from torch import Tensor
 
+from lorafast.core.problem import WANTS
+from lorafast.core.problem import Problem as Call
+from lorafast.ops import problems
 from lorafast.reference import wide
 
 Cast = Callable[..., Tensor]
@@ -19,7 +21,7 @@ class Case:
     """``call(operations, cast)`` runs one operation on tensors passed through ``cast``, as the
     numerical contract has it; ``flops`` and ``least_bytes`` (each operand once) are those of a call.
 
-    ``key`` is what a tuning record of it is found by.
+    ``asks`` describes the call to backends.
     """
 
     name: str
@@ -27,7 +29,7 @@ class Case:
     call: Callable[[Any, Cast], Tensor | tuple[Tensor, ...]]
     flops: float
     least_bytes: int
-    key: Key
+    asks: Call
 
 
 def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
@@ -79,20 +81,16 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
         given = (cast(dy), cast(x), cast(weight), A, B, cast(s, low), SCALING, p, seed)
         if hasattr(run, "lora_linear_backward"):
             found: tuple[Tensor, ...] = run.lora_linear_backward(*given)
-            return found
-        ds, dB = run.expand_backward(given[0], given[5], B, SCALING)
+            return found[:3]  # no dbias was asked for
+        ds, dB, *_ = run.expand_backward(given[0], given[5], B, SCALING)
         dA = run.shrink_backward(ds, given[1], p, seed, A.dtype)
         dx = run.linear_expand(given[0], given[2], ds, A.t(), 1.0, None, p, seed, transposed=True)
         return dx, dA, dB
 
-    def key(operation: str, K: int, N: int, masked: bool, transposed: bool = False) -> Key:
-        of = DTYPES[problem.dtype if operation == "shrink_backward" else problem.adapter_dtype]
-        names = dtypes(
-            DTYPES[problem.dtype], of, torch.backends.cuda.matmul.fp32_precision == "tf32"
-        )
-        return Key(operation, names, M, K, N, r, masked, transposed)
-
-    masked = p > 0.0
+    layer = problems.layer_problem(
+        x, weight, lora_A, lora_B, bias, p > 0.0, WANTS["lora_linear"], layouts=True
+    )
+    backward_of_it = problems.backward_problem(layer, problems.FROZEN, dy, layouts=True)
     product = 2.0 * M * K * N
     thin = 2.0 * M * r
     adapters = r * (K + N) * adapter_size
@@ -103,20 +101,20 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
             "shrink", "shrink",
             lambda run, cast: run.shrink(cast(x), cast(lora_A, adapter), p, seed),
             2.0 * M * K * r, M * K * size + of_s + r * K * adapter_size,
-            key("shrink", K, K, masked),
+            problems.shrink_problem(x, lora_A, p, seed),
         ),
         Case(
             "linear_expand", "linear_expand", base, product + 2.0 * M * N * r,
             both + of_s + N * r * adapter_size + (0 if bias is None else N * size),
-            key("linear_expand", K, N, False),
+            problems.linear_expand_problem(x, weight, s, lora_B, bias, 0.0, None, False),
         ),
         Case(
             "expand_backward", "expand_backward",
             lambda run, cast: run.expand_backward(
                 cast(dy), cast(s, low), cast(lora_B, adapter), SCALING
-            ),
+            )[:2],
             4.0 * M * N * r, M * N * size + 2 * of_s + 2 * N * r * adapter_size,
-            key("expand_backward", N, N, False),
+            problems.expand_backward_problem(dy, s, lora_B, ("ds", "dB"), adapter),
         ),
         Case(
             "shrink_backward", "shrink_backward",
@@ -124,22 +122,22 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
                 cast(ds, low), cast(x), p, seed, cast(lora_A, adapter).dtype
             ),
             2.0 * M * K * r, M * K * size + of_s + r * K * adapter_size,
-            key("shrink_backward", K, K, masked),
+            problems.shrink_backward_problem(ds, x, p, seed, adapter),
         ),
         Case(
             "dx", "linear_expand", dx, product + 2.0 * M * K * r,
             both + of_s + r * K * adapter_size,
-            key("linear_expand", N, K, masked, True),
+            problems.linear_expand_problem(dy, weight, ds, lora_A.t(), None, p, seed, True),
         ),
         Case(
             "lora_linear", "lora_linear", forward, product + thin * (K + N),
             both + of_s + adapters + (0 if bias is None else N * size),
-            key("lora_linear", K, N, masked),
+            layer,
         ),
         Case(
             "lora_linear_backward", "lora_linear_backward", backward,
             product + 2 * thin * (K + N), both + M * K * size + of_s + 2 * adapters,
-            key("lora_linear_backward", N, K, masked, True),
+            backward_of_it,
         ),
     )  # fmt: skip
     return {case.name: case for case in found}

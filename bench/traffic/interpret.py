@@ -14,17 +14,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem
 from lorafast.bench.traffic import launches
-from lorafast.bench.traffic.launches import H200_PROCESSORS, Launch
-from lorafast.kernels.tables.find import WHOLE
+from lorafast.bench.traffic.launches import H200_SMS, Launch
 
-from lorafast.ops import backend, dispatch
+from lorafast.backends import cost
+from lorafast.backends.cost import Device
+from lorafast.backends.plan import Plan
+from lorafast.backends.triton import Triton
+from lorafast.backends.triton import cost as model
+from lorafast.core.problem import LAYER_OPERATIONS, parts
+from lorafast.core.problem import Problem as Call
+from lorafast.ops import problems
 from lorafast.reference import wide
 
 _WRONG, _UNCHECKED = 3, 4
@@ -33,10 +38,10 @@ _SMALL = (199, 297, 293)
 """M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
 _SPLIT = (599, 1097, 293)
 """M, K, N long enough to split every sum into partial ones."""
-_HELPED = ((2190, 72, 520), (2190, 520, 264))
-"""M, K, N of enough tiles for helpers on ``_HELPED_PROCESSORS``, forward or backward, in rows that bulk
+_HELPED = ((2190, 72, 520), (2190, 264, 520))
+"""M, K, N of enough tiles for helpers on ``_HELPED_SMS``, forward or backward, in rows that bulk
 copies can read."""
-_HELPED_PROCESSORS = 20
+_HELPED_SMS = 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Reduced:
     adapter_dtype: str
     bias: bool
     dropout: bool
-    processors: int
+    sms: int
 
 
 def reduce(problem: Problem) -> list[Reduced]:
@@ -60,10 +65,10 @@ def reduce(problem: Problem) -> list[Reduced]:
     return [
         Reduced(
             min(shape.M, M), min(shape.K, K), min(shape.N, N), problem.r, problem.dtype,
-            problem.adapter_dtype, shape.bias, bool(problem.dropout_p), processors,
+            problem.adapter_dtype, shape.bias, bool(problem.dropout_p), sms,
         )
-        for (M, K, N), processors in (
-            (_SMALL, 1), (_SPLIT, H200_PROCESSORS), *((s, _HELPED_PROCESSORS) for s in _HELPED),
+        for (M, K, N), sms in (
+            (_SMALL, 1), (_SPLIT, H200_SMS), *((s, _HELPED_SMS) for s in _HELPED),
         )
     ]  # fmt: skip
 
@@ -127,9 +132,8 @@ def _distinct(accesses: Sequence[tuple[Any, int]]) -> int:
 
 
 @contextmanager
-def _counting(processors: int) -> Iterator[list[Launch]]:
-    """The launches of the block, cut as for a device of so many multiprocessors."""
-    from lorafast.kernels.common import launch
+def _counting() -> Iterator[list[Launch]]:
+    """The launches of the block."""
     from triton.runtime import interpreter
 
     counted = _Counted(interpreter._interpreter)
@@ -142,63 +146,84 @@ def _counting(processors: int) -> Iterator[list[Launch]]:
         return result
 
     with (
-        mock.patch.object(launch, "INTERPRETER_PROCESSORS", processors),
         mock.patch.object(interpreter, "_interpreter", counted),
         mock.patch.object(interpreter.GridExecutor, "__call__", counted_run),
     ):
         yield counted.launches
 
 
-def compare(problem: Reduced) -> dict[str, str | None]:
-    """For each operation: None if the closed form says what was counted, else both."""
-    M, K, N, r, dropout = problem.M, problem.K, problem.N, problem.r, problem.dropout
-    dtype, adapter_dtype = DTYPES[problem.dtype], DTYPES[problem.adapter_dtype]
+def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
+    """Every operation that a layer may ask for: the call, described, and what it is run on."""
+    M, K, N, r, dropout = reduced.M, reduced.K, reduced.N, reduced.r, reduced.dropout
+    dtype, adapter = DTYPES[reduced.dtype], DTYPES[reduced.adapter_dtype]
     x, dy = torch.ones((M, K), dtype=dtype), torch.ones((M, N), dtype=dtype)
-    weight, bias = torch.ones((N, K), dtype=dtype), torch.ones(N, dtype=dtype)
-    lora_A = torch.ones((r, K), dtype=adapter_dtype)
-    lora_B = torch.ones((N, r), dtype=adapter_dtype)
+    weight, ones = torch.ones((N, K), dtype=dtype), torch.ones(N, dtype=dtype)
+    lora_A, lora_B = torch.ones((r, K), dtype=adapter), torch.ones((N, r), dtype=adapter)
     s = torch.ones((M, r), dtype=wide(dtype))
-    masked: tuple[Any, ...] = (0.25, torch.tensor([1])) if dropout else (0.0, None)
-    layer = launches.Layer(
-        M, K, N, r, dtype, adapter_dtype.itemsize, problem.bias, dropout, problem.processors
+    p, seed = (0.25, torch.tensor([1])) if dropout else (0.0, None)
+    bias = ones if reduced.bias else None
+    layer = problems.layer_problem(
+        x, weight, lora_A, lora_B, bias, dropout, ("y", "s"), layouts=True
     )
-    run = SimpleNamespace(
-        **{name: backend.TRITON.implementation(name) for name in (*dispatch.OPERATIONS, *WHOLE)}
-    )
-    biased = bias if problem.bias else None
-    calls = {
-        "shrink": (lambda: run.shrink(x, lora_A, *masked), launches.shrink(layer)),
+
+    def of_dy(*wants: str) -> tuple[Call, tuple[Any, ...]]:
+        described = problems.expand_backward_problem(dy, s, lora_B, wants, adapter)
+        return described, (dy, s, lora_B, SCALING)
+
+    def backward(*wants: str) -> tuple[Call, tuple[Any, ...]]:
+        described = problems.backward_problem(layer, wants, dy, layouts=True)
+        return described, (dy, x, weight, lora_A, lora_B, s, SCALING, p, seed)
+
+    of_bias = {
+        "dB and dbias": of_dy("dB", "dbias"),
+        "ds, dB and dbias": of_dy("ds", "dB", "dbias"),
+        "lora_linear_backward and dbias": backward("dx", "dA", "dB", "dbias"),
+    }
+    return {
+        "shrink": (problems.shrink_problem(x, lora_A, p, seed), (x, lora_A, p, seed)),
         "linear_expand": (
-            lambda: run.linear_expand(x, weight, s, lora_B, SCALING, biased),
-            launches.linear_expand(layer, K, N, bias=layer.bias, dropout=False),
+            problems.linear_expand_problem(x, weight, s, lora_B, bias, 0.0, None, False),
+            (x, weight, s, lora_B, SCALING, bias, 0.0, None),
         ),
-        "expand_backward": (
-            lambda: run.expand_backward(dy, s, lora_B, SCALING),
-            launches.expand_backward(layer),
-        ),
+        "expand_backward": of_dy("ds", "dB"),
+        "ds": of_dy("ds"),
         "shrink_backward": (
-            lambda: run.shrink_backward(s, x, *masked, adapter_dtype),
-            launches.shrink_backward(layer),
+            problems.shrink_backward_problem(s, x, p, seed, adapter), (s, x, p, seed),
         ),
         "dx": (
-            lambda: run.linear_expand(dy, weight.t(), s, lora_A.t(), 1.0, None, *masked),
-            launches.linear_expand(layer, N, K, bias=False, dropout=dropout),
+            problems.linear_expand_problem(dy, weight, s, lora_A.t(), None, p, seed, True),
+            (dy, weight, s, lora_A.t(), 1.0, None, p, seed),
         ),
-        "lora_linear": (
-            lambda: run.lora_linear(x, weight, lora_A, lora_B, SCALING, biased, *masked),
-            launches.lora_linear(layer),
-        ),
-        "lora_linear_backward": (
-            lambda: run.lora_linear_backward(dy, x, weight, lora_A, lora_B, s, SCALING, *masked),
-            launches.lora_linear_backward(layer),
-        ),
-    }
+        "lora_linear": (layer, (x, weight, lora_A, lora_B, SCALING, bias, p, seed)),
+        "lora_linear_backward": backward("dx", "dA", "dB"),
+        **(of_bias if reduced.bias else {}),
+    }  # fmt: skip
+
+
+def formula_of(call: Call, device: Device) -> list[Launch]:
+    """What the call moves, by the closed forms."""
+    if call.operation not in LAYER_OPERATIONS:
+        return launches.traffic_of(model.PLANNED[call.operation](call, device, None), call)
+    together = model.helped(call, device)
+    if not isinstance(together, str):
+        return launches.traffic_of(together, call)
+    return [launch for part in parts(call) for launch in formula_of(part, device)]
+
+
+def compare(reduced: Reduced) -> dict[str, str | None]:
+    """For each operation: None if the closed form says what was counted, else both."""
     differences: dict[str, str | None] = {}
-    for name, (call, formula) in calls.items():
-        with _counting(problem.processors) as counted:
-            call()
-        formula = [replace(launch, ridden=0) for launch in formula]  # not told apart there
-        differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
+    with cost.pretending(launches.h200(reduced.sms)):
+        for name, (call, tensors) in calls_of(reduced).items():
+            plan = Triton().plan(call)
+            assert isinstance(plan, Plan), plan
+            with _counting() as counted:
+                plan.run(*tensors)
+            device = cost.gpu_of(call.device)
+            assert device is not None
+            # What helpers read is not told apart there.
+            formula = [replace(launch, helped=0) for launch in formula_of(call, device)]
+            differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
     return differences
 
 
@@ -233,7 +258,7 @@ def check(problems: Sequence[Problem]) -> Verdict:
 
 def main() -> int:
     """Exit status 3 if a closed form is wrong, 4 if none can be checked; the last line says why."""
-    reason = backend.TRITON.why_unusable()
+    reason = Triton().why_unusable()
     if reason is not None:
         print(reason)
         return _UNCHECKED

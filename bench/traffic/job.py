@@ -12,7 +12,7 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.common.table import megabytes, table, why_no_time
 from lorafast.bench.traffic import interpret
 from lorafast.bench.traffic.count import Traffic, counting
-from lorafast.bench.traffic.launches import H200_PROCESSORS, Launch, standing_in
+from lorafast.bench.traffic.launches import H200_SMS, Launch, standing_in
 
 _HEADER = (
     "", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of least", "requested",
@@ -98,10 +98,8 @@ def count(
     return forward, backward
 
 
-def measure(
-    problem: Problem, against: Sequence[str], *, processors: int = H200_PROCESSORS
-) -> list[Row]:
-    """Rows of the frozen layer, lorafast, and those named; Triton's on ``processors`` of them."""
+def measure(problem: Problem, against: Sequence[str], *, sms: int = H200_SMS) -> list[Row]:
+    """Rows of the frozen layer, lorafast, and those named; Triton's as on so many ``sms``."""
     tensors = on_meta(problem)
     rows = []
     for name in dict.fromkeys((FROZEN, "lorafast", *against)):
@@ -110,14 +108,14 @@ def measure(
         try:
             if name.endswith("-compiled"):
                 raise UnavailableError("its kernels are the compiler's, which aren't counted")
-            with standing_in(processors, noted.extend):
+            with standing_in(sms, noted.extend):
                 contender = BUILDERS[name](problem, tensors)
                 row.forward, row.backward = count(contender, tensors, noted)
         except UnavailableError as error:
             row.unavailable = str(error)
         if noted:
             row.requested = sum(launch.loaded + launch.stored for launch in noted)
-            row.ridden = sum(launch.ridden for launch in noted)
+            row.ridden = sum(launch.helped for launch in noted)
         rows.append(row)
     return rows
 

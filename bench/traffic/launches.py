@@ -1,4 +1,4 @@
-"""Bytes of our Triton kernels in closed form, and stand-ins of their launchers that add them up.
+"""Bytes of our Triton kernels in closed form, and a stand-in for their backend that adds them up.
 
 A kernel's *traffic* counts every byte that a launch touches once, reading and writing: what goes
 through device memory if the cache keeps what programs of one launch share. Its *requests* are what the
@@ -8,37 +8,44 @@ Flags and counters, a few bytes, are left out.
 """
 
 import contextlib
-import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from unittest import mock
+from typing import Any
 
 import torch
-from lorafast.kernels.common.configs import LaunchConfig, chunks, split_k
 from lorafast.kernels.common.plan import (
-    Helpers,
-    backward_helpers,
-    forward_helpers,
-    group_rows,
-    may_help,
+    ExpandBackwardLaunch,
+    LinearExpandLaunch,
+    LoraLinearBackwardLaunch,
+    LoraLinearLaunch,
+    ShrinkBackwardLaunch,
+    ShrinkLaunch,
 )
-from torch import Tensor
 
-from lorafast.kernels import tables
-from lorafast.ops import backend, dispatch, on_gpu
+from lorafast.backends import cost, registry
+from lorafast.backends.cost import Device
+from lorafast.backends.plan import Plan, Refusal, Run
+from lorafast.backends.triton import Triton
+from lorafast.backends.triton.planning import Launch as Planned
+from lorafast.core.problem import Layout, Layouts, Problem
 from lorafast.reference import wide
 
-H200_PROCESSORS = 132
-H200_CAPABILITY = 90
+H200_SMS = 132
 _SEED = 8
 _PARTIAL = 4
+
+
+def h200(sms: int = H200_SMS) -> Device:
+    """An H200, or one of another size."""
+    return Device.known_by("NVIDIA H200", 90, sms, 1.98e9, 3.2e9, 6144)
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel: bytes read and written, each once, and bytes loaded and stored by its programs.
 
-    ``ridden`` of those read are what helpers read beside the product's own tiles: they are counted once,
+    ``helped`` of those read are what helpers read beside the GEMM's own tiles: they are counted once,
     but nothing makes sure that the cache still has them when the other comes.
     """
 
@@ -46,47 +53,22 @@ class Launch:
     written: int
     loaded: int
     stored: int
-    ridden: int = 0
+    helped: int = 0
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer as the kernels see it; sizes of elements in bytes."""
-
-    M: int
-    K: int
-    N: int
-    r: int
-    dtype: torch.dtype
-    adapter_size: int
-    bias: bool
-    dropout: bool
-    processors: int = H200_PROCESSORS
-
-    @property
-    def low_rank_size(self) -> int:
-        """Of an element of s and ds."""
-        return wide(self.dtype).itemsize
-
-    @property
-    def size(self) -> int:
-        """Of an element of the activations."""
-        return self.dtype.itemsize
-
-    def config(self, operation: str, K: int, N: int) -> LaunchConfig:
-        """What serves ``operation`` on contiguous tensors."""
-        bulk = K * self.size % 16 == 0 and N * self.size % 16 == 0
-        return tables.find(operation, H200_CAPABILITY, self.dtype, self.M, K, N, self.r, bulk)
+@functools.singledispatch
+def traffic_of(launch: Planned, p: Problem) -> list[Launch]:
+    """The kernels of a launch, one by one; ``p`` has the dtypes."""
+    raise NotImplementedError(type(launch))
 
 
-def shrink(p: Layer) -> list[Launch]:
+@traffic_of.register
+def _shrink(launch: ShrinkLaunch, p: Problem) -> list[Launch]:
     """Every row block reads A, every rank block reads x."""
-    c = p.config("shrink", p.K, p.K)
-    rows, ranks = _blocks(p.M, c.block_m), _blocks(p.r, c.block_r)
-    count, _ = chunks(p.processors * c.ctas_per_sm, p.K, c.block_k, rows * ranks)
-    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.low_rank_size
-    seed = _SEED if p.dropout else 0
-    partials = _partials(count, p.M * p.r)
+    rows, count, ranks = launch.grid
+    x, A, s = launch.M * launch.K * _size(p), launch.r * launch.K * _adapter(p), _low(p, launch.M)
+    seed = _SEED if launch.dropout else 0
+    partials = _partials(count, launch.M * launch.r)
     return [
         Launch(
             x + A + seed + partials,
@@ -97,13 +79,11 @@ def shrink(p: Layer) -> list[Launch]:
     ]
 
 
-def linear_expand(p: Layer, K: int, N: int, *, bias: bool, dropout: bool) -> list[Launch]:
-    """``[M, K] · [K, N]``: every column block reads x and s, every row block reads W, B and the bias."""
-    c = p.config("linear_expand", K, N)
-    rows, cols = _blocks(p.M, c.block_m), _blocks(N, c.block_n)
-    splits = split_k(p.processors, rows * cols, _blocks(K, c.block_k))
-    partials = _partials(splits, p.M * N)
-    tiles = _tiles(p, c, K, N, bias=bias, dropout=dropout)
+@traffic_of.register
+def _linear_expand(launch: LinearExpandLaunch, p: Problem) -> list[Launch]:
+    """Every column block reads x and s, every row block reads W, B and the bias."""
+    partials = _partials(launch.splits, launch.M * launch.N)
+    tiles = _tiles(launch, p)
     return [
         Launch(
             tiles.read + partials,
@@ -114,44 +94,57 @@ def linear_expand(p: Layer, K: int, N: int, *, bias: bool, dropout: bool) -> lis
     ]
 
 
-def _tiles(p: Layer, c: LaunchConfig, K: int, N: int, *, bias: bool, dropout: bool) -> Launch:
-    """All tiles of a product with their low-rank term; under a mask each part of a tile reads s and the
+def _tiles(launch: LinearExpandLaunch, p: Problem) -> Launch:
+    """All tiles of a GEMM with their low-rank term; under a mask each part of a tile reads s and the
     seed for itself."""
-    rows, cols = _blocks(p.M, c.block_m), _blocks(N, c.block_n)
-    x, s, y = p.M * K * p.size, p.M * p.r * p.low_rank_size, p.M * N * p.size
-    by_cols = N * K * p.size + N * p.r * p.adapter_size + (N * p.size if bias else 0)
-    parts = c.masked_parts if dropout else 1
-    seed = _SEED if dropout else 0
+    c, K, N = launch.config, launch.K, launch.N
+    rows, cols = _blocks(launch.M, c.block_m), _blocks(N, c.block_n)
+    x, s, y = launch.M * K * _size(p), _low(p, launch.M), launch.M * N * _size(p)
+    by_cols = N * K * _size(p) + N * p.r * _adapter(p) + (N * _size(p) if launch.bias else 0)
+    parts = launch.parts if launch.dropout else 1
+    seed = _SEED if launch.dropout else 0
     # A part beyond the last column loads nothing of B, but its rows of s.
     loaded = cols * (x + parts * s) + rows * by_cols + rows * cols * parts * seed
     return Launch(x + s + by_cols + seed, y, loaded, y)
 
 
-def expand_backward(p: Layer) -> list[Launch]:
+@traffic_of.register
+def _expand_backward(launch: ExpandBackwardLaunch, p: Problem) -> list[Launch]:
     """Every column group reads s, every row group reads B, every rank block reads dy."""
-    c = p.config("expand_backward", p.N, p.N)
-    cols, ranks = _blocks(p.N, c.block_n), _blocks(p.r, c.block_r)
-    groups, _ = chunks(p.processors * c.ctas_per_sm, p.M, c.block_m, cols * ranks)
-    of_ds, ds = cols * p.M * p.r * _PARTIAL, p.M * p.r * p.low_rank_size
-    return [_expand_backward(p, cols, groups, ranks), Launch(of_ds, ds, of_ds, ds)]
+    cols, rows, ranks = launch.grid
+    found = [_groups(p, cols, rows, ranks, launch.wants)]
+    if "ds" in launch.wants:
+        of_ds, ds = cols * p.M * p.r * _PARTIAL, _low(p, p.M)
+        found.append(Launch(of_ds, ds, of_ds, ds))
+    return found
 
 
-def _expand_backward(p: Layer, cols: int, groups: int, ranks: int) -> Launch:
-    """Without adding up ds."""
-    dy, s = p.M * p.N * p.size, p.M * p.r * p.low_rank_size
-    B = p.N * p.r * p.adapter_size
-    of_ds, of_dB = cols * p.M * p.r * _PARTIAL, groups * p.N * p.r * _PARTIAL
-    written = of_ds + of_dB + B
-    return Launch(dy + s + B + of_dB, written, ranks * dy + cols * s + groups * B + of_dB, written)
+def _groups(p: Problem, cols: int, rows: int, ranks: int, wants: tuple[str, ...]) -> Launch:
+    """What is wanted of dy in groups of its columns and rows, without adding up ds."""
+    dy, s, B = p.M * p.N * _size(p), _low(p, p.M), p.N * p.r * _adapter(p)
+    read, written, loaded = dy, 0, ranks * dy
+    if "ds" in wants:
+        read, written, loaded = read + B, written + cols * p.M * p.r * _PARTIAL, loaded + rows * B
+    if "dB" in wants:
+        partials = rows * p.N * p.r * _PARTIAL
+        read, written = read + s + partials, written + partials + B
+        loaded += cols * s + partials
+    if "dbias" in wants:
+        partials = rows * p.N * _PARTIAL
+        read, written, loaded = (
+            read + partials,
+            written + partials + p.N * _size(p),
+            loaded + partials,
+        )
+    return Launch(read, written, loaded, written)
 
 
-def shrink_backward(p: Layer) -> list[Launch]:
+@traffic_of.register
+def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem) -> list[Launch]:
     """Every column block reads ds, every rank block reads x."""
-    c = p.config("shrink_backward", p.K, p.K)
-    cols, ranks = _blocks(p.K, c.block_k), _blocks(p.r, c.block_r)
-    count, _ = chunks(p.processors * c.ctas_per_sm, p.M, c.block_m, cols * ranks)
-    x, ds, dA = p.M * p.K * p.size, p.M * p.r * p.low_rank_size, p.r * p.K * p.adapter_size
-    seed = _SEED if p.dropout else 0
+    cols, count, ranks = launch.grid
+    x, ds, dA = p.M * p.K * _size(p), _low(p, p.M), p.r * p.K * _adapter(p)
+    seed = _SEED if launch.dropout else 0
     partials = _partials(count, p.r * p.K)
     return [
         Launch(
@@ -163,59 +156,57 @@ def shrink_backward(p: Layer) -> list[Launch]:
     ]
 
 
-def lora_linear(p: Layer) -> list[Launch]:
-    """One launch if helpers pay, else two."""
-    c = p.config("lora_linear", p.K, p.N)
-    if _forward_helpers(p, c) is None:
-        return shrink(p) + linear_expand(p, p.K, p.N, bias=p.bias, dropout=False)
-    tiles = _tiles(p, c, p.K, p.N, bias=p.bias, dropout=False)
-    x, A, s = p.M * p.K * p.size, p.r * p.K * p.adapter_size, p.M * p.r * p.low_rank_size
-    rows = _blocks(p.M, c.block_m)
+@traffic_of.register
+def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
+    """The tiles, and a shrink of each row block."""
+    tiles = _tiles(launch.gemm, p)
+    x, A, s = p.M * p.K * _size(p), p.r * p.K * _adapter(p), _low(p, p.M)
+    rows = _blocks(p.M, launch.gemm.config.block_m)
     return [
         Launch(tiles.read + A, tiles.written + s, tiles.loaded + x + rows * A, tiles.stored + s, x)
     ]
 
 
-def lora_linear_backward(p: Layer) -> list[Launch]:
-    """One launch if helpers pay, two with dropout; else three."""
-    c = p.config("lora_linear_backward", p.N, p.K)
-    if _backward_helpers(p, c) is None:
-        return [
-            *expand_backward(p),
-            *shrink_backward(p),
-            *linear_expand(p, p.N, p.K, bias=False, dropout=p.dropout),
-        ]
-    tiles = _tiles(p, c, p.N, p.K, bias=False, dropout=p.dropout)
-    eb = p.config("expand_backward", p.N, p.N)
-    groups, cols = _blocks(p.M, group_rows(c)), _blocks(p.N, eb.block_n)
-    thin = _expand_backward(p, cols, groups, 1)
-    dy, s = p.M * p.N * p.size, p.M * p.r * p.low_rank_size
+@traffic_of.register
+def _lora_linear_backward(launch: LoraLinearBackwardLaunch, p: Problem) -> list[Launch]:
+    """The tiles, and what helpers do of dy and x."""
+    tiles = _tiles(launch.gemm, p)
+    cols, rows = launch.groups
+    groups = _groups(p, cols, rows, 1, tuple(name for name in p.wants if name not in ("dx", "dA")))
+    ds_groups = _groups(p, cols, rows, 1, ("ds",))
+    dy, s = p.M * p.N * _size(p), _low(p, p.M)
     # dy is read by both; ds is added up there, written and read.
-    of_ds = cols * p.M * p.r * _PARTIAL
-    read = tiles.read + thin.read - dy + of_ds
-    written = tiles.written + thin.written + s
-    loaded = tiles.loaded + thin.loaded + of_ds
-    if not p.dropout:
-        sb = p.config("shrink_backward", p.K, p.K)
-        x, dA = p.M * p.K * p.size, p.r * p.K * p.adapter_size
+    of_ds = ds_groups.written
+    skinny = Launch(
+        groups.read + ds_groups.read - dy - dy + of_ds,
+        groups.written + of_ds + s,
+        groups.loaded + ds_groups.loaded - dy + of_ds,
+        0,
+    )
+    read, written = tiles.read + skinny.read, tiles.written + skinny.written
+    loaded = tiles.loaded + skinny.loaded
+    if launch.shrink_backward is None:
+        x, dA = p.M * p.K * _size(p), p.r * p.K * _adapter(p)
         read, written = read + x, written + dA
-        loaded += x + _blocks(p.K, sb.block_k) * s
-    launch = Launch(read, written, loaded, written, dy)
-    return [launch, *shrink_backward(p)] if p.dropout else [launch]
+        loaded += x + _blocks(p.K, launch.columns.block_k) * s
+    found = [Launch(read, written, loaded, written, dy)]
+    return (
+        found if launch.shrink_backward is None else found + traffic_of(launch.shrink_backward, p)
+    )
 
 
-def _forward_helpers(p: Layer, c: LaunchConfig) -> Helpers | None:
-    if not may_help(p.dtype):
-        return None
-    thin = p.config("shrink", p.K, p.K)
-    return forward_helpers(c, thin, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
+def _size(p: Problem) -> int:
+    """Of an element of the activations."""
+    return p.dtype.itemsize
 
 
-def _backward_helpers(p: Layer, c: LaunchConfig) -> Helpers | None:
-    if not may_help(p.dtype):
-        return None
-    rows, cols = p.config("expand_backward", p.N, p.N), p.config("shrink_backward", p.K, p.K)
-    return backward_helpers(c, rows, cols, p.M, p.K, p.N, p.r, p.size, p.dropout, p.processors)
+def _adapter(p: Problem) -> int:
+    return p.adapter_dtype.itemsize
+
+
+def _low(p: Problem, rows: int) -> int:
+    """Bytes of so many rows of s or ds."""
+    return rows * p.r * wide(p.dtype).itemsize
 
 
 def _partials(count: int, size: int) -> int:
@@ -227,114 +218,63 @@ def _blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
-class _StandIns:
-    """The launchers on meta tensors: allocate what the real ones return, note what they move."""
+class _Counted(Triton):
+    """Plans as on a GPU, launches nothing, notes what would move; results are as empty as meta is."""
 
-    def __init__(self, processors: int, note: Callable[[list[Launch]], None]) -> None:
-        self._processors = processors
+    def __init__(self, note: Callable[[list[Launch]], None]) -> None:
+        super().__init__()
         self._note = note
 
-    def _layer(
-        self, x: Tensor, K: int, N: int, r: int, adapter_size: int, bias: bool, dropout: bool
-    ) -> Layer:
-        M = x.shape[0]
-        return Layer(M, K, N, r, x.dtype, adapter_size, bias, dropout, self._processors)
+    def why_unusable(self) -> str | None:
+        return None
 
-    def shrink(
-        self, x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
-    ) -> Tensor:
-        r, K = lora_A.shape
-        self._note(shrink(self._layer(x, K, K, r, lora_A.itemsize, False, bool(dropout_p))))
-        return x.new_empty((x.shape[0], r), dtype=wide(x.dtype))
+    def plan(self, problem: Problem) -> Plan | Refusal:
+        M, K, N, dtype = problem.M, problem.K, problem.N, problem.dtype
+        contiguous = Layouts(
+            Layout.fresh(M, K, dtype), Layout.fresh(M, N, dtype), Layout.fresh(N, K, dtype)
+        )
+        return super().plan(problem._replace(layouts=contiguous))
 
-    def linear_expand(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        s: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        bias: Tensor | None = None,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        (M, K), (N, r) = x.shape, lora_B.shape
-        p = self._layer(x, K, N, r, lora_B.itemsize, bias is not None, bool(dropout_p))
-        self._note(linear_expand(p, K, N, bias=p.bias, dropout=p.dropout))
-        return x.new_empty((M, N))
+    def run_of(self, launch: Planned, problem: Problem) -> Run:
+        moved = traffic_of(launch, problem)
 
-    def expand_backward(
-        self, dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        N, r = lora_B.shape
-        self._note(expand_backward(self._layer(dy, N, N, r, lora_B.itemsize, False, False)))
-        return s.new_empty((dy.shape[0], r)), lora_B.new_empty((N, r))
+        def run(first: torch.Tensor, *_: Any) -> Any:
+            self._note(moved)
+            return _results(problem, first)
 
-    def shrink_backward(
-        self,
-        ds: Tensor,
-        x: Tensor,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        K, r, dtype = x.shape[1], ds.shape[1], dtype or x.dtype
-        p = self._layer(x, K, K, r, dtype.itemsize, False, bool(dropout_p))
-        self._note(shrink_backward(p))
-        return x.new_empty((r, K), dtype=dtype)
+        return run
 
-    def lora_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        bias: Tensor | None = None,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        (N, K), r = weight.shape, lora_A.shape[0]
-        p = self._layer(x, K, N, r, lora_A.itemsize, bias is not None, bool(dropout_p))
-        self._note(lora_linear(p))
-        return x.new_empty((x.shape[0], N)), x.new_empty((x.shape[0], r), dtype=wide(x.dtype))
 
-    def lora_linear_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        s: Tensor,
-        scaling: float,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        (N, K), r = weight.shape, lora_A.shape[0]
-        p = self._layer(x, K, N, r, lora_A.itemsize, False, bool(dropout_p))
-        self._note(lora_linear_backward(p))
-        return x.new_empty(x.shape), torch.empty_like(lora_A), torch.empty_like(lora_B)
+def _results(p: Problem, like: torch.Tensor) -> Any:
+    def empty(*size: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
+        return like.new_empty(size, dtype=dtype)
+
+    low, adapter = wide(p.dtype), p.adapter_dtype
+    made: dict[str, Callable[[], torch.Tensor]] = {
+        "y": lambda: empty(p.M, p.N),
+        "s": lambda: empty(p.M, p.r, dtype=low),
+        "dx": lambda: empty(p.M, p.K),
+        "dweight": lambda: empty(p.N, p.K),
+        "ds": lambda: empty(p.M, p.r, dtype=low),
+        "dA": lambda: empty(p.r, p.K, dtype=adapter),
+        "dB": lambda: empty(p.N, p.r, dtype=adapter),
+        "dbias": lambda: empty(p.N),
+    }
+    if p.operation == "lora_linear":
+        return made["y"](), made["s"]()
+    several = {
+        "expand_backward": ("ds", "dB", "dbias"),
+        "lora_linear_backward": ("dx", "dweight", "dA", "dB", "dbias"),
+    }.get(p.operation)
+    if several is not None:
+        return tuple(made[name]() if name in p.wants else None for name in several)
+    only = {"shrink": "s", "shrink_backward": "dA", "linear_expand": "dx" if p.transposed else "y"}
+    return made[only[p.operation]]()
 
 
 @contextlib.contextmanager
-def standing_in(processors: int, note: Callable[[list[Launch]], None]) -> Iterator[None]:
-    """Within the block the backend ``triton`` launches nothing, runs on any device, and is counted; the
-    automatic choice is that on an H200 on which nothing was tuned."""
-    stand_ins = _StandIns(processors, note)
-
-    class Counted(backend.Backend):
-        def implementation(self, operation: str) -> Callable[..., object]:
-            function: Callable[..., object] = getattr(stand_ins, operation)
-            return function
-
-    fields = {f.name: getattr(backend.TRITON, f.name) for f in dataclasses.fields(backend.TRITON)}
-    fields |= {"why_unusable": lambda: None, "why_refused": lambda operation, tensors: None}
-    with (
-        mock.patch.dict(backend.BACKENDS, triton=Counted(**fields)),
-        mock.patch.object(dispatch, "automatic_choice", on_gpu.choice),
-        mock.patch.object(dispatch, "automatic_whole", on_gpu.whole),
-        mock.patch.object(on_gpu, "_processor", return_value=(H200_CAPABILITY, processors)),
-        mock.patch.object(on_gpu, "_record", return_value=None),
-    ):
+def standing_in(sms: int, note: Callable[[list[Launch]], None]) -> Iterator[None]:
+    """Within the block Triton's backend launches nothing, runs on any device, and is counted; what is
+    chosen automatically is that on an H200 on which nothing was tuned."""
+    with cost.pretending(h200(sms)), registry.standing_in(_Counted(note)):
         yield

@@ -2,21 +2,26 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Clock, Summary, interleave
 from lorafast.bench.common.problem import DTYPES, Problem
 from lorafast.bench.operations.cases import Case
-from lorafast.bench.operations.job import as_is, on_backend, turn_of, why_wrong
-from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig, why_invalid
+from lorafast.bench.operations.job import as_is, turn_of, why_wrong
+from lorafast.kernels.common.configs import LaunchConfig, why_invalid
 from lorafast.kernels.tables.find import WHOLE, nearest_architecture
 
-from lorafast.kernels import tables
+from lorafast.backends.cost import Device
+from lorafast.backends.plan import Plan, Refusal
+from lorafast.backends.triton import Triton
+from lorafast.backends.triton.planning import rule_of
+from lorafast.core.errors import BackendError
+from lorafast.core.problem import Problem as Call
+from lorafast.ops.problems import by_plans
 
 _PRODUCT = ("block_m", "block_n", "block_k")
 _BLOCKS = {
@@ -78,11 +83,11 @@ def neighbours(
 
 
 def climb(
-    problem: Problem, case: Case, *, device: torch.device, clock: Clock, deadline: float
+    problem: Problem, case: Case, *, device: Device, clock: Clock, deadline: float
 ) -> list[Row]:
     """The shipped configuration and those tried, until none nearby is faster or time is up."""
-    capability = capability_of(device)
-    shipped = shipped_config(problem, case, device)
+    capability = nearest_architecture(device.capability)
+    shipped = rule_of(case.asks, device)
     rows = {shipped: Row(problem, case.name, asdict(shipped), True)}
     best = shipped
     while True:
@@ -100,24 +105,6 @@ def climb(
         best = faster
 
 
-def shipped_config(problem: Problem, case: Case, device: torch.device) -> LaunchConfig:
-    """The row of the architecture's table for a case, whose tensors are contiguous."""
-    key, size = case.key, problem.element_size
-    bulk = key.K * size % 16 == 0 and key.N * size % 16 == 0
-    dtype = DTYPES[problem.dtype]
-    return tables.find(
-        case.operation, capability_of(device), dtype, key.M, key.K, key.N, key.r, bulk
-    )
-
-
-def capability_of(device: torch.device) -> int:
-    """The architecture whose rules hold there, as in ``sm_90``."""
-    if device.type != "cuda":
-        return INTERPRETER_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
-    return nearest_architecture(10 * major + minor)
-
-
 def measure(
     problem: Problem,
     case: Case,
@@ -129,12 +116,10 @@ def measure(
     """Checks a configuration, then times it and the shipped one in turn."""
     row = Row(problem, case.name, asdict(candidate), False)
     try:
-        row.wrong = why_wrong(case, with_config(case.operation, candidate), DTYPES[problem.dtype])
+        row.wrong = why_wrong(case, with_config(case, candidate), DTYPES[problem.dtype])
         if row.wrong is None:
             turns = {
-                label: turn_of(
-                    [functools.partial(case.call, with_config(case.operation, config), as_is)]
-                )
+                label: turn_of([functools.partial(case.call, with_config(case, config), as_is)])
                 for label, config in (("candidate", candidate), ("shipped", shipped))
             }
             samples = interleave(clock, turns, seconds=seconds, least=15)
@@ -146,9 +131,15 @@ def measure(
     return row
 
 
-def with_config(operation: str, config: LaunchConfig) -> SimpleNamespace:
-    """Triton's operations, one of them with a configuration of its own."""
-    operations = on_backend("triton")
-    launcher: Callable[..., object] = getattr(operations, operation)
-    setattr(operations, operation, functools.partial(launcher, config=config))
-    return operations
+def with_config(case: Case, config: LaunchConfig) -> SimpleNamespace:
+    """Triton's operations, the case's launched with a configuration of its own."""
+    backend = Triton(config)
+
+    @functools.cache
+    def choose(call: Call) -> Plan:
+        plan = backend.plan(call)
+        if isinstance(plan, Refusal):
+            raise BackendError(plan.reason)
+        return plan
+
+    return by_plans(choose)

@@ -1,4 +1,4 @@
-"""Climbs for each case's fastest configuration, sets it against ``aten``, keeps the winner.
+"""Climbs for each case's fastest configuration, sets it against the other backends, keeps the winner.
 
 What is found is written at once to the user's records (``kernels/tables/tuned.py``), where calls find
 it from then on. A run that was interrupted goes on where it was.
@@ -8,7 +8,6 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,14 +20,16 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.operations.cases import CASES, Case, cases
 from lorafast.bench.operations.job import as_is, on_backend, turn_of, why_wrong
 from lorafast.bench.tune import climb
-from lorafast.kernels.common.configs import INTERPRETER_PROCESSORS, LaunchConfig
+from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.tables import tuned
-from lorafast.kernels.tables.find import WHOLE
 
-from lorafast.ops import on_gpu, roofline
-
-_MARGIN = 0.99
-"""A fused kernel must be this much faster than ``aten``: noise must not choose it."""
+from lorafast.backends import registry
+from lorafast.backends.cost import MARGIN, Device, key_of
+from lorafast.backends.plan import Plan
+from lorafast.backends.triton import Triton, device_of
+from lorafast.backends.triton.cost import helped
+from lorafast.backends.triton.planning import rule_of
+from lorafast.core.problem import LAYER_OPERATIONS
 
 
 @dataclass
@@ -60,38 +61,42 @@ def run(
     Raises:
         UnwritableError: what is found can't be kept.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else tuned.INTERPRETER
+    todo = [(problem, case) for problem in problems for case in CASES]
+    gpu = device_of(device)
+    assert gpu is not None, f"{device} has no kernels to tune"
     try:
-        tuned.prepare(name)
+        tuned.prepare(gpu.name)
     except OSError as error:
         raise UnwritableError(f"what is found can't be kept: {error}") from None
-    known = {entry.key: entry for entry in tuned.load(name)}
+    known = {entry.key: entry for entry in tuned.load(gpu.name)}
     clock = clock_for(device)
     rows = []
-    todo = [(problem, case) for problem in problems for case in CASES]
     for problem, case_name in progress(todo, "case"):
-        tensors = draw(problem, device, 1)
-        case = cases(problem, tensors)[case_name]
-        if case.key in known and not again:
-            say(f"  {problem}, {case_name}: known, {known[case.key].backend}")
+        case = cases(problem, draw(problem, device, 1))[case_name]
+        key = key_of(case.asks)
+        if key in known and not again:
+            say(f"  {problem}, {case_name}: known, {known[key].backend}")
             continue
-        if case.operation in WHOLE and not _helps(case.operation, problem, device):
-            say(f"  {problem}, {case_name}: its operations one by one, nothing can help")
-            continue
+        if case.operation in LAYER_OPERATIONS:
+            together = helped(case.asks, gpu, rule_of(case.asks, gpu))
+            if isinstance(together, str):
+                say(f"  {problem}, {case_name}: its operations one by one, no helpers: {together}")
+                continue
         if time.monotonic() > deadline:
             say(f"  {problem}, {case_name}: not begun, the time is up")
             if record is not None:
                 record.skip(f"tune: {problem}, {case_name}")
             continue
-        row = tune(problem, case, known, device=device, clock=clock, seconds=seconds)
+        row = tune(problem, case, device=gpu, clock=clock, seconds=seconds)
         rows.append(row)
         medians = {backend: Summary.of(s).median for backend, s in row.samples.items()}
         config = None if row.config is None else LaunchConfig(**row.config)
-        known[case.key] = tuned.Record(case.key, row.backend, config, medians)
+        known[key] = tuned.Record(key, row.backend, config, medians)
         try:
-            path = tuned.save(name, [known[case.key]])
+            path = tuned.save(gpu.name, [known[key]])
         except OSError as error:
             raise UnwritableError(f"what was found can't be kept: {error}") from None
+        registry.forget_plans()
         if record is not None:
             record.add("tune", [row])
         say(f"  {problem}, {case_name}: {_verdict(row, medians)}")
@@ -100,69 +105,44 @@ def run(
     return rows
 
 
-def tune(
-    problem: Problem,
-    case: Case,
-    known: dict[tuned.Key, tuned.Record],
-    *,
-    device: torch.device,
-    clock: Clock,
-    seconds: float,
-) -> Row:
-    """The fastest of the case's configurations against ``aten``, or against its parts' winners."""
+def tune(problem: Problem, case: Case, *, device: Device, clock: Clock, seconds: float) -> Row:
+    """The fastest of the case's configurations against the other backends."""
     deadline = time.monotonic() + 0.8 * seconds
     found = climb.climb(problem, case, device=device, clock=clock, deadline=deadline)
     best = min(found, key=lambda row: 1.0 if row.shipped else row.ratio)
     config = LaunchConfig(**best.config)
-    fused = climb.with_config(case.operation, config)
+    own = climb.with_config(case, config)
     dtype = DTYPES[problem.dtype]
     try:
-        wrong = why_wrong(case, fused, dtype)
+        wrong = why_wrong(case, own, dtype)
     except Exception as error:  # what ships can't run here: PyTorch can, and the others go on
         wrong = raised(error)
-    others = on_backend("aten")
-    if case.operation in WHOLE:
-        others = _one_by_one(case, problem, known, device)
+    contenders = {name: on_backend(name) for name in _rivals(case)}
+    if wrong is None:
+        contenders[Triton.name] = own
     turns = {
         name: turn_of([functools.partial(case.call, operations, as_is)])
-        for name, operations in (("triton", fused), ("aten", others))
-        if name == "aten" or wrong is None
+        for name, operations in contenders.items()
     }
     samples = interleave(clock, turns, seconds=0.2 * seconds, least=15)
-    wins = wrong is None and Summary.of_ratio(samples["triton"], samples["aten"]).median < _MARGIN
-    backend = "triton" if wins else "aten"
+    others = {name: Summary.of(s).median for name, s in samples.items() if name != Triton.name}
+    best_other = min(others, key=others.__getitem__)
+    wins = wrong is None and (
+        Summary.of_ratio(samples[Triton.name], samples[best_other]).median < 1 / MARGIN
+    )
+    backend = Triton.name if wins else best_other
     return Row(problem, case.name, backend, asdict(config), len(found), wrong, samples)
 
 
-def _helps(operation: str, problem: Problem, device: torch.device) -> bool:
-    shape, dtype = problem.shape, DTYPES[problem.dtype]
-    sizes = (dtype.itemsize, DTYPES[problem.adapter_dtype].itemsize, problem.dropout_p > 0.0)
-    processors = INTERPRETER_PROCESSORS
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    seen = roofline.Problem(shape.M, shape.K, shape.N, problem.r, *sizes)
-    return on_gpu.helps(operation, seen, dtype, climb.capability_of(device), processors)
-
-
-_PARTS = {
-    "lora_linear": ("shrink", "linear_expand"),
-    "lora_linear_backward": ("expand_backward", "shrink_backward", "dx"),
-}
-
-
-def _one_by_one(
-    case: Case, problem: Problem, known: dict[tuned.Key, tuned.Record], device: torch.device
-) -> SimpleNamespace:
-    """A whole layer's operations as they are chosen one by one, with what they were tuned to."""
-    namespace = SimpleNamespace(**vars(on_backend("aten")))
-    every = cases(problem, draw(problem, device, 1))
-    for name in _PARTS[case.operation]:
-        part = every[name]
-        winner = known.get(part.key)
-        # The launchers find the tuned configurations themselves.
-        if winner is not None and winner.backend == "triton":
-            setattr(namespace, part.operation, getattr(on_backend("triton"), part.operation))
-    return namespace
+def _rivals(case: Case) -> list[str]:
+    """The other backends that can serve the case, but for the definition itself."""
+    return [
+        name
+        for name in registry.names()
+        if name != Triton.name
+        and not registry.get(name).plain_pytorch
+        and isinstance(registry.plan_of(name, case.asks), Plan)
+    ]
 
 
 def _verdict(row: Row, medians: dict[str, float]) -> str:

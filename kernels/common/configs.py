@@ -8,14 +8,14 @@ from dataclasses import dataclass
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Compute capability → bytes of shared memory that one block may use."""
 GROUP_M = 8
-"""Row blocks of a group of tiles of a product: those that run together share tiles of W in the cache."""
+"""Row blocks of a group of tiles of a GEMM: those that run together share tiles of W in the cache."""
 UNROLLED_RANK_BLOCKS = 4
 """More blocks of the rank than these are looped over."""
-INTERPRETER_PROCESSORS = 4
+INTERPRETER_SMS = 4
 """The interpreter runs programs one by one; a few make it cut and add up as a device does."""
 INTERPRETER_CAPABILITY = 90
 """The compute capability whose configurations Triton's interpreter takes."""
-_BULK_COPIES = (90, 100, 120)
+_TMA = (90, 100, 120)
 _LARGEST_BLOCK = 1 << 16
 """A tile of Triton's has at most 2**20 elements, and each side at least 16."""
 _MOST_STAGES, _MOST_PROGRAMS = 32, 32
@@ -30,13 +30,13 @@ class LaunchConfig:
     per tile (an operation ignores what it doesn't have), ``block_r`` columns of the rank. The rest is
     for ``linear_expand`` and the launches made of it:
 
-    - ``descriptors``: bulk copies through tensor descriptors, where the memory allows them;
+    - ``descriptors``: TMA through tensor descriptors, where the memory allows it;
     - ``warp_specialize``: warps that only load, others that only multiply;
     - ``flatten``: the loads of the next tile begin before this one is written;
     - ``parts``: a tile is written in so many parts of its columns, and in ``masked_parts`` where each
       needs a dropout mask;
-    - ``ctas_per_sm``: programs that a multiprocessor runs at once;
-    - ``helpers``: programs that do a layer's thin work beside the product, where that pays.
+    - ``ctas_per_sm``: programs that an SM runs at once;
+    - ``helpers``: programs that do a layer's skinny work beside the GEMM, where that pays.
     """
 
     block_m: int
@@ -109,10 +109,10 @@ def why_invalid(
     if capability not in SHARED_MEMORY:
         known = ", ".join(f"sm_{sm}" for sm in SHARED_MEMORY)
         return f"sm_{capability} is not among the architectures the table knows ({known})"
-    if config.descriptors and capability not in _BULK_COPIES:
-        return f"descriptors need bulk copies, which sm_{capability} lacks"
+    if config.descriptors and capability not in _TMA:
+        return f"descriptors need TMA, which sm_{capability} lacks"
     if config.descriptors and max(config.block_m, config.block_n, config.block_k) > 256:
-        return "a bulk copy takes at most 256 rows or columns"
+        return "TMA takes at most 256 rows or columns"
     if config.warp_specialize and not config.descriptors:
         return "warp_specialize needs descriptors"
     if config.warp_specialize and capability not in _WARP_SPECIALIZATION:
@@ -148,7 +148,7 @@ def chunks(processors: int, length: int, block: int, programs: int) -> tuple[int
 
 
 def split_k(processors: int, tiles: int, k_blocks: int) -> int:
-    """Into how many shares K is cut so that ``tiles`` of a product fill ``processors``: 1, 2, 4 or 8,
+    """Into how many shares K is cut so that ``tiles`` of a GEMM fill ``processors``: 1, 2, 4 or 8,
     each of at least four blocks."""
     splits = 1
     while splits < 8 and 2 * splits * tiles <= processors and 8 * splits <= k_blocks:

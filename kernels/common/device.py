@@ -79,10 +79,10 @@ def drop(x, keep, survivor_scale, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def scale_sum(acc, dtype: tl.constexpr, survivor_scale, HAS_DROPOUT: tl.constexpr):
-    """What ``drop`` left to do when tiles of ``dtype`` are summed."""
-    if HAS_DROPOUT and dtype == tl.float16:
-        acc *= survivor_scale
+def scale_sum(acc, dtype: tl.constexpr, mask):
+    """What ``drop`` left to do when tiles of ``dtype`` are summed; ``mask`` is None without dropout."""
+    if mask is not None and dtype == tl.float16:
+        acc *= mask.scale
     return acc
 
 
@@ -131,7 +131,10 @@ def raise_flag(flag_ptr):
 
 @triton.jit
 def wait_for(flag_ptr, INTERPRETED: tl.constexpr):
-    """Returns 0 when the flag is raised. Who adds it to an address loads from there after that."""
+    """Returns 0 when the flag is raised. Who adds it to an address loads from there after that.
+
+    A flag that isn't raised for two seconds never will be: the launch ends in an error, not in a hang.
+    """
     if INTERPRETED:
         # Programs run one by one: who comes later finds the flag raised, or would wait for ever.
         tl.device_assert(tl.load(flag_ptr) != 0, "waits for a program that comes later")
@@ -141,11 +144,22 @@ def wait_for(flag_ptr, INTERPRETED: tl.constexpr):
         # compiler: a loop in its sight would keep the loads of the main loop from being pipelined.
         waited = tl.inline_asm_elementwise(
             """{
-            .reg .pred lowered;
+            .reg .pred raised, in_time;
+            .reg .u64 since, now;
+            ld.acquire.gpu.global.b32 $0, [$1];
+            setp.ne.b32 raised, $0, 0;
+            @raised bra done;
+            mov.u64 since, %globaltimer;
             again:
             ld.acquire.gpu.global.b32 $0, [$1];
-            setp.eq.b32 lowered, $0, 0;
-            @lowered bra again;
+            setp.ne.b32 raised, $0, 0;
+            @raised bra done;
+            mov.u64 now, %globaltimer;
+            sub.u64 now, now, since;
+            setp.lt.u64 in_time, now, 2000000000;
+            @in_time bra again;
+            trap;
+            done:
             bar.warp.sync 0xffffffff;
             sub.s32 $0, $0, 1;
             }""",

@@ -8,7 +8,7 @@ batch-invariant), and never between two runs of one call.
 ``kernels/lora_linear`` says what helpers do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lorafast.kernels.common.configs import (
@@ -26,6 +26,12 @@ _PARTIAL = 4
 _FLOPS_PER_BYTE = 97
 """What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
 beside the GEMM; elsewhere of the same order."""
+
+
+_TWO_LOADS = 16
+"""Elements: two loads of 16 bytes a thread, in 16 bits."""
+_MOST_BESIDE_DBIAS = 16
+"""Elements of dB a thread, beside which dbias is added up without spilling."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,11 @@ class ShrinkLaunch:
 class LinearExpandLaunch:
     """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` that take tiles in turn.
 
-    ``splits``: shares of K; ``tma``: tensor descriptors, else pointers; ``n_major``: the second matrix
-    lies in memory as ``[K, N]``; ``rank_blocks``: those of the rank that are unrolled, 0 where they are
-    looped over; ``parts``: a tile is written in so many.
+    - ``splits``: shares of K; ``parts``: a tile is written in so many;
+    - ``tma``: by tensor descriptors, else by pointers;
+    - ``transposed``: it multiplies by the weight, not by its transpose;
+    - ``n_major``: TMA reads the second matrix as ``[K, N]``, which is how it lies in memory;
+    - ``rank_blocks``: those of the rank that are unrolled, 0 where they are looped over.
     """
 
     config: LaunchConfig
@@ -69,6 +77,7 @@ class LinearExpandLaunch:
     warp_specialize: bool
     rank_blocks: int
     parts: int
+    transposed: bool
     n_major: bool
     precision: str
     bias: bool
@@ -133,8 +142,8 @@ class LoraLinearLaunch:
 
 @dataclass(frozen=True)
 class LoraLinearBackwardLaunch:
-    """The GEMM of dx, beside which helpers make ds and dB by ``rows``, and dA by ``columns`` unless that
-    has a launch of its own. ``groups``: column groups of ds, row groups of dB."""
+    """The GEMM of dx, beside which helpers make ds, dB and ``dbias`` by ``rows``, and dA by ``columns``
+    unless that has a launch of its own. ``groups``: column groups of ds, row groups of dB."""
 
     gemm: LinearExpandLaunch
     helpers: Helpers
@@ -142,6 +151,7 @@ class LoraLinearBackwardLaunch:
     columns: LaunchConfig
     groups: tuple[int, int]
     shrink_backward: ShrinkBackwardLaunch | None
+    dbias: bool
 
 
 def shrink_launch(
@@ -149,7 +159,7 @@ def shrink_launch(
 ) -> ShrinkLaunch:
     """Cuts K so that few rows keep all SMs busy."""
     row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
-    count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
+    count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, max(row_blocks * rank_blocks, 1))
     return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
 
 
@@ -164,12 +174,14 @@ def linear_expand_launch(
     dtype: torch.dtype,
     precision: str,
     tma: bool,
-    n_major: bool = False,
+    transposed: bool = False,
+    by_rows: bool = True,
     bias: bool = False,
     dropout: bool = False,
     helpers: "Helpers | None" = None,
 ) -> LinearExpandLaunch:
-    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should.
+    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should. ``by_rows``:
+    whether a row of the weight ``[N, K]``, or transposed ``[K, N]``, has neighbours in memory.
 
     Beside helpers K is not cut: their programs are counted in.
     """
@@ -192,7 +204,8 @@ def linear_expand_launch(
         warp_specialize=described and c.warp_specialize and unrolled > 0,
         rank_blocks=rank_blocks if rank_blocks <= unrolled else 0,
         parts=c.masked_parts if dropout else c.parts,
-        n_major=n_major, precision=precision, bias=bias, dropout=dropout,
+        transposed=transposed, n_major=described and by_rows is transposed,
+        precision=precision, bias=bias, dropout=dropout,
     )  # fmt: skip
 
 
@@ -207,10 +220,28 @@ def expand_backward_launch(
     wants: tuple[str, ...] = ("ds", "dB"),
 ) -> ExpandBackwardLaunch:
     """A program for each column group and row group."""
+    c = _fitting(c, wants)
     col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(r, c.block_r)
-    row_groups, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_groups * rank_blocks)
+    row_groups, m_blocks = chunks(
+        sms * c.ctas_per_sm, M, c.block_m, max(col_groups * rank_blocks, 1)
+    )
     grid = (col_groups, row_groups, rank_blocks)
     return ExpandBackwardLaunch(c, M, N, r, grid, m_blocks, precision, wants)
+
+
+def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
+    """Smaller tiles where registers would spill: found by compiling.
+
+    Half as many columns, which without ds costs nothing, for there are no partial sums of it to grow;
+    half as many ranks where a thread would be left less than 16 bytes of dy.
+    """
+    threads = 32 * c.num_warps
+    beside_dbias = "dbias" in wants and c.block_r * c.block_n // threads > _MOST_BESIDE_DBIAS
+    if "ds" in wants and not beside_dbias:
+        return c
+    if c.block_m * c.block_n // threads >= _TWO_LOADS:
+        return replace(c, block_n=max(c.block_n // 2, 16))
+    return replace(c, block_r=max(c.block_r // 2, 16)) if "ds" in wants else c
 
 
 def shrink_backward_launch(
@@ -218,18 +249,94 @@ def shrink_backward_launch(
 ) -> ShrinkBackwardLaunch:
     """Cuts M so that few columns keep all SMs busy."""
     col_blocks, rank_blocks = _blocks(K, c.block_k), _blocks(r, c.block_r)
-    count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
+    count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, max(col_blocks * rank_blocks, 1))
     return ShrinkBackwardLaunch(
         c, M, K, r, (col_blocks, count, rank_blocks), m_blocks, precision, dropout
     )
 
 
-def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, columns: int) -> bool:
-    """Whether TMA can read x and W ``[N, K]``, or dy and W, and write a new ``[M, columns]``: rows of
-    neighbours that begin at multiples of 16 bytes, extents in 31 bits."""
-    y = Layout.fresh(M, columns, dtype)
-    straight = weight.rows == 16 or weight.columns == 16
-    return x.rows == 16 and y.rows == 16 and straight and not (x.huge or weight.huge or y.huge)
+def lora_linear_launch(
+    c: LaunchConfig,
+    shrink: LaunchConfig,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    *,
+    sms: int,
+    dtype: torch.dtype,
+    precision: str,
+    tma: bool,
+    by_rows: bool = True,
+    bias: bool = False,
+    dropout: bool = False,
+) -> LoraLinearLaunch | None:
+    """A layer's forward in one launch; None where helpers can't serve it."""
+    helpers = None
+    if may_help(dtype):
+        helpers = forward_helpers(c, shrink, M, K, N, r, dtype.itemsize, dropout, sms)
+    if helpers is None:
+        return None
+    gemm = linear_expand_launch(
+        c, M, K, N, r, sms=sms, dtype=dtype, precision=precision, tma=tma, by_rows=by_rows,
+        bias=bias, helpers=helpers,
+    )  # fmt: skip
+    return LoraLinearLaunch(gemm, helpers, shrink)
+
+
+def lora_linear_backward_launch(
+    c: LaunchConfig,
+    rows: LaunchConfig,
+    columns: LaunchConfig,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    *,
+    sms: int,
+    dtype: torch.dtype,
+    precision: str,
+    tma: bool,
+    by_rows: bool = True,
+    dropout: bool = False,
+    dbias: bool = False,
+    alone: LaunchConfig | None = None,
+) -> LoraLinearBackwardLaunch | None:
+    """A layer's backward in one launch; with a mask dA has its own, by ``alone``. None where helpers
+    can't serve it."""
+    helpers = None
+    if may_help(dtype):
+        helpers = backward_helpers(c, rows, columns, M, K, N, r, dtype.itemsize, dropout, sms)
+    if helpers is None:
+        return None
+    gemm = linear_expand_launch(
+        c, M, N, K, r, sms=sms, dtype=dtype, precision=precision, tma=tma, transposed=True,
+        by_rows=by_rows, dropout=dropout, helpers=helpers,
+    )  # fmt: skip
+    groups = _blocks(N, rows.block_n), _blocks(M, group_rows(c))
+    last = None
+    if dropout:
+        last = shrink_backward_launch(
+            alone or columns, M, K, r, sms=sms, precision=precision, dropout=True
+        )
+    return LoraLinearBackwardLaunch(gemm, helpers, rows, columns, groups, last, dbias)
+
+
+def precision_of(dtype: torch.dtype, tf32: bool) -> str:
+    """How float32 operands are rounded: as PyTorch's own products round them; beside float16 to its
+    significand, with float32's range."""
+    if dtype is torch.float16:
+        return "tf32"
+    return "tf32" if dtype is torch.float32 and tf32 else "ieee"
+
+
+def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: int) -> bool:
+    """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``: rows of neighbours
+    that begin at multiples of 16 bytes, extents in 31 bits."""
+    y = Layout.fresh(M, N, dtype)
+    straight = weight.rows == 16 or (weight.rows == 0 and weight.columns == 16)
+    aligned = x.rows == 16 and y.rows == 16 and straight
+    return aligned and min(M, K, N) > 0 and not (x.huge or weight.huge or y.huge)
 
 
 def may_help(dtype: torch.dtype) -> bool:

@@ -1,9 +1,13 @@
 """``out = scale · Σ partials``: a reduction's second launch, where one program would take too long."""
 
+import functools
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from lorafast.kernels.common.device import cast, sum_blocks
-from lorafast.kernels.common.launch import INTERPRETED
+from lorafast.kernels.common.launch import INTERPRETED, KEPT
+from lorafast.kernels.common.start import Start, key_of
 from torch import Tensor
 
 _BLOCK = 1024
@@ -26,21 +30,19 @@ def sum_partials_kernel(
     tl.store(out_ptr + offsets, cast(total, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 
-def sum_partials(partials: Tensor, out: Tensor, scale: float = 1.0) -> None:
-    """``out = scale · Σᵢ partials[i]``, in order of ``i``, so that two runs give the same bits.
-
-    Shapes: ``partials [P, …]`` float32, contiguous; ``out […]``, contiguous.
+@functools.lru_cache(maxsize=KEPT)
+def launcher(count: int, size: int) -> Callable[[Tensor, Tensor, float], None]:
+    """What launches ``out = scale · Σᵢ partials[i]``, in order of ``i``, so that two runs give the same
+    bits: of ``partials [count, …]``, float32 and contiguous, ``out […]``, contiguous, and ``scale``.
     """
-    size = out.numel()
-    sum_partials_kernel[(triton.cdiv(size, _BLOCK),)](
-        partials,
-        out,
-        partials.shape[0],
-        size,
-        float(scale),
-        BLOCK=_BLOCK,
-        INTERPRETED=INTERPRETED,
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=True,
+    start = Start(
+        sum_partials_kernel,
+        (-(-size // _BLOCK),),
+        {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
     )
+
+    def run(partials: Tensor, out: Tensor, scale: float) -> None:
+        key = key_of(out.dtype, tensors=(partials, out))
+        start(key, partials, out, count, size, scale, _BLOCK, INTERPRETED)
+
+    return run

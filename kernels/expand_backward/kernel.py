@@ -1,37 +1,47 @@
-"""``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``: one pass over dy for both.
+"""``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s``, ``dbias = Σ dy``: one pass over dy for any of them.
 
 dy is cut into row groups and column groups. Whoever takes a group of each walks down its rows: its dB
-stays in registers, its share of ds leaves row block by row block. Both are float32 partial sums, added
-up in a fixed order: dB by the last program of its column group; ds, of which one program alone would
-have too much, by a second launch.
+and dbias stay in registers, its share of ds leaves row block by row block. All are float32 partial sums,
+added up in a fixed order: dB and dbias by the last program of their column group; ds, of which one
+program alone would have too much, by a second launch. ds alone is a ``shrink`` of dy.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, chunks
+from lorafast.kernels.common.bundles import Matrix, Sum
+from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import arrive, cast, factor, low_rank_dot, sum_blocks
 from lorafast.kernels.common.launch import (
     INTERPRETED,
-    config_for,
-    on_device,
+    KEPT,
+    on_its_device,
     precision,
-    processors,
+    rule_for,
+    sms,
 )
-from lorafast.kernels.common.sum_partials import sum_partials
+from lorafast.kernels.common.plan import ExpandBackwardLaunch, expand_backward_launch
+from lorafast.kernels.common.start import Start, key_of
+from lorafast.kernels.common.sum_partials import launcher as launcher_of_sum
+from lorafast.kernels.shrink import shrink
 from torch import Tensor
+
+from lorafast.reference import wide
 
 
 @triton.jit
 def expand_backward_group(
-    dy_ptr,
-    s_ptr,
-    b_ptr,
+    dy,
+    s,
+    b,
     ds_ptr,
-    db_ptr,
     ds_partials_ptr,
-    db_partials_ptr,
+    db,
+    dbias,
     counters_ptr,
     row_group,
     col_group,
@@ -44,40 +54,41 @@ def expand_backward_group(
     r,
     m_blocks,
     scaling,
-    stride_dym,
-    stride_dyn,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
-    SUM_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """ds and dB of ``m_blocks`` row blocks, BLOCK_N columns and BLOCK_R ranks.
+    """What ``m_blocks`` row blocks, BLOCK_N columns and BLOCK_R ranks give to ds, dB and dbias.
 
-    True for whoever has added up ds of these rows and ranks, which happens with SUM_ROWS. ``counters``
-    has ``rank_blocks`` zeros for each row group, then for each column group.
+    ``dy [M, N]``, ``s [M, r]`` and ``b [N, r]`` are ``Matrix``, ``db`` and ``dbias`` are ``Sum``. What
+    isn't asked for is None, with the factor that it alone takes: s is read for dB, B for ds. Without
+    ``ds_ptr`` another launch adds up the partial sums of ds. True for whoever has added up ds of these
+    rows and ranks, who is the last of them. ``counters`` has ``rank_blocks`` zeros for each row group,
+    then for each column group.
     """
     cols = col_group * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     # 64 bits: M·N may pass 2**31 elements.
     col_offsets = cols.to(tl.int64)
-    b = tl.load(
-        b_ptr + col_offsets[:, None] * stride_bn + ranks.to(tl.int64)[None, :] * stride_br,
-        mask=(cols < N)[:, None] & (ranks < r)[None, :],
-        other=0.0,
-    )  # [BLOCK_N, BLOCK_R]
-    b = factor(b, dy_ptr.dtype.element_ty, INTERPRETED)
-
     ds_size = tl.cast(M, tl.int64) * r
     db_size = tl.cast(N, tl.int64) * r
-    ds_part = ds_partials_ptr + col_group * ds_size
-    db = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)  # transposed, so that dy is not
+    if ds_partials_ptr is not None:
+        b_tile = tl.load(
+            b.ptr
+            + col_offsets[:, None] * b.stride_row
+            + ranks.to(tl.int64)[None, :] * b.stride_col,
+            mask=(cols < N)[:, None] & (ranks < r)[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_R]
+        b_tile = factor(b_tile, dy.ptr.dtype.element_ty, INTERPRETED)
+        ds_part = ds_partials_ptr + col_group * ds_size
+    if db is not None:
+        db_sum = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)  # transposed, so that dy is not
+    if dbias is not None:
+        dbias_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     # Counted in blocks, so that the compiler knows the alignment of every load.
     begin = row_group * m_blocks * BLOCK_M
     end = tl.minimum(begin + m_blocks * BLOCK_M, M)
@@ -85,29 +96,42 @@ def expand_backward_group(
         rows = m + tl.arange(0, BLOCK_M)
         row_offsets = rows.to(tl.int64)
         row_inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
-        dy = tl.load(
-            dy_ptr + row_offsets[:, None] * stride_dym + col_offsets[None, :] * stride_dyn,
+        dy_tile = tl.load(
+            dy.ptr + row_offsets[:, None] * dy.stride_row + col_offsets[None, :] * dy.stride_col,
             mask=(rows < end)[:, None] & (cols < N)[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_N]
-        s = tl.load(
-            s_ptr + row_offsets[:, None] * stride_sm + ranks.to(tl.int64)[None, :] * stride_sr,
-            mask=row_inside,
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_R]
-        ds = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        ds = low_rank_dot(dy, b, ds, PRECISION, INTERPRETED)
-        tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds, mask=row_inside)
-        db = low_rank_dot(tl.trans(s), dy, db, PRECISION, INTERPRETED)
+        if db is not None:
+            s_tile = tl.load(
+                s.ptr
+                + row_offsets[:, None] * s.stride_row
+                + ranks.to(tl.int64)[None, :] * s.stride_col,
+                mask=row_inside,
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_R]
+        if ds_partials_ptr is not None:
+            ds_tile = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            ds_tile = low_rank_dot(dy_tile, b_tile, ds_tile, PRECISION, INTERPRETED)
+            tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds_tile, mask=row_inside)
+        if db is not None:
+            db_sum = low_rank_dot(tl.trans(s_tile), dy_tile, db_sum, PRECISION, INTERPRETED)
+        if dbias is not None:
+            dbias_sum += tl.sum(dy_tile.to(tl.float32), axis=0)
 
     db_offsets = col_offsets[None, :] * r + ranks[:, None]  # [BLOCK_R, BLOCK_N]
     db_inside = (cols < N)[None, :] & (ranks < r)[:, None]
-    tl.store(db_partials_ptr + row_group * db_size + db_offsets, db, mask=db_inside)
+    if db is not None:
+        db_part = db.partials_ptr + row_group * db_size
+        tl.store(db_part + db_offsets, db_sum, mask=db_inside)
+    if dbias is not None:
+        dbias_part = dbias.partials_ptr + tl.cast(row_group, tl.int64) * N
+        if rank_block == 0:
+            tl.store(dbias_part + cols, dbias_sum, mask=cols < N)
 
     of_rows = counters_ptr + row_group * rank_blocks + rank_block
     of_cols = counters_ptr + (row_groups + col_group) * rank_blocks + rank_block
     completed = False
-    if SUM_ROWS:
+    if ds_ptr is not None:
         completed = arrive(of_rows) == col_groups - 1
         if completed:
             for m in range(begin, end, BLOCK_M):
@@ -119,10 +143,16 @@ def expand_backward_group(
                 tl.store(ds_ptr + offsets, ds, mask=inside)
             tl.store(of_rows, 0)
     if arrive(of_cols) == row_groups - 1:
-        db = sum_blocks(db_partials_ptr, db_offsets, db_inside, db_size, row_groups) * scaling
-        tl.store(
-            db_ptr + db_offsets, cast(db, db_ptr.dtype.element_ty, INTERPRETED), mask=db_inside
-        )
+        if db is not None:
+            total = sum_blocks(db.partials_ptr, db_offsets, db_inside, db_size, row_groups)
+            total = cast(total * scaling, db.ptr.dtype.element_ty, INTERPRETED)
+            tl.store(db.ptr + db_offsets, total, mask=db_inside)
+        if dbias is not None:
+            inside = cols < N
+            if rank_block == 0:
+                of_bias = sum_blocks(dbias.partials_ptr, cols, inside, N, row_groups)
+                of_bias = cast(of_bias, dbias.ptr.dtype.element_ty, INTERPRETED)
+                tl.store(dbias.ptr + cols, of_bias, mask=inside)
         tl.store(of_cols, 0)
     return completed
 
@@ -133,8 +163,10 @@ def expand_backward_kernel(
     s_ptr,
     b_ptr,
     db_ptr,
+    dbias_ptr,
     ds_partials_ptr,
     db_partials_ptr,
+    dbias_partials_ptr,
     counters_ptr,
     M,
     N,
@@ -154,69 +186,108 @@ def expand_backward_kernel(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Program (i, j, l): column group i of dy, row group j, rank block l. ds leaves in partial sums."""
+    """Program (i, j, l): column group i of dy, row group j, rank block l. ds leaves in partial sums.
+
+    What isn't asked for has no partial sums.
+    """
+    s = Matrix(s_ptr, stride_sm, stride_sr) if s_ptr is not None else None
+    b = Matrix(b_ptr, stride_bn, stride_br) if b_ptr is not None else None
+    db = Sum(db_ptr, db_partials_ptr) if db_partials_ptr is not None else None
+    dbias = Sum(dbias_ptr, dbias_partials_ptr) if dbias_partials_ptr is not None else None
     expand_backward_group(
-        dy_ptr, s_ptr, b_ptr, ds_partials_ptr, db_ptr, ds_partials_ptr, db_partials_ptr, counters_ptr,
+        Matrix(dy_ptr, stride_dym, stride_dyn), s, b, None, ds_partials_ptr, db, dbias, counters_ptr,
         tl.program_id(1), tl.program_id(0), tl.program_id(2),
         tl.num_programs(1), tl.num_programs(0), tl.num_programs(2),
         M, N, r, m_blocks, scaling,
-        stride_dym, stride_dyn, stride_sm, stride_sr, stride_bn, stride_br,
-        BLOCK_M, BLOCK_N, BLOCK_R, STAGES, False, PRECISION, INTERPRETED,
+        BLOCK_M, BLOCK_N, BLOCK_R, STAGES, PRECISION, INTERPRETED,
     )  # fmt: skip
+
+
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""``ds``, ``dB`` and ``dbias``, None for what isn't asked for."""
 
 
 def expand_backward(
     dy: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
+    s: Tensor | None,
+    lora_B: Tensor | None,
     scaling: float,
     *,
+    ds: bool = True,
+    dB: bool = True,
+    dbias: bool = False,
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``ds = scaling · dy·B`` and ``dB = scaling · dyᵀ·s``.
+) -> Sums:
+    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s``, ``dbias = Σ dy`` over rows: what is asked for.
 
-    Shapes: ``dy [M, N]``, ``s [M, r]``, ``lora_B [N, r]`` → ``ds [M, r]`` in the dtype of ``s``,
-    ``dB [N, r]`` in the dtype of ``lora_B``.
+    Shapes: ``dy [M, N]``, ``s [M, r]``, ``lora_B [N, r]`` → ``ds [M, r]`` in the dtype of ``dy``
+    (float32 for float16), ``dB [N, r]``, contiguous, in the dtype of ``lora_B`` (without one, of
+    ``dy``), ``dbias [N]`` in that of ``dy``. Without dB ``s`` may be None, without ds ``lora_B``.
     """
     M, N = dy.shape
-    r = lora_B.shape[1]
-    if dy.numel() == 0:
-        return s.new_zeros((M, r)), torch.zeros((N, r), device=dy.device, dtype=lora_B.dtype)
-    c = config or config_for("expand_backward", dy, M, N, N, r, adapter_dtype=lora_B.dtype)
-    col_groups, rank_blocks = triton.cdiv(N, c.block_n), triton.cdiv(r, c.block_r)
-    row_groups, m_blocks = chunks(
-        processors(dy) * c.ctas_per_sm, M, c.block_m, col_groups * rank_blocks
-    )
-    ds = torch.empty((M, r), device=dy.device, dtype=s.dtype)
-    dB = torch.empty((N, r), device=dy.device, dtype=lora_B.dtype)
-    partials = torch.empty((col_groups, M, r), device=dy.device, dtype=torch.float32)
-    with on_device(dy):
-        expand_backward_kernel[(col_groups, row_groups, rank_blocks)](
-            dy,
-            s,
-            lora_B,
-            dB,
-            partials,
-            dy.new_empty((row_groups, N, r), dtype=torch.float32),
-            counters(dy, (row_groups + col_groups) * rank_blocks),
-            M=M,
-            N=N,
-            r=r,
-            m_blocks=m_blocks,
-            scaling=float(scaling),
-            stride_dym=dy.stride(0),
-            stride_dyn=dy.stride(1),
-            stride_sm=s.stride(0),
-            stride_sr=s.stride(1),
-            stride_bn=lora_B.stride(0),
-            stride_br=lora_B.stride(1),
-            BLOCK_M=c.block_m,
-            BLOCK_N=c.block_n,
-            BLOCK_R=c.block_r,
-            STAGES=c.num_stages,
-            PRECISION=precision(dy),
-            INTERPRETED=INTERPRETED,
-            **c.options,
-        )
-        sum_partials(partials, ds, scaling)
-    return ds, dB
+    assert s is not None or not dB, "dB needs s"
+    assert lora_B is not None or not ds, "ds needs lora_B"
+    if lora_B is not None and ds and not (dB or dbias):
+        return shrink(dy, lora_B.t(), scale=scaling), None, None
+    r = lora_B.shape[1] if lora_B is not None else s.shape[1] if s is not None else 1
+    asked = {"ds": ds, "dB": dB, "dbias": dbias}
+    launch = expand_backward_launch(
+        config or rule_for("expand_backward", dy, M, N, N, r), M, N, r,
+        sms=sms(dy), precision=precision(dy),
+        wants=tuple(name for name, wanted in asked.items() if wanted),
+    )  # fmt: skip
+    dtype = dy.dtype if lora_B is None else lora_B.dtype
+    return launcher(launch, dtype)(dy, s, lora_B, scaling)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def launcher(launch: ExpandBackwardLaunch, dtype: torch.dtype) -> Callable[..., Sums]:
+    """What launches it: of ``dy, s, lora_B, scaling``; dB has ``dtype``."""
+    c, M, N, r = launch.config, launch.M, launch.N, launch.r
+    col_groups, row_groups, rank_blocks = launch.grid
+    want_ds, want_dB, want_dbias = (name in launch.wants for name in ("ds", "dB", "dbias"))
+    used = (row_groups + col_groups) * rank_blocks
+    sum_up = launcher_of_sum(col_groups, M * r)
+    start = Start(expand_backward_kernel, launch.grid, c.options)
+    blocks = (c.block_m, c.block_n, c.block_r, c.num_stages, launch.precision, INTERPRETED)
+
+    @on_its_device
+    def run(dy: Tensor, s: Tensor | None, lora_B: Tensor | None, scaling: float) -> Sums:
+        device, full = dy.device, torch.empty if M * N else torch.zeros
+        ds = full((M, r), dtype=wide(dy.dtype), device=device) if want_ds else None
+        dB = full((N, r), dtype=dtype, device=device) if want_dB else None
+        dbias = full((N,), dtype=dy.dtype, device=device) if want_dbias else None
+        if not (launch.wants and M * N):
+            return ds, dB, dbias
+        scaling = float(scaling)
+        ds_partials = dB_partials = dbias_partials = None
+        of_s: tuple[int | None, ...] = (None, None)
+        of_B: tuple[int | None, ...] = (None, None)
+        if want_ds:
+            ds_partials = torch.empty((col_groups, M, r), dtype=torch.float32, device=device)
+            assert lora_B is not None
+            of_B = lora_B.stride()
+        else:
+            lora_B = None
+        if want_dB:
+            dB_partials = torch.empty((row_groups, N, r), dtype=torch.float32, device=device)
+            assert s is not None
+            of_s = s.stride()
+        else:
+            s = None
+        if want_dbias:
+            dbias_partials = torch.empty((row_groups, N), dtype=torch.float32, device=device)
+        strides = (*dy.stride(), *of_s, *of_B)
+        start(
+            key_of(
+                dy.dtype, None if s is None else s.dtype, None if lora_B is None else lora_B.dtype,
+                strides, tensors=(dy, s, lora_B),
+            ),
+            dy, s, lora_B, dB, dbias, ds_partials, dB_partials, dbias_partials, counters(dy, used),
+            M, N, r, launch.m_blocks, scaling, *strides, *blocks,
+        )  # fmt: skip
+        if ds is not None and ds_partials is not None:
+            sum_up(ds_partials, ds, scaling)
+        return ds, dB, dbias
+
+    return run

@@ -1,37 +1,45 @@
 """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias`` in one accumulator.
 
-The low-rank product is the last K-step of the base product, so that nothing waits for ``s``; under a
+The low-rank term is the last K-step of the GEMM, so that nothing waits for ``s``; under a
 dropout mask, which falls on it alone, it is added part by part when the tile is written.
 
 As many programs as the device runs at once go through the tiles. Where the tiles are fewer than those,
 K is cut too: each program leaves a float32 partial sum, the last one of a tile adds them up in order.
 """
 
-import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, split_k
+from lorafast.kernels.common.bundles import Mask, Matrix, Vector
+from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import arrive, sum_blocks
 from lorafast.kernels.common.launch import (
     INTERPRETED,
-    config_for,
-    dropout_arguments,
-    on_device,
+    KEPT,
+    NO_MASK,
+    mask_of,
+    on_its_device,
     precision,
-    processors,
+    rule_for,
+    sms,
 )
+from lorafast.kernels.common.plan import LinearExpandLaunch, linear_expand_launch, tma_fits
+from lorafast.kernels.common.start import Start, key_of
 from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
-    bulk_copies,
+    blocks_of,
     finish,
     multiply,
-    tile_arguments,
+    operands_of,
     tile_at,
 )
 from torch import Tensor
+
+from lorafast.core.problem import Layout
 
 
 @triton.jit(do_not_specialize=["M", "r", "splits", "threshold"])
@@ -70,20 +78,24 @@ def linear_expand_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    N_MAJOR: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program p takes items p, p + programs, …; an item is a tile, or one of ``splits`` shares of it."""
+    s = Matrix(s_ptr, stride_sm, stride_sr)
+    b = Matrix(b_ptr, stride_bn, stride_br)
+    bias = Vector(bias_ptr, stride_bias) if bias_ptr is not None else None
+    mask = Mask(seed_ptr, threshold, survivor_scale) if seed_ptr is not None else None
+    if not DESCRIPTORS:
+        x = Matrix(x, stride_xm, stride_xk)
+        w = Matrix(w, stride_wn, stride_wk)
     items = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * splits
     k_blocks = tl.cdiv(K, BLOCK_K)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
-        if SPLIT:
+        if partials_ptr is not None:
             tile = item // splits
             share = item % splits
             begin = k_blocks * share // splits
@@ -95,14 +107,13 @@ def linear_expand_kernel(
         row_block, col_block = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = multiply(
             x, w, row_block, col_block, begin, end, M, N, K,
-            stride_xm, stride_xk, stride_wn, stride_wk,
-            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, TRANSPOSED, WARP_SPECIALIZE,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, WARP_SPECIALIZE,
             PRECISION, INTERPRETED,
         )  # fmt: skip
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
         last = True
-        if SPLIT:
+        if partials_ptr is not None:
             offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]  # [BLOCK_M, BLOCK_N]
             inside = (rows < M)[:, None] & (cols < N)[None, :]
             size = tl.cast(M, tl.int64) * N
@@ -112,17 +123,14 @@ def linear_expand_kernel(
                 acc = sum_blocks(partials_ptr, offsets, inside, size, splits)
                 tl.store(counters_ptr + tile, 0)
         if last:
-            if not HAS_DROPOUT:
+            if mask is None:
                 acc = add_low_rank(
-                    acc, s_ptr, b_ptr, rows, cols, M, N, r, scaling,
-                    stride_sm, stride_sr, stride_bn, stride_br,
+                    acc, s, b, rows, cols, M, N, r, scaling,
                     BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
                 )  # fmt: skip
             finish(
-                acc, y, s_ptr, b_ptr, bias_ptr, seed_ptr, row_block, col_block * BLOCK_N, M, N, r,
-                threshold, scaling, survivor_scale,
-                stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
-                BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, HAS_BIAS, HAS_DROPOUT, PRECISION, INTERPRETED,
+                acc, y, s, b, bias, mask, row_block, col_block * BLOCK_N, M, N, r, scaling,
+                BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, PRECISION, INTERPRETED,
             )  # fmt: skip
 
 
@@ -136,50 +144,66 @@ def linear_expand(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     *,
+    transposed: bool = False,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``.
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``, with ``transposed`` of ``x·W``.
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``s [M, r]``, ``lora_B [N, r]``, ``bias [N]`` →
-    ``y [M, N]``, in the dtype of ``x``.
+    ``y [M, N]``, in the dtype of ``x``; with ``transposed``, ``weight [K, N]``.
     """
-    M, K = x.shape
-    N, r = lora_B.shape
-    y = torch.empty((M, N), device=x.device, dtype=x.dtype)
-    if y.numel() == 0:
-        return y
-    c = config or config_for(
-        "linear_expand", x, M, K, N, r, adapter_dtype=lora_B.dtype,
-        masked=dropout_p > 0.0, transposed=weight.stride(1) != 1, bulk=bulk_copies(x, weight),
+    (M, K), (N, r) = x.shape, lora_B.shape
+    read = Layout.of(weight)
+    tma = tma_fits(x.dtype, Layout.of(x), read, M, K, N)
+    launch = linear_expand_launch(
+        config or rule_for("linear_expand", x, M, K, N, r, tma), M, K, N, r,
+        sms=sms(x), dtype=x.dtype, precision=precision(x), tma=tma, transposed=transposed,
+        by_rows=read.rows > 0, bias=bias is not None, dropout=dropout_p > 0.0,
     )  # fmt: skip
-    tiles = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
-    splits = split_k(processors(x), tiles, triton.cdiv(K, c.block_k))
-    split = splits > 1
-    if split:
-        c = dataclasses.replace(c, flatten=False)  # what follows the main loop is too much for it
-    with on_device(x):
-        linear_expand_kernel[(min(tiles * splits, processors(x) * c.ctas_per_sm),)](
-            s_ptr=s,
-            b_ptr=lora_B,
-            bias_ptr=x if bias is None else bias,
-            partials_ptr=x.new_empty((splits, M, N), dtype=torch.float32) if split else x,
-            counters_ptr=counters(x, tiles) if split else x,
-            M=M,
-            N=N,
-            K=K,
-            r=r,
-            splits=splits,
-            scaling=float(scaling),
-            stride_sm=s.stride(0),
-            stride_sr=s.stride(1),
-            stride_bn=lora_B.stride(0),
-            stride_br=lora_B.stride(1),
-            stride_bias=1 if bias is None else bias.stride(0),
-            SPLIT=split,
-            HAS_BIAS=bias is not None,
-            PRECISION=precision(x),
-            INTERPRETED=INTERPRETED,
-            **tile_arguments(x, weight, y, r, dropout_p > 0.0, c),
-            **dropout_arguments(x, dropout_p, seed),
-        )
-    return y
+    return launcher(launch)(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def launcher(launch: LinearExpandLaunch) -> Callable[..., Tensor]:
+    """What launches it: of ``x, weight, s, lora_B, scaling, bias, dropout_p, seed``, the last three
+    optional."""
+    M, N, K, r = launch.M, launch.N, launch.K, launch.r
+    tiles, splits = launch.tiles, launch.splits
+    start = Start(linear_expand_kernel, (launch.programs,), launch.config.options)
+    operands = operands_of(launch)
+    blocks = (*blocks_of(launch), launch.precision, INTERPRETED)
+
+    @on_its_device
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        if not M * N:
+            return y
+        partials = used = None
+        if splits > 1:
+            partials = torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
+            used = counters(x, tiles)
+        seed, threshold, survivor_scale = mask_of(dropout_p, seed) if launch.dropout else NO_MASK
+        of_w = weight.stride()
+        strides = (
+            *x.stride(), *(of_w[::-1] if launch.transposed else of_w), *s.stride(), *lora_B.stride(),
+            None if bias is None else bias.stride(0),
+        )  # fmt: skip
+        start(
+            key_of(
+                x.dtype, s.dtype, lora_B.dtype, strides, tensors=(x, weight, s, lora_B, bias, seed)
+            ),
+            *operands(x, weight, y), s, lora_B, bias, seed, partials, used,
+            M, N, K, r, splits, threshold, float(scaling), survivor_scale, *strides, *blocks,
+        )  # fmt: skip
+        return y
+
+    return run

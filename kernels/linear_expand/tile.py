@@ -1,15 +1,17 @@
 """A tile of ``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``: where it is, its main loop, its last steps.
 
-x and W are read through tensor descriptors (bulk copies) or through pointers, which take any strides.
+x and W are read by TMA, through tensor descriptors, or through pointers, which take any strides.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import GROUP_M, UNROLLED_RANK_BLOCKS, LaunchConfig
+from lorafast.kernels.common.configs import GROUP_M
 from lorafast.kernels.common.device import cast, dot, keep_mask
+from lorafast.kernels.common.plan import LinearExpandLaunch
+from lorafast.kernels.common.tma import describer
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -36,22 +38,18 @@ def multiply(
     M,
     N,
     K,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    N_MAJOR: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """The float32 accumulator of ``x·Wᵀ`` for one tile over the K blocks from begin to end.
 
-    ``x`` and ``w`` are descriptors or pointers; TRANSPOSED says that a descriptor of W is one of Wᵀ.
+    ``x [M, K]`` and ``w [N, K]`` are descriptors, with N_MAJOR that of W as ``[K, N]``, or ``Matrix``.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if DESCRIPTORS:
@@ -60,26 +58,24 @@ def multiply(
         for block in tl.range(begin, end, warp_specialize=WARP_SPECIALIZE):
             k = block * BLOCK_K
             x_tile = x.load([m, k])  # [BLOCK_M, BLOCK_K]
-            w_tile = (
-                w.load([k, n]) if TRANSPOSED else tl.trans(w.load([n, k]))
-            )  # [BLOCK_K, BLOCK_N]
+            w_tile = w.load([k, n]) if N_MAJOR else tl.trans(w.load([n, k]))  # [BLOCK_K, BLOCK_N]
             acc = dot(x_tile, w_tile, acc, PRECISION, INTERPRETED)
     else:
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
         # 64 bits: M·K and N·K may pass 2**31 elements.
-        x_rows = x + rows.to(tl.int64)[:, None] * stride_xm  # [BLOCK_M, 1]
-        w_cols = w + cols.to(tl.int64)[None, :] * stride_wn  # [1, BLOCK_N]
+        x_rows = x.ptr + rows.to(tl.int64)[:, None] * x.stride_row  # [BLOCK_M, 1]
+        w_cols = w.ptr + cols.to(tl.int64)[None, :] * w.stride_row  # [1, BLOCK_N]
         for block in tl.range(begin, end):
             depth = block * BLOCK_K + tl.arange(0, BLOCK_K)
             offsets = depth.to(tl.int64)
             x_tile = tl.load(
-                x_rows + offsets[None, :] * stride_xk,
+                x_rows + offsets[None, :] * x.stride_col,
                 mask=(rows < M)[:, None] & (depth < K)[None, :],
                 other=0.0,
             )  # [BLOCK_M, BLOCK_K]
             w_tile = tl.load(
-                w_cols + offsets[:, None] * stride_wk,
+                w_cols + offsets[:, None] * w.stride_col,
                 mask=(cols < N)[None, :] & (depth < K)[:, None],
                 other=0.0,
             )  # [BLOCK_K, BLOCK_N]
@@ -90,39 +86,35 @@ def multiply(
 @triton.jit
 def add_low_rank(
     acc,
-    s_ptr,
-    b_ptr,
+    s,
+    b,
     rows,
     cols,
     M,
     N,
     r,
     scale,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
     BLOCK_R: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``acc + s·(scale · B)ᵀ`` for the tile at ``rows`` and ``cols``."""
-    # Pointers, not descriptors: a program of this launch may just have written s, and a bulk copy
-    # doesn't see that without a fence of its own.
-    s_rows = s_ptr + rows.to(tl.int64)[:, None] * stride_sm
-    b_cols = b_ptr + cols.to(tl.int64)[None, :] * stride_bn
+    """``acc + s·(scale · B)ᵀ`` for the tile at ``rows`` and ``cols``; ``s``, ``b`` are ``Matrix``."""
+    # Pointers, not descriptors: a program of this launch may just have written s, and TMA doesn't see
+    # that without a fence of its own.
+    s_rows = s.ptr + rows.to(tl.int64)[:, None] * s.stride_row  # [BLOCK_M, 1]
+    b_cols = b.ptr + cols.to(tl.int64)[None, :] * b.stride_row  # [1, BLOCK_N]
     if RANK_BLOCKS > 0:
         # A loop that follows the main loop would keep the tiles' loop from being flattened.
         for i in tl.static_range(RANK_BLOCKS):
             acc = _add_rank_block(
-                acc, s_rows, b_cols, i * BLOCK_R, rows, cols, M, N, r, scale, stride_sr, stride_br,
+                acc, s_rows, b_cols, i * BLOCK_R, rows, cols, M, N, r, scale, s.stride_col, b.stride_col,
                 BLOCK_R, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         for first in range(0, r, BLOCK_R):
             acc = _add_rank_block(
-                acc, s_rows, b_cols, first, rows, cols, M, N, r, scale, stride_sr, stride_br,
+                acc, s_rows, b_cols, first, rows, cols, M, N, r, scale, s.stride_col, b.stride_col,
                 BLOCK_R, PRECISION, INTERPRETED,
             )  # fmt: skip
     return acc
@@ -166,66 +158,55 @@ def _add_rank_block(
 def finish(
     acc,
     y,
-    s_ptr,
-    b_ptr,
-    bias_ptr,
-    seed_ptr,
+    s,
+    b,
+    bias,
+    mask,
     row_block,
     first_col,
     M,
     N,
     r,
-    threshold,
     scaling,
-    survivor_scale,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
-    stride_bias,
     BLOCK_R: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Writes a tile in PARTS of its columns: with the low-rank term where it is masked (else it is in
-    the accumulator already), the bias, rounded."""
+    the accumulator already), the bias, rounded.
+
+    ``y [M, N]`` is a descriptor or a pointer; ``bias`` is a ``Vector``, ``mask`` a ``Mask``, or None.
+    """
     if PARTS > 1:
         HALF: tl.constexpr = acc.shape[1] // 2
         halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
         left, right = tl.split(halves)
         finish(
-            left, y, s_ptr, b_ptr, bias_ptr, seed_ptr, row_block, first_col, M, N, r,
-            threshold, scaling, survivor_scale,
-            stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
-            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, HAS_BIAS, HAS_DROPOUT, PRECISION, INTERPRETED,
+            left, y, s, b, bias, mask, row_block, first_col, M, N, r, scaling,
+            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, PRECISION, INTERPRETED,
         )  # fmt: skip
         finish(
-            right, y, s_ptr, b_ptr, bias_ptr, seed_ptr, row_block, first_col + HALF, M, N, r,
-            threshold, scaling, survivor_scale,
-            stride_sm, stride_sr, stride_bn, stride_br, stride_bias,
-            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, HAS_BIAS, HAS_DROPOUT, PRECISION, INTERPRETED,
+            right, y, s, b, bias, mask, row_block, first_col + HALF, M, N, r, scaling,
+            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, PRECISION, INTERPRETED,
         )  # fmt: skip
     else:
         rows = row_block * acc.shape[0] + tl.arange(0, acc.shape[0])
         cols = first_col + tl.arange(0, acc.shape[1])
-        if HAS_DROPOUT:
+        if mask is not None:
             low = tl.zeros(acc.shape, dtype=tl.float32)
             low = add_low_rank(
-                low, s_ptr, b_ptr, rows, cols, M, N, r, 1.0,
-                stride_sm, stride_sr, stride_bn, stride_br, BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
-            )  # fmt: skip
-            keep = keep_mask(tl.load(seed_ptr), rows, first_col, N, threshold, acc.shape[1])
-            acc += tl.where(keep, low * (scaling * survivor_scale), 0.0)
-        if HAS_BIAS:
-            bias = tl.load(
-                bias_ptr + cols.to(tl.int64) * stride_bias, mask=cols < N, other=0.0
-            )  # [columns]
-            acc += bias.to(tl.float32)[None, :]
+                low, s, b, rows, cols, M, N, r, 1.0, BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED
+            )
+            seed = tl.load(mask.seed_ptr)
+            keep = keep_mask(seed, rows, first_col, N, mask.threshold, acc.shape[1])
+            acc += tl.where(keep, low * (scaling * mask.scale), 0.0)
+        if bias is not None:
+            bias_ptrs = bias.ptr + cols.to(tl.int64) * bias.stride
+            added = tl.load(bias_ptrs, mask=cols < N, other=0.0)  # [columns]
+            acc += added.to(tl.float32)[None, :]
         rounded = cast(acc, y.dtype if DESCRIPTORS else y.dtype.element_ty, INTERPRETED)
         if DESCRIPTORS:
             y.store([row_block * acc.shape[0], first_col], rounded)
@@ -234,70 +215,30 @@ def finish(
             tl.store(y_ptrs, rounded, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
-def bulk_copies(x: Tensor, weight: Tensor) -> bool:
-    """Whether bulk copies can read x and W and write a new y: 16-byte aligned rows of neighbouring
-    elements, extents in 31 bits."""
-    written = weight.shape[0] * weight.element_size()
-    return written % 16 == 0 and _describable(x) and _describable(_straight(weight))
+Operands = tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | TensorDescriptor]
+"""``x``, ``w`` and ``y`` as tiles are read and written."""
 
 
-def _straight(weight: Tensor) -> Tensor:
-    """W or Wᵀ, whichever has neighbouring elements in its rows."""
-    return weight if weight.stride(1) == 1 else weight.t()
-
-
-def _describable(matrix: Tensor) -> bool:
-    row = matrix.stride(0) * matrix.element_size()
+def blocks_of(launch: LinearExpandLaunch) -> tuple[Any, ...]:
+    """The compile-time constants of a kernel that works through tiles, from BLOCK_M to FLATTEN."""
+    c = launch.config
     return (
-        matrix.stride(1) == 1
-        and matrix.data_ptr() % 16 == 0
-        and row % 16 == 0
-        and 0 < row < 2**40
-        and min(matrix.shape) > 0
-        and max(matrix.shape) < 2**31
-    )
+        c.block_m, c.block_n, c.block_k, c.block_r, launch.rank_blocks, GROUP_M, launch.parts,
+        launch.tma, launch.n_major, launch.warp_specialize, launch.flatten,
+    )  # fmt: skip
 
 
-def tile_arguments(
-    x: Tensor, weight: Tensor, y: Tensor, r: int, masked: bool, c: LaunchConfig
-) -> dict[str, Any]:
-    """What a kernel that works through tiles needs for x, W and y: operands, strides, constants.
+def operands_of(launch: LinearExpandLaunch) -> Callable[[Tensor, Tensor, Tensor], Operands]:
+    """What makes the operands of a launch of ``x``, the weight and ``y``: descriptors or the tensors."""
+    if not launch.tma:
+        return lambda x, weight, y: (x, weight, y)
+    c = launch.config
+    of_x = describer([c.block_m, c.block_k])
+    of_w = describer([c.block_k, c.block_n] if launch.n_major else [c.block_n, c.block_k])
+    of_y = describer([c.block_m, c.block_n // launch.parts])
+    as_stored = launch.n_major is launch.transposed
 
-    With descriptors where the configuration asks for them and the memory allows them, else pointers.
-    """
-    described = c.descriptors and bulk_copies(x, weight)
-    # Only with descriptors: the pointers of two tiles are too many registers.
-    flat = described and c.flatten
-    read = _straight(weight)
-    rank_blocks = triton.cdiv(r, c.block_r)
-    unrolled = UNROLLED_RANK_BLOCKS if flat else 1
-    if x.dtype == torch.float16:
-        # In float32 several blocks at once don't fit in shared memory.
-        unrolled = 0 if masked else 1
-    parts = c.masked_parts if masked else c.parts
-    arguments = {
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "stride_wn": weight.stride(0),
-        "stride_wk": weight.stride(1),
-        "BLOCK_M": c.block_m,
-        "BLOCK_N": c.block_n,
-        "BLOCK_K": c.block_k,
-        "BLOCK_R": c.block_r,
-        "RANK_BLOCKS": rank_blocks if rank_blocks <= unrolled else 0,
-        "GROUP_M": GROUP_M,
-        "PARTS": parts,
-        "DESCRIPTORS": described,
-        "TRANSPOSED": described and read is not weight,
-        "WARP_SPECIALIZE": described and c.warp_specialize and unrolled > 0,
-        "FLATTEN": flat,
-        **c.options,
-    }
-    if not described:
-        return arguments | {"x": x, "w": weight, "y": y}
-    w_block = [c.block_n, c.block_k] if read is weight else [c.block_k, c.block_n]
-    return arguments | {
-        "x": TensorDescriptor.from_tensor(x, [c.block_m, c.block_k]),
-        "w": TensorDescriptor.from_tensor(read, w_block),
-        "y": TensorDescriptor.from_tensor(y, [c.block_m, c.block_n // parts]),
-    }
+    def describe(x: Tensor, weight: Tensor, y: Tensor) -> Operands:
+        return of_x(x), of_w(weight if as_stored else weight.t()), of_y(y)
+
+    return describe

@@ -1,4 +1,4 @@
-"""A whole layer's forward and backward, the thin operations beside the product."""
+"""A whole layer's forward and backward, the skinny operations beside the GEMM."""
 
 from lorafast.kernels.lora_linear.backward import lora_linear_backward
 from lorafast.kernels.lora_linear.forward import lora_linear

@@ -1,7 +1,7 @@
-"""Helpers: programs of the product's launch that do the thin work before they take tiles.
+"""Helper CTAs: programs of the GEMM's launch that do the skinny work before they take tiles.
 
-A pass over x leaves the tensor cores idle, the product leaves memory nearly idle: a few programs do the
-first beside the second. They take items of thin work from a queue, in the order in which tiles need
+A pass over x leaves the tensor cores idle, the GEMM leaves memory nearly idle: a few programs do the
+first beside the second. They take items of skinny work from a queue, in the order in which tiles need
 them, and raise a flag for what is complete; a tile waits for its flag only before its last step.
 
 It ends: a program helps if its ticket, drawn when it starts, is among the first, so whoever waits
@@ -10,7 +10,7 @@ is empty and what they took is done; hence every flag is raised. No order in whi
 programs, and no number of them that it runs at once, is assumed.
 
 The counters of a launch (``kernels.common.counters``): tickets, next item, finished programs, then flags
-and what the thin work counts for itself. The last program to finish clears them for the next launch.
+and what the skinny work counts for itself. The last program to finish clears them for the next launch.
 """
 
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 from lorafast.kernels.common.device import arrive
 
 TICKETS, ITEMS, FINISHED, FLAGS = (tl.constexpr(i) for i in range(4))
-"""Places among the counters; flags begin at the last one."""
+"""Slots of the counters; flags begin at the last one."""
 
 
 @triton.jit

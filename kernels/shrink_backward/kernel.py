@@ -3,10 +3,14 @@
 Each leaves a partial sum in float32; the last one of a column block adds them up in a fixed order.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.configs import LaunchConfig, chunks
+from lorafast.kernels.common.bundles import Mask, Matrix
+from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import (
     arrive,
@@ -19,65 +23,65 @@ from lorafast.kernels.common.device import (
 )
 from lorafast.kernels.common.launch import (
     INTERPRETED,
-    config_for,
-    dropout_arguments,
-    on_device,
+    KEPT,
+    NO_MASK,
+    mask_of,
+    on_its_device,
     precision,
-    processors,
+    rule_for,
+    sms,
 )
+from lorafast.kernels.common.plan import ShrinkBackwardLaunch, shrink_backward_launch
+from lorafast.kernels.common.start import Start, key_of
 from torch import Tensor
 
 
 @triton.jit
 def shrink_backward_columns(
-    ds_ptr,
-    x_ptr,
-    seed_ptr,
+    ds,
+    x,
+    mask,
     first_col,
     ranks,
     begin,
     end,
     K,
     r,
-    threshold,
-    survivor_scale,
-    stride_dsm,
-    stride_dsr,
-    stride_xm,
-    stride_xk,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``dsᵀ·drop(x)`` in float32 for ``ranks`` and BLOCK_K columns, over the rows from begin to end."""
+    """``dsᵀ·drop(x)`` in float32 for ``ranks`` and BLOCK_K columns, over the rows from begin to end.
+
+    ``ds [M, r]`` and ``x [M, K]`` are ``Matrix``; ``mask`` is a ``Mask``, or None without dropout.
+    """
     cols = first_col + tl.arange(0, BLOCK_K)
     # 64 bits: M·K may pass 2**31 elements.
-    x_cols = x_ptr + cols.to(tl.int64)[None, :] * stride_xk  # [1, BLOCK_K]
-    ds_ranks = ds_ptr + ranks.to(tl.int64)[:, None] * stride_dsr  # [BLOCK_R, 1]
-    if HAS_DROPOUT:
-        seed = tl.load(seed_ptr)
+    x_cols = x.ptr + cols.to(tl.int64)[None, :] * x.stride_col  # [1, BLOCK_K]
+    ds_ranks = ds.ptr + ranks.to(tl.int64)[:, None] * ds.stride_col  # [BLOCK_R, 1]
+    if mask is not None:
+        seed = tl.load(mask.seed_ptr)
     acc = tl.zeros((ranks.shape[0], BLOCK_K), dtype=tl.float32)
     for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         rows = m + tl.arange(0, BLOCK_M)
         offsets = rows.to(tl.int64)
-        x = tl.load(
-            x_cols + offsets[:, None] * stride_xm,
+        x_tile = tl.load(
+            x_cols + offsets[:, None] * x.stride_row,
             mask=(rows < end)[:, None] & (cols < K)[None, :],
             other=0.0,
         )  # [BLOCK_M, BLOCK_K]
-        ds = tl.load(
-            ds_ranks + offsets[None, :] * stride_dsm,
+        ds_tile = tl.load(
+            ds_ranks + offsets[None, :] * ds.stride_row,
             mask=(ranks < r)[:, None] & (rows < end)[None, :],
             other=0.0,
         )  # [BLOCK_R, BLOCK_M]
-        if HAS_DROPOUT:
-            keep = keep_mask(seed, rows, first_col, K, threshold, BLOCK_K)
-            x = drop(x, keep, survivor_scale, INTERPRETED)
-        acc = low_rank_dot(ds, x, acc, PRECISION, INTERPRETED)
-    return scale_sum(acc, x_ptr.dtype.element_ty, survivor_scale, HAS_DROPOUT)
+        if mask is not None:
+            keep = keep_mask(seed, rows, first_col, K, mask.threshold, BLOCK_K)
+            x_tile = drop(x_tile, keep, mask.scale, INTERPRETED)
+        acc = low_rank_dot(ds_tile, x_tile, acc, PRECISION, INTERPRETED)
+    return scale_sum(acc, x.ptr.dtype.element_ty, mask)
 
 
 @triton.jit(do_not_specialize=["M", "r", "m_blocks", "threshold"])
@@ -102,12 +106,13 @@ def shrink_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program (i, j, l): column block i of x, row chunk j, rank block l."""
+    ds = Matrix(ds_ptr, stride_dsm, stride_dsr)
+    x = Matrix(x_ptr, stride_xm, stride_xk)
+    mask = Mask(seed_ptr, threshold, survivor_scale) if seed_ptr is not None else None
     first_col = tl.program_id(0) * BLOCK_K
     chunk = tl.program_id(1)
     cols = first_col + tl.arange(0, BLOCK_K)
@@ -116,13 +121,12 @@ def shrink_backward_kernel(
     begin = chunk * m_blocks * BLOCK_M
     end = tl.minimum(begin + m_blocks * BLOCK_M, M)
     acc = shrink_backward_columns(
-        ds_ptr, x_ptr, seed_ptr, first_col, ranks, begin, end, K, r, threshold, survivor_scale,
-        stride_dsm, stride_dsr, stride_xm, stride_xk,
-        BLOCK_M, BLOCK_K, STAGES, HAS_DROPOUT, PRECISION, INTERPRETED,
+        ds, x, mask, first_col, ranks, begin, end, K, r,
+        BLOCK_M, BLOCK_K, STAGES, PRECISION, INTERPRETED,
     )  # fmt: skip
     offsets = ranks.to(tl.int64)[:, None] * K + cols[None, :]  # [BLOCK_R, BLOCK_K]
     inside = (ranks < r)[:, None] & (cols < K)[None, :]
-    if SPLIT:
+    if partials_ptr is not None:
         size = tl.cast(K, tl.int64) * r
         tl.store(partials_ptr + chunk * size + offsets, acc, mask=inside)
         counter = counters_ptr + tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
@@ -147,39 +151,38 @@ def shrink_backward(
 
     Shapes: ``ds [M, r]``, ``x [M, K]`` → ``dA [r, K]`` in ``dtype`` (that of ``x`` if None).
     """
-    M, K = x.shape
-    r = ds.shape[1]
-    dtype = dtype or x.dtype
-    if x.numel() == 0:
-        return torch.zeros((r, K), device=x.device, dtype=dtype)
-    c = config or config_for("shrink_backward", x, M, K, K, r, masked=dropout_p > 0.0)
-    col_blocks, rank_blocks = triton.cdiv(K, c.block_k), triton.cdiv(r, c.block_r)
-    count, m_blocks = chunks(processors(x) * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
-    split = count > 1
-    dA = torch.empty((r, K), device=x.device, dtype=dtype)
-    with on_device(x):
-        shrink_backward_kernel[(col_blocks, count, rank_blocks)](
-            ds,
-            x,
-            dA,
-            x.new_empty((count, r, K), dtype=torch.float32) if split else x,
-            counters(x, col_blocks * rank_blocks) if split else x,
-            M=M,
-            K=K,
-            r=r,
-            m_blocks=m_blocks,
-            stride_dsm=ds.stride(0),
-            stride_dsr=ds.stride(1),
-            stride_xm=x.stride(0),
-            stride_xk=x.stride(1),
-            BLOCK_M=c.block_m,
-            BLOCK_K=c.block_k,
-            BLOCK_R=c.block_r,
-            STAGES=c.num_stages,
-            SPLIT=split,
-            PRECISION=precision(x),
-            INTERPRETED=INTERPRETED,
-            **c.options,
-            **dropout_arguments(x, dropout_p, seed),
-        )
-    return dA
+    (M, K), r = x.shape, ds.shape[1]
+    launch = shrink_backward_launch(
+        config or rule_for("shrink_backward", x, M, K, K, r), M, K, r,
+        sms=sms(x), precision=precision(x), dropout=dropout_p > 0.0,
+    )  # fmt: skip
+    return launcher(launch, dtype or x.dtype)(ds, x, dropout_p, seed)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def launcher(launch: ShrinkBackwardLaunch, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """What launches it: of ``ds, x, dropout_p, seed``, the last two optional; dA has ``dtype``."""
+    c, M, K, r = launch.config, launch.M, launch.K, launch.r
+    col_blocks, count, rank_blocks = launch.grid
+    start = Start(shrink_backward_kernel, launch.grid, c.options)
+    blocks = (c.block_m, c.block_k, c.block_r, c.num_stages, launch.precision, INTERPRETED)
+
+    @on_its_device
+    def run(ds: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        if not M * K:
+            return torch.zeros((r, K), dtype=dtype, device=x.device)
+        dA = torch.empty((r, K), dtype=dtype, device=x.device)
+        partials = used = None
+        if launch.split:
+            partials = torch.empty((count, r, K), dtype=torch.float32, device=x.device)
+            used = counters(x, col_blocks * rank_blocks)
+        seed, threshold, survivor_scale = mask_of(dropout_p, seed) if launch.dropout else NO_MASK
+        strides = (*ds.stride(), *x.stride())
+        start(
+            key_of(ds.dtype, x.dtype, strides, tensors=(ds, x, seed)),
+            ds, x, dA, partials, used, seed, M, K, r, launch.m_blocks, threshold, survivor_scale,
+            *strides, *blocks,
+        )  # fmt: skip
+        return dA
+
+    return run

@@ -10,14 +10,16 @@ Shares are assumptions until a GPU has measured them. Host time is that of an ea
 graph replays without any, but a problem doesn't say whether it will be captured.
 """
 
+import contextlib
 import functools
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
+from lorafast.backends import registry
 from lorafast.backends.plan import Plan
 from lorafast.core.problem import DENSE, Problem
 from lorafast.kernels.tables import tuned
@@ -53,6 +55,7 @@ _FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024
 """The same of one SM, from the architectures' white papers."""
 _FLOAT32_PER_CLOCK = {80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
 """float32 without tensor cores."""
+_NOWHERE = "a device that isn't here"
 _HALF_RATE = r"GeForce|TITAN|RTX [345]0\d\d"
 _CLOCK = 1.7e9
 _LEAST_BANDWIDTH = {80: 1.4e10, 86: 8.3e9, 89: 5.2e9, 90: 1.7e10, 100: 5.4e10, 120: 5.7e9}
@@ -130,6 +133,29 @@ def device_of(device: torch.device) -> Device:
     )
 
 
+_pretended: Device | None = None
+
+
+@contextlib.contextmanager
+def pretending(device: Device) -> Iterator[None]:
+    """Within the block every call is planned and priced as on ``device``, on which nothing was tuned."""
+    global _pretended
+    before, _pretended = _pretended, replace(device, name=_NOWHERE)
+    registry.forget_plans()
+    try:
+        yield
+    finally:
+        _pretended = before
+        registry.forget_plans()
+
+
+def gpu_of(device: torch.device) -> Device | None:
+    """What is known of ``device``, None if it is no GPU."""
+    if _pretended is not None:
+        return _pretended
+    return device_of(device) if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Seconds of the device and of the host, and what they are made of."""
@@ -196,10 +222,9 @@ def price(backend: str, problem: Problem, device: Device | None = None) -> Price
 
     ``device`` is that of the problem unless another one is to be reckoned with.
     """
+    device = device or gpu_of(problem.device)
     if device is None:
-        if problem.device.type != "cuda":
-            return None
-        device = device_of(problem.device)
+        return None
     return _measured(backend, problem, device) or _modelled(backend, problem, device)
 
 
@@ -213,11 +238,8 @@ def priced(plan: Plan, problem: Problem, device: Device | None = None) -> Plan:
 
 def host_bound(backend: str, problem: Problem, device: Device | None = None) -> bool:
     """Whether the host takes longer for a layer's forward, through its ``Function``, than the GPU."""
-    if device is None:
-        if problem.device.type != "cuda":
-            return False
-        device = device_of(problem.device)
-    estimate = estimate_of(backend, problem, device)
+    device = device or gpu_of(problem.device)
+    estimate = None if device is None else estimate_of(backend, problem, device)
     return estimate is not None and estimate.device < estimate.host + LAYER_SECONDS
 
 

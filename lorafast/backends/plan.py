@@ -36,8 +36,8 @@ class Plan:
     ``launches`` says what will be launched, one line each. ``seconds`` is what the call takes, the
     device's time or the host's, whichever is longer: measured or modelled, as ``source`` says; None if
     there is neither. ``ahead`` is the measurement by which the plan is the fastest of all, where that
-    is a rule and no time. A ``differentiable`` plan is made of PyTorch's own operations, to be
-    differentiated by PyTorch: of ``lora_linear`` alone, and ``s`` is None.
+    is a rule and no time. A ``differentiable`` plan, of ``lora_linear`` where ``s`` isn't wanted, is
+    made of PyTorch's own operations, to be differentiated by PyTorch, and returns ``y`` alone.
     """
 
     backend: str

@@ -10,8 +10,9 @@ A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a ca
 reason; nothing falls back in silence.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lorafast.backends import composed
@@ -63,6 +64,23 @@ def unregister(name: str) -> None:
     """
     del _backends[name]
     forget_plans()
+
+
+@contextlib.contextmanager
+def standing_in(backend: Backend) -> Iterator[None]:
+    """Within the block ``backend`` serves in the place of the one of its name.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    before = _backends[backend.name]
+    _backends[backend.name] = backend
+    forget_plans()
+    try:
+        yield
+    finally:
+        _backends[backend.name] = before
+        forget_plans()
 
 
 def names() -> tuple[str, ...]:

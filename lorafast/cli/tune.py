@@ -7,6 +7,7 @@ Every result is kept at once; interrupted, the next run goes on where this one w
 import argparse
 import time
 
+from lorafast.backends.triton import Triton, device_of
 from lorafast.bench.common.output import UnwritableError
 from lorafast.bench.common.problem import DTYPES, Problem, why_too_large
 from lorafast.bench.common.shapes import parse
@@ -22,7 +23,6 @@ from lorafast.cli.options import (
     rank,
     seconds,
 )
-from lorafast.ops import backend
 
 _COMMAND = "lorafast tune"
 
@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         of = device(arguments.device)
         problems = _problems(arguments)
-        reason = backend.TRITON.why_unusable()
-        if reason is None and of.type != "cuda" and not backend.interpreting():
+        reason = Triton().why_unusable()
+        if reason is None and device_of(of) is None:
             reason = f"the device is {of}, the kernels run on CUDA devices"
         if reason is not None:
             raise ValueError(f"nothing to tune here: {reason}")

@@ -25,7 +25,7 @@ from lorafast.convert.peft_format import (
 from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
 from lorafast.nn import LoRALinear
 from lorafast.nn.offload import device_of
-from lorafast.nn.plain import features
+from lorafast.nn.plain import features, frozen_tensor
 from lorafast.ops.checks import FLOATS
 
 _NO_MEMORY = "{} is on the device meta, which holds no values: load the model first"
@@ -305,8 +305,7 @@ def _check_pair(
     if isinstance(module, LoRALinear) and module.r != r:
         raise ValueError(f"{name} is adapted with r = {module.r}, and the file has r = {r}")
     K, N = features(module)
-    weight = module.lora_A if isinstance(module, LoRALinear) else module.weight
-    assert isinstance(weight, Tensor)
+    weight = module.lora_A if isinstance(module, LoRALinear) else frozen_tensor(module)
     # Of an offloaded plain layer the adapter is made where its forward runs.
     device = weight.device if isinstance(module, LoRALinear) else device_of(module, weight)
     if device.type == "meta":

@@ -68,9 +68,11 @@ def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> lis
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
-    weights = {name: layer._parameters.get("weight") for name, layer in layers.items()}
     return [
-        f"{name}.weight" for name, weight in weights.items() if len(owners.get(id(weight), ())) > 1
+        f"{name}.{stored}"
+        for name, layer in layers.items()
+        for stored in layer._stored_names
+        if len(owners.get(id(layer._parameters.get(stored)), ())) > 1
     ]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lorafast.nn import LoRALinear
+from lorafast.operands import Operand
 
 _METHOD = "resize_token_embeddings"
 
@@ -42,6 +43,12 @@ def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
     head = _adapted_head(model)
     if head is None:
         return getattr(type(model), _METHOD)(model, *args, **kwargs)
+    weight = head.operand()
+    if isinstance(weight, Operand):
+        raise ValueError(
+            f"the output head is stored as {weight.format}, which can't be resized: resize the model "
+            "before it is stored so"
+        )
     linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
     linear.weight = head.weight
     linear.register_parameter("bias", head.bias)

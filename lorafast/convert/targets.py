@@ -10,7 +10,7 @@ from torch import nn
 from lorafast.convert.left_out import large_share
 from lorafast.convert.places import COMPILED, has_peft_adapter, why_not_here
 from lorafast.nn import LoRALinear
-from lorafast.nn.plain import stock_class
+from lorafast.nn.plain import is_linear
 
 ALL_LINEAR = "all-linear"
 Pattern = str | Iterable[str]
@@ -73,7 +73,7 @@ def names_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The linear and LoRA layers of ``model`` in its order, each with all the names that reach it."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALinear) or stock_class(module) is not None:
+        if isinstance(module, LoRALinear) or is_linear(module):
             found.setdefault(module, []).append(name)
     return found
 

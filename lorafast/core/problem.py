@@ -1,6 +1,6 @@
 """``Problem``: one call, described. Whatever chooses or plans reads it, and nothing else."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ class Problem(NamedTuple):
     - ``operation``: one of ``OPERATIONS`` or ``LAYER_OPERATIONS``;
     - ``dtype``: of x, y, dy and dx, and of the weight as it is multiplied; ``adapter_dtype``: of A, B
       and their gradients;
-    - ``format``: how the weight is stored, a name of ``lorafast.operands``;
+    - ``format``: how the weight is stored, a name of ``lorafast.operands``; ``format_parameters``: what
+      else it takes to read it;
     - ``transposed``: of ``linear_expand``: it multiplies by W, not by Wᵀ, as dx does;
     - ``wants``: the results asked for where there are several (``WANTS`` has them, in their order);
       ``lora_linear`` without ``s`` may have a plan that PyTorch differentiates itself;
@@ -103,6 +104,7 @@ class Problem(NamedTuple):
     plain: bool = True
     tf32: bool = False
     layouts: Layouts = Layouts()
+    format_parameters: str = ""
 
 
 WANTS = {
@@ -118,12 +120,15 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return all(type(t) in _PLAIN and t.device == given[0].device for t in given)
 
 
+_NO_WEIGHT: dict[str, Any] = {"format": "dense", "format_parameters": ""}
+
+
 def parts(problem: Problem) -> list[Problem]:
     """The problems of the operations that a whole layer's forward or backward is made of, in order."""
     p = problem
     if p.operation == "lora_linear":
         return [
-            p._replace(operation="shrink", N=0, wants=(), bias=False, format=DENSE),
+            p._replace(operation="shrink", N=0, wants=(), bias=False, **_NO_WEIGHT),
             p._replace(
                 operation="linear_expand", wants=(), dropout=False, layouts=_with_fresh_s(p)
             ),
@@ -133,12 +138,12 @@ def parts(problem: Problem) -> list[Problem]:
     first = expand_wants(p.wants)
     if first:
         found.append(
-            p._replace(operation="expand_backward", K=0, dropout=False, wants=first, format=DENSE)
+            p._replace(operation="expand_backward", K=0, dropout=False, wants=first, **_NO_WEIGHT)
         )
     if "dA" in p.wants:
         found.append(
             p._replace(
-                operation="shrink_backward", N=0, wants=(), format=DENSE, layouts=_with_fresh_s(p)
+                operation="shrink_backward", N=0, wants=(), layouts=_with_fresh_s(p), **_NO_WEIGHT
             )
         )
     if "dx" in p.wants:

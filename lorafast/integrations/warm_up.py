@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.nn import LoRALinear
+from lorafast.operands import Weight
 
 
 def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
@@ -65,10 +66,11 @@ def _run(layer: Any, rows: int) -> None:
     torch.autograd.grad(y, [x, *trained], torch.zeros_like(y), allow_unused=True)
 
 
-def _weight_of(layer: Any) -> Tensor:
+def _weight_of(layer: Any) -> Weight:
     """The frozen weight; other formats tell their dtype and device as a tensor does."""
-    base = layer if isinstance(layer, LoRALinear) else layer.get_base_layer()
-    weight: Tensor = base.weight
+    if isinstance(layer, LoRALinear):
+        return layer.operand()
+    weight: Tensor = layer.get_base_layer().weight
     return weight
 
 

@@ -10,7 +10,6 @@ from lorafast.backends import BackendError, Plan, Refusal, forced, registry
 from lorafast.core.problem import Layout, Problem
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
-from lorafast.operands import packed
 from lorafast.ops.problems import backward_problem, layer_problem
 
 
@@ -147,15 +146,15 @@ def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
 
 
 def _packed(layer: LoRALinear, problem: Problem) -> str:
-    weight = layer._parameters.get("weight")
-    if problem.device.type != "cpu" or weight is None or weight.dtype is not problem.dtype:
+    weight = layer.operand()
+    if problem.device.type != "cpu" or weight.dtype is not problem.dtype:
         return ""
-    return ", on the packed weight" if packed.is_packed(weight) else ""
+    return ", on the packed weight" if operands.is_packed(weight) else ""
 
 
 def _problems(layer: LoRALinear, x: Tensor | None) -> tuple[Problem, Problem]:
     """The layer's forward and backward, on rows like those of ``x``."""
-    weight = layer.base_weight()
+    weight = layer.operand()
     like = operands.stored(weight)[0] if x is None else x
     dtype = weight.dtype if x is None else x.dtype
     M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)

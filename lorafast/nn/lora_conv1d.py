@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
 from lorafast.nn.lora_linear import LoRALinear
+from lorafast.operands import kept_transposed
 
 # For torch.fx a call is one node, as one of nn.Linear is.
 torch.fx.wrap("lora_linear")
@@ -32,7 +33,7 @@ class LoRAConv1D(LoRALinear):
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
-        W = weight.t()  # type: ignore[union-attr]
+        W = kept_transposed(weight)  # type: ignore[arg-type]
         return lora_linear(x, W, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
@@ -44,7 +45,7 @@ class LoRAConv1D(LoRALinear):
 
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, a view."""
-        return self.weight.t()
+        return kept_transposed(self.weight)
 
     def _plain_weight(self) -> Tensor:
         return self._with_delta().t().contiguous()

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from lorafast import operands
 from lorafast.core.dtypes import FLOATS
-from lorafast.functional import lora_linear
+from lorafast.functional import lora_linear, lora_linear_of
 from lorafast.nn import offload
 from lorafast.nn.checks import (
     FLOAT_NAMES,
@@ -30,7 +31,8 @@ from lorafast.nn.plain import (
     why_not_carried,
 )
 from lorafast.nn.scripted import ScriptedLoRALinear
-from lorafast.operands import packed
+from lorafast.operands import Operand, Weight, packed
+from lorafast.ops.lora_linear import Memory
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
@@ -42,7 +44,8 @@ _DISTRIBUTED = "torch.distributed."
 _OWN = frozenset(
     {
         "weight", "bias", "lora_A", "lora_B", "_merged_weight", "merged", "dropout",
-        "_r", "_alpha", "_scaling", "_use_rslora", "_plain_class",
+        "_memory", "_r", "_alpha", "_scaling", "_use_rslora", "_plain_class", "_stored_names",
+        "_description",
     }
 )  # fmt: skip
 _PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
@@ -50,6 +53,9 @@ _PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
 
 def why_not_adaptable(linear: nn.Module) -> str | None:
     """The reason for which ``linear`` can't become a ``LoRALinear``, or None if it can."""
+    weight = operands.of_layer(linear)
+    if weight is not None:
+        return _why_not_claimed(linear, weight)
     stock = stock_class(linear)
     if stock is None:
         return f"it is a {type(linear).__name__}, expected an nn.Linear"
@@ -64,11 +70,29 @@ def why_not_adaptable(linear: nn.Module) -> str | None:
     for name in ("weight", "bias"):
         if name not in linear._parameters:
             return f"its {name} is computed by a parametrization: remove that first"
-    weight = linear._parameters["weight"]
-    assert weight is not None
-    if weight.dtype not in FLOATS:
-        return f"its weight is {weight.dtype}, expected {FLOAT_NAMES}"
-    return _why_not_plain(weight) or why_not_carried(linear, stock, _TAKEN)
+    dense = linear._parameters["weight"]
+    assert dense is not None
+    if dense.dtype not in FLOATS:
+        return f"its weight is {dense.dtype}, expected {FLOAT_NAMES}"
+    return _why_not_plain(dense) or why_not_carried(linear, stock, TAKEN)
+
+
+def _why_not_claimed(layer: nn.Module, weight: Operand) -> str | None:
+    """The reason for which a layer that a format claims can't be adapted, or None."""
+    from lorafast.nn.lora_operand_linear import why_not_held  # which is of LoRALinears
+
+    reason = _why_not_its_forward(layer, type(layer))
+    if reason is not None:
+        return reason
+    if vars(layer).get("_compiled_call_impl") is not None:
+        return "it was compiled in place: adapt it before Module.compile()"
+    own = layer._parameters | layer._buffers
+    if offload.hooks_of(layer) and any(own.get(n) is not t for n, t in weight.tensors().items()):
+        return (
+            f"Accelerate's hook serves its tensors by other names than {weight.format} has for them "
+            f"({', '.join(weight.tensors())})"
+        )
+    return why_not_held(weight, getattr(layer, "bias", None))
 
 
 def _why_not_plain(weight: Tensor) -> str | None:
@@ -130,6 +154,8 @@ class LoRALinear(nn.Module):
     lora_B: nn.Parameter
     _merged_weight: Tensor | None
     _plain_class: type[nn.Module] = nn.Linear
+    _stored_names: tuple[str, ...] = ("weight",)
+    """Of the tensors that the frozen weight is stored in."""
     merged = False
 
     def __init__(
@@ -172,6 +198,9 @@ class LoRALinear(nn.Module):
         ``[in_features, out_features]``. It may be offloaded by Accelerate: its hook goes on serving
         ``weight`` and ``bias``, the adapter stays in memory.
 
+        It may also be a layer that a format of ``lorafast.operands`` claims. Of that the operand, the
+        bias, the hooks and the mode are taken over, and merging gives an ``nn.Linear``.
+
         Raises:
             TypeError: ``linear`` is not a plain ``nn.Linear`` or ``Conv1D``, has what would be lost, or
                 its dtype or ``adapter_dtype`` is not one of float16, bfloat16, float32 and float64.
@@ -181,6 +210,14 @@ class LoRALinear(nn.Module):
         reason = why_not_adaptable(linear)
         if reason is not None:
             raise TypeError(f"linear can't be adapted: {reason}")
+        weight = operands.of_layer(linear)
+        if weight is not None:
+            from lorafast.nn.lora_operand_linear import LoRAOperandLinear  # which is a LoRALinear
+
+            return LoRAOperandLinear.of_layer(
+                linear, weight, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
+                adapter_dtype=adapter_dtype,
+            )  # fmt: skip
         if is_conv1d(linear):
             from lorafast.nn.lora_conv1d import LoRAConv1D  # which is a LoRALinear
 
@@ -194,6 +231,36 @@ class LoRALinear(nn.Module):
         layer.training = linear.training
         return layer
 
+    @classmethod
+    def from_operand(
+        cls,
+        weight: Operand,
+        r: int,
+        *,
+        bias: Tensor | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """A layer over a frozen weight of another format than dense (``lorafast.operands``).
+
+        Its tensors, by the names that the format gives them, become frozen parameters of the layer
+        where they are parameters, and else buffers; so does ``bias [out_features]``, as a parameter.
+        Other arguments as for the class.
+
+        Raises:
+            TypeError: ``weight`` is no operand that a layer can hold, ``bias`` doesn't fit it, or
+                ``adapter_dtype`` is not one of float16, bfloat16, float32 and float64.
+            ValueError: another argument doesn't fit.
+        """
+        from lorafast.nn.lora_operand_linear import LoRAOperandLinear  # which is a LoRALinear
+
+        return LoRAOperandLinear.over(
+            weight, r, bias=bias, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+        )  # fmt: skip
+
     def _build(
         self,
         linear: nn.Module,
@@ -203,30 +270,47 @@ class LoRALinear(nn.Module):
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        check_dtype("adapter_dtype", adapter_dtype)
         weight = linear.weight
         assert isinstance(weight, nn.Parameter)
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
         self._plain_class = type(linear)
-        self.in_features, self.out_features = features(linear)
+        self._set(*features(linear), r, alpha, dropout, use_rslora)
+        self.weight = weight
+        self.bias = linear.bias  # type: ignore[assignment]
+        self._add_adapter(weight.dtype, offload.device_of(linear, weight), adapter_dtype)
+        # Last: until here an error leaves ``linear`` as it was.
+        for frozen in linear.parameters(recurse=False):
+            frozen.requires_grad_(False)
+
+    def _set(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        alpha: float | None,
+        dropout: float,
+        use_rslora: bool,
+    ) -> None:
+        self._memory = Memory()
+        self.in_features, self.out_features = in_features, out_features
         self._r = check_rank("r", r)
         self.set_scaling(r if alpha is None else alpha, use_rslora)
         self.dropout = check_probability("dropout", dropout)
         self.merged = False
-        self.weight = weight
-        self.bias = linear.bias  # type: ignore[assignment]
-        device = offload.device_of(linear, weight)
+
+    def _add_adapter(
+        self, dtype: torch.dtype, device: torch.device, adapter_dtype: torch.dtype | None
+    ) -> None:
+        """A fresh one, for a weight of ``dtype``."""
+        check_dtype("adapter_dtype", adapter_dtype)
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if dtype in _HALF else dtype
         factory: dict[str, Any] = {"device": device, "dtype": adapter_dtype}
         # An inference tensor could never be trained.
         with torch.inference_mode(False):
-            self.lora_A = nn.Parameter(torch.empty((r, self.in_features), **factory))
-            self.lora_B = nn.Parameter(torch.empty((self.out_features, r), **factory))
+            self.lora_A = nn.Parameter(torch.empty((self._r, self.in_features), **factory))
+            self.lora_B = nn.Parameter(torch.empty((self.out_features, self._r), **factory))
         self.register_buffer("_merged_weight", None, persistent=False)
         self.reset_adapter()
-        # Last: until here an error leaves ``linear`` as it was.
-        for frozen in linear.parameters(recurse=False):
-            frozen.requires_grad_(False)
 
     @property
     def r(self) -> int:
@@ -285,7 +369,11 @@ class LoRALinear(nn.Module):
                 vars(self).update(before)
                 raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_memory"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._memory = Memory()
         # Pickles of the time when these four were plain attributes.
         renamed = {f"_{name}": state[name] for name in _PROPERTIES if name in state}
         super().__setstate__({k: v for k, v in state.items() if k not in _PROPERTIES} | renamed)
@@ -314,6 +402,8 @@ class LoRALinear(nn.Module):
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
+        if not dropout_p and type(x) is Tensor:  # torch.fx sees the other call
+            return lora_linear_of(self._memory, x, weight, lora_A, lora_B, self._scaling, bias)  # type: ignore[arg-type]
         return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
 
     def _forward_merged(self, x: Tensor) -> Tensor:
@@ -328,6 +418,10 @@ class LoRALinear(nn.Module):
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, whichever way the layer keeps it."""
         return self.weight
+
+    def operand(self) -> Weight:
+        """The frozen weight as products take it: W, or an operand of another format."""
+        return self.base_weight()
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -404,7 +498,7 @@ class LoRALinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
             plain.weight = nn.Parameter(self._plain_weight(), requires_grad=False)
             plain.register_parameter("bias", self.bias)
-        carry(self, plain, but=_OWN | {"parametrizations"})
+        carry(self, plain, but=_OWN | {"parametrizations", *self._stored_names})
         plain.training = self.training
         return plain
 
@@ -456,6 +550,7 @@ class LoRALinear(nn.Module):
         return [weight for weight in weights if weight is not None]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
+        self._memory = Memory()
         was_meta = self._adapter_is_meta()
         super()._apply(fn, recurse)
         if was_meta and not self._adapter_is_meta():
@@ -484,7 +579,8 @@ class LoRALinear(nn.Module):
         )
         adapter = [prefix + "lora_A", prefix + "lora_B"]
         # A checkpoint of the plain layer has neither; one without the other is a broken one.
-        if prefix + "weight" in state_dict and all(key not in state_dict for key in adapter):
+        whole = all(prefix + name in state_dict for name in self._stored_names)
+        if whole and all(key not in state_dict for key in adapter):
             for key in adapter:
                 if key in missing_keys:  # not there if a parametrization computes it
                     missing_keys.remove(key)
@@ -501,7 +597,8 @@ class LoRALinear(nn.Module):
 
     def _follow_weight(self) -> None:
         """Gives an adapter that is on meta without its weight memory, and the values of a fresh one."""
-        weight = self._parameters.get("weight")
+        own = self._parameters | self._buffers
+        weight = own.get(self._stored_names[0])
         if weight is None or weight.is_meta or not self._adapter_is_meta():
             return
         with torch.inference_mode(False):
@@ -531,4 +628,5 @@ class LoRALinear(nn.Module):
         return ", ".join(parts)
 
 
-_TAKEN = frozenset(dir(LoRALinear)) | _OWN
+TAKEN = frozenset(dir(LoRALinear)) | _OWN
+"""Names that a plain layer can't have for something of its own."""

@@ -6,7 +6,9 @@ import weakref
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from lorafast import operands
 
 # What nn.Module keeps of a module's hooks; they move with the layer when it is wrapped.
 _HOOKS = (
@@ -50,6 +52,11 @@ def stock_class(module: nn.Module) -> type[nn.Module] | None:
     return conv1d() if is_conv1d(module) else None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer, of a format of ``lorafast.operands`` too."""
+    return stock_class(module) is not None or operands.of_layer(module) is not None
+
+
 def conv1d() -> type[nn.Module] | None:
     """Transformers' ``Conv1D``, GPT-2's linear layer; None until something has imported it."""
     found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
@@ -63,10 +70,19 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def features(linear: Any) -> tuple[int, int]:
-    """``in_features`` and ``out_features`` of a plain layer or a ``LoRALinear``."""
+    """``in_features`` and ``out_features`` of a linear layer or a ``LoRALinear``."""
+    weight = operands.of_layer(linear)
+    if weight is not None:
+        return weight.shape[1], weight.shape[0]
     if is_conv1d(linear):
         return linear.weight.shape[0], linear.weight.shape[1]
     return linear.in_features, linear.out_features
+
+
+def frozen_tensor(linear: Any) -> Tensor:
+    """The weight of a linear layer, or the first tensor that it is stored in."""
+    weight = operands.of_layer(linear)
+    return linear.weight if weight is None else operands.stored(weight)[0]
 
 
 def is_own_forward(module: nn.Module, forward: object, stock: type[nn.Module]) -> bool:

@@ -5,12 +5,15 @@ registered format. What is not about one format asks here.
 """
 
 from collections.abc import Sequence
+from typing import cast as _cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lorafast.core.problem import DENSE
 from lorafast.operands import dense as _dense
 from lorafast.operands import packed
+from lorafast.operands.dense import kept_transposed
 from lorafast.operands.operand import Operand
 
 __all__ = [
@@ -22,11 +25,15 @@ __all__ = [
     "as_dense",
     "build",
     "describe",
+    "finished_linear",
     "format_of",
     "formats",
+    "is_packed",
+    "kept_transposed",
     "linear",
     "linear_transposed",
-    "packed_linear",
+    "of_layer",
+    "parameters_of",
     "register",
     "stored",
     "unregister",
@@ -42,8 +49,8 @@ def register(operand: type[Operand]) -> type[Operand]:
     Raises:
         ValueError: there is one of this name, or it is no word.
     """
-    name = operand.format
-    if name in _formats or name == DENSE or not name.isidentifier():
+    name = getattr(operand, "format", None)
+    if not isinstance(name, str) or name in formats() or not name.isidentifier():
         raise ValueError(f"format is {name!r}, expected a word that no other format has")
     _formats[name] = operand
     return operand
@@ -68,11 +75,27 @@ def format_of(weight: Weight) -> str:
     return weight.format if isinstance(weight, Operand) else DENSE
 
 
+def parameters_of(weight: Weight) -> str:
+    """What else it takes to read the tensors of ``weight``."""
+    return weight.parameters if isinstance(weight, Operand) else ""
+
+
+def of_layer(layer: nn.Module) -> Operand | None:
+    """The frozen weight of a layer that one of the formats claims, None if none does."""
+    for operand in _formats.values():
+        found = operand.of_layer(layer)
+        if found is not None:
+            return found
+    return None
+
+
 def describe(weight: Weight) -> str:
-    """Format, names of its tensors and parameters, as text: with ``stored`` what ``build`` needs."""
+    """Format, names of its tensors, dtype if cast, and parameters, as text: with ``stored`` what
+    ``build`` needs."""
     if not isinstance(weight, Operand):
         return DENSE
-    return f"{weight.format}|{','.join(weight.tensors())}|{weight.parameters}"
+    cast = "" if weight.cast is None else str(weight.cast).removeprefix("torch.")
+    return f"{weight.format}|{','.join(weight.tensors())}|{cast}|{weight.parameters}"
 
 
 def stored(weight: Weight) -> list[Tensor]:
@@ -87,15 +110,24 @@ def build(tensors: Sequence[Tensor], description: str) -> Weight:
         ValueError: the format is not known, or the tensors don't fit.
     """
     if description == DENSE:
-        (weight,) = tensors
-        return weight
-    name, names, parameters = [*description.split("|", 2), "", ""][:3]
+        if len(tensors) != 1:
+            raise ValueError(f"weight has {len(tensors)} tensors, expected one: it is {DENSE}")
+        return tensors[0]
+    name, *rest = description.split("|", 3)
     if name not in _formats:
         raise ValueError(f"format is {name!r}, expected one of {', '.join(formats())}")
-    keys = names.split(",")
+    if len(rest) != 3:
+        raise ValueError(
+            f"format is {description!r}, expected what lorafast.operands.describe gives"
+        )
+    keys, dtype, parameters = rest[0].split(","), rest[1], rest[2]
     if len(keys) != len(tensors):
         raise ValueError(f"weight has {len(tensors)} tensors, expected {', '.join(keys)}")
-    return _formats[name].build(dict(zip(keys, tensors, strict=True)), parameters)
+    try:
+        weight = _formats[name].build(dict(zip(keys, tensors, strict=True)), parameters)
+    except KeyError as error:
+        raise ValueError(f"weight has {', '.join(keys)}, and {name} needs {error}") from error
+    return weight.to(_cast(torch.dtype, getattr(torch, dtype))) if dtype else weight
 
 
 def as_dense(weight: Weight) -> Tensor:
@@ -105,34 +137,40 @@ def as_dense(weight: Weight) -> Tensor:
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """``x·Wᵀ + bias`` for ``x [M, K]``."""
-    if isinstance(weight, Operand):
-        return weight.linear(x, bias)
-    return _dense.linear(x, weight, bias)
+    if isinstance(weight, Tensor):
+        return _dense.linear(x, weight, bias)
+    return weight.linear(x, bias)
 
 
 def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
     """``dy·W`` for ``dy [M, N]``."""
-    if isinstance(weight, Operand):
-        return weight.linear_transposed(dy)
-    return _dense.linear_transposed(dy, weight)
+    if isinstance(weight, Tensor):
+        return _dense.linear_transposed(dy, weight)
+    return weight.linear_transposed(dy)
 
 
 def add_linear_(y: Tensor, x: Tensor, weight: Weight) -> Tensor:
-    """``y += x·Wᵀ``, in one rounding where the weight is dense."""
-    if isinstance(weight, Operand):
-        return y.add_(weight.linear(x, None))
-    return _dense.add_linear_(y, x, weight)
+    """``y += x·Wᵀ``."""
+    if isinstance(weight, Tensor):
+        return _dense.add_linear_(y, x, weight)
+    return y.add_(weight.linear(x, None))
 
 
 def add_linear_transposed_(dx: Tensor, dy: Tensor, weight: Weight) -> Tensor:
-    """``dx += dy·W``, in one rounding where the weight is dense."""
-    if isinstance(weight, Operand):
-        return dx.add_(weight.linear_transposed(dy))
-    return _dense.add_linear_transposed_(dx, dy, weight)
+    """``dx += dy·W``."""
+    if isinstance(weight, Tensor):
+        return _dense.add_linear_transposed_(dx, dy, weight)
+    return dx.add_(weight.linear_transposed(dy))
 
 
-def packed_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
-    """``x·Wᵀ + bias`` by a packed copy, None if there is none to be used."""
-    if isinstance(weight, Operand):
-        return None
-    return packed.linear_if_packed(x, weight, bias)
+def is_packed(weight: Weight) -> bool:
+    """Whether there is a packed copy of ``weight`` as it is now."""
+    return isinstance(weight, Tensor) and packed.is_packed(weight)
+
+
+def finished_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
+    """``x·Wᵀ + bias`` by a product that accumulates onto nothing, a packed copy's or that of a format;
+    None if ``add_linear_`` does better."""
+    if isinstance(weight, Tensor):
+        return packed.linear_if_packed(x, weight, bias)
+    return weight.linear(x, bias)

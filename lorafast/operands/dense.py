@@ -6,6 +6,11 @@ from torch import Tensor
 from lorafast.operands import packed
 
 
+def kept_transposed(weight: Tensor) -> Tensor:
+    """W of a layer that keeps it as ``[K, N]``: a view."""
+    return weight.t()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x·Wᵀ + bias``, by the packed copy of W where there is one."""
     return packed.linear(x, weight, bias)

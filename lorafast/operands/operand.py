@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 _TILE_BYTES = 1 << 26
 """Rows are made dense in pieces of about this size."""
@@ -22,16 +23,19 @@ class Operand(ABC):
     - ``tensors()``: the tensors that it is stored in, by the names they have in a ``state_dict``;
     - ``parameters``: what else it takes to read them, as text ('' if nothing): block sizes, a shape;
     - ``build(tensors, parameters)``: the operand again, from these two;
-    - ``rows(begin, end)``: rows of W, dense.
+    - ``rows(begin, end)``: rows of W, dense, in ``dtype``, which ``to`` may have set;
+    - ``of_layer(layer)``: the operand of a layer that keeps its weight so, if there are such layers.
 
     The products made of ``rows`` here serve until a format or a backend has its own. No gradient flows
-    into an operand.
+    into an operand, and none of its tensors may require one.
     """
 
     format: ClassVar[str]
     shape: torch.Size
     dtype: torch.dtype
     parameters: str = ""
+    cast: torch.dtype | None = None
+    """What ``to`` has made ``dtype``, where that is not what ``build`` makes it."""
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
@@ -50,18 +54,63 @@ class Operand(ABC):
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows ``begin`` to ``end`` of W: ``[end - begin, K]``, in ``dtype``."""
 
+    @classmethod
+    def of_layer(cls, layer: nn.Module) -> "Operand | None":
+        """The frozen weight of ``layer``, or None if it is no layer of this format.
+
+        ``layer(x)`` must be ``x·Wᵀ + layer.bias`` (without a bias if there is none); the operand has the
+        layer's own tensors, not copies. Asked of every layer of a model that is adapted.
+        """
+        return None
+
     def dense(self) -> Tensor:
         """W ``[N, K]``."""
         return self.rows(0, self.shape[0])
 
+    def to(self, dtype: torch.dtype) -> "Operand":
+        """The same weight, multiplied in ``dtype``; autocast asks for it."""
+        if dtype is self.dtype:
+            return self
+        twin = type(self).build(self.tensors(), self.parameters)
+        if dtype is not twin.dtype:
+            twin.dtype = twin.cast = dtype
+        return twin
+
     @property
     def device(self) -> torch.device:
-        """Where it is: its tensors are on one device."""
-        return next(iter(self.tensors().values())).device
+        """Where it is.
+
+        Raises:
+            ValueError: its tensors are on several devices.
+        """
+        (first, tensor), *others = self.tensors().items()
+        for name, other in others:
+            if other.device != tensor.device:
+                raise ValueError(
+                    f"{name} of weight is on {other.device}, expected {tensor.device}, where {first} is"
+                )
+        return tensor.device
 
     def get_device(self) -> int:
         """As a tensor's."""
-        return next(iter(self.tensors().values())).get_device()
+        device = self.device
+        return -1 if device.type in ("cpu", "meta") else device.index
+
+    @property
+    def layout(self) -> object:
+        """As a tensor's, what plans and checks ask of it beside its size, dtype and device."""
+        kinds = [(type(t), t.dtype, t.requires_grad) for t in self.tensors().values()]
+        return self.parameters, *kinds
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether one of its tensors does, which is refused."""
+        return any(tensor.requires_grad for tensor in self.tensors().values())
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is in the host's memory."""
+        return self.device.type == "cpu"
 
     @property
     def is_meta(self) -> bool:
@@ -75,14 +124,20 @@ class Operand(ABC):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·Wᵀ + bias`` for ``x [M, K]``, tile by tile."""
         N, K = self.shape
-        y = x.new_empty((x.shape[0], N))
         step = max(_TILE_BYTES // max(K * self.dtype.itemsize, 1), 1)
+        if step >= N:
+            return F.linear(x, self.dense(), bias)
+        y = x.new_empty((x.shape[0], N))
         for begin in range(0, N, step):
             end = min(begin + step, N)
             part = None if bias is None else bias[begin:end]
-            y[:, begin:end] = torch.nn.functional.linear(x, self.rows(begin, end), part)
+            y[:, begin:end] = F.linear(x, self.rows(begin, end), part)
         return y
 
     def linear_transposed(self, dy: Tensor) -> Tensor:
         """``dy·W`` for ``dy [M, N]``: all of W at once, for tiles would be rounded between."""
         return dy @ self.dense()
+
+    def __repr__(self) -> str:
+        shape = list(self.shape)
+        return f"{type(self).__name__}(format={self.format}, shape={shape}, dtype={self.dtype})"

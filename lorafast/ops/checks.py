@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lorafast.core.dtypes import FLOATS, wide
-from lorafast.operands import Weight
+from lorafast.operands import Operand, Weight
 
 _STRIDED = torch.strided
 
@@ -34,6 +34,17 @@ def check_low_rank(name: str, tensor: Tensor, other: str, dtype: torch.dtype) ->
     """``tensor``, s or ds, must have the dtype of the low-rank term of ``other``."""
     if tensor.dtype != wide(dtype):
         raise TypeError(f"{name} is {tensor.dtype}, expected {wide(dtype)}: {other} is {dtype}")
+
+
+def check_frozen(weight: Weight) -> None:
+    """No tensor of an operand may require a gradient."""
+    if isinstance(weight, Tensor) or not weight.requires_grad:
+        return
+    name = next(name for name, tensor in weight.tensors().items() if tensor.requires_grad)
+    raise ValueError(
+        f"{name} of weight requires a gradient, and none flows into a weight stored as "
+        f"{weight.format}: freeze it (requires_grad_(False))"
+    )
 
 
 def check_probability(dropout_p: float) -> None:
@@ -90,6 +101,7 @@ def check_lora_linear(
             and 0.0 <= dropout_p <= 1.0
             and type(scaling) in (float, int)
             and x.layout is _STRIDED
+            and (isinstance(weight, Tensor) or not weight.requires_grad)
         )
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         fits = False  # a nested tensor raises RuntimeError when asked for its shape
@@ -131,7 +143,7 @@ def _explain_lora_linear(
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor if name != "weight" else Weight):
+        if not isinstance(tensor, (Tensor, Operand) if name == "weight" else Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
         if tensor.dtype not in FLOATS:
             raise TypeError(
@@ -157,6 +169,7 @@ def _explain_lora_linear(
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is")
+    check_frozen(weight)
     check_probability(dropout_p)
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling is a {type(scaling).__name__}, expected a number")

@@ -6,7 +6,13 @@ from torch import Tensor
 
 from lorafast import operands, reference
 from lorafast.operands import Weight
-from lorafast.ops.checks import check_dropout, check_low_rank, check_matrix, check_same_dtype
+from lorafast.ops.checks import (
+    check_dropout,
+    check_frozen,
+    check_low_rank,
+    check_matrix,
+    check_same_dtype,
+)
 from lorafast.ops.problems import linear_expand_problem, planned
 from lorafast.ops.registration import differentiate_by_reference, register, runner
 
@@ -24,6 +30,7 @@ def _check(
     transposed: bool = False,
 ) -> Weight:
     W = operands.build(weight, format)
+    check_frozen(W)
     check_matrix("x", x, "M", "K")
     if transposed:
         check_matrix("weight", W, x.shape[1], "N")

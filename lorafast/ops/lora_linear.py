@@ -66,10 +66,13 @@ def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
 class _Call:
     """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
 
-    __slots__ = ("backend", "backwards", "differentiable", "matrix", "problem", "run")
+    __slots__ = ("backend", "backwards", "differentiable", "matrix", "operand", "problem", "run")
 
-    def __init__(self, problem: Problem, backend: str | None, matrix: bool) -> None:
+    def __init__(
+        self, problem: Problem, backend: str | None, matrix: bool, operand: object
+    ) -> None:
         plan = registry.choose(problem, backend)
+        self.operand = operand
         self.problem = problem
         self.backend = backend
         self.matrix = matrix
@@ -78,19 +81,60 @@ class _Call:
         self.backwards: dict[object, Run] = {}
 
 
+class Memory:
+    """Which tensors a layer had when it was called last, and what stands for their shapes, dtypes and
+    devices: read once, not in every call.
+
+    It holds addresses, not tensors, which others may want to free. Whoever changes tensors in place
+    (``Module.to`` does) makes a new one; what is missed all the same costs a check, not a wrong result.
+    """
+
+    __slots__ = ("kept",)
+
+    def __init__(self) -> None:
+        self.kept: tuple[tuple[int, ...], _Like | None] = ((), None)
+
+    def keep(self, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> "_Like":
+        """Reads the tensors."""
+        like = _likes.setdefault(_like(weight, lora_A, lora_B, bias), _Like())
+        self.kept = ((id(weight), id(lora_A), id(lora_B), id(bias)), like)
+        return like
+
+
+class _Like:
+    """Stands for equal shapes, dtypes and devices of a layer's tensors; found by its address."""
+
+    __slots__ = ()
+
+
+_likes: dict[tuple[object, ...], _Like] = {}
+
+
+def _like(
+    weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> tuple[object, ...]:
+    """All of a layer's tensors that checks and plans depend on, for one on a CPU."""
+    return (
+        weight.shape, weight.dtype, weight.is_cpu, type(weight),
+        lora_A.shape, lora_A.dtype, lora_A.is_cpu, type(lora_A),
+        lora_B.shape, lora_B.dtype, lora_B.is_cpu, type(lora_B),
+        bias if bias is None else (bias.shape, bias.dtype, bias.is_cpu, type(bias)),
+    )  # fmt: skip
+
+
 _KEPT = 4096
 _calls: dict[tuple[object, ...], _Call] = {}
 registry.when_forgotten(_calls.clear)
 
 
-def _layouts_matter(device: int, backend: str | None) -> bool:
+def _layouts_matter(x: Tensor, backend: str | None) -> bool:
     """Whether plans depend on how matrices lie in memory: not on a CPU, unless one is forced."""
-    return device >= 0 or backend is not None
+    return not x.is_cpu or backend is not None
 
 
-def _where(*matrices: Tensor | None) -> tuple[object, ...]:
-    """What the layouts of matrices are made of."""
-    return tuple([(t.stride(), t.data_ptr() & 15) if t is not None else t for t in matrices])
+def _where(matrices: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What the layouts of matrices are made of, and their devices."""
+    return tuple([(t.stride(), t.data_ptr() & 15, t.device) for t in matrices])
 
 
 def _first_call(
@@ -108,10 +152,11 @@ def _first_call(
     has_rows = check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     if not has_rows or (dropout_p and unstrided.is_sharded(x)):
         return None
-    layouts = _layouts_matter(x.get_device(), backend)
+    layouts = _layouts_matter(x, backend)
     dropout = bool(dropout_p)
     problem = layer_problem(_rows(x), weight, lora_A, lora_B, bias, dropout, ("y",), layouts)
-    call = _Call(problem, backend, x.dim() == 2)
+    operand = None if isinstance(weight, Tensor) else weight.layout
+    call = _Call(problem, backend, x.dim() == 2, operand)
     if key is not None:
         if len(_calls) >= _KEPT:
             _calls.clear()
@@ -128,9 +173,10 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` outside autocast; as ``functional.lora_linear``,
-    with the seed of the mask given."""
+    with the seed of the mask given, and the ``memory`` of whoever calls it again and again."""
     compiling = torch.compiler.is_compiling()
     # As ``alone`` asks, without the call.
     if (
@@ -147,18 +193,28 @@ def lora_linear(
     backend = forced.forced()
     key: Any = None
     call = None
+    like: object = None
     try:
-        device = x.get_device()
-        # All that the checks and the plan depend on.
+        if memory is None:
+            like = _like(weight, lora_A, lora_B, bias)
+        else:
+            tensors, like = memory.kept
+            if tensors != (id(weight), id(lora_A), id(lora_B), id(bias)):
+                like = memory.keep(weight, lora_A, lora_B, bias)
         key = (
-            x.shape, x.dtype, device, x.layout, type(x), weight.shape, weight.dtype,
-            weight.get_device(), type(weight), lora_A.shape, lora_A.dtype, lora_A.get_device(),
-            type(lora_A), lora_B.shape, lora_B.dtype, lora_B.get_device(), type(lora_B),
-            bias if bias is None else (bias.shape, bias.dtype, bias.get_device()),
-            dropout_p, type(scaling), backend,
-        )  # fmt: skip
-        if device >= 0 or backend is not None:
-            key = (*key, *_where(x, *operands.stored(weight), lora_A, lora_B), allows_tf32(x))
+            x.shape,
+            x.dtype,
+            x.layout,
+            x.is_cpu,
+            type(x),
+            like,
+            dropout_p,
+            type(scaling),
+            backend,
+        )
+        if backend is not None or not x.is_cpu:
+            matrices = (x, *operands.stored(weight), lora_A, lora_B)
+            key = (*key, _where(matrices), _like(weight, lora_A, lora_B, bias), allows_tf32(x))
         call = _calls[key]
     except KeyError:
         pass
@@ -169,10 +225,24 @@ def lora_linear(
         if call is None:
             return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if call.differentiable:
-        if call.matrix:
-            return call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
-        y = call.run(_rows(x), weight, lora_A, lora_B, scaling, bias, 0.0, None)[0]
+        try:
+            if call.matrix:
+                return call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)
+            y = call.run(_rows(x), weight, lora_A, lora_B, scaling, bias, 0.0, None)
+        except RuntimeError:
+            # A tensor may have been given another shape or dtype in place.
+            check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+            raise
         return y.view(*x.shape[:-1], y.shape[1])
+    if call.operand is not None and call.operand != weight.layout:
+        key = (*key, weight.layout)  # what they depend on too; a tensor needn't be asked
+        call = _calls.get(key) or _first_call(
+            key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend
+        )
+        assert call is not None
+    if memory is not None and memory.keep(weight, lora_A, lora_B, bias) is not like:
+        # One was, and no call of PyTorch's would say so.
+        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
     if torch.is_grad_enabled():
         return _apply(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return _forward(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]
@@ -239,17 +309,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor, needs: tuple[bool, ...])
     """Keeps for the backward what the needed gradients take, so that all else may change meanwhile."""
     x, weight, lora_A, lora_B, scaling, _, dropout_p, seed = inputs
     need_dx, need_dweight, need_dA, need_dB, *_ = needs
-    stored: list[Tensor] = []
-    if need_dx:
-        stored = [weight] if isinstance(weight, Tensor) else operands.stored(weight)
-    ctx.description = operands.describe(weight)
+    if isinstance(weight, Tensor):
+        ctx.description, stored = operands.DENSE, [weight]
+    else:
+        ctx.description, stored = operands.describe(weight), operands.stored(weight)
     ctx.save_for_backward(
         x if need_dA or need_dweight else None,
         lora_A if need_dx else None,
         lora_B if need_dx or need_dA else None,
         s if need_dB else None,
         seed,
-        *stored,
+        *(stored if need_dx else ()),
     )
     ctx.lora_A = lora_A  # not its values: what a second derivative is for
     ctx.scaling = scaling
@@ -411,11 +481,11 @@ def _eager_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
 
 def _planned_backward(call: _Call, dy: Tensor, needs: tuple[bool, ...]) -> Run:
     """What runs the backward of ``call``, on the backend of its forward."""
-    layouts = _layouts_matter(dy.get_device(), call.backend)
+    layouts = _layouts_matter(dy, call.backend)
     key: object = (needs, type(dy))
     if layouts:
         rows = _rows(dy)
-        key = (needs, type(dy), *_where(rows))
+        key = (needs, type(dy), _where((rows,)))
     run = call.backwards.get(key)
     if run is None:
         problem = backward_problem(call.problem, _wants(needs), _rows(dy), layouts)

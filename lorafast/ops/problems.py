@@ -1,5 +1,6 @@
 """A call described: of a layer's forward and backward, and of each of the four operations."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends import forced, registry
-from lorafast.backends.plan import Refusal
+from lorafast.backends.plan import Plan, Refusal
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import WANTS, Layout, Layouts, Problem, is_plain
 from lorafast.operands import Weight
@@ -29,6 +30,11 @@ def planned(problem: Problem) -> Any:
 def allows_tf32(x: Tensor) -> bool:
     """Whether PyTorch may round the float32 products of ``x`` to TF32."""
     return x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _has_addresses(x: Tensor) -> bool:
+    """Whether it lies where a backend may read it by address."""
+    return x.is_cuda or x.is_cpu
 
 
 def shrink_problem(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Problem:
@@ -113,7 +119,7 @@ def _problem(
     stored = [] if weight is None else operands.stored(weight)
     plain = is_plain(x, *stored, *layouts.values(), *others)
     found = Layouts()
-    if plain and not x.is_meta:
+    if plain and _has_addresses(x):
         named = {name: Layout.of(t) for name, t in layouts.items() if t is not None}
         if weight is not None:
             named["weight"] = _weight_layout(weight)
@@ -121,7 +127,8 @@ def _problem(
     return Problem(
         operation, x.shape[0], K, N, r, x.dtype, adapter_dtype, x.device,
         operands.DENSE if weight is None else operands.format_of(weight),
-        plain=plain, tf32=allows_tf32(x), layouts=found, **fields,
+        format_parameters="" if weight is None else operands.parameters_of(weight), plain=plain,
+        tf32=allows_tf32(x), layouts=found, **fields,
     )  # fmt: skip
 
 
@@ -144,7 +151,7 @@ def layer_problem(
     (N, K), r = weight.shape, lora_A.shape[0]
     plain = is_plain(x, *operands.stored(weight), lora_A, lora_B, bias)
     found = Layouts()
-    if layouts and plain and not x.is_meta:
+    if layouts and plain and _has_addresses(x):
         found = Layouts(
             x=Layout.of(x),
             weight=_weight_layout(weight),
@@ -155,6 +162,7 @@ def layer_problem(
         "lora_linear", x.shape[0], K, N, r, x.dtype, lora_A.dtype, x.device,
         operands.format_of(weight), wants=wants, dropout=dropout, bias=bias is not None,
         plain=plain, tf32=allows_tf32(x), layouts=found,
+        format_parameters=operands.parameters_of(weight),
     )  # fmt: skip
 
 
@@ -162,7 +170,7 @@ def backward_problem(p: Problem, wants: tuple[str, ...], dy: Tensor, layouts: bo
     """The backward of a layer's forward ``p``."""
     plain = p.plain and is_plain(dy)
     found = p.layouts
-    if layouts and plain and not dy.is_meta:
+    if layouts and plain and _has_addresses(dy):
         s = Layout.fresh(p.M, p.r, wide(p.dtype))
         found = found._replace(dy=Layout.of(dy), s=s)
     return p._replace(
@@ -179,7 +187,12 @@ def why_not(name: str, like: Tensor) -> str | None:
 
 
 def on_backend(name: str | None) -> SimpleNamespace:
-    """The operations on backend ``name`` (None: the fastest for each call), below autograd.
+    """The operations on backend ``name`` (None: the fastest for each call), as ``by_plans`` has them."""
+    return by_plans(lambda problem: registry.choose(problem, name))
+
+
+def by_plans(choose: Callable[[Problem], Plan]) -> SimpleNamespace:
+    """The operations below autograd, each by the plan that ``choose`` has for a call.
 
     Functions by name, as ``Plan`` describes their arguments, but that ``expand_backward`` returns ``ds``
     and ``dB`` alone, ``shrink_backward`` takes the dtype of ``dA`` too, ``linear_expand`` whether it is
@@ -187,7 +200,7 @@ def on_backend(name: str | None) -> SimpleNamespace:
     """
 
     def run(problem: Problem, *arguments: Any) -> Any:
-        return registry.choose(problem, name).run(*arguments)
+        return choose(problem).run(*arguments)
 
     def shrink(
         x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorafast.backends import forced
 from lorafast.core.context import needs_plain_pytorch, watched, without_autocast
-from lorafast.kernels.common import counters
 from lorafast.ops import flops
 
 _LIBRARY = torch.library.Library("lorafast", "DEF")
@@ -35,7 +34,7 @@ def register(
     def kernel(x: Tensor, *arguments: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, (x, *arguments))
-        with without_autocast(x), counters.fresh():
+        with without_autocast(x):
             return implementation(x, *arguments)
 
     _implementations[name] = kernel

@@ -99,7 +99,7 @@ def test_time_is_the_devices_or_the_hosts_whichever_is_longer():
     assert "host" not in str(many)
 
 
-@pytest.mark.parametrize("M", [1, 16, 128, 512])
+@pytest.mark.parametrize("M", [1, 16, 128])
 @pytest.mark.parametrize("operation", ["shrink", "linear_expand", "lora_linear"])
 def test_a_decode_step_stays_with_aten(operation, M):
     """A Triton launch costs the host more than a call of PyTorch's."""

@@ -41,7 +41,6 @@ def on(monkeypatch):
     """Makes CUDA devices of those given, by their index."""
 
     def pretend(*devices):
-        monkeypatch.setattr(backend, "device_of", lambda device: devices[device.index])
         monkeypatch.setattr(cost, "device_of", lambda device: devices[device.index])
         monkeypatch.setattr(backend, "say_untuned", lambda device, sm: None)
 
@@ -71,7 +70,7 @@ def test_every_device_is_planned_for(operation, device):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for M in (1, 100, 8192):
             p = problem(operation, M=M, dtype=dtype)
-            launch = model.PLANNED[operation](p, device)
+            launch = model.PLANNED[operation](p, device, None)
             assert launch.config.num_warps
             assert launching.lines(launch)
 
@@ -146,15 +145,15 @@ def test_helpers_serve_a_large_layer_forward_and_backward():
     [
         (problem(M=64), "the configuration has none"),
         (problem(M=512, dropout=True), "the configuration has none"),
-        (problem(dropout=True), "a mask, the rank or too few tiles"),
-        (problem(N=1024), "a mask, the rank or too few tiles"),
-        (problem(r=200), "a mask, the rank or too few tiles"),
+        (problem(dropout=True), "a mask, the rank, or few tiles or SMs"),
+        (problem(N=1024), "a mask, the rank, or few tiles or SMs"),
+        (problem(r=200), "a mask, the rank, or few tiles or SMs"),
         (problem(dtype=torch.float16), "float16's skinny work is in float32"),
         (problem(K=4100), "TMA can't read or write"),
         (problem(M=0), "nothing to compute"),
         (
             problem("lora_linear_backward", wants=("dx",)),
-            "they make dx, dA, dB, and dx is asked for",
+            "they make dx, dA, dB at once, and dx is asked for",
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -207,6 +206,15 @@ def test_a_record_is_launched_as_it_was_measured():
     # One that is read through pointers takes no configuration for TMA.
     unaligned = problem("linear_expand", layouts=Layouts(x=Layout(rows=8)))
     assert not planning.plan_linear_expand(unaligned, H200).config.descriptors
+
+
+def test_a_square_weights_record_is_that_of_its_direction():
+    """A square weight's strides don't tell whether it is transposed."""
+    own = LaunchConfig(128, 128, 64, 16, 8, 3, descriptors=True)
+    p = problem("linear_expand")
+    tuned.save(H200.name, [tuned.Record(cost.key_of(p), "triton", own, {"triton": 1e-4})])
+    assert planning.config_of(p, H200) == own
+    assert planning.config_of(p._replace(transposed=True), H200) != own
 
 
 def test_float32_is_rounded_as_pytorch_does_and_float16s_factors_always():

@@ -8,12 +8,14 @@ import torch
 pytest.importorskip("triton")
 
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
-from lorafast.bench.common.problem import DTYPES, Problem
+from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.traffic import interpret, launches, measure, run
 from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.job import on_meta
+
+from lorafast.backends.triton import cost as model
 
 M, K, N, r = 8192, 4096, 4096, 16
 PROBLEM = Problem(Shape("", M, K, N), r, "bf16", "bf16", 0.0)
@@ -189,8 +191,8 @@ PROBLEMS = [
         (130, 64, 70, 40, "fp32", "fp32", False, True, 4),
         (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
         (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
-        (2190, 72, 520, 16, "bf16", "fp32", True, False, 20),  # helpers forward
-        (2190, 520, 264, 16, "bf16", "fp32", True, True, 20),  # helpers backward
+        (2190, 72, 520, 16, "bf16", "fp32", False, False, 20),  # helpers forward
+        (2190, 264, 520, 16, "bf16", "fp32", True, True, 20),  # helpers backward
     )
 ]
 
@@ -201,27 +203,24 @@ PROBLEMS = [
     ids=str,
 )
 def test_closed_forms_say_what_the_interpreter_counts(problem):
-    assert interpret.compare(problem) == dict.fromkeys(
-        (
-            "shrink",
-            "linear_expand",
-            "expand_backward",
-            "shrink_backward",
-            "dx",
-            "lora_linear",
-            "lora_linear_backward",
-        )
-    )
+    names = [
+        "shrink", "linear_expand", "expand_backward", "ds", "shrink_backward", "dx", "lora_linear",
+        "lora_linear_backward",
+    ]  # fmt: skip
+    if problem.bias:
+        names += ["dB and dbias", "ds, dB and dbias", "lora_linear_backward and dbias"]
+    assert interpret.compare(problem) == dict.fromkeys(names)
 
 
 def test_a_wrong_closed_form_is_found(monkeypatch):
-    right = launches.shrink
+    right = launches.traffic_of
 
-    def wrong(*arguments):
-        (first, *rest) = right(*arguments)
-        return [replace(first, read=first.read + 2), *rest]
+    def wrong(launch, call):
+        (first, *rest) = right(launch, call)
+        more = 2 if call.operation == "shrink" else 0
+        return [replace(first, read=first.read + more), *rest]
 
-    monkeypatch.setattr(launches, "shrink", wrong)
+    monkeypatch.setattr(launches, "traffic_of", wrong)
     differences = interpret.compare(PROBLEMS[0])
     assert [name for name, value in differences.items() if value] == ["shrink", "lora_linear"]
 
@@ -239,20 +238,23 @@ def test_a_wrong_closed_form_is_printed_as_wrong(monkeypatch, capsys):
 @pytest.mark.parametrize("r", [16, 64])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_reduced_sizes_reach_every_path(r, dtype):
-    """At the first no sum is split into partial ones, at the second every one is, then helpers pay."""
-    reduced = interpret.reduce(replace(PROBLEM, r=r, dtype=dtype))
-    layers = [
-        launches.Layer(p.M, p.K, p.N, p.r, DTYPES[p.dtype], 4, False, False, p.processors)
-        for p in reduced
-    ]
-    for layer, split in zip(layers[:2], (False, True), strict=True):
-        (shrunk,), (dA,) = launches.shrink(layer), launches.shrink_backward(layer)
-        assert (shrunk.written > layer.M * layer.r * layer.size) is split
-        assert (dA.written > layer.K * layer.r * 4) is split
+    """At the first no sum is split into partial ones, at the second every one is, then helpers help."""
+    small, split, forward, backward = interpret.reduce(replace(PROBLEM, r=r, dtype=dtype))
+
+    def planned(reduced, name):
+        call, _ = interpret.calls_of(reduced)[name]
+        device = launches.h200(reduced.sms)
+        if name in model.PLANNED:
+            return model.PLANNED[name](call, device, None)
+        return model.helped(call, device)
+
+    for reduced, expected in ((small, False), (split, True)):
+        assert planned(reduced, "shrink").split is expected
+        assert planned(reduced, "shrink_backward").split is expected
     if dtype == "bf16":
-        assert len(launches.lora_linear(layers[2])) == 1
+        assert not isinstance(planned(forward, "lora_linear"), str)
         # One helper would add up too much of ds for a high rank.
-        assert len(launches.lora_linear_backward(layers[3])) == (1 if r == 16 else 4)
+        assert isinstance(planned(backward, "lora_linear_backward"), str) is (r == 64)
 
 
 @pytest.mark.slow
@@ -272,8 +274,6 @@ def test_where_triton_cannot_interpret_the_counts_say_that_they_are_unchecked(mo
 
 
 def test_the_process_says_why_it_cannot_check(monkeypatch, capsys):
-    monkeypatch.setattr(interpret.backend, "TRITON", replace(
-        interpret.backend.TRITON, why_unusable=lambda: "Triton is too old"
-    ))  # fmt: skip
+    monkeypatch.setattr(interpret.Triton, "why_unusable", lambda self: "Triton is too old")
     assert interpret.main() == interpret._UNCHECKED
     assert capsys.readouterr().out == "Triton is too old\n"

@@ -1,6 +1,7 @@
 """What surrounds a call: modes that keep what operations return, forward mode, transforms, FLOP counts.
 
-Each at sizes on both sides of where the fused formula begins, for there the paths differ.
+Each at sizes on both sides of where the fused formula begins, for there the paths differ, and with
+weights that are not stored dense, which have one path at all sizes.
 """
 
 import contextlib
@@ -16,27 +17,35 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from toy_formats import FORMATS, held
 
 import lorafast
-from lorafast import ops, reference
+from lorafast import operands, ops, reference
 from lorafast.core.context import watched
 from lorafast.functional import lora_linear
 from lorafast.nn import LoRALinear
 from lorafast.reference import contract
 
+pytestmark = pytest.mark.usefixtures("toy_formats")
+
 ROWS = pytest.mark.parametrize("rows", [4, 300])
+CASES = pytest.mark.parametrize(
+    ("rows", "format"),
+    [(4, "dense"), (300, "dense"), *((4, name) for name in FORMATS if name != "dense")],
+)
 SCALING = 0.5
 
 
-def draw(rows, dtype=torch.float32):
-    """x, W, A, B, bias; all but W and bias require gradients."""
+def draw(rows, dtype=torch.float32, format="dense"):
+    """x, W as the format holds it, A, B, bias; all but W and bias require gradients."""
     sizes = ((rows, 256), (240, 256), (8, 256), (240, 8), (240,))
     x, W, A, B, bias = (torch.randn(size).to(dtype) for size in sizes)
+    W = held(format, W)
     return x.requires_grad_(), W, A.requires_grad_(), B.requires_grad_(), bias
 
 
-def layer(x, W, A, B, bias=None, **more):
-    return lora_linear(x, W, A, B, SCALING, bias, **more)
+def layer(x, W, A, B, bias=None, format="dense", **more):
+    return lora_linear(x, FORMATS[format](W), A, B, SCALING, bias, **more)
 
 
 def plain(x, W, A, B, bias=None):
@@ -58,12 +67,23 @@ POLICIES = {
 @pytest.mark.parametrize("kept", POLICIES.values(), ids=POLICIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
-    ("dtype", "rows"),
-    [(torch.float32, 4), (torch.float32, 300), (torch.bfloat16, 300)],
-    ids=["fp32-4", "fp32-300", "bf16-300"],
+    ("dtype", "rows", "format"),
+    [
+        (torch.float32, 4, "dense"),
+        (torch.float32, 300, "dense"),
+        (torch.bfloat16, 300, "dense"),
+        (torch.float32, 4, "negative"),
+        (torch.bfloat16, 300, "scaled"),
+    ],
+    ids=["fp32-4", "fp32-300", "bf16-300", "negative", "scaled"],
 )
-def test_selective_checkpointing_changes_no_gradient(dtype, rows, dropout, kept):
-    adapted = LoRALinear.from_linear(nn.Linear(256, 240, dtype=dtype), 8, dropout=dropout)
+def test_selective_checkpointing_changes_no_gradient(dtype, rows, format, dropout, kept):
+    linear = nn.Linear(256, 240, dtype=dtype)
+    if format == "dense":
+        adapted = LoRALinear.from_linear(linear, 8, dropout=dropout)
+    else:
+        weight = FORMATS[format](linear.weight.detach())
+        adapted = LoRALinear.from_operand(weight, 8, bias=linear.bias, dropout=dropout)
     nn.init.normal_(adapted.lora_B, std=0.1)
     context = functools.partial(create_selective_checkpoint_contexts, kept)
     results = []
@@ -106,16 +126,16 @@ class _KeepsAllCalls(TorchFunctionMode):
         return out
 
 
-@ROWS
+@CASES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", [_KeepsAll, _KeepsAllCalls])
 @pytest.mark.parametrize("where", ["inference", "forward", "backward", "both"])
-def test_what_a_mode_has_kept_stays_what_it_was(mode, dtype, rows, where):
-    x, W, A, B, bias = draw(rows, dtype)
+def test_what_a_mode_has_kept_stays_what_it_was(mode, dtype, rows, format, where):
+    x, W, A, B, bias = draw(rows, dtype, format)
     inside = mode()
     with torch.set_grad_enabled(where != "inference"):
         with contextlib.nullcontext() if where == "backward" else inside:
-            y = layer(x, W, A, B, bias)
+            y = layer(x, W, A, B, bias, format)
         if where in ("backward", "both"):
             with inside:
                 gradients(y, x, A, B)
@@ -131,15 +151,15 @@ def test_a_default_device_is_no_mode_that_keeps_anything():
             assert watched()
 
 
-@ROWS
+@CASES
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_a_mode_in_the_backward_gets_the_gradients_of_the_forwards_backend(rows, dropout_p):
-    x, W, A, B, bias = draw(rows)
+def test_a_mode_in_the_backward_gets_the_gradients_of_the_forwards_backend(rows, format, dropout_p):
+    x, W, A, B, bias = draw(rows, format=format)
     found = []
     for mode in (_KeepsAll(), None):
         torch.manual_seed(2)
         with lorafast.use_backend("reference"):
-            y = layer(x, W, A, B, bias, dropout_p=dropout_p)
+            y = layer(x, W, A, B, bias, format, dropout_p=dropout_p)
         if mode is None:
             found.append(gradients(y, x, A, B))
         else:
@@ -158,11 +178,11 @@ def tangent_of(function, values, tangents):
         return forward_ad.unpack_dual(function(*duals)).tangent
 
 
-@ROWS
+@CASES
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("wanted", ["x", "A", "B", "xAB"])
-def test_forward_mode(rows, grad, wanted):
-    x, W, A, B, bias = draw(rows, torch.float64)
+def test_forward_mode(rows, format, grad, wanted):
+    x, W, A, B, bias = draw(rows, torch.float64, format)
     tangents = [
         torch.randn_like(t) if name in wanted else torch.zeros_like(t)
         for name, t in zip("xAB", (x, A, B), strict=True)
@@ -170,32 +190,38 @@ def test_forward_mode(rows, grad, wanted):
     with torch.set_grad_enabled(grad):
         found, expected = (
             tangent_of(lambda x, A, B, f=f: f(x, W, A, B, bias), (x, A, B), tangents)
-            for f in (layer, plain)
+            for f in (functools.partial(layer, format=format), plain)
         )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@ROWS
-def test_forward_mode_with_dropout_has_the_mask_of_the_forward(rows):
-    x, W, A, B, _ = draw(rows, torch.float64)
+@CASES
+def test_forward_mode_with_dropout_has_the_mask_of_the_forward(rows, format):
+    x, W, A, B, _ = draw(rows, torch.float64, format)
     t = torch.randn_like(x)
 
     def dropped(x):
         torch.manual_seed(3)
-        return layer(x, W, A, B, dropout_p=0.4)
+        return layer(x, W, A, B, format=format, dropout_p=0.4)
 
     # Linear in x, so the tangent is the layer on the tangent.
     with torch.no_grad():
         torch.testing.assert_close(tangent_of(dropped, (x,), (t,)), dropped(t))
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-def test_forward_mode_through_each_operation(grad):
-    x, W, A, B, bias = draw(5, torch.float64)
+def test_forward_mode_through_each_operation(format, grad):
+    x, W, A, B, bias = draw(5, torch.float64, format)
     s, dy = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 240, dtype=torch.float64)
     calls = {
         "shrink": ((x, A), lambda run, x, A: run.shrink(x, A)),
-        "linear_expand": ((s, B), lambda run, s, B: run.linear_expand(x, W, s, B, SCALING, bias)),
+        "linear_expand": (
+            (s, B),
+            lambda run, s, B: run.linear_expand(
+                x, W if run is reference else FORMATS[format](W), s, B, SCALING, bias
+            ),
+        ),
         "expand_backward": (
             (dy, s),
             lambda run, dy, s: torch.cat([t.flatten() for t in run.expand_backward(dy, s, B, 2.0)]),
@@ -222,14 +248,14 @@ def test_the_bare_operation_loses_no_tangent_without_a_word():
         )
 
 
-@ROWS
+@CASES
 @pytest.mark.parametrize("how", ["dual level", "torch.func"])
-def test_forward_mode_that_begins_after_the_forward(rows, how):
+def test_forward_mode_that_begins_after_the_forward(rows, format, how):
     """The tangent of a gradient: a Hessian-vector product."""
-    x, W, A, B, bias = draw(rows, torch.float64)
+    x, W, A, B, bias = draw(rows, torch.float64, format)
     v, t = torch.randn(2, rows, 240, dtype=torch.float64)
     found = []
-    for run in (layer, plain):
+    for run in (functools.partial(layer, format=format), plain):
         y = run(x, W, A, B, bias)
 
         def pull(v, y=y):
@@ -245,11 +271,12 @@ def test_forward_mode_that_begins_after_the_forward(rows, how):
         torch.testing.assert_close(one, two, msg=name)
 
 
-@ROWS
-def test_a_batch_of_gradients_by_vmap(rows):
-    leaves, several = draw(rows), torch.randn(3, rows, 240)
+@CASES
+def test_a_batch_of_gradients_by_vmap(rows, format):
+    leaves, several = draw(rows, format=format), torch.randn(3, rows, 240)
     found = []
-    for run, dtype in ((layer, torch.float32), (plain, torch.float32), (plain, torch.float64)):
+    ours = functools.partial(layer, format=format)
+    for run, dtype in ((ours, torch.float32), (plain, torch.float32), (plain, torch.float64)):
         x, W, A, B, bias = (t.to(dtype) for t in leaves)
         y = run(x, W, A, B, bias)
         pull = functools.partial(torch.autograd.grad, y, (x, A, B), retain_graph=True)
@@ -313,13 +340,20 @@ TRANSFORMS = {
 }
 
 
-@ROWS
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("compiled", "rows", "format"),
+    [
+        *((compiled, rows, "dense") for compiled in (False, True) for rows in (4, 300)),
+        *((False, 4, name) for name in FORMATS if name != "dense"),
+        pytest.param(True, 4, "scaled", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_transforms(transform, compiled, rows):
+def test_transforms(transform, compiled, rows, format):
     torch._dynamo.reset()
     sizes = ((rows, 9), (240, 9), (3, 9), (240, 3))
     x, W, A, B = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    W = held(format, W)
 
     def run(function):
         def go(x, A):
@@ -327,19 +361,23 @@ def test_transforms(transform, compiled, rows):
 
         return (torch.compile(go, backend="aot_eager") if compiled else go)(x, A)
 
-    torch.testing.assert_close(run(layer), run(plain))
+    torch.testing.assert_close(run(functools.partial(layer, format=format)), run(plain))
 
 
 # ----- second derivatives and what may change before a backward
 
 
-def test_second_derivative_of_the_registered_operation_without_a_bias():
+@pytest.mark.parametrize("format", FORMATS)
+def test_second_derivative_of_the_registered_operation_without_a_bias(format):
     x, W, A, B = (t[:6].detach() for t in draw(6, torch.float64)[:4])
     A, B = A[:, :5].contiguous().requires_grad_(), B[:, :6].contiguous().requires_grad_()
     x, W = x[:, :5].contiguous().requires_grad_(), W[:, :5].contiguous()
 
+    weight = FORMATS[format](W)
+    stored, description = operands.stored(weight), operands.describe(weight)
+
     def registered(x, A, B):
-        return torch.ops.lorafast.lora_linear(x, [W], "dense", A, B, SCALING)[0]
+        return torch.ops.lorafast.lora_linear(x, stored, description, A, B, SCALING)[0]
 
     assert torch.autograd.gradgradcheck(registered, (x, A, B))
 
@@ -384,15 +422,15 @@ def test_an_input_changed_in_place_is_named_with_what_to_write_instead():
 # ----- FLOPs
 
 
-@ROWS
+@CASES
 @pytest.mark.parametrize("wanted", ["xAB", "AB", "xB", "x", "B"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_flops_are_those_of_plain_pytorch(rows, wanted, dropout_p):
+def test_flops_are_those_of_plain_pytorch(rows, format, wanted, dropout_p):
     from torch.utils.flop_counter import FlopCounterMode
 
     counted = []
-    for run in (plain, functools.partial(layer, dropout_p=dropout_p)):
-        x, W, A, B, bias = draw(rows)
+    for run in (plain, functools.partial(layer, format=format, dropout_p=dropout_p)):
+        x, W, A, B, bias = draw(rows, format=format)
         for name, tensor in zip("xAB", (x, A, B), strict=True):
             tensor.requires_grad_(name in wanted)
         with FlopCounterMode(display=False) as counter:
@@ -401,14 +439,17 @@ def test_flops_are_those_of_plain_pytorch(rows, wanted, dropout_p):
     assert counted[0] == counted[1] > 0
 
 
-def test_flops_of_each_operation():
+@pytest.mark.parametrize("format", FORMATS)
+def test_flops_of_each_operation(format):
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, W, A, B, _ = (t.detach() for t in draw(7))
+    x, W, A, B, _ = (t.detach() for t in draw(7, format=format))
     s, dy = x.new_ones(7, 8), x.new_ones(7, 240)
     calls = [
         lambda run: run.shrink(x, A),
-        lambda run: run.linear_expand(x, W, s, B, SCALING),
+        lambda run: run.linear_expand(
+            x, W if run is reference else FORMATS[format](W), s, B, SCALING
+        ),
         lambda run: run.expand_backward(dy, s, B, SCALING),
         lambda run: run.shrink_backward(s, x),
     ]

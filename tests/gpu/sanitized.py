@@ -35,8 +35,9 @@ def main() -> None:
             lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
             lora_linear(x, weight, lora_A, lora_B, 0.7, None, dropout_p, seed, config=config)
             lora_linear_backward(
-                dy, x, weight, lora_A, lora_B, s, 0.7, dropout_p, seed, config=config
-            )
+                dy, x, weight, lora_A, lora_B, s, 0.7, dropout_p, seed,
+                dbias=True, config=config,
+            )  # fmt: skip
     torch.cuda.synchronize()
     print("every kernel ran")
 

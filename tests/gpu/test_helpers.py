@@ -10,7 +10,7 @@ from torch import nn
 pytestmark = pytest.mark.gpu
 
 K, N, r = 2048, 2048, 16
-# Descriptors only where the architecture has bulk copies; every architecture can have helpers.
+# Descriptors only where the architecture has TMA; every architecture can have helpers.
 POINTERS = LaunchConfig(64, 64, 32, 16, 4, 3, helpers=8)
 
 
@@ -40,7 +40,9 @@ def test_against_the_reference(device, config, which, M):
     class WithHelpers:
         def call(self, cast):
             y, shrunk = lora_linear(x, weight, lora_A, lora_B, 0.7, config=c)
-            found = lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, config=c)
+            found = lora_linear_backward(
+                dy, x, weight, lora_A, lora_B, s, 0.7, dbias=True, config=c
+            )
             return y, shrunk, *found
 
     def call(run, cast):
@@ -52,6 +54,7 @@ def test_against_the_reference(device, config, which, M):
         return (
             run.linear_expand(xs, w, shrunk, B, 0.7), shrunk,
             run.linear_expand(dys, w.t(), ds, A.t(), 1.0), run.shrink_backward(ds, xs), dB,
+            dys.sum(0),
         )  # fmt: skip
 
     assert_contract(call, WithHelpers(), torch.bfloat16)
@@ -63,12 +66,12 @@ def test_a_thousand_launches_end_and_give_the_same_bits(device, config, dropout_
     seed = torch.tensor([7], device=device) if dropout_p else None
     arguments = (dy, x, weight, lora_A, lora_B, s, 0.7, dropout_p, seed)
     first = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
-    first_back = lora_linear_backward(*arguments, config=config)
+    first_back = lora_linear_backward(*arguments, dbias=True, config=config)
     expected = (*first, *first_back)
     same = torch.ones(len(expected), dtype=torch.bool, device=device)
     for _ in range(500):
         again = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
-        again_back = lora_linear_backward(*arguments, config=config)
+        again_back = lora_linear_backward(*arguments, dbias=True, config=config)
         pairs = zip(expected, (*again, *again_back), strict=True)
         # Looked at on the device, so that launches follow each other.
         same &= torch.stack([(one == two).all() for one, two in pairs])
@@ -100,7 +103,10 @@ def test_graphs_replay_with_their_own_counters(device, config):
 
     def step():
         y, _ = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
-        return y, *lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, config=config)
+        found = lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, s, 0.7, dbias=True, config=config
+        )
+        return y, *found
 
     step()
     torch.cuda.synchronize()
@@ -123,6 +129,28 @@ def test_graphs_replay_with_their_own_counters(device, config):
         for _, found in graphs:
             for one, two in zip(found, expected, strict=True):
                 assert torch.equal(one, two)
+
+
+def test_a_captured_launch_clears_nothing(device, config, monkeypatch):
+    """Its counters were zeroed before the capture."""
+    x, dy, weight, lora_A, lora_B, s = tensors(8192, device)
+
+    def step():
+        y, _ = lora_linear(x, weight, lora_A, lora_B, 0.7, config=config)
+        return y, *lora_linear_backward(dy, x, weight, lora_A, lora_B, s, 0.7, config=config)[:3]
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros", None)
+        with torch.cuda.graph(graph):
+            found = step()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_64_numbers_of_rows_compile_nothing_new_after_the_first_few(device):

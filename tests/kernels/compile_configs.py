@@ -68,6 +68,10 @@ _KINDS = {
 }
 
 
+# What a backward asks of a pass over dy: the most, and dB alone. ds alone is a shrink.
+_ASKED = {"plain": {}, "dbias": {"dbias": True}, "dB": {"ds": False}}
+
+
 @dataclass(frozen=True)
 class Checked:
     """One configuration in one variant; ``violations`` says what is wrong with its machine code."""
@@ -101,8 +105,10 @@ def _calls(
     if operation == "shrink":
         for name, p, of in masks:
             yield f"plain{name}", lambda p=p, of=of: shrink(x, lora_A, p, of, config=c)
+        yield "scaled", lambda: shrink(dy, lora_B.t(), scale=2.0, config=c)  # ds alone
     elif operation == "expand_backward":
-        yield "plain", lambda: expand_backward(dy, s, lora_B, 2.0, config=c)
+        for name, asked in _ASKED.items():
+            yield name, lambda asked=asked: expand_backward(dy, s, lora_B, 2.0, **asked, config=c)
     elif operation == "shrink_backward":
         for name, p, of in masks:
             yield (
@@ -115,7 +121,7 @@ def _calls(
             yield (
                 f"dx{name}",
                 lambda p=p, of=of: linear_expand(
-                    dy, weight.t(), s, lora_A.t(), 1.0, None, p, of, config=c
+                    dy, weight, s, lora_A.t(), 1.0, None, p, of, transposed=True, config=c
                 ),
             )
         if c.helpers and may_help(kind.dtype):
@@ -124,12 +130,13 @@ def _calls(
                 lambda: lora_linear(x, weight, lora_A, lora_B, 2.0, bias, config=c),
             )
             for name, p, of in masks:
-                yield (
-                    f"helpers-backward{name}",
-                    lambda p=p, of=of: lora_linear_backward(
-                        dy, x, weight, lora_A, lora_B, s, 2.0, p, of, config=c
-                    ),
-                )
+                for suffix, dbias in (("", False), ("-dbias", True)):
+                    yield (
+                        f"helpers-backward{name}{suffix}",
+                        lambda p=p, of=of, dbias=dbias: lora_linear_backward(
+                            dy, x, weight, lora_A, lora_B, s, 2.0, p, of, dbias=dbias, config=c
+                        ),
+                    )
 
 
 def check_all(capability: int, kinds: Iterable[str], known: Known) -> Iterator[Checked]:
@@ -196,10 +203,9 @@ def why_bad(
             yield f"no {expected}"
         if launch.constant("WARP_SPECIALIZE") and "USETMAXREG" not in has:
             yield "the warps are not specialised"
-    bulk = product and launch.constant("DESCRIPTORS")
-    if bulk:
+    if product and launch.constant("DESCRIPTORS"):
         if "UTMALDG" not in has:
-            yield "no bulk copies"
+            yield "no TMA"
     elif "LDGSTS.128" not in has and "LDG.128" not in has:
         # A tile that was cut for float32 has half as many bytes in float16.
         halved = not product and kind.dtype is torch.float16

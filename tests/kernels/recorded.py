@@ -60,7 +60,7 @@ def _launch(kernel: JITFunction, grid: tuple[int, ...], given: dict[str, Any]) -
     assert given.keys() == {p.name for p in kernel.params}
     for p in kernel.params:
         value = given[p.name]
-        if p.is_constexpr:
+        if p.is_constexpr or value is None:
             kind = "constexpr"
         elif isinstance(value, TensorDescriptor):
             block = ",".join(map(str, value.block_shape))
@@ -92,7 +92,7 @@ def _compilable(kernel: InterpretedFunction) -> JITFunction:
 
 
 @contextmanager
-def recording(capability: int, processors: int = 132) -> Iterator[list[Launch]]:
+def recording(capability: int, sms: int = 132) -> Iterator[list[Launch]]:
     """Within the block kernels are recorded, as for a device of this compute capability."""
     launches: list[Launch] = []
 
@@ -105,13 +105,13 @@ def recording(capability: int, processors: int = 132) -> Iterator[list[Launch]]:
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(InterpretedFunction, "run", record),
         mock.patch.object(launch, "INTERPRETER_CAPABILITY", capability),
-        mock.patch.object(launch, "INTERPRETER_PROCESSORS", processors),
+        mock.patch.object(launch, "INTERPRETER_SMS", sms),
     ):
         yield launches
 
 
-def launches_of(capability: int, call: Callable[[], object], processors: int = 132) -> list[Launch]:
+def launches_of(capability: int, call: Callable[[], object], sms: int = 132) -> list[Launch]:
     """The launches of ``call``."""
-    with recording(capability, processors) as launches:
+    with recording(capability, sms) as launches:
         call()
     return launches

@@ -15,7 +15,7 @@ SMALL_TILES = {
     "16x16 tiles": LaunchConfig(16, 16, 16, 16, num_warps=1, num_stages=1),
     "32x16x64 tiles": LaunchConfig(32, 16, 64, 32, num_warps=1, num_stages=1),
     "16x64 tiles in parts": LaunchConfig(16, 64, 16, 16, 1, 1, parts=2, masked_parts=4),
-    "16x32 tiles, bulk copies": LaunchConfig(
+    "16x32 tiles, TMA": LaunchConfig(
         16, 32, 16, 16, 1, 1, descriptors=True, flatten=True, parts=2, ctas_per_sm=2
     ),
     "shipped tiles": None,

@@ -13,6 +13,7 @@ from lorafast.kernels.common.configs import OPERATIONS, SHARED_MEMORY
 from lorafast.kernels.tables import table_of
 
 COMPILE = Path(__file__).parent / "compile_configs.py"
+ROOT = Path(__file__).parents[2]
 
 
 # The architectures with the most variants first: workers take them in this order.
@@ -24,7 +25,7 @@ COMPILE = Path(__file__).parent / "compile_configs.py"
 )
 def test_every_configuration_compiles_to_fast_code(capability):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(COMPILE.parent)
+    environment["PYTHONPATH"] = os.pathsep.join((str(COMPILE.parent), str(ROOT)))
     process = subprocess.run(
         [sys.executable, str(COMPILE), str(capability)],
         capture_output=True,

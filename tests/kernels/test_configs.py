@@ -36,7 +36,7 @@ def test_every_row_is_valid_on_its_architecture(capability, op, row):
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_every_dtype_is_served_with_and_without_bulk_copies(capability, op):
+def test_every_dtype_is_served_with_and_without_tma(capability, op):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for bulk in (False, True):
             config = find(op, capability, dtype, 100, 1000, 1000, 20, bulk)
@@ -56,7 +56,7 @@ def test_every_dtype_is_served_with_and_without_bulk_copies(capability, op):
         ({"masked_parts": 8}, "masked_parts is 8, expected 1, 2, 4 or 8, of at least 16 columns"),
         ({"ctas_per_sm": 0}, "ctas_per_sm is 0, expected 1 to 32"),
         ({"helpers": -1}, "helpers is -1, expected 0 or more"),
-        ({"descriptors": True}, "descriptors need bulk copies, which sm_86 lacks"),
+        ({"descriptors": True}, "descriptors need TMA, which sm_86 lacks"),
         ({"warp_specialize": True}, "warp_specialize needs descriptors"),
     ],
     ids=lambda v: str(v)[:30],
@@ -71,11 +71,11 @@ def test_what_is_wrong_is_said(change, reason):
     [
         (90, {"warp_specialize": True}, "doesn't specialise the warps of this loop on sm_90"),
         (100, {"warp_specialize": True, "flatten": True}, "exclude each other"),
-        (100, {"block_n": 512, "num_warps": 16}, "a bulk copy takes at most 256"),
+        (100, {"block_n": 512, "num_warps": 16}, "TMA takes at most 256"),
     ],
     ids=lambda v: str(v)[:30],
 )
-def test_what_bulk_copies_can_not_is_said(capability, change, reason):
+def test_what_tma_can_not_is_said(capability, change, reason):
     config = dataclasses.replace(GOOD, descriptors=True, **change)
     assert reason in why_invalid("linear_expand", config, 2, capability)
 

@@ -15,7 +15,7 @@ CALLS = {
     "shrink": lambda run, t: run.shrink(t.x, t.lora_A),
     "linear_expand": lambda run, t: run.linear_expand(t.x, t.weight, t.s, t.lora_B, 0.7, t.bias),
     "dx": lambda run, t: run.linear_expand(t.dy, t.weight.t(), t.ds, t.lora_A.t(), 1.0),
-    "expand_backward": lambda run, t: run.expand_backward(t.dy, t.s, t.lora_B, 0.7)[:2],
+    "expand_backward": lambda run, t: run.expand_backward(t.dy, t.s, t.lora_B, 0.7, dbias=True),
     "shrink_backward": lambda run, t: run.shrink_backward(t.ds, t.x),
 }
 

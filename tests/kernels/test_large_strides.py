@@ -54,7 +54,10 @@ def test_linear_expand(far_apart, device, far):
         x, weight = draw(5, 2, device=device), far_apart(24).t()
     s, lora_B = draw(x.shape[0], 3, device=device).float(), draw(weight.shape[0], 3, device=device)
     arguments = (x, weight, s, lora_B, 0.5)
-    assert_same(on_kernels().linear_expand(*arguments), reference.linear_expand(*arguments))
+    expected = reference.linear_expand(*arguments)
+    assert_same(on_kernels().linear_expand(*arguments), expected)
+    transposed = (x, weight.t(), s, lora_B, 0.5)
+    assert_same(on_kernels().linear_expand(*transposed, transposed=True), expected)
 
 
 def test_linear_expand_with_a_strided_bias(device):
@@ -71,8 +74,9 @@ def test_linear_expand_with_a_strided_bias(device):
 def test_expand_backward(far_apart, device, transposed):
     dy = far_apart(24).t() if transposed else far_apart(24)
     s, lora_B = draw(dy.shape[0], 3, device=device).float(), draw(dy.shape[1], 3, device=device)
-    found = on_kernels().expand_backward(dy, s, lora_B, 0.5)
-    for one, two in zip(found, reference.expand_backward(dy, s, lora_B, 0.5), strict=True):
+    found = on_kernels().expand_backward(dy, s, lora_B, 0.5, dbias=True)
+    expected = (*reference.expand_backward(dy, s, lora_B, 0.5), dy.sum(0))
+    for one, two in zip(found, expected, strict=True):
         assert_same(one, two)
 
 

@@ -53,12 +53,12 @@ def call_backward(p, t):
         weight, s = p.lay_out(cast(t.weight)), cast(t.s, wide(p.dtype))
         if hasattr(run, "lora_linear_backward"):
             return run.lora_linear_backward(
-                dy, x, weight, lora_A, lora_B, s, 0.7, p.dropout_p, t.seed
+                dy, x, weight, lora_A, lora_B, s, 0.7, p.dropout_p, t.seed, dbias=True
             )
         ds, dB = run.expand_backward(dy, s, lora_B, 0.7)
         dA = run.shrink_backward(ds, x, p.dropout_p, t.seed, lora_A.dtype)
         dx = run.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, p.dropout_p, t.seed)
-        return dx, dA, dB
+        return dx, dA, dB, dy.sum(0)
 
     return run_call
 
@@ -164,9 +164,8 @@ def test_nan_propagates(monkeypatch, device, call):
     )
     lost = [found.isnan() for found in CALLS[call](p, t)(kernels, lambda v, _=None: v.float())]
     every = slice(None)
-    for output, place in zip(
-        lost, {"forward": (4, 4), "backward": (4, every, 5)}[call], strict=True
-    ):
+    places = {"forward": (4, 4), "backward": (4, every, 5, 5)}[call]  # y, s; dx, dA, dB, dbias
+    for output, place in zip(lost, places, strict=True):
         expected = torch.zeros_like(output)
         expected[place] = True
         assert torch.equal(output, expected)

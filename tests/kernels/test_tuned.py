@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 
 from helpers import assert_contract
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.launch import config_for
-from lorafast.kernels.shrink import shrink
 from lorafast.kernels.tables import tuned
+
+from lorafast.backends import registry
+from lorafast.ops.problems import on_backend
 
 CONFIG = LaunchConfig(16, 16, 32, 16, 1, 2)
 KEY = tuned.Key("shrink", "float32", 20, 40, 40, 4)
@@ -27,6 +28,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 def forget():
     tuned.load.cache_clear()
     tuned.nearest.cache_clear()
+    registry.forget_plans()
 
 
 @pytest.fixture(autouse=True)
@@ -81,8 +83,10 @@ BAD = [
     ("key.r", "4", "key.r is '4', expected a whole number"),
     ("key.masked", 0, "key.masked is 0, expected true or false"),
     ("key", None, "key is None, expected an object"),
-    ("backend", "cpu", "backend is 'cpu', expected aten or triton"),
-    ("backend", "nobody", "backend is 'nobody', expected aten or triton"),
+    ("key.aligned", "yes", "key.aligned is 'yes', expected true or false"),
+    ("backend", "nobody", "backend is 'nobody', and there are times of aten, triton alone"),
+    ("seconds", {}, "backend is 'triton', and there are times of nothing alone"),
+    ("seconds", {"aten": 0.0}, "the time of aten is 0.0, expected seconds"),
     ("backend", ["aten"], r"backend is \['aten'\], expected a text"),
     ("seconds", {"aten": "fast"}, "seconds.aten is 'fast', expected a finite number"),
     ("seconds", {"aten": float("nan")}, "seconds.aten is nan, expected a finite number"),
@@ -96,8 +100,6 @@ BAD = [
     ("path", "value", "said"), BAD, ids=[f"{path}-{str(value)[:12]}" for path, value, _ in BAD]
 )
 def test_a_bad_record_is_left_out_with_one_warning(file, path, value, said):
-    shipped = config_for("shrink", torch.empty(1, 1), 20, 40, 40, 4)
-    forget()
     bad, good = dataclasses.asdict(RECORD), dataclasses.asdict(RECORD)
     spoil(bad, path, value)
     good["key"]["M"] = 2000
@@ -105,7 +107,7 @@ def test_a_bad_record_is_left_out_with_one_warning(file, path, value, said):
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         assert [record.key.M for record in tuned.load("interpreter")] == [2000]
-        assert config_for("shrink", torch.empty(1, 1), 20, 40, 40, 4) == shipped
+        assert tuned.nearest("interpreter", KEY) is None
     (sentence,) = (str(one.message) for one in heard)
     assert sentence.startswith(f"{file}: 2 of 3 records are not used")
     assert re.search(said, sentence)
@@ -125,10 +127,9 @@ def test_numbers_are_right_whatever_the_file_holds(file):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 40, generator=generator, dtype=torch.float64)
     lora_A = torch.randn(4, 40, generator=generator, dtype=torch.float64)
-    operations = type("Operations", (), {"shrink": staticmethod(shrink)})
     with pytest.warns(UserWarning, match="ctas_per_sm is 0"):
         assert_contract(
-            lambda run, cast: run.shrink(cast(x), cast(lora_A)), operations, torch.float32
+            lambda run, cast: run.shrink(cast(x), cast(lora_A)), on_backend("triton"), torch.float32
         )
 
 
@@ -245,9 +246,9 @@ def test_the_rules_are_those_of_the_device_of_that_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: list(devices.values())[i])
     config = LaunchConfig(128, 128, 64, 16, 8, 3, descriptors=True)
     key = tuned.Key("lora_linear", "bfloat16+float32", 8192, 4096, 4096, 16)
-    record = tuned.Record(key, "triton", config)
+    record = tuned.Record(key, "triton", config, {"triton": 1e-4})
     for name in ("Newer", "Old", "absent"):
         tuned.save(name, [record])
     assert tuned.load("Newer") == tuned.load("absent") == (record,)
-    with pytest.warns(UserWarning, match="descriptors need bulk copies, which sm_86 lacks"):
+    with pytest.warns(UserWarning, match="descriptors need TMA, which sm_86 lacks"):
         assert tuned.load("Old") == ()

@@ -10,16 +10,25 @@ import sys
 import pytest
 import torch
 from torch import nn
+from toy_formats import NegativeLinear
 
 import lorafast
+from lorafast.functional import lora_linear
 from lorafast.nn import LoRALinear
+from lorafast.nn.lora_operand_linear import lora_linear_of
 
-ROWS = pytest.mark.parametrize("rows", [3, 300])
+pytestmark = pytest.mark.usefixtures("toy_formats")
+CASES = pytest.mark.parametrize(
+    ("kind", "rows"), [(nn.Linear, 3), (nn.Linear, 300), (NegativeLinear, 3)]
+)
 
 
-def adapted(**more):
+def adapted(kind=nn.Linear, **more):
     """Layers on both sides of where the fused formula begins at 300 rows, with a trained adapter."""
-    model = nn.Sequential(nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 512), nn.Linear(512, 768))
+    made = [nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 512), nn.Linear(512, 768)]
+    if kind is not nn.Linear:
+        made = [kind(layer) if isinstance(layer, nn.Linear) else layer for layer in made]
+    model = nn.Sequential(*made)
     lorafast.adapt(model, r=4, **more)
     for layer in model:
         if isinstance(layer, LoRALinear):
@@ -59,12 +68,12 @@ def without_lorafast(tmp_path_factory):
         process.stdin.close()
 
 
-@ROWS
+@CASES
 @pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("how", ["trace", "script"])
-def test_torchscript(how, merged, rows, tmp_path, without_lorafast):
-    model, x = adapted(), torch.randn(rows, 96)
+def test_torchscript(how, merged, kind, rows, tmp_path, without_lorafast):
+    model, x = adapted(kind), torch.randn(rows, 96)
     if merged:
         for layer in model:
             if isinstance(layer, LoRALinear):
@@ -120,10 +129,10 @@ def test_a_script_of_float16_is_rounded_once():
     assert y.isfinite().all()
 
 
-@ROWS
+@CASES
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_torch_export(strict, rows, tmp_path, without_lorafast):
-    model, x = adapted(), torch.randn(rows, 96)
+def test_torch_export(strict, kind, rows, tmp_path, without_lorafast):
+    model, x = adapted(kind), torch.randn(rows, 96)
     rows_vary = {"input": {0: torch.export.Dim.DYNAMIC}}
     program = torch.export.export(model, (x,), dynamic_shapes=rows_vary, strict=strict)
     assert "lorafast" not in str(program.graph)
@@ -136,16 +145,16 @@ def test_torch_export(strict, rows, tmp_path, without_lorafast):
     close(found, model(x))
 
 
-@ROWS
+@CASES
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
-def test_onnx(dynamo, rows, tmp_path):
+def test_onnx(dynamo, kind, rows, tmp_path):
     onnx = pytest.importorskip("onnx")
     if dynamo:
         pytest.importorskip("onnxscript")
     from onnx.reference import ReferenceEvaluator
 
-    model, x = adapted(), torch.randn(rows, 96)
+    model, x = adapted(kind), torch.randn(rows, 96)
     file = tmp_path / "model.onnx"
     torch.onnx.export(model, (x,), file if dynamo else str(file), dynamo=dynamo, verbose=False)
     exported = onnx.load(file)
@@ -153,11 +162,14 @@ def test_onnx(dynamo, rows, tmp_path):
     close(torch.from_numpy(y), model(x))
 
 
-def test_fx_has_a_node_for_a_layer_and_its_parameters():
-    model, x = adapted(), torch.randn(5, 96)
+@pytest.mark.parametrize(
+    ("kind", "function"), [(nn.Linear, lora_linear), (NegativeLinear, lora_linear_of)]
+)
+def test_fx_has_a_node_for_a_layer_and_its_parameters(kind, function):
+    model, x = adapted(kind), torch.randn(5, 96)
     traced = torch.fx.symbolic_trace(model)
     calls = [node for node in traced.graph.nodes if node.op == "call_function"]
-    assert [node.target for node in calls] == [lorafast.functional.lora_linear] * 3
+    assert [node.target for node in calls] == [function] * 3
     close(traced(x), model(x))
     traced(x).sum().backward()
     trained = {name for name, p in traced.named_parameters() if p.grad is not None}

@@ -9,17 +9,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
+from toy_formats import FORMATS
 
 from lorafast.nn import LoRALinear
 from lorafast.nn.lora_linear import move_hooks
 
+pytestmark = pytest.mark.usefixtures("toy_formats")
+in_every_format = pytest.mark.parametrize("format", FORMATS)
 
-def layer(K=7, N=5, r=3, *, dtype=torch.float64, **options):
-    made = LoRALinear(K, N, r, dtype=dtype, **options)
+
+def layer(K=7, N=5, r=3, *, dtype=torch.float64, format="dense", bias=True, **options):
+    if format == "dense":
+        made = LoRALinear(K, N, r, dtype=dtype, bias=bias, **options)
+    else:
+        linear = nn.Linear(K, N, bias, dtype=dtype)
+        weight = FORMATS[format](linear.weight.detach())
+        made = LoRALinear.from_operand(weight, r, bias=linear.bias, **options)
     nn.init.normal_(made.lora_B)
     return made
 
 
+@in_every_format
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize(
     ("options", "scaling"),
@@ -31,11 +41,12 @@ def layer(K=7, N=5, r=3, *, dtype=torch.float64, **options):
     ],
     ids=str,
 )
-def test_it_is_the_formula(bias, options, scaling):
-    made = layer(r=4, bias=bias, **options)
+def test_it_is_the_formula(format, bias, options, scaling):
+    made = layer(r=4, bias=bias, format=format, **options)
     x = torch.randn(2, 3, 7, dtype=torch.float64)
     assert made.scaling == scaling
-    expected = F.linear(x, made.weight + scaling * made.lora_B @ made.lora_A, made.bias)
+    W = made.base_weight() + scaling * made.lora_B @ made.lora_A
+    expected = F.linear(x, W, made.bias)
     torch.testing.assert_close(made(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -63,17 +74,18 @@ def test_the_adapter_starts_as_in_peft():
     assert not made.lora_B.any()
 
 
+@in_every_format
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_adapter_dtype(dtype):
+def test_adapter_dtype(format, dtype):
     expected = torch.float64 if dtype == torch.float64 else torch.float32
-    assert LoRALinear(4, 4, 2, dtype=dtype).lora_A.dtype == expected
-    assert LoRALinear(4, 4, 2, dtype=dtype, adapter_dtype=torch.bfloat16).lora_B.dtype == (
-        torch.bfloat16
-    )
+    assert layer(dtype=dtype, format=format).lora_A.dtype == expected
+    made = layer(dtype=dtype, format=format, adapter_dtype=torch.bfloat16)
+    assert made.lora_B.dtype == torch.bfloat16
 
 
-def test_mixed_precision_trains_in_the_dtype_of_each():
-    made = LoRALinear(32, 16, 4, dtype=torch.bfloat16)
+@in_every_format
+def test_mixed_precision_trains_in_the_dtype_of_each(format):
+    made = layer(32, 16, 4, dtype=torch.bfloat16, format=format)
     x = torch.randn(8, 32, dtype=torch.bfloat16, requires_grad=True)
     y = made(x)
     y.sum().backward()
@@ -212,18 +224,25 @@ class TestStateDict:
         adapted = nn.Sequential(LoRALinear(7, 5, 2), LoRALinear(5, 7, 2))
         assert adapted.load_state_dict(plain.state_dict()) == ([], [])
 
-    def test_round_trip(self):
-        one, two = layer(), layer()
+    @in_every_format
+    def test_round_trip(self, format):
+        one, two = layer(format=format), layer(format=format)
         two.load_state_dict(one.state_dict())
         x = torch.randn(3, 7, dtype=torch.float64)
         assert torch.equal(one(x), two(x))
 
-    @pytest.mark.parametrize("missing", ["lora_A", "lora_B", "weight", "bias"])
-    def test_half_a_checkpoint_is_refused(self, missing):
-        state = layer().state_dict()
+    @pytest.mark.parametrize(
+        ("format", "missing"),
+        [
+            *(("dense", name) for name in ("lora_A", "lora_B", "weight", "bias")),
+            *(("scaled", name) for name in ("lora_A", "lora_B", "values", "exponents", "bias")),
+        ],
+    )
+    def test_half_a_checkpoint_is_refused(self, format, missing):
+        state = layer(format=format).state_dict()
         del state[missing]
         with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
-            layer().load_state_dict(state)
+            layer(format=format).load_state_dict(state)
 
     def test_a_plain_checkpoint_into_a_parametrized_adapter_names_what_is_missing(self):
         made = layer()
@@ -231,8 +250,9 @@ class TestStateDict:
         with pytest.raises(RuntimeError, match=r"Missing key.*parametrizations\.lora_A"):
             made.load_state_dict(nn.Linear(7, 5).state_dict())
 
-    def test_loading_into_a_merged_layer_merges_again(self):
-        one, two = layer(), layer()
+    @in_every_format
+    def test_loading_into_a_merged_layer_merges_again(self, format):
+        one, two = layer(format=format), layer(format=format)
         two.merge()
         two.load_state_dict(one.state_dict())
         x = torch.randn(3, 7, dtype=torch.float64)
@@ -240,8 +260,9 @@ class TestStateDict:
 
 
 class TestMerge:
-    def test_merged_is_the_same_function_and_unmerging_is_exact(self):
-        made = layer(dropout=0.5)
+    @in_every_format
+    def test_merged_is_the_same_function_and_unmerging_is_exact(self, format):
+        made = layer(dropout=0.5, format=format)
         x = torch.randn(3, 7, dtype=torch.float64)
         before, state = made.eval()(x), copy.deepcopy(made.state_dict())
         made.merge()
@@ -252,30 +273,35 @@ class TestMerge:
         assert not made.merged
         assert torch.equal(made(x), before)
 
-    def test_merging_again_takes_the_current_adapter(self):
-        made = layer()
+    @in_every_format
+    def test_merging_again_takes_the_current_adapter(self, format):
+        made = layer(format=format)
         x = torch.randn(3, 7, dtype=torch.float64)
         made.merge()
         nn.init.zeros_(made.lora_B)
         made.merge()
-        assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
+        assert torch.equal(made(x), F.linear(x, made.base_weight(), made.bias))
 
-    def test_a_merged_layer_moves_with_its_model(self):
-        made = layer()
+    @in_every_format
+    def test_a_merged_layer_moves_with_its_model(self, format):
+        made = layer(format=format)
         made.merge()
         made.float()
         assert made(torch.randn(3, 7)).dtype == torch.float32
 
-    def test_the_sum_is_rounded_once(self):
-        made = layer(dtype=torch.bfloat16)
-        exact = made.weight.double() + made.scaling * made.lora_B.double() @ made.lora_A.double()
+    @in_every_format
+    def test_the_sum_is_rounded_once(self, format):
+        made = layer(dtype=torch.bfloat16, format=format)
+        delta = made.scaling * made.lora_B.double() @ made.lora_A.double()
+        exact = made.base_weight().double() + delta
         made.merge()
         merged = made._merged_weight.double()
         assert torch.linalg.norm(merged - exact) <= 2.0**-8 * torch.linalg.norm(exact)
 
+    @in_every_format
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-    def test_to_linear(self, bias):
-        made = layer(bias=bias)
+    def test_to_linear(self, format, bias):
+        made = layer(bias=bias, format=format)
         plain = made.to_linear()
         x = torch.randn(3, 7, dtype=torch.float64)
         assert type(plain) is nn.Linear
@@ -303,27 +329,32 @@ def test_hooks_move():
     assert calls == ["hook"]
 
 
-def test_dropout_only_in_training():
-    made = layer(dropout=0.5)
+@in_every_format
+def test_dropout_only_in_training(format):
+    made = layer(dropout=0.5, format=format)
     x = torch.randn(30, 7, dtype=torch.float64)
     assert not torch.equal(made(x), made(x))
     assert torch.equal(made.eval()(x), made(x))
 
 
+@in_every_format
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
-def test_copies(clone, merged):
-    made = layer(alpha=4, use_rslora=True)
+def test_copies(format, clone, merged):
+    made = layer(alpha=4, use_rslora=True, format=format)
     if merged:
         made.merge()
     twin = clone(made)
     x = torch.randn(3, 7, dtype=torch.float64)
     assert torch.equal(twin(x), made(x))
-    assert twin.weight is not made.weight
+    assert twin.bias is not made.bias
     assert twin.extra_repr() == made.extra_repr()
-    assert [p.requires_grad for p in twin.parameters()] == [False, False, True, True]
+    trained = [name for name, p in twin.named_parameters() if p.requires_grad]
+    assert trained == ["lora_A", "lora_B"]
+    for name, tensor in made.state_dict().items():
+        assert twin.state_dict()[name].data_ptr() != tensor.data_ptr()
 
 
 def test_functional_call():
@@ -335,8 +366,9 @@ def test_functional_call():
     torch.testing.assert_close(y, F.linear(x, weight, other["bias"]), rtol=1e-12, atol=1e-12)
 
 
-def test_per_sample_gradients():
-    made = layer()
+@in_every_format
+def test_per_sample_gradients(format):
+    made = layer(format=format)
     x = torch.randn(4, 7, dtype=torch.float64)
     parameters = {"lora_A": made.lora_A.detach(), "lora_B": made.lora_B.detach()}
 
@@ -351,19 +383,22 @@ def test_per_sample_gradients():
         torch.testing.assert_close(found["lora_B"][i], made.lora_B.grad, rtol=1e-10, atol=1e-10)
 
 
-def test_a_parametrized_adapter():
-    made = layer()
+@in_every_format
+def test_a_parametrized_adapter(format):
+    made = layer(format=format)
     nn.utils.parametrizations.spectral_norm(made, "lora_A")
     x = torch.randn(3, 7, dtype=torch.float64)
-    expected = F.linear(x, made.weight + made.scaling * made.lora_B @ made.lora_A, made.bias)
+    made(x)  # which changes what the norm has estimated
     made.eval()
-    expected = F.linear(x, made.weight + made.scaling * made.lora_B @ made.lora_A, made.bias)
+    W = made.base_weight() + made.scaling * made.lora_B @ made.lora_A
+    expected = F.linear(x, W, made.bias)
     torch.testing.assert_close(made(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_training_lowers_the_loss_and_leaves_the_base_alone():
-    made = layer(K=16, N=16, r=4, dtype=torch.float32)
-    weight = made.weight.clone()
+@in_every_format
+def test_training_lowers_the_loss_and_leaves_the_base_alone(format):
+    made = layer(K=16, N=16, r=4, dtype=torch.float32, format=format)
+    weight = made.base_weight().clone()
     x, target = torch.randn(64, 16), torch.randn(64, 16)
     optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -374,7 +409,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    assert torch.equal(made.weight, weight)
+    assert torch.equal(made.base_weight(), weight)
 
 
 def test_repr_reads_as_the_constructor():
@@ -384,9 +419,10 @@ def test_repr_reads_as_the_constructor():
     )
 
 
+@in_every_format
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_batched_gradients(dropout):
-    made = layer(K=64, N=48, r=4, dtype=torch.float32, dropout=dropout)
+def test_batched_gradients(format, dropout):
+    made = layer(K=64, N=48, r=4, dtype=torch.float32, dropout=dropout, format=format)
     x = torch.randn(200, 64, requires_grad=True)
     y = made(x)
     inputs, every_dy = (x, made.lora_A, made.lora_B), torch.randn(3, 200, 48)
@@ -402,9 +438,10 @@ class TestCompile:
     def _fresh(self):
         torch._dynamo.reset()
 
+    @in_every_format
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
-    def test_one_graph_and_one_compilation_for_every_M(self, dropout):
-        made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout)
+    def test_one_graph_and_one_compilation_for_every_M(self, format, dropout):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout, format=format)
         graphs = []
 
         def backend(graph, inputs):
@@ -418,12 +455,19 @@ class TestCompile:
             assert compiled(x).shape == (M, 24)
         assert len(graphs) == 1
 
+    @pytest.mark.parametrize(
+        ("format", "compiler"),
+        [("dense", "inductor"), ("negative", "aot_eager"), ("scaled", "aot_eager")],
+    )
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
-    def test_output_and_gradients_are_those_of_eager(self, dropout, bias, never_small):
+    def test_output_and_gradients_are_those_of_eager(
+        self, dropout, bias, format, compiler, never_small
+    ):
         never_small()
-        made = layer(K=16, N=24, r=4, dtype=torch.float32, dropout=dropout, bias=bias)
-        compiled = torch.compile(made, fullgraph=True)
+        options = {"dropout": dropout, "bias": bias, "format": format}
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, **options)
+        compiled = torch.compile(made, fullgraph=True, backend=compiler)
         found = {}
         for name, run in (("eager", made), ("compiled", compiled)):
             made.zero_grad()
@@ -454,10 +498,14 @@ class TestCompile:
         assert 5 < forward_kept.sum() < 35
         assert torch.equal(forward_kept, backward_kept)
 
-    def test_autocast_inside(self):
-        made = layer(K=16, N=24, r=4, dtype=torch.float32)
+    @pytest.mark.parametrize(
+        ("format", "compiler"),
+        [("dense", "inductor"), ("negative", "aot_eager"), ("scaled", "aot_eager")],
+    )
+    def test_autocast_inside(self, format, compiler):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, format=format)
 
-        @torch.compile(fullgraph=True)
+        @torch.compile(fullgraph=True, backend=compiler)
         def step(x):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 return made(x)
@@ -469,31 +517,36 @@ class TestCompile:
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
-    def test_refusals_while_tracing_name_the_argument(self):
-        made = layer(K=16, N=24, r=4, dtype=torch.float32)
+    @in_every_format
+    def test_refusals_while_tracing_name_the_argument(self, format):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, format=format)
         with pytest.raises(Exception, match=r"x has shape \[3, 15\], expected \[\.\.\., 16\]"):
             torch.compile(made, fullgraph=True)(torch.randn(3, 15))
 
-    def test_export(self):
-        made = layer(K=16, N=24, r=4, dtype=torch.float32).eval()
+    @in_every_format
+    def test_export(self, format):
+        made = layer(K=16, N=24, r=4, dtype=torch.float32, format=format).eval()
         x = torch.randn(10, 16)
         exported = torch.export.export(made, (x,))
         torch.testing.assert_close(exported.module()(x), made(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_another_scaling_is_no_graph_of_its_own(dtype):
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [("dense", torch.float32), ("dense", torch.bfloat16), ("scaled", torch.float32)],
+    ids=str,
+)
+def test_another_scaling_is_no_graph_of_its_own(format, dtype):
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    layer = LoRALinear(64, 48, 8, dtype=dtype)
-    torch.nn.init.normal_(layer.lora_B)
+    made = layer(64, 48, 8, dtype=dtype, format=format)
     counter = CompileCounter()
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    compiled = torch.compile(made, backend=counter, fullgraph=True)
     x = torch.randn(20, 64).to(dtype)
     for alpha in (8.0, 16.0, 3.7, 5.5, 1.1):
-        layer.set_scaling(alpha)
-        expected = layer(x).double()
+        made.set_scaling(alpha)
+        expected = made(x).double()
         error = (compiled(x).double() - expected).norm()
         # The same sums in another order, rounded once.
         assert error <= torch.finfo(dtype).eps * expected.norm(), alpha

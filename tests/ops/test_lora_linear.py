@@ -1,4 +1,4 @@
-"""The layer's autograd: every gradient by name, on every path that a call can take."""
+"""The layer's autograd: every gradient by name, on every path that a call can take, in every format."""
 
 import itertools
 import re
@@ -10,16 +10,23 @@ from circumstances import MEMORY, ORDER, WORK, assert_same_bits, together
 from helpers import assert_contract, problems, skip_unless_usable
 from hypothesis import given
 from torch.utils.checkpoint import checkpoint
+from toy_formats import FORMATS, held
 
 import lorafast
-from lorafast import reference
+from lorafast import operands, reference
 from lorafast.functional import lora_linear
+
+pytestmark = pytest.mark.usefixtures("toy_formats")
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 SHAPES = ((3, 6), (5, 6), (2, 6), (5, 2), (5,))
 # x is kept for the backward only if A or W has a gradient; without it dB has no second derivative.
 WITHOUT_X = [("x", "lora_B"), ("x", "lora_B", "bias")]
 SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(NAMES, n)]
+# Small layers are differentiated by PyTorch, others by the fused formula: both must be right. A weight
+# that is not stored dense has no gradient, and its layers are never small.
+DENSE = {"small": "dense", "fused": "dense"}
+PATHS = DENSE | {name: name for name in FORMATS if name != "dense"}
 
 
 def draw(dtype=torch.float64, grad=()):
@@ -29,9 +36,16 @@ def draw(dtype=torch.float64, grad=()):
     }
 
 
-def run(t, dropout_p=0.0, seed=1, layer=lora_linear):
+def run(t, dropout_p=0.0, seed=1, format="dense"):
     torch.manual_seed(seed)
-    return layer(t["x"], t["weight"], t["lora_A"], t["lora_B"], 0.5, t["bias"], dropout_p=dropout_p)
+    return lora_linear(
+        t["x"], FORMATS[format](t["weight"]), t["lora_A"], t["lora_B"], 0.5, t["bias"],
+        dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def trainable(path, names=NAMES):
+    return tuple(name for name in names if name != "weight" or path in DENSE)
 
 
 def gradients(y, t):
@@ -41,11 +55,16 @@ def gradients(y, t):
     return dict(zip(wanted, found, strict=True))
 
 
-@pytest.fixture(params=["small", "fused"])
+@pytest.fixture(params=PATHS)
 def path(request, never_small):
-    """Small layers are differentiated by PyTorch, others by the fused formula: both must be right."""
-    if request.param == "fused":
+    if request.param != "small":
         never_small()
+    return request.param
+
+
+@pytest.fixture
+def format(path):
+    return PATHS[path]
 
 
 @pytest.fixture
@@ -53,23 +72,30 @@ def fused(never_small):
     never_small()
 
 
-@pytest.mark.parametrize("grad", SUBSETS, ids="+".join)
+def over_paths(subsets):
+    """``path`` and ``grad``, what requires a gradient."""
+    cases = [(p, grad) for p in PATHS for grad in subsets if trainable(p, grad) == grad]
+    ids = [f"{path}-{'+'.join(grad)}" for path, grad in cases]
+    return pytest.mark.parametrize(("path", "grad"), cases, ids=ids, indirect=["path"])
+
+
+@over_paths(SUBSETS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_gradcheck(path, grad, dropout_p):
+def test_gradcheck(format, grad, dropout_p):
     t = draw(grad=grad)
 
     def function(*leaves):
-        return run(t | dict(zip(grad, leaves, strict=True)), dropout_p)
+        return run(t | dict(zip(grad, leaves, strict=True)), dropout_p, format=format)
 
     assert torch.autograd.gradcheck(function, [t[name] for name in grad])
 
 
-@pytest.mark.parametrize("grad", [s for s in SUBSETS if s not in WITHOUT_X], ids="+".join)
-def test_gradgradcheck(path, grad):
+@over_paths([s for s in SUBSETS if s not in WITHOUT_X])
+def test_gradgradcheck(format, grad):
     t = draw(grad=grad)
 
     def function(*leaves):
-        return run(t | dict(zip(grad, leaves, strict=True)), 0.3)
+        return run(t | dict(zip(grad, leaves, strict=True)), 0.3, format=format)
 
     assert torch.autograd.gradgradcheck(function, [t[name] for name in grad])
 
@@ -81,11 +107,16 @@ def test_second_derivative_without_x_is_refused(fused, grad):
         torch.autograd.grad(run(t).sum(), t["lora_B"], create_graph=True)
 
 
+# Triton's kernels read dense weights.
+SERVED = [("aten", name) for name in FORMATS] + [("triton", "dense")]
+
+
 @given(p=problems())
-@pytest.mark.parametrize("backend", ["aten", "triton"])
-def test_output_and_gradients_against_float64(device, poisoned, backend, p):
+@pytest.mark.parametrize(("backend", "format"), SERVED)
+def test_output_and_gradients_against_float64(device, poisoned, backend, format, p):
     skip_unless_usable(backend)
     t = p.tensors(device)
+    held_weight = held(format, t.weight.to(p.dtype))
 
     def call(layer, cast):
         leaves = {
@@ -93,10 +124,12 @@ def test_output_and_gradients_against_float64(device, poisoned, backend, p):
             "lora_A": cast(t.lora_A, p.adapter_dtype).detach().requires_grad_(),
             "lora_B": cast(t.lora_B, p.adapter_dtype).detach().requires_grad_(),
         }
-        y = layer(leaves["x"], cast(t.weight), leaves["lora_A"], leaves["lora_B"], cast(t.bias))
+        weight, bias = cast(t.weight if layer is on_backend else held_weight), cast(t.bias)
+        y = layer(leaves["x"], weight, leaves["lora_A"], leaves["lora_B"], bias)
         return y.detach(), *torch.autograd.grad(y, list(leaves.values()), cast(t.dy))
 
     def on_backend(x, weight, lora_A, lora_B, bias):
+        weight = FORMATS[format](weight)
         return lorafast.ops.lora_linear(x, weight, lora_A, lora_B, 0.5, bias, p.dropout_p, t.seed)
 
     def on_reference(x, weight, lora_A, lora_B, bias):
@@ -131,14 +164,23 @@ def test_the_mask_is_that_of_the_reference_forward_and_backward(fused, device, b
     assert torch.equal(dA[0, :M] != 0, keep.diagonal())
 
 
-@pytest.mark.parametrize("backend", lorafast.backends())
-def test_the_bits_are_the_same_whatever_changes(fused, backend):
+@pytest.mark.parametrize(
+    ("backend", "format"),
+    [
+        (backend, format)
+        for backend in lorafast.backends()
+        for format in FORMATS
+        if backend != "triton" or format == "dense"
+    ],
+)
+def test_the_bits_are_the_same_whatever_changes(fused, backend, format):
     skip_unless_usable(backend)
     shapes = ((40, 70), (45, 70), (5, 70), (45, 5), (45,))
     t = {n: torch.randn(s).requires_grad_() for n, s in zip(NAMES, shapes, strict=True)}
+    t["weight"].requires_grad_(format == "dense")
 
     def forward_and_backward():
-        y = run(t, 0.3)
+        y = run(t, 0.3, format=format)
         return {"y": y} | gradients(y, t)
 
     changes = together(MEMORY, ORDER or WORK) if backend == "triton" else MEMORY | WORK
@@ -146,15 +188,16 @@ def test_the_bits_are_the_same_whatever_changes(fused, backend):
         assert_same_bits(forward_and_backward, changes)
 
 
-def test_a_second_backward_over_a_retained_graph_gives_the_same_gradients(path):
-    t = draw(torch.float32, grad=NAMES)
-    y = run(t, 0.3)
+def test_a_second_backward_over_a_retained_graph_gives_the_same_gradients(path, format):
+    names = trainable(path)
+    t = draw(torch.float32, grad=names)
+    y = run(t, 0.3, format=format)
     dy = torch.randn_like(y)
     kept = dy.clone()
-    leaves = [t[name] for name in NAMES]
+    leaves = [t[name] for name in names]
     first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
     second = torch.autograd.grad(y, leaves, dy)
-    for name, one, two in zip(NAMES, first, second, strict=True):
+    for name, one, two in zip(names, first, second, strict=True):
         assert torch.equal(one, two), name
     assert torch.equal(dy, kept)
 
@@ -164,23 +207,24 @@ def test_a_second_backward_over_a_retained_graph_gives_the_same_gradients(path):
     ("M", "K", "N"), [(1, 1, 1), (1, 64, 64), (3, 7, 5), (100, 384, 1536), (512, 64, 384)]
 )
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
-def test_a_fresh_adapter_changes_no_bit(path, dtype, M, K, N, with_bias):
+def test_a_fresh_adapter_changes_no_bit(format, dtype, M, K, N, with_bias):
     x, weight, lora_A = (torch.randn(s).to(dtype) for s in ((M, K), (N, K), (4, K)))
     bias = torch.randn(N).to(dtype) if with_bias else None
-    y = lora_linear(x, weight, lora_A, torch.zeros((N, 4), dtype=dtype), 2.0, bias)
-    assert torch.equal(y, F.linear(x, weight, bias))
+    W, lora_B = FORMATS[format](weight), torch.zeros((N, 4), dtype=dtype)
+    y = lora_linear(x, W, lora_A, lora_B, 2.0, bias)
+    assert torch.equal(y, F.linear(x, held(format, weight), bias))
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3, 4), (0,), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("K", [1, 7])
 @pytest.mark.parametrize("r", [1, 9], ids=["r=1", "r>K,N"])
-def test_shapes(path, leading, K, r):
+def test_shapes(format, leading, K, r):
     x = torch.randn((*leading, K), dtype=torch.float64, requires_grad=True)
     weight, lora_A, lora_B = (torch.randn(s, dtype=torch.float64) for s in ((5, K), (r, K), (5, r)))
     lora_A.requires_grad_()
-    y = lora_linear(x, weight, lora_A, lora_B, 0.5)
+    y = lora_linear(x, FORMATS[format](weight), lora_A, lora_B, 0.5)
     dx, dA = torch.autograd.grad(y.sum(), (x, lora_A))
-    expected = reference.lora_linear(x, weight, lora_A, lora_B, 0.5)
+    expected = reference.lora_linear(x, held(format, weight), lora_A, lora_B, 0.5)
     dx_expected, dA_expected = torch.autograd.grad(expected.sum(), (x, lora_A))
     for name, one, two in (
         ("y", y, expected),
@@ -192,35 +236,37 @@ def test_shapes(path, leading, K, r):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("leading", [(3,), (2, 3)], ids=["2-D", "3-D"])
-def test_the_output_can_be_changed_in_place(path, dropout_p, leading):
+def test_the_output_can_be_changed_in_place(format, dropout_p, leading):
     t = draw(grad=("x", "lora_A", "lora_B"))
     t["x"] = torch.randn(*leading, 6, dtype=torch.float64, requires_grad=True)
-    expected = gradients(2 * run(t, dropout_p), t)
-    found = gradients(run(t, dropout_p).mul_(2), t)
+    expected = gradients(2 * run(t, dropout_p, format=format), t)
+    found = gradients(run(t, dropout_p, format=format).mul_(2), t)
     for name in ("x", "lora_A", "lora_B"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
 @pytest.mark.parametrize(("K", "N"), [(0, 3), (3, 0)], ids=["K=0", "N=0"])
-def test_layers_without_inputs_or_outputs(path, backend, K, N):
+def test_layers_without_inputs_or_outputs(path, format, backend, K, N):
     skip_unless_usable(backend)
+    if backend == "triton" and format != "dense":
+        backend = "auto"
     x = torch.randn(2, 5, K, requires_grad=True)
     weight, lora_A, lora_B = (torch.randn(s) for s in ((N, K), (2, K), (N, 2)))
     lora_A.requires_grad_()
     lora_B.requires_grad_()
     with lorafast.use_backend(backend):
-        y = lora_linear(x, weight, lora_A, lora_B, 0.5)
+        y = lora_linear(x, FORMATS[format](weight), lora_A, lora_B, 0.5)
         gradients_found = torch.autograd.grad(y.sum(), (x, lora_A, lora_B))
     assert torch.equal(y, torch.zeros(2, 5, N))
     assert not any(gradient.any() for gradient in gradients_found)
 
 
-def test_non_contiguous_x_of_many_dimensions(path):
+def test_non_contiguous_x_of_many_dimensions(format):
     t = draw()
     x = torch.randn(6, 4, 3, dtype=torch.float64).permute(2, 1, 0)
-    found = run(t | {"x": x})
-    expected = run(t | {"x": x.contiguous()})
+    found = run(t | {"x": x}, format=format)
+    expected = run(t | {"x": x.contiguous()}, format=format)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -240,28 +286,34 @@ def pointers(tensors):
     return {tensor.data_ptr() for tensor in tensors}
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_saved_are_x_and_s_and_the_parameters(fused, dropout_p):
+def test_saved_are_x_and_s_and_the_parameters(monkeypatch, fused, format, dropout_p):
     t = draw(torch.float32, grad=("x", "lora_A", "lora_B"))
-    saved = saved_for_backward(lambda: run(t, dropout_p))
-    own = pointers(t.values())
+    weight = FORMATS[format](t["weight"])
+    monkeypatch.setitem(FORMATS, format, lambda _: weight)
+    saved = saved_for_backward(lambda: run(t, dropout_p, format=format))
+    own = pointers([*t.values(), *operands.stored(weight)])
     others = [tensor for tensor in saved if tensor.data_ptr() not in own]
     assert t["x"].data_ptr() in pointers(saved)
     assert sorted(tensor.numel() for tensor in others) == sorted([3 * 2] + [1] * bool(dropout_p))
 
 
-def test_x_is_not_saved_for_a_frozen_A(path):
+def test_x_and_W_are_not_saved_for_a_frozen_A(path, format):
     t = draw(torch.float32, grad=("lora_B",))
-    saved = saved_for_backward(lambda: run(t))
-    assert t["x"].data_ptr() not in pointers(saved)
-    assert t["weight"].data_ptr() not in pointers(saved)
+    saved = saved_for_backward(lambda: run(t, format=format))
+    if path == "small":
+        assert not {t["x"].data_ptr(), t["weight"].data_ptr()} & pointers(saved)
+    else:
+        assert [tensor.shape for tensor in saved] == [(3, 2)]
 
 
-def test_bf16_layer_with_fp32_adapter_makes_no_fp32_copy_of_x(path):
+def test_bf16_layer_with_fp32_adapter_makes_no_fp32_copy_of_x(format):
     x, weight, bias = (torch.randn(s).bfloat16() for s in ((64, 48), (40, 48), (40,)))
     x.requires_grad_()
     lora_A, lora_B = torch.randn(4, 48, requires_grad=True), torch.randn(40, 4, requires_grad=True)
     y = []
+    weight = FORMATS[format](weight)
     saved = saved_for_backward(lambda: y.append(lora_linear(x, weight, lora_A, lora_B, 0.5, bias)))
     assert y[0].dtype == torch.bfloat16
     assert x.data_ptr() in pointers(saved)
@@ -270,13 +322,13 @@ def test_bf16_layer_with_fp32_adapter_makes_no_fp32_copy_of_x(path):
     assert (dx.dtype, dA.dtype, dB.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-def test_autocast_casts_as_linear_does(path):
-    t = draw(torch.float32, grad=NAMES)
+def test_autocast_casts_as_linear_does(path, format):
+    t = draw(torch.float32, grad=trainable(path))
     low = {name: t[name].bfloat16() for name in ("x", "weight", "bias")}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = run(t, 0.3)
+        y = run(t, 0.3, format=format)
         assert y.dtype == F.linear(t["x"], t["weight"], t["bias"]).dtype
-    cast = run(t | low, 0.3)
+    cast = run(t | low, 0.3, format=format)
     assert torch.equal(y, cast)
     expected = gradients(cast, t)
     for name, gradient in gradients(y, t).items():
@@ -284,51 +336,55 @@ def test_autocast_casts_as_linear_does(path):
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_autocast_leaves_float64_alone(path):
+def test_autocast_leaves_float64_alone(format):
     t = draw()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert run(t).dtype == torch.float64
+        assert run(t, format=format).dtype == torch.float64
 
 
-def test_backward_inside_autocast_stays_in_the_dtype_of_the_forward(fused):
-    t = draw(torch.float32, grad=NAMES)
-    expected = gradients(run(t), t)
-    y = run(t)
+@pytest.mark.parametrize("path", [p for p in PATHS if p != "small"], indirect=True)
+def test_backward_inside_autocast_stays_in_the_dtype_of_the_forward(path, format):
+    t = draw(torch.float32, grad=trainable(path))
+    expected = gradients(run(t, format=format), t)
+    y = run(t, format=format)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(y, t)
-    for name in NAMES:
+    for name in trainable(path):
         assert torch.equal(found[name], expected[name]), name
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-def test_checkpointing_draws_the_same_mask_again(path, use_reentrant):
-    t = draw(grad=NAMES)
-    expected = gradients(run(t, 0.5, seed=3), t)
+def test_checkpointing_draws_the_same_mask_again(path, format, use_reentrant):
+    names = trainable(path)
+    t = draw(grad=names)
+    expected = gradients(run(t, 0.5, seed=3, format=format), t)
+    weight = FORMATS[format](t["weight"])
     torch.manual_seed(3)
     y = checkpoint(
         lambda *tensors: lora_linear(*tensors[:4], 0.5, tensors[4], dropout_p=0.5),
-        *(t[name] for name in NAMES),
+        *(weight if name == "weight" else t[name] for name in NAMES),
         use_reentrant=use_reentrant,
     )
     if use_reentrant:
         dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
         y.backward(dy)
-        found = {name: t[name].grad for name in NAMES}
+        found = {name: t[name].grad for name in names}
     else:
         found = gradients(y, t)
-    for name in NAMES:
+    for name in names:
         assert torch.equal(found[name], expected[name]), name
 
 
-def test_manual_seed_fixes_the_mask_and_calls_differ(path):
+def test_manual_seed_fixes_the_mask_and_calls_differ(format):
     t = draw()
-    assert torch.equal(run(t, 0.5, seed=4), run(t, 0.5, seed=4))
-    assert not torch.equal(run(t, 0.5, seed=4), run(t, 0.5, seed=5))
+    first, again, other = (run(t, 0.5, seed=seed, format=format) for seed in (4, 4, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
-def test_the_same_tensor_as_two_arguments(path):
+def test_the_same_tensor_as_two_arguments(format):
     square = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 4, dtype=torch.float64)
+    weight = FORMATS[format](torch.randn(4, 4, dtype=torch.float64))
 
     def function(square):
         return lora_linear(square, weight, square, square, 0.5)
@@ -347,14 +403,16 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_torch_func(path, transform):
+def test_torch_func(format, transform):
     t = draw()
+    weight = FORMATS[format](t["weight"])
 
     def layer(lora_A):
-        return lora_linear(t["x"], t["weight"], lora_A, t["lora_B"], 0.5, t["bias"])
+        return lora_linear(t["x"], weight, lora_A, t["lora_B"], 0.5, t["bias"])
 
     def formula(lora_A):
-        return F.linear(t["x"], t["weight"] + 0.5 * t["lora_B"] @ lora_A, t["bias"])
+        W = operands.as_dense(weight) + 0.5 * t["lora_B"] @ lora_A
+        return F.linear(t["x"], W, t["bias"])
 
     torch.testing.assert_close(transform(layer, t), transform(formula, t), rtol=1e-10, atol=1e-10)
 
@@ -424,15 +482,17 @@ def test_scaling_that_is_no_number_is_refused():
         lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], torch.tensor(1.0))
 
 
-def test_opcheck(fused):
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck(fused, format):
     t = draw(grad=("x", "lora_A", "lora_B"))
+    weight = FORMATS[format](t["weight"])
     for dropout_p, seed in ((0.0, None), (0.25, torch.tensor([3]))):
         torch.library.opcheck(
             torch.ops.lorafast.lora_linear.default,
             (
                 t["x"],
-                [t["weight"]],
-                "dense",
+                operands.stored(weight),
+                operands.describe(weight),
                 t["lora_A"],
                 t["lora_B"],
                 0.5,

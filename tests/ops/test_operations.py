@@ -5,10 +5,13 @@ import re
 import pytest
 import torch
 from helpers import skip_unless_usable
+from toy_formats import FORMATS
 
 import lorafast
-from lorafast import ops, reference
+from lorafast import operands, ops, reference
 from lorafast.core.problem import OPERATIONS
+
+pytestmark = pytest.mark.usefixtures("toy_formats")
 
 M, K, N, r = 5, 12, 7, 3
 SEED = torch.tensor([42])
@@ -31,49 +34,78 @@ def inputs(operation, grad=True):
     return (draw(M, r, grad=grad), draw(M, K, grad=grad)), (0.25, SEED)
 
 
-def as_registered(operation, tensors):
-    """A weight is a list of tensors and the name of its format."""
-    if operation != "linear_expand":
-        return tensors
+def in_format(format, tensors):
+    """The weight, second of the tensors of linear_expand, stored so."""
     x, weight, *rest = tensors
-    return (x, [weight], "dense", *rest)
+    return (x, FORMATS[format](weight.detach() if format != "dense" else weight), *rest)
+
+
+def as_registered(weight):
+    """A weight is a list of tensors and the description of its format."""
+    return operands.stored(weight), operands.describe(weight)
 
 
 operation = pytest.mark.parametrize("operation", OPERATIONS)
+CASES = [
+    *((name, "dense") for name in OPERATIONS),
+    *(("linear_expand", name) for name in FORMATS if name != "dense"),
+]
+in_every_format = pytest.mark.parametrize(("operation", "format"), CASES)
 
 
-@operation
+@in_every_format
 @pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_opcheck(operation, backend, grad):
+def test_opcheck(operation, format, backend, grad):
     skip_unless_usable(backend)
+    if backend == "triton" and format != "dense":
+        backend = "cpu"  # Triton's kernels read dense weights
     tensors, rest = inputs(operation, grad=False)
-    if backend == "triton":
+    if backend in ("triton", "cpu"):
         tensors = tuple(t.float() for t in tensors)
     tensors = tuple(t.requires_grad_(grad) for t in tensors)
+    if operation == "linear_expand":
+        x, weight, *others = in_format(format, tensors)
+        tensors = (x, *as_registered(weight), *others)
     with lorafast.use_backend(backend):
-        arguments = (*as_registered(operation, tensors), *rest)
-        torch.library.opcheck(getattr(torch.ops.lorafast, operation).default, arguments)
+        operation = getattr(torch.ops.lorafast, operation).default
+        torch.library.opcheck(operation, (*tensors, *rest))
 
 
-@pytest.mark.parametrize("backend", ["reference", "aten", "triton", "cpu"])
-def test_opcheck_of_a_whole_backward(backend):
+@pytest.mark.parametrize(
+    ("backend", "format"),
+    [
+        *((backend, "dense") for backend in ("reference", "aten", "triton", "cpu")),
+        *(
+            (backend, name)
+            for backend in ("reference", "aten", "cpu")
+            for name in FORMATS
+            if name != "dense"
+        ),
+    ],
+)
+def test_opcheck_of_a_whole_backward(backend, format):
     skip_unless_usable(backend)
     shapes = ((2, M, N), (2, M, K), (N, K), (r, K), (N, r), (2 * M, r))
     dy, x, weight, lora_A, lora_B, s = (torch.randn(shape) for shape in shapes)
+    weight = FORMATS[format](weight)
     with lorafast.use_backend(backend):
         torch.library.opcheck(
             torch.ops.lorafast.lora_linear_backward.default,
-            (dy, x, [weight], "dense", lora_A, lora_B, s, 0.5, 0.25, SEED),
+            (dy, x, *as_registered(weight), lora_A, lora_B, s, 0.5, 0.25, SEED),
         )
 
 
-@operation
+@in_every_format
 @pytest.mark.parametrize("backend", ["reference", "aten"])
-def test_first_and_second_derivatives(operation, backend):
+def test_first_and_second_derivatives(operation, format, backend):
     tensors, rest = inputs(operation)
+    if format != "dense":
+        tensors[1].requires_grad_(False)
 
     def function(*tensors):
+        if operation == "linear_expand":
+            tensors = in_format(format, tensors)
         return getattr(ops, operation)(*tensors, *rest)
 
     with lorafast.use_backend(backend):
@@ -81,11 +113,13 @@ def test_first_and_second_derivatives(operation, backend):
         assert torch.autograd.gradgradcheck(function, tensors)
 
 
-@operation
-def test_aten_agrees_with_the_reference(operation):
+@in_every_format
+def test_aten_agrees_with_the_reference(operation, format):
     tensors, rest = inputs(operation, grad=False)
-    found = getattr(ops, operation)(*tensors, *rest)
     expected = getattr(reference, operation)(*tensors, *rest)
+    if operation == "linear_expand":
+        tensors = in_format(format, tensors)
+    found = getattr(ops, operation)(*tensors, *rest)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

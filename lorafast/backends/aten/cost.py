@@ -14,7 +14,7 @@ _FLOAT32 = 0.8
 """Of the float32 rate."""
 _UNALIGNED = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.5}
 """Of either, by the bytes at which every row begins: a narrower load each."""
-_MASK_LAUNCHES, _MASK_BYTES = 145, 225
+_MASK_LAUNCHES, _MASK_BYTES = 138, 225
 """Launches of a dropout mask, and bytes that they move per element: counted."""
 
 

@@ -5,7 +5,8 @@ and only written, then the vendor's product reads it back as its accumulator, hi
 arithmetic. Only the small term is rounded early.
 
 In float16 the small term may not be: it lives in float32 and is added to the finished base product,
-before the one rounding of the sum.
+before the one rounding of the sum. Where the base product is a packed copy's or a format's, which
+accumulate onto nothing, the expansion comes after it too.
 """
 
 import torch
@@ -30,16 +31,16 @@ def small_lora_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """The layer without dropout in the fewest and cheapest calls, for PyTorch to differentiate."""
     y = operands.linear(x, weight, bias)
     if x.dtype is _HALF:
         s = F.linear(x.float(), lora_A.float())
-        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype), None
+        return torch.add(y, F.linear(s, lora_B.float()), alpha=scaling).to(x.dtype)
     s = F.linear(x, lora_A)
     if scaling == 1.0:
-        return y.addmm_(s, lora_B.t()), None
-    return y.addmm_(s, lora_B.t(), alpha=scaling), None
+        return y.addmm_(s, lora_B.t())
+    return y.addmm_(s, lora_B.t(), alpha=scaling)
 
 
 def merged_lora_linear(
@@ -51,7 +52,7 @@ def merged_lora_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, None]:
+) -> Tensor:
     """The layer without dropout as ``x·(W + scaling · B·A)ᵀ + bias``: two calls instead of three.
 
     Not below float32, where the sum would round small updates away. A frozen A has no gradient to keep x
@@ -60,8 +61,8 @@ def merged_lora_linear(
     if not lora_A.requires_grad and torch.is_grad_enabled():
         return small_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if scaling == 1.0:
-        return F.linear(x, torch.addmm(weight, lora_B, lora_A), bias), None
-    return F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias), None
+        return F.linear(x, torch.addmm(weight, lora_B, lora_A), bias)
+    return F.linear(x, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
 
 
 def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -91,7 +92,7 @@ def linear_expand(
         return low.add_(operands.linear(x, weight, bias)).to(x.dtype)
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
-    base = operands.packed_linear(x, weight, bias)
+    base = operands.finished_linear(x, weight, bias)
     if base is not None:
         if dropout_p:
             return base.add_(dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))

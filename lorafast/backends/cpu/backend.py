@@ -65,10 +65,7 @@ class Cpu(Backend):
             rules.append(f"in bfloat16 up to rank {SKINNY}")
         if native.has_avx512():
             rules.append(f"in float32 from {MANY} rows")
-        return [
-            ("native CPU kernels", native.capability()),
-            ("chosen on a CPU", ", ".join(rules)),
-        ]
+        return [("native CPU kernels", f"{native.capability()}, ahead {', '.join(rules)}")]
 
 
 _FORWARD = ("the base GEMM, then both skinny products in one call",)

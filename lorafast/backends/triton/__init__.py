@@ -1,5 +1,5 @@
 """Fused kernels in Triton."""
 
-from lorafast.backends.triton.backend import Triton
+from lorafast.backends.triton.backend import Triton, device_of
 
-__all__ = ["Triton"]
+__all__ = ["Triton", "device_of"]

@@ -7,16 +7,21 @@ import os
 import sys
 import warnings
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from lorafast.backends import composed
-from lorafast.backends.cost import Device, device_of, priced
-from lorafast.backends.plan import Backend, Plan, Refusal
+from lorafast.backends.cost import Device, gpu_of, priced
+from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common import configs
+from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.tables import tuned
+
+if TYPE_CHECKING:
+    from lorafast.backends.triton import planning
 
 _OLDEST = 80
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,13 +36,17 @@ class Triton(Backend):
 
     name = "triton"
 
+    def __init__(self, config: LaunchConfig | None = None) -> None:
+        """``config``: what every call is launched with, instead of what was measured or ships."""
+        self._config = config
+
     def why_unusable(self) -> str | None:
         """What the installation lacks; which GPU a call is on, its plan asks."""
         return _why_unusable(interpreting())
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """Its launches, or why the kernels can't serve it."""
-        device = _device(problem)
+        device = device_of(problem.device)
         reason = _why_refused(problem, device)
         if reason is not None:
             return Refusal(self.name, reason)
@@ -49,16 +58,22 @@ class Triton(Backend):
 
         launch: planning.Launch | str
         if problem.operation in LAYER_OPERATIONS:
-            launch = cost.helped(problem, device)
+            launch = cost.helped(problem, device, self._config)
         else:
-            launch = cost.PLANNED[problem.operation](problem, device)
+            launch = cost.PLANNED[problem.operation](problem, device, self._config)
         if isinstance(launch, str):
             apart = composed.plan_or_refusal(problem, self.plan)
             if isinstance(apart, Refusal):
                 return apart
             return replace(apart, launches=(*apart.launches, f"no helpers: {launch}"))
-        plan = Plan(self.name, launching.run_of(launch, problem), launching.lines(launch))
+        plan = Plan(self.name, self.run_of(launch, problem), launching.lines(launch))
         return priced(plan, problem)
+
+    def run_of(self, launch: "planning.Launch", problem: Problem) -> Run:
+        """What launches it."""
+        from lorafast.backends.triton import launching
+
+        return launching.run_of(launch, problem)
 
     def allow_checks(self, device: torch.device) -> None:
         """On a CPU in the interpreter, unless Triton is imported: it has read its variable then."""
@@ -126,17 +141,18 @@ def _version(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def _device(problem: Problem) -> Device | None:
-    """Where the kernels would run, None if nowhere."""
-    if problem.device.type == "cuda":
-        return device_of(problem.device)
-    return interpreter() if interpreting() and problem.device.type == "cpu" else None
+def device_of(device: torch.device) -> Device | None:
+    """What the kernels of calls on ``device`` run on, None if they don't."""
+    found = gpu_of(device)
+    if found is not None:
+        return found
+    return interpreter() if interpreting() and device.type == "cpu" else None
 
 
 def interpreter() -> Device:
     """What the interpreter pretends to be: a few SMs of an H200, so that it cuts and adds up as one."""
     return Device.known_by(
-        tuned.INTERPRETER, configs.INTERPRETER_CAPABILITY, configs.INTERPRETER_PROCESSORS
+        tuned.INTERPRETER, configs.INTERPRETER_CAPABILITY, configs.INTERPRETER_SMS
     )
 
 

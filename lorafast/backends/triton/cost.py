@@ -12,6 +12,7 @@ from lorafast.backends.triton import planning
 from lorafast.backends.triton.planning import Launch
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
+from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     LinearExpandLaunch,
@@ -22,10 +23,11 @@ from lorafast.kernels.common.plan import (
 )
 from lorafast.kernels.tables.find import nearest_architecture
 
-LAUNCH_HOST = 16e-6
-"""Host time of a launch, from Python to the driver."""
-TMA_HOST = 22e-6
-"""What tensor descriptors add to it."""
+LAUNCH_HOST = 8e-6
+"""Host time of a launch: 5 µs on a driver that does nothing (``lorafast.bench.call_overhead.launches``),
+and an estimate of 3 for the driver's own share."""
+TMA_HOST = 8e-6
+"""What tensor descriptors add to it: 6 µs in the same way, and 2 for the driver's three maps."""
 _GEMM = {100: 0.78}
 _GEMM_ELSEWHERE = 0.9
 """Of cuBLAS, for 16-bit GEMMs."""
@@ -49,7 +51,7 @@ _BLOCK = 16
 def estimate(problem: Problem, device: Device) -> Estimate:
     """What the problem takes on ``device``."""
     if problem.operation not in LAYER_OPERATIONS:
-        return _of(PLANNED[problem.operation](problem, device), problem, device)
+        return _of(PLANNED[problem.operation](problem, device, None), problem, device)
     launch = helped(problem, device)
     if not isinstance(launch, str):
         return _of(launch, problem, device)
@@ -63,13 +65,15 @@ def estimate(problem: Problem, device: Device) -> Estimate:
     return found
 
 
-def helped(problem: Problem, device: Device) -> LoraLinearLaunch | LoraLinearBackwardLaunch | str:
+def helped(
+    problem: Problem, device: Device, config: LaunchConfig | None = None
+) -> LoraLinearLaunch | LoraLinearBackwardLaunch | str:
     """The launch with helpers that serves a whole layer, or why there is none: they can't serve it, or
-    the operations take less time one by one."""
-    launch = _WHOLE[problem.operation](problem, device)
+    the operations take less time one by one. By a ``config`` of its own it is asked for."""
+    launch = _WHOLE[problem.operation](problem, device, config)
     if isinstance(launch, str):
         return launch
-    if record_of(problem, device.name) is not None:
+    if config is not None or record_of(problem, device.name) is not None:
         return launch  # as it was measured, to be chosen or not
     together, apart = _of(launch, problem, device), _one_by_one(problem, device)
     if together.seconds < apart.seconds:
@@ -82,14 +86,17 @@ def _one_by_one(problem: Problem, device: Device) -> Estimate:
     return sum((estimate(part, device) for part in parts(problem)), Estimate())
 
 
-PLANNED: dict[str, Callable[[Problem, Device], Launch]] = {
+PLANNED: dict[str, Callable[[Problem, Device, LaunchConfig | None], Launch]] = {
     "shrink": planning.plan_shrink,
     "linear_expand": planning.plan_linear_expand,
     "expand_backward": planning.plan_expand_backward,
     "shrink_backward": planning.plan_shrink_backward,
 }
 _WHOLE: dict[
-    str, Callable[[Problem, Device], LoraLinearLaunch | LoraLinearBackwardLaunch | str]
+    str,
+    Callable[
+        [Problem, Device, LaunchConfig | None], LoraLinearLaunch | LoraLinearBackwardLaunch | str
+    ],
 ] = {
     "lora_linear": planning.plan_lora_linear,
     "lora_linear_backward": planning.plan_lora_linear_backward,
@@ -103,6 +110,8 @@ def _of(launch: Launch, p: Problem, device: Device) -> Estimate:
 
 @_of.register
 def _shrink(launch: ShrinkLaunch, p: Problem, device: Device) -> Estimate:
+    if p.operation == "expand_backward":
+        p = planning.as_shrink(p)
     _, count, ranks = launch.grid
     s = p.M * p.r
     moved = float(ranks * p.M * p.K * p.dtype.itemsize) + p.r * p.K * p.adapter_dtype.itemsize

@@ -1,6 +1,5 @@
 """From a launch to what runs it, and to the line that describes it."""
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -16,52 +15,34 @@ from lorafast.kernels.common.plan import (
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
-from lorafast.kernels.expand_backward import expand_backward
-from lorafast.kernels.linear_expand import linear_expand
-from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
-from lorafast.kernels.shrink import shrink
-from lorafast.kernels.shrink_backward import shrink_backward
+from lorafast.kernels.expand_backward import kernel as expand_backward
+from lorafast.kernels.linear_expand import kernel as linear_expand
+from lorafast.kernels.lora_linear import backward, forward
+from lorafast.kernels.shrink import kernel as shrink
+from lorafast.kernels.shrink_backward import kernel as shrink_backward
 
 
 def run_of(launch: Launch, p: Problem) -> Run:
     """What runs the problem on tensors."""
     if isinstance(launch, ShrinkLaunch):
-        return functools.partial(shrink, config=launch.config)
+        run = shrink.launcher(launch)
+        return run if p.operation == "shrink" else _ds_alone(run)
     if isinstance(launch, LinearExpandLaunch):
-        run = functools.partial(linear_expand, config=launch.config)
-        return _transposed(run) if p.transposed else run
+        return linear_expand.launcher(launch)
     if isinstance(launch, ExpandBackwardLaunch):
-        return _expand_backward(launch)
+        return expand_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, ShrinkBackwardLaunch):
-        return functools.partial(shrink_backward, dtype=p.adapter_dtype, config=launch.config)
-    config = launch.gemm.config
+        return shrink_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, LoraLinearLaunch):
-        return functools.partial(lora_linear, config=config)
-    return _whole_backward(functools.partial(lora_linear_backward, config=config))
+        return forward.launcher(launch)
+    return backward.launcher(launch, p.adapter_dtype)
 
 
-def _transposed(run: Run) -> Run:
-    def with_w(x: Tensor, weight: Tensor, *others: Any) -> Any:
-        return run(x, weight.t(), *others)
+def _ds_alone(shrink_of_dy: Run) -> Run:
+    """``ds = scaling · dy·B`` by a shrink of dy."""
 
-    return with_w
-
-
-def _whole_backward(run: Run) -> Run:
-    def all_five(*arguments: Any) -> Any:
-        dx, dA, dB = run(*arguments)
-        return dx, None, dA, dB, None
-
-    return all_five
-
-
-def _expand_backward(launch: ExpandBackwardLaunch) -> Run:
-    want_ds, want_dB, want_dbias = (name in launch.wants for name in ("ds", "dB", "dbias"))
-
-    def run(dy: Tensor, s: Tensor, lora_B: Tensor, scaling: float) -> Any:
-        ds, dB = expand_backward(dy, s, lora_B, scaling, config=launch.config)
-        dbias = dy.sum(0) if want_dbias else None
-        return ds if want_ds else None, dB if want_dB else None, dbias
+    def run(dy: Tensor, s: Tensor | None, lora_B: Tensor, scaling: float) -> Any:
+        return shrink_of_dy(dy, lora_B.t(), 0.0, None, scaling), None, None
 
     return run
 
@@ -89,10 +70,11 @@ def lines(launch: Launch) -> tuple[str, ...]:
     )
     if isinstance(launch, LoraLinearLaunch):
         return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
+    made = "ds, dB, dbias" if launch.dbias else "ds, dB"
     if launch.shrink_backward is None:
-        return (f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: ds, dB, dA",)
+        return (f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: {made}, dA",)
     return (
-        f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: ds, dB",
+        f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: {made}",
         *lines(launch.shrink_backward),
     )
 

@@ -7,6 +7,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorafast.operands import kept_transposed
+
 
 class Adapter(NamedTuple):
     """One adapter of a layer over a linear one. ``scaling`` is a number or a 0-dim tensor."""
@@ -57,4 +59,4 @@ def settled(lora_B: Tensor, scaling: Any) -> tuple[Tensor, float]:
 def weight_of(base: nn.Module) -> Tensor:
     """``[N, K]``, of ``Conv1D`` a view."""
     weight: Any = base._parameters["weight"]
-    return weight.t() if type(base) is Conv1D else weight
+    return kept_transposed(weight) if type(base) is Conv1D else weight
