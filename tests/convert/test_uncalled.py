@@ -279,7 +279,7 @@ def test_a_backward_that_fails_is_not_the_first(reader, warns_of):
     x = INPUT.clone().requires_grad_()
     x.register_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        reader(x).sum().backward()
+        reader(x + 1.0).sum().backward()  # the sum's turn comes after the layer's
     assert reader.called.lora_B.grad is not None
     reader.zero_grad()
     warns_of(backward(reader), "read")

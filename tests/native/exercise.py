@@ -20,8 +20,9 @@ if len(sys.argv) > 1:
 
     native.LIBRARY.path = Path(sys.argv[1])
 
-from lorafast.ops import cpu
+from lorafast.ops.problems import on_backend
 
+cpu = on_backend("cpu")
 SHAPES = (
     (0, 5, 7, 3),
     (5, 0, 7, 3),

@@ -25,9 +25,10 @@ from lorafast.backends.library import Library
 if native.why_not_loaded() is not None:
     pytest.skip(native.why_not_loaded(), allow_module_level=True)
 
-from lorafast.ops import cpu
+from lorafast.ops.problems import on_backend
 from lorafast.reference import wide
 
+cpu = on_backend("cpu")
 ROOT = Path(__file__).parents[2]
 EXERCISE = Path(__file__).with_name("exercise.py")
 SETS = {
