@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lorafast.core.problem import Problem
+from lorafast.core.problem import LAYER_OPERATIONS, OPERATIONS, Problem
 
 Run = Callable[..., Any]
 
@@ -62,6 +62,8 @@ class Backend(ABC):
     """One way to compute the operations. ``register`` puts it among those that there are."""
 
     name: ClassVar[str]
+    operations: ClassVar[frozenset[str]] = frozenset((*OPERATIONS, *LAYER_OPERATIONS))
+    """Those that it plans, by default a LoRA linear layer's; it is not asked for another."""
     plain_pytorch: ClassVar[bool] = False
     """Whether it is the definition, which serves where only PyTorch's own operations will do."""
 

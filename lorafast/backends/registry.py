@@ -121,6 +121,8 @@ def plan_of(name: str, problem: Problem) -> Plan | Refusal:
     backend = _backends.get(name)
     if backend is None:  # forced, or of a forward whose backward comes now
         return Refusal(name, "it is registered no more")
+    if problem.operation not in backend.operations:
+        return Refusal(name, f"it has no {problem.operation}")
     reason = backend.why_unusable()
     answer = backend.plan(problem) if reason is None else Refusal(name, reason)
     wrong = _why_wrong(answer, problem)

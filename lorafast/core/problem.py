@@ -8,6 +8,7 @@ from torch import Tensor
 from lorafast.core.dtypes import wide
 
 OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
+"""Those of a LoRA linear layer."""
 LAYER_OPERATIONS = ("lora_linear", "lora_linear_backward")
 """A whole layer's forward and backward, which are made of the four."""
 

@@ -559,3 +559,9 @@ def test_explain_says_what_lost_and_why(register):
     assert "lora_linear: late (on Tuesdays)\n" in text
     assert "not early: ahead by a rule (on Mondays), but registered before\n" in text
     assert "not timed: 2 µs\n" in text
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_no_backend_is_asked_for_an_operation_that_it_does_not_know(name):
+    answer = registry.plan_of(name, problem("stretch"))
+    assert answer == Refusal(name, "it has no stretch")
