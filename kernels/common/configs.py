@@ -134,23 +134,23 @@ def why_invalid(
     return None
 
 
-def chunks(processors: int, length: int, block: int, programs: int) -> tuple[int, int]:
-    """Cuts ``length`` so that ``programs`` times the number of chunks fills ``processors``.
+def chunks(sms: int, length: int, block: int, programs: int) -> tuple[int, int]:
+    """Cuts ``length`` so that ``programs`` times the number of chunks fills ``sms``.
 
     Returns the number of chunks and how many blocks each has. Depends on shapes and device alone, so
     that two runs reduce in the same order.
     """
     blocks = -(-length // block)
     # At least four blocks a chunk: below that the partial sums cost more than they save.
-    wanted = min(max(processors // max(programs, 1), 1), max(blocks // 4, 1))  # 0 of no rows
+    wanted = min(max(sms // max(programs, 1), 1), max(blocks // 4, 1))
     chunk = max(-(-blocks // wanted), 1)
     return max(-(-blocks // chunk), 1), chunk
 
 
-def split_k(processors: int, tiles: int, k_blocks: int) -> int:
-    """Into how many shares K is cut so that ``tiles`` of a GEMM fill ``processors``: 1, 2, 4 or 8,
+def split_k(sms: int, tiles: int, k_blocks: int) -> int:
+    """Into how many shares K is cut so that ``tiles`` of a GEMM fill ``sms``: 1, 2, 4 or 8,
     each of at least four blocks."""
     splits = 1
-    while splits < 8 and 2 * splits * tiles <= processors and 8 * splits <= k_blocks:
+    while splits < 8 and 2 * splits * tiles <= sms and 8 * splits <= k_blocks:
         splits *= 2
     return splits

@@ -159,7 +159,7 @@ def shrink_launch(
 ) -> ShrinkLaunch:
     """Cuts K so that few rows keep all SMs busy."""
     row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
-    count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, max(row_blocks * rank_blocks, 1))
+    count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
     return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
 
 
@@ -222,9 +222,7 @@ def expand_backward_launch(
     """A program for each column group and row group."""
     c = _fitting(c, wants)
     col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(r, c.block_r)
-    row_groups, m_blocks = chunks(
-        sms * c.ctas_per_sm, M, c.block_m, max(col_groups * rank_blocks, 1)
-    )
+    row_groups, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_groups * rank_blocks)
     grid = (col_groups, row_groups, rank_blocks)
     return ExpandBackwardLaunch(c, M, N, r, grid, m_blocks, precision, wants)
 
@@ -249,7 +247,7 @@ def shrink_backward_launch(
 ) -> ShrinkBackwardLaunch:
     """Cuts M so that few columns keep all SMs busy."""
     col_blocks, rank_blocks = _blocks(K, c.block_k), _blocks(r, c.block_r)
-    count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, max(col_blocks * rank_blocks, 1))
+    count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
     return ShrinkBackwardLaunch(
         c, M, K, r, (col_blocks, count, rank_blocks), m_blocks, precision, dropout
     )
@@ -385,7 +383,7 @@ def _plan(
 
 
 def forward_helpers(
-    product: LaunchConfig,
+    gemm: LaunchConfig,
     shrink: LaunchConfig,
     M: int,
     K: int,
@@ -398,16 +396,16 @@ def forward_helpers(
     """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
     if masked or r > shrink.block_r:
         return None
-    return _plan(product, M, K, N, r, M * K * size, sms)
+    return _plan(gemm, M, K, N, r, M * K * size, sms)
 
 
-def group_rows(product: LaunchConfig) -> int:
+def group_rows(gemm: LaunchConfig) -> int:
     """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
-    return GROUP_M * product.block_m
+    return GROUP_M * gemm.block_m
 
 
 def backward_helpers(
-    product: LaunchConfig,
+    gemm: LaunchConfig,
     expand_backward: LaunchConfig,
     shrink_backward: LaunchConfig,
     M: int,
@@ -422,11 +420,11 @@ def backward_helpers(
     if r > min(expand_backward.block_r, shrink_backward.block_r):
         return None
     # With a rank of several blocks the launch would spill: compiled for sm_90.
-    if r > product.block_r or group_rows(product) % expand_backward.block_m:
+    if r > gemm.block_r or group_rows(gemm) % expand_backward.block_m:
         return None
     partials = _PARTIAL * r * _blocks(N, expand_backward.block_n)  # bytes a row of ds
     read = M * ((N if masked else N + K) * size + 2 * partials)
-    return _plan(product, M, N, K, r, read, sms, group_rows(product) * partials)
+    return _plan(gemm, M, N, K, r, read, sms, group_rows(gemm) * partials)
 
 
 def _blocks(length: int, block: int) -> int:

@@ -288,3 +288,33 @@ def test_a_plan_is_priced():
     priced = cost.priced(plan, problem(), H200)
     assert priced.seconds == price("aten", problem(), H200).seconds
     assert (priced.source.startswith("no record"), priced.measured) == (True, False)
+
+
+def test_a_device_can_be_pretended_on_which_nothing_was_tuned(records):
+    p = problem("shrink", device=torch.device("cpu"))
+    records([record(p)])
+    assert price("triton", p) is None
+    with cost.pretending(H200):
+        pretended = price("triton", p)
+        assert pretended.seconds == cost.estimate_of("triton", p, H200).seconds
+        assert not pretended.measured
+    assert price("triton", p) is None
+
+
+def test_another_backend_stands_in_under_a_name_and_in_its_place():
+    from lorafast.backends import registry
+    from lorafast.backends.plan import Backend, Refusal
+
+    class Other(Backend):
+        name = registry.names()[1]
+
+        def plan(self, problem):
+            return Refusal(self.name, "it is another one")
+
+    p = problem("shrink", device=torch.device("cpu"))
+    before, names = registry.plan_of(Other.name, p), registry.names()
+    with registry.standing_in(Other()):
+        assert registry.plan_of(Other.name, p) == Refusal(Other.name, "it is another one")
+        assert registry.names() == names
+    assert type(registry.plan_of(Other.name, p)) is type(before)
+    assert registry.names() == names

@@ -331,3 +331,87 @@ def test_a_whole_layer_runs_in_the_interpreter():
     torch.testing.assert_close(dA, 0.5 * (dy @ lora_B).t() @ x)
     torch.testing.assert_close(dB, 0.5 * dy.t() @ s)
     assert (dweight, dbias) == (None, None)
+
+
+WANTS = [("ds",), ("dB",), ("dbias",), ("ds", "dbias"), ("dB", "dbias"), ("ds", "dB", "dbias")]
+
+
+@pytest.mark.parametrize("wants", WANTS, ids=" ".join)
+def test_what_is_wanted_of_dy_is_made_and_nothing_else(wants):
+    if not backend.interpreting():
+        pytest.skip("runs the interpreter on a CPU")
+    p = problem("expand_backward", 40, 0, 32, 4, torch.float32, device=CPU, wants=wants)
+    dy, s, lora_B = torch.randn(40, 32), torch.randn(40, 4), torch.randn(32, 4)
+    expected = {"ds": 0.5 * dy @ lora_B, "dB": 0.5 * dy.t() @ s, "dbias": dy.sum(0)}
+    # What no result depends on may be missing.
+    given = (s if "dB" in wants else None, lora_B if "ds" in wants else None)
+    found = TRITON.plan(p).run(dy, *given, 0.5)
+    for name, result in zip(("ds", "dB", "dbias"), found, strict=True):
+        if name in wants:
+            torch.testing.assert_close(result, expected[name])
+        else:
+            assert result is None
+    assert found[1] is None or found[1].is_contiguous()
+
+
+def test_ds_alone_is_one_launch(on):
+    on(H200)
+    (line,) = TRITON.plan(problem("expand_backward", wants=("ds",))).launches
+    assert line.startswith("shrink: ")
+    both = TRITON.plan(problem("expand_backward")).launches
+    assert [line.split(":")[0] for line in both] == ["expand_backward (ds, dB)", "sum_partials"]
+    alone = model.estimate(problem("expand_backward", wants=("ds",)), H200)
+    assert alone.launches == 1
+    assert alone.seconds < model.estimate(problem("expand_backward"), H200).seconds
+
+
+def test_the_whole_backward_of_a_trained_bias_is_one_launch(on):
+    on(H200)
+    p = problem("lora_linear_backward", wants=(*FROZEN, "dbias"))
+    launch = planning.plan_lora_linear_backward(p, H200)
+    assert launch.dbias
+    assert launching.lines(launch)[0].endswith(": ds, dB, dbias, dA")
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, *LAYER_OPERATIONS])
+def test_no_rows_are_planned_for_too(operation, on):
+    on(H200)
+    plan = TRITON.plan(problem(operation, M=0))
+    assert isinstance(plan, Plan)
+    if backend.interpreting() and operation == "shrink":
+        p = problem(operation, 0, 48, 32, 4, torch.float32, device=CPU)
+        assert TRITON.plan(p).run(torch.ones(0, 48), torch.ones(4, 48), 0.0, None).shape == (0, 4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_a_gemm_runs_whichever_way_the_weight_is_stored(stored, transposed):
+    if not backend.interpreting():
+        pytest.skip("runs the interpreter on a CPU")
+    M, K, N, r = 24, 64, 48, 4
+    weight = torch.randn(N, K) if stored == "rows" else torch.randn(K, N).t()
+    x, s = torch.randn(M, N if transposed else K), torch.randn(M, r)
+    factor = torch.randn(K if transposed else N, r)
+    layouts = Layouts(x=Layout.of(x), dy=Layout.of(x), weight=Layout.of(weight))
+    p = problem(
+        "linear_expand", M, K, N, r, torch.float32, device=CPU, transposed=transposed,
+        layouts=layouts,
+    )  # fmt: skip
+    tiles = LaunchConfig(16, 16, 16, 16, 1, 1, descriptors=True)
+    expected = x @ (weight if transposed else weight.t()) + 0.5 * s @ factor.t()
+    for planner in (TRITON, Triton(tiles)):
+        plan = planner.plan(p)
+        torch.testing.assert_close(plan.run(x, weight, s, factor, 0.5, None, 0.0, None), expected)
+    assert "TMA" in plan.launches[0]
+
+
+def test_a_tensor_that_contradicts_its_plan_raises():
+    if not backend.interpreting():
+        pytest.skip("runs the interpreter on a CPU")
+    p = problem("linear_expand", 24, 64, 48, 4, torch.float32, device=CPU)
+    plan = Triton(LaunchConfig(16, 16, 16, 16, 1, 1, descriptors=True)).plan(p)
+    x = torch.randn(24 * 64 + 1)[1:].view(24, 64)
+    with pytest.raises(ValueError, match="begins between 16 bytes, and its plan has TMA"):
+        plan.run(
+            x, torch.randn(48, 64), torch.randn(24, 4), torch.randn(48, 4), 1.0, None, 0.0, None
+        )

@@ -219,9 +219,26 @@ def test_a_mask_has_no_helpers_forward_and_only_those_of_dy_backward():
 def test_no_tile_waits_long_for_one_helper_to_add_up_ds():
     """Its partial sums grow with the rank."""
     product = dataclasses.replace(CONFIG, helpers=64)
-    narrow = dataclasses.replace(THIN, block_n=64)
+    narrow = dataclasses.replace(THIN, block_n=128)
     assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 16, 2, False, 132)
     assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 64, 2, False, 132) is None
+
+
+def test_helpers_have_the_rounds_that_cost_no_other_program_one():
+    """More of them than the skinny work needs, in case memory is slower than it was taken to be."""
+    product = dataclasses.replace(CONFIG, helpers=64)
+    found = forward_helpers(product, THIN, 8192, 4096, 4096, 16, 2, False, 132)
+    tiles, others = 64 * 16, 132 - 64
+
+    def rounds(waves):
+        return waves + -(-(tiles - waves * others) // 132)
+
+    assert (found.rounds, found.alone) == (rounds(found.waves), 8)
+    assert rounds(found.waves + 1) > found.rounds or 2 * (found.waves + 1) > found.alone
+    fewer = forward_helpers(
+        dataclasses.replace(CONFIG, helpers=16), THIN, 8192, 4096, 4096, 16, 2, False, 132
+    )
+    assert (fewer.waves, fewer.rounds) == (2, 8)
 
 
 def test_zero_helpers_are_allowed():
