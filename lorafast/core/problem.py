@@ -121,7 +121,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return all(type(t) in _PLAIN and t.device == given[0].device for t in given)
 
 
-_NO_WEIGHT: dict[str, Any] = {"format": "dense", "format_parameters": ""}
+_NO_WEIGHT: dict[str, Any] = {"format": DENSE, "format_parameters": ""}
 
 
 def parts(problem: Problem) -> list[Problem]:
