@@ -138,7 +138,7 @@ def chunks(sms: int, length: int, block: int, programs: int) -> tuple[int, int]:
     """Cuts ``length`` so that ``programs`` times the number of chunks fills ``sms``.
 
     Returns the number of chunks and how many blocks each has. Depends on shapes and device alone, so
-    that two runs reduce in the same order. ``programs`` is 0 where there are no rows.
+    that two runs reduce in the same order.
     """
     blocks = -(-length // block)
     # At least four blocks a chunk: below that the partial sums cost more than they save.

@@ -38,8 +38,9 @@ def adapt(
     Args:
         model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
         r: rank.
-        targets: ``"all-linear"`` (every ``nn.Linear`` and GPT-2's ``Conv1D`` but those of a Transformers
-            model's output head or classifier), a list of names (a layer's full name or its ending, as
+        targets: ``"all-linear"`` (every ``nn.Linear``, GPT-2's ``Conv1D``, each layer that a format of
+            ``lorafast.operands`` claims, but those of a Transformers model's output head or
+            classifier), a list of names (a layer's full name or its ending, as
             PEFT's ``target_modules``), or a string, a regex that must match the full name.
         alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``). None is ``r``: a
             scaling of 1, where PEFT's default, ``lora_alpha=8``, gives 0.5 at r = 16.

@@ -146,10 +146,10 @@ def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
 
 
 def _packed(layer: LoRALinear, problem: Problem) -> str:
-    weight = layer.operand()
-    if problem.device.type != "cpu" or weight.dtype is not problem.dtype:
+    if problem.device.type != "cpu":
         return ""
-    return ", on the packed weight" if operands.is_packed(weight) else ""
+    is_packed = operands.is_packed(layer.operand(), problem.dtype)
+    return ", on the packed weight" if is_packed else ""
 
 
 def _problems(layer: LoRALinear, x: Tensor | None) -> tuple[Problem, Problem]:

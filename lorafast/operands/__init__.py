@@ -163,9 +163,11 @@ def add_linear_transposed_(dx: Tensor, dy: Tensor, weight: Weight) -> Tensor:
     return dx.add_(weight.linear_transposed(dy))
 
 
-def is_packed(weight: Weight) -> bool:
-    """Whether there is a packed copy of ``weight`` as it is now."""
-    return isinstance(weight, Tensor) and packed.is_packed(weight)
+def is_packed(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether there is a packed copy of ``weight`` as it is now, for x of ``dtype``."""
+    if isinstance(weight, Operand) or weight.dtype is not dtype:
+        return False
+    return packed.is_packed(weight)
 
 
 def finished_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:

@@ -63,19 +63,19 @@ def test_verify_asks_each_backend_to_allow_checks(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("imported", [False, True])
-def test_triton_is_interpreted_for_checks_unless_it_was_imported_before(imported):
+def test_triton_that_was_imported_before_is_not_interpreted():
+    """It has read its variable then."""
     pytest.importorskip("triton")
     code = (
-        f"import {'triton' if imported else 'torch'}; "
-        "from lorafast.cli import main; main(['verify', '--device', 'cpu', '--dtype', 'fp32'])"
+        "import triton; from lorafast.cli import main; "
+        "main(['verify', '--device', 'cpu', '--dtype', 'fp32'])"
     )
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     ).stdout
-    assert ("\ntriton     shrink " in out) != imported
-    assert ("triton: not run, " in out) == imported
+    assert "triton: not run, " in out
+    assert out.endswith(" passed, 0 failed\n")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

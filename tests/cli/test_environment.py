@@ -69,7 +69,7 @@ def test_info_says_which_variables_are_nonsense(tmp_path):
     process = run("info", env=bare(tmp_path, "numpy", **SPOILT))
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    (chosen,) = (line for line in lines if line.startswith("chosen "))
+    (chosen,) = (line for line in lines if line.startswith("chosen  "))
     (packed,) = (line for line in lines if line.startswith("packed weights "))
     assert SENTENCES["LORAFAST_BACKEND"] in chosen
     assert SENTENCES["LORAFAST_PACK_MEMORY"] in packed or "oneDNN" in packed

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pages
 import pytest
@@ -191,7 +192,9 @@ def test_an_operation_to_come_is_refused(numpy):
 def test_without_numpy_it_is_not_usable(numpy, monkeypatch):
     from lorafast.backends.numpy import backend
 
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    # Its own view of importlib: other backends keep what they find.
+    nothing = SimpleNamespace(find_spec=lambda name: None)
+    monkeypatch.setattr(backend, "importlib", SimpleNamespace(util=nothing))
     registry.forget_plans()
     assert str(lorafast.backends()["numpy"]) == "numpy: NumPy is not installed (pip install numpy)"
     t = [torch.randn(s) for s in ((1, 8), (6, 8), (2, 8), (6, 2))]

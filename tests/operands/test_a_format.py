@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -612,3 +613,25 @@ class TestModel:
 def test_an_operand_says_what_it_lacks():
     with pytest.raises(TypeError, match="abstract"):
         type("Empty", (Operand,), {"format": "empty"})()
+
+
+def test_nothing_else_asks_how_a_weight_is_stored():
+    """But kernels that read dense ones, and the rules for PEFT's own layers."""
+    package = Path(lorafast.__file__).parent
+    asks = re.compile(
+        r"\b(?:weight|W)\.(?:t\(|T\b|mT\b|stride|data_ptr|is_contiguous)"
+        r"|\b(?:weight|W)\.dtype (?:==|!=|is)|(?:==|!=|is|is not) (?:weight|W)\.dtype"
+    )
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if asks.search(path.read_text(encoding="utf-8"))
+    }
+    found = {path for path in found if path.split("/")[0] not in ("operands", "reference")}
+    assert found == {
+        "backends/triton/launching.py",
+        "integrations/peft/dora.py",
+        "integrations/peft/rules.py",
+        "nn/lora_operand_linear.py",  # the dtype of a bias beside it
+        "ops/checks.py",
+    }

@@ -11,12 +11,21 @@ import torch
 import torch.nn.functional as F
 from helpers import skip_unless_usable
 from torch import nn
+from toy_formats import FORMATS, held
 
 import lorafast
 from lorafast import ops, reference
 from lorafast.reference import contract
 
+pytestmark = pytest.mark.usefixtures("toy_formats")
+
 BACKENDS = ("reference", "aten", "cpu", "triton")
+SERVED = [
+    (backend, format)
+    for backend in BACKENDS
+    for format in FORMATS
+    if backend != "triton" or format == "dense"  # its kernels read dense weights
+]
 K, N, r = 48, 40, 4
 SCALING = 2.0
 SEED = torch.tensor([20_261_126])
@@ -75,16 +84,18 @@ def assert_as_exact_as_peft(found, t, dropout_p):
     assert reason is None, reason
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "format"), SERVED)
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_float32_adapters(backend, situation, dropout_p):
+def test_float32_adapters(backend, format, situation, dropout_p):
     skip_unless_usable(backend)
     t = draw(situation, torch.float32)
     if backend == "triton" and t["x"].shape[0] > 1000:
         pytest.skip("too many rows for the interpreter")
+    stored = t | {"weight": FORMATS[format](t["weight"])}
     with lorafast.use_backend(backend):
-        assert_as_exact_as_peft(outputs(ops.lora_linear, t, dropout_p), t, dropout_p)
+        found = outputs(ops.lora_linear, stored, dropout_p)
+    assert_as_exact_as_peft(found, t | {"weight": held(format, t["weight"])}, dropout_p)
 
 
 @pytest.mark.parametrize("size", ["small", "fused"])
@@ -142,10 +153,11 @@ def test_what_is_kept_between_the_operations_is_float32(backend):
     assert y.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_low_rank_term_beyond_float16_is_added_before_it_is_rounded(backend):
+@pytest.mark.parametrize(("backend", "format"), SERVED)
+def test_a_low_rank_term_beyond_float16_is_added_before_it_is_rounded(backend, format):
     skip_unless_usable(backend)
     x, weight = torch.full((3, 1), 100.0).half(), torch.full((2, 1), -600.0).half()
+    weight = FORMATS[format](weight)
     with lorafast.use_backend(backend):
         y = ops.lora_linear(x, weight, torch.ones(1, 1), torch.ones(2, 1), 700.0, None, 0.0, None)
     assert torch.equal(y, torch.full((3, 2), 10_000.0).half())

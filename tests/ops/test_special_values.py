@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import DTYPES, Problem, assert_contract, skip_unless_usable
+from toy_formats import FORMATS
 
 import lorafast
 from lorafast import ops, reference
@@ -38,8 +39,11 @@ def calls(t, dtype, p=0.0):
     }
 
 
-# Of the interpreter's own NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("toy_formats"),
+    # Of the interpreter's own NumPy.
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 
 row, column = (ROW, slice(None)), (slice(None), COLUMN)
 # Where the value is put, and which elements of each output it reaches.
@@ -62,6 +66,13 @@ REACHED = {
     ("shrink_backward", "x", (17, COLUMN)): [column],
 }
 CASES = {f"{op} of {name}{list(place)}": (op, name, place) for op, name, place in REACHED}
+
+# What a format makes of a NaN in the weight is its own affair.
+BESIDE_A_WEIGHT = [
+    case
+    for case, (op, name, _) in CASES.items()
+    if op in ("linear_expand", "dx") and name != "weight"
+]
 
 
 def exact(tensor, dtype=None):
@@ -104,6 +115,42 @@ def test_which_elements_a_value_reaches(on_backend, poisoned, device, case, valu
         call = calls(t, dtype)[op]
         assert_reached(call, REACHED[CASES[case]])
         assert_contract(call, on_backend, dtype)
+
+
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "dense"])
+@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
+@pytest.mark.parametrize("case", BESIDE_A_WEIGHT)
+def test_which_elements_a_value_reaches_in_another_format(backend, format, poisoned, device, case):
+    skip_unless_usable(backend)
+    op, name, place = CASES[case]
+    t = tensors(device)
+    getattr(t, name)[place] = math.nan
+    for dtype in DTYPES:
+        low = wide(dtype)
+        weight = FORMATS[format](t.weight.to(dtype))
+        drawn = {
+            n: value.to(low if n in ("s", "ds") else dtype)
+            for n, value in vars(t).items()
+            if value is not None
+        }
+        if op == "dx":
+            arguments = (
+                drawn["dy"],
+                weight,
+                drawn["ds"],
+                drawn["lora_A"].t(),
+                1.0,
+                None,
+                0.0,
+                None,
+            )
+        else:
+            arguments = (drawn["x"], weight, drawn["s"], drawn["lora_B"], 0.7, drawn["bias"])
+        with lorafast.use_backend(backend):
+            found = ops.linear_expand(*arguments, transposed=op == "dx")
+        expected = torch.zeros_like(found, dtype=torch.bool)
+        expected[REACHED[op, name, place][0]] = True
+        assert torch.equal(~found.isfinite(), expected)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from toy_formats import FORMATS, held
 
 import lorafast
 from lorafast.functional import lora_linear
 
+pytestmark = pytest.mark.usefixtures("toy_formats")
 SCALING = 0.5
 K, N, R = 64, 48, 4
 KINDS = {
@@ -35,12 +37,13 @@ class TestEveryLayout:
         A, B = torch.randn(R, K).requires_grad_(), torch.randn(N, R).requires_grad_()
         return KINDS[kind](x), W, A, B, bias
 
-    def test_output_and_gradients_are_those_of_plain_calls(self, kind, rows):
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_output_and_gradients_are_those_of_plain_calls(self, kind, rows, format):
         x, W, A, B, bias = self.tensors(kind, rows)
         results = []
         for y in (
-            lora_linear(x, W, A, B, SCALING, bias),
-            F.linear(x, W, bias) + F.linear(F.linear(x, A), B * SCALING),
+            lora_linear(x, FORMATS[format](W), A, B, SCALING, bias),
+            F.linear(x, held(format, W), bias) + F.linear(F.linear(x, A), B * SCALING),
         ):
             results.append((dense(y), *torch.autograd.grad(dense(y).square().sum(), (A, B))))
             assert y.is_nested == (kind in ("nested", "jagged"))
