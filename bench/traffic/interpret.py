@@ -46,7 +46,7 @@ _HELPED_SMS = 20
 
 @dataclass(frozen=True)
 class Reduced:
-    """A problem small enough to interpret."""
+    """A problem small enough to interpret; with ``layers_only`` only what may have helpers is."""
 
     M: int
     K: int
@@ -57,6 +57,7 @@ class Reduced:
     bias: bool
     dropout: bool
     sms: int
+    layers_only: bool = False
 
 
 def reduce(problem: Problem) -> list[Reduced]:
@@ -65,7 +66,7 @@ def reduce(problem: Problem) -> list[Reduced]:
     return [
         Reduced(
             min(shape.M, M), min(shape.K, K), min(shape.N, N), problem.r, problem.dtype,
-            problem.adapter_dtype, shape.bias, bool(problem.dropout_p), sms,
+            problem.adapter_dtype, shape.bias, bool(problem.dropout_p), sms, sms == _HELPED_SMS,
         )
         for (M, K, N), sms in (
             (_SMALL, 1), (_SPLIT, H200_SMS), *((s, _HELPED_SMS) for s in _HELPED),
@@ -215,6 +216,8 @@ def compare(reduced: Reduced) -> dict[str, str | None]:
     differences: dict[str, str | None] = {}
     with cost.pretending(launches.h200(reduced.sms)):
         for name, (call, tensors) in calls_of(reduced).items():
+            if reduced.layers_only and call.operation not in LAYER_OPERATIONS:
+                continue
             plan = Triton().plan(call)
             assert isinstance(plan, Plan), plan
             with _counting() as counted:
