@@ -73,8 +73,13 @@ def problems() -> st.SearchStrategy[Problem]:
     )
 
 
-def assert_contract(call: contract.Call, operations: object, dtype: torch.dtype) -> None:
-    verdict = contract.compare(call, operations, dtype)
+def assert_contract(
+    call: contract.Call,
+    operations: object,
+    dtype: torch.dtype,
+    rounded_to: torch.dtype | None = None,
+) -> None:
+    verdict = contract.compare(call, operations, dtype, rounded_to)
     assert verdict.why_broken is None, verdict.why_broken
 
 

@@ -146,10 +146,14 @@ def why_any_broken(actual: Mapping[str, Tensor], of: Mapping[str, Bound]) -> str
     return f"{min(more)} is there and should not be" if more else None
 
 
-def compare(call: Call, operations: Any, dtype: torch.dtype) -> Verdict:
+def compare(
+    call: Call, operations: Any, dtype: torch.dtype, rounded_to: torch.dtype | None = None
+) -> Verdict:
     """Runs ``call`` on ``operations`` in ``dtype``.
 
-    Of several outputs, the verdict on the one that fails, or comes nearest to failing.
+    Of several outputs, the verdict on the one that fails, or comes nearest to failing. ``rounded_to``:
+    whose ``eps`` counts, of a whole layer, where an output is made of roundings to another dtype than
+    its own.
     """
 
     def cast(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:
@@ -162,7 +166,7 @@ def compare(call: Call, operations: Any, dtype: torch.dtype) -> Verdict:
         return exact(tensor, other).square()
 
     verdicts = [
-        bound(eager, ref64, squared64.abs().sqrt()).verdict(actual)
+        bound(eager, ref64, squared64.abs().sqrt(), rounded_to).verdict(actual)
         for actual, eager, ref64, squared64 in zip(
             _outputs(call(operations, cast)),
             _outputs(call(reference, cast)),
