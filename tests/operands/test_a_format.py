@@ -628,7 +628,7 @@ def test_nothing_else_asks_how_a_weight_is_stored():
         if asks.search(path.read_text(encoding="utf-8"))
     }
     found = {path for path in found if path.split("/")[0] not in ("operands", "reference")}
-    assert found == {
+    assert found <= {
         "backends/triton/launching.py",
         "integrations/peft/dora.py",
         "integrations/peft/rules.py",
