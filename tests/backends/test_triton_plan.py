@@ -55,6 +55,19 @@ def test_few_rows_share_their_columns_out():
     assert (few.grid[1] - 1) * few.k_blocks < blocks <= few.grid[1] * few.k_blocks
 
 
+def test_dbias_alone_reads_dy_once_whatever_the_rank():
+    alone, beside = (
+        planning.plan_expand_backward(problem("expand_backward", r=256, wants=wants), H200)
+        for wants in (("dbias",), ("dB", "dbias"))
+    )
+    assert alone.grid[2] == 1 < beside.grid[2]
+
+
+def test_dbias_is_made_beside_factors_of_no_rank():
+    p = problem("expand_backward", r=0, wants=("ds", "dB", "dbias"))
+    assert planning.plan_expand_backward(p, H200).grid[2] == 1
+
+
 def test_few_tiles_share_k_and_do_not_flatten():
     gemm = planning.plan_linear_expand(problem("linear_expand", M=16, N=512), H200)
     assert gemm.splits == 8

@@ -219,7 +219,7 @@ def test_a_mask_has_no_helpers_forward_and_only_those_of_dy_backward():
 def test_no_tile_waits_long_for_one_helper_to_add_up_ds():
     """Its partial sums grow with the rank."""
     product = dataclasses.replace(CONFIG, helpers=64)
-    narrow = dataclasses.replace(THIN, block_n=64)
+    narrow = dataclasses.replace(THIN, block_n=128)
     assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 16, 2, False, 132)
     assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 64, 2, False, 132) is None
 
