@@ -15,6 +15,7 @@ up to a few. A captured launch that finds no room gets memory of its graph's, an
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -102,19 +103,15 @@ def _zeros(device: torch.device, count: int) -> Tensor:
     Made by a thread of its own: where this one's allocations go to the pool of a graph, of compiled code
     that warms up or of ``torch.cuda.use_mem_pool``, those of another thread do not.
     """
-    made: list[Tensor] = []
 
-    def make() -> None:
+    def make() -> Tensor:
         with torch.cuda.device(device):
-            made.append(torch.zeros(count, dtype=torch.int32, device=device))
+            made = torch.zeros(count, dtype=torch.int32, device=device)
             torch.cuda.current_stream(device).synchronize()
+        return made
 
-    thread = threading.Thread(target=make, name="lorafast counters")
-    thread.start()
-    thread.join()
-    if not made:
-        raise RuntimeError(f"no memory for {count} counters on {device}: the thread above says why")
-    return made[0]
+    with ThreadPoolExecutor(1, "lorafast counters") as thread:
+        return thread.submit(make).result()
 
 
 def _stream(device: torch.device) -> int:

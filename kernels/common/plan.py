@@ -221,8 +221,12 @@ def expand_backward_launch(
 ) -> ExpandBackwardLaunch:
     """A program for each column group and row group."""
     c = _fitting(c, wants)
-    col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(r, c.block_r)
-    row_groups, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_groups * rank_blocks)
+    # dbias has no rank: it takes one block where there is none, and no more, which would read dy again.
+    ranks = max(r, 1) if {"ds", "dB"} & set(wants) else 1
+    col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(ranks, c.block_r)
+    row_groups, m_blocks = chunks(
+        sms * c.ctas_per_sm, M, c.block_m, max(col_groups * rank_blocks, 1)
+    )
     grid = (col_groups, row_groups, rank_blocks)
     return ExpandBackwardLaunch(c, M, N, r, grid, m_blocks, precision, wants)
 

@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
+from triton import knobs
 
 _MOST = 64
 """Compiled kernels that are kept of one launch; more strides than these begin anew."""
@@ -22,6 +23,10 @@ class Start:
 
     Calls of one key have the same types, the same integers, None in the same places, and no pointer but
     to multiples of 16 bytes; a key of None says nothing, and Triton looks for itself.
+
+    It also does where launches are watched: with hooks before a run, in debug mode, and while Proton
+    instruments kernels. Its other knobs are read at the first launch of a key; hooks at a launch's begin
+    and end are called at every one.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], options: dict[str, object]) -> None:
@@ -33,21 +38,30 @@ class Start:
     def __call__(self, key: Hashable, *arguments: Any) -> None:
         """Starts it with all of its arguments, by position."""
         known = self._known.get(key)
-        if known is not None:
+        if known is not None and not self._watched():
             known(*arguments)
             return
         compiled = self._kernel[self._grid](*arguments, **self._options)
-        # None where it was interpreted; hooks before a run are Triton's to call.
-        if key is not None and compiled is not None and not self._kernel.pre_run_hooks:
-            if len(self._known) >= _MOST:
-                self._known.clear()
-            self._known[key] = compiled[(*self._grid, 1, 1)[:3]]
+        # None where it was interpreted, without a grid where it is still being compiled elsewhere.
+        if key is None or not hasattr(type(compiled), "__getitem__") or self._watched():
+            return
+        if len(self._known) >= _MOST:
+            self._known.clear()
+        self._known[key] = compiled[(*self._grid, 1, 1)[:3]]
+
+    def _watched(self) -> bool:
+        return bool(
+            self._kernel.pre_run_hooks
+            or knobs.runtime.debug
+            or knobs.compilation.instrumentation_mode
+        )
 
 
 def key_of(*parts: Hashable, tensors: tuple[Tensor | None, ...]) -> Hashable:
-    """The key of a call whose ``parts`` may differ from another's, on these ``tensors`` of others.
+    """The key of a call whose ``parts`` may differ from another's, on these ``tensors`` of others, whose
+    types it has.
 
-    What a launcher has allocated itself is aligned.
+    What a launcher has allocated itself is aligned, and of a type that follows from theirs.
     """
     first = tensors[0]
     assert first is not None
@@ -55,7 +69,11 @@ def key_of(*parts: Hashable, tensors: tuple[Tensor | None, ...]) -> Hashable:
     if index < _FIRST_DEVICE:
         return None
     address = 0
+    types: list[Hashable] = []
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is None:
+            types.append(None)
+        else:
             address |= tensor.data_ptr()
-    return None if address % _ALIGNED else (index, *parts)
+            types.append(tensor.dtype)
+    return None if address % _ALIGNED else (index, *parts, *types)

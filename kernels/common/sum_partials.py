@@ -42,7 +42,7 @@ def launcher(count: int, size: int) -> Callable[[Tensor, Tensor, float], None]:
     )
 
     def run(partials: Tensor, out: Tensor, scale: float) -> None:
-        key = key_of(out.dtype, tensors=(partials, out))
+        key = key_of(tensors=(partials, out))
         start(key, partials, out, count, size, scale, _BLOCK, INTERPRETED)
 
     return run

@@ -279,10 +279,7 @@ def launcher(launch: ExpandBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
             dbias_partials = torch.empty((row_groups, N), dtype=torch.float32, device=device)
         strides = (*dy.stride(), *of_s, *of_B)
         start(
-            key_of(
-                dy.dtype, None if s is None else s.dtype, None if lora_B is None else lora_B.dtype,
-                strides, tensors=(dy, s, lora_B),
-            ),
+            key_of(strides, tensors=(dy, s, lora_B)),
             dy, s, lora_B, dB, dbias, ds_partials, dB_partials, dbias_partials, counters(dy, used),
             M, N, r, launch.m_blocks, scaling, *strides, *blocks,
         )  # fmt: skip

@@ -198,9 +198,7 @@ def launcher(launch: LinearExpandLaunch) -> Callable[..., Tensor]:
             None if bias is None else bias.stride(0),
         )  # fmt: skip
         start(
-            key_of(
-                x.dtype, s.dtype, lora_B.dtype, strides, tensors=(x, weight, s, lora_B, bias, seed)
-            ),
+            key_of(strides, tensors=(x, weight, s, lora_B, bias, seed)),
             *operands(x, weight, y), s, lora_B, bias, seed, partials, used,
             M, N, K, r, splits, threshold, float(scaling), survivor_scale, *strides, *blocks,
         )  # fmt: skip

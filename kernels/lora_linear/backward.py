@@ -305,10 +305,7 @@ def launcher(launch: LoraLinearBackwardLaunch, dtype: torch.dtype) -> Callable[.
             *dy.stride(), *weight.stride(), *x.stride(), *lora_A.stride(), *lora_B.stride(), *s.stride(),
         )  # fmt: skip
         start(
-            key_of(
-                dy.dtype, lora_A.dtype, strides,
-                tensors=(dy, x, weight, lora_A, lora_B, s, of_dropout[0]),
-            ),
+            key_of(strides, tensors=(dy, x, weight, lora_A, lora_B, s, of_dropout[0])),
             *operands(dy, weight, dx), dy, x, lora_A, lora_B, s, ds, dA, dB, dbias,
             ds_partials, dB_partials, dbias_partials, of_dropout[0], counters(dy, used),
             M, N, K, r, helpers.waves, m_blocks, of_dropout[1], float(scaling), of_dropout[2],

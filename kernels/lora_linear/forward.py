@@ -212,9 +212,7 @@ def launcher(launch: LoraLinearLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
             None if bias is None else bias.stride(0),
         )  # fmt: skip
         start(
-            key_of(
-                x.dtype, lora_A.dtype, strides, tensors=(x, weight, lora_A, lora_B, bias)
-            ),
+            key_of(strides, tensors=(x, weight, lora_A, lora_B, bias)),
             *operands(x, weight, y), x, lora_A, s, lora_B, bias, counters(x, used),
             M, N, K, r, helpers.waves, float(scaling), *strides, *blocks,
         )  # fmt: skip

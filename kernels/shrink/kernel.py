@@ -196,7 +196,7 @@ def launcher(launch: ShrinkLaunch) -> Callable[..., Tensor]:
         seed, threshold, survivor_scale = mask_of(dropout_p, seed) if launch.dropout else NO_MASK
         strides = (*x.stride(), *lora_A.stride())
         start(
-            key_of(x.dtype, lora_A.dtype, scale is None, strides, tensors=(x, lora_A, seed)),
+            key_of(scale is None, strides, tensors=(x, lora_A, seed)),
             x, lora_A, s, partials, used, seed, M, K, r, launch.k_blocks,
             None if scale is None else float(scale), threshold, survivor_scale, *strides, *blocks,
         )  # fmt: skip

@@ -179,7 +179,7 @@ def launcher(launch: ShrinkBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
         seed, threshold, survivor_scale = mask_of(dropout_p, seed) if launch.dropout else NO_MASK
         strides = (*ds.stride(), *x.stride())
         start(
-            key_of(ds.dtype, x.dtype, strides, tensors=(ds, x, seed)),
+            key_of(strides, tensors=(ds, x, seed)),
             ds, x, dA, partials, used, seed, M, K, r, launch.m_blocks, threshold, survivor_scale,
             *strides, *blocks,
         )  # fmt: skip

@@ -56,7 +56,7 @@ _FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024
 _FLOAT32_PER_CLOCK = {80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
 """float32 without tensor cores."""
 _NOWHERE = "a device that isn't here"
-_HALF_RATE = r"GeForce|TITAN|RTX [345]0\d\d"
+_HALF_RATE = r"GeForce|TITAN|RTX [345]0[5-9]0"
 _CLOCK = 1.7e9
 _LEAST_BANDWIDTH = {80: 1.4e10, 86: 8.3e9, 89: 5.2e9, 90: 1.7e10, 100: 5.4e10, 120: 5.7e9}
 """Bytes a second and SM on the card of the architecture that has the least, by the data sheets of A100

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from cards import B200, H200, L4, problem
+from cards import A100, B200, H200, L4, problem
 from lorafast.kernels.tables import tuned
 
 from lorafast.backends import cost
@@ -20,6 +20,7 @@ CARDS = [
     ("NVIDIA GH200 480GB", 90, 132, 1.98, 2.619, 6144, 989, 4000),
     ("NVIDIA L4", 89, 58, 2.04, 6.251, 192, 121, 300),
     ("NVIDIA L40S", 89, 142, 2.52, 9.001, 384, 362, 864),
+    ("NVIDIA RTX 5000 Ada Generation", 89, 100, 2.55, 9.001, 256, 261, 576),
     ("NVIDIA A100-SXM4-40GB", 80, 108, 1.41, 1.215, 5120, 312, 1555),
     ("NVIDIA A100-SXM4-80GB", 80, 108, 1.41, 1.593, 5120, 312, 2039),
     ("NVIDIA A100 80GB PCIe", 80, 108, 1.41, 1.512, 5120, 312, 1935),
@@ -148,6 +149,29 @@ def test_rows_that_are_not_aligned_go_to_aten(operation, sizes, name):
     assert aten.seconds < triton.seconds
     assert f"the rows of {name} aren't aligned to 16 bytes" in triton.source
     assert "aligned" not in price("triton", problem(operation), H200).source
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_that_lies_as_its_transpose_is_aligned_by_its_columns(transposed):
+    """As a GPT-2 layer's, on a card without TMA."""
+    prices = []
+    for weight in (Layout(16, 0), Layout(0, 16), Layout(0, 8)):
+        layouts = Layouts(weight=weight)
+        p = problem("linear_expand", transposed=transposed, layouts=layouts)
+        prices.append(price("triton", p, A100))
+    by_rows, by_columns, unaligned = prices
+    assert by_columns.seconds == by_rows.seconds < unaligned.seconds
+    assert "aligned" not in by_columns.source
+    assert "the rows of weight aren't aligned" in unaligned.source
+
+
+@pytest.mark.parametrize("M", [1, 16, 8192])
+def test_two_matrices_of_narrow_loads_are_as_slow_as_one(M):
+    """So that no decode step goes to Triton because both of its matrices are narrow."""
+    one = problem("linear_expand", M=M, K=1537, N=1537, layouts=Layouts(weight=Layout(2)))
+    both = one._replace(layouts=Layouts(x=Layout(2), weight=Layout(2)))
+    assert price("aten", one, L4).seconds == price("aten", both, L4).seconds
+    assert price("aten", both, L4).seconds < price("triton", both, L4).seconds
 
 
 def test_a_view_that_begins_between_16_bytes_is_not_aligned():

@@ -17,7 +17,7 @@ from lorafast.kernels.common.plan import LoraLinearBackwardLaunch, LoraLinearLau
 from lorafast.backends import cost
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal
-from lorafast.backends.triton import Triton, backend, launching, planning
+from lorafast.backends.triton import Triton, backend, planning
 from lorafast.backends.triton import cost as model
 from lorafast.core.problem import LAYER_OPERATIONS, OPERATIONS, Layout, Layouts, parts
 
@@ -55,6 +55,19 @@ def test_few_rows_share_their_columns_out():
     assert (few.grid[1] - 1) * few.k_blocks < blocks <= few.grid[1] * few.k_blocks
 
 
+def test_dbias_alone_reads_dy_once_whatever_the_rank():
+    alone, beside = (
+        planning.plan_expand_backward(problem("expand_backward", r=256, wants=wants), H200)
+        for wants in (("dbias",), ("dB", "dbias"))
+    )
+    assert alone.grid[2] == 1 < beside.grid[2]
+
+
+def test_dbias_is_made_beside_factors_of_no_rank():
+    p = problem("expand_backward", r=0, wants=("ds", "dB", "dbias"))
+    assert planning.plan_expand_backward(p, H200).grid[2] == 1
+
+
 def test_few_tiles_share_k_and_do_not_flatten():
     gemm = planning.plan_linear_expand(problem("linear_expand", M=16, N=512), H200)
     assert gemm.splits == 8
@@ -72,7 +85,7 @@ def test_every_device_is_planned_for(operation, device):
             p = problem(operation, M=M, dtype=dtype)
             launch = model.PLANNED[operation](p, device, None)
             assert launch.config.num_warps
-            assert launching.lines(launch)
+            assert lines(launch)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +383,7 @@ def test_the_whole_backward_of_a_trained_bias_is_one_launch(on):
     p = problem("lora_linear_backward", wants=(*FROZEN, "dbias"))
     launch = planning.plan_lora_linear_backward(p, H200)
     assert launch.dbias
-    assert launching.lines(launch)[0].endswith(": ds, dB, dbias, dA")
+    assert lines(launch)[0].endswith(": ds, dB, dbias, dA")
 
 
 @pytest.mark.parametrize("operation", [*OPERATIONS, *LAYER_OPERATIONS])

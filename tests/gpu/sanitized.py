@@ -1,7 +1,11 @@
 """What ``compute-sanitizer`` watches: every kernel once, on small shapes that nothing divides."""
 
+from unittest import mock
+
 import torch
+from lorafast.kernels.common import plan
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.plan import Helpers
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
 
 from lorafast import ops
@@ -26,9 +30,17 @@ def main() -> None:
                     ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
                     ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
                     ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
-        # Small tiles, so that a small layer has enough of them for helpers.
-        config = LaunchConfig(16, 16, 16, 16, 1, 2, helpers=4)
-        M, r = 1031, 3
+    with_helpers(device)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+def with_helpers(device: torch.device) -> None:
+    """A layer whose programs wait for each other, of small tiles and whatever helpers cost there."""
+    config = LaunchConfig(16, 16, 16, 16, 1, 2, helpers=4)
+    M, K, N, r = 1031, 70, 201, 3
+    seed = torch.tensor([11], device=device)
+    with mock.patch.object(plan, "_plan", return_value=Helpers(4, 2, 24)):
         for dropout_p in (0.0, 0.5):
             x, dy = (torch.randn(M, size).to(device, torch.bfloat16) for size in (K, N))
             weight, s = torch.randn(N, K).to(x), torch.randn(M, r).to(x)
@@ -38,8 +50,6 @@ def main() -> None:
                 dy, x, weight, lora_A, lora_B, s, 0.7, dropout_p, seed,
                 dbias=True, config=config,
             )  # fmt: skip
-    torch.cuda.synchronize()
-    print("every kernel ran")
 
 
 if __name__ == "__main__":

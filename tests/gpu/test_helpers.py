@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helped import with_helpers
 from helpers import assert_contract
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
@@ -15,7 +16,14 @@ POINTERS = LaunchConfig(64, 64, 32, 16, 4, 3, helpers=8)
 
 
 @pytest.fixture
-def config(device):
+def helped(monkeypatch, device):
+    """Helpers are launched, whatever the model says of them on this device."""
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    with_helpers(monkeypatch, helpers=min(16, programs // 2), waves=2, programs=programs)
+
+
+@pytest.fixture
+def config(device, helped):
     if torch.cuda.get_device_capability(device) == (9, 0):
         return LaunchConfig(
             128, 256, 64, 16, 8, 3,

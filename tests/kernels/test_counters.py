@@ -190,6 +190,22 @@ def test_slabs_are_made_by_a_thread_of_their_own(monkeypatch):
     assert seen == [DEVICES[1]]  # other streams may use it at once
 
 
+def test_the_error_of_that_thread_is_raised(monkeypatch):
+    """Out of memory stays what it is: who catches it frees some and tries again."""
+
+    def zeros(count, *, dtype, device):
+        raise torch.OutOfMemoryError("no more")
+
+    fake = SimpleNamespace(
+        cuda=SimpleNamespace(device=lambda device: contextlib.nullcontext()),
+        int32=torch.int32,
+        zeros=zeros,
+    )
+    monkeypatch.setattr(module, "torch", fake)
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        module._zeros(DEVICES[0], 5)
+
+
 def test_threads_are_never_given_the_same(cuda):
     counters(X, 1)
     found = []

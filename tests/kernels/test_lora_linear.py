@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import numpy
-from lorafast.kernels.common import counters, plan
+from helped import with_helpers
+from lorafast.kernels.common import counters
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.plan import Helpers, backward_helpers, forward_helpers
+from lorafast.kernels.common.plan import backward_helpers, forward_helpers
 from lorafast.kernels.lora_linear import backward, forward
 from small_tiles import SMALL_TILES, on_kernels
 from triton.runtime import interpreter
@@ -21,15 +22,6 @@ from triton.runtime import interpreter
 from lorafast.reference import shrink, wide
 
 TILES = {name: config for name, config in SMALL_TILES.items() if config is not None}
-
-
-def with_helpers(monkeypatch, helpers=2, waves=1, programs=5):
-    """Lets layers of any size have helpers."""
-
-    def always(config, rows, depth, *others):
-        return Helpers(helpers, waves, programs) if rows and depth else None
-
-    monkeypatch.setattr(plan, "_plan", always)
 
 
 def call_forward(p, t):

@@ -1,5 +1,8 @@
 """A new number of rows, rank or scaling means no new compilation where specialising buys nothing."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,6 +52,17 @@ def test_ranks_of_one_bucket_run_the_same_code():
 def test_scaling_and_dropout_are_run_time_numbers():
     first = codes([lambda: layer(2048, scaling=0.5, dropout_p=0.05)])
     assert codes([lambda: layer(2048, scaling=16.0, dropout_p=0.3)]) == first
+
+
+def test_the_sanitizer_sees_helpers():
+    """Its layer is too small for them, by the model of what they cost."""
+    script = Path(__file__).parents[1] / "gpu" / "sanitized.py"
+    with_helpers = runpy.run_path(str(script))["with_helpers"]
+    launched = launches_of(90, lambda: with_helpers(torch.device("meta")))
+    assert [launch.kernel.__name__.removesuffix("_kernel") for launch in launched] == [
+        "lora_linear", "lora_linear_backward",
+        "shrink", "linear_expand", "lora_linear_backward", "shrink_backward",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [512, 8192])

@@ -15,6 +15,7 @@ from lorafast.kernels.common.plan import shrink_launch
 from lorafast.kernels.common.start import Start, key_of
 from lorafast.kernels.shrink.kernel import launcher
 from lorafast.kernels.tables import find
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -53,15 +54,44 @@ def test_arguments_are_looked_at_once_for_a_key():
     assert len(kernel.looked) == 2
 
 
-@pytest.mark.parametrize("why", ["no key", "hooks", "interpreted"])
+@pytest.mark.parametrize("why", ["no key", "interpreted"])
 def test_triton_looks_itself(why):
     kernel = Kernel(compiles=why != "interpreted")
-    if why == "hooks":
-        kernel.pre_run_hooks.append(print)
     begin = Start(kernel, (1, 2), {})
     for _ in range(3):
         begin(None if why == "no key" else "key", 0)
     assert (len(kernel.looked), kernel.direct) == (3, [])
+
+
+@pytest.mark.parametrize("how", ["hooks", "debug", "instrumentation"])
+def test_a_launch_that_is_watched_is_triton_s(monkeypatch, how):
+    """Also of a key that is kept already, and what is launched meanwhile is not kept."""
+    kernel = Kernel()
+    begin = Start(kernel, (1,), {})
+    begin("known", 0)
+    with monkeypatch.context() as watching:
+        if how == "hooks":
+            watching.setattr(kernel, "pre_run_hooks", [print])
+        elif how == "debug":
+            watching.setattr(knobs.runtime, "debug", True)
+        else:
+            watching.setattr(knobs.compilation, "instrumentation_mode", "default")
+        for key in ("known", "other"):
+            begin(key, 1)
+    assert (len(kernel.looked), kernel.direct) == (3, [])
+    for key in ("known", "other"):
+        begin(key, 2)
+    assert (len(kernel.looked), kernel.direct) == (4, [((1, 1, 1), (2,))])
+
+
+def test_what_is_still_compiled_elsewhere_is_not_kept():
+    """``triton.AsyncCompileMode`` answers a launch with a kernel to come, which has no grid."""
+    kernel = Kernel()
+    kernel_to_come = type("FutureKernel", (), {"result": lambda self: Compiled(kernel)})
+    begin = Start({(1,): lambda *_: kernel_to_come()}, (1,), {})
+    for _ in range(2):
+        begin("key", 0)
+    assert begin._known == {}
 
 
 def test_no_more_are_kept_than_is_bounded():
@@ -78,8 +108,10 @@ def kept_on_a_cpu(monkeypatch):
 
 def test_the_key_tells_what_a_kernel_is_compiled_for(kept_on_a_cpu):
     x, other = torch.zeros(64), torch.zeros(64)
-    assert key_of("a", tensors=(x,)) == key_of("a", tensors=(other, None))
+    assert key_of("a", tensors=(x, None)) == key_of("a", tensors=(other, None))
     assert key_of("a", tensors=(x,)) != key_of("b", tensors=(x,))
+    keys = {key_of("a", tensors=(x, y)) for y in (None, x, x.half(), x.long())}
+    assert len(keys) == 4
     # An address between 16 bytes is compiled for otherwise.
     assert key_of("a", tensors=(x, other[1:])) is None
 
@@ -169,3 +201,77 @@ def test_host_time_is_measured_without_a_gpu():
         )
     ]  # fmt: skip
     assert launched == "['linear_expand_kernel']"
+
+
+KEPT = """
+import torch
+from unittest import mock
+from lorafast.bench.call_overhead.launches import nothing_launched
+from lorafast.kernels.common import start
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.expand_backward import expand_backward
+from lorafast.kernels.linear_expand import linear_expand
+from lorafast.kernels.shrink import shrink
+from lorafast.kernels.shrink_backward import shrink_backward
+
+direct, kept = 0, start.Start.__call__
+
+def checked(self, key, *arguments):
+    # What this launch runs, and what Triton itself finds for its arguments.
+    global direct
+    known = self._known.get(key)
+    kept(self, key, *arguments)
+    if known is not None:
+        direct += 1
+        names = known.__code__.co_freevars
+        run = known.__closure__[names.index("self")].cell_contents
+        assert run is self._kernel[self._grid](*arguments, **self._options), key
+
+M, K, N, r = 32, 64, 64, 16
+TYPES = (torch.bfloat16, torch.float32)
+
+def matrices(rows, cols, dtype=torch.bfloat16):
+    # Of one shape: at an address between 16 bytes, of other strides, transposed.
+    zeros = lambda *size: torch.zeros(size, dtype=dtype)
+    yield zeros(rows, cols)
+    yield zeros(rows, cols + 1)[:, 1:]
+    yield zeros(rows, cols + 1)[:, :-1]
+    yield zeros(rows, cols + 16)[:, :cols]
+    yield zeros(cols, rows).t()
+
+x, dy, weight, s = (next(matrices(*size)) for size in ((M, K), (M, N), (N, K), (M, r)))
+A, B = next(matrices(r, K)), next(matrices(N, r))
+seed = torch.zeros(1, dtype=torch.int64)
+pointers = LaunchConfig(32, 32, 32, 16, 4, 2)
+with torch.no_grad(), nothing_launched(), mock.patch.object(start, "_FIRST_DEVICE", -1), \
+        mock.patch.object(start.Start, "__call__", checked):
+    for _ in range(2):
+        for each in matrices(M, K):
+            shrink(each, A)
+            shrink_backward(s, each)
+            linear_expand(each, weight, s, B, 2.0, config=pointers)
+        for dtype in TYPES:
+            for scale in (None, 0.5):
+                shrink(x, A.to(dtype), scale=scale)
+            shrink(x, A.to(dtype), 0.1, seed)
+            for bias in (None, torch.zeros(N, dtype=dtype), torch.zeros(2 * N, dtype=dtype)[::2]):
+                linear_expand(x, weight, s, B, 2.0, bias, config=pointers)
+            linear_expand(x, weight, s, B.to(dtype), 2.0, config=pointers)
+            for each in matrices(N, r, dtype):
+                expand_backward(dy, s, each, 2.0)
+            expand_backward(dy, s, B.to(dtype), 2.0, ds=False, dbias=True)
+print(direct)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_what_triton_would_launch(tmp_path):
+    """Compiled on a driver that does nothing: whatever two calls of one launch may differ in."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = tmp_path / "kept.py"
+    script.write_text(KEPT, encoding="utf-8")
+    process = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 30

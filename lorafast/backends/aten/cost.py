@@ -84,8 +84,9 @@ _OPERATIONS = {
 
 
 def _gemm(p: Problem, read: Layout, device: Device) -> Estimate:
-    share = _aligned(read) if p.dtype.itemsize == 2 else 1.0
-    share *= _aligned(p.layouts.weight) if p.dtype.itemsize == 2 else 1.0
+    share = 1.0
+    if p.dtype.itemsize == 2:  # the narrower loads of the two set the pace
+        share = min(_aligned(read), _aligned(p.layouts.weight))
     return work(
         device,
         flops=2.0 * p.M * p.K * p.N,

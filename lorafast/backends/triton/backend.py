@@ -53,8 +53,8 @@ class Triton(Backend):
         assert device is not None
         if problem.device.type == "cuda" and not tuned.load(device.name):
             say_untuned(device.name, device.capability)
-        # Both import Triton, which a machine may lack.
-        from lorafast.backends.triton import cost, launching, planning
+        from lorafast.backends.triton import cost, planning
+        from lorafast.backends.triton.lines import lines
 
         launch: planning.Launch | str
         if problem.operation in LAYER_OPERATIONS:
@@ -66,12 +66,14 @@ class Triton(Backend):
             if isinstance(apart, Refusal):
                 return apart
             return replace(apart, launches=(*apart.launches, f"no helpers: {launch}"))
-        plan = Plan(self.name, self.run_of(launch, problem), launching.lines(launch))
+        plan = Plan(self.name, self.run_of(launch, problem), lines(launch))
         return priced(plan, problem)
 
     def run_of(self, launch: "planning.Launch", problem: Problem) -> Run:
         """What launches it."""
-        from lorafast.backends.triton import launching
+        from lorafast.backends.triton import (
+            launching,  # which imports Triton; a machine may lack it
+        )
 
         return launching.run_of(launch, problem)
 

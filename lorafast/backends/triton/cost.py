@@ -156,11 +156,12 @@ def _linear_expand(launch: LinearExpandLaunch, p: Problem, device: Device) -> Es
     moved += _partials(launch.splits, launch.M * launch.N)
     rate, share, remark = _gemm_rate(p, device), 1.0, ""
     if not launch.tma:
-        read = ("dy", p.layouts.dy) if p.transposed else ("x", p.layouts.x)
-        for name, layout, length in (
-            (*read, p.N if p.transposed else p.K), ("weight", p.layouts.weight, p.K),
-        ):  # fmt: skip
-            if not _aligned(layout, length):
+        read = ("dy", p.layouts.dy, p.N) if p.transposed else ("x", p.layouts.x, p.K)
+        weight, length = p.layouts.weight, p.K
+        if not weight.rows:  # it lies in memory as its transpose does, whose rows are read as well
+            weight, length = Layout(weight.columns), p.N
+        for name, layout, of_row in (read, ("weight", weight, length)):
+            if not _aligned(layout, of_row):
                 share, remark = _BY_ELEMENT, _said(name)
     if launch.dropout:
         rate /= _MASKED_GEMM
