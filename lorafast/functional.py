@@ -62,7 +62,8 @@ def lora_linear(
             seed = torch.randint(_SEEDS, (1,), device=x.device)
             return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
         check_probability(dropout_p)
-    return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias)
+        dropout_p = 0.0
+    return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
 
 
 def lora_linear_of(

@@ -153,7 +153,9 @@ def gpu_of(device: torch.device) -> Device | None:
     """What is known of ``device``, None if it is no GPU."""
     if _pretended is not None:
         return _pretended
-    return device_of(device) if device.type == "cuda" else None
+    if device.type != "cuda" or not torch.cuda.is_available():  # a fake tensor may be there
+        return None
+    return device_of(device)
 
 
 @dataclass(frozen=True)

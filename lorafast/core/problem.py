@@ -16,7 +16,8 @@ DENSE = "dense"
 """The format of a weight that is a plain tensor, and of an operation that reads none."""
 
 _TMA_ROW, _TMA_EXTENT = 2**40, 2**31
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""PyTorch's own classes of tensors, whose memory kernels can read."""
 
 
 class Layout(NamedTuple):
@@ -84,7 +85,7 @@ class Problem(NamedTuple):
     - ``wants``: the results asked for where there are several (``WANTS`` has them, in their order);
       ``lora_linear`` without ``s`` may have a plan that PyTorch differentiates itself;
     - ``dropout``: whether there is a mask; ``bias``: whether one is added;
-    - ``plain``: whether all are tensors of PyTorch's own class, on one device;
+    - ``plain``: whether all are strided tensors of PyTorch's own class, on one device;
     - ``tf32``: whether PyTorch may round float32 products so;
     - ``layouts``: how the matrices lie in memory, on a GPU; elsewhere nothing depends on it.
     """
@@ -116,9 +117,12 @@ WANTS = {
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are of PyTorch's own class and on one device: what kernels can read."""
+    """Whether all are strided, of PyTorch's own class and on one device: what kernels can read."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(type(t) in _PLAIN and t.device == given[0].device for t in given)
+    return all(
+        type(t) in PLAIN and t.layout is torch.strided and t.device == given[0].device
+        for t in given
+    )
 
 
 _NO_WEIGHT: dict[str, Any] = {"format": DENSE, "format_parameters": ""}

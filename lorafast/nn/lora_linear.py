@@ -628,5 +628,7 @@ class LoRALinear(nn.Module):
         return ", ".join(parts)
 
 
-TAKEN = frozenset(dir(LoRALinear)) | _OWN
+TAKEN = (
+    frozenset(dir(LoRALinear)) | _OWN | {"in_features", "out_features"} | vars(nn.Module()).keys()
+)
 """Names that a plain layer can't have for something of its own."""

@@ -5,7 +5,6 @@ registered format. What is not about one format asks here.
 """
 
 from collections.abc import Sequence
-from typing import cast as _cast
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +90,19 @@ def of_layer(layer: nn.Module) -> Operand | None:
 
 def describe(weight: Weight) -> str:
     """Format, names of its tensors, dtype if cast, and parameters, as text: with ``stored`` what
-    ``build`` needs."""
+    ``build`` needs.
+
+    Raises:
+        ValueError: the name of a tensor has a comma or a bar, which this text separates by.
+    """
     if not isinstance(weight, Operand):
         return DENSE
+    keys = weight.tensors()
+    names = ",".join(keys)
+    if "|" in names or names.count(",") != len(keys) - 1:
+        raise ValueError(f"weight is stored in {list(keys)}, expected names without , and |")
     cast = "" if weight.cast is None else str(weight.cast).removeprefix("torch.")
-    return f"{weight.format}|{','.join(weight.tensors())}|{cast}|{weight.parameters}"
+    return f"{weight.format}|{names}|{cast}|{weight.parameters}"
 
 
 def stored(weight: Weight) -> list[Tensor]:
@@ -127,7 +134,12 @@ def build(tensors: Sequence[Tensor], description: str) -> Weight:
         weight = _formats[name].build(dict(zip(keys, tensors, strict=True)), parameters)
     except KeyError as error:
         raise ValueError(f"weight has {', '.join(keys)}, and {name} needs {error}") from error
-    return weight.to(_cast(torch.dtype, getattr(torch, dtype))) if dtype else weight
+    if not dtype:
+        return weight
+    cast = getattr(torch, dtype, None)
+    if not isinstance(cast, torch.dtype):
+        raise ValueError(f"weight is cast to {dtype!r}, expected the name of a dtype")
+    return weight.to(cast)
 
 
 def as_dense(weight: Weight) -> Tensor:

@@ -20,7 +20,8 @@ class Operand(ABC):
 
     - ``format``: its name, one word;
     - ``shape``, ``dtype``: those of W as it is multiplied: ``x`` has this dtype;
-    - ``tensors()``: the tensors that it is stored in, by the names they have in a ``state_dict``;
+    - ``tensors()``: the tensors that it is stored in, by the names they have in a ``state_dict``, of
+      which none has a comma or a bar;
     - ``parameters``: what else it takes to read them, as text ('' if nothing): block sizes, a shape;
     - ``build(tensors, parameters)``: the operand again, from these two;
     - ``rows(begin, end)``: rows of W, dense, in ``dtype``, which ``to`` may have set;

@@ -6,7 +6,7 @@ from torch import Tensor
 from lorafast import reference
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import WANTS
-from lorafast.ops.checks import check_low_rank, check_matrix
+from lorafast.ops.checks import check_low_rank, check_matrix, check_same_dtype
 from lorafast.ops.problems import expand_backward_problem, planned
 from lorafast.ops.registration import differentiate_by_reference, register, runner
 
@@ -22,18 +22,22 @@ def _check(
     wants: str = _BOTH,
     dtype: torch.dtype | None = None,
 ) -> tuple[str, ...]:
-    """What is wanted; of ``s`` and ``lora_B`` one may be None, if what needs it is not."""
+    """What is wanted; ``s`` and ``lora_B`` may be None where nothing wanted needs them."""
     check_matrix("dy", dy, "M", "N")
+    names, asked = WANTS["expand_backward"], tuple(wants.split(","))
+    if asked != tuple(name for name in names if name in asked):
+        raise ValueError(f"wants is {wants!r}, expected some of {','.join(names)} in this order")
+    for name, tensor, result in (("s", s, "dB"), ("lora_B", lora_B, "ds")):
+        if tensor is None and result in asked:
+            raise ValueError(f"{name} is None, expected a matrix: {result} is wanted")
     r: object = "r"
-    asked = tuple(wants.split(","))
-    if "dB" in asked or s is not None:
-        assert s is not None
+    if s is not None:
         check_matrix("s", s, dy.shape[0], "r")
         check_low_rank("s", s, "dy", dy.dtype)
         r = s.shape[1]
-    if "ds" in asked or lora_B is not None:
-        assert lora_B is not None
+    if lora_B is not None:
         check_matrix("lora_B", lora_B, dy.shape[1], r)
+        check_same_dtype("lora_B", lora_B, "dB", dtype or lora_B.dtype)
     return asked
 
 

@@ -8,7 +8,7 @@ PyTorch differentiates where it can, else an ``autograd.Function`` over the same
 reference, which PyTorch differentiates, batches and exports itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from lorafast.core.context import (
     without_autocast,
 )
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import WANTS, Problem, expand_wants
+from lorafast.core.problem import PLAIN, WANTS, Problem, expand_wants
 from lorafast.operands import Weight
 from lorafast.ops import flops, unstrided
 from lorafast.ops.checks import check_dropout, check_lora_linear
@@ -41,6 +41,7 @@ from lorafast.ops.problems import (
     backward_problem,
     layer_problem,
     planned,
+    saved_problem,
 )
 from lorafast.ops.registration import register, register_autograd
 
@@ -66,7 +67,9 @@ def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
 class _Call:
     """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
 
-    __slots__ = ("backend", "backwards", "differentiable", "matrix", "operand", "problem", "run")
+    __slots__ = (
+        "backend", "backwards", "differentiable", "elements", "matrix", "operand", "problem", "run",
+    )  # fmt: skip
 
     def __init__(
         self, problem: Problem, backend: str | None, matrix: bool, operand: object
@@ -76,6 +79,7 @@ class _Call:
         self.problem = problem
         self.backend = backend
         self.matrix = matrix
+        self.elements = problem.K * problem.N  # of the weight
         self.run = plan.run
         self.differentiable = plan.differentiable
         self.backwards: dict[object, Run] = {}
@@ -96,6 +100,8 @@ class Memory:
 
     def keep(self, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> "_Like":
         """Reads the tensors."""
+        if len(_likes) >= _KEPT:
+            _likes.clear()
         like = _likes.setdefault(_like(weight, lora_A, lora_B, bias), _Like())
         self.kept = ((id(weight), id(lora_A), id(lora_B), id(bias)), like)
         return like
@@ -107,6 +113,7 @@ class _Like:
     __slots__ = ()
 
 
+_KEPT = 4096
 _likes: dict[tuple[object, ...], _Like] = {}
 
 
@@ -115,14 +122,13 @@ def _like(
 ) -> tuple[object, ...]:
     """All of a layer's tensors that checks and plans depend on, for one on a CPU."""
     return (
-        weight.shape, weight.dtype, weight.is_cpu, type(weight),
-        lora_A.shape, lora_A.dtype, lora_A.is_cpu, type(lora_A),
-        lora_B.shape, lora_B.dtype, lora_B.is_cpu, type(lora_B),
+        weight.shape, weight.dtype, weight.layout, weight.is_cpu, type(weight),
+        lora_A.shape, lora_A.dtype, lora_A.layout, lora_A.is_cpu, type(lora_A),
+        lora_B.shape, lora_B.dtype, lora_B.layout, lora_B.is_cpu, type(lora_B),
         bias if bias is None else (bias.shape, bias.dtype, bias.is_cpu, type(bias)),
     )  # fmt: skip
 
 
-_KEPT = 4096
 _calls: dict[tuple[object, ...], _Call] = {}
 registry.when_forgotten(_calls.clear)
 
@@ -132,9 +138,11 @@ def _layouts_matter(x: Tensor, backend: str | None) -> bool:
     return not x.is_cpu or backend is not None
 
 
-def _where(matrices: tuple[Tensor, ...]) -> tuple[object, ...]:
+def _where(matrices: Iterable[Tensor]) -> tuple[object, ...]:
     """What the layouts of matrices are made of, and their devices."""
-    return tuple([(t.stride(), t.data_ptr() & 15, t.device) for t in matrices])
+    return tuple(
+        [(t.stride(), t.data_ptr() & 15 if type(t) in PLAIN else 0, t.device) for t in matrices]
+    )
 
 
 def _first_call(
@@ -224,6 +232,16 @@ def lora_linear(
         call = _first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
         if call is None:
             return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    if (
+        memory is not None
+        and (
+            not call.differentiable  # PyTorch's own calls refuse what doesn't fit
+            or weight.numel() != call.elements  # but broadcast
+            or (bias is not None and bias.numel() != call.problem.N)
+        )
+        and memory.keep(weight, lora_A, lora_B, bias) is not like
+    ):
+        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
     if call.differentiable:
         try:
             if call.matrix:
@@ -240,9 +258,6 @@ def lora_linear(
             key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend
         )
         assert call is not None
-    if memory is not None and memory.keep(weight, lora_A, lora_B, bias) is not like:
-        # One was, and no call of PyTorch's would say so.
-        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
     if torch.is_grad_enabled():
         return _apply(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return _forward(call, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)[0]
@@ -472,23 +487,32 @@ def _eager_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
             elif watched():
                 flops.tell_counters()
                 return _observed_backward(ctx, dy, _wants(needs))
+    saved = _saved(ctx)
     if plain:
         run = _reference_backward(_wants(needs), ctx.lora_A.dtype)
     else:
-        run = _planned_backward(call, dy, needs)
-    return _run_backward(ctx, run, dy, _saved(ctx))
+        run = _planned_backward(call, dy, needs, saved)
+    return _run_backward(ctx, run, dy, saved)
 
 
-def _planned_backward(call: _Call, dy: Tensor, needs: tuple[bool, ...]) -> Run:
+def _planned_backward(
+    call: _Call, dy: Tensor, needs: tuple[bool, ...], saved: tuple[Any, ...]
+) -> Run:
     """What runs the backward of ``call``, on the backend of its forward."""
     layouts = _layouts_matter(dy, call.backend)
     key: object = (needs, type(dy))
     if layouts:
-        rows = _rows(dy)
-        key = (needs, type(dy), _where((rows,)))
+        # Hooks of autograd's may have laid out otherwise what was saved.
+        x, weight, lora_A, lora_B, s, _ = saved
+        stored = () if weight is None else operands.stored(weight)
+        read = [t for t in (_rows(dy), x, *stored, lora_A, lora_B, s) if t is not None]
+        key = (needs, type(dy), _where(read))
     run = call.backwards.get(key)
     if run is None:
         problem = backward_problem(call.problem, _wants(needs), _rows(dy), layouts)
+        if layouts:
+            rows = None if x is None else _rows(x)
+            problem = saved_problem(problem, rows, weight, lora_A, lora_B, s)
         run = call.backwards[key] = registry.choose(problem, call.backend).run
     return run
 

@@ -178,6 +178,27 @@ def backward_problem(p: Problem, wants: tuple[str, ...], dy: Tensor, layouts: bo
     )
 
 
+def saved_problem(
+    p: Problem,
+    x: Tensor | None,
+    weight: Weight | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    s: Tensor | None,
+) -> Problem:
+    """The backward ``p``, with the layouts that the tensors saved for it have now."""
+    stored = [] if weight is None else operands.stored(weight)
+    if not (p.plain and is_plain(x, *stored, lora_A, lora_B, s)):
+        return p._replace(plain=False, layouts=Layouts())
+    if p.device.type not in ("cpu", "cuda"):
+        return p
+    named = {"x": x, "lora_A": lora_A, "lora_B": lora_B, "s": s}
+    found = {name: Layout.of(tensor) for name, tensor in named.items() if tensor is not None}
+    if weight is not None:
+        found["weight"] = _weight_layout(weight)
+    return p._replace(layouts=p.layouts._replace(**found))
+
+
 def why_not(name: str, like: Tensor) -> str | None:
     """Why backend ``name`` can't serve layers of the dtype and on the device of ``like``, or None."""
     x = like.new_empty((1, 1))

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import skip_unless_usable
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafast
 from lorafast.backends import Backend, Plan, Refusal, forced, registry
@@ -175,6 +177,43 @@ def test_kernels_refuse_mixed_devices_and_subclasses(monkeypatch):
             assert "plain tensors" in answer.reason or "built" in answer.reason
 
 
+def test_a_sparse_weight_is_left_to_pytorch():
+    x, weight, lora_A, lora_B = tensors()
+    lora_A.requires_grad_()
+    expected = lora_linear(x, weight, lora_A, lora_B, 0.5)
+    found = lora_linear(x, weight.to_sparse(), lora_A, lora_B, 0.5)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fake_layer_on_a_gpu_that_is_not_here():
+    with FakeTensorMode():
+        fake = [torch.empty(tensor.shape, device="cuda") for tensor in tensors()]
+    y = lora_linear(*fake, 0.5)  # outside the mode
+    assert (y.shape, y.device.type) == ((4, 6), "cuda")
+
+
+@pytest.mark.parametrize("name", ["aten", "cpu", "triton"])
+def test_the_backward_reads_what_was_saved_as_it_lies_now(name):
+    """Hooks of autograd may give it back in another layout: offloading to pinned memory does."""
+    skip_unless_usable(name)
+    half = torch.bfloat16
+    x, weight, A, B = (torch.randn(s, dtype=half) for s in ((40, 64), (96, 64), (8, 64), (96, 8)))
+    leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
+    dy = torch.randn(40, 96, dtype=half)
+
+    def turn(tensor):
+        return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+
+    with lorafast.use_backend(name):
+        y = lora_linear(x, weight, A, B, 0.5)
+        with torch.autograd.graph.saved_tensors_hooks(turn, lambda tensor: tensor):
+            again = lora_linear(x, weight, A, B, 0.5)
+    expected = torch.autograd.grad(y, leaves, dy)
+    found = torch.autograd.grad(again, leaves, dy)
+    torch.testing.assert_close(found, expected)
+
+
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
     x, weight, lora_A, lora_B = tensors()
     lora_A.requires_grad_()
@@ -300,6 +339,12 @@ class TestAutomaticChoiceOnACPU:
         }
         calls = {dtype: plan.launches[0].split()[0] for dtype, plan in plans.items()}
         assert list(calls.values()) == ["2", "2", "3", "3"]
+
+    @pytest.mark.parametrize("fields", [{"K": 8, "N": 9, "r": 10}, {"plain": False}], ids=str)
+    def test_the_tiniest_layer_is_not_merged(self, fields):
+        """The rank is not low; W may know no call but F.linear."""
+        tiny = {"M": 4, "K": 64, "N": 64, "r": 8, "wants": ("y",)} | fields
+        assert registry.choose(problem("lora_linear", **tiny)).launches[0].startswith("3 calls")
 
     def test_the_rank_of_every_operation(self):
         for r, expected in ((32, "cpu"), (33, "aten")):

@@ -71,6 +71,7 @@ class TestDescription:
             (1, "negative", "format is 'negative', expected what lorafast.operands.describe gives"),
             (2, "dense", "weight has 2 tensors, expected one: it is dense"),
             (2, "scaled|values,exponents||3x3", "shapes [2, 2] and [2, 2], expected [9] and [3]"),
+            (1, "negative|negative|nn|", "weight is cast to 'nn', expected the name of a dtype"),
         ],
     )
     def test_what_makes_no_weight_is_refused(self, tensors, description, sentence):
@@ -87,6 +88,12 @@ class TestDescription:
         other = type("Other", (Negative,), {"format": name})
         with pytest.raises(ValueError, match=f"format is {name!r}, expected a word that no other"):
             operands.register(other)
+
+    @pytest.mark.parametrize("name", ["a,b", "a|b"])
+    def test_names_that_the_text_separates_by_are_refused(self, monkeypatch, name):
+        monkeypatch.setattr(Negative, "tensors", lambda self: {name: self.negative})
+        with pytest.raises(ValueError, match=re.escape(f"['{name}'], expected names without")):
+            operands.describe(draw("negative")[1])
 
     def test_it_goes_as_it_came(self):
         assert operands.formats()[0] == "dense"
@@ -296,7 +303,10 @@ class TestRefusals:
             LoRALinear.from_operand(**arguments)
         assert weight.negative.requires_grad  # as it was
 
-    @pytest.mark.parametrize("name", ["bias", "lora_A", "merged", "scaling", "of_layer", "a.b"])
+    @pytest.mark.parametrize(
+        "name",
+        ["bias", "lora_A", "merged", "scaling", "of_layer", "a.b", "training", "in_features"],
+    )
     def test_names_that_a_layer_needs(self, name):
         class Named(Negative):
             format = "named"

@@ -506,6 +506,11 @@ def test_dropout_that_is_no_probability_is_refused(dropout_p):
         run(bad(), dropout_p)
 
 
+def test_dropout_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="NoneType"):
+        run(bad(), None)
+
+
 def test_scaling_that_is_no_number_is_refused():
     t = bad()
     with pytest.raises(TypeError, match="scaling is a Tensor, expected a number"):

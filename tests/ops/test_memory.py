@@ -81,6 +81,31 @@ def test_a_shape_that_does_not_fit_in_place_is_named(layer, name):
         call(layer)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("weight", (1, 7)), ("weight", (5, 1)), ("weight", (7,)), ("bias", (1,))]
+)
+def test_a_shape_that_would_be_broadcast_in_place_is_named(name, shape):
+    layer = LoRALinear(7, 5, 3)
+    call(layer)
+    getattr(layer, name).data = torch.randn(shape)
+    with pytest.raises(ValueError, match="has shape"):
+        call(layer)
+
+
+def test_more_outputs_in_place(layer):
+    N = layer.out_features + 1
+    layer.weight.data, layer.bias.data = torch.randn(N, layer.in_features), torch.randn(N)
+    layer.lora_B.data = torch.randn(N, 3)
+    assert call(layer).shape[1] == N
+
+
+def test_no_more_kinds_of_layers_are_kept_than_calls(monkeypatch):
+    monkeypatch.setattr(module, "_KEPT", 3)
+    for r in range(1, 9):
+        call(LoRALinear(7, 5, r))
+        assert len(module._likes) <= 3
+
+
 def test_another_dtype_in_place_is_named(layer):
     layer.lora_A.data = layer.lora_A.data.double()
     with pytest.raises(TypeError, match=r"lora_B is torch\.float32"):

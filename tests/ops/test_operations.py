@@ -135,6 +135,7 @@ def test_autocast_changes_nothing_inside_an_operation(operation):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+expand_backward = torch.ops.lorafast.expand_backward
 REFUSALS = {
     "shrink-K": (
         lambda: ops.shrink(draw(5, 4), draw(3, 6)),
@@ -169,6 +170,22 @@ REFUSALS = {
     "expand_backward-r": (
         lambda: ops.expand_backward(draw(5, 7), draw(5, 2), draw(7, 3), 1.0),
         "lora_B has shape [7, 3], expected [7, 2]",
+    ),
+    "expand_backward-s": (
+        lambda: expand_backward(draw(5, 7), None, draw(7, 2), 1.0),
+        "s is None, expected a matrix: dB is wanted",
+    ),
+    "expand_backward-B": (
+        lambda: expand_backward(draw(5, 7), draw(5, 2), None, 1.0, "ds"),
+        "lora_B is None, expected a matrix: ds is wanted",
+    ),
+    "expand_backward-wants": (
+        lambda: expand_backward(draw(5, 7), draw(5, 2), draw(7, 2), 1.0, "dB,ds"),
+        "wants is 'dB,ds', expected some of ds,dB,dbias in this order",
+    ),
+    "expand_backward-dtype": (
+        lambda: expand_backward(draw(5, 7), draw(5, 2), draw(7, 2), 1.0, "dB", torch.float32),
+        "lora_B is torch.float64, expected torch.float32, the dtype of dB",
     ),
     "shrink_backward-M": (
         lambda: ops.shrink_backward(draw(4, 2), draw(5, 7)),

@@ -153,6 +153,16 @@ def test_which_elements_a_value_reaches_in_another_format(backend, format, poiso
         assert torch.equal(~found.isfinite(), expected)
 
 
+@pytest.mark.parametrize("value", VALUES)
+def test_a_small_layer_has_no_finite_element_where_the_reference_has_none(value):
+    t = tensors("cpu")
+    t.x[ROW, 9] = VALUES[value]
+    lora_A = t.lora_A.float().requires_grad_()
+    arguments = (t.x.float(), t.weight.float(), lora_A, t.lora_B.float(), 0.7, t.bias.float())
+    y, right = lorafast.functional.lora_linear(*arguments), reference.lora_linear(*arguments)
+    assert torch.equal(y.isfinite(), right.isfinite())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_in_small_tiles(poisoned, device, case):
     """Beside the last whole tile, where a mask that multiplies would spread it."""

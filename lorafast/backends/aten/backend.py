@@ -44,7 +44,7 @@ def _is_small(p: Problem) -> bool:
 def _small(p: Problem) -> Plan:
     run: Run = operations.small_lora_linear
     calls = 3
-    if p.dtype.itemsize >= _EXACT and p.K * p.N * p.r <= _MERGED:
+    if _is_merged(p):
         run, calls = operations.merged_lora_linear, 2
     return Plan(
         Aten.name,
@@ -53,6 +53,13 @@ def _small(p: Problem) -> Plan:
         ahead="a layer so small that the fewest calls are the fastest",
         differentiable=True,
     )
+
+
+def _is_merged(p: Problem) -> bool:
+    """Whether the update is added to W, which only a plain tensor is known to take."""
+    # A sum over more than K or N ranks would be rounded more coarsely than the reference's.
+    low = p.r <= min(p.K, p.N)
+    return p.plain and low and p.dtype.itemsize >= _EXACT and p.K * p.N * p.r <= _MERGED
 
 
 def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:

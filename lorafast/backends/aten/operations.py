@@ -56,7 +56,8 @@ def merged_lora_linear(
     """The layer without dropout as ``x·(W + scaling · B·A)ᵀ + bias``: two calls instead of three.
 
     Not below float32, where the sum would round small updates away. A frozen A has no gradient to keep x
-    for, which this does.
+    for, which this does. Where x is infinite an element may be an infinity that is NaN in the reference,
+    which adds infinities of both signs; none is finite in one of them alone.
     """
     if not lora_A.requires_grad and torch.is_grad_enabled():
         return small_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
