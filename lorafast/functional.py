@@ -9,7 +9,6 @@ from lorafast import ops
 from lorafast.core.context import autocast_anywhere, autocast_enabled
 from lorafast.operands import Operand, Weight
 from lorafast.ops.checks import check_lora_linear, check_probability
-from lorafast.ops.lora_linear import Memory
 
 _SEEDS = 2**63 - 1
 
@@ -64,21 +63,6 @@ def lora_linear(
         check_probability(dropout_p)
         dropout_p = 0.0
     return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-
-
-def lora_linear_of(
-    memory: Memory,
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-) -> Tensor:
-    """``lora_linear`` without dropout of a layer that has a memory, in less of the host's time."""
-    if autocast_anywhere() and autocast_enabled(x):
-        return lora_linear(x, weight, lora_A, lora_B, scaling, bias)
-    return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, 0.0, None, memory)
 
 
 def _under_autocast(

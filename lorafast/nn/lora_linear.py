@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from lorafast import operands
+from lorafast import operands, ops
+from lorafast.core.context import autocast_anywhere
 from lorafast.core.dtypes import FLOATS
-from lorafast.functional import lora_linear, lora_linear_of
+from lorafast.functional import lora_linear
 from lorafast.nn import offload
 from lorafast.nn.checks import (
     FLOAT_NAMES,
@@ -395,16 +396,18 @@ class LoRALinear(nn.Module):
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self.merged:
             return self._forward_merged(x)
-        p = self._parameters
+        p: Any = self._parameters
         try:
             # Four times nn.Module.__getattr__ is a fifth of a small layer's forward.
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
-        if not dropout_p and type(x) is Tensor:  # torch.fx sees the other call
-            return lora_linear_of(self._memory, x, weight, lora_A, lora_B, self._scaling, bias)  # type: ignore[arg-type]
-        return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+        if not (dropout_p or autocast_anywhere()) and type(x) is Tensor:  # fx sees the other call
+            return ops.lora_linear(
+                x, weight, lora_A, lora_B, self._scaling, bias, memory=self._memory
+            )
+        return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)
 
     def _forward_merged(self, x: Tensor) -> Tensor:
         weight: Any = self._buffers["_merged_weight"]

@@ -118,6 +118,10 @@ class Operand(ABC):
         """Whether it has no memory."""
         return self.device.type == "meta"
 
+    def numel(self) -> int:
+        """Elements of W."""
+        return self.shape.numel()
+
     def dim(self) -> int:
         """W is a matrix."""
         return 2

@@ -68,7 +68,8 @@ class _Call:
     """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
 
     __slots__ = (
-        "backend", "backwards", "differentiable", "elements", "matrix", "operand", "problem", "run",
+        "N", "backend", "backwards", "differentiable", "elements", "matrix", "operand", "problem",
+        "run",
     )  # fmt: skip
 
     def __init__(
@@ -79,7 +80,7 @@ class _Call:
         self.problem = problem
         self.backend = backend
         self.matrix = matrix
-        self.elements = problem.K * problem.N  # of the weight
+        self.N, self.elements = problem.N, problem.K * problem.N  # of the bias, of the weight
         self.run = plan.run
         self.differentiable = plan.differentiable
         self.backwards: dict[object, Run] = {}
@@ -237,7 +238,7 @@ def lora_linear(
         and (
             not call.differentiable  # PyTorch's own calls refuse what doesn't fit
             or weight.numel() != call.elements  # but broadcast
-            or (bias is not None and bias.numel() != call.problem.N)
+            or (bias is not None and bias.numel() != call.N)
         )
         and memory.keep(weight, lora_A, lora_B, bias) is not like
     ):

@@ -19,6 +19,7 @@ from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton, backend, planning
 from lorafast.backends.triton import cost as model
+from lorafast.backends.triton.lines import lines
 from lorafast.core.problem import LAYER_OPERATIONS, OPERATIONS, Layout, Layouts, parts
 
 TRITON = Triton()
@@ -41,6 +42,7 @@ def on(monkeypatch):
     """Makes CUDA devices of those given, by their index."""
 
     def pretend(*devices):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(cost, "device_of", lambda device: devices[device.index])
         monkeypatch.setattr(backend, "say_untuned", lambda device, sm: None)
 
