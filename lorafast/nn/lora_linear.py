@@ -402,7 +402,7 @@ class LoRALinear(nn.Module):
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
-        if not dropout_p and type(x) is Tensor:  # torch.fx sees the other call
+        if dropout_p == 0.0 and type(x) is Tensor:  # torch.fx sees the other call
             return lora_linear_of(self._memory, x, weight, lora_A, lora_B, self._scaling, bias)  # type: ignore[arg-type]
         return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
 

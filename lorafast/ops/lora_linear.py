@@ -68,7 +68,8 @@ class _Call:
     """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
 
     __slots__ = (
-        "backend", "backwards", "differentiable", "elements", "matrix", "operand", "problem", "run",
+        "backend", "backwards", "bias_shape", "differentiable", "matrix", "operand", "problem", "run",
+        "weight_shape",
     )  # fmt: skip
 
     def __init__(
@@ -79,7 +80,8 @@ class _Call:
         self.problem = problem
         self.backend = backend
         self.matrix = matrix
-        self.elements = problem.K * problem.N  # of the weight
+        self.weight_shape = (problem.N, problem.K)
+        self.bias_shape = (problem.N,)
         self.run = plan.run
         self.differentiable = plan.differentiable
         self.backwards: dict[object, Run] = {}
@@ -228,20 +230,22 @@ def lora_linear(
         pass
     except (AttributeError, RuntimeError, TypeError):
         key = None  # no layer's arguments, or those of a tensor that has no such size or address
-    if call is None:
-        call = _first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
-        if call is None:
-            return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if (
         memory is not None
+        and key is not None
         and (
-            not call.differentiable  # PyTorch's own calls refuse what doesn't fit
-            or weight.numel() != call.elements  # but broadcast
-            or (bias is not None and bias.numel() != call.problem.N)
+            call is None
+            or not call.differentiable  # PyTorch's own calls refuse what doesn't fit
+            or weight.shape != call.weight_shape  # but broadcast
+            or (bias is not None and bias.shape != call.bias_shape)
         )
         and memory.keep(weight, lora_A, lora_B, bias) is not like
     ):
         return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
+    if call is None:
+        call = _first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
+        if call is None:
+            return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if call.differentiable:
         try:
             if call.matrix:
@@ -250,7 +254,9 @@ def lora_linear(
         except RuntimeError:
             # A tensor may have been given another shape or dtype in place.
             check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-            raise
+            if memory is None or memory.keep(weight, lora_A, lora_B, bias) is like:
+                raise
+            return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
         return y.view(*x.shape[:-1], y.shape[1])
     if call.operand is not None and call.operand != weight.layout:
         key = (*key, weight.layout)  # what they depend on too; a tensor needn't be asked
