@@ -25,6 +25,7 @@ _KEPT = 4096
 
 _backends: dict[str, Backend] = {}
 _forget: list[Callable[[], None]] = []
+_times_forgotten = 0
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,17 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-@functools.lru_cache(maxsize=_KEPT)
 def plan_of(name: str, problem: Problem) -> Plan | Refusal:
     """The answer of the backend ``name``; one that this machine can't use refuses.
 
     Raises:
         TypeError: the answer is neither a plan nor a refusal, or a plan that can't be followed.
     """
+    return _plan_of(name, problem, _times_forgotten)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _plan_of(name: str, problem: Problem, times_forgotten: int) -> Plan | Refusal:
     backend = _backends.get(name)
     if backend is None:  # forced, or of a forward whose backward comes now
         return Refusal(name, "it is registered no more")
@@ -146,13 +151,17 @@ def definition(problem: Problem) -> Plan:
     return next(plan for plan in answers if isinstance(plan, Plan))
 
 
-@functools.lru_cache(maxsize=_KEPT)
 def choose(problem: Problem, forced: str | None = None) -> Plan:
     """The plan that serves a problem: of the ``forced`` backend, or of the one that ``auto`` takes.
 
     Raises:
         BackendError: the forced backend refuses; the message has its reason.
     """
+    return _choose(problem, forced, _times_forgotten)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _choose(problem: Problem, forced: str | None, times_forgotten: int) -> Plan:
     if forced is not None:
         answer = plan_of(forced, problem)
         if isinstance(answer, Refusal):
@@ -181,9 +190,16 @@ def when_forgotten(forget: Callable[[], None]) -> None:
     _forget.append(forget)
 
 
+def times_forgotten() -> int:
+    """How often plans were forgotten: one that was begun before must not be kept after."""
+    return _times_forgotten
+
+
 def forget_plans() -> None:
     """Has every problem planned anew: after a backend has come or gone, or records have changed."""
-    plan_of.cache_clear()
-    choose.cache_clear()
+    global _times_forgotten
+    _times_forgotten += 1
+    _plan_of.cache_clear()
+    _choose.cache_clear()
     for forget in _forget:
         forget()

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorafast.nn import LoRALinear
-from lorafast.operands import Weight
+from lorafast.nn import LoRALinear, offload
 
 
 def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
@@ -52,26 +51,20 @@ def _kinds() -> tuple[type, ...]:
 
 
 def _run(layer: Any, rows: int) -> None:
-    weight = _weight_of(layer)
+    holder = layer if isinstance(layer, LoRALinear) else layer.get_base_layer()
+    weight = layer.operand() if holder is layer else holder.weight
     # Stand-ins, for a gradient that reaches a parameter is seen by its hooks.
     parameters = {
         name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()
     }
-    x = torch.zeros((rows, layer.in_features), dtype=weight.dtype, device=weight.device)
+    device = offload.device_of(holder, weight)
+    x = torch.zeros((rows, layer.in_features), dtype=weight.dtype, device=device)
     trained = [p for p in parameters.values() if p.requires_grad]
     if not (trained and torch.is_grad_enabled()):
         torch.func.functional_call(layer, parameters, (x,))
         return
     y = torch.func.functional_call(layer, parameters, (x.requires_grad_(),))
     torch.autograd.grad(y, [x, *trained], torch.zeros_like(y), allow_unused=True)
-
-
-def _weight_of(layer: Any) -> Weight:
-    """The frozen weight; other formats tell their dtype and device as a tensor does."""
-    if isinstance(layer, LoRALinear):
-        return layer.operand()
-    weight: Tensor = layer.get_base_layer().weight
-    return weight
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from lorafast.operands import Weight
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -57,7 +59,7 @@ def _offloads(module: nn.Module) -> bool:
     return any(getattr(hook, "offload", False) for hook in hooks_of(module))
 
 
-def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
+def device_of(module: nn.Module, tensor: Weight) -> torch.device:
     """Where ``tensor`` of ``module`` is in a forward."""
     if tensor.is_meta:
         for hook in hooks_of(module):

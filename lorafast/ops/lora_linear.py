@@ -165,8 +165,9 @@ def _first_call(
     dropout = bool(dropout_p)
     problem = layer_problem(_rows(x), weight, lora_A, lora_B, bias, dropout, ("y",), layouts)
     operand = None if isinstance(weight, Tensor) else weight.layout
+    before = registry.times_forgotten()
     call = _Call(problem, backend, x.dim() == 2, operand)
-    if key is not None:
+    if key is not None and before == registry.times_forgotten():
         if len(_calls) >= _KEPT:
             _calls.clear()
         _calls[key] = call
@@ -210,18 +211,11 @@ def lora_linear(
             tensors, like = memory.kept
             if tensors != (id(weight), id(lora_A), id(lora_B), id(bias)):
                 like = memory.keep(weight, lora_A, lora_B, bias)
+        on_cpu = x.is_cpu
         key = (
-            x.shape,
-            x.dtype,
-            x.layout,
-            x.is_cpu,
-            type(x),
-            like,
-            dropout_p,
-            type(scaling),
-            backend,
-        )
-        if backend is not None or not x.is_cpu:
+            x.shape, x.dtype, x.layout, on_cpu, type(x), like, dropout_p, type(scaling), backend
+        )  # fmt: skip
+        if backend is not None or not on_cpu:
             matrices = (x, *operands.stored(weight), lora_A, lora_B)
             key = (*key, _where(matrices), _like(weight, lora_A, lora_B, bias), allows_tf32(x))
         call = _calls[key]
@@ -229,20 +223,22 @@ def lora_linear(
         pass
     except (AttributeError, RuntimeError, TypeError):
         key = None  # no layer's arguments, or those of a tensor that has no such size or address
-    if call is None:
-        call = _first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
-        if call is None:
-            return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if (
         memory is not None
+        and key is not None
         and (
-            not call.differentiable  # PyTorch's own calls refuse what doesn't fit
+            call is None
+            or not call.differentiable  # PyTorch's own calls refuse what doesn't fit
             or weight.numel() != call.elements  # but broadcast
             or (bias is not None and bias.numel() != call.N)
         )
         and memory.keep(weight, lora_A, lora_B, bias) is not like
     ):
         return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
+    if call is None:
+        call = _first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
+        if call is None:
+            return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if call.differentiable:
         try:
             if call.matrix:
@@ -251,7 +247,9 @@ def lora_linear(
         except RuntimeError:
             # A tensor may have been given another shape or dtype in place.
             check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-            raise
+            if memory is None or memory.keep(weight, lora_A, lora_B, bias) is like:
+                raise
+            return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
         return y.view(*x.shape[:-1], y.shape[1])
     if call.operand is not None and call.operand != weight.layout:
         key = (*key, weight.layout)  # what they depend on too; a tensor needn't be asked

@@ -548,6 +548,27 @@ def test_a_backend_that_comes_after_layers_ran_serves_the_next_call(register):
     assert served == ["late"]
 
 
+def test_a_plan_that_was_begun_before_plans_were_forgotten_is_not_kept(register):
+    """As when another thread registers a backend meanwhile."""
+    answers = []
+
+    class Overtaken(Backend):
+        name = "overtaken"
+
+        def plan(self, problem):
+            answers.append(problem)
+            if len(answers) == 1:
+                registry.forget_plans()
+            return registry.plan_of("aten", problem)
+
+    register(Overtaken())
+    x, weight, lora_A, lora_B = tensors()
+    with lorafast.use_backend("overtaken"):
+        for _ in range(3):
+            lora_linear(x, weight, lora_A, lora_B, 0.5)
+    assert len(answers) == 2
+
+
 def test_an_answer_that_is_neither_plan_nor_refusal(register):
     silent = Timed("silent")
     silent.plan = lambda p: None

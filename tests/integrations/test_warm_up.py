@@ -101,3 +101,15 @@ def test_a_number_of_rows_that_is_none_is_said(rows):
 def test_a_module_without_adapted_layers_is_said():
     with pytest.raises(ValueError, match=r"no adapted layer to warm up: lorafast\.adapt"):
         lorafast.warm_up(nn.Linear(3, 4), ROWS)
+
+
+def test_layers_that_accelerate_has_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(12, 20))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    lorafast.adapt(model, r=4, targets=["0"])
+    x = torch.randn(3, 12)
+    before = model(x)
+    lorafast.warm_up(model, ROWS)
+    assert model[0].weight.is_meta
+    assert torch.equal(model(x), before)

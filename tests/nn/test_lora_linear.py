@@ -312,6 +312,13 @@ class TestMerge:
         assert list(plain.state_dict()) == ["weight", "bias"][: 1 + bias]
 
 
+def test_dropout_that_became_no_number_is_refused():
+    layer = LoRALinear(3, 4, 2)
+    layer.dropout = None
+    with pytest.raises(TypeError, match="NoneType"):
+        layer(torch.randn(2, 3))
+
+
 def test_scaling_is_set_or_left():
     made = layer(r=4)
     made.set_scaling(8, use_rslora=True)

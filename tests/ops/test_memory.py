@@ -82,7 +82,8 @@ def test_a_shape_that_does_not_fit_in_place_is_named(layer, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("weight", (1, 7)), ("weight", (5, 1)), ("weight", (7,)), ("bias", (1,))]
+    ("name", "shape"),
+    [("weight", (1, 7)), ("weight", (5, 1)), ("weight", (7,)), ("bias", (1,)), ("bias", (1, 5))],
 )
 def test_a_shape_that_would_be_broadcast_in_place_is_named(name, shape):
     layer = LoRALinear(7, 5, 3)
@@ -90,6 +91,24 @@ def test_a_shape_that_would_be_broadcast_in_place_is_named(name, shape):
     getattr(layer, name).data = torch.randn(shape)
     with pytest.raises(ValueError, match="has shape"):
         call(layer)
+
+
+def test_adapters_of_another_dtype_in_place(layer):
+    for half in (layer.lora_A, layer.lora_B):
+        half.data = half.data.double()
+    call(layer)
+
+
+def test_a_layer_changed_in_place_leaves_no_plan_for_others():
+    """Of the shapes that it had."""
+    layer, other = LoRALinear(512, 300, 3), LoRALinear(512, 300, 3)
+    call(other)
+    call(layer)
+    layer.weight.data, layer.lora_A.data = torch.randn(300, 500), torch.randn(3, 500)
+    x = torch.randn(64, 500)
+    assert layer(x).shape == (64, 300)
+    with pytest.raises(ValueError, match=r"x has shape \[64, 500\], expected \[..., 512\]"):
+        other(x)
 
 
 def test_more_outputs_in_place(layer):
