@@ -213,7 +213,7 @@ def _traffic(path: Path, run: Run) -> str:
         if row.ridden and row.wrong is None
     ]
     ridden = (
-        "" if not riding else " What riders read beside a product that reads it too counts once, as "
+        "" if not riding else " What helper CTAs read beside a GEMM that reads it too counts once, as "
         "everything within a launch; if the cache kept none of it, `triton` would move "
         f"{' and '.join(_unique(riding))} times as much."
     )  # fmt: skip
