@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.core.context import autocast_enabled, needs_plain_pytorch
+from lorafast.core.problem import PLAIN
 
 ENVIRONMENT_VARIABLE = "LORAFAST_PACK_MEMORY"
 _ROWS, _COLUMNS = 8, 32
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def allow_packing(memory: int) -> None:
 
 def why_not_packable(weight: Tensor) -> str | None:
     """The reason for which ``weight`` can't be packed, or None if it can."""
-    if type(weight) not in _PLAIN:
+    if type(weight) not in PLAIN:
         return f"it is a {type(weight).__name__}, expected a plain tensor"
     if weight.device.type != "cpu":
         return f"it is on {weight.device}, packing is for the CPU"
@@ -231,7 +231,7 @@ def linear_if_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor |
             return None
     # oneDNN's product is called below autograd, autocast and dispatch, so nothing may be left to them.
     if (
-        type(x) not in _PLAIN
+        type(x) not in PLAIN
         or x.dtype is not packed.copy.dtype
         or not x.is_cpu
         or x.layout is not torch.strided
