@@ -1,6 +1,7 @@
 """What several test files share: random problems, the check of the contract, what a backend needs."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,21 @@ def problems() -> st.SearchStrategy[Problem]:
         layout=st.sampled_from(LAYOUTS),
         draw_seed=st.integers(0, 2**32),
     )
+
+
+def several(p: Problem, device: torch.device, most: int = 32) -> list[SimpleNamespace]:
+    """The tensors of layers like ``p``, to be held to the contract together: of few elements the error
+    is luck, and an output of a layer has roundings of others in it."""
+    fewest = min(max(p.M, 1), p.r) * min(p.K, p.N)
+    return [
+        replace(p, draw_seed=p.draw_seed + i).tensors(device)
+        for i in range(min(-(-256 // fewest), most))
+    ]
+
+
+def stacked(results: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Output by output."""
+    return tuple(torch.stack(same) for same in zip(*results, strict=True))
 
 
 def assert_contract(

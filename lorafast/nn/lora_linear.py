@@ -33,7 +33,7 @@ from lorafast.nn.plain import (
 )
 from lorafast.nn.scripted import ScriptedLoRALinear
 from lorafast.operands import Operand, Weight, packed
-from lorafast.ops.lora_linear import Memory
+from lorafast.ops.calls import Memory
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
@@ -403,7 +403,8 @@ class LoRALinear(nn.Module):
         except KeyError:  # a parametrization or a wrapper computes one of them
             weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         dropout_p = self.dropout if self.training else 0.0
-        if not (dropout_p or autocast_anywhere()) and type(x) is Tensor:  # fx sees the other call
+        # torch.fx sees the other call.
+        if dropout_p == 0.0 and not autocast_anywhere() and type(x) is Tensor:
             return ops.lora_linear(
                 x, weight, lora_A, lora_B, self._scaling, bias, memory=self._memory
             )

@@ -8,7 +8,7 @@ PyTorch differentiates where it can, else an ``autograd.Function`` over the same
 reference, which PyTorch differentiates, batches and exports itself.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,13 +31,15 @@ from lorafast.core.context import (
     without_autocast,
 )
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import PLAIN, WANTS, Problem, expand_wants
+from lorafast.core.problem import WANTS, Problem, expand_wants
 from lorafast.operands import Weight
 from lorafast.ops import flops, unstrided
+from lorafast.ops.calls import Call, Memory, calls, first_call, layouts_matter, like_of, where
 from lorafast.ops.checks import check_dropout, check_lora_linear
 from lorafast.ops.problems import (
     FROZEN,
     allows_tf32,
+    as_rows,
     backward_problem,
     layer_problem,
     planned,
@@ -51,127 +53,10 @@ _WANTS = WANTS["lora_linear_backward"]
 _ARGUMENTS = 8
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``[..., K]`` as ``[M, K]``."""
-    if x.dim() == 2:
-        return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-
-
 def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
     """``y [M, N]`` with the leading dimensions of ``x``."""
     # Not a view: autograd forbids to change in place what a Function returns as one.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
-
-
-class _Call:
-    """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
-
-    __slots__ = (
-        "N", "backend", "backwards", "differentiable", "elements", "matrix", "operand", "problem",
-        "run",
-    )  # fmt: skip
-
-    def __init__(
-        self, problem: Problem, backend: str | None, matrix: bool, operand: object
-    ) -> None:
-        plan = registry.choose(problem, backend)
-        self.operand = operand
-        self.problem = problem
-        self.backend = backend
-        self.matrix = matrix
-        self.N, self.elements = problem.N, problem.K * problem.N  # of the bias, of the weight
-        self.run = plan.run
-        self.differentiable = plan.differentiable
-        self.backwards: dict[object, Run] = {}
-
-
-class Memory:
-    """Which tensors a layer had when it was called last, and what stands for their shapes, dtypes and
-    devices: read once, not in every call.
-
-    It holds addresses, not tensors, which others may want to free. Whoever changes tensors in place
-    (``Module.to`` does) makes a new one; what is missed all the same costs a check, not a wrong result.
-    """
-
-    __slots__ = ("kept",)
-
-    def __init__(self) -> None:
-        self.kept: tuple[tuple[int, ...], _Like | None] = ((), None)
-
-    def keep(self, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> "_Like":
-        """Reads the tensors."""
-        if len(_likes) >= _KEPT:
-            _likes.clear()
-        like = _likes.setdefault(_like(weight, lora_A, lora_B, bias), _Like())
-        self.kept = ((id(weight), id(lora_A), id(lora_B), id(bias)), like)
-        return like
-
-
-class _Like:
-    """Stands for equal shapes, dtypes and devices of a layer's tensors; found by its address."""
-
-    __slots__ = ()
-
-
-_KEPT = 4096
-_likes: dict[tuple[object, ...], _Like] = {}
-
-
-def _like(
-    weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None
-) -> tuple[object, ...]:
-    """All of a layer's tensors that checks and plans depend on, for one on a CPU."""
-    return (
-        weight.shape, weight.dtype, weight.layout, weight.is_cpu, type(weight),
-        lora_A.shape, lora_A.dtype, lora_A.layout, lora_A.is_cpu, type(lora_A),
-        lora_B.shape, lora_B.dtype, lora_B.layout, lora_B.is_cpu, type(lora_B),
-        bias if bias is None else (bias.shape, bias.dtype, bias.is_cpu, type(bias)),
-    )  # fmt: skip
-
-
-_calls: dict[tuple[object, ...], _Call] = {}
-registry.when_forgotten(_calls.clear)
-
-
-def _layouts_matter(x: Tensor, backend: str | None) -> bool:
-    """Whether plans depend on how matrices lie in memory: not on a CPU, unless one is forced."""
-    return not x.is_cpu or backend is not None
-
-
-def _where(matrices: Iterable[Tensor]) -> tuple[object, ...]:
-    """What the layouts of matrices are made of, and their devices."""
-    return tuple(
-        [(t.stride(), t.data_ptr() & 15 if type(t) in PLAIN else 0, t.device) for t in matrices]
-    )
-
-
-def _first_call(
-    key: tuple[object, ...] | None,
-    x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    backend: str | None,
-) -> _Call | None:
-    """Checks a call and plans it; None if the rows of ``x`` are none that kernels can read."""
-    has_rows = check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    if not has_rows or (dropout_p and unstrided.is_sharded(x)):
-        return None
-    layouts = _layouts_matter(x, backend)
-    dropout = bool(dropout_p)
-    problem = layer_problem(_rows(x), weight, lora_A, lora_B, bias, dropout, ("y",), layouts)
-    operand = None if isinstance(weight, Tensor) else weight.layout
-    before = registry.times_forgotten()
-    call = _Call(problem, backend, x.dim() == 2, operand)
-    if key is not None and before == registry.times_forgotten():
-        if len(_calls) >= _KEPT:
-            _calls.clear()
-        _calls[key] = call
-    return call
 
 
 def lora_linear(
@@ -206,7 +91,7 @@ def lora_linear(
     like: object = None
     try:
         if memory is None:
-            like = _like(weight, lora_A, lora_B, bias)
+            like = like_of(weight, lora_A, lora_B, bias)
         else:
             tensors, like = memory.kept
             if tensors != (id(weight), id(lora_A), id(lora_B), id(bias)):
@@ -217,8 +102,8 @@ def lora_linear(
         )  # fmt: skip
         if backend is not None or not on_cpu:
             matrices = (x, *operands.stored(weight), lora_A, lora_B)
-            key = (*key, _where(matrices), _like(weight, lora_A, lora_B, bias), allows_tf32(x))
-        call = _calls[key]
+            key = (*key, where(matrices), like_of(weight, lora_A, lora_B, bias), allows_tf32(x))
+        call = calls[key]
     except KeyError:
         pass
     except (AttributeError, RuntimeError, TypeError):
@@ -230,20 +115,20 @@ def lora_linear(
             call is None
             or not call.differentiable  # PyTorch's own calls refuse what doesn't fit
             or weight.numel() != call.elements  # but broadcast
-            or (bias is not None and bias.numel() != call.N)
+            or (bias is not None and bias.shape != call.bias_shape)
         )
         and memory.keep(weight, lora_A, lora_B, bias) is not like
     ):
         return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, memory)
     if call is None:
-        call = _first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
+        call = first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
         if call is None:
             return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if call.differentiable:
         try:
             if call.matrix:
                 return call.run(x, weight, lora_A, lora_B, scaling, bias, 0.0, None)
-            y = call.run(_rows(x), weight, lora_A, lora_B, scaling, bias, 0.0, None)
+            y = call.run(as_rows(x), weight, lora_A, lora_B, scaling, bias, 0.0, None)
         except RuntimeError:
             # A tensor may have been given another shape or dtype in place.
             check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
@@ -253,7 +138,7 @@ def lora_linear(
         return y.view(*x.shape[:-1], y.shape[1])
     if call.operand is not None and call.operand != weight.layout:
         key = (*key, weight.layout)  # what they depend on too; a tensor needn't be asked
-        call = _calls.get(key) or _first_call(
+        call = calls.get(key) or first_call(
             key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend
         )
         assert call is not None
@@ -263,7 +148,7 @@ def lora_linear(
 
 
 def _forward(
-    call: _Call,
+    call: Call,
     x: Tensor,
     weight: Weight,
     lora_A: Tensor,
@@ -277,7 +162,7 @@ def _forward(
     if call.matrix:
         y, s = call.run(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
         return y, s
-    y, s = call.run(_rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    y, s = call.run(as_rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return _in_shape_of(x, y), s
 
 
@@ -367,7 +252,7 @@ def _run_backward(ctx: Any, run: Run, dy: Tensor, saved: tuple[Any, ...]) -> Gra
     """The gradients in the order of the forward's arguments."""
     x, weight, lora_A, lora_B, s, seed = saved
     dx, dweight, dA, dB, dbias = run(
-        _rows(dy), None if x is None else _rows(x), weight, lora_A, lora_B, s, ctx.scaling,
+        as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, s, ctx.scaling,
         ctx.dropout_p, seed,
     )  # fmt: skip
     if dx is not None and dy.dim() != 2:
@@ -390,7 +275,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> Gr
     if "dB" in wants:
         if x is not None:
             # s was saved as a number; its dependence on x and A must be part of the graph.
-            again = reference.shrink(_rows(x), ctx.lora_A, ctx.dropout_p, seed)
+            again = reference.shrink(as_rows(x), ctx.lora_A, ctx.dropout_p, seed)
             s = again + (s - again).detach()
         elif "dx" in wants:
             raise RuntimeError(
@@ -412,8 +297,8 @@ def _observed_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> Gradient
         dy, x, operands.stored(weight), ctx.description, lora_A, lora_B, s, ctx.scaling,
         ctx.dropout_p, seed,
     )  # fmt: skip
-    rows = _rows(dy)
-    dweight = rows.t() @ _rows(x) if "dweight" in wants else None
+    rows = as_rows(dy)
+    dweight = rows.t() @ as_rows(x) if "dweight" in wants else None
     dbias = rows.sum(0) if "dbias" in wants else None
     return dx, dweight, dA, dB, None, dbias, None, None
 
@@ -454,7 +339,7 @@ _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedten
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, call: Call, *inputs: Any) -> Tensor:
         ctx.call = call
         y, s = _forward(call, *inputs)
         _save(ctx, inputs, s, ctx.needs_input_grad[1:])
@@ -474,7 +359,7 @@ class _LoRALinear(torch.autograd.Function):
 def _eager_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy, _wants(needs))
-    call: _Call = ctx.call
+    call: Call = ctx.call
     plain = _is_batched(dy)  # is_grads_batched, which no kernel knows
     if not plain and not alone():
         with forced.use_backend(call.backend or registry.AUTO):
@@ -495,22 +380,22 @@ def _eager_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
 
 
 def _planned_backward(
-    call: _Call, dy: Tensor, needs: tuple[bool, ...], saved: tuple[Any, ...]
+    call: Call, dy: Tensor, needs: tuple[bool, ...], saved: tuple[Any, ...]
 ) -> Run:
     """What runs the backward of ``call``, on the backend of its forward."""
-    layouts = _layouts_matter(dy, call.backend)
+    layouts = layouts_matter(dy, call.backend)
     key: object = (needs, type(dy))
     if layouts:
         # Hooks of autograd's may have laid out otherwise what was saved.
         x, weight, lora_A, lora_B, s, _ = saved
         stored = () if weight is None else operands.stored(weight)
-        read = [t for t in (_rows(dy), x, *stored, lora_A, lora_B, s) if t is not None]
-        key = (needs, type(dy), _where(read))
+        read = [t for t in (as_rows(dy), x, *stored, lora_A, lora_B, s) if t is not None]
+        key = (needs, type(dy), where(read))
     run = call.backwards.get(key)
     if run is None:
-        problem = backward_problem(call.problem, _wants(needs), _rows(dy), layouts)
+        problem = backward_problem(call.problem, _wants(needs), as_rows(dy), layouts)
         if layouts:
-            rows = None if x is None else _rows(x)
+            rows = None if x is None else as_rows(x)
             problem = saved_problem(problem, rows, weight, lora_A, lora_B, s)
         run = call.backwards[key] = registry.choose(problem, call.backend).run
     return run
@@ -535,7 +420,7 @@ def _registered_run(
     W = operands.build(weight, format)
     check_lora_linear(x, W, lora_A, lora_B, scaling, bias, dropout_p)
     check_dropout(dropout_p, seed)
-    rows, dropout, wants = _rows(x), bool(dropout_p), WANTS["lora_linear"]
+    rows, dropout, wants = as_rows(x), bool(dropout_p), WANTS["lora_linear"]
     problem = layer_problem(rows, W, lora_A, lora_B, bias, dropout, wants, layouts=True)
     y, s = planned(problem)(rows, W, lora_A, lora_B, scaling, bias, dropout_p, seed)
     return y if x.dim() == 2 else _in_shape_of(x, y), s
@@ -574,10 +459,10 @@ def _registered_backward_run(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    W, rows = operands.build(weight, format), _rows(x)
+    W, rows = operands.build(weight, format), as_rows(x)
     forward = layer_problem(rows, W, lora_A, lora_B, None, bool(dropout_p), (), layouts=True)
-    run = planned(backward_problem(forward, FROZEN, _rows(dy), layouts=True))
-    dx, _, dA, dB, _ = run(_rows(dy), rows, W, lora_A, lora_B, s, scaling, dropout_p, seed)
+    run = planned(backward_problem(forward, FROZEN, as_rows(dy), layouts=True))
+    dx, _, dA, dB, _ = run(as_rows(dy), rows, W, lora_A, lora_B, s, scaling, dropout_p, seed)
     return dx.view(*dy.shape[:-1], dx.shape[1]), dA, dB
 
 

@@ -18,6 +18,13 @@ FROZEN = ("dx", "dA", "dB")
 """What the backward of a frozen layer with a trained adapter is asked for."""
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """``[..., K]`` as ``[M, K]``."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
 def planned(problem: Problem) -> Any:
     """What runs the problem: by the forced backend, or by the one that is the fastest.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from circumstances import MEMORY, ORDER, WORK, assert_same_bits, together
-from helpers import assert_contract, problems, skip_unless_usable
+from helpers import assert_contract, problems, several, skip_unless_usable, stacked
 from hypothesis import given
 from torch.utils.checkpoint import checkpoint
 from toy_formats import FORMATS, held
@@ -108,33 +108,28 @@ def test_second_derivative_without_x_is_refused(fused, grad):
 
 
 @given(p=problems())
-@pytest.mark.parametrize("backend", ["aten", "triton"])
+@pytest.mark.parametrize("backend", ["aten", "cpu", "triton"])
 def test_output_and_gradients_against_float64(device, poisoned, backend, p):
     skip_unless_usable(backend)
-    t = p.tensors(device)
+    drawn = several(p, device, most=4 if backend == "triton" else 32)
 
-    def call(layer, cast):
-        leaves = {
-            "x": p.lay_out(cast(t.x)).detach().requires_grad_(),
-            "lora_A": cast(t.lora_A, p.adapter_dtype).detach().requires_grad_(),
-            "lora_B": cast(t.lora_B, p.adapter_dtype).detach().requires_grad_(),
-        }
-        y = layer(leaves["x"], cast(t.weight), leaves["lora_A"], leaves["lora_B"], cast(t.bias))
-        return y.detach(), *torch.autograd.grad(y, list(leaves.values()), cast(t.dy))
-
-    def on_backend(x, weight, lora_A, lora_B, bias):
-        return lorafast.ops.lora_linear(x, weight, lora_A, lora_B, 0.5, bias, p.dropout_p, t.seed)
-
-    def on_reference(x, weight, lora_A, lora_B, bias):
-        return reference.lora_linear(
-            x, weight, lora_A, lora_B, 0.5, bias, dropout_p=p.dropout_p, seed=t.seed
+    def outputs(t, layer, cast):
+        leaves = (
+            p.lay_out(cast(t.x)).detach().requires_grad_(),
+            cast(t.lora_A, p.adapter_dtype).detach().requires_grad_(),
+            cast(t.lora_B, p.adapter_dtype).detach().requires_grad_(),
         )
+        x, lora_A, lora_B = leaves
+        more = {"dropout_p": p.dropout_p, "seed": t.seed}
+        y = layer(x, cast(t.weight), lora_A, lora_B, 0.5, cast(t.bias), **more)
+        return y.detach(), *torch.autograd.grad(y, leaves, cast(t.dy))
 
-    def either(run, cast):
-        return call(on_reference if run is reference else on_backend, cast)
+    def call(run, cast):
+        layer = reference.lora_linear if run is reference else lorafast.ops.lora_linear
+        return stacked(outputs(t, layer, cast) for t in drawn)
 
     with lorafast.use_backend(backend):
-        assert_contract(either, None, p.dtype, rounded_to=p.dtype)
+        assert_contract(call, None, p.dtype, rounded_to=p.dtype)
 
 
 @given(p=problems())

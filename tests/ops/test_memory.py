@@ -1,7 +1,6 @@
 """A layer remembers what its tensors are like: it must notice when they are others, or changed."""
 
 import copy
-import importlib
 import io
 import weakref
 
@@ -10,8 +9,7 @@ import torch
 
 from lorafast import reference
 from lorafast.nn import LoRALinear
-
-module = importlib.import_module("lorafast.ops.lora_linear")
+from lorafast.ops import calls
 
 
 @pytest.fixture(params=["merged", "small", "fused"])
@@ -44,7 +42,7 @@ def test_a_small_layer_is_read_once(monkeypatch):
 
     layer = LoRALinear(7, 5, 3)
     call(layer)
-    monkeypatch.setattr(module, "_like", read)
+    monkeypatch.setattr(calls, "like_of", read)
     call(layer)
     layer.lora_A = torch.nn.Parameter(torch.randn_like(layer.lora_A))
     with pytest.raises(AssertionError, match="read again"):
@@ -119,10 +117,10 @@ def test_more_outputs_in_place(layer):
 
 
 def test_no_more_kinds_of_layers_are_kept_than_calls(monkeypatch):
-    monkeypatch.setattr(module, "_KEPT", 3)
+    monkeypatch.setattr(calls, "_KEPT", 3)
     for r in range(1, 9):
         call(LoRALinear(7, 5, r))
-        assert len(module._likes) <= 3
+        assert len(calls.likes) <= 3
 
 
 def test_another_dtype_in_place_is_named(layer):
