@@ -86,7 +86,7 @@ class Problem(NamedTuple):
       ``lora_linear`` without ``s`` may have a plan that PyTorch differentiates itself;
     - ``dropout``: whether there is a mask; ``bias``: whether one is added;
     - ``plain``: whether all are strided tensors of PyTorch's own class, on one device;
-    - ``tf32``: whether PyTorch may round float32 products so;
+    - ``tf32``: whether PyTorch may round the factors of float32 products so (on a CPU to bfloat16 too);
     - ``layouts``: how the matrices lie in memory, on a GPU; elsewhere nothing depends on it.
     """
 

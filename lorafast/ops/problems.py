@@ -35,8 +35,15 @@ def planned(problem: Problem) -> Any:
 
 
 def allows_tf32(x: Tensor) -> bool:
-    """Whether PyTorch may round the float32 products of ``x`` to TF32."""
-    return x.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    """Whether PyTorch may round the factors of float32 products of ``x`` to TF32, on a CPU to bfloat16.
+
+    On a CPU that is asked when a call is planned: set it before the first."""
+    if x.dtype is not torch.float32:
+        return False
+    mkldnn: Any = torch.backends.mkldnn  # whose attributes are made at run time
+    if x.is_cpu and mkldnn.matmul.fp32_precision in ("tf32", "bf16"):
+        return True
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _has_addresses(x: Tensor) -> bool:

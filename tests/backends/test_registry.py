@@ -346,6 +346,15 @@ class TestAutomaticChoiceOnACPU:
         tiny = {"M": 4, "K": 64, "N": 64, "r": 8, "wants": ("y",)} | fields
         assert registry.choose(problem("lora_linear", **tiny)).launches[0].startswith("3 calls")
 
+    @pytest.mark.parametrize("where", [{"tf32": True}, {"device": torch.device("cuda")}], ids=str)
+    def test_nothing_is_merged_where_products_are_rounded_or_it_was_not_measured(self, where):
+        tiny = {"M": 4, "K": 64, "N": 64, "r": 8, "wants": ("y",)}
+        merged, apart = (
+            registry.plan_of("aten", problem("lora_linear", **tiny, **more)) for more in ({}, where)
+        )
+        assert merged.launches[0].startswith("2 calls")
+        assert not apart.launches[0].startswith("2 calls")
+
     def test_the_rank_of_every_operation(self):
         for r, expected in ((32, "cpu"), (33, "aten")):
             for operation in OPERATIONS:

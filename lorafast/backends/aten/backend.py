@@ -56,7 +56,10 @@ def _small(p: Problem) -> Plan:
 
 
 def _is_merged(p: Problem) -> bool:
-    """Whether the update is added to W, which only a plain tensor is known to take."""
+    """Whether the update is added to W: on a CPU, where that was measured, to a plain tensor, which is
+    known to take it; not where float32 products are rounded, which would round the update away."""
+    if p.device.type != "cpu" or p.tf32:
+        return False
     # A sum over more than K or N ranks would be rounded more coarsely than the reference's.
     low = p.r <= min(p.K, p.N)
     return p.plain and low and p.dtype.itemsize >= _EXACT and p.K * p.N * p.r <= _MERGED
