@@ -1,5 +1,6 @@
 """The public functions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,67 @@ def lora_linear(
     return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
 
 
+def grouped_lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    adapter_of: Sequence[int] | int | Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` with ``g = adapter_of``: each element
+    of a batch with one of several adapters, or with none.
+
+    The adapters are stacked as in S-LoRA (Sheng et al., 2023) and Punica (Chen et al., 2023); those of a
+    lower rank are filled up with zeros.
+
+    Args:
+        x: ``[..., K]``, any number of leading dimensions, any strides.
+        weight: ``[N, K]``, in the dtype of ``x``: a tensor, or an ``Operand`` of another format
+            (``lorafast.operands``), into which no gradient flows.
+        lora_A: ``[n, r, K]``; ``n`` and ``r`` of at least 1.
+        lora_B: ``[n, N, r]``, in the dtype of ``lora_A``, which may differ from that of ``x``.
+        scaling: ``[n]`` in any float dtype, or a number for all.
+        adapter_of: from -1, which is none, to ``n - 1``: integers of the leading dimensions of ``x``, or
+            of the first of them: then the rows of an element have an adapter together.
+            A sequence (of the first dimension) or a tensor on the CPU is read by the host, element by
+            element in Python, and its grouping is copied to a GPU without waiting for that. It makes the
+            fewest operations, and is for few elements: sequences, not tokens. Compiled code is compiled
+            again for another sequence, not for another tensor.
+            A tensor on a GPU is grouped there, by some thirty small operations. Nothing waits for its
+            values; as the groups must do for any, about a quarter more rows than there are go through
+            the low-rank products. A CUDA graph takes this one.
+        bias: ``[N]``, in the dtype of ``x``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. Every float tensor may require a gradient, ``scaling`` too.
+        Elements share no sum: a NaN or an infinity of one reaches no other with another adapter, nor that
+        adapter's gradients. Where there is no adapter ``y`` is ``x·Wᵀ + bias`` to the bit. Under autocast
+        ``x``, ``weight`` and ``bias`` are cast as ``F.linear`` would; the adapters stay. For float16 the
+        low-rank term is float32.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit, or ``adapter_of`` holds an index out of range; the
+            message names it, what it is, and what was expected. An index out of range in a tensor on a
+            GPU ends the process's work there with a device-side assertion, as in ``F.embedding``: the
+            host is told when it next waits for the GPU.
+        BackendError: the forced backend can't serve the call; the message says why.
+    """
+    if not (autocast_anywhere() and autocast_enabled(x)):
+        return ops.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, weight, bias = (_lower(tensor, dtype) for tensor in (x, weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
+
+
+def _lower(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast itself: float64 stays. What is no float tensor stays too, to be refused by name."""
+    lower = isinstance(tensor, (Tensor, Operand)) and tensor.dtype.is_floating_point
+    return tensor.to(dtype) if lower and tensor.dtype != torch.float64 else tensor
+
+
 def _under_autocast(
     x: Tensor,
     weight: Weight,
@@ -77,22 +139,15 @@ def _under_autocast(
     training: bool,
 ) -> Tensor:
     """Casts at the entrance, then leaves autocast: inside, dtypes are settled."""
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Any) -> Any:
-        # As autocast itself: float64 stays. What is no float tensor stays too, to be refused by name.
-        lower = isinstance(tensor, (Tensor, Operand)) and tensor.dtype.is_floating_point
-        return tensor.to(dtype) if lower and tensor.dtype != torch.float64 else tensor
-
-    with torch.autocast(device_type, enabled=False):
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
         return lora_linear(
-            cast(x),
-            cast(weight),
+            _lower(x, dtype),
+            _lower(weight, dtype),
             lora_A,
             lora_B,
             scaling,
-            None if bias is None else cast(bias),
+            _lower(bias, dtype),
             dropout_p=dropout_p,
             training=training,
         )

@@ -4,6 +4,7 @@ from lorafast.backends import BackendError, BackendStatus, backends
 from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
 from lorafast.ops.expand_backward import expand_backward
+from lorafast.ops.grouped_lora_linear import grouped_lora_linear
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.shrink import shrink
@@ -15,6 +16,7 @@ __all__ = [
     "allow_packing",
     "backends",
     "expand_backward",
+    "grouped_lora_linear",
     "linear_expand",
     "lora_linear",
     "shrink",

@@ -3,19 +3,29 @@
 from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
 from lorafast.reference.expand_backward import expand_backward, expand_dB, expand_ds
+from lorafast.reference.grouped_lora_linear import (
+    as_elements,
+    grouped_lora_linear,
+    grouped_shrink,
+    members,
+)
 from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
 
 __all__ = [
+    "as_elements",
     "dropout",
     "expand_backward",
     "expand_dB",
     "expand_ds",
+    "grouped_lora_linear",
+    "grouped_shrink",
     "keep_mask",
     "linear_expand",
     "lora_linear",
+    "members",
     "philox_4x32",
     "shrink",
     "shrink_backward",
