@@ -75,10 +75,10 @@ def grouped_lora_linear(
     adapter_of: Sequence[int] | int | Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` with ``g = adapter_of``: each element
-    of a batch with one of several adapters, or with none.
+    """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` with ``g = adapter_of``: each
+    element of a batch with one of several adapters, or with none.
 
-    The adapters are stacked as in S-LoRA (Sheng et al., 2023) and Punica (Chen et al., 2023); those of a
+    Adapters are stacked, as in Punica (Chen et al., 2023) and S-LoRA (Sheng et al., 2023); those of a
     lower rank are filled up with zeros.
 
     Args:
@@ -88,29 +88,29 @@ def grouped_lora_linear(
         lora_A: ``[n, r, K]``; ``n`` and ``r`` of at least 1.
         lora_B: ``[n, N, r]``, in the dtype of ``lora_A``, which may differ from that of ``x``.
         scaling: ``[n]`` in any float dtype, or a number for all.
-        adapter_of: from -1, which is none, to ``n - 1``: integers of the leading dimensions of ``x``, or
-            of the first of them: then the rows of an element have an adapter together.
-            A sequence (of the first dimension) or a tensor on the CPU is read by the host, element by
-            element in Python, and its grouping is copied to a GPU without waiting for that. It makes the
-            fewest operations, and is for few elements: sequences, not tokens. Compiled code is compiled
-            again for another sequence, not for another tensor.
-            A tensor on a GPU is grouped there, by some thirty small operations. Nothing waits for its
-            values; as the groups must do for any, about a quarter more rows than there are go through
-            the low-rank products. A CUDA graph takes this one.
+        adapter_of: integers from -1, which is none, to ``n - 1``: of the leading dimensions of ``x``, or
+            of the first of them, where all rows of an element have the same adapter.
+
+            - A sequence (of the first dimension), or a tensor on the CPU: the host groups the elements,
+              in Python, and a GPU is given the groups without being waited for. The fewest operations,
+              for few elements: sequences, not tokens. Code is compiled again for another sequence, not
+              for another tensor.
+            - A tensor on the GPU of ``x``: that groups the elements, in about thirty small operations,
+              and the host doesn't wait for it. Up to a quarter more rows than there are go through the
+              low-rank products, for the groups must hold any assignment. CUDA graphs take this one.
         bias: ``[N]``, in the dtype of ``x``.
 
     Returns:
         ``y [..., N]`` in the dtype of ``x``. Every float tensor may require a gradient, ``scaling`` too.
-        Elements share no sum: a NaN or an infinity of one reaches no other with another adapter, nor that
-        adapter's gradients. Where there is no adapter ``y`` is ``x·Wᵀ + bias`` to the bit. Under autocast
-        ``x``, ``weight`` and ``bias`` are cast as ``F.linear`` would; the adapters stay. For float16 the
-        low-rank term is float32.
+        A NaN or an infinity in an element or in an adapter reaches no output and no gradient of another
+        adapter. Under autocast ``x``, ``weight`` and ``bias`` are cast as ``F.linear`` would; the
+        adapters stay. Beside float16 the low-rank term is float32.
 
     Raises:
-        TypeError, ValueError: an argument doesn't fit, or ``adapter_of`` holds an index out of range; the
-            message names it, what it is, and what was expected. An index out of range in a tensor on a
-            GPU ends the process's work there with a device-side assertion, as in ``F.embedding``: the
-            host is told when it next waits for the GPU.
+        TypeError, ValueError: an argument doesn't fit, or ``adapter_of`` holds an index out of range;
+            the message names it, what it is, and what was expected.
+        RuntimeError: a tensor on a GPU holds an index out of range. A device-side assertion says so, as
+            of ``F.embedding``: the host hears of it when it next waits for the GPU, and must start anew.
         BackendError: the forced backend can't serve the call; the message says why.
     """
     if not (autocast_anywhere() and autocast_enabled(x)):

@@ -21,8 +21,8 @@ serve every assignment."""
 
 @dataclass(frozen=True)
 class Grouping(ABC):
-    """``groups · size`` slots. ``taken [groups · size]``: the element in each slot; None: all elements in
-    order. ``adapter [groups]``: whose a group is; None: group i is of adapter i."""
+    """``groups · size`` slots. ``taken [groups · size]``: the element in each slot; None: all elements
+    in order. ``adapter [groups]``: whose a group is; None: group i is of adapter i."""
 
     groups: int
     size: int
@@ -69,8 +69,8 @@ class Grouping(ABC):
 
 @dataclass(frozen=True)
 class _Known(Grouping):
-    """Of an assignment that the host knows. ``elements``: how many; ``rows``: those that have an adapter;
-    ``kept``: the slots that they fill, None: all; ``left``: the others."""
+    """Of an assignment that the host knows. ``elements``: how many; ``rows``: those that have an
+    adapter; ``kept``: the slots that they fill, None: all; ``left``: the others."""
 
     elements: int
     rows: Tensor
@@ -136,7 +136,8 @@ def _on_the_host(adapter_of: list[int], adapters: int, device: torch.device) -> 
     if not elements:
         return None
     size = -(-sum(map(len, elements.values())) // len(elements))
-    adapter, taken, rows, kept, left = [], [], [], [], []
+    lists: tuple[list[int], ...] = ([], [], [], [], [])
+    adapter, taken, rows, kept, left = lists
     for g in sorted(elements):
         own = elements[g]
         rows += own
@@ -147,10 +148,7 @@ def _on_the_host(adapter_of: list[int], adapters: int, device: torch.device) -> 
             kept += range(first, first + len(part))
             left += range(first + len(part), first + size)
             taken += [*part, *part[:1] * missing]
-    if not left:
-        kept = []
     # One copy to the device, not five.
-    lists = (adapter, taken, rows, kept, left)
     indices = on_device([i for some in lists for i in some], torch.int64, device)
     of_adapter, of_taken, of_rows, of_kept, of_left = indices.split([len(some) for some in lists])
     return _Known(

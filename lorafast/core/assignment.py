@@ -1,4 +1,4 @@
-"""``Assignment``: which adapter each element of a batch has, known to the host or to the device alone."""
+"""``Assignment``: which adapter each element of a batch has, known to the host or to a GPU alone."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ class Assignment:
         self.adapter_of: list[int] | Tensor = adapter_of
         self._made: dict[object, Any] = {}
 
-    def made(self, make: Callable[["Assignment"], Made], *of: object) -> Made:
+    def made(self, make: Callable[..., Made], *of: object) -> Made:
         """``make(self, *of)``, made once."""
         key = (make, *of)
         if key not in self._made:

@@ -6,7 +6,7 @@ As ``lora_linear`` has it: in compiled code, and where a mode sees every operati
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from lorafast.ops.registration import register, register_autograd
 
 AdapterOf = Sequence[int] | int | Tensor
 Gradients = tuple[Any, ...]
-"""``dx``, ``dweight``, ``dA``, ``dB``, ``dscaling``, ``dbias``: those of the differentiable arguments."""
+"""``dx``, ``dweight``, ``dA``, ``dB``, ``dscaling``, ``dbias``."""
 
 _WANTS = WANTS["grouped_lora_linear_backward"]
 
@@ -48,6 +48,7 @@ def grouped_lora_linear(
 ) -> Tensor:
     """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` outside autocast; as
     ``functional.grouped_lora_linear``."""
+    y: Tensor
     compiling = torch.compiler.is_compiling()
     _check(x, weight, lora_A, lora_B, scaling, bias)
     scaling = _each_scaling(scaling, x, lora_A)
@@ -72,9 +73,10 @@ def grouped_lora_linear(
     arguments = (x, weight, lora_A, lora_B, scaling, bias)
     backend = forced.forced()
     if torch.is_grad_enabled():
-        y = _GroupedLoRALinear.apply(backend, assignment, *arguments)  # type: ignore[no-untyped-call]
-        return y
-    return _forward(backend, assignment, *arguments, wants=("y",))[0]
+        y = _GroupedLoRALinear.apply(backend, assignment, *arguments)
+    else:
+        y, _, _ = _forward(backend, assignment, *arguments, wants=("y",))
+    return y
 
 
 def _check(
@@ -237,7 +239,7 @@ def _problem(
 
 def _backward_problem(p: Problem, wants: tuple[str, ...], saved: "_Saved", dy: Tensor) -> Problem:
     """The backward of ``p``, on the tensors as they were saved."""
-    x, weight, lora_A, lora_B, s = saved
+    x, weight, lora_A, lora_B, s, _ = saved
     stored = [] if weight is None else operands.stored(weight)
     plain = p.plain and is_plain(dy, x, *stored, lora_A, lora_B, s)
     layouts = Layouts()
@@ -261,6 +263,7 @@ def _forward(
     lora_B: Tensor,
     scaling: Tensor,
     bias: Tensor | None,
+    *,
     wants: tuple[str, ...],
 ) -> tuple[Tensor, Tensor | None, Problem]:
     """``y`` in the shape of ``x``, ``s [M, r]`` if it is wanted, and the call as it was described."""
@@ -272,8 +275,15 @@ def _forward(
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])), s, problem
 
 
-_Saved = tuple[Tensor | None, Weight | None, Tensor | None, Tensor | None, Tensor | None]
-"""``x``, ``weight``, ``lora_A``, ``lora_B``, ``s``: matrices, those that were kept for the backward."""
+class _Saved(NamedTuple):
+    """What was kept for the backward: matrices, None where nothing wanted takes them."""
+
+    x: Tensor | None
+    weight: Weight | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    s: Tensor | None
+    scaling: Tensor
 
 
 def _save(
@@ -299,20 +309,21 @@ def _save(
     ctx.lora_A = lora_A  # not its values: what a second derivative is for
 
 
-def _saved(ctx: Any) -> tuple[_Saved, Tensor, Tensor | None]:
-    """What ``_save`` kept, ``scaling`` and ``adapter_of``."""
+def _saved(ctx: Any) -> tuple[_Saved, Tensor | None]:
+    """What ``_save`` kept, and ``adapter_of``; to be asked once in a backward."""
     try:
         x, lora_A, lora_B, s, scaling, adapter_of, *stored = ctx.saved_tensors
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
         raise RuntimeError(
-            "x, weight, lora_A, lora_B, scaling or adapter_of was changed in place after a LoRA layer had "
-            "kept it for its backward: write x = x + layer(x), not x += layer(x), and step the optimizer "
-            "only after the backward"
+            "x, weight, lora_A, lora_B, scaling or adapter_of was changed in place after a LoRA layer "
+            "had kept it for its backward: write x = x + layer(x), not x += layer(x), and step the "
+            "optimizer only after the backward"
         ) from error
     weight = operands.build(stored, ctx.description) if stored else None
-    return (None if x is None else as_rows(x), weight, lora_A, lora_B, s), scaling, adapter_of
+    rows = None if x is None else as_rows(x)
+    return _Saved(rows, weight, lora_A, lora_B, s, scaling), adapter_of
 
 
 def _wants(needs: tuple[bool, ...]) -> tuple[str, ...]:
@@ -326,38 +337,46 @@ def _in_shape_of(dy: Tensor, found: Gradients) -> Gradients:
 
 
 def _differentiable_backward(
-    ctx: Any, dy: Tensor, wants: tuple[str, ...], assignment: Assignment, plain: bool = False
+    ctx: Any, dy: Tensor, wants: tuple[str, ...], saved: _Saved, assignment: Assignment
 ) -> Gradients:
-    """The formula on the reference operations, so that PyTorch can differentiate it once more; ``plain``:
-    as it is, without a second derivative."""
-    (x, weight, lora_A, lora_B, s), scaling, _ = _saved(ctx)
-    if not plain and {"dB", "dscaling"} & {*wants}:
-        if x is not None:
+    """The formula on the reference operations, so that PyTorch can differentiate it once more."""
+    if saved.s is not None:
+        if saved.x is not None:
             # s was saved as a number; its dependence on x and A must be part of the graph.
-            again = reference.grouped_shrink(x, ctx.lora_A, assignment.adapter_of)
-            s = again + (s - again).detach()
+            again = reference.grouped_shrink(saved.x, ctx.lora_A, assignment.adapter_of)
+            saved = saved._replace(s=again + (saved.s - again).detach())
         elif "dx" in wants:
             raise RuntimeError(
-                "a second derivative of grouped_lora_linear needs x, which is not kept when lora_A has no "
-                "gradient: let lora_A require one"
+                "a second derivative of grouped_lora_linear needs x, which is not kept when lora_A has "
+                "no gradient: let lora_A require one"
             )
-    dtype, device = ctx.lora_A.dtype, torch.device("cpu")  # the reference asks for none, nor for sizes
-    problem = Problem(
-        "grouped_lora_linear_backward", 0, 0, 0, 0, dtype, dtype, device, wants=wants
-    )
+    return _defined_backward(ctx, dy, wants, saved, assignment)
+
+
+def _defined_backward(
+    ctx: Any, dy: Tensor, wants: tuple[str, ...], saved: _Saved, assignment: Assignment
+) -> Gradients:
+    """The formula on the reference operations."""
+    dtype, device = (
+        ctx.lora_A.dtype,
+        torch.device("cpu"),
+    )  # the reference asks for none, nor for sizes
+    problem = Problem("grouped_lora_linear_backward", 0, 0, 0, 0, dtype, dtype, device, wants=wants)
     run = registry.definition(problem).run
-    rows = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])  # which is_grads_batched has, not flatten
-    return _in_shape_of(dy, run(rows, x, weight, lora_A, lora_B, s, scaling, assignment))
+    rows = dy.reshape(
+        dy.shape[:-1].numel(), dy.shape[-1]
+    )  # which is_grads_batched has, not flatten
+    return _in_shape_of(dy, run(rows, *saved, assignment))
 
 
 def _observed_backward(
-    ctx: Any, dy: Tensor, wants: tuple[str, ...], adapter_of: Tensor
+    ctx: Any, dy: Tensor, wants: tuple[str, ...], saved: _Saved, adapter_of: Tensor
 ) -> Gradients:
     """By the registered operation, as compiled code and modes have it."""
-    (x, weight, lora_A, lora_B, s), scaling, _ = _saved(ctx)
+    x, weight, *rest = saved
     found = torch.ops.lorafast.grouped_lora_linear_backward(
-        as_rows(dy), x, [] if weight is None else operands.stored(weight), ctx.description, lora_A,
-        lora_B, s, scaling, adapter_of, ",".join(wants), ctx.lora_A.dtype,
+        as_rows(dy), x, [] if weight is None else operands.stored(weight), ctx.description, *rest,
+        adapter_of, ",".join(wants), ctx.lora_A.dtype,
     )  # fmt: skip
     asked = zip(_WANTS, found, strict=True)
     return _in_shape_of(dy, tuple(tensor if name in wants else None for name, tensor in asked))
@@ -382,7 +401,8 @@ class _GroupedLoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         wants = _wants(ctx.needs_input_grad[2:])
         if torch.compiler.is_compiling():  # compiled autograd, which traces this
-            return None, None, *_observed_backward(ctx, dy, wants, ctx.assignment.tensor())
+            adapter_of = ctx.assignment.tensor()
+            return None, None, *_observed_backward(ctx, dy, wants, _saved(ctx)[0], adapter_of)
         if autocast_enabled(dy):
             with without_autocast(dy):
                 return None, None, *_eager_backward(ctx, dy, wants)
@@ -391,8 +411,9 @@ class _GroupedLoRALinear(torch.autograd.Function):
 
 def _eager_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> Gradients:
     assignment: Assignment = ctx.assignment
+    saved, _ = _saved(ctx)
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, dy, wants, assignment)
+        return _differentiable_backward(ctx, dy, wants, saved, assignment)
     plain = _is_batched(dy)  # is_grads_batched, which no kernel knows
     if not plain and not alone():
         with forced.use_backend(ctx.backend or registry.AUTO):
@@ -403,13 +424,12 @@ def _eager_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> Gradients:
                 plain = True
             elif watched():
                 flops.tell_counters()
-                return _observed_backward(ctx, dy, wants, assignment.tensor())
+                return _observed_backward(ctx, dy, wants, saved, assignment.tensor())
     if plain:
-        return _differentiable_backward(ctx, dy, wants, assignment, plain=True)
-    saved, scaling, _ = _saved(ctx)
+        return _defined_backward(ctx, dy, wants, saved, assignment)
     problem = _backward_problem(ctx.problem, wants, saved, as_rows(dy))
     run = registry.choose(problem, ctx.backend).run
-    return _in_shape_of(dy, run(as_rows(dy), *saved, scaling, assignment))
+    return _in_shape_of(dy, run(as_rows(dy), *saved, assignment))
 
 
 def _registered_run(
@@ -426,10 +446,9 @@ def _registered_run(
     _check_registered(x, W, lora_A, lora_B, scaling, adapter_of, bias)
     assignment = Assignment(adapter_of)
     _check_range(assignment, lora_A.shape[0])
+    arguments = (x, W, lora_A, lora_B, scaling, bias)
     wants = WANTS["grouped_lora_linear"]
-    y, s, _ = _forward(
-        forced.forced(), assignment, x, W, lora_A, lora_B, scaling, bias, wants=wants
-    )
+    y, s, _ = _forward(forced.forced(), assignment, *arguments, wants=wants)
     assert s is not None
     return y, s
 
@@ -481,15 +500,15 @@ def _registered_backward_run(
 ) -> tuple[Tensor, ...]:
     asked = tuple(wants.split(","))
     W = operands.build(weight, format) if weight else None
-    (n, r, K), N = _sizes(dy, x, lora_A, lora_B, s, scaling), dy.shape[1]
+    saved = _Saved(x, W, lora_A, lora_B, s, scaling)
+    n, r, K = _sizes(x, lora_A, lora_B, s, scaling)
     forward = Problem(
-        "grouped_lora_linear", dy.shape[0], K, N, r, dy.dtype, dtype, dy.device,
+        "grouped_lora_linear", dy.shape[0], K, dy.shape[1], r, dy.dtype, dtype, dy.device,
         operands.DENSE if W is None else operands.format_of(W), tf32=allows_tf32(dy),
         format_parameters="" if W is None else operands.parameters_of(W), adapters=n,
     )  # fmt: skip
-    problem = _backward_problem(forward, asked, (x, W, lora_A, lora_B, s), dy)
-    run = planned(problem)
-    found = run(dy, x, W, lora_A, lora_B, s, scaling, Assignment(adapter_of))
+    run = planned(_backward_problem(forward, asked, saved, dy))
+    found = run(dy, *saved, Assignment(adapter_of))
     return tuple(dy.new_empty(0) if tensor is None else tensor for tensor in found)
 
 
@@ -507,7 +526,7 @@ def _registered_backward_fake(
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     asked, N = wants.split(","), dy.shape[1]
-    n, r, K = _sizes(dy, x, lora_A, lora_B, s, scaling)
+    n, r, K = _sizes(x, lora_A, lora_B, s, scaling)
     shapes: dict[str, tuple[Any, torch.dtype]] = {
         "dx": ((dy.shape[0], K), dy.dtype),
         "dweight": ((N, K), dy.dtype),
@@ -523,7 +542,6 @@ def _registered_backward_fake(
 
 
 def _sizes(
-    dy: Tensor,
     x: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -544,7 +562,8 @@ def _sizes(
 
 
 def _registered_needs(needs: tuple[Any, ...], stored: int) -> tuple[bool, ...]:
-    """As the function's. PyTorch leaves out a bias that is None, and gives a list one by one or as one."""
+    """As the function's. PyTorch leaves out a bias that is None, and gives a list one by one or as a
+    list."""
     need_dx, *rest = tree_leaves(needs)
     need_dweight, (_, need_dA, need_dB, need_dscaling, _, *need_dbias) = (
         any(rest[:stored]), rest[stored:],
@@ -569,14 +588,14 @@ def _registered_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...
     if dy is None:
         return (None, [None] * ctx.stored, *[None] * (count - 2))
     wants = _wants(_registered_needs(ctx.needs_input_grad, ctx.stored))
-    adapter_of = ctx.saved_tensors[5]
-    compiling = torch.compiler.is_compiling()
-    again = torch.is_grad_enabled()
-    if again or needs_plain_pytorch(compiling) is not None:
-        assignment = Assignment(adapter_of)
-        found = _differentiable_backward(ctx, dy, wants, assignment, plain=not again)
+    saved, adapter_of = _saved(ctx)
+    assert adapter_of is not None
+    if torch.is_grad_enabled():
+        found = _differentiable_backward(ctx, dy, wants, saved, Assignment(adapter_of))
+    elif needs_plain_pytorch(torch.compiler.is_compiling()) is not None:
+        found = _defined_backward(ctx, dy, wants, saved, Assignment(adapter_of))
     else:
-        found = _observed_backward(ctx, dy, wants, adapter_of)
+        found = _observed_backward(ctx, dy, wants, saved, adapter_of)
     dx, dweight, dA, dB, dscaling, dbias = found
     stored = [dweight, *[None] * (ctx.stored - 1)]
     return (dx, stored, None, dA, dB, dscaling, None, dbias)[:count]

@@ -21,9 +21,10 @@ def grouped_lora_linear(
 ) -> Tensor:
     """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` with ``g = adapter_of``.
 
-    Shapes: ``x [..., K]``, ``weight [N, K]``, ``lora_A [n, r, K]``, ``lora_B [n, N, r]``, ``scaling [n]``
-    or a number, ``bias [N]`` → ``y [..., N]``. ``adapter_of``: integers from -1 (none) to ``n - 1``, a
-    tensor of the leading dimensions of ``x`` or of the first of them, or a sequence of that.
+    Shapes: ``x [..., K]``, ``weight [N, K]``, ``lora_A [n, r, K]``, ``lora_B [n, N, r]``,
+    ``scaling [n]`` or a number, ``bias [N]`` → ``y [..., N]``. ``adapter_of``: integers from -1 (none)
+    to ``n - 1``, a tensor of the leading dimensions of ``x`` or of the first of them, or a sequence of
+    the first.
     """
     elements, N = as_elements(x, adapter_of), weight.shape[0]
     parts, order = [], []
@@ -42,7 +43,10 @@ def grouped_lora_linear(
 
 
 def grouped_shrink(x: Tensor, lora_A: Tensor, adapter_of: Sequence[int] | Tensor) -> Tensor:
-    """``s_i = x_i·A[g_i]ᵀ``, 0 where there is none: ``x [M, K]``, ``lora_A [n, r, K]`` → ``s [M, r]``."""
+    """``s_i = x_i·A[g_i]ᵀ``, 0 where there is no adapter.
+
+    Shapes: ``x [M, K]``, ``lora_A [n, r, K]`` → ``s [M, r]``.
+    """
     elements, (n, r, _) = as_elements(x, adapter_of), lora_A.shape
     parts, order = [], []
     for g in range(-1, n):

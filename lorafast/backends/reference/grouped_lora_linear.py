@@ -69,7 +69,8 @@ def grouped_lora_linear_backward(of_one: Run, wants: tuple[str, ...]) -> Run:
             every_dA.append(dA)
             every_dB.append(dB)
             if want_dscaling:
-                assert B is not None and own_s is not None
+                assert B is not None
+                assert own_s is not None
                 unscaled = reference.expand_ds(own_dy, B, 1.0)
                 every_dscaling.append((unscaled * own_s).sum().to(scaling.dtype))
         dx = dweight = None
