@@ -60,7 +60,7 @@ def _grouped_lora_linear(
     x: _Shape, weight: Any, format: str, lora_A: _Shape, lora_B: _Shape, *_: Any, **__: Any
 ) -> int:
     """As if every element had an adapter, which no shape tells."""
-    N, (_, r, K) = lora_B[1], lora_A
+    N, r, K = lora_B[1], lora_A[1], lora_A[2]
     return 2 * prod(x[:-1]) * (N * K + r * (N + K))
 
 
