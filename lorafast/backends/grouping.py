@@ -53,6 +53,22 @@ class Grouping(ABC):
         """``[groups, size · T, C]`` → ``[E, T, C]``, zeros where an element has no adapter."""
         return self._scatter(self._each(slots, T))
 
+    def summed(self, groups: Tensor, adapters: int) -> Tensor:
+        """``[groups, …]`` → ``[adapters, …]``, the sum over each adapter's groups, in one order."""
+        owner = self._owner()
+        if owner is None:
+            return groups
+        sums = groups.new_zeros((adapters + 1, *groups.shape[1:]))
+        if groups.is_cuda:  # where index_add_ adds in whatever order, and this sorts first
+            sums.index_put_((owner,), groups, accumulate=True)
+        else:
+            sums.index_add_(0, owner, groups)
+        return sums[:adapters]
+
+    def _owner(self) -> Tensor | None:
+        """As ``adapter``; one more than there are where a group is nobody's."""
+        return self.adapter
+
     def _each(self, slots: Tensor, T: int) -> Tensor:
         """By slot: ``[groups · size, T, C]``."""
         return slots.view(self.groups * self.size, T, slots.shape[-1])
@@ -99,11 +115,16 @@ class _Known(Grouping):
 @dataclass(frozen=True)
 class _Unknown(Grouping):
     """Of an assignment that the device alone knows. ``slot [E]``: that of each element; ``none [E]``:
-    whether it has none; ``left [groups · size]``: whether a slot is left over."""
+    whether it has none; ``left [groups · size]``: whether a slot is left over; ``owner [groups]``: as
+    ``adapter``, which is any where a group is nobody's."""
 
+    owner: Tensor
     slot: Tensor
     none: Tensor
     left: Tensor
+
+    def _owner(self) -> Tensor:
+        return self.owner
 
     def _blank(self, each: Tensor) -> None:
         each.masked_fill_(self.left.view(-1, 1, 1), 0.0)
@@ -181,11 +202,11 @@ def on_the_device(adapter_of: Tensor, adapters: int) -> Grouping | None:
     first = torch.cat([end - filled, end[-1:]])  # [n + 1]
 
     group_of = torch.arange(groups, device=device)
-    adapter = torch.searchsorted(end, group_of, right=True)  # n: of none
-    place = (group_of - first[adapter]).unsqueeze(1) * size + torch.arange(size, device=device)
+    owner = torch.searchsorted(end, group_of, right=True)  # n: nobody
+    place = (group_of - first[owner]).unsqueeze(1) * size + torch.arange(size, device=device)
     count = torch.cat([count, count.new_zeros(1)])
-    left = place >= count[adapter].unsqueeze(1)  # [groups, size]
-    taken = order[(begin[adapter].unsqueeze(1) + place).masked_fill(left, 0)]
+    left = place >= count[owner].unsqueeze(1)  # [groups, size]
+    taken = order[(begin[owner].unsqueeze(1) + place).masked_fill(left, 0)]
 
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(E, device=device))
     slot = first[key] * size + rank - begin[key]
@@ -193,7 +214,8 @@ def on_the_device(adapter_of: Tensor, adapters: int) -> Grouping | None:
         groups,
         size,
         taken.flatten(),
-        adapter.clamp(max=adapters - 1),
+        owner.clamp(max=adapters - 1),
+        owner,
         slot.masked_fill(none, 0),
         none,
         left.flatten(),

@@ -43,6 +43,9 @@ def test_elements_stand_with_their_adapter(make, drawn, T):
     adapter = found.of_groups(BY_ADAPTER[:n]).view(-1, 1, 1).expand(slots.shape)
     whose = found.scattered(adapter.contiguous(), T)
     assert torch.equal(whose, torch.tensor(of).clamp(min=0).view(-1, 1, 1).expand(E, T, 2).float())
+    groups = found.blanked(slots.clone(), T).view(found.groups, -1).sum(1).double()
+    expected = [kept[torch.tensor(of) == g].sum().double() for g in range(n)]
+    assert torch.equal(found.summed(groups, n), torch.stack(expected))
     # Summed over slots: each element once, and nothing else.
     assert torch.equal(found.blanked(slots, T).sum((0, 1)), kept.sum((0, 1)))
 

@@ -210,14 +210,33 @@ def test_none_and_a_fresh_adapter_change_no_bit(path, dtype, with_bias):
 def test_none_is_not_the_last_adapter(path):
     t = draw()
     t["lora_A"][-1] = t["lora_B"][-1] = math.nan
-    y = run(t, given_as(path, [-1, 0, -1, 1, -1, -1, 2]))
+    adapter_of = [-1, 0, -1, 1, -1, -1, 2]
+    y = run(t, given_as(path, adapter_of))
     assert y.isfinite().all()
+    none = torch.tensor(adapter_of) == -1
+    assert torch.equal(y[none], F.linear(t["x"], t["weight"], t["bias"])[none])
+
+
+@pytest.mark.parametrize("nobodys", range(4))
+def test_an_adapter_that_nobody_has_reaches_nothing(path, nobodys):
+    t = draw(torch.float32, grad=NAMES)
+    with torch.no_grad():
+        for name in ("lora_A", "lora_B", "scaling"):
+            t[name][nobodys] = math.nan
+    others = [g for g in (-1, 0, 1, 2, 3) if g != nobodys]
+    y = run(t, given_as(path, [others[i % 3] for i in range(E)]))
+    found = gradients(y, t)
+    assert all(tensor.isfinite().all() for tensor in (y, *found.values()))
+    for name in ("lora_A", "lora_B", "scaling"):
+        assert not found[name][nobodys].any(), name
 
 
 VALUES = {"nan": math.nan, "inf": math.inf}
 HOLDERS = {
     "an element": ("x", (4, 1, 3)),
-    "its gradient": ("dy", (4, 1, 3)),
+    "one that fills up": ("x", (7, 1, 3)),
+    "the first by adapter": ("x", (5, 1, 3)),  # which fills up where the device groups
+    "its gradient": ("dy", (7, 1, 3)),
     "A": ("lora_A", (1, 1, 1)),
     "B": ("lora_B", (1, 1, 1)),
     "scaling": ("scaling", (1,)),
@@ -229,11 +248,12 @@ HOLDERS = {
 @pytest.mark.parametrize("backend", ["reference", "aten"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_one_adapter_holds_reaches_no_other(path, dtype, backend, holder, value):
-    """Neither outputs nor gradients, and of its own it reaches those that it does by definition. Whether
-    two infinities meet and are NaN is the backend's choice of which sum comes first."""
-    adapter_of = [1, 3, -1, 1, 1, 0, 3, 1, 1, 1]  # both groupings fill up
+    """Neither outputs nor gradients; and of its own it reaches those that it does by definition. All is
+    positive: an infinity stays one, whatever sum comes first, unless a zero comes near it."""
+    adapter_of = [1, 3, -1, 1, 1, 0, 3, 1, 1, 0]  # adapter 1 is filled up in both groupings
     leaves = ("x", "lora_A", "lora_B", "scaling")
     t = draw(x=(10, T, K)) | {"dy": torch.randn(10, T, N).double()}
+    t = {name: tensor.abs() for name, tensor in t.items()}
     name, place = HOLDERS[holder]
     t[name][place] = VALUES[value]
 
@@ -243,17 +263,20 @@ def test_what_one_adapter_holds_reaches_no_other(path, dtype, backend, holder, v
         y = operations.grouped_lora_linear(
             *(of[name] for name in NAMES[:5]), given_as(path, adapter_of), of["bias"]
         )
-        found = torch.autograd.grad(y, [of[name] for name in leaves], of["dy"])
-        return tuple(torch.where(o.isfinite(), o, math.nan) for o in (y.detach(), *found))
+        return y.detach(), *torch.autograd.grad(y, [of[name] for name in leaves], of["dy"])
 
     with lorafast.use_backend(backend):
-        assert_contract(call, lorafast.functional, dtype, rounded_to=dtype)
-        y, dx, *of_adapters = call(lorafast.functional, lambda tensor: tensor.to(dtype))
-    others = torch.tensor(adapter_of) != 1
+        found = call(lorafast.functional, lambda tensor: tensor.to(dtype))
+    for output, expected in zip(found, call(reference, lambda tensor: tensor), strict=True):
+        assert torch.equal(output.isnan(), expected.isnan())
+        assert torch.equal(output.isinf(), expected.isinf())
+    y, dx, *of_adapters = found
+    g = adapter_of[place[0]] if name in ("x", "dy") else place[0]
+    others = torch.tensor(adapter_of) != g
     assert y[others].isfinite().all()
     assert dx[others].isfinite().all()
     for gradient in of_adapters:
-        assert gradient[[0, 2, 3]].isfinite().all()
+        assert gradient[[i for i in range(n) if i != g]].isfinite().all()
     assert not all(output.isfinite().all() for output in (y, dx, *of_adapters))
 
 

@@ -99,17 +99,18 @@ def grouped_lora_linear_backward(wants: tuple[str, ...], dtype: torch.dtype) -> 
                 assert x is not None
                 assert every_ds is not None
                 every_x = _gathered(x, grouping, assignment)
-                dA = _sums(torch.bmm(every_ds.mT, every_x), grouping, n).to(dtype)
+                dA = grouping.summed(_exact(torch.bmm(every_ds.mT, every_x)), n).to(dtype)
             if want_dB:
                 assert every_s is not None
-                sums = _sums(torch.bmm(every_dy.mT, every_s), grouping, n)
-                dB = _scaled(sums, scaling).to(dtype)
+                partial = _exact(torch.bmm(every_dy.mT, every_s))
+                dB = grouping.summed(_scaled(partial, grouping.of_groups(scaling)), n).to(dtype)
             if want_dscaling:
                 assert lora_B is not None
                 assert every_s is not None
                 B = grouping.of_groups(lora_B)
                 unscaled = _exact(_of_dy(every_dy, B, grouping))
-                dscaling = _sums((unscaled * every_s).sum((1, 2)), grouping, n).to(scaling.dtype)
+                partial = (unscaled * every_s).sum((1, 2))
+                dscaling = grouping.summed(partial, n).to(scaling.dtype)
         return dx, dweight, dA, dB, dscaling, dy.sum(0) if want_dbias else None
 
     def zeros(
@@ -160,15 +161,5 @@ def _scaled(factors: Tensor, scaling: Tensor) -> Tensor:
 
 
 def _exact(partial: Tensor) -> Tensor:
+    """In the dtype of sums."""
     return partial.to(torch.promote_types(partial.dtype, torch.float32))
-
-
-def _sums(partial: Tensor, grouping: Grouping, n: int) -> Tensor:
-    """Of ``[groups, …]`` the sum over each adapter's groups, ``[n, …]``."""
-    partial, adapter = _exact(partial), grouping.adapter
-    if adapter is None:
-        return partial
-    sums = partial.new_zeros((n, *partial.shape[1:]))
-    if partial.is_cuda:  # where index_add_ adds in whatever order, and this sorts first
-        return sums.index_put_((adapter,), partial, accumulate=True)
-    return sums.index_add_(0, adapter, partial)
