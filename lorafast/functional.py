@@ -95,9 +95,10 @@ def grouped_lora_linear(
               in Python, and a GPU is given the groups without being waited for. The fewest operations,
               for few elements: sequences, not tokens. Code is compiled again for another sequence, not
               for another tensor.
-            - A tensor on the GPU of ``x``: that groups the elements, in about thirty small operations,
+            - A tensor on the CUDA device of ``x``: that groups the elements, in about thirty small operations,
               and the host doesn't wait for it. Up to a quarter more rows than there are go through the
               low-rank products, for the groups must hold any assignment. CUDA graphs take this one.
+              (On a device of another kind it is read by the host, which waits.)
         bias: ``[N]``, in the dtype of ``x``.
 
     Returns:

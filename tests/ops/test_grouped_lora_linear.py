@@ -298,6 +298,19 @@ def test_shapes(path, leading, of, n, r, scaling):
         assert torch.equal(run(t, tuple(listed) if shape else (listed,)), found)
 
 
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+@pytest.mark.parametrize(("K", "N"), [(0, 3), (3, 0)], ids=["K=0", "N=0"])
+def test_layers_without_inputs_or_outputs(path, backend, K, N):
+    leaves = ("x", "lora_A", "lora_B")
+    sizes = {"x": (E, T, K), "weight": (N, K), "lora_A": (n, r, K), "lora_B": (n, N, r)}
+    t = draw(torch.float32, grad=leaves, **sizes) | {"bias": None}
+    with lorafast.use_backend(backend):
+        y = run(t, given_as(path, ADAPTER_OF))
+        found = gradients(y, t)
+    assert torch.equal(y, torch.zeros(E, T, N))
+    assert not any(gradient.any() for gradient in found.values())
+
+
 @pytest.mark.parametrize("adapter_of", [[-1] * E, [2] * E, [0, 1, 2, 3, -1, -1, -1]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8], ids=str)
 def test_none_all_and_each_once(path, adapter_of, dtype):
