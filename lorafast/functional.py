@@ -95,17 +95,17 @@ def grouped_lora_linear(
               in Python, and a GPU is given the groups without being waited for. The fewest operations,
               for few elements: sequences, not tokens. Code is compiled again for another sequence, not
               for another tensor.
-            - A tensor on the CUDA device of ``x``: that groups the elements, in about thirty small operations,
-              and the host doesn't wait for it. Up to a quarter more rows than there are go through the
-              low-rank products, for the groups must hold any assignment. CUDA graphs take this one.
-              (On a device of another kind it is read by the host, which waits.)
+            - A tensor on the CUDA device of ``x``: that groups the elements, in about thirty small
+              operations, and the host doesn't wait for it. Up to a quarter more rows than there are go
+              through the low-rank products, for the groups must hold any assignment. CUDA graphs take
+              this one. (A device of another kind is waited for, and the host groups.)
         bias: ``[N]``, in the dtype of ``x``.
 
     Returns:
         ``y [..., N]`` in the dtype of ``x``. Every float tensor may require a gradient, ``scaling`` too.
         A NaN or an infinity in an element or in an adapter reaches no output and no gradient of another
         adapter. Under autocast ``x``, ``weight`` and ``bias`` are cast as ``F.linear`` would; the
-        adapters stay. Beside float16 the low-rank term is float32.
+        adapters stay. The low-rank term of a float16 ``x`` is float32.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit, or ``adapter_of`` holds an index out of range;
