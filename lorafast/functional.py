@@ -95,7 +95,7 @@ def grouped_lora_linear(
               in Python, and a GPU is given the groups without being waited for. The fewest operations,
               for few elements: sequences, not tokens. Code is compiled again for another sequence, not
               for another tensor.
-            - A tensor on the CUDA device of ``x``: that groups the elements, in about thirty small
+            - A tensor on the CUDA device of ``x``: that groups the elements, in about forty small
               operations, and the host doesn't wait for it. Up to a quarter more rows than there are go
               through the low-rank products, for the groups must hold any assignment. CUDA graphs take
               this one. (A device of another kind is waited for, and the host groups.)
