@@ -19,11 +19,11 @@ TABLE: Table = {
     ),
     "linear_expand": (
         # bits, M, K, N, largest rank
-        (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 3,
-            descriptors=True, flatten=True, parts=2, masked_parts=8, helpers=16)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 4,
+            descriptors=True, parts=4, masked_parts=8, helpers=16)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 4,
-            descriptors=True, flatten=True, masked_parts=2)),
-        (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 128, 16, 4, 4, descriptors=True, flatten=True)),
+            descriptors=True, masked_parts=2)),
+        (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 128, 16, 4, 4, descriptors=True)),
         (16, 16, 4096, 4096, 64, LaunchConfig(16, 64, 128, 16, 4, 4, descriptors=True)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 3, masked_parts=4)),
         (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 64, 16, 4, 4)),

@@ -192,6 +192,8 @@ def why_bad(
     """What the machine code must not have, and what it must."""
     if machine.spills or machine.local:
         yield f"{machine.spills} spills, {machine.local} bytes of local memory"
+    if machine.serialized:
+        yield "its wgmma instructions are serialized"
     if machine.shared > SHARED_MEMORY[capability]:
         yield f"{machine.shared} bytes of shared memory of {SHARED_MEMORY[capability]}"
     product = launch.kernel.__name__.removesuffix("_kernel") in (_PRODUCT, *WHOLE)

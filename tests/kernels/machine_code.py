@@ -21,7 +21,8 @@ import triton.backends.nvidia
 from recorded import Launch
 from triton.backends.compiler import GPUTarget
 
-_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+_BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
+_CUOBJDUMP, _PTXAS = _BIN / "cuobjdump", _BIN / "ptxas"
 _FOLDER = Path(__file__).with_name("compiled")
 _KEY_DIGITS = 16
 
@@ -35,6 +36,9 @@ class Machine:
     local: int
     shared: int
     spills: int
+    serialized: bool
+    """``ptxas`` makes each ``wgmma`` wait for the one before, which costs a GEMM a fifth of its speed:
+    measured on an H100."""
     instructions: dict[str, int]
 
 
@@ -86,10 +90,21 @@ def _key(launch: Launch, capability: int) -> str:
 def _compile(launch: Launch, capability: int) -> Machine:
     target = GPUTarget("cuda", capability, 32)
     result = triton.compile(launch.source(), target=target, options=dict(launch.options))
-    return _read(result.asm["cubin"], result.metadata.shared)
+    serialized = "wgmma" in result.asm["ptx"] and _serialized(result.asm["ptx"], capability)
+    return _read(result.asm["cubin"], result.metadata.shared, serialized)
 
 
-def _read(cubin: bytes, shared: int) -> Machine:
+def _serialized(ptx: str, capability: int) -> bool:
+    """Whether ``ptxas`` says so: its messages C7510 to C7519."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(_PTXAS), "-v", f"--gpu-name=sm_{capability}a", "-o", "/dev/null", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return re.search(r"\bC751\d\b", said) is not None
+
+
+def _read(cubin: bytes, shared: int, serialized: bool) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -103,6 +118,7 @@ def _read(cubin: bytes, shared: int) -> Machine:
         local=need["LOCAL"],
         shared=shared,
         spills=sum(word.split(".")[0] in ("STL", "LDL") for word in words),
+        serialized=serialized,
         instructions=_instructions(words),
     )
 
