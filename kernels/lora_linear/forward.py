@@ -13,7 +13,7 @@ import triton.language as tl
 from lorafast.kernels.common.bundles import Matrix, Vector
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import cast, raise_flag, wait_for
+from lorafast.kernels.common.device import cast, dot, factor, raise_flag, wait_for
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
@@ -46,6 +46,38 @@ from lorafast.kernels.shrink.kernel import shrink_rows
 from torch import Tensor
 
 from lorafast.core.problem import Layout
+
+
+@triton.jit
+def shrink_row_block(
+    x,
+    a,
+    row_block,
+    ranks,
+    K,
+    r,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """``x·Aᵀ`` in float32 of a row block, which TMA reads by the descriptor ``x``, for ``ranks``."""
+    a_rows = a.ptr + ranks.to(tl.int64)[None, :] * a.stride_row  # [1, ranks]
+    acc = tl.zeros((BLOCK_M, ranks.shape[0]), dtype=tl.float32)
+    for block in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
+        k = block * BLOCK_K
+        cols = k + tl.arange(0, BLOCK_K)
+        x_tile = x.load([row_block * BLOCK_M, k])  # [BLOCK_M, BLOCK_K]
+        a_tile = tl.load(
+            a_rows + cols.to(tl.int64)[:, None] * a.stride_col,
+            mask=(ranks < r)[None, :] & (cols < K)[:, None],
+            other=0.0,
+        )  # [BLOCK_K, ranks]
+        a_tile = factor(a_tile, x_tile.dtype, INTERPRETED)
+        # Apart: with a sum that stays in flight over the loop ptxas serializes every wgmma of the kernel.
+        acc = dot(x_tile, a_tile, acc, PRECISION, INTERPRETED, APART=True)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "r", "waves"])
@@ -111,10 +143,16 @@ def lora_linear_kernel(
         item = tl.atomic_add(counters_ptr + ITEMS, 1, sem="relaxed")
         while item < row_blocks:
             rows = item * BLOCK_M + tl.arange(0, BLOCK_M)
-            acc = shrink_rows(
-                Matrix(x_ptr, stride_xm, stride_xk), a, None, rows, ranks, 0, K, M, K, r,
-                HELPER_K, HELPER_STAGES, PRECISION, INTERPRETED,
-            )  # fmt: skip
+            if DESCRIPTORS:
+                acc = shrink_row_block(
+                    x, a, item, ranks, K, r,
+                    BLOCK_M, BLOCK_K, HELPER_STAGES, PRECISION, INTERPRETED,
+                )  # fmt: skip
+            else:
+                acc = shrink_rows(
+                    Matrix(x_ptr, stride_xm, stride_xk), a, None, rows, ranks, 0, K, M, K, r,
+                    HELPER_K, HELPER_STAGES, PRECISION, INTERPRETED,
+                )  # fmt: skip
             tl.store(
                 s_ptr + rows.to(tl.int64)[:, None] * r + ranks[None, :],
                 cast(acc, s_ptr.dtype.element_ty, INTERPRETED),
