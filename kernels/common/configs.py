@@ -70,6 +70,7 @@ _STAGE_TILES = {
     "linear_expand": (("block_m", "block_k"), ("block_n", "block_k")),
     "expand_backward": (("block_m", "block_n"), ("block_m", "block_r")),
     "shrink_backward": (("block_m", "block_k"), ("block_m", "block_r")),
+    "expand": (("block_m", "block_r"), ("block_n", "block_r")),
 }
 # float32 accumulators (rows, columns) that a program keeps in registers
 _ACCUMULATORS = {
@@ -77,6 +78,7 @@ _ACCUMULATORS = {
     "linear_expand": (("block_m", "block_n"),),
     "expand_backward": (("block_m", "block_r"), ("block_n", "block_r")),
     "shrink_backward": (("block_r", "block_k"),),
+    "expand": (("block_m", "block_n"),),
 }
 OPERATIONS = tuple(_STAGE_TILES)
 
