@@ -1,4 +1,4 @@
-"""``y = scaling · drop'(s·Bᵀ)``."""
+"""``y = drop(scaling · s·Bᵀ)``."""
 
 from lorafast.kernels.expand.kernel import expand
 

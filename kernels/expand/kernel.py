@@ -1,4 +1,4 @@
-"""``y = scaling · drop'(s·Bᵀ)``: y is written once, in rows of 16 bytes a thread, and not read.
+"""``y = drop(scaling · s·Bᵀ)``: y is written once, in rows of 16 bytes a thread, and not read.
 
 A program keeps the columns that it has of B and goes through row blocks of s.
 """
@@ -144,7 +144,7 @@ def expand(
     bias: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> Tensor:
-    """``y = scaling · drop'(s·Bᵀ)``, plus ``bias`` if there is one.
+    """``y = drop(scaling · s·Bᵀ)``, plus ``bias`` if there is one.
 
     Shapes: ``s [M, r]``, ``lora_B [N, r]``, ``bias [N]`` → ``y [M, N]`` in ``dtype``; ``s`` in the same,
     or in float32 for float16.

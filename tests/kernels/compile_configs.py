@@ -186,9 +186,7 @@ def _launches(capability: int, kind: Kind, call: Callable[[], object]) -> list[L
         matmul.fp32_precision = before
 
 
-def _ranks(
-    operation: str, most: int, kind: str, most_rows: bool, last: bool
-) -> tuple[int, ...]:
+def _ranks(operation: str, most: int, kind: str, most_rows: bool, last: bool) -> tuple[int, ...]:
     """The ranks to compile a row for. A product takes the rank in blocks of its own: one, several, and
     so many that they are looped over, the last two where there are most rows. ``expand`` loops over
     blocks beyond the ``last`` of its ranks."""

@@ -18,7 +18,7 @@ def call(p, t):
             0.7,
             p.dropout_p,
             t.seed,
-            dtype=p.dtype,
+            dtype=cast(t.dy).dtype,
         )
 
     return run_call
