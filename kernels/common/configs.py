@@ -67,6 +67,7 @@ class LaunchConfig:
 # operand tiles (rows, columns) that a pipeline stage holds in shared memory
 _STAGE_TILES = {
     "shrink": (("block_m", "block_k"), ("block_r", "block_k")),
+    "expand": (("block_m", "block_r"), ("block_n", "block_r")),
     "linear_expand": (("block_m", "block_k"), ("block_n", "block_k")),
     "expand_backward": (("block_m", "block_n"), ("block_m", "block_r")),
     "shrink_backward": (("block_m", "block_k"), ("block_m", "block_r")),
@@ -74,6 +75,7 @@ _STAGE_TILES = {
 # float32 accumulators (rows, columns) that a program keeps in registers
 _ACCUMULATORS = {
     "shrink": (("block_m", "block_r"),),
+    "expand": (("block_m", "block_n"),),
     "linear_expand": (("block_m", "block_n"),),
     "expand_backward": (("block_m", "block_r"), ("block_n", "block_r")),
     "shrink_backward": (("block_r", "block_k"),),

@@ -195,3 +195,60 @@ def sum_blocks(partials_ptr, offsets, inside, stride, count):
         start = tl.cast(i, tl.int64) * stride
         total += tl.load(partials_ptr + start + offsets, mask=inside, other=0.0)
     return total
+
+
+@triton.jit
+def drop_columns(x, seed, rows, first_column, K, threshold):
+    """``x [len(rows), columns]`` with 0 where ``keep_mask`` drops, without a scale.
+
+    Eight neighbouring columns are one thread's, as their call of Philox is: so no mask changes hands.
+    """
+    GROUPS: tl.constexpr = x.shape[1] // 8
+    groups = first_column // 8 + tl.arange(0, GROUPS)
+    counter = rows.to(tl.int64)[:, None] * tl.cdiv(K, 8) + groups[None, :]
+    w0, w1, w2, w3 = _philox(seed, counter)  # [rows, GROUPS] each
+    # The last binary digit of a column, the half of a word, is split off first.
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], GROUPS, 2, 2, 2)))
+    even02, even13 = tl.split(even)
+    odd02, odd13 = tl.split(odd)
+    e0, e2 = tl.split(even02)
+    e1, e3 = tl.split(even13)
+    o0, o2 = tl.split(odd02)
+    o1, o3 = tl.split(odd13)
+    even02 = tl.join(_low_kept(e0, w0, threshold), _low_kept(e2, w2, threshold))
+    even13 = tl.join(_low_kept(e1, w1, threshold), _low_kept(e3, w3, threshold))
+    odd02 = tl.join(_high_kept(o0, w0, threshold), _high_kept(o2, w2, threshold))
+    odd13 = tl.join(_high_kept(o1, w1, threshold), _high_kept(o3, w3, threshold))
+    both = tl.join(tl.join(even02, even13), tl.join(odd02, odd13))
+    return tl.reshape(both, x.shape)
+
+
+@triton.jit
+def _philox(seed, counter):
+    """``tl.randint4x(seed, counter, n_rounds=7)``, by products that give both of their words at once."""
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    c0 = counter.to(tl.uint32)
+    c1 = (counter >> 32).to(tl.uint32)
+    c2 = c0 * 0
+    c3 = c2
+    for _ in tl.static_range(7):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c3 = product0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _low_kept(x, word, threshold):
+    return tl.where((word & 0xFFFF).to(tl.int32) >= threshold, x, 0.0)
+
+
+@triton.jit
+def _high_kept(x, word, threshold):
+    return tl.where((word >> 16).to(tl.int32) >= threshold, x, 0.0)

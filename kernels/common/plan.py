@@ -54,6 +54,27 @@ class ShrinkLaunch:
 
 
 @dataclass(frozen=True)
+class ExpandLaunch:
+    """``grid``: column blocks, row groups; a row group has ``m_blocks`` blocks of M.
+
+    - ``rank_blocks``: one is kept while a program goes through its rows, several are looped over;
+    - ``even``: whether the last one is full; ``bias``: whether one is added.
+    """
+
+    config: LaunchConfig
+    M: int
+    N: int
+    r: int
+    grid: tuple[int, int]
+    m_blocks: int
+    rank_blocks: int
+    even: bool
+    precision: str
+    bias: bool
+    dropout: bool
+
+
+@dataclass(frozen=True)
 class LinearExpandLaunch:
     """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` that take tiles in turn.
 
@@ -161,6 +182,30 @@ def shrink_launch(
     row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
     count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
     return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
+
+
+def expand_launch(
+    c: LaunchConfig,
+    M: int,
+    N: int,
+    r: int,
+    *,
+    sms: int,
+    dtype: torch.dtype,
+    precision: str,
+    bias: bool = False,
+    dropout: bool = False,
+) -> ExpandLaunch:
+    """As many programs as run at once, of row groups of one length. For float16 the factors are
+    float32, of which y would show TF32's rounding: each is the sum of two numbers in TF32."""
+    cols, row_blocks = _blocks(N, c.block_n), _blocks(M, c.block_m)
+    groups = min(max(sms * c.ctas_per_sm // max(cols, 1), 1), max(row_blocks, 1))
+    m_blocks = max(_blocks(row_blocks, groups), 1)
+    grid = cols, _blocks(row_blocks, m_blocks)
+    if dtype is torch.float16:
+        precision = "tf32x3"
+    rank_blocks, even = _blocks(r, c.block_r), r % c.block_r == 0
+    return ExpandLaunch(c, M, N, r, grid, m_blocks, rank_blocks, even, precision, bias, dropout)
 
 
 def linear_expand_launch(

@@ -3,6 +3,7 @@
 from lorafast.backends import BackendError, BackendStatus, backends
 from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
+from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_linear import lora_linear
@@ -14,6 +15,7 @@ __all__ = [
     "BackendStatus",
     "allow_packing",
     "backends",
+    "expand",
     "expand_backward",
     "linear_expand",
     "lora_linear",

@@ -2,6 +2,7 @@
 
 from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
+from lorafast.reference.expand import expand
 from lorafast.reference.expand_backward import expand_backward, expand_dB, expand_ds
 from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_linear import lora_linear
@@ -10,6 +11,7 @@ from lorafast.reference.shrink_backward import shrink_backward
 
 __all__ = [
     "dropout",
+    "expand",
     "expand_backward",
     "expand_dB",
     "expand_ds",
