@@ -158,41 +158,30 @@ def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem) -> list[Launch]:
 
 @traffic_of.register
 def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
-    """The tiles, and a shrink of each row block."""
+    """The helpers read x again, and A for every row block."""
     tiles = _tiles(launch.gemm, p)
-    x, A, s = p.M * p.K * _size(p), p.r * p.K * _adapter(p), _low(p, p.M)
+    x, s, A = p.M * p.K * _size(p), _low(p, p.M), p.r * p.K * _adapter(p)
     rows = _blocks(p.M, launch.gemm.config.block_m)
-    return [
-        Launch(tiles.read + A, tiles.written + s, tiles.loaded + x + rows * A, tiles.stored + s, x)
-    ]
+    written = tiles.written + s
+    return [Launch(tiles.read + A, written, tiles.loaded + x + rows * A, written, x)]
 
 
 @traffic_of.register
 def _lora_linear_backward(launch: LoraLinearBackwardLaunch, p: Problem) -> list[Launch]:
-    """The tiles, and what helpers do of dy and x."""
+    """The helpers read dy again, and B for every row block, each of which leaves its part of dB and
+    dbias; these are added up behind, and dA is made."""
     tiles = _tiles(launch.gemm, p)
-    cols, rows = launch.groups
-    groups = _groups(p, cols, rows, 1, tuple(name for name in p.wants if name not in ("dx", "dA")))
-    ds_groups = _groups(p, cols, rows, 1, ("ds",))
-    dy, s = p.M * p.N * _size(p), _low(p, p.M)
-    # dy is read by both; ds is added up there, written and read.
-    of_ds = ds_groups.written
-    skinny = Launch(
-        groups.read + ds_groups.read - dy - dy + of_ds,
-        groups.written + of_ds + s,
-        groups.loaded + ds_groups.loaded - dy + of_ds,
-        0,
-    )
-    read, written = tiles.read + skinny.read, tiles.written + skinny.written
-    loaded = tiles.loaded + skinny.loaded
-    if launch.shrink_backward is None:
-        x, dA = p.M * p.K * _size(p), p.r * p.K * _adapter(p)
-        read, written = read + x, written + dA
-        loaded += x + _blocks(p.K, launch.columns.block_k) * s
-    found = [Launch(read, written, loaded, written, dy)]
-    return (
-        found if launch.shrink_backward is None else found + traffic_of(launch.shrink_backward, p)
-    )
+    dy, s, B = p.M * p.N * _size(p), _low(p, p.M), p.N * p.r * _adapter(p)
+    rows = _blocks(p.M, launch.gemm.config.block_m)
+    sums = [(rows * p.N * p.r * _PARTIAL, B)]
+    if launch.dbias:
+        sums.append((rows * p.N * _PARTIAL, p.N * _size(p)))
+    written = tiles.written + s + sum(parts for parts, _ in sums)
+    return [
+        Launch(tiles.read + s + B, written, tiles.loaded + dy + s + rows * B, written, dy),
+        *(Launch(parts, out, parts, out) for parts, out in sums),
+        *traffic_of(launch.shrink_backward, p),
+    ]
 
 
 def _size(p: Problem) -> int:

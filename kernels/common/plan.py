@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from lorafast.kernels.common.configs import (
-    GROUP_M,
     UNROLLED_RANK_BLOCKS,
     LaunchConfig,
     chunks,
@@ -23,6 +22,9 @@ from lorafast.core.problem import Layout
 from lorafast.reference import wide
 
 _PARTIAL = 4
+_WIDEST = 4
+"""Bytes of an element of A or B, at most."""
+_MOST_STAGES = 8
 _FLOPS_PER_BYTE = 97
 """What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
 beside the GEMM; elsewhere of the same order."""
@@ -154,24 +156,26 @@ class Helpers:
 
 @dataclass(frozen=True)
 class LoraLinearLaunch:
-    """The GEMM of y, beside which helpers shrink as ``shrink`` says."""
+    """The GEMM of y, beside which helpers make s.
+
+    ``ranks``: the rank as they multiply by it, a power of two; ``stages``: of their pipeline.
+    """
 
     gemm: LinearExpandLaunch
     helpers: Helpers
-    shrink: LaunchConfig
+    ranks: int
+    stages: int
 
 
 @dataclass(frozen=True)
 class LoraLinearBackwardLaunch:
-    """The GEMM of dx, beside which helpers make ds, dB and ``dbias`` by ``rows``, and dA by ``columns``
-    unless that has a launch of its own. ``groups``: column groups of ds, row groups of dB."""
+    """The GEMM of dx, beside which helpers make ds and the parts of dB and ``dbias``, then dA."""
 
     gemm: LinearExpandLaunch
     helpers: Helpers
-    rows: LaunchConfig
-    columns: LaunchConfig
-    groups: tuple[int, int]
-    shrink_backward: ShrinkBackwardLaunch | None
+    ranks: int
+    stages: int
+    shrink_backward: ShrinkBackwardLaunch
     dbias: bool
 
 
@@ -304,7 +308,6 @@ def shrink_backward_launch(
 
 def lora_linear_launch(
     c: LaunchConfig,
-    shrink: LaunchConfig,
     M: int,
     K: int,
     N: int,
@@ -319,21 +322,20 @@ def lora_linear_launch(
     dropout: bool = False,
 ) -> LoraLinearLaunch | None:
     """A layer's forward in one launch; None where helpers can't serve it."""
-    helpers = None
-    if may_help(dtype):
-        helpers = forward_helpers(c, shrink, M, K, N, r, dtype.itemsize, dropout, sms)
+    if dropout or not may_help(dtype):
+        return None
+    helpers = forward_helpers(c, M, K, N, r, dtype.itemsize, sms)
     if helpers is None:
         return None
     gemm = linear_expand_launch(
         c, M, K, N, r, sms=sms, dtype=dtype, precision=precision, tma=tma, by_rows=by_rows,
         bias=bias, helpers=helpers,
     )  # fmt: skip
-    return LoraLinearLaunch(gemm, helpers, shrink)
+    return LoraLinearLaunch(gemm, helpers, *_of_helpers(c, r, dtype.itemsize))
 
 
 def lora_linear_backward_launch(
     c: LaunchConfig,
-    rows: LaunchConfig,
     columns: LaunchConfig,
     M: int,
     K: int,
@@ -347,26 +349,28 @@ def lora_linear_backward_launch(
     by_rows: bool = True,
     dropout: bool = False,
     dbias: bool = False,
-    alone: LaunchConfig | None = None,
 ) -> LoraLinearBackwardLaunch | None:
-    """A layer's backward in one launch; with a mask dA has its own, by ``alone``. None where helpers
-    can't serve it."""
-    helpers = None
-    if may_help(dtype):
-        helpers = backward_helpers(c, rows, columns, M, K, N, r, dtype.itemsize, dropout, sms)
+    """A layer's backward with helpers beside its GEMM, and dA by ``columns``. None where they can't serve
+    it."""
+    if dropout or not may_help(dtype):
+        return None
+    helpers = backward_helpers(c, M, K, N, r, dtype.itemsize, sms)
     if helpers is None:
         return None
     gemm = linear_expand_launch(
         c, M, N, K, r, sms=sms, dtype=dtype, precision=precision, tma=tma, transposed=True,
-        by_rows=by_rows, dropout=dropout, helpers=helpers,
+        by_rows=by_rows, helpers=helpers,
     )  # fmt: skip
-    groups = _blocks(N, rows.block_n), _blocks(M, group_rows(c))
-    last = None
-    if dropout:
-        last = shrink_backward_launch(
-            alone or columns, M, K, r, sms=sms, precision=precision, dropout=True
-        )
-    return LoraLinearBackwardLaunch(gemm, helpers, rows, columns, groups, last, dbias)
+    of_dA = shrink_backward_launch(columns, M, K, r, sms=sms, precision=precision, dropout=False)
+    return LoraLinearBackwardLaunch(gemm, helpers, *_of_helpers(c, r, dtype.itemsize), of_dA, dbias)
+
+
+def _of_helpers(gemm: LaunchConfig, r: int, size: int) -> tuple[int, int]:
+    """The power of two that holds the rank, and as many stages as fit where those of the GEMM lie."""
+    ranks = max(16, 1 << (r - 1).bit_length())
+    stage = gemm.block_k * (gemm.block_m * size + ranks * _WIDEST)
+    whole = (gemm.num_stages - 1) * gemm.block_k * (gemm.block_m + gemm.block_n) * size
+    return ranks, min(max(whole // stage, 2), _MOST_STAGES)
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
@@ -399,13 +403,11 @@ def _plan(
     r: int,
     helper_bytes: int,
     sms: int,
-    waited_bytes: int = 0,
 ) -> Helpers | None:
-    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
+    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they move ``helper_bytes``.
 
-    ``waited_bytes`` are what one helper alone reads last while tiles wait for it. None where helpers
-    can't serve: none in the configuration, a rank that is looped over, skinny work that would outlast
-    half of the GEMM, or a wait that would outlast a tile. Whether they pay, ``rounds`` says.
+    None where helpers can't serve: none in the configuration, a rank that is looped over, or skinny work
+    that would outlast half of the GEMM. Whether they pay, ``rounds`` says.
     """
     if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
         return None
@@ -415,8 +417,6 @@ def _plan(
     if not 0 < helpers < programs:
         return None
     tile_flops = 2 * config.block_m * config.block_n * depth
-    if waited_bytes * _FLOPS_PER_BYTE > tile_flops:
-        return None
     alone = _blocks(tiles, programs)
     waves = -(-helper_bytes * _FLOPS_PER_BYTE // (helpers * tile_flops))
 
@@ -432,48 +432,21 @@ def _plan(
 
 
 def forward_helpers(
-    gemm: LaunchConfig,
-    shrink: LaunchConfig,
-    M: int,
-    K: int,
-    N: int,
-    r: int,
-    size: int,
-    masked: bool,
-    sms: int,
+    gemm: LaunchConfig, M: int, K: int, N: int, r: int, size: int, sms: int
 ) -> Helpers | None:
-    """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
-    if masked or r > shrink.block_r:
-        return None
+    """The helpers of a layer's forward; ``size`` is an element's."""
     return _plan(gemm, M, K, N, r, M * K * size, sms)
 
 
-def group_rows(gemm: LaunchConfig) -> int:
-    """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
-    return GROUP_M * gemm.block_m
-
-
 def backward_helpers(
-    gemm: LaunchConfig,
-    expand_backward: LaunchConfig,
-    shrink_backward: LaunchConfig,
-    M: int,
-    K: int,
-    N: int,
-    r: int,
-    size: int,
-    masked: bool,
-    sms: int,
+    gemm: LaunchConfig, M: int, K: int, N: int, r: int, size: int, sms: int
 ) -> Helpers | None:
-    """The helpers of a layer's backward, which make ds and dB, and without a mask dA."""
-    if r > min(expand_backward.block_r, shrink_backward.block_r):
-        return None
+    """The helpers of a layer's backward, which make ds and the parts of dB."""
     # With a rank of several blocks the launch would spill: compiled for sm_90.
-    if r > gemm.block_r or group_rows(gemm) % expand_backward.block_m:
+    if r > gemm.block_r:
         return None
-    partials = _PARTIAL * r * _blocks(N, expand_backward.block_n)  # bytes a row of ds
-    read = M * ((N if masked else N + K) * size + 2 * partials)
-    return _plan(gemm, M, N, K, r, read, sms, group_rows(gemm) * partials)
+    partials = _blocks(M, gemm.block_m) * N * r * _PARTIAL
+    return _plan(gemm, M, N, K, r, M * N * size + partials, sms)
 
 
 def _blocks(length: int, block: int) -> int:

@@ -13,7 +13,7 @@ import triton.language as tl
 from lorafast.kernels.common.bundles import Matrix, Vector
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import cast, dot, factor, raise_flag, wait_for
+from lorafast.kernels.common.device import cast, dot, raise_flag, wait_for
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
@@ -38,11 +38,12 @@ from lorafast.kernels.lora_linear.helpers import (
     ITEMS,
     TICKETS,
     clear_when_last,
+    read_factor,
+    read_rows,
     tile_count,
     tile_of,
 )
 from lorafast.kernels.shrink import shrink
-from lorafast.kernels.shrink.kernel import shrink_rows
 from torch import Tensor
 
 from lorafast.core.problem import Layout
@@ -54,27 +55,22 @@ def shrink_row_block(
     a,
     row_block,
     ranks,
+    M,
     K,
     r,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``x·Aᵀ`` in float32 of a row block, which TMA reads by the descriptor ``x``, for ``ranks``."""
-    a_rows = a.ptr + ranks.to(tl.int64)[None, :] * a.stride_row  # [1, ranks]
+    """``x·Aᵀ`` in float32 of a row block of x, for ``ranks``; ``a`` is Aᵀ."""
     acc = tl.zeros((BLOCK_M, ranks.shape[0]), dtype=tl.float32)
     for block in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
-        k = block * BLOCK_K
-        cols = k + tl.arange(0, BLOCK_K)
-        x_tile = x.load([row_block * BLOCK_M, k])  # [BLOCK_M, BLOCK_K]
-        a_tile = tl.load(
-            a_rows + cols.to(tl.int64)[:, None] * a.stride_col,
-            mask=(ranks < r)[None, :] & (cols < K)[:, None],
-            other=0.0,
-        )  # [BLOCK_K, ranks]
-        a_tile = factor(a_tile, x_tile.dtype, INTERPRETED)
+        x_tile = read_rows(x, row_block, block, M, K, BLOCK_M, BLOCK_K, DESCRIPTORS)
+        cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        a_tile = read_factor(a, cols, ranks, K, r, x_tile.dtype, INTERPRETED)
         # Apart: with a sum that stays in flight over the loop ptxas serializes every wgmma of the kernel.
         acc = dot(x_tile, a_tile, acc, PRECISION, INTERPRETED, APART=True)
     return acc
@@ -85,7 +81,6 @@ def lora_linear_kernel(
     x,
     w,
     y,
-    x_ptr,
     a_ptr,
     s_ptr,
     b_ptr,
@@ -118,7 +113,6 @@ def lora_linear_kernel(
     WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
     HELPERS: tl.constexpr,
-    HELPER_K: tl.constexpr,
     HELPER_R: tl.constexpr,
     HELPER_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -126,9 +120,9 @@ def lora_linear_kernel(
 ):
     """An item of the helpers is a row block of s; its flag says that it is there.
 
-    The tiles read x and W by ``x`` and ``w``, descriptors or pointers, the helpers x by ``x_ptr``.
+    ``x``, ``w`` and ``y`` are descriptors or pointers.
     """
-    a = Matrix(a_ptr, stride_ar, stride_ak)
+    a = Matrix(a_ptr, stride_ak, stride_ar)  # Aᵀ [K, r]
     b = Matrix(b_ptr, stride_bn, stride_br)
     bias = Vector(bias_ptr, stride_bias) if bias_ptr is not None else None
     if not DESCRIPTORS:
@@ -143,16 +137,10 @@ def lora_linear_kernel(
         item = tl.atomic_add(counters_ptr + ITEMS, 1, sem="relaxed")
         while item < row_blocks:
             rows = item * BLOCK_M + tl.arange(0, BLOCK_M)
-            if DESCRIPTORS:
-                acc = shrink_row_block(
-                    x, a, item, ranks, K, r,
-                    BLOCK_M, BLOCK_K, HELPER_STAGES, PRECISION, INTERPRETED,
-                )  # fmt: skip
-            else:
-                acc = shrink_rows(
-                    Matrix(x_ptr, stride_xm, stride_xk), a, None, rows, ranks, 0, K, M, K, r,
-                    HELPER_K, HELPER_STAGES, PRECISION, INTERPRETED,
-                )  # fmt: skip
+            acc = shrink_row_block(
+                x, a, item, ranks, M, K, r,
+                BLOCK_M, BLOCK_K, HELPER_STAGES, DESCRIPTORS, PRECISION, INTERPRETED,
+            )  # fmt: skip
             tl.store(
                 s_ptr + rows.to(tl.int64)[:, None] * r + ranks[None, :],
                 cast(acc, s_ptr.dtype.element_ty, INTERPRETED),
@@ -208,8 +196,7 @@ def lora_linear(
     read = Layout.of(weight)
     tma = tma_fits(x.dtype, Layout.of(x), read, M, K, N)
     launch = lora_linear_launch(
-        config or rule_for("lora_linear", x, M, K, N, r, tma), rule_for("shrink", x, M, K, K, r),
-        M, K, N, r,
+        config or rule_for("lora_linear", x, M, K, N, r, tma), M, K, N, r,
         sms=sms(x), dtype=x.dtype, precision=precision(x), tma=tma, by_rows=read.rows > 0,
         bias=bias is not None, dropout=dropout_p > 0.0,
     )  # fmt: skip
@@ -222,14 +209,13 @@ def lora_linear(
 @functools.lru_cache(maxsize=KEPT)
 def launcher(launch: LoraLinearLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
     """What launches it: of ``x, weight, lora_A, lora_B, scaling, bias``, and a dropout that is none."""
-    gemm, helpers, c = launch.gemm, launch.helpers, launch.shrink
+    gemm, helpers = launch.gemm, launch.helpers
     M, N, K, r = gemm.M, gemm.N, gemm.K, gemm.r
     start = Start(lora_linear_kernel, (helpers.programs,), gemm.config.options)
     operands = operands_of(gemm)
     used = FLAGS.value + -(-M // gemm.config.block_m)
     blocks = (
-        *blocks_of(gemm), helpers.helpers, c.block_k, c.block_r, c.num_stages, gemm.precision,
-        INTERPRETED,
+        *blocks_of(gemm), helpers.helpers, launch.ranks, launch.stages, gemm.precision, INTERPRETED,
     )  # fmt: skip
 
     @on_its_device
@@ -251,7 +237,7 @@ def launcher(launch: LoraLinearLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
         )  # fmt: skip
         start(
             key_of(strides, tensors=(x, weight, lora_A, lora_B, bias)),
-            *operands(x, weight, y), x, lora_A, s, lora_B, bias, counters(x, used),
+            *operands(x, weight, y), lora_A, s, lora_B, bias, counters(x, used),
             M, N, K, r, helpers.waves, float(scaling), *strides, *blocks,
         )  # fmt: skip
         return y, s

@@ -185,15 +185,14 @@ def _lora_linear(launch: LoraLinearLaunch, p: Problem, device: Device) -> Estima
 
 @_of.register
 def _lora_linear_backward(launch: LoraLinearBackwardLaunch, p: Problem, device: Device) -> Estimate:
+    """And dB's parts are added up, and dA made, by launches of their own."""
     gemm = _of(launch.gemm, p._replace(transposed=True), device)
-    cols, rows = launch.groups
-    size = p.dtype.itemsize
-    partials = _partials(2, cols * p.M * p.r) / 2 + _partials(2, rows * p.N * p.r) / 2
-    thin = Estimate(flops=4.0 * p.M * p.N * p.r, bytes=2 * p.M * p.r * size + partials)
-    found = _beside(gemm, launch, device) + thin
-    if launch.shrink_backward is None:
-        return found + Estimate(flops=2.0 * p.M * p.K * p.r, bytes=float(p.M * p.K * size))
-    return found + _of(launch.shrink_backward, p, device)
+    low = wide(p.dtype).itemsize
+    parts_of_dB = float(_PARTIAL * -(-p.M // launch.gemm.config.block_m) * p.N * p.r)
+    dB = parts_of_dB + p.N * p.r * p.adapter_dtype.itemsize
+    thin = Estimate(flops=4.0 * p.M * p.N * p.r, bytes=2.0 * p.M * p.r * low + parts_of_dB)
+    summed = work(device, moved=dB, share=_SKINNY, host=LAUNCH_HOST)
+    return _beside(gemm, launch, device) + thin + summed + _of(launch.shrink_backward, p, device)
 
 
 def _beside(

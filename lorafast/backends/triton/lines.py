@@ -34,11 +34,12 @@ def lines(launch: Launch) -> tuple[str, ...]:
     )
     if isinstance(launch, LoraLinearLaunch):
         return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
-    made = "ds, dB, dbias" if launch.dbias else "ds, dB"
-    if launch.shrink_backward is None:
-        return (f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: {made}, dA",)
+    made = "ds, parts of dB and dbias" if launch.dbias else "ds, parts of dB"
+    parts = -(-launch.gemm.M // launch.gemm.config.block_m)
+    summed = f"sum_partials: dB from {parts} row blocks"
     return (
         f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: {made}",
+        *([summed, summed.replace("dB", "dbias")] if launch.dbias else [summed]),
         *lines(launch.shrink_backward),
     )
 

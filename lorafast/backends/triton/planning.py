@@ -103,7 +103,7 @@ def plan_lora_linear(
         return reason
     own = config or config_of(p, device)
     launch = lora_linear_launch(
-        own, _beside("shrink", p, device, p.K), p.M, p.K, p.N, p.r,
+        own, p.M, p.K, p.N, p.r,
         sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
         bias=p.bias, dropout=p.dropout,
     )  # fmt: skip
@@ -113,8 +113,7 @@ def plan_lora_linear(
 def plan_lora_linear_backward(
     p: Problem, device: Device, config: LaunchConfig | None = None
 ) -> LoraLinearBackwardLaunch | str:
-    """A frozen layer's backward in one launch with helpers, with a mask in two, or why they can't serve
-    it."""
+    """A frozen layer's backward with helpers, and dA after them, or why they can't serve it."""
     if p.wants not in (FROZEN, (*FROZEN, "dbias")):
         return f"they make {', '.join(FROZEN)} at once, and {', '.join(p.wants)} is asked for"
     reason = _why_no_helpers(p)
@@ -123,10 +122,9 @@ def plan_lora_linear_backward(
     own = config or config_of(p, device)
     of_dA = p._replace(operation="shrink_backward", N=0, wants=())
     launch = lora_linear_backward_launch(
-        own, _beside("expand_backward", p, device, p.N), _beside("shrink_backward", p, device, p.K),
-        p.M, p.K, p.N, p.r,
+        own, config_of(of_dA, device), p.M, p.K, p.N, p.r,
         sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
-        dropout=p.dropout, dbias="dbias" in p.wants, alone=config_of(of_dA, device),
+        dropout=p.dropout, dbias="dbias" in p.wants,
     )  # fmt: skip
     return launch or (_CANNOT_SERVE if own.helpers else _HAS_NONE)
 
@@ -173,8 +171,3 @@ def rule_of(p: Problem, device: Device) -> LaunchConfig:
     key = key_of(p)
     bulk = p.operation in ("linear_expand", *LAYER_OPERATIONS) and tma(p)
     return tables.find(p.operation, device.capability, p.dtype, p.M, key.K, key.N, p.r, bulk)
-
-
-def _beside(operation: str, p: Problem, device: Device, length: int) -> LaunchConfig:
-    """The rule for what helpers do, whatever was tuned: beside a GEMM's configuration it must fit."""
-    return tables.find(operation, device.capability, p.dtype, p.M, length, length, p.r)
