@@ -187,6 +187,36 @@ def wait_for(flag_ptr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def end_block(ptr, INTERPRETED: tl.constexpr):
+    """Returns 0, behind a branch back that is never taken.
+
+    A GEMM's flattened loop has the next tile's first steps beside the last ones of this: with both in
+    one basic block ptxas serializes every ``wgmma`` of the loop. Who adds the 0 to an address begins
+    another block. ptxas must not see that the branch isn't taken: the timer is never 0.
+    """
+    if INTERPRETED:
+        zero = 0
+    else:
+        zero = tl.inline_asm_elementwise(
+            """{
+            .reg .pred never;
+            .reg .u64 now;
+            again:
+            mov.u64 now, %globaltimer;
+            setp.eq.u64 never, now, 0;
+            @never bra again;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l",
+            [ptr],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return zero
+
+
+@triton.jit
 def sum_blocks(partials_ptr, offsets, inside, stride, count):
     """``Σᵢ partials[offsets + i·stride]`` in order of i, so that two runs give the same bits."""
     total = tl.load(partials_ptr + offsets, mask=inside, other=0.0)

@@ -20,9 +20,9 @@ import triton
 import triton.backends.nvidia
 from recorded import Launch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
-_BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
-_CUOBJDUMP, _PTXAS = _BIN / "cuobjdump", _BIN / "ptxas"
+_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 _FOLDER = Path(__file__).with_name("compiled")
 _KEY_DIGITS = 16
 
@@ -95,13 +95,13 @@ def _compile(launch: Launch, capability: int) -> Machine:
 
 
 def _serialized(ptx: str, capability: int) -> bool:
-    """Whether ``ptxas`` says so: its messages C7510 to C7519."""
+    """Whether ``ptxas`` says so."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(_PTXAS), "-v", f"--gpu-name=sm_{capability}a", "-o", "/dev/null", file.name]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}a", "-o", "/dev/null", file.name]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return re.search(r"\bC751\d\b", said) is not None
+    return "instructions are serialized" in said
 
 
 def _read(cubin: bytes, shared: int, serialized: bool) -> Machine:
