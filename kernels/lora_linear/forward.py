@@ -13,7 +13,7 @@ import triton.language as tl
 from lorafast.kernels.common.bundles import Matrix, Vector
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import cast, dot, raise_flag, wait_for
+from lorafast.kernels.common.device import cast, raise_flag, wait_for
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
@@ -38,42 +38,14 @@ from lorafast.kernels.lora_linear.helpers import (
     ITEMS,
     TICKETS,
     clear_when_last,
-    read_factor,
-    read_rows,
     tile_count,
     tile_of,
 )
 from lorafast.kernels.shrink import shrink
+from lorafast.kernels.shrink.kernel import shrink_rows
 from torch import Tensor
 
 from lorafast.core.problem import Layout
-
-
-@triton.jit
-def shrink_row_block(
-    x,
-    a,
-    row_block,
-    ranks,
-    M,
-    K,
-    r,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """``x·Aᵀ`` in float32 of a row block of x, for ``ranks``; ``a`` is Aᵀ."""
-    acc = tl.zeros((BLOCK_M, ranks.shape[0]), dtype=tl.float32)
-    for block in tl.range(0, tl.cdiv(K, BLOCK_K), num_stages=STAGES):
-        x_tile = read_rows(x, row_block, block, M, K, BLOCK_M, BLOCK_K, DESCRIPTORS)
-        cols = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        a_tile = read_factor(a, cols, ranks, K, r, x_tile.dtype, INTERPRETED)
-        # Apart: with a sum that stays in flight over the loop ptxas serializes every wgmma of the kernel.
-        acc = dot(x_tile, a_tile, acc, PRECISION, INTERPRETED, APART=True)
-    return acc
 
 
 @triton.jit(do_not_specialize=["M", "r", "waves"])
@@ -81,6 +53,7 @@ def lora_linear_kernel(
     x,
     w,
     y,
+    x_ptr,
     a_ptr,
     s_ptr,
     b_ptr,
@@ -113,6 +86,7 @@ def lora_linear_kernel(
     WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
     HELPERS: tl.constexpr,
+    HELPER_K: tl.constexpr,
     HELPER_R: tl.constexpr,
     HELPER_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -120,9 +94,9 @@ def lora_linear_kernel(
 ):
     """An item of the helpers is a row block of s; its flag says that it is there.
 
-    ``x``, ``w`` and ``y`` are descriptors or pointers.
+    The tiles read x and W by ``x`` and ``w``, descriptors or pointers, the helpers x by ``x_ptr``.
     """
-    a = Matrix(a_ptr, stride_ak, stride_ar)  # Aᵀ [K, r]
+    a = Matrix(a_ptr, stride_ar, stride_ak)
     b = Matrix(b_ptr, stride_bn, stride_br)
     bias = Vector(bias_ptr, stride_bias) if bias_ptr is not None else None
     if not DESCRIPTORS:
@@ -137,9 +111,9 @@ def lora_linear_kernel(
         item = tl.atomic_add(counters_ptr + ITEMS, 1, sem="relaxed")
         while item < row_blocks:
             rows = item * BLOCK_M + tl.arange(0, BLOCK_M)
-            acc = shrink_row_block(
-                x, a, item, ranks, M, K, r,
-                BLOCK_M, BLOCK_K, HELPER_STAGES, DESCRIPTORS, PRECISION, INTERPRETED,
+            acc = shrink_rows(
+                Matrix(x_ptr, stride_xm, stride_xk), a, None, rows, ranks, 0, K, M, K, r,
+                HELPER_K, HELPER_STAGES, PRECISION, INTERPRETED,
             )  # fmt: skip
             tl.store(
                 s_ptr + rows.to(tl.int64)[:, None] * r + ranks[None, :],
@@ -196,7 +170,8 @@ def lora_linear(
     read = Layout.of(weight)
     tma = tma_fits(x.dtype, Layout.of(x), read, M, K, N)
     launch = lora_linear_launch(
-        config or rule_for("lora_linear", x, M, K, N, r, tma), M, K, N, r,
+        config or rule_for("lora_linear", x, M, K, N, r, tma), rule_for("shrink", x, M, K, K, r),
+        M, K, N, r,
         sms=sms(x), dtype=x.dtype, precision=precision(x), tma=tma, by_rows=read.rows > 0,
         bias=bias is not None, dropout=dropout_p > 0.0,
     )  # fmt: skip
@@ -209,13 +184,14 @@ def lora_linear(
 @functools.lru_cache(maxsize=KEPT)
 def launcher(launch: LoraLinearLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
     """What launches it: of ``x, weight, lora_A, lora_B, scaling, bias``, and a dropout that is none."""
-    gemm, helpers = launch.gemm, launch.helpers
+    gemm, helpers, c = launch.gemm, launch.helpers, launch.shrink
     M, N, K, r = gemm.M, gemm.N, gemm.K, gemm.r
     start = Start(lora_linear_kernel, (helpers.programs,), gemm.config.options)
     operands = operands_of(gemm)
     used = FLAGS.value + -(-M // gemm.config.block_m)
     blocks = (
-        *blocks_of(gemm), helpers.helpers, launch.ranks, launch.stages, gemm.precision, INTERPRETED,
+        *blocks_of(gemm), helpers.helpers, c.block_k, c.block_r, c.num_stages, gemm.precision,
+        INTERPRETED,
     )  # fmt: skip
 
     @on_its_device
@@ -237,7 +213,7 @@ def launcher(launch: LoraLinearLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
         )  # fmt: skip
         start(
             key_of(strides, tensors=(x, weight, lora_A, lora_B, bias)),
-            *operands(x, weight, y), lora_A, s, lora_B, bias, counters(x, used),
+            *operands(x, weight, y), x, lora_A, s, lora_B, bias, counters(x, used),
             M, N, K, r, helpers.waves, float(scaling), *strides, *blocks,
         )  # fmt: skip
         return y, s

@@ -9,59 +9,16 @@ runs after every helper has started; helpers take items one by one and wait for 
 is empty and what they took is done; hence every flag is raised. No order in which the device starts
 programs, and no number of them that it runs at once, is assumed.
 
-An item is a row block of the GEMM's tiles, read by TMA where these are: what helpers stream beside the
-GEMM, one instruction a tile, is what they are worth.
-
-The counters of a launch (``kernels.common.counters``): tickets, next item, finished programs, then a flag
-for each row block. The last program to finish clears them for the next launch.
+The counters of a launch (``kernels.common.counters``): tickets, next item, finished programs, then flags
+and what the skinny work counts for itself. The last program to finish clears them for the next launch.
 """
 
 import triton
 import triton.language as tl
-from lorafast.kernels.common.device import arrive, cast
+from lorafast.kernels.common.device import arrive
 
 TICKETS, ITEMS, FINISHED, FLAGS = (tl.constexpr(i) for i in range(4))
 """Slots of the counters; flags begin at the last one."""
-
-
-@triton.jit
-def read_rows(
-    x,
-    row_block,
-    col_block,
-    M,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):
-    """A tile ``[BLOCK_M, BLOCK_K]`` of ``x [M, K]``, a descriptor or a ``Matrix``; zeros beyond it."""
-    if DESCRIPTORS:
-        tile = x.load([row_block * BLOCK_M, col_block * BLOCK_K])
-    else:
-        rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = col_block * BLOCK_K + tl.arange(0, BLOCK_K)
-        # 64 bits: M·K may pass 2**31 elements.
-        x_rows = x.ptr + rows.to(tl.int64)[:, None] * x.stride_row
-        tile = tl.load(
-            x_rows + cols.to(tl.int64)[None, :] * x.stride_col,
-            mask=(rows < M)[:, None] & (cols < K)[None, :],
-            other=0.0,
-        )
-    return tile
-
-
-@triton.jit
-def read_factor(factors, rows, ranks, length, r, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Rows of a ``Matrix [length, r]``, A transposed or B, beside a tile of ``dtype``."""
-    found = tl.load(
-        factors.ptr
-        + rows.to(tl.int64)[:, None] * factors.stride_row
-        + ranks.to(tl.int64)[None, :] * factors.stride_col,
-        mask=(rows < length)[:, None] & (ranks < r)[None, :],
-        other=0.0,
-    )
-    return cast(found, dtype, INTERPRETED)
 
 
 @triton.jit
