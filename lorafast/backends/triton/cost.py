@@ -1,15 +1,15 @@
 """What the Triton kernels take on a GPU: a model of their launches.
 
-The shares are assumptions but for sm_90's GEMM, measured on an H100 (M = 8192, K = N = 4096, r = 16, bf16,
-Triton 3.6). Published GEMMs in Triton-like languages reach 84 to 97 % of cuBLAS; on sm_100 the accumulator
-goes through registers twice a tile.
+The shares are assumptions but for sm_90's GEMM, measured on an H100 (M = 8192, K = N = 4096, r = 16,
+bf16, Triton 3.6). Published GEMMs in Triton-like languages reach 84 to 97 % of cuBLAS; on sm_100 the
+accumulator goes through registers twice a tile.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import replace
 
-from lorafast.backends.cost import Device, Estimate, base_gemm, record_of, work
+from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, record_of, work
 from lorafast.backends.triton import planning
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
@@ -45,8 +45,8 @@ _BY_ELEMENT = 0.25
 _MASK_BYTES = 2.5
 """What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight."""
 _MASKED_GEMM = 1.19
-"""Times a GEMM whose low-rank term is masked: its epilogue makes the mask, and loads factors in every part
-of a tile. Measured as above."""
+"""Times a GEMM whose low-rank term is masked: its epilogue makes the mask, and loads factors in every
+part of a tile. Measured as above."""
 _PARTIAL = 4
 _BLOCK = 16
 """Triton sees that many elements' divisibility in an argument, and no less."""
@@ -89,8 +89,9 @@ def helped(
 def gemm(
     problem: Problem, device: Device, config: LaunchConfig | None = None
 ) -> LinearExpandLaunch | HybridLaunch:
-    """The fused launch of a ``linear_expand`` or the hybrid one: as ``config`` says or what was measured,
-    else what takes less time by the model."""
+    """The fused launch of a ``linear_expand`` or the hybrid one: as ``config`` says or what was
+    measured, else what takes less time by the model. Where little is written the fused one: a launch of
+    PyTorch's would do as well as ``expand``."""
     fused = planning.plan_linear_expand(problem, device, config)
     hybrid = planning.plan_hybrid(problem, device, config)
     if isinstance(hybrid, str):
@@ -98,6 +99,8 @@ def gemm(
     own = config or planning.measured_config(problem, device)
     if own is not None:
         return hybrid if own.hybrid else fused
+    if _of(hybrid.expand, problem, device).device < 2 * LAUNCH_SECONDS:
+        return fused
     times = {launch: _of(launch, problem, device).seconds for launch in (fused, hybrid)}
     return min(times, key=times.__getitem__)
 
