@@ -196,7 +196,7 @@ def test_skinny_operations_go_to_triton_and_the_bare_gemm_to_cublas():
         p = problem(operation)
         assert price("triton", p, H200).seconds < price("aten", p, H200).seconds
     p = problem("linear_expand")
-    assert cost.base_gemm(p, H200).seconds < fused(p, H200).seconds
+    assert cost.base_gemm(p, H200, accumulated=False).seconds < fused(p, H200).seconds
     # Under a mask PyTorch's composition of Philox costs more than cuBLAS gains.
     p = problem("linear_expand", transposed=True, dropout=True)
     assert price("triton", p, H200).seconds < price("aten", p, H200).seconds

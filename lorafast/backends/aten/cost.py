@@ -28,7 +28,7 @@ def estimate(problem: Problem, device: Device) -> Estimate:
     if problem.operation in LAYER_OPERATIONS:
         found = sum((estimate(part, device) for part in parts(problem)), Estimate())
         if "dweight" in problem.wants:
-            found += base_gemm(problem._replace(transposed=True), device)
+            found += base_gemm(problem._replace(transposed=True), device, accumulated=False)
         return found
     return _OPERATIONS[problem.operation](problem, device)
 
