@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
+    ExpandLaunch,
     LinearExpandLaunch,
     LoraLinearBackwardLaunch,
     LoraLinearLaunch,
@@ -27,6 +28,7 @@ from lorafast.backends import cost, registry
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal, Run
 from lorafast.backends.triton import Triton
+from lorafast.backends.triton.planning import HybridLaunch
 from lorafast.backends.triton.planning import Launch as Planned
 from lorafast.core.problem import Layout, Layouts, Problem
 from lorafast.reference import wide
@@ -46,7 +48,8 @@ class Launch:
     """One kernel: bytes read and written, each once, and bytes loaded and stored by its programs.
 
     ``helped`` of those read are what helpers read beside the GEMM's own tiles: they are counted once,
-    but nothing makes sure that the cache still has them when the other comes.
+    but nothing makes sure that the cache still has them when the other comes. ``by_pytorch``: it is
+    PyTorch's own, of which nobody knows what its programs load and store.
     """
 
     read: int
@@ -54,6 +57,7 @@ class Launch:
     loaded: int
     stored: int
     helped: int = 0
+    by_pytorch: bool = False
 
 
 @functools.singledispatch
@@ -77,6 +81,31 @@ def _shrink(launch: ShrinkLaunch, p: Problem) -> list[Launch]:
             s + partials,
         )
     ]
+
+
+@traffic_of.register
+def _expand(launch: ExpandLaunch, p: Problem) -> list[Launch]:
+    """Every column block reads s, every row group reads B and keeps it, or reads it for each row block
+    where the rank has several."""
+    cols, groups = launch.grid
+    if launch.rank_blocks > 1:
+        groups = _blocks(launch.M, launch.config.block_m)
+    s, y = _low(p, launch.M), launch.M * launch.N * _size(p)
+    B = launch.N * launch.r * _adapter(p)
+    bias = launch.N * _size(p) if launch.bias else 0
+    seed = _SEED if launch.dropout else 0
+    loaded = cols * s + groups * B + launch.grid[1] * (bias + cols * seed)
+    return [Launch(s + B + bias + seed, y, loaded, y)]
+
+
+@traffic_of.register
+def _hybrid(launch: HybridLaunch, p: Problem) -> list[Launch]:
+    """What ``expand`` writes is read and written again by the GEMM."""
+    x, y = p.M * p.K * _size(p), p.M * p.N * _size(p)
+    if launch.transposed:
+        x, y = y, x
+    gemm = Launch(x + p.N * p.K * _size(p) + y, y, 0, 0, by_pytorch=True)
+    return [*traffic_of(launch.expand, p), gemm]
 
 
 @traffic_of.register
@@ -257,7 +286,8 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
     }.get(p.operation)
     if several is not None:
         return tuple(made[name]() if name in p.wants else None for name in several)
-    only = {"shrink": "s", "shrink_backward": "dA", "linear_expand": "dx" if p.transposed else "y"}
+    product = "dx" if p.transposed else "y"
+    only = {"shrink": "s", "expand": "y", "shrink_backward": "dA", "linear_expand": product}
     return made[only[p.operation]]()
 
 

@@ -73,8 +73,6 @@ def run(
     rows = []
     for problem, case_name in progress(todo, "case"):
         case = cases(problem, draw(problem, device, 1))[case_name]
-        if case.operation not in Triton.operations:
-            continue
         key = key_of(case.asks)
         if key in known and not again:
             say(f"  {problem}, {case_name}: known, {known[key].backend}")
@@ -151,4 +149,5 @@ def _verdict(row: Row, medians: dict[str, float]) -> str:
     if row.wrong is not None:
         return f"WRONG: {row.wrong}"
     times = ", ".join(f"{name} {value * 1e6:,.1f} µs" for name, value in medians.items())
-    return f"{row.backend} ({times}; {row.tried} configurations)"
+    hybrid = "; triton's is hybrid" if row.config is not None and row.config["hybrid"] else ""
+    return f"{row.backend} ({times}; {row.tried} configurations{hybrid})"

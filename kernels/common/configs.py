@@ -36,7 +36,8 @@ class LaunchConfig:
     - ``parts``: a tile is written in so many parts of its columns, and in ``masked_parts`` where each
       needs a dropout mask;
     - ``ctas_per_sm``: programs that an SM runs at once;
-    - ``helpers``: programs that do a layer's skinny work beside the GEMM, where that pays.
+    - ``helpers``: programs that do a layer's skinny work beside the GEMM, where that pays;
+    - ``hybrid``: no fused kernel, but ``expand`` in these tiles and PyTorch's GEMM onto what it wrote.
     """
 
     block_m: int
@@ -52,6 +53,7 @@ class LaunchConfig:
     masked_parts: int = 1
     ctas_per_sm: int = 1
     helpers: int = 0
+    hybrid: bool = False
 
     @property
     def options(self) -> dict[str, object]:
@@ -92,6 +94,10 @@ def why_invalid(
     in ``sm_90``. The shared-memory and register counts are lower bounds: what passes may still be
     too large, which the compiled code tells; what is refused here would certainly fail.
     """
+    if config.hybrid:
+        if operation != "linear_expand":
+            return f"hybrid is a way to do linear_expand, and this is {operation}"
+        operation = "expand"
     blocks = {name: getattr(config, name) for name in ("block_m", "block_n", "block_k", "block_r")}
     for name, size in blocks.items():
         if not 16 <= size <= _LARGEST_BLOCK or size & (size - 1):

@@ -4,16 +4,21 @@ The shares are assumptions until a GPU has measured them: cuBLAS is the yardstic
 ones reach less of the bandwidth, and both less where rows are not aligned.
 """
 
-from lorafast.backends.cost import CALL_SECONDS, Device, Estimate, work
+from lorafast.backends.cost import (
+    CALL_SECONDS,
+    FLOAT32,
+    Device,
+    Estimate,
+    alignment,
+    base_gemm,
+    gemm_rate,
+    work,
+)
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
 
 _SKINNY = 0.6
 """Of the bandwidth, for a GEMM as thin as the rank."""
-_FLOAT32 = 0.8
-"""Of the float32 rate."""
-_UNALIGNED = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.5}
-"""Of either, by the bytes at which every row begins: a narrower load each."""
 _MASK_LAUNCHES, _MASK_BYTES = 138, 225
 """Launches of a dropout mask, and bytes that they move per element: counted."""
 
@@ -23,7 +28,7 @@ def estimate(problem: Problem, device: Device) -> Estimate:
     if problem.operation in LAYER_OPERATIONS:
         found = sum((estimate(part, device) for part in parts(problem)), Estimate())
         if "dweight" in problem.wants:
-            found += _gemm(problem, problem.layouts.dy, device)
+            found += base_gemm(problem._replace(transposed=True), device, accumulated=False)
         return found
     return _OPERATIONS[problem.operation](problem, device)
 
@@ -61,9 +66,8 @@ def _expand(p: Problem, device: Device) -> Estimate:
 def _linear_expand(p: Problem, device: Device) -> Estimate:
     """The low-rank term first; reading that back hides behind the GEMM."""
     columns = p.K if p.transposed else p.N
-    read = p.layouts.dy if p.transposed else p.layouts.x
     y, size = p.M * columns, wide(p.dtype).itemsize
-    found = _low_rank(p, columns, device) + _gemm(p, read, device)
+    found = _low_rank(p, columns, device) + base_gemm(p, device)
     if wide(p.dtype) is not p.dtype:  # added in float32
         found += work(device, moved=y * (2 * size + p.dtype.itemsize), share=_SKINNY)
     return found + _widened(p, y, device)
@@ -75,7 +79,7 @@ def _low_rank(p: Problem, columns: int, device: Device) -> Estimate:
     low = work(
         device,
         flops=2.0 * p.r * y,
-        rate=_rate(p, device),
+        rate=gemm_rate(p, device),
         moved=(y + of_s + factor) * wide(p.dtype).itemsize,
         share=_SKINNY,
     )
@@ -91,24 +95,11 @@ _OPERATIONS = {
 }
 
 
-def _gemm(p: Problem, read: Layout, device: Device) -> Estimate:
-    share = 1.0
-    if p.dtype.itemsize == 2:  # the narrower loads of the two set the pace
-        share = min(_aligned(read), _aligned(p.layouts.weight))
-    return work(
-        device,
-        flops=2.0 * p.M * p.K * p.N,
-        rate=_rate(p, device) * share,
-        moved=float((p.M * p.K + p.K * p.N + p.M * p.N) * p.dtype.itemsize),
-        share=share,
-    )
-
-
 def _skinny(p: Problem, large: int, small: int, layout: Layout, device: Device) -> Estimate:
     """A GEMM that reads a matrix of ``large`` elements once, and ``small`` ones beside it."""
     size = wide(p.dtype).itemsize
-    share = _SKINNY * (_aligned(layout) if size == p.dtype.itemsize else 1.0)
-    rate = device.rate(wide(p.dtype), p.tf32) * (1.0 if size == 2 else _FLOAT32)
+    share = _SKINNY * (alignment(layout) if size == p.dtype.itemsize else 1.0)
+    rate = device.rate(wide(p.dtype), p.tf32) * (1.0 if size == 2 else FLOAT32)
     return work(
         device,
         flops=2.0 * p.r * large,
@@ -116,15 +107,6 @@ def _skinny(p: Problem, large: int, small: int, layout: Layout, device: Device) 
         moved=(large + small) * size,
         share=share,
     )
-
-
-def _rate(p: Problem, device: Device) -> float:
-    tensor_cores = p.dtype.itemsize == 2 or p.tf32
-    return device.rate(p.dtype, p.tf32) * (1.0 if tensor_cores else _FLOAT32)
-
-
-def _aligned(layout: Layout) -> float:
-    return _UNALIGNED.get(max(layout.rows, layout.columns), min(_UNALIGNED.values()))
 
 
 def _widened(p: Problem, elements: int, device: Device) -> Estimate:

@@ -7,18 +7,24 @@ Bits of a result depend on all that: they differ between buckets of M, numbers o
 kernels are not batch-invariant; two runs of one call give the same bits.
 """
 
+from dataclasses import dataclass, replace
+
+import torch
+
 from lorafast.backends.cost import Device, key_of, record_of
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
+    ExpandLaunch,
     LinearExpandLaunch,
     LoraLinearBackwardLaunch,
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
     expand_backward_launch,
+    expand_launch,
     linear_expand_launch,
     lora_linear_backward_launch,
     lora_linear_launch,
@@ -29,9 +35,28 @@ from lorafast.kernels.common.plan import (
     tma_fits,
 )
 
+
+@dataclass(frozen=True)
+class HybridLaunch:
+    """``linear_expand`` in two launches: ``expand``, and PyTorch's GEMM accumulated onto its result.
+
+    ``transposed``: it multiplies by the weight, not by its transpose.
+    """
+
+    expand: ExpandLaunch
+    transposed: bool
+
+    @property
+    def config(self) -> LaunchConfig:
+        """That of ``expand``."""
+        return self.expand.config
+
+
 Launch = (
     ShrinkLaunch
+    | ExpandLaunch
     | LinearExpandLaunch
+    | HybridLaunch
     | ExpandBackwardLaunch
     | ShrinkBackwardLaunch
     | LoraLinearLaunch
@@ -52,6 +77,14 @@ def plan_shrink(p: Problem, device: Device, config: LaunchConfig | None = None) 
     return shrink_launch(
         c, p.M, p.K, p.r, sms=device.sms, precision=precision(p), dropout=p.dropout
     )
+
+
+def plan_expand(p: Problem, device: Device, config: LaunchConfig | None = None) -> ExpandLaunch:
+    """y written once, its rows shared out among as many programs as run at once."""
+    return expand_launch(
+        config or config_of(p, device), p.M, p.N, p.r, sms=device.sms, dtype=p.dtype,
+        precision=precision(p), bias=p.bias, dropout=p.dropout,
+    )  # fmt: skip
 
 
 def plan_expand_backward(
@@ -85,13 +118,38 @@ def plan_shrink_backward(
 def plan_linear_expand(
     p: Problem, device: Device, config: LaunchConfig | None = None
 ) -> LinearExpandLaunch:
-    """The GEMM of y, or transposed that of dx, with its low-rank term."""
+    """The GEMM of y, or transposed that of dx, with its low-rank term, in one launch."""
     K, N = (p.N, p.K) if p.transposed else (p.K, p.N)
+    own = config or config_of(p, device)
     return linear_expand_launch(
-        config or config_of(p, device), p.M, K, N, p.r, sms=device.sms, dtype=p.dtype,
+        rule_of(p, device) if own.hybrid else own, p.M, K, N, p.r, sms=device.sms, dtype=p.dtype,
         precision=precision(p), tma=tma(p), transposed=p.transposed, by_rows=_by_rows(p),
         bias=p.bias, dropout=p.dropout,
     )  # fmt: skip
+
+
+def plan_hybrid(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> HybridLaunch | str:
+    """The same in two launches, the second PyTorch's; or why not. A ``config`` that is not hybrid is
+    the fused kernel's, and says nothing."""
+    if p.dtype is torch.float16:
+        return "the low-rank term would be rounded to float16 before the GEMM, and may overflow"
+    own = config or measured_config(p, device)
+    if own is None or not own.hybrid:
+        own = hybrid_rule_of(p, device)
+    return HybridLaunch(plan_expand(as_expand(p), device, own), p.transposed)
+
+
+def hybrid_rule_of(p: Problem, device: Device) -> LaunchConfig:
+    """The configuration of a hybrid launch: what was measured for ``expand``, else its rule."""
+    return replace(config_of(as_expand(p), device), hybrid=True)
+
+
+def as_expand(p: Problem) -> Problem:
+    """The low-rank term of a ``linear_expand``, with the bias if there is one."""
+    N = p.K if p.transposed else p.N
+    return p._replace(operation="expand", K=0, N=N, transposed=False)
 
 
 def plan_lora_linear(
@@ -158,12 +216,15 @@ def _by_rows(p: Problem) -> bool:
 
 def config_of(p: Problem, device: Device) -> LaunchConfig:
     """What was measured for the call or near it, else the rule of the architecture."""
+    return measured_config(p, device) or rule_of(p, device)
+
+
+def measured_config(p: Problem, device: Device) -> LaunchConfig | None:
+    """What was measured for the call or near it, where it can serve the call."""
     record = record_of(p, device.name)
-    if record is not None and record.config is not None:
-        described = record.config.descriptors
-        if not described or tma(p):
-            return record.config
-    return rule_of(p, device)
+    if record is None or record.config is None:
+        return None
+    return record.config if not record.config.descriptors or tma(p) else None
 
 
 def rule_of(p: Problem, device: Device) -> LaunchConfig:
