@@ -18,7 +18,6 @@ from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearBackwardLaunch,
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
@@ -187,30 +186,12 @@ def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem) -> list[Launch]:
 
 @traffic_of.register
 def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
-    """The helpers read x again, and A for every row block."""
+    """The tiles, and a shrink of each row block."""
     tiles = _tiles(launch.gemm, p)
     x, s, A = p.M * p.K * _size(p), _low(p, p.M), p.r * p.K * _adapter(p)
     rows = _blocks(p.M, launch.gemm.config.block_m)
     written = tiles.written + s
     return [Launch(tiles.read + A, written, tiles.loaded + x + rows * A, written, x)]
-
-
-@traffic_of.register
-def _lora_linear_backward(launch: LoraLinearBackwardLaunch, p: Problem) -> list[Launch]:
-    """The helpers read dy again, and B for every row block, each of which leaves its part of dB and
-    dbias; these are added up behind, and dA is made."""
-    tiles = _tiles(launch.gemm, p)
-    dy, s, B = p.M * p.N * _size(p), _low(p, p.M), p.N * p.r * _adapter(p)
-    rows = _blocks(p.M, launch.gemm.config.block_m)
-    sums = [(rows * p.N * p.r * _PARTIAL, B)]
-    if launch.dbias:
-        sums.append((rows * p.N * _PARTIAL, p.N * _size(p)))
-    written = tiles.written + s + sum(parts for parts, _ in sums)
-    return [
-        Launch(tiles.read + s + B, written, tiles.loaded + dy + s + rows * B, written, dy),
-        *(Launch(parts, out, parts, out) for parts, out in sums),
-        *traffic_of(launch.shrink_backward, p),
-    ]
 
 
 def _size(p: Problem) -> int:

@@ -22,9 +22,6 @@ from lorafast.core.problem import Layout
 from lorafast.reference import wide
 
 _PARTIAL = 4
-_WIDEST = 4
-"""Bytes of an element of A or B, at most."""
-_MOST_STAGES = 8
 _FLOPS_PER_BYTE = 97
 """What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
 beside the GEMM; elsewhere of the same order."""
@@ -156,27 +153,11 @@ class Helpers:
 
 @dataclass(frozen=True)
 class LoraLinearLaunch:
-    """The GEMM of y, beside which helpers make s.
-
-    ``ranks``: the rank as they multiply by it, a power of two; ``stages``: of their pipeline.
-    """
+    """The GEMM of y, beside which helpers shrink as ``shrink`` says."""
 
     gemm: LinearExpandLaunch
     helpers: Helpers
-    ranks: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class LoraLinearBackwardLaunch:
-    """The GEMM of dx, beside which helpers make ds and the parts of dB and ``dbias``, then dA."""
-
-    gemm: LinearExpandLaunch
-    helpers: Helpers
-    ranks: int
-    stages: int
-    shrink_backward: ShrinkBackwardLaunch
-    dbias: bool
+    shrink: LaunchConfig
 
 
 def shrink_launch(
@@ -308,6 +289,7 @@ def shrink_backward_launch(
 
 def lora_linear_launch(
     c: LaunchConfig,
+    shrink: LaunchConfig,
     M: int,
     K: int,
     N: int,
@@ -322,55 +304,16 @@ def lora_linear_launch(
     dropout: bool = False,
 ) -> LoraLinearLaunch | None:
     """A layer's forward in one launch; None where helpers can't serve it."""
-    if dropout or not may_help(dtype):
-        return None
-    helpers = forward_helpers(c, M, K, N, r, dtype.itemsize, sms)
+    helpers = None
+    if may_help(dtype):
+        helpers = forward_helpers(c, shrink, M, K, N, r, dtype.itemsize, dropout, sms)
     if helpers is None:
         return None
     gemm = linear_expand_launch(
         c, M, K, N, r, sms=sms, dtype=dtype, precision=precision, tma=tma, by_rows=by_rows,
         bias=bias, helpers=helpers,
     )  # fmt: skip
-    return LoraLinearLaunch(gemm, helpers, *_of_helpers(c, r, dtype.itemsize))
-
-
-def lora_linear_backward_launch(
-    c: LaunchConfig,
-    columns: LaunchConfig,
-    M: int,
-    K: int,
-    N: int,
-    r: int,
-    *,
-    sms: int,
-    dtype: torch.dtype,
-    precision: str,
-    tma: bool,
-    by_rows: bool = True,
-    dropout: bool = False,
-    dbias: bool = False,
-) -> LoraLinearBackwardLaunch | None:
-    """A layer's backward with helpers beside its GEMM, and dA by ``columns``. None where they can't serve
-    it."""
-    if dropout or not may_help(dtype):
-        return None
-    helpers = backward_helpers(c, M, K, N, r, dtype.itemsize, sms)
-    if helpers is None:
-        return None
-    gemm = linear_expand_launch(
-        c, M, N, K, r, sms=sms, dtype=dtype, precision=precision, tma=tma, transposed=True,
-        by_rows=by_rows, helpers=helpers,
-    )  # fmt: skip
-    of_dA = shrink_backward_launch(columns, M, K, r, sms=sms, precision=precision, dropout=False)
-    return LoraLinearBackwardLaunch(gemm, helpers, *_of_helpers(c, r, dtype.itemsize), of_dA, dbias)
-
-
-def _of_helpers(gemm: LaunchConfig, r: int, size: int) -> tuple[int, int]:
-    """The power of two that holds the rank, and as many stages as fit where those of the GEMM lie."""
-    ranks = max(16, 1 << (r - 1).bit_length())
-    stage = gemm.block_k * (gemm.block_m * size + ranks * _WIDEST)
-    whole = (gemm.num_stages - 1) * gemm.block_k * (gemm.block_m + gemm.block_n) * size
-    return ranks, min(max(whole // stage, 2), _MOST_STAGES)
+    return LoraLinearLaunch(gemm, helpers, shrink)
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
@@ -404,7 +347,7 @@ def _plan(
     helper_bytes: int,
     sms: int,
 ) -> Helpers | None:
-    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they move ``helper_bytes``.
+    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
 
     None where helpers can't serve: none in the configuration, a rank that is looped over, or skinny work
     that would outlast half of the GEMM. Whether they pay, ``rounds`` says.
@@ -432,21 +375,20 @@ def _plan(
 
 
 def forward_helpers(
-    gemm: LaunchConfig, M: int, K: int, N: int, r: int, size: int, sms: int
+    gemm: LaunchConfig,
+    shrink: LaunchConfig,
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    size: int,
+    masked: bool,
+    sms: int,
 ) -> Helpers | None:
-    """The helpers of a layer's forward; ``size`` is an element's."""
-    return _plan(gemm, M, K, N, r, M * K * size, sms)
-
-
-def backward_helpers(
-    gemm: LaunchConfig, M: int, K: int, N: int, r: int, size: int, sms: int
-) -> Helpers | None:
-    """The helpers of a layer's backward, which make ds and the parts of dB."""
-    # With a rank of several blocks the launch would spill: compiled for sm_90.
-    if r > gemm.block_r:
+    """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
+    if masked or r > shrink.block_r:
         return None
-    partials = _blocks(M, gemm.block_m) * N * r * _PARTIAL
-    return _plan(gemm, M, N, K, r, M * N * size + partials, sms)
+    return _plan(gemm, M, K, N, r, M * K * size, sms)
 
 
 def _blocks(length: int, block: int) -> int:

@@ -123,7 +123,11 @@ def linear_expand_kernel(
                 acc = sum_blocks(partials_ptr, offsets, inside, size, splits)
                 tl.store(counters_ptr + tile, 0)
         if last:
-            s_here = Matrix(s_ptr + end_block(s_ptr, INTERPRETED), stride_sm, stride_sr) if FLATTEN else s
+            s_here = (
+                Matrix(s_ptr + end_block(s_ptr, INTERPRETED), stride_sm, stride_sr)
+                if FLATTEN
+                else s
+            )
             if mask is None:
                 acc = add_low_rank(
                     acc, s_here, b, rows, cols, M, N, r, scaling,

@@ -12,14 +12,13 @@ from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
 from lorafast.kernels.expand import kernel as expand
 from lorafast.kernels.expand_backward import kernel as expand_backward
 from lorafast.kernels.linear_expand import kernel as linear_expand
-from lorafast.kernels.lora_linear import backward, forward
+from lorafast.kernels.lora_linear import forward
 from lorafast.kernels.shrink import kernel as shrink
 from lorafast.kernels.shrink_backward import kernel as shrink_backward
 
@@ -39,9 +38,7 @@ def run_of(launch: Launch, p: Problem) -> Run:
         return expand_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, ShrinkBackwardLaunch):
         return shrink_backward.launcher(launch, p.adapter_dtype)
-    if isinstance(launch, LoraLinearLaunch):
-        return forward.launcher(launch)
-    return backward.launcher(launch, p.adapter_dtype)
+    return forward.launcher(launch)
 
 
 def _hybrid(expand: Run, transposed: bool) -> Run:

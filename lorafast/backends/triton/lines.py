@@ -6,7 +6,6 @@ from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
@@ -37,16 +36,7 @@ def lines(launch: Launch) -> tuple[str, ...]:
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"
     )
-    if isinstance(launch, LoraLinearLaunch):
-        return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
-    made = "ds, parts of dB and dbias" if launch.dbias else "ds, parts of dB"
-    parts = -(-launch.gemm.M // launch.gemm.config.block_m)
-    summed = f"sum_partials: dB from {parts} row blocks"
-    return (
-        f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: {made}",
-        *([summed, summed.replace("dB", "dbias")] if launch.dbias else [summed]),
-        *lines(launch.shrink_backward),
-    )
+    return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
 
 
 def _gemm(launch: LinearExpandLaunch) -> str:

@@ -19,14 +19,12 @@ from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearBackwardLaunch,
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
     expand_backward_launch,
     expand_launch,
     linear_expand_launch,
-    lora_linear_backward_launch,
     lora_linear_launch,
     may_help,
     precision_of,
@@ -60,10 +58,7 @@ Launch = (
     | ExpandBackwardLaunch
     | ShrinkBackwardLaunch
     | LoraLinearLaunch
-    | LoraLinearBackwardLaunch
 )
-FROZEN = ("dx", "dA", "dB")
-"""What the backward of a frozen layer is asked for, which one launch with helpers gives."""
 
 
 def precision(p: Problem) -> str:
@@ -160,29 +155,12 @@ def plan_lora_linear(
     if reason is not None:
         return reason
     own = config or config_of(p, device)
+    # The rule, whatever was tuned for a launch of its own: beside a GEMM's configuration it must fit.
+    shrink = tables.find("shrink", device.capability, p.dtype, p.M, p.K, p.K, p.r)
     launch = lora_linear_launch(
-        own, p.M, p.K, p.N, p.r,
+        own, shrink, p.M, p.K, p.N, p.r,
         sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
         bias=p.bias, dropout=p.dropout,
-    )  # fmt: skip
-    return launch or (_CANNOT_SERVE if own.helpers else _HAS_NONE)
-
-
-def plan_lora_linear_backward(
-    p: Problem, device: Device, config: LaunchConfig | None = None
-) -> LoraLinearBackwardLaunch | str:
-    """A frozen layer's backward with helpers, and dA after them, or why they can't serve it."""
-    if p.wants not in (FROZEN, (*FROZEN, "dbias")):
-        return f"they make {', '.join(FROZEN)} at once, and {', '.join(p.wants)} is asked for"
-    reason = _why_no_helpers(p)
-    if reason is not None:
-        return reason
-    own = config or config_of(p, device)
-    of_dA = p._replace(operation="shrink_backward", N=0, wants=())
-    launch = lora_linear_backward_launch(
-        own, config_of(of_dA, device), p.M, p.K, p.N, p.r,
-        sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
-        dropout=p.dropout, dbias="dbias" in p.wants,
     )  # fmt: skip
     return launch or (_CANNOT_SERVE if own.helpers else _HAS_NONE)
 
