@@ -9,8 +9,6 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 """Compute capability → bytes of shared memory that one block may use."""
 GROUP_M = 8
 """Row blocks of a group of tiles of a GEMM: those that run together share tiles of W in the cache."""
-UNROLLED_RANK_BLOCKS = 4
-"""More blocks of the rank than these are looped over."""
 INTERPRETER_SMS = 4
 """The interpreter runs programs one by one; a few make it cut and add up as a device does."""
 INTERPRETER_CAPABILITY = 90

@@ -11,7 +11,7 @@ from lorafast.kernels.common.configs import (
     INTERPRETER_SMS,
     LaunchConfig,
 )
-from lorafast.kernels.common.plan import precision_of
+from lorafast.kernels.common.plan import precision_of, skinny_precision_of
 from torch import Tensor
 
 from lorafast.kernels import tables
@@ -26,7 +26,17 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 
 def precision(x: Tensor) -> str:
     """How float32 operands beside ``x`` are rounded."""
-    return precision_of(x.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return precision_of(x.dtype, _tf32())
+
+
+def skinny_precision(x: Tensor) -> str:
+    """The same in ``shrink`` and ``shrink_backward``."""
+    return skinny_precision_of(x.dtype, _tf32())
+
+
+def _tf32() -> bool:
+    """Whether PyTorch may round the factors of float32 products to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.lru_cache(maxsize=256)

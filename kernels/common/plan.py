@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from lorafast.kernels.common.configs import (
-    UNROLLED_RANK_BLOCKS,
     LaunchConfig,
     chunks,
     split_k,
@@ -29,6 +28,9 @@ beside the GEMM; elsewhere of the same order."""
 
 _TWO_LOADS = 16
 """Elements: two loads of 16 bytes a thread, in 16 bits."""
+_MOST_BESIDE_A_MASK = 64
+"""Elements of a GEMM's accumulator a thread, of as many warps as a group of two has."""
+_WARPS = 8
 _MOST_BESIDE_DBIAS = 16
 """Elements of dB a thread, beside which dbias is added up without spilling."""
 
@@ -215,6 +217,8 @@ def linear_expand_launch(
 
     Beside helpers K is not cut: their programs are counted in.
     """
+    if dropout:
+        c = _masked(c)
     tiles = _blocks(M, c.block_m) * _blocks(N, c.block_n)
     if helpers is None:
         splits = split_k(sms, tiles, _blocks(K, c.block_k))
@@ -222,12 +226,9 @@ def linear_expand_launch(
     else:
         splits, programs = 1, helpers.programs
     described = c.descriptors and tma
-    # With pointers those of two tiles are too many registers; a split has too much after its main loop.
-    flatten = described and c.flatten and splits == 1
-    unrolled = UNROLLED_RANK_BLOCKS if flatten else 1
-    if dtype is torch.float16:
-        # In float32 several blocks at once don't fit in shared memory.
-        unrolled = 0 if dropout else 1
+    flatten = described and c.flatten and splits == 1 and _may_flatten(dtype, r, c, dropout)
+    # In float32 a block of factors at once doesn't fit in shared memory.
+    unrolled = 0 if dtype is torch.float16 and dropout else 1
     rank_blocks = _blocks(r, c.block_r)
     return LinearExpandLaunch(
         c, M, K, N, r, tiles, splits, programs, described, flatten,
@@ -237,6 +238,19 @@ def linear_expand_launch(
         transposed=transposed, n_major=described and by_rows is transposed,
         precision=precision, bias=bias, dropout=dropout,
     )  # fmt: skip
+
+
+def _may_flatten(dtype: torch.dtype, r: int, c: LaunchConfig, dropout: bool) -> bool:
+    """With pointers the loads of two tiles are too many registers, a split has too much after its main
+    loop; with several blocks of the rank, or a mask, ptxas serializes sm_90's wgmma; float16's factors
+    Triton 3.6 can't pipeline so: found by compiling."""
+    return r <= c.block_r and not dropout and dtype is not torch.float16
+
+
+def _masked(c: LaunchConfig) -> LaunchConfig:
+    """More warps where the accumulator and a mask would spill from the registers of so few."""
+    crowded = c.block_m * c.block_n // (32 * c.num_warps) > _MOST_BESIDE_A_MASK
+    return replace(c, num_warps=2 * c.num_warps) if crowded and c.num_warps < _WARPS else c
 
 
 def expand_backward_launch(
@@ -324,6 +338,13 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
     return "tf32" if dtype is torch.float32 and tf32 else "ieee"
 
 
+def skinny_precision_of(dtype: torch.dtype, tf32: bool) -> str:
+    """The same in ``shrink`` and ``shrink_backward``: float32 as the sum of two numbers in TF32, which
+    is as exact as PyTorch's float32, on tensor cores: on an H100 a fifth of the time."""
+    found = precision_of(dtype, tf32)
+    return "tf32x3" if found == "ieee" and dtype is torch.float32 else found
+
+
 def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: int) -> bool:
     """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``: rows of neighbours
     that begin at multiples of 16 bytes, extents in 31 bits."""
@@ -349,10 +370,10 @@ def _plan(
 ) -> Helpers | None:
     """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
 
-    None where helpers can't serve: none in the configuration, a rank that is looped over, or skinny work
+    None where helpers can't serve: none in the configuration, a rank of several blocks, or skinny work
     that would outlast half of the GEMM. Whether they pay, ``rounds`` says.
     """
-    if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
+    if r > config.block_r or depth == 0:
         return None
     tiles = _blocks(rows, config.block_m) * _blocks(cols, config.block_n)
     programs = sms * config.ctas_per_sm

@@ -30,7 +30,7 @@ LAUNCH_HOST = 8e-6
 and an estimate of 3 for the driver's own share."""
 TMA_HOST = 8e-6
 """What tensor descriptors add to it: 6 µs in the same way, and 2 for the driver's three maps."""
-_GEMM = {90: 0.94, 100: 0.78}
+_GEMM = {90: 0.96, 100: 0.78}
 _GEMM_ELSEWHERE = 0.9
 """Of cuBLAS, for 16-bit GEMMs."""
 _TF32_GEMM = 0.5
@@ -39,14 +39,24 @@ _FLOAT32 = 0.3
 """Of the float32 rate: Triton's dot without tensor cores."""
 _SKINNY = 0.85
 """Of the bandwidth."""
+_SKINNY_RATE = {"shrink": 0.22, "shrink_backward": 0.16, "expand_backward": 0.12, "expand": 0.3}
+"""Of the rate of 16-bit GEMMs, where the rank is so high that it counts. Measured as above, as are the
+next two."""
+_WIDE_RATE = 0.024
+"""The same for float16, whose wide factor is two numbers in TF32."""
+_THREE_TF32 = {"shrink": 0.07, "shrink_backward": 0.035}
+"""The same for float32, of which a product is three in TF32."""
 _BY_ELEMENT = 0.25
 """Of either where rows aren't aligned: the loads of the loop are one element wide, and not pipelined."""
-_MASK_BYTES = 2.5
-"""What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight."""
+_MASK_BYTES = 0.7
+"""What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight,
+most of them beside the loads. Measured as above."""
 _MASKED_GEMM = 1.19
 """Times a GEMM whose low-rank term is masked: its epilogue makes the mask, and loads factors in every
 part of a tile. Measured as above."""
 _NOT_BACKWARD = "measured on an H100 they cost the backward more than they hide"
+_RANK_BLOCK = 0.05
+"""More time for every block of the rank after the first. Measured as above."""
 _PARTIAL = 4
 _BLOCK = 16
 """Triton sees that many elements' divisibility in an argument, and no less."""
@@ -133,7 +143,7 @@ def _shrink(launch: ShrinkLaunch, p: Problem, device: Device) -> Estimate:
     s = p.M * p.r
     moved = float(ranks * p.M * p.K * p.dtype.itemsize) + p.r * p.K * p.adapter_dtype.itemsize
     moved += s * wide(p.dtype).itemsize + _partials(count, s)
-    found = _skinny(p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
+    found = _skinny("shrink", p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
     return found + _mask(p, ranks * p.M * p.K, device)
 
 
@@ -145,7 +155,7 @@ def _expand(launch: ExpandLaunch, p: Problem, device: Device) -> Estimate:
     moved = float(y * p.dtype.itemsize) + launch.M * launch.r * wide(p.dtype).itemsize
     moved += launch.N * launch.r * p.adapter_dtype.itemsize
     fresh = Layout.fresh(launch.M, launch.N, p.dtype)
-    found = _skinny(p, device, 2.0 * y * launch.r, moved, "y", fresh, launch.N)
+    found = _skinny("expand", p, device, 2.0 * y * launch.r, moved, "y", fresh, launch.N)
     return replace(found, device=max(found.device, _mask(p, y, device).device))
 
 
@@ -160,7 +170,9 @@ def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem, device: Device) -
     dA = p.r * p.K
     moved = float(ranks * p.M * p.K * p.dtype.itemsize) + cols * p.M * p.r * wide(p.dtype).itemsize
     moved += dA * p.adapter_dtype.itemsize + _partials(count, dA)
-    found = _skinny(p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
+    found = _skinny(
+        "shrink_backward", p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K
+    )
     return found + _mask(p, ranks * p.M * p.K, device)
 
 
@@ -178,7 +190,15 @@ def _expand_backward(launch: ExpandBackwardLaunch, p: Problem, device: Device) -
     if "dB" in p.wants:
         moved += _partials(rows, p.N * p.r) + p.M * p.r * low
     return _skinny(
-        p, device, 2.0 * products * p.M * p.N * p.r, moved, "dy", p.layouts.dy, p.N, launches
+        "expand_backward",
+        p,
+        device,
+        2.0 * products * p.M * p.N * p.r,
+        moved,
+        "dy",
+        p.layouts.dy,
+        p.N,
+        launches,
     )
 
 
@@ -199,6 +219,7 @@ def _linear_expand(launch: LinearExpandLaunch, p: Problem, device: Device) -> Es
                 share, remark = _BY_ELEMENT, _said(name)
     if launch.dropout:
         rate /= _MASKED_GEMM
+    rate /= 1 + _RANK_BLOCK * max(-(-launch.r // launch.config.block_r) - 1, 0)
     if p.dtype.itemsize == 4 and not p.tf32:
         remark = "; ".join(filter(None, (remark, "float32 uses no tensor cores in Triton")))
     host = LAUNCH_HOST + (TMA_HOST if launch.tma else 0.0)
@@ -218,6 +239,7 @@ def _lora_linear(launch: LoraLinearLaunch, p: Problem, device: Device) -> Estima
 
 
 def _skinny(
+    kernel: str,
     p: Problem,
     device: Device,
     flops: float,
@@ -232,11 +254,12 @@ def _skinny(
     if not _aligned(layout, length):
         share, remark = _SKINNY * _BY_ELEMENT, _said(name)
     if p.dtype.itemsize == 4 and not p.tf32:
-        rate = device.float32_flops * _FLOAT32
-    elif wide(p.dtype) is not p.dtype:  # the wide factor is two numbers in TF32
-        rate = device.flops / 4
+        thirds = _THREE_TF32.get(kernel)
+        rate = device.flops * thirds if thirds else device.float32_flops * _FLOAT32
+    elif wide(p.dtype) is not p.dtype:
+        rate = device.flops * _WIDE_RATE
     else:
-        rate = device.rate(p.dtype, p.tf32) * _SKINNY
+        rate = device.rate(p.dtype, p.tf32) * _SKINNY_RATE[kernel]
     return work(
         device, flops=flops, rate=rate, moved=moved, share=share, launches=launches,
         host=LAUNCH_HOST, remark=remark,

@@ -30,6 +30,7 @@ from lorafast.kernels.common.plan import (
     precision_of,
     shrink_backward_launch,
     shrink_launch,
+    skinny_precision_of,
     tma_fits,
 )
 
@@ -66,11 +67,16 @@ def precision(p: Problem) -> str:
     return precision_of(p.dtype, p.tf32)
 
 
+def skinny_precision(p: Problem) -> str:
+    """The same in ``shrink`` and ``shrink_backward``."""
+    return skinny_precision_of(p.dtype, p.tf32)
+
+
 def plan_shrink(p: Problem, device: Device, config: LaunchConfig | None = None) -> ShrinkLaunch:
     """One pass over x, its columns shared out where rows are few."""
     c = config or config_of(p, device)
     return shrink_launch(
-        c, p.M, p.K, p.r, sms=device.sms, precision=precision(p), dropout=p.dropout
+        c, p.M, p.K, p.r, sms=device.sms, precision=skinny_precision(p), dropout=p.dropout
     )
 
 
@@ -106,7 +112,7 @@ def plan_shrink_backward(
     """One pass over x, its rows shared out where columns are few."""
     c = config or config_of(p, device)
     return shrink_backward_launch(
-        c, p.M, p.K, p.r, sms=device.sms, precision=precision(p), dropout=p.dropout
+        c, p.M, p.K, p.r, sms=device.sms, precision=skinny_precision(p), dropout=p.dropout
     )
 
 
