@@ -109,9 +109,9 @@ def lora_embedding(
 ) -> Tensor:
     """``y = W[x] + scaling · Aᵀ[x]·Bᵀ``, LoRA over an embedding (Hu et al., 2021), as PEFT has it.
 
-    PyTorch's own calls compute it, whatever backend is forced. Of the options of ``F.embedding`` there is
-    ``padding_idx`` alone: ``max_norm`` would change the frozen weight, ``scale_grad_by_freq`` has no
-    second derivative, and ``sparse`` no gradient of A. Where an embedding scales its output (Gemma's
+    PyTorch's own calls compute it, whatever backend is forced. ``padding_idx`` is the one option of
+    ``F.embedding`` that it has: ``max_norm`` would change the frozen weight, ``scale_grad_by_freq`` has
+    no second derivative, and ``sparse`` no gradient of A. Where an embedding scales its output (Gemma's
     ``embed_scale``), scale ``y``.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_contract, problems, several, stacked
 from hypothesis import given
+from layouts import LAYOUTS, lay_out
 from torch._dynamo.testing import CompileCounter
 
 import lorafast
@@ -64,11 +65,11 @@ def test_output_and_gradients_against_float64(device, poisoned, one_dtype, padde
 
     def outputs(t, tokens, layer, cast):
         leaves = [
-            p.lay_out(tensor).detach().requires_grad_()
-            for tensor in (
-                cast(t.weight).t(), cast(t.lora_A, p.adapter_dtype), cast(t.lora_B, p.adapter_dtype)
-            )
-        ]  # fmt: skip
+            p.lay_out(cast(t.weight).t()),
+            p.lay_out(cast(t.lora_A, p.adapter_dtype)),
+            cast(t.lora_B, p.adapter_dtype),
+        ]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         y = layer(tokens, *leaves, 0.5, padding_idx=padding_idx)
         return y.detach(), *torch.autograd.grad(y, leaves, cast(t.dy))
 
@@ -77,6 +78,21 @@ def test_output_and_gradients_against_float64(device, poisoned, one_dtype, padde
         return stacked(outputs(t, x, layer, cast) for t, x in zip(drawn, tokens, strict=True))
 
     assert_contract(call, lorafast.functional, p.dtype, rounded_to=p.dtype)
+
+
+@pytest.mark.parametrize("padding_idx", [None, PADDING])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
+def test_a_matrix_of_other_strides(name, layout, padding_idx):
+    t = draw(grad=SHAPES)
+    laid = lay_out(t[name].detach(), layout)
+    found = t | {name: laid.requires_grad_()}
+    expected = t | {name: laid.detach().contiguous().requires_grad_()}
+    y, y_expected = (
+        lora_embedding(TOKENS, **x, padding_idx=padding_idx) for x in (found, expected)
+    )
+    torch.testing.assert_close(y, y_expected)
+    assert_close(gradients(y, found), gradients(y_expected, expected))
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e-6], ids="A x {}".format)
