@@ -300,6 +300,20 @@ def test_no_new_graph_for_another_scaling(fresh_dynamo, kind):
     assert counter.frame_count <= (2 if kind is float else 1)
 
 
+def test_an_exported_program_needs_no_lorafast():
+    class Model(torch.nn.Module):
+        def forward(self, tokens, weight, lora_A, lora_B):
+            return lora_embedding(tokens, weight, lora_A, lora_B, 0.5)
+
+    t = draw()
+    inputs = (TOKENS, t["weight"], t["lora_A"], t["lora_B"])
+    dynamic = ({1: torch.export.Dim.DYNAMIC}, None, None, None)
+    exported = torch.export.export(Model(), inputs, dynamic_shapes=dynamic)
+    assert not any("lorafast" in str(node.target) for node in exported.graph.nodes)
+    others = (TOKENS[:, :3], *inputs[1:])
+    torch.testing.assert_close(exported.module()(*others), Model()(*others))
+
+
 TRANSFORMS = {
     "grad": lambda f, t: torch.func.grad(lambda A: f(A).sum())(t["lora_A"]),
     "jacrev": lambda f, t: torch.func.jacrev(f)(t["lora_A"]),
