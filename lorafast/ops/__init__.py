@@ -6,6 +6,7 @@ from lorafast.operands.packed import allow_packing
 from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.linear_expand import linear_expand
+from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
@@ -18,6 +19,7 @@ __all__ = [
     "expand",
     "expand_backward",
     "linear_expand",
+    "lora_embedding",
     "lora_linear",
     "shrink",
     "shrink_backward",
