@@ -179,7 +179,7 @@ def _section(path: Path, run: Run) -> str:
     parts = [
         f"PyTorch {packages['torch']}{triton}, PEFT {packages['peft']}, commit "
         f"{machine['commit'] or 'unknown'}, {run['started'][:10]} ([record]({_relative(path)})):",
-        f"    {run['command']}",
+        f"```sh\n{run['command']}\n```",
     ]
     parts += [_tests(row) for row in run.get("tests", ())]
     layers = [layer.Row.from_json(row) for row in run.get("layer", ())]

@@ -105,7 +105,7 @@ def test_without_records_it_says_so(report, tmp_path):
 
 
 def test_a_record_of_a_gpu_is_told_first(report, record, tmp_path):
-    record("cpu-x", [{"lorafast": 1.25}], device="AMD", capability="AVX2")
+    record("cpu-x", [{"lorafast": 1.375}], device="AMD", capability="AVX2")
     record("gpu-h100", [{"lorafast": 1.5, "peft": 2.5, "peft-compiled": 2.25}])
     state = report.state(tmp_path)
     assert "timed on NVIDIA H100" in state
@@ -118,26 +118,26 @@ def test_a_record_of_a_gpu_is_told_first(report, record, tmp_path):
         "| NVIDIA H100, bf16 | 0 | 1 | **1.50** (1.50 – 1.50) | **2.50** (2.50 – 2.50) "
         "| **2.25** (2.25 – 2.25) |"
     )
-    assert lines[3] == "| AMD, 2 threads, bf16 | 0 | 1 | **1.25** (1.25 – 1.25) |  |  |"
+    assert lines[3] == "| AMD, 2 threads, bf16 | 0 | 1 | **1.38** (1.38 – 1.38) |  |  |"
     performance = report.performance(tmp_path)
     assert performance.index("## NVIDIA H100") < performance.index("## AMD, 2 threads")
 
 
 def test_every_layer_counts_and_what_did_not_run_is_told(report, record, tmp_path):
     record(
-        "gpu-h100", [{"lorafast": o, "peft": p} for o, p in ((1.5, 2), (1.125, 3), (1.25, None))]
+        "gpu-h100", [{"lorafast": o, "peft": p} for o, p in ((1.5, 2), (1.125, 3), (1.375, None))]
     )
     line = report.speed(tmp_path).splitlines()[2]
-    assert "| 3 | **1.25** (1.12 – 1.50) | **2.50** (2.00 – 3.00, 1 not run) |" in line
+    assert "| 3 | **1.38** (1.12 – 1.50) | **2.50** (2.00 – 3.00, 1 not run) |" in line
 
 
 def test_the_newest_complete_run_of_each_device_is_shown(report, record, tmp_path):
     record("gpu-a", [{"lorafast": 1.5}], day=1)
-    record("gpu-b", [{"lorafast": 1.25}], day=2)
+    record("gpu-b", [{"lorafast": 1.375}], day=2)
     record("gpu-c", [{"lorafast": 1.125}], day=3, complete=False)
     record("gpu-d", [{"lorafast": 1.75}], day=1, device="NVIDIA H200")
     shown = re.findall(r"\*\*([\d.]+)\*\*", report.speed(tmp_path))
-    assert sorted(shown) == ["1.25", "1.75"]
+    assert sorted(shown) == ["1.38", "1.75"]
     assert len(re.findall("^## ", report.performance(tmp_path), re.MULTILINE)) == 2
 
 

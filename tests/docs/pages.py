@@ -1,4 +1,7 @@
-"""Runs a page of ``docs/``: its Python in order, and compares what it shows with what it prints."""
+"""Runs a page: its Python in order, and compares what it shows with what it prints.
+
+A block ``python not-run`` is left out. The lines of ``sh`` blocks are commands, which aren't run here.
+"""
 
 import contextlib
 import doctest
@@ -40,6 +43,19 @@ def blocks(page: Path) -> list[Block]:
             assert last.shown is None, f"{page.name}:{last.line}: its output is shown twice"
             found.append(Block(last.line, last.code, None, content))
     return found
+
+
+def not_run(page: Path) -> int:
+    """How many blocks of Python are marked as not run."""
+    return page.read_text(encoding="utf-8").count("\n```python not-run\n")
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of the ``sh`` blocks, without their comments."""
+    text = page.read_text(encoding="utf-8")
+    shell = [content for language, content in _BLOCK.findall(text) if language == "sh"]
+    lines = [line.partition(" #")[0].strip() for content in shell for line in content.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def write_files(page: Path, root: Path) -> list[Path]:
