@@ -91,15 +91,17 @@ def check_file(words):
         assert (ROOT / word).exists(), word
 
 
-def check_installed(words):
-    assert words
+def check_hooks(words):
+    assert words == ["install"]
+    assert (ROOT / ".pre-commit-config.yaml").is_file()
 
 
 CHECKS = {
+    ".ci/run": lambda words: check_file([".ci/run"]),
     "lorafast": check_lorafast,
     "make": check_make,
     "pip": check_pip,
-    "pre-commit": check_installed,
+    "pre-commit": check_hooks,
     "pytest": check_file,
     "python": check_file,
 }
