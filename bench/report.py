@@ -98,11 +98,13 @@ def state(results: Path) -> str:
     names = [run["machine"]["device"] for run in newest(results, "gpu").values()]
     compiled = [run for run in newest(results, "compiled").values() for run in run["compiled"]]
     targets = ", ".join(_unique(str(row["capability"]) for row in compiled))
-    others = f"compiled for sm_{targets}, not run" if targets else "not run"
+    others = f"compiled (sm_{targets}), not run" if targets else "not run"
     page = f"[docs/{PERFORMANCE.name}](docs/{PERFORMANCE.name})"
-    timed = f"timed on {' and '.join(names)}**" if names else "not yet timed on a GPU**"
-    where = f"{page}; for others {others}" if names else f"{others}; {page}"
-    sentence = f"The GPU kernels are **{timed} ({where})."
+    if names:
+        said = f"**timed on {' and '.join(names)}** ({page}); for other GPUs they are {others}."
+    else:
+        said = f"**not yet timed on a GPU**: they are {others} ({page})."
+    sentence = f"The GPU kernels are {said}"
     return textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False)
 
 

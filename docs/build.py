@@ -43,7 +43,7 @@ MODULES = (
 _API = "api/lorafast.html"
 _LINK = re.compile(r'(?<=[ ])(href|src|srcset)="([^"#:]+)(#[^"]*)?"')
 _STYLE = """\
-body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 62rem;
+body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 70rem;
        padding: 1rem 1.5rem 4rem; color: #1f2328; background: #fff }
 nav { border-bottom: 1px solid #d1d9e0; padding-bottom: .6rem; font-size: .9rem }
 nav a { margin-right: .9rem; white-space: nowrap }

@@ -72,7 +72,9 @@ def test_every_markdown_page_is_made(site):
     sources = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
     assert sources | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} == {*builder.PAGES}
     for target in builder.PAGES.values():
-        assert "<h1" in (site / target).read_text(encoding="utf-8")
+        page = (site / target).read_text(encoding="utf-8")
+        assert "<h1" in page
+        assert "```" not in page
 
 
 def test_every_link_leads_to_a_file_of_the_site(site):
@@ -81,6 +83,18 @@ def test_every_link_leads_to_a_file_of_the_site(site):
         for link in re.findall(r'(?:href|src|srcset)="([^"#:]+)[#"]', page):
             assert (site / link).is_file(), f"{target} links to {link}"
             assert not link.endswith(".md")
+
+
+@pytest.mark.parametrize("name", builder.MODULES)
+def test_a_module_links_to_all_others(site, name):
+    page = site / "api" / page_of(name)
+    text = page.read_text(encoding="utf-8")
+    menu = text[: text.index("API Documentation")]
+    links = re.findall(r'href="([^"#:]+\.html)"', menu)
+    found = {(page.parent / link).resolve() for link in links}
+    assert found >= {(site / "api" / page_of(other)).resolve() for other in builder.MODULES}
+    assert (site / "index.html").resolve() in found
+    assert all(path.is_file() for path in found)
 
 
 def test_a_broken_link_is_an_error(tmp_path):
