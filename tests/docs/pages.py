@@ -1,6 +1,6 @@
 """Runs a page: its Python in order, and compares what it shows with what it prints.
 
-A block below ``<!-- not run -->`` is left out. The lines of ``sh`` blocks are commands, which aren't run.
+A block below ``<!-- not run -->`` is left out. The lines of ``sh`` blocks are commands, not run here.
 """
 
 import contextlib
