@@ -1,11 +1,11 @@
-"""What each kernel is launched with, from the sizes of a call and a configuration: pure arithmetic.
+"""Launches: what a kernel is launched with, computed from the sizes of a call and a configuration.
 
-A launch says everything but its tensors: grid, shares of a reduction, TMA or pointers, helpers. Numbers
-depend on it in their last bits, since it says how sums are cut: on the bucket of M, on the number of SMs
-and on the tables. So a row's result may differ between batches of different sizes (the kernels are not
-batch-invariant), and never between two runs of one call.
+A launch has everything but the tensors: the grid, the shares of a reduction, TMA or pointers, helper
+CTAs. It says how sums are cut, so the last bits of a result depend on it: on the bucket of M, the number
+of SMs and the tables. A row's result may differ between batches of different sizes (the kernels are not
+batch-invariant). It never differs between two runs of one call.
 
-``kernels/lora_linear`` says what helpers do.
+``kernels/lora_linear`` says what helper CTAs do.
 """
 
 from dataclasses import dataclass, replace
@@ -24,14 +24,14 @@ from lorafast.reference import wide
 
 _PARTIAL = 4
 _FLOPS_PER_BYTE = 97
-"""What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
-beside the GEMM; elsewhere of the same order."""
+"""FLOPs of an SM in the time in which a helper reads one byte: on sm_90 3,400 FLOPs a clock, over 35
+bytes a clock beside the GEMM. Elsewhere it is of the same order."""
 
 
 _TWO_LOADS = 16
-"""Elements: two loads of 16 bytes a thread, in 16 bits."""
+"""Elements of 16 bits that a thread gets by two loads of 16 bytes."""
 _MOST_BESIDE_DBIAS = 16
-"""Elements of dB a thread, beside which dbias is added up without spilling."""
+"""Elements of dB in a thread's registers, beside which it can sum dbias without spilling."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ class ShrinkLaunch:
 
 @dataclass(frozen=True)
 class LinearExpandLaunch:
-    """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` that take tiles in turn.
+    """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` CTAs that take tiles in turn.
 
-    - ``splits``: shares of K; ``parts``: a tile is written in so many;
-    - ``tma``: by tensor descriptors, else by pointers;
-    - ``transposed``: it multiplies by the weight, not by its transpose;
-    - ``n_major``: TMA reads the second matrix as ``[K, N]``, which is how it lies in memory;
-    - ``rank_blocks``: those of the rank that are unrolled, 0 where they are looped over.
+    - ``splits``: the shares into which K is cut;
+    - ``parts``: the parts of its columns in which a tile is written;
+    - ``tma``: load and store by TMA, else by pointers;
+    - ``transposed``: multiply by the weight, not by its transpose;
+    - ``n_major``: TMA reads the second matrix as ``[K, N]``, as it lies in memory;
+    - ``rank_blocks``: the unrolled blocks of the rank, 0 if they are looped over.
     """
 
     config: LaunchConfig
@@ -119,9 +120,9 @@ class ShrinkBackwardLaunch:
 
 @dataclass(frozen=True)
 class Helpers:
-    """``helpers`` of ``programs`` do skinny work and miss ``waves`` rounds of tiles meanwhile.
+    """``helpers`` of the ``programs`` CTAs do skinny work first, and miss ``waves`` rounds of tiles.
 
-    ``rounds``: those that the launch takes; ``alone``: that it would take without.
+    ``rounds``: rounds of tiles that the launch takes; ``alone``: that the GEMM takes without helpers.
     """
 
     helpers: int
@@ -133,7 +134,7 @@ class Helpers:
 
 @dataclass(frozen=True)
 class LoraLinearLaunch:
-    """The GEMM of y, beside which helpers shrink as ``shrink`` says."""
+    """The GEMM of y; helpers compute s beside it, in the tiles of ``shrink``."""
 
     gemm: LinearExpandLaunch
     helpers: Helpers
@@ -142,8 +143,11 @@ class LoraLinearLaunch:
 
 @dataclass(frozen=True)
 class LoraLinearBackwardLaunch:
-    """The GEMM of dx, beside which helpers make ds, dB and ``dbias`` by ``rows``, and dA by ``columns``
-    unless that has a launch of its own. ``groups``: column groups of ds, row groups of dB."""
+    """The GEMM of dx. Helpers compute ds, dB and ``dbias`` beside it, in the tiles of ``rows``, then dA
+    in those of ``columns``, unless dA has a launch of its own, ``shrink_backward``.
+
+    ``groups``: column groups of ds, row groups of dB.
+    """
 
     gemm: LinearExpandLaunch
     helpers: Helpers
@@ -157,7 +161,7 @@ class LoraLinearBackwardLaunch:
 def shrink_launch(
     c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
 ) -> ShrinkLaunch:
-    """Cuts K so that few rows keep all SMs busy."""
+    """A CTA for each row block, share of K and rank block; K is cut until they fill the SMs."""
     row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
     count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
     return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
@@ -180,10 +184,10 @@ def linear_expand_launch(
     dropout: bool = False,
     helpers: "Helpers | None" = None,
 ) -> LinearExpandLaunch:
-    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should. ``by_rows``:
-    whether a row of the weight ``[N, K]``, or transposed ``[K, N]``, has neighbours in memory.
+    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should.
 
-    Beside helpers K is not cut: their programs are counted in.
+    ``by_rows``: whether the elements of a row of the weight are neighbours in memory. With ``helpers`` K
+    is not cut, and their CTAs are among the launch's.
     """
     tiles = _blocks(M, c.block_m) * _blocks(N, c.block_n)
     if helpers is None:
@@ -192,11 +196,11 @@ def linear_expand_launch(
     else:
         splits, programs = 1, helpers.programs
     described = c.descriptors and tma
-    # With pointers those of two tiles are too many registers; a split has too much after its main loop.
+    # Pointers of two tiles at a time take too many registers; a split has too much after its main loop.
     flatten = described and c.flatten and splits == 1
     unrolled = UNROLLED_RANK_BLOCKS if flatten else 1
     if dtype is torch.float16:
-        # In float32 several blocks at once don't fit in shared memory.
+        # s is float32 beside it: several blocks at once don't fit into shared memory.
         unrolled = 0 if dropout else 1
     rank_blocks = _blocks(r, c.block_r)
     return LinearExpandLaunch(
@@ -219,9 +223,9 @@ def expand_backward_launch(
     precision: str,
     wants: tuple[str, ...] = ("ds", "dB"),
 ) -> ExpandBackwardLaunch:
-    """A program for each column group and row group."""
+    """A CTA for each column group, row group and rank block."""
     c = _fitting(c, wants)
-    # dbias has no rank: it takes one block where there is none, and no more, which would read dy again.
+    # dbias alone has no rank: one block, since each block more would read dy once more.
     ranks = max(r, 1) if {"ds", "dB"} & set(wants) else 1
     col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(ranks, c.block_r)
     row_groups, m_blocks = chunks(
@@ -232,10 +236,10 @@ def expand_backward_launch(
 
 
 def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
-    """Smaller tiles where registers would spill: found by compiling.
+    """Smaller tiles where the tables' would spill, as compiling them has shown.
 
-    Half as many columns, which without ds costs nothing, for there are no partial sums of it to grow;
-    half as many ranks where a thread would be left less than 16 bytes of dy.
+    Half the columns: without ds that costs nothing, since there are no partial sums of ds. Half the
+    ranks where a thread would be left with less than 16 bytes of dy.
     """
     threads = 32 * c.num_warps
     beside_dbias = "dbias" in wants and c.block_r * c.block_n // threads > _MOST_BESIDE_DBIAS
@@ -249,7 +253,7 @@ def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
 def shrink_backward_launch(
     c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
 ) -> ShrinkBackwardLaunch:
-    """Cuts M so that few columns keep all SMs busy."""
+    """A CTA for each column block, share of M and rank block; M is cut until they fill the SMs."""
     col_blocks, rank_blocks = _blocks(K, c.block_k), _blocks(r, c.block_r)
     count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
     return ShrinkBackwardLaunch(
@@ -304,8 +308,10 @@ def lora_linear_backward_launch(
     dbias: bool = False,
     alone: LaunchConfig | None = None,
 ) -> LoraLinearBackwardLaunch | None:
-    """A layer's backward in one launch; with a mask dA has its own, by ``alone``. None where helpers
-    can't serve it."""
+    """A layer's backward in one launch; under dropout dA has a second one, in the tiles of ``alone``.
+
+    None where helpers can't serve it.
+    """
     helpers = None
     if may_help(dtype):
         helpers = backward_helpers(c, rows, columns, M, K, N, r, dtype.itemsize, dropout, sms)
@@ -325,16 +331,19 @@ def lora_linear_backward_launch(
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
-    """How float32 operands are rounded: as PyTorch's own products round them; beside float16 to its
-    significand, with float32's range."""
+    """The precision of products of float32 operands: that of PyTorch's own GEMMs. Beside float16 it is
+    TF32, which has float16's significand and float32's range."""
     if dtype is torch.float16:
         return "tf32"
     return "tf32" if dtype is torch.float32 and tf32 else "ieee"
 
 
 def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: int) -> bool:
-    """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``: rows of neighbours
-    that begin at multiples of 16 bytes, extents in 31 bits."""
+    """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``.
+
+    It needs rows whose elements are neighbours and which begin at multiples of 16 bytes, and extents of
+    31 bits.
+    """
     y = Layout.fresh(M, N, dtype)
     straight = weight.rows == 16 or (weight.rows == 0 and weight.columns == 16)
     aligned = x.rows == 16 and y.rows == 16 and straight
@@ -342,7 +351,7 @@ def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: i
 
 
 def may_help(dtype: torch.dtype) -> bool:
-    """Whether layers of this dtype have helpers: float16's skinny work is in float32, in other tiles."""
+    """Whether helpers serve layers of this dtype: not float16, whose skinny work is in float32."""
     return wide(dtype) is dtype
 
 
@@ -356,11 +365,11 @@ def _plan(
     sms: int,
     waited_bytes: int = 0,
 ) -> Helpers | None:
-    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
+    """The helpers of a GEMM ``[rows, depth] · [depth, cols]``, which read ``helper_bytes`` beside it.
 
-    ``waited_bytes`` are what one helper alone reads last while tiles wait for it. None where helpers
-    can't serve: none in the configuration, a rank that is looped over, skinny work that would outlast
-    half of the GEMM, or a wait that would outlast a tile. Whether they pay, ``rounds`` says.
+    ``waited_bytes``: what a single helper reads last, while tiles wait for it. None where helpers can't
+    serve: the configuration has none, the rank is looped over, the skinny work would outlast half of the
+    GEMM, or the wait would outlast a tile. ``rounds`` tells whether they pay.
     """
     if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
         return None
@@ -380,7 +389,7 @@ def _plan(
 
     if 2 * waves > alone:
         return None
-    # More time for helpers where no other program takes a round more for it.
+    # Give helpers more time while the other CTAs need no round more for it.
     while 2 * (waves + 1) <= alone and rounds(waves + 1) == rounds(waves):
         waves += 1
     return Helpers(helpers, waves, programs, rounds(waves), alone)
@@ -397,14 +406,15 @@ def forward_helpers(
     masked: bool,
     sms: int,
 ) -> Helpers | None:
-    """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
+    """The helpers of a layer's forward. ``size``: bytes of an element. Under dropout there are none:
+    making the mask would take them too long."""
     if masked or r > shrink.block_r:
         return None
     return _plan(gemm, M, K, N, r, M * K * size, sms)
 
 
 def group_rows(gemm: LaunchConfig) -> int:
-    """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
+    """The rows in a row group of ds: those of a group of tiles, since they are needed together."""
     return GROUP_M * gemm.block_m
 
 
@@ -420,7 +430,7 @@ def backward_helpers(
     masked: bool,
     sms: int,
 ) -> Helpers | None:
-    """The helpers of a layer's backward, which make ds and dB, and without a mask dA."""
+    """The helpers of a layer's backward, which compute ds and dB, and without dropout dA."""
     if r > min(expand_backward.block_r, shrink_backward.block_r):
         return None
     # With a rank of several blocks the launch would spill: compiled for sm_90.
