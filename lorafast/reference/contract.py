@@ -37,8 +37,11 @@ _FACTOR = 1.25
 
 @dataclass(frozen=True)
 class Verdict:
-    """An output's error, and the error that is allowed. ``why_broken`` says how the contract is broken, as
-    the end of a sentence that begins with the output's name; None if it holds."""
+    """An output's error, and the error that is allowed.
+
+    ``why_broken``: how the contract is broken, as the end of a sentence that begins with the output's
+    name; None if it holds.
+    """
 
     error: float
     allowed: float
