@@ -1,4 +1,4 @@
-"""Times each operation on each backend, in turn with a copy of x and with ``torch.mm``, the bare GEMM."""
+"""Times each operation on each backend, in turn with a copy of x and ``torch.mm``, the bare GEMM."""
 
 import functools
 import time
