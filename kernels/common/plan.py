@@ -134,7 +134,7 @@ class Helpers:
 
 @dataclass(frozen=True)
 class LoraLinearLaunch:
-    """The GEMM of y; helpers compute s beside it, in the tiles of ``shrink``."""
+    """The GEMM of y, beside which helpers shrink as ``shrink`` says."""
 
     gemm: LinearExpandLaunch
     helpers: Helpers
@@ -143,11 +143,8 @@ class LoraLinearLaunch:
 
 @dataclass(frozen=True)
 class LoraLinearBackwardLaunch:
-    """The GEMM of dx. Helpers compute ds, dB and ``dbias`` beside it, in the tiles of ``rows``, then dA
-    in those of ``columns``, unless dA has a launch of its own, ``shrink_backward``.
-
-    ``groups``: column groups of ds, row groups of dB.
-    """
+    """The GEMM of dx, beside which helpers make ds, dB and ``dbias`` by ``rows``, and dA by ``columns``
+    unless that has a launch of its own. ``groups``: column groups of ds, row groups of dB."""
 
     gemm: LinearExpandLaunch
     helpers: Helpers
@@ -308,10 +305,8 @@ def lora_linear_backward_launch(
     dbias: bool = False,
     alone: LaunchConfig | None = None,
 ) -> LoraLinearBackwardLaunch | None:
-    """A layer's backward in one launch; under dropout dA has a second one, in the tiles of ``alone``.
-
-    None where helpers can't serve it.
-    """
+    """A layer's backward in one launch; with a mask dA has its own, by ``alone``. None where helpers
+    can't serve it."""
     helpers = None
     if may_help(dtype):
         helpers = backward_helpers(c, rows, columns, M, K, N, r, dtype.itemsize, dropout, sms)
@@ -365,11 +360,11 @@ def _plan(
     sms: int,
     waited_bytes: int = 0,
 ) -> Helpers | None:
-    """The helpers of a GEMM ``[rows, depth] · [depth, cols]``, which read ``helper_bytes`` beside it.
+    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
 
-    ``waited_bytes``: what a single helper reads last, while tiles wait for it. None where helpers can't
-    serve: the configuration has none, the rank is looped over, the skinny work would outlast half of the
-    GEMM, or the wait would outlast a tile. ``rounds`` tells whether they pay.
+    ``waited_bytes`` are what one helper alone reads last while tiles wait for it. None where helpers
+    can't serve: none in the configuration, a rank that is looped over, skinny work that would outlast
+    half of the GEMM, or a wait that would outlast a tile. Whether they pay, ``rounds`` says.
     """
     if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
         return None
@@ -406,15 +401,14 @@ def forward_helpers(
     masked: bool,
     sms: int,
 ) -> Helpers | None:
-    """The helpers of a layer's forward. ``size``: bytes of an element. Under dropout there are none:
-    making the mask would take them too long."""
+    """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
     if masked or r > shrink.block_r:
         return None
     return _plan(gemm, M, K, N, r, M * K * size, sms)
 
 
 def group_rows(gemm: LaunchConfig) -> int:
-    """The rows in a row group of ds: those of a group of tiles, since they are needed together."""
+    """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
     return GROUP_M * gemm.block_m
 
 
@@ -430,7 +424,7 @@ def backward_helpers(
     masked: bool,
     sms: int,
 ) -> Helpers | None:
-    """The helpers of a layer's backward, which compute ds and dB, and without dropout dA."""
+    """The helpers of a layer's backward, which make ds and dB, and without a mask dA."""
     if r > min(expand_backward.block_r, shrink_backward.block_r):
         return None
     # With a rank of several blocks the launch would spill: compiled for sm_90.

@@ -1,4 +1,4 @@
-"""A layer's forward and backward, made of its operations. The formulas stand here and nowhere else:
+"""A whole layer's forward and backward, made of the four operations: the one place that has the formula.
 
 s = drop(x)·Aᵀ                      shrink
 y = x·Wᵀ + scaling · s·Bᵀ + bias    linear_expand

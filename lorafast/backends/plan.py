@@ -30,7 +30,7 @@ class Plan:
       returns ``dx, dweight, dA, dB, dbias``, None for what isn't wanted. What no wanted result depends
       on may be None.
 
-    ``weight`` is an operand (``lorafast.operands``) of the problem's format; ``x`` and ``dy`` are
+    ``weight`` is an operand (``lorafast.operands``) of the problem's format, ``x`` and ``dy`` are
     matrices of the problem's shapes.
 
     - ``launches``: what will be launched, a line each;
