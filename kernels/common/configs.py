@@ -35,8 +35,8 @@ class LaunchConfig:
     - ``flatten``: the loads of the next tile begin before this one is written;
     - ``parts``: a tile is written in this many parts of its columns, in ``masked_parts`` if there is a
       dropout mask;
-    - ``ctas_per_sm``: CTAs that an SM runs at the same time;
-    - ``helpers``: helper CTAs of a fused layer, which do its skinny reductions beside the GEMM.
+    - ``ctas_per_sm``: programs that an SM runs at once;
+    - ``helpers``: programs that do a layer's skinny work beside the GEMM, where that pays.
     """
 
     block_m: int
