@@ -181,7 +181,7 @@ def _section(path: Path, run: Run) -> str:
     parts = [
         f"PyTorch {packages['torch']}{triton}, PEFT {packages['peft']}, commit "
         f"{machine['commit'] or 'unknown'}, {run['started'][:10]} ([record]({_relative(path)})):",
-        f"```sh\n{run['command']}\n```",
+        f"```sh\n{_command(run)}\n```",
     ]
     parts += [_tests(row) for row in run.get("tests", ())]
     layers = [layer.Row.from_json(row) for row in run.get("layer", ())]
@@ -215,6 +215,13 @@ def _device(run: Run) -> str:
     machine = run["machine"]
     threads = "" if on_a_gpu(run) else f", {machine['threads']} threads"
     return f"{machine['device']}{threads}"
+
+
+def _command(run: Run) -> str:
+    """As it is typed: ``make`` takes options of its own only."""
+    command: str = run["command"]
+    options = command.removeprefix("make gpu ")
+    return command if options == command else f'make gpu ARGS="{options}"'
 
 
 def _tests(row: dict[str, int]) -> str:

@@ -161,6 +161,19 @@ def test_operations_and_tests_of_a_record_are_shown(report, record, tmp_path):
     assert "| torch.mm |  | 4 ms | 0.0025 |  |" in rendered
 
 
+@pytest.mark.parametrize(
+    ("recorded", "typed"),
+    [
+        ("make gpu", "make gpu"),
+        ("make gpu --minutes 12", 'make gpu ARGS="--minutes 12"'),
+        ("lorafast bench --rank 8", "lorafast bench --rank 8"),
+    ],
+)
+def test_the_command_is_shown_as_it_is_typed(report, record, tmp_path, recorded, typed):
+    record("gpu-a", [{"lorafast": 1.5}], command=recorded)
+    assert f"```sh\n{typed}\n```" in report.performance(tmp_path)
+
+
 def test_a_document_without_marks_is_refused(report):
     with pytest.raises(ValueError, match=r"performance\.md lacks"):
         report.SECTIONS[2].of("# lorafast")
