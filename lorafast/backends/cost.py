@@ -220,7 +220,7 @@ class Price:
 
 
 def price(backend: str, problem: Problem, device: Device | None = None) -> Price | None:
-    """The price of ``backend``: from this machine's records, else from its model; None if it has neither.
+    """The price of ``backend``: from this machine's records, else from its model, or None.
 
     ``device`` is that of the problem unless another one is to be reckoned with.
     """

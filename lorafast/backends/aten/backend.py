@@ -21,7 +21,7 @@ class Aten(Backend):
     name = "aten"
 
     def plan(self, problem: Problem) -> Plan | Refusal:
-        """A small layer in few calls that PyTorch differentiates; another as its operations, one by one."""
+        """A small layer in few calls that PyTorch differentiates, another operation by operation."""
         if problem.operation in LAYER_OPERATIONS:
             if problem.operation == "lora_linear" and _is_small(problem):
                 return _small(problem)
