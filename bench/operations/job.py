@@ -1,4 +1,4 @@
-"""Times each operation on each backend, a copy of x and the vendor's bare product in turn with it."""
+"""Times each operation on each backend, in turn with a copy of x and ``torch.mm``, the bare GEMM."""
 
 import functools
 import time
@@ -78,8 +78,7 @@ def measure(
 ) -> list[Row]:
     """Rows of every operation on every backend.
 
-    Each operation is sampled for about ``seconds``, its backends, a copy of x and the vendor's bare
-    product in turn.
+    Each operation is sampled for about ``seconds``: its backends, a copy of x and ``torch.mm`` in turn.
     """
     tensors = draw(problem, device, input_sets(problem))
     by_set = [

@@ -1,11 +1,11 @@
-"""What each kernel is launched with, from the sizes of a call and a configuration: pure arithmetic.
+"""Launches: what a kernel is launched with, computed from the sizes of a call and a configuration.
 
-A launch says everything but its tensors: grid, shares of a reduction, TMA or pointers, helpers. Numbers
-depend on it in their last bits, since it says how sums are cut: on the bucket of M, on the number of SMs
-and on the tables. So a row's result may differ between batches of different sizes (the kernels are not
-batch-invariant), and never between two runs of one call.
+A launch has everything but the tensors: the grid, the shares of a reduction, TMA or pointers, helper
+CTAs. It says how sums are cut, so the last bits of a result depend on it: on the bucket of M, the number
+of SMs and the tables. A row's result may differ between batches of different sizes (the kernels are not
+batch-invariant). It never differs between two runs of one call.
 
-``kernels/lora_linear`` says what helpers do.
+``kernels/lora_linear`` says what helper CTAs do.
 """
 
 from dataclasses import dataclass, replace
@@ -22,17 +22,18 @@ from lorafast.reference import wide
 
 _PARTIAL = 4
 _FLOPS_PER_BYTE = 97
-"""What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
-beside the GEMM; elsewhere of the same order."""
+"""FLOPs of an SM in the time in which a helper reads one byte: on sm_90 3,400 FLOPs a clock, over 35
+bytes a clock beside the GEMM. Elsewhere it is of the same order."""
 
 
 _TWO_LOADS = 16
-"""Elements: two loads of 16 bytes a thread, in 16 bits."""
+"""Elements of 16 bits that a thread gets by two loads of 16 bytes."""
 _MOST_BESIDE_A_MASK = 64
-"""Elements of a GEMM's accumulator a thread, of as many warps as a group of two has."""
+"""Elements of a GEMM's accumulator in a thread's registers, beside which it can make a mask."""
 _WARPS = 8
+"""Of a GEMM, at most."""
 _MOST_BESIDE_DBIAS = 16
-"""Elements of dB a thread, beside which dbias is added up without spilling."""
+"""Elements of dB in a thread's registers, beside which it can sum dbias without spilling."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,14 @@ class ExpandLaunch:
 
 @dataclass(frozen=True)
 class LinearExpandLaunch:
-    """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` that take tiles in turn.
+    """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` CTAs that take tiles in turn.
 
-    - ``splits``: shares of K; ``parts``: a tile is written in so many;
-    - ``tma``: by tensor descriptors, else by pointers;
-    - ``transposed``: it multiplies by the weight, not by its transpose;
-    - ``n_major``: TMA reads the second matrix as ``[K, N]``, which is how it lies in memory;
-    - ``rank_blocks``: those of the rank that are unrolled, 0 where they are looped over.
+    - ``splits``: the shares into which K is cut;
+    - ``parts``: the parts of its columns in which a tile is written;
+    - ``tma``: load and store by TMA, else by pointers;
+    - ``transposed``: multiply by the weight, not by its transpose;
+    - ``n_major``: TMA reads the second matrix as ``[K, N]``, as it lies in memory;
+    - ``rank_blocks``: the unrolled blocks of the rank, 0 if they are looped over.
     """
 
     config: LaunchConfig
@@ -141,9 +143,9 @@ class ShrinkBackwardLaunch:
 
 @dataclass(frozen=True)
 class Helpers:
-    """``helpers`` of ``programs`` do skinny work and miss ``waves`` rounds of tiles meanwhile.
+    """``helpers`` of the ``programs`` CTAs do skinny work first, and miss ``waves`` rounds of tiles.
 
-    ``rounds``: those that the launch takes; ``alone``: that it would take without.
+    ``rounds``: rounds of tiles that the launch takes; ``alone``: that the GEMM takes without helpers.
     """
 
     helpers: int
@@ -165,7 +167,7 @@ class LoraLinearLaunch:
 def shrink_launch(
     c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
 ) -> ShrinkLaunch:
-    """Cuts K so that few rows keep all SMs busy."""
+    """A CTA for each row block, share of K and rank block; K is cut until they fill the SMs."""
     row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
     count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
     return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
@@ -212,10 +214,10 @@ def linear_expand_launch(
     dropout: bool = False,
     helpers: "Helpers | None" = None,
 ) -> LinearExpandLaunch:
-    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should. ``by_rows``:
-    whether a row of the weight ``[N, K]``, or transposed ``[K, N]``, has neighbours in memory.
+    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should.
 
-    Beside helpers K is not cut: their programs are counted in.
+    ``by_rows``: whether the elements of a row of the weight are neighbours in memory. With ``helpers`` K
+    is not cut, and their CTAs are among the launch's.
     """
     if dropout:
         c = _masked(c)
@@ -263,9 +265,9 @@ def expand_backward_launch(
     precision: str,
     wants: tuple[str, ...] = ("ds", "dB"),
 ) -> ExpandBackwardLaunch:
-    """A program for each column group and row group."""
+    """A CTA for each column group, row group and rank block."""
     c = _fitting(c, wants)
-    # dbias has no rank: it takes one block where there is none, and no more, which would read dy again.
+    # dbias alone has no rank: one block, since each block more would read dy once more.
     ranks = max(r, 1) if {"ds", "dB"} & set(wants) else 1
     col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(ranks, c.block_r)
     row_groups, m_blocks = chunks(
@@ -276,10 +278,10 @@ def expand_backward_launch(
 
 
 def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
-    """Smaller tiles where registers would spill: found by compiling.
+    """Smaller tiles where the tables' would spill, as compiling them has shown.
 
-    Half as many columns, which without ds costs nothing, for there are no partial sums of it to grow;
-    half as many ranks where a thread would be left less than 16 bytes of dy.
+    Half the columns: without ds that costs nothing, since there are no partial sums of ds. Half the
+    ranks where a thread would be left with less than 16 bytes of dy.
     """
     threads = 32 * c.num_warps
     beside_dbias = "dbias" in wants and c.block_r * c.block_n // threads > _MOST_BESIDE_DBIAS
@@ -293,7 +295,7 @@ def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
 def shrink_backward_launch(
     c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
 ) -> ShrinkBackwardLaunch:
-    """Cuts M so that few columns keep all SMs busy."""
+    """A CTA for each column block, share of M and rank block; M is cut until they fill the SMs."""
     col_blocks, rank_blocks = _blocks(K, c.block_k), _blocks(r, c.block_r)
     count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
     return ShrinkBackwardLaunch(
@@ -331,8 +333,8 @@ def lora_linear_launch(
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
-    """How float32 operands are rounded: as PyTorch's own products round them; beside float16 to its
-    significand, with float32's range."""
+    """The precision of products of float32 operands: that of PyTorch's own GEMMs. Beside float16 it is
+    TF32, which has float16's significand and float32's range."""
     if dtype is torch.float16:
         return "tf32"
     return "tf32" if dtype is torch.float32 and tf32 else "ieee"
@@ -346,8 +348,11 @@ def skinny_precision_of(dtype: torch.dtype, tf32: bool) -> str:
 
 
 def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: int) -> bool:
-    """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``: rows of neighbours
-    that begin at multiples of 16 bytes, extents in 31 bits."""
+    """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``.
+
+    It needs rows whose elements are neighbours and which begin at multiples of 16 bytes, and extents of
+    31 bits.
+    """
     y = Layout.fresh(M, N, dtype)
     straight = weight.rows == 16 or (weight.rows == 0 and weight.columns == 16)
     aligned = x.rows == 16 and y.rows == 16 and straight
@@ -355,7 +360,7 @@ def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: i
 
 
 def may_help(dtype: torch.dtype) -> bool:
-    """Whether layers of this dtype have helpers: float16's skinny work is in float32, in other tiles."""
+    """Whether helpers serve layers of this dtype: not float16, whose skinny work is in float32."""
     return wide(dtype) is dtype
 
 
@@ -389,7 +394,7 @@ def _plan(
 
     if 2 * waves > alone:
         return None
-    # More time for helpers where no other program takes a round more for it.
+    # Give helpers more time while the other CTAs need no round more for it.
     while 2 * (waves + 1) <= alone and rounds(waves + 1) == rounds(waves):
         waves += 1
     return Helpers(helpers, waves, programs, rounds(waves), alone)

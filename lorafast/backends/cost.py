@@ -1,8 +1,8 @@
-"""What a call takes on a GPU: as ``lorafast tune`` measured it there, else by a model.
+"""The time of a call on a GPU: as ``lorafast tune`` measured it there, else by a model.
 
     seconds = max(device, host)
     device  = max(arithmetic / rate, bytes / bandwidth) + launches · LAUNCH_SECONDS
-    host    = what Python and the driver take for the launches
+    host    = the time of Python and the driver for the launches
 
 A device's rate and bandwidth are what large GEMMs and copies reach. The share of them that a backend
 reaches, and its host time, are the backend's own: ``lorafast.backends.<name>.cost`` has ``estimate``.
@@ -37,7 +37,7 @@ REACHED_BANDWIDTH = 0.87
 REACHED_FLOPS = 0.8
 """Of the data sheet: what large GEMMs reach, measured on an H200 (790 of 989 TFLOP/s)."""
 MARGIN = 1.01
-"""A backend that was not recorded as the fastest is taken to be so much slower: noise is no lead."""
+"""A backend that isn't the record's fastest is priced at least so much above it: noise is no lead."""
 
 FLOAT32 = 0.8
 """Of the float32 rate: what PyTorch's GEMMs reach."""
@@ -61,9 +61,9 @@ they print with sparsity): H100 (2024), H200, GH200, Blackwell (DGX B200 and GB2
 A30, A10, A40, L4, L40, L40S; the white papers of GA102, AD102 and GB202 for GeForce, which multiplies at
 half rate when it accumulates in float32; DGX Spark's 1 PFLOP/s of sparse FP4 is an eighth of that."""
 _FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
-"""The same of one SM, from the architectures' white papers."""
+"""FLOPs of one SM in a clock, of the same products, from the architectures' white papers."""
 _FLOAT32_PER_CLOCK = {80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
-"""float32 without tensor cores."""
+"""The same in float32 without tensor cores."""
 _NOWHERE = "a device that isn't here"
 _HALF_RATE = r"GeForce|TITAN|RTX [345]0[5-9]0"
 _CLOCK = 1.7e9
@@ -247,7 +247,7 @@ def alignment(layout: Layout) -> float:
 
 @dataclass(frozen=True)
 class Price:
-    """What a backend takes for a problem, where that is known from, and whether it was measured."""
+    """The seconds of a backend for a problem, where they come from, and whether they were measured."""
 
     seconds: float
     source: str
@@ -255,7 +255,7 @@ class Price:
 
 
 def price(backend: str, problem: Problem, device: Device | None = None) -> Price | None:
-    """What ``backend`` takes: by this machine's records, else by its model; None where there is neither.
+    """The price of ``backend``: from this machine's records, else from its model, or None.
 
     ``device`` is that of the problem unless another one is to be reckoned with.
     """
@@ -266,7 +266,7 @@ def price(backend: str, problem: Problem, device: Device | None = None) -> Price
 
 
 def priced(plan: Plan, problem: Problem, device: Device | None = None) -> Plan:
-    """``plan`` with what it takes."""
+    """``plan`` with its price."""
     known = price(plan.backend, problem, device)
     if known is None:
         return plan
@@ -321,23 +321,23 @@ def _measured(backend: str, problem: Problem, device: Device) -> Price | None:
 
 
 _MEASURED = {"expand_backward": ("ds", "dB"), "lora_linear_backward": ("dx", "dA", "dB")}
-"""What is wanted of an operation when it is tuned."""
+"""The results that are wanted of an operation when it is tuned."""
 
 
 def _all_wanted(problem: Problem) -> bool:
-    """Whether so much is asked of the operation as when it was measured."""
+    """Whether the same results are wanted as when the operation was tuned."""
     return problem.wants == _MEASURED.get(problem.operation, problem.wants)
 
 
 def record_of(problem: Problem, device: str) -> tuned.Record | None:
-    """What was measured on the device of this name for the call or for one near it."""
+    """The record of the device of this name for the call, or for one near it."""
     if problem.format != DENSE or min(problem.M, problem.r) < 1:
         return None
     return tuned.nearest(device, key_of(problem))
 
 
 def key_of(p: Problem) -> tuned.Key:
-    """What a record of the call is found by; sizes are those of its GEMM, or of the matrix read."""
+    """The key of the call's record. Sizes are those of its GEMM, or of the matrix that it reads."""
     transposed = p.transposed or p.operation == "lora_linear_backward"
     K, N = (p.N, p.K) if transposed else (p.K or p.N, p.N or p.K)
     return tuned.Key(

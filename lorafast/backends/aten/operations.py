@@ -1,8 +1,8 @@
 """The fastest composition of PyTorch's own calls.
 
-The expansion comes first and the base product is accumulated onto it: ``y = scaling · s·Bᵀ`` is thin
-and only written, then the vendor's product reads it back as its accumulator, hidden behind the
-arithmetic. Only the small term is rounded early.
+The expansion comes first, and the base GEMM is accumulated onto it. ``y = scaling · s·Bᵀ`` is skinny
+and only writes y. The base GEMM of cuBLAS, oneDNN or MKL then reads y back as its accumulator, hidden
+behind its arithmetic. Only the small term is rounded early.
 
 In float16 the small term may not be: it lives in float32 and is added to the finished base product,
 before the one rounding of the sum. Where the base product is a packed copy's or a format's, which
