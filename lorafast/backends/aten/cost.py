@@ -100,13 +100,13 @@ _OPERATIONS = {
 def _skinny(p: Problem, large: int, small: int, layout: Layout, device: Device) -> Estimate:
     """A GEMM that reads a matrix of ``large`` elements once, and ``small`` ones beside it."""
     size = wide(p.dtype).itemsize
-    share = _SKINNY if size == 2 else _SKINNY_WIDE
-    share *= alignment(layout) if size == p.dtype.itemsize else 1.0
+    aligned = alignment(layout) if size == p.dtype.itemsize else 1.0
+    share = aligned * (_SKINNY if size == 2 else _SKINNY_WIDE)
     rate = device.rate(wide(p.dtype), p.tf32) * (1.0 if size == 2 else FLOAT32)
     return work(
         device,
         flops=2.0 * p.r * large,
-        rate=rate * share,
+        rate=rate * aligned,
         moved=(large + small) * size,
         share=share,
     )
