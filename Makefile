@@ -9,7 +9,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-peft test-oldest-peft bench gpu lint types check clean
+.PHONY: help setup demo test test-all test-peft test-oldest-peft bench gpu docs lint types check clean
 
 help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
+	@echo "make docs    README, docs/ and every public name as HTML in build/docs, to be browsed offline"
 	@echo "make check   lint, types and every test, as CI does"
 	@echo "make clean   remove .venv and everything that was built"
 
@@ -68,9 +69,15 @@ gpu:
 		{ echo "make gpu needs an NVIDIA GPU and PyTorch, and $(PYTHON) has no PyTorch" >&2; exit 2; }; \
 	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $$python -m lorafast.bench.gpu $(ARGS)
 
+docs: $(READY)
+	$(PY) docs/build.py build/docs
+
+CPP := $(foreach in,csrc csrc/* tests/native/throwaway tests/native/throwaway/*,$(wildcard $(in:=/*.h) $(in:=/*.cpp) $(in:=/*.cu)))
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $(CPP)
 
 types: $(READY)
 	$(PY) tests/check_types.py

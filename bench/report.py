@@ -1,16 +1,21 @@
-"""Renders the README's performance section from the recorded runs in ``bench/results/``.
+"""Renders what the README and ``docs/performance.md`` say of speed from the runs in ``bench/results/``.
 
-    python bench/report.py            # rewrites the section
-    python bench/report.py --check    # exit status 1 if the section and the records disagree
+    python bench/report.py            # rewrites the sections
+    python bench/report.py --check    # exit status 1 if a section and the records disagree
 
-Of ``gpu-*``, ``cpu-*``, ``inference-*``, ``accelerate-*``, ``traffic-*`` and ``compiled-*`` the newest
-complete run is shown. No figure is typed by hand.
+A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
+shown, of ``inference-*``, ``accelerate-*``, ``traffic-*`` and ``compiled-*`` the newest one. No figure
+is typed by hand.
 """
 
 import argparse
 import itertools
+import os
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,38 +23,150 @@ from lorafast.bench.call_overhead import PASSES as CALLS
 from lorafast.bench.common.clock import Summary
 from lorafast.bench.common.contenders import FROZEN
 from lorafast.bench.common.problem import PASSES, Problem
-from lorafast.bench.common.record import read
-from lorafast.bench.common.table import markdown, megabytes
+from lorafast.bench.common.record import read, rows_of
+from lorafast.bench.common.table import markdown, megabytes, why_no_time
 from lorafast.bench.layer.report import duration
+from lorafast.bench.operations.job import COPY, PRODUCT
 
-from lorafast.bench import accelerate, layer, models, traffic
+from lorafast.bench import accelerate, layer, models, operations, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "bench" / "results"
-BEGIN = "<!-- performance: rendered by bench/report.py from bench/results, not typed -->"
-END = "<!-- end of performance -->"
 Run = dict[str, Any]
 T = TypeVar("T")
 _REMARKS = {"infer": ", again and again, so that code, and weights that fit, are in the cache"}
+_DEVICES = ("gpu", "cpu")
+_SHOWN = {"lorafast": "lorafast", "peft": "PEFT", "peft-compiled": "PEFT, compiled"}
+_NO_GPU = "No run on a GPU is recorded yet."
 
 
-def render(results: Path = RESULTS) -> str:
-    """The section, without its two marks."""
+@dataclass(frozen=True)
+class Section:
+    """A part of ``document``: what ``render`` makes of a folder of records, between two marks."""
+
+    document: Path
+    name: str
+    render: Callable[[Path], str]
+    inline: bool = False
+
+    @property
+    def begin(self) -> str:
+        """The mark before it."""
+        return f"<!-- {self.name}: rendered by bench/report.py from bench/results, not typed -->"
+
+    @property
+    def end(self) -> str:
+        """The mark behind it."""
+        return f"<!-- end of {self.name} -->"
+
+    def of(self, text: str) -> str:
+        """What stands between the marks in ``text``.
+
+        Raises:
+            ValueError: a mark is missing.
+        """
+        return self._cut(text)[1].strip()
+
+    def put_into(self, text: str, rendered: str) -> str:
+        """``text`` with ``rendered`` between the marks."""
+        head, _, tail = self._cut(text)
+        before, after = ("\n", " ") if self.inline else ("\n\n", "\n\n")
+        return f"{head}{self.begin}{before}{rendered}{after}{self.end}{tail}"
+
+    def _cut(self, text: str) -> tuple[str, str, str]:
+        head, begin, rest = text.partition(self.begin)
+        section, end, tail = rest.partition(self.end)
+        if not (begin and end):
+            raise ValueError(f"{self.document.name} lacks {self.begin!r} or {self.end!r}")
+        return head, section, tail
+
+
+def newest(results: Path, kind: str) -> dict[Path, Run]:
+    """The newest complete run of a kind, of ``gpu`` and ``cpu`` that of each device."""
+    found: dict[str, tuple[Path, Run]] = {}
+    runs = [(path, read(path)) for path in sorted(results.glob(f"{kind}-*.json"))]
+    for path, run in sorted(runs, key=lambda one: one[1]["started"]):
+        if run["complete"]:
+            found[run["machine"]["device"] if kind in _DEVICES else kind] = path, run
+    return dict(found.values())
+
+
+def state(results: Path) -> str:
+    """On which GPUs the kernels are timed, and for which they are compiled."""
+    names = [run["machine"]["device"] for run in newest(results, "gpu").values()]
+    compiled = [run for run in newest(results, "compiled").values() for run in run["compiled"]]
+    targets = ", ".join(_unique(str(row["capability"]) for row in compiled))
+    others = f"compiled (sm_{targets}), not run" if targets else "not run"
+    page = f"[docs/{PERFORMANCE.name}](docs/{PERFORMANCE.name})"
+    if names:
+        said = f"**timed on {' and '.join(names)}** ({page}); for other GPUs they are {others}."
+    else:
+        said = f"**not yet timed on a GPU**: they are {others} ({page})."
+    sentence = f"The GPU kernels are {said}"
+    return textwrap.fill(sentence, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def speed(results: Path) -> str:
+    """A line for each device, dtype and dropout: the overhead over all layers that were measured."""
+    groups: dict[tuple[str, float], list[layer.Row]] = {}
+    commands = []
+    for kind in _DEVICES:
+        for path, run in newest(results, kind).items():
+            rows = [layer.Row.from_json(row) for row in run.get("layer", ())]
+            for row in rows:
+                if row.which == "both":
+                    key = f"{_device(run)}, {row.problem.dtype}", row.problem.dropout_p
+                    groups.setdefault(key, []).append(row)
+            commands.append(f"[{_device(run)}]({_relative(path, README)})")
+    shown = [
+        name for name in _SHOWN if any(r.contender == name for g in groups.values() for r in g)
+    ]
+    lines = [
+        [device, f"{dropout:g}", str(len(_unique(row.problem for row in rows)))]
+        + [_range(row for row in rows if row.contender == name) for name in shown]
+        for (device, dropout), rows in groups.items()
+    ]
+    header = ["", "dropout", "layers", *(_SHOWN[name] for name in shown)]
+    return f"{markdown(header, lines)}\n\nRecords: {', '.join(commands)}."
+
+
+def _range(rows: Iterable[layer.Row]) -> str:
+    """The median over layers of a contender's overhead, the least and the most."""
+    found = list(rows)
+    medians = [row.overhead.median for row in found if row.wrong is None and row.overhead]
+    missing = f", {len(found) - len(medians)} not run" if len(medians) < len(found) else ""
+    if not medians:
+        return "not run" if found else ""
+    low, high = min(medians), max(medians)
+    return f"**{statistics.median(medians):.2f}** ({low:.2f} – {high:.2f}{missing})"
+
+
+def performance(results: Path) -> str:
+    """All records, a heading each."""
     parts = []
     kinds = (
-        ("gpu", _section), ("cpu", _section), ("inference", _section), ("accelerate", _section),
-        ("traffic", _traffic), ("compiled", _compiled),
+        ("gpu", "", _section), ("cpu", "", _section), ("inference", "Inference: ", _section),
+        ("accelerate", "PEFT's models: ", _section), ("traffic", "", _traffic),
+        ("compiled", "", _compiled),
     )  # fmt: skip
-    for kind, render_run in kinds:
-        runs = {path: read(path) for path in results.glob(f"{kind}-*.json")}
-        complete = [path for path, run in runs.items() if run["complete"]]
-        if complete:
-            newest = max(complete, key=lambda path: runs[path]["started"])
-            parts.append(render_run(newest, runs[newest]))
-        elif kind == "gpu":
-            parts.append("No run on a GPU is recorded yet.")
+    for kind, heading, render_run in kinds:
+        runs = newest(results, kind)
+        for path, run in runs.items():
+            if render_run is _section:
+                parts.append(f"## {heading}{_device(run)}")
+            parts.append(render_run(path, run))
+        if kind == "gpu" and not runs:
+            parts.append(_NO_GPU)
     return "\n\n".join(parts)
+
+
+SECTIONS = (
+    Section(README, "state", state, inline=True),
+    Section(README, "speed", speed),
+    Section(PERFORMANCE, "performance", performance),
+)
 
 
 def on_a_gpu(run: Run) -> bool:
@@ -60,15 +177,13 @@ def on_a_gpu(run: Run) -> bool:
 def _section(path: Path, run: Run) -> str:
     machine = run["machine"]
     packages = machine["packages"]
-    threads = "" if on_a_gpu(run) else f", {machine['threads']} threads"
-    origin = (
-        f"**{machine['device']}{threads}**, PyTorch {packages['torch']}, PEFT {packages['peft']}, "
-        f"commit {machine['commit'] or 'unknown'}, {run['started'][:10]} "
-        f"([record]({_relative(path)}), `{run['command']}`). Ratios to the frozen `nn.Linear` of the "
-        "same round, median and middle half; *frozen again* is the frozen layer against itself, so the "
-        "noise of the instrument."
-    )
-    parts = [origin]
+    triton = f", Triton {packages['triton']}" if on_a_gpu(run) else ""
+    parts = [
+        f"PyTorch {packages['torch']}{triton}, PEFT {packages['peft']}, commit "
+        f"{machine['commit'] or 'unknown'}, {run['started'][:10]} ([record]({_relative(path)})):",
+        f"```sh\n{_command(run)}\n```",
+    ]
+    parts += [_tests(row) for row in run.get("tests", ())]
     layers = [layer.Row.from_json(row) for row in run.get("layer", ())]
     for which in dict.fromkeys(row.which for row in layers):
         parts.append(f"{PASSES[which].capitalize()}{_REMARKS.get(which, '')}:")
@@ -76,6 +191,9 @@ def _section(path: Path, run: Run) -> str:
     picture = path.with_suffix(".png")
     if picture.is_file():
         parts.append(_picture(picture))
+    ops = rows_of(run, "operations", operations.Row, path)
+    for _, same in itertools.groupby(ops, key=lambda row: row.problem):
+        parts += _operations(list(same))
     calls = [layer.Row.from_json(row) for row in run.get("call_overhead", ())]
     if calls:
         shape = calls[0].problem.shape
@@ -85,12 +203,30 @@ def _section(path: Path, run: Run) -> str:
         )
         parts.append(_calls(calls))
     steps = [models.Row(**row) for row in run.get("models", ())]
-    for _, same in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
-        parts += _models(list(same))
+    for _, step in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
+        parts += _models(list(step))
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
     for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
         parts += _accelerated(list(of_peft))
     return "\n\n".join(parts)
+
+
+def _device(run: Run) -> str:
+    machine = run["machine"]
+    threads = "" if on_a_gpu(run) else f", {machine['threads']} threads"
+    return f"{machine['device']}{threads}"
+
+
+def _command(run: Run) -> str:
+    """As it is typed: ``make`` takes options of its own only."""
+    command: str = run["command"]
+    options = command.removeprefix("make gpu ")
+    return command if options == command else f'make gpu ARGS="{options}"'
+
+
+def _tests(row: dict[str, int]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in row.items() if name != "status")
+    return f"Tests on the device in the same run: {counts or 'none'}."
 
 
 def _layers(rows: Sequence[layer.Row]) -> str:
@@ -128,6 +264,35 @@ def _overhead(row: layer.Row | models.Row | accelerate.Row | None) -> str:
 
 def _spread(summary: Summary) -> str:
     return f"**{summary.median:.3f}** ({summary.low:.3f} – {summary.high:.3f})"
+
+
+def _operations(rows: Sequence[operations.Row]) -> list[str]:
+    problem = rows[0].problem
+    lines = []
+    for row in rows:
+        cells = [row.case, row.contender]
+        if row.samples:
+            time = Summary.of(row.samples)
+            cells += [
+                duration(time.median),
+                f"{row.flops / time.median / 1e12:.3g}",
+                f"{row.least_bytes / time.median / 1e9:,.0f}",
+            ]
+        else:
+            cells += [why_no_time(row.wrong, row.unavailable) or "not run", "", ""]
+        lines.append(cells)
+    timed = next((row for row in rows if row.copy_samples), None)
+    if timed is not None:
+        M, K, N = problem.shape.M, problem.shape.K, problem.shape.N
+        copy, gemm = Summary.of(timed.copy_samples).median, Summary.of(timed.product_samples).median
+        copied = 2 * M * K * problem.element_size
+        lines.append([COPY, "", duration(copy), "", f"{copied / copy / 1e9:,.0f}"])
+        lines.append([PRODUCT, "", duration(gemm), f"{2 * M * K * N / gemm / 1e12:.3g}", ""])
+    dropout = f"dropout {problem.dropout_p:g}" if problem.dropout_p else "no dropout"
+    return [
+        f"Operations by themselves, {_describe(problem)}, {dropout}:",
+        markdown(["operation", "backend", "time", "TFLOP/s", "GB/s"], lines),
+    ]
 
 
 def _calls(rows: Sequence[layer.Row]) -> str:
@@ -218,6 +383,7 @@ def _traffic(path: Path, run: Run) -> str:
         f"{' and '.join(_unique(riding))} times as much."
     )  # fmt: skip
     return (
+        "## Traffic, counted\n\n"
         "Counted, not timed: launches and device-memory traffic of a forward and a backward on a GPU "
         "(`lorafast bench --traffic`, the same on every machine; "
         f"[record]({_relative(path)})). *The least* moves every operand once.{ridden}\n\n"
@@ -241,6 +407,7 @@ def _compiled(path: Path, run: Run) -> str:
     header = ["", "kernel", "variants", "registers", "shared memory", "spills", "multiplies with"]
     packages = run["machine"]["packages"]
     return (
+        "## Machine code, compiled\n\n"
         "Compiled, not run: what the machine code of every launch configuration in `kernels/tables` "
         f"needs at most, by Triton {packages['triton']} (`{run['command']}`, which the tests run and "
         f"which prints a line for each variant; [record]({_relative(path)})).\n\n"
@@ -258,41 +425,37 @@ def _picture(path: Path) -> str:
     )
 
 
-def _relative(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+def _relative(path: Path, document: Path = PERFORMANCE) -> str:
+    """A record's path as a link of ``document``."""
+    inside = path.is_relative_to(ROOT)
+    return Path(os.path.relpath(path, document.parent)).as_posix() if inside else path.name
 
 
 def _unique(items: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(items))
 
 
-def section_of(text: str) -> str:
-    """What stands between the two marks of a README."""
-    _, _, rest = text.partition(BEGIN)
-    section, end, _ = rest.partition(END)
-    if not end:
-        raise ValueError(f"the README lacks {BEGIN!r} or {END!r}")
-    return section.strip()
-
-
 def main() -> int:
     """Rewrites or checks."""
     parser = argparse.ArgumentParser(
-        description="Renders the README's performance section from bench/results."
+        description="Renders what README.md and docs/performance.md say of speed from bench/results."
     )
     parser.add_argument("--check", action="store_true", help="only compare")
     arguments = parser.parse_args()
-    text, rendered = README.read_text(encoding="utf-8"), render()
-    before = section_of(text)
-    if arguments.check:
-        if before != rendered:
+    status = 0
+    for section in SECTIONS:
+        text, rendered = section.document.read_text(encoding="utf-8"), section.render(RESULTS)
+        if section.of(text) == rendered:
+            continue
+        if arguments.check:
             print(
-                "README.md and bench/results disagree: run python bench/report.py", file=sys.stderr
+                f"{section.document.name} and bench/results disagree: run python bench/report.py",
+                file=sys.stderr,
             )
-        return int(before != rendered)
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(f"{head}{BEGIN}\n\n{rendered}\n\n{END}{tail}", encoding="utf-8")
-    return 0
+            status = 1
+        else:
+            section.document.write_text(section.put_into(text, rendered), encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
     return {
         "shrink": planned("shrink", x, lora_A, 0.0, None),
+        "expand": planned("expand", s, lora_B, 2.0, 0.0, None),
         "linear_expand": planned("linear_expand", x, weight, s, lora_B, 2.0, None, 0.0, None),
         "expand_backward": planned("expand_backward", dy, s, lora_B, 2.0, wants=("ds", "dB")),
         "shrink_backward": planned("shrink_backward", s, x, 0.0, None),

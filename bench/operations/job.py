@@ -1,4 +1,4 @@
-"""Times each operation on each backend, a copy of x and the vendor's bare product in turn with it."""
+"""Times each operation on each backend, in turn with a copy of x and ``torch.mm``, the bare GEMM."""
 
 import functools
 import time
@@ -17,7 +17,9 @@ from lorafast.bench.common.table import table, why_no_time
 from lorafast.bench.operations.cases import Case, cases
 from torch import Tensor
 
-from lorafast.ops.problems import on_backend, why_not
+from lorafast.backends import registry
+from lorafast.backends.plan import Refusal
+from lorafast.ops.problems import on_backend
 from lorafast.reference import contract
 
 COPY, PRODUCT = "copy of x", "torch.mm"
@@ -50,6 +52,12 @@ def why_wrong(case: Case, operations: Any, dtype: torch.dtype) -> str | None:
     return contract.compare(case.call, operations, dtype).why_broken
 
 
+def why_unavailable(case: Case, backend: str) -> str | None:
+    """Why a backend can't serve a case, or None."""
+    answer = registry.plan_of(backend, case.asks)
+    return answer.reason if isinstance(answer, Refusal) else None
+
+
 def turn_of(calls: Sequence[Call]) -> Turn:
     """Calls that need no preparation, one for each input set."""
 
@@ -70,8 +78,7 @@ def measure(
 ) -> list[Row]:
     """Rows of every operation on every backend.
 
-    Each operation is sampled for about ``seconds``, its backends, a copy of x and the vendor's bare
-    product in turn.
+    Each operation is sampled for about ``seconds``: its backends, a copy of x and ``torch.mm`` in turn.
     """
     tensors = draw(problem, device, input_sets(problem))
     by_set = [
@@ -85,7 +92,7 @@ def measure(
         for backend_name in backends:
             row = Row(problem, name, backend_name, case.flops, case.least_bytes)
             of_case.append(row)
-            row.unavailable = why_not(backend_name, tensors.x[0])
+            row.unavailable = why_unavailable(case, backend_name)
             if row.unavailable is not None:
                 continue
             operations = on_backend(backend_name)

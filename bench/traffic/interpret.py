@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -74,38 +74,24 @@ def reduce(problem: Problem) -> list[Reduced]:
     ]  # fmt: skip
 
 
-class _Counted:
-    """Stands before the interpreter's memory access and keeps every address."""
+@dataclass
+class _Accesses:
+    """The addresses that a launch's programs load and store, with the bytes at each."""
 
-    def __init__(self, interpreter: Any) -> None:
-        self._interpreter = interpreter
-        self.launches: list[Launch] = []
+    loads: list[tuple[Any, int]] = field(default_factory=list)
+    stores: list[tuple[Any, int]] = field(default_factory=list)
 
-    def begin(self) -> None:
-        self._loads: list[tuple[Any, int]] = []
-        self._stores: list[tuple[Any, int]] = []
-
-    def end(self) -> None:
-        self.launches.append(
-            Launch(
-                _distinct(self._loads), _distinct(self._stores),
-                _requested(self._loads), _requested(self._stores),
-            )
+    def sums(self) -> Launch:
+        return Launch(
+            _distinct(self.loads), _distinct(self.stores),
+            _requested(self.loads), _requested(self.stores),
         )  # fmt: skip
 
-    def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        loaded = self._interpreter.load(pointers, mask, other, dtype)
-        if loaded.dtype.name != _COUNTER:
-            self._loads.append((pointers[mask.astype(bool)], loaded.dtype.itemsize))
-        return loaded
 
-    def store(self, pointers: Any, value: Any, mask: Any) -> Any:
-        if value.dtype.name != _COUNTER:
-            self._stores.append((pointers[mask.astype(bool)], value.dtype.itemsize))
-        return self._interpreter.store(pointers, value, mask)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._interpreter, name)
+def _note(accesses: list[tuple[Any, int]], pointers: Any, mask: Any, values: Any) -> None:
+    dtype = values.data.dtype
+    if dtype.name != _COUNTER:
+        accesses.append((pointers.data[mask.data.astype(bool)], dtype.itemsize))
 
 
 def _requested(accesses: Sequence[tuple[Any, int]]) -> int:
@@ -133,24 +119,37 @@ def _distinct(accesses: Sequence[tuple[Any, int]]) -> int:
 
 
 @contextmanager
-def _counting() -> Iterator[list[Launch]]:
-    """The launches of the block."""
-    from triton.runtime import interpreter
+def _counting() -> Iterator[list[_Accesses]]:
+    """What each launch of the block accesses: through three methods of the interpreter's builder."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-    counted = _Counted(interpreter._interpreter)
-    run = interpreter.GridExecutor.__call__
+    launched: list[_Accesses] = []
+    begin, load, store = (
+        Builder.set_grid_dim,
+        Builder.create_masked_load,
+        Builder.create_masked_store,
+    )
 
-    def counted_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        counted.begin()
-        result = run(self, *args, **kwargs)
-        counted.end()
-        return result
+    def counted_begin(builder: Any, *grid: int) -> None:
+        launched.append(_Accesses())
+        begin(builder, *grid)
 
-    with (
-        mock.patch.object(interpreter, "_interpreter", counted),
-        mock.patch.object(interpreter.GridExecutor, "__call__", counted_run),
+    def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
+        loaded = load(builder, pointers, mask, *rest, **more)
+        _note(launched[-1].loads, pointers, mask, loaded)
+        return loaded
+
+    def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        _note(launched[-1].stores, pointers, mask, value)
+        return store(builder, pointers, value, mask, *rest)
+
+    with mock.patch.multiple(
+        Builder,
+        set_grid_dim=counted_begin,
+        create_masked_load=counted_load,
+        create_masked_store=counted_store,
     ):
-        yield counted.launches
+        yield launched
 
 
 def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
@@ -182,6 +181,9 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
     }
     return {
         "shrink": (problems.shrink_problem(x, lora_A, p, seed), (x, lora_A, p, seed)),
+        "expand": (
+            problems.expand_problem(s, lora_B, p, seed, dtype), (s, lora_B, SCALING, p, seed),
+        ),
         "linear_expand": (
             problems.linear_expand_problem(x, weight, s, lora_B, bias, 0.0, None, False),
             (x, weight, s, lora_B, SCALING, bias, 0.0, None),
@@ -220,12 +222,17 @@ def compare(reduced: Reduced) -> dict[str, str | None]:
                 continue
             plan = Triton().plan(call)
             assert isinstance(plan, Plan), plan
-            with _counting() as counted:
+            with _counting() as launched:
                 plan.run(*tensors)
+            counted = [accesses.sums() for accesses in launched]
             device = cost.gpu_of(call.device)
             assert device is not None
-            # What helpers read is not told apart there.
-            formula = [replace(launch, helped=0) for launch in formula_of(call, device)]
+            # What helpers read is not told apart there, and PyTorch's own is not interpreted.
+            formula = [
+                replace(launch, helped=0)
+                for launch in formula_of(call, device)
+                if not launch.by_pytorch
+            ]
             differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
     return differences
 

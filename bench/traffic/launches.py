@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
+    ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearBackwardLaunch,
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
@@ -27,6 +27,7 @@ from lorafast.backends import cost, registry
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal, Run
 from lorafast.backends.triton import Triton
+from lorafast.backends.triton.planning import HybridLaunch
 from lorafast.backends.triton.planning import Launch as Planned
 from lorafast.core.problem import Layout, Layouts, Problem
 from lorafast.reference import wide
@@ -46,7 +47,8 @@ class Launch:
     """One kernel: bytes read and written, each once, and bytes loaded and stored by its programs.
 
     ``helped`` of those read are what helpers read beside the GEMM's own tiles: they are counted once,
-    but nothing makes sure that the cache still has them when the other comes.
+    but nothing makes sure that the cache still has them when the other comes. ``by_pytorch``: it is
+    PyTorch's own, of which nobody knows what its programs load and store.
     """
 
     read: int
@@ -54,6 +56,7 @@ class Launch:
     loaded: int
     stored: int
     helped: int = 0
+    by_pytorch: bool = False
 
 
 @functools.singledispatch
@@ -77,6 +80,31 @@ def _shrink(launch: ShrinkLaunch, p: Problem) -> list[Launch]:
             s + partials,
         )
     ]
+
+
+@traffic_of.register
+def _expand(launch: ExpandLaunch, p: Problem) -> list[Launch]:
+    """Every column block reads s, every row group reads B and keeps it, or reads it for each row block
+    where the rank has several."""
+    cols, groups = launch.grid
+    if launch.rank_blocks > 1:
+        groups = _blocks(launch.M, launch.config.block_m)
+    s, y = _low(p, launch.M), launch.M * launch.N * _size(p)
+    B = launch.N * launch.r * _adapter(p)
+    bias = launch.N * _size(p) if launch.bias else 0
+    seed = _SEED if launch.dropout else 0
+    loaded = cols * s + groups * B + launch.grid[1] * (bias + cols * seed)
+    return [Launch(s + B + bias + seed, y, loaded, y)]
+
+
+@traffic_of.register
+def _hybrid(launch: HybridLaunch, p: Problem) -> list[Launch]:
+    """What ``expand`` writes is read and written again by the GEMM."""
+    x, y = p.M * p.K * _size(p), p.M * p.N * _size(p)
+    if launch.transposed:
+        x, y = y, x
+    gemm = Launch(x + p.N * p.K * _size(p) + y, y, 0, 0, by_pytorch=True)
+    return [*traffic_of(launch.expand, p), gemm]
 
 
 @traffic_of.register
@@ -160,39 +188,10 @@ def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem) -> list[Launch]:
 def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
     """The tiles, and a shrink of each row block."""
     tiles = _tiles(launch.gemm, p)
-    x, A, s = p.M * p.K * _size(p), p.r * p.K * _adapter(p), _low(p, p.M)
+    x, s, A = p.M * p.K * _size(p), _low(p, p.M), p.r * p.K * _adapter(p)
     rows = _blocks(p.M, launch.gemm.config.block_m)
-    return [
-        Launch(tiles.read + A, tiles.written + s, tiles.loaded + x + rows * A, tiles.stored + s, x)
-    ]
-
-
-@traffic_of.register
-def _lora_linear_backward(launch: LoraLinearBackwardLaunch, p: Problem) -> list[Launch]:
-    """The tiles, and what helpers do of dy and x."""
-    tiles = _tiles(launch.gemm, p)
-    cols, rows = launch.groups
-    groups = _groups(p, cols, rows, 1, tuple(name for name in p.wants if name not in ("dx", "dA")))
-    ds_groups = _groups(p, cols, rows, 1, ("ds",))
-    dy, s = p.M * p.N * _size(p), _low(p, p.M)
-    # dy is read by both; ds is added up there, written and read.
-    of_ds = ds_groups.written
-    skinny = Launch(
-        groups.read + ds_groups.read - dy - dy + of_ds,
-        groups.written + of_ds + s,
-        groups.loaded + ds_groups.loaded - dy + of_ds,
-        0,
-    )
-    read, written = tiles.read + skinny.read, tiles.written + skinny.written
-    loaded = tiles.loaded + skinny.loaded
-    if launch.shrink_backward is None:
-        x, dA = p.M * p.K * _size(p), p.r * p.K * _adapter(p)
-        read, written = read + x, written + dA
-        loaded += x + _blocks(p.K, launch.columns.block_k) * s
-    found = [Launch(read, written, loaded, written, dy)]
-    return (
-        found if launch.shrink_backward is None else found + traffic_of(launch.shrink_backward, p)
-    )
+    written = tiles.written + s
+    return [Launch(tiles.read + A, written, tiles.loaded + x + rows * A, written, x)]
 
 
 def _size(p: Problem) -> int:
@@ -268,7 +267,8 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
     }.get(p.operation)
     if several is not None:
         return tuple(made[name]() if name in p.wants else None for name in several)
-    only = {"shrink": "s", "shrink_backward": "dA", "linear_expand": "dx" if p.transposed else "y"}
+    product = "dx" if p.transposed else "y"
+    only = {"shrink": "s", "expand": "y", "shrink_backward": "dA", "linear_expand": product}
     return made[only[p.operation]]()
 
 

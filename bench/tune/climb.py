@@ -18,7 +18,7 @@ from lorafast.kernels.tables.find import WHOLE, nearest_architecture
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton
-from lorafast.backends.triton.planning import rule_of
+from lorafast.backends.triton.planning import HybridLaunch, hybrid_rule_of, plan_hybrid, rule_of
 from lorafast.core.errors import BackendError
 from lorafast.core.problem import Problem as Call
 from lorafast.ops.problems import by_plans
@@ -26,6 +26,7 @@ from lorafast.ops.problems import by_plans
 _PRODUCT = ("block_m", "block_n", "block_k")
 _BLOCKS = {
     "shrink": ("block_m", "block_k", "ctas_per_sm"),
+    "expand": ("block_m", "block_n", "ctas_per_sm"),
     "linear_expand": (*_PRODUCT, "parts", "ctas_per_sm"),
     "expand_backward": ("block_m", "block_n", "ctas_per_sm"),
     "shrink_backward": ("block_m", "block_k", "ctas_per_sm"),
@@ -62,12 +63,12 @@ def neighbours(
     operation: str, config: LaunchConfig, element_size: int, capability: int
 ) -> Iterator[LaunchConfig]:
     """Valid configurations that differ in one field: halved, doubled, a stage more or less, the other
-    way; a product under a mask is written in other parts."""
-    fields = (*_BLOCKS[operation], "num_warps")
+    way; a product under a mask is written in other parts. A hybrid one has the tiles of ``expand``."""
+    fields = (*_BLOCKS["expand" if config.hybrid else operation], "num_warps")
     changes: list[dict[str, Any]] = [{name: getattr(config, name) * 2} for name in fields]
     changes += [{name: getattr(config, name) // 2} for name in fields]
     changes += [{"num_stages": config.num_stages + step} for step in (1, -1)]
-    if operation in ("linear_expand", *WHOLE):
+    if operation in ("linear_expand", *WHOLE) and not config.hybrid:
         operation = "linear_expand"
         changes += [{"masked_parts": config.masked_parts * 2}]
         changes += [{"masked_parts": config.masked_parts // 2}]
@@ -90,6 +91,9 @@ def climb(
     shipped = rule_of(case.asks, device)
     rows = {shipped: Row(problem, case.name, asdict(shipped), True)}
     best = shipped
+    hybrid = hybrid_of(case.asks, device)
+    if hybrid is not None and time.monotonic() <= deadline:
+        rows[hybrid] = measure(problem, case, hybrid, shipped, clock)
     while True:
         tried = False
         for candidate in neighbours(case.operation, best, problem.element_size, capability):
@@ -103,6 +107,14 @@ def climb(
         if faster == best or not tried:
             return list(rows.values())
         best = faster
+
+
+def hybrid_of(call: Call, device: Device) -> LaunchConfig | None:
+    """The configuration by which two launches serve the call, if they can."""
+    if call.operation != "linear_expand":
+        return None
+    hybrid = hybrid_rule_of(call, device)
+    return hybrid if isinstance(plan_hybrid(call, device, hybrid), HybridLaunch) else None
 
 
 def measure(

@@ -149,4 +149,5 @@ def _verdict(row: Row, medians: dict[str, float]) -> str:
     if row.wrong is not None:
         return f"WRONG: {row.wrong}"
     times = ", ".join(f"{name} {value * 1e6:,.1f} µs" for name, value in medians.items())
-    return f"{row.backend} ({times}; {row.tried} configurations)"
+    hybrid = "; triton's is hybrid" if row.config is not None and row.config["hybrid"] else ""
+    return f"{row.backend} ({times}; {row.tried} configurations{hybrid})"

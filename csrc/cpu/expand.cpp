@@ -7,7 +7,8 @@ namespace lorafast::cpu {
 constexpr int64_t kFewBlocks = 16;
 
 void add_expanded(
-    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling, const std::optional<Dropout>& dropout) {
+    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling,
+    const std::optional<Dropout>& dropout) {
   const int64_t M = y.rows, N = y.cols, r = lora_B.cols;
   if (M == 0 || N == 0 || r == 0) return;
   const Microkernels& kernels = microkernels();
@@ -18,7 +19,8 @@ void add_expanded(
     const auto factors = pack_for<Value>(kernels, transposed(lora_B));
     const int64_t ranks = blocks_of(r, kPer<Value>);
     // Few rows are shared out by columns too: every tile is computed by itself, so the bits stay the same.
-    const int64_t row_blocks = blocks_of(M, kTileRows), stripes = row_blocks < kFewBlocks ? blocks_of(N, kTileCols) : 1;
+    const int64_t row_blocks = blocks_of(M, kTileRows),
+                  stripes = row_blocks < kFewBlocks ? blocks_of(N, kTileCols) : 1;
     const int64_t stripe_cols = stripes > 1 ? kTileCols : N;
     torch::stable::parallel_for(0, row_blocks * stripes, 1, [&](int64_t begin, int64_t end) {
       Tiles<Value> tiles(kernels, y);
@@ -55,8 +57,7 @@ void expand_(
   check_matrix("s", s, M, r, device);
   check_matrix("lora_B", lora_B, N, r, device);
   check_seed(seed, threshold, device);
-  add_expanded(
-      Matrix(y), Matrix(s), Matrix(lora_B), scaling, Dropout::of(seed, threshold, survivor_scale));
+  add_expanded(Matrix(y), Matrix(s), Matrix(lora_B), scaling, Dropout::of(seed, threshold, survivor_scale));
 }
 
 }  // namespace lorafast::cpu

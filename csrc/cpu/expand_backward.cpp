@@ -46,7 +46,7 @@ void expand_backward(
                 tile.data, tile.ld, rows, unit.cols, &factors[(j * N + unit.col) / kPer<Value> * kLanes],
                 sums + j * kTileRows * kLanes);
             products<Value>(kernels).reduce_rows(
-                tile.data, tile.ld, rows, tile.cols, &rows_of_s[(j * packed_rows + row / kPer<Value>) * kLanes],
+                tile.data, tile.ld, rows, tile.cols, &rows_of_s[kLanes * (j * packed_rows + row / kPer<Value>)],
                 sums_of_rows.of(unit.chunk, j, unit.col), row > unit.first);
           }
         }

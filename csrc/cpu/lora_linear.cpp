@@ -1,6 +1,6 @@
-// The low-rank part of a whole layer in one call, onto the base product, and of its backward. A layer's thin work
-// is short: what a call costs in Python and in the dispatcher, with its code cold after the base product,
-// is a part of it.
+// The skinny products of a layer's forward in one call, added to its base GEMM, and those of its backward.
+// They are short: a call of its own for each would cost a large part of it in Python and the dispatcher, whose
+// code is cold after the base GEMM.
 #include "operations.h"
 
 namespace lorafast::cpu {

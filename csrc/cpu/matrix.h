@@ -46,7 +46,12 @@ struct Matrix {
         col_stride(tensor.stride(1)) {}
 
   Matrix(void* first, Dtype type, int64_t m, int64_t n, int64_t row_step, int64_t col_step)
-      : data(static_cast<char*>(first)), dtype(type), rows(m), cols(n), row_stride(row_step), col_stride(col_step) {}
+      : data(static_cast<char*>(first)),
+        dtype(type),
+        rows(m),
+        cols(n),
+        row_stride(row_step),
+        col_stride(col_step) {}
 
   char* at(int64_t row, int64_t col) const {
     return data + (row * row_stride + col * col_stride) * size_of(dtype);

@@ -24,8 +24,7 @@ enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 template <typename Value, typename Factor>
 struct Products {
   // out[i][:] += sum over c of tile[i][c] * t[c][:]             t [cols, kLanes], out [rows, kLanes]
-  void (*reduce_columns)(
-      const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* t, float* out);
+  void (*reduce_columns)(const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* t, float* out);
 
   // out[c / kLanes][j][c % kLanes] (+)= sum over i of t[i][j] * tile[i][c]    t [rows, kLanes]; out is added
   // to, or with `add` false written

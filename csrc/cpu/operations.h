@@ -23,8 +23,8 @@ void expand_backward(
     const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scaling, Tensor ds, Tensor dB);
 
 void shrink_backward(
-    const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold,
-    double survivor_scale, Tensor dA);
+    const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    Tensor dA);
 
 void lora_linear_(
     Tensor y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,

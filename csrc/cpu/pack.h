@@ -97,7 +97,8 @@ inline std::unique_ptr<uint32_t[]> pack_pairs(const Microkernels& kernels, const
     const std::vector<uint16_t> zeros(cols, 0);
     for (int64_t i = 0; i < pairs; ++i) {
       const auto* low = reinterpret_cast<const uint16_t*>(matrix.at(2 * i, 0));
-      const auto* high = 2 * i + 1 < rows ? reinterpret_cast<const uint16_t*>(matrix.at(2 * i + 1, 0)) : zeros.data();
+      const auto* high =
+          2 * i + 1 < rows ? reinterpret_cast<const uint16_t*>(matrix.at(2 * i + 1, 0)) : zeros.data();
       for (int64_t block = 0; block < blocks; ++block) {
         uint32_t* to = &packed[(block * pairs + i) * kLanes];
         const int64_t first = block * kLanes, count = std::min(kLanes, cols - first);

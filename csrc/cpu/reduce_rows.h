@@ -54,7 +54,8 @@ class RowSums {
             }
             for (int64_t rank = 0; rank < kLanes; ++rank)
               for (int64_t lane = 0; lane < kLanes; ++lane)
-                lines[(j * kLanes + rank) * rank_step + (c + lane) * col_step] = scale * sums[rank * kLanes + lane];
+                lines[(j * kLanes + rank) * rank_step + (c + lane) * col_step] =
+                    scale * sums[rank * kLanes + lane];
           }
         if (by_rank) {
           for (int64_t rank = 0; rank < r; ++rank)

@@ -5,8 +5,8 @@
 namespace lorafast::cpu {
 
 void shrink_backward(
-    const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold,
-    double survivor_scale, Tensor dA) {
+    const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    Tensor dA) {
   const int64_t M = x.size(0), K = x.size(1), r = ds.size(1);
   const OneDevice device(kDevice, "x", x);
   check_matrix("x", x, M, K, device);
@@ -33,7 +33,7 @@ void shrink_backward(
           const auto tile = tiles.at(row, rows, unit.col, unit.cols, dropout);
           for (int64_t j = 0; j < rank_blocks; ++j)
             products<Value>(kernels).reduce_rows(
-                tile.data, tile.ld, rows, tile.cols, &factors[(j * packed_rows + row / kPer<Value>) * kLanes],
+                tile.data, tile.ld, rows, tile.cols, &factors[kLanes * (j * packed_rows + row / kPer<Value>)],
                 sums.of(unit.chunk, j, unit.col), row > unit.first);
         }
       }

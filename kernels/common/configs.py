@@ -1,20 +1,18 @@
-"""Launch configurations: what they say, which are valid, how lengths are cut.
+"""How kernels are launched: configurations, which of them are valid, how a length is cut into shares.
 
-``kernels/tables`` holds those that ship, one file an architecture.
+The configurations that ship are in ``kernels/tables``, one file an architecture.
 """
 
 from dataclasses import dataclass
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-"""Compute capability → bytes of shared memory that one block may use."""
+"""Compute capability → bytes of shared memory that one CTA may use."""
 GROUP_M = 8
-"""Row blocks of a group of tiles of a GEMM: those that run together share tiles of W in the cache."""
-UNROLLED_RANK_BLOCKS = 4
-"""More blocks of the rank than these are looped over."""
+"""Row blocks in a group of GEMM tiles. CTAs that run together read the same tiles of W from L2."""
 INTERPRETER_SMS = 4
-"""The interpreter runs programs one by one; a few make it cut and add up as a device does."""
+"""SMs of Triton's interpreter, which runs CTAs one by one: a few, so that K is cut as on a device."""
 INTERPRETER_CAPABILITY = 90
-"""The compute capability whose configurations Triton's interpreter takes."""
+"""Triton's interpreter takes the configurations of this compute capability."""
 _TMA = (90, 100, 120)
 _LARGEST_BLOCK = 1 << 16
 """A tile of Triton's has at most 2**20 elements, and each side at least 16."""
@@ -26,17 +24,18 @@ _WARP_SPECIALIZATION = (100,)
 class LaunchConfig:
     """How one kernel is launched.
 
-    ``block_m`` rows, ``block_n`` output columns and ``block_k`` columns of the contracted dimension
-    per tile (an operation ignores what it doesn't have), ``block_r`` columns of the rank. The rest is
-    for ``linear_expand`` and the launches made of it:
+    A tile has ``block_m`` rows, ``block_n`` output columns, ``block_k`` columns of the contracted
+    dimension and ``block_r`` columns of the rank. An operation ignores those that it doesn't have.
+    ``num_warps`` and ``num_stages`` are Triton's. The rest is for ``linear_expand`` and fused layers:
 
-    - ``descriptors``: TMA through tensor descriptors, where the memory allows it;
-    - ``warp_specialize``: warps that only load, others that only multiply;
+    - ``descriptors``: load and store by TMA, where the layout of the matrices allows it;
+    - ``warp_specialize``: some warps only load, others only multiply;
     - ``flatten``: the loads of the next tile begin before this one is written;
-    - ``parts``: a tile is written in so many parts of its columns, and in ``masked_parts`` where each
-      needs a dropout mask;
+    - ``parts``: a tile is written in this many parts of its columns, in ``masked_parts`` if there is a
+      dropout mask;
     - ``ctas_per_sm``: programs that an SM runs at once;
-    - ``helpers``: programs that do a layer's skinny work beside the GEMM, where that pays.
+    - ``helpers``: programs that do a layer's skinny work beside the GEMM, where that pays;
+    - ``hybrid``: no fused kernel, but ``expand`` in these tiles and PyTorch's GEMM onto what it wrote.
     """
 
     block_m: int
@@ -52,6 +51,7 @@ class LaunchConfig:
     masked_parts: int = 1
     ctas_per_sm: int = 1
     helpers: int = 0
+    hybrid: bool = False
 
     @property
     def options(self) -> dict[str, object]:
@@ -64,16 +64,18 @@ class LaunchConfig:
         }
 
 
-# operand tiles (rows, columns) that a pipeline stage holds in shared memory
+# The operand tiles (rows, columns) that one pipeline stage holds in shared memory.
 _STAGE_TILES = {
     "shrink": (("block_m", "block_k"), ("block_r", "block_k")),
+    "expand": (("block_m", "block_r"), ("block_n", "block_r")),
     "linear_expand": (("block_m", "block_k"), ("block_n", "block_k")),
     "expand_backward": (("block_m", "block_n"), ("block_m", "block_r")),
     "shrink_backward": (("block_m", "block_k"), ("block_m", "block_r")),
 }
-# float32 accumulators (rows, columns) that a program keeps in registers
+# The float32 accumulators (rows, columns) that a CTA keeps in registers.
 _ACCUMULATORS = {
     "shrink": (("block_m", "block_r"),),
+    "expand": (("block_m", "block_n"),),
     "linear_expand": (("block_m", "block_n"),),
     "expand_backward": (("block_m", "block_r"), ("block_n", "block_r")),
     "shrink_backward": (("block_r", "block_k"),),
@@ -86,10 +88,14 @@ def why_invalid(
 ) -> str | None:
     """The reason for which ``config`` can't serve ``operation`` on this architecture, or None.
 
-    ``element_size`` is that of the activations in bytes, ``capability`` the compute capability as
-    in ``sm_90``. The shared-memory and register counts are lower bounds: what passes may still be
-    too large, which the compiled code tells; what is refused here would certainly fail.
+    ``element_size``: bytes of an activation; ``capability``: the compute capability as in ``sm_90``.
+    Shared memory and registers are counted from below. A configuration that is refused would certainly
+    fail; one that passes may still be too large, which compiling it tells.
     """
+    if config.hybrid:
+        if operation != "linear_expand":
+            return f"hybrid is a way to do linear_expand, and this is {operation}"
+        operation = "expand"
     blocks = {name: getattr(config, name) for name in ("block_m", "block_n", "block_k", "block_r")}
     for name, size in blocks.items():
         if not 16 <= size <= _LARGEST_BLOCK or size & (size - 1):
@@ -135,10 +141,10 @@ def why_invalid(
 
 
 def chunks(sms: int, length: int, block: int, programs: int) -> tuple[int, int]:
-    """Cuts ``length`` so that ``programs`` times the number of chunks fills ``sms``.
+    """Cuts ``length`` into chunks: so many that ``programs`` CTAs for each fill ``sms`` SMs.
 
-    Returns the number of chunks and how many blocks each has. Depends on shapes and device alone, so
-    that two runs reduce in the same order.
+    Returns the number of chunks, and the blocks of ``block`` elements in each. It depends on shapes and
+    the device alone, so two runs reduce in the same order.
     """
     blocks = -(-length // block)
     # At least four blocks a chunk: below that the partial sums cost more than they save.
@@ -148,8 +154,8 @@ def chunks(sms: int, length: int, block: int, programs: int) -> tuple[int, int]:
 
 
 def split_k(sms: int, tiles: int, k_blocks: int) -> int:
-    """Into how many shares K is cut so that ``tiles`` of a GEMM fill ``sms``: 1, 2, 4 or 8,
-    each of at least four blocks."""
+    """The number of shares into which K is cut, so that the ``tiles`` of a GEMM fill ``sms`` SMs: 1, 2,
+    4 or 8, each of at least four blocks."""
     splits = 1
     while splits < 8 and 2 * splits * tiles <= sms and 8 * splits <= k_blocks:
         splits *= 2

@@ -1,17 +1,17 @@
-"""Counters and flags by which the programs of one launch find each other.
+"""Counters and flags by which the CTAs of one launch synchronise.
 
-They are zero at the kernel boundary: a kernel finds them zero and leaves them zero, for whoever comes
-last puts them back. So nothing is cleared between launches.
+Counters are zero at the kernel boundary. A kernel finds them zero, and its last CTA sets them back to
+zero. So nothing is cleared between launches.
 
-They lie in slabs of each device, memory that nothing else is given, zeroed before its first use and
-never freed. Of them
+Their memory is taken from slabs. A slab belongs to a device, is zeroed once and never freed.
 
-- each stream has a piece, which its launches, one after the other, share;
-- each captured launch has a piece of its own, for good: its graph may be replayed at any time, on any
-  stream, beside anything. Nothing tells when a graph is gone, so no other launch is ever given it.
+- A stream has one slice, which its launches share: they run one after the other.
+- A captured launch has a slice of its own for ever. Its graph may be replayed at any time, on any
+  stream, beside other work, and nothing tells when the graph is gone.
 
-A slab is made outside captures: by a device's first launch, and whenever half of the last one is gone,
-up to a few. A captured launch that finds no room gets memory of its graph's, and a memset before it.
+The first launch on a device makes a slab, and a later one makes another when half of the last slab is
+given away, up to ``_MOST_SLABS``. A capture makes none. A captured launch for which no slab has room
+gets memory of its graph, with a memset before each replay.
 """
 
 import threading
@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-_SLAB = 1 << 20  # int32 of a slab; a launch takes some 100
-_MOST_SLABS = 8  # of a device, lest captures without end take memory without end
-_LINE = 32  # int32 of a cache line: two launches share none
-_FEWEST = 4096  # of a stream's piece
+_SLAB = 1 << 20  # int32 in a slab; a launch takes about 100
+_MOST_SLABS = 8  # for each device: a program that captures for ever must not fill the memory
+_LINE = 32  # int32 in a cache line; two launches never share one
+_FEWEST = 4096  # int32 in a stream's slice
 
 
 class _Slab:
-    """Zeros of one device, handed out from the front."""
+    """Zeros on one device, given away from the front."""
 
     def __init__(self, memory: Tensor) -> None:
         self._memory = memory
@@ -39,7 +39,7 @@ class _Slab:
         return 2 * self._taken > self._memory.numel()
 
     def take(self, count: int) -> Tensor | None:
-        """``count`` zeros that nobody else has, or None if there are no more so many."""
+        """``count`` zeros that no other launch has, or None if there is no room for them."""
         begin, size = self._taken, -(-count // _LINE) * _LINE
         if begin + size > self._memory.numel():
             return None
@@ -53,7 +53,7 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(x: Tensor, count: int) -> Tensor:
-    """At least ``count`` int32 zeros for one launch on the device and the current stream of ``x``."""
+    """At least ``count`` int32 zeros for one launch on the current stream of the device of ``x``."""
     if not x.is_cuda:
         return torch.zeros(count, dtype=torch.int32, device=x.device)
     if torch.cuda.is_current_stream_capturing():
@@ -68,19 +68,19 @@ def counters(x: Tensor, count: int) -> Tensor:
 def _captured(device: torch.device, count: int) -> Tensor:
     with _lock:
         piece = _take(device, count)
-    # Cleared by every replay.
+    # The graph captures this memset too.
     return torch.zeros(count, dtype=torch.int32, device=device) if piece is None else piece
 
 
 def _for_stream(key: tuple[torch.device, int], kept: Tensor | None, count: int) -> Tensor:
-    """The piece of a stream, a longer one if need be; makes a slab where one is due."""
+    """The slice of a stream, with room for ``count``; makes a slab where one is due."""
     device, _ = key
     with _lock:
         slabs = _slabs.setdefault(device, [])
         if _due(slabs):
             slabs.append(_Slab(_zeros(device, _SLAB)))
         if kept is None or kept.numel() < count:
-            # Twice as many as before, so that those left behind are never more than those in use.
+            # Twice as long as the last one: what is left behind is never longer than what is in use.
             size = max(count, _FEWEST, 0 if kept is None else 2 * kept.numel())
             found = _take(device, size)
             kept = _of_stream[key] = _zeros(device, size) if found is None else found
@@ -88,7 +88,7 @@ def _for_stream(key: tuple[torch.device, int], kept: Tensor | None, count: int) 
 
 
 def _due(slabs: list[_Slab]) -> bool:
-    """Whether a device needs a further slab, lest a capture find no room."""
+    """Whether to make another slab, so that later captures find room."""
     return not slabs or (slabs[-1].half_gone and len(slabs) < _MOST_SLABS)
 
 
@@ -98,10 +98,10 @@ def _take(device: torch.device, count: int) -> Tensor | None:
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:
-    """Zeros that every stream sees, and that are nobody's memory to free.
+    """Zeros in the device's default memory pool, ready for every stream.
 
-    Made by a thread of its own: where this one's allocations go to the pool of a graph, of compiled code
-    that warms up or of ``torch.cuda.use_mem_pool``, those of another thread do not.
+    Another thread allocates them. Allocations of this thread may go to a pool that is freed later: that
+    of a graph, of compiled code that warms up, or of ``torch.cuda.use_mem_pool``.
     """
 
     def make() -> Tensor:

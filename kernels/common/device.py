@@ -5,34 +5,48 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``acc + a·b`` in float32; PRECISION applies to float32 operands."""
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, APART: tl.constexpr = False):
+    """``acc + a·b`` in float32; PRECISION applies to float32 operands.
+
+    Where these keep all their digits a block is summed apart and added then, as with APART: one long
+    sum of thousands of products would lose more of them than PyTorch's own GEMM does.
+    """
+    EXACT: tl.constexpr = a.dtype == tl.float32 and PRECISION != "tf32"
     if INTERPRETED:
         # The interpreter's dot takes the bits of bf16 for integers.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if EXACT or APART:
+        # Without the last argument the compiler makes one long sum of it again.
+        acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def low_rank_dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """``acc + a·b`` in float32 for a tile of x or dy and a factor: of one dtype, or float16 and float32.
 
-    float16 fits into TF32, the other factor is the sum of two numbers in TF32 to 22 bits: nothing
-    is lost, on tensor cores.
+    float16 fits into TF32, the other factor is the sum of two numbers in TF32 to 22 bits: their
+    products lose nothing, on tensor cores. Those cut off what they add (an H100's dA of 8,192 rows was
+    off by 20 times what float32 leaves), so a block is summed apart, its small half first.
     """
     if a.dtype == b.dtype:
         acc = dot(a, b, acc, PRECISION, INTERPRETED)
-    elif a.dtype == tl.float16:
-        high, low = _split(b)
-        a = a.to(tl.float32)
-        acc = dot(a, high, acc, "tf32", INTERPRETED)
-        acc = dot(a, low, acc, "tf32", INTERPRETED)
     else:
-        high, low = _split(a)
-        b = b.to(tl.float32)
-        acc = dot(high, b, acc, "tf32", INTERPRETED)
-        acc = dot(low, b, acc, "tf32", INTERPRETED)
+        part = tl.zeros(acc.shape, dtype=tl.float32)
+        if a.dtype == tl.float16:
+            high, low = _split(b)
+            a = a.to(tl.float32)
+            part = dot(a, low, part, "tf32", INTERPRETED)
+            part = dot(a, high, part, "tf32", INTERPRETED)
+        else:
+            high, low = _split(a)
+            b = b.to(tl.float32)
+            part = dot(low, b, part, "tf32", INTERPRETED)
+            part = dot(high, b, part, "tf32", INTERPRETED)
+        acc += part
     return acc
 
 
@@ -173,6 +187,36 @@ def wait_for(flag_ptr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def end_block(ptr, INTERPRETED: tl.constexpr):
+    """Returns 0, behind a branch back that is never taken.
+
+    A GEMM's flattened loop has the next tile's first steps beside the last ones of this: with both in
+    one basic block ptxas serializes every ``wgmma`` of the loop. Who adds the 0 to an address begins
+    another block. ptxas must not see that the branch isn't taken: the timer is never 0.
+    """
+    if INTERPRETED:
+        zero = 0
+    else:
+        zero = tl.inline_asm_elementwise(
+            """{
+            .reg .pred never;
+            .reg .u64 now;
+            again:
+            mov.u64 now, %globaltimer;
+            setp.eq.u64 never, now, 0;
+            @never bra again;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l",
+            [ptr],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return zero
+
+
+@triton.jit
 def sum_blocks(partials_ptr, offsets, inside, stride, count):
     """``Σᵢ partials[offsets + i·stride]`` in order of i, so that two runs give the same bits."""
     total = tl.load(partials_ptr + offsets, mask=inside, other=0.0)
@@ -181,3 +225,60 @@ def sum_blocks(partials_ptr, offsets, inside, stride, count):
         start = tl.cast(i, tl.int64) * stride
         total += tl.load(partials_ptr + start + offsets, mask=inside, other=0.0)
     return total
+
+
+@triton.jit
+def drop_columns(x, seed, rows, first_column, K, threshold):
+    """``x [len(rows), columns]`` with 0 where ``keep_mask`` drops, without a scale.
+
+    Eight neighbouring columns are one thread's, as their call of Philox is: so no mask changes hands.
+    """
+    GROUPS: tl.constexpr = x.shape[1] // 8
+    groups = first_column // 8 + tl.arange(0, GROUPS)
+    counter = rows.to(tl.int64)[:, None] * tl.cdiv(K, 8) + groups[None, :]
+    w0, w1, w2, w3 = _philox(seed, counter)  # [rows, GROUPS] each
+    # The last binary digit of a column, the half of a word, is split off first.
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], GROUPS, 2, 2, 2)))
+    even02, even13 = tl.split(even)
+    odd02, odd13 = tl.split(odd)
+    e0, e2 = tl.split(even02)
+    e1, e3 = tl.split(even13)
+    o0, o2 = tl.split(odd02)
+    o1, o3 = tl.split(odd13)
+    even02 = tl.join(_low_kept(e0, w0, threshold), _low_kept(e2, w2, threshold))
+    even13 = tl.join(_low_kept(e1, w1, threshold), _low_kept(e3, w3, threshold))
+    odd02 = tl.join(_high_kept(o0, w0, threshold), _high_kept(o2, w2, threshold))
+    odd13 = tl.join(_high_kept(o1, w1, threshold), _high_kept(o3, w3, threshold))
+    both = tl.join(tl.join(even02, even13), tl.join(odd02, odd13))
+    return tl.reshape(both, x.shape)
+
+
+@triton.jit
+def _philox(seed, counter):
+    """``tl.randint4x(seed, counter, n_rounds=7)``, by products that give both of their words at once."""
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    c0 = counter.to(tl.uint32)
+    c1 = (counter >> 32).to(tl.uint32)
+    c2 = c0 * 0
+    c3 = c2
+    for _ in tl.static_range(7):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key1
+        c3 = product0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _low_kept(x, word, threshold):
+    return tl.where((word & 0xFFFF).to(tl.int32) >= threshold, x, 0.0)
+
+
+@triton.jit
+def _high_kept(x, word, threshold):
+    return tl.where((word >> 16).to(tl.int32) >= threshold, x, 0.0)

@@ -1,4 +1,4 @@
-"""What every launcher needs beside its launch: the device, a dropout's arguments, a rule to go by."""
+"""What launchers share: the device, the arguments of a dropout, the configuration of a call."""
 
 import functools
 from collections.abc import Callable
@@ -11,22 +11,32 @@ from lorafast.kernels.common.configs import (
     INTERPRETER_SMS,
     LaunchConfig,
 )
-from lorafast.kernels.common.plan import precision_of
+from lorafast.kernels.common.plan import precision_of, skinny_precision_of
 from torch import Tensor
 
 from lorafast.kernels import tables
 from lorafast.reference.dropout import survivor_scale, threshold
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
+"""Whether the kernels run in Triton's interpreter: ``TRITON_INTERPRET=1`` was set at its import."""
 KEPT = 4096
-"""Launches of an operation whose constants are kept."""
+"""Launchers that are cached for each operation."""
 Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 def precision(x: Tensor) -> str:
-    """How float32 operands beside ``x`` are rounded."""
-    return precision_of(x.dtype, torch.backends.cuda.matmul.fp32_precision == "tf32")
+    """The precision in which float32 operands are multiplied with ``x``, as ``tl.dot`` names it."""
+    return precision_of(x.dtype, _tf32())
+
+
+def skinny_precision(x: Tensor) -> str:
+    """The same in ``shrink`` and ``shrink_backward``."""
+    return skinny_precision_of(x.dtype, _tf32())
+
+
+def _tf32() -> bool:
+    """Whether PyTorch may round the factors of float32 products to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.lru_cache(maxsize=256)
@@ -35,7 +45,7 @@ def _numbers(dropout_p: float) -> tuple[int, float]:
 
 
 def mask_of(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """A dropout as kernels take it: its seed, its threshold, what survivors are multiplied by."""
+    """The arguments of a dropout that kernels take: seed, threshold, and the factor of what is kept."""
     return seed, *_numbers(dropout_p)
 
 
@@ -43,7 +53,7 @@ NO_MASK = mask_of(0.0, None)
 
 
 def sms(x: Tensor) -> int:
-    """How many programs of a kernel can run at the same time, one an SM."""
+    """The number of SMs of the device of ``x``."""
     return _sms(x.device) if x.is_cuda else INTERPRETER_SMS
 
 
@@ -66,13 +76,13 @@ def _capability(device: torch.device) -> int:
 def rule_for(
     operation: str, x: Tensor, M: int, K: int, N: int, r: int, tma: bool = False
 ) -> LaunchConfig:
-    """The configuration of the architecture's table for a call on the device and in the dtype of ``x``;
-    ``tma``: whether TMA can read and write its operands."""
+    """The configuration in the table of the device's architecture for a call with these sizes, in the
+    dtype of ``x``. ``tma``: whether TMA can read and write its operands."""
     return tables.find(operation, capability(x), x.dtype, M, K, N, r, tma)
 
 
 def on_its_device(run: Run) -> Run:
-    """Launches go to the current device: makes that the device of the first argument."""
+    """Makes the device of the first argument the current one, to which Triton launches."""
 
     @functools.wraps(run)
     def on_device(x: Tensor, *others: Any) -> Any:

@@ -1,19 +1,17 @@
-"""What each kernel is launched with, from the sizes of a call and a configuration: pure arithmetic.
+"""Launches: what a kernel is launched with, computed from the sizes of a call and a configuration.
 
-A launch says everything but its tensors: grid, shares of a reduction, TMA or pointers, helpers. Numbers
-depend on it in their last bits, since it says how sums are cut: on the bucket of M, on the number of SMs
-and on the tables. So a row's result may differ between batches of different sizes (the kernels are not
-batch-invariant), and never between two runs of one call.
+A launch has everything but the tensors: the grid, the shares of a reduction, TMA or pointers, helper
+CTAs. It says how sums are cut, so the last bits of a result depend on it: on the bucket of M, the number
+of SMs and the tables. A row's result may differ between batches of different sizes (the kernels are not
+batch-invariant). It never differs between two runs of one call.
 
-``kernels/lora_linear`` says what helpers do.
+``kernels/lora_linear`` says what helper CTAs do.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 from lorafast.kernels.common.configs import (
-    GROUP_M,
-    UNROLLED_RANK_BLOCKS,
     LaunchConfig,
     chunks,
     split_k,
@@ -24,14 +22,18 @@ from lorafast.reference import wide
 
 _PARTIAL = 4
 _FLOPS_PER_BYTE = 97
-"""What an SM multiplies while a helper streams one byte: on sm_90 3,400 operations a clock, and 35 bytes
-beside the GEMM; elsewhere of the same order."""
+"""FLOPs of an SM in the time in which a helper reads one byte: on sm_90 3,400 FLOPs a clock, over 35
+bytes a clock beside the GEMM. Elsewhere it is of the same order."""
 
 
 _TWO_LOADS = 16
-"""Elements: two loads of 16 bytes a thread, in 16 bits."""
+"""Elements of 16 bits that a thread gets by two loads of 16 bytes."""
+_MOST_BESIDE_A_MASK = 64
+"""Elements of a GEMM's accumulator in a thread's registers, beside which it can make a mask."""
+_WARPS = 8
+"""Of a GEMM, at most."""
 _MOST_BESIDE_DBIAS = 16
-"""Elements of dB a thread, beside which dbias is added up without spilling."""
+"""Elements of dB in a thread's registers, beside which it can sum dbias without spilling."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,36 @@ class ShrinkLaunch:
 
 
 @dataclass(frozen=True)
-class LinearExpandLaunch:
-    """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` that take tiles in turn.
+class ExpandLaunch:
+    """``grid``: column blocks, row groups; a row group has ``m_blocks`` blocks of M.
 
-    - ``splits``: shares of K; ``parts``: a tile is written in so many;
-    - ``tma``: by tensor descriptors, else by pointers;
-    - ``transposed``: it multiplies by the weight, not by its transpose;
-    - ``n_major``: TMA reads the second matrix as ``[K, N]``, which is how it lies in memory;
-    - ``rank_blocks``: those of the rank that are unrolled, 0 where they are looped over.
+    - ``rank_blocks``: one is kept while a program goes through its rows, several are looped over;
+    - ``even``: whether the last one is full; ``bias``: whether one is added.
+    """
+
+    config: LaunchConfig
+    M: int
+    N: int
+    r: int
+    grid: tuple[int, int]
+    m_blocks: int
+    rank_blocks: int
+    even: bool
+    precision: str
+    bias: bool
+    dropout: bool
+
+
+@dataclass(frozen=True)
+class LinearExpandLaunch:
+    """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` CTAs that take tiles in turn.
+
+    - ``splits``: the shares into which K is cut;
+    - ``parts``: the parts of its columns in which a tile is written;
+    - ``tma``: load and store by TMA, else by pointers;
+    - ``transposed``: multiply by the weight, not by its transpose;
+    - ``n_major``: TMA reads the second matrix as ``[K, N]``, as it lies in memory;
+    - ``rank_blocks``: the unrolled blocks of the rank, 0 if they are looped over.
     """
 
     config: LaunchConfig
@@ -119,9 +143,9 @@ class ShrinkBackwardLaunch:
 
 @dataclass(frozen=True)
 class Helpers:
-    """``helpers`` of ``programs`` do skinny work and miss ``waves`` rounds of tiles meanwhile.
+    """``helpers`` of the ``programs`` CTAs do skinny work first, and miss ``waves`` rounds of tiles.
 
-    ``rounds``: those that the launch takes; ``alone``: that it would take without.
+    ``rounds``: rounds of tiles that the launch takes; ``alone``: that the GEMM takes without helpers.
     """
 
     helpers: int
@@ -140,27 +164,37 @@ class LoraLinearLaunch:
     shrink: LaunchConfig
 
 
-@dataclass(frozen=True)
-class LoraLinearBackwardLaunch:
-    """The GEMM of dx, beside which helpers make ds, dB and ``dbias`` by ``rows``, and dA by ``columns``
-    unless that has a launch of its own. ``groups``: column groups of ds, row groups of dB."""
-
-    gemm: LinearExpandLaunch
-    helpers: Helpers
-    rows: LaunchConfig
-    columns: LaunchConfig
-    groups: tuple[int, int]
-    shrink_backward: ShrinkBackwardLaunch | None
-    dbias: bool
-
-
 def shrink_launch(
     c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
 ) -> ShrinkLaunch:
-    """Cuts K so that few rows keep all SMs busy."""
+    """A CTA for each row block, share of K and rank block; K is cut until they fill the SMs."""
     row_blocks, rank_blocks = _blocks(M, c.block_m), _blocks(r, c.block_r)
     count, k_blocks = chunks(sms * c.ctas_per_sm, K, c.block_k, row_blocks * rank_blocks)
     return ShrinkLaunch(c, M, K, r, (row_blocks, count, rank_blocks), k_blocks, precision, dropout)
+
+
+def expand_launch(
+    c: LaunchConfig,
+    M: int,
+    N: int,
+    r: int,
+    *,
+    sms: int,
+    dtype: torch.dtype,
+    precision: str,
+    bias: bool = False,
+    dropout: bool = False,
+) -> ExpandLaunch:
+    """As many programs as run at once, of row groups of one length. For float16 the factors are
+    float32, of which y would show TF32's rounding: each is the sum of two numbers in TF32."""
+    cols, row_blocks = _blocks(N, c.block_n), _blocks(M, c.block_m)
+    groups = min(max(sms * c.ctas_per_sm // max(cols, 1), 1), max(row_blocks, 1))
+    m_blocks = max(_blocks(row_blocks, groups), 1)
+    grid = cols, _blocks(row_blocks, m_blocks)
+    if dtype is torch.float16:
+        precision = "tf32x3"
+    rank_blocks, even = _blocks(r, c.block_r), r % c.block_r == 0
+    return ExpandLaunch(c, M, N, r, grid, m_blocks, rank_blocks, even, precision, bias, dropout)
 
 
 def linear_expand_launch(
@@ -180,11 +214,13 @@ def linear_expand_launch(
     dropout: bool = False,
     helpers: "Helpers | None" = None,
 ) -> LinearExpandLaunch:
-    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should. ``by_rows``:
-    whether a row of the weight ``[N, K]``, or transposed ``[K, N]``, has neighbours in memory.
+    """``tma``: whether TMA can read and write the operands; ``c`` says whether it should.
 
-    Beside helpers K is not cut: their programs are counted in.
+    ``by_rows``: whether the elements of a row of the weight are neighbours in memory. With ``helpers`` K
+    is not cut, and their CTAs are among the launch's.
     """
+    if dropout:
+        c = _masked(c)
     tiles = _blocks(M, c.block_m) * _blocks(N, c.block_n)
     if helpers is None:
         splits = split_k(sms, tiles, _blocks(K, c.block_k))
@@ -192,12 +228,9 @@ def linear_expand_launch(
     else:
         splits, programs = 1, helpers.programs
     described = c.descriptors and tma
-    # With pointers those of two tiles are too many registers; a split has too much after its main loop.
-    flatten = described and c.flatten and splits == 1
-    unrolled = UNROLLED_RANK_BLOCKS if flatten else 1
-    if dtype is torch.float16:
-        # In float32 several blocks at once don't fit in shared memory.
-        unrolled = 0 if dropout else 1
+    flatten = described and c.flatten and splits == 1 and _may_flatten(dtype, r, c, dropout)
+    # In float32 a block of factors at once doesn't fit in shared memory.
+    unrolled = 0 if dtype is torch.float16 and dropout else 1
     rank_blocks = _blocks(r, c.block_r)
     return LinearExpandLaunch(
         c, M, K, N, r, tiles, splits, programs, described, flatten,
@@ -207,6 +240,19 @@ def linear_expand_launch(
         transposed=transposed, n_major=described and by_rows is transposed,
         precision=precision, bias=bias, dropout=dropout,
     )  # fmt: skip
+
+
+def _may_flatten(dtype: torch.dtype, r: int, c: LaunchConfig, dropout: bool) -> bool:
+    """With pointers the loads of two tiles are too many registers, a split has too much after its main
+    loop; with several blocks of the rank, or a mask, ptxas serializes sm_90's wgmma; float16's factors
+    Triton 3.6 can't pipeline so: found by compiling."""
+    return r <= c.block_r and not dropout and dtype is not torch.float16
+
+
+def _masked(c: LaunchConfig) -> LaunchConfig:
+    """More warps where the accumulator and a mask would spill from the registers of so few."""
+    crowded = c.block_m * c.block_n // (32 * c.num_warps) > _MOST_BESIDE_A_MASK
+    return replace(c, num_warps=2 * c.num_warps) if crowded and c.num_warps < _WARPS else c
 
 
 def expand_backward_launch(
@@ -219,9 +265,9 @@ def expand_backward_launch(
     precision: str,
     wants: tuple[str, ...] = ("ds", "dB"),
 ) -> ExpandBackwardLaunch:
-    """A program for each column group and row group."""
+    """A CTA for each column group, row group and rank block."""
     c = _fitting(c, wants)
-    # dbias has no rank: it takes one block where there is none, and no more, which would read dy again.
+    # dbias alone has no rank: one block, since each block more would read dy once more.
     ranks = max(r, 1) if {"ds", "dB"} & set(wants) else 1
     col_groups, rank_blocks = _blocks(N, c.block_n), _blocks(ranks, c.block_r)
     row_groups, m_blocks = chunks(
@@ -232,10 +278,10 @@ def expand_backward_launch(
 
 
 def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
-    """Smaller tiles where registers would spill: found by compiling.
+    """Smaller tiles where the tables' would spill, as compiling them has shown.
 
-    Half as many columns, which without ds costs nothing, for there are no partial sums of it to grow;
-    half as many ranks where a thread would be left less than 16 bytes of dy.
+    Half the columns: without ds that costs nothing, since there are no partial sums of ds. Half the
+    ranks where a thread would be left with less than 16 bytes of dy.
     """
     threads = 32 * c.num_warps
     beside_dbias = "dbias" in wants and c.block_r * c.block_n // threads > _MOST_BESIDE_DBIAS
@@ -249,7 +295,7 @@ def _fitting(c: LaunchConfig, wants: tuple[str, ...]) -> LaunchConfig:
 def shrink_backward_launch(
     c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
 ) -> ShrinkBackwardLaunch:
-    """Cuts M so that few columns keep all SMs busy."""
+    """A CTA for each column block, share of M and rank block; M is cut until they fill the SMs."""
     col_blocks, rank_blocks = _blocks(K, c.block_k), _blocks(r, c.block_r)
     count, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, col_blocks * rank_blocks)
     return ShrinkBackwardLaunch(
@@ -286,55 +332,27 @@ def lora_linear_launch(
     return LoraLinearLaunch(gemm, helpers, shrink)
 
 
-def lora_linear_backward_launch(
-    c: LaunchConfig,
-    rows: LaunchConfig,
-    columns: LaunchConfig,
-    M: int,
-    K: int,
-    N: int,
-    r: int,
-    *,
-    sms: int,
-    dtype: torch.dtype,
-    precision: str,
-    tma: bool,
-    by_rows: bool = True,
-    dropout: bool = False,
-    dbias: bool = False,
-    alone: LaunchConfig | None = None,
-) -> LoraLinearBackwardLaunch | None:
-    """A layer's backward in one launch; with a mask dA has its own, by ``alone``. None where helpers
-    can't serve it."""
-    helpers = None
-    if may_help(dtype):
-        helpers = backward_helpers(c, rows, columns, M, K, N, r, dtype.itemsize, dropout, sms)
-    if helpers is None:
-        return None
-    gemm = linear_expand_launch(
-        c, M, N, K, r, sms=sms, dtype=dtype, precision=precision, tma=tma, transposed=True,
-        by_rows=by_rows, dropout=dropout, helpers=helpers,
-    )  # fmt: skip
-    groups = _blocks(N, rows.block_n), _blocks(M, group_rows(c))
-    last = None
-    if dropout:
-        last = shrink_backward_launch(
-            alone or columns, M, K, r, sms=sms, precision=precision, dropout=True
-        )
-    return LoraLinearBackwardLaunch(gemm, helpers, rows, columns, groups, last, dbias)
-
-
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
-    """How float32 operands are rounded: as PyTorch's own products round them; beside float16 to its
-    significand, with float32's range."""
+    """The precision of products of float32 operands: that of PyTorch's own GEMMs. Beside float16 it is
+    TF32, which has float16's significand and float32's range."""
     if dtype is torch.float16:
         return "tf32"
     return "tf32" if dtype is torch.float32 and tf32 else "ieee"
 
 
+def skinny_precision_of(dtype: torch.dtype, tf32: bool) -> str:
+    """The same in ``shrink`` and ``shrink_backward``: float32 as the sum of two numbers in TF32, which
+    is as exact as PyTorch's float32, on tensor cores: on an H100 a fifth of the time."""
+    found = precision_of(dtype, tf32)
+    return "tf32x3" if found == "ieee" and dtype is torch.float32 else found
+
+
 def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: int) -> bool:
-    """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``: rows of neighbours
-    that begin at multiples of 16 bytes, extents in 31 bits."""
+    """Whether TMA can read x ``[M, K]`` and the weight, and write a new ``[M, N]``.
+
+    It needs rows whose elements are neighbours and which begin at multiples of 16 bytes, and extents of
+    31 bits.
+    """
     y = Layout.fresh(M, N, dtype)
     straight = weight.rows == 16 or (weight.rows == 0 and weight.columns == 16)
     aligned = x.rows == 16 and y.rows == 16 and straight
@@ -342,7 +360,7 @@ def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: i
 
 
 def may_help(dtype: torch.dtype) -> bool:
-    """Whether layers of this dtype have helpers: float16's skinny work is in float32, in other tiles."""
+    """Whether helpers serve layers of this dtype: not float16, whose skinny work is in float32."""
     return wide(dtype) is dtype
 
 
@@ -354,15 +372,13 @@ def _plan(
     r: int,
     helper_bytes: int,
     sms: int,
-    waited_bytes: int = 0,
 ) -> Helpers | None:
     """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
 
-    ``waited_bytes`` are what one helper alone reads last while tiles wait for it. None where helpers
-    can't serve: none in the configuration, a rank that is looped over, skinny work that would outlast
-    half of the GEMM, or a wait that would outlast a tile. Whether they pay, ``rounds`` says.
+    None where helpers can't serve: none in the configuration, a rank of several blocks, or skinny work
+    that would outlast half of the GEMM. Whether they pay, ``rounds`` says.
     """
-    if r > UNROLLED_RANK_BLOCKS * config.block_r or depth == 0:
+    if r > config.block_r or depth == 0:
         return None
     tiles = _blocks(rows, config.block_m) * _blocks(cols, config.block_n)
     programs = sms * config.ctas_per_sm
@@ -370,8 +386,6 @@ def _plan(
     if not 0 < helpers < programs:
         return None
     tile_flops = 2 * config.block_m * config.block_n * depth
-    if waited_bytes * _FLOPS_PER_BYTE > tile_flops:
-        return None
     alone = _blocks(tiles, programs)
     waves = -(-helper_bytes * _FLOPS_PER_BYTE // (helpers * tile_flops))
 
@@ -380,7 +394,7 @@ def _plan(
 
     if 2 * waves > alone:
         return None
-    # More time for helpers where no other program takes a round more for it.
+    # Give helpers more time while the other CTAs need no round more for it.
     while 2 * (waves + 1) <= alone and rounds(waves + 1) == rounds(waves):
         waves += 1
     return Helpers(helpers, waves, programs, rounds(waves), alone)
@@ -401,34 +415,6 @@ def forward_helpers(
     if masked or r > shrink.block_r:
         return None
     return _plan(gemm, M, K, N, r, M * K * size, sms)
-
-
-def group_rows(gemm: LaunchConfig) -> int:
-    """Rows of a row group of ds: as many as a group of tiles has, which are needed first."""
-    return GROUP_M * gemm.block_m
-
-
-def backward_helpers(
-    gemm: LaunchConfig,
-    expand_backward: LaunchConfig,
-    shrink_backward: LaunchConfig,
-    M: int,
-    K: int,
-    N: int,
-    r: int,
-    size: int,
-    masked: bool,
-    sms: int,
-) -> Helpers | None:
-    """The helpers of a layer's backward, which make ds and dB, and without a mask dA."""
-    if r > min(expand_backward.block_r, shrink_backward.block_r):
-        return None
-    # With a rank of several blocks the launch would spill: compiled for sm_90.
-    if r > gemm.block_r or group_rows(gemm) % expand_backward.block_m:
-        return None
-    partials = _PARTIAL * r * _blocks(N, expand_backward.block_n)  # bytes a row of ds
-    read = M * ((N if masked else N + K) * size + 2 * partials)
-    return _plan(gemm, M, N, K, r, read, sms, group_rows(gemm) * partials)
 
 
 def _blocks(length: int, block: int) -> int:

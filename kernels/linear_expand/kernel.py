@@ -16,7 +16,7 @@ import triton.language as tl
 from lorafast.kernels.common.bundles import Mask, Matrix, Vector
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
-from lorafast.kernels.common.device import arrive, sum_blocks
+from lorafast.kernels.common.device import arrive, end_block, sum_blocks
 from lorafast.kernels.common.launch import (
     INTERPRETED,
     KEPT,
@@ -123,13 +123,18 @@ def linear_expand_kernel(
                 acc = sum_blocks(partials_ptr, offsets, inside, size, splits)
                 tl.store(counters_ptr + tile, 0)
         if last:
+            s_here = (
+                Matrix(s_ptr + end_block(s_ptr, INTERPRETED), stride_sm, stride_sr)
+                if FLATTEN
+                else s
+            )
             if mask is None:
                 acc = add_low_rank(
-                    acc, s, b, rows, cols, M, N, r, scaling,
+                    acc, s_here, b, rows, cols, M, N, r, scaling,
                     BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
                 )  # fmt: skip
             finish(
-                acc, y, s, b, bias, mask, row_block, col_block * BLOCK_N, M, N, r, scaling,
+                acc, y, s_here, b, bias, mask, row_block, col_block * BLOCK_N, M, N, r, scaling,
                 BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, PRECISION, INTERPRETED,
             )  # fmt: skip
 

@@ -28,8 +28,8 @@ from lorafast.kernels.common.launch import (
     NO_MASK,
     mask_of,
     on_its_device,
-    precision,
     rule_for,
+    skinny_precision,
     sms,
 )
 from lorafast.kernels.common.plan import ShrinkLaunch, shrink_launch
@@ -165,7 +165,7 @@ def shrink(
     (M, K), r = x.shape, lora_A.shape[0]
     launch = shrink_launch(
         config or rule_for("shrink", x, M, K, K, r), M, K, r,
-        sms=sms(x), precision=precision(x), dropout=dropout_p > 0.0,
+        sms=sms(x), precision=skinny_precision(x), dropout=dropout_p > 0.0,
     )  # fmt: skip
     return launcher(launch)(x, lora_A, dropout_p, seed, scale)
 

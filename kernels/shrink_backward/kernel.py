@@ -27,8 +27,8 @@ from lorafast.kernels.common.launch import (
     NO_MASK,
     mask_of,
     on_its_device,
-    precision,
     rule_for,
+    skinny_precision,
     sms,
 )
 from lorafast.kernels.common.plan import ShrinkBackwardLaunch, shrink_backward_launch
@@ -154,7 +154,7 @@ def shrink_backward(
     (M, K), r = x.shape, ds.shape[1]
     launch = shrink_backward_launch(
         config or rule_for("shrink_backward", x, M, K, K, r), M, K, r,
-        sms=sms(x), precision=precision(x), dropout=dropout_p > 0.0,
+        sms=sms(x), precision=skinny_precision(x), dropout=dropout_p > 0.0,
     )  # fmt: skip
     return launcher(launch, dtype or x.dtype)(ds, x, dropout_p, seed)
 

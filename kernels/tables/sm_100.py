@@ -50,4 +50,15 @@ TABLE: Table = {
         (32, 8192, 4096, 4096, 32, LaunchConfig(32, 16, 64, 32, 8, 3)),
         (32, 8192, 4096, 4096, 64, LaunchConfig(16, 16, 64, 64, 8, 3)),
     ),
+    "expand": (
+        # bits, M, K, N, largest rank
+        (16, 8192, 4096, 4096, 16, LaunchConfig(16, 128, 16, 16, 4, 2, ctas_per_sm=6)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(16, 128, 16, 32, 4, 2, ctas_per_sm=6)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(16, 128, 16, 64, 4, 2, ctas_per_sm=6)),
+        (16, 8192, 4096, 4096, 128, LaunchConfig(32, 128, 16, 128, 4, 2, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 256, LaunchConfig(64, 128, 16, 32, 8, 1, ctas_per_sm=2)),
+        (32, 8192, 4096, 4096, 16, LaunchConfig(32, 128, 16, 16, 8, 2, ctas_per_sm=2)),
+        (32, 8192, 4096, 4096, 32, LaunchConfig(32, 128, 16, 32, 8, 2, ctas_per_sm=2)),
+        (32, 8192, 4096, 4096, 128, LaunchConfig(16, 128, 16, 16, 4, 1, ctas_per_sm=4)),
+    ),
 }  # fmt: skip

@@ -214,6 +214,10 @@ def why_unusable(record: Record, capability: int) -> str | None:
         return f"backend is {record.backend!r}, and there are times of {known} alone"
     if record.config is None:
         return None
+    if record.config.hybrid and key.operation in WHOLE:
+        return f"hybrid is a way to do linear_expand, and this is {key.operation}"
+    if record.config.hybrid and x_dtype == "float16":
+        return "hybrid would round the low-rank term to float16 before the GEMM"
     operation = "linear_expand" if key.operation in WHOLE else key.operation
     return why_invalid(operation, record.config, _ELEMENT_SIZES[x_dtype], capability)
 

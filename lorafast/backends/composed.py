@@ -1,4 +1,4 @@
-"""A whole layer's forward and backward, made of the four operations: the one place that has the formula.
+"""A whole layer's forward and backward, made of the operations: the one place that has the formula.
 
 s = drop(x)·Aᵀ                      shrink
 y = x·Wᵀ + scaling · s·Bᵀ + bias    linear_expand
@@ -23,8 +23,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 
 def plan(problem: Problem, plan_of: Callable[[Problem], Plan]) -> Plan:
-    """The plan of a layer's forward or backward that runs its operations one by one, each by what
-    ``plan_of`` has for it."""
+    """A plan of a layer's forward or backward: its operations one by one, each by its ``plan_of``."""
     plans = {part.operation: plan_of(part) for part in parts(problem)}
     runs = {operation: made.run for operation, made in plans.items()}
     if problem.operation == "lora_linear":
@@ -52,9 +51,9 @@ def plan(problem: Problem, plan_of: Callable[[Problem], Plan]) -> Plan:
 def plan_or_refusal(
     problem: Problem, plan_of: Callable[[Problem], Plan | Refusal]
 ) -> Plan | Refusal:
-    """As ``plan``, by one backend, which may refuse one of the operations.
+    """As ``plan``, on one backend; its refusal if it refuses one of the operations.
 
-    Not ahead of anything: what is ahead of it is its operations, each by the best backend.
+    It is never ``ahead``: a plan with each operation on its best backend is at least as fast.
     """
     for part in parts(problem):
         answer = plan_of(part)

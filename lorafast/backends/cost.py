@@ -1,8 +1,8 @@
-"""What a call takes on a GPU: as ``lorafast tune`` measured it there, else by a model.
+"""The time of a call on a GPU: as ``lorafast tune`` measured it there, else by a model.
 
     seconds = max(device, host)
     device  = max(arithmetic / rate, bytes / bandwidth) + launches · LAUNCH_SECONDS
-    host    = what Python and the driver take for the launches
+    host    = the time of Python and the driver for the launches
 
 A device's rate and bandwidth are what large GEMMs and copies reach. The share of them that a backend
 reaches, and its host time, are the backend's own: ``lorafast.backends.<name>.cost`` has ``estimate``.
@@ -21,7 +21,7 @@ import torch
 
 from lorafast.backends import registry
 from lorafast.backends.plan import Plan
-from lorafast.core.problem import DENSE, Problem
+from lorafast.core.problem import DENSE, Layout, Problem
 from lorafast.kernels.tables import tuned
 from lorafast.kernels.tables.find import nearest_architecture
 
@@ -37,7 +37,16 @@ REACHED_BANDWIDTH = 0.87
 REACHED_FLOPS = 0.8
 """Of the data sheet: what large GEMMs reach, measured on an H200 (790 of 989 TFLOP/s)."""
 MARGIN = 1.01
-"""A backend that was not recorded as the fastest is taken to be so much slower: noise is no lead."""
+"""A backend that isn't the record's fastest is priced at least so much above it: noise is no lead."""
+
+FLOAT32 = 0.8
+"""Of the float32 rate: what PyTorch's GEMMs reach."""
+_UNALIGNED = {16: 1.0, 8: 0.9, 4: 0.7, 2: 0.5}
+"""Of rate and bandwidth, by the bytes at which every row begins: a narrower load each."""
+
+_ACCUMULATED = 1.015
+"""Times a GEMM that reads what it accumulates onto: 347 µs for 342, measured on an H100 (M = 8192,
+K = N = 4096, bf16)."""
 
 _PEAK_FLOPS = (
     (r"H100 PCIe", 756e12), (r"H100 NVL|H200 NVL", 835e12), (r"H100|H200|GH200", 989e12),
@@ -52,9 +61,9 @@ they print with sparsity): H100 (2024), H200, GH200, Blackwell (DGX B200 and GB2
 A30, A10, A40, L4, L40, L40S; the white papers of GA102, AD102 and GB202 for GeForce, which multiplies at
 half rate when it accumulates in float32; DGX Spark's 1 PFLOP/s of sparse FP4 is an eighth of that."""
 _FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
-"""The same of one SM, from the architectures' white papers."""
+"""FLOPs of one SM in a clock, of the same products, from the architectures' white papers."""
 _FLOAT32_PER_CLOCK = {80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
-"""float32 without tensor cores."""
+"""The same in float32 without tensor cores."""
 _NOWHERE = "a device that isn't here"
 _HALF_RATE = r"GeForce|TITAN|RTX [345]0[5-9]0"
 _CLOCK = 1.7e9
@@ -210,9 +219,35 @@ def work(
     return Estimate(seconds, launches * host, flops, moved, launches, remark)
 
 
+def base_gemm(p: Problem, device: Device, accumulated: bool = True) -> Estimate:
+    """PyTorch's GEMM of x and W, or transposed of dy and W, by default accumulated onto what is there:
+    cuBLAS is the yardstick."""
+    read, share = p.layouts.dy if p.transposed else p.layouts.x, 1.0
+    if p.dtype.itemsize == 2:  # the narrower loads of the two set the pace
+        share = min(alignment(read), alignment(p.layouts.weight))
+    return work(
+        device,
+        flops=2.0 * p.M * p.K * p.N,
+        rate=gemm_rate(p, device) * share / (_ACCUMULATED if accumulated else 1.0),
+        moved=float((p.M * p.K + p.K * p.N + p.M * p.N) * p.dtype.itemsize),
+        share=share,
+    )
+
+
+def gemm_rate(p: Problem, device: Device) -> float:
+    """FLOP/s of PyTorch's large GEMMs."""
+    tensor_cores = p.dtype.itemsize == 2 or p.tf32
+    return device.rate(p.dtype, p.tf32) * (1.0 if tensor_cores else FLOAT32)
+
+
+def alignment(layout: Layout) -> float:
+    """The share of rate and bandwidth that rows of this alignment leave to PyTorch."""
+    return _UNALIGNED.get(max(layout.rows, layout.columns), min(_UNALIGNED.values()))
+
+
 @dataclass(frozen=True)
 class Price:
-    """What a backend takes for a problem, where that is known from, and whether it was measured."""
+    """The seconds of a backend for a problem, where they come from, and whether they were measured."""
 
     seconds: float
     source: str
@@ -220,7 +255,7 @@ class Price:
 
 
 def price(backend: str, problem: Problem, device: Device | None = None) -> Price | None:
-    """What ``backend`` takes: by this machine's records, else by its model; None where there is neither.
+    """The price of ``backend``: from this machine's records, else from its model, or None.
 
     ``device`` is that of the problem unless another one is to be reckoned with.
     """
@@ -231,7 +266,7 @@ def price(backend: str, problem: Problem, device: Device | None = None) -> Price
 
 
 def priced(plan: Plan, problem: Problem, device: Device | None = None) -> Plan:
-    """``plan`` with what it takes."""
+    """``plan`` with its price."""
     known = price(plan.backend, problem, device)
     if known is None:
         return plan
@@ -286,23 +321,23 @@ def _measured(backend: str, problem: Problem, device: Device) -> Price | None:
 
 
 _MEASURED = {"expand_backward": ("ds", "dB"), "lora_linear_backward": ("dx", "dA", "dB")}
-"""What is wanted of an operation when it is tuned."""
+"""The results that are wanted of an operation when it is tuned."""
 
 
 def _all_wanted(problem: Problem) -> bool:
-    """Whether so much is asked of the operation as when it was measured."""
+    """Whether the same results are wanted as when the operation was tuned."""
     return problem.wants == _MEASURED.get(problem.operation, problem.wants)
 
 
 def record_of(problem: Problem, device: str) -> tuned.Record | None:
-    """What was measured on the device of this name for the call or for one near it."""
+    """The record of the device of this name for the call, or for one near it."""
     if problem.format != DENSE or min(problem.M, problem.r) < 1:
         return None
     return tuned.nearest(device, key_of(problem))
 
 
 def key_of(p: Problem) -> tuned.Key:
-    """What a record of the call is found by; sizes are those of its GEMM, or of the matrix read."""
+    """The key of the call's record. Sizes are those of its GEMM, or of the matrix that it reads."""
     transposed = p.transposed or p.operation == "lora_linear_backward"
     K, N = (p.N, p.K) if transposed else (p.K or p.N, p.N or p.K)
     return tuned.Key(
@@ -317,6 +352,7 @@ def aligned(p: Problem) -> bool:
     at = p.layouts
     read = {
         "shrink": (at.x,),
+        "expand": (),
         "shrink_backward": (at.x,),
         "expand_backward": (at.dy,),
         "linear_expand": (at.dy if p.transposed else at.x, at.weight),

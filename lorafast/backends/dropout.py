@@ -1,6 +1,6 @@
-"""``lorafast.reference.dropout`` in PyTorch's own calls: the same bits, with few temporaries.
+"""Dropout in PyTorch's own calls: the bits of ``lorafast.reference.dropout``, with few temporaries.
 
-For what has no mask in its own kernels.
+It serves backends whose kernels make no mask themselves.
 """
 
 import torch

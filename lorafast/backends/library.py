@@ -10,8 +10,9 @@ import torch
 class Library:
     """One shared object: whether it is here, and loading it once.
 
-    ``operations`` are what ``torch.ops.lorafast_<device>`` must then have. ``start`` takes the path and
-    raises ``OSError`` where they can't run. ``path`` may be changed before the first call.
+    ``operations``: the names that ``torch.ops.lorafast_<device>`` must have once it is loaded. ``start``
+    is called with the path then, and raises ``OSError`` if the kernels can't run here. ``path`` may be
+    changed before the first call.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class Library:
         self.operations = operations
         self.path = Path(__file__).resolve().parents[1] / f"_C_{device}.abi3.so"
         self.why_not_loaded: Callable[[], str | None] = functools.cache(self._load)
-        """Loads it; the reason for which that can't be done, or None if it is there."""
+        """Loads it, once. The reason if that fails, or None."""
         self._start = start
 
     def _load(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What a backend answers to a problem: a plan or a refusal."""
+"""A backend, and its two answers to a problem: a plan or a refusal."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,11 +14,12 @@ Run = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a backend serves a problem; ``run`` does it, on tensors alone.
+    """How a backend serves a problem. ``run`` does it, on tensors alone.
 
     ``run`` takes, by position,
 
     - ``shrink``: ``x, lora_A, dropout_p, seed`` and returns ``s``;
+    - ``expand``: ``s, lora_B, scaling, dropout_p, seed`` and returns ``y`` in the problem's dtype;
     - ``linear_expand``: ``x, weight, s, lora_B, scaling, bias, dropout_p, seed`` and returns ``y``;
       transposed, ``dy, weight, ds, lora_Aᵀ, …`` and returns ``dx``;
     - ``expand_backward``: ``dy, s, lora_B, scaling`` and returns ``ds, dB, dbias``, None for what isn't
@@ -39,11 +40,12 @@ class Plan:
     ``scaling [n]`` are tensors, and the ``assignment`` (``lorafast.core.assignment``) has indices that
     were checked.
 
-    ``launches`` says what will be launched, one line each. ``seconds`` is what the call takes, the
-    device's time or the host's, whichever is longer: measured or modelled, as ``source`` says; None if
-    there is neither. ``ahead`` is the measurement by which the plan is the fastest of all, where that
-    is a rule and no time. A ``differentiable`` plan, of ``lora_linear`` where ``s`` isn't wanted, is
-    made of PyTorch's own operations, to be differentiated by PyTorch, and returns ``y`` alone.
+    - ``launches``: what will be launched, a line each;
+    - ``seconds``: the time of a call, the device's or the host's, whichever is longer; None if unknown;
+    - ``source``, ``measured``: where ``seconds`` comes from, and whether it was measured, not modelled;
+    - ``ahead``: the measured rule by which this plan is the fastest of all, or None;
+    - ``differentiable``: the plan is made of PyTorch's own operations, which PyTorch differentiates, and
+      returns ``y`` alone. Only ``lora_linear`` without dropout, where ``s`` isn't wanted, may have it.
     """
 
     backend: str
@@ -58,37 +60,37 @@ class Plan:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a backend can't serve a problem: a sentence."""
+    """Why a backend can't serve a problem: one sentence that names the value, and what is served."""
 
     backend: str
     reason: str
 
 
 class Backend(ABC):
-    """One way to compute the operations. ``register`` puts it among those that there are."""
+    """One way to compute the operations. ``register`` adds an object of it to the registry."""
 
     name: ClassVar[str]
     operations: ClassVar[frozenset[str]] = frozenset((*OPERATIONS, *LAYER_OPERATIONS))
     """Those that it plans, by default a LoRA linear layer's; it is not asked for another."""
     plain_pytorch: ClassVar[bool] = False
-    """Whether it is the definition, which serves where only PyTorch's own operations will do."""
+    """Whether it is made of operations that PyTorch differentiates itself, as the definition is."""
 
     def why_unusable(self) -> str | None:
-        """What this machine lacks for it, a sentence, or None."""
+        """Why this machine can't use it, a sentence, or None. Asked before every new problem."""
         return None
 
     @abstractmethod
     def plan(self, problem: Problem) -> Plan | Refusal:
-        """How it serves the problem, or why it can't. Asked once for a problem: plans are kept."""
+        """How it serves the problem, or why it can't. Asked once for a problem: the answer is kept."""
 
     def allow_checks(self, device: torch.device) -> None:
-        """Has ``lorafast verify`` run it on ``device`` where it serves for checks alone."""
+        """Makes it usable on ``device`` for ``lorafast verify``, where it is usable for checks alone."""
         return
 
     def remark(self) -> str | None:
-        """What whoever checks its results should know, a sentence, or None."""
+        """A sentence for the reader of ``lorafast verify``, or None."""
         return None
 
     def describe(self) -> list[tuple[str, str]]:
-        """Lines of ``lorafast info`` about it: what, and how it is here."""
+        """Lines of ``lorafast info`` about it: pairs of a name and a value."""
         return []

@@ -1,13 +1,17 @@
-"""The backends that there are, which of them serves a problem, and which one the user has forced.
+"""The registry of backends, and the choice of the plan that serves a problem.
 
-``auto`` takes a plan that a measured rule puts ahead of all others (of several, that of the backend that
-was registered last, which knew the others); else, of those whose time is known, the fastest: measured
-times where there are any, modelled ones otherwise; else the first backend that can serve the call. A
-whole layer's forward or backward is also offered as its operations one by one, each by the backend that
-is the fastest there.
+``auto`` takes, of the plans for a problem,
+
+1. one that is ``ahead``: a measured rule says that it is the fastest. Of several, that of the backend
+   which was registered last, since its author knew the others;
+2. else the one with the fewest ``seconds``; measured times count before modelled ones;
+3. else the first, that of the backend which was registered first.
+
+A layer's forward or backward has one plan more: its operations one by one, each on the backend that is
+the fastest there.
 
 A forced backend (``use_backend`` or ``LORAFAST_BACKEND``) that can't serve a call raises with its
-reason; nothing falls back in silence.
+reason. Nothing falls back in silence.
 """
 
 import contextlib
@@ -41,11 +45,11 @@ class BackendStatus:
 
 
 def register(backend: Backend) -> None:
-    """Adds a backend, to be chosen, forced and explained like any other.
+    """Adds a backend, which is then chosen, forced and explained like any other.
 
     Raises:
-        TypeError: it is none; perhaps the class of one.
-        ValueError: there is one of this name, or it is no word.
+        TypeError: ``backend`` is no object of a class of ``Backend``.
+        ValueError: its name is taken, or is no word.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"backend is {backend!r}, expected an object of a class of Backend")
@@ -58,10 +62,10 @@ def register(backend: Backend) -> None:
 
 
 def unregister(name: str) -> None:
-    """Takes a backend away again.
+    """Removes a backend.
 
     Raises:
-        KeyError: there is none of this name.
+        KeyError: no backend has this name.
     """
     del _backends[name]
     forget_plans()
@@ -69,10 +73,10 @@ def unregister(name: str) -> None:
 
 @contextlib.contextmanager
 def standing_in(backend: Backend) -> Iterator[None]:
-    """Within the block ``backend`` serves in the place of the one of its name.
+    """Within the block ``backend`` replaces the one of its name.
 
     Raises:
-        KeyError: there is none of this name.
+        KeyError: no backend has this name.
     """
     before = _backends[backend.name]
     _backends[backend.name] = backend
@@ -90,7 +94,7 @@ def names() -> tuple[str, ...]:
 
 
 def plain_pytorch_names() -> list[str]:
-    """Those of the backends that are made of operations that PyTorch differentiates itself."""
+    """The names of the backends that are made of operations which PyTorch differentiates itself."""
     return [name for name, backend in tuple(_backends.items()) if backend.plain_pytorch]
 
 
@@ -113,10 +117,10 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def plan_of(name: str, problem: Problem) -> Plan | Refusal:
-    """The answer of the backend ``name``; one that this machine can't use refuses.
+    """The answer of the backend ``name``; a refusal if this machine can't use it.
 
     Raises:
-        TypeError: the answer is neither a plan nor a refusal, or a plan that can't be followed.
+        TypeError: the answer is neither a plan nor a refusal, or a plan that doesn't suit the problem.
     """
     return _plan_of(name, problem, _times_forgotten)
 
@@ -146,13 +150,13 @@ def _why_wrong(answer: object, problem: Problem) -> str | None:
 
 
 def definition(problem: Problem) -> Plan:
-    """The plan made of operations that PyTorch differentiates, once more if need be."""
+    """The plan that is made of operations which PyTorch differentiates, any number of times."""
     answers = (plan_of(name, problem) for name in plain_pytorch_names())
     return next(plan for plan in answers if isinstance(plan, Plan))
 
 
 def choose(problem: Problem, forced: str | None = None) -> Plan:
-    """The plan that serves a problem: of the ``forced`` backend, or of the one that ``auto`` takes.
+    """The plan that serves a problem: that of the ``forced`` backend, else the one that ``auto`` takes.
 
     Raises:
         BackendError: the forced backend refuses; the message has its reason.
@@ -186,17 +190,17 @@ def _choose(problem: Problem, forced: str | None, times_forgotten: int) -> Plan:
 
 
 def when_forgotten(forget: Callable[[], None]) -> None:
-    """Has ``forget`` called whenever plans that were made may no longer be the best."""
+    """Calls ``forget`` from now on whenever plans are forgotten."""
     _forget.append(forget)
 
 
 def times_forgotten() -> int:
-    """How often plans were forgotten: one that was begun before must not be kept after."""
+    """How often plans were forgotten. A plan that was begun at another count must not be kept."""
     return _times_forgotten
 
 
 def forget_plans() -> None:
-    """Has every problem planned anew: after a backend has come or gone, or records have changed."""
+    """Forgets all plans, so that problems are planned anew: backends or tuning records have changed."""
     global _times_forgotten
     _times_forgotten += 1
     _plan_of.cache_clear()

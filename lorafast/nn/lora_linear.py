@@ -523,7 +523,7 @@ class LoRALinear(nn.Module):
         return scripted.train(self.training)
 
     def pack_(self) -> "LoRALinear":
-        """Packs the frozen weight once for the vendor's product on a CPU; the layer itself.
+        """Packs the frozen weight once for oneDNN's GEMM on a CPU; returns the layer itself.
 
         Worth it in bfloat16 for few rows, at the price of about the weight's memory once more. The
         packed copy serves every product that needs no gradient of its own; in training that is the

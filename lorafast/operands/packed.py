@@ -1,9 +1,9 @@
 """The frozen weight, packed once into the layout that oneDNN multiplies fastest.
 
-The vendor's product rearranges the weight in every call. In bfloat16 that is most of a call over few
-rows: measured on a CPU with the bfloat16 product at 2048 x 2048, a packed weight takes a third of the
-time for one row, three quarters for 16, and still 0.98 for 512. (In float32 there is no gain.) A frozen
-weight doesn't change, so it can be packed once, for as much memory again.
+oneDNN's GEMM rearranges the weight in every call. In bfloat16 that is most of a call over few rows.
+Measured at 2048 x 2048, on a CPU with a bfloat16 product, a packed weight takes a third of the time for
+one row, three quarters for 16, and 0.98 for 512. In float32 there is no gain. A frozen weight doesn't
+change, so it can be packed once, for as much memory again.
 
 A packed copy belongs to the weight, not to a layer: layers that share the weight share it, it is in no
 ``state_dict``, pickle or deepcopy, and it goes when the weight's memory goes. The storage is watched for

@@ -3,9 +3,11 @@
 from lorafast.backends import BackendError, BackendStatus, backends
 from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
+from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.grouped_lora_linear import grouped_lora_linear
 from lorafast.ops.linear_expand import linear_expand
+from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
@@ -15,9 +17,11 @@ __all__ = [
     "BackendStatus",
     "allow_packing",
     "backends",
+    "expand",
     "expand_backward",
     "grouped_lora_linear",
     "linear_expand",
+    "lora_embedding",
     "lora_linear",
     "shrink",
     "shrink_backward",

@@ -2,6 +2,7 @@
 
 from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
+from lorafast.reference.expand import expand
 from lorafast.reference.expand_backward import expand_backward, expand_dB, expand_ds
 from lorafast.reference.grouped_lora_linear import (
     as_elements,
@@ -10,6 +11,7 @@ from lorafast.reference.grouped_lora_linear import (
     members,
 )
 from lorafast.reference.linear_expand import linear_expand
+from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
@@ -17,6 +19,7 @@ from lorafast.reference.shrink_backward import shrink_backward
 __all__ = [
     "as_elements",
     "dropout",
+    "expand",
     "expand_backward",
     "expand_dB",
     "expand_ds",
@@ -24,6 +27,7 @@ __all__ = [
     "grouped_shrink",
     "keep_mask",
     "linear_expand",
+    "lora_embedding",
     "lora_linear",
     "members",
     "philox_4x32",

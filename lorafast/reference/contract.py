@@ -1,20 +1,22 @@
-"""How near to the float64 reference is near enough: the package's one numerical contract.
+"""The numerical contract: how near to the float64 reference a result must be.
 
     ‖actual − ref64‖ ≤ 1.25 · ‖eager − ref64‖ + eps · ‖size64‖        (Frobenius norms)
 
-``ref64`` is the reference in float64 on the inputs as rounded to the dtype under test, ``eager`` the
-reference in that dtype, ``eps`` the dtype's machine epsilon: a kernel must be as exact as plain
-PyTorch, and one rounding of the result is its own.
+- ``ref64``: the reference in float64, on inputs that were rounded to the dtype under test;
+- ``eager``: the reference in the dtype under test;
+- ``eps``: the machine epsilon of that dtype;
+- ``size64``: the square root of the reference on squared inputs.
 
-``size64`` is the square root of the reference on squared inputs: each element's size as its terms
-would give it if their signs were random. For a large random matrix its norm is that of ``ref64``. An
-output of a few elements, whose terms may cancel, is where they differ: there ``‖ref64‖`` says nothing
-about the rounding errors of the terms. Where no such square can be had (a whole model, derivatives of
-derivatives) ``ref64`` stands in.
+So a kernel is as exact as plain PyTorch in the same dtype, and may round its result once more.
 
-NaN and infinities are exact: ``actual`` has them where ``ref64`` has, the same ones, and nowhere else.
-A finite ``ref64`` beyond the dtype's range may be an infinity of its sign. The norms are those of the
-other elements; where ``eager`` alone is not finite, it allows nothing.
+``size64`` is the size that an element would have if its terms had random signs. For a large random
+matrix ``‖size64‖`` is about ``‖ref64‖``. For an output of a few elements the terms may cancel: then
+``‖ref64‖`` is small and the rounding errors of the terms are not. Where the reference can't be run on
+squares (a whole model, second derivatives) ``ref64`` stands in for ``size64``.
+
+NaN and infinities must stand where ``ref64`` has them, with the same values, and nowhere else. Where
+``ref64`` is finite and beyond the range of the dtype, an infinity of its sign is right too. The norms
+are those of the finite elements. Elements at which ``eager`` alone isn't finite allow no error.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,15 +29,19 @@ from torch import Tensor
 from lorafast import reference
 
 Call = Callable[[Any, Callable[..., Tensor]], Tensor | tuple[Tensor, ...]]
-"""``call(operations, cast)``: calls one of ``operations`` on tensors that it passes through ``cast``,
-those of another dtype than the one under test (adapters) as ``cast(tensor, dtype)``."""
+"""``call(operations, cast)`` calls one of ``operations`` on tensors that it passes through ``cast``.
+``cast(tensor, dtype)`` is for tensors whose dtype is not the one under test, such as adapters."""
 
 _FACTOR = 1.25
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An output's error, the error allowed, and what is against it: the end of a sentence, or None."""
+    """An output's error, and the error that is allowed.
+
+    ``why_broken``: how the contract is broken, as the end of a sentence that begins with the output's
+    name; None if it holds.
+    """
 
     error: float
     allowed: float
@@ -51,7 +57,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Bound:
-    """The right side of the contract for one output, which must be of ``dtype``."""
+    """The right side of the contract, for an output that must have ``dtype``."""
 
     ref64: Tensor
     dtype: torch.dtype
@@ -69,7 +75,7 @@ class Bound:
         return Verdict(error, self.allowed, reason)
 
     def _why_unlike(self, actual: Tensor) -> str | None:
-        """What no error measures: another shape or dtype, NaN and infinities in other places."""
+        """A difference that has no norm: in shape, in dtype, in the places of NaN and infinities."""
         ref64 = self.ref64
         if actual.shape != ref64.shape:
             return f"of shape {list(actual.shape)}, expected {list(ref64.shape)}"
@@ -98,8 +104,8 @@ def bound(
 ) -> Bound:
     """What the contract asks of an output.
 
-    ``eps`` is that of ``dtype``, by default that of ``eager``: of a layer in bfloat16, a gradient in
-    float32 is made of roundings to bfloat16.
+    ``eps`` is that of ``dtype``, by default the dtype of ``eager``. A layer in bfloat16 has gradients in
+    float32 that are made of values rounded to bfloat16: pass bfloat16 for them.
     """
     if eager.shape != ref64.shape:
         raise ValueError(f"eager has shape {list(eager.shape)}, expected {list(ref64.shape)}")
@@ -130,12 +136,12 @@ def why_broken(
     size64: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> str | None:
-    """What is against an output: the end of a sentence that begins with its name, or None."""
+    """How an output breaks the contract, as the end of a sentence that begins with its name, or None."""
     return bound(eager, ref64, size64, dtype).verdict(actual).why_broken
 
 
 def why_any_broken(actual: Mapping[str, Tensor], of: Mapping[str, Bound]) -> str | None:
-    """What is against the first of several outputs that breaks its bound, or None."""
+    """How the first of several outputs that breaks its bound does so, a sentence, or None."""
     for name, one in of.items():
         if name not in actual:
             return f"{name} is missing"
@@ -149,11 +155,11 @@ def why_any_broken(actual: Mapping[str, Tensor], of: Mapping[str, Bound]) -> str
 def compare(
     call: Call, operations: Any, dtype: torch.dtype, rounded_to: torch.dtype | None = None
 ) -> Verdict:
-    """Runs ``call`` on ``operations`` in ``dtype``.
+    """Runs ``call`` on ``operations`` in ``dtype``, and on the reference, and holds it to the contract.
 
-    Of several outputs, the verdict on the one that fails, or comes nearest to failing. ``rounded_to``:
-    whose ``eps`` counts, of a whole layer, where an output is made of roundings to another dtype than
-    its own.
+    Of several outputs it returns the verdict on the worst. ``rounded_to``: the dtype whose ``eps``
+    counts where outputs are made of values rounded to another dtype than their own, as a layer's
+    gradients are.
     """
 
     def cast(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:

@@ -1,7 +1,8 @@
-"""The README says what the records say."""
+"""What the README and docs/performance.md say of speed is what the records say."""
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,51 @@ def report():
     return module
 
 
-def test_readme_and_records_agree(report):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.section_of(readme) == report.render(), "run python bench/report.py"
+@pytest.fixture
+def record(tmp_path):
+    """Writes a record of layers: ``{contender: overhead}`` for each."""
+
+    def write(name, layers, *, device="NVIDIA H100", capability="sm_90", day=1, **more):
+        problem = {
+            "shape": {"label": "", "M": 8192, "K": 4096, "N": 4096}, "r": 16, "dtype": "bf16",
+            "adapter_dtype": "fp32", "dropout_p": 0.0,
+        }  # fmt: skip
+        rows = []
+        for index, overheads in enumerate(layers):
+            shape = problem["shape"] | {"M": 8192 + index}
+            for contender, overhead in {"frozen": 1.0, **overheads}.items():
+                ran = overhead is not None
+                rows.append(
+                    {
+                        "problem": problem | {"shape": shape}, "which": "both",
+                        "contender": contender, "wrong": None,
+                        "unavailable": None if ran else "not installed",
+                        "samples": [overhead * 1e-3] if ran else [],
+                        "frozen_samples": [1e-3] if ran else [],
+                        "peak_bytes": None, "saved_bytes": None,
+                    }
+                )  # fmt: skip
+        content = {
+            "format": "lorafast-bench/1", "started": f"2026-11-{day:02}T00:00:00+00:00",
+            "command": "make gpu", "complete": True, "skipped": [], "clock_state": [],
+            "machine": {
+                "device": device, "capability": capability, "threads": 2, "commit": "abc",
+                "packages": {"torch": "2.13", "peft": "0.21", "triton": "3.9"},
+            },
+            "layer": rows,
+        }  # fmt: skip
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content | more), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("index", range(3), ids=["state", "speed", "performance"])
+def test_a_section_and_the_records_agree(report, index):
+    section = report.SECTIONS[index]
+    text = section.document.read_text(encoding="utf-8")
+    assert section.of(text) == section.render(report.RESULTS), "run python bench/report.py"
 
 
 def test_there_is_a_record():
@@ -39,10 +82,11 @@ def test_a_kept_record_is_whole_and_of_a_commit(path):
     assert not any(isinstance(row, dict) and row.get("wrong") for rows in kinds for row in rows)
 
 
-def test_a_changed_figure_is_seen(report, tmp_path):
+@pytest.mark.parametrize("name", ["speed", "performance"])
+def test_a_changed_figure_is_seen(report, tmp_path, name):
     rendered = []
-    for name, factor in (("same", 1.0), ("again", 1.0), ("slower", 2.0)):
-        folder = tmp_path / name / "results"
+    for folder_name, factor in (("same", 1.0), ("again", 1.0), ("slower", 2.0)):
+        folder = tmp_path / folder_name / "results"
         folder.mkdir(parents=True)
         for path in RECORDS:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -50,15 +94,95 @@ def test_a_changed_figure_is_seen(report, tmp_path):
                 if row["contender"] == "peft":
                     row["samples"] = [factor * sample for sample in row["samples"]]
             (folder / path.name).write_text(json.dumps(content), encoding="utf-8")
-        rendered.append(report.render(folder))
+        rendered.append(getattr(report, name)(folder))
     assert rendered[0] == rendered[1]
     assert rendered[0] != rendered[2]
 
 
 def test_without_records_it_says_so(report, tmp_path):
-    assert report.render(tmp_path) == "No run on a GPU is recorded yet."
+    assert report.performance(tmp_path) == "No run on a GPU is recorded yet."
+    assert "not yet timed on a GPU" in report.state(tmp_path)
 
 
-def test_a_readme_without_marks_is_refused(report):
-    with pytest.raises(ValueError, match="the README lacks"):
-        report.section_of("# lorafast")
+def test_a_record_of_a_gpu_is_told_first(report, record, tmp_path):
+    record("cpu-x", [{"lorafast": 1.375}], device="AMD", capability="AVX2")
+    record("gpu-h100", [{"lorafast": 1.5, "peft": 2.5, "peft-compiled": 2.25}])
+    state = report.state(tmp_path)
+    assert "timed on NVIDIA H100" in state
+    assert "not yet" not in state
+    lines = report.speed(tmp_path).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[4:-1]] == [
+        "lorafast", "PEFT", "PEFT, compiled",
+    ]  # fmt: skip
+    assert lines[2] == (
+        "| NVIDIA H100, bf16 | 0 | 1 | **1.50** (1.50 – 1.50) | **2.50** (2.50 – 2.50) "
+        "| **2.25** (2.25 – 2.25) |"
+    )
+    assert lines[3] == "| AMD, 2 threads, bf16 | 0 | 1 | **1.38** (1.38 – 1.38) |  |  |"
+    performance = report.performance(tmp_path)
+    assert performance.index("## NVIDIA H100") < performance.index("## AMD, 2 threads")
+
+
+def test_every_layer_counts_and_what_did_not_run_is_told(report, record, tmp_path):
+    record(
+        "gpu-h100", [{"lorafast": o, "peft": p} for o, p in ((1.5, 2), (1.125, 3), (1.375, None))]
+    )
+    line = report.speed(tmp_path).splitlines()[2]
+    assert "| 3 | **1.38** (1.12 – 1.50) | **2.50** (2.00 – 3.00, 1 not run) |" in line
+
+
+def test_the_newest_complete_run_of_each_device_is_shown(report, record, tmp_path):
+    record("gpu-a", [{"lorafast": 1.5}], day=1)
+    record("gpu-b", [{"lorafast": 1.375}], day=2)
+    record("gpu-c", [{"lorafast": 1.125}], day=3, complete=False)
+    record("gpu-d", [{"lorafast": 1.75}], day=1, device="NVIDIA H200")
+    shown = re.findall(r"\*\*([\d.]+)\*\*", report.speed(tmp_path))
+    assert sorted(shown) == ["1.38", "1.75"]
+    assert len(re.findall("^## ", report.performance(tmp_path), re.MULTILINE)) == 2
+
+
+def test_operations_and_tests_of_a_record_are_shown(report, record, tmp_path):
+    problem = {
+        "shape": {"label": "", "M": 1000, "K": 100, "N": 50}, "r": 16, "dtype": "bf16",
+        "adapter_dtype": "fp32", "dropout_p": 0.0,
+    }  # fmt: skip
+    row = {
+        "problem": problem, "case": "shrink", "contender": "triton", "flops": 2e9,
+        "least_bytes": 4_000_000, "wrong": None, "unavailable": None, "samples": [0.002],
+        "copy_samples": [0.001], "product_samples": [0.004],
+    }  # fmt: skip
+    other = row | {"contender": "cuda", "samples": [], "unavailable": "no kernels"}
+    record("gpu-a", [], operations=[row, other], tests=[{"passed": 7, "skipped": 1, "status": 0}])
+    rendered = report.performance(tmp_path)
+    assert "Tests on the device in the same run: 7 passed, 1 skipped." in rendered
+    assert "| shrink | triton | 2 ms | 1 | 2 |" in rendered
+    assert "| shrink | cuda | not run: no kernels |  |  |" in rendered
+    assert "| copy of x |  | 1 ms |  | 0 |" in rendered
+    assert "| torch.mm |  | 4 ms | 0.0025 |  |" in rendered
+
+
+@pytest.mark.parametrize(
+    ("recorded", "typed"),
+    [
+        ("make gpu", "make gpu"),
+        ("make gpu --minutes 12", 'make gpu ARGS="--minutes 12"'),
+        ("lorafast bench --rank 8", "lorafast bench --rank 8"),
+    ],
+)
+def test_the_command_is_shown_as_it_is_typed(report, record, tmp_path, recorded, typed):
+    record("gpu-a", [{"lorafast": 1.5}], command=recorded)
+    assert f"```sh\n{typed}\n```" in report.performance(tmp_path)
+
+
+def test_a_document_without_marks_is_refused(report):
+    with pytest.raises(ValueError, match=r"performance\.md lacks"):
+        report.SECTIONS[2].of("# lorafast")
+
+
+def test_what_is_put_into_a_document_is_found_there(report):
+    for section in report.SECTIONS:
+        text = f"before {section.begin}\nold\n{section.end}\nafter"
+        written = section.put_into(text, "a line")
+        assert section.of(written) == "a line"
+        assert written.startswith("before ")
+        assert written.endswith("\nafter")

@@ -98,7 +98,8 @@ def test_triton():
 
 
 def test_triton_with_dropout():
-    """shrink and shrink_backward make masks in launches of their own; the seed is drawn in one."""
+    """shrink and shrink_backward make masks in launches of their own; the seed is drawn in one. dx is
+    ``expand``, which makes the mask, and PyTorch's GEMM onto that."""
     (forward, backward) = traffic_of("triton", replace(PROBLEM, dropout_p=0.05))
     seed = 8
     halves = 2 * 4 * M * r  # two partial sums of s
@@ -107,22 +108,21 @@ def test_triton_with_dropout():
     chunks = 2 * 132 // (K // 128)  # of rows, a partial dA each
     of_dA = chunks * 4 * r * K
     assert backward == Traffic(
-        2,
-        (DY + W + DS + A + seed) + (S + B) + PARTIALS + (DS + X + seed + of_dA),
-        DX + (DS + B) + PARTIALS + A + of_dA,
+        5,
+        (DY + S + B + PARTIALS) + (DS + X + seed + of_dA) + (DS + A + seed) + (DX + DY + W),
+        (DS + B + PARTIALS) + (A + of_dA) + DX + DX,
     )
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
+@pytest.mark.parametrize(("dropout_p", "most", "launches"), [(0.0, 1.65, 2), (0.05, 2.3, 8)])
 @pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
-def test_triton_moves_at_most_1_65_of_the_frozen_layers_bytes_in_6_launches(
-    dropout_p, adapter_dtype
-):
+def test_how_much_more_triton_moves_than_the_frozen_layer(dropout_p, most, launches, adapter_dtype):
+    """With dropout dx is written by ``expand``, read and written by a GEMM, behind which that hides."""
     problem = replace(PROBLEM, dropout_p=dropout_p, adapter_dtype=adapter_dtype)
     frozen, ours = traffic_of(FROZEN, problem), traffic_of("triton", problem)
     moved = [sum(traffic.bytes for traffic in of) for of in (ours, frozen)]
-    assert moved[0] <= 1.65 * moved[1]
-    assert sum(traffic.launches for traffic in ours) <= 6
+    assert moved[0] <= most * moved[1]
+    assert sum(traffic.launches for traffic in ours) <= launches
 
 
 def test_what_is_saved_for_the_backward():
@@ -204,8 +204,8 @@ PROBLEMS = [
 )
 def test_closed_forms_say_what_the_interpreter_counts(problem):
     names = [
-        "shrink", "linear_expand", "expand_backward", "ds", "shrink_backward", "dx", "lora_linear",
-        "lora_linear_backward",
+        "shrink", "expand", "linear_expand", "expand_backward", "ds", "shrink_backward", "dx",
+        "lora_linear", "lora_linear_backward",
     ]  # fmt: skip
     if problem.layers_only:
         names = names[-2:]

@@ -1,6 +1,7 @@
 """``lorafast tune``, in the interpreter: what it keeps, that it goes on, what it refuses."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ import torch
 pytest.importorskip("triton")
 
 from cards import problem
+from lorafast.bench.common.problem import Problem, draw
+from lorafast.bench.common.shapes import Shape
+from lorafast.bench.operations.cases import cases
 from lorafast.bench.tune import climb
-from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.configs import LaunchConfig, why_invalid
 from lorafast.kernels.tables import tuned
 
 from lorafast.backends import registry
@@ -50,6 +54,7 @@ def test_every_case_is_kept_and_the_next_run_goes_on(cache, capsys):
     operations = [entry["key"]["operation"] for entry in kept["records"]]
     assert operations == [
         "shrink",
+        "expand",
         "linear_expand",
         "expand_backward",
         "shrink_backward",
@@ -62,14 +67,14 @@ def test_every_case_is_kept_and_the_next_run_goes_on(cache, capsys):
     capsys.readouterr()
     assert main(TINY) == 0
     said = capsys.readouterr().out
-    assert said.count(": known, ") == 5
+    assert said.count(": known, ") == 6
     assert said.count("its operations one by one, no helpers: ") == 2
     assert json.loads(cache.read_text()) == kept
 
 
 def test_nothing_begins_after_the_time(cache, capsys):
     assert main([*TINY, "--minutes", "1e-9"]) == 0
-    assert capsys.readouterr().out.count("not begun, the time is up") == 5
+    assert capsys.readouterr().out.count("not begun, the time is up") == 6
     assert not cache.exists()
 
 
@@ -162,6 +167,35 @@ def test_neighbours_are_valid_and_differ():
     assert start not in found
     assert {16, 4} <= {config.helpers for config in found}
     assert not any(config.warp_specialize for config in found)
+
+
+def test_neighbours_of_a_hybrid_launch_are_other_tiles_of_expand():
+    start = LaunchConfig(32, 128, 16, 16, 4, 2, ctas_per_sm=4, hybrid=True)
+    found = list(climb.neighbours("linear_expand", start, 2, 90))
+    assert len(found) == len(set(found)) > 8
+    assert all(config.hybrid for config in found)
+    for name in ("block_k", "block_r", "parts", "masked_parts", "flatten", "helpers"):
+        assert {getattr(config, name) for config in found} == {getattr(start, name)}, name
+
+
+@pytest.mark.parametrize(("dtype", "tried"), [("bf16", True), ("fp16", False)])
+def test_two_launches_are_tried_beside_the_fused_kernel(monkeypatch, dtype, tried):
+    """And taken where they are faster, with tiles of their own."""
+    layer = Problem(Shape("", 20, 24, 32), 4, dtype, dtype, 0.1)
+    case = cases(layer, draw(layer, torch.device("cpu"), 1))["dx"]
+
+    def measure(problem, case, candidate, shipped, clock):
+        samples = [1 / candidate.block_m if candidate.hybrid else 2.0]
+        return climb.Row(problem, case.name, asdict(candidate), False, None, None, samples, [1.0])
+
+    monkeypatch.setattr(climb, "measure", measure)
+    rows = climb.climb(layer, case, device=interpreter(), clock=None, deadline=float("inf"))
+    assert any(row.config["hybrid"] for row in rows) is tried
+    best = min(rows, key=lambda row: 1.0 if row.shipped else row.ratio)
+    assert best.config["hybrid"] is tried
+    assert best.config["block_m"] > 32 or not tried
+    config = LaunchConfig(**best.config)
+    assert why_invalid("linear_expand", config, 2, 90) is None
 
 
 def test_where_records_are_kept(monkeypatch, tmp_path):

@@ -1,4 +1,7 @@
-"""Runs a page of ``docs/``: its Python in order, and compares what it shows with what it prints."""
+"""Runs a page: its Python in order, and compares what it shows with what it prints.
+
+A block below ``<!-- not run -->`` is left out. The lines of ``sh`` blocks are commands, not run here.
+"""
 
 import contextlib
 import doctest
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^(<!-- not run -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# (\S+\.py)\n")
 _CHECKER = doctest.OutputChecker()
 
@@ -29,7 +32,9 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found: list[Block] = []
     for match in _BLOCK.finditer(text):
-        language, content = match.groups()
+        left_out, language, content = match.groups()
+        if left_out:
+            continue
         if language == "python":
             path = _FILE.match(content)
             line = text.count("\n", 0, match.start()) + 2
@@ -40,6 +45,20 @@ def blocks(page: Path) -> list[Block]:
             assert last.shown is None, f"{page.name}:{last.line}: its output is shown twice"
             found.append(Block(last.line, last.code, None, content))
     return found
+
+
+def not_run(page: Path) -> list[str]:
+    """The Python that is marked as not run."""
+    found = _BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [content for left_out, language, content in found if left_out and language == "python"]
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of the ``sh`` blocks, without their comments."""
+    text = page.read_text(encoding="utf-8")
+    shell = [content for _, language, content in _BLOCK.findall(text) if language == "sh"]
+    lines = [line.partition(" #")[0].strip() for content in shell for line in content.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def write_files(page: Path, root: Path) -> list[Path]:

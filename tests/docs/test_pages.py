@@ -1,5 +1,5 @@
 import pytest
-from pages import blocks, run, write_files
+from pages import blocks, commands, not_run, run, write_files
 
 PAGE = """
 ```python
@@ -46,6 +46,14 @@ def test_what_is_shown_must_be_printed(page, shown):
     path = page(PAGE.replace("one ...", shown))
     with pytest.raises(AssertionError, match=rf"page.md:8 shows\n{shown}\n\nand prints\none 2"):
         run(path)
+
+
+def test_what_is_marked_is_not_run(page):
+    path = page("<!-- not run -->\n```python\n1 / 0\n```\n\n```sh\nls -l  # all\n# none\n```\n")
+    assert blocks(path) == []
+    assert not_run(path) == ["1 / 0\n"]
+    assert commands(path) == ["ls -l"]
+    assert "path" not in run(path)
 
 
 def test_what_is_shown_of_a_file_is_an_error(page):

@@ -26,6 +26,7 @@ def main() -> None:
                     weight, bias = torch.randn(N, K).to(x), torch.randn(N).to(x)
                     lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
                     s = ops.shrink(x, lora_A, dropout_p, seed)
+                    ops.expand(s, lora_B, 0.7, dropout_p, seed, dtype=dtype)
                     ops.linear_expand(x, weight, s, lora_B, 0.7, bias)
                     ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
                     ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)

@@ -21,6 +21,7 @@ import torch
 from lorafast.bench.common.record import Record
 from lorafast.kernels.common.configs import OPERATIONS, SHARED_MEMORY, LaunchConfig
 from lorafast.kernels.common.plan import may_help
+from lorafast.kernels.expand import expand
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
@@ -115,6 +116,18 @@ def _calls(
                 f"plain{name}",
                 lambda p=p, of=of: shrink_backward(s, x, p, of, kind.adapter_dtype, config=c),
             )
+    elif operation == "expand":
+        dtype = kind.dtype
+        yield "bias", lambda: expand(s, lora_B, 2.0, dtype=dtype, bias=bias, config=c)
+        for name, p, of in masks:
+            yield (
+                f"plain{name}",
+                lambda p=p, of=of: expand(s, lora_B, 2.0, p, of, dtype=dtype, config=c),
+            )
+            yield (
+                f"dx{name}",
+                lambda p=p, of=of: expand(s, lora_A.t(), 1.0, p, of, dtype=dtype, config=c),
+            )
     else:
         yield "forward", lambda: linear_expand(x, weight, s, lora_B, 2.0, bias, config=c)
         for name, p, of in masks:
@@ -148,7 +161,8 @@ def check_all(capability: int, kinds: Iterable[str], known: Known) -> Iterator[C
             kind = _KINDS[name_of_kind]
             if kind.bits(operation) != bits:
                 continue
-            for r in _ranks(operation, most, name_of_kind, max(row[1] for row in rows) == M):
+            last = most == max(row[4] for row in rows if row[0] == bits)
+            for r in _ranks(operation, most, name_of_kind, max(row[1] for row in rows) == M, last):
                 for variant, call in _calls(operation, config, kind, M, K, N, r):
                     for launch in _launches(capability, kind, call):
                         if launch.code in seen:
@@ -172,9 +186,12 @@ def _launches(capability: int, kind: Kind, call: Callable[[], object]) -> list[L
         matmul.fp32_precision = before
 
 
-def _ranks(operation: str, most: int, kind: str, most_rows: bool) -> tuple[int, ...]:
+def _ranks(operation: str, most: int, kind: str, most_rows: bool, last: bool) -> tuple[int, ...]:
     """The ranks to compile a row for. A product takes the rank in blocks of its own: one, several, and
-    so many that they are looped over, the last two where there are most rows."""
+    so many that they are looped over, the last two where there are most rows. ``expand`` loops over
+    blocks beyond the ``last`` of its ranks."""
+    if operation == "expand" and last:
+        return most, most + 8
     if operation != _PRODUCT:
         return (most,)
     if kind not in ("bf16", "fp16+fp32"):
@@ -192,9 +209,12 @@ def why_bad(
     """What the machine code must not have, and what it must."""
     if machine.spills or machine.local:
         yield f"{machine.spills} spills, {machine.local} bytes of local memory"
+    if machine.serialized:
+        yield "its wgmma instructions are serialized"
     if machine.shared > SHARED_MEMORY[capability]:
         yield f"{machine.shared} bytes of shared memory of {SHARED_MEMORY[capability]}"
-    product = launch.kernel.__name__.removesuffix("_kernel") in (_PRODUCT, *WHOLE)
+    kernel = launch.kernel.__name__.removesuffix("_kernel")
+    product = kernel in (_PRODUCT, *WHOLE)
     has = machine.instructions
     if product and kind.on_tensor_cores:
         wide = config.block_m >= _WARP_GROUP_ROWS
@@ -206,6 +226,9 @@ def why_bad(
     if product and launch.constant("DESCRIPTORS"):
         if "UTMALDG" not in has:
             yield "no TMA"
+    elif kernel == "expand":  # which reads next to nothing
+        if "STG.128" not in has:
+            yield "no 16-byte accesses"
     elif "LDGSTS.128" not in has and "LDG.128" not in has:
         # A tile that was cut for float32 has half as many bytes in float16.
         halved = not product and kind.dtype is torch.float16

@@ -20,6 +20,7 @@ import triton
 import triton.backends.nvidia
 from recorded import Launch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 _FOLDER = Path(__file__).with_name("compiled")
@@ -35,6 +36,9 @@ class Machine:
     local: int
     shared: int
     spills: int
+    serialized: bool
+    """``ptxas`` makes each ``wgmma`` wait for the one before, which costs a GEMM a fifth of its speed:
+    measured on an H100."""
     instructions: dict[str, int]
 
 
@@ -86,10 +90,28 @@ def _key(launch: Launch, capability: int) -> str:
 def _compile(launch: Launch, capability: int) -> Machine:
     target = GPUTarget("cuda", capability, 32)
     result = triton.compile(launch.source(), target=target, options=dict(launch.options))
-    return _read(result.asm["cubin"], result.metadata.shared)
+    serialized = "wgmma" in result.asm["ptx"] and _serialized(result.asm["ptx"], capability)
+    return _read(result.asm["cubin"], result.metadata.shared, serialized)
 
 
-def _read(cubin: bytes, shared: int) -> Machine:
+def _serialized(ptx: str, capability: int) -> bool:
+    """Whether ``ptxas`` says so."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name=sm_{capability}a",
+            "-o",
+            "/dev/null",
+            file.name,
+        ]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return "instructions are serialized" in said
+
+
+def _read(cubin: bytes, shared: int, serialized: bool) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -103,6 +125,7 @@ def _read(cubin: bytes, shared: int) -> Machine:
         local=need["LOCAL"],
         shared=shared,
         spills=sum(word.split(".")[0] in ("STL", "LDL") for word in words),
+        serialized=serialized,
         instructions=_instructions(words),
     )
 

@@ -4,6 +4,7 @@ import functools
 from types import SimpleNamespace
 
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.expand import expand
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
@@ -27,7 +28,8 @@ def on_kernels(**configs: LaunchConfig | None) -> SimpleNamespace:
     launchers = {
         f.__name__: f
         for f in (
-            shrink, linear_expand, expand_backward, shrink_backward, lora_linear, lora_linear_backward,
+            shrink, expand, linear_expand, expand_backward, shrink_backward, lora_linear,
+            lora_linear_backward,
         )
     }  # fmt: skip
     for name, config in configs.items():

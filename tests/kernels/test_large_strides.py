@@ -43,6 +43,17 @@ def test_shrink(far_apart, device):
     assert_same(on_kernels().shrink(x, lora_A), reference.shrink(x, lora_A))
 
 
+def test_expand(far_apart, device):
+    s, lora_B = far_apart(24).float(), draw(5, 24, device=device)
+    expected = reference.expand(s, lora_B, 0.5, dtype=torch.float16)
+    assert_same(on_kernels().expand(s, lora_B, 0.5, dtype=torch.float16), expected)
+    s, lora_B = draw(5, 24, device=device).float(), far_apart(24)
+    for factor in (lora_B, far_apart(5).t()):
+        given = s if factor is lora_B else s[:, :2]
+        expected = reference.expand(given, factor, 0.5, dtype=torch.float16)
+        assert_same(on_kernels().expand(given, factor, 0.5, dtype=torch.float16), expected)
+
+
 @pytest.mark.parametrize("far", ["x", "weight", "weight transposed"])
 def test_linear_expand(far_apart, device, far):
     x, weight = draw(2, 24, device=device), draw(2, 24, device=device)

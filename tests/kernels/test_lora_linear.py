@@ -14,7 +14,12 @@ import numpy
 from helped import with_helpers
 from lorafast.kernels.common import counters
 from lorafast.kernels.common.configs import LaunchConfig
-from lorafast.kernels.common.plan import backward_helpers, forward_helpers
+from lorafast.kernels.common.plan import (
+    backward_helpers,
+    forward_helpers,
+    lora_linear_backward_launch,
+    lora_linear_launch,
+)
 from lorafast.kernels.lora_linear import backward, forward
 from small_tiles import SMALL_TILES, on_kernels
 from triton.runtime import interpreter
@@ -106,7 +111,9 @@ def test_no_order_in_which_programs_start_is_assumed(monkeypatch, device, call, 
     monkeypatch.setattr(
         interpreter.InterpreterBuilder,
         "set_grid_idx",
-        lambda self, x, y, z: begin(self, places[x] if x < 5 else x, y, z),
+        lambda self, x, y, z: begin(
+            self, places[x] if self.grid_dim[0] == len(places) else x, y, z
+        ),
     )
     for one, two in zip(run(), expected, strict=True):
         assert torch.equal(one, two)
@@ -190,7 +197,7 @@ THIN = LaunchConfig(64, 256, 128, 128, 8, 3)
 )
 def test_helpers_work_where_they_can_pay(sizes, helpers):
     M, K, N, r = sizes
-    found = forward_helpers(CONFIG, THIN, M, K, N, r, 2, False, 132)
+    found = forward_helpers(CONFIG, M, K, N, r, 2, 132)
     assert (found is not None) is helpers
     if found is not None:
         tiles = -(-M // 128) * -(-N // 256)
@@ -199,27 +206,42 @@ def test_helpers_work_where_they_can_pay(sizes, helpers):
         assert 0 < found.waves * (found.programs - found.helpers) <= tiles / 2 + 132
 
 
-def test_a_mask_has_no_helpers_forward_and_only_those_of_dy_backward():
-    sizes = (8192, 4096, 4096, 16, 2)
-    assert forward_helpers(CONFIG, THIN, *sizes, True, 132) is None
+def test_a_mask_has_no_helpers():
+    """It would keep them too long forward; backward the GEMM has it in its last step."""
+    sizes = (8192, 4096, 4096, 16)
+    options = {"sms": 132, "dtype": torch.bfloat16, "precision": "ieee", "tma": False}
     product = dataclasses.replace(CONFIG, helpers=16)
-    masked = backward_helpers(product, THIN, THIN, *sizes, True, 132)
-    plain = backward_helpers(product, THIN, THIN, *sizes, False, 132)
-    assert 0 < masked.waves < plain.waves
+    for dropout in (False, True):
+        forward_launch = lora_linear_launch(product, *sizes, dropout=dropout, **options)
+        backward_launch = lora_linear_backward_launch(
+            product, THIN, *sizes, dropout=dropout, **options
+        )
+        assert (forward_launch is None) is (backward_launch is None) is dropout
 
 
-def test_no_tile_waits_long_for_one_helper_to_add_up_ds():
-    """Its partial sums grow with the rank."""
-    product = dataclasses.replace(CONFIG, helpers=64)
-    narrow = dataclasses.replace(THIN, block_n=128)
-    assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 16, 2, False, 132)
-    assert backward_helpers(product, narrow, narrow, 8192, 4096, 4096, 64, 2, False, 132) is None
+def test_the_backward_has_helpers_for_one_block_of_the_rank():
+    """More would spill."""
+    product = dataclasses.replace(CONFIG, helpers=16)
+    assert backward_helpers(product, 8192, 4096, 4096, 16, 2, 132) is not None
+    assert backward_helpers(product, 8192, 4096, 4096, 17, 2, 132) is None
+
+
+@pytest.mark.parametrize("r", [1, 16, 17, 64])
+def test_the_tiles_of_helpers_lie_where_those_of_the_gemm_do(r):
+    launch = lora_linear_launch(
+        CONFIG, 8192, 4096, 4096, r, sms=132, dtype=torch.bfloat16, precision="ieee", tma=False
+    )
+    assert launch.ranks >= r
+    assert launch.ranks & (launch.ranks - 1) == 0
+    own = launch.stages * 64 * (128 * 2 + launch.ranks * 4)
+    assert launch.stages >= 2
+    assert own <= (CONFIG.num_stages - 1) * 64 * (128 + 256) * 2
 
 
 def test_helpers_have_the_rounds_that_cost_no_other_program_one():
     """More of them than the skinny work needs, in case memory is slower than it was taken to be."""
     product = dataclasses.replace(CONFIG, helpers=64)
-    found = forward_helpers(product, THIN, 8192, 4096, 4096, 16, 2, False, 132)
+    found = forward_helpers(product, 8192, 4096, 4096, 16, 2, 132)
     tiles, others = 64 * 16, 132 - 64
 
     def rounds(waves):
@@ -227,15 +249,13 @@ def test_helpers_have_the_rounds_that_cost_no_other_program_one():
 
     assert (found.rounds, found.alone) == (rounds(found.waves), 8)
     assert rounds(found.waves + 1) > found.rounds or 2 * (found.waves + 1) > found.alone
-    fewer = forward_helpers(
-        dataclasses.replace(CONFIG, helpers=16), THIN, 8192, 4096, 4096, 16, 2, False, 132
-    )
+    fewer = forward_helpers(dataclasses.replace(CONFIG, helpers=16), 8192, 4096, 4096, 16, 2, 132)
     assert (fewer.waves, fewer.rounds) == (2, 8)
 
 
 def test_zero_helpers_are_allowed():
     none = dataclasses.replace(CONFIG, helpers=0)
-    assert forward_helpers(none, THIN, 8192, 4096, 4096, 16, 2, False, 132) is None
+    assert forward_helpers(none, 8192, 4096, 4096, 16, 2, 132) is None
 
 
 @pytest.mark.parametrize("call", CALLS)

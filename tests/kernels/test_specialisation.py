@@ -28,9 +28,25 @@ def layer(M, r=16, scaling=2.0, dropout_p=0.0):
     KERNELS.lora_linear_backward(dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed)
 
 
+def expanded(M, r=16, scaling=2.0, dropout_p=0.0):
+    """The low-rank terms of a forward and of dx."""
+    s, lora_A, lora_B = empty(M, r), empty(r, K), empty(N, r)
+    seed = empty(1, dtype=torch.int64) if dropout_p else None
+    for factor in (lora_B, lora_A.t()):
+        KERNELS.expand(s, factor, scaling, dropout_p, seed, dtype=s.dtype)
+
+
 def codes(calls, capability=90):
     """The different machine codes that the calls launch."""
     return {launch.code for call in calls for launch in launches_of(capability, call)}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_new_numbers_of_rows_compile_nothing_for_expand(capability, dropout_p):
+    first = codes([lambda: expanded(4096, dropout_p=dropout_p)], capability)
+    for M in (1, 2, 16, 100, 8191, 2**31 - 8192):
+        assert codes([lambda M=M: expanded(M, dropout_p=dropout_p)], capability) == first
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
@@ -46,12 +62,15 @@ def test_new_numbers_of_rows_compile_nothing_after_the_first_few(capability, dro
 def test_ranks_of_one_bucket_run_the_same_code():
     # A multiple of 8 and 16, so that the strides of s and B are divided alike.
     for ranks in ((1,), (3, 5, 7), (17, 19, 31)):
-        assert len({frozenset(codes([lambda r=r: layer(2048, r=r)])) for r in ranks}) == 1
+        for call in (layer, expanded):
+            found = {frozenset(codes([lambda r=r, call=call: call(2048, r=r)])) for r in ranks}
+            assert len(found) == 1
 
 
-def test_scaling_and_dropout_are_run_time_numbers():
-    first = codes([lambda: layer(2048, scaling=0.5, dropout_p=0.05)])
-    assert codes([lambda: layer(2048, scaling=16.0, dropout_p=0.3)]) == first
+@pytest.mark.parametrize("call", [layer, expanded])
+def test_scaling_and_dropout_are_run_time_numbers(call):
+    first = codes([lambda: call(2048, scaling=0.5, dropout_p=0.05)])
+    assert codes([lambda: call(2048, scaling=16.0, dropout_p=0.3)]) == first
 
 
 def test_the_sanitizer_sees_helpers():

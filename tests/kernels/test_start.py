@@ -197,7 +197,7 @@ def test_host_time_is_measured_without_a_gpu():
     assert timed == [
         f"{name} 2"
         for name in (
-            "F.linear", "shrink", "linear_expand", "expand_backward", "shrink_backward", "dx",
+            "F.linear", "shrink", "expand", "linear_expand", "expand_backward", "shrink_backward", "dx",
         )
     ]  # fmt: skip
     assert launched == "['linear_expand_kernel']"
@@ -209,6 +209,7 @@ from unittest import mock
 from lorafast.bench.call_overhead.launches import nothing_launched
 from lorafast.kernels.common import start
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.expand import expand
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.shrink import shrink
@@ -258,6 +259,10 @@ with torch.no_grad(), nothing_launched(), mock.patch.object(start, "_FIRST_DEVIC
                 linear_expand(x, weight, s, B, 2.0, bias, config=pointers)
             linear_expand(x, weight, s, B.to(dtype), 2.0, config=pointers)
             for each in matrices(N, r, dtype):
+                for bias in (None, torch.zeros(N, dtype=dtype), torch.zeros(2 * N, dtype=dtype)[::2]):
+                    expand(s, each, 2.0, dtype=s.dtype, bias=bias)
+                expand(s, each, 2.0, 0.1, seed, dtype=s.dtype)
+                expand(s.float(), each, 2.0, dtype=torch.float16)
                 expand_backward(dy, s, each, 2.0)
             expand_backward(dy, s, B.to(dtype), 2.0, ds=False, dbias=True)
 print(direct)

@@ -1,4 +1,4 @@
-"""``aten``: what serves everything, and what every other backend is measured against."""
+"""``aten``: PyTorch's own calls, which serve everything: the baseline of every other backend."""
 
 from lorafast.backends import composed, cost
 from lorafast.backends.aten import grouped_lora_linear as grouped
@@ -8,12 +8,12 @@ from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, Problem
 from lorafast.operands import DENSE
 
 SMALL = 1 << 22
-"""Multiply-adds of the base GEMM, on a CPU, below which a call's own cost counts most."""
+"""Multiply-adds of the base GEMM, on a CPU, below which the cost of a call counts most."""
 _MERGED = 1 << 16
 """Multiply-adds of ``W + scaling · B·A`` up to which making it costs less than the call that it saves:
 measured on one thread, 0.6 to 0.97 of the time up to here, 1.06 and more from twice as many."""
 _EXACT = 4
-"""Bytes of an element from which W may take the update up."""
+"""Bytes of an element, at least, of a W that the update may be added to."""
 
 
 class Aten(Backend):
@@ -23,7 +23,7 @@ class Aten(Backend):
     operations = Backend.operations | frozenset(GROUPED_OPERATIONS)
 
     def plan(self, problem: Problem) -> Plan | Refusal:
-        """A layer that is small is left to PyTorch's autograd, another is its operations one by one."""
+        """A small layer in few calls that PyTorch differentiates, another operation by operation."""
         if problem.operation in LAYER_OPERATIONS:
             if problem.operation == "lora_linear" and _is_small(problem):
                 return _small(problem)
@@ -80,6 +80,8 @@ def _grouped(p: Problem) -> Plan:
 def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
     if p.operation == "shrink":
         return operations.shrink, ("one product",)
+    if p.operation == "expand":
+        return operations.expand(p.dtype), ("one product",)
     if p.operation == "expand_backward":
         run = operations.expand_backward(p.wants, p.adapter_dtype)
         return run, (f"{', '.join(p.wants)}: one call each",)

@@ -1,22 +1,24 @@
 """What the Triton kernels take on a GPU: a model of their launches.
 
-The shares are assumptions until a GPU has measured them. Published GEMMs in Triton-like languages reach
-84 to 97 % of cuBLAS; on sm_100 the accumulator goes through registers twice a tile.
+The shares are assumptions but for sm_90's GEMM, measured on an H100 (M = 8192, K = N = 4096, r = 16,
+bf16, Triton 3.6). Published GEMMs in Triton-like languages reach 84 to 97 % of cuBLAS; on sm_100 the
+accumulator goes through registers twice a tile.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
-from lorafast.backends.cost import Device, Estimate, record_of, work
+from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, record_of, work
 from lorafast.backends.triton import planning
-from lorafast.backends.triton.planning import Launch
+from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
+    ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearBackwardLaunch,
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
@@ -28,7 +30,7 @@ LAUNCH_HOST = 8e-6
 and an estimate of 3 for the driver's own share."""
 TMA_HOST = 8e-6
 """What tensor descriptors add to it: 6 µs in the same way, and 2 for the driver's three maps."""
-_GEMM = {100: 0.78}
+_GEMM = {90: 0.96, 100: 0.78}
 _GEMM_ELSEWHERE = 0.9
 """Of cuBLAS, for 16-bit GEMMs."""
 _TF32_GEMM = 0.5
@@ -37,12 +39,24 @@ _FLOAT32 = 0.3
 """Of the float32 rate: Triton's dot without tensor cores."""
 _SKINNY = 0.85
 """Of the bandwidth."""
+_SKINNY_RATE = {"shrink": 0.22, "shrink_backward": 0.16, "expand_backward": 0.12, "expand": 0.3}
+"""Of the rate of 16-bit GEMMs, where the rank is so high that it counts. Measured as above, as are the
+next two."""
+_WIDE_RATE = 0.024
+"""The same for float16, whose wide factor is two numbers in TF32."""
+_THREE_TF32 = {"shrink": 0.07, "shrink_backward": 0.035}
+"""The same for float32, of which a product is three in TF32."""
 _BY_ELEMENT = 0.25
 """Of either where rows aren't aligned: the loads of the loop are one element wide, and not pipelined."""
-_MASK_BYTES = 2.5
-"""What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight."""
-_MASKED_GEMM = 1.2
-"""Times a GEMM whose low-rank term is masked: its epilogue loads factors in every part of a tile."""
+_MASK_BYTES = 0.7
+"""What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight,
+most of them beside the loads. Measured as above."""
+_MASKED_GEMM = 1.19
+"""Times a GEMM whose low-rank term is masked: its epilogue makes the mask, and loads factors in every
+part of a tile. Measured as above."""
+_NOT_BACKWARD = "measured on an H100 they cost the backward more than they hide"
+_RANK_BLOCK = 0.05
+"""More time for every block of the rank after the first. Measured as above."""
 _PARTIAL = 4
 _BLOCK = 16
 """Triton sees that many elements' divisibility in an argument, and no less."""
@@ -67,10 +81,12 @@ def estimate(problem: Problem, device: Device) -> Estimate:
 
 def helped(
     problem: Problem, device: Device, config: LaunchConfig | None = None
-) -> LoraLinearLaunch | LoraLinearBackwardLaunch | str:
-    """The launch with helpers that serves a whole layer, or why there is none: they can't serve it, or
-    the operations take less time one by one. By a ``config`` of its own it is asked for."""
-    launch = _WHOLE[problem.operation](problem, device, config)
+) -> LoraLinearLaunch | str:
+    """The launch with helpers that serves a layer's forward, or why there is none: they can't serve it,
+    or the operations take less time one by one. By a ``config`` of its own it is asked for."""
+    if problem.operation != "lora_linear":
+        return _NOT_BACKWARD
+    launch = planning.plan_lora_linear(problem, device, config)
     if isinstance(launch, str):
         return launch
     if config is not None or record_of(problem, device.name) is not None:
@@ -82,24 +98,35 @@ def helped(
     return f"they don't pay, modelled {times}"
 
 
+def gemm(
+    problem: Problem, device: Device, config: LaunchConfig | None = None
+) -> LinearExpandLaunch | HybridLaunch:
+    """The fused launch of a ``linear_expand`` or the hybrid one: as ``config`` says or what was
+    measured, else what takes less time by the model. Where little is written the fused one: a launch of
+    PyTorch's would do as well as ``expand``."""
+    fused = planning.plan_linear_expand(problem, device, config)
+    hybrid = planning.plan_hybrid(problem, device, config)
+    if isinstance(hybrid, str):
+        return fused
+    own = config or planning.measured_config(problem, device)
+    if own is not None:
+        return hybrid if own.hybrid else fused
+    if _of(hybrid.expand, problem, device).device < 2 * LAUNCH_SECONDS:
+        return fused
+    times = {launch: _of(launch, problem, device).seconds for launch in (fused, hybrid)}
+    return min(times, key=times.__getitem__)
+
+
 def _one_by_one(problem: Problem, device: Device) -> Estimate:
     return sum((estimate(part, device) for part in parts(problem)), Estimate())
 
 
 PLANNED: dict[str, Callable[[Problem, Device, LaunchConfig | None], Launch]] = {
     "shrink": planning.plan_shrink,
-    "linear_expand": planning.plan_linear_expand,
+    "expand": planning.plan_expand,
+    "linear_expand": gemm,
     "expand_backward": planning.plan_expand_backward,
     "shrink_backward": planning.plan_shrink_backward,
-}
-_WHOLE: dict[
-    str,
-    Callable[
-        [Problem, Device, LaunchConfig | None], LoraLinearLaunch | LoraLinearBackwardLaunch | str
-    ],
-] = {
-    "lora_linear": planning.plan_lora_linear,
-    "lora_linear_backward": planning.plan_lora_linear_backward,
 }
 
 
@@ -116,8 +143,25 @@ def _shrink(launch: ShrinkLaunch, p: Problem, device: Device) -> Estimate:
     s = p.M * p.r
     moved = float(ranks * p.M * p.K * p.dtype.itemsize) + p.r * p.K * p.adapter_dtype.itemsize
     moved += s * wide(p.dtype).itemsize + _partials(count, s)
-    found = _skinny(p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
+    found = _skinny("shrink", p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
     return found + _mask(p, ranks * p.M * p.K, device)
+
+
+@_of.register
+def _expand(launch: ExpandLaunch, p: Problem, device: Device) -> Estimate:
+    """y is written once; s and B, which are read again and again, come from the cache. The mask is made
+    while other programs write."""
+    y = launch.M * launch.N
+    moved = float(y * p.dtype.itemsize) + launch.M * launch.r * wide(p.dtype).itemsize
+    moved += launch.N * launch.r * p.adapter_dtype.itemsize
+    fresh = Layout.fresh(launch.M, launch.N, p.dtype)
+    found = _skinny("expand", p, device, 2.0 * y * launch.r, moved, "y", fresh, launch.N)
+    return replace(found, device=max(found.device, _mask(p, y, device).device))
+
+
+@_of.register
+def _hybrid(launch: HybridLaunch, p: Problem, device: Device) -> Estimate:
+    return _expand(launch.expand, p, device) + base_gemm(p, device)
 
 
 @_of.register
@@ -126,7 +170,9 @@ def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem, device: Device) -
     dA = p.r * p.K
     moved = float(ranks * p.M * p.K * p.dtype.itemsize) + cols * p.M * p.r * wide(p.dtype).itemsize
     moved += dA * p.adapter_dtype.itemsize + _partials(count, dA)
-    found = _skinny(p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
+    found = _skinny(
+        "shrink_backward", p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K
+    )
     return found + _mask(p, ranks * p.M * p.K, device)
 
 
@@ -144,7 +190,15 @@ def _expand_backward(launch: ExpandBackwardLaunch, p: Problem, device: Device) -
     if "dB" in p.wants:
         moved += _partials(rows, p.N * p.r) + p.M * p.r * low
     return _skinny(
-        p, device, 2.0 * products * p.M * p.N * p.r, moved, "dy", p.layouts.dy, p.N, launches
+        "expand_backward",
+        p,
+        device,
+        2.0 * products * p.M * p.N * p.r,
+        moved,
+        "dy",
+        p.layouts.dy,
+        p.N,
+        launches,
     )
 
 
@@ -165,13 +219,13 @@ def _linear_expand(launch: LinearExpandLaunch, p: Problem, device: Device) -> Es
                 share, remark = _BY_ELEMENT, _said(name)
     if launch.dropout:
         rate /= _MASKED_GEMM
+    rate /= 1 + _RANK_BLOCK * max(-(-launch.r // launch.config.block_r) - 1, 0)
     if p.dtype.itemsize == 4 and not p.tf32:
         remark = "; ".join(filter(None, (remark, "float32 uses no tensor cores in Triton")))
     host = LAUNCH_HOST + (TMA_HOST if launch.tma else 0.0)
-    found = work(
+    return work(
         device, flops=flops, rate=rate * share, moved=moved, share=share, host=host, remark=remark
     )
-    return found + _mask(p, launch.M * launch.N if launch.dropout else 0, device)
 
 
 @_of.register
@@ -180,30 +234,12 @@ def _lora_linear(launch: LoraLinearLaunch, p: Problem, device: Device) -> Estima
     helpers miss."""
     gemm = _of(launch.gemm, p, device)
     thin = Estimate(flops=2.0 * p.M * p.K * p.r, bytes=float(p.r * p.K * p.adapter_dtype.itemsize))
-    return _beside(gemm, launch, device) + thin
-
-
-@_of.register
-def _lora_linear_backward(launch: LoraLinearBackwardLaunch, p: Problem, device: Device) -> Estimate:
-    gemm = _of(launch.gemm, p._replace(transposed=True), device)
-    cols, rows = launch.groups
-    size = p.dtype.itemsize
-    partials = _partials(2, cols * p.M * p.r) / 2 + _partials(2, rows * p.N * p.r) / 2
-    thin = Estimate(flops=4.0 * p.M * p.N * p.r, bytes=2 * p.M * p.r * size + partials)
-    found = _beside(gemm, launch, device) + thin
-    if launch.shrink_backward is None:
-        return found + Estimate(flops=2.0 * p.M * p.K * p.r, bytes=float(p.M * p.K * size))
-    return found + _of(launch.shrink_backward, p, device)
-
-
-def _beside(
-    gemm: Estimate, launch: LoraLinearLaunch | LoraLinearBackwardLaunch, device: Device
-) -> Estimate:
     more = launch.helpers.rounds / launch.helpers.alone - 1
-    return gemm + Estimate(device=gemm.device * more)
+    return gemm + Estimate(device=gemm.device * more) + thin
 
 
 def _skinny(
+    kernel: str,
     p: Problem,
     device: Device,
     flops: float,
@@ -218,11 +254,12 @@ def _skinny(
     if not _aligned(layout, length):
         share, remark = _SKINNY * _BY_ELEMENT, _said(name)
     if p.dtype.itemsize == 4 and not p.tf32:
-        rate = device.float32_flops * _FLOAT32
-    elif wide(p.dtype) is not p.dtype:  # the wide factor is two numbers in TF32
-        rate = device.flops / 4
+        thirds = _THREE_TF32.get(kernel)
+        rate = device.flops * thirds if thirds else device.float32_flops * _FLOAT32
+    elif wide(p.dtype) is not p.dtype:
+        rate = device.flops * _WIDE_RATE
     else:
-        rate = device.rate(p.dtype, p.tf32) * _SKINNY
+        rate = device.rate(p.dtype, p.tf32) * _SKINNY_RATE[kernel]
     return work(
         device, flops=flops, rate=rate, moved=moved, share=share, launches=launches,
         host=LAUNCH_HOST, remark=remark,
@@ -254,4 +291,6 @@ def _aligned(layout: Layout, length: int) -> bool:
 
 
 def _said(name: str) -> str:
-    return f"the rows of {name} aren't aligned to 16 bytes, or end within a block: read by element"
+    return (
+        f"the rows of {name} aren't aligned to 16 bytes, or end within a block: element by element"
+    )

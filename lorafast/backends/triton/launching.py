@@ -4,19 +4,21 @@ from typing import Any
 
 from torch import Tensor
 
+from lorafast import operands
 from lorafast.backends.plan import Run
-from lorafast.backends.triton.planning import Launch
+from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.problem import Problem
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
+    ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
+from lorafast.kernels.expand import kernel as expand
 from lorafast.kernels.expand_backward import kernel as expand_backward
 from lorafast.kernels.linear_expand import kernel as linear_expand
-from lorafast.kernels.lora_linear import backward, forward
+from lorafast.kernels.lora_linear import forward
 from lorafast.kernels.shrink import kernel as shrink
 from lorafast.kernels.shrink_backward import kernel as shrink_backward
 
@@ -26,15 +28,36 @@ def run_of(launch: Launch, p: Problem) -> Run:
     if isinstance(launch, ShrinkLaunch):
         run = shrink.launcher(launch)
         return run if p.operation == "shrink" else _ds_alone(run)
+    if isinstance(launch, ExpandLaunch):
+        return expand.launcher(launch, p.dtype)
+    if isinstance(launch, HybridLaunch):
+        return _hybrid(expand.launcher(launch.expand, p.dtype), launch.transposed)
     if isinstance(launch, LinearExpandLaunch):
         return linear_expand.launcher(launch)
     if isinstance(launch, ExpandBackwardLaunch):
         return expand_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, ShrinkBackwardLaunch):
         return shrink_backward.launcher(launch, p.adapter_dtype)
-    if isinstance(launch, LoraLinearLaunch):
-        return forward.launcher(launch)
-    return backward.launcher(launch, p.adapter_dtype)
+    return forward.launcher(launch)
+
+
+def _hybrid(expand: Run, transposed: bool) -> Run:
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``: all but the GEMM by ``expand``, then that onto it."""
+    accumulate = operands.add_linear_transposed_ if transposed else operands.add_linear_
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        return accumulate(expand(s, lora_B, scaling, dropout_p, seed, bias), x, weight)
+
+    return run
 
 
 def _ds_alone(shrink_of_dy: Run) -> Run:

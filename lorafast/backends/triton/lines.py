@@ -1,11 +1,11 @@
 """What a launch is, in a line for ``explain``."""
 
-from lorafast.backends.triton.planning import Launch
+from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
+    ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
@@ -16,6 +16,10 @@ def lines(launch: Launch) -> tuple[str, ...]:
     if isinstance(launch, ShrinkLaunch):
         cut = _cut(launch.grid[1], "K")
         return (f"shrink: {_grid(launch.grid)}, {_tiles(launch.config, 'mk')}{cut}, pointers",)
+    if isinstance(launch, ExpandLaunch):
+        return (f"expand: {_grid(launch.grid)}, {_tiles(launch.config, 'mn')}, pointers",)
+    if isinstance(launch, HybridLaunch):
+        return *lines(launch.expand), "addmm_: PyTorch's GEMM, accumulated onto that"
     if isinstance(launch, ShrinkBackwardLaunch):
         cut = _cut(launch.grid[1], "M")
         grid, tiles = _grid(launch.grid), _tiles(launch.config, "mk")
@@ -32,15 +36,7 @@ def lines(launch: Launch) -> tuple[str, ...]:
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"
     )
-    if isinstance(launch, LoraLinearLaunch):
-        return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
-    made = "ds, dB, dbias" if launch.dbias else "ds, dB"
-    if launch.shrink_backward is None:
-        return (f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: {made}, dA",)
-    return (
-        f"lora_linear_backward: {_gemm(launch.gemm)}; {beside}: {made}",
-        *lines(launch.shrink_backward),
-    )
+    return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
 
 
 def _gemm(launch: LinearExpandLaunch) -> str:
@@ -49,7 +45,7 @@ def _gemm(launch: LinearExpandLaunch) -> str:
     return f"grid {launch.programs}, {tiles}{_cut(launch.splits, 'K')}, {read}"
 
 
-def _grid(grid: tuple[int, int, int]) -> str:
+def _grid(grid: tuple[int, ...]) -> str:
     return f"grid {' × '.join(map(str, grid))}"
 
 

@@ -7,38 +7,59 @@ Bits of a result depend on all that: they differ between buckets of M, numbers o
 kernels are not batch-invariant; two runs of one call give the same bits.
 """
 
+from dataclasses import dataclass, replace
+
+import torch
+
 from lorafast.backends.cost import Device, key_of, record_of
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
+    ExpandLaunch,
     LinearExpandLaunch,
-    LoraLinearBackwardLaunch,
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
     expand_backward_launch,
+    expand_launch,
     linear_expand_launch,
-    lora_linear_backward_launch,
     lora_linear_launch,
     may_help,
     precision_of,
     shrink_backward_launch,
     shrink_launch,
+    skinny_precision_of,
     tma_fits,
 )
 
+
+@dataclass(frozen=True)
+class HybridLaunch:
+    """``linear_expand`` in two launches: ``expand``, and PyTorch's GEMM accumulated onto its result.
+
+    ``transposed``: it multiplies by the weight, not by its transpose.
+    """
+
+    expand: ExpandLaunch
+    transposed: bool
+
+    @property
+    def config(self) -> LaunchConfig:
+        """That of ``expand``."""
+        return self.expand.config
+
+
 Launch = (
     ShrinkLaunch
+    | ExpandLaunch
     | LinearExpandLaunch
+    | HybridLaunch
     | ExpandBackwardLaunch
     | ShrinkBackwardLaunch
     | LoraLinearLaunch
-    | LoraLinearBackwardLaunch
 )
-FROZEN = ("dx", "dA", "dB")
-"""What the backward of a frozen layer is asked for, which one launch with helpers gives."""
 
 
 def precision(p: Problem) -> str:
@@ -46,12 +67,25 @@ def precision(p: Problem) -> str:
     return precision_of(p.dtype, p.tf32)
 
 
+def skinny_precision(p: Problem) -> str:
+    """The same in ``shrink`` and ``shrink_backward``."""
+    return skinny_precision_of(p.dtype, p.tf32)
+
+
 def plan_shrink(p: Problem, device: Device, config: LaunchConfig | None = None) -> ShrinkLaunch:
     """One pass over x, its columns shared out where rows are few."""
     c = config or config_of(p, device)
     return shrink_launch(
-        c, p.M, p.K, p.r, sms=device.sms, precision=precision(p), dropout=p.dropout
+        c, p.M, p.K, p.r, sms=device.sms, precision=skinny_precision(p), dropout=p.dropout
     )
+
+
+def plan_expand(p: Problem, device: Device, config: LaunchConfig | None = None) -> ExpandLaunch:
+    """y written once, its rows shared out among as many programs as run at once."""
+    return expand_launch(
+        config or config_of(p, device), p.M, p.N, p.r, sms=device.sms, dtype=p.dtype,
+        precision=precision(p), bias=p.bias, dropout=p.dropout,
+    )  # fmt: skip
 
 
 def plan_expand_backward(
@@ -78,20 +112,45 @@ def plan_shrink_backward(
     """One pass over x, its rows shared out where columns are few."""
     c = config or config_of(p, device)
     return shrink_backward_launch(
-        c, p.M, p.K, p.r, sms=device.sms, precision=precision(p), dropout=p.dropout
+        c, p.M, p.K, p.r, sms=device.sms, precision=skinny_precision(p), dropout=p.dropout
     )
 
 
 def plan_linear_expand(
     p: Problem, device: Device, config: LaunchConfig | None = None
 ) -> LinearExpandLaunch:
-    """The GEMM of y, or transposed that of dx, with its low-rank term."""
+    """The GEMM of y, or transposed that of dx, with its low-rank term, in one launch."""
     K, N = (p.N, p.K) if p.transposed else (p.K, p.N)
+    own = config or config_of(p, device)
     return linear_expand_launch(
-        config or config_of(p, device), p.M, K, N, p.r, sms=device.sms, dtype=p.dtype,
+        rule_of(p, device) if own.hybrid else own, p.M, K, N, p.r, sms=device.sms, dtype=p.dtype,
         precision=precision(p), tma=tma(p), transposed=p.transposed, by_rows=_by_rows(p),
         bias=p.bias, dropout=p.dropout,
     )  # fmt: skip
+
+
+def plan_hybrid(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> HybridLaunch | str:
+    """The same in two launches, the second PyTorch's; or why not. A ``config`` that is not hybrid is
+    the fused kernel's, and says nothing."""
+    if p.dtype is torch.float16:
+        return "the low-rank term would be rounded to float16 before the GEMM, and may overflow"
+    own = config or measured_config(p, device)
+    if own is None or not own.hybrid:
+        own = hybrid_rule_of(p, device)
+    return HybridLaunch(plan_expand(as_expand(p), device, own), p.transposed)
+
+
+def hybrid_rule_of(p: Problem, device: Device) -> LaunchConfig:
+    """The configuration of a hybrid launch: what was measured for ``expand``, else its rule."""
+    return replace(config_of(as_expand(p), device), hybrid=True)
+
+
+def as_expand(p: Problem) -> Problem:
+    """The low-rank term of a ``linear_expand``, with the bias if there is one."""
+    N = p.K if p.transposed else p.N
+    return p._replace(operation="expand", K=0, N=N, transposed=False)
 
 
 def plan_lora_linear(
@@ -102,31 +161,12 @@ def plan_lora_linear(
     if reason is not None:
         return reason
     own = config or config_of(p, device)
+    # The rule, whatever was tuned for a launch of its own: beside a GEMM's configuration it must fit.
+    shrink = tables.find("shrink", device.capability, p.dtype, p.M, p.K, p.K, p.r)
     launch = lora_linear_launch(
-        own, _beside("shrink", p, device, p.K), p.M, p.K, p.N, p.r,
+        own, shrink, p.M, p.K, p.N, p.r,
         sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
         bias=p.bias, dropout=p.dropout,
-    )  # fmt: skip
-    return launch or (_CANNOT_SERVE if own.helpers else _HAS_NONE)
-
-
-def plan_lora_linear_backward(
-    p: Problem, device: Device, config: LaunchConfig | None = None
-) -> LoraLinearBackwardLaunch | str:
-    """A frozen layer's backward in one launch with helpers, with a mask in two, or why they can't serve
-    it."""
-    if p.wants not in (FROZEN, (*FROZEN, "dbias")):
-        return f"they make {', '.join(FROZEN)} at once, and {', '.join(p.wants)} is asked for"
-    reason = _why_no_helpers(p)
-    if reason is not None:
-        return reason
-    own = config or config_of(p, device)
-    of_dA = p._replace(operation="shrink_backward", N=0, wants=())
-    launch = lora_linear_backward_launch(
-        own, _beside("expand_backward", p, device, p.N), _beside("shrink_backward", p, device, p.K),
-        p.M, p.K, p.N, p.r,
-        sms=device.sms, dtype=p.dtype, precision=precision(p), tma=True, by_rows=_by_rows(p),
-        dropout=p.dropout, dbias="dbias" in p.wants, alone=config_of(of_dA, device),
     )  # fmt: skip
     return launch or (_CANNOT_SERVE if own.helpers else _HAS_NONE)
 
@@ -160,12 +200,15 @@ def _by_rows(p: Problem) -> bool:
 
 def config_of(p: Problem, device: Device) -> LaunchConfig:
     """What was measured for the call or near it, else the rule of the architecture."""
+    return measured_config(p, device) or rule_of(p, device)
+
+
+def measured_config(p: Problem, device: Device) -> LaunchConfig | None:
+    """What was measured for the call or near it, where it can serve the call."""
     record = record_of(p, device.name)
-    if record is not None and record.config is not None:
-        described = record.config.descriptors
-        if not described or tma(p):
-            return record.config
-    return rule_of(p, device)
+    if record is None or record.config is None:
+        return None
+    return record.config if not record.config.descriptors or tma(p) else None
 
 
 def rule_of(p: Problem, device: Device) -> LaunchConfig:
@@ -173,8 +216,3 @@ def rule_of(p: Problem, device: Device) -> LaunchConfig:
     key = key_of(p)
     bulk = p.operation in ("linear_expand", *LAYER_OPERATIONS) and tma(p)
     return tables.find(p.operation, device.capability, p.dtype, p.M, key.K, key.N, p.r, bulk)
-
-
-def _beside(operation: str, p: Problem, device: Device, length: int) -> LaunchConfig:
-    """The rule for what helpers do, whatever was tuned: beside a GEMM's configuration it must fit."""
-    return tables.find(operation, device.capability, p.dtype, p.M, length, length, p.r)

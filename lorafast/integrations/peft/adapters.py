@@ -1,4 +1,4 @@
-"""What a forward reads of PEFT's layer: looked up in each call, for PEFT replaces any of it."""
+"""Reads the adapters of one of PEFT's layers, anew in each call: PEFT may have replaced any part."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from lorafast.operands import kept_transposed
 
 
 class Adapter(NamedTuple):
-    """One adapter of a layer over a linear one. ``scaling`` is a number or a 0-dim tensor."""
+    """One adapter of a ``lora.Linear``. ``scaling`` is a number or a 0-dim tensor."""
 
     name: str
     lora_A: Any
@@ -21,20 +21,20 @@ class Adapter(NamedTuple):
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which an element is dropped now."""
+        """The probability of dropping an element; 0 unless it is in training."""
         dropout = self.dropout
         p: float = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         return p
 
 
 def active(layer: Linear) -> list[Adapter]:
-    """The active adapters that this layer has, in order."""
+    """The layer's active adapters, in order."""
     names = layer._active_adapter
     return named(layer, (names,) if isinstance(names, str) else names)
 
 
 def named(layer: Linear, names: Any) -> list[Adapter]:
-    """The adapters of these names, those that this layer has."""
+    """The layer's adapters of these names; names that it doesn't have are passed over."""
     modules = layer._modules  # nn.Module's own lookup of a name takes ten times as long
     every_A, every_B = modules["lora_A"]._modules, modules["lora_B"]._modules
     dropouts, scaling = modules["lora_dropout"]._modules, layer.scaling
@@ -46,10 +46,10 @@ def named(layer: Linear, names: Any) -> list[Adapter]:
 
 
 def settled(lora_B: Tensor, scaling: Any) -> tuple[Tensor, float]:
-    """B and a scaling that is a number, together what these two are.
+    """B and a scaling that is a number, whose product is ``lora_B * scaling``.
 
-    The value of a tensor must not be asked for, or a GPU waits; nor that of a number in compiled code,
-    or it holds for that number alone.
+    A scaling that is a tensor is multiplied into B: reading its value would make the host wait for the
+    GPU. In compiled code a number is too: otherwise the graph would hold for that number alone.
     """
     if isinstance(scaling, Tensor) or torch.compiler.is_compiling():
         return lora_B * scaling, 1.0
@@ -57,6 +57,6 @@ def settled(lora_B: Tensor, scaling: Any) -> tuple[Tensor, float]:
 
 
 def weight_of(base: nn.Module) -> Tensor:
-    """``[N, K]``, of ``Conv1D`` a view."""
+    """The weight ``[N, K]`` of a base layer; a view for ``Conv1D``, which keeps it transposed."""
     weight: Any = base._parameters["weight"]
     return kept_transposed(weight) if type(base) is Conv1D else weight

@@ -1,7 +1,7 @@
-"""Which calls of PEFT's adapter layers PEFT serves itself, and why.
+"""Rules: which calls of PEFT's adapter layers are left to PEFT's own forward, and why.
 
-Each function returns the reason as a sentence's end, or None if it has nothing against serving the call
-fast. They run in every forward, so they look and don't compute; whatever they don't know is PEFT's.
+Each function returns a reason, as the end of a sentence, or None if the call can be served fast. A thing
+that a rule doesn't know is a reason. The rules run in every forward, so they compute nothing.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _LINEAR: dict[Any, str] = {
     nn.Linear: "torch.nn.modules.linear",
     Conv1D: "transformers.pytorch_utils",
 }
-"""The base layers that are known, and where their forward is written."""
+"""The base layers that are served, and the module in which their forward is defined."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DORA_CHANGED, _MIXED_CHANGED = known.why_changed("dora"), known.why_changed("mixed batch")
 INACTIVE = "none of its adapters is active"
@@ -33,7 +33,7 @@ _SPARSE = "its input is sparse or nested"
 
 
 def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
-    """Against a fast forward of ``layer`` with these adapters, whatever its kind and input."""
+    """Why ``layer`` with these adapters is left to PEFT, whatever its kind and input."""
     if layer._disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
@@ -54,7 +54,7 @@ def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
 
 
 def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
-    """Against a fast forward of a layer over a linear one, whatever its input."""
+    """Why a ``lora.Linear`` is left to PEFT, whatever its input."""
     reason = _why_stock(layer, adapters)
     if reason is not None:
         return reason
@@ -114,7 +114,7 @@ def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: i
 
 
 def _why_not_plain(module: nn.Module) -> str | None:
-    """Against reading the parameters of ``module`` instead of calling it."""
+    """Why the parameters of ``module`` can't be read in place of calling it."""
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if weight is None:
@@ -136,7 +136,7 @@ def _why_no_bias(module: nn.Module) -> str | None:
 
 
 def _why_called(module: nn.Module) -> str | None:
-    """Against passing over a call of ``module``."""
+    """Why a call of ``module`` can't be left out: somebody would miss it."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -161,7 +161,7 @@ def _why_parallel(base: nn.Module) -> str | None:
 def why_stock_input(
     layer: LoraLayer, adapters: list[Adapter], weight: Tensor, x: Any
 ) -> str | None:
-    """Against a fast forward of a layer over a linear one for this input; ``weight [N, K]``."""
+    """Why a ``lora.Linear`` is left to PEFT for this input; ``weight [N, K]``."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"its input is a {type(x).__name__}, not a plain tensor"
     if x.layout is not torch.strided or x.is_nested:
@@ -202,7 +202,7 @@ def why_stock_input(
 
 
 def why_stock_mixed(layer: LoraLayer, x: Any, kwargs: dict[str, Any]) -> str | None:
-    """Against serving a mixed batch fast; ``kwargs`` are the call's."""
+    """Why a mixed batch is left to PEFT; ``kwargs`` are those of the call."""
     if _MIXED_CHANGED is not None:
         return _MIXED_CHANGED
     unknown = kwargs.keys() - {"adapter_names"}
@@ -223,7 +223,7 @@ def why_stock_mixed(layer: LoraLayer, x: Any, kwargs: dict[str, Any]) -> str | N
 
 
 def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> str | None:
-    """Against a fast forward of a layer over an embedding; of its input only where that is given."""
+    """Why a ``lora.Embedding`` is left to PEFT, for the input ``x`` if that is given."""
     reason = _why_stock(layer, names)
     if reason is not None:
         return reason

@@ -5,7 +5,8 @@ namespace {
 
 using namespace lorafast;
 
-void check(int64_t kernels, const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& seed, const Tensor& s) {
+void check(
+    int64_t kernels, const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& seed, const Tensor& s) {
   const OneDevice device(static_cast<DeviceType>(kernels), "x", x);
   check_matrix("x", x, x.size(0), x.size(1), device);
   check_matrix("lora_A", lora_A, lora_A.size(0), x.size(1), device);

@@ -1,0 +1,5 @@
+"""``y = drop(scaling · s·Bᵀ)``."""
+
+from lorafast.kernels.expand.kernel import expand
+
+__all__ = ["expand"]
