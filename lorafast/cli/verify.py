@@ -133,6 +133,8 @@ def _calls(
             cast(ds, low), cast(x), dropout_p, seed
         ),
     }
+    if not dropout_p and M > 1:
+        calls |= _grouped_calls(shape, draw, of)
     if not dropout_p:
         calls["linear_expand"] = lambda run, cast: run.linear_expand(
             cast(x), cast(weight), cast(s, low), cast(lora_B), 0.7, cast(bias)
@@ -143,8 +145,34 @@ def _calls(
     return calls
 
 
+def _grouped_calls(
+    shape: tuple[int, ...], draw: Callable[..., Tensor], of: torch.device
+) -> dict[str, contract.Call]:
+    """Those of the layer with several adapters, of which the device alone knows who has which."""
+    (M, K, N, r), n = shape, 3
+    x, dy, weight, bias = draw(M, K), draw(M, N), draw(N, K), draw(N)
+    lora_A, lora_B, scaling = draw(n, r, K), draw(n, N, r), draw(n)
+    adapter_of = torch.arange(M, device=of) % (n + 1) - 1
+
+    def layer(run: Any, cast: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+        rest = (cast(scaling), adapter_of, cast(bias))
+        y: Tensor = run.grouped_lora_linear(leaves[0], cast(weight), *leaves[1:], *rest)
+        return y
+
+    def gradients(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = [cast(t).detach().requires_grad_() for t in (x, lora_A, lora_B)]
+        return torch.autograd.grad(layer(run, cast, *leaves), leaves, cast(dy))
+
+    return {
+        "grouped_lora_linear": lambda run, cast: layer(
+            run, cast, cast(x), cast(lora_A), cast(lora_B)
+        ),
+        "grouped_lora_linear_backward": gradients,
+    }
+
+
 def _print_table(rows: list[_Row]) -> None:
-    print(f"\n{'backend':<10} {'operation':<20} {'dtype':<5} {'worst at ' + _LETTERS:<30} "
+    print(f"\n{'backend':<10} {'operation':<28} {'dtype':<5} {'worst at ' + _LETTERS:<30} "
           f"{'error':>9} {'allowed':>9}")  # fmt: skip
     worst: dict[tuple[str, str, str], _Row] = {}
     for row in rows:
@@ -155,5 +183,5 @@ def _print_table(rows: list[_Row]) -> None:
         place = f"{row.shape}" + (f" p={row.dropout_p}" if row.dropout_p else "")
         found = row.verdict
         failed = "" if found.why_broken is None else f"FAILED: {found.why_broken}"
-        print(f"{row.backend:<10} {row.operation:<20} {row.dtype:<5} {place:<30} "
+        print(f"{row.backend:<10} {row.operation:<28} {row.dtype:<5} {place:<30} "
               f"{found.error:>9.1e} {found.allowed:>9.1e} {failed}")  # fmt: skip

@@ -12,10 +12,10 @@ import torch
 
 import lorafast
 from lorafast import reference
-from lorafast.backends import registry
+from lorafast.backends import grouping, registry
 from lorafast.backends.aten import operations as aten
 from lorafast.cli import main, verify
-from lorafast.core.problem import LAYER_OPERATIONS
+from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS
 
 
 def test_info_lists_versions_devices_and_backends(capsys):
@@ -50,6 +50,17 @@ def test_verify_passes_on_this_machine(capsys):
     assert re.search(r"^\d+ passed, 0 failed$", out, re.M)
     for name, status in lorafast.backends().items():
         assert (re.search(rf"^{name} +shrink ", out, re.M) is not None) == status.usable
+        has = status.usable and "grouped_lora_linear" in registry.get(name).operations
+        for operation in GROUPED_OPERATIONS:
+            assert (re.search(rf"^{name} +{operation} ", out, re.M) is not None) == has
+
+
+def test_verify_fails_on_a_batch_that_is_grouped_wrongly(capsys, monkeypatch):
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    monkeypatch.setattr(grouping.Grouping, "of_groups", lambda self, factors: factors.flip(0))
+    assert main(["verify", "--dtype", "fp32"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert [line.split()[:2] for line in failed] == [["aten", name] for name in GROUPED_OPERATIONS]
 
 
 def test_verify_asks_each_backend_to_allow_checks(monkeypatch):

@@ -27,7 +27,7 @@ class Reference(Backend):
         if problem.operation == "grouped_lora_linear":
             return Plan(self.name, grouped.grouped_lora_linear, ("plain PyTorch, by adapter",))
         if problem.operation == "grouped_lora_linear_backward":
-            alone = self.plan(grouped.of_one_adapter(problem))
+            alone = composed.plan_or_refusal(grouped.of_one_adapter(problem), self.plan)
             if isinstance(alone, Refusal):
                 return alone
             run = grouped.grouped_lora_linear_backward(alone.run, problem.wants)
