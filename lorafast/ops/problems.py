@@ -246,7 +246,8 @@ def by_plans(choose: Callable[[Problem], Plan]) -> SimpleNamespace:
 
     Functions by name, as ``Plan`` describes their arguments, but that ``expand_backward`` returns ``ds``
     and ``dB`` alone, ``shrink_backward`` takes the dtype of ``dA`` too, ``expand`` that of ``y``,
-    ``linear_expand`` whether it is ``transposed``, and ``lora_linear_backward`` returns ``dx``, ``dA`` and ``dB``.
+    ``linear_expand`` whether it is ``transposed``, and ``lora_linear_backward`` returns ``dx``, ``dA``
+    and ``dB``.
     """
 
     def run(problem: Problem, *arguments: Any) -> Any:
