@@ -209,13 +209,13 @@ def why_bad(
     """What the machine code must not have, and what it must."""
     if machine.spills or machine.local:
         yield f"{machine.spills} spills, {machine.local} bytes of local memory"
-    if machine.serialized:
-        yield "its wgmma instructions are serialized"
     if machine.shared > SHARED_MEMORY[capability]:
         yield f"{machine.shared} bytes of shared memory of {SHARED_MEMORY[capability]}"
     kernel = launch.kernel.__name__.removesuffix("_kernel")
     product = kernel in (_PRODUCT, *WHOLE)
     has = machine.instructions
+    if product and machine.serialized:  # a skinny kernel waits for memory in any case
+        yield "its wgmma instructions are serialized"
     if product and kind.on_tensor_cores:
         wide = config.block_m >= _WARP_GROUP_ROWS
         expected = _TENSOR_CORE[capability] if wide else "HMMA"
