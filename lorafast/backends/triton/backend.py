@@ -28,7 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Triton(Backend):
-    """Fused kernels for dense weights; a whole layer in one launch where helpers pay.
+    """Fused kernels for dense weights; a layer's forward in one launch where helpers pay.
 
     ``auto`` uses helpers by the model alone where nothing was tuned: they assume no order of programs
     and no residency, so a wrong model costs time and nothing else.
