@@ -1,5 +1,6 @@
 """The public functions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,6 +123,61 @@ def dora_linear(
         if x.dtype is torch.float16 and lora_A.dtype is torch.float32 and not under_autocast:
             run = around_float16
         return run(x, weight, lora_A, lora_B, scale, scaling, bias, p, seed)
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    adapter_of: Sequence[int] | int | Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` with ``g = adapter_of``: each
+    element of a batch with one of several adapters, or with none.
+
+    Adapters are stacked, as in Punica (Chen et al., 2023) and S-LoRA (Sheng et al., 2023); those of a
+    lower rank are filled up with zeros.
+
+    Args:
+        x: ``[..., K]``, any number of leading dimensions, any strides.
+        weight: ``[N, K]``, in the dtype of ``x``: a tensor, or an ``Operand`` of another format
+            (``lorafast.operands``), into which no gradient flows.
+        lora_A: ``[n, r, K]``; ``n`` and ``r`` of at least 1.
+        lora_B: ``[n, N, r]``, in the dtype of ``lora_A``, which may differ from that of ``x``.
+        scaling: ``[n]`` in any float dtype, or a number for all.
+        adapter_of: integers from -1, which is none, to ``n - 1``: of the leading dimensions of ``x``, or
+            of the first of them, where all rows of an element have the same adapter.
+
+            - A sequence (of the first dimension), or a tensor on the CPU: the host groups the elements,
+              in Python, and a GPU is given the groups without being waited for. The fewest operations,
+              for few elements: sequences, not tokens. Code is compiled again for another sequence, not
+              for another tensor.
+            - A tensor on the CUDA device of ``x``: that groups the elements, in about forty small
+              operations, and the host doesn't wait for it. Up to a quarter more rows than there are go
+              through the low-rank products, for the groups must hold any assignment. CUDA graphs take
+              this one. (A device of another kind is waited for, and the host groups.)
+        bias: ``[N]``, in the dtype of ``x``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. Every float tensor may require a gradient, ``scaling`` too.
+        A NaN or an infinity in an element or in an adapter reaches no output and no gradient of another
+        adapter. Under autocast ``x``, ``weight`` and ``bias`` are cast as ``F.linear`` would; the
+        adapters stay. The low-rank term of a float16 ``x`` is float32.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit, or ``adapter_of`` holds an index out of range;
+            the message names it, what it is, and what was expected.
+        RuntimeError: a tensor on a GPU holds an index out of range. A device-side assertion says so, as
+            of ``F.embedding``: the host hears of it when it next waits for the GPU, and must start anew.
+        BackendError: the forced backend can't serve the call; the message says why.
+    """
+    if not (autocast_anywhere() and autocast_enabled(x)):
+        return ops.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
+    x, weight, bias = _cast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
 
 
 def _under_autocast(

@@ -29,10 +29,16 @@ class Plan:
       ``y, s``;
     - ``lora_linear_backward``: ``dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed`` and
       returns ``dx, dweight, dA, dB, dbias``, None for what isn't wanted. What no wanted result depends
-      on may be None.
+      on may be None;
+    - ``grouped_lora_linear``: ``x, weight, lora_A, lora_B, scaling, assignment, bias`` and returns ``y``
+      and ``s``, in the order of x with zeros where there is no adapter, None if it isn't wanted;
+    - ``grouped_lora_linear_backward``: ``dy, x, weight, lora_A, lora_B, s, scaling, assignment`` and
+      returns ``dx, dweight, dA, dB, dscaling, dbias``, under the same conditions.
 
     ``weight`` is an operand (``lorafast.operands``) of the problem's format, ``x`` and ``dy`` are
-    matrices of the problem's shapes.
+    matrices of the problem's shapes. Of several adapters, ``lora_A [n, r, K]``, ``lora_B [n, N, r]`` and
+    ``scaling [n]`` are tensors, and the ``assignment`` (``lorafast.core.assignment``) has indices that
+    were checked.
 
     - ``launches``: what will be launched, a line each;
     - ``seconds``: the time of a call, the device's or the host's, whichever is longer; None if unknown;

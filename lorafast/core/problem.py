@@ -12,6 +12,9 @@ OPERATIONS = ("shrink", "expand", "linear_expand", "expand_backward", "shrink_ba
 LAYER_OPERATIONS = ("lora_linear", "lora_linear_backward")
 """A whole layer's forward and backward, which are made of these, but for ``expand``."""
 
+GROUPED_OPERATIONS = ("grouped_lora_linear", "grouped_lora_linear_backward")
+"""Those of a layer of several adapters, of which each element of a batch has one or none."""
+
 DENSE = "dense"
 """The format of a weight that is a plain tensor, and of an operation that reads none."""
 
@@ -34,9 +37,11 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Layout":
-        """That of a tensor of two dimensions."""
-        (rows, columns), (row, column) = matrix.shape, matrix.stride()
+        """That of a matrix, or of a stack ``[n, rows, columns]`` of them: what holds for each."""
+        (rows, columns), (row, column) = matrix.shape[-2:], matrix.stride()[-2:]
         size, address = matrix.dtype.itemsize, matrix.data_ptr()
+        if matrix.dim() == 3:
+            address |= matrix.stride(0) * size
         return cls(
             _alignment(address, row * size) if column == 1 else 0,
             _alignment(address, column * size) if row == 1 else 0,
@@ -76,7 +81,7 @@ class Problem(NamedTuple):
     Sizes are the layer's, ``x [M, K]`` and ``weight [N, K]``; one that the operation doesn't have is 0:
     ``shrink`` and ``shrink_backward`` have no N, ``expand`` and ``expand_backward`` have no K.
 
-    - ``operation``: one of ``OPERATIONS`` or ``LAYER_OPERATIONS``;
+    - ``operation``: one of ``OPERATIONS``, ``LAYER_OPERATIONS`` or ``GROUPED_OPERATIONS``;
     - ``dtype``: of x, y, dy and dx, and of the weight as it is multiplied; ``adapter_dtype``: of A, B
       and their gradients;
     - ``format``: how the weight is stored, a name of ``lorafast.operands``; ``format_parameters``: what
@@ -87,7 +92,8 @@ class Problem(NamedTuple):
     - ``dropout``: whether there is a mask; ``bias``: whether one is added;
     - ``plain``: whether all are strided tensors of PyTorch's own class, on one device;
     - ``tf32``: whether PyTorch may round the factors of float32 products so (on a CPU to bfloat16 too);
-    - ``layouts``: how the matrices lie in memory, on a GPU; elsewhere nothing depends on it.
+    - ``layouts``: how the matrices lie in memory, on a GPU; elsewhere nothing depends on it;
+    - ``adapters``: of ``GROUPED_OPERATIONS``: how many there are.
     """
 
     operation: str
@@ -107,12 +113,15 @@ class Problem(NamedTuple):
     tf32: bool = False
     layouts: Layouts = Layouts()
     format_parameters: str = ""
+    adapters: int = 0
 
 
 WANTS = {
     "lora_linear": ("y", "s"),
     "expand_backward": ("ds", "dB", "dbias"),
     "lora_linear_backward": ("dx", "dweight", "dA", "dB", "dbias"),
+    "grouped_lora_linear": ("y", "s"),
+    "grouped_lora_linear_backward": ("dx", "dweight", "dA", "dB", "dscaling", "dbias"),
 }
 
 

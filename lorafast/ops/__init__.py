@@ -7,6 +7,7 @@ from lorafast.ops.dora_linear import dora_linear
 from lorafast.ops.dropout import dropout
 from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
+from lorafast.ops.grouped_lora_linear import grouped_lora_linear
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
@@ -23,6 +24,7 @@ __all__ = [
     "dropout",
     "expand",
     "expand_backward",
+    "grouped_lora_linear",
     "linear_expand",
     "lora_embedding",
     "lora_linear",

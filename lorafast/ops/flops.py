@@ -60,6 +60,42 @@ def _lora_linear_backward(
     return 2 * prod(dy[:-1]) * (N * K + 2 * r * (N + K))
 
 
+def _grouped_lora_linear(
+    x: _Shape, weight: Any, format: str, lora_A: _Shape, lora_B: _Shape, *_: Any, **__: Any
+) -> int:
+    """As if every element had an adapter, which no shape tells."""
+    N, r, K = lora_B[1], lora_A[1], lora_A[2]
+    return 2 * prod(x[:-1]) * (N * K + r * (N + K))
+
+
+def _grouped_lora_linear_backward(
+    dy: _Shape,
+    x: _Shape | None,
+    weight: Any,
+    format: str,
+    lora_A: _Shape | None,
+    lora_B: _Shape | None,
+    s: _Shape | None,
+    scaling: _Shape,
+    adapter_of: _Shape,
+    wants: str,
+    *_: Any,
+    **__: Any,
+) -> int:
+    (M, N), asked = dy, wants.split(",")
+    r = lora_B[2] if lora_B is not None else s[1] if s is not None else 0
+    K = x[1] if x is not None else lora_A[2] if lora_A is not None else 0
+    products = {
+        "ds": N * r if "dx" in asked or "dA" in asked else 0,
+        "dx": K * (N + r),
+        "dweight": N * K,
+        "dA": r * K,
+        "dB": N * r,
+        "dscaling": N * r,
+    }
+    return 2 * M * sum(size for name, size in products.items() if name in (*asked, "ds"))
+
+
 FORMULAS = {
     "shrink": _shrink,
     "expand": _expand,
@@ -68,6 +104,8 @@ FORMULAS = {
     "shrink_backward": _shrink_backward,
     "lora_linear": _lora_linear,
     "lora_linear_backward": _lora_linear_backward,
+    "grouped_lora_linear": _grouped_lora_linear,
+    "grouped_lora_linear_backward": _grouped_lora_linear_backward,
 }
 
 

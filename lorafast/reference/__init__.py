@@ -5,6 +5,12 @@ from lorafast.reference.dora_linear import dora_linear
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
 from lorafast.reference.expand import expand
 from lorafast.reference.expand_backward import expand_backward, expand_dB, expand_ds
+from lorafast.reference.grouped_lora_linear import (
+    as_elements,
+    grouped_lora_linear,
+    grouped_shrink,
+    members,
+)
 from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
@@ -13,16 +19,20 @@ from lorafast.reference.shrink_backward import shrink_backward
 from lorafast.reference.weight_norm import weight_norm
 
 __all__ = [
+    "as_elements",
     "dora_linear",
     "dropout",
     "expand",
     "expand_backward",
     "expand_dB",
     "expand_ds",
+    "grouped_lora_linear",
+    "grouped_shrink",
     "keep_mask",
     "linear_expand",
     "lora_embedding",
     "lora_linear",
+    "members",
     "philox_4x32",
     "shrink",
     "shrink_backward",

@@ -1,9 +1,10 @@
 """``aten``: PyTorch's own calls, which serve everything: the baseline of every other backend."""
 
 from lorafast.backends import composed, cost
+from lorafast.backends.aten import grouped_lora_linear as grouped
 from lorafast.backends.aten import operations
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, Problem
 from lorafast.operands import DENSE
 
 SMALL = 1 << 22
@@ -19,6 +20,7 @@ class Aten(Backend):
     """PyTorch's own calls in their best order; any tensors, dtypes, devices and formats."""
 
     name = "aten"
+    operations = Backend.operations | frozenset(GROUPED_OPERATIONS)
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """A small layer in few calls that PyTorch differentiates, another operation by operation."""
@@ -27,6 +29,8 @@ class Aten(Backend):
                 return _small(problem)
             together = composed.plan_or_refusal(problem, self.plan)
             return cost.priced(together, problem) if isinstance(together, Plan) else together
+        if problem.operation in GROUPED_OPERATIONS:
+            return _grouped(problem)
         run, launches = _operation(problem)
         return cost.priced(Plan(self.name, run, launches), problem)
 
@@ -63,6 +67,14 @@ def _is_merged(p: Problem) -> bool:
     # A sum over more than K or N ranks would be rounded more coarsely than the reference's.
     low = p.r <= min(p.K, p.N)
     return p.plain and low and p.dtype.itemsize >= _EXACT and p.K * p.N * p.r <= _MERGED
+
+
+def _grouped(p: Problem) -> Plan:
+    if p.operation == "grouped_lora_linear":
+        run = grouped.grouped_lora_linear(p.wants)
+    else:
+        run = grouped.grouped_lora_linear_backward(p.wants, p.adapter_dtype)
+    return Plan(Aten.name, run, ("the base GEMM, and a batched product over all adapters",))
 
 
 def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:

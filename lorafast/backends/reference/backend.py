@@ -8,7 +8,8 @@ from torch import Tensor
 from lorafast import operands, reference
 from lorafast.backends import composed
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.backends.reference import grouped_lora_linear as grouped
+from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, Problem
 from lorafast.operands import Weight
 
 
@@ -17,11 +18,20 @@ class Reference(Backend):
 
     name = "reference"
     plain_pytorch = True
+    operations = Backend.operations | frozenset(GROUPED_OPERATIONS)
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """One plain PyTorch expression each."""
         if problem.operation in LAYER_OPERATIONS:
             return composed.plan_or_refusal(problem, self.plan)
+        if problem.operation == "grouped_lora_linear":
+            return Plan(self.name, grouped.grouped_lora_linear, ("plain PyTorch, by adapter",))
+        if problem.operation == "grouped_lora_linear_backward":
+            alone = self.plan(grouped.of_one_adapter(problem))
+            if isinstance(alone, Refusal):
+                return alone
+            run = grouped.grouped_lora_linear_backward(alone.run, problem.wants)
+            return Plan(self.name, run, ("plain PyTorch, by adapter",))
         return Plan(self.name, _operation(problem), ("plain PyTorch",))
 
 

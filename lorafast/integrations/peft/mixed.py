@@ -1,8 +1,7 @@
 """Mixed batches: each element of a batch with an adapter of its own (``adapter_names``), in one pass.
 
-PEFT gathers, multiplies and scatters adapter by adapter. Here the elements of one adapter stand together
-in one batched product: ``[groups, elements · T, K]`` by the A's, then the B's, of the groups. An adapter
-with more elements than the average has several groups, so that no more than about half is filling.
+PEFT gathers, multiplies and scatters adapter by adapter; ``functional.grouped_lora_linear`` has one
+batched product for all. Here a call of PEFT's is put into its terms.
 """
 
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
+from lorafast import functional
+from lorafast.core.transfer import on_device
 from lorafast.integrations.peft import rules
 from lorafast.integrations.peft.adapters import Adapter, named, weight_of
 
@@ -26,63 +27,52 @@ def forward(layer: Linear, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     if rules.why_stock_linear(layer, adapters) is not None:
         return None
     base = layer._modules["base_layer"]
-    if rules.why_stock_input(layer, adapters, weight_of(base), x) is not None:
+    weight, bias = weight_of(base), base._parameters["bias"]
+    if rules.why_stock_input(layer, adapters, weight, x) is not None:
         return None
-    return add_low_rank(base(x), x, adapters, rows)
+    index = {adapter.name: i for i, adapter in enumerate(adapters)}
+    adapter_of = [index.get(name, -1) for name in rows]
+    lora_A, lora_B = _stacked(adapters)
+    scaling = _scaling(adapters, x.device)
+    y = functional.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
+    if all(adapter.lora_B.bias is None for adapter in adapters):
+        return y
+    return _with_lora_bias(y, adapters, adapter_of)
 
 
-def add_low_rank(result: Tensor, x: Tensor, adapters: list[Adapter], rows: Sequence[str]) -> Tensor:
-    """``result + scaling · x·Aᵀ·Bᵀ``, ``x[i]`` with the adapter ``rows[i]`` if there is one."""
-    elements = {a.name: [i for i, name in enumerate(rows) if name == a.name] for a in adapters}
-    size = -(-sum(map(len, elements.values())) // len(adapters))
-    groups = [
-        (adapter, elements[adapter.name][i : i + size])
-        for adapter in adapters
-        for i in range(0, len(elements[adapter.name]), size)
-    ]
-    # Filled up with an element of the same adapter: what another one holds must not come near its sums.
-    slots = [i for _, group in groups for i in (*group, *group[:1] * (size - len(group)))]
-    taken = torch.tensor(slots, device=x.device)
-    dtype = result.dtype
-    if dtype is torch.float16:
-        dtype = adapters[0].lora_A.weight.dtype  # float32 holds what float16 doesn't
-    every_A, every_B, bias = _factors([adapter for adapter, _ in groups], dtype)
-    x = x.index_select(0, taken).to(dtype)
-    s = torch.bmm(x.reshape(len(groups), -1, x.shape[-1]), every_A.mT)  # [groups, size · T, r]
-    change = torch.bmm(s, every_B.mT)  # [groups, size · T, N]
-    if bias is not None:
-        change = change + bias.unsqueeze(1)
-    change = change.reshape(len(slots), *result.shape[1:])
-    if len(slots) > sum(map(len, elements.values())):
-        filled = [i * size + j for i, (_, group) in enumerate(groups) for j in range(len(group))]
-        kept = torch.tensor(filled, device=x.device)
-        change, taken = change.index_select(0, kept), taken.index_select(0, kept)
-    return result.index_add(0, taken, change.to(result.dtype))
-
-
-def _factors(adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``A [n, r, K]``, ``scaling · B [n, N, r]``, ``scaling · bias [n, N]``; zeros fill up to ``r``."""
+def _stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor]:
+    """``A [n, r, K]`` and ``B [n, N, r]``; zeros fill up to the largest rank."""
     r = max(adapter.lora_A.weight.shape[0] for adapter in adapters)
-    every_A, every_B, every_bias = [], [], []
+    every_A, every_B = [], []
     for _, lora_A, lora_B, _, _ in adapters:
         missing = r - lora_A.weight.shape[0]
         every_A.append(F.pad(lora_A.weight, (0, 0, 0, missing)) if missing else lora_A.weight)
         every_B.append(F.pad(lora_B.weight, (0, missing)) if missing else lora_B.weight)
-        every_bias.append(lora_B.bias)
-    scaling = _scaling(adapters, every_B[0].device)
-    B = torch.stack(every_B) * scaling.view(-1, 1, 1)
-    bias = None
-    if any(b is not None for b in every_bias):
-        zeros = torch.zeros_like(B[0, :, 0])
-        bias = torch.stack([zeros if b is None else b for b in every_bias]) * scaling.unsqueeze(1)
-        bias = bias.to(dtype)
-    return torch.stack(every_A).to(dtype), B.to(dtype), bias
+    return torch.stack(every_A), torch.stack(every_B)
 
 
-def _scaling(adapters: list[Adapter], device: torch.device) -> Tensor:
+def _scaling(adapters: list[Adapter], device: torch.device) -> Tensor | float:
     """``[n]`` in float32, without asking for the value of a tensor, or in compiled code of a number."""
     values = [adapter.scaling for adapter in adapters]
     if torch.compiler.is_compiling() or any(isinstance(value, Tensor) for value in values):
         one = torch.ones((), device=device)
         return torch.stack([(one * value).to(torch.float32) for value in values])
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    if len(set(values)) == 1:
+        return float(values[0])
+    return on_device(values, torch.float32, device)
+
+
+def _with_lora_bias(y: Tensor, adapters: list[Adapter], adapter_of: Sequence[int]) -> Tensor:
+    """``y_i + scaling · bias`` of the adapter of element i, where that has a ``lora_B`` with a bias."""
+    elements: list[int] = []
+    changes = []
+    for g, (_, _, lora_B, _, scaling) in enumerate(adapters):
+        if lora_B.bias is not None:
+            own = [i for i, of in enumerate(adapter_of) if of == g]
+            elements += own
+            # Not picked from a table: the gradient of that would be a sum in whatever order.
+            changes.append((lora_B.bias * scaling).to(y.dtype).expand(len(own), -1))
+    change = torch.cat(changes)
+    change = change.view(len(elements), *[1] * (y.dim() - 2), change.shape[1])
+    index = on_device(elements, torch.int64, y.device)
+    return y.index_add(0, index, change.expand(len(elements), *y.shape[1:]))
