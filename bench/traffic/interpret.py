@@ -38,15 +38,14 @@ _SMALL = (199, 297, 293)
 """M, K, N of a few blocks of the largest tiles, the last one cut off: no sum is split."""
 _SPLIT = (599, 1097, 293)
 """M, K, N long enough to split every sum into partial ones."""
-_HELPED = ((2190, 72, 520), (2190, 264, 520))
-"""M, K, N of enough tiles for helpers on ``_HELPED_SMS``, forward or backward, in rows that bulk
-copies can read."""
+_HELPED = (2190, 72, 520)
+"""M, K, N of enough tiles for helpers on ``_HELPED_SMS``, in rows that bulk copies can read."""
 _HELPED_SMS = 20
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """A problem small enough to interpret; with ``layers_only`` only what may have helpers is."""
+    """A problem small enough to interpret; with ``forward_only`` only what may have helpers is."""
 
     M: int
     K: int
@@ -57,7 +56,7 @@ class Reduced:
     bias: bool
     dropout: bool
     sms: int
-    layers_only: bool = False
+    forward_only: bool = False
 
 
 def reduce(problem: Problem) -> list[Reduced]:
@@ -69,7 +68,7 @@ def reduce(problem: Problem) -> list[Reduced]:
             problem.adapter_dtype, shape.bias, bool(problem.dropout_p), sms, sms == _HELPED_SMS,
         )
         for (M, K, N), sms in (
-            (_SMALL, 1), (_SPLIT, H200_SMS), *((s, _HELPED_SMS) for s in _HELPED),
+            (_SMALL, 1), (_SPLIT, H200_SMS), (_HELPED, _HELPED_SMS),
         )
     ]  # fmt: skip
 
@@ -170,14 +169,9 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
         described = problems.expand_backward_problem(dy, s, lora_B, wants, adapter)
         return described, (dy, s, lora_B, SCALING)
 
-    def backward(*wants: str) -> tuple[Call, tuple[Any, ...]]:
-        described = problems.backward_problem(layer, wants, dy, layouts=True)
-        return described, (dy, x, weight, lora_A, lora_B, s, SCALING, p, seed)
-
     of_bias = {
         "dB and dbias": of_dy("dB", "dbias"),
         "ds, dB and dbias": of_dy("ds", "dB", "dbias"),
-        "lora_linear_backward and dbias": backward("dx", "dA", "dB", "dbias"),
     }
     return {
         "shrink": (problems.shrink_problem(x, lora_A, p, seed), (x, lora_A, p, seed)),
@@ -198,7 +192,10 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
             (dy, weight, s, lora_A.t(), 1.0, None, p, seed),
         ),
         "lora_linear": (layer, (x, weight, lora_A, lora_B, SCALING, bias, p, seed)),
-        "lora_linear_backward": backward("dx", "dA", "dB"),
+        "lora_linear_backward": (
+            problems.backward_problem(layer, problems.FROZEN, dy, layouts=True),
+            (dy, x, weight, lora_A, lora_B, s, SCALING, p, seed),
+        ),
         **(of_bias if reduced.bias else {}),
     }  # fmt: skip
 
@@ -218,7 +215,7 @@ def compare(reduced: Reduced) -> dict[str, str | None]:
     differences: dict[str, str | None] = {}
     with cost.pretending(launches.h200(reduced.sms)):
         for name, (call, tensors) in calls_of(reduced).items():
-            if reduced.layers_only and call.operation not in LAYER_OPERATIONS:
+            if reduced.forward_only and call.operation != "lora_linear":
                 continue
             plan = Triton().plan(call)
             assert isinstance(plan, Plan), plan

@@ -140,31 +140,26 @@ def _tiles(launch: LinearExpandLaunch, p: Problem) -> Launch:
 def _expand_backward(launch: ExpandBackwardLaunch, p: Problem) -> list[Launch]:
     """Every column group reads s, every row group reads B, every rank block reads dy."""
     cols, rows, ranks = launch.grid
-    found = [_groups(p, cols, rows, ranks, launch.wants)]
-    if "ds" in launch.wants:
-        of_ds, ds = cols * p.M * p.r * _PARTIAL, _low(p, p.M)
-        found.append(Launch(of_ds, ds, of_ds, ds))
-    return found
-
-
-def _groups(p: Problem, cols: int, rows: int, ranks: int, wants: tuple[str, ...]) -> Launch:
-    """What is wanted of dy in groups of its columns and rows, without adding up ds."""
     dy, s, B = p.M * p.N * _size(p), _low(p, p.M), p.N * p.r * _adapter(p)
+    of_ds, ds = cols * p.M * p.r * _PARTIAL, _low(p, p.M)
     read, written, loaded = dy, 0, ranks * dy
-    if "ds" in wants:
-        read, written, loaded = read + B, written + cols * p.M * p.r * _PARTIAL, loaded + rows * B
-    if "dB" in wants:
+    if "ds" in launch.wants:
+        read, written, loaded = read + B, written + of_ds, loaded + rows * B
+    if "dB" in launch.wants:
         partials = rows * p.N * p.r * _PARTIAL
         read, written = read + s + partials, written + partials + B
         loaded += cols * s + partials
-    if "dbias" in wants:
+    if "dbias" in launch.wants:
         partials = rows * p.N * _PARTIAL
         read, written, loaded = (
             read + partials,
             written + partials + p.N * _size(p),
             loaded + partials,
         )
-    return Launch(read, written, loaded, written)
+    found = [Launch(read, written, loaded, written)]
+    if "ds" in launch.wants:
+        found.append(Launch(of_ds, ds, of_ds, ds))
+    return found
 
 
 @traffic_of.register
@@ -253,7 +248,6 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
         "y": lambda: empty(p.M, p.N),
         "s": lambda: empty(p.M, p.r, dtype=low),
         "dx": lambda: empty(p.M, p.K),
-        "dweight": lambda: empty(p.N, p.K),
         "ds": lambda: empty(p.M, p.r, dtype=low),
         "dA": lambda: empty(p.r, p.K, dtype=adapter),
         "dB": lambda: empty(p.N, p.r, dtype=adapter),
@@ -261,12 +255,8 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
     }
     if p.operation == "lora_linear":
         return made["y"](), made["s"]()
-    several = {
-        "expand_backward": ("ds", "dB", "dbias"),
-        "lora_linear_backward": ("dx", "dweight", "dA", "dB", "dbias"),
-    }.get(p.operation)
-    if several is not None:
-        return tuple(made[name]() if name in p.wants else None for name in several)
+    if p.operation == "expand_backward":
+        return tuple(made[name]() if name in p.wants else None for name in ("ds", "dB", "dbias"))
     product = "dx" if p.transposed else "y"
     only = {"shrink": "s", "expand": "y", "shrink_backward": "dA", "linear_expand": product}
     return made[only[p.operation]]()

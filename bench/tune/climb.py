@@ -13,7 +13,7 @@ from lorafast.bench.common.problem import DTYPES, Problem
 from lorafast.bench.operations.cases import Case
 from lorafast.bench.operations.job import as_is, turn_of, why_wrong
 from lorafast.kernels.common.configs import LaunchConfig, why_invalid
-from lorafast.kernels.tables.find import WHOLE, nearest_architecture
+from lorafast.kernels.tables.find import GEMMS, nearest_architecture
 
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal
@@ -31,7 +31,6 @@ _BLOCKS = {
     "expand_backward": ("block_m", "block_n", "ctas_per_sm"),
     "shrink_backward": ("block_m", "block_k", "ctas_per_sm"),
     "lora_linear": (*_PRODUCT, "parts", "helpers"),
-    "lora_linear_backward": (*_PRODUCT, "parts", "helpers"),
 }
 
 
@@ -68,7 +67,7 @@ def neighbours(
     changes: list[dict[str, Any]] = [{name: getattr(config, name) * 2} for name in fields]
     changes += [{name: getattr(config, name) // 2} for name in fields]
     changes += [{"num_stages": config.num_stages + step} for step in (1, -1)]
-    if operation in ("linear_expand", *WHOLE) and not config.hybrid:
+    if operation in GEMMS and not config.hybrid:
         operation = "linear_expand"
         changes += [{"masked_parts": config.masked_parts * 2}]
         changes += [{"masked_parts": config.masked_parts // 2}]

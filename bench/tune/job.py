@@ -29,7 +29,9 @@ from lorafast.backends.plan import Plan
 from lorafast.backends.triton import Triton, device_of
 from lorafast.backends.triton.cost import helped
 from lorafast.backends.triton.planning import rule_of
-from lorafast.core.problem import LAYER_OPERATIONS
+
+TUNED = tuple(case for case in CASES if case != "lora_linear_backward")
+"""The cases with a launch of their own: a layer's backward is its parts."""
 
 
 @dataclass
@@ -61,7 +63,7 @@ def run(
     Raises:
         UnwritableError: what is found can't be kept.
     """
-    todo = [(problem, case) for problem in problems for case in CASES]
+    todo = [(problem, case) for problem in problems for case in TUNED]
     gpu = device_of(device)
     assert gpu is not None, f"{device} has no kernels to tune"
     try:
@@ -77,7 +79,7 @@ def run(
         if key in known and not again:
             say(f"  {problem}, {case_name}: known, {known[key].backend}")
             continue
-        if case.operation in LAYER_OPERATIONS:
+        if case.operation == "lora_linear":
             together = helped(case.asks, gpu, rule_of(case.asks, gpu))
             if isinstance(together, str):
                 say(f"  {problem}, {case_name}: its operations one by one, no helpers: {together}")

@@ -33,10 +33,3 @@ class Mask(NamedTuple):
     seed_ptr: Any
     threshold: Any
     scale: Any
-
-
-class Sum(NamedTuple):
-    """A result that several programs add to: its memory, and that of the float32 partial sums."""
-
-    ptr: Any
-    partials_ptr: Any

@@ -25,7 +25,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, APART: tl
 
 
 @triton.jit
-def low_rank_dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+def low_rank_dot(
+    a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, APART: tl.constexpr = False
+):
     """``acc + a·b`` in float32 for a tile of x or dy and a factor: of one dtype, or float16 and float32.
 
     float16 fits into TF32, the other factor is the sum of two numbers in TF32 to 22 bits: their
@@ -33,7 +35,7 @@ def low_rank_dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     off by 20 times what float32 leaves), so a block is summed apart, its small half first.
     """
     if a.dtype == b.dtype:
-        acc = dot(a, b, acc, PRECISION, INTERPRETED)
+        acc = dot(a, b, acc, PRECISION, INTERPRETED, APART)
     else:
         part = tl.zeros(acc.shape, dtype=tl.float32)
         if a.dtype == tl.float16:
@@ -52,7 +54,7 @@ def low_rank_dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _split(x):
-    """Two numbers in TF32 whose sum is ``x``, to 22 bits of its 24."""
+    """Two numbers in TF32 whose sum is ``x``, to 22 of its 24 bits."""
     high = (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
     return high, tl.where(tl.abs(x) == float("inf"), 0.0, x - high)  # infinity has no rest
 
@@ -73,7 +75,7 @@ def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def factor(a, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """A or B beside a tile of ``dtype``, for ``low_rank_dot``: rounded to it, but not to float16."""
+    """A or B as ``low_rank_dot`` takes it beside a tile of ``dtype``: rounded to it, but for float16."""
     if dtype != tl.float16:
         a = cast(a, dtype, INTERPRETED)
     elif a.dtype != tl.float16:
@@ -83,7 +85,7 @@ def factor(a, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def drop(x, keep, survivor_scale, INTERPRETED: tl.constexpr):
-    """Dropout of a tile; of float16 without its scale, which would round: ``scale_sum`` has it."""
+    """Dropout of a tile. float16 isn't scaled here, which would round: ``scale_sum`` scales the sum."""
     if x.dtype == tl.float16:
         x = tl.where(keep, x, 0.0)
     else:
@@ -94,7 +96,7 @@ def drop(x, keep, survivor_scale, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def scale_sum(acc, dtype: tl.constexpr, mask):
-    """What ``drop`` left to do when tiles of ``dtype`` are summed; ``mask`` is None without dropout."""
+    """Scales a sum of tiles of ``dtype`` that ``drop`` hasn't; ``mask`` is None without dropout."""
     if mask is not None and dtype == tl.float16:
         acc *= mask.scale
     return acc
@@ -128,8 +130,8 @@ def keep_mask(
 
 @triton.jit
 def arrive(counter_ptr):
-    """How many programs were counted here before this one. What they stored before, it can load."""
-    # Every thread has stored before one of them says so, and none loads before it has answered.
+    """Counts this CTA. Returns how many were counted before it: it can load what they stored."""
+    # All threads have stored before one of them counts, and none loads before it has counted.
     tl.debug_barrier()
     before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
@@ -138,24 +140,24 @@ def arrive(counter_ptr):
 
 @triton.jit
 def raise_flag(flag_ptr):
-    """What this program has stored can be loaded by whoever waits for the flag."""
+    """Raises a flag: a CTA that has waited for it can load what this one has stored."""
     tl.debug_barrier()
     tl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
 
 
 @triton.jit
 def wait_for(flag_ptr, INTERPRETED: tl.constexpr):
-    """Returns 0 when the flag is raised. Who adds it to an address loads from there after that.
+    """Waits until the flag is raised, and returns 0. Add it to an address: loads from there come later.
 
-    A flag that isn't raised for two seconds never will be: the launch ends in an error, not in a hang.
+    If the flag isn't raised within two seconds it never will be, and the launch ends in an error.
     """
     if INTERPRETED:
-        # Programs run one by one: who comes later finds the flag raised, or would wait for ever.
+        # CTAs run one by one: the flag is raised already, or this one would wait for ever.
         tl.device_assert(tl.load(flag_ptr) != 0, "waits for a program that comes later")
         waited = 0
     else:
-        # Every thread waits for itself, so that none needs a barrier, and in one instruction for the
-        # compiler: a loop in its sight would keep the loads of the main loop from being pipelined.
+        # Every thread polls for itself, so no barrier is needed. To the compiler it is one instruction:
+        # a loop that it sees would keep it from pipelining the loads of the main loop.
         waited = tl.inline_asm_elementwise(
             """{
             .reg .pred raised, in_time;
@@ -218,7 +220,7 @@ def end_block(ptr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def sum_blocks(partials_ptr, offsets, inside, stride, count):
-    """``Σᵢ partials[offsets + i·stride]`` in order of i, so that two runs give the same bits."""
+    """``Σᵢ partials[offsets + i·stride]``, added in the order of i: two runs give the same bits."""
     total = tl.load(partials_ptr + offsets, mask=inside, other=0.0)
     for i in tl.range(1, count, num_stages=1):
         # 64 bits: all partials together may pass 2**31 elements.

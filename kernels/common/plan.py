@@ -20,7 +20,6 @@ from lorafast.kernels.common.configs import (
 from lorafast.core.problem import Layout
 from lorafast.reference import wide
 
-_PARTIAL = 4
 _FLOPS_PER_BYTE = 97
 """FLOPs of an SM in the time in which a helper reads one byte: on sm_90 3,400 FLOPs a clock, over 35
 bytes a clock beside the GEMM. Elsewhere it is of the same order."""
@@ -360,34 +359,28 @@ def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: i
 
 
 def may_help(dtype: torch.dtype) -> bool:
-    """Whether helpers serve layers of this dtype: not float16, whose skinny work is in float32."""
+    """Whether a forward in this dtype has helpers: not in float16, whose skinny work is in float32."""
     return wide(dtype) is dtype
 
 
 def _plan(
-    config: LaunchConfig,
-    rows: int,
-    depth: int,
-    cols: int,
-    r: int,
-    helper_bytes: int,
-    sms: int,
+    config: LaunchConfig, M: int, K: int, N: int, r: int, size: int, sms: int
 ) -> Helpers | None:
-    """The helpers for a GEMM ``[rows, depth] · [depth, cols]`` beside which they read ``helper_bytes``.
+    """The helpers for a GEMM ``[M, K] · [K, N]`` beside which they read x; ``size``: an element's bytes.
 
     None where helpers can't serve: none in the configuration, a rank of several blocks, or skinny work
     that would outlast half of the GEMM. Whether they pay, ``rounds`` says.
     """
-    if r > config.block_r or depth == 0:
+    if r > config.block_r or K == 0:
         return None
-    tiles = _blocks(rows, config.block_m) * _blocks(cols, config.block_n)
+    tiles = _blocks(M, config.block_m) * _blocks(N, config.block_n)
     programs = sms * config.ctas_per_sm
     helpers = config.helpers
     if not 0 < helpers < programs:
         return None
-    tile_flops = 2 * config.block_m * config.block_n * depth
+    tile_flops = 2 * config.block_m * config.block_n * K
     alone = _blocks(tiles, programs)
-    waves = -(-helper_bytes * _FLOPS_PER_BYTE // (helpers * tile_flops))
+    waves = -(-M * K * size * _FLOPS_PER_BYTE // (helpers * tile_flops))
 
     def rounds(missed: int) -> int:
         return missed + _blocks(max(tiles - missed * (programs - helpers), 0), programs)
@@ -414,7 +407,7 @@ def forward_helpers(
     """The helpers of a layer's forward; ``size`` is an element's. A mask would keep them too long."""
     if masked or r > shrink.block_r:
         return None
-    return _plan(gemm, M, K, N, r, M * K * size, sms)
+    return _plan(gemm, M, K, N, r, size, sms)
 
 
 def _blocks(length: int, block: int) -> int:

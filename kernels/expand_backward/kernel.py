@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from lorafast.kernels.common.bundles import Matrix, Sum
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import arrive, cast, factor, low_rank_dot, sum_blocks
@@ -31,130 +30,6 @@ from lorafast.kernels.shrink import shrink
 from torch import Tensor
 
 from lorafast.reference import wide
-
-
-@triton.jit
-def expand_backward_group(
-    dy,
-    s,
-    b,
-    ds_ptr,
-    ds_partials_ptr,
-    db,
-    dbias,
-    counters_ptr,
-    row_group,
-    col_group,
-    rank_block,
-    row_groups,
-    col_groups,
-    rank_blocks,
-    M,
-    N,
-    r,
-    m_blocks,
-    scaling,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """What ``m_blocks`` row blocks, BLOCK_N columns and BLOCK_R ranks give to ds, dB and dbias.
-
-    ``dy [M, N]``, ``s [M, r]`` and ``b [N, r]`` are ``Matrix``, ``db`` and ``dbias`` are ``Sum``. What
-    isn't asked for is None, with the factor that it alone takes: s is read for dB, B for ds. Without
-    ``ds_ptr`` another launch adds up the partial sums of ds. True for whoever has added up ds of these
-    rows and ranks, who is the last of them. ``counters`` has ``rank_blocks`` zeros for each row group,
-    then for each column group.
-    """
-    cols = col_group * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    # 64 bits: M·N may pass 2**31 elements.
-    col_offsets = cols.to(tl.int64)
-    ds_size = tl.cast(M, tl.int64) * r
-    db_size = tl.cast(N, tl.int64) * r
-    if ds_partials_ptr is not None:
-        b_tile = tl.load(
-            b.ptr
-            + col_offsets[:, None] * b.stride_row
-            + ranks.to(tl.int64)[None, :] * b.stride_col,
-            mask=(cols < N)[:, None] & (ranks < r)[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_R]
-        b_tile = factor(b_tile, dy.ptr.dtype.element_ty, INTERPRETED)
-        ds_part = ds_partials_ptr + col_group * ds_size
-    if db is not None:
-        db_sum = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)  # transposed, so that dy is not
-    if dbias is not None:
-        dbias_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    # Counted in blocks, so that the compiler knows the alignment of every load.
-    begin = row_group * m_blocks * BLOCK_M
-    end = tl.minimum(begin + m_blocks * BLOCK_M, M)
-    for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
-        rows = m + tl.arange(0, BLOCK_M)
-        row_offsets = rows.to(tl.int64)
-        row_inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
-        dy_tile = tl.load(
-            dy.ptr + row_offsets[:, None] * dy.stride_row + col_offsets[None, :] * dy.stride_col,
-            mask=(rows < end)[:, None] & (cols < N)[None, :],
-            other=0.0,
-        )  # [BLOCK_M, BLOCK_N]
-        if db is not None:
-            s_tile = tl.load(
-                s.ptr
-                + row_offsets[:, None] * s.stride_row
-                + ranks.to(tl.int64)[None, :] * s.stride_col,
-                mask=row_inside,
-                other=0.0,
-            )  # [BLOCK_M, BLOCK_R]
-        if ds_partials_ptr is not None:
-            ds_tile = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            ds_tile = low_rank_dot(dy_tile, b_tile, ds_tile, PRECISION, INTERPRETED)
-            tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds_tile, mask=row_inside)
-        if db is not None:
-            db_sum = low_rank_dot(tl.trans(s_tile), dy_tile, db_sum, PRECISION, INTERPRETED)
-        if dbias is not None:
-            dbias_sum += tl.sum(dy_tile.to(tl.float32), axis=0)
-
-    db_offsets = col_offsets[None, :] * r + ranks[:, None]  # [BLOCK_R, BLOCK_N]
-    db_inside = (cols < N)[None, :] & (ranks < r)[:, None]
-    if db is not None:
-        db_part = db.partials_ptr + row_group * db_size
-        tl.store(db_part + db_offsets, db_sum, mask=db_inside)
-    if dbias is not None:
-        dbias_part = dbias.partials_ptr + tl.cast(row_group, tl.int64) * N
-        if rank_block == 0:
-            tl.store(dbias_part + cols, dbias_sum, mask=cols < N)
-
-    of_rows = counters_ptr + row_group * rank_blocks + rank_block
-    of_cols = counters_ptr + (row_groups + col_group) * rank_blocks + rank_block
-    completed = False
-    if ds_ptr is not None:
-        completed = arrive(of_rows) == col_groups - 1
-        if completed:
-            for m in range(begin, end, BLOCK_M):
-                rows = m + tl.arange(0, BLOCK_M)
-                inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
-                offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]
-                ds = sum_blocks(ds_partials_ptr, offsets, inside, ds_size, col_groups) * scaling
-                ds = cast(ds, ds_ptr.dtype.element_ty, INTERPRETED)
-                tl.store(ds_ptr + offsets, ds, mask=inside)
-            tl.store(of_rows, 0)
-    if arrive(of_cols) == row_groups - 1:
-        if db is not None:
-            total = sum_blocks(db.partials_ptr, db_offsets, db_inside, db_size, row_groups)
-            total = cast(total * scaling, db.ptr.dtype.element_ty, INTERPRETED)
-            tl.store(db.ptr + db_offsets, total, mask=db_inside)
-        if dbias is not None:
-            inside = cols < N
-            if rank_block == 0:
-                of_bias = sum_blocks(dbias.partials_ptr, cols, inside, N, row_groups)
-                of_bias = cast(of_bias, dbias.ptr.dtype.element_ty, INTERPRETED)
-                tl.store(dbias.ptr + cols, of_bias, mask=inside)
-        tl.store(of_cols, 0)
-    return completed
 
 
 @triton.jit(do_not_specialize=["M", "r", "m_blocks"])
@@ -188,19 +63,79 @@ def expand_backward_kernel(
 ):
     """Program (i, j, l): column group i of dy, row group j, rank block l. ds leaves in partial sums.
 
-    What isn't asked for has no partial sums.
+    What isn't asked for has no partial sums, and the factor that it alone takes is None: s is read for
+    dB, B for ds. There is a counter for each column group and rank block.
     """
-    s = Matrix(s_ptr, stride_sm, stride_sr) if s_ptr is not None else None
-    b = Matrix(b_ptr, stride_bn, stride_br) if b_ptr is not None else None
-    db = Sum(db_ptr, db_partials_ptr) if db_partials_ptr is not None else None
-    dbias = Sum(dbias_ptr, dbias_partials_ptr) if dbias_partials_ptr is not None else None
-    expand_backward_group(
-        Matrix(dy_ptr, stride_dym, stride_dyn), s, b, None, ds_partials_ptr, db, dbias, counters_ptr,
-        tl.program_id(1), tl.program_id(0), tl.program_id(2),
-        tl.num_programs(1), tl.num_programs(0), tl.num_programs(2),
-        M, N, r, m_blocks, scaling,
-        BLOCK_M, BLOCK_N, BLOCK_R, STAGES, PRECISION, INTERPRETED,
-    )  # fmt: skip
+    col_group = tl.program_id(0)
+    row_group = tl.program_id(1)
+    rank_block = tl.program_id(2)
+    cols = col_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    # 64 bits: M·N may pass 2**31 elements.
+    col_offsets = cols.to(tl.int64)
+    ds_size = tl.cast(M, tl.int64) * r
+    db_size = tl.cast(N, tl.int64) * r
+    if ds_partials_ptr is not None:
+        b_tile = tl.load(
+            b_ptr + col_offsets[:, None] * stride_bn + ranks.to(tl.int64)[None, :] * stride_br,
+            mask=(cols < N)[:, None] & (ranks < r)[None, :],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_R]
+        b_tile = factor(b_tile, dy_ptr.dtype.element_ty, INTERPRETED)
+        ds_part = ds_partials_ptr + col_group * ds_size
+    if db_partials_ptr is not None:
+        db_sum = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)  # transposed, so that dy is not
+    if dbias_partials_ptr is not None:
+        dbias_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    # Counted in blocks, so that the compiler knows the alignment of every load.
+    begin = row_group * m_blocks * BLOCK_M
+    end = tl.minimum(begin + m_blocks * BLOCK_M, M)
+    for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+        rows = m + tl.arange(0, BLOCK_M)
+        row_offsets = rows.to(tl.int64)
+        row_inside = (rows < end)[:, None] & (ranks < r)[None, :]  # [BLOCK_M, BLOCK_R]
+        dy_tile = tl.load(
+            dy_ptr + row_offsets[:, None] * stride_dym + col_offsets[None, :] * stride_dyn,
+            mask=(rows < end)[:, None] & (cols < N)[None, :],
+            other=0.0,
+        )  # [BLOCK_M, BLOCK_N]
+        if db_partials_ptr is not None:
+            s_tile = tl.load(
+                s_ptr + row_offsets[:, None] * stride_sm + ranks.to(tl.int64)[None, :] * stride_sr,
+                mask=row_inside,
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_R]
+        if ds_partials_ptr is not None:
+            ds_tile = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            ds_tile = low_rank_dot(dy_tile, b_tile, ds_tile, PRECISION, INTERPRETED)
+            tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds_tile, mask=row_inside)
+        if db_partials_ptr is not None:
+            db_sum = low_rank_dot(tl.trans(s_tile), dy_tile, db_sum, PRECISION, INTERPRETED)
+        if dbias_partials_ptr is not None:
+            dbias_sum += tl.sum(dy_tile.to(tl.float32), axis=0)
+
+    db_offsets = col_offsets[None, :] * r + ranks[:, None]  # [BLOCK_R, BLOCK_N]
+    db_inside = (cols < N)[None, :] & (ranks < r)[:, None]
+    if db_partials_ptr is not None:
+        tl.store(db_partials_ptr + row_group * db_size + db_offsets, db_sum, mask=db_inside)
+    if dbias_partials_ptr is not None:
+        dbias_part = dbias_partials_ptr + tl.cast(row_group, tl.int64) * N
+        if rank_block == 0:
+            tl.store(dbias_part + cols, dbias_sum, mask=cols < N)
+
+    row_groups = tl.num_programs(1)
+    counter = counters_ptr + col_group * tl.num_programs(2) + rank_block
+    if arrive(counter) == row_groups - 1:
+        if db_partials_ptr is not None:
+            total = sum_blocks(db_partials_ptr, db_offsets, db_inside, db_size, row_groups)
+            total = cast(total * scaling, db_ptr.dtype.element_ty, INTERPRETED)
+            tl.store(db_ptr + db_offsets, total, mask=db_inside)
+        if dbias_partials_ptr is not None:
+            if rank_block == 0:
+                of_bias = sum_blocks(dbias_partials_ptr, cols, cols < N, N, row_groups)
+                of_bias = cast(of_bias, dbias_ptr.dtype.element_ty, INTERPRETED)
+                tl.store(dbias_ptr + cols, of_bias, mask=cols < N)
+        tl.store(counter, 0)
 
 
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -246,7 +181,7 @@ def launcher(launch: ExpandBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
     c, M, N, r = launch.config, launch.M, launch.N, launch.r
     col_groups, row_groups, rank_blocks = launch.grid
     want_ds, want_dB, want_dbias = (name in launch.wants for name in ("ds", "dB", "dbias"))
-    used = (row_groups + col_groups) * rank_blocks
+    used = col_groups * rank_blocks
     sum_up = launcher_of_sum(col_groups, M * r)
     start = Start(expand_backward_kernel, launch.grid, c.options)
     blocks = (c.block_m, c.block_n, c.block_r, c.num_stages, launch.precision, INTERPRETED)

@@ -114,6 +114,8 @@ def lora_linear_kernel(
             acc = shrink_rows(
                 Matrix(x_ptr, stride_xm, stride_xk), a, None, rows, ranks, 0, K, M, K, r,
                 HELPER_K, HELPER_STAGES, PRECISION, INTERPRETED,
+                # Both in shared memory as they are: in flight, ptxas would serialize every wgmma.
+                APART=a_ptr.dtype.element_ty == x_ptr.dtype.element_ty,
             )  # fmt: skip
             tl.store(
                 s_ptr + rows.to(tl.int64)[:, None] * r + ranks[None, :],

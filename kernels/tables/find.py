@@ -10,7 +10,8 @@ from lorafast.kernels.common.configs import SHARED_MEMORY, LaunchConfig
 
 from lorafast.reference import wide
 
-WHOLE = ("lora_linear", "lora_linear_backward")
+GEMMS = ("linear_expand", "lora_linear")
+"""Operations whose launch is a GEMM: they take the same rows."""
 
 Row = tuple[int, int, int, int, int, LaunchConfig]
 Table = dict[str, tuple[Row, ...]]
@@ -50,9 +51,9 @@ def find(
 ) -> LaunchConfig:
     """The configuration for a call; ``bulk``: whether bulk copies can read and write its operands.
 
-    A whole layer's product takes the rows of ``linear_expand``.
+    A layer's GEMM takes the rows of ``linear_expand``.
     """
-    if operation in WHOLE:
+    if operation in GEMMS:
         operation = "linear_expand"
     if operation != "linear_expand":
         dtype = wide(dtype)  # what reads float16 for the low-rank term multiplies in float32

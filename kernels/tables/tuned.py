@@ -21,11 +21,15 @@ from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig
 from lorafast.kernels.common.configs import OPERATIONS as SINGLE
 from lorafast.kernels.common.files import locked, write_whole
 from lorafast.kernels.common.from_json import from_json
-from lorafast.kernels.tables.find import WHOLE, distance, nearest_architecture
+from lorafast.kernels.tables.find import GEMMS, distance, nearest_architecture
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
 _FORMAT = 4
+OPERATIONS = (*SINGLE, "lora_linear")
+"""Those with a launch of their own, which can be tuned."""
+_NOT_TUNED = "lora_linear_backward"
+"""Its parts are. A file may have records of it as one launch: no call asks for them."""
 INTERPRETER = "interpreter"
 """The name of the device off CUDA."""
 _ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "tf32": 4}
@@ -165,6 +169,8 @@ def _read(path: Path, device: str) -> tuple[tuple[Record, ...], str | None]:
     capability = _capability_of(device)
     records, refused = [], []
     for index, fields in enumerate(entries):
+        if _is_left_out(fields):
+            continue
         try:
             records.append(_checked(fields, f"records[{index}]", capability))
         except ValueError as error:
@@ -175,6 +181,12 @@ def _read(path: Path, device: str) -> tuple[tuple[Record, ...], str | None]:
         f"{path}: {len(refused)} of {len(entries)} records are not used, the first because "
         f"{refused[0]}: lorafast tune measures those calls again"
     )
+
+
+def _is_left_out(fields: object) -> bool:
+    """Whether a record is one of ``_NOT_TUNED``."""
+    key = fields.get("key") if isinstance(fields, dict) else None
+    return isinstance(key, dict) and key.get("operation") == _NOT_TUNED
 
 
 def _checked(fields: object, where: str, capability: int) -> Record:
@@ -198,8 +210,8 @@ def _capability_of(device: str) -> int:
 def why_unusable(record: Record, capability: int) -> str | None:
     """The reason for which calls on this architecture can't go by ``record``, or None."""
     key = record.key
-    if key.operation not in (*SINGLE, *WHOLE):
-        return f"operation is {key.operation!r}, expected one of {', '.join((*SINGLE, *WHOLE))}"
+    if key.operation not in OPERATIONS:
+        return f"operation is {key.operation!r}, expected one of {', '.join(OPERATIONS)}"
     x_dtype, *adapter_dtype = key.dtypes.split("+")
     if not {x_dtype, *adapter_dtype} <= _ELEMENT_SIZES.keys() or len(adapter_dtype) > 1:
         return f"dtypes is {key.dtypes!r}, expected one or two of {', '.join(_ELEMENT_SIZES)}"
@@ -214,11 +226,11 @@ def why_unusable(record: Record, capability: int) -> str | None:
         return f"backend is {record.backend!r}, and there are times of {known} alone"
     if record.config is None:
         return None
-    if record.config.hybrid and key.operation in WHOLE:
+    if record.config.hybrid and key.operation == "lora_linear":
         return f"hybrid is a way to do linear_expand, and this is {key.operation}"
     if record.config.hybrid and x_dtype == "float16":
         return "hybrid would round the low-rank term to float16 before the GEMM"
-    operation = "linear_expand" if key.operation in WHOLE else key.operation
+    operation = "linear_expand" if key.operation in GEMMS else key.operation
     return why_invalid(operation, record.config, _ELEMENT_SIZES[x_dtype], capability)
 
 

@@ -320,7 +320,7 @@ def _measured(backend: str, problem: Problem, device: Device) -> Price | None:
     return Price(seconds * scale, f"measured here by lorafast tune: {times}{near}", True)
 
 
-_MEASURED = {"expand_backward": ("ds", "dB"), "lora_linear_backward": ("dx", "dA", "dB")}
+_MEASURED = {"expand_backward": ("ds", "dB")}
 """The results that are wanted of an operation when it is tuned."""
 
 
@@ -331,6 +331,8 @@ def _all_wanted(problem: Problem) -> bool:
 
 def record_of(problem: Problem, device: str) -> tuned.Record | None:
     """The record of the device of this name for the call, or for one near it."""
+    if problem.operation not in tuned.OPERATIONS:
+        return None
     if problem.format != DENSE or min(problem.M, problem.r) < 1:
         return None
     return tuned.nearest(device, key_of(problem))
@@ -338,12 +340,11 @@ def record_of(problem: Problem, device: str) -> tuned.Record | None:
 
 def key_of(p: Problem) -> tuned.Key:
     """The key of the call's record. Sizes are those of its GEMM, or of the matrix that it reads."""
-    transposed = p.transposed or p.operation == "lora_linear_backward"
-    K, N = (p.N, p.K) if transposed else (p.K or p.N, p.N or p.K)
+    K, N = (p.N, p.K) if p.transposed else (p.K or p.N, p.N or p.K)
     return tuned.Key(
         p.operation,
         tuned.dtypes(p.dtype, p.adapter_dtype, p.tf32),
-        p.M, K, N, p.r, p.dropout, transposed, aligned(p),
+        p.M, K, N, p.r, p.dropout, p.transposed, aligned(p),
     )  # fmt: skip
 
 
@@ -357,6 +358,5 @@ def aligned(p: Problem) -> bool:
         "expand_backward": (at.dy,),
         "linear_expand": (at.dy if p.transposed else at.x, at.weight),
         "lora_linear": (at.x, at.weight),
-        "lora_linear_backward": (at.dy, at.x, at.weight),
     }[p.operation]
     return all(max(matrix.rows, matrix.columns) == 16 for matrix in read)

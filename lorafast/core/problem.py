@@ -10,7 +10,7 @@ from lorafast.core.dtypes import wide
 OPERATIONS = ("shrink", "expand", "linear_expand", "expand_backward", "shrink_backward")
 """Those of a LoRA linear layer; ``expand`` is the low-rank term of ``linear_expand`` by itself."""
 LAYER_OPERATIONS = ("lora_linear", "lora_linear_backward")
-"""A whole layer's forward and backward, which are made of these."""
+"""A whole layer's forward and backward, which are made of these, but for ``expand``."""
 
 GROUPED_OPERATIONS = ("grouped_lora_linear", "grouped_lora_linear_backward")
 """Those of a layer of several adapters, of which each element of a batch has one or none."""

@@ -6,7 +6,7 @@ import torch
 from lorafast.kernels.common import plan
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import Helpers
-from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
+from lorafast.kernels.lora_linear import lora_linear
 
 from lorafast import ops
 from lorafast.backends import forced
@@ -37,20 +37,14 @@ def main() -> None:
 
 
 def with_helpers(device: torch.device) -> None:
-    """A layer whose programs wait for each other, of small tiles and whatever helpers cost there."""
+    """A forward whose programs wait for each other, of small tiles and whatever helpers cost there."""
     config = LaunchConfig(16, 16, 16, 16, 1, 2, helpers=4)
     M, K, N, r = 1031, 70, 201, 3
-    seed = torch.tensor([11], device=device)
+    x = torch.randn(M, K).to(device, torch.bfloat16)
+    weight, bias = torch.randn(N, K).to(x), torch.randn(N).to(x)
+    lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
     with mock.patch.object(plan, "_plan", return_value=Helpers(4, 2, 24)):
-        for dropout_p in (0.0, 0.5):
-            x, dy = (torch.randn(M, size).to(device, torch.bfloat16) for size in (K, N))
-            weight, s = torch.randn(N, K).to(x), torch.randn(M, r).to(x)
-            lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
-            lora_linear(x, weight, lora_A, lora_B, 0.7, None, dropout_p, seed, config=config)
-            lora_linear_backward(
-                dy, x, weight, lora_A, lora_B, s, 0.7, dropout_p, seed,
-                dbias=True, config=config,
-            )  # fmt: skip
+        lora_linear(x, weight, lora_A, lora_B, 0.7, bias, config=config)
 
 
 if __name__ == "__main__":

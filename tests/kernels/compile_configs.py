@@ -24,11 +24,11 @@ from lorafast.kernels.common.plan import may_help
 from lorafast.kernels.expand import expand
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
-from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
+from lorafast.kernels.lora_linear import lora_linear
 from lorafast.kernels.shrink import shrink
 from lorafast.kernels.shrink_backward import shrink_backward
 from lorafast.kernels.tables import table_of
-from lorafast.kernels.tables.find import WHOLE
+from lorafast.kernels.tables.find import GEMMS
 from machine_code import Known, Machine
 from recorded import Launch, launches_of
 
@@ -139,17 +139,9 @@ def _calls(
             )
         if c.helpers and may_help(kind.dtype):
             yield (
-                "helpers-forward",
+                "helpers",
                 lambda: lora_linear(x, weight, lora_A, lora_B, 2.0, bias, config=c),
             )
-            for name, p, of in masks:
-                for suffix, dbias in (("", False), ("-dbias", True)):
-                    yield (
-                        f"helpers-backward{name}{suffix}",
-                        lambda p=p, of=of, dbias=dbias: lora_linear_backward(
-                            dy, x, weight, lora_A, lora_B, s, 2.0, p, of, dbias=dbias, config=c
-                        ),
-                    )
 
 
 def check_all(capability: int, kinds: Iterable[str], known: Known) -> Iterator[Checked]:
@@ -209,13 +201,13 @@ def why_bad(
     """What the machine code must not have, and what it must."""
     if machine.spills or machine.local:
         yield f"{machine.spills} spills, {machine.local} bytes of local memory"
-    if machine.serialized:
-        yield "its wgmma instructions are serialized"
     if machine.shared > SHARED_MEMORY[capability]:
         yield f"{machine.shared} bytes of shared memory of {SHARED_MEMORY[capability]}"
     kernel = launch.kernel.__name__.removesuffix("_kernel")
-    product = kernel in (_PRODUCT, *WHOLE)
+    product = kernel in GEMMS
     has = machine.instructions
+    if product and machine.serialized:  # a skinny kernel waits for memory in any case
+        yield "its wgmma instructions are serialized"
     if product and kind.on_tensor_cores:
         wide = config.block_m >= _WARP_GROUP_ROWS
         expected = _TENSOR_CORE[capability] if wide else "HMMA"

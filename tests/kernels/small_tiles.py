@@ -7,7 +7,7 @@ from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.expand import expand
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
-from lorafast.kernels.lora_linear import lora_linear, lora_linear_backward
+from lorafast.kernels.lora_linear import lora_linear
 from lorafast.kernels.shrink import shrink
 from lorafast.kernels.shrink_backward import shrink_backward
 
@@ -23,15 +23,17 @@ SMALL_TILES = {
 }
 
 
+def are_kernels(run: object) -> bool:
+    """Whether ``run`` is what ``on_kernels`` makes, not a reference."""
+    return isinstance(run, SimpleNamespace)
+
+
 def on_kernels(**configs: LaunchConfig | None) -> SimpleNamespace:
     """The launchers, those named with the configuration given."""
     launchers = {
         f.__name__: f
-        for f in (
-            shrink, expand, linear_expand, expand_backward, shrink_backward, lora_linear,
-            lora_linear_backward,
-        )
-    }  # fmt: skip
+        for f in (shrink, expand, linear_expand, expand_backward, shrink_backward, lora_linear)
+    }
     for name, config in configs.items():
         launchers[name] = functools.partial(launchers[name], config=config)
     return SimpleNamespace(**launchers)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from helpers import Problem, assert_contract, problems
 from lorafast.kernels.common.configs import LaunchConfig
 from recorded import launches_of
-from small_tiles import SMALL_TILES, on_kernels
+from small_tiles import SMALL_TILES, are_kernels, on_kernels
 
 from lorafast import reference
 from lorafast.reference import wide
@@ -25,7 +25,7 @@ def call(p, t, asked):
     def run_call(run, cast):
         dy, s = p.lay_out(cast(t.dy)), cast(t.s, wide(p.dtype))
         lora_B = cast(t.lora_B, p.adapter_dtype)
-        if hasattr(run, "lora_linear_backward"):
+        if are_kernels(run):
             found = run.expand_backward(
                 dy, s if "dB" in asked else None, lora_B if {"ds", "dB"} & {*asked} else None, 0.7,
                 **{name: name in asked for name in NAMES},

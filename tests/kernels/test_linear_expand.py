@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from helpers import assert_contract, problems
 from recorded import launches_of
-from small_tiles import SMALL_TILES, on_kernels
+from small_tiles import SMALL_TILES, are_kernels, on_kernels
 
 from lorafast.reference import wide
 
@@ -17,7 +17,7 @@ def call(p, t, transposed=False):
 
     def run_call(run, cast):
         weight, more = p.lay_out(cast(t.weight)), {}
-        if transposed and hasattr(run, "lora_linear_backward"):
+        if transposed and are_kernels(run):
             weight, more = p.lay_out(cast(t.weight).t()), {"transposed": True}
         elif transposed:
             weight = p.lay_out(cast(t.weight).t()).t()

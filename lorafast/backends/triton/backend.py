@@ -28,7 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Triton(Backend):
-    """Fused kernels for dense weights; a whole layer in one launch where helpers pay, PyTorch's GEMM
+    """Fused kernels for dense weights; a layer's forward in one launch where helpers pay, PyTorch's GEMM
     onto what ``expand`` wrote where that is faster than the fused one.
 
     ``auto`` uses helpers by the model alone where nothing was tuned: they assume no order of programs

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorafast.backends.cost import Device, key_of, record_of
-from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.core.problem import Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
@@ -33,6 +33,7 @@ from lorafast.kernels.common.plan import (
     skinny_precision_of,
     tma_fits,
 )
+from lorafast.kernels.tables.find import GEMMS
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _why_no_helpers(p: Problem) -> str | None:
 def tma(p: Problem) -> bool:
     """Whether TMA can read what the problem's GEMM reads and write what it writes: the one place that
     says so."""
-    if p.transposed or p.operation == "lora_linear_backward":
+    if p.transposed:
         return tma_fits(p.dtype, p.layouts.dy, p.layouts.weight, p.M, p.N, p.K)
     return tma_fits(p.dtype, p.layouts.x, p.layouts.weight, p.M, p.K, p.N)
 
@@ -214,5 +215,5 @@ def measured_config(p: Problem, device: Device) -> LaunchConfig | None:
 def rule_of(p: Problem, device: Device) -> LaunchConfig:
     """The rule of the architecture for the call."""
     key = key_of(p)
-    bulk = p.operation in ("linear_expand", *LAYER_OPERATIONS) and tma(p)
+    bulk = p.operation in GEMMS and tma(p)
     return tables.find(p.operation, device.capability, p.dtype, p.M, key.K, key.N, p.r, bulk)
