@@ -214,7 +214,7 @@ def test_one_operation_has_one_name_in_every_room():
     for operation in LAYER_OPERATIONS:
         assert hasattr(torch.ops.lorafast, operation)
     assert with_kernels == configs.OPERATIONS
-    assert tuned.OPERATIONS == (*with_kernels, "lora_linear")
+    assert (*with_kernels, "lora_linear") == tuned.OPERATIONS
     folders = {p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py")}
     assert folders == {*with_kernels, "common", "lora_linear", "tables"}
 

@@ -27,9 +27,7 @@ def layer(M, r=16, scaling=2.0, dropout_p=0.0):
     _, s = KERNELS.lora_linear(x, weight, lora_A, lora_B, scaling, None, dropout_p, seed)
     ds, _, _ = KERNELS.expand_backward(dy, s, lora_B, scaling)
     KERNELS.shrink_backward(ds, x, dropout_p, seed, lora_A.dtype)
-    KERNELS.linear_expand(
-        dy, weight, ds, lora_A.t(), 1.0, None, dropout_p, seed, transposed=True
-    )
+    KERNELS.linear_expand(dy, weight, ds, lora_A.t(), 1.0, None, dropout_p, seed, transposed=True)
 
 
 def expanded(M, r=16, scaling=2.0, dropout_p=0.0):
