@@ -359,14 +359,14 @@ def tma_fits(dtype: torch.dtype, x: Layout, weight: Layout, M: int, K: int, N: i
 
 
 def may_help(dtype: torch.dtype) -> bool:
-    """Whether a forward in this dtype has helpers: not in float16, whose skinny work is in float32."""
+    """Whether this dtype has helpers: float16's skinny work is in float32, in other tiles."""
     return wide(dtype) is dtype
 
 
 def _plan(
     config: LaunchConfig, M: int, K: int, N: int, r: int, size: int, sms: int
 ) -> Helpers | None:
-    """The helpers for a GEMM ``[M, K] · [K, N]`` beside which they read x; ``size``: an element's bytes.
+    """The helpers for a GEMM ``[M, K] · [K, N]`` beside which they read x; ``size`` is an element's.
 
     None where helpers can't serve: none in the configuration, a rank of several blocks, or skinny work
     that would outlast half of the GEMM. Whether they pay, ``rounds`` says.

@@ -47,8 +47,8 @@ def sum_partials_kernel(
 @functools.lru_cache(maxsize=KEPT)
 def launcher(count: int, size: int) -> Callable[[Tensor, Tensor, float], None]:
     """What launches ``out = scale · Σᵢ partials[i]``, in an order of ``i`` that never changes, so that
-    two runs give the same bits: of ``partials [count, …]``, float32 and contiguous, ``out […]``,
-    contiguous, and ``scale``.
+    two runs give the same bits: of ``partials [count, …]``, float32, ``out […]`` and ``scale``. Both
+    tensors are contiguous.
     """
     start = Start(
         sum_partials_kernel,

@@ -131,10 +131,11 @@ def expand_backward_kernel(
             total = cast(total * scaling, db_ptr.dtype.element_ty, INTERPRETED)
             tl.store(db_ptr + db_offsets, total, mask=db_inside)
         if dbias_partials_ptr is not None:
+            inside = cols < N
             if rank_block == 0:
-                of_bias = sum_blocks(dbias_partials_ptr, cols, cols < N, N, row_groups)
+                of_bias = sum_blocks(dbias_partials_ptr, cols, inside, N, row_groups)
                 of_bias = cast(of_bias, dbias_ptr.dtype.element_ty, INTERPRETED)
-                tl.store(dbias_ptr + cols, of_bias, mask=cols < N)
+                tl.store(dbias_ptr + cols, of_bias, mask=inside)
         tl.store(counter, 0)
 
 

@@ -9,8 +9,8 @@ runs after every helper has started; helpers take items one by one and wait for 
 is empty and what they took is done; hence every flag is raised. No order in which the device starts
 programs, and no number of them that it runs at once, is assumed.
 
-The counters of a launch (``kernels.common.counters``): tickets, next item, finished programs, then a flag
-for each row block. The last program to finish clears them for the next launch.
+The counters of a launch (``kernels.common.counters``): tickets, next item, finished programs, then a
+flag for each row block. The last program to finish clears them for the next launch.
 """
 
 import triton

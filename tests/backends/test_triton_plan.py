@@ -12,7 +12,7 @@ from lorafast.kernels.tables import tuned
 pytest.importorskip("triton")
 
 from lorafast.kernels.common.configs import OPERATIONS, LaunchConfig
-from lorafast.kernels.common.plan import LoraLinearBackwardLaunch, LoraLinearLaunch
+from lorafast.kernels.common.plan import LoraLinearLaunch
 
 from lorafast.backends import cost
 from lorafast.backends.cost import Device
@@ -71,11 +71,12 @@ def test_dbias_is_made_beside_factors_of_no_rank():
 
 
 def test_few_tiles_share_k_and_do_not_flatten():
-    gemm = planning.plan_linear_expand(problem("linear_expand", M=16, N=512), H200)
+    flat = LaunchConfig(128, 128, 64, 16, 8, 4, descriptors=True, flatten=True)
+    gemm = planning.plan_linear_expand(problem("linear_expand", M=16, N=512), H200, flat)
     assert gemm.splits == 8
     assert not gemm.flatten
     assert gemm.programs == gemm.tiles * 8 <= 132
-    large = planning.plan_linear_expand(problem("linear_expand"), H200)
+    large = planning.plan_linear_expand(problem("linear_expand"), H200, flat)
     assert (large.splits, large.programs, large.tma, large.flatten) == (1, 132, True, True)
 
 
@@ -118,8 +119,8 @@ def test_one_predicate_says_whether_tma_can_be_used(change, expected):
 
 
 def test_the_backward_reads_dy_and_writes_dx():
-    p = problem("lora_linear_backward", N=4100)
-    assert not planning.tma(p)
+    *_, dx = parts(problem("lora_linear_backward", N=4100))
+    assert not planning.tma(dx)
     *_, dx = parts(problem("lora_linear_backward", layouts=Layouts(x=Layout(rows=2))))
     assert planning.tma(dx)  # x is not what its GEMM reads
     assert not planning.tma(dx._replace(layouts=Layouts(dy=Layout(rows=2))))
@@ -141,18 +142,12 @@ def test_the_weight_is_read_as_it_is_stored(stored, transposed):
     assert planning.plan_linear_expand(p, H200).n_major is ((stored == "rows") == transposed)
 
 
-def test_helpers_serve_a_large_layer_forward_and_backward():
+def test_helpers_serve_a_large_layers_forward():
     forward = model.helped(problem("lora_linear"), H200)
     assert isinstance(forward, LoraLinearLaunch)
     assert forward.gemm.programs == forward.helpers.programs == 132
     assert forward.helpers.waves == 2
     assert forward.helpers.rounds == forward.helpers.alone == 8
-    backward = planning.plan_lora_linear_backward(problem("lora_linear_backward"), H200)
-    assert isinstance(backward, LoraLinearBackwardLaunch)
-    assert backward.shrink_backward is None
-    masked = planning.plan_lora_linear_backward(problem("lora_linear_backward", dropout=True), H200)
-    assert masked.shrink_backward.dropout
-    assert masked.helpers.waves < backward.helpers.waves
 
 
 @pytest.mark.parametrize(
@@ -166,10 +161,7 @@ def test_helpers_serve_a_large_layer_forward_and_backward():
         (problem(dtype=torch.float16), "float16's skinny work is in float32"),
         (problem(K=4100), "TMA can't read or write"),
         (problem(M=0), "nothing to compute"),
-        (
-            problem("lora_linear_backward", wants=("dx",)),
-            "they make dx, dA, dB at once, and dx is asked for",
-        ),
+        (problem("lora_linear_backward"), "they make a backward slower"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -179,13 +171,12 @@ def test_why_there_are_no_helpers_is_said(p, reason):
 
 def test_helpers_that_do_not_pay_are_left():
     """The launch and its model have the same rounds of tiles."""
-    slow = dataclasses.replace(H200, flops=H200.flops / 100)
-    backward = problem("lora_linear_backward")
-    planned = planning.plan_lora_linear_backward(backward, slow)
+    p = problem("lora_linear", M=2048)
+    planned = planning.plan_lora_linear(p, H200)
     assert planned.helpers.rounds > planned.helpers.alone
-    assert "they don't pay, modelled" in model.helped(backward, slow)
-    together = model._of(planned, backward, slow)
-    gemm = model._of(planned.gemm, backward._replace(transposed=True), slow)
+    assert "they don't pay, modelled" in model.helped(p, H200)
+    together = model._of(planned, p, H200)
+    gemm = model._of(planned.gemm, p, H200)
     rounds = planned.helpers.rounds / planned.helpers.alone
     assert together.device == pytest.approx(gemm.device * rounds)
 
@@ -380,12 +371,15 @@ def test_ds_alone_is_one_launch(on):
     assert alone.seconds < model.estimate(problem("expand_backward"), H200).seconds
 
 
-def test_the_whole_backward_of_a_trained_bias_is_one_launch(on):
+def test_a_trained_bias_costs_the_backward_no_launch(on):
     on(H200)
-    p = problem("lora_linear_backward", wants=(*FROZEN, "dbias"))
-    launch = planning.plan_lora_linear_backward(p, H200)
-    assert launch.dbias
-    assert lines(launch)[0].endswith(": ds, dB, dbias, dA")
+    plans = [
+        TRITON.plan(problem("lora_linear_backward", wants=wants)).launches
+        for wants in (FROZEN, (*FROZEN, "dbias"))
+    ]
+    assert len(plans[0]) == len(plans[1])
+    assert any("expand_backward (ds, dB, dbias): grid" in line for line in plans[1])
+    assert plans[0][-1].startswith("no helpers: ")
 
 
 @pytest.mark.parametrize("operation", [*OPERATIONS, *LAYER_OPERATIONS])

@@ -99,14 +99,8 @@ def _serialized(ptx: str, capability: int) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name=sm_{capability}a",
-            "-o",
-            "/dev/null",
-            file.name,
-        ]
+        options = ["-v", f"--gpu-name=sm_{capability}a", "-o", "/dev/null"]
+        command = [get_ptxas(capability).path, *options, file.name]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return "instructions are serialized" in said
 

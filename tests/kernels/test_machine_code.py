@@ -9,7 +9,10 @@ pytest.importorskip("triton")
 import machine_code
 from machine_code import Known, Machine
 
-MACHINE = Machine(registers=40, stack=0, local=0, shared=1024, spills=0, instructions={"HMMA": 8})
+MACHINE = Machine(
+    registers=40, stack=0, local=0, shared=1024, spills=0, serialized=False,
+    instructions={"HMMA": 8},
+)  # fmt: skip
 
 
 @pytest.fixture

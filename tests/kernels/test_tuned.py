@@ -207,6 +207,16 @@ def test_saving_drops_what_can_not_be_used(file):
         assert tuned.load("interpreter") == (RECORD, other)
 
 
+def test_records_of_a_whole_backward_are_left_out_in_silence(file):
+    """It is tuned in its parts; a file may have some all the same."""
+    whole = dataclasses.asdict(RECORD)
+    whole["key"] |= {"operation": "lora_linear_backward", "transposed": True}
+    write(file, whole, dataclasses.asdict(RECORD))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.load("interpreter") == (RECORD,)
+
+
 def test_a_failed_write_leaves_the_file_and_nothing_else(file, monkeypatch):
     tuned.save("interpreter", [RECORD])
     kept = file.read_bytes()
