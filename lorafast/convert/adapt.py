@@ -10,11 +10,12 @@ from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import adapted_layers, adapter_parameters, plain_kind
 from lorafast.convert.left_out import large_share
 from lorafast.convert.resizing import let_heads_resize
 from lorafast.convert.save_pretrained import save_adapters_too
 from lorafast.convert.targets import ALL_LINEAR, Pattern
-from lorafast.nn import LoRALinear
+from lorafast.nn import AdapterLayer
 
 
 def adapt(
@@ -64,7 +65,7 @@ def adapt(
             parameters or more.
     """
     inner = _targets.unwrapped(model)
-    layers: dict[str, LoRALinear] = {}
+    layers: dict[str, AdapterLayer] = {}
     found = _targets.find(inner, targets, exclude)
     sharded = name_of_sharded(inner, found)
     if sharded is not None:
@@ -72,9 +73,9 @@ def adapt(
             f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
         )
     with all_or_nothing(inner) as undo:
-        for linear, names in found.items():
-            layer = undo.made[linear] = LoRALinear.from_linear(
-                linear,
+        for plain, names in found.items():
+            layer = undo.made[plain] = plain_kind(plain).layer.of_plain(
+                plain,
                 r,
                 alpha=alpha,
                 dropout=dropout,
@@ -95,23 +96,18 @@ def adapt(
 
 def freeze_base(model: nn.Module) -> None:
     """Freezes every parameter but those of adapters."""
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, LoRALinear)
-        for parameter in (module.lora_A, module.lora_B)
-    }
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad = False  # a lazy parameter refuses requires_grad_()
 
 
-def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
-    """Puts LoRA layers into the model and makes sure that the model calls them."""
+def put_in_place(model: nn.Module, layers: dict[str, AdapterLayer]) -> nn.Module:
+    """Puts adapted layers into the model and makes sure that the model calls them."""
     model = _targets.replace(model, dict(layers))
     save_adapters_too(model)
     for module in model.modules():
-        adapted = any(isinstance(child, LoRALinear) for child in module.modules())
+        adapted = bool(adapted_layers(module))
         # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the adapters.
         if isinstance(module, nn.TransformerEncoderLayer) and adapted:
             module.activation_relu_or_gelu = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafast.nn import LoRALinear
+from lorafast.convert.kinds import adapted_layers, adapter_parameters
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BY_MODULE = "LoraConfig(target_modules=[...])"
@@ -49,12 +49,7 @@ def large_share(model: nn.Module, trained: bool = False) -> str | None:
     missed = [_count(layers) for layers in groups if _is_missed(layers[0][0])]
     if not missed:
         return None
-    adapters = {
-        id(half)
-        for layer in model.modules()
-        if isinstance(layer, LoRALinear)
-        for half in (layer.lora_A, layer.lora_B)
-    }
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
     total = _size(p for p in model.parameters() if id(p) not in adapters)
     parameters = sum(one.parameters for one in missed)
     if parameters < _LARGE_SHARE * total:
@@ -70,7 +65,7 @@ def _layers_by_kind(
 ) -> dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]]:
     """By class, each with its own parameters; stacked weights are a kind for themselves."""
     modules = list(model.modules())
-    seen = {id(p) for m in modules if isinstance(m, LoRALinear) for p in m.parameters()}
+    seen = {id(p) for layer in adapted_layers(model).values() for p in layer.parameters()}
     found: dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]] = {}
     for module in modules:
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]

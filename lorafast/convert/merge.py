@@ -6,8 +6,9 @@ from torch import nn
 
 from lorafast.convert import checkpointing, resizing
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import adapted_layers
 from lorafast.convert.targets import replace
-from lorafast.nn import LoRALinear, offload
+from lorafast.nn import AdapterLayer, offload
 from lorafast.nn.plain import move_hooks
 
 
@@ -25,13 +26,9 @@ def merge(model: nn.Module) -> nn.Module:
             makes some, the layer has no values (meta), is sharded, or has hooks that can't move. The
             message names the layer, and the model is unchanged.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoRALinear)
-    }
+    layers = adapted_layers(model, remove_duplicate=False)
     if not layers:
-        raise ValueError("the model has no LoRALinear to merge")
+        raise ValueError("the model has no adapted layer to merge")
     sharded = name_of_sharded(model, layers.values())
     if sharded is not None:
         raise ValueError(
@@ -40,12 +37,12 @@ def merge(model: nn.Module) -> nn.Module:
         )
     shared = _also_used_elsewhere(model, layers)
     # A layer that has two names stays one layer.
-    merged: dict[LoRALinear, nn.Module] = {}
+    merged: dict[AdapterLayer, nn.Module] = {}
     for name, layer in layers.items():
         if layer in merged:
             continue
         try:
-            merged[layer] = layer.to_linear()
+            merged[layer] = layer.to_plain()
         except ValueError as error:
             raise ValueError(f"{name or 'the model'} can't be merged: {error}") from error
         offload.unwrap(layer, merged[layer])
@@ -56,14 +53,14 @@ def merge(model: nn.Module) -> nn.Module:
             + _untie_config(model, layers),
             stacklevel=2,
         )
-    for layer, linear in merged.items():
-        move_hooks(layer, linear)
+    for layer, plain in merged.items():
+        move_hooks(layer, plain)
     checkpointing.undo(model)
     resizing.undo(model)
     return replace(model, {name: merged[layer] for name, layer in layers.items()})
 
 
-def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
+def _also_used_elsewhere(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -71,12 +68,12 @@ def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> lis
     return [
         f"{name}.{stored}"
         for name, layer in layers.items()
-        for stored in layer._stored_names
-        if len(owners.get(id(layer._parameters.get(stored)), ())) > 1
+        for stored, tensor in layer.frozen_tensors().items()
+        if len(owners.get(id(tensor), ())) > 1
     ]
 
 
-def _untie_config(model: nn.Module, layers: dict[str, LoRALinear]) -> str:
+def _untie_config(model: nn.Module, layers: dict[str, AdapterLayer]) -> str:
     """What to do lest Transformers ties a merged head again when it loads the saved model."""
     config = getattr(model, "config", None)
     getter = getattr(model, "get_output_embeddings", None)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lorafast.nn.lora_linear import why_not_adaptable
+from lorafast.convert.kinds import PLAIN, kind_of
 
 # What torch.compile calls the module that it wraps.
 COMPILED = "_orig_mod"
@@ -76,4 +76,7 @@ def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> s
             return f"{type(parent).__name__} reads its weight without calling it"
     if has_peft_adapter(module):
         return "it has PEFT's adapter (lorafast.accelerate(model) makes that fast)"
-    return why_not_adaptable(module)
+    kind = kind_of(module)
+    if kind is None:
+        return f"it is a {type(module).__name__}, expected an {PLAIN}"
+    return kind.layer.why_not_adaptable(module)

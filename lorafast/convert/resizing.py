@@ -3,11 +3,9 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from lorafast.nn import LoRALinear
-from lorafast.operands import Operand
+from lorafast.nn import AdapterLayer
 
 _METHOD = "resize_token_embeddings"
 
@@ -15,7 +13,7 @@ _METHOD = "resize_token_embeddings"
 def let_heads_resize(model: nn.Module) -> None:
     """``resize_token_embeddings`` of ``model``, and of models in it, resizes an adapted head too.
 
-    Transformers resizes an ``nn.Linear``: it refuses a ``LoRALinear`` when the input embeddings are
+    Transformers resizes an ``nn.Linear``: it refuses an adapted one when the input embeddings are
     resized already, and of a tied one it changes the weight alone. A row of ``lora_B`` stays with its
     token; those of added tokens are zero.
     """
@@ -32,10 +30,10 @@ def undo(model: nn.Module) -> None:
             delattr(module, _METHOD)
 
 
-def _adapted_head(model: nn.Module) -> LoRALinear | None:
+def _adapted_head(model: nn.Module) -> AdapterLayer | None:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return head if isinstance(head, LoRALinear) else None
+    return head if isinstance(head, AdapterLayer) else None
 
 
 def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,44 +41,14 @@ def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
     head = _adapted_head(model)
     if head is None:
         return getattr(type(model), _METHOD)(model, *args, **kwargs)
-    weight = head.operand()
-    if isinstance(weight, Operand):
-        raise ValueError(
-            f"the output head is stored as {weight.format}, which can't be resized: resize the model "
-            "before it is stored so"
-        )
-    linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-    linear.weight = head.weight
-    linear.register_parameter("bias", head.bias)
-    model.set_output_embeddings(linear)
+    try:
+        plain = head.to_resize()
+    except ValueError as error:
+        raise ValueError(f"the output head can't be resized: {error}") from error
+    model.set_output_embeddings(plain)
     try:
         embeddings = getattr(type(model), _METHOD)(model, *args, **kwargs)
-        _take_over(head, model.get_output_embeddings())
+        head.take_resized(model.get_output_embeddings())
     finally:
         model.set_output_embeddings(head)
     return embeddings
-
-
-def _take_over(head: LoRALinear, linear: nn.Linear) -> None:
-    """Gives ``head`` the parameters of ``linear``, and ``lora_B`` as many rows.
-
-    They are trained, or frozen, as the head's were: a tied weight is the input embedding's too.
-    """
-    assert isinstance(linear.weight, nn.Parameter)
-    rows = linear.weight.shape[0]
-    linear.weight.requires_grad_(head.weight.requires_grad)
-    if linear.bias is not None and head.bias is not None:
-        linear.bias.requires_grad_(head.bias.requires_grad)
-    head.weight = linear.weight
-    head.bias = linear.bias
-    if rows == head.out_features:
-        return
-    head.out_features = rows
-    old = head.lora_B
-    with torch.no_grad():
-        lora_B = old.new_zeros((rows, head.r))
-        kept = min(rows, old.shape[0])
-        lora_B[:kept] = old[:kept]
-    head.lora_B = nn.Parameter(lora_B, requires_grad=old.requires_grad)
-    if head.merged:
-        head.merge()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorafast.convert.first_backward import waits_for_gradient
+from lorafast.convert.kinds import adapted_layers, adapter_parameters
 from lorafast.convert.left_out import LeftOut, left_out
-from lorafast.nn import LoRALinear
 
 # alpha where a LoraConfig gives none.
 _PEFT_ALPHA = 8
@@ -78,20 +78,17 @@ def summary(model: nn.Module) -> Summary:
             r=layer.r,
             scaling=layer.scaling,
             dropout=layer.dropout,
-            parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+            parameters=sum(p.numel() for p in layer.adapter_parameters().values()),
             merged=layer.merged,
             no_gradient=waits_for_gradient(layer),
         )
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoRALinear)
+        for name, layer in adapted_layers(model).items()
     )
     parameters = list(model.parameters())
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    adapter = {half for layer in layers for half in (layer.lora_A, layer.lora_B)}
     return Summary(
         total=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        adapter=sum(half.numel() for half in adapter),
+        adapter=sum(p.numel() for p in set(adapter_parameters(model))),
         layers=rows,
         left=left_out(model),
     )

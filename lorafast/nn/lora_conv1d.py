@@ -48,7 +48,11 @@ class LoRAConv1D(LoRALinear):
         return kept_transposed(self.weight)
 
     def _plain_weight(self) -> Tensor:
-        return self._with_delta().t().contiguous()
+        return self.merged_weight().t().contiguous()
+
+    def peft_fields(self) -> dict[str, object]:
+        """As of a ``LoRALinear``, but that the weight is kept transposed."""
+        return super().peft_fields() | {"fan_in_fan_out": True}
 
     def pack_(self) -> "LoRAConv1D":
         """Packs the merged weight; see ``LoRALinear.pack_``.

@@ -10,7 +10,7 @@ from lorafast.core.dtypes import FLOATS
 from lorafast.functional import lora_linear
 from lorafast.nn import offload
 from lorafast.nn.checks import FLOAT_NAMES
-from lorafast.nn.lora_linear import TAKEN, LoRALinear
+from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.plain import move_hooks
 from lorafast.operands import Operand, Weight
 
@@ -78,7 +78,7 @@ class LoRAOperandLinear(LoRALinear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         N, K = weight.shape
-        layer._set(K, N, r, alpha, dropout, use_rslora)
+        layer._set_linear(K, N, r, alpha, dropout, use_rslora)
         layer._description = operands.describe(weight)
         layer._stored_names = tuple(weight.tensors())
         for name, tensor in weight.tensors().items():
@@ -92,7 +92,7 @@ class LoRAOperandLinear(LoRALinear):
         layer._add_adapter(weight.dtype, device or weight.device, adapter_dtype)
         # Last: until here an error leaves the tensors as they were.
         for name, parameter in layer.named_parameters():
-            if name not in ("lora_A", "lora_B"):
+            if name not in cls.peft_names:
                 parameter.requires_grad_(False)
         return layer
 
@@ -163,7 +163,7 @@ def why_not_held(weight: Any, bias: object) -> str | None:
     if weight.format not in operands.formats():
         return f"its format {weight.format!r} is not registered (lorafast.operands.register)"
     for name, tensor in weight.tensors().items():
-        taken = name in TAKEN or hasattr(LoRAOperandLinear, name)
+        taken = name in LoRAOperandLinear.taken_names()
         if not name.isidentifier() or (taken and name != "weight"):
             return (
                 f"it is stored in {name!r}, expected a name that a LoRALinear has no other use for"

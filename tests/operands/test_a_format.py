@@ -598,7 +598,7 @@ class TestModel:
         model = Model()
         let_heads_resize(model)
         with pytest.raises(
-            ValueError, match="the output head is stored as negative, which can't be"
+            ValueError, match="the output head can't be resized: it is stored as negative"
         ):
             model.resize_token_embeddings(7)
 
