@@ -96,3 +96,41 @@ def _under_autocast(
             dropout_p=dropout_p,
             training=training,
         )
+
+
+def lora_embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """``y = W[x] + scaling · Aᵀ[x]·Bᵀ``, LoRA over an embedding (Hu et al., 2021), as PEFT has it.
+
+    PyTorch's own calls compute it, whatever backend is forced. Of the options of ``F.embedding`` there is
+    ``padding_idx`` alone: ``max_norm`` would change the frozen weight, ``scale_grad_by_freq`` has no
+    second derivative, and ``sparse`` no gradient of A. Where an embedding scales its output (Gemma's
+    ``embed_scale``), scale ``y``.
+
+    Args:
+        tokens: ``[...]``, integers of any dtype from 0 to V - 1.
+        weight: ``[V, N]``, any strides.
+        lora_A: ``[r, V]``; ``r`` of at least 1.
+        lora_B: ``[N, r]``, in the dtype of ``lora_A``, which may differ from that of ``weight``.
+        scaling: a number, ``alpha / r`` or ``alpha / sqrt(r)``, or a tensor of shape ``[]``, whose value
+            is not waited for.
+        padding_idx: the row of W and of Aᵀ that is read and gets no gradient, as in ``F.embedding``;
+            counted from the end if negative.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``weight``, under autocast too. Every tensor but ``tokens`` may
+        require a gradient. Kept for the backward are ``tokens``, ``lora_B`` and ``Aᵀ[x]``.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what was
+            expected.
+        IndexError: a token is none of the V (PyTorch's; on a GPU, its assertion).
+    """
+    return ops.lora_embedding(tokens, weight, lora_A, lora_B, scaling, padding_idx)

@@ -5,6 +5,7 @@ from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.linear_expand import linear_expand
+from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
@@ -16,6 +17,7 @@ __all__ = [
     "backends",
     "expand_backward",
     "linear_expand",
+    "lora_embedding",
     "lora_linear",
     "shrink",
     "shrink_backward",

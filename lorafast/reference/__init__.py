@@ -4,6 +4,7 @@ from lorafast.core.dtypes import wide
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
 from lorafast.reference.expand_backward import expand_backward, expand_dB, expand_ds
 from lorafast.reference.linear_expand import linear_expand
+from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
@@ -15,6 +16,7 @@ __all__ = [
     "expand_ds",
     "keep_mask",
     "linear_expand",
+    "lora_embedding",
     "lora_linear",
     "philox_4x32",
     "shrink",

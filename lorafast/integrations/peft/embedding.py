@@ -1,15 +1,12 @@
-"""LoRA over an embedding: ``y = W[x] + Σ scaling · Aᵀ[x]·Bᵀ``, each adapter added in one product."""
+"""LoRA over an embedding: which of PEFT's calls are served fast, and by what."""
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Embedding
 from torch import Tensor
 
-from lorafast.core.context import without_autocast
 from lorafast.integrations.peft import rules
-from lorafast.integrations.peft.adapters import settled
+from lorafast.ops.lora_embedding import add_low_rank
 
 
 def forward(
@@ -20,27 +17,11 @@ def forward(
     if args or kwargs or rules.why_stock_embedding(layer, names, x):
         return None
     y: Tensor = layer.base_layer(x)
-    tokens = x.reshape(-1)
-    rows = y.reshape(tokens.numel(), y.shape[-1])  # [M, N]
-    with without_autocast(y):
-        for name in names:
-            rows = _add(layer, name, tokens, rows)
-    rows = rows.reshape(y.shape)
-    return rows if rows.dtype is y.dtype else rows.to(y.dtype)
-
-
-def _add(layer: Embedding, name: str, tokens: Tensor, rows: Tensor) -> Tensor:
-    lora_A = layer.lora_embedding_A[name]  # [r, V]
-    lora_B, scaling = settled(layer.lora_embedding_B[name], layer.scaling[name])  # [N, r]
-    padding = layer._modules["base_layer"].padding_idx
-    if padding is None and tokens.device.type == "cpu":
-        s = lora_A.index_select(1, tokens).t()  # its gradient is not [V, r], to be transposed
-    else:
-        s = F.embedding(tokens, lora_A.t(), padding)
-    dtype = rows.dtype
-    if dtype is torch.float16 and lora_B.dtype is not torch.float16:
-        dtype = torch.float32  # which what the adapter makes needs, and its gradients
-    return torch.addmm(rows.to(dtype), s.to(dtype), lora_B.t().to(dtype), alpha=scaling)
+    dtype, padding_idx = y.dtype, layer._modules["base_layer"].padding_idx
+    for name in names:
+        lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        y = add_low_rank(y, x, lora_A, lora_B, layer.scaling[name], padding_idx)
+    return y.to(dtype)
 
 
 def active(layer: Embedding) -> list[str]:
