@@ -1,4 +1,4 @@
-"""``adapt``: a model's linear layers become LoRA layers, in place."""
+"""``adapt``: layers of a model become adapted ones, in place."""
 
 import warnings
 
@@ -10,9 +10,9 @@ from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
 from lorafast.convert.fsdp import name_of_sharded
-from lorafast.convert.kinds import adapted_layers, adapter_parameters, plain_kind
+from lorafast.convert.kinds import adapted_layers, adapter_parameters, kind_of_layer
 from lorafast.convert.left_out import large_share
-from lorafast.convert.resizing import let_heads_resize
+from lorafast.convert.resizing import let_embeddings_resize
 from lorafast.convert.save_pretrained import save_adapters_too
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import AdapterLayer
@@ -30,14 +30,17 @@ def adapt(
     freeze: bool = True,
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Replaces linear layers of ``model`` by ``LoRALinear`` that share their weights.
+    """Replaces layers of ``model`` by adapted ones that share their weights.
+
+    A linear layer becomes a ``LoRALinear``, an ``nn.Embedding`` that ``targets`` names a
+    ``LoRAEmbedding``.
 
     A warning after the first backward names adapters that got no gradient where others did. Reentrant
     checkpointing trains the adapters of Transformers' models; one of your own must give it an input
     that requires a gradient, or be checkpointed with ``use_reentrant=False``.
 
     Args:
-        model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
+        model: any module; changed in place. If it is itself a layer to adapt, use what is returned.
         r: rank.
         targets: ``"all-linear"`` (every ``nn.Linear``, GPT-2's ``Conv1D``, each layer that a format of
             ``lorafast.operands`` claims, but those of a Transformers model's output head or
@@ -45,7 +48,7 @@ def adapt(
             PEFT's ``target_modules``), or a string, a regex that must match the full name.
         alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``). None is ``r``: a
             scaling of 1, where PEFT's default, ``lora_alpha=8``, gives 0.5 at r = 16.
-        dropout: probability of dropping an element of a layer's input to the adapter.
+        dropout: probability of dropping an element of a linear layer's input to the adapter.
         use_rslora: see ``alpha``.
         exclude: layers to leave out, given like ``targets``. A layer that has two names is selected,
             or left out, by either.
@@ -74,7 +77,7 @@ def adapt(
         )
     with all_or_nothing(inner) as undo:
         for plain, names in found.items():
-            layer = undo.made[plain] = plain_kind(plain).layer.of_plain(
+            layer = undo.made[plain] = kind_of_layer(plain).layer.of_plain(
                 plain,
                 r,
                 alpha=alpha,
@@ -114,6 +117,6 @@ def put_in_place(model: nn.Module, layers: dict[str, AdapterLayer]) -> nn.Module
         elif isinstance(module, nn.TransformerEncoder) and adapted:
             module.use_nested_tensor = False
     let_gradients_through(model)
-    let_heads_resize(model)
+    let_embeddings_resize(model)
     watch(model)
     return model

@@ -1,6 +1,5 @@
 """``save_adapter`` and ``load_adapter``: adapters as files in PEFT's format, safetensors only."""
 
-import contextlib
 import itertools
 import os
 import warnings
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
 from lorafast.convert.exchange import put_into, whole, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
-from lorafast.convert.kinds import KINDS, PEFT_NAMES, adapted_layers, plain_kind
+from lorafast.convert.kinds import KINDS, PEFT_NAMES, adapted_layers, kind_of_layer
 from lorafast.convert.peft_format import (
     PREFIX,
     AdapterConfig,
@@ -21,6 +20,7 @@ from lorafast.convert.peft_format import (
     parse_config,
     stored_whole,
 )
+from lorafast.convert.places import embeddings_of
 from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
 from lorafast.nn import AdapterLayer
 from lorafast.nn.offload import device_of
@@ -312,7 +312,7 @@ def _check_adapter(
         sizes = (module.in_features, module.out_features)
         devices = {tensor.device for tensor in there.values()}
     else:
-        kind = plain_kind(module)
+        kind = kind_of_layer(module)
         sizes = kind.features(module)
         shapes, there = kind.layer.shapes_of(*sizes, r), {}
         weight = kind.frozen_tensor(module)
@@ -391,15 +391,9 @@ def _check_others(
 
 def _embeddings(model: nn.Module) -> set[str]:
     """All names of the input and output embeddings of a Transformers model."""
-    found = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # it has none
-            found.append(getattr(model, getter)())
-    return {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if any(module is one for one in found)
-    }
+    found = set(embeddings_of(model).values())
+    modules = model.named_modules(remove_duplicate=False)
+    return {name for name, module in modules if module in found}
 
 
 def _check_value(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorafast.convert.adapt import freeze_base, put_in_place
 from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
-from lorafast.convert.kinds import plain_kind
+from lorafast.convert.kinds import kind_of_layer
 from lorafast.convert.peft_format import AdapterConfig, stored_whole
 from lorafast.convert.targets import names_by_layer
 from lorafast.nn import AdapterLayer
@@ -92,7 +92,7 @@ def put_into(
 
 
 def _make(layer: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
-    return plain_kind(layer).layer.of_plain(
+    return kind_of_layer(layer).layer.of_plain(
         layer,
         config.rank(name),
         alpha=config.alpha(name),

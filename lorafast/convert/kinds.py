@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafast.nn import AdapterLayer, LoRALinear
+from lorafast.nn import AdapterLayer, LoRAEmbedding, LoRALinear
 from lorafast.nn.plain import features, frozen_tensor, is_linear
 
 
@@ -39,6 +39,14 @@ KINDS = (
         frozen_tensor=frozen_tensor,
         in_all_linear=True,
     ),
+    Kind(
+        layer=LoRAEmbedding,
+        plain="nn.Embedding",
+        wraps=lambda module: isinstance(module, nn.Embedding),
+        features=lambda plain: tuple(plain.weight.shape),
+        frozen_tensor=lambda plain: plain.weight,
+        in_all_linear=False,
+    ),
 )
 PLAIN = " or ".join(kind.plain for kind in KINDS)
 PEFT_NAMES = {ending: name for kind in KINDS for name, ending in kind.layer.peft_names.items()}
@@ -54,9 +62,9 @@ def kind_of(module: nn.Module) -> Kind | None:
     return None
 
 
-def plain_kind(plain: nn.Module) -> Kind:
-    """The kind that wraps ``plain``, a layer of one."""
-    kind = kind_of(plain)
+def kind_of_layer(layer: nn.Module) -> Kind:
+    """The kind of ``layer``, which is of one."""
+    kind = kind_of(layer)
     assert kind is not None
     return kind
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafast.convert.kinds import adapted_layers, adapter_parameters
+from lorafast.convert.kinds import adapted_layers, adapter_parameters, kind_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BY_MODULE = "LoraConfig(target_modules=[...])"
@@ -23,10 +23,14 @@ class LeftOut:
     layers: int
     parameters: int
     peft: str = ""
-    """The setting of PEFT's that adapts them, where there is one."""
+    """The setting of PEFT's that adapts them, where there is one and ``adapt`` doesn't."""
+    by_name: bool = False
+    """Whether ``adapt`` adapts them where its ``targets`` name them, and not by default."""
 
     def __str__(self) -> str:
         served = f" (PEFT adapts them: {self.peft})" if self.peft else ""
+        if self.by_name:
+            served = " (adapted where targets name them)"
         return f"{self.layers} {self.kind}, {self.parameters:,} parameters{served}"
 
 
@@ -83,13 +87,21 @@ def _has_matrix(parameters: Iterable[nn.Parameter]) -> bool:
 
 def _count(layers: list[tuple[nn.Module, list[nn.Parameter]]]) -> LeftOut:
     module = layers[0][0]
+    kind = kind_of(module)
+    by_name = (
+        kind is not None
+        and not kind.in_all_linear
+        and all(kind.layer.why_not_adaptable(one) is None for one, _ in layers)
+    )
     peft = ""
-    if isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
+    if by_name:
+        pass
+    elif isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
         peft = _BY_MODULE
     elif _is_stacked(module):
         peft = _BY_PARAMETER
     size = _size(p for _, own in layers for p in own)
-    return LeftOut(type(module).__name__, len(layers), size, peft)
+    return LeftOut(type(module).__name__, len(layers), size, peft, by_name)
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

@@ -1,4 +1,4 @@
-"""``merge``: LoRA layers become plain linear layers."""
+"""``merge``: adapted layers become plain ones."""
 
 import warnings
 
@@ -7,22 +7,23 @@ from torch import nn
 from lorafast.convert import checkpointing, resizing
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import adapted_layers
+from lorafast.convert.places import embeddings_of
 from lorafast.convert.targets import replace
 from lorafast.nn import AdapterLayer, offload
 from lorafast.nn.plain import move_hooks
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replaces every ``LoRALinear`` by a plain layer of weight ``W + scaling · B·A``.
+    """Replaces every adapted layer by a plain one of weight ``W + scaling · B·A``.
 
-    The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The layers
+    The model is changed in place; if it is itself an adapted layer, use what is returned. The layers
     are of the class that was adapted, ``nn.Linear`` as a rule. The sum is rounded to the dtype of the
     weight. Hooks move along. A weight that another module shares is no longer shared, and a warning
     names it. Weights that Accelerate has offloaded, to a disk too, are brought in one layer at a time;
     the merged ones are offloaded to the CPU's memory.
 
     Raises:
-        ValueError: the model has no ``LoRALinear``; or a layer's adapter has NaN or infinite values or
+        ValueError: the model has no adapted layer; or a layer's adapter has NaN or infinite values or
             makes some, the layer has no values (meta), is sharded, or has hooks that can't move. The
             message names the layer, and the model is unchanged.
     """
@@ -74,11 +75,9 @@ def _also_used_elsewhere(model: nn.Module, layers: dict[str, AdapterLayer]) -> l
 
 
 def _untie_config(model: nn.Module, layers: dict[str, AdapterLayer]) -> str:
-    """What to do lest Transformers ties a merged head again when it loads the saved model."""
-    config = getattr(model, "config", None)
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if head not in layers.values() or not getattr(config, "tie_word_embeddings", False):
+    """What to do lest Transformers ties a merged weight again when it loads the saved model."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied or not set(layers.values()) & set(embeddings_of(model).values()):
         return ""
     return (
         " (set model.config.tie_word_embeddings = False before saving, or loading ties them again)"

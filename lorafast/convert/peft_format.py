@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from lorafast.convert.bounded_regex import BoundedRegex, shortened
+from lorafast.convert.kinds import kind_of_layer
 from lorafast.convert.targets import ALL_LINEAR, check_names, names_by_layer, output_head
 from lorafast.nn import AdapterLayer
 from lorafast.nn.checks import check_alpha, check_probability, check_rank
@@ -92,7 +93,7 @@ class ByPattern(Generic[_T]):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of PEFT's ``LoraConfig`` that a LoRA linear layer has."""
+    """The fields of PEFT's ``LoraConfig`` that adapted layers have."""
 
     r: int
     lora_alpha: float
@@ -116,22 +117,22 @@ class AdapterConfig:
         return self.alpha_pattern.get(name, self.lora_alpha)
 
     def targets(self, model: nn.Module) -> set[str]:
-        """The linear layers of ``model``, adapted or not, that the config names."""
+        """The layers of ``model`` that can be adapted or are, and that the config names."""
         head = output_head(model) if self.target_modules is None else None
         in_head = set() if head is None else set(head.modules())
         return {
             names[0]
             for layer, names in names_by_layer(model).items()
-            if layer not in in_head and self._targets(names[0])
+            if layer not in in_head and self._targets(names[0], layer)
         }
 
-    def _targets(self, name: str) -> bool:
+    def _targets(self, name: str, layer: nn.Module) -> bool:
         if name in self.exclude_modules:
             return False
         if any(f".{stored}." in f".{name}." for stored in self.modules_to_save):
             return False
         if self.target_modules is None:
-            return True
+            return kind_of_layer(layer).in_all_linear
         if self.target_modules.regex is not None or name in self.target_modules.names:
             return name in self.target_modules
         return name in self.target_modules and self._in_layers(name)

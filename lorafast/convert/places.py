@@ -1,5 +1,6 @@
-"""Where a layer stands in a model: places whose adapter would never run, and PEFT's own layers."""
+"""Where a layer stands in a model: embeddings, places whose adapter would never run, PEFT's layers."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 
@@ -63,6 +64,17 @@ def has_peft_adapter(module: nn.Module) -> bool:
     """Whether ``module`` is a layer of PEFT's, with an adapter of any kind; never imports PEFT."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The ``input`` and ``output`` embeddings of a Transformers model, those that it has."""
+    found = {}
+    for place in ("input", "output"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # it has none
+            module = getattr(model, f"get_{place}_embeddings")()
+            if isinstance(module, nn.Module):
+                found[place] = module
+    return found
 
 
 def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> str | None:

@@ -1,54 +1,68 @@
-"""A Transformers model whose adapted output head changes its size with the vocabulary."""
+"""A Transformers model whose adapted embeddings or output head change their size with the vocabulary."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from lorafast.convert.places import embeddings_of
 from lorafast.nn import AdapterLayer
 
 _METHOD = "resize_token_embeddings"
 
 
-def let_heads_resize(model: nn.Module) -> None:
-    """``resize_token_embeddings`` of ``model``, and of models in it, resizes an adapted head too.
+class _Adapted(NamedTuple):
+    """An adapted layer of one row a token, and where the model has it."""
 
-    Transformers resizes an ``nn.Linear``: it refuses an adapted one when the input embeddings are
-    resized already, and of a tied one it changes the weight alone. A row of ``lora_B`` stays with its
-    token; those of added tokens are zero.
+    place: str
+    layer: AdapterLayer
+
+
+def let_embeddings_resize(model: nn.Module) -> None:
+    """``resize_token_embeddings`` of ``model``, and of models in it, resizes adapted layers too.
+
+    Transformers resizes plain ones: it refuses adapted embeddings, and an adapted head when the input
+    embeddings are resized already, and of a tied one it changes the weight alone. What an adapter adds
+    to a token stays with it; to added tokens it adds nothing.
     """
     for module in model.modules():
-        if callable(getattr(module, _METHOD, None)) and _adapted_head(module) is not None:
+        if callable(getattr(module, _METHOD, None)) and _adapted(module):
             setattr(module, _METHOD, partial(_resize, module))
 
 
 def undo(model: nn.Module) -> None:
-    """Undoes ``let_heads_resize``."""
+    """Undoes ``let_embeddings_resize``."""
     for module in model.modules():
         method = vars(module).get(_METHOD)
         if isinstance(method, partial) and method.func is _resize:
             delattr(module, _METHOD)
 
 
-def _adapted_head(model: nn.Module) -> AdapterLayer | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, AdapterLayer) else None
+def _adapted(model: nn.Module) -> list[_Adapted]:
+    """The adapted ones of the model's input and output embeddings."""
+    return [
+        _Adapted(place, layer)
+        for place, layer in embeddings_of(model).items()
+        if isinstance(layer, AdapterLayer)
+    ]
 
 
 def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own method, which finds a plain head in the place of the adapted one."""
-    head = _adapted_head(model)
-    if head is None:
-        return getattr(type(model), _METHOD)(model, *args, **kwargs)
+    """The model's own method, which finds plain layers in the place of adapted ones."""
+    adapted = _adapted(model)
+    plain = {}
+    for place, layer in adapted:
+        try:
+            plain[place] = layer.to_resize()
+        except ValueError as error:
+            raise ValueError(f"the {place} embeddings can't be resized: {error}") from error
     try:
-        plain = head.to_resize()
-    except ValueError as error:
-        raise ValueError(f"the output head can't be resized: {error}") from error
-    model.set_output_embeddings(plain)
-    try:
+        for place, one in plain.items():
+            getattr(model, f"set_{place}_embeddings")(one)
         embeddings = getattr(type(model), _METHOD)(model, *args, **kwargs)
-        head.take_resized(model.get_output_embeddings())
+        for place, layer in adapted:
+            layer.take_resized(getattr(model, f"get_{place}_embeddings")())
     finally:
-        model.set_output_embeddings(head)
-    return embeddings
+        for place, layer in adapted:
+            getattr(model, f"set_{place}_embeddings")(layer)
+    return model.get_input_embeddings() if "input" in plain else embeddings

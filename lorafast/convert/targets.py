@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lorafast.convert.kinds import PLAIN, kind_of
+from lorafast.convert.kinds import PLAIN, kind_of, kind_of_layer
 from lorafast.convert.left_out import large_share
 from lorafast.convert.places import COMPILED, has_peft_adapter, why_not_here
 from lorafast.nn import AdapterLayer
@@ -149,8 +149,7 @@ def _all_linear(model: nn.Module, plain: dict[nn.Module, list[str]]) -> dict[nn.
     found: dict[nn.Module, list[str]] = {}
     refused: dict[str, list[str]] = {}
     for layer, names in plain.items():
-        kind = kind_of(layer)
-        if kind is None or not kind.in_all_linear:
+        if not kind_of_layer(layer).in_all_linear:
             continue
         if layer in in_head:
             if names[0].partition(".")[0] in _CLASSIFIERS:

@@ -2,6 +2,7 @@
 
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.explain import Choice, Explanation, explain
+from lorafast.nn.lora_embedding import LoRAEmbedding
 from lorafast.nn.lora_linear import LoRALinear
 
-__all__ = ["AdapterLayer", "Choice", "Explanation", "LoRALinear", "explain"]
+__all__ = ["AdapterLayer", "Choice", "Explanation", "LoRAEmbedding", "LoRALinear", "explain"]

@@ -1,4 +1,4 @@
-"""Which plain linear layers a LoRA layer can wrap, and the reasons against the others."""
+"""Which plain layers an adapter layer can wrap, and the reasons against the others."""
 
 from collections.abc import Collection
 
@@ -25,6 +25,17 @@ def why_not_linear(linear: nn.Module, taken: Collection[str]) -> str | None:
     return _why_not_stock(linear, stock, ("weight", "bias"), taken, "LoRALinear")
 
 
+def why_not_embedding(embedding: nn.Module, taken: Collection[str]) -> str | None:
+    """The reason for which a ``LoRAEmbedding``, which has ``taken``, can't wrap it, or None."""
+    if not isinstance(embedding, nn.Embedding):
+        return f"it is a {type(embedding).__name__}, expected an nn.Embedding"
+    if embedding.max_norm is not None:
+        return f"its max_norm is {embedding.max_norm}, which changes the frozen weight in each call"
+    if embedding.scale_grad_by_freq:
+        return "its scale_grad_by_freq is True, which the adapter's gradients don't follow"
+    return _why_not_stock(embedding, nn.Embedding, ("weight",), taken, "LoRAEmbedding")
+
+
 def _why_not_stock(
     module: nn.Module,
     stock: type[nn.Module],
@@ -47,7 +58,9 @@ def _why_not_stock(
     assert dense is not None
     if dense.dtype not in FLOATS:
         return f"its weight is {dense.dtype}, expected {FLOAT_NAMES}"
-    return _why_not_plain(dense) or why_not_carried(module, stock, taken, wrapper)
+    return _why_not_plain(dense) or why_not_carried(
+        module, stock, set(taken) - set(tensors), wrapper
+    )
 
 
 def _why_not_plain(weight: Tensor) -> str | None:

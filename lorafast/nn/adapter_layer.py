@@ -8,9 +8,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorafast.core.problem import Problem
 from lorafast.nn import offload
 from lorafast.nn.checks import check_alpha, check_dtype, check_mergeable, check_rank, count
-from lorafast.nn.plain import carry, why_not_its_forward
+from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
 
 _HALF = (torch.float16, torch.bfloat16)
 _PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
@@ -38,6 +39,9 @@ class AdapterLayer(nn.Module):
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
+
+    operation: ClassVar[str] = ""
+    """What its forward is called in every room."""
 
     in_features: int
     out_features: int
@@ -126,6 +130,13 @@ class AdapterLayer(nn.Module):
         """What ``summary`` says of the layer beside its numbers, if anything."""
         return ""
 
+    def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
+        """The forward and the backward that backends are asked for; none where PyTorch computes it.
+
+        Rows are like those of ``x``, or many of the weight's.
+        """
+        return ()
+
     def to_resize(self) -> nn.Module:
         """A plain layer with the frozen tensors of this one, for the model's own resizing.
 
@@ -137,6 +148,29 @@ class AdapterLayer(nn.Module):
     def take_resized(self, plain: Any) -> None:
         """Takes the frozen tensors of ``plain``, which was resized, and as much of an adapter."""
         raise ValueError(f"a {type(self).__name__} can't be resized: merge it first")
+
+    @classmethod
+    def _around(cls: type[Layer], plain: nn.Module, r: int, **options: Any) -> Layer:
+        """Takes the place of ``plain``, of which all fits that ``_build`` doesn't check."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._build(plain, r, **options)
+        # Not before: until here an error leaves ``plain`` as it was.
+        layer._carry(plain)
+        move_hooks(plain, layer)
+        offload.wrap(plain, layer)
+        layer.training = plain.training
+        return layer
+
+    @abstractmethod
+    def _build(self, plain: nn.Module, r: int, **options: Any) -> None:
+        """Takes the frozen tensors of ``plain`` and adds an adapter."""
+
+    def _carry(self, plain: nn.Module) -> None:
+        """Freezes the parameters of ``plain``, and takes what else it holds."""
+        for frozen in plain.parameters(recurse=False):
+            frozen.requires_grad_(False)
+        carry(plain, self, but=self.own_names | self.peft_names.keys() | {*self._stored_names})
 
     def _set(
         self,
@@ -296,7 +330,7 @@ class AdapterLayer(nn.Module):
         return self.merged_weight()
 
     def _fill(self, plain: nn.Module) -> None:
-        """Gives the plain layer what else it has, beside its weight."""
+        """Gives the plain layer what it has beside its weight and what is carried."""
 
     def _apply(self: Layer, fn: Any, recurse: bool = True) -> Layer:
         was_meta = self._adapter_is_meta()

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from lorafast import operands, ops
 from lorafast.core.context import autocast_anywhere
+from lorafast.core.problem import Problem
 from lorafast.functional import lora_linear
 from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_claimed, why_not_linear
 from lorafast.nn.adapter_layer import AdapterLayer, summed
 from lorafast.nn.checks import check_dtype, check_probability
-from lorafast.nn.plain import carry, features, is_conv1d, move_hooks
+from lorafast.nn.plain import features, is_conv1d
+from lorafast.nn.problems import linear_problems
 from lorafast.nn.scripted import ScriptedLoRALinear
 from lorafast.operands import Operand, Weight, packed
 from lorafast.ops.calls import Memory
@@ -58,6 +60,7 @@ class LoRALinear(AdapterLayer):
 
     peft_names: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     watched_parameter = "lora_B"
+    operation = "lora_linear"
     own_names = AdapterLayer.own_names | {"_memory", "_description"}
 
     weight: nn.Parameter
@@ -83,7 +86,11 @@ class LoRALinear(AdapterLayer):
         super().__init__()
         check_dtype("dtype", dtype)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
+        self._build(
+            linear, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+        )  # fmt: skip
+        self._carry(linear)
 
     @classmethod
     def why_not_adaptable(cls, linear: nn.Module) -> str | None:
@@ -147,14 +154,10 @@ class LoRALinear(AdapterLayer):
             from lorafast.nn.lora_conv1d import LoRAConv1D  # which is a LoRALinear
 
             cls = cls if issubclass(cls, LoRAConv1D) else LoRAConv1D
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._build(linear, r, alpha, dropout, use_rslora, adapter_dtype)
-        carry(linear, layer, but=cls.own_names | cls.peft_names.keys() | {"weight"})
-        move_hooks(linear, layer)
-        offload.wrap(linear, layer)
-        layer.training = linear.training
-        return layer
+        return cls._around(
+            linear, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+        )  # fmt: skip
 
     @classmethod
     def of_plain(cls, plain: nn.Module, r: int, **options: Any) -> "LoRALinear":
@@ -193,23 +196,21 @@ class LoRALinear(AdapterLayer):
 
     def _build(
         self,
-        linear: nn.Module,
+        plain: nn.Module,
         r: int,
+        *,
         alpha: float | None,
         dropout: float,
         use_rslora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
-        weight = linear.weight
+        weight = plain.weight
         assert isinstance(weight, nn.Parameter)
-        self._plain_class = type(linear)
-        self._set_linear(*features(linear), r, alpha, dropout, use_rslora)
+        self._plain_class = type(plain)
+        self._set_linear(*features(plain), r, alpha, dropout, use_rslora)
         self.weight = weight
-        self.bias = linear.bias  # type: ignore[assignment]
-        self._add_adapter(weight.dtype, offload.device_of(linear, weight), adapter_dtype)
-        # Last: until here an error leaves ``linear`` as it was.
-        for frozen in linear.parameters(recurse=False):
-            frozen.requires_grad_(False)
+        self.bias = plain.bias  # type: ignore[assignment]
+        self._add_adapter(weight.dtype, offload.device_of(plain, weight), adapter_dtype)
 
     def _set_linear(
         self,
@@ -298,6 +299,11 @@ class LoRALinear(AdapterLayer):
         weight = self.base_weight()
         self._check_mergeable(weight, (self.out_features, self.in_features))
         return summed(weight, self._delta_weight())
+
+    def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
+        """``lora_linear`` and its backward."""
+        dropout = bool(self.dropout and self.training)
+        return linear_problems(x, self.operand(), self.lora_A, self.lora_B, self.bias, dropout)
 
     def to_linear(self) -> nn.Module:
         """A plain layer with weight ``W + scaling · B·A``: see ``to_plain``."""

@@ -120,7 +120,7 @@ def why_not_carried(
     if vars(module).get("_compiled_call_impl") is not None:
         return "it was compiled in place: adapt it before Module.compile()"
     for name in _own_names(module):
-        if name in taken and name not in ("weight", "bias"):
+        if name in taken:
             return f"its attribute {name!r} has the name of one that a {wrapper} has"
     return None
 

@@ -1,4 +1,4 @@
-"""What ``torch.jit.script`` makes of a ``LoRALinear``: the formula in PyTorch's own calls."""
+"""What ``torch.jit.script`` makes of adapter layers: their formulas in PyTorch's own calls."""
 
 import torch
 import torch.nn.functional as F
@@ -38,3 +38,32 @@ class ScriptedLoRALinear(nn.Module):
         s = F.linear(dropped, self.lora_A.to(dtype))
         low_rank = F.linear(s, self.lora_B.to(dtype) * self.scaling)
         return (F.linear(x, self.weight, self.bias) + low_rank).to(x.dtype)
+
+
+class ScriptedLoRAEmbedding(nn.Module):
+    """``y = W[x] + scaling · Aᵀ[x]·Bᵀ`` over the parameters of a layer, which it shares."""
+
+    padding_idx: int | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        lora_embedding_A: nn.Parameter,
+        lora_embedding_B: nn.Parameter,
+        scaling: float,
+        padding_idx: int | None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.lora_embedding_A = lora_embedding_A
+        self.lora_embedding_B = lora_embedding_B
+        self.scaling = float(scaling)
+        self.padding_idx = padding_idx
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...]`` → ``[..., embedding_dim]``."""
+        y = F.embedding(x, self.weight, self.padding_idx)
+        dtype = torch.float32 if y.dtype == torch.float16 else y.dtype
+        s = F.embedding(x, self.lora_embedding_A.t(), self.padding_idx).to(dtype)
+        low_rank = F.linear(s, self.lora_embedding_B.to(dtype) * self.scaling)
+        return (y + low_rank).to(y.dtype)

@@ -1,0 +1,256 @@
+"""``LoRAEmbedding``: a frozen ``nn.Embedding`` with a low-rank adapter."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafast.functional import lora_embedding
+from lorafast.nn import offload
+from lorafast.nn.adaptable import why_not_embedding
+from lorafast.nn.adapter_layer import AdapterLayer, summed
+from lorafast.nn.checks import check_dtype
+from lorafast.nn.scripted import ScriptedLoRAEmbedding
+from lorafast.ops.unstrided import is_sharded
+
+# For torch.fx a call is one node, as one of nn.Embedding is.
+torch.fx.wrap("lora_embedding")
+
+
+class LoRAEmbedding(AdapterLayer):
+    """``y = W[x] + scaling · Aᵀ[x]·Bᵀ`` with W frozen (Hu et al., 2021), over the tokens ``x``.
+
+    Parameters: ``weight [num_embeddings, embedding_dim]`` (frozen), ``lora_embedding_A
+    [r, num_embeddings]`` and ``lora_embedding_B [embedding_dim, r]`` (trained), by PEFT's names. These
+    three are the keys of its ``state_dict``; one of a plain ``nn.Embedding`` loads as it is and leaves
+    the adapter alone. In ``in_features`` and ``out_features`` it has the two sizes, as PEFT calls them.
+
+    Args:
+        num_embeddings: number of rows of the table, V.
+        embedding_dim: size of a row, N.
+        r: rank of the adapter, at least 1.
+        alpha: ``scaling`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora`` (Kalajdzievski,
+            2023); None stands for ``r``, a scaling of 1, where PEFT's default ``lora_alpha`` is 8.
+        padding_idx: the row that starts at zero and gets no gradient, as in ``nn.Embedding``.
+        use_rslora: see ``alpha``.
+        device: where the parameters live.
+        dtype: dtype of ``weight``: float16, bfloat16, float32 or float64.
+        adapter_dtype: dtype of the adapter. None means the dtype of ``weight``, but float32 if that is
+            float16 or bfloat16.
+
+    ``lora_embedding_A`` starts zero and ``lora_embedding_B`` normal, as in PEFT: a fresh adapter changes
+    nothing. There is no dropout of tokens, which PEFT doesn't have either.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit.
+    """
+
+    peft_names: ClassVar = {
+        "lora_embedding_A": "lora_embedding_A",
+        "lora_embedding_B": "lora_embedding_B",
+    }
+    watched_parameter = "lora_embedding_A"
+    operation = "lora_embedding"
+
+    weight: nn.Parameter
+    lora_embedding_A: nn.Parameter
+    lora_embedding_B: nn.Parameter
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    _plain_class: type[nn.Module] = nn.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int,
+        *,
+        alpha: float | None = None,
+        padding_idx: int | None = None,
+        use_rslora: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_dtype("dtype", dtype)
+        plain = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self._build(plain, r, alpha=alpha, use_rslora=use_rslora, adapter_dtype=adapter_dtype)
+        self._carry(plain)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Module,
+        r: int,
+        *,
+        alpha: float | None = None,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRAEmbedding":
+        """Wraps ``embedding``: takes over its weight (no copy), its hooks, its mode and all it holds.
+
+        The weight is the same object, so an output head that is tied to it stays so, without this
+        adapter, as in PEFT; it is frozen. Merging gives back a layer of its class. Arguments as for the
+        class.
+
+        Raises:
+            TypeError: ``embedding`` is not a plain ``nn.Embedding`` (with another ``forward``, say one
+                that scales its output), has a ``max_norm`` or ``scale_grad_by_freq`` or what would be
+                lost, or a dtype is not one of float16, bfloat16, float32 and float64. ``embedding`` is
+                unchanged.
+            ValueError: another argument doesn't fit. ``embedding`` is unchanged.
+        """
+        reason = cls.why_not_adaptable(embedding)
+        if reason is not None:
+            raise TypeError(f"embedding can't be adapted: {reason}")
+        return cls._around(
+            embedding, r, alpha=alpha, use_rslora=use_rslora, adapter_dtype=adapter_dtype
+        )
+
+    @classmethod
+    def of_plain(
+        cls, plain: nn.Module, r: int, *, dropout: float = 0.0, **options: Any
+    ) -> "LoRAEmbedding":
+        """``from_embedding``; ``dropout`` is of other layers, as in PEFT."""
+        return cls.from_embedding(plain, r, **options)
+
+    @classmethod
+    def why_not_adaptable(cls, plain: nn.Module) -> str | None:
+        """The reason for which ``plain`` can't become a ``LoRAEmbedding``, or None if it can."""
+        return why_not_embedding(plain, cls.taken_names())
+
+    @staticmethod
+    def shapes_of(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, ...]]:
+        """``lora_embedding_A [r, V]`` and ``lora_embedding_B [N, r]``."""
+        return {"lora_embedding_A": (r, in_features), "lora_embedding_B": (out_features, r)}
+
+    def _build(
+        self,
+        plain: nn.Module,
+        r: int,
+        *,
+        alpha: float | None,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        weight = plain.weight
+        assert isinstance(weight, nn.Parameter)
+        self._plain_class = type(plain)
+        num_embeddings, embedding_dim = weight.shape
+        self._set(num_embeddings, embedding_dim, r, alpha, use_rslora)
+        self.weight = weight
+        self._add_adapter(weight.dtype, offload.device_of(plain, weight), adapter_dtype)
+
+    def reset_adapter(self) -> None:
+        """Sets ``lora_embedding_A`` to zero and draws ``lora_embedding_B`` anew, normal."""
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, the frozen one as ``nn.Embedding`` does."""
+        nn.init.normal_(self.weight)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[self.padding_idx].fill_(0)
+        self.reset_adapter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...]`` integers → ``[..., embedding_dim]``."""
+        if self.merged:
+            return self._forward_merged(x)
+        return lora_embedding(
+            x, self.weight, self.lora_embedding_A, self.lora_embedding_B, self._scaling,
+            padding_idx=self.padding_idx,
+        )  # fmt: skip
+
+    def _forward_merged(self, x: Tensor) -> Tensor:
+        weight: Any = self._merged_weight
+        if is_sharded(weight) and not is_sharded(x):
+            # FSDP makes the layer's own parameters whole in its forward.
+            weight = weight.full_tensor()
+        return F.embedding(x, weight, self.padding_idx)
+
+    def example_input(self, rows: int) -> Tensor:
+        """``[rows]`` zeros, where a forward has its input."""
+        return torch.zeros(rows, dtype=torch.int64, device=offload.device_of(self, self.weight))
+
+    def peft_fields(self) -> dict[str, object]:
+        """What PEFT's config says of such a layer: nothing of dropout."""
+        return {"use_rslora": self._use_rslora}
+
+    def summary_remark(self) -> str:
+        """What it is, for ``summary``."""
+        return "embedding"
+
+    def _delta_weight(self) -> Tensor:
+        dtype = torch.promote_types(self.lora_embedding_A.dtype, torch.float32)
+        A, B = self.lora_embedding_A.to(dtype), self.lora_embedding_B.to(dtype)
+        return self._scaling * (A.t() @ B.t())
+
+    def merged_weight(self) -> Tensor:
+        """``W + scaling · (B·A)ᵀ``, ``[num_embeddings, embedding_dim]``, in the dtype of ``weight``.
+
+        Raises:
+            ValueError: there are no values, or none that can be merged.
+        """
+        self._check_mergeable(self.weight, (self.in_features, self.out_features))
+        return summed(self.weight, self._delta_weight())
+
+    def to_embedding(self) -> nn.Module:
+        """A plain layer with weight ``W + scaling · (B·A)ᵀ``: see ``to_plain``."""
+        return self.to_plain()
+
+    def to_resize(self) -> nn.Module:
+        """An ``nn.Embedding`` with the frozen tensor of this layer."""
+        plain = nn.Embedding(self.in_features, self.out_features, self.padding_idx, device="meta")
+        plain.weight = self.weight
+        return plain
+
+    def take_resized(self, plain: Any) -> None:
+        """Takes the weight of ``plain``; ``lora_embedding_A`` gets as many columns, new ones zero."""
+        assert isinstance(plain.weight, nn.Parameter)
+        V = plain.weight.shape[0]
+        plain.weight.requires_grad_(self.weight.requires_grad)
+        self.weight = plain.weight
+        if self.in_features == V:
+            return
+        self.in_features = self.num_embeddings = V
+        old = self.lora_embedding_A
+        with torch.no_grad():
+            lora_A = old.new_zeros((self.r, V))
+            kept = min(V, old.shape[1])
+            lora_A[:, :kept] = old[:, :kept]
+        self.lora_embedding_A = nn.Parameter(lora_A, requires_grad=old.requires_grad)
+        if self.merged:
+            self.merge()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in this layer's place."""
+        if self.merged:
+            return self.to_plain()
+        scripted = ScriptedLoRAEmbedding(
+            self.weight,
+            self.lora_embedding_A,
+            self.lora_embedding_B,
+            self.scaling,
+            self.padding_idx,
+        )
+        return scripted.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, as in ``nn.Embedding``."""
+        parts = [
+            f"{self.num_embeddings}, {self.embedding_dim}",
+            f"r={self.r}",
+            f"alpha={self.alpha:g}",
+        ]
+        if self.padding_idx is not None:
+            parts.append(f"padding_idx={self.padding_idx}")
+        if self.use_rslora:
+            parts.append("use_rslora=True")
+        if self.merged:
+            parts.append("merged=True")
+        return ", ".join(parts)
