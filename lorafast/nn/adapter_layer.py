@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -43,6 +43,8 @@ class AdapterLayer(nn.Module):
     operation: ClassVar[str] = ""
     """What its forward is called in every room."""
 
+    _build: Callable[..., None]
+    """``_build(plain, r, **options)`` takes the frozen tensors of ``plain`` and adds an adapter."""
     in_features: int
     out_features: int
     dropout: float = 0.0
@@ -161,10 +163,6 @@ class AdapterLayer(nn.Module):
         offload.wrap(plain, layer)
         layer.training = plain.training
         return layer
-
-    @abstractmethod
-    def _build(self, plain: nn.Module, r: int, **options: Any) -> None:
-        """Takes the frozen tensors of ``plain`` and adds an adapter."""
 
     def _carry(self, plain: nn.Module) -> None:
         """Freezes the parameters of ``plain``, and takes what else it holds."""
