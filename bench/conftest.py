@@ -15,9 +15,9 @@ from lorafast.bench.common.contenders import BUILDERS, UnavailableError
 from lorafast.bench.common.problem import DTYPES, Problem, draw, input_sets
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.operations.cases import cases
-from lorafast.bench.operations.job import as_is, why_wrong
+from lorafast.bench.operations.job import as_is, why_unavailable, why_wrong
 
-from lorafast.ops.problems import on_backend, why_not
+from lorafast.ops.problems import on_backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROBLEMS = {
@@ -77,7 +77,7 @@ def time_operation(timed, problem, tensors):
             cases(problem, replace(tensors, x=[x], dy=[dy]))[name]
             for x, dy in zip(tensors.x, tensors.dy, strict=True)
         ]
-        reason = why_not(backend, tensors.x[0])
+        reason = why_unavailable(by_set[0], backend)
         if reason is not None:
             pytest.skip(reason)
         operations = on_backend(backend)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lorafast import ops
-from lorafast.core.context import autocast_anywhere, autocast_enabled
+from lorafast.core.context import autocast_anywhere, autocast_enabled, without_autocast
 from lorafast.operands import Operand, Weight
-from lorafast.ops.checks import check_lora_linear, check_probability
+from lorafast.ops.checks import check_dora_linear, check_lora_linear, check_probability
+from lorafast.ops.dora_linear import around_float16
 
 _SEEDS = 2**63 - 1
 
@@ -65,37 +66,62 @@ def lora_linear(
     return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
 
 
-def _under_autocast(
+def dora_linear(
     x: Tensor,
     weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
+    magnitude: Tensor,
     scaling: float,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
     *,
-    dropout_p: float,
-    training: bool,
+    dropout_p: float = 0.0,
+    training: bool = True,
 ) -> Tensor:
-    """Casts at the entrance, then leaves autocast: inside, dtypes are settled."""
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type)
+    """``y = magnitude / ‖W + scaling·B·A‖ ⊙ (x·(W + scaling·B·A)ᵀ) + bias`` (Liu et al., "DoRA", 2024).
 
-    def cast(tensor: Any) -> Any:
-        # As autocast itself: float64 stays. What is no float tensor stays too, to be refused by name.
-        lower = isinstance(tensor, (Tensor, Operand)) and tensor.dtype.is_floating_point
-        return tensor.to(dtype) if lower and tensor.dtype != torch.float64 else tensor
+    The norm is that of each row, and carries no gradient (section 4.3 of the paper). With dropout the
+    frozen layer sees x and the change that DoRA makes to it sees ``drop(x)``, as in PEFT: with ``scale``
+    for ``magnitude / norm``,
 
-    with torch.autocast(device_type, enabled=False):
-        return lora_linear(
-            cast(x),
-            cast(weight),
-            lora_A,
-            lora_B,
-            scaling,
-            None if bias is None else cast(bias),
-            dropout_p=dropout_p,
-            training=training,
-        )
+        y = x·Wᵀ + (scale − 1) ⊙ drop(x)·Wᵀ + scale ⊙ scaling · (drop(x)·Aᵀ)·Bᵀ + bias
+
+    Args:
+        x: ``[..., K]``, any number of leading dimensions, any strides.
+        weight: ``[N, K]``, in the dtype of ``x``: a tensor, or an ``Operand`` of another format
+            (``lorafast.operands``), into which no gradient flows.
+        lora_A: ``[r, K]``; ``r`` of at least 1.
+        lora_B: ``[N, r]``, in the dtype of ``lora_A``, which may differ from that of ``x``. With float32
+            adapters over float16 all but the products with ``weight`` is float32.
+        magnitude: ``[N]``, in any float dtype; a new layer's is the norm of each row of ``weight``.
+        scaling: a number, ``alpha / r`` or ``alpha / sqrt(r)``.
+        bias: ``[N]``, in the dtype of ``x``.
+        dropout_p: probability with which an element of ``x`` is dropped, applied if ``training``, with
+            the mask and the seed of ``lora_linear``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient. No matrix of
+        the size of ``weight`` is made. Under autocast ``x``, ``weight`` and ``bias`` are cast as
+        ``F.linear`` would, after the norm was taken.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+        BackendError: the forced backend can't serve the call; the message says why.
+    """
+    uncast = weight
+    under_autocast = autocast_anywhere() and autocast_enabled(x)
+    if under_autocast:
+        x, weight, bias = _cast(x, weight, bias)
+    check_dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p)
+    p = dropout_p if training else 0.0
+    seed = torch.randint(_SEEDS, (1,), device=x.device) if p else None
+    with without_autocast(x):
+        scale = magnitude / ops.weight_norm(uncast, lora_A, lora_B, scaling)
+        run = ops.dora_linear
+        if x.dtype is torch.float16 and lora_A.dtype is torch.float32 and not under_autocast:
+            run = around_float16
+        return run(x, weight, lora_A, lora_B, scale, scaling, bias, p, seed)
 
 
 def lora_embedding(
@@ -134,3 +160,35 @@ def lora_embedding(
         IndexError: a token is none of the V (PyTorch's; on a GPU, its assertion).
     """
     return ops.lora_embedding(tokens, weight, lora_A, lora_B, scaling, padding_idx)
+
+
+def _under_autocast(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    dropout_p: float,
+    training: bool,
+) -> Tensor:
+    """Casts at the entrance, then leaves autocast: inside, dtypes are settled."""
+    device_type = x.device.type
+    x, weight, bias = _cast(x, weight, bias)
+    with torch.autocast(device_type, enabled=False):
+        return lora_linear(
+            x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=training
+        )
+
+
+def _cast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """``x`` and what is beside it, as autocast casts arguments of ``F.linear``."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor: Any) -> Any:
+        # As autocast itself: float64 stays. What is no float tensor stays too, to be refused by name.
+        lower = isinstance(tensor, (Tensor, Operand)) and tensor.dtype.is_floating_point
+        return tensor.to(dtype) if lower and tensor.dtype != torch.float64 else tensor
+
+    return tuple(cast(tensor) for tensor in (x, *others))

@@ -104,6 +104,14 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
             problems.shrink_problem(x, lora_A, p, seed),
         ),
         Case(
+            "expand", "expand",
+            lambda run, cast: run.expand(
+                cast(s, low), cast(lora_B, adapter), SCALING, p, seed, dtype=cast(dy).dtype
+            ),
+            2.0 * M * N * r, M * N * size + of_s + N * r * adapter_size,
+            problems.expand_problem(s, lora_B, p, seed, dy.dtype),
+        ),
+        Case(
             "linear_expand", "linear_expand", base, product + 2.0 * M * N * r,
             both + of_s + N * r * adapter_size + (0 if bias is None else N * size),
             problems.linear_expand_problem(x, weight, s, lora_B, bias, 0.0, None, False),
@@ -144,6 +152,6 @@ def cases(problem: Problem, tensors: Tensors) -> dict[str, Case]:
 
 
 CASES = (
-    "shrink", "linear_expand", "expand_backward", "shrink_backward", "dx", "lora_linear",
+    "shrink", "expand", "linear_expand", "expand_backward", "shrink_backward", "dx", "lora_linear",
     "lora_linear_backward",
 )  # fmt: skip

@@ -17,7 +17,9 @@ from lorafast.bench.common.table import table, why_no_time
 from lorafast.bench.operations.cases import Case, cases
 from torch import Tensor
 
-from lorafast.ops.problems import on_backend, why_not
+from lorafast.backends import registry
+from lorafast.backends.plan import Refusal
+from lorafast.ops.problems import on_backend
 from lorafast.reference import contract
 
 COPY, PRODUCT = "copy of x", "torch.mm"
@@ -48,6 +50,12 @@ def as_is(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def why_wrong(case: Case, operations: Any, dtype: torch.dtype) -> str | None:
     """What the numerical contract says against an operation, or None."""
     return contract.compare(case.call, operations, dtype).why_broken
+
+
+def why_unavailable(case: Case, backend: str) -> str | None:
+    """Why a backend can't serve a case, or None."""
+    answer = registry.plan_of(backend, case.asks)
+    return answer.reason if isinstance(answer, Refusal) else None
 
 
 def turn_of(calls: Sequence[Call]) -> Turn:
@@ -85,7 +93,7 @@ def measure(
         for backend_name in backends:
             row = Row(problem, name, backend_name, case.flops, case.least_bytes)
             of_case.append(row)
-            row.unavailable = why_not(backend_name, tensors.x[0])
+            row.unavailable = why_unavailable(case, backend_name)
             if row.unavailable is not None:
                 continue
             operations = on_backend(backend_name)

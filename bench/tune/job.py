@@ -73,6 +73,8 @@ def run(
     rows = []
     for problem, case_name in progress(todo, "case"):
         case = cases(problem, draw(problem, device, 1))[case_name]
+        if case.operation not in Triton.operations:
+            continue
         key = key_of(case.asks)
         if key in known and not again:
             say(f"  {problem}, {case_name}: known, {known[key].backend}")

@@ -1,4 +1,4 @@
-"""A whole layer's forward and backward, made of the four operations: the one place that has the formula.
+"""A whole layer's forward and backward, made of the operations: the one place that has the formula.
 
 s = drop(x)·Aᵀ                      shrink
 y = x·Wᵀ + scaling · s·Bᵀ + bias    linear_expand

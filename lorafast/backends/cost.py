@@ -317,6 +317,7 @@ def aligned(p: Problem) -> bool:
     at = p.layouts
     read = {
         "shrink": (at.x,),
+        "expand": (),
         "shrink_backward": (at.x,),
         "expand_backward": (at.dy,),
         "linear_expand": (at.dy if p.transposed else at.x, at.weight),

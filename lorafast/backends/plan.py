@@ -19,6 +19,7 @@ class Plan:
     ``run`` takes, by position,
 
     - ``shrink``: ``x, lora_A, dropout_p, seed`` and returns ``s``;
+    - ``expand``: ``s, lora_B, scaling, dropout_p, seed`` and returns ``y`` in the problem's dtype;
     - ``linear_expand``: ``x, weight, s, lora_B, scaling, bias, dropout_p, seed`` and returns ``y``;
       transposed, ``dy, weight, ds, lora_Aᵀ, …`` and returns ``dx``;
     - ``expand_backward``: ``dy, s, lora_B, scaling`` and returns ``ds, dB, dbias``, None for what isn't

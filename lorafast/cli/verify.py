@@ -24,6 +24,8 @@ from lorafast.reference import contract
 _SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (129, 96, 257, 40))
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LETTERS = "M, K, N, r"
+_NAMES = {"dx": "linear_expand"}
+"""The operations of rows that bear another name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +80,8 @@ def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]
             for dropout_p in (0.0, 0.25):
                 low = wide(_DTYPES[dtype])
                 for operation, call in _calls(shape, dropout_p, low, of).items():
+                    if _NAMES.get(operation, operation) not in registry.get(backend).operations:
+                        continue
                     with forced.use_backend(backend):
                         verdict = contract.compare(call, ops, _DTYPES[dtype])
                     yield _Row(backend, operation, dtype, shape, dropout_p, verdict)
@@ -111,6 +115,9 @@ def _calls(
         "lora_linear": lambda run, cast: layer(run, cast, cast(x), cast(lora_A), cast(lora_B)),
         "lora_linear_backward": gradients,
         "shrink": lambda run, cast: run.shrink(cast(x), cast(lora_A), dropout_p, seed),
+        "expand": lambda run, cast: run.expand(
+            cast(s, low), cast(lora_B), 0.7, dropout_p, seed, dtype=cast(dy).dtype
+        ),
         "dx": lambda run, cast: run.linear_expand(
             cast(dy),
             cast(weight),

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lorafast.core.dtypes import wide
 
-OPERATIONS = ("shrink", "linear_expand", "expand_backward", "shrink_backward")
-"""Those of a LoRA linear layer."""
+OPERATIONS = ("shrink", "expand", "linear_expand", "expand_backward", "shrink_backward")
+"""Those of a LoRA linear layer; ``expand`` is the low-rank term of ``linear_expand`` by itself."""
 LAYER_OPERATIONS = ("lora_linear", "lora_linear_backward")
-"""A whole layer's forward and backward, which are made of the four."""
+"""A whole layer's forward and backward, which are made of these, but for ``expand``."""
 
 DENSE = "dense"
 """The format of a weight that is a plain tensor, and of an operation that reads none."""
@@ -74,7 +74,7 @@ class Problem(NamedTuple):
     """All that the choice of a backend and of its launches may depend on.
 
     Sizes are the layer's, ``x [M, K]`` and ``weight [N, K]``; one that the operation doesn't have is 0:
-    ``shrink`` and ``shrink_backward`` have no N, ``expand_backward`` has no K.
+    ``shrink`` and ``shrink_backward`` have no N, ``expand`` and ``expand_backward`` have no K.
 
     - ``operation``: one of ``OPERATIONS`` or ``LAYER_OPERATIONS``;
     - ``dtype``: of x, y, dy and dx, and of the weight as it is multiplied; ``adapter_dtype``: of A, B

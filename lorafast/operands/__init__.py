@@ -4,7 +4,7 @@ A weight is a tensor (format ``dense``, of which there may be a ``packed`` copy)
 registered format. What is not about one format asks here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ __all__ = [
     "of_layer",
     "parameters_of",
     "register",
+    "row_blocks",
     "stored",
     "unregister",
 ]
@@ -145,6 +146,15 @@ def build(tensors: Sequence[Tensor], description: str) -> Weight:
 def as_dense(weight: Weight) -> Tensor:
     """W ``[N, K]`` as a tensor."""
     return weight.dense() if isinstance(weight, Operand) else weight
+
+
+def row_blocks(weight: Weight, count: int) -> Iterator[Tensor]:
+    """W's rows in about ``count`` blocks, dense, one by one; at least one, if need be without rows."""
+    N = weight.shape[0]
+    step = max(-(-N // count), 1)
+    for begin in range(0, max(N, 1), step):
+        end = min(begin + step, N)
+        yield weight[begin:end] if isinstance(weight, Tensor) else weight.rows(begin, end)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -3,18 +3,25 @@
 from lorafast.backends import BackendError, BackendStatus, backends
 from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
+from lorafast.ops.dora_linear import dora_linear
+from lorafast.ops.dropout import dropout
+from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
+from lorafast.ops.weight_norm import weight_norm
 
 __all__ = [
     "BackendError",
     "BackendStatus",
     "allow_packing",
     "backends",
+    "dora_linear",
+    "dropout",
+    "expand",
     "expand_backward",
     "linear_expand",
     "lora_embedding",
@@ -22,4 +29,5 @@ __all__ = [
     "shrink",
     "shrink_backward",
     "use_backend",
+    "weight_norm",
 ]

@@ -111,6 +111,34 @@ def check_lora_linear(
     return True
 
 
+def check_dora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a DoRA linear layer."""
+    if not check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+        raise ValueError(
+            f"x is {describe_layout(x)}, expected a strided tensor: DoRA scales what W makes of it"
+        )
+    if not isinstance(magnitude, Tensor):
+        raise TypeError(f"magnitude is a {type(magnitude).__name__}, expected a tensor")
+    N = weight.shape[0]
+    if magnitude.shape != (N,):
+        raise ValueError(f"magnitude has shape {_shape(magnitude)}, expected [{N}]")
+    if magnitude.dtype not in FLOATS:
+        raise TypeError(
+            f"magnitude is {magnitude.dtype}, expected float16, bfloat16, float32 or float64"
+        )
+    if magnitude.device != x.device:
+        raise ValueError(f"magnitude is on {magnitude.device}, expected {x.device}, where x is")
+
+
 def has_rows(x: Tensor) -> bool:
     """Whether ``x`` is a strided tensor and not a nested one."""
     return x.layout is _STRIDED and not x.is_nested

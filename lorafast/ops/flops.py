@@ -18,6 +18,10 @@ def _shrink(x: _Shape, lora_A: _Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(x) * lora_A[0]
 
 
+def _expand(s: _Shape, lora_B: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(s) * lora_B[0]
+
+
 def _linear_expand(
     x: _Shape, weight: Any, format: str, s: _Shape, lora_B: _Shape, *_: Any, **__: Any
 ) -> int:
@@ -58,6 +62,7 @@ def _lora_linear_backward(
 
 FORMULAS = {
     "shrink": _shrink,
+    "expand": _expand,
     "linear_expand": _linear_expand,
     "expand_backward": _expand_backward,
     "shrink_backward": _shrink_backward,

@@ -1,4 +1,4 @@
-"""A call described: of a layer's forward and backward, and of each of the four operations."""
+"""A call described: of a layer's forward and backward, and of each operation."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -56,6 +56,20 @@ def shrink_problem(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | N
     return _problem(
         "shrink", x, lora_A.dtype, K=x.shape[1], r=lora_A.shape[0], others=(seed,),
         layouts={"x": x, "lora_A": lora_A}, dropout=bool(dropout_p),
+    )  # fmt: skip
+
+
+def expand_problem(
+    s: Tensor,
+    lora_B: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+) -> Problem:
+    """``y = drop(scaling · s·Bᵀ)`` in ``dtype``."""
+    return _problem(
+        "expand", s, lora_B.dtype, N=lora_B.shape[0], r=s.shape[1], others=(seed,),
+        layouts={"s": s, "lora_B": lora_B}, dropout=bool(dropout_p), dtype=dtype,
     )  # fmt: skip
 
 
@@ -123,12 +137,13 @@ def _problem(
     weight: Weight | None = None,
     others: tuple[Tensor | None, ...] = (),
     layouts: dict[str, Tensor | None],
+    dtype: torch.dtype | None = None,
     **fields: Any,
 ) -> Problem:
-    """The problem of an operation on ``x`` or ``dy [M, …]``.
+    """The problem of an operation on ``x``, ``dy`` or ``s [M, …]``.
 
     ``layouts``: by the names of ``Layouts`` the matrices that it reads beside the weight; ``others``:
-    what it reads beside these.
+    what it reads beside these; ``dtype``: that of the problem, if it is not that of ``x``.
     """
     stored = [] if weight is None else operands.stored(weight)
     plain = is_plain(x, *stored, *layouts.values(), *others)
@@ -139,10 +154,10 @@ def _problem(
             named["weight"] = _weight_layout(weight)
         found = Layouts(**named)
     return Problem(
-        operation, x.shape[0], K, N, r, x.dtype, adapter_dtype, x.device,
+        operation, x.shape[0], K, N, r, dtype or x.dtype, adapter_dtype, x.device,
         operands.DENSE if weight is None else operands.format_of(weight),
         format_parameters="" if weight is None else operands.parameters_of(weight), plain=plain,
-        tf32=allows_tf32(x), layouts=found, **fields,
+        tf32=dtype in (None, x.dtype) and allows_tf32(x), layouts=found, **fields,
     )  # fmt: skip
 
 
@@ -230,8 +245,9 @@ def by_plans(choose: Callable[[Problem], Plan]) -> SimpleNamespace:
     """The operations below autograd, each by the plan that ``choose`` has for a call.
 
     Functions by name, as ``Plan`` describes their arguments, but that ``expand_backward`` returns ``ds``
-    and ``dB`` alone, ``shrink_backward`` takes the dtype of ``dA`` too, ``linear_expand`` whether it is
-    ``transposed``, and ``lora_linear_backward`` returns ``dx``, ``dA`` and ``dB``.
+    and ``dB`` alone, ``shrink_backward`` takes the dtype of ``dA`` too, ``expand`` that of ``y``,
+    ``linear_expand`` whether it is ``transposed``, and ``lora_linear_backward`` returns ``dx``, ``dA``
+    and ``dB``.
     """
 
     def run(problem: Problem, *arguments: Any) -> Any:
@@ -242,6 +258,18 @@ def by_plans(choose: Callable[[Problem], Plan]) -> SimpleNamespace:
     ) -> Any:
         problem = shrink_problem(x, lora_A, dropout_p, seed)
         return run(problem, x, lora_A, dropout_p, seed)
+
+    def expand(
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+    ) -> Any:
+        problem = expand_problem(s, lora_B, dropout_p, seed, dtype)
+        return run(problem, s, lora_B, scaling, dropout_p, seed)
 
     def linear_expand(
         x: Tensor,
@@ -306,6 +334,7 @@ def by_plans(choose: Callable[[Problem], Plan]) -> SimpleNamespace:
 
     return SimpleNamespace(
         shrink=shrink,
+        expand=expand,
         linear_expand=linear_expand,
         expand_backward=expand_backward,
         shrink_backward=shrink_backward,

@@ -1,16 +1,21 @@
 """What is right: each operation in plain PyTorch, readable, differentiable, in any float dtype."""
 
 from lorafast.core.dtypes import wide
+from lorafast.reference.dora_linear import dora_linear
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
+from lorafast.reference.expand import expand
 from lorafast.reference.expand_backward import expand_backward, expand_dB, expand_ds
 from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
+from lorafast.reference.weight_norm import weight_norm
 
 __all__ = [
+    "dora_linear",
     "dropout",
+    "expand",
     "expand_backward",
     "expand_dB",
     "expand_ds",
@@ -21,5 +26,6 @@ __all__ = [
     "philox_4x32",
     "shrink",
     "shrink_backward",
+    "weight_norm",
     "wide",
 ]

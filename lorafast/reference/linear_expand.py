@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lorafast.core.dtypes import wide
-from lorafast.reference.dropout import dropout
+from lorafast.reference.expand import expand
 
 
 def linear_expand(
@@ -27,6 +27,6 @@ def linear_expand(
     The forward has no mask here (``shrink`` has it). The backward does: ``dx`` is this operation,
     transposed, on ``(dy, W, ds, Aᵀ)``, whose low-rank term passes back through the dropout of ``x``.
     """
-    low_rank = dropout(scaling * (s @ lora_B.to(wide(x.dtype)).t()), dropout_p, seed)
+    low_rank = expand(s, lora_B, scaling, dropout_p, seed, dtype=wide(x.dtype))
     y = x @ (weight if transposed else weight.t()) + low_rank
     return (y if bias is None else y + bias).to(x.dtype)

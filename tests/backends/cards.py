@@ -17,8 +17,9 @@ def problem(operation="lora_linear", M=8192, K=4096, N=4096, r=16, dtype=torch.b
     """A call on contiguous tensors, laid out as its sizes say."""
     if operation in ("shrink", "shrink_backward"):
         N = 0
-    if operation == "expand_backward":
+    if operation in ("expand", "expand_backward"):
         K = 0
+    if operation == "expand_backward":
         others.setdefault("wants", ("ds", "dB"))
     if operation == "lora_linear_backward":
         others.setdefault("wants", FROZEN)

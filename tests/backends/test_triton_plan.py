@@ -11,7 +11,7 @@ from lorafast.kernels.tables import tuned
 
 pytest.importorskip("triton")
 
-from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.configs import OPERATIONS, LaunchConfig
 from lorafast.kernels.common.plan import LoraLinearBackwardLaunch, LoraLinearLaunch
 
 from lorafast.backends import cost
@@ -20,7 +20,7 @@ from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton, backend, planning
 from lorafast.backends.triton import cost as model
 from lorafast.backends.triton.lines import lines
-from lorafast.core.problem import LAYER_OPERATIONS, OPERATIONS, Layout, Layouts, parts
+from lorafast.core.problem import LAYER_OPERATIONS, Layout, Layouts, parts
 
 TRITON = Triton()
 CPU = torch.device("cpu")

@@ -85,6 +85,10 @@ def operation_calls(p, t):
         "shrink": lambda run, cast: run.shrink(
             x(cast), cast(t.lora_A, adapter), p.dropout_p, t.seed
         ),
+        "expand": lambda run, cast: run.expand(
+            p.lay_out(cast(t.s, low)), cast(t.lora_B, adapter), 0.7, p.dropout_p, t.seed,
+            dtype=cast(t.dy).dtype,
+        ),
         "linear_expand": lambda run, cast: run.linear_expand(
             x(cast), cast(t.weight), cast(t.s, low), cast(t.lora_B, adapter), 0.7, cast(t.bias)
         ),

@@ -204,6 +204,7 @@ def test_opcheck(adapter_dtype):
     library = torch.ops.lorafast
     for op, arguments in (
         (library.shrink, (x, lora_A, 0.25, SEED)),
+        (library.expand, (s, lora_B, SCALING, 0.25, SEED, x.dtype)),
         (library.linear_expand, (x, [weight], "dense", s, lora_B, SCALING)),
         (library.expand_backward, (dy, s, lora_B, SCALING)),
         (library.shrink_backward, (s, x, 0.25, SEED)),
@@ -247,6 +248,7 @@ def test_compiled_scaling_rounds_no_half_adapter(dtype, scaling):
 
 REFUSALS = {
     "linear_expand": lambda half: ops.linear_expand(half, half, half, half, 1.0),
+    "expand": lambda half: ops.expand(half, half, 1.0, dtype=torch.float16),
     "expand_backward": lambda half: ops.expand_backward(half, half, half, 1.0),
 }
 

@@ -1,4 +1,4 @@
-"""What holds for each of the four registered operations: opcheck, derivatives, refusals."""
+"""What holds for each of the registered operations: opcheck, derivatives, refusals."""
 
 import re
 
@@ -9,6 +9,7 @@ from toy_formats import FORMATS
 
 import lorafast
 from lorafast import operands, ops, reference
+from lorafast.backends import registry
 from lorafast.core.problem import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("toy_formats")
@@ -25,6 +26,8 @@ def inputs(operation, grad=True):
     """The tensors of an operation, and a function of them that fixes the rest."""
     if operation == "shrink":
         return (draw(M, K, grad=grad), draw(r, K, grad=grad)), (0.25, SEED)
+    if operation == "expand":
+        return (draw(M, r, grad=grad), draw(N, r, grad=grad)), (0.5, 0.25, SEED)
     if operation == "linear_expand":
         shapes = ((M, K), (N, K), (M, r), (N, r))
         return tuple(draw(*shape, grad=grad) for shape in shapes), (0.5, None, 0.25, SEED)
@@ -32,6 +35,12 @@ def inputs(operation, grad=True):
         shapes = ((M, N), (M, r), (N, r))
         return tuple(draw(*shape, grad=grad) for shape in shapes), (0.5,)
     return (draw(M, r, grad=grad), draw(M, K, grad=grad)), (0.25, SEED)
+
+
+def call(module, operation, tensors, rest):
+    """``expand`` is told the dtype of its output, which no tensor has."""
+    dtype = {"dtype": tensors[0].dtype} if operation == "expand" else {}
+    return getattr(module, operation)(*tensors, *rest, **dtype)
 
 
 def in_format(format, tensors):
@@ -58,8 +67,8 @@ in_every_format = pytest.mark.parametrize(("operation", "format"), CASES)
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
 def test_opcheck(operation, format, backend, grad):
     skip_unless_usable(backend)
-    if backend == "triton" and format != "dense":
-        backend = "cpu"  # Triton's kernels read dense weights
+    if format != "dense" or operation not in registry.get(backend).operations:
+        backend = {"triton": "cpu"}.get(backend, backend)  # its kernels read dense weights
     tensors, rest = inputs(operation, grad=False)
     if backend in ("triton", "cpu"):
         tensors = tuple(t.float() for t in tensors)
@@ -106,7 +115,7 @@ def test_first_and_second_derivatives(operation, format, backend):
     def function(*tensors):
         if operation == "linear_expand":
             tensors = in_format(format, tensors)
-        return getattr(ops, operation)(*tensors, *rest)
+        return call(ops, operation, tensors, rest)
 
     with lorafast.use_backend(backend):
         assert torch.autograd.gradcheck(function, tensors)
@@ -120,8 +129,8 @@ def test_aten_agrees_with_the_reference(operation, format):
     if operation == "linear_expand":
         tensors = in_format(format, tensors)
         dense = tuple(operands.as_dense(tensor) for tensor in tensors)
-    expected = getattr(reference, operation)(*dense, *rest)
-    found = getattr(ops, operation)(*tensors, *rest)
+    expected = call(reference, operation, dense, rest)
+    found = call(ops, operation, tensors, rest)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -129,9 +138,9 @@ def test_aten_agrees_with_the_reference(operation, format):
 def test_autocast_changes_nothing_inside_an_operation(operation):
     tensors, rest = inputs(operation, grad=False)
     tensors = tuple(t.float() for t in tensors)
-    expected = getattr(ops, operation)(*tensors, *rest)
+    expected = call(ops, operation, tensors, rest)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = getattr(ops, operation)(*tensors, *rest)
+        found = call(ops, operation, tensors, rest)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -150,6 +159,26 @@ REFUSALS = {
     "shrink-seed": (
         lambda: ops.shrink(draw(5, 4), draw(3, 4), 0.5, torch.tensor([1, 2])),
         "seed is torch.int64 of 2 elements, expected one int64 element",
+    ),
+    "expand-r": (
+        lambda: ops.expand(draw(5, 2), draw(7, 3), 1.0, dtype=torch.float64),
+        "lora_B has shape [7, 3], expected [N, 2]",
+    ),
+    "expand-3d": (
+        lambda: ops.expand(draw(2, 5, 2), draw(7, 2), 1.0, dtype=torch.float64),
+        "s has shape [2, 5, 2], expected [M, r]",
+    ),
+    "expand-dtype": (
+        lambda: ops.expand(draw(5, 2), draw(7, 2), 1.0, dtype=torch.float16),
+        "s is torch.float64, expected torch.float32: y is torch.float16",
+    ),
+    "expand-no-seed": (
+        lambda: ops.expand(draw(5, 2), draw(7, 2), 1.0, 0.5, dtype=torch.float64),
+        "seed is None",
+    ),
+    "expand-p": (
+        lambda: ops.expand(draw(5, 2), draw(7, 2), 1.0, -0.5, SEED, dtype=torch.float64),
+        "dropout_p is -0.5, expected a probability from 0 to 1",
     ),
     "linear_expand-weight": (
         lambda: ops.linear_expand(draw(5, 4), draw(7, 3), draw(5, 2), draw(7, 2), 1.0),

@@ -12,6 +12,7 @@ from toy_formats import FORMATS
 
 import lorafast
 from lorafast import ops, reference
+from lorafast.backends import forced, registry
 from lorafast.reference import contract, wide
 
 M, K, N, r = 20, 40, 25, 5
@@ -24,6 +25,9 @@ def calls(t, dtype, p=0.0):
     seed, low = t.seed if p else None, wide(dtype)
     return {
         "shrink": lambda run, cast: run.shrink(cast(t.x), cast(t.lora_A), p, seed),
+        "expand": lambda run, cast: run.expand(
+            cast(t.s, low), cast(t.lora_B), 0.7, p, seed, dtype=cast(t.dy).dtype
+        ),
         "linear_expand": lambda run, cast: run.linear_expand(
             cast(t.x), cast(t.weight), cast(t.s, low), cast(t.lora_B), 0.7, cast(t.bias)
         ),
@@ -50,6 +54,8 @@ row, column = (ROW, slice(None)), (slice(None), COLUMN)
 REACHED = {
     ("shrink", "x", (ROW, 9)): [row],
     ("shrink", "lora_A", (3, 9)): [(slice(None), 3)],
+    ("expand", "s", (ROW, 4)): [row],
+    ("expand", "lora_B", (COLUMN, 2)): [column],
     ("linear_expand", "x", (ROW, 39)): [row],
     ("linear_expand", "weight", (COLUMN, 0)): [column],
     ("linear_expand", "s", (ROW, 4)): [row],
@@ -105,10 +111,18 @@ def on_backend(request):
         yield ops
 
 
+def skip_unless_planned(operation):
+    """Of the backend that is forced."""
+    operation = "linear_expand" if operation == "dx" else operation
+    if operation not in registry.get(forced.forced()).operations:
+        pytest.skip(f"it has no {operation}")
+
+
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("case", CASES)
 def test_which_elements_a_value_reaches(on_backend, poisoned, device, case, value):
     op, name, place = CASES[case]
+    skip_unless_planned(op)
     t = tensors(device)
     getattr(t, name)[place] = VALUES[value]
     for dtype in DTYPES:
@@ -173,6 +187,8 @@ def test_in_small_tiles(poisoned, device, case):
     t = tensors(device)
     getattr(t, name)[place] = math.nan
     operation = "linear_expand" if op == "dx" else op
+    if operation not in registry.get("triton").operations:
+        pytest.skip(f"it has no {operation}")
     for config in SMALL_TILES.values():
         assert_contract(
             calls(t, torch.bfloat16)[op], on_kernels(**{operation: config}), torch.bfloat16
@@ -200,6 +216,13 @@ def test_what_is_dropped_reaches_nothing(on_backend, poisoned, device, value):
         of_dx = calls(t, dtype, p)["dx"]
         assert_reached(of_dx, [(ROW, keep[ROW])])
         assert_contract(of_dx, on_backend, dtype)
+    skip_unless_planned("expand")
+    t.s[ROW, 2] = VALUES[value]
+    keep = reference.keep_mask(M, N, p, t.seed)
+    for dtype in DTYPES:
+        of_y = calls(t, dtype, p)["expand"]
+        assert_reached(of_y, [(ROW, keep[ROW])])
+        assert_contract(of_y, on_backend, dtype)
 
 
 def test_a_mask_that_multiplies_is_caught(device):

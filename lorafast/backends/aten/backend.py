@@ -68,6 +68,8 @@ def _is_merged(p: Problem) -> bool:
 def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
     if p.operation == "shrink":
         return operations.shrink, ("one product",)
+    if p.operation == "expand":
+        return operations.expand(p.dtype), ("one product",)
     if p.operation == "expand_backward":
         run = operations.expand_backward(p.wants, p.adapter_dtype)
         return run, (f"{', '.join(p.wants)}: one call each",)

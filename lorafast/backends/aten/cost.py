@@ -54,29 +54,37 @@ def _expand_backward(p: Problem, device: Device) -> Estimate:
     return found
 
 
+def _expand(p: Problem, device: Device) -> Estimate:
+    return _low_rank(p, p.N, device) + _widened(p, p.M * p.N, device)
+
+
 def _linear_expand(p: Problem, device: Device) -> Estimate:
     """The low-rank term first; reading that back hides behind the GEMM."""
     columns = p.K if p.transposed else p.N
-    y, size, of_s = p.M * columns, wide(p.dtype).itemsize, p.M * p.r
-    factor = p.r * columns
+    read = p.layouts.dy if p.transposed else p.layouts.x
+    y, size = p.M * columns, wide(p.dtype).itemsize
+    found = _low_rank(p, columns, device) + _gemm(p, read, device)
+    if wide(p.dtype) is not p.dtype:  # added in float32
+        found += work(device, moved=y * (2 * size + p.dtype.itemsize), share=_SKINNY)
+    return found + _widened(p, y, device)
+
+
+def _low_rank(p: Problem, columns: int, device: Device) -> Estimate:
+    """``drop(scaling · s·Bᵀ)`` in the dtype of ``s``."""
+    y, of_s, factor = p.M * columns, p.M * p.r, p.r * columns
     low = work(
         device,
         flops=2.0 * p.r * y,
         rate=_rate(p, device),
-        moved=(y + of_s + factor) * size,
+        moved=(y + of_s + factor) * wide(p.dtype).itemsize,
         share=_SKINNY,
     )
-    found = _cast(p, factor, device) + low + _mask(p, columns, device)
-    read = p.layouts.dy if p.transposed else p.layouts.x
-    found += _gemm(p, read, device)
-    if wide(p.dtype) is not p.dtype:  # added in float32, and rounded
-        found += work(device, moved=y * (2 * size + p.dtype.itemsize), share=_SKINNY)
-        found += work(device, moved=y * (size + p.dtype.itemsize), share=_SKINNY)
-    return found
+    return _cast(p, factor, device) + low + _mask(p, columns, device)
 
 
 _OPERATIONS = {
     "shrink": _shrink,
+    "expand": _expand,
     "linear_expand": _linear_expand,
     "expand_backward": _expand_backward,
     "shrink_backward": _shrink_backward,
@@ -120,7 +128,7 @@ def _aligned(layout: Layout) -> float:
 
 
 def _widened(p: Problem, elements: int, device: Device) -> Estimate:
-    """A copy in the dtype of the low-rank term."""
+    """A copy into the dtype of the low-rank term, or out of it."""
     low = wide(p.dtype)
     if low is p.dtype:
         return Estimate()

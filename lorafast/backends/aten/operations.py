@@ -77,6 +77,26 @@ def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | Non
     return torch.mm(x, lora_A.t())
 
 
+def expand(dtype: torch.dtype) -> Run:
+    """``y = drop(scaling · s·Bᵀ)`` in ``dtype``."""
+
+    def run(
+        s: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        return _expand(s, lora_B, scaling, dropout_p, seed).to(dtype)
+
+    return run
+
+
+def _expand(
+    s: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """``drop(scaling · s·Bᵀ)`` in the dtype of ``s``."""
+    if lora_B.dtype is not s.dtype:
+        lora_B = lora_B.to(s.dtype)
+    return dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed)
+
+
 def linear_expand(
     x: Tensor,
     weight: Weight,
@@ -89,21 +109,19 @@ def linear_expand(
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
     if x.dtype is _HALF:
-        low = dropout(_scaled_mm(s, lora_B.float().t(), scaling), dropout_p, seed)
+        low = _expand(s, lora_B, scaling, dropout_p, seed)
         return low.add_(operands.linear(x, weight, bias)).to(x.dtype)
     if lora_B.dtype is not x.dtype:
         lora_B = lora_B.to(x.dtype)
     base = operands.finished_linear(x, weight, bias)
     if base is not None:
         if dropout_p:
-            return base.add_(dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed))
+            return base.add_(_expand(s, lora_B, scaling, dropout_p, seed))
         return base.addmm_(s, lora_B.t(), alpha=scaling)
-    if dropout_p:
-        y = dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed)
-        if bias is not None:
-            y += bias
-    elif bias is None:
-        y = _scaled_mm(s, lora_B.t(), scaling)
+    if bias is None:
+        y = _expand(s, lora_B, scaling, dropout_p, seed)
+    elif dropout_p:
+        y = _expand(s, lora_B, scaling, dropout_p, seed).add_(bias)
     else:
         y = torch.addmm(bias, s, lora_B.t(), alpha=scaling)
     return operands.add_linear_(y, x, weight)
@@ -120,10 +138,9 @@ def linear_expand_transposed(
     seed: Tensor | None,
 ) -> Tensor:
     """``dx = dy·W + drop(scaling · ds·A)``."""
+    low = _expand(ds, lora_A_t, scaling, dropout_p, seed)
     if dy.dtype is _HALF:
-        low = dropout(_scaled_mm(ds, lora_A_t.float().t(), scaling), dropout_p, seed)
         return low.add_(operands.linear_transposed(dy, weight)).to(dy.dtype)
-    low = dropout(_scaled_mm(ds, lora_A_t.to(dy.dtype).t(), scaling), dropout_p, seed)
     return operands.add_linear_transposed_(low, dy, weight)
 
 

@@ -46,6 +46,8 @@ class Cpu(Backend):
             return Plan(self.name, run.lora_linear_backward, _BACKWARD, ahead=ahead)
         if p.operation == "shrink":
             return Plan(self.name, run.shrink, ("shrink",), ahead=ahead)
+        if p.operation == "expand":
+            return Plan(self.name, run.expand(p.dtype), ("expand",), ahead=ahead)
         if p.operation == "expand_backward":
             made = run.expand_backward(p.wants, p.adapter_dtype)
             return Plan(self.name, made, ("expand_backward",), ahead=ahead)
@@ -96,6 +98,8 @@ def _why_ahead(p: Problem) -> str | None:
         return None if first is None else _why_ahead(first._replace(dropout=p.dropout))
     if p.dropout:
         return "on a CPU with dropout, measured"
+    if p.operation == "expand":  # which PyTorch writes in one pass, and these onto zeros
+        return None
     if p.dtype is torch.bfloat16 and native.multiplies_bfloat16():
         if p.operation == "linear_expand":
             return "on a CPU in bfloat16, measured"

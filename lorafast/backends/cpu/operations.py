@@ -42,6 +42,31 @@ def shrink(x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | Non
     return s
 
 
+def expand(dtype: torch.dtype) -> Run:
+    """``y = drop(scaling · s·Bᵀ)`` in ``dtype``."""
+
+    def run(
+        s: Tensor, lora_B: Tensor, scaling: float, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        y = s.new_zeros((s.shape[0], lora_B.shape[0]), dtype=dtype)
+        return _add_expanded(y, s, lora_B, scaling, dropout_p, seed)
+
+    return run
+
+
+def _add_expanded(
+    y: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``y += drop(scaling · s·Bᵀ)``, rounded once."""
+    _expand_(y, s, lora_B, float(scaling), *_mask(dropout_p, seed))
+    return y
+
+
 def linear_expand(
     x: Tensor,
     weight: Weight,
@@ -53,9 +78,7 @@ def linear_expand(
     seed: Tensor | None,
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
-    y = operands.linear(x, weight, bias)
-    _expand_(y, s, lora_B, float(scaling), *_mask(dropout_p, seed))
-    return y
+    return _add_expanded(operands.linear(x, weight, bias), s, lora_B, scaling, dropout_p, seed)
 
 
 def linear_expand_transposed(
@@ -70,8 +93,7 @@ def linear_expand_transposed(
 ) -> Tensor:
     """``dx = dy·W + drop(scaling · ds·A)``."""
     dx = operands.linear_transposed(dy, weight)
-    _expand_(dx, ds, lora_A_t, float(scaling), *_mask(dropout_p, seed))
-    return dx
+    return _add_expanded(dx, ds, lora_A_t, scaling, dropout_p, seed)
 
 
 def expand_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:

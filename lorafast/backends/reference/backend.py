@@ -26,9 +26,11 @@ class Reference(Backend):
 
 
 def _operation(problem: Problem) -> Run:
-    """What runs one of the four operations."""
+    """What runs one of the operations."""
     if problem.operation == "shrink":
         return reference.shrink
+    if problem.operation == "expand":
+        return partial(reference.expand, dtype=problem.dtype)
     if problem.operation == "linear_expand":
         return partial(_linear_expand, problem.transposed)
     if problem.operation == "expand_backward":

@@ -14,7 +14,7 @@ import torch
 from lorafast.backends import composed
 from lorafast.backends.cost import Device, gpu_of, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, OPERATIONS, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common import configs
 from lorafast.kernels.common.configs import LaunchConfig
@@ -35,6 +35,7 @@ class Triton(Backend):
     """
 
     name = "triton"
+    operations = frozenset({*OPERATIONS, *LAYER_OPERATIONS} - {"expand"})
 
     def __init__(self, config: LaunchConfig | None = None) -> None:
         """``config``: what every call is launched with, instead of what was measured or ships."""

@@ -29,8 +29,7 @@ def forward(
     first = adapters[0]
     if first.name in layer.lora_variant:
         magnitude = layer.lora_magnitude_vector[first.name].weight
-        dropped = layer.training and first.dropout_p > 0.0
-        return dora.dora_linear(x, weight, first, magnitude, bias, dropped)
+        return dora.dora_linear(x, weight, first, magnitude, bias, layer.training)
     return lora_linear(x, weight, adapters, bias)
 
 

@@ -32,7 +32,8 @@ def made(case, factor):
     tokens = "embedding" in case
     x = torch.randint(TOKENS, (5, 4)) if tokens else torch.randn(5, 4, K).half()
     mixed = case == "mixed batch"
-    return twins(model.eval() if mixed else model), x, {"adapter_names": ROWS} if mixed else {}
+    pair = twins(model.eval() if mixed else model, ["default"] if "dropout" in case else [])
+    return pair, x, {"adapter_names": ROWS} if mixed else {}
 
 
 @pytest.mark.parametrize("factor", [1e6, 1.0, 1e-6], ids="A x {}".format)

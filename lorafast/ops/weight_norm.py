@@ -1,0 +1,52 @@
+"""``‖W + scaling · B·A‖`` of each row, DoRA's norm, without a matrix of the weight's size.
+
+The norm of row j needs neither ``B·A`` nor its sum with W, N × K each:
+
+    ‖W_j + s·B_j·A‖² = ‖W_j‖² + 2s · B_j·(W·Aᵀ)_j + s² · B_j·(A·Aᵀ)·B_jᵀ
+
+from ``W·Aᵀ [N, r]`` and ``A·Aᵀ [r, r]``. Where the adapter cancels nearly all of a row the sum loses
+digits: with a hundredth of the row's norm left, about four.
+
+``‖W‖²`` is not kept between calls: W may change where PyTorch counts no change (``weight.data += …``, as
+PEFT merges), only a pass over W could tell, and a pass over W is what it would save. Measured at
+2048 × 2048 on two cores: 0.3 ms in float32 and 0.8 in bfloat16, beside the 28 and 10 ms of the product
+with 512 rows.
+"""
+
+import torch
+from torch import Tensor
+
+from lorafast import operands
+from lorafast.operands import Weight
+
+_BLOCKS = 16
+"""What isn't float32 is squared and multiplied in a float32 copy, of a block of W's rows at a time."""
+
+
+@torch.no_grad()
+def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """``‖W + scaling · B·A‖`` of each row.
+
+    Shapes: ``weight [N, K]``, a tensor or an operand of another format, ``lora_A [r, K]``,
+    ``lora_B [N, r]`` → ``[N]`` in float32 (float64 of a float64 weight). No gradient flows through it.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.detach().to(dtype), lora_B.detach().to(dtype)
+    of_weight, with_A = _of_weight(weight, A)
+    squared = of_weight + ((B * with_A).sum(1) * (2 * scaling))
+    squared = squared + ((B @ (A @ A.t())) * B).sum(1) * (scaling * scaling)
+    # Where the adapter cancels a row, what is left is rounding, which must not be negative or zero.
+    return torch.maximum(squared, torch.finfo(dtype).eps * of_weight).sqrt()
+
+
+def _of_weight(weight: Weight, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """``‖W_j‖²`` of each row and ``W·Aᵀ [N, r]``, in the dtype of A."""
+    whole = isinstance(weight, Tensor) and weight.dtype.itemsize >= lora_A.dtype.itemsize
+    squares, products = [], []
+    for rows in operands.row_blocks(weight, 1 if whole else _BLOCKS):
+        wide = rows.detach().to(lora_A.dtype)
+        squares.append(torch.linalg.vector_norm(wide, dim=1).square())
+        products.append(torch.mm(wide, lora_A.t()))
+    if len(squares) == 1:
+        return squares[0], products[0]
+    return torch.cat(squares), torch.cat(products)
