@@ -26,6 +26,7 @@ def adapt(
     alpha: float | None = None,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     exclude: Pattern | None = None,
     freeze: bool = True,
     adapter_dtype: torch.dtype | None = None,
@@ -50,6 +51,7 @@ def adapt(
             scaling of 1, where PEFT's default, ``lora_alpha=8``, gives 0.5 at r = 16.
         dropout: probability of dropping an element of a linear layer's input to the adapter.
         use_rslora: see ``alpha``.
+        use_dora: DoRA (Liu et al., 2024) instead of LoRA: see ``LoRALinear``. Embeddings have none.
         exclude: layers to leave out, given like ``targets``. A layer that has two names is selected,
             or left out, by either.
         freeze: freeze every other parameter of the model too; adapters it has already stay trainable.
@@ -83,6 +85,7 @@ def adapt(
                 alpha=alpha,
                 dropout=dropout,
                 use_rslora=use_rslora,
+                use_dora=use_dora,
                 adapter_dtype=adapter_dtype,
             )
             layers |= dict.fromkeys(names, layer)

@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
 from lorafast.convert.exchange import put_into, whole, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
-from lorafast.convert.kinds import KINDS, PEFT_NAMES, adapted_layers, kind_of_layer
+from lorafast.convert.kinds import PEFT_NAMES, adapted_layers, kind_of_layer
 from lorafast.convert.peft_format import (
     PREFIX,
     AdapterConfig,
@@ -249,8 +249,6 @@ def _by_layer(tensors: dict[str, Tensor]) -> tuple[Adapters, dict[str, Tensor]]:
         else:
             name, parameter = one
             adapters.setdefault(name.removeprefix(PREFIX), {})[parameter] = tensor
-    for name, parameters in adapters.items():
-        _check_complete(name, parameters)
     return adapters, others
 
 
@@ -260,15 +258,6 @@ def _adapter_key(key: str) -> tuple[str, str] | None:
         if key.endswith(f".{ending}"):
             return key.removesuffix(f".{ending}"), parameter
     return None
-
-
-def _check_complete(name: str, parameters: Container[str]) -> None:
-    """Raises ``ValueError`` unless these are all the parameters of an adapter of some kind."""
-    for kind in KINDS:
-        needed = kind.layer.shapes_of(1, 1, 1)
-        missing = [one for one in needed if one not in parameters]
-        if missing and len(missing) < len(needed):
-            raise ValueError(f"{name} has no {kind.layer.peft_names[missing[0]]} in the file")
 
 
 def _check_layers(model: nn.Module, config: AdapterConfig, adapters: Adapters) -> None:
@@ -314,7 +303,7 @@ def _check_adapter(
     else:
         kind = kind_of_layer(module)
         sizes = kind.features(module)
-        shapes, there = kind.layer.shapes_of(*sizes, r), {}
+        shapes, there = kind.layer.shapes_of(*sizes, r, config.use_dora), {}
         weight = kind.frozen_tensor(module)
         # Of an offloaded plain layer the adapter is made where its forward runs.
         devices = {device_of(module, weight)}
@@ -344,11 +333,16 @@ def _check_adapter(
 
 
 def _check_names(
-    name: str, module: nn.Module, found: Iterable[str], expected: Iterable[str]
+    name: str, module: nn.Module, found: Collection[str], expected: Collection[str]
 ) -> None:
-    if set(found) != set(expected):
+    """Raises ``ValueError`` unless the file has the parameters of the layer's adapter, and no others."""
+    missing = [one for one in expected if one not in found]
+    if missing and len(found) + len(missing) == len(expected):
+        ending = kind_of_layer(module).layer.peft_names[missing[0]]
+        raise ValueError(f"{name} has no {ending} in the file")
+    if missing or len(found) > len(expected):
         raise ValueError(
-            f"the file has {' and '.join(found)} for {name}, a {type(module).__name__}, expected "
+            f"the file has {' and '.join(found)} for {name} ({type(module).__name__}), expected "
             f"{' and '.join(expected)}"
         )
 

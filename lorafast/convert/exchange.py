@@ -98,6 +98,7 @@ def _make(layer: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
         alpha=config.alpha(name),
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
     )
 
 

@@ -26,7 +26,6 @@ PREFIX = "base_model.model."
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None, True),  # each layer of the model says it, as in PEFT
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -99,6 +98,7 @@ class AdapterConfig:
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
+    use_dora: bool
     target_modules: Selection | None
     """None stands for ``all-linear``."""
     exclude_modules: Selection
@@ -291,6 +291,7 @@ def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
         lora_alpha=_alpha(*given("lora_alpha", 8)),
         lora_dropout=_probability(*optional("lora_dropout", 0.0)),
         use_rslora=_bool(*optional("use_rslora", False)),
+        use_dora=_bool(*optional("use_dora", False)),
         target_modules=None if everything else _selection(where, targets),
         exclude_modules=_selection(*optional("exclude_modules", ())),
         layers_to_transform=_integers(*optional("layers_to_transform", ())),

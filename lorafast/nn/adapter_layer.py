@@ -49,6 +49,8 @@ class AdapterLayer(nn.Module):
     out_features: int
     dropout: float = 0.0
     """Probability of dropping an element of the input on its way into the adapter in training."""
+    use_dora = False
+    """Whether the adapter has a magnitude (DoRA)."""
     merged = False
     _merged_weight: Tensor | None
     _plain_class: type[nn.Module]
@@ -76,6 +78,7 @@ class AdapterLayer(nn.Module):
         alpha: float | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "AdapterLayer":
         """Wraps ``plain``: takes over its tensors (no copy), its hooks, its mode and all it holds.
@@ -92,7 +95,9 @@ class AdapterLayer(nn.Module):
 
     @staticmethod
     @abstractmethod
-    def shapes_of(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of(
+        in_features: int, out_features: int, r: int, use_dora: bool = False
+    ) -> dict[str, tuple[int, ...]]:
         """The adapter's parameters and their shapes, in the order of the ``state_dict``."""
 
     @abstractmethod
@@ -113,7 +118,7 @@ class AdapterLayer(nn.Module):
 
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters of this layer's adapter, and the shapes that they have unsharded."""
-        return self.shapes_of(self.in_features, self.out_features, self._r)
+        return self.shapes_of(self.in_features, self.out_features, self._r, self.use_dora)
 
     def adapter_parameters(self) -> dict[str, Tensor]:
         """The parameters of the adapter by name."""
@@ -181,7 +186,7 @@ class AdapterLayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self._r = check_rank("r", r)
         self.set_scaling(r if alpha is None else alpha, use_rslora)
-        self.merged = False
+        self._set_merged(False)
 
     def _add_adapter(
         self, dtype: torch.dtype, device: torch.device, adapter_dtype: torch.dtype | None
@@ -293,12 +298,15 @@ class AdapterLayer(nn.Module):
         # A weight made in inference mode would refuse every later training step.
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
             self._merged_weight = self.merged_weight().contiguous()
-        self.merged = True
+        self._set_merged(True)
 
     def unmerge(self) -> None:
         """Undoes ``merge()``, exactly."""
         self._merged_weight = None
-        self.merged = False
+        self._set_merged(False)
+
+    def _set_merged(self, merged: bool) -> None:
+        self.merged = merged
 
     def to_plain(self) -> nn.Module:
         """A plain layer of the merged weight; this layer stays as it is.
@@ -362,6 +370,7 @@ class AdapterLayer(nn.Module):
             for key in adapter:
                 if key in missing_keys:  # not there if a parametrization computes it
                     missing_keys.remove(key)
+            self._plain_loaded()
         self._follow_weight()
         if self.merged:
             try:
@@ -372,6 +381,9 @@ class AdapterLayer(nn.Module):
             except BaseException:
                 self.unmerge()
                 raise
+
+    def _plain_loaded(self) -> None:
+        """A checkpoint of the plain layer has replaced the frozen tensors alone."""
 
     def _follow_weight(self) -> None:
         """Gives an adapter that is on meta without its weight memory, and the values of a fresh one."""

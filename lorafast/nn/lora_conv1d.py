@@ -25,8 +25,8 @@ class LoRAConv1D(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
-        if self.merged:
-            return self._forward_merged(x)
+        if self._aside:
+            return self._forward_aside(x)
         p = self._parameters
         try:
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]

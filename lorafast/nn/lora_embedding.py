@@ -112,9 +112,17 @@ class LoRAEmbedding(AdapterLayer):
 
     @classmethod
     def of_plain(
-        cls, plain: nn.Module, r: int, *, dropout: float = 0.0, **options: Any
+        cls,
+        plain: nn.Module,
+        r: int,
+        *,
+        dropout: float = 0.0,
+        use_dora: bool = False,
+        **options: Any,
     ) -> "LoRAEmbedding":
-        """``from_embedding``; ``dropout`` is of other layers, as in PEFT."""
+        """``from_embedding``; ``dropout`` is of other layers, as in PEFT, and DoRA of linear ones."""
+        if use_dora:
+            raise ValueError("use_dora is True, expected False: DoRA is for linear layers here")
         return cls.from_embedding(plain, r, **options)
 
     @classmethod
@@ -123,7 +131,9 @@ class LoRAEmbedding(AdapterLayer):
         return why_not_embedding(plain, cls.taken_names())
 
     @staticmethod
-    def shapes_of(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of(
+        in_features: int, out_features: int, r: int, use_dora: bool = False
+    ) -> dict[str, tuple[int, ...]]:
         """``lora_embedding_A [r, V]`` and ``lora_embedding_B [N, r]``."""
         return {"lora_embedding_A": (r, in_features), "lora_embedding_B": (out_features, r)}
 
@@ -179,7 +189,7 @@ class LoRAEmbedding(AdapterLayer):
 
     def peft_fields(self) -> dict[str, object]:
         """What PEFT's config says of such a layer: nothing of dropout."""
-        return {"use_rslora": self._use_rslora}
+        return {"use_rslora": self._use_rslora, "use_dora": False}
 
     def summary_remark(self) -> str:
         """What it is, for ``summary``."""

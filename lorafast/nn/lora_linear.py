@@ -10,20 +10,21 @@ from torch import Tensor, nn
 from lorafast import operands, ops
 from lorafast.core.context import autocast_anywhere
 from lorafast.core.problem import Problem
-from lorafast.functional import lora_linear
+from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_claimed, why_not_linear
-from lorafast.nn.adapter_layer import AdapterLayer, summed
-from lorafast.nn.checks import check_dtype, check_probability
+from lorafast.nn.adapter_layer import AdapterLayer, rounded, summed
+from lorafast.nn.checks import check_bool, check_dtype, check_probability, count
 from lorafast.nn.plain import features, is_conv1d
 from lorafast.nn.problems import linear_problems
-from lorafast.nn.scripted import ScriptedLoRALinear
+from lorafast.nn.scripted import ScriptedDoRALinear, ScriptedLoRALinear
 from lorafast.operands import Operand, Weight, packed
 from lorafast.ops.calls import Memory
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
 torch.fx.wrap("lora_linear")
+torch.fx.wrap("dora_linear")
 
 
 class LoRALinear(AdapterLayer):
@@ -42,11 +43,18 @@ class LoRALinear(AdapterLayer):
         dropout: probability of dropping an element of ``x`` on its way into the adapter in training.
         bias: whether the frozen layer has a bias.
         use_rslora: see ``alpha``.
+        use_dora: DoRA instead of LoRA: see below.
         device: where the parameters live.
         dtype: dtype of ``weight`` and ``bias``: float16, bfloat16, float32 or float64.
         adapter_dtype: dtype of ``lora_A`` and ``lora_B``. None means the dtype of ``weight``, but
             float32 if that is float16 or bfloat16, whose steps are too coarse for an optimizer (as
             in PEFT).
+
+    With ``use_dora`` it is DoRA (Liu et al., 2024): ``y = m / ‖W + scaling·B·A‖ ⊙ (x·Wᵀ + scaling ·
+    x·Aᵀ·Bᵀ) + bias``, with the norm of each row and a fifth parameter, ``lora_magnitude
+    [out_features]``, which is m. It starts as the norms of the rows of W. A checkpoint of the plain
+    layer sets it so again where ``lora_B`` is zero. Dropout and gradients are as in
+    ``functional.dora_linear``.
 
     ``alpha``, ``use_rslora`` and ``scaling`` can be set and follow each other; a merged layer is merged
     again. ``r`` is fixed.
@@ -58,16 +66,24 @@ class LoRALinear(AdapterLayer):
         TypeError, ValueError: an argument doesn't fit.
     """
 
-    peft_names: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    peft_names: ClassVar = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_magnitude": "lora_magnitude_vector",
+    }
     watched_parameter = "lora_B"
     operation = "lora_linear"
-    own_names = AdapterLayer.own_names | {"_memory", "_description"}
+    own_names = AdapterLayer.own_names | {"_memory", "_description", "_use_dora", "_aside"}
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter
     _plain_class: type[nn.Module] = nn.Linear
+    _use_dora = False
+    _aside = False
+    """Whether the forward is another than the plain adapter's: merged, or DoRA."""
 
     def __init__(
         self,
@@ -79,6 +95,7 @@ class LoRALinear(AdapterLayer):
         dropout: float = 0.0,
         bias: bool = True,
         use_rslora: bool = False,
+        use_dora: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
@@ -88,7 +105,7 @@ class LoRALinear(AdapterLayer):
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._build(
             linear, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
-            adapter_dtype=adapter_dtype,
+            use_dora=use_dora, adapter_dtype=adapter_dtype,
         )  # fmt: skip
         self._carry(linear)
 
@@ -105,9 +122,15 @@ class LoRALinear(AdapterLayer):
         )
 
     @staticmethod
-    def shapes_of(in_features: int, out_features: int, r: int) -> dict[str, tuple[int, ...]]:
-        """``lora_A [r, in_features]`` and ``lora_B [out_features, r]``."""
-        return {"lora_A": (r, in_features), "lora_B": (out_features, r)}
+    def shapes_of(
+        in_features: int, out_features: int, r: int, use_dora: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """``lora_A [r, in_features]``, ``lora_B [out_features, r]``, of DoRA ``lora_magnitude``."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (r, in_features),
+            "lora_B": (out_features, r),
+        }
+        return shapes | {"lora_magnitude": (out_features,)} if use_dora else shapes
 
     @classmethod
     def from_linear(
@@ -118,6 +141,7 @@ class LoRALinear(AdapterLayer):
         alpha: float | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRALinear":
         """Wraps ``linear``: takes over its parameters (no copy), its hooks, its mode and all it holds.
@@ -148,16 +172,19 @@ class LoRALinear(AdapterLayer):
 
             return LoRAOperandLinear.of_layer(
                 linear, weight, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
-                adapter_dtype=adapter_dtype,
+                use_dora=use_dora, adapter_dtype=adapter_dtype,
             )  # fmt: skip
         if is_conv1d(linear):
             from lorafast.nn.lora_conv1d import LoRAConv1D  # which is a LoRALinear
 
             cls = cls if issubclass(cls, LoRAConv1D) else LoRAConv1D
-        return cls._around(
+        layer = cls._around(
             linear, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
-            adapter_dtype=adapter_dtype,
+            use_dora=use_dora, adapter_dtype=adapter_dtype,
         )  # fmt: skip
+        if offload.hooks_of(linear):
+            layer._reset_magnitude()  # whose weight the hook brings
+        return layer
 
     @classmethod
     def of_plain(cls, plain: nn.Module, r: int, **options: Any) -> "LoRALinear":
@@ -174,6 +201,7 @@ class LoRALinear(AdapterLayer):
         alpha: float | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRALinear":
         """A layer over a frozen weight of another format than dense (``lorafast.operands``).
@@ -191,7 +219,7 @@ class LoRALinear(AdapterLayer):
 
         return LoRAOperandLinear.over(
             weight, r, bias=bias, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
-            adapter_dtype=adapter_dtype,
+            use_dora=use_dora, adapter_dtype=adapter_dtype,
         )  # fmt: skip
 
     def _build(
@@ -202,12 +230,13 @@ class LoRALinear(AdapterLayer):
         alpha: float | None,
         dropout: float,
         use_rslora: bool,
+        use_dora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
         weight = plain.weight
         assert isinstance(weight, nn.Parameter)
         self._plain_class = type(plain)
-        self._set_linear(*features(plain), r, alpha, dropout, use_rslora)
+        self._set_linear(*features(plain), r, alpha, dropout, use_rslora, use_dora)
         self.weight = weight
         self.bias = plain.bias  # type: ignore[assignment]
         self._add_adapter(weight.dtype, offload.device_of(plain, weight), adapter_dtype)
@@ -220,8 +249,10 @@ class LoRALinear(AdapterLayer):
         alpha: float | None,
         dropout: float,
         use_rslora: bool,
+        use_dora: bool,
     ) -> None:
         self._memory = Memory()
+        self._use_dora = check_bool("use_dora", use_dora)
         self._set(in_features, out_features, r, alpha, use_rslora)
         self.dropout = check_probability("dropout", dropout)
 
@@ -231,11 +262,39 @@ class LoRALinear(AdapterLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._memory = Memory()
         super().__setstate__(state)
+        self._set_merged(self.merged)
+
+    def _set_merged(self, merged: bool) -> None:
+        self.merged = merged
+        self._aside = merged or self._use_dora
+
+    @property
+    def use_dora(self) -> bool:  # type: ignore[override]
+        """Whether the layer is DoRA's, with ``lora_magnitude``."""
+        return self._use_dora
 
     def reset_adapter(self) -> None:
-        """Draws ``lora_A`` anew (Kaiming-uniform, ``a = sqrt(5)``) and sets ``lora_B`` to zero."""
+        """Draws ``lora_A`` anew (Kaiming-uniform, ``a = sqrt(5)``) and sets ``lora_B`` to zero.
+
+        ``lora_magnitude`` becomes the norms of the rows of W.
+        """
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        self._reset_magnitude()
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        """Of a layer whose ``lora_B`` is zero."""
+        if not self._use_dora:
+            return
+        with offload.present(self):
+            weight = self.base_weight()
+            if not weight.is_meta:
+                self.lora_magnitude.copy_(row_norms(weight))
+
+    def _plain_loaded(self) -> None:
+        if self._use_dora and not self.lora_B.is_meta and count(self.lora_B != 0) == 0:
+            self._reset_magnitude()
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen ones as ``nn.Linear`` does."""
@@ -247,8 +306,8 @@ class LoRALinear(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
-        if self.merged:
-            return self._forward_merged(x)
+        if self._aside:
+            return self._forward_aside(x)
         p: Any = self._parameters
         try:
             # Four times nn.Module.__getattr__ is a fifth of a small layer's forward.
@@ -262,6 +321,15 @@ class LoRALinear(AdapterLayer):
                 x, weight, lora_A, lora_B, self._scaling, bias, memory=self._memory
             )
         return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)
+
+    def _forward_aside(self, x: Tensor) -> Tensor:
+        return self._forward_merged(x) if self.merged else self._forward_dora(x)
+
+    def _forward_dora(self, x: Tensor) -> Tensor:
+        return dora_linear(
+            x, self.base_weight(), self.lora_A, self.lora_B, self.lora_magnitude, self._scaling,
+            self.bias, dropout_p=self.dropout, training=self.training,
+        )  # fmt: skip
 
     def _forward_merged(self, x: Tensor) -> Tensor:
         weight: Any = self._buffers["_merged_weight"]
@@ -293,20 +361,41 @@ class LoRALinear(AdapterLayer):
     def merged_weight(self) -> Tensor:
         """``W + scaling · B·A``, ``[out_features, in_features]``, rounded to the dtype of ``weight``.
 
+        Of DoRA the rows of that have the norms ``lora_magnitude``.
+
         Raises:
             ValueError: there are no values, or none that can be merged.
         """
         weight = self.base_weight()
         self._check_mergeable(weight, (self.out_features, self.in_features))
-        return summed(weight, self._delta_weight())
+        delta = self._delta_weight()
+        if not self._use_dora:
+            return summed(weight, delta)
+        value = weight.to(delta.dtype) + delta
+        scale = self.lora_magnitude.to(delta.dtype) / row_norms(value)
+        return rounded(weight, scale.unsqueeze(1) * value, "m · (W + scaling · B·A) / ‖…‖")
+
+    def peft_fields(self) -> dict[str, object]:
+        """What PEFT's config says of such a layer, and once for all layers of a model."""
+        return super().peft_fields() | {"use_dora": self._use_dora}
+
+    def summary_remark(self) -> str:
+        """``DoRA`` where it is, for ``summary``."""
+        return "DoRA" if self._use_dora else ""
 
     def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
-        """``lora_linear`` and its backward."""
+        """``lora_linear`` and its backward, of which DoRA is made too, but over float16 without help."""
         dropout = bool(self.dropout and self.training)
-        return linear_problems(x, self.operand(), self.lora_A, self.lora_B, self.bias, dropout)
+        weight, lora_A, bias = self.operand(), self.lora_A, self.bias
+        if self._use_dora:
+            dtype = weight.dtype if x is None else x.dtype
+            if dtype is torch.float16 and lora_A.dtype is torch.float32:
+                return ()
+            bias = bias if dropout else None
+        return linear_problems(x, weight, lora_A, self.lora_B, bias, dropout)
 
     def to_linear(self) -> nn.Module:
-        """A plain layer with weight ``W + scaling · B·A``: see ``to_plain``."""
+        """A plain layer with the merged weight: see ``to_plain``."""
         return self.to_plain()
 
     def _fill(self, plain: nn.Module) -> None:
@@ -327,6 +416,8 @@ class LoRALinear(AdapterLayer):
     def take_resized(self, plain: Any) -> None:
         """Takes the parameters of ``plain``, and ``lora_B`` gets as many rows: zero where it had none.
 
+        The magnitudes of added rows are their norms.
+
         They are trained, or frozen, as this layer's were: a tied weight is the input embedding's too.
         """
         assert isinstance(plain.weight, nn.Parameter)
@@ -345,6 +436,12 @@ class LoRALinear(AdapterLayer):
             kept = min(rows, old.shape[0])
             lora_B[:kept] = old[:kept]
         self.lora_B = nn.Parameter(lora_B, requires_grad=old.requires_grad)
+        if self._use_dora:
+            of_old = self.lora_magnitude
+            with torch.no_grad():
+                magnitude = row_norms(self.base_weight()).to(of_old.dtype)
+                magnitude[:kept] = of_old[:kept]
+            self.lora_magnitude = nn.Parameter(magnitude, requires_grad=of_old.requires_grad)
         if self.merged:
             self.merge()
 
@@ -355,9 +452,15 @@ class LoRALinear(AdapterLayer):
         weight = self.base_weight()
         if not isinstance(weight, nn.Parameter):
             weight = nn.Parameter(weight.detach(), requires_grad=False)
-        scripted = ScriptedLoRALinear(
-            weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.dropout
-        )
+        if self._use_dora:
+            scripted: nn.Module = ScriptedDoRALinear(
+                weight, self.bias, self.lora_A, self.lora_B, self.lora_magnitude, self.scaling,
+                self.dropout,
+            )  # fmt: skip
+        else:
+            scripted = ScriptedLoRALinear(
+                weight, self.bias, self.lora_A, self.lora_B, self.scaling, self.dropout
+            )
         return scripted.train(self.training)
 
     def pack_(self) -> "LoRALinear":
@@ -410,8 +513,16 @@ class LoRALinear(AdapterLayer):
         ]
         if self.use_rslora:
             parts.append("use_rslora=True")
+        if self.use_dora:
+            parts.append("use_dora=True")
         if self.merged:
             parts.append("merged=True")
         if any(packed.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """``‖W_j‖`` of each row, ``[out_features]``, in float32 (float64 of float64)."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)

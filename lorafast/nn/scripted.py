@@ -40,6 +40,48 @@ class ScriptedLoRALinear(nn.Module):
         return (F.linear(x, self.weight, self.bias) + low_rank).to(x.dtype)
 
 
+class ScriptedDoRALinear(nn.Module):
+    """``y = m / ‖W + scaling·B·A‖ ⊙ (x·Wᵀ + scaling · x·Aᵀ·Bᵀ) + bias``, as ``ScriptedLoRALinear``.
+
+    With dropout the frozen layer sees x, and the change that DoRA makes what is left of it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        lora_A: nn.Parameter,
+        lora_B: nn.Parameter,
+        lora_magnitude: nn.Parameter,
+        scaling: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.lora_A = lora_A
+        self.lora_B = lora_B
+        self.lora_magnitude = lora_magnitude
+        self.scaling = float(scaling)
+        self.dropout = float(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` → ``[..., out_features]``."""
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        norm = torch.norm((self.weight.to(wide) + delta).detach(), 2, 1)
+        scale = (self.lora_magnitude.to(wide) / norm).to(dtype)
+        left = F.dropout(x.to(dtype), self.dropout, self.training)
+        frozen = F.linear(left, self.weight.to(dtype))
+        s = F.linear(left, self.lora_A.to(dtype))
+        low_rank = F.linear(s, self.lora_B.to(dtype) * self.scaling)
+        change = scale * (frozen + low_rank) - frozen
+        return (F.linear(x, self.weight, self.bias) + change).to(x.dtype)
+
+
 class ScriptedLoRAEmbedding(nn.Module):
     """``y = W[x] + scaling · Aᵀ[x]·Bᵀ`` over the parameters of a layer, which it shares."""
 

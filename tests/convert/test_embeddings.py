@@ -82,6 +82,7 @@ def test_the_rest_is_frozen_and_dropout_is_of_linear_layers():
     [
         (lambda: Scaled(9, 3), {}, TypeError, r"embed can't be adapted: its forward is not that"),
         (lambda: nn.Embedding(9, 3, max_norm=1), {}, TypeError, "its max_norm is 1"),
+        (lambda: nn.Embedding(9, 3), {"use_dora": True}, ValueError, "DoRA is for linear layers"),
         (
             lambda: nn.EmbeddingBag(9, 3),
             {},
@@ -89,7 +90,7 @@ def test_the_rest_is_frozen_and_dropout_is_of_linear_layers():
             "EmbeddingBag, expected an nn.Linear or nn",
         ),
     ],
-    ids=["forward", "max_norm", "bag"],
+    ids=["forward", "max_norm", "dora", "bag"],
 )
 def test_refusals(unchanged, make, options, error, sentence):
     model = Tokens()
@@ -216,7 +217,7 @@ def test_values_are_replaced_in_an_adapted_model(tmp_path, assert_same, draw_ada
                 "lora_A.weight": torch.zeros(2, 19),
                 "lora_B.weight": torch.zeros(32, 2),
             },
-            rf"lora_A and lora_B for {EMBED}, a Embedding, expected lora_embedding_A and lora_emb",
+            rf"lora_A and lora_B for {EMBED} \(Embedding\), expected lora_embedding_A and lora_emb",
         ),
     ],
     ids=["half", "shape", "kind"],
@@ -233,6 +234,17 @@ def test_a_file_that_does_not_fit(tmp_path, unchanged, change, sentence):
     model = llama()
     with unchanged(model), pytest.raises(ValueError, match=sentence):
         lorafast.load_adapter(model, tmp_path)
+
+
+def test_refuses_dora_over_an_embedding(tmp_path, unchanged):
+    theirs = with_peft(llama(), target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    folder = saved(theirs, tmp_path)
+    model = llama()
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=rf"magnitude for {EMBED} \(Embedding\), expected"),
+    ):
+        lorafast.load_adapter(model, folder)
 
 
 # In a model
