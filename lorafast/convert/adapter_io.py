@@ -293,17 +293,16 @@ def _check_layers(model: nn.Module, config: AdapterConfig, adapters: Adapters) -
 def _check_adapter(
     name: str, module: nn.Module, config: AdapterConfig, parameters: dict[str, Tensor]
 ) -> None:
-    r = config.rank(name)
+    r, kind = config.rank(name), kind_of_layer(module)
+    there: dict[str, Tensor] = {}
     if isinstance(module, AdapterLayer):
         if module.r != r:
             raise ValueError(f"{name} is adapted with r = {module.r}, and the file has r = {r}")
-        shapes, there = module.adapter_shapes(), module.adapter_parameters()
+        there = module.adapter_parameters()
         sizes = (module.in_features, module.out_features)
         devices = {tensor.device for tensor in there.values()}
     else:
-        kind = kind_of_layer(module)
         sizes = kind.features(module)
-        shapes, there = kind.layer.shapes_of(*sizes, r, config.use_dora), {}
         weight = kind.frozen_tensor(module)
         # Of an offloaded plain layer the adapter is made where its forward runs.
         devices = {device_of(module, weight)}
@@ -313,7 +312,13 @@ def _check_adapter(
             )
     if any(device.type == "meta" for device in devices):
         raise ValueError(_NO_MEMORY.format(name))
-    _check_names(name, module, parameters, shapes)
+    shapes = kind.layer.shapes_of(*sizes, r, config.use_dora)
+    if there and there.keys() != shapes.keys():
+        how = "with" if module.use_dora else "without"
+        raise ValueError(
+            f"{name} is adapted {how} DoRA, and use_dora is {config.use_dora} in the config"
+        )
+    _check_names(name, kind.layer, parameters, shapes)
     for parameter, shape in shapes.items():
         tensor = parameters[parameter]
         if tuple(tensor.shape) != shape:
@@ -333,18 +338,19 @@ def _check_adapter(
 
 
 def _check_names(
-    name: str, module: nn.Module, found: Collection[str], expected: Collection[str]
+    name: str, layer: type[AdapterLayer], found: Collection[str], expected: Collection[str]
 ) -> None:
     """Raises ``ValueError`` unless the file has the parameters of the layer's adapter, and no others."""
-    missing = [one for one in expected if one not in found]
-    if missing and len(found) + len(missing) == len(expected):
-        ending = kind_of_layer(module).layer.peft_names[missing[0]]
-        raise ValueError(f"{name} has no {ending} in the file")
-    if missing or len(found) > len(expected):
-        raise ValueError(
-            f"the file has {' and '.join(found)} for {name} ({type(module).__name__}), expected "
-            f"{' and '.join(expected)}"
-        )
+    for parameter in found:
+        if parameter not in expected:
+            ending = next(one for one, other in PEFT_NAMES.items() if other == parameter)
+            raise ValueError(
+                f"the file has {name}.{ending}, expected {' and '.join(expected)} for a "
+                f"{layer.__name__} by the config"
+            )
+    for parameter in expected:
+        if parameter not in found:
+            raise ValueError(f"{name} has no {layer.peft_names[parameter]} in the file")
 
 
 def _check_others(

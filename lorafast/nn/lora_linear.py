@@ -69,7 +69,7 @@ class LoRALinear(AdapterLayer):
     peft_names: ClassVar = {
         "lora_A": "lora_A.weight",
         "lora_B": "lora_B.weight",
-        "lora_magnitude": "lora_magnitude_vector",
+        "lora_magnitude": "lora_magnitude_vector.weight",
     }
     watched_parameter = "lora_B"
     operation = "lora_linear"

@@ -70,7 +70,7 @@ class ScriptedDoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
         norm = torch.norm((self.weight.to(wide) + delta).detach(), 2, 1)
         scale = (self.lora_magnitude.to(wide) / norm).to(dtype)

@@ -1,5 +1,7 @@
 """DoRA in a model: ``adapt``, files with PEFT both ways, gradients, refusals, merging, resizing."""
 
+import copy
+
 import pytest
 import torch
 from models import trained
@@ -20,6 +22,7 @@ from torch import nn
 import lorafast
 from lorafast.convert import AdapterRow
 from lorafast.nn import LoRALinear
+from lorafast.reference import contract
 
 peft = pytest.importorskip("peft")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -41,6 +44,47 @@ def test_adapt(net, x):
     )
     assert str(summary).splitlines()[1].endswith("  DoRA")
     assert summary.adapter == summary.trainable == 2 * (5 + 7) + 7 + 2 * (3 + 2) + 2
+
+
+def with_dora(linear):
+    """PEFT's layer over ``linear`` in its dtype, with a random adapter and magnitudes near W's."""
+    config = peft.LoraConfig(r=8, target_modules=["layer"], use_dora=True)
+    model = peft.get_peft_model(
+        nn.ModuleDict({"layer": linear}), config, autocast_adapter_dtype=False
+    )
+    layer = model.base_model.model["layer"]
+    with torch.no_grad():
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.mul_(torch.rand_like(magnitude) + 0.5)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_layer_is_as_exact_as_pefts(dtype):
+    linear = nn.Linear(96, 160, dtype=dtype)
+    theirs = with_dora(linear)
+    ours = LoRALinear.from_linear(linear, 8, use_dora=True, adapter_dtype=dtype)
+    with torch.no_grad():
+        ours.lora_A.copy_(theirs.lora_A["default"].weight)
+        ours.lora_B.copy_(theirs.lora_B["default"].weight)
+        ours.lora_magnitude.copy_(theirs.lora_magnitude_vector["default"].weight)
+    x, dy = torch.randn(64, 96).to(dtype), torch.randn(64, 160).to(dtype)
+
+    def run(layer, x):
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        y.backward(dy.to(y.dtype))
+        gradients = {n.split(".")[0]: p.grad for n, p in layer.named_parameters() if "lora" in n}
+        return {"y": y.detach(), "dx": x.grad} | gradients
+
+    found, eager = run(ours, x), run(theirs, x)
+    exact = run(copy.deepcopy(theirs).double(), x.double())
+    eager["lora_magnitude"] = eager.pop("lora_magnitude_vector")
+    exact["lora_magnitude"] = exact.pop("lora_magnitude_vector")
+    assert found.keys() == eager.keys()
+    for name, tensor in found.items():
+        assert contract.why_broken(tensor, eager[name], exact[name]) is None, name
 
 
 CONFIGS = [
@@ -91,7 +135,7 @@ def test_peft_loads_what_was_adapted_here(tmp_path, assert_same, draw_adapters):
     assert config_of(tmp_path)["use_dora"] is True
     stored = safetensors.load_file(tmp_path / "adapter_model.safetensors")
     assert {key.removeprefix(Q) for key in stored if key.startswith(Q)} == {
-        "lora_A.weight", "lora_B.weight", "lora_magnitude_vector",
+        "lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight",
     }  # fmt: skip
     theirs = loaded_by_peft(llama(), tmp_path)
     model.eval()
@@ -142,7 +186,7 @@ def test_gpt2_keeps_its_weights_transposed(tmp_path, assert_same):
 
 
 def written(folder, change):
-    """An adapter of DoRA for ``q_proj``, with other endings of its tensors' names."""
+    """An adapter of DoRA for ``q_proj``, with other tensors."""
     lorafast.save_adapter(lorafast.adapt(llama(), 2, ["q_proj"], use_dora=True), folder)
     path = folder / "adapter_model.safetensors"
     tensors = safetensors.load_file(path)
@@ -150,21 +194,16 @@ def written(folder, change):
     return folder
 
 
-def test_reads_the_magnitude_by_its_name_inside_a_model(tmp_path):
-    def renamed(tensors):
-        return {
-            key.replace("magnitude_vector", "magnitude_vector.weight"): tensor + 1
-            for key, tensor in tensors.items()
-        }
-
-    model = lorafast.load_adapter(llama(), written(tmp_path, renamed))
-    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    torch.testing.assert_close(layer.lora_magnitude.detach(), layer.weight.detach().norm(dim=1) + 1)
+def test_transformers_loads_it_beside_the_model(tmp_path, assert_same, draw_adapters):
+    model = draw_adapters(lorafast.adapt(llama(), 2, ["q_proj"], use_dora=True))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert_same(logits(again).detach(), logits(model).detach(), LLAMA_EPS)
 
 
 def test_a_file_without_a_magnitude(tmp_path, unchanged):
     def dropped(tensors):
-        return {key: t for key, t in tensors.items() if key != Q + "lora_magnitude_vector"}
+        return {key: t for key, t in tensors.items() if key != Q + "lora_magnitude_vector.weight"}
 
     model = llama()
     folder = written(tmp_path, dropped)
@@ -175,8 +214,8 @@ def test_a_file_without_a_magnitude(tmp_path, unchanged):
 @pytest.mark.parametrize(
     ("dora", "sentence"),
     [
-        (False, "q_proj has no lora_magnitude_vector in the file"),
-        (True, r"lora_magnitude for model.*q_proj \(LoRALinear\), expected lora_A and lora_B$"),
+        (False, "q_proj is adapted with DoRA, and use_dora is False in the config"),
+        (True, "q_proj is adapted without DoRA, and use_dora is True in the config"),
     ],
     ids=["into-dora", "from-dora"],
 )
@@ -195,6 +234,14 @@ def test_a_mixture_can_not_be_saved(tmp_path):
     lorafast.adapt(model, 2, ["k_proj"])
     with pytest.raises(ValueError, match=r"use_dora is True in .*q_proj, False in .*one value"):
         lorafast.save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("is_trainable", [True, False, None])
+def test_what_is_trained_after_loading(tmp_path, is_trainable):
+    lorafast.save_adapter(lorafast.adapt(llama(), 2, ["q_proj"], use_dora=True), tmp_path)
+    model = lorafast.load_adapter(llama(), tmp_path, is_trainable=is_trainable)
+    found = {name.rpartition(".")[2] for name in trained(model)}
+    assert found == (set() if is_trainable is False else {*PARAMETERS})
 
 
 def test_values_are_replaced_in_an_adapted_model(tmp_path, assert_same, draw_adapters):

@@ -1,5 +1,6 @@
 """Adapted embeddings in a model: which are, files with PEFT both ways, merging, resizing, gradients."""
 
+import copy
 import warnings
 
 import pytest
@@ -21,6 +22,7 @@ from torch import nn
 import lorafast
 from lorafast.convert import AdapterRow, LeftOut
 from lorafast.nn import LoRAEmbedding, LoRALinear
+from lorafast.reference import contract
 
 peft = pytest.importorskip("peft")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -116,6 +118,32 @@ def test_summary():
 
 
 # Files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_layer_is_as_exact_as_pefts(dtype):
+    plain = nn.Embedding(50, 96, dtype=dtype)
+    config = peft.LoraConfig(r=8, target_modules=["embed"])
+    theirs = peft.get_peft_model(
+        nn.ModuleDict({"embed": plain}), config, autocast_adapter_dtype=False
+    ).base_model.model["embed"]
+    nn.init.normal_(theirs.lora_embedding_A["default"])
+    ours = LoRAEmbedding.from_embedding(plain, 8, adapter_dtype=dtype)
+    with torch.no_grad():
+        ours.lora_embedding_A.copy_(theirs.lora_embedding_A["default"])
+        ours.lora_embedding_B.copy_(theirs.lora_embedding_B["default"])
+    x, dy = torch.randint(50, (64,)), torch.randn(64, 96).to(dtype)
+
+    def run(layer):
+        y = layer(x)
+        y.backward(dy.to(y.dtype))
+        gradients = {n.split(".")[0]: p.grad for n, p in layer.named_parameters() if "lora" in n}
+        return {"y": y.detach()} | gradients
+
+    found, eager, exact = run(ours), run(theirs), run(copy.deepcopy(theirs).double())
+    assert found.keys() == eager.keys()
+    for name, tensor in found.items():
+        assert contract.why_broken(tensor, eager[name], exact[name]) is None, name
 
 
 CONFIGS = [
@@ -217,7 +245,7 @@ def test_values_are_replaced_in_an_adapted_model(tmp_path, assert_same, draw_ada
                 "lora_A.weight": torch.zeros(2, 19),
                 "lora_B.weight": torch.zeros(32, 2),
             },
-            rf"lora_A and lora_B for {EMBED} \(Embedding\), expected lora_embedding_A and lora_emb",
+            rf"the file has {EMBED}\.lora_A\.weight, expected lora_embedding_A and lora_embedding_B",
         ),
     ],
     ids=["half", "shape", "kind"],
@@ -242,9 +270,20 @@ def test_refuses_dora_over_an_embedding(tmp_path, unchanged):
     model = llama()
     with (
         unchanged(model),
-        pytest.raises(ValueError, match=rf"magnitude for {EMBED} \(Embedding\), expected"),
+        pytest.raises(
+            ValueError, match=rf"the file has {EMBED}\.lora_magnitude_vector.*, expected lora_emb"
+        ),
     ):
         lorafast.load_adapter(model, folder)
+
+
+@TIED
+def test_transformers_loads_it_beside_the_model(tmp_path, assert_same, draw_adapters, tied):
+    model = llama(tie_word_embeddings=tied)
+    draw_adapters(lorafast.adapt(model, 2, ["embed_tokens", "q_proj"]))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert_same(logits(again).detach(), logits(model).detach(), LLAMA_EPS)
 
 
 # In a model
