@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lorafast.ops import unstrided
 from lorafast.ops.expand import expand
 from lorafast.reference.dropout import survivor_scale
 
@@ -12,8 +13,10 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
 
     Differentiable. The mask is what ``expand`` makes of ones, where every backend draws it.
     """
-    if not dropout_p:
+    if not dropout_p or seed is None:
         return x
+    if unstrided.is_sharded(x):
+        return unstrided.drop_sharded(x, dropout_p, seed).to(x.dtype)
     K = x.shape[-1]
     one = x.new_ones((1, 1), dtype=torch.bfloat16)
     M = x.numel() // K if K else 0

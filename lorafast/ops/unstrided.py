@@ -51,7 +51,7 @@ def lora_linear(
 
 def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     if seed is not None and is_sharded(x):
-        return _drop_sharded(x, dropout_p, seed)
+        return drop_sharded(x, dropout_p, seed)
     x = x.to(wide(x.dtype))
     if not x.is_nested:
         raise ValueError(
@@ -61,7 +61,8 @@ def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return F.dropout(x, dropout_p)
 
 
-def _drop_sharded(x: Any, dropout_p: float, seed: Tensor) -> Tensor:
+def drop_sharded(x: Any, dropout_p: float, seed: Tensor) -> Tensor:
+    """``drop(x)`` of a DTensor, in the dtype of the low-rank term."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
     mesh = x.device_mesh

@@ -1,4 +1,4 @@
-"""DTensors through the layer, with dropout: the mask of the whole tensor, the same on every rank."""
+"""DTensors through the layers, with dropout: the mask of the whole tensor, the same on every rank."""
 
 import os
 import tempfile
@@ -9,9 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lorafast import reference
-from lorafast.functional import lora_linear
+from lorafast.functional import dora_linear, lora_linear
 
 P = 0.3
+NAMES = ("y", "dx", "dA", "dB", "dmagnitude")
 
 
 def _on_each_rank(rank, world, file):
@@ -22,6 +23,7 @@ def _on_each_rank(rank, world, file):
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(0)
     x, W, A, B = (torch.randn(s).double() for s in ((4, 6, 24), (10, 24), (3, 24), (10, 3)))
+    m = torch.rand(10).double() + 0.5
     everywhere = [Replicate()]
     for of_x in (Replicate(), Shard(0), Shard(1)):
         for of_weight in (Replicate(), Shard(0)):
@@ -42,6 +44,18 @@ def _on_each_rank(rank, world, file):
             expected = (y, *torch.autograd.grad(y.square().sum(), whole))
             for name, one, two in zip(("y", "dx", "dA", "dB"), found, expected, strict=True):
                 torch.testing.assert_close(one.full_tensor(), two, msg=f"{name} {of_x} {of_weight}")
+
+            of_m = distribute_tensor(m, mesh, [of_weight]).requires_grad_()
+            for p in (0.0, P):
+                torch.manual_seed(7 + rank)
+                y = dora_linear(shards[0], weight, *shards[1:], of_m, 0.5, dropout_p=p)
+                found = (y, *torch.autograd.grad(y.square().sum(), (*shards, of_m)))
+                own = m.clone().requires_grad_()
+                y = reference.dora_linear(whole[0], W, *whole[1:], own, 0.5, dropout_p=p, seed=seed)
+                expected = (y, *torch.autograd.grad(y.square().sum(), (*whole, own)))
+                for name, one, two in zip(NAMES, found, expected, strict=True):
+                    message = f"DoRA: {name} {of_x} {of_weight} {p}"
+                    torch.testing.assert_close(one.full_tensor(), two, msg=message)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may abort a process that ends by itself

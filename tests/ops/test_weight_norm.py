@@ -1,0 +1,49 @@
+"""The factored norm of DoRA against the one that makes ``W + scaling · B·A``."""
+
+import pytest
+import torch
+from toy_formats import FORMATS, held
+
+from lorafast import ops, reference
+
+pytestmark = pytest.mark.usefixtures("toy_formats")
+K, N = 24, 40
+
+
+def eps(dtype):
+    return torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_every_row(format, dtype, adapter_dtype):
+    weight = torch.randn(N, K).to(dtype)
+    lora_A, lora_B = torch.randn(5, K).to(adapter_dtype), torch.randn(N, 5).to(adapter_dtype)
+    found = ops.weight_norm(FORMATS[format](weight), lora_A, lora_B, 0.7)
+    exact = reference.weight_norm(
+        held(format, weight).double(), lora_A.double(), lora_B.double(), 0.7
+    )
+    assert found.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert (found - exact).norm() <= 2 * eps(dtype) * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 16, 17, 100])
+def test_any_number_of_rows(rows):
+    """Half precision is read in blocks of them."""
+    weight, lora_A = torch.randn(rows, K).bfloat16(), torch.randn(2, K)
+    lora_B = torch.randn(rows, 2)
+    found = ops.weight_norm(weight, lora_A, lora_B, 2.0)
+    exact = reference.weight_norm(weight.double(), lora_A.double(), lora_B.double(), 2.0)
+    assert found.shape == (rows,)
+    assert (found - exact).norm() <= 2 * eps(torch.float32) * exact.norm()
+
+
+def test_no_gradient_and_no_tangent_flows_through_it():
+    tensors = [torch.randn(s, requires_grad=True) for s in ((N, K), (2, K), (N, 2))]
+    for norm in (ops.weight_norm, reference.weight_norm):
+        assert not norm(*tensors, 0.5).requires_grad
+        tangents = tuple(torch.ones_like(t) for t in tensors)
+        given = tuple(t.detach() for t in tensors)
+        _, tangent = torch.func.jvp(lambda *t, norm=norm: norm(*t, 0.5), given, tangents)
+        assert not tangent.any()
