@@ -49,8 +49,6 @@ class AdapterLayer(nn.Module):
     out_features: int
     dropout: float = 0.0
     """Probability of dropping an element of the input on its way into the adapter in training."""
-    use_dora = False
-    """Whether the adapter has a magnitude (DoRA)."""
     merged = False
     _merged_weight: Tensor | None
     _plain_class: type[nn.Module]
@@ -237,6 +235,11 @@ class AdapterLayer(nn.Module):
         self.set_scaling(value * self._divisor(self._use_rslora), self._use_rslora)
         self._scaling = value  # which the quotient may miss by a rounding
 
+    @property
+    def use_dora(self) -> bool:
+        """Whether the adapter is DoRA's, with a magnitude."""
+        return False
+
     def _divisor(self, use_rslora: bool) -> float:
         return math.sqrt(self._r) if use_rslora else self._r
 
@@ -397,6 +400,17 @@ class AdapterLayer(nn.Module):
                 empty = torch.empty_like(tensor, device=weight.device)
                 self._parameters[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         self.reset_adapter()
+
+
+def resized(old: nn.Parameter, dim: int, size: int) -> nn.Parameter:
+    """``old`` with ``size`` rows or columns, added ones zero; it is trained where ``old`` is."""
+    shape = list(old.shape)
+    shape[dim] = size
+    kept = min(size, old.shape[dim])
+    with torch.no_grad():
+        made = old.new_zeros(shape)
+        made.narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
+    return nn.Parameter(made, requires_grad=old.requires_grad)
 
 
 def summed(weight: Tensor, delta: Tensor) -> Tensor:

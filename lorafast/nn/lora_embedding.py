@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lorafast.functional import lora_embedding
 from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_embedding
-from lorafast.nn.adapter_layer import AdapterLayer, summed
+from lorafast.nn.adapter_layer import AdapterLayer, resized, summed
 from lorafast.nn.checks import check_dtype
 from lorafast.nn.scripted import ScriptedLoRAEmbedding
 from lorafast.ops.unstrided import is_sharded
@@ -228,12 +228,7 @@ class LoRAEmbedding(AdapterLayer):
         if self.in_features == V:
             return
         self.in_features = self.num_embeddings = V
-        old = self.lora_embedding_A
-        with torch.no_grad():
-            lora_A = old.new_zeros((self.r, V))
-            kept = min(V, old.shape[1])
-            lora_A[:, :kept] = old[:, :kept]
-        self.lora_embedding_A = nn.Parameter(lora_A, requires_grad=old.requires_grad)
+        self.lora_embedding_A = resized(self.lora_embedding_A, 1, V)
         if self.merged:
             self.merge()
 

@@ -13,7 +13,7 @@ from lorafast.core.problem import Problem
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_claimed, why_not_linear
-from lorafast.nn.adapter_layer import AdapterLayer, rounded, summed
+from lorafast.nn.adapter_layer import AdapterLayer, resized, rounded, summed
 from lorafast.nn.checks import check_bool, check_dtype, check_probability, count
 from lorafast.nn.plain import features, is_conv1d
 from lorafast.nn.problems import linear_problems
@@ -269,14 +269,14 @@ class LoRALinear(AdapterLayer):
         self._aside = merged or self._use_dora
 
     @property
-    def use_dora(self) -> bool:  # type: ignore[override]
+    def use_dora(self) -> bool:
         """Whether the layer is DoRA's, with ``lora_magnitude``."""
         return self._use_dora
 
     def reset_adapter(self) -> None:
         """Draws ``lora_A`` anew (Kaiming-uniform, ``a = sqrt(5)``) and sets ``lora_B`` to zero.
 
-        ``lora_magnitude`` becomes the norms of the rows of W.
+        ``lora_magnitude`` becomes what the norms of the rows are then.
         """
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
@@ -284,13 +284,16 @@ class LoRALinear(AdapterLayer):
 
     @torch.no_grad()
     def _reset_magnitude(self) -> None:
-        """Of a layer whose ``lora_B`` is zero."""
+        """Sets ``lora_magnitude`` to ``‖W + scaling · B·A‖``, which makes it LoRA."""
         if not self._use_dora:
             return
         with offload.present(self):
-            weight = self.base_weight()
+            weight = self.operand()
             if not weight.is_meta:
-                self.lora_magnitude.copy_(row_norms(weight))
+                self.lora_magnitude.copy_(self._weight_norm())
+
+    def _weight_norm(self) -> Tensor:
+        return ops.weight_norm(self.operand(), self.lora_A, self.lora_B, self._scaling)
 
     def _plain_loaded(self) -> None:
         if self._use_dora and not self.lora_B.is_meta and count(self.lora_B != 0) == 0:
@@ -372,7 +375,7 @@ class LoRALinear(AdapterLayer):
         if not self._use_dora:
             return summed(weight, delta)
         value = weight.to(delta.dtype) + delta
-        scale = self.lora_magnitude.to(delta.dtype) / row_norms(value)
+        scale = self.lora_magnitude.to(delta.dtype) / torch.linalg.vector_norm(value, dim=1)
         return rounded(weight, scale.unsqueeze(1) * value, "m · (W + scaling · B·A) / ‖…‖")
 
     def peft_fields(self) -> dict[str, object]:
@@ -384,7 +387,7 @@ class LoRALinear(AdapterLayer):
         return "DoRA" if self._use_dora else ""
 
     def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
-        """``lora_linear`` and its backward, of which DoRA is made too, but over float16 without help."""
+        """``lora_linear`` and its backward; DoRA calls them too, but not over float16 from float32."""
         dropout = bool(self.dropout and self.training)
         weight, lora_A, bias = self.operand(), self.lora_A, self.bias
         if self._use_dora:
@@ -416,9 +419,8 @@ class LoRALinear(AdapterLayer):
     def take_resized(self, plain: Any) -> None:
         """Takes the parameters of ``plain``, and ``lora_B`` gets as many rows: zero where it had none.
 
-        The magnitudes of added rows are their norms.
-
         They are trained, or frozen, as this layer's were: a tied weight is the input embedding's too.
+        The magnitudes of added rows are their norms.
         """
         assert isinstance(plain.weight, nn.Parameter)
         rows = plain.weight.shape[0]
@@ -429,19 +431,12 @@ class LoRALinear(AdapterLayer):
         self.bias = plain.bias
         if rows == self.out_features:
             return
-        self.out_features = rows
-        old = self.lora_B
-        with torch.no_grad():
-            lora_B = old.new_zeros((rows, self.r))
-            kept = min(rows, old.shape[0])
-            lora_B[:kept] = old[:kept]
-        self.lora_B = nn.Parameter(lora_B, requires_grad=old.requires_grad)
+        before, self.out_features = self.out_features, rows
+        self.lora_B = resized(self.lora_B, 0, rows)
         if self._use_dora:
-            of_old = self.lora_magnitude
+            self.lora_magnitude = resized(self.lora_magnitude, 0, rows)
             with torch.no_grad():
-                magnitude = row_norms(self.base_weight()).to(of_old.dtype)
-                magnitude[:kept] = of_old[:kept]
-            self.lora_magnitude = nn.Parameter(magnitude, requires_grad=of_old.requires_grad)
+                self.lora_magnitude[before:] = self._weight_norm()[before:]
         if self.merged:
             self.merge()
 
@@ -520,9 +515,3 @@ class LoRALinear(AdapterLayer):
         if any(packed.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)
-
-
-def row_norms(weight: Tensor) -> Tensor:
-    """``‖W_j‖`` of each row, ``[out_features]``, in float32 (float64 of float64)."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)

@@ -75,6 +75,13 @@ def test_a_fresh_layer_is_the_plain_one(make, x):
     same(made(x), F.linear(x, W, made.bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_fresh_layer_is_the_plain_one_bit_for_bit(dtype):
+    linear = nn.Linear(64, 48, bias=False, dtype=dtype)
+    given = torch.randn(9, 64).to(dtype)
+    assert torch.equal(LoRALinear.from_linear(linear, 4, use_dora=True)(given), linear(given))
+
+
 def test_parameters_and_which_are_trained():
     made = LoRALinear.from_linear(nn.Linear(7, 5), 3, use_dora=True)
     assert list(made.state_dict()) == KEYS
@@ -92,7 +99,7 @@ def test_dtypes(dtype):
     made = LoRALinear(64, 48, 4, dtype=dtype, use_dora=True)
     expected = torch.float64 if dtype is torch.float64 else torch.float32
     assert made.lora_magnitude.dtype is expected
-    assert torch.equal(made.lora_magnitude, made.weight.to(expected).norm(dim=1))
+    torch.testing.assert_close(made.lora_magnitude, made.weight.to(expected).norm(dim=1))
     assert made(torch.randn(3, 64, dtype=dtype)).dtype is dtype
 
 
