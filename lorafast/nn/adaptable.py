@@ -1,5 +1,7 @@
 """Which plain layers an adapter layer can wrap, and the reasons against the others."""
 
+import inspect
+import re
 from collections.abc import Collection
 
 import torch
@@ -12,6 +14,11 @@ from lorafast.nn.checks import FLOAT_NAMES
 from lorafast.nn.plain import stock_class, why_not_carried, why_not_its_forward
 from lorafast.operands import Operand
 
+# Transformers' ways to write it.
+_SCALED_FORWARD = re.compile(
+    r"\s*def forward\(self, input_ids: torch\.Tensor\):\s*"
+    r"return super\(\)\.forward\(input_ids\) \* self\.embed_scale(\.to\(self\.weight\.dtype\))?\s*"
+)
 _DISTRIBUTED = "torch.distributed."
 
 
@@ -33,7 +40,20 @@ def why_not_embedding(embedding: nn.Module, taken: Collection[str]) -> str | Non
         return f"its max_norm is {embedding.max_norm}, which changes the frozen weight in each call"
     if embedding.scale_grad_by_freq:
         return "its scale_grad_by_freq is True, which the adapter's gradients don't follow"
-    return _why_not_stock(embedding, nn.Embedding, ("weight",), taken, "LoRAEmbedding")
+    stock = type(embedding) if scales_output(embedding) else nn.Embedding
+    return _why_not_stock(embedding, stock, ("weight",), taken, "LoRAEmbedding")
+
+
+def scales_output(embedding: nn.Module) -> bool:
+    """Whether it is an ``nn.Embedding`` whose forward multiplies by its ``embed_scale``, as Gemma's."""
+    own, *others = [kind for kind in type(embedding).__mro__ if "forward" in vars(kind)]
+    if others[:1] != [nn.Embedding]:
+        return False
+    try:
+        source = inspect.getsource(vars(own)["forward"])
+    except (OSError, TypeError):  # there is none, or it isn't Python's
+        return False
+    return _SCALED_FORWARD.fullmatch(source) is not None
 
 
 def _why_not_stock(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorafast.functional import lora_embedding
 from lorafast.nn import offload
-from lorafast.nn.adaptable import why_not_embedding
+from lorafast.nn.adaptable import scales_output, why_not_embedding
 from lorafast.nn.adapter_layer import AdapterLayer, resized, summed
 from lorafast.nn.checks import check_dtype
 from lorafast.nn.scripted import ScriptedLoRAEmbedding
@@ -51,6 +51,7 @@ class LoRAEmbedding(AdapterLayer):
         "lora_embedding_B": "lora_embedding_B",
     }
     watched_parameter = "lora_embedding_A"
+    own_names = AdapterLayer.own_names | {"_scales"}
     operation = "lora_embedding"
 
     weight: nn.Parameter
@@ -60,6 +61,7 @@ class LoRAEmbedding(AdapterLayer):
     embedding_dim: int
     padding_idx: int | None
     _plain_class: type[nn.Module] = nn.Embedding
+    _scales = False
 
     def __init__(
         self,
@@ -94,13 +96,13 @@ class LoRAEmbedding(AdapterLayer):
 
         The weight is the same object, so an output head that is tied to it stays so, without this
         adapter, as in PEFT; it is frozen. Merging gives back a layer of its class. Arguments as for the
-        class.
+        class. Where ``embedding`` is one of Transformers' that multiply by ``embed_scale`` (Gemma's,
+        BART's), by their source, the adapted one does too, as in PEFT.
 
         Raises:
-            TypeError: ``embedding`` is not a plain ``nn.Embedding`` (with another ``forward``, say one
-                that scales its output), has a ``max_norm`` or ``scale_grad_by_freq`` or what would be
-                lost, or a dtype is not one of float16, bfloat16, float32 and float64. ``embedding`` is
-                unchanged.
+            TypeError: ``embedding`` is not a plain ``nn.Embedding``, has a ``max_norm`` or
+                ``scale_grad_by_freq`` or what would be lost, or a dtype is not one of float16,
+                bfloat16, float32 and float64. ``embedding`` is unchanged.
             ValueError: another argument doesn't fit. ``embedding`` is unchanged.
         """
         reason = cls.why_not_adaptable(embedding)
@@ -152,6 +154,7 @@ class LoRAEmbedding(AdapterLayer):
         num_embeddings, embedding_dim = weight.shape
         self._set(num_embeddings, embedding_dim, r, alpha, use_rslora)
         self.weight = weight
+        self._scales = scales_output(plain)
         self._add_adapter(weight.dtype, offload.device_of(plain, weight), adapter_dtype)
 
     def reset_adapter(self) -> None:
@@ -171,17 +174,23 @@ class LoRAEmbedding(AdapterLayer):
         """``[...]`` integers → ``[..., embedding_dim]``."""
         if self.merged:
             return self._forward_merged(x)
-        return lora_embedding(
+        y = lora_embedding(
             x, self.weight, self.lora_embedding_A, self.lora_embedding_B, self._scaling,
             padding_idx=self.padding_idx,
         )  # fmt: skip
+        return self._scaled(y) if self._scales else y
 
     def _forward_merged(self, x: Tensor) -> Tensor:
         weight: Any = self._merged_weight
         if is_sharded(weight) and not is_sharded(x):
             # FSDP makes the layer's own parameters whole in its forward.
             weight = weight.full_tensor()
-        return F.embedding(x, weight, self.padding_idx)
+        y = F.embedding(x, weight, self.padding_idx)
+        return self._scaled(y) if self._scales else y
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        scale: Any = self.embed_scale  # a number or a buffer of the plain layer's
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
     def example_input(self, rows: int) -> Tensor:
         """``[rows]`` zeros, where a forward has its input."""
@@ -242,6 +251,7 @@ class LoRAEmbedding(AdapterLayer):
             self.lora_embedding_B,
             self.scaling,
             self.padding_idx,
+            float(self._scaled(self.weight.new_ones(()))) if self._scales else 1.0,
         )
         return scripted.train(self.training)
 

@@ -83,7 +83,7 @@ class ScriptedDoRALinear(nn.Module):
 
 
 class ScriptedLoRAEmbedding(nn.Module):
-    """``y = W[x] + scaling · Aᵀ[x]·Bᵀ`` over the parameters of a layer, which it shares."""
+    """``y = scale · (W[x] + scaling · Aᵀ[x]·Bᵀ)`` over the parameters of a layer, which it shares."""
 
     padding_idx: int | None
 
@@ -94,6 +94,7 @@ class ScriptedLoRAEmbedding(nn.Module):
         lora_embedding_B: nn.Parameter,
         scaling: float,
         padding_idx: int | None,
+        scale: float,
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -101,6 +102,7 @@ class ScriptedLoRAEmbedding(nn.Module):
         self.lora_embedding_B = lora_embedding_B
         self.scaling = float(scaling)
         self.padding_idx = padding_idx
+        self.scale = float(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[...]`` → ``[..., embedding_dim]``."""
@@ -108,4 +110,4 @@ class ScriptedLoRAEmbedding(nn.Module):
         dtype = torch.float32 if y.dtype == torch.float16 else y.dtype
         s = F.embedding(x, self.lora_embedding_A.t(), self.padding_idx).to(dtype)
         low_rank = F.linear(s, self.lora_embedding_B.to(dtype) * self.scaling)
-        return (y + low_rank).to(y.dtype)
+        return (y + low_rank).to(y.dtype) * self.scale

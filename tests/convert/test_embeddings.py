@@ -1,7 +1,9 @@
 """Adapted embeddings in a model: which are, files with PEFT both ways, merging, resizing, gradients."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +24,11 @@ from torch import nn
 import lorafast
 from lorafast.convert import AdapterRow, LeftOut
 from lorafast.nn import LoRAEmbedding, LoRALinear
+from lorafast.nn.adaptable import _SCALED_FORWARD
 from lorafast.reference import contract
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -284,6 +288,81 @@ def test_transformers_loads_it_beside_the_model(tmp_path, assert_same, draw_adap
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert_same(logits(again).detach(), logits(model).detach(), LLAMA_EPS)
+
+
+# Embeddings that scale their output
+
+
+def gemma():
+    config = transformers.Gemma3TextConfig(
+        vocab_size=19, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, intermediate_size=24,
+    )  # fmt: skip
+    torch.manual_seed(29)
+    return transformers.Gemma3ForCausalLM(config).double().eval()
+
+
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=19, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2,
+        max_position_embeddings=20, scale_embedding=True, decoder_start_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(31)
+    return transformers.BartModel(config).double().eval()
+
+
+def output(model):
+    found = model(IDS)
+    return found.logits if "logits" in found else found[0]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore:merged weights that other modules share")
+@pytest.mark.parametrize("make", [gemma, bart])
+def test_an_embedding_that_scales_its_output(tmp_path, assert_same, make):
+    theirs = with_peft(make(), target_modules=["embed_tokens"], lora_alpha=5)
+    model = make()
+    base = output(model).detach()
+    lorafast.load_adapter(model, saved(theirs, tmp_path / "theirs"))
+    expected = output(theirs).detach()
+    assert distance(base, expected) > 1e-3
+    assert_same(output(model).detach(), expected, LLAMA_EPS)
+    lorafast.save_adapter(model, tmp_path / "ours")
+    again = loaded_by_peft(make(), tmp_path / "ours")
+    assert_same(output(again).detach(), expected, LLAMA_EPS)
+    for name in adapted(model):
+        model.get_submodule(name).merge()
+    assert_same(output(model).detach(), expected, LLAMA_EPS)
+    lorafast.merge(model)
+    assert_same(output(model).detach(), expected, LLAMA_EPS)
+    kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("embed_tokens")}
+    assert kinds == {f"{'Gemma3Text' if make is gemma else 'Bart'}ScaledWordEmbedding"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_of_one(assert_same, draw_adapters):
+    model = draw_adapters(lorafast.adapt(gemma(), 2, ["embed_tokens"]))
+    layer = model.model.embed_tokens
+    assert_same(torch.jit.script(layer)(IDS).detach(), layer(IDS).detach())
+
+
+def test_most_scaled_embeddings_of_transformers_are_known():
+    # By their source, so that a release that writes them in another way is found.
+    scaled = re.compile(
+        r"^class (\w+ScaledWordEmbedding)\(nn\.Embedding\):\n(?:(?: .*)?\n)*?"
+        r"(    def forward.*\n(?:(?:     .*)?\n)*)",
+        re.M,
+    )
+    found = {
+        name: _SCALED_FORWARD.fullmatch(forward) is not None
+        for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
+        for name, forward in scaled.findall(path.read_text(encoding="utf-8"))
+    }
+    others = {name for name, known in found.items() if not known}
+    assert len(found) > 20
+    # Which puts another row in for one of its tokens.
+    assert others <= {"T5Gemma2TextScaledWordEmbedding"}
 
 
 # In a model
