@@ -49,9 +49,10 @@ KINDS = (
     ),
 )
 PLAIN = " or ".join(kind.plain for kind in KINDS)
-PEFT_NAMES = {ending: name for kind in KINDS for name, ending in kind.layer.peft_names.items()}
-# PEFT writes this and reads both; Transformers, loading by itself, reads what is written here.
-PEFT_NAMES["lora_magnitude_vector"] = "lora_magnitude"
+PEFT_NAMES = {ending: name for kind in KINDS for name, ending in kind.layer.peft_names.items()} | {
+    # PEFT writes this and reads both; Transformers, loading by itself, reads what is written here.
+    "lora_magnitude_vector": "lora_magnitude"
+}
 """The endings of adapters' tensors in PEFT's files, and the parameters that they are."""
 
 

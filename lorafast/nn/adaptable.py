@@ -40,8 +40,7 @@ def why_not_embedding(embedding: nn.Module, taken: Collection[str]) -> str | Non
         return f"its max_norm is {embedding.max_norm}, which changes the frozen weight in each call"
     if embedding.scale_grad_by_freq:
         return "its scale_grad_by_freq is True, which the adapter's gradients don't follow"
-    stock = type(embedding) if scales_output(embedding) else nn.Embedding
-    return _why_not_stock(embedding, stock, ("weight",), taken, "LoRAEmbedding")
+    return _why_not_stock(embedding, nn.Embedding, ("weight",), taken, "LoRAEmbedding")
 
 
 def scales_output(embedding: nn.Module) -> bool:
@@ -63,12 +62,12 @@ def _why_not_stock(
     taken: Collection[str],
     wrapper: str,
 ) -> str | None:
-    if type(module).forward is not stock.forward:
-        expected = (
-            f"nn.{stock.__name__}" if stock.__module__.startswith("torch.") else stock.__name__
-        )
+    known = type(module) if scales_output(module) else stock
+    if type(module).forward is not known.forward:
+        name = stock.__name__
+        expected = f"nn.{name}" if stock.__module__.startswith("torch.") else name
         return f"its forward is not that of {expected} ({type(module).__name__})"
-    reason = why_not_its_forward(module, stock)
+    reason = why_not_its_forward(module, known)
     if reason is not None:
         return reason
     for name in tensors:

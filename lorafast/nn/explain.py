@@ -96,7 +96,10 @@ def _choices(layer: AdapterLayer, x: Tensor | None) -> tuple[Choice, ...]:
         )
     else:
         second = _choice(backward, _choose(backward))
-    return _choice(forward, chosen, _packed(layer, forward)), second
+    remark = _packed(layer, forward)
+    if layer.use_dora:
+        remark += ", within DoRA, whose norm and scale PyTorch computes"
+    return _choice(forward, chosen, remark), second
 
 
 def _choose(problem: Problem) -> Plan | None:

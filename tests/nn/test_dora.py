@@ -286,7 +286,7 @@ def test_a_script_trains_as_the_layer(x):
         same(gradient, made.get_parameter(name).grad)
 
 
-@pytest.mark.parametrize("make", [fresh, _operand], ids=["dense", "toy"])
+@KINDS
 def test_fx_has_a_node_for_it(make, x):
     model = nn.Sequential(layer(make))
     traced = torch.fx.symbolic_trace(model)
@@ -311,6 +311,7 @@ def test_explain():
     made = layer()
     choices = lorafast.explain(made).layers["(module)"]
     assert [choice.operation for choice in choices] == ["lora_linear", "lora_linear_backward"]
+    assert "within DoRA" in choices[0].reason
     half = LoRALinear(7, 5, 3, dtype=torch.float16, use_dora=True)
     (choice,) = lorafast.explain(half).layers["(module)"]
     assert choice.backend is None
