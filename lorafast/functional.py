@@ -100,8 +100,8 @@ def dora_linear(
             the mask and the seed of ``lora_linear``.
 
     Returns:
-        ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient. No matrix of
-        the size of ``weight`` is made. Under autocast ``x``, ``weight`` and ``bias`` are cast as
+        ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient. ``B·A`` and
+        its sum with W are never made. Under autocast ``x``, ``weight`` and ``bias`` are cast as
         ``F.linear`` would, after the norm was taken.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from helpers import DTYPES, skip_unless_usable
 from layouts import LAYOUTS, lay_out
 from torch import func
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from toy_formats import FORMATS, held
 
@@ -290,8 +291,6 @@ def test_autocast_casts_what_F_linear_would(dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_nothing_of_the_weights_size_is_made(dropout_p):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Largest(TorchDispatchMode):
         numel = 0
 
@@ -306,6 +305,28 @@ def test_nothing_of_the_weights_size_is_made(dropout_p):
     with Largest() as largest:
         fast(t | leaves, dropout_p).sum().backward()
     assert largest.numel <= 256 * 320 / 8
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_what_a_mode_keeps_stays_as_it_was(dropout_p, never_small):
+    """Selective checkpointing keeps what operations return."""
+    never_small()
+    kept = []
+
+    class Keeping(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made = isinstance(out, torch.Tensor) and not function._schema.is_mutable
+            if made and not function.is_view and "empty" not in str(function):
+                kept.append((str(function), out, out.clone()))
+            return out
+
+    t, dy = draw(), torch.randn(M, N).double()
+    with Keeping():
+        found = outputs(fast, t, dropout_p, dy)
+    assert kept
+    assert {name for name, out, before in kept if not torch.equal(out, before)} == set()
+    torch.testing.assert_close(found, outputs(right, t, dropout_p, dy))
 
 
 def test_dropout_is_for_training_and_drawn_from_pytorchs_generator():
