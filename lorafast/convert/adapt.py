@@ -62,8 +62,8 @@ def adapt(
 
     Raises:
         ValueError: a name or regex matches no layer, the model has PEFT's adapters (which
-            ``accelerate`` is for), or ``r``, ``alpha`` or ``dropout`` doesn't fit. The model is
-            unchanged.
+            ``accelerate`` is for), ``use_dora`` meets an embedding, or ``r``, ``alpha`` or ``dropout``
+            doesn't fit. The model is unchanged.
         TypeError: a layer that was asked for can't be adapted, or FSDP has sharded it. The model is
             unchanged. With ``"all-linear"`` a layer that can't be adapted is left as it is, and a
             warning names it, as it does convolutions and stacked experts that hold a quarter of the
@@ -113,11 +113,10 @@ def put_in_place(model: nn.Module, layers: dict[str, AdapterLayer]) -> nn.Module
     model = _targets.replace(model, dict(layers))
     save_adapters_too(model)
     for module in model.modules():
-        adapted = bool(adapted_layers(module))
         # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the adapters.
-        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted_layers(module):
             module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and adapted:
+        elif isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
             module.use_nested_tensor = False
     let_gradients_through(model)
     let_embeddings_resize(model)

@@ -191,7 +191,7 @@ def load_adapter(
 ) -> nn.Module:
     """Loads an adapter in PEFT's format from ``folder`` into ``model``; returns ``model``.
 
-    The layers that it is for may be plain ``nn.Linear``, which are adapted now (and the rest of the
+    The layers that it is for may be plain ones, which are adapted now (and the rest of the
     model is frozen, as ``adapt`` does), or adapted already with the same rank, whose values
     and scaling are replaced (their dropout stays).
     Modules stored whole (``modules_to_save``) are loaded too, and so are embeddings that PEFT stored

@@ -93,15 +93,15 @@ def _count(layers: list[tuple[nn.Module, list[nn.Parameter]]]) -> LeftOut:
         and not kind.in_all_linear
         and all(kind.layer.why_not_adaptable(one) is None for one, _ in layers)
     )
-    peft = ""
-    if by_name:
-        pass
-    elif isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
-        peft = _BY_MODULE
-    elif _is_stacked(module):
-        peft = _BY_PARAMETER
+    peft = "" if by_name else _peft_setting(module)
     size = _size(p for _, own in layers for p in own)
     return LeftOut(type(module).__name__, len(layers), size, peft, by_name)
+
+
+def _peft_setting(module: nn.Module) -> str:
+    if isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
+        return _BY_MODULE
+    return _BY_PARAMETER if _is_stacked(module) else ""
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
