@@ -51,7 +51,7 @@ def adapt(
             scaling of 1, where PEFT's default, ``lora_alpha=8``, gives 0.5 at r = 16.
         dropout: probability of dropping an element of a linear layer's input to the adapter.
         use_rslora: see ``alpha``.
-        use_dora: DoRA (Liu et al., 2024) instead of LoRA: see ``LoRALinear``. Embeddings have none.
+        use_dora: DoRA (Liu et al., 2024) instead of LoRA: see ``LoRALinear``.
         exclude: layers to leave out, given like ``targets``. A layer that has two names is selected,
             or left out, by either.
         freeze: freeze every other parameter of the model too; adapters it has already stay trainable.
@@ -62,8 +62,8 @@ def adapt(
 
     Raises:
         ValueError: a name or regex matches no layer, the model has PEFT's adapters (which
-            ``accelerate`` is for), ``use_dora`` meets an embedding, or ``r``, ``alpha`` or ``dropout``
-            doesn't fit. The model is unchanged.
+            ``accelerate`` is for), or ``r``, ``alpha`` or ``dropout`` doesn't fit. The model is
+            unchanged.
         TypeError: a layer that was asked for can't be adapted, or FSDP has sharded it. The model is
             unchanged. With ``"all-linear"`` a layer that can't be adapted is left as it is, and a
             warning names it, as it does convolutions and stacked experts that hold a quarter of the

@@ -50,18 +50,18 @@ def _adapted(model: nn.Module) -> list[_Adapted]:
 def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own method, which finds plain layers in the place of adapted ones."""
     adapted = _adapted(model)
-    plain = {}
+    plain, take_back = {}, {}
     for place, layer in adapted:
         try:
-            plain[place] = layer.to_resize()
+            plain[place], take_back[place] = layer.to_resize()
         except ValueError as error:
             raise ValueError(f"the {place} embeddings can't be resized: {error}") from error
     try:
         for place, one in plain.items():
             getattr(model, f"set_{place}_embeddings")(one)
         embeddings = getattr(type(model), _METHOD)(model, *args, **kwargs)
-        for place, layer in adapted:
-            layer.take_resized(getattr(model, f"get_{place}_embeddings")())
+        for place in plain:
+            take_back[place](getattr(model, f"get_{place}_embeddings")())
     finally:
         for place, layer in adapted:
             getattr(model, f"set_{place}_embeddings")(layer)

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from lorafast.core.problem import Problem
 from lorafast.nn import offload
-from lorafast.nn.checks import check_alpha, check_dtype, check_mergeable, check_rank, count
+from lorafast.nn.checks import (
+    check_alpha,
+    check_bool,
+    check_dtype,
+    check_mergeable,
+    check_rank,
+    count,
+)
 from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -31,11 +38,11 @@ class AdapterLayer(nn.Module):
     peft_names: ClassVar[Mapping[str, str]] = {}
     """The parameters that an adapter may have, and the endings of their names in PEFT's files."""
     watched_parameter: ClassVar[str] = ""
-    """The adapter's parameter that gets a gradient whenever the layer is trained."""
+    """The adapter's parameter that starts at zero, and gets a gradient whenever the layer is trained."""
     own_names: ClassVar[frozenset[str]] = frozenset(
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
-            "_plain_class", "_stored_names",
+            "_plain_class", "_stored_names", "_use_dora", "_aside",
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
@@ -50,6 +57,10 @@ class AdapterLayer(nn.Module):
     dropout: float = 0.0
     """Probability of dropping an element of the input on its way into the adapter in training."""
     merged = False
+    _use_dora = False
+    _aside = False
+    """Whether the forward is another than the plain adapter's: merged, or DoRA."""
+    lora_magnitude: nn.Parameter
     _merged_weight: Tensor | None
     _plain_class: type[nn.Module]
     _stored_names: tuple[str, ...] = ("weight",)
@@ -129,11 +140,11 @@ class AdapterLayer(nn.Module):
 
     def peft_fields(self) -> dict[str, object]:
         """What PEFT's config says of such a layer, and once for all layers of a model."""
-        return {"lora_dropout": self.dropout, "use_rslora": self._use_rslora}
+        return {"use_rslora": self._use_rslora, "use_dora": self._use_dora}
 
     def summary_remark(self) -> str:
         """What ``summary`` says of the layer beside its numbers, if anything."""
-        return ""
+        return "DoRA" if self._use_dora else ""
 
     def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
         """The forward and the backward that backends are asked for; none where PyTorch computes it.
@@ -142,16 +153,13 @@ class AdapterLayer(nn.Module):
         """
         return ()
 
-    def to_resize(self) -> nn.Module:
-        """A plain layer with the frozen tensors of this one, for the model's own resizing.
+    def to_resize(self) -> tuple[nn.Module, Callable[[Any], None]]:
+        """A plain layer with the frozen tensors of this one, for the model's own resizing, and what is
+        to be called with it afterwards: this layer takes them back, and has as much of an adapter.
 
         Raises:
             ValueError: they can't be resized.
         """
-        raise ValueError(f"a {type(self).__name__} can't be resized: merge it first")
-
-    def take_resized(self, plain: Any) -> None:
-        """Takes the frozen tensors of ``plain``, which was resized, and as much of an adapter."""
         raise ValueError(f"a {type(self).__name__} can't be resized: merge it first")
 
     @classmethod
@@ -164,6 +172,8 @@ class AdapterLayer(nn.Module):
         layer._carry(plain)
         move_hooks(plain, layer)
         offload.wrap(plain, layer)
+        if offload.hooks_of(plain):
+            layer._reset_magnitude()  # of a weight that the hook brings
         layer.training = plain.training
         return layer
 
@@ -180,7 +190,9 @@ class AdapterLayer(nn.Module):
         r: int,
         alpha: float | None,
         use_rslora: bool,
+        use_dora: bool,
     ) -> None:
+        self._use_dora = check_bool("use_dora", use_dora)
         self.in_features, self.out_features = in_features, out_features
         self._r = check_rank("r", r)
         self.set_scaling(r if alpha is None else alpha, use_rslora)
@@ -237,8 +249,8 @@ class AdapterLayer(nn.Module):
 
     @property
     def use_dora(self) -> bool:
-        """Whether the adapter is DoRA's, with a magnitude."""
-        return False
+        """Whether the adapter is DoRA's, with ``lora_magnitude``."""
+        return self._use_dora
 
     def _divisor(self, use_rslora: bool) -> float:
         return math.sqrt(self._r) if use_rslora else self._r
@@ -267,6 +279,7 @@ class AdapterLayer(nn.Module):
         # Pickles of the time when these four were plain attributes.
         renamed = {f"_{name}": state[name] for name in _PROPERTIES if name in state}
         super().__setstate__({k: v for k, v in state.items() if k not in _PROPERTIES} | renamed)
+        self._set_merged(self.merged)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -310,6 +323,40 @@ class AdapterLayer(nn.Module):
 
     def _set_merged(self, merged: bool) -> None:
         self.merged = merged
+        self._aside = merged or self._use_dora
+
+    def _with_delta(self, weight: Tensor, dim: int) -> Tensor:
+        """``W + scaling · B·A`` in the dtype of ``weight``; of DoRA its norms over ``dim`` are m.
+
+        Raises:
+            ValueError: an element of it is beyond that dtype.
+        """
+        delta = self._delta_weight()
+        merged, formula = weight.to(delta.dtype) + delta, "W + scaling · B·A"
+        if self._use_dora:
+            m = self.lora_magnitude.to(merged.dtype).unsqueeze(dim)
+            merged = m / torch.linalg.vector_norm(merged, dim=dim, keepdim=True) * merged
+            formula = f"m · ({formula}) / ‖…‖"
+        merged = merged.to(weight.dtype)
+        spoilt = count(weight.isfinite() & ~merged.isfinite())
+        if spoilt:
+            raise ValueError(
+                f"{formula} is beyond {weight.dtype} in {spoilt} of {merged.numel()} elements"
+            )
+        return merged
+
+    def _weight_norm(self) -> Tensor:
+        """``‖W + scaling · B·A‖``, what DoRA divides by, ``[out_features]``."""
+        raise NotImplementedError(f"a {type(self).__name__} has no DoRA")
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        """Sets ``lora_magnitude`` to the norms that there are, which makes the layer LoRA's."""
+        if not self._use_dora:
+            return
+        with offload.present(self):
+            if not any(t is not None and t.is_meta for t in self.frozen_tensors().values()):
+                self.lora_magnitude.copy_(self._weight_norm())
 
     def to_plain(self) -> nn.Module:
         """A plain layer of the merged weight; this layer stays as it is.
@@ -387,6 +434,9 @@ class AdapterLayer(nn.Module):
 
     def _plain_loaded(self) -> None:
         """A checkpoint of the plain layer has replaced the frozen tensors alone."""
+        zero = getattr(self, self.watched_parameter)
+        if self._use_dora and not zero.is_meta and count(zero != 0) == 0:
+            self._reset_magnitude()
 
     def _follow_weight(self) -> None:
         """Gives an adapter that is on meta without its weight memory, and the values of a fresh one."""
@@ -411,23 +461,3 @@ def resized(old: nn.Parameter, dim: int, size: int) -> nn.Parameter:
         made = old.new_zeros(shape)
         made.narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
     return nn.Parameter(made, requires_grad=old.requires_grad)
-
-
-def summed(weight: Tensor, delta: Tensor) -> Tensor:
-    """``weight + delta`` in the dtype of ``weight``.
-
-    Raises:
-        ValueError: a sum is beyond it.
-    """
-    return rounded(weight, weight.to(delta.dtype) + delta, "W + scaling · B·A")
-
-
-def rounded(weight: Tensor, value: Tensor, formula: str) -> Tensor:
-    """``value`` in the dtype of ``weight``; ``ValueError`` where it is beyond it and W isn't."""
-    merged = value.to(weight.dtype)
-    spoilt = count(weight.isfinite() & ~merged.isfinite())
-    if spoilt:
-        raise ValueError(
-            f"{formula} is beyond {weight.dtype} in {spoilt} of {merged.numel()} elements"
-        )
-    return merged

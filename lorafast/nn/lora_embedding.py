@@ -1,21 +1,41 @@
 """``LoRAEmbedding``: a frozen ``nn.Embedding`` with a low-rank adapter."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafast import ops
 from lorafast.functional import lora_embedding
 from lorafast.nn import offload
 from lorafast.nn.adaptable import scales_output, why_not_embedding
-from lorafast.nn.adapter_layer import AdapterLayer, resized, summed
+from lorafast.nn.adapter_layer import AdapterLayer, resized
 from lorafast.nn.checks import check_dtype
-from lorafast.nn.scripted import ScriptedLoRAEmbedding
+from lorafast.nn.scripted import ScriptedDoRAEmbedding, ScriptedLoRAEmbedding
 from lorafast.ops.unstrided import is_sharded
+
+
+def dora_embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    padding_idx: int | None,
+) -> Tensor:
+    """``y = m / ‖W + scaling · (B·A)ᵀ‖ ⊙ lora_embedding(x)``; no gradient flows through the norm."""
+    scale = magnitude / ops.weight_norm(weight.t(), lora_A, lora_B, scaling)
+    y = lora_embedding(tokens, weight, lora_A, lora_B, scaling, padding_idx=padding_idx)
+    return (y * scale).to(y.dtype)
+
 
 # For torch.fx a call is one node, as one of nn.Embedding is.
 torch.fx.wrap("lora_embedding")
+torch.fx.wrap("dora_embedding")
 
 
 class LoRAEmbedding(AdapterLayer):
@@ -34,6 +54,7 @@ class LoRAEmbedding(AdapterLayer):
             2023); None stands for ``r``, a scaling of 1, where PEFT's default ``lora_alpha`` is 8.
         padding_idx: the row that starts at zero and gets no gradient, as in ``nn.Embedding``.
         use_rslora: see ``alpha``.
+        use_dora: DoRA instead of LoRA: see below.
         device: where the parameters live.
         dtype: dtype of ``weight``: float16, bfloat16, float32 or float64.
         adapter_dtype: dtype of the adapter. None means the dtype of ``weight``, but float32 if that is
@@ -42,6 +63,13 @@ class LoRAEmbedding(AdapterLayer):
     ``lora_embedding_A`` starts zero and ``lora_embedding_B`` normal, as in PEFT: a fresh adapter changes
     nothing. There is no dropout of tokens, which PEFT doesn't have either.
 
+    With ``use_dora`` it is DoRA (Liu et al., 2024), as in PEFT: ``y = m / ‖W + scaling · (B·A)ᵀ‖ ⊙
+    (W[x] + scaling · Aᵀ[x]·Bᵀ)``, with the norm of each column, which has no gradient, and a fourth
+    parameter, ``lora_magnitude [embedding_dim]``, which is m. A forward then reads all of W. The
+    magnitude starts as those norms, and does so again when a plain checkpoint is loaded where
+    ``lora_embedding_A`` is zero. When the table is resized it changes so that the tokens that stay keep
+    their rows.
+
     Raises:
         TypeError, ValueError: an argument doesn't fit.
     """
@@ -49,6 +77,7 @@ class LoRAEmbedding(AdapterLayer):
     peft_names: ClassVar = {
         "lora_embedding_A": "lora_embedding_A",
         "lora_embedding_B": "lora_embedding_B",
+        "lora_magnitude": "lora_magnitude_vector.weight",
     }
     watched_parameter = "lora_embedding_A"
     own_names = AdapterLayer.own_names | {"_scales"}
@@ -72,6 +101,7 @@ class LoRAEmbedding(AdapterLayer):
         alpha: float | None = None,
         padding_idx: int | None = None,
         use_rslora: bool = False,
+        use_dora: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
@@ -79,7 +109,14 @@ class LoRAEmbedding(AdapterLayer):
         super().__init__()
         check_dtype("dtype", dtype)
         plain = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self._build(plain, r, alpha=alpha, use_rslora=use_rslora, adapter_dtype=adapter_dtype)
+        self._build(
+            plain,
+            r,
+            alpha=alpha,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            adapter_dtype=adapter_dtype,
+        )
         self._carry(plain)
 
     @classmethod
@@ -90,6 +127,7 @@ class LoRAEmbedding(AdapterLayer):
         *,
         alpha: float | None = None,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRAEmbedding":
         """Wraps ``embedding``: takes over its weight (no copy), its hooks, its mode and all it holds.
@@ -109,7 +147,12 @@ class LoRAEmbedding(AdapterLayer):
         if reason is not None:
             raise TypeError(f"embedding can't be adapted: {reason}")
         return cls._around(
-            embedding, r, alpha=alpha, use_rslora=use_rslora, adapter_dtype=adapter_dtype
+            embedding,
+            r,
+            alpha=alpha,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            adapter_dtype=adapter_dtype,
         )
 
     @classmethod
@@ -119,12 +162,9 @@ class LoRAEmbedding(AdapterLayer):
         r: int,
         *,
         dropout: float = 0.0,
-        use_dora: bool = False,
         **options: Any,
     ) -> "LoRAEmbedding":
-        """``from_embedding``; ``dropout`` is of other layers, as in PEFT, and DoRA of linear ones."""
-        if use_dora:
-            raise ValueError("use_dora is True, expected False: DoRA is for linear layers here")
+        """``from_embedding``; ``dropout`` is of other layers, as in PEFT."""
         return cls.from_embedding(plain, r, **options)
 
     @classmethod
@@ -136,8 +176,12 @@ class LoRAEmbedding(AdapterLayer):
     def shapes_of(
         in_features: int, out_features: int, r: int, use_dora: bool = False
     ) -> dict[str, tuple[int, ...]]:
-        """``lora_embedding_A [r, V]`` and ``lora_embedding_B [N, r]``."""
-        return {"lora_embedding_A": (r, in_features), "lora_embedding_B": (out_features, r)}
+        """``lora_embedding_A [r, V]``, ``lora_embedding_B [N, r]``, of DoRA ``lora_magnitude [N]``."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_embedding_A": (r, in_features),
+            "lora_embedding_B": (out_features, r),
+        }
+        return shapes | {"lora_magnitude": (out_features,)} if use_dora else shapes
 
     def _build(
         self,
@@ -146,21 +190,30 @@ class LoRAEmbedding(AdapterLayer):
         *,
         alpha: float | None,
         use_rslora: bool,
+        use_dora: bool,
         adapter_dtype: torch.dtype | None,
     ) -> None:
         weight = plain.weight
         assert isinstance(weight, nn.Parameter)
         self._plain_class = type(plain)
         num_embeddings, embedding_dim = weight.shape
-        self._set(num_embeddings, embedding_dim, r, alpha, use_rslora)
+        self._set(num_embeddings, embedding_dim, r, alpha, use_rslora, use_dora)
         self.weight = weight
         self._scales = scales_output(plain)
         self._add_adapter(weight.dtype, offload.device_of(plain, weight), adapter_dtype)
 
     def reset_adapter(self) -> None:
-        """Sets ``lora_embedding_A`` to zero and draws ``lora_embedding_B`` anew, normal."""
+        """Sets ``lora_embedding_A`` to zero and draws ``lora_embedding_B`` anew, normal.
+
+        ``lora_magnitude`` becomes what the norms of the columns are then.
+        """
         nn.init.zeros_(self.lora_embedding_A)
         nn.init.normal_(self.lora_embedding_B)
+        self._reset_magnitude()
+
+    def _weight_norm(self) -> Tensor:
+        A, B = self.lora_embedding_A, self.lora_embedding_B
+        return ops.weight_norm(self.weight.t(), A, B, self._scaling)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen one as ``nn.Embedding`` does."""
@@ -172,11 +225,20 @@ class LoRAEmbedding(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[...]`` integers → ``[..., embedding_dim]``."""
-        if self.merged:
-            return self._forward_merged(x)
+        if self._aside:
+            return self._forward_aside(x)
         y = lora_embedding(
             x, self.weight, self.lora_embedding_A, self.lora_embedding_B, self._scaling,
             padding_idx=self.padding_idx,
+        )  # fmt: skip
+        return self._scaled(y) if self._scales else y
+
+    def _forward_aside(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self._forward_merged(x)
+        y = dora_embedding(
+            x, self.weight, self.lora_embedding_A, self.lora_embedding_B, self.lora_magnitude,
+            self._scaling, self.padding_idx,
         )  # fmt: skip
         return self._scaled(y) if self._scales else y
 
@@ -196,13 +258,9 @@ class LoRAEmbedding(AdapterLayer):
         """``[rows]`` zeros, where a forward has its input."""
         return torch.zeros(rows, dtype=torch.int64, device=offload.device_of(self, self.weight))
 
-    def peft_fields(self) -> dict[str, object]:
-        """What PEFT's config says of such a layer: nothing of dropout."""
-        return {"use_rslora": self._use_rslora, "use_dora": False}
-
     def summary_remark(self) -> str:
         """What it is, for ``summary``."""
-        return "embedding"
+        return "embedding, DoRA" if self._use_dora else "embedding"
 
     def _delta_weight(self) -> Tensor:
         dtype = torch.promote_types(self.lora_embedding_A.dtype, torch.float32)
@@ -212,24 +270,32 @@ class LoRAEmbedding(AdapterLayer):
     def merged_weight(self) -> Tensor:
         """``W + scaling · (B·A)ᵀ``, ``[num_embeddings, embedding_dim]``, in the dtype of ``weight``.
 
+        Of DoRA the columns of that have the norms ``lora_magnitude``.
+
         Raises:
             ValueError: there are no values, or none that can be merged.
         """
         self._check_mergeable(self.weight, (self.in_features, self.out_features))
-        return summed(self.weight, self._delta_weight())
+        return self._with_delta(self.weight, dim=0)
 
     def to_embedding(self) -> nn.Module:
         """A plain layer with weight ``W + scaling · (B·A)ᵀ``: see ``to_plain``."""
         return self.to_plain()
 
-    def to_resize(self) -> nn.Module:
-        """An ``nn.Embedding`` with the frozen tensor of this layer."""
+    def to_resize(self) -> tuple[nn.Module, Callable[[Any], None]]:
+        """An ``nn.Embedding`` with the frozen tensor of this layer, and what takes it back."""
         plain = nn.Embedding(self.in_features, self.out_features, self.padding_idx, device="meta")
         plain.weight = self.weight
-        return plain
+        # Transformers may change the weight in place.
+        before = self._weight_norm() if self._use_dora else None
+        return plain, functools.partial(self._take_resized, norm=before)
 
-    def take_resized(self, plain: Any) -> None:
-        """Takes the weight of ``plain``; ``lora_embedding_A`` gets as many columns, new ones zero."""
+    def _take_resized(self, plain: Any, norm: Tensor | None) -> None:
+        """Takes the weight of ``plain``; ``lora_embedding_A`` gets as many columns, new ones zero.
+
+        ``norm``, of DoRA, is what it was: the magnitude changes as the norm does, so that the tokens
+        that stay keep their rows.
+        """
         assert isinstance(plain.weight, nn.Parameter)
         V = plain.weight.shape[0]
         plain.weight.requires_grad_(self.weight.requires_grad)
@@ -238,6 +304,9 @@ class LoRAEmbedding(AdapterLayer):
             return
         self.in_features = self.num_embeddings = V
         self.lora_embedding_A = resized(self.lora_embedding_A, 1, V)
+        if norm is not None:
+            with torch.no_grad():
+                self.lora_magnitude.mul_(self._weight_norm() / norm)
         if self.merged:
             self.merge()
 
@@ -245,13 +314,25 @@ class LoRAEmbedding(AdapterLayer):
         """What ``torch.jit.script`` compiles in this layer's place."""
         if self.merged:
             return self.to_plain()
+        scale = float(self._scaled(self.weight.new_ones(()))) if self._scales else 1.0
+        if self._use_dora:
+            dora = ScriptedDoRAEmbedding(
+                self.weight,
+                self.lora_embedding_A,
+                self.lora_embedding_B,
+                self.lora_magnitude,
+                self.scaling,
+                self.padding_idx,
+                scale,
+            )
+            return dora.train(self.training)
         scripted = ScriptedLoRAEmbedding(
             self.weight,
             self.lora_embedding_A,
             self.lora_embedding_B,
             self.scaling,
             self.padding_idx,
-            float(self._scaled(self.weight.new_ones(()))) if self._scales else 1.0,
+            scale,
         )
         return scripted.train(self.training)
 
@@ -266,6 +347,8 @@ class LoRAEmbedding(AdapterLayer):
             parts.append(f"padding_idx={self.padding_idx}")
         if self.use_rslora:
             parts.append("use_rslora=True")
+        if self.use_dora:
+            parts.append("use_dora=True")
         if self.merged:
             parts.append("merged=True")
         return ", ".join(parts)

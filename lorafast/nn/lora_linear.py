@@ -1,6 +1,7 @@
 """``LoRALinear``: a frozen ``nn.Linear`` with a low-rank adapter."""
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,8 @@ from lorafast.core.problem import Problem
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_claimed, why_not_linear
-from lorafast.nn.adapter_layer import AdapterLayer, resized, rounded, summed
-from lorafast.nn.checks import check_bool, check_dtype, check_probability, count
+from lorafast.nn.adapter_layer import AdapterLayer, resized
+from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.plain import features, is_conv1d
 from lorafast.nn.problems import linear_problems
 from lorafast.nn.scripted import ScriptedDoRALinear, ScriptedLoRALinear
@@ -73,17 +74,13 @@ class LoRALinear(AdapterLayer):
     }
     watched_parameter = "lora_B"
     operation = "lora_linear"
-    own_names = AdapterLayer.own_names | {"_memory", "_description", "_use_dora", "_aside"}
+    own_names = AdapterLayer.own_names | {"_memory", "_description"}
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    lora_magnitude: nn.Parameter
     _plain_class: type[nn.Module] = nn.Linear
-    _use_dora = False
-    _aside = False
-    """Whether the forward is another than the plain adapter's: merged, or DoRA."""
 
     def __init__(
         self,
@@ -178,13 +175,10 @@ class LoRALinear(AdapterLayer):
             from lorafast.nn.lora_conv1d import LoRAConv1D  # which is a LoRALinear
 
             cls = cls if issubclass(cls, LoRAConv1D) else LoRAConv1D
-        layer = cls._around(
+        return cls._around(
             linear, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora,
             use_dora=use_dora, adapter_dtype=adapter_dtype,
         )  # fmt: skip
-        if offload.hooks_of(linear):
-            layer._reset_magnitude()  # whose weight the hook brings
-        return layer
 
     @classmethod
     def of_plain(cls, plain: nn.Module, r: int, **options: Any) -> "LoRALinear":
@@ -252,8 +246,7 @@ class LoRALinear(AdapterLayer):
         use_dora: bool,
     ) -> None:
         self._memory = Memory()
-        self._use_dora = check_bool("use_dora", use_dora)
-        self._set(in_features, out_features, r, alpha, use_rslora)
+        self._set(in_features, out_features, r, alpha, use_rslora, use_dora)
         self.dropout = check_probability("dropout", dropout)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -262,16 +255,6 @@ class LoRALinear(AdapterLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._memory = Memory()
         super().__setstate__(state)
-        self._set_merged(self.merged)
-
-    def _set_merged(self, merged: bool) -> None:
-        self.merged = merged
-        self._aside = merged or self._use_dora
-
-    @property
-    def use_dora(self) -> bool:
-        """Whether the layer is DoRA's, with ``lora_magnitude``."""
-        return self._use_dora
 
     def reset_adapter(self) -> None:
         """Draws ``lora_A`` anew (Kaiming-uniform, ``a = sqrt(5)``) and sets ``lora_B`` to zero.
@@ -282,22 +265,8 @@ class LoRALinear(AdapterLayer):
         nn.init.zeros_(self.lora_B)
         self._reset_magnitude()
 
-    @torch.no_grad()
-    def _reset_magnitude(self) -> None:
-        """Sets ``lora_magnitude`` to ``‖W + scaling · B·A‖``, which makes it LoRA."""
-        if not self._use_dora:
-            return
-        with offload.present(self):
-            weight = self.operand()
-            if not weight.is_meta:
-                self.lora_magnitude.copy_(self._weight_norm())
-
     def _weight_norm(self) -> Tensor:
         return ops.weight_norm(self.operand(), self.lora_A, self.lora_B, self._scaling)
-
-    def _plain_loaded(self) -> None:
-        if self._use_dora and not self.lora_B.is_meta and count(self.lora_B != 0) == 0:
-            self._reset_magnitude()
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen ones as ``nn.Linear`` does."""
@@ -371,20 +340,11 @@ class LoRALinear(AdapterLayer):
         """
         weight = self.base_weight()
         self._check_mergeable(weight, (self.out_features, self.in_features))
-        delta = self._delta_weight()
-        if not self._use_dora:
-            return summed(weight, delta)
-        value = weight.to(delta.dtype) + delta
-        scale = self.lora_magnitude.to(delta.dtype) / torch.linalg.vector_norm(value, dim=1)
-        return rounded(weight, scale.unsqueeze(1) * value, "m · (W + scaling · B·A) / ‖…‖")
+        return self._with_delta(weight, dim=1)
 
     def peft_fields(self) -> dict[str, object]:
         """What PEFT's config says of such a layer, and once for all layers of a model."""
-        return super().peft_fields() | {"use_dora": self._use_dora}
-
-    def summary_remark(self) -> str:
-        """``DoRA`` where it is, for ``summary``."""
-        return "DoRA" if self._use_dora else ""
+        return super().peft_fields() | {"lora_dropout": self.dropout}
 
     def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
         """``lora_linear`` and its backward; DoRA calls them too, but not over float16 from float32."""
@@ -406,17 +366,17 @@ class LoRALinear(AdapterLayer):
             plain.in_features, plain.out_features = self.in_features, self.out_features
         plain.register_parameter("bias", self.bias)
 
-    def to_resize(self) -> nn.Module:
-        """An ``nn.Linear`` with the frozen tensors of this layer."""
+    def to_resize(self) -> tuple[nn.Module, Callable[[Any], None]]:
+        """An ``nn.Linear`` with the frozen tensors of this layer, and what takes them back."""
         weight = self.operand()
         if isinstance(weight, Operand):
             raise ValueError(f"it is stored as {weight.format} (resize the model before)")
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = self.weight
         linear.register_parameter("bias", self.bias)
-        return linear
+        return linear, self._take_resized
 
-    def take_resized(self, plain: Any) -> None:
+    def _take_resized(self, plain: Any) -> None:
         """Takes the parameters of ``plain``, and ``lora_B`` gets as many rows: zero where it had none.
 
         They are trained, or frozen, as this layer's were: a tied weight is the input embedding's too.

@@ -73,7 +73,7 @@ class LoRAOperandLinear(LoRALinear):
         move_hooks(layer, made)
         offload.wrap(layer, made)
         if offload.hooks_of(layer):
-            made._reset_magnitude()  # whose weight the hook brings
+            made._reset_magnitude()  # of a weight that the hook brings
         made.training = layer.training
         return made
 

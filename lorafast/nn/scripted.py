@@ -111,3 +111,38 @@ class ScriptedLoRAEmbedding(nn.Module):
         s = F.embedding(x, self.lora_embedding_A.t(), self.padding_idx).to(dtype)
         low_rank = F.linear(s, self.lora_embedding_B.to(dtype) * self.scaling)
         return (y + low_rank).to(y.dtype) * self.scale
+
+
+class ScriptedDoRAEmbedding(nn.Module):
+    """``y = scale · m / ‖W + scaling · (B·A)ᵀ‖ ⊙ (W[x] + scaling · Aᵀ[x]·Bᵀ)``, as the other."""
+
+    padding_idx: int | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        lora_embedding_A: nn.Parameter,
+        lora_embedding_B: nn.Parameter,
+        lora_magnitude: nn.Parameter,
+        scaling: float,
+        padding_idx: int | None,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.lora_embedding_A = lora_embedding_A
+        self.lora_embedding_B = lora_embedding_B
+        self.lora_magnitude = lora_magnitude
+        self.scaling = float(scaling)
+        self.padding_idx = padding_idx
+        self.scale = float(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...]`` → ``[..., embedding_dim]``."""
+        y = F.embedding(x, self.weight, self.padding_idx)
+        dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+        A, B = self.lora_embedding_A.to(dtype), self.lora_embedding_B.to(dtype)
+        whole = self.weight.to(dtype) + self.scaling * (A.t() @ B.t())
+        m = self.lora_magnitude.to(dtype) / torch.norm(whole.detach(), 2, 0)
+        s = F.embedding(x, A.t(), self.padding_idx)
+        return (m * (y.to(dtype) + F.linear(s, B * self.scaling))).to(y.dtype) * self.scale

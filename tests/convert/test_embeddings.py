@@ -88,7 +88,6 @@ def test_the_rest_is_frozen_and_dropout_is_of_linear_layers():
     [
         (lambda: Scaled(9, 3), {}, TypeError, r"embed can't be adapted: its forward is not that"),
         (lambda: nn.Embedding(9, 3, max_norm=1), {}, TypeError, "its max_norm is 1"),
-        (lambda: nn.Embedding(9, 3), {"use_dora": True}, ValueError, "DoRA is for linear layers"),
         (
             lambda: nn.EmbeddingBag(9, 3),
             {},
@@ -96,7 +95,7 @@ def test_the_rest_is_frozen_and_dropout_is_of_linear_layers():
             "EmbeddingBag, expected an nn.Linear or nn",
         ),
     ],
-    ids=["forward", "max_norm", "dora", "bag"],
+    ids=["forward", "max_norm", "bag"],
 )
 def test_refusals(unchanged, make, options, error, sentence):
     model = Tokens()
@@ -124,24 +123,31 @@ def test_summary():
 # Files
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_layer_is_as_exact_as_pefts(dtype):
+def test_a_layer_is_as_exact_as_pefts(dtype, use_dora):
     plain = nn.Embedding(50, 96, dtype=dtype)
-    config = peft.LoraConfig(r=8, target_modules=["embed"])
+    config = peft.LoraConfig(r=8, target_modules=["embed"], use_dora=use_dora)
     theirs = peft.get_peft_model(
         nn.ModuleDict({"embed": plain}), config, autocast_adapter_dtype=False
     ).base_model.model["embed"]
     nn.init.normal_(theirs.lora_embedding_A["default"])
-    ours = LoRAEmbedding.from_embedding(plain, 8, adapter_dtype=dtype)
+    ours = LoRAEmbedding.from_embedding(plain, 8, use_dora=use_dora, adapter_dtype=dtype)
     with torch.no_grad():
         ours.lora_embedding_A.copy_(theirs.lora_embedding_A["default"])
         ours.lora_embedding_B.copy_(theirs.lora_embedding_B["default"])
+        if use_dora:
+            ours.lora_magnitude.copy_(theirs.lora_magnitude_vector["default"].weight)
     x, dy = torch.randint(50, (64,)), torch.randn(64, 96).to(dtype)
 
     def run(layer):
         y = layer(x)
         y.backward(dy.to(y.dtype))
-        gradients = {n.split(".")[0]: p.grad for n, p in layer.named_parameters() if "lora" in n}
+        gradients = {
+            name.split(".")[0].removesuffix("_vector"): p.grad
+            for name, p in layer.named_parameters()
+            if "lora" in name
+        }
         return {"y": y.detach()} | gradients
 
     found, eager, exact = run(ours), run(theirs), run(copy.deepcopy(theirs).double())
@@ -165,6 +171,11 @@ CONFIGS = [
             "alpha_pattern": {"embed_tokens": 2},
         },
         id="patterns",
+    ),
+    pytest.param({"target_modules": ["embed_tokens"], "use_dora": True}, id="dora"),
+    pytest.param(
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "use_rslora": True},
+        id="dora-and-linear",
     ),
 ]
 
@@ -209,9 +220,13 @@ def test_peft_loads_what_was_adapted_here(tmp_path, assert_same, draw_adapters, 
 
 @TIED
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
-def test_gradients_are_pefts(tmp_path, assert_same, tied):
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_gradients_are_pefts(tmp_path, assert_same, tied, use_dora):
     theirs = with_peft(
-        llama(tie_word_embeddings=tied), target_modules=["embed_tokens", "q_proj"], lora_alpha=5
+        llama(tie_word_embeddings=tied),
+        target_modules=["embed_tokens", "q_proj"],
+        lora_alpha=5,
+        use_dora=use_dora,
     )
     ours = lorafast.load_adapter(llama(tie_word_embeddings=tied), saved(theirs, tmp_path))
     for model in (ours, theirs):
@@ -221,6 +236,9 @@ def test_gradients_are_pefts(tmp_path, assert_same, tied):
     for half in ("lora_embedding_A", "lora_embedding_B"):
         expected = getattr(layer_peft, half)["default"].grad
         assert_same(getattr(layer, half).grad, expected, LLAMA_EPS)
+    if use_dora:
+        expected = layer_peft.lora_magnitude_vector["default"].weight.grad
+        assert_same(layer.lora_magnitude.grad, expected, LLAMA_EPS)
     assert layer.weight.grad is None
 
 
@@ -268,19 +286,6 @@ def test_a_file_that_does_not_fit(tmp_path, unchanged, change, sentence):
         lorafast.load_adapter(model, tmp_path)
 
 
-def test_refuses_dora_over_an_embedding(tmp_path, unchanged):
-    theirs = with_peft(llama(), target_modules=["q_proj", "embed_tokens"], use_dora=True)
-    folder = saved(theirs, tmp_path)
-    model = llama()
-    with (
-        unchanged(model),
-        pytest.raises(
-            ValueError, match=rf"the file has {EMBED}\.lora_magnitude_vector.*, expected lora_emb"
-        ),
-    ):
-        lorafast.load_adapter(model, folder)
-
-
 @TIED
 def test_transformers_loads_it_beside_the_model(tmp_path, assert_same, draw_adapters, tied):
     model = llama(tie_word_embeddings=tied)
@@ -320,8 +325,9 @@ def output(model):
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:merged weights that other modules share")
 @pytest.mark.parametrize("make", [gemma, bart])
-def test_an_embedding_that_scales_its_output(tmp_path, assert_same, make):
-    theirs = with_peft(make(), target_modules=["embed_tokens"], lora_alpha=5)
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_an_embedding_that_scales_its_output(tmp_path, assert_same, make, use_dora):
+    theirs = with_peft(make(), target_modules=["embed_tokens"], lora_alpha=5, use_dora=use_dora)
     model = make()
     base = output(model).detach()
     lorafast.load_adapter(model, saved(theirs, tmp_path / "theirs"))
@@ -341,8 +347,9 @@ def test_an_embedding_that_scales_its_output(tmp_path, assert_same, make):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_script_of_one(assert_same, draw_adapters):
-    model = draw_adapters(lorafast.adapt(gemma(), 2, ["embed_tokens"]))
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_script_of_one(assert_same, draw_adapters, use_dora):
+    model = draw_adapters(lorafast.adapt(gemma(), 2, ["embed_tokens"], use_dora=use_dora))
     layer = model.model.embed_tokens
     assert_same(torch.jit.script(layer)(IDS).detach(), layer(IDS).detach())
 
@@ -389,8 +396,10 @@ def test_merging(assert_same, draw_adapters, tied):
 @TIED
 @pytest.mark.parametrize("size", [16, 23], ids=["smaller", "larger"])
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "lm_head"]], ids=len)
-def test_resize_token_embeddings(assert_same, draw_adapters, size, targets, tied):
-    model = draw_adapters(lorafast.adapt(llama(tie_word_embeddings=tied), 2, targets))
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_resize_token_embeddings(assert_same, draw_adapters, size, targets, tied, use_dora):
+    model = llama(tie_word_embeddings=tied)
+    draw_adapters(lorafast.adapt(model, 2, targets, use_dora=use_dora))
     expected, layer = logits(model).detach(), model.model.embed_tokens
     returned = model.resize_token_embeddings(size, mean_resizing=False)
     assert returned is layer is model.get_input_embeddings()
@@ -400,9 +409,8 @@ def test_resize_token_embeddings(assert_same, draw_adapters, size, targets, tied
     assert (model.lm_head.weight is layer.weight) == tied
     kept = min(size, 19)
     assert_same(logits(model).detach()[..., :kept], expected[..., :kept])
-    assert {name for name in trained(model) if EMBED in name} == {
-        f"{EMBED}.lora_embedding_A", f"{EMBED}.lora_embedding_B",
-    }  # fmt: skip
+    own = {name.removeprefix(f"{EMBED}.") for name in trained(model) if EMBED in name}
+    assert own - {"lora_magnitude"} == {"lora_embedding_A", "lora_embedding_B"}
     model(IDS, labels=IDS).loss.backward()
     assert layer.lora_embedding_A.grad.shape == (2, size)
 

@@ -40,7 +40,11 @@ def of_dora():
     return lorafast.adapt(Tokens(), 2, ["up"], use_dora=True)
 
 
-KINDS = pytest.mark.parametrize("make", [of_embeddings, of_dora])
+def of_both():
+    return lorafast.adapt(Tokens(), 2, ["embed", "up"], use_dora=True)
+
+
+KINDS = pytest.mark.parametrize("make", [of_embeddings, of_dora, of_both])
 
 
 def whole(tensor):

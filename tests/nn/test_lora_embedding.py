@@ -15,6 +15,7 @@ import lorafast
 from lorafast import reference
 from lorafast.functional import lora_embedding
 from lorafast.nn import LoRAEmbedding
+from lorafast.nn.lora_embedding import dora_embedding
 from lorafast.reference import contract
 
 TOKENS = torch.tensor([[3, 0, 8], [8, 5, 1]])
@@ -298,11 +299,79 @@ class TestState:
         )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def dora(**options):
+    made = layer(use_dora=True, **options)
+    with torch.no_grad():
+        made.lora_magnitude.mul_(torch.rand(5) + 0.5)
+    return made
+
+
+def dora_table(made):
+    """The table with columns of the norms that the magnitude says."""
+    whole = table(made)
+    return made.lora_magnitude / whole.norm(dim=0) * whole
+
+
+class TestDoRA:
+    @pytest.mark.parametrize("options", [{}, {"alpha": 8, "use_rslora": True}], ids=str)
+    def test_it_is_the_formula(self, options):
+        made = dora(**options)
+        same(made(TOKENS), dora_table(made)[TOKENS])
+        assert list(made.state_dict())[3:] == ["lora_magnitude"]
+        assert made.lora_magnitude.requires_grad
+        assert "use_dora=True" in repr(made)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_a_fresh_layer_is_the_plain_one_bit_for_bit(self, dtype):
+        made = LoRAEmbedding(9, 5, 3, dtype=dtype, use_dora=True)
+        assert torch.equal(made(TOKENS), made.weight[TOKENS])
+        torch.testing.assert_close(made.lora_magnitude, made.weight.float().norm(dim=0))
+
+    def test_no_gradient_flows_through_the_norm(self):
+        made = dora()
+        dy = torch.randn(2, 3, 5, dtype=torch.float64)
+        made(TOKENS).backward(dy)
+        A, B, m = (p.detach().requires_grad_() for p in made.adapter_parameters().values())
+        low = reference.lora_embedding(TOKENS, made.weight, A, B, 1.0)
+        (m / table(made).detach().norm(dim=0) * low).backward(dy)
+        same(made.lora_embedding_A.grad, A.grad)
+        same(made.lora_embedding_B.grad, B.grad)
+        same(made.lora_magnitude.grad, m.grad)
+
+    def test_merging(self):
+        made = dora()
+        expected = made(TOKENS)
+        made.merge()
+        same(made(TOKENS), expected)
+        made.alpha = 7
+        same(made(TOKENS), dora_table(made)[TOKENS])
+        plain = made.to_embedding()
+        assert type(plain) is nn.Embedding
+        assert not {"lora_magnitude", "_use_dora", "_aside"} & {*vars(plain), *plain._parameters}
+        same(plain(TOKENS), dora_table(made)[TOKENS])
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies(self, clone):
+        made = dora()
+        assert torch.equal(clone(made)(TOKENS), made(TOKENS))
+
+    def test_a_plain_checkpoint_under_a_fresh_adapter_is_the_plain_layer(self):
+        made = LoRAEmbedding(9, 5, 3, dtype=torch.float64, use_dora=True)
+        plain = nn.Embedding(9, 5, dtype=torch.float64)
+        assert made.load_state_dict(plain.state_dict()) == ([], [])
+        same(made(TOKENS), plain(TOKENS))
+        trained = dora()
+        before = trained.lora_magnitude.clone()
+        trained.load_state_dict(plain.state_dict())
+        assert torch.equal(trained.lora_magnitude, before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [layer, dora])
 @pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
 @pytest.mark.parametrize("how", ["trace", "script", "export"])
-def test_what_leaves_python(how, merged):
-    made = layer(dtype=torch.float32, padding_idx=1).eval()
+def test_what_leaves_python(how, merged, make):
+    made = make(dtype=torch.float32, padding_idx=1).eval()
     if merged:
         made.merge()
     if how == "export":
@@ -316,16 +385,20 @@ def test_what_leaves_python(how, merged):
     torch.testing.assert_close(found(TOKENS), made(TOKENS))
 
 
-def test_fx_has_a_node_for_it():
-    model = nn.Sequential(layer())
+@pytest.mark.parametrize(
+    ("make", "function"), [(layer, lora_embedding), (dora, dora_embedding)], ids=["lora", "dora"]
+)
+def test_fx_has_a_node_for_it(make, function):
+    model = nn.Sequential(make())
     traced = torch.fx.symbolic_trace(model)
     calls = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert calls == [lora_embedding]
+    assert calls == [function]
     same(traced(TOKENS), model(TOKENS))
 
 
-def test_compiled_without_a_graph_break():
-    made = layer()
+@pytest.mark.parametrize("make", [layer, dora])
+def test_compiled_without_a_graph_break(make):
+    made = make()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     compiled(TOKENS).sum().backward()
     found = made.lora_embedding_A.grad
@@ -334,15 +407,18 @@ def test_compiled_without_a_graph_break():
     same(found, made.lora_embedding_A.grad)
 
 
-def test_offloaded_by_accelerate():
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_offloaded_by_accelerate(use_dora):
     accelerate = pytest.importorskip("accelerate")
     model = nn.Sequential(nn.Embedding(9, 5))
     expected = model[0].weight.detach().clone()
     accelerate.cpu_offload(model, torch.device("cpu"))
-    lorafast.adapt(model, 3, ["0"])
+    lorafast.adapt(model, 3, ["0"], use_dora=use_dora)
     nn.init.normal_(model[0].lora_embedding_A)
     assert model[0].weight.is_meta
-    delta = model[0].delta_weight()
-    torch.testing.assert_close(model(TOKENS), (expected + delta)[TOKENS])
+    whole = expected + model[0].delta_weight()
+    if use_dora:
+        whole = expected.norm(dim=0) / whole.norm(dim=0) * whole
+    torch.testing.assert_close(model(TOKENS), whole[TOKENS])
     lorafast.merge(model)
-    torch.testing.assert_close(model(TOKENS), F.embedding(TOKENS, expected + delta))
+    torch.testing.assert_close(model(TOKENS), F.embedding(TOKENS, whole))
