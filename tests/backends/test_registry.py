@@ -291,7 +291,8 @@ class TestAutomaticChoiceOnACPU:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_a_mask(self, dtype):
-        assert chosen("shrink", M=3, r=99, dtype=dtype, dropout=True) == "cpu"
+        for operation in ("shrink", "expand"):
+            assert chosen(operation, M=3, r=99, dtype=dtype, dropout=True) == "cpu"
 
     def test_float16_without_a_mask(self):
         assert chosen("shrink", M=128, r=2, dtype=torch.float16) == "aten"

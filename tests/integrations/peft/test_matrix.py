@@ -140,6 +140,15 @@ def test_scaling_of_any_kind(rslora, scaling, dora):
     assert_equal(twins(model), x, dy, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dora_whose_scaling_is_a_tensor(dtype):
+    """Half precision doesn't round its product with B, of which the norm is made too."""
+    dtype, upcast = DTYPES[dtype]
+    model = peft_model(dtype=dtype, upcast=upcast, use_dora=True)
+    model.base_model.model.layer.scaling["default"] = torch.tensor(0.7)
+    assert_equal(twins(model), rows(dtype, 6), rows(dtype, 6, size=N), dtype)
+
+
 def test_of_a_view_of_other_strides():
     dtype = torch.float32
     x = torch.randn(K, 7).t()
