@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafast import ops
+from lorafast.core.context import without_autocast
 from lorafast.functional import lora_embedding
 from lorafast.nn import offload
 from lorafast.nn.adaptable import scales_output, why_not_embedding
@@ -28,7 +29,8 @@ def dora_embedding(
     padding_idx: int | None,
 ) -> Tensor:
     """``y = m / ‖W + scaling · (B·A)ᵀ‖ ⊙ lora_embedding(x)``; no gradient flows through the norm."""
-    scale = magnitude / ops.weight_norm(weight.t(), lora_A, lora_B, scaling)
+    with without_autocast(weight):
+        scale = magnitude / ops.weight_norm(weight.t(), lora_A, lora_B, scaling)
     y = lora_embedding(tokens, weight, lora_A, lora_B, scaling, padding_idx=padding_idx)
     return (y * scale).to(y.dtype)
 
@@ -213,7 +215,8 @@ class LoRAEmbedding(AdapterLayer):
 
     def _weight_norm(self) -> Tensor:
         A, B = self.lora_embedding_A, self.lora_embedding_B
-        return ops.weight_norm(self.weight.t(), A, B, self._scaling)
+        with without_autocast(A):
+            return ops.weight_norm(self.weight.t(), A, B, self._scaling)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen one as ``nn.Embedding`` does."""

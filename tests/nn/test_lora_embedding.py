@@ -327,6 +327,14 @@ class TestDoRA:
         assert torch.equal(made(TOKENS), made.weight[TOKENS])
         torch.testing.assert_close(made.lora_magnitude, made.weight.float().norm(dim=0))
 
+    def test_autocast_changes_nothing(self):
+        made = dora(dtype=torch.float32)
+        expected = made(TOKENS)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(made(TOKENS), expected)
+            fresh = LoRAEmbedding.from_embedding(nn.Embedding(9, 5), 3, use_dora=True)
+        assert torch.equal(fresh(TOKENS), fresh.weight[TOKENS])
+
     def test_no_gradient_flows_through_the_norm(self):
         made = dora()
         dy = torch.randn(2, 3, 5, dtype=torch.float64)
