@@ -190,7 +190,7 @@ class AdapterLayer(nn.Module):
         r: int,
         alpha: float | None,
         use_rslora: bool,
-        use_dora: bool,
+        use_dora: bool = False,
     ) -> None:
         self._use_dora = check_bool("use_dora", use_dora)
         self.in_features, self.out_features = in_features, out_features

@@ -16,6 +16,7 @@ from lorafast.nn.adaptable import scales_output, why_not_embedding
 from lorafast.nn.adapter_layer import AdapterLayer, resized
 from lorafast.nn.checks import check_dtype
 from lorafast.nn.scripted import ScriptedDoRAEmbedding, ScriptedLoRAEmbedding
+from lorafast.operands import kept_transposed
 from lorafast.ops.unstrided import is_sharded
 
 
@@ -30,7 +31,7 @@ def dora_embedding(
 ) -> Tensor:
     """``y = m / ‖W + scaling · (B·A)ᵀ‖ ⊙ lora_embedding(x)``; no gradient flows through the norm."""
     with without_autocast(weight):
-        scale = magnitude / ops.weight_norm(weight.t(), lora_A, lora_B, scaling)
+        scale = magnitude / ops.weight_norm(kept_transposed(weight), lora_A, lora_B, scaling)
     y = lora_embedding(tokens, weight, lora_A, lora_B, scaling, padding_idx=padding_idx)
     return (y * scale).to(y.dtype)
 
@@ -216,7 +217,7 @@ class LoRAEmbedding(AdapterLayer):
     def _weight_norm(self) -> Tensor:
         A, B = self.lora_embedding_A, self.lora_embedding_B
         with without_autocast(A):
-            return ops.weight_norm(self.weight.t(), A, B, self._scaling)
+            return ops.weight_norm(kept_transposed(self.weight), A, B, self._scaling)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen one as ``nn.Embedding`` does."""
