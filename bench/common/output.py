@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from lorafast.kernels.common.files import write_whole
+from lorafast.core.files import write_whole
 
 _ERRORS = "backslashreplace"
 """Half a character, as the name of a file may hold, becomes an escape that JSON has too."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from lorafast.bench.common.problem import PASSES, Problem
 from lorafast.bench.layer.timing import Row
-from lorafast.kernels.common.files import write_whole
+
+from lorafast.core.files import write_whole
 
 _SWEPT_M = {"cpu": (1, 8, 64, 512, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
 _SWEPT_R = {"cpu": (4, 16, 64, 256), "cuda": (4, 8, 16, 32, 64, 128, 256)}

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from lorafast.kernels.common.configs import INTERPRETER_CAPABILITY, LaunchConfig, why_invalid
 from lorafast.kernels.common.configs import OPERATIONS as SINGLE
-from lorafast.kernels.common.files import locked, write_whole
 from lorafast.kernels.common.from_json import from_json
 from lorafast.kernels.tables.find import GEMMS, distance, nearest_architecture
+
+from lorafast.core.files import locked, write_whole
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""

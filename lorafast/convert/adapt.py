@@ -1,4 +1,4 @@
-"""``adapt``: a model's linear layers become LoRA layers, in place."""
+"""``adapt``: layers of a model become adapted ones, in place."""
 
 import warnings
 
@@ -10,11 +10,12 @@ from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import adapted_layers, adapter_parameters, kind_of_layer
 from lorafast.convert.left_out import large_share
-from lorafast.convert.resizing import let_heads_resize
+from lorafast.convert.resizing import let_embeddings_resize
 from lorafast.convert.save_pretrained import save_adapters_too
 from lorafast.convert.targets import ALL_LINEAR, Pattern
-from lorafast.nn import LoRALinear
+from lorafast.nn import AdapterLayer
 
 
 def adapt(
@@ -25,18 +26,22 @@ def adapt(
     alpha: float | None = None,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
     exclude: Pattern | None = None,
     freeze: bool = True,
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Replaces linear layers of ``model`` by ``LoRALinear`` that share their weights.
+    """Replaces layers of ``model`` by adapted ones that share their weights.
+
+    A linear layer becomes a ``LoRALinear``, an ``nn.Embedding`` that ``targets`` names a
+    ``LoRAEmbedding``.
 
     A warning after the first backward names adapters that got no gradient where others did. Reentrant
     checkpointing trains the adapters of Transformers' models; one of your own must give it an input
     that requires a gradient, or be checkpointed with ``use_reentrant=False``.
 
     Args:
-        model: any module; changed in place. If it is itself an ``nn.Linear``, use what is returned.
+        model: any module; changed in place. If it is itself a layer to adapt, use what is returned.
         r: rank.
         targets: ``"all-linear"`` (every ``nn.Linear``, GPT-2's ``Conv1D``, each layer that a format of
             ``lorafast.operands`` claims, but those of a Transformers model's output head or
@@ -44,8 +49,9 @@ def adapt(
             PEFT's ``target_modules``), or a string, a regex that must match the full name.
         alpha: ``scaling`` is ``alpha / r`` (with ``use_rslora`` ``alpha / sqrt(r)``). None is ``r``: a
             scaling of 1, where PEFT's default, ``lora_alpha=8``, gives 0.5 at r = 16.
-        dropout: probability of dropping an element of a layer's input to the adapter.
+        dropout: probability of dropping an element of a linear layer's input to the adapter.
         use_rslora: see ``alpha``.
+        use_dora: DoRA (Liu et al., 2024) instead of LoRA: see ``LoRALinear``.
         exclude: layers to leave out, given like ``targets``. A layer that has two names is selected,
             or left out, by either.
         freeze: freeze every other parameter of the model too; adapters it has already stay trainable.
@@ -64,7 +70,7 @@ def adapt(
             parameters or more.
     """
     inner = _targets.unwrapped(model)
-    layers: dict[str, LoRALinear] = {}
+    layers: dict[str, AdapterLayer] = {}
     found = _targets.find(inner, targets, exclude)
     sharded = name_of_sharded(inner, found)
     if sharded is not None:
@@ -72,13 +78,14 @@ def adapt(
             f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
         )
     with all_or_nothing(inner) as undo:
-        for linear, names in found.items():
-            layer = undo.made[linear] = LoRALinear.from_linear(
-                linear,
+        for plain, names in found.items():
+            layer = undo.made[plain] = kind_of_layer(plain).layer.of_plain(
+                plain,
                 r,
                 alpha=alpha,
                 dropout=dropout,
                 use_rslora=use_rslora,
+                use_dora=use_dora,
                 adapter_dtype=adapter_dtype,
             )
             layers |= dict.fromkeys(names, layer)
@@ -95,29 +102,23 @@ def adapt(
 
 def freeze_base(model: nn.Module) -> None:
     """Freezes every parameter but those of adapters."""
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, LoRALinear)
-        for parameter in (module.lora_A, module.lora_B)
-    }
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad = False  # a lazy parameter refuses requires_grad_()
 
 
-def put_in_place(model: nn.Module, layers: dict[str, LoRALinear]) -> nn.Module:
-    """Puts LoRA layers into the model and makes sure that the model calls them."""
+def put_in_place(model: nn.Module, layers: dict[str, AdapterLayer]) -> nn.Module:
+    """Puts adapted layers into the model and makes sure that the model calls them."""
     model = _targets.replace(model, dict(layers))
     save_adapters_too(model)
     for module in model.modules():
-        adapted = any(isinstance(child, LoRALinear) for child in module.modules())
         # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the adapters.
-        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted_layers(module):
             module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and adapted:
+        elif isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
             module.use_nested_tensor = False
     let_gradients_through(model)
-    let_heads_resize(model)
+    let_embeddings_resize(model)
     watch(model)
     return model

@@ -1,10 +1,9 @@
 """``save_adapter`` and ``load_adapter``: adapters as files in PEFT's format, safetensors only."""
 
-import contextlib
 import itertools
 import os
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,25 +12,23 @@ from torch import Tensor, nn
 from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
 from lorafast.convert.exchange import put_into, whole, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import PEFT_NAMES, adapted_layers, kind_of_layer
 from lorafast.convert.peft_format import (
-    LORA_A,
-    LORA_B,
     PREFIX,
     AdapterConfig,
     describe,
     parse_config,
     stored_whole,
 )
+from lorafast.convert.places import embeddings_of
 from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
-from lorafast.nn import LoRALinear
+from lorafast.nn import AdapterLayer
 from lorafast.nn.offload import device_of
-from lorafast.nn.plain import features, frozen_tensor
 from lorafast.ops.checks import FLOATS
 
 _NO_MEMORY = "{} is on the device meta, which holds no values: load the model first"
-# What PEFT calls the layer that an adapter wraps, and an embedding's factors.
+# What PEFT calls the layer that an adapter wraps.
 _BASE_LAYER = ".base_layer"
-_LORA_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 # What the first release of FSDP calls the module that it wraps.
 _FSDP = "_fsdp_wrapped_module"
 
@@ -50,7 +47,7 @@ def save_adapter(
     ``torch.distributed.barrier()`` before they read.
 
     Args:
-        model: a model with ``LoRALinear`` layers, merged or not.
+        model: a model with adapted layers, merged or not.
         folder: created if need be; an adapter that is in it is replaced.
         modules_to_save: names of other modules to store whole, such as a trained classification head.
             As in PEFT, one stands for every module whose name ends with these letters. A warning
@@ -80,15 +77,13 @@ def write_adapter(
     safetensors()
     check_folder(folder)
     model = unwrapped(model)
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
+    layers = adapted_layers(model)
     if not layers:
-        raise ValueError("the model has no LoRALinear: there is no adapter to save")
+        raise ValueError("the model has no adapted layer: there is no adapter to save")
     if "" in layers:
         raise ValueError(
-            "the model is itself a LoRALinear, and PEFT's format names layers inside a model: "
-            "save its state_dict()"
+            f"the model is itself a {type(layers['']).__name__}, and PEFT's format names layers inside "
+            "a model: save its state_dict()"
         )
     if isinstance(modules_to_save, str):
         raise TypeError(
@@ -99,8 +94,8 @@ def write_adapter(
     for name, layer in layers.items():
         if stored_whole(name, modules_to_save):
             raise ValueError(f"modules_to_save has {name} or what holds it, which is adapted")
-        tensors[name + LORA_A] = layer.lora_A
-        tensors[name + LORA_B] = layer.lora_B
+        for parameter, tensor in layer.adapter_parameters().items():
+            tensors[f"{name}.{layer.peft_names[parameter]}"] = tensor
     for name, tensor in tensors.items():
         if COMPILED in name.split("."):
             raise ValueError("a module inside the model is compiled: save before compiling it")
@@ -128,17 +123,14 @@ def write_adapter(
     return forgotten, lost
 
 
-def _check_factors(name: str, layer: LoRALinear) -> None:
-    expected = {
-        "lora_A": (layer.r, layer.in_features),
-        "lora_B": (layer.out_features, layer.r),
-    }
-    for half, shape in expected.items():
-        found = tuple(getattr(layer, half).shape)
+def _check_factors(name: str, layer: AdapterLayer) -> None:
+    parameters = layer.adapter_parameters()
+    for parameter, shape in layer.adapter_shapes().items():
+        found = tuple(parameters[parameter].shape)
         if found != shape:
             raise ValueError(
-                f"{half} of {name} has shape {list(found)}, expected {list(shape)}: gather its shards "
-                "first (DeepSpeed's GatheredParameters)"
+                f"{parameter} of {name} has shape {list(found)}, expected {list(shape)}: gather its "
+                "shards first (DeepSpeed's GatheredParameters)"
             )
 
 
@@ -199,8 +191,8 @@ def load_adapter(
 ) -> nn.Module:
     """Loads an adapter in PEFT's format from ``folder`` into ``model``; returns ``model``.
 
-    The layers that it is for may be plain ``nn.Linear``, which are adapted now (and the rest of the
-    model is frozen, as ``adapt`` does), or ``LoRALinear`` of the same rank, whose values
+    The layers that it is for may be plain ones, which are adapted now (and the rest of the
+    model is frozen, as ``adapt`` does), or adapted already with the same rank, whose values
     and scaling are replaced (their dropout stays).
     Modules stored whole (``modules_to_save``) are loaded too, and so are embeddings that PEFT stored
     beside the adapter. A weight that several modules share stays shared. Everything is checked and
@@ -232,103 +224,133 @@ def load_adapter(
     return model
 
 
-def _by_layer(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Adapter pairs by layer name, and all other tensors by their name in the model."""
-    if not any(key.endswith((LORA_A, LORA_B, *_LORA_EMBEDDING)) for key in tensors):
+Adapters = dict[str, dict[str, Tensor]]
+"""Adapters' parameters by the names of their layers."""
+
+
+def _by_layer(tensors: dict[str, Tensor]) -> tuple[Adapters, dict[str, Tensor]]:
+    """The adapters in the file, and all other tensors by their name in the model."""
+    adapters: Adapters = {}
+    others = {}
+    found = {key: _adapter_key(key) for key in tensors}
+    if not any(found.values()):
         names = ", ".join(map(repr, sorted(tensors)[:3])) or "none"
+        ending = next(iter(PEFT_NAMES))
         raise ValueError(
             f"the file has no LoRA tensors: its names are {names}{' ...' if len(tensors) > 3 else ''}, "
-            f"expected PEFT's, such as {PREFIX}<layer>{LORA_A}"
+            f"expected PEFT's, such as {PREFIX}<layer>.{ending}"
         )
-    halves: dict[str, dict[str, Tensor]] = {}
-    others = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise ValueError(f"tensor {key!r} doesn't begin with {PREFIX!r}: not PEFT's format")
-        name = key.removeprefix(PREFIX)
-        if name.endswith(_LORA_EMBEDDING):
-            raise ValueError(
-                f"the file has an adapter for the embedding {name.rpartition('.')[0]}: lorafast adapts "
-                "linear layers"
-            )
-        for ending in (LORA_A, LORA_B):
-            if name.endswith(ending):
-                halves.setdefault(name.removesuffix(ending), {})[ending] = tensor
-                break
+        one = found[key]
+        if one is None:
+            others[key.removeprefix(PREFIX)] = tensor
         else:
-            others[name] = tensor
-    for name, pair in halves.items():
-        if len(pair) != 2:
-            missing = (LORA_A if LORA_B in pair else LORA_B)[1:]
-            raise ValueError(f"{name} has no {missing} in the file")
-    return {name: (pair[LORA_A], pair[LORA_B]) for name, pair in halves.items()}, others
+            name, parameter = one
+            adapters.setdefault(name.removeprefix(PREFIX), {})[parameter] = tensor
+    return adapters, others
 
 
-def _check_layers(
-    model: nn.Module, config: AdapterConfig, adapters: dict[str, tuple[Tensor, Tensor]]
-) -> None:
+def _adapter_key(key: str) -> tuple[str, str] | None:
+    """The layer and the parameter that a tensor of the file is; None if it is no adapter's."""
+    for ending, parameter in PEFT_NAMES.items():
+        if key.endswith(f".{ending}"):
+            return key.removesuffix(f".{ending}"), parameter
+    return None
+
+
+def _check_layers(model: nn.Module, config: AdapterConfig, adapters: Adapters) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     names = names_by_layer(model)
     targets = config.targets(model)
     plain = [
-        modules[n] for n in adapters if n in modules and not isinstance(modules[n], LoRALinear)
+        modules[n] for n in adapters if n in modules and not isinstance(modules[n], AdapterLayer)
     ]
     sharded = name_of_sharded(model, plain)
     if sharded is not None:
         raise ValueError(
             f"{sharded} is sharded by FSDP: load the adapter before the model is, or adapt it before"
         )
-    for name, (lora_A, lora_B) in adapters.items():
+    for name, parameters in adapters.items():
         module = modules.get(name)
         if module is None:
             raise ValueError(f"the file has an adapter for {name}, which the model doesn't have")
-        if not isinstance(module, LoRALinear):
+        if not isinstance(module, AdapterLayer):
             reason = why_not_here(names.get(module, [name]), module, model)
             if reason is not None:
                 raise ValueError(f"{name} can't take the file's adapter: {reason}")
         if name not in targets:
             raise ValueError(f"the file has an adapter for {name}, which the config doesn't target")
-        _check_pair(name, module, config, lora_A, lora_B)
+        _check_adapter(name, module, config, parameters)
     for name in sorted(targets - set(adapters)):
         raise ValueError(f"the config targets {name}, and the file has no adapter for it")
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear) and name not in adapters:
+    for name in adapted_layers(model):
+        if name not in adapters:
             raise ValueError(f"{name} is adapted, and the file has no adapter for it")
 
 
-def _check_pair(
-    name: str, module: nn.Module, config: AdapterConfig, lora_A: Tensor, lora_B: Tensor
+def _check_adapter(
+    name: str, module: nn.Module, config: AdapterConfig, parameters: dict[str, Tensor]
 ) -> None:
-    r = config.rank(name)
-    if isinstance(module, LoRALinear) and module.r != r:
-        raise ValueError(f"{name} is adapted with r = {module.r}, and the file has r = {r}")
-    K, N = features(module)
-    weight = module.lora_A if isinstance(module, LoRALinear) else frozen_tensor(module)
-    # Of an offloaded plain layer the adapter is made where its forward runs.
-    device = weight.device if isinstance(module, LoRALinear) else device_of(module, weight)
-    if device.type == "meta":
+    r, kind = config.rank(name), kind_of_layer(module)
+    there: dict[str, Tensor] = {}
+    if isinstance(module, AdapterLayer):
+        if module.r != r:
+            raise ValueError(f"{name} is adapted with r = {module.r}, and the file has r = {r}")
+        there = module.adapter_parameters()
+        sizes = (module.in_features, module.out_features)
+        devices = {tensor.device for tensor in there.values()}
+    else:
+        sizes = kind.features(module)
+        weight = kind.frozen_tensor(module)
+        # Of an offloaded plain layer the adapter is made where its forward runs.
+        devices = {device_of(module, weight)}
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"{name} is sharded: load the adapter before the model is, or adapt it before"
+            )
+    if any(device.type == "meta" for device in devices):
         raise ValueError(_NO_MEMORY.format(name))
-    for half, tensor, shape in (("lora_A", lora_A, (r, K)), ("lora_B", lora_B, (N, r))):
+    shapes = kind.layer.shapes_of(*sizes, r, config.use_dora)
+    if there and there.keys() != shapes.keys():
+        how = "with" if module.use_dora else "without"
+        raise ValueError(
+            f"{name} is adapted {how} DoRA, and use_dora is {config.use_dora} in the config"
+        )
+    _check_names(name, kind.layer, parameters, shapes)
+    for parameter, shape in shapes.items():
+        tensor = parameters[parameter]
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{half} of {name} has shape {list(tensor.shape)} in the file, expected "
-                f"{list(shape)}: r is {r} in the config, the layer is {K} → {N}"
+                f"{parameter} of {name} has shape {list(tensor.shape)} in the file, expected "
+                f"{list(shape)}: r is {r} in the config, the layer is {sizes[0]} → {sizes[1]}"
             )
         if tensor.dtype not in FLOATS:
             raise ValueError(
-                f"{half} of {name} is {tensor.dtype} in the file, expected float16, bfloat16, float32 "
-                "or float64"
+                f"{parameter} of {name} is {tensor.dtype} in the file, expected float16, bfloat16, "
+                "float32 or float64"
             )
-        if isinstance(module, LoRALinear):
-            reason = why_not_replaceable(getattr(module, half))
+        if parameter in there:
+            reason = why_not_replaceable(there[parameter])
             if reason is not None:
-                raise ValueError(f"{half} of {name} can't be replaced: {reason}")
-    if not isinstance(module, LoRALinear) and hasattr(weight, "full_tensor"):
-        raise ValueError(
-            f"{name} is sharded: load the adapter before the model is, or adapt it before"
-        )
+                raise ValueError(f"{parameter} of {name} can't be replaced: {reason}")
+
+
+def _check_names(
+    name: str, layer: type[AdapterLayer], found: Collection[str], expected: Collection[str]
+) -> None:
+    """Raises ``ValueError`` unless the file has the parameters of the layer's adapter, and no others."""
+    for parameter in found:
+        if parameter not in expected:
+            ending = next(one for one, other in PEFT_NAMES.items() if other == parameter)
+            raise ValueError(
+                f"the file has {name}.{ending}, expected {' and '.join(expected)} for a "
+                f"{layer.__name__} by the config"
+            )
+    for parameter in expected:
+        if parameter not in found:
+            raise ValueError(f"{name} has no {layer.peft_names[parameter]} in the file")
 
 
 def _check_others(
@@ -369,15 +391,9 @@ def _check_others(
 
 def _embeddings(model: nn.Module) -> set[str]:
     """All names of the input and output embeddings of a Transformers model."""
-    found = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # it has none
-            found.append(getattr(model, getter)())
-    return {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if any(module is one for one in found)
-    }
+    found = set(embeddings_of(model).values())
+    modules = model.named_modules(remove_duplicate=False)
+    return {name for name, module in modules if module in found}
 
 
 def _check_value(

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lorafast.convert.peft_format import CONFIG_FILE, WEIGHTS_FILE, config_digest
-from lorafast.kernels.common.files import locked
+from lorafast.core.files import locked
 
 _DIGEST = "lorafast_config_digest"
 _DRAFT = ".lorafast-save-"

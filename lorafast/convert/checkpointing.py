@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafast.nn import LoRALinear
+from lorafast.convert.kinds import adapted_layers
 
 
 class _RequiresGrad:
@@ -39,7 +39,7 @@ def let_gradients_through(model: nn.Module) -> None:
         inside = list(owner.modules())
         seen.update(inside)
         blocks = [module for module in inside if hasattr(module, "gradient_checkpointing")]
-        if not blocks or not any(isinstance(module, LoRALinear) for module in inside):
+        if not blocks or not adapted_layers(owner):
             continue
         embeddings = _input_embeddings(owner)
         for embedding in embeddings:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from lorafast.convert.adapt import freeze_base, put_in_place
 from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
+from lorafast.convert.kinds import kind_of_layer
 from lorafast.convert.peft_format import AdapterConfig, stored_whole
 from lorafast.convert.targets import names_by_layer
-from lorafast.nn import LoRALinear
+from lorafast.nn import AdapterLayer
 
 
 def whole(tensor: Tensor) -> tuple[Tensor, bool]:
@@ -41,7 +42,7 @@ def why_not_replaceable(tensor: Tensor) -> str | None:
 def put_into(
     model: nn.Module,
     config: AdapterConfig,
-    adapters: dict[str, tuple[Tensor, Tensor]],
+    adapters: dict[str, dict[str, Tensor]],
     base: list[tuple[Tensor, Tensor]],
     is_trainable: bool | None,
 ) -> None:
@@ -51,19 +52,20 @@ def put_into(
     """
     # What is made here may be trained later, as nothing can that is made in inference mode.
     with torch.inference_mode(False), torch.no_grad(), all_or_nothing(model) as undo:
-        made: dict[nn.Module, LoRALinear] = {}
+        made: dict[nn.Module, AdapterLayer] = {}
         undo.made = made  # type: ignore[assignment]
-        layers: dict[str, LoRALinear] = {}
+        layers: dict[str, AdapterLayer] = {}
         for layer, names in names_by_layer(model).items():
             if names[0] not in adapters:
                 continue
-            if isinstance(layer, LoRALinear):
+            if isinstance(layer, AdapterLayer):
                 layers[names[0]] = layer
             else:
                 layers[names[0]] = made[layer] = _make(layer, names[0], config)
         values = list(base)
-        for name, pair in adapters.items():
-            values += zip((layers[name].lora_A, layers[name].lora_B), pair, strict=True)
+        for name, parameters in adapters.items():
+            own = layers[name].adapter_parameters()
+            values += [(own[parameter], value) for parameter, value in parameters.items()]
         values = [(target, _like(value, target)) for target, value in values]
         there = {name: layer for name, layer in layers.items() if layer not in made.values()}
         undo.keep([target for target, _ in values], there.values())
@@ -76,7 +78,7 @@ def put_into(
             freeze_base(model)
         if is_trainable is not None:
             for layer in layers.values():
-                _set_trained(is_trainable, (layer.lora_A, layer.lora_B))
+                _set_trained(is_trainable, layer.adapter_parameters().values())
         if is_trainable is not None or made:
             _set_trained(is_trainable is not False, _stored(model, config))
         in_place = {
@@ -89,13 +91,14 @@ def put_into(
         put_in_place(model, in_place)
 
 
-def _make(layer: nn.Module, name: str, config: AdapterConfig) -> LoRALinear:
-    return LoRALinear.from_linear(
+def _make(layer: nn.Module, name: str, config: AdapterConfig) -> AdapterLayer:
+    return kind_of_layer(layer).layer.of_plain(
         layer,
         config.rank(name),
         alpha=config.alpha(name),
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
     )
 
 

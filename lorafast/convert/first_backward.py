@@ -14,39 +14,41 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
 
+from lorafast.convert.kinds import adapted_layers
 from lorafast.convert.targets import some
-from lorafast.nn import LoRALinear
+from lorafast.nn import AdapterLayer
 
 
 class _Hook:
-    """What autograd calls when ``lora_B`` of a layer has got a gradient."""
+    """What autograd calls when the watched parameter of a layer has got a gradient."""
 
-    def __init__(self, watch: "_Watch", name: str, layer: LoRALinear) -> None:
+    def __init__(self, watch: "_Watch", name: str, layer: AdapterLayer) -> None:
         self.watch, self.name, self.layer = watch, name, weakref.ref(layer)
-        self.handle = layer.lora_B.register_post_accumulate_grad_hook(self)
+        watched: Tensor = getattr(layer, layer.watched_parameter)
+        self.handle = watched.register_post_accumulate_grad_hook(self)
 
-    def __call__(self, lora_B: Tensor) -> None:
+    def __call__(self, watched: Tensor) -> None:
         if not torch.compiler.is_compiling():  # compiled autograd has no end of a backward
             self.watch.got_gradient(self)
 
     def is_in_place(self) -> bool:
-        """Whether the layer still has the ``lora_B`` that was watched; one put in its place is not."""
+        """Whether the layer still has the parameter that was watched; one put in its place is not."""
         layer = self.layer()
         return layer is not None and _hook_of(layer) is self
 
     def remove(self) -> None:
         self.handle.remove()
         layer = self.layer()
-        lora_B = None if layer is None else layer._parameters.get("lora_B")
-        if lora_B is not None and not lora_B._post_accumulate_grad_hooks:
+        watched = None if layer is None else _watched(layer)
+        if watched is not None and not watched._post_accumulate_grad_hooks:
             # Autograd would look into an empty dict in every backward.
-            lora_B._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            watched._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
 
 class _Watch:
     """The adapters of a model: those that still wait for a gradient, and those that have got one."""
 
-    def __init__(self, layers: dict[str, LoRALinear]) -> None:
+    def __init__(self, layers: dict[str, AdapterLayer]) -> None:
         self.waiting = {name: _Hook(self, name, layer) for name, layer in layers.items()}
         self.got: dict[str, _Hook] = {}
         self.reported = False
@@ -92,27 +94,30 @@ _SENTENCE = (
 
 def watch(model: nn.Module) -> None:
     """Warns after the next backward of adapters in ``model`` that get no gradient in it, once."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    layers = adapted_layers(model)
     for old in {hook.watch for hook in map(_hook_of, layers.values()) if hook is not None}:
         old.stop()
     _Watch({name: layer for name, layer in layers.items() if _can_get_one(layer)})
 
 
-def waits_for_gradient(layer: LoRALinear) -> bool:
+def waits_for_gradient(layer: AdapterLayer) -> bool:
     """Whether a backward has passed ``layer`` by, and none has reached it since."""
     hook = _hook_of(layer)
     return hook is not None and hook.watch.reported
 
 
-def _hook_of(layer: LoRALinear) -> _Hook | None:
-    lora_B = layer._parameters.get("lora_B")
-    hooks = getattr(lora_B, "_post_accumulate_grad_hooks", None) or {}
+def _hook_of(layer: AdapterLayer) -> _Hook | None:
+    hooks = getattr(_watched(layer), "_post_accumulate_grad_hooks", None) or {}
     return next((hook for hook in hooks.values() if isinstance(hook, _Hook)), None)
 
 
-def _can_get_one(layer: LoRALinear | None) -> bool:
-    lora_B = None if layer is None or layer.merged else layer._parameters.get("lora_B")
-    return lora_B is not None and lora_B.requires_grad
+def _can_get_one(layer: AdapterLayer | None) -> bool:
+    watched = None if layer is None or layer.merged else _watched(layer)
+    return watched is not None and watched.requires_grad
+
+
+def _watched(layer: AdapterLayer) -> Tensor | None:
+    return layer._parameters.get(layer.watched_parameter)
 
 
 def _role(name: str) -> str:

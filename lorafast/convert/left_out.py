@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafast.nn import LoRALinear
+from lorafast.convert.kinds import adapted_layers, adapter_parameters, kind_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BY_MODULE = "LoraConfig(target_modules=[...])"
@@ -23,10 +23,14 @@ class LeftOut:
     layers: int
     parameters: int
     peft: str = ""
-    """The setting of PEFT's that adapts them, where there is one."""
+    """The setting of PEFT's that adapts them, where there is one and ``adapt`` doesn't."""
+    by_name: bool = False
+    """Whether ``adapt`` adapts them where its ``targets`` name them, and not by default."""
 
     def __str__(self) -> str:
         served = f" (PEFT adapts them: {self.peft})" if self.peft else ""
+        if self.by_name:
+            served = " (adapted where targets name them)"
         return f"{self.layers} {self.kind}, {self.parameters:,} parameters{served}"
 
 
@@ -49,12 +53,7 @@ def large_share(model: nn.Module, trained: bool = False) -> str | None:
     missed = [_count(layers) for layers in groups if _is_missed(layers[0][0])]
     if not missed:
         return None
-    adapters = {
-        id(half)
-        for layer in model.modules()
-        if isinstance(layer, LoRALinear)
-        for half in (layer.lora_A, layer.lora_B)
-    }
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
     total = _size(p for p in model.parameters() if id(p) not in adapters)
     parameters = sum(one.parameters for one in missed)
     if parameters < _LARGE_SHARE * total:
@@ -70,7 +69,7 @@ def _layers_by_kind(
 ) -> dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]]:
     """By class, each with its own parameters; stacked weights are a kind for themselves."""
     modules = list(model.modules())
-    seen = {id(p) for m in modules if isinstance(m, LoRALinear) for p in m.parameters()}
+    seen = {id(p) for layer in adapted_layers(model).values() for p in layer.parameters()}
     found: dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]] = {}
     for module in modules:
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
@@ -88,13 +87,21 @@ def _has_matrix(parameters: Iterable[nn.Parameter]) -> bool:
 
 def _count(layers: list[tuple[nn.Module, list[nn.Parameter]]]) -> LeftOut:
     module = layers[0][0]
-    peft = ""
-    if isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
-        peft = _BY_MODULE
-    elif _is_stacked(module):
-        peft = _BY_PARAMETER
+    kind = kind_of(module)
+    by_name = (
+        kind is not None
+        and not kind.in_all_linear
+        and all(kind.layer.why_not_adaptable(one) is None for one, _ in layers)
+    )
+    peft = "" if by_name else _peft_setting(module)
     size = _size(p for _, own in layers for p in own)
-    return LeftOut(type(module).__name__, len(layers), size, peft)
+    return LeftOut(type(module).__name__, len(layers), size, peft, by_name)
+
+
+def _peft_setting(module: nn.Module) -> str:
+    if isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
+        return _BY_MODULE
+    return _BY_PARAMETER if _is_stacked(module) else ""
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

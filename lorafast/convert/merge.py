@@ -1,4 +1,4 @@
-"""``merge``: LoRA layers become plain linear layers."""
+"""``merge``: adapted layers become plain ones."""
 
 import warnings
 
@@ -6,32 +6,30 @@ from torch import nn
 
 from lorafast.convert import checkpointing, resizing
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import adapted_layers
+from lorafast.convert.places import embeddings_of
 from lorafast.convert.targets import replace
-from lorafast.nn import LoRALinear, offload
+from lorafast.nn import AdapterLayer, offload
 from lorafast.nn.plain import move_hooks
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replaces every ``LoRALinear`` by a plain layer of weight ``W + scaling · B·A``.
+    """Replaces every adapted layer by a plain one of weight ``W + scaling · B·A``.
 
-    The model is changed in place; if it is itself a ``LoRALinear``, use what is returned. The layers
+    The model is changed in place; if it is itself an adapted layer, use what is returned. The layers
     are of the class that was adapted, ``nn.Linear`` as a rule. The sum is rounded to the dtype of the
     weight. Hooks move along. A weight that another module shares is no longer shared, and a warning
     names it. Weights that Accelerate has offloaded, to a disk too, are brought in one layer at a time;
     the merged ones are offloaded to the CPU's memory.
 
     Raises:
-        ValueError: the model has no ``LoRALinear``; or a layer's adapter has NaN or infinite values or
+        ValueError: the model has no adapted layer; or a layer's adapter has NaN or infinite values or
             makes some, the layer has no values (meta), is sharded, or has hooks that can't move. The
             message names the layer, and the model is unchanged.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LoRALinear)
-    }
+    layers = adapted_layers(model, remove_duplicate=False)
     if not layers:
-        raise ValueError("the model has no LoRALinear to merge")
+        raise ValueError("the model has no adapted layer to merge")
     sharded = name_of_sharded(model, layers.values())
     if sharded is not None:
         raise ValueError(
@@ -40,12 +38,12 @@ def merge(model: nn.Module) -> nn.Module:
         )
     shared = _also_used_elsewhere(model, layers)
     # A layer that has two names stays one layer.
-    merged: dict[LoRALinear, nn.Module] = {}
+    merged: dict[AdapterLayer, nn.Module] = {}
     for name, layer in layers.items():
         if layer in merged:
             continue
         try:
-            merged[layer] = layer.to_linear()
+            merged[layer] = layer.to_plain()
         except ValueError as error:
             raise ValueError(f"{name or 'the model'} can't be merged: {error}") from error
         offload.unwrap(layer, merged[layer])
@@ -56,14 +54,14 @@ def merge(model: nn.Module) -> nn.Module:
             + _untie_config(model, layers),
             stacklevel=2,
         )
-    for layer, linear in merged.items():
-        move_hooks(layer, linear)
+    for layer, plain in merged.items():
+        move_hooks(layer, plain)
     checkpointing.undo(model)
     resizing.undo(model)
     return replace(model, {name: merged[layer] for name, layer in layers.items()})
 
 
-def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
+def _also_used_elsewhere(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -71,17 +69,15 @@ def _also_used_elsewhere(model: nn.Module, layers: dict[str, LoRALinear]) -> lis
     return [
         f"{name}.{stored}"
         for name, layer in layers.items()
-        for stored in layer._stored_names
-        if len(owners.get(id(layer._parameters.get(stored)), ())) > 1
+        for stored, tensor in layer.frozen_tensors().items()
+        if len(owners.get(id(tensor), ())) > 1
     ]
 
 
-def _untie_config(model: nn.Module, layers: dict[str, LoRALinear]) -> str:
-    """What to do lest Transformers ties a merged head again when it loads the saved model."""
-    config = getattr(model, "config", None)
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if head not in layers.values() or not getattr(config, "tie_word_embeddings", False):
+def _untie_config(model: nn.Module, layers: dict[str, AdapterLayer]) -> str:
+    """What to do lest Transformers ties a merged weight again when it loads the saved model."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied or not set(layers.values()) & set(embeddings_of(model).values()):
         return ""
     return (
         " (set model.config.tie_word_embeddings = False before saving, or loading ties them again)"

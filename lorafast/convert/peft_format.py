@@ -12,23 +12,20 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from lorafast.convert.bounded_regex import BoundedRegex, shortened
+from lorafast.convert.kinds import kind_of_layer
 from lorafast.convert.targets import ALL_LINEAR, check_names, names_by_layer, output_head
-from lorafast.nn import LoRALinear
+from lorafast.nn import AdapterLayer
 from lorafast.nn.checks import check_alpha, check_probability, check_rank
-from lorafast.nn.lora_conv1d import LoRAConv1D
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-LORA_A = ".lora_A.weight"
-LORA_B = ".lora_B.weight"
 
-# Fields that change what an adapter computes in a way that LoRALinear does not, and the values with
+# Fields that change what an adapter computes in a way that no layer here does, and the values with
 # which they don't.
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None, True),  # each layer of the model says it, as in PEFT
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
@@ -95,12 +92,13 @@ class ByPattern(Generic[_T]):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of PEFT's ``LoraConfig`` that a LoRA linear layer has."""
+    """The fields of PEFT's ``LoraConfig`` that adapted layers have."""
 
     r: int
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
+    use_dora: bool
     target_modules: Selection | None
     """None stands for ``all-linear``."""
     exclude_modules: Selection
@@ -119,22 +117,22 @@ class AdapterConfig:
         return self.alpha_pattern.get(name, self.lora_alpha)
 
     def targets(self, model: nn.Module) -> set[str]:
-        """The linear layers of ``model``, adapted or not, that the config names."""
+        """The layers of ``model`` that can be adapted or are, and that the config names."""
         head = output_head(model) if self.target_modules is None else None
         in_head = set() if head is None else set(head.modules())
         return {
             names[0]
             for layer, names in names_by_layer(model).items()
-            if layer not in in_head and self._targets(names[0])
+            if layer not in in_head and self._targets(names[0], layer)
         }
 
-    def _targets(self, name: str) -> bool:
+    def _targets(self, name: str, layer: nn.Module) -> bool:
         if name in self.exclude_modules:
             return False
         if any(f".{stored}." in f".{name}." for stored in self.modules_to_save):
             return False
         if self.target_modules is None:
-            return True
+            return kind_of_layer(layer).in_all_linear
         if self.target_modules.regex is not None or name in self.target_modules.names:
             return name in self.target_modules
         return name in self.target_modules and self._in_layers(name)
@@ -166,19 +164,13 @@ def stored_whole(name: str, modules_to_save: Sequence[str]) -> bool:
 
 
 def describe(
-    layers: dict[str, LoRALinear], model: nn.Module, modules_to_save: list[str]
+    layers: dict[str, AdapterLayer], model: nn.Module, modules_to_save: list[str]
 ) -> dict[str, Any]:
     """The content of ``adapter_config.json`` for these layers.
 
     Raises:
         ValueError: PEFT has one value for all layers where these have several.
     """
-    for attribute in ("dropout", "use_rslora"):
-        values = {getattr(layer, attribute): name for name, layer in layers.items()}
-        if len(values) > 1:
-            seen = ", ".join(f"{value} in {name}" for value, name in values.items())
-            raise ValueError(f"{attribute} is {seen}: PEFT's format has one value for all layers")
-    first = next(iter(layers.values()))
     r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     return {
@@ -189,11 +181,7 @@ def describe(
         "inference_mode": True,
         "r": r,
         "lora_alpha": _number(alpha),
-        "lora_dropout": first.dropout,
-        "use_rslora": first.use_rslora,
-        "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
         "target_modules": _shortest_targets(layers, model),
         "modules_to_save": modules_to_save or None,
@@ -203,7 +191,25 @@ def describe(
             for name, layer in layers.items()
             if layer.alpha != alpha
         },
-    }
+    } | _fields_of_all(layers)
+
+
+def _fields_of_all(layers: dict[str, AdapterLayer]) -> dict[str, object]:
+    """What each layer says of its own, where PEFT has one value for all."""
+    fields: dict[str, object] = {
+        "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
+    }  # fmt: skip
+    seen: dict[str, dict[object, str]] = {}
+    for name, layer in layers.items():
+        for field, value in layer.peft_fields().items():
+            seen.setdefault(field, {})[value] = name
+    for field, values in seen.items():
+        if len(values) > 1:
+            shown = ", ".join(f"{value} in {name}" for value, name in values.items())
+            said = field.removeprefix("lora_")
+            raise ValueError(f"{said} is {shown}: PEFT's format has one value for all layers")
+        fields[field] = next(iter(values))
+    return fields
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
@@ -222,7 +228,7 @@ def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def _shortest_targets(layers: dict[str, LoRALinear], model: nn.Module) -> list[str] | str:
+def _shortest_targets(layers: dict[str, AdapterLayer], model: nn.Module) -> list[str] | str:
     """Endings if they name these layers and no other module, else full names, else a regex."""
     names = [name for name, _ in model.named_modules()]
     endings = sorted({name.rpartition(".")[2] for name in layers})
@@ -238,7 +244,7 @@ def parse_config(raw: object, path: Path) -> AdapterConfig:
 
     Raises:
         ValueError: it is not LoRA, has a value that is none or a field that isn't known, asks for what
-            ``LoRALinear`` doesn't compute, or goes with other base weights.
+            no layer here computes, or goes with other base weights.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
@@ -285,6 +291,7 @@ def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
         lora_alpha=_alpha(*given("lora_alpha", 8)),
         lora_dropout=_probability(*optional("lora_dropout", 0.0)),
         use_rslora=_bool(*optional("use_rslora", False)),
+        use_dora=_bool(*optional("use_dora", False)),
         target_modules=None if everything else _selection(where, targets),
         exclude_modules=_selection(*optional("exclude_modules", ())),
         layers_to_transform=_integers(*optional("layers_to_transform", ())),
@@ -296,7 +303,7 @@ def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
 
 
 def _check_kind(raw: dict[str, Any], path: Path) -> None:
-    """Raises ``ValueError`` unless the adapter is one that ``LoRALinear`` computes."""
+    """Raises ``ValueError`` unless the adapter is one that is computed here."""
     if raw.get("peft_type") != "LORA":
         raise ValueError(
             f"peft_type in {path} is {shortened(raw.get('peft_type'))}, expected 'LORA'"
@@ -311,7 +318,7 @@ def _check_kind(raw: dict[str, Any], path: Path) -> None:
     for name, harmless in _WITHOUT_EFFECT.items():
         if raw.get(name) not in harmless:
             raise ValueError(
-                f"{name} in {path} is {shortened(raw[name])}: LoRALinear doesn't compute that "
+                f"{name} in {path} is {shortened(raw[name])}: lorafast doesn't compute that "
                 f"(expected {harmless[0]!r})"
             )
     start = raw.get("init_lora_weights")

@@ -1,11 +1,12 @@
-"""Where a layer stands in a model: places whose adapter would never run, and PEFT's own layers."""
+"""Where a layer stands in a model: embeddings, places whose adapter would never run, PEFT's layers."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lorafast.nn.lora_linear import why_not_adaptable
+from lorafast.convert.kinds import PLAIN, kind_of
 
 # What torch.compile calls the module that it wraps.
 COMPILED = "_orig_mod"
@@ -65,6 +66,17 @@ def has_peft_adapter(module: nn.Module) -> bool:
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
+def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The ``input`` and ``output`` embeddings of a Transformers model, those that it has."""
+    found = {}
+    for place in ("input", "output"):
+        with contextlib.suppress(AttributeError, NotImplementedError):  # it has none
+            module = getattr(model, f"get_{place}_embeddings")()
+            if isinstance(module, nn.Module):
+                found[place] = module
+    return found
+
+
 def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> str | None:
     """The reason for which the layer can't be adapted at its places in the model, or None."""
     for name in names:
@@ -76,4 +88,7 @@ def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> s
             return f"{type(parent).__name__} reads its weight without calling it"
     if has_peft_adapter(module):
         return "it has PEFT's adapter (lorafast.accelerate(model) makes that fast)"
-    return why_not_adaptable(module)
+    kind = kind_of(module)
+    if kind is None:
+        return f"it is a {type(module).__name__}, expected an {PLAIN}"
+    return kind.layer.why_not_adaptable(module)

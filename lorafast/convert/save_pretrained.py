@@ -1,6 +1,6 @@
 """``save_pretrained`` of an adapted Transformers model writes the adapter beside the model.
 
-Transformers saves a ``LoRALinear``'s factors under names that its ``from_pretrained`` drops. But where
+Transformers saves an adapter's parameters under names that its ``from_pretrained`` drops. But where
 PEFT is installed it reads an adapter in PEFT's format that lies beside a model, and adds it.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafast.nn import LoRALinear
+from lorafast.convert.kinds import adapted_layers, adapter_parameters
 
 _lock = threading.Lock()
 
@@ -61,9 +61,8 @@ def _save_beside(model: nn.Module, folder: Path) -> None:
     from lorafast.convert.adapter_io import write_adapter
     from lorafast.convert.peft_format import CONFIG_FILE
 
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     native = getattr(model, "_hf_peft_config_loaded", False)  # PEFT's, which Transformers saves
-    if not layers:
+    if not adapted_layers(model):
         if not native and (folder / CONFIG_FILE).is_file():
             warnings.warn(
                 f"{folder} holds an adapter, which from_pretrained will add to the model that is saved "
@@ -72,7 +71,7 @@ def _save_beside(model: nn.Module, folder: Path) -> None:
             )
         return
     reason = None
-    if any(hasattr(layer.lora_A, "full_tensor") for layer in layers):
+    if any(hasattr(tensor, "full_tensor") for tensor in adapter_parameters(model)):
         reason = "the model is sharded, and only lorafast.save_adapter on every rank gathers them"
     elif native:
         reason = "the model has PEFT's too, which take the same files"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorafast.convert.first_backward import waits_for_gradient
+from lorafast.convert.kinds import adapted_layers, adapter_parameters
 from lorafast.convert.left_out import LeftOut, left_out
-from lorafast.nn import LoRALinear
 
 # alpha where a LoraConfig gives none.
 _PEFT_ALPHA = 8
@@ -26,9 +26,12 @@ class AdapterRow:
     merged: bool
     no_gradient: bool = False
     """A backward reached other adapters of the model, and none has reached this one so far."""
+    remark: str = ""
+    """What kind of layer it is, where it isn't a plain ``LoRALinear``."""
 
-    def _remark(self) -> str:
-        return "  merged" if self.merged else "  no gradient so far" if self.no_gradient else ""
+    def _remarks(self) -> str:
+        state = "merged" if self.merged else "no gradient so far" if self.no_gradient else ""
+        return "".join(f"  {one}" for one in (self.remark, state) if one)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Summary:
             shape = f"{row.in_features} → {row.out_features}"
             lines.append(
                 f"{row.name:<{width}}  {shape:>14}  {row.r:>4}  {row.scaling:>7.4g}  "
-                f"{row.dropout:>7.4g}  {row.parameters:>10,}{row._remark()}"
+                f"{row.dropout:>7.4g}  {row.parameters:>10,}{row._remarks()}"
             )
         share = 100 * self.trainable / self.total if self.total else 0.0
         layers = "layer" if len(self.layers) == 1 else "layers"
@@ -78,20 +81,18 @@ def summary(model: nn.Module) -> Summary:
             r=layer.r,
             scaling=layer.scaling,
             dropout=layer.dropout,
-            parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+            parameters=sum(p.numel() for p in layer.adapter_parameters().values()),
             merged=layer.merged,
             no_gradient=waits_for_gradient(layer),
+            remark=layer.summary_remark(),
         )
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoRALinear)
+        for name, layer in adapted_layers(model).items()
     )
     parameters = list(model.parameters())
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    adapter = {half for layer in layers for half in (layer.lora_A, layer.lora_B)}
     return Summary(
         total=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        adapter=sum(half.numel() for half in adapter),
+        adapter=sum(p.numel() for p in set(adapter_parameters(model))),
         layers=rows,
         left=left_out(model),
     )

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lorafast.convert.kinds import PLAIN, kind_of, kind_of_layer
 from lorafast.convert.left_out import large_share
 from lorafast.convert.places import COMPILED, has_peft_adapter, why_not_here
-from lorafast.nn import LoRALinear
-from lorafast.nn.plain import is_linear
+from lorafast.nn import AdapterLayer
 
 ALL_LINEAR = "all-linear"
 Pattern = str | Iterable[str]
@@ -70,10 +70,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def names_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The linear and LoRA layers of ``model`` in its order, each with all the names that reach it."""
+    """The layers of ``model`` that are adapted or of a kind that can be, in its order, each with all the
+    names that reach it."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALinear) or is_linear(module):
+        if kind_of(module) is not None:
             found.setdefault(module, []).append(name)
     return found
 
@@ -109,8 +110,8 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     for one in _each(exclude):
         if not any(_reaches(one, names) for names in layers.values()):
             raise ValueError(_nothing_matches("exclude", one, model))
-    linears = {layer: names for layer, names in layers.items() if not isinstance(layer, LoRALinear)}
-    kept = {layer: names for layer, names in linears.items() if not _reaches(exclude, names)}
+    plain = {layer: names for layer, names in layers.items() if not isinstance(layer, AdapterLayer)}
+    kept = {layer: names for layer, names in plain.items() if not _reaches(exclude, names)}
     if targets == ALL_LINEAR:
         return _all_linear(model, kept)
     if targets == ():
@@ -118,7 +119,7 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     for one in _each(targets):
         if any(_reaches(one, names) for names in kept.values()):
             continue
-        excluded = [names[0] for names in linears.values() if _reaches(one, names)]
+        excluded = [names[0] for names in plain.values() if _reaches(one, names)]
         if excluded:
             raise ValueError(f"{_given('targets', one)}, and exclude leaves out {excluded[0]}")
         raise ValueError(_nothing_matches("targets", one, model))
@@ -142,14 +143,14 @@ def _reaches(pattern: Pattern, names: list[str]) -> bool:
     return any(matches(pattern, name) for name in names)
 
 
-def _all_linear(
-    model: nn.Module, linears: dict[nn.Module, list[str]]
-) -> dict[nn.Module, list[str]]:
+def _all_linear(model: nn.Module, plain: dict[nn.Module, list[str]]) -> dict[nn.Module, list[str]]:
     head = output_head(model)
     in_head = set() if head is None else set(head.modules())
     found: dict[nn.Module, list[str]] = {}
     refused: dict[str, list[str]] = {}
-    for layer, names in linears.items():
+    for layer, names in plain.items():
+        if not kind_of_layer(layer).in_all_linear:
+            continue
         if layer in in_head:
             if names[0].partition(".")[0] in _CLASSIFIERS:
                 refused.setdefault(_IN_CLASSIFIER, []).append(names[0])
@@ -175,32 +176,32 @@ def _nothing_matches(argument: str, one: str | tuple[str, ...], model: nn.Module
     given = _given(argument, one)
     modules = dict(model.named_modules(remove_duplicate=False))
     hits = {name: module for name, module in modules.items() if matches(one, name)}
-    adapted = [name for name, module in hits.items() if isinstance(module, LoRALinear)]
+    adapted = [name for name, module in hits.items() if isinstance(module, AdapterLayer)]
     if adapted:
         return f"{given}, and {adapted[0]} is adapted already"
     if hits:
         # A module that holds others says less about what was meant.
         name = next((name for name in hits if not any(hits[name].children())), next(iter(hits)))
-        return f"{given}, and {name or 'the model'} is a {_kind(hits[name])}, expected an nn.Linear"
+        return f"{given}, and {name or 'the model'} is a {_kind(hits[name])}, expected an {PLAIN}"
     if isinstance(one, str):
         reached = any(_reaches((one,), names) for names in names_by_layer(model).values())
         hint = f" (for a name or its ending pass [{one!r}])" if reached else ""
         return f"{given}, a regex that matches the full name of no module{hint}"
-    return f"{given}, which is the name of no nn.Linear in the model{_nearest(one[0], model)}"
+    return f"{given}, which is the name of no {PLAIN} in the model{_nearest(one[0], model)}"
 
 
 def _nearest(name: str, model: nn.Module) -> str:
-    """A hint at what may have been meant: a linear layer, else any other, else all linear layers."""
+    """A hint at what may have been meant: a layer that can be adapted, any other, all that can be."""
     layers = names_by_layer(model).values()
-    linear = sorted({full.rpartition(".")[2] for names in layers for full in names})
-    close = difflib.get_close_matches(name, linear, n=1)
+    known = sorted({full.rpartition(".")[2] for names in layers for full in names})
+    close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f", did you mean {close[0]!r}?"
     others = {full.rpartition(".")[2]: module for full, module in model.named_modules() if full}
     close = difflib.get_close_matches(name, others, n=1)
     if close:
         return f" ({close[0]!r} is a {_kind(others[close[0]])})"
-    return f" (there are {', '.join(linear)})" if linear else " (there is none)"
+    return f" (there are {', '.join(known)})" if known else " (there is none)"
 
 
 def _kind(module: nn.Module) -> str:

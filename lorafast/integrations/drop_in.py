@@ -90,9 +90,9 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Any:
     """What serves each adapted layer of ``module``, and why; prints as text.
 
     For a model with PEFT's adapter layers: which are fast and which PEFT's own, and why, as the model is
-    now, for an input that fits it. For one with ``LoRALinear``: the backend of each operation, and why
-    not the others, for an input like ``x`` (only its device, dtype and number of rows count), else for
-    many rows of the weight's.
+    now, for an input that fits it. For one with adapted layers of ``lorafast.nn``: the backend of each
+    operation, and why not the others, for an input like ``x`` (only its device, dtype and number of rows
+    count), else for many rows of the weight's.
 
     Raises:
         ValueError: there is neither.

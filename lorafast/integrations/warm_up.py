@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorafast.nn import LoRALinear, offload
+from lorafast.nn import AdapterLayer, offload
 
 
 def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
@@ -47,24 +47,31 @@ def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
 def _kinds() -> tuple[type, ...]:
     """The classes of adapted layers, PEFT's if those are in use."""
     peft = sys.modules.get("lorafast.integrations.peft.layers")
-    return (LoRALinear,) if peft is None else (LoRALinear, peft.Linear)
+    return (AdapterLayer,) if peft is None else (AdapterLayer, peft.Linear)
 
 
 def _run(layer: Any, rows: int) -> None:
-    holder = layer if isinstance(layer, LoRALinear) else layer.get_base_layer()
-    weight = layer.operand() if holder is layer else holder.weight
     # Stand-ins, for a gradient that reaches a parameter is seen by its hooks.
     parameters = {
         name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()
     }
-    device = offload.device_of(holder, weight)
-    x = torch.zeros((rows, layer.in_features), dtype=weight.dtype, device=device)
+    x = _input(layer, rows)
     trained = [p for p in parameters.values() if p.requires_grad]
     if not (trained and torch.is_grad_enabled()):
         torch.func.functional_call(layer, parameters, (x,))
         return
-    y = torch.func.functional_call(layer, parameters, (x.requires_grad_(),))
-    torch.autograd.grad(y, [x, *trained], torch.zeros_like(y), allow_unused=True)
+    if x.is_floating_point():
+        trained.append(x.requires_grad_())
+    y = torch.func.functional_call(layer, parameters, (x,))
+    torch.autograd.grad(y, trained, torch.zeros_like(y), allow_unused=True)
+
+
+def _input(layer: Any, rows: int) -> Tensor:
+    if isinstance(layer, AdapterLayer):
+        return layer.example_input(rows)
+    base = layer.get_base_layer()
+    device = offload.device_of(base, base.weight)
+    return torch.zeros((rows, layer.in_features), dtype=base.weight.dtype, device=device)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Drop-in modules, and the account of which backend serves them."""
 
+from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.explain import Choice, Explanation, explain
+from lorafast.nn.lora_embedding import LoRAEmbedding
 from lorafast.nn.lora_linear import LoRALinear
 
-__all__ = ["Choice", "Explanation", "LoRALinear", "explain"]
+__all__ = ["AdapterLayer", "Choice", "Explanation", "LoRAEmbedding", "LoRALinear", "explain"]

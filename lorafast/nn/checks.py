@@ -45,6 +45,13 @@ def _float(value: object) -> float:
         return math.inf
 
 
+def check_bool(name: str, value: object) -> bool:
+    """``value``, True or False; else ``TypeError``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return value
+
+
 def check_dtype(name: str, value: object) -> None:
     """``value`` must be a dtype that layers have, or None; else ``TypeError``."""
     if value is not None and value not in FLOATS:

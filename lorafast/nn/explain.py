@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lorafast import operands
 from lorafast.backends import BackendError, Plan, Refusal, forced, registry
-from lorafast.core.problem import Layout, Problem
+from lorafast.core.problem import Problem
 from lorafast.nn import offload
+from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.lora_linear import LoRALinear
-from lorafast.ops.problems import backward_problem, layer_problem
 
 
 @dataclass(frozen=True)
@@ -57,38 +56,39 @@ def _describe(choice: Choice) -> str:
 
 
 def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
-    """Which backend serves each ``LoRALinear`` in ``module``, what it launches, and why not others.
+    """Which backend serves each adapted layer in ``module``, what it launches, and why not others.
 
     It speaks of an eager training step with gradients of x, A and B: ``lora_linear`` is the forward,
-    ``lora_linear_backward`` the backward.
+    ``lora_linear_backward`` the backward. What PyTorch's own calls serve has no backend.
 
     ``x`` is an input such as a layer would get; only its device, dtype and number of rows count.
     Without it the weight's are assumed, and many rows.
 
     Raises:
-        ValueError: ``module`` has no ``LoRALinear``.
+        ValueError: ``module`` has no adapted layer.
     """
     layers = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, AdapterLayer):
             with offload.present(layer):
                 layers[name or "(module)"] = _choices(layer, x)
     if not layers:
         raise ValueError(
-            "the module has no LoRALinear, whose backends could be explained: lorafast.adapt(model) "
+            "the module has no LoRALinear or other adapted layer to explain: lorafast.adapt(model) "
             "makes them (a model with PEFT's adapters needs none: lorafast.accelerate(model))"
         )
     return Explanation(layers)
 
 
-_MANY_ROWS = 1 << 20
-
-
-def _choices(layer: LoRALinear, x: Tensor | None) -> tuple[Choice, ...]:
-    forward, backward = _problems(layer, x)
+def _choices(layer: AdapterLayer, x: Tensor | None) -> tuple[Choice, ...]:
+    problems = layer.problems(x)
     if layer.merged:
-        merged = "the layer is merged: a plain product"
-        return tuple(Choice(p.operation, None, merged, (), {}) for p in (forward, backward))
+        merged = "the layer is merged: a plain one's call"
+        operations = [problem.operation for problem in problems] or [layer.operation]
+        return tuple(Choice(operation, None, merged, (), {}) for operation in operations)
+    if not problems:
+        return (Choice(layer.operation, None, "PyTorch's own calls, on every backend", (), {}),)
+    forward, backward = problems
     chosen = _choose(forward)
     if chosen is not None and chosen.differentiable:
         second = Choice(
@@ -96,7 +96,10 @@ def _choices(layer: LoRALinear, x: Tensor | None) -> tuple[Choice, ...]:
         )
     else:
         second = _choice(backward, _choose(backward))
-    return _choice(forward, chosen, _packed(layer, forward)), second
+    remark = _packed(layer, forward)
+    if layer.use_dora:
+        remark += ", within DoRA, whose norm and scale PyTorch computes"
+    return _choice(forward, chosen, remark), second
 
 
 def _choose(problem: Problem) -> Plan | None:
@@ -145,30 +148,8 @@ def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
     return "usable, not measured to be faster" if answer.seconds is None else _time(answer)
 
 
-def _packed(layer: LoRALinear, problem: Problem) -> str:
-    if problem.device.type != "cpu":
+def _packed(layer: AdapterLayer, problem: Problem) -> str:
+    if problem.device.type != "cpu" or not isinstance(layer, LoRALinear):
         return ""
     is_packed = operands.is_packed(layer.operand(), problem.dtype)
     return ", on the packed weight" if is_packed else ""
-
-
-def _problems(layer: LoRALinear, x: Tensor | None) -> tuple[Problem, Problem]:
-    """The layer's forward and backward, on rows like those of ``x``."""
-    weight = layer.operand()
-    like = operands.stored(weight)[0] if x is None else x
-    dtype = weight.dtype if x is None else x.dtype
-    M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)
-
-    def rows(size: int) -> Tensor:  # one in memory
-        return torch.empty((1, size), dtype=dtype, device=like.device).expand(M, size)
-
-    dropout = bool(layer.dropout and layer.training)
-    forward = layer_problem(
-        rows(layer.in_features), weight, layer.lora_A, layer.lora_B, layer.bias, dropout, ("y",),
-        layouts=True,
-    )  # fmt: skip
-    fresh = Layout.fresh(M, layer.in_features, dtype)
-    forward = forward._replace(layouts=forward.layouts._replace(x=fresh))
-    backward = backward_problem(forward, ("dx", "dA", "dB"), rows(layer.out_features), layouts=True)
-    fresh = Layout.fresh(M, layer.out_features, dtype)
-    return forward, backward._replace(layouts=backward.layouts._replace(dy=fresh))

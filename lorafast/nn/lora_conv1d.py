@@ -25,8 +25,8 @@ class LoRAConv1D(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
-        if self.merged:
-            return self._forward_merged(x)
+        if self._aside:
+            return self._forward_aside(x)
         p = self._parameters
         try:
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
@@ -48,7 +48,11 @@ class LoRAConv1D(LoRALinear):
         return kept_transposed(self.weight)
 
     def _plain_weight(self) -> Tensor:
-        return self._with_delta().t().contiguous()
+        return self.merged_weight().t().contiguous()
+
+    def peft_fields(self) -> dict[str, object]:
+        """As of a ``LoRALinear``, but that the weight is kept transposed."""
+        return super().peft_fields() | {"fan_in_fan_out": True}
 
     def pack_(self) -> "LoRAConv1D":
         """Packs the merged weight; see ``LoRALinear.pack_``.

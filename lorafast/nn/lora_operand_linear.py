@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from lorafast import operands
 from lorafast.core.dtypes import FLOATS
-from lorafast.functional import lora_linear
+from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.checks import FLOAT_NAMES
-from lorafast.nn.lora_linear import TAKEN, LoRALinear
+from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.plain import move_hooks
 from lorafast.operands import Operand, Weight
 
@@ -30,7 +30,24 @@ def lora_linear_of(
     return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p)
 
 
+def dora_linear_of(
+    x: Tensor,
+    stored: list[Tensor],
+    description: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """``dora_linear`` over the operand that is stored so."""
+    weight = operands.build(stored, description)
+    return dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p=dropout_p)
+
+
 # For torch.fx a call is one node, as one of nn.Linear is.
+torch.fx.wrap("dora_linear_of")
 torch.fx.wrap("lora_linear_of")
 
 
@@ -55,6 +72,8 @@ class LoRAOperandLinear(LoRALinear):
         made = cls.over(weight, r, bias=getattr(layer, "bias", None), device=device, **options)
         move_hooks(layer, made)
         offload.wrap(layer, made)
+        if offload.hooks_of(layer):
+            made._reset_magnitude()  # of a weight that the hook brings
         made.training = layer.training
         return made
 
@@ -68,6 +87,7 @@ class LoRAOperandLinear(LoRALinear):
         alpha: float | None,
         dropout: float,
         use_rslora: bool,
+        use_dora: bool,
         adapter_dtype: torch.dtype | None,
         device: torch.device | None = None,
     ) -> "LoRAOperandLinear":
@@ -78,7 +98,7 @@ class LoRAOperandLinear(LoRALinear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         N, K = weight.shape
-        layer._set(K, N, r, alpha, dropout, use_rslora)
+        layer._set_linear(K, N, r, alpha, dropout, use_rslora, use_dora)
         layer._description = operands.describe(weight)
         layer._stored_names = tuple(weight.tensors())
         for name, tensor in weight.tensors().items():
@@ -92,17 +112,23 @@ class LoRAOperandLinear(LoRALinear):
         layer._add_adapter(weight.dtype, device or weight.device, adapter_dtype)
         # Last: until here an error leaves the tensors as they were.
         for name, parameter in layer.named_parameters():
-            if name not in ("lora_A", "lora_B"):
+            if name not in cls.peft_names:
                 parameter.requires_grad_(False)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
-        if self.merged:
-            return self._forward_merged(x)
+        if self._aside:
+            return self._forward_aside(x)
         return lora_linear_of(
             x, self._stored(), self._description, self.lora_A, self.lora_B, self._scaling, self.bias,
             self.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def _forward_dora(self, x: Tensor) -> Tensor:
+        return dora_linear_of(
+            x, self._stored(), self._description, self.lora_A, self.lora_B, self.lora_magnitude,
+            self._scaling, self.bias, self.dropout if self.training else 0.0,
         )  # fmt: skip
 
     def _stored(self) -> list[Tensor]:
@@ -163,7 +189,7 @@ def why_not_held(weight: Any, bias: object) -> str | None:
     if weight.format not in operands.formats():
         return f"its format {weight.format!r} is not registered (lorafast.operands.register)"
     for name, tensor in weight.tensors().items():
-        taken = name in TAKEN or hasattr(LoRAOperandLinear, name)
+        taken = name in LoRAOperandLinear.taken_names()
         if not name.isidentifier() or (taken and name != "weight"):
             return (
                 f"it is stored in {name!r}, expected a name that a LoRALinear has no other use for"

@@ -1,4 +1,4 @@
-"""The plain layers that a LoRA layer can wrap, and what it takes over from one and gives back."""
+"""The plain layers that an adapter layer can wrap, and what it takes over from one and gives back."""
 
 import inspect
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafast import operands
+from lorafast.nn import offload
 
 # What nn.Module keeps of a module's hooks; they move with the layer when it is wrapped.
 _HOOKS = (
@@ -93,10 +94,20 @@ def is_own_forward(module: nn.Module, forward: object, stock: type[nn.Module]) -
     )
 
 
+def why_not_its_forward(module: nn.Module, stock: type[nn.Module]) -> str | None:
+    """The reason for which a forward on the instance itself would be lost with it, or None."""
+    forward = vars(module).get("forward")
+    if forward is None or is_own_forward(module, forward, stock):
+        return None
+    if offload.is_wrapped(module):
+        return offload.why_not_movable(module)
+    return f"its forward is replaced on the instance ({type(module).__name__}), which would be lost"
+
+
 def why_not_carried(
-    module: nn.Module, stock: type[nn.Module], taken: Collection[str]
+    module: nn.Module, stock: type[nn.Module], taken: Collection[str], wrapper: str
 ) -> str | None:
-    """What of ``module`` a LoRA layer, which has the names ``taken``, would lose; None if nothing.
+    """What of ``module`` a ``wrapper``, which has the names ``taken``, would lose; None if nothing.
 
     A method that nn.Module's own code calls is lost without a word when the class changes. Other
     methods of a subclass are missed aloud by whoever calls them.
@@ -109,8 +120,8 @@ def why_not_carried(
     if vars(module).get("_compiled_call_impl") is not None:
         return "it was compiled in place: adapt it before Module.compile()"
     for name in _own_names(module):
-        if name in taken and name not in ("weight", "bias"):
-            return f"its attribute {name!r} has the name of one that a LoRALinear has"
+        if name in taken:
+            return f"its attribute {name!r} has the name of one that a {wrapper} has"
     return None
 
 

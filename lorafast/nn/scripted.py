@@ -1,4 +1,4 @@
-"""What ``torch.jit.script`` makes of a ``LoRALinear``: the formula in PyTorch's own calls."""
+"""What ``torch.jit.script`` makes of adapter layers: their formulas in PyTorch's own calls."""
 
 import torch
 import torch.nn.functional as F
@@ -38,3 +38,111 @@ class ScriptedLoRALinear(nn.Module):
         s = F.linear(dropped, self.lora_A.to(dtype))
         low_rank = F.linear(s, self.lora_B.to(dtype) * self.scaling)
         return (F.linear(x, self.weight, self.bias) + low_rank).to(x.dtype)
+
+
+class ScriptedDoRALinear(nn.Module):
+    """``y = m / ‖W + scaling·B·A‖ ⊙ (x·Wᵀ + scaling · x·Aᵀ·Bᵀ) + bias``, as ``ScriptedLoRALinear``.
+
+    With dropout the frozen layer sees x, and the change that DoRA makes what is left of it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        lora_A: nn.Parameter,
+        lora_B: nn.Parameter,
+        lora_magnitude: nn.Parameter,
+        scaling: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.lora_A = lora_A
+        self.lora_B = lora_B
+        self.lora_magnitude = lora_magnitude
+        self.scaling = float(scaling)
+        self.dropout = float(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` → ``[..., out_features]``."""
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        norm = torch.norm((self.weight.to(wide) + delta).detach(), 2, 1)
+        scale = (self.lora_magnitude.to(wide) / norm).to(dtype)
+        left = F.dropout(x.to(dtype), self.dropout, self.training)
+        frozen = F.linear(left, self.weight.to(dtype))
+        s = F.linear(left, self.lora_A.to(dtype))
+        low_rank = F.linear(s, self.lora_B.to(dtype) * self.scaling)
+        change = scale * (frozen + low_rank) - frozen
+        return (F.linear(x, self.weight, self.bias) + change).to(x.dtype)
+
+
+class ScriptedLoRAEmbedding(nn.Module):
+    """``y = scale · (W[x] + scaling · Aᵀ[x]·Bᵀ)`` over the parameters of a layer, which it shares."""
+
+    padding_idx: int | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        lora_embedding_A: nn.Parameter,
+        lora_embedding_B: nn.Parameter,
+        scaling: float,
+        padding_idx: int | None,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.lora_embedding_A = lora_embedding_A
+        self.lora_embedding_B = lora_embedding_B
+        self.scaling = float(scaling)
+        self.padding_idx = padding_idx
+        self.scale = float(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...]`` → ``[..., embedding_dim]``."""
+        y = F.embedding(x, self.weight, self.padding_idx)
+        dtype = torch.float32 if y.dtype == torch.float16 else y.dtype
+        s = F.embedding(x, self.lora_embedding_A.t(), self.padding_idx).to(dtype)
+        low_rank = F.linear(s, self.lora_embedding_B.to(dtype) * self.scaling)
+        return (y + low_rank).to(y.dtype) * self.scale
+
+
+class ScriptedDoRAEmbedding(nn.Module):
+    """``y = scale · m / ‖W + scaling · (B·A)ᵀ‖ ⊙ (W[x] + scaling · Aᵀ[x]·Bᵀ)``, as the other."""
+
+    padding_idx: int | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        lora_embedding_A: nn.Parameter,
+        lora_embedding_B: nn.Parameter,
+        lora_magnitude: nn.Parameter,
+        scaling: float,
+        padding_idx: int | None,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.lora_embedding_A = lora_embedding_A
+        self.lora_embedding_B = lora_embedding_B
+        self.lora_magnitude = lora_magnitude
+        self.scaling = float(scaling)
+        self.padding_idx = padding_idx
+        self.scale = float(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...]`` → ``[..., embedding_dim]``."""
+        y = F.embedding(x, self.weight, self.padding_idx)
+        dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+        A, B = self.lora_embedding_A.to(dtype), self.lora_embedding_B.to(dtype)
+        whole = self.weight.to(dtype) + self.scaling * (A.t() @ B.t())
+        m = self.lora_magnitude.to(dtype) / torch.norm(whole.detach(), 2, 0)
+        s = F.embedding(x, A.t(), self.padding_idx)
+        return (m * (y.to(dtype) + F.linear(s, B * self.scaling))).to(y.dtype) * self.scale

@@ -68,9 +68,9 @@ def draw_adapters() -> Callable[[nn.Module], nn.Module]:
         generator = torch.Generator().manual_seed(13)
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, lorafast.nn.LoRALinear):
-                    module.lora_A.normal_(generator=generator)
-                    module.lora_B.normal_(generator=generator)
+                if isinstance(module, lorafast.nn.AdapterLayer):
+                    for parameter in module.adapter_parameters().values():
+                        parameter.normal_(generator=generator)
         return model
 
     return draw
@@ -112,7 +112,7 @@ def _state(model: nn.Module) -> dict[str, object]:
                 id(module._merged_weight),
             )
             for name, module in modules.items()
-            if isinstance(module, lorafast.nn.LoRALinear)
+            if isinstance(module, lorafast.nn.AdapterLayer)
         },
     }
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from lorafast.nn import LoRALinear
+from lorafast.nn import AdapterLayer
 
 
 def adapted(model):
-    """Names of the LoRA layers, also second names."""
+    """Names of the adapted layers, also second names."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name for name, module in modules if isinstance(module, LoRALinear)}
+    return {name for name, module in modules if isinstance(module, AdapterLayer)}
 
 
 def trained(model):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_files import CONFIG, WEIGHTS, read, write_adapter
-from lorafast.kernels.common import files
 
 import lorafast
+from lorafast.core import files
 
 safetensors = pytest.importorskip("safetensors.torch")
 peft = pytest.importorskip("peft")

@@ -268,7 +268,11 @@ MISFITS = [
         {UP_A: torch.ones(2, 5, dtype=torch.complex64)},
         id="complex",
     ),
-    case("use_dora in .* is True", config={"use_dora": True}, id="dora"),
+    case(
+        r"(up|down) has no lora_magnitude|is adapted without DoRA, and use_dora is True",
+        config={"use_dora": True},
+        id="dora",
+    ),
     case("bias in .* is 'all'", config={"bias": "all"}, id="bias-all"),
     case("bias in .* is 'lora_only'", config={"bias": "lora_only"}, id="bias-lora_only"),
     case("lora_bias in .* is True", config={"lora_bias": True}, id="lora_bias"),

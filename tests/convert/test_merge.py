@@ -170,7 +170,7 @@ def test_parametrized_layers_become_plain_ones(assert_same):
 
 
 def test_refuses_a_model_without_adapters(net, unchanged):
-    with unchanged(net), pytest.raises(ValueError, match="no LoRALinear to merge"):
+    with unchanged(net), pytest.raises(ValueError, match="no adapted layer to merge"):
         lorafast.merge(net)
 
 

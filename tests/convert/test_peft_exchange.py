@@ -343,7 +343,6 @@ def test_refuses_an_adapter_that_goes_with_another_base(tmp_path, unchanged, sta
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        pytest.param({"use_dora": True}, "use_dora", id="dora"),
         pytest.param({"bias": "all"}, "bias", id="bias-all"),
         pytest.param({"lora_bias": True}, "lora_bias", id="lora_bias"),
         pytest.param({"trainable_token_indices": [3]}, "trainable_token_indices", id="tokens"),

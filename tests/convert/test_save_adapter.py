@@ -268,7 +268,7 @@ def _compiled_inside(net):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        pytest.param(lambda net: net, "no LoRALinear: there is no adapter", id="none"),
+        pytest.param(lambda net: net, "no adapted layer: there is no adapter", id="none"),
         pytest.param(
             lambda net: lorafast.adapt(net.head, 2), "the model is itself a LoRALinear", id="root"
         ),

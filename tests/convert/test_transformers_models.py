@@ -268,14 +268,6 @@ def test_names_embeddings_of_another_size(tmp_path, unchanged):
     assert torch.equal(model.lm_head.weight, bigger.lm_head.weight)
 
 
-def test_names_an_adapted_embedding(tmp_path, unchanged):
-    folder = saved(with_peft(llama(), target_modules=["q_proj", "embed_tokens"]), tmp_path)
-    model = llama()
-    sentence = r"an adapter for the embedding model\.embed_tokens"
-    with unchanged(model), pytest.raises(ValueError, match=sentence):
-        lorafast.load_adapter(model, folder)
-
-
 @pytest.mark.parametrize("is_trainable", [True, False])
 def test_trains_what_peft_trains(tmp_path, is_trainable):
     theirs = with_peft(roberta(), target_modules=["query"], task_type="SEQ_CLS")

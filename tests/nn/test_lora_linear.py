@@ -13,7 +13,7 @@ from toy_formats import FORMATS
 
 from lorafast import reference
 from lorafast.nn import LoRALinear
-from lorafast.nn.lora_linear import move_hooks
+from lorafast.nn.plain import move_hooks
 from lorafast.reference import contract
 
 pytestmark = pytest.mark.usefixtures("toy_formats")

@@ -582,7 +582,7 @@ class TestModel:
         assert not net.up._forward_hooks
 
     def test_a_head_keeps_its_size(self):
-        from lorafast.convert.resizing import let_heads_resize
+        from lorafast.convert.resizing import let_embeddings_resize
 
         class Model(nn.Module):
             def __init__(self):
@@ -596,9 +596,9 @@ class TestModel:
                 raise AssertionError("never called")
 
         model = Model()
-        let_heads_resize(model)
+        let_embeddings_resize(model)
         with pytest.raises(
-            ValueError, match="the output head is stored as negative, which can't be"
+            ValueError, match="the output embeddings can't be resized: it is stored as negative"
         ):
             model.resize_token_embeddings(7)
 

@@ -57,7 +57,7 @@ part of a tile. Measured as above."""
 _RANK_BLOCK = 0.05
 """More time for every block of the rank after the first. Measured as above."""
 _NOT_BACKWARD = "measured on an H100, they make a backward slower"
-"""486 µs at best over numbers of helpers, rounds and tiles, where it is 442 one by one; sizes as above."""
+"""486 µs at best over helpers, rounds and tiles, where it is 442 one by one; sizes as above."""
 _PARTIAL = 4
 _BLOCK = 16
 """Triton sees that many elements' divisibility in an argument, and no less."""

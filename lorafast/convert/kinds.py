@@ -1,0 +1,84 @@
+"""The kinds of adapters that a model can have: a row each, which is all that this room knows of them.
+
+To add one: its module, a subclass of ``AdapterLayer``, and a row in ``KINDS``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafast.nn import AdapterLayer, LoRAEmbedding, LoRALinear
+from lorafast.nn.plain import features, frozen_tensor, is_linear
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind: the plain layers that it is for, and the module that takes their place."""
+
+    layer: type[AdapterLayer]
+    plain: str
+    """What the plain layers are called in messages."""
+    wraps: Callable[[nn.Module], bool]
+    """Whether a plain layer is one of them."""
+    features: Callable[[Any], tuple[int, int]]
+    """``in_features`` and ``out_features`` of a plain layer."""
+    frozen_tensor: Callable[[Any], Tensor]
+    """Its weight, or the first tensor that the weight is stored in."""
+    in_all_linear: bool
+    """Whether PEFT's ``"all-linear"`` names its layers."""
+
+
+KINDS = (
+    Kind(
+        layer=LoRALinear,
+        plain="nn.Linear",
+        wraps=is_linear,
+        features=features,
+        frozen_tensor=frozen_tensor,
+        in_all_linear=True,
+    ),
+    Kind(
+        layer=LoRAEmbedding,
+        plain="nn.Embedding",
+        wraps=lambda module: isinstance(module, nn.Embedding),
+        features=lambda plain: tuple(plain.weight.shape),
+        frozen_tensor=lambda plain: plain.weight,
+        in_all_linear=False,
+    ),
+)
+PLAIN = " or ".join(kind.plain for kind in KINDS)
+PEFT_NAMES = {ending: name for kind in KINDS for name, ending in kind.layer.peft_names.items()} | {
+    # PEFT writes this and reads both; Transformers, loading by itself, reads what is written here.
+    "lora_magnitude_vector": "lora_magnitude"
+}
+"""The endings of adapters' tensors in PEFT's files, and the parameters that they are."""
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind that ``module`` is, adapted or plain, or None."""
+    adapted = isinstance(module, AdapterLayer)
+    for kind in KINDS:
+        if isinstance(module, kind.layer) if adapted else kind.wraps(module):
+            return kind
+    return None
+
+
+def kind_of_layer(layer: nn.Module) -> Kind:
+    """The kind of ``layer``, which is of one."""
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind
+
+
+def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, AdapterLayer]:
+    """The adapted layers of ``model`` by name; without ``remove_duplicate`` by each of their names."""
+    modules = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: module for name, module in modules if isinstance(module, AdapterLayer)}
+
+
+def adapter_parameters(model: nn.Module) -> list[Tensor]:
+    """The parameters of all adapters in ``model``."""
+    layers = adapted_layers(model).values()
+    return [tensor for layer in layers for tensor in layer.adapter_parameters().values()]

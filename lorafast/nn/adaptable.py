@@ -1,0 +1,109 @@
+"""Which plain layers an adapter layer can wrap, and the reasons against the others."""
+
+import inspect
+import re
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+from lorafast.core.dtypes import FLOATS
+from lorafast.nn import offload
+from lorafast.nn.checks import FLOAT_NAMES
+from lorafast.nn.plain import stock_class, why_not_carried, why_not_its_forward
+from lorafast.operands import Operand
+
+# Transformers' ways to write it.
+_SCALED_FORWARD = re.compile(
+    r"\s*def forward\(self, input_ids: torch\.Tensor\):\s*"
+    r"return super\(\)\.forward\(input_ids\) \* self\.embed_scale(\.to\(self\.weight\.dtype\))?\s*"
+)
+_DISTRIBUTED = "torch.distributed."
+
+
+def why_not_linear(linear: nn.Module, taken: Collection[str]) -> str | None:
+    """The reason for which a ``LoRALinear``, which has ``taken``, can't wrap ``linear``, or None."""
+    stock = stock_class(linear)
+    if stock is None:
+        return f"it is a {type(linear).__name__}, expected an nn.Linear"
+    if isinstance(linear, nn.modules.linear.LazyLinear):
+        return "it is a LazyLinear whose shape is not known yet: run it once first"
+    return _why_not_stock(linear, stock, ("weight", "bias"), taken, "LoRALinear")
+
+
+def why_not_embedding(embedding: nn.Module, taken: Collection[str]) -> str | None:
+    """The reason for which a ``LoRAEmbedding``, which has ``taken``, can't wrap it, or None."""
+    if not isinstance(embedding, nn.Embedding):
+        return f"it is a {type(embedding).__name__}, expected an nn.Embedding"
+    if embedding.max_norm is not None:
+        return f"its max_norm is {embedding.max_norm}, which changes the frozen weight in each call"
+    if embedding.scale_grad_by_freq:
+        return "its scale_grad_by_freq is True, which the adapter's gradients don't follow"
+    return _why_not_stock(embedding, nn.Embedding, ("weight",), taken, "LoRAEmbedding")
+
+
+def scales_output(embedding: nn.Module) -> bool:
+    """Whether it is an ``nn.Embedding`` whose forward multiplies by its ``embed_scale``, as Gemma's."""
+    own, *others = [kind for kind in type(embedding).__mro__ if "forward" in vars(kind)]
+    if others[:1] != [nn.Embedding]:
+        return False
+    try:
+        source = inspect.getsource(vars(own)["forward"])
+    except (OSError, TypeError):  # there is none, or it isn't Python's
+        return False
+    return _SCALED_FORWARD.fullmatch(source) is not None
+
+
+def _why_not_stock(
+    module: nn.Module,
+    stock: type[nn.Module],
+    tensors: Collection[str],
+    taken: Collection[str],
+    wrapper: str,
+) -> str | None:
+    known = type(module) if scales_output(module) else stock
+    if type(module).forward is not known.forward:
+        name = stock.__name__
+        expected = f"nn.{name}" if stock.__module__.startswith("torch.") else name
+        return f"its forward is not that of {expected} ({type(module).__name__})"
+    reason = why_not_its_forward(module, known)
+    if reason is not None:
+        return reason
+    for name in tensors:
+        if name not in module._parameters:
+            return f"its {name} is computed by a parametrization: remove that first"
+    dense = module._parameters["weight"]
+    assert dense is not None
+    if dense.dtype not in FLOATS:
+        return f"its weight is {dense.dtype}, expected {FLOAT_NAMES}"
+    return _why_not_plain(dense) or why_not_carried(
+        module, stock, set(taken) - set(tensors), wrapper
+    )
+
+
+def _why_not_plain(weight: Tensor) -> str | None:
+    kind = type(weight)
+    if kind.__module__.startswith(_DISTRIBUTED):
+        weight = getattr(weight, "_local_tensor", weight)  # of a DTensor
+    elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not is_fake(weight):
+        return f"its weight is of class {kind.__name__} (quantized?), expected a plain tensor"
+    if weight.layout is not torch.strided:
+        return f"its weight is {weight.layout}, expected a dense one"
+    return None if type(weight) is kind else _why_not_plain(weight)
+
+
+def why_not_claimed(layer: nn.Module, weight: Operand) -> str | None:
+    """The reason for which a layer that a format claims can't be taken apart, or None if it can."""
+    reason = why_not_its_forward(layer, type(layer))
+    if reason is not None:
+        return reason
+    if vars(layer).get("_compiled_call_impl") is not None:
+        return "it was compiled in place: adapt it before Module.compile()"
+    own = layer._parameters | layer._buffers
+    if offload.hooks_of(layer) and any(own.get(n) is not t for n, t in weight.tensors().items()):
+        return (
+            f"Accelerate's hook serves its tensors by other names than {weight.format} has for them "
+            f"({', '.join(weight.tensors())})"
+        )
+    return None
