@@ -55,10 +55,12 @@ def shrink_rows(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    APART: tl.constexpr = False,
 ):
     """``drop(x)·Aᵀ`` in float32 for ``rows`` and ``ranks``, over the columns from begin to end.
 
     ``x [M, K]`` and ``a [r, K]`` are ``Matrix``; ``mask`` is a ``Mask``, or None without dropout.
+    APART as in ``dot``.
     """
     # 64 bits: M·K may pass 2**31 elements.
     x_rows = x.ptr + rows.to(tl.int64)[:, None] * x.stride_row  # [BLOCK_M, 1]
@@ -83,7 +85,7 @@ def shrink_rows(
             keep = keep_mask(seed, rows, k, K, mask.threshold, BLOCK_K)
             x_tile = drop(x_tile, keep, mask.scale, INTERPRETED)
         a_tile = factor(a_tile, x_tile.dtype, INTERPRETED)
-        acc = low_rank_dot(x_tile, a_tile, acc, PRECISION, INTERPRETED)
+        acc = low_rank_dot(x_tile, a_tile, acc, PRECISION, INTERPRETED, APART)
     return scale_sum(acc, x.ptr.dtype.element_ty, mask)
 
 

@@ -47,7 +47,7 @@ _MASKED_GEMM = 1.19
 """Times a GEMM whose low-rank term is masked: its epilogue makes the mask, and loads factors in every
 part of a tile. Measured as above."""
 _NOT_BACKWARD = "measured on an H100, they make a backward slower"
-"""486 µs at best over numbers of helpers, rounds and tiles, where it is 442 one by one; sizes as above."""
+"""486 µs at best over numbers of helpers, rounds and tiles; 442 one by one. Sizes as above."""
 _PARTIAL = 4
 _BLOCK = 16
 """Triton sees that many elements' divisibility in an argument, and no less."""
