@@ -29,6 +29,7 @@ def low_rank_dot(
     a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, APART: tl.constexpr = False
 ):
     """``acc + a·b`` in float32 for a tile of x or dy and a factor: of one dtype, or float16 and float32.
+    APART as in ``dot``.
 
     float16 fits into TF32, the other factor is the sum of two numbers in TF32 to 22 bits: their
     products lose nothing, on tensor cores. Those cut off what they add (an H100's dA of 8,192 rows was
