@@ -111,7 +111,6 @@ def lora_linear_kernel(
         item = tl.atomic_add(counters_ptr + ITEMS, 1, sem="relaxed")
         while item < row_blocks:
             rows = item * BLOCK_M + tl.arange(0, BLOCK_M)
-            # Apart: with a sum that stays in flight ptxas serializes every wgmma of the kernel.
             acc = shrink_rows(
                 Matrix(x_ptr, stride_xm, stride_xk), a, None, rows, ranks, 0, K, M, K, r,
                 HELPER_K, HELPER_STAGES, PRECISION, INTERPRETED,
