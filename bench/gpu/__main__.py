@@ -33,6 +33,7 @@ from lorafast.bench.accelerate import CASES, Case
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
 from lorafast.bench.common import machine, output
+from lorafast.bench.common.contenders import BUILDERS
 from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import MODELS, Shape
@@ -44,6 +45,10 @@ from lorafast.bench import layer, traffic, tune
 _SUMMARY = "Tests on the device, tunes, benchmarks, records."
 _ROOT = Path(__file__).resolve().parents[2]
 _BROKE = "broke"
+_TESTS, _TUNE = "tests", "tune"
+SKIPPABLE = (_TESTS, _TUNE)
+"""Stages that other stages don't need."""
+_MOST_WORKERS = 12
 
 
 @dataclass
@@ -124,7 +129,13 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs every stage."""
     parser = argparse.ArgumentParser(prog="make gpu", description=_SUMMARY)
     parser.add_argument("--minutes", type=float, default=8.5, help="for all of it (default: 8.5)")
-    parser.add_argument("--skip-tests", action="store_true", help="only measure")
+    parser.add_argument(
+        "--skip", action="append", choices=SKIPPABLE, default=[], help="leave a stage out"
+    )
+    parser.add_argument(
+        "--without", action="append", choices=sorted(BUILDERS), default=[], metavar="CONTENDER",
+        help="leave a contender out of the layers",
+    )  # fmt: skip
     parser.add_argument(
         "--rehearse", action="store_true", help="on the CPU at tiny sizes: tries the command itself"
     )
@@ -151,6 +162,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"make gpu: {error}", file=sys.stderr)
         return 2
     os.environ["LORAFAST_CACHE"] = str(folder)
+    plan.against = tuple(name for name in plan.against if name not in arguments.without)
     budget = _Budget(time.monotonic(), 60 * arguments.minutes)
     command = ["make", "gpu", *(sys.argv[1:] if words is None else words)]
     with _log_to(path.with_suffix(".log")):
@@ -193,13 +205,13 @@ def _stages(
 ) -> list[_Stage]:
     device, both = plan.device, [plan.square, plan.dropped]
     stages = [
-        _Stage("tests on the device", 0.1, lambda: _test(record, budget.left(0.3))),
+        _Stage(_TESTS, 0.1, lambda: _test(record, budget.left(0.35))),
         _Stage("operations", 0.4, lambda: run_operations(
             both, ["aten", "triton"],
             device=device, seconds=0.3, record=record, deadline=budget.until(0.4),
         )),
         # Before what uses it.
-        _Stage("tune", 0.6, lambda: tune.run(
+        _Stage(_TUNE, 0.6, lambda: tune.run(
             [plan.square], device=device, seconds=plan.tune_seconds, record=record,
             deadline=budget.until(0.6),
         )),
@@ -226,7 +238,7 @@ def _stages(
             both, ["peft", "aten", "triton"], record=record
         )),
     ]  # fmt: skip
-    return stages[1:] if arguments.skip_tests else stages
+    return [stage for stage in stages if stage.name not in arguments.skip]
 
 
 def _run(stage: _Stage, budget: _Budget, record: Record) -> list[str]:
@@ -255,8 +267,9 @@ def _test(record: Record, seconds: float) -> str | None:
         "-p", "no:cacheprovider",
     ]  # fmt: skip
     if importlib.util.find_spec("xdist") is not None:
-        # Most of the time goes into compiling kernels, a file of tests a process.
-        command += ["-n", "5", "--dist", "loadfile"]
+        # Most of the time goes into compiling kernels.
+        workers = min(max((os.cpu_count() or 1) - 2, 1), _MOST_WORKERS)
+        command += ["-n", str(workers), "--dist", "worksteal"]
     # A session of its own, so that what the tests started can be stopped with them.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT,

@@ -35,7 +35,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
 @pytest.mark.slow
 def test_every_stage_runs(tmp_path):
     pytest.importorskip("triton")
-    process = run("--rehearse", "--skip-tests", "--minutes", "5", LORAFAST_OUT=str(tmp_path))
+    process = run("--rehearse", "--skip", "tests", "--minutes", "5", LORAFAST_OUT=str(tmp_path))
     assert process.returncode == 0, process.stdout + process.stderr
     (path,) = tmp_path.glob("rehearsal-*.json")
     record = json.loads(path.read_text())

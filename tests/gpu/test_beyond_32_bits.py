@@ -1,6 +1,9 @@
 """M·K and M·N beyond 2**31: the rows behind that are right, and count in every sum."""
 
+import fcntl
 import gc
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +23,15 @@ BACKENDS = ["aten", "triton"]
 
 @pytest.fixture(autouse=True)
 def _enough_memory():
-    free, _ = torch.cuda.mem_get_info()
-    if free < 40 << 30:
-        pytest.skip(f"needs 40 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
+    lock = Path(tempfile.gettempdir()) / "lorafast-tests-gpu-memory.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # other processes run the other tests of this file
+        free, _ = torch.cuda.mem_get_info()
+        if free < 40 << 30:
+            pytest.skip(f"needs 40 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def draw(*size, device, scale=1.0):

@@ -157,7 +157,7 @@ def test_64_numbers_of_rows_compile_nothing_new_after_the_first_few(device):
     layer = LoRALinear.from_linear(linear, r, alpha=r)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), forced.use_backend("triton"):
-        for M in (1, 16, 64, 100, 150, 512, 1000, 2048, 4096, 8192):
+        for M in (1, 16, 24, 64, 100, 150, 512, 1000, 2048, 2400, 4096, 8192):
             layer(torch.randn(M, K, device=device, dtype=torch.bfloat16))
         before = compiled()
         for M in torch.randint(1, 8192, (64,), generator=generator).tolist():

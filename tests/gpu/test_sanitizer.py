@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]  # so that it begins before the others
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
 ROOT = Path(__file__).parents[2]
