@@ -36,7 +36,7 @@ def skinny_precision(x: Tensor) -> str:
 
 def _tf32() -> bool:
     """Whether PyTorch may round the factors of float32 products to TF32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 @functools.lru_cache(maxsize=256)

@@ -31,6 +31,7 @@ _MOST_BESIDE_A_MASK = 64
 """Elements of a GEMM's accumulator in a thread's registers, beside which it can make a mask."""
 _WARPS = 8
 """Of a GEMM, at most."""
+_STAGES_BESIDE_A_MASK = 3
 _MOST_BESIDE_DBIAS = 16
 """Elements of dB in a thread's registers, beside which it can sum dbias without spilling."""
 
@@ -249,9 +250,13 @@ def _may_flatten(dtype: torch.dtype, r: int, c: LaunchConfig, dropout: bool) -> 
 
 
 def _masked(c: LaunchConfig) -> LaunchConfig:
-    """More warps where the accumulator and a mask would spill from the registers of so few."""
-    crowded = c.block_m * c.block_n // (32 * c.num_warps) > _MOST_BESIDE_A_MASK
-    return replace(c, num_warps=2 * c.num_warps) if crowded and c.num_warps < _WARPS else c
+    """Fewer elements a thread, or fewer stages, where an accumulator and a mask would spill: found by
+    compiling."""
+    if c.block_m * c.block_n // (32 * c.num_warps) <= _MOST_BESIDE_A_MASK:
+        return c
+    if c.num_warps < _WARPS:
+        return replace(c, num_warps=2 * c.num_warps)
+    return replace(c, num_stages=min(c.num_stages, _STAGES_BESIDE_A_MASK))
 
 
 def expand_backward_launch(

@@ -16,7 +16,7 @@ TABLE: Table = {
         (16, 8192, 4096, 4096, 256, LaunchConfig(64, 16, 64, 256, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 64, 16, 4, 3, ctas_per_sm=2)),
         (32, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 64, 32, 4, 3, ctas_per_sm=2)),
-        (32, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 32, 64, 4, 4, ctas_per_sm=2)),
+        (32, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 32, 64, 8, 4, ctas_per_sm=2)),
         (32, 8192, 4096, 4096, 128, LaunchConfig(32, 16, 32, 128, 8, 3)),
     ),
     "linear_expand": (
@@ -24,7 +24,7 @@ TABLE: Table = {
         (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 4,
             descriptors=True, flatten=True, parts=4, masked_parts=8, helpers=8)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 4, 6,
-            descriptors=True, masked_parts=2)),
+            descriptors=True, masked_parts=4)),
         (16, 64, 4096, 4096, 64, LaunchConfig(64, 32, 256, 16, 4, 4, descriptors=True)),
         (16, 16, 4096, 4096, 64, LaunchConfig(16, 32, 256, 16, 4, 5, descriptors=True)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 3, masked_parts=4)),
@@ -61,6 +61,6 @@ TABLE: Table = {
         (16, 8192, 4096, 4096, 256, LaunchConfig(64, 128, 16, 32, 8, 2, ctas_per_sm=2)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 128, 16, 16, 8, 2, ctas_per_sm=2)),
         (32, 8192, 4096, 4096, 32, LaunchConfig(32, 128, 16, 32, 8, 2, ctas_per_sm=2)),
-        (32, 8192, 4096, 4096, 128, LaunchConfig(16, 128, 16, 16, 4, 1, ctas_per_sm=4)),
+        (32, 8192, 4096, 4096, 128, LaunchConfig(16, 128, 16, 16, 8, 1, ctas_per_sm=4)),
     ),
 }  # fmt: skip
