@@ -252,11 +252,14 @@ def _may_flatten(dtype: torch.dtype, r: int, c: LaunchConfig, dropout: bool) -> 
 def _masked(c: LaunchConfig) -> LaunchConfig:
     """Fewer elements a thread, or fewer stages, where an accumulator and a mask would spill: found by
     compiling."""
-    if c.block_m * c.block_n // (32 * c.num_warps) <= _MOST_BESIDE_A_MASK:
-        return c
-    if c.num_warps < _WARPS:
-        return replace(c, num_warps=2 * c.num_warps)
-    return replace(c, num_stages=min(c.num_stages, _STAGES_BESIDE_A_MASK))
+    if _crowded(c) and c.num_warps < _WARPS:
+        c = replace(c, num_warps=2 * c.num_warps)
+    # One that had more warps already, or still has too few.
+    return replace(c, num_stages=min(c.num_stages, _STAGES_BESIDE_A_MASK)) if _crowded(c) else c
+
+
+def _crowded(c: LaunchConfig) -> bool:
+    return c.block_m * c.block_n // (32 * c.num_warps) > _MOST_BESIDE_A_MASK
 
 
 def expand_backward_launch(

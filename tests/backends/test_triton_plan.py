@@ -70,6 +70,24 @@ def test_dbias_is_made_beside_factors_of_no_rank():
     assert planning.plan_expand_backward(p, H200).grid[2] == 1
 
 
+@pytest.mark.parametrize(
+    ("tile", "warps", "masked"),
+    [
+        ((64, 64), 4, (4, 6)),
+        ((128, 128), 4, (8, 6)),
+        ((128, 256), 8, (8, 3)),
+        ((128, 256), 4, (8, 3)),  # as the one above, once it has its warps
+    ],
+    ids=str,
+)
+def test_a_mask_beside_a_large_accumulator_takes_warps_then_stages(tile, warps, masked):
+    config = LaunchConfig(*tile, 64, 16, warps, 6)
+    for dropout, expected in ((False, (warps, 6)), (True, masked)):
+        p = problem("linear_expand", transposed=True, dropout=dropout)
+        found = planning.plan_linear_expand(p, H200, config).config
+        assert (found.num_warps, found.num_stages) == expected
+
+
 def test_few_tiles_share_k_and_do_not_flatten():
     flat = LaunchConfig(128, 128, 64, 16, 8, 4, descriptors=True, flatten=True)
     gemm = planning.plan_linear_expand(problem("linear_expand", M=16, N=512), H200, flat)

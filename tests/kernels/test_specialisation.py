@@ -54,7 +54,7 @@ def test_new_numbers_of_rows_compile_nothing_for_expand(capability, dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_new_numbers_of_rows_compile_nothing_after_the_first_few(capability, dropout_p):
-    few = [1, 16, 64, 100, 512, 1000, 2048, 2600, 4096, 8192]
+    few = [1, 16, 64, 100, 512, 1000, 2048, 2600, 3000, 4096, 8192]
     known = codes([lambda M=M: layer(M, dropout_p=dropout_p) for M in few], capability)
     rows = torch.randint(1, 8192, (64,), generator=torch.Generator().manual_seed(1)).tolist()
     new = codes([lambda M=M: layer(M, dropout_p=dropout_p) for M in rows], capability)
