@@ -26,8 +26,8 @@ class LaunchConfig:
 
     A tile has ``block_m`` rows, ``block_n`` output columns, ``block_k`` columns of the contracted
     dimension and ``block_r`` columns of the rank. An operation ignores those that it doesn't have.
-    ``num_warps`` and ``num_stages`` are Triton's; ``ctas_per_sm`` programs run on an SM at once. The rest
-    is for ``linear_expand`` and a layer's forward:
+    ``num_warps`` and ``num_stages`` are Triton's; ``ctas_per_sm`` programs run on an SM at once. The
+    rest is for ``linear_expand`` and a layer's forward:
 
     - ``descriptors``: load and store by TMA, where the layout of the matrices allows it;
     - ``warp_specialize``: some warps only load, others only multiply;
