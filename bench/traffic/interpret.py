@@ -39,7 +39,7 @@ _SMALL = (199, 297, 293)
 _SPLIT = (599, 1097, 293)
 """M, K, N long enough to split every sum into partial ones."""
 _HELPED = (2190, 72, 520)
-"""M, K, N of enough tiles for helpers on ``_HELPED_SMS``, in rows that bulk copies can read."""
+"""M, K, N of enough tiles for helpers on ``_HELPED_SMS``, in rows that TMA can read."""
 _HELPED_SMS = 20
 
 

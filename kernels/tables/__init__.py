@@ -6,7 +6,7 @@ A table is a dictionary: operation → rows, and a row reads
 
 with M, K and N as ``linear_expand`` has them; where an operation has no N, N is K, and where it has no K
 (``expand_backward``), K is N. Of the rows of the element's size, those count that read as the call can
-(with bulk copies or with pointers) and whose rank is the smallest that holds the call's (beyond the
+(by TMA or by pointers) and whose rank is the smallest that holds the call's (beyond the
 last, the last: the rank is cut into blocks of ``block_r``); of these the nearest in M, K and N.
 
 ``TUNED_ON`` names the devices on which a file's rows were measured. Rows of a file without any are

@@ -47,9 +47,9 @@ def find(
     K: int,
     N: int,
     r: int,
-    bulk: bool = False,
+    tma: bool = False,
 ) -> LaunchConfig:
-    """The configuration for a call; ``bulk``: whether bulk copies can read and write its operands.
+    """The configuration for a call; ``tma``: whether TMA can read and write its operands.
 
     A layer's GEMM takes the rows of ``linear_expand``.
     """
@@ -60,7 +60,7 @@ def find(
     rows = [row for row in table_of(capability)[operation] if row[0] == 8 * dtype.itemsize]
     described = [row for row in rows if row[5].descriptors]
     if described:
-        rows = described if bulk else [row for row in rows if not row[5].descriptors]
+        rows = described if tma else [row for row in rows if not row[5].descriptors]
     return nearest(rows, M, K, N, r)
 
 

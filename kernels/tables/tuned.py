@@ -39,8 +39,8 @@ _ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "tf32": 4}
 @dataclass(frozen=True)
 class Key:
     """A call: operation, dtypes (as ``dtypes`` says them), sizes as ``linear_expand`` has them, whether
-    masked, whether its GEMM reads Wᵀ, as that of dx does, and whether the rows of what it reads begin at
-    multiples of 16 bytes."""
+    masked, whether its GEMM is dy·W, as that of dx is, and whether the rows of what it reads and writes
+    begin at multiples of 16 bytes."""
 
     operation: str
     dtypes: str

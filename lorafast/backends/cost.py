@@ -23,7 +23,7 @@ from lorafast.backends import registry
 from lorafast.backends.plan import Plan
 from lorafast.core.problem import DENSE, Layout, Problem
 from lorafast.kernels.tables import tuned
-from lorafast.kernels.tables.find import nearest_architecture
+from lorafast.kernels.tables.find import GEMMS, nearest_architecture
 
 LAUNCH_SECONDS = 3e-6
 """From the end of one short kernel to the start of the next."""
@@ -315,9 +315,14 @@ def _measured(backend: str, problem: Problem, device: Device) -> Price | None:
         seconds = max(seconds, record.seconds[record.backend] * MARGIN)
     times = ", ".join(f"{name} {s * 1e6:,.0f} µs" for name, s in record.seconds.items())
     key, at = key_of(problem), record.key
-    scale = (key.M * key.K * key.N) / (at.M * at.K * at.N)
+    scale = _size(key) / _size(at)
     near = "" if scale == 1.0 else f", at M={at.M} K={at.K} N={at.N}"
     return Price(seconds * scale, f"measured here by lorafast tune: {times}{near}", True)
+
+
+def _size(key: tuned.Key) -> int:
+    """What the time of a call is in proportion to: of a pass over one matrix, its elements."""
+    return key.M * key.K * (key.N if key.operation in GEMMS else 1)
 
 
 _MEASURED = {"expand_backward": ("ds", "dB")}
@@ -349,14 +354,14 @@ def key_of(p: Problem) -> tuned.Key:
 
 
 def aligned(p: Problem) -> bool:
-    """Whether every row of the large matrices that the call reads begins at 16 bytes."""
-    at = p.layouts
-    read = {
+    """Whether every row of the large matrices that the call reads or writes begins at 16 bytes."""
+    at, written = p.layouts, Layout.fresh(p.M, p.K if p.transposed else p.N, p.dtype)
+    large = {
         "shrink": (at.x,),
-        "expand": (),
+        "expand": (written,),
         "shrink_backward": (at.x,),
         "expand_backward": (at.dy,),
-        "linear_expand": (at.dy if p.transposed else at.x, at.weight),
-        "lora_linear": (at.x, at.weight),
+        "linear_expand": (at.dy if p.transposed else at.x, at.weight, written),
+        "lora_linear": (at.x, at.weight, written),
     }[p.operation]
-    return all(max(matrix.rows, matrix.columns) == 16 for matrix in read)
+    return all(max(matrix.rows, matrix.columns) == 16 for matrix in large)

@@ -191,10 +191,18 @@ def test_a_view_that_begins_between_16_bytes_is_not_aligned():
     assert "aren't aligned" in price("triton", p, H200).source
 
 
-def test_skinny_operations_go_to_triton_and_the_bare_gemm_to_cublas():
-    for operation in ("shrink", "expand_backward", "shrink_backward"):
-        p = problem(operation)
-        assert price("triton", p, H200).seconds < price("aten", p, H200).seconds
+def test_what_saves_a_pass_goes_to_triton_and_the_bare_gemm_to_cublas():
+    """dy is read once for two results; a mask is made beside the loads. Else a pass is a pass."""
+    for p in (
+        problem("expand_backward"),
+        problem("shrink", dropout=True),
+        problem("shrink_backward", dropout=True),
+    ):
+        assert price("triton", p, H200).seconds < 0.8 * price("aten", p, H200).seconds
+    p = problem("shrink")
+    assert price("triton", p, H200).seconds == pytest.approx(
+        price("aten", p, H200).seconds, rel=0.1
+    )
     p = problem("linear_expand")
     assert cost.base_gemm(p, H200, accumulated=False).seconds < fused(p, H200).seconds
     # Under a mask PyTorch's composition of Philox costs more than cuBLAS gains.
@@ -285,6 +293,53 @@ def test_a_record_nearby_is_scaled(records):
     found = price("triton", problem("shrink"), H200)
     assert found.seconds == pytest.approx(2e-4)
     assert found.source.endswith(", at M=4096 K=4096 N=4096")
+
+
+@pytest.mark.parametrize(
+    ("operation", "changed", "scale"),
+    [
+        ("shrink", {"K": 3072}, 0.75),
+        ("expand", {"N": 3072}, 0.75),
+        ("expand_backward", {"N": 3072}, 0.75),
+        ("linear_expand", {"K": 3072, "N": 3072}, 0.75**2),
+    ],
+)
+def test_a_pass_over_a_matrix_is_scaled_by_its_elements(records, operation, changed, scale):
+    """It has no third size, whose place in the key one of the two takes."""
+    records([record(problem(operation))])
+    found = price("triton", problem(operation, **changed), H200)
+    assert found.measured
+    assert found.seconds == pytest.approx(1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("operation", "changed"),
+    [
+        ("expand", {"N": 4100}),
+        ("linear_expand", {"N": 4100}),
+        ("linear_expand", {"K": 4100, "transposed": True, "layouts": Layouts()}),
+        ("lora_linear", {"N": 4100}),
+    ],
+)
+def test_a_record_serves_no_output_of_unaligned_rows(records, operation, changed):
+    """Which TMA can't write, and pointers by element alone."""
+    aligned = {"transposed": True} if "transposed" in changed else {}
+    records([record(problem(operation, **aligned))])
+    assert price("triton", problem(operation, **aligned), H200).measured
+    assert not price("triton", problem(operation, **changed), H200).measured
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dweight_is_the_same_call_of_pytorchs_whatever_the_backend(dtype):
+    plain, more = (
+        problem("lora_linear_backward", dtype=dtype, wants=("dx", *weight, "dA", "dB"))
+        for weight in ((), ("dweight",))
+    )
+    aten, triton = (
+        estimate_of(backend, more, H200).device - estimate_of(backend, plain, H200).device
+        for backend in ("aten", "triton")
+    )
+    assert aten == pytest.approx(triton)
 
 
 def test_a_record_serves_calls_of_its_kind_alone(records):

@@ -74,6 +74,28 @@ def mask_of_the_tail(dropout_p, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_expand(backend, device):
+    s, lora_B = draw(M, r, device=device), draw(N, r, device=device)
+    with forced.use_backend(backend):
+        y = ops.expand(s, lora_B, 0.5, dtype=torch.bfloat16)
+    assert_contract(
+        y[-TAIL:],
+        lambda s, lora_B: reference.expand(s, lora_B, 0.5, dtype=s.dtype),
+        s[-TAIL:],
+        lora_B,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expands_mask(backend, device):
+    s, lora_B = (torch.ones(rows, r, device=device, dtype=torch.bfloat16) for rows in (M, N))
+    seed = torch.tensor([7], device=device)
+    with forced.use_backend(backend):
+        y = ops.expand(s, lora_B, 0.5, 0.3, seed, dtype=torch.bfloat16)
+    assert torch.equal(y[-TAIL:] != 0, mask_of_the_tail(0.3, seed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_linear_expand(backend, device):
     x, weight = draw(M, K, device=device), draw(N, K, device=device, scale=K**-0.5)
     s, lora_B = draw(M, r, device=device), draw(N, r, device=device)

@@ -38,9 +38,9 @@ def test_every_row_is_valid_on_its_architecture(capability, op, row):
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_dtype_is_served_with_and_without_tma(capability, op):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for bulk in (False, True):
-            config = find(op, capability, dtype, 100, 1000, 1000, 20, bulk)
-            assert bulk or not config.descriptors
+        for tma in (False, True):
+            config = find(op, capability, dtype, 100, 1000, 1000, 20, tma)
+            assert tma or not config.descriptors
 
 
 @pytest.mark.parametrize(

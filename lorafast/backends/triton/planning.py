@@ -215,5 +215,5 @@ def measured_config(p: Problem, device: Device) -> LaunchConfig | None:
 def rule_of(p: Problem, device: Device) -> LaunchConfig:
     """The rule of the architecture for the call."""
     key = key_of(p)
-    bulk = p.operation in GEMMS and tma(p)
-    return tables.find(p.operation, device.capability, p.dtype, p.M, key.K, key.N, p.r, bulk)
+    by_tma = p.operation in GEMMS and tma(p)
+    return tables.find(p.operation, device.capability, p.dtype, p.M, key.K, key.N, p.r, by_tma)
