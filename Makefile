@@ -12,6 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup demo test test-all test-peft test-oldest-peft bench gpu docs lint types check clean
 
 help:
+	@echo "make setup   .venv with everything that development needs; the others do it first"
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make test    run the tests that a change needs first (4 minutes on two cores)"
 	@echo "make test-all   run every test (7 minutes)"

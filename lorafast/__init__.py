@@ -1,4 +1,4 @@
-"""LoRA layers that cost almost nothing over the frozen layer they adapt."""
+"""LoRA layers that cost little over the frozen layer they adapt."""
 
 from lorafast import functional, nn, reference
 from lorafast.convert import adapt, load_adapter, merge, save_adapter, summary

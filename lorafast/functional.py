@@ -103,7 +103,8 @@ def dora_linear(
     Returns:
         ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient. ``B·A`` and
         its sum with W are never made. Under autocast ``x``, ``weight`` and ``bias`` are cast as
-        ``F.linear`` would, after the norm was taken.
+        ``F.linear`` would, after the norm was taken. With dropout ``drop(x)`` is made, and the mask is
+        kept for the backward where ``x`` requires a gradient.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
@@ -138,7 +139,8 @@ def grouped_lora_linear(
     element of a batch with one of several adapters, or with none.
 
     Adapters are stacked, as in Punica (Chen et al., 2023) and S-LoRA (Sheng et al., 2023); those of a
-    lower rank are filled up with zeros.
+    lower rank are filled up with zeros. There is no dropout. ``aten`` computes it, and ``reference``
+    where that is forced; no other backend that ships has it.
 
     Args:
         x: ``[..., K]``, any number of leading dimensions, any strides.

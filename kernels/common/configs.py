@@ -26,15 +26,15 @@ class LaunchConfig:
 
     A tile has ``block_m`` rows, ``block_n`` output columns, ``block_k`` columns of the contracted
     dimension and ``block_r`` columns of the rank. An operation ignores those that it doesn't have.
-    ``num_warps`` and ``num_stages`` are Triton's, ``ctas_per_sm`` are the programs that an SM runs at
-    once. The rest is for ``linear_expand`` and fused layers:
+    ``num_warps`` and ``num_stages`` are Triton's; ``ctas_per_sm`` programs run on an SM at once. The
+    rest is for ``linear_expand`` and a layer's forward:
 
     - ``descriptors``: load and store by TMA, where the layout of the matrices allows it;
     - ``warp_specialize``: some warps only load, others only multiply;
     - ``flatten``: the loads of the next tile begin before this one is written;
     - ``parts``: a tile is written in this many parts of its columns, in ``masked_parts`` if there is a
       dropout mask;
-    - ``helpers``: programs that do a layer's skinny work beside the GEMM, where that pays;
+    - ``helpers``: programs of a layer's forward that shrink x beside the GEMM, where that pays;
     - ``hybrid``: no fused kernel, but ``expand`` in these tiles and PyTorch's GEMM onto what it wrote.
     """
 

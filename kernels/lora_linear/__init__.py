@@ -1,4 +1,4 @@
-"""A layer's forward, its skinny operation beside the GEMM."""
+"""A layer's forward: helper CTAs shrink x beside the GEMM."""
 
 from lorafast.kernels.lora_linear.forward import lora_linear
 

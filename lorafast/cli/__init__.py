@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str], command: str) -> int:
     parser = argparse.ArgumentParser(
-        prog="lorafast", description="LoRA layers that cost almost nothing over the frozen layer."
+        prog="lorafast", description="LoRA layers that cost little over the frozen layer."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary in _COMMANDS.items():

@@ -14,7 +14,8 @@ from lorafast.nn.plain import move_hooks
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replaces every adapted layer by a plain one of weight ``W + scaling · B·A``.
+    """Replaces every adapted layer by a plain one of its merged weight: ``W + scaling · B·A``, of DoRA
+    ``m · (W + scaling · B·A) / ‖…‖``.
 
     The model is changed in place; if it is itself an adapted layer, use what is returned. The layers
     are of the class that was adapted, ``nn.Linear`` as a rule. The sum is rounded to the dtype of the

@@ -20,13 +20,14 @@ def accelerate(model: None = None, *, quiet: bool = False) -> None: ...
 def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | None:
     """Makes the LoRA layers of a PEFT model fast, in place; nothing else changes.
 
-    Each layer keeps its parameters, state, adapters and place, and everything that PEFT does with them;
-    only its ``forward`` is another. Calls that aren't served fast are PEFT's own, by rule: ``explain``
-    lists them. A dropout mask is drawn from PyTorch's generator, but not the one that ``nn.Dropout``
-    draws. A pickle of the model holds PEFT's layers: accelerate what it loads again. What a layer keeps
-    for its backward is its input itself, of which PEFT's may keep a copy (cast, or after dropout): it
-    must not be changed in place before (``x = x + layer(x)``, not ``x += layer(x)``). A second
-    derivative needs ``lora_A`` to require a gradient.
+    Each layer keeps its parameters, state, adapters and place, and everything that PEFT does with
+    them; only its ``forward`` is another. Calls that aren't served fast are PEFT's own, by rule:
+    ``explain`` lists them; but where a backend is forced that can't serve a call, the call raises.
+    A dropout mask, DoRA's too, is drawn from PyTorch's generator, but not the one that
+    ``nn.Dropout`` draws. A pickle of the model holds PEFT's layers: accelerate what it loads again.
+    What a layer keeps for its backward is its input itself, of which PEFT's may keep a copy (cast,
+    or after dropout): it must not be changed in place before (``x = x + layer(x)``, not
+    ``x += layer(x)``). A second derivative needs ``lora_A`` to require a gradient.
 
     Any release of PEFT will do: where one has changed what a fast layer stands in for, layers of that
     kind stay PEFT's own, and a warning says so once.

@@ -250,7 +250,7 @@ def test_the_folder_and_two_lines_put_it_in_the_tree(tmp_path):
     shutil.copytree(
         ROOT / "lorafast", package, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True
     )
-    for top in ("kernels", "bench"):  # beside the package, as in a checkout
+    for top in ("kernels", "bench", "pyproject.toml"):  # beside the package, as in a checkout
         (tmp_path / top).symlink_to(ROOT / top)
     pages.write_files(PAGE, tmp_path)
     listing = package / "backends" / "__init__.py"
