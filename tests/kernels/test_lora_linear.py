@@ -149,10 +149,10 @@ SHRINK = LaunchConfig(64, 16, 128, 64, 4, 3)
     ("sizes", "helpers"),
     [
         ((8192, 4096, 4096, 16), True),
-        ((8192, 4096, 14336, 64), True),
+        ((8192, 4096, 14336, 16), True),
         ((512, 4096, 4096, 16), False),
         ((8192, 4096, 512, 16), False),
-        ((8192, 4096, 4096, 80), False),  # a rank that is looped over
+        ((8192, 4096, 4096, 17), False),  # a rank that the tiles loop over
         ((8192, 0, 4096, 16), False),
     ],
 )
@@ -167,9 +167,9 @@ def test_helpers_work_where_they_can_pay(sizes, helpers):
         assert 0 < found.waves * (found.programs - found.helpers) <= tiles / 2 + 132
 
 
-def launch_of(r, **others):
+def launch_of(r, config=CONFIG, **others):
     options = {"sms": 132, "dtype": torch.bfloat16, "precision": "ieee", "tma": False}
-    return lora_linear_launch(CONFIG, SHRINK, 8192, 4096, 4096, r, **options | others)
+    return lora_linear_launch(config, SHRINK, 8192, 4096, 4096, r, **options | others)
 
 
 def test_a_mask_has_no_helpers():
@@ -179,10 +179,13 @@ def test_a_mask_has_no_helpers():
 
 
 def test_a_helper_has_all_ranks_in_one_block():
-    """It reads x once."""
+    """It reads x once. So have the tiles beside it."""
+    wide = dataclasses.replace(CONFIG, block_r=128)
     assert SHRINK.block_r == 64
-    assert launch_of(64) is not None
-    assert launch_of(65) is None
+    assert launch_of(64, wide) is not None
+    assert launch_of(65, wide) is None
+    assert launch_of(16) is not None
+    assert launch_of(17) is None
 
 
 def test_float16_has_no_helpers():
