@@ -18,6 +18,7 @@ from lorafast.kernels.tables.find import GEMMS, nearest_architecture
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton
+from lorafast.backends.triton.cost import helped
 from lorafast.backends.triton.planning import HybridLaunch, hybrid_rule_of, plan_hybrid, rule_of
 from lorafast.core.errors import BackendError
 from lorafast.core.problem import Problem as Call
@@ -74,8 +75,6 @@ def neighbours(
         if config.descriptors:
             changes += [{"flatten": not config.flatten}]
             changes += [{"warp_specialize": not config.warp_specialize}]
-        if config.helpers == 0:
-            changes += [{"helpers": 8}]
     for change in changes:
         candidate = replace(config, **change)
         if candidate != config and not why_invalid(operation, candidate, element_size, capability):
@@ -96,7 +95,7 @@ def climb(
     while True:
         tried = False
         for candidate in neighbours(case.operation, best, problem.element_size, capability):
-            if candidate in rows:
+            if candidate in rows or not _serves(case.asks, candidate, device):
                 continue
             if time.monotonic() > deadline:
                 return list(rows.values())
@@ -106,6 +105,12 @@ def climb(
         if faster == best or not tried:
             return list(rows.values())
         best = faster
+
+
+def _serves(call: Call, candidate: LaunchConfig, device: Device) -> bool:
+    """Whether a layer is one launch by a configuration of its own: else its operations would be timed,
+    all in the tiles of a GEMM."""
+    return call.operation != "lora_linear" or not isinstance(helped(call, device, candidate), str)
 
 
 def hybrid_of(call: Call, device: Device) -> LaunchConfig | None:

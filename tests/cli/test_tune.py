@@ -1,23 +1,25 @@
 """``lorafast tune``, in the interpreter: what it keeps, that it goes on, what it refuses."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from cards import problem
+from cards import H200, problem
 from lorafast.bench.common.problem import Problem, draw
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.operations.cases import cases
 from lorafast.bench.tune import climb
 from lorafast.kernels.common.configs import LaunchConfig, why_invalid
+from lorafast.kernels.common.plan import LoraLinearLaunch
 from lorafast.kernels.tables import tuned
 
 from lorafast.backends import registry
 from lorafast.backends.triton.backend import interpreter
+from lorafast.backends.triton.cost import helped
 from lorafast.backends.triton.planning import config_of
 from lorafast.cli import main
 from lorafast.core.problem import Layout, Layouts
@@ -167,6 +169,30 @@ def test_neighbours_are_valid_and_differ():
     assert start not in found
     assert {16, 4} <= {config.helpers for config in found}
     assert not any(config.warp_specialize for config in found)
+
+
+def test_the_fused_kernel_is_not_timed_again_for_helpers_that_it_has_not():
+    start = LaunchConfig(128, 256, 64, 16, 8, 3, descriptors=True)
+    found = climb.neighbours("linear_expand", start, 2, 90)
+    assert {config.helpers for config in found} == {0}
+
+
+def test_a_layer_is_tried_as_one_launch_alone(monkeypatch):
+    """Fewer helpers seem the faster here, until they would take too long beside the GEMM."""
+    layer = Problem(Shape("", 20, 24, 32), 4, "bf16", "bf16", 0.0)
+    case = cases(layer, draw(layer, torch.device("cpu"), 1))["lora_linear"]
+    large = problem("lora_linear")
+    case = replace(case, asks=large)
+
+    def measure(problem, case, candidate, shipped, clock):
+        samples = [float(candidate.helpers)]
+        return climb.Row(problem, case.name, asdict(candidate), False, None, None, samples, [16.0])
+
+    monkeypatch.setattr(climb, "measure", measure)
+    rows = climb.climb(layer, case, device=H200, clock=None, deadline=float("inf"))
+    configs = [LaunchConfig(**row.config) for row in rows]
+    assert len(configs) > 8
+    assert all(isinstance(helped(large, H200, config), LoraLinearLaunch) for config in configs)
 
 
 def test_neighbours_of_a_hybrid_launch_are_other_tiles_of_expand():
