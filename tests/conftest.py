@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 # Nor what was tuned on the machine that tests.
 os.environ["LORAFAST_CACHE"] = tempfile.mkdtemp(prefix="lorafast-tests-")
 
+# Some releases of PyTorch refuse cuBLAS without it while ``use_deterministic_algorithms`` is on.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 from hypothesis import HealthCheck, settings
 from toy_formats import registered

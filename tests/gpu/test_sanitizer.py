@@ -31,7 +31,7 @@ def test_compute_sanitizer(tool):
         text=True,
         env=environment,
         check=False,
-        timeout=150,
+        timeout=300,  # most of it compiles kernels
     )
     output = process.stdout + process.stderr
     for sentence in REFUSES:
