@@ -18,19 +18,18 @@ def main() -> None:
     M, K, N = 131, 70, 201
     seed = torch.tensor([11], device=device)
     with forced.use_backend("triton"):
-        for dtype in (torch.bfloat16, torch.float32):
-            for r in (3, 300):
-                for dropout_p in (0.0, 0.5):
-                    x, dy = torch.randn(M, K), torch.randn(M, N)
-                    x, dy = x.to(device, dtype), dy.to(device, dtype)
-                    weight, bias = torch.randn(N, K).to(x), torch.randn(N).to(x)
-                    lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
-                    s = ops.shrink(x, lora_A, dropout_p, seed)
-                    ops.expand(s, lora_B, 0.7, dropout_p, seed, dtype=dtype)
-                    ops.linear_expand(x, weight, s, lora_B, 0.7, bias)
-                    ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
-                    ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
-                    ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
+        for dtype, r in ((torch.bfloat16, 3), (torch.bfloat16, 300), (torch.float32, 3)):
+            for dropout_p in (0.0, 0.5):
+                x, dy = torch.randn(M, K), torch.randn(M, N)
+                x, dy = x.to(device, dtype), dy.to(device, dtype)
+                weight, bias = torch.randn(N, K).to(x), torch.randn(N).to(x)
+                lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
+                s = ops.shrink(x, lora_A, dropout_p, seed)
+                ops.expand(s, lora_B, 0.7, dropout_p, seed, dtype=dtype)
+                ops.linear_expand(x, weight, s, lora_B, 0.7, bias)
+                ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
+                ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
+                ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
     with_helpers(device)
     torch.cuda.synchronize()
     print("every kernel ran")
