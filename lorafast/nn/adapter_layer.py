@@ -371,11 +371,15 @@ class AdapterLayer(nn.Module):
         reason = why_not_its_forward(self, type(self))
         if reason is not None:
             raise ValueError(reason)
+        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
+            return self._plain(nn.Parameter(self._plain_weight(), requires_grad=False))
+
+    def _plain(self, weight: nn.Parameter) -> nn.Module:
+        """A plain layer of this weight, of the class that was wrapped, with all else that it had."""
         plain = self._plain_class.__new__(self._plain_class)
         nn.Module.__init__(plain)
-        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
-            plain.weight = nn.Parameter(self._plain_weight(), requires_grad=False)
-            self._fill(plain)
+        plain.weight = weight
+        self._fill(plain)
         but = self.own_names | self.peft_names.keys() | {"parametrizations", *self._stored_names}
         carry(self, plain, but=but)
         plain.training = self.training

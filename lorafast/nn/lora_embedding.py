@@ -287,12 +287,10 @@ class LoRAEmbedding(AdapterLayer):
         return self.to_plain()
 
     def to_resize(self) -> tuple[nn.Module, Callable[[Any], None]]:
-        """An ``nn.Embedding`` with the frozen tensor of this layer, and what takes it back."""
-        plain = nn.Embedding(self.in_features, self.out_features, self.padding_idx, device="meta")
-        plain.weight = self.weight
+        """A plain embedding with the frozen tensor of this layer, and what takes it back."""
         # Transformers may change the weight in place.
         before = self._weight_norm() if self._use_dora else None
-        return plain, functools.partial(self._take_resized, norm=before)
+        return self._plain(self.weight), functools.partial(self._take_resized, norm=before)
 
     def _take_resized(self, plain: Any, norm: Tensor | None) -> None:
         """Takes the weight of ``plain``; ``lora_embedding_A`` gets as many columns, new ones zero.
