@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorafast.core.dtypes import LEAST_NORM
 from lorafast.core.problem import Problem
 from lorafast.nn import offload
 from lorafast.nn.checks import (
@@ -335,7 +336,8 @@ class AdapterLayer(nn.Module):
         merged, formula = weight.to(delta.dtype) + delta, "W + scaling · B·A"
         if self._use_dora:
             m = self.lora_magnitude.to(merged.dtype).unsqueeze(dim)
-            merged = m / torch.linalg.vector_norm(merged, dim=dim, keepdim=True) * merged
+            norm = torch.linalg.vector_norm(merged, dim=dim, keepdim=True)
+            merged = m / norm.clamp_min(LEAST_NORM) * merged
             formula = f"m · ({formula}) / ‖…‖"
         merged = merged.to(weight.dtype)
         spoilt = count(weight.isfinite() & ~merged.isfinite())
