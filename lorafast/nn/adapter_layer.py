@@ -264,8 +264,9 @@ class AdapterLayer(nn.Module):
         Raises:
             ValueError: ``alpha`` is not a finite number, or the layer can't be merged with it. The layer
                 is unchanged, as after any other error.
+            TypeError: ``use_rslora`` is neither True nor False.
         """
-        alpha = check_alpha("alpha", alpha)
+        alpha, use_rslora = check_alpha("alpha", alpha), check_bool("use_rslora", use_rslora)
         before = dict(vars(self))
         self._alpha, self._use_rslora = alpha, use_rslora
         self._scaling = alpha / self._divisor(use_rslora)

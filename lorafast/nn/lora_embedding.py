@@ -14,7 +14,7 @@ from lorafast.functional import lora_embedding
 from lorafast.nn import offload
 from lorafast.nn.adaptable import scales_output, why_not_embedding
 from lorafast.nn.adapter_layer import AdapterLayer, resized
-from lorafast.nn.checks import check_dtype
+from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.scripted import ScriptedDoRAEmbedding, ScriptedLoRAEmbedding
 from lorafast.operands import kept_transposed
 from lorafast.ops.unstrided import is_sharded
@@ -168,6 +168,7 @@ class LoRAEmbedding(AdapterLayer):
         **options: Any,
     ) -> "LoRAEmbedding":
         """``from_embedding``; ``dropout`` is of other layers, as in PEFT."""
+        check_probability("dropout", dropout)
         return cls.from_embedding(plain, r, **options)
 
     @classmethod

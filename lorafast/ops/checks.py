@@ -49,7 +49,11 @@ def check_frozen(weight: Weight) -> None:
 
 def check_probability(dropout_p: float) -> None:
     """``dropout_p`` must be a probability."""
-    if not 0.0 <= dropout_p <= 1.0:
+    try:
+        fits = 0.0 <= dropout_p <= 1.0
+    except TypeError as error:
+        raise TypeError(f"dropout_p is a {type(dropout_p).__name__}, expected a number") from error
+    if not fits:
         raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
 
 

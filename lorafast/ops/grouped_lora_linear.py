@@ -26,7 +26,13 @@ from lorafast.core.dtypes import FLOATS, wide
 from lorafast.core.problem import WANTS, Layout, Layouts, Problem, is_plain
 from lorafast.operands import Operand, Weight
 from lorafast.ops import flops
-from lorafast.ops.checks import check_frozen, check_matrix, check_same_dtype, describe_layout
+from lorafast.ops.checks import (
+    check_frozen,
+    check_matrix,
+    check_same_dtype,
+    describe_layout,
+    has_rows,
+)
 from lorafast.ops.problems import allows_tf32, as_rows, planned
 from lorafast.ops.registration import register, register_autograd
 
@@ -105,7 +111,7 @@ def _check(
             raise TypeError(
                 f"{name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
             )
-    if x.layout is not torch.strided or x.is_nested:
+    if not has_rows(x):
         raise TypeError(f"x is {describe_layout(x)}, expected a strided tensor")
     check_matrix("weight", weight, "out_features", "in_features")
     N, K = weight.shape
@@ -159,6 +165,10 @@ def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | T
     not looked at."""
     leading = x.shape[:-1]
     if isinstance(adapter_of, Tensor):
+        if not has_rows(adapter_of):
+            raise TypeError(
+                f"adapter_of is {describe_layout(adapter_of)}, expected a strided tensor"
+            )
         if adapter_of.dtype not in _INTEGERS:
             raise TypeError(f"adapter_of is {adapter_of.dtype}, expected integers")
         if adapter_of.shape != leading and (not leading or adapter_of.shape != leading[:1]):

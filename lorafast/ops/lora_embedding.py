@@ -105,6 +105,10 @@ def _check(
             raise ValueError(
                 f"scaling has shape {list(scaling.shape)}, expected a number or a tensor of shape []"
             )
+        if scaling.device.type != "cpu" and scaling.device != weight.device:
+            raise ValueError(
+                f"scaling is on {scaling.device}, expected {weight.device}, where weight is, or the CPU"
+            )
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling is a {type(scaling).__name__}, expected a number")
     if padding_idx is None:
