@@ -81,9 +81,9 @@ def dora_linear(
 ) -> Tensor:
     """``y = magnitude / ‖W + scaling·B·A‖ ⊙ (x·(W + scaling·B·A)ᵀ) + bias`` (Liu et al., "DoRA", 2024).
 
-    The norm is that of each row, and carries no gradient (section 4.3 of the paper). With dropout the
-    frozen layer sees x and the change that DoRA makes to it sees ``drop(x)``, as in PEFT: with ``scale``
-    for ``magnitude / norm``,
+    The norm is that of each row, and carries no gradient (section 4.3 of the paper). A row of zeros
+    gives zero, before the bias. With dropout the frozen layer sees x and the change that DoRA makes to
+    it sees ``drop(x)``, as in PEFT: with ``scale`` for ``magnitude / norm``,
 
         y = x·Wᵀ + (scale − 1) ⊙ drop(x)·Wᵀ + scale ⊙ scaling · (drop(x)·Aᵀ)·Bᵀ + bias
 

@@ -3,6 +3,10 @@
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_NAMES = "float16, bfloat16, float32 or float64"
+LEAST_NORM = 2.0**-63
+"""What DoRA divides a row of zeros by, whose norm is 0, so that it stays one: 0 / 0 would be NaN. It is
+the least number whose square is a normal float32."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

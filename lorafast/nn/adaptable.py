@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from lorafast.core.dtypes import FLOATS
+from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.nn import offload
-from lorafast.nn.checks import FLOAT_NAMES
 from lorafast.nn.plain import stock_class, why_not_carried, why_not_its_forward
 from lorafast.operands import Operand
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorafast.core.dtypes import LEAST_NORM
 from lorafast.core.problem import Problem
 from lorafast.nn import offload
 from lorafast.nn.checks import (
@@ -263,8 +264,9 @@ class AdapterLayer(nn.Module):
         Raises:
             ValueError: ``alpha`` is not a finite number, or the layer can't be merged with it. The layer
                 is unchanged, as after any other error.
+            TypeError: ``use_rslora`` is neither True nor False.
         """
-        alpha = check_alpha("alpha", alpha)
+        alpha, use_rslora = check_alpha("alpha", alpha), check_bool("use_rslora", use_rslora)
         before = dict(vars(self))
         self._alpha, self._use_rslora = alpha, use_rslora
         self._scaling = alpha / self._divisor(use_rslora)
@@ -335,7 +337,8 @@ class AdapterLayer(nn.Module):
         merged, formula = weight.to(delta.dtype) + delta, "W + scaling · B·A"
         if self._use_dora:
             m = self.lora_magnitude.to(merged.dtype).unsqueeze(dim)
-            merged = m / torch.linalg.vector_norm(merged, dim=dim, keepdim=True) * merged
+            norm = torch.linalg.vector_norm(merged, dim=dim, keepdim=True)
+            merged = m / norm.clamp_min(LEAST_NORM) * merged
             formula = f"m · ({formula}) / ‖…‖"
         merged = merged.to(weight.dtype)
         spoilt = count(weight.isfinite() & ~merged.isfinite())
@@ -371,11 +374,15 @@ class AdapterLayer(nn.Module):
         reason = why_not_its_forward(self, type(self))
         if reason is not None:
             raise ValueError(reason)
+        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
+            return self._plain(nn.Parameter(self._plain_weight(), requires_grad=False))
+
+    def _plain(self, weight: nn.Parameter) -> nn.Module:
+        """A plain layer of this weight, of the class that was wrapped, with all else that it had."""
         plain = self._plain_class.__new__(self._plain_class)
         nn.Module.__init__(plain)
-        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
-            plain.weight = nn.Parameter(self._plain_weight(), requires_grad=False)
-            self._fill(plain)
+        plain.weight = weight
+        self._fill(plain)
         but = self.own_names | self.peft_names.keys() | {"parametrizations", *self._stored_names}
         carry(self, plain, but=but)
         plain.training = self.training

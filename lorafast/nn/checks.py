@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafast.core.dtypes import FLOATS
+from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.ops.unstrided import is_sharded
-
-FLOAT_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def check_rank(name: str, value: object) -> int:

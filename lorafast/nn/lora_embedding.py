@@ -14,7 +14,7 @@ from lorafast.functional import lora_embedding
 from lorafast.nn import offload
 from lorafast.nn.adaptable import scales_output, why_not_embedding
 from lorafast.nn.adapter_layer import AdapterLayer, resized
-from lorafast.nn.checks import check_dtype
+from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.scripted import ScriptedDoRAEmbedding, ScriptedLoRAEmbedding
 from lorafast.operands import kept_transposed
 from lorafast.ops.unstrided import is_sharded
@@ -168,6 +168,7 @@ class LoRAEmbedding(AdapterLayer):
         **options: Any,
     ) -> "LoRAEmbedding":
         """``from_embedding``; ``dropout`` is of other layers, as in PEFT."""
+        check_probability("dropout", dropout)
         return cls.from_embedding(plain, r, **options)
 
     @classmethod
@@ -287,12 +288,10 @@ class LoRAEmbedding(AdapterLayer):
         return self.to_plain()
 
     def to_resize(self) -> tuple[nn.Module, Callable[[Any], None]]:
-        """An ``nn.Embedding`` with the frozen tensor of this layer, and what takes it back."""
-        plain = nn.Embedding(self.in_features, self.out_features, self.padding_idx, device="meta")
-        plain.weight = self.weight
+        """A plain embedding with the frozen tensor of this layer, and what takes it back."""
         # Transformers may change the weight in place.
         before = self._weight_norm() if self._use_dora else None
-        return plain, functools.partial(self._take_resized, norm=before)
+        return self._plain(self.weight), functools.partial(self._take_resized, norm=before)
 
     def _take_resized(self, plain: Any, norm: Tensor | None) -> None:
         """Takes the weight of ``plain``; ``lora_embedding_A`` gets as many columns, new ones zero.

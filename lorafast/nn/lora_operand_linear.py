@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafast import operands
-from lorafast.core.dtypes import FLOATS
+from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
-from lorafast.nn.checks import FLOAT_NAMES
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.plain import move_hooks
 from lorafast.operands import Operand, Weight

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorafast.core.dtypes import LEAST_NORM
+
 
 class ScriptedLoRALinear(nn.Module):
     """``y = x·Wᵀ + scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` over the parameters of a layer, which it shares.
@@ -64,6 +66,7 @@ class ScriptedDoRALinear(nn.Module):
         self.lora_A = lora_A
         self.lora_B = lora_B
         self.lora_magnitude = lora_magnitude
+        self.least_norm = LEAST_NORM
         self.scaling = float(scaling)
         self.dropout = float(dropout)
 
@@ -73,7 +76,7 @@ class ScriptedDoRALinear(nn.Module):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         delta = self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
         norm = torch.norm((self.weight.to(wide) + delta).detach(), 2, 1)
-        scale = (self.lora_magnitude.to(wide) / norm).to(dtype)
+        scale = (self.lora_magnitude.to(wide) / norm.clamp_min(self.least_norm)).to(dtype)
         left = F.dropout(x.to(dtype), self.dropout, self.training)
         frozen = F.linear(left, self.weight.to(dtype))
         s = F.linear(left, self.lora_A.to(dtype))
@@ -133,6 +136,7 @@ class ScriptedDoRAEmbedding(nn.Module):
         self.lora_embedding_A = lora_embedding_A
         self.lora_embedding_B = lora_embedding_B
         self.lora_magnitude = lora_magnitude
+        self.least_norm = LEAST_NORM
         self.scaling = float(scaling)
         self.padding_idx = padding_idx
         self.scale = float(scale)
@@ -143,6 +147,7 @@ class ScriptedDoRAEmbedding(nn.Module):
         dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
         A, B = self.lora_embedding_A.to(dtype), self.lora_embedding_B.to(dtype)
         whole = self.weight.to(dtype) + self.scaling * (A.t() @ B.t())
-        m = self.lora_magnitude.to(dtype) / torch.norm(whole.detach(), 2, 0)
+        norm = torch.norm(whole.detach(), 2, 0).clamp_min(self.least_norm)
+        m = self.lora_magnitude.to(dtype) / norm
         s = F.embedding(x, A.t(), self.padding_idx)
         return (m * (y.to(dtype) + F.linear(s, B * self.scaling))).to(y.dtype) * self.scale

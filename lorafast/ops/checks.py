@@ -1,9 +1,11 @@
 """Refusals of bad input: one sentence that names the argument, what it is, and what was expected."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lorafast.core.dtypes import FLOATS, wide
+from lorafast.core.dtypes import FLOAT_NAMES, FLOATS, wide
 from lorafast.operands import Operand, Weight
 
 _STRIDED = torch.strided
@@ -15,13 +17,32 @@ def _shape(tensor: Weight) -> str:
 
 def check_matrix(name: str, tensor: Weight, rows: object, columns: object) -> None:
     """``tensor`` must be ``[rows, columns]``; a string stands for any size and is its name."""
-    sizes = (rows, columns)
-    fits = tensor.dim() == 2 and all(
+    check_shape(name, tensor, rows, columns)
+
+
+def check_shape(name: str, tensor: Weight, *sizes: object) -> None:
+    """``tensor`` must have these sizes; a string stands for any size and is its name."""
+    fits = tensor.dim() == len(sizes) and all(
         isinstance(size, str) or size == actual
         for size, actual in zip(sizes, tensor.shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name} has shape {_shape(tensor)}, expected [{rows}, {columns}]")
+        expected = ", ".join(map(str, sizes))
+        raise ValueError(f"{name} has shape {_shape(tensor)}, expected [{expected}]")
+
+
+def check_float(name: str, tensor: object, kinds: Any = Tensor) -> None:
+    """``tensor`` must be a tensor, or of ``kinds``, in one of the dtypes that layers may have."""
+    if not isinstance(tensor, kinds):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} is {tensor.dtype}, expected {FLOAT_NAMES}")
+
+
+def check_device(name: str, tensor: Weight, device: torch.device, other: str) -> None:
+    """``tensor`` must be on ``device``, where ``other`` is."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}, where {other} is")
 
 
 def check_same_dtype(name: str, tensor: Weight, other: str, dtype: torch.dtype) -> None:
@@ -49,7 +70,11 @@ def check_frozen(weight: Weight) -> None:
 
 def check_probability(dropout_p: float) -> None:
     """``dropout_p`` must be a probability."""
-    if not 0.0 <= dropout_p <= 1.0:
+    try:
+        fits = 0.0 <= dropout_p <= 1.0
+    except TypeError as error:
+        raise TypeError(f"dropout_p is a {type(dropout_p).__name__}, expected a number") from error
+    if not fits:
         raise ValueError(f"dropout_p is {dropout_p}, expected a probability from 0 to 1")
 
 
@@ -126,17 +151,9 @@ def check_dora_linear(
         raise ValueError(
             f"x is {describe_layout(x)}, expected a strided tensor: DoRA scales what W makes of it"
         )
-    if not isinstance(magnitude, Tensor):
-        raise TypeError(f"magnitude is a {type(magnitude).__name__}, expected a tensor")
-    N = weight.shape[0]
-    if magnitude.shape != (N,):
-        raise ValueError(f"magnitude has shape {_shape(magnitude)}, expected [{N}]")
-    if magnitude.dtype not in FLOATS:
-        raise TypeError(
-            f"magnitude is {magnitude.dtype}, expected float16, bfloat16, float32 or float64"
-        )
-    if magnitude.device != x.device:
-        raise ValueError(f"magnitude is on {magnitude.device}, expected {x.device}, where x is")
+    check_float("magnitude", magnitude)
+    check_shape("magnitude", magnitude, weight.shape[0])
+    check_device("magnitude", magnitude, x.device, "x")
 
 
 def has_rows(x: Tensor) -> bool:
@@ -171,12 +188,7 @@ def _explain_lora_linear(
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
-        if not isinstance(tensor, (Tensor, Operand) if name == "weight" else Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
-            )
+        check_float(name, tensor, (Tensor, Operand) if name == "weight" else Tensor)
     check_matrix("weight", weight, "out_features", "in_features")
     N, K = weight.shape
     check_matrix("lora_A", lora_A, "r", K)
@@ -188,15 +200,14 @@ def _explain_lora_linear(
         width = _width(x) or "of several sizes"
         shape = _shape(x) if has_rows(x) else f"[..., {width}] ({describe_layout(x)})"
         raise ValueError(f"x has shape {shape}, expected [..., {K}]: weight has {K} input features")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias has shape {_shape(bias)}, expected [{N}]")
+    if bias is not None:
+        check_shape("bias", bias, N)
     check_same_dtype("weight", weight, "x", x.dtype)
     check_same_dtype("lora_B", lora_B, "lora_A", lora_A.dtype)
     if bias is not None:
         check_same_dtype("bias", bias, "x", x.dtype)
     for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is")
+        check_device(name, tensor, x.device, "x")
     check_frozen(weight)
     check_probability(dropout_p)
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):

@@ -22,11 +22,19 @@ from lorafast.core.context import (
     watched,
     without_autocast,
 )
-from lorafast.core.dtypes import FLOATS, wide
+from lorafast.core.dtypes import wide
 from lorafast.core.problem import WANTS, Layout, Layouts, Problem, is_plain
 from lorafast.operands import Operand, Weight
 from lorafast.ops import flops
-from lorafast.ops.checks import check_frozen, check_matrix, check_same_dtype, describe_layout
+from lorafast.ops.checks import (
+    check_device,
+    check_float,
+    check_frozen,
+    check_same_dtype,
+    check_shape,
+    describe_layout,
+    has_rows,
+)
 from lorafast.ops.problems import allows_tf32, as_rows, planned
 from lorafast.ops.registration import register, register_autograd
 
@@ -99,49 +107,32 @@ def _check(
             "adapter"
         )
     for name, tensor in tensors.items():
-        if not isinstance(tensor, (Tensor, Operand) if name == "weight" else Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
-            )
-    if x.layout is not torch.strided or x.is_nested:
+        check_float(name, tensor, (Tensor, Operand) if name == "weight" else Tensor)
+    if not has_rows(x):
         raise TypeError(f"x is {describe_layout(x)}, expected a strided tensor")
-    check_matrix("weight", weight, "out_features", "in_features")
+    check_shape("weight", weight, "out_features", "in_features")
     N, K = weight.shape
-    _check_stack("lora_A", lora_A, "n", "r", K)
+    check_shape("lora_A", lora_A, "n", "r", K)
     n, r, _ = lora_A.shape
     if n == 0 or r == 0:
         missing = "there is no adapter" if n == 0 else "the rank r is 0"
         raise ValueError(f"lora_A has shape {list(lora_A.shape)}: {missing}, expected at least 1")
-    _check_stack("lora_B", lora_B, n, N, r)
+    check_shape("lora_B", lora_B, n, N, r)
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(
             f"x has shape {list(x.shape)}, expected [..., {K}]: weight has {K} input features"
         )
     if isinstance(scaling, Tensor) and scaling.dim() > 0 and scaling.shape != (n,):
         raise ValueError(f"scaling has shape {list(scaling.shape)}, expected [{n}] or a number")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias has shape {list(bias.shape)}, expected [{N}]")
+    if bias is not None:
+        check_shape("bias", bias, N)
     check_same_dtype("weight", weight, "x", x.dtype)
     check_same_dtype("lora_B", lora_B, "lora_A", lora_A.dtype)
     if bias is not None:
         check_same_dtype("bias", bias, "x", x.dtype)
     for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is")
+        check_device(name, tensor, x.device, "x")
     check_frozen(weight)
-
-
-def _check_stack(name: str, tensor: Tensor, *sizes: object) -> None:
-    """``tensor`` must have these sizes; a string stands for any size and is its name."""
-    fits = tensor.dim() == len(sizes) and all(
-        isinstance(size, str) or size == actual
-        for size, actual in zip(sizes, tensor.shape, strict=True)
-    )
-    if not fits:
-        expected = ", ".join(map(str, sizes))
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{expected}]")
 
 
 def _each_scaling(scaling: float | Tensor, x: Tensor, lora_A: Tensor) -> Tensor:
@@ -159,6 +150,10 @@ def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | T
     not looked at."""
     leading = x.shape[:-1]
     if isinstance(adapter_of, Tensor):
+        if not has_rows(adapter_of):
+            raise TypeError(
+                f"adapter_of is {describe_layout(adapter_of)}, expected a strided tensor"
+            )
         if adapter_of.dtype not in _INTEGERS:
             raise TypeError(f"adapter_of is {adapter_of.dtype}, expected integers")
         if adapter_of.shape != leading and (not leading or adapter_of.shape != leading[:1]):

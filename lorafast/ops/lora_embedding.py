@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.core.context import without_autocast
-from lorafast.core.dtypes import FLOATS
-from lorafast.ops.checks import check_matrix, check_same_dtype, describe_layout, has_rows
+from lorafast.ops.checks import (
+    check_device,
+    check_float,
+    check_matrix,
+    check_same_dtype,
+    describe_layout,
+    has_rows,
+)
 
 _INDICES = (torch.int64, torch.int32)
 _INTEGERS = (
@@ -83,10 +89,8 @@ def _check(
         if name == "tokens":
             if tensor.dtype not in _INTEGERS:
                 raise TypeError(f"tokens is {tensor.dtype}, expected integers")
-        elif tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64"
-            )
+        else:
+            check_float(name, tensor)
     check_matrix("weight", weight, "num_embeddings", "embedding_dim")
     V, N = weight.shape
     check_matrix("lora_A", lora_A, "r", V)
@@ -96,14 +100,15 @@ def _check(
     check_matrix("lora_B", lora_B, N, r)
     check_same_dtype("lora_B", lora_B, "lora_A", lora_A.dtype)
     for name, tensor in tensors.items():
-        if tensor.device != weight.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, expected {weight.device}, where weight is"
-            )
+        check_device(name, tensor, weight.device, "weight")
     if isinstance(scaling, Tensor):
         if scaling.dim() > 0:
             raise ValueError(
                 f"scaling has shape {list(scaling.shape)}, expected a number or a tensor of shape []"
+            )
+        if scaling.device.type != "cpu" and scaling.device != weight.device:
+            raise ValueError(
+                f"scaling is on {scaling.device}, expected {weight.device}, where weight is, or the CPU"
             )
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling is a {type(scaling).__name__}, expected a number")

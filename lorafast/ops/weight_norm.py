@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafast import operands
+from lorafast.core.dtypes import LEAST_NORM
 from lorafast.operands import Weight
 
 _BLOCKS = 16
@@ -28,7 +29,8 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float |
     """``‖W + scaling · B·A‖`` of each row.
 
     Shapes: ``weight [N, K]``, a tensor or an operand of another format, ``lora_A [r, K]``,
-    ``lora_B [N, r]`` → ``[N]`` in float32 (float64 of a float64 weight). No gradient flows through it.
+    ``lora_B [N, r]`` → ``[N]`` in float32 (float64 of a float64 weight), at least ``LEAST_NORM``. No
+    gradient flows through it.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     A, B = lora_A.detach().to(dtype), lora_B.detach().to(dtype)
@@ -36,7 +38,8 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float |
     squared = of_weight + ((B * with_A).sum(1) * (2 * scaling))
     squared = squared + ((B @ (A @ A.t())) * B).sum(1) * (scaling * scaling)
     # Where the adapter cancels a row, what is left is rounding, which must not be negative or zero.
-    return torch.maximum(squared, torch.finfo(dtype).eps * of_weight).sqrt()
+    rounding = torch.finfo(dtype).eps * of_weight
+    return torch.maximum(squared, rounding).clamp_min(LEAST_NORM**2).sqrt()
 
 
 def _of_weight(weight: Weight, lora_A: Tensor) -> tuple[Tensor, Tensor]:

@@ -256,6 +256,7 @@ REFUSED = [
     ({"alpha": math.nan}, ValueError, "alpha is nan, expected"),
     ({"alpha": math.inf}, ValueError, "alpha is inf, expected"),
     ({"alpha": "high"}, (TypeError, ValueError), "alpha is 'high', expected"),
+    ({"use_rslora": "yes"}, TypeError, "use_rslora is 'yes', expected True or False"),
     ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype is torch.int8, expected"),
     ({"adapter_dtype": torch.float8_e4m3fn}, TypeError, "adapter_dtype is torch.float8_e4m3fn"),
     ({"adapter_dtype": "float32"}, TypeError, "adapter_dtype is 'float32', expected"),

@@ -415,6 +415,13 @@ def test_resize_token_embeddings(assert_same, draw_adapters, size, targets, tied
     assert layer.lora_embedding_A.grad.shape == (2, size)
 
 
+def test_a_dropout_that_no_embedding_has_must_be_a_probability():
+    model = Tokens()
+    with pytest.raises(ValueError, match=r"dropout is 1\.5, expected a probability"):
+        lorafast.adapt(model, 2, ["embed"], dropout=1.5)
+    assert type(model.embed) is nn.Embedding
+
+
 def test_an_embedding_that_nobody_calls_is_named():
     model = lorafast.adapt(Tokens(), 2, ["embed", "places"])
     with pytest.warns(UserWarning, match=r"got no gradient in the first backward.*: places \("):

@@ -8,7 +8,8 @@ import torch
 from models import adapted, llama_config
 
 import lorafast
-from lorafast.nn import LoRALinear
+from lorafast.convert.kinds import adapted_layers
+from lorafast.nn import LoRAEmbedding, LoRALinear
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,6 +32,7 @@ def bart(tied):
         encoder_ffn_dim=12,
         decoder_ffn_dim=12,
         max_position_embeddings=16,
+        scale_embedding=True,
         tie_word_embeddings=tied,
     )
     return transformers.BartForConditionalGeneration(config)
@@ -66,6 +68,33 @@ def model(plain, draw_adapters):
 def logits(model):
     inputs = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
     return model(IDS, **inputs).logits.detach()
+
+
+@pytest.mark.parametrize(
+    "targets", [["embed_tokens"], ["shared", "q_proj", "q"]], ids=lambda t: t[0]
+)
+@pytest.mark.parametrize("size", [11, 23, OLD], ids=["smaller", "larger", "same"])
+@pytest.mark.parametrize("make", [bart, t5])
+def test_embeddings_that_the_model_has_in_several_places(
+    make, size, targets, draw_adapters, assert_same
+):
+    torch.manual_seed(0)
+    plain = make(True).double().eval()
+    ends = [name.rpartition(".")[2] for name, _ in plain.named_modules()]
+    targets = [name for name in targets if name in ends]
+    model = draw_adapters(lorafast.adapt(plain, 2, targets, use_dora=True))
+    expected, before = logits(model), adapted_layers(model)
+    assert any(isinstance(layer, LoRAEmbedding) for layer in before.values())
+    model.resize_token_embeddings(size, mean_resizing=False)
+    assert adapted_layers(model) == before
+    kept = min(size, OLD)
+    assert_same(logits(model)[..., :kept], expected[..., :kept])
+    weight = model.get_input_embeddings().weight
+    for layer in before.values():
+        if isinstance(layer, LoRAEmbedding):
+            assert layer.weight is weight
+            assert layer.num_embeddings == size
+    model(IDS, decoder_input_ids=IDS)
 
 
 @pytest.mark.parametrize("size", [11, 23, OLD], ids=["smaller", "larger", "same"])

@@ -82,6 +82,35 @@ def test_a_fresh_layer_is_the_plain_one_bit_for_bit(dtype):
     assert torch.equal(LoRALinear.from_linear(linear, 4, use_dora=True)(given), linear(given))
 
 
+def with_a_row_of_zeros(**options):
+    """As of a padded vocabulary, or of a layer that starts at zero: the norm is 0."""
+    linear = nn.Linear(7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight[2] = 0
+    return LoRALinear.from_linear(linear, 2, use_dora=True, **options)
+
+
+@pytest.mark.parametrize("how", ["eager", "merged", "script"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_row_of_zeros_stays_one(how, x):
+    made = with_a_row_of_zeros().eval()
+    if how == "merged":
+        made.merge()
+    found = torch.jit.script(made) if how == "script" else made
+    same(found(x), F.linear(x, made.weight, made.bias))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_row_of_zeros_is_trained(dropout, x):
+    made = with_a_row_of_zeros(dropout=dropout)
+    optimizer = torch.optim.SGD(made.adapter_parameters().values(), 0.1)
+    for _ in range(3):
+        made(x).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in made.adapter_parameters().values())
+        optimizer.step()
+    assert made.lora_magnitude[2].abs() > 1e-3
+
+
 def test_parameters_and_which_are_trained():
     made = LoRALinear.from_linear(nn.Linear(7, 5), 3, use_dora=True)
     assert list(made.state_dict()) == KEYS

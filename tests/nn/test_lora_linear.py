@@ -315,7 +315,7 @@ class TestMerge:
 def test_dropout_that_became_no_number_is_refused():
     layer = LoRALinear(3, 4, 2)
     layer.dropout = None
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(TypeError, match="dropout_p is a NoneType, expected a number"):
         layer(torch.randn(2, 3))
 
 
@@ -324,6 +324,8 @@ def test_scaling_is_set_or_left():
     made.set_scaling(8, use_rslora=True)
     with pytest.raises(ValueError, match="alpha is nan, expected a finite number"):
         made.set_scaling(math.nan)
+    with pytest.raises(TypeError, match="use_rslora is None, expected True or False"):
+        made.use_rslora = None
     assert (made.alpha, made.scaling, made.use_rslora) == (8.0, 4.0, True)
 
 

@@ -479,6 +479,8 @@ def test_other_refusals():
     t = draw()
     with pytest.raises(ValueError, match=r"dropout_p is 1\.5, expected a probability"):
         fast(t, 1.5)
+    with pytest.raises(TypeError, match="dropout_p is a NoneType, expected a number"):
+        fast(t, None)
     arguments = [t[name] for name in NAMES[:5]]
     with pytest.raises(TypeError, match="scaling is a Tensor, expected a number"):
         dora_linear(*arguments, torch.tensor(1.0))

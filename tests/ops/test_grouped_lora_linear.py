@@ -748,6 +748,7 @@ INDICES = {
     "nested": ([[0, 0]] * 7, "adapter_of holds [0, 0] at 0, expected integers"),
     "float tensor": (torch.zeros(7), "adapter_of is torch.float32, expected integers"),
     "mask": (torch.zeros(7).bool(), "adapter_of is torch.bool, expected integers"),
+    "sparse": (torch.zeros(7).int().to_sparse(), "adapter_of is torch.sparse_coo, expected a strided"),
     "shape": (torch.zeros(2).int(), "adapter_of has shape [2], expected [7, 2] or [7]: x has shape"),
     "index of a row": (
         torch.tensor([[0, 9]] * 7),

@@ -401,6 +401,10 @@ REFUSALS = {
     "B-dtype": (bad(lora_B=torch.ones(N, r).half()), "lora_B is torch.float16, expected torch"),
     "r=0": (bad(lora_A=torch.ones(0, V), lora_B=torch.ones(N, 0)), "the rank r is 0"),
     "scaling-shape": (bad(scaling=torch.ones(1)), "scaling has shape [1], expected a number or"),
+    "scaling-device": (
+        bad(scaling=torch.ones((), device="meta")),
+        "scaling is on meta, expected cpu, where weight is, or the CPU",
+    ),
     "scaling-none": (bad(scaling=None), "scaling is a NoneType, expected a number"),
     "scaling-bool": (bad(scaling=True), "scaling is a bool, expected a number"),
     "padding-float": (bad(padding_idx=1.0), "padding_idx is a float, expected an int or None"),

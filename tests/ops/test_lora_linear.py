@@ -502,7 +502,7 @@ def test_dropout_that_is_no_probability_is_refused(dropout_p):
 
 
 def test_dropout_that_is_no_number_is_refused():
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(TypeError, match="dropout_p is a NoneType, expected a number"):
         run(bad(), None)
 
 

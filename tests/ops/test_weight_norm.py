@@ -5,6 +5,7 @@ import torch
 from toy_formats import FORMATS, held
 
 from lorafast import ops, reference
+from lorafast.core.dtypes import LEAST_NORM
 
 pytestmark = pytest.mark.usefixtures("toy_formats")
 K, N = 24, 40
@@ -37,6 +38,14 @@ def test_any_number_of_rows(rows):
     exact = reference.weight_norm(weight.double(), lora_A.double(), lora_B.double(), 2.0)
     assert found.shape == (rows,)
     assert (found - exact).norm() <= 2 * eps(torch.float32) * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_of_zeros_can_be_divided_by(dtype):
+    weight, lora_A, lora_B = torch.randn(3, K).to(dtype), torch.randn(2, K), torch.zeros(3, 2)
+    weight[1] = 0
+    for norm in (ops.weight_norm, reference.weight_norm):
+        assert norm(weight, lora_A, lora_B, 2.0)[1] == LEAST_NORM
 
 
 def test_no_gradient_and_no_tangent_flows_through_it():
