@@ -60,16 +60,16 @@ class Scaled(nn.Embedding):
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ("all-linear", {"up"}),
-        (["embed"], {"embed"}),
-        (["embed", "up"], {"embed", "up"}),
-        (r"embed|places", {"embed", "places"}),
+        ("all-linear", ["up"]),
+        (["embed"], ["embed"]),
+        (["embed", "up"], ["embed", "up"]),
+        (r"embed|places", ["embed", "places"]),
     ],
     ids=str,
 )
 def test_embeddings_are_adapted_where_targets_name_them(targets, expected):
     model = lorafast.adapt(Tokens(), 2, targets)
-    assert adapted(model) == expected
+    assert adapted(model) == set(expected)
     kinds = {"embed": LoRAEmbedding, "places": LoRAEmbedding, "up": LoRALinear}
     assert all(type(getattr(model, name)) is kinds[name] for name in expected)
 
