@@ -162,7 +162,8 @@ def test_an_index_out_of_range_is_a_device_side_assertion(index):
         check=False,
     )
     assert process.returncode != 0
-    assert "device-side assert" in process.stderr, process.stderr[-2000:]
+    # What PyTorch raises then is cuBLAS's error or the assertion's, by what comes next.
+    assert "adapter_of holds an index that is not from -1 to 2" in process.stderr
 
 
 @pytest.mark.parametrize("index", [3, -2])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_formats import FORMATS, held
 
 from lorafast import ops, reference
@@ -9,6 +10,14 @@ from lorafast.core.dtypes import LEAST_NORM
 
 pytestmark = pytest.mark.usefixtures("toy_formats")
 K, N = 24, 40
+
+
+class Counted(TorchDispatchMode):
+    products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
 
 
 def eps(dtype):
@@ -56,3 +65,14 @@ def test_no_gradient_and_no_tangent_flows_through_it():
         given = tuple(t.detach() for t in tensors)
         _, tangent = torch.func.jvp(lambda *t, norm=norm: norm(*t, 0.5), given, tangents)
         assert not tangent.any()
+
+
+@pytest.mark.parametrize(("size", "blocks"), [((512, 512), 1), ((8192, 4096), 2), ((0, 8), 1)])
+def test_on_a_gpu_a_weight_is_cut_for_its_memory_alone(size, blocks):
+    """Every block is four launches: a small layer's must not be sixteen times that."""
+    N, K = size
+    weight = torch.empty(N, K, dtype=torch.bfloat16, device="meta")
+    lora_A, lora_B = torch.empty(4, K, device="meta"), torch.empty(N, 4, device="meta")
+    with Counted() as counted:
+        ops.weight_norm(weight, lora_A, lora_B, 0.5)
+    assert counted.products == blocks + 2  # W·Aᵀ of each, A·Aᵀ, B times that

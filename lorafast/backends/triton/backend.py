@@ -66,6 +66,9 @@ class Triton(Backend):
             apart = composed.plan_or_refusal(problem, self.plan)
             if isinstance(apart, Refusal):
                 return apart
+            if not apart.measured:
+                # As a whole: host and device work at the same time over all of its operations.
+                apart = priced(apart, problem)
             return replace(apart, launches=(*apart.launches, f"no helpers: {launch}"))
         plan = Plan(self.name, self.run_of(launch, problem), lines(launch))
         return priced(plan, problem)
