@@ -32,6 +32,13 @@ from torch import Tensor
 from lorafast.reference import wide
 
 
+@triton.jit
+def _add_up(out_ptr, partials_ptr, offsets, inside, size, count, scale, INTERPRETED: tl.constexpr):
+    """``out = scale · Σ partials`` of ``count`` row groups, each ``size`` elements, at ``offsets``."""
+    total = sum_blocks(partials_ptr, offsets, inside, size, count) * scale
+    tl.store(out_ptr + offsets, cast(total, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M", "r", "m_blocks"])
 def expand_backward_kernel(
     dy_ptr,
@@ -73,7 +80,6 @@ def expand_backward_kernel(
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     # 64 bits: M·N may pass 2**31 elements.
     col_offsets = cols.to(tl.int64)
-    ds_size = tl.cast(M, tl.int64) * r
     db_size = tl.cast(N, tl.int64) * r
     if ds_partials_ptr is not None:
         b_tile = tl.load(
@@ -82,7 +88,7 @@ def expand_backward_kernel(
             other=0.0,
         )  # [BLOCK_N, BLOCK_R]
         b_tile = factor(b_tile, dy_ptr.dtype.element_ty, INTERPRETED)
-        ds_part = ds_partials_ptr + col_group * ds_size
+        ds_part = ds_partials_ptr + col_group * (tl.cast(M, tl.int64) * r)
     if db_partials_ptr is not None:
         db_sum = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)  # transposed, so that dy is not
     if dbias_partials_ptr is not None:
@@ -122,20 +128,17 @@ def expand_backward_kernel(
         dbias_part = dbias_partials_ptr + tl.cast(row_group, tl.int64) * N
         if rank_block == 0:
             tl.store(dbias_part + cols, dbias_sum, mask=cols < N)
-
-    row_groups = tl.num_programs(1)
+    groups = tl.num_programs(1)
     counter = counters_ptr + col_group * tl.num_programs(2) + rank_block
-    if arrive(counter) == row_groups - 1:
+    if arrive(counter) == groups - 1:
         if db_partials_ptr is not None:
-            total = sum_blocks(db_partials_ptr, db_offsets, db_inside, db_size, row_groups)
-            total = cast(total * scaling, db_ptr.dtype.element_ty, INTERPRETED)
-            tl.store(db_ptr + db_offsets, total, mask=db_inside)
+            _add_up(
+                db_ptr, db_partials_ptr, db_offsets, db_inside, db_size, groups, scaling, INTERPRETED,
+            )  # fmt: skip
         if dbias_partials_ptr is not None:
             inside = cols < N
             if rank_block == 0:
-                of_bias = sum_blocks(dbias_partials_ptr, cols, inside, N, row_groups)
-                of_bias = cast(of_bias, dbias_ptr.dtype.element_ty, INTERPRETED)
-                tl.store(dbias_ptr + cols, of_bias, mask=inside)
+                _add_up(dbias_ptr, dbias_partials_ptr, cols, inside, N, groups, 1.0, INTERPRETED)
         tl.store(counter, 0)
 
 
