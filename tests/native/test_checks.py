@@ -16,6 +16,9 @@ FLAGS = [
 ]  # fmt: skip
 HOST = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 CPU, CUDA, META = 0, 1, 14  # DeviceType
+# Slow ones come first in a process. After thousands of other tests (8,000 of make test's, not of
+# test-all's) loading a library of operators crashed in PyTorch's own registration.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
