@@ -16,8 +16,8 @@ FLAGS = [
 ]  # fmt: skip
 HOST = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 CPU, CUDA, META = 0, 1, 14  # DeviceType
-# Slow ones come first in a process. After thousands of other tests (8,000 of make test's, not of
-# test-all's) loading a library of operators crashed in PyTorch's own registration.
+# Marked slow so that they come first in a process: loaded after thousands of other tests, the library
+# of operators has crashed the process inside PyTorch's registration. Why isn't known.
 pytestmark = pytest.mark.slow
 
 

@@ -1,8 +1,9 @@
 """What the Triton kernels take on a GPU: a model of their launches.
 
-The shares are assumptions but for sm_90's GEMM, measured on an H100 (M = 8192, K = N = 4096, r = 16,
-bf16, Triton 3.6). Published GEMMs in Triton-like languages reach 84 to 97 % of cuBLAS; on sm_100 the
-accumulator goes through registers twice a tile.
+sm_90's GEMM, the rates of high ranks and what a mask takes were measured on an H100 (M = 8192, K = N =
+4096, bf16, Triton 3.6); elsewhere they are assumed to be the same, as are the other shares. Published
+GEMMs in Triton-like languages reach 84 to 97 % of cuBLAS; on sm_100 the accumulator goes through
+registers twice a tile.
 """
 
 import functools
