@@ -74,7 +74,6 @@ def neighbours(
         changes += [{"masked_parts": config.masked_parts // 2}]
         if config.descriptors:
             changes += [{"flatten": not config.flatten}]
-            changes += [{"warp_specialize": not config.warp_specialize}]
     for change in changes:
         candidate = replace(config, **change)
         if candidate != config and not why_invalid(operation, candidate, element_size, capability):

@@ -17,7 +17,6 @@ _TMA = (90, 100, 120)
 _LARGEST_BLOCK = 1 << 16
 """A tile of Triton's has at most 2**20 elements, and each side at least 16."""
 _MOST_STAGES, _MOST_PROGRAMS = 32, 32
-_WARP_SPECIALIZATION = (100,)
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class LaunchConfig:
     rest is for ``linear_expand`` and a layer's forward:
 
     - ``descriptors``: load and store by TMA, where the layout of the matrices allows it;
-    - ``warp_specialize``: some warps only load, others only multiply;
     - ``flatten``: the loads of the next tile begin before this one is written;
     - ``parts``: a tile is written in this many parts of its columns, in ``masked_parts`` if there is a
       dropout mask;
@@ -45,7 +43,6 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    warp_specialize: bool = False
     flatten: bool = False
     parts: int = 1
     masked_parts: int = 1
@@ -119,12 +116,6 @@ def why_invalid(
         return f"descriptors need TMA, which sm_{capability} lacks"
     if config.descriptors and max(config.block_m, config.block_n, config.block_k) > 256:
         return "TMA takes at most 256 rows or columns"
-    if config.warp_specialize and not config.descriptors:
-        return "warp_specialize needs descriptors"
-    if config.warp_specialize and capability not in _WARP_SPECIALIZATION:
-        return f"Triton doesn't specialise the warps of this loop on sm_{capability}"
-    if config.warp_specialize and config.flatten:
-        return "warp_specialize and flatten exclude each other"
     stage = sum(blocks[a] * blocks[b] for a, b in _STAGE_TILES[operation]) * element_size
     # The last stage of the pipeline is consumed from registers or overwritten in place.
     needed = stage * max(config.num_stages - 1, 1)

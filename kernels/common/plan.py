@@ -98,7 +98,6 @@ class LinearExpandLaunch:
     programs: int
     tma: bool
     flatten: bool
-    warp_specialize: bool
     rank_blocks: int
     parts: int
     transposed: bool
@@ -234,7 +233,6 @@ def linear_expand_launch(
     rank_blocks = _blocks(r, c.block_r)
     return LinearExpandLaunch(
         c, M, K, N, r, tiles, splits, programs, described, flatten,
-        warp_specialize=described and c.warp_specialize and unrolled > 0,
         rank_blocks=rank_blocks if rank_blocks <= unrolled else 0,
         parts=c.masked_parts if dropout else c.parts,
         transposed=transposed, n_major=described and by_rows is transposed,

@@ -62,7 +62,7 @@ def _tile_of_b(
     return cast(tl.load(ptrs, mask=inside, other=0.0), dtype, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["M", "r", "m_blocks", "threshold"])
+@triton.jit(do_not_specialize=["M", "m_blocks", "threshold"])
 def expand_kernel(
     s_ptr,
     b_ptr,

@@ -39,7 +39,7 @@ def _add_up(out_ptr, partials_ptr, offsets, inside, size, count, scale, INTERPRE
     tl.store(out_ptr + offsets, cast(total, out_ptr.dtype.element_ty, INTERPRETED), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "r", "m_blocks"])
+@triton.jit(do_not_specialize=["M", "m_blocks"])
 def expand_backward_kernel(
     dy_ptr,
     s_ptr,
@@ -116,7 +116,11 @@ def expand_backward_kernel(
             ds_tile = low_rank_dot(dy_tile, b_tile, ds_tile, PRECISION, INTERPRETED)
             tl.store(ds_part + row_offsets[:, None] * r + ranks[None, :], ds_tile, mask=row_inside)
         if db_partials_ptr is not None:
-            db_sum = low_rank_dot(tl.trans(s_tile), dy_tile, db_sum, PRECISION, INTERPRETED)
+            db_sum = low_rank_dot(
+                tl.trans(s_tile), dy_tile, db_sum, PRECISION, INTERPRETED,
+                # That many ranks are multiplied by wgmma: in flight, ptxas would serialize every one.
+                APART=BLOCK_R >= 64,
+            )  # fmt: skip
         if dbias_partials_ptr is not None:
             dbias_sum += tl.sum(dy_tile.to(tl.float32), axis=0)
 

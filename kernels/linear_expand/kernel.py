@@ -42,7 +42,7 @@ from torch import Tensor
 from lorafast.core.problem import Layout
 
 
-@triton.jit(do_not_specialize=["M", "r", "splits", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "threshold"])
 def linear_expand_kernel(
     x,
     w,
@@ -79,7 +79,6 @@ def linear_expand_kernel(
     PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     N_MAJOR: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -107,8 +106,7 @@ def linear_expand_kernel(
         row_block, col_block = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = multiply(
             x, w, row_block, col_block, begin, end, M, N, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, WARP_SPECIALIZE,
-            PRECISION, INTERPRETED,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, PRECISION, INTERPRETED,
         )  # fmt: skip
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -43,7 +43,6 @@ def multiply(
     BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     N_MAJOR: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -55,7 +54,7 @@ def multiply(
     if DESCRIPTORS:
         m = row_block * BLOCK_M
         n = col_block * BLOCK_N
-        for block in tl.range(begin, end, warp_specialize=WARP_SPECIALIZE):
+        for block in tl.range(begin, end):
             k = block * BLOCK_K
             x_tile = x.load([m, k])  # [BLOCK_M, BLOCK_K]
             w_tile = w.load([k, n]) if N_MAJOR else tl.trans(w.load([n, k]))  # [BLOCK_K, BLOCK_N]
@@ -224,7 +223,7 @@ def blocks_of(launch: LinearExpandLaunch) -> tuple[Any, ...]:
     c = launch.config
     return (
         c.block_m, c.block_n, c.block_k, c.block_r, launch.rank_blocks, GROUP_M, launch.parts,
-        launch.tma, launch.n_major, launch.warp_specialize, launch.flatten,
+        launch.tma, launch.n_major, launch.flatten,
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ from torch import Tensor
 from lorafast.core.problem import Layout
 
 
-@triton.jit(do_not_specialize=["M", "r", "waves"])
+@triton.jit(do_not_specialize=["M", "waves"])
 def lora_linear_kernel(
     x,
     w,
@@ -83,7 +83,6 @@ def lora_linear_kernel(
     PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     N_MAJOR: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     FLATTEN: tl.constexpr,
     HELPERS: tl.constexpr,
     HELPER_K: tl.constexpr,
@@ -134,8 +133,7 @@ def lora_linear_kernel(
         row_block, col_block = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = multiply(
             x, w, row_block, col_block, 0, k_blocks, M, N, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, WARP_SPECIALIZE,
-            PRECISION, INTERPRETED,
+            BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, PRECISION, INTERPRETED,
         )  # fmt: skip
         s_ready = Matrix(s_ptr + wait_for(counters_ptr + FLAGS + row_block, INTERPRETED), r, 1)
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -89,7 +89,7 @@ def shrink_rows(
     return scale_sum(acc, x.ptr.dtype.element_ty, mask)
 
 
-@triton.jit(do_not_specialize=["M", "r", "k_blocks", "threshold"])
+@triton.jit(do_not_specialize=["M", "k_blocks", "threshold"])
 def shrink_kernel(
     x_ptr,
     a_ptr,
@@ -131,6 +131,8 @@ def shrink_kernel(
     acc = shrink_rows(
         x, a, mask, rows, ranks, begin, end, M, K, r,
         BLOCK_K, STAGES, PRECISION, INTERPRETED,
+        # A masked tile is in registers: in flight, ptxas would serialize every wgmma.
+        APART=seed_ptr is not None,
     )  # fmt: skip
     offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]  # [BLOCK_M, BLOCK_R]
     inside = (rows < M)[:, None] & (ranks < r)[None, :]

@@ -84,7 +84,7 @@ def shrink_backward_columns(
     return scale_sum(acc, x.ptr.dtype.element_ty, mask)
 
 
-@triton.jit(do_not_specialize=["M", "r", "m_blocks", "threshold"])
+@triton.jit(do_not_specialize=["M", "m_blocks", "threshold"])
 def shrink_backward_kernel(
     ds_ptr,
     x_ptr,

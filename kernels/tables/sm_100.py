@@ -10,19 +10,19 @@ TABLE: Table = {
         # bits, M, K, N, largest rank
         (16, 8192, 4096, 4096, 16, LaunchConfig(64, 16, 128, 16, 4, 4, ctas_per_sm=2)),
         (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 4, 4, ctas_per_sm=2)),
-        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 128, 64, 8, 3, ctas_per_sm=2)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 64, 64, 8, 3, ctas_per_sm=2)),
         (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
         (16, 8192, 4096, 4096, 256, LaunchConfig(64, 16, 32, 256, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 16, 64, 16, 4, 3)),
         (32, 8192, 4096, 4096, 32, LaunchConfig(32, 16, 64, 32, 8, 3)),
-        (32, 8192, 4096, 4096, 128, LaunchConfig(32, 16, 16, 128, 4, 3)),
+        (32, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 16, 128, 4, 3)),
     ),
     "linear_expand": (
         # bits, M, K, N, largest rank
-        (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 3,
-            descriptors=True, warp_specialize=True, parts=2, masked_parts=8)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 4,
+            descriptors=True, parts=4, masked_parts=8)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 4,
-            descriptors=True, warp_specialize=True, masked_parts=2)),
+            descriptors=True, masked_parts=2)),
         (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 128, 16, 4, 4, descriptors=True)),
         (16, 16, 4096, 4096, 64, LaunchConfig(16, 64, 128, 16, 4, 4, descriptors=True)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 3, masked_parts=4)),
@@ -38,7 +38,7 @@ TABLE: Table = {
         (16, 8192, 4096, 4096, 128, LaunchConfig(64, 64, 16, 128, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 64, 16, 16, 4, 3)),
         (32, 8192, 4096, 4096, 32, LaunchConfig(32, 32, 16, 32, 8, 3)),
-        (32, 8192, 4096, 4096, 64, LaunchConfig(32, 64, 16, 32, 4, 3)),
+        (32, 8192, 4096, 4096, 64, LaunchConfig(32, 64, 16, 32, 4, 2)),
     ),
     "shrink_backward": (
         # bits, M, K, N, largest rank

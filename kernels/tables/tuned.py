@@ -26,7 +26,7 @@ from lorafast.core.files import locked, write_whole
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
-_FORMAT = 4
+_FORMAT = 5
 OPERATIONS = (*SINGLE, "lora_linear")
 """Those with a launch of their own, which can be tuned."""
 _NOT_TUNED = "lora_linear_backward"

@@ -168,7 +168,6 @@ def test_neighbours_are_valid_and_differ():
     assert len(found) == len(set(found)) > 8
     assert start not in found
     assert {16, 4} <= {config.helpers for config in found}
-    assert not any(config.warp_specialize for config in found)
 
 
 def test_the_fused_kernel_is_not_timed_again_for_helpers_that_it_has_not():

@@ -1,12 +1,14 @@
 """Compiles what every row of an architecture's table launches and checks the machine code.
 
-    python tests/kernels/compile_configs.py [90 ...] [--all] [--write] [--json FILE]
+    python tests/kernels/compile_configs.py [90 ...] [--all] [--write] [--json FILE] [--serialized]
 
 A line for each configuration and variant; exit status 1 if one spills, is too large for the chip, lacks
 the instructions that it should be made of, or reads with narrow accesses. Needs no GPU; must not run
 with ``TRITON_INTERPRET`` set. What ``tests/kernels/compiled`` knows is not compiled again, but for a
 sixteenth drawn by lot (``--all``: all of it); ``--write`` after a kernel or a table has changed makes
-those files say what was found. ``--json`` records what a kernel needs at most on each architecture.
+those files say what was found. ``--serialized`` asks only whether ``ptxas`` serializes a ``wgmma``: for
+a Triton that the tables aren't made with. ``--json`` records what a kernel needs at most on each
+architecture.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from lorafast.reference import wide
 # Half precision multiplies on the tensor cores: their instruction on each architecture.
 _TENSOR_CORE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 _PRODUCT = "linear_expand"
+SERIALIZED = "its wgmma instructions are serialized"
 _WARP_GROUP_ROWS = 64  # HGMMA and UTCHMMA multiply so many rows; fewer go to HMMA
 
 
@@ -199,6 +202,8 @@ def why_bad(
     machine: Machine,
 ) -> Iterator[str]:
     """What the machine code must not have, and what it must."""
+    if machine.serialized:
+        yield SERIALIZED
     if machine.spills or machine.local:
         yield f"{machine.spills} spills, {machine.local} bytes of local memory"
     if machine.shared > SHARED_MEMORY[capability]:
@@ -206,15 +211,11 @@ def why_bad(
     kernel = launch.kernel.__name__.removesuffix("_kernel")
     product = kernel in GEMMS
     has = machine.instructions
-    if product and machine.serialized:  # a skinny kernel waits for memory in any case
-        yield "its wgmma instructions are serialized"
     if product and kind.on_tensor_cores:
         wide = config.block_m >= _WARP_GROUP_ROWS
         expected = _TENSOR_CORE[capability] if wide else "HMMA"
         if expected not in has:
             yield f"no {expected}"
-        if launch.constant("WARP_SPECIALIZE") and "USETMAXREG" not in has:
-            yield "the warps are not specialised"
     if product and launch.constant("DESCRIPTORS"):
         if "UTMALDG" not in has:
             yield "no TMA"
@@ -251,6 +252,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("capabilities", type=int, nargs="*", metavar="SM")
     parser.add_argument("--all", action="store_true", help="compile what is known, too")
     parser.add_argument("--write", action="store_true", help="write down what was found")
+    parser.add_argument("--serialized", action="store_true", help="ask for nothing else")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(words)
     command = ["python", "tests/kernels/compile_configs.py", *sys.argv[1:]]
@@ -263,6 +265,8 @@ def main(words: list[str] | None = None) -> int:
         found = []
         known = Known(capability, None if arguments.all else "")
         for checked in check_all(capability, kinds, known):
+            if arguments.serialized:
+                checked.violations[:] = [v for v in checked.violations if v == SERIALIZED]
             print(f"sm_{capability:<4} {checked}", flush=True)
             found.append(checked)
             wrong |= bool(checked.violations)

@@ -1,8 +1,9 @@
 """What the machine code of a launch is made of, compiled now or known from before.
 
-``compiled/sm_*.jsonl`` holds, a line a variant, what every configuration that ships compiled to. A line
-counts only for the very source, constants, options and Triton that its key is the hash of, so whatever
-changed is compiled again; and each run compiles a few known ones again, to see that the lines are true.
+``compiled/triton-*/sm_*.jsonl`` holds, a line a variant, what every configuration that ships compiled to
+with that Triton. A line counts only for the very source, constants, options and Triton that its key is
+the hash of, so whatever changed is compiled again; and each run compiles a few known ones again, to see
+that the lines are true.
 """
 
 import hashlib
@@ -23,7 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 _CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-_FOLDER = Path(__file__).with_name("compiled")
+_FOLDER = (
+    Path(__file__).with_name("compiled") / f"triton-{'.'.join(triton.__version__.split('.')[:2])}"
+)
 _KEY_DIGITS = 16
 
 
@@ -74,7 +77,7 @@ class Known:
             {"name": name, "key": key, **asdict(machine)}
             for key, (name, machine) in sorted(self._now.items(), key=lambda item: item[1][0])
         )
-        self._path.parent.mkdir(exist_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
 
@@ -129,7 +132,7 @@ def _instructions(words: list[str]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for word in words:
         name, *modifiers = word.split(".")
-        if name in ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "USETMAXREG"):
+        if name in ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG"):
             counts[name] += 1
         elif name in ("LDGSTS", "LDG", "STG"):
             width = next((m for m in modifiers if m in ("128", "64", "U8", "U16")), "32")

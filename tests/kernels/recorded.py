@@ -92,21 +92,32 @@ def _compilable(kernel: InterpretedFunction) -> JITFunction:
 
 
 @contextmanager
-def recording(capability: int, sms: int = 132) -> Iterator[list[Launch]]:
-    """Within the block kernels are recorded, as for a device of this compute capability."""
-    launches: list[Launch] = []
+def intercepted(
+    capability: int, run: Callable[[Launch, list[Any]], None], sms: int = 132
+) -> Iterator[None]:
+    """Within the block launchers work as for a device of this compute capability, and ``run`` gets their
+    launches: each with the values of its kernel's parameters, in order."""
 
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def intercept(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = self if isinstance(self, JITFunction) else _compilable(self)
         given = dict(zip((p.name for p in kernel.params), args, strict=False)) | kwargs
-        launches.append(_launch(kernel, tuple(grid), given))
+        launched = _launch(kernel, tuple(grid), given)
+        run(launched, [given[p.name] for p in kernel.params])
 
     with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(InterpretedFunction, "run", record),
+        mock.patch.object(JITFunction, "run", intercept),
+        mock.patch.object(InterpretedFunction, "run", intercept),
         mock.patch.object(launch, "INTERPRETER_CAPABILITY", capability),
         mock.patch.object(launch, "INTERPRETER_SMS", sms),
     ):
+        yield
+
+
+@contextmanager
+def recording(capability: int, sms: int = 132) -> Iterator[list[Launch]]:
+    """Within the block kernels are recorded, as for a device of this compute capability."""
+    launches: list[Launch] = []
+    with intercepted(capability, lambda launched, _: launches.append(launched), sms):
         yield launches
 
 
