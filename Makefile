@@ -9,13 +9,14 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-peft test-oldest-peft bench gpu docs lint types check clean
+.PHONY: help setup demo test test-all test-executed test-peft test-oldest-peft test-oldest-triton bench gpu docs lint types check clean
 
 help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make test    run the tests that a change needs first (4 minutes on two cores)"
 	@echo "make test-all   run every test (7 minutes)"
+	@echo "make test-executed   run the GPU kernels' PTX on a CPU, every configuration"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
@@ -38,11 +39,20 @@ demo: $(READY)
 # One worker a core, so one thread a worker.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
 
+# The PTX of the Triton kernels is executed in a process of its own, which doesn't interpret them. Tests
+# that are chosen with ARGS are those of the first process: make test-executed ARGS=… chooses others.
+EXECUTED := TRITON_INTERPRET=0 $(PYTEST) tests/ptx
+
 test: $(READY)
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(PYTEST) -m "not slow" $(ARGS)
+	$(if $(ARGS),,$(EXECUTED) -m "executed and not slow")
 
 test-all: $(READY)
 	$(PYTEST) $(ARGS)
+	$(if $(ARGS),,$(EXECUTED) -m executed)
+
+test-executed: $(READY)
+	$(EXECUTED) -m executed $(ARGS)
 
 # What accelerates PEFT's layers, with any release of PEFT: make test-peft PEFT=0.21.0. It lies in a folder
 # of its own, before the one in .venv.
@@ -55,6 +65,16 @@ test-peft: $(READY) build/peft-$(PEFT)
 # The oldest release that lorafast[peft] takes.
 test-oldest-peft:
 	$(MAKE) test-peft PEFT=0.20.0
+
+# The oldest Triton that a GPU machine has: with it too ptxas leaves every wgmma in flight.
+TRITON ?= 3.6.0
+
+test-oldest-triton: $(READY) build/triton-$(TRITON)
+	env -u TRITON_INTERPRET PYTHONPATH=build/triton-$(TRITON):$(CURDIR):tests/kernels \
+		$(PY) tests/kernels/compile_configs.py 90 --serialized $(ARGS)
+
+build/triton-%:
+	$(PY) -m pip install -q --no-deps --target $@ triton==$*
 
 build/peft-%:
 	$(PY) -m pip install -q --no-deps --target $@ peft==$*
@@ -73,7 +93,8 @@ gpu:
 docs: $(READY)
 	$(PY) docs/build.py build/docs
 
-CPP := $(foreach in,csrc csrc/* tests/native/throwaway tests/native/throwaway/*,$(wildcard $(in:=/*.h) $(in:=/*.cpp) $(in:=/*.cu)))
+CPP_IN := csrc csrc/* tests/native/throwaway tests/native/throwaway/* tests/ptx/machine tests/ptx/cuda
+CPP := $(foreach in,$(CPP_IN),$(wildcard $(in:=/*.h) $(in:=/*.cpp) $(in:=/*.cu) $(in:=/*.cuh)))
 
 lint: $(READY)
 	$(PY) -m ruff check .

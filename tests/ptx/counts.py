@@ -1,0 +1,359 @@
+"""What a kernel executes for each K-step, each tile and each program, and which unit bounds it.
+
+    python -m ptx.counts [--json] [sm_90 ...]        (with tests/ and tests/kernels on PYTHONPATH)
+
+The code of a launch at full size is executed on a few tiles and on twice as many, with few K-steps and
+with more. The differences are what a K-step costs, what a tile costs beside its K-steps, and what a
+program costs beside its tiles: exactly, since instructions are counted. Cycles are a bound from below:
+every unit of an SM at its full rate, nothing waiting for anything.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.expand_backward import expand_backward
+from lorafast.kernels.linear_expand import linear_expand
+from lorafast.kernels.shrink import shrink
+from lorafast.kernels.shrink_backward import shrink_backward
+from lorafast.kernels.tables import find
+from machine_code import Known
+from recorded import launches_of
+
+from .executed import executed
+from .launch import Count
+
+KNOWN_IS_ENOUGH = "none"
+SMS = {80: 108, 86: 84, 90: 132}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an SM does in a cycle, by NVIDIA's white papers and data sheets of the largest chips."""
+
+    tensor: int
+    """Multiply-adds of 16-bit numbers with float32 sums."""
+    memory: float
+    """Bytes from device memory: bandwidth by clock and SMs."""
+    l2: float
+    """Bytes from L2."""
+    issue: int = 4
+    """Instructions of warps."""
+    shared: int = 128
+    """Bytes of shared memory; one wavefront."""
+
+
+RATES = {
+    80: Rates(tensor=1024, memory=1555 / 1.41 / 108, l2=64),  # A100, 40 GB
+    86: Rates(tensor=256, memory=936 / 1.70 / 82, l2=64),  # RTX 3090: half with float32 sums
+    90: Rates(tensor=2048, memory=3350 / 1.83 / 132, l2=64),  # H100 SXM
+}
+
+_CLASSES = (
+    ("tensor", r"mma\.|wgmma\.mma_async|tcgen05\.mma|wmma\.mma"),
+    ("shared", r"ldmatrix|stmatrix|(ld|st|atom|red)(\.\w+)*\.shared|wmma\.(load|store)"),
+    ("copy", r"cp\."),
+    ("global", r"(ld|st|atom|red)\.(?!param\b|const\b)"),
+    ("wait", r"bar|mbarrier|fence|membar|wgmma|tcgen05|griddepcontrol|elect|shfl|vote"),
+    ("branch", r"bra\b|brx|call|ret|exit|setp"),
+    ("float", r"\w+(\.\w+)*\.(f64|f32|f16|bf16|f16x2|bf16x2|f32x2)\b"),
+    ("integer", r""),
+)
+CLASSES = tuple(name for name, _ in _CLASSES)
+
+
+def class_of(opcode: str) -> str:
+    """The class of an instruction."""
+    return next(name for name, pattern in _CLASSES if re.match(pattern, opcode))
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Of a part of a program: a K-step, a tile, or what surrounds them."""
+
+    issued: dict[str, float]
+    multiplies: float
+    sectors: float
+    wavefronts: float
+    """Of the banks of shared memory, those of ``wgmma``'s operands included."""
+    conflicts: float
+    """Wavefronts beyond the least that the bytes need."""
+
+    def minus(self, other: "Amounts", times: float = 1.0) -> "Amounts":
+        """``self - times * other``."""
+        numbers = {
+            name: getattr(self, name) - times * getattr(other, name)
+            for name in ("multiplies", "sectors", "wavefronts", "conflicts")
+        }
+        issued = {n: v - times * other.issued[n] for n, v in self.issued.items()}
+        return Amounts(issued=issued, **numbers)
+
+    def over(self, count: float) -> "Amounts":
+        """``self / count``."""
+        nothing = Amounts(dict.fromkeys(self.issued, 0.0), 0.0, 0.0, 0.0, 0.0)
+        return nothing.minus(self, -1.0 / count)
+
+    def cycles(self, rates: Rates, from_l2: bool) -> dict[str, float]:
+        """The least time of each unit of an SM that does this alone."""
+        return {
+            "tensor": self.multiplies / rates.tensor,
+            "issue": sum(self.issued.values()) / rates.issue,
+            "shared": self.wavefronts,
+            "memory": 32 * self.sectors / (rates.l2 if from_l2 else rates.memory),
+        }
+
+
+def amounts(counts: tuple[Count, ...]) -> Amounts:
+    """Of a whole launch."""
+    issued = Counter[str](dict.fromkeys(CLASSES, 0))
+    wavefronts = conflicts = 0.0
+    for c in counts:
+        issued[class_of(c.opcode)] += c.issued
+        wavefronts += c.wavefronts + _operands(c)
+        if c.opcode.startswith(("ld.shared", "st.shared", "ldmatrix", "stmatrix")):
+            conflicts += c.wavefronts - c.bytes / 128
+    return Amounts(
+        {name: float(n) for name, n in issued.items()},
+        float(sum(c.multiplies for c in counts)),
+        float(sum(c.sectors for c in counts)),
+        wavefronts,
+        conflicts,
+    )
+
+
+def _operands(c: Count) -> float:
+    """Wavefronts in which ``wgmma`` reads shared memory: A, and B once for the four warps."""
+    shape = re.match(r"wgmma\.mma_async.*\.m64n(\d+)k(\d+)\.\w+\.(\w+)", c.opcode)
+    if shape is None:
+        return 0.0
+    n, k = int(shape[1]), int(shape[2])
+    item = {"tf32": 4, "bf16": 2, "f16": 2}.get(shape[3], 1)
+    return c.issued * (n / 4 + 16) * k * item / 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one size on one architecture."""
+
+    operation: str
+    variant: str
+    capability: int
+    M: int
+    K: int
+    N: int
+    r: int
+    step: Amounts
+    """Of one step of the main loop."""
+    tile: Amounts
+    """Of a tile beside its steps: the low-rank term, the epilogue. A skinny kernel's program has one."""
+    program: Amounts
+    """Of a program beside its tiles."""
+    steps: int
+    """Steps of a tile at this size; of a program, where several share them."""
+    tiles: int
+    """Tiles of the launch, and shares of them."""
+    in_flight: float
+    """Bytes that the loop has asked memory for ahead of their use, on an SM."""
+    from_l2: bool
+    registers: int
+    """Of a thread, by ptxas."""
+
+    @property
+    def cycles(self) -> dict[str, float]:
+        """Of a whole tile, by unit."""
+        rates = RATES[self.capability]
+        of_step, of_tile = (a.cycles(rates, self.from_l2) for a in (self.step, self.tile))
+        return {unit: of_tile[unit] + self.steps * of_step[unit] for unit in of_step}
+
+    @property
+    def bound(self) -> str:
+        """The unit that takes longest."""
+        return max(self.cycles, key=self.cycles.__getitem__)
+
+    @property
+    def exposed(self) -> float:
+        """Cycles of a tile in which its tensor cores have nothing, if what a tile does beside its steps
+        hides behind nothing."""
+        rates = RATES[self.capability]
+        of_tile = self.tile.cycles(rates, self.from_l2)
+        return max(of_tile.values()) - of_tile["tensor"]
+
+
+def _on_cpu(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(sizes, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A launcher's call, its steps and tiles as dimensions of the problem."""
+
+    operation: str
+    variant: str
+    call: Callable[[Callable[..., torch.Tensor], int, int, int, int, LaunchConfig], object]
+    along: str
+    """The dimension that the main loop goes along."""
+    across: str
+    """The dimension whose blocks are the tiles that one program goes through."""
+
+
+def _subjects() -> list[Subject]:
+    seed = torch.zeros(1, dtype=torch.int64)
+
+    def forward(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
+        return linear_expand(empty(M, K), empty(N, K), empty(M, r), empty(N, r), 2.0, config=c)
+
+    def dx(p: float) -> Any:
+        def call(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
+            return linear_expand(
+                empty(M, K), empty(K, N), empty(M, r), empty(r, N).t(), 1.0, None,
+                p, seed if p else None, transposed=True, config=c,
+            )  # fmt: skip
+
+        return call
+
+    def shrunk(p: float) -> Any:
+        def call(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
+            return shrink(empty(M, K), empty(r, K), p, seed if p else None, config=c)
+
+        return call
+
+    def backward(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
+        return expand_backward(empty(M, N), empty(M, r), empty(N, r), 2.0, config=c)
+
+    def of_a(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
+        return shrink_backward(empty(M, r), empty(M, K), 0.0, None, torch.bfloat16, config=c)
+
+    return [
+        Subject("linear_expand", "forward", forward, "K", "M"),
+        Subject("linear_expand", "dx", dx(0.0), "K", "M"),
+        Subject("linear_expand", "dx dropout", dx(0.05), "K", "M"),
+        Subject("shrink", "", shrunk(0.0), "K", "M"),
+        Subject("shrink", "dropout", shrunk(0.05), "K", "M"),
+        Subject("expand_backward", "", backward, "M", "N"),
+        Subject("shrink_backward", "", of_a, "M", "K"),
+    ]
+
+
+_BLOCK = {"M": "block_m", "N": "block_n", "K": "block_k"}
+_FEW, _MORE = 12, 20
+"""Steps of the two runs whose difference is counted: more than a pipeline has stages."""
+
+
+def count(subject: Subject, capability: int, M: int, K: int, N: int, r: int) -> Row:
+    """Executes the code that a launch of this size has, on a few tiles of it."""
+    tma = capability >= 90
+    config = find(subject.operation, capability, torch.bfloat16, M, K, N, r, tma)
+
+    def on_meta(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.bfloat16, device="meta")
+
+    full, *_ = launches_of(
+        capability, lambda: subject.call(on_meta, M, K, N, r, config), SMS[capability]
+    )
+
+    def small(tiles: int, steps: int) -> Callable[[Callable[..., torch.Tensor]], object]:
+        sizes = {"M": config.block_m, "N": config.block_n, "K": config.block_k}
+        sizes[subject.across] = tiles * getattr(config, _BLOCK[subject.across])
+        sizes[subject.along] = steps * getattr(config, _BLOCK[subject.along])
+        return lambda empty: subject.call(empty, sizes["M"], sizes["K"], sizes["N"], r, config)
+
+    def same_code(sms: int, tiles: int, steps: int) -> bool:
+        launch, *_ = launches_of(capability, lambda: small(tiles, steps)(on_meta), sms)
+        return launch.code == full.code
+
+    def run(tiles: int, steps: int) -> Amounts:
+        with executed(capability, seed=2, sms=sms) as state:
+            small(tiles, steps)(_on_cpu)
+        return amounts(state.ran[0][2].counts)
+
+    # So few tiles, on so many SMs, that the launch is cut as the full one is: the code is the same.
+    ways = ((few, sms) for few in (1, 2, 4) for sms in (1, 2, 4, 8, 16))
+    try:
+        few, sms = next(
+            (few, sms) for few, sms in ways
+            if all(same_code(sms, *of) for of in ((few, _FEW), (few, _MORE), (2 * few, _FEW)))
+        )  # fmt: skip
+    except StopIteration:
+        raise RuntimeError(f"no few tiles of {subject.operation} run the code of all") from None
+    first, longer, more = run(few, _FEW), run(few, _MORE), run(2 * few, _FEW)
+    step = longer.minus(first).over(few * (_MORE - _FEW))
+    whole = more.minus(first).over(few)
+    # A skinny kernel has a program for each tile, or several, among which they share out its steps.
+    small_launch, *_ = launches_of(capability, lambda: small(few, _FEW)(on_meta), sms)
+    persistent = subject.operation == "linear_expand"
+    shares = 1 if persistent else math.prod(small_launch.grid) // few
+    tile = whole.minus(step, _FEW).over(shares)
+    sizes = {"M": M, "K": K, "N": N}
+    blocks = {name: -(-n // getattr(config, _BLOCK[name])) for name, n in sizes.items()}
+    tiles = blocks["M"] * blocks["N"] if persistent else blocks[subject.across]
+    shares = 1 if persistent else math.prod(full.grid) // tiles
+    return Row(
+        subject.operation, subject.variant, capability, M, K, N, r, step, tile,
+        first.minus(whole, few), -(-blocks[subject.along] // shares), tiles * shares,
+        32 * step.sectors * (config.num_stages - 1) * config.ctas_per_sm, persistent,
+        Known(capability, KNOWN_IS_ENOUGH).machine(subject.operation, full)[0].registers,
+    )  # fmt: skip
+
+
+SIZES = (
+    (8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 1024, 16), (512, 4096, 4096, 16),
+)  # fmt: skip
+
+
+def rows(capabilities: tuple[int, ...] = (80, 90)) -> list[Row]:
+    """Of every kernel at the sizes that matter."""
+    found = []
+    for capability in capabilities:
+        for M, K, N, r in SIZES:
+            for subject in _subjects():
+                if subject.operation != "linear_expand" and (M, N) != (8192, 4096):
+                    continue
+                found.append(count(subject, capability, M, K, N, r))
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    """Prints a line a kernel, or all of it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capabilities", nargs="*", metavar="sm_90")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(words)
+    known = [f"sm_{capability}" for capability in RATES]
+    for word in given.capabilities:
+        if word not in known:
+            parser.error(f"there are rates of {', '.join(known)}, not of {word}")
+    capabilities = tuple(int(word.removeprefix("sm_")) for word in given.capabilities) or (80, 90)
+    found = rows(capabilities)
+    if given.json:
+        json.dump(
+            [asdict(row) | {"cycles": row.cycles, "bound": row.bound, "exposed": row.exposed}
+             for row in found],
+            sys.stdout,
+        )  # fmt: skip
+        return 0
+    for row in found:
+        cycles = " ".join(f"{unit} {n:,.0f}" for unit, n in row.cycles.items())
+        name = f"{row.operation} {row.variant}".strip()
+        print(
+            f"sm_{row.capability} {name:<22} {row.M}x{row.K}x{row.N} r{row.r}: {cycles}; "
+            f"exposed {row.exposed:,.0f}, conflicts a step {row.step.conflicts:.0f}, "
+            f"in flight {row.in_flight:,.0f}"
+        )
+        for part in ("step", "tile", "program"):
+            of = getattr(row, part)
+            listed = {name: n for name, n in of.issued.items() if n}
+            listed |= {name: getattr(of, name) for name in ("multiplies", "sectors", "wavefronts")}
+            print("    ", part, " ".join(f"{name}:{n:.0f}" for name, n in listed.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

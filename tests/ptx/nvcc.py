@@ -1,0 +1,76 @@
+"""PTX of CUDA C++ as nvcc writes it; kept in ``build/ptx``, so that a source is compiled once."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+# From sm_90 on with the instructions that no later architecture keeps: wgmma, setmaxnreg, tcgen05.
+TARGETS = {75: "sm_75", 80: "sm_80", 86: "sm_86", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
+BUILD = Path(__file__).resolve().parents[2] / "build" / "ptx"
+_FLAGS = ("-ptx", "-std=c++17", "--Werror", "all-warnings")
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+
+
+def why_no_nvcc() -> str | None:
+    """A sentence if there is no nvcc, else None."""
+    home = os.environ.get("CUDA_HOME")
+    if _nvcc():
+        return None
+    if home:
+        return f"CUDA_HOME is {home!r}, which has no bin/nvcc"
+    return "there is no nvcc (CUDA_HOME says where the CUDA toolkit is)"
+
+
+def ptx_of(source: Path, arch: int) -> str:
+    """The PTX of a ``.cu`` file for an architecture, 90 being ``sm_90a``.
+
+    Compiled again only if the source, a header that it includes in quotes, or nvcc has changed.
+    Raises ValueError for an unknown architecture, RuntimeError without nvcc or if it fails or warns.
+    """
+    if arch not in TARGETS:
+        raise ValueError(f"arch must be one of {', '.join(map(str, TARGETS))}, not {arch}")
+    if why_not := why_no_nvcc():
+        raise RuntimeError(why_not)
+    command = [_nvcc(), *_FLAGS, f"-arch={TARGETS[arch]}"]
+    key = hashlib.sha256("\0".join((*command, _version(_nvcc()))).encode())
+    for file in _with_headers(source):
+        key.update(file.read_bytes())
+    kept = BUILD / f"{source.stem}-{TARGETS[arch]}-{key.hexdigest()[:16]}.ptx"
+    if not kept.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        own = kept.with_suffix(f".{os.getpid()}")  # another process may compile the same
+        done = subprocess.run(
+            [*command, str(source), "-o", str(own)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"nvcc refuses {source.name} for {TARGETS[arch]}:\n{done.stderr}")
+        own.replace(kept)
+    return kept.read_text()
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which(os.path.join(home, "bin", "nvcc"))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@cache
+def _version(nvcc: str) -> str:
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """The file and what it includes in quotes, and so on, each once."""
+    found: list[Path] = []
+    left = [source]
+    while left:
+        file = left.pop()
+        if file not in found:
+            found.append(file)
+            left += [file.parent / name for name in _INCLUDE.findall(file.read_text())]
+    return found
