@@ -4,8 +4,8 @@
     python bench/report.py --check    # exit status 1 if a section and the records disagree
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
-shown, of ``inference-*``, ``accelerate-*``, ``traffic-*`` and ``compiled-*`` the newest one. No figure
-is typed by hand.
+shown, of ``inference-*``, ``accelerate-*``, ``traffic-*``, ``executed-*`` and ``compiled-*`` the newest
+one. No figure is typed by hand.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from lorafast.bench.common.table import markdown, megabytes, why_no_time
 from lorafast.bench.layer.report import duration
 from lorafast.bench.operations.job import COPY, PRODUCT
 
-from lorafast.bench import accelerate, layer, models, operations, traffic
+from lorafast.bench import accelerate, executed, layer, models, operations, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -98,7 +98,8 @@ def state(results: Path) -> str:
     names = [run["machine"]["device"] for run in newest(results, "gpu").values()]
     compiled = [run for run in newest(results, "compiled").values() for run in run["compiled"]]
     targets = ", ".join(_unique(str(row["capability"]) for row in compiled))
-    others = f"compiled (sm_{targets}), not run" if targets else "not run"
+    also_executed = f"compiled (sm_{targets}), their PTX is executed on a CPU, not run"
+    others = also_executed if targets else "not run"
     page = f"[docs/{PERFORMANCE.name}](docs/{PERFORMANCE.name})"
     if names:
         said = f"**timed on {' and '.join(names)}** ({page}); for other GPUs they are {others}."
@@ -149,7 +150,7 @@ def performance(results: Path) -> str:
     kinds = (
         ("gpu", "", _section), ("cpu", "", _section), ("inference", "Inference: ", _section),
         ("accelerate", "PEFT's models: ", _section), ("traffic", "", _traffic),
-        ("compiled", "", _compiled),
+        ("executed", "", _executed), ("compiled", "", _compiled),
     )  # fmt: skip
     for kind, heading, render_run in kinds:
         runs = newest(results, kind)
@@ -388,6 +389,45 @@ def _traffic(path: Path, run: Run) -> str:
         "(`lorafast bench --traffic`, the same on every machine; "
         f"[record]({_relative(path)})). *The least* moves every operand once.{ridden}\n\n"
         + markdown(header, lines)
+    )
+
+
+def _executed(path: Path, run: Run) -> str:
+    rows = [executed.Row(**row) for row in run["executed"]]
+    lines = [
+        [
+            f"sm_{row.capability}",
+            f"`{row.name}`",
+            f"{row.M} × {row.K} → {row.N}, r = {row.r}",
+            *(f"{row.cycles[unit] / 1000:.1f}" for unit in executed.UNITS),
+            row.bound,
+            f"{row.issued_per_multiply:.2f}",
+            f"{row.step['conflicts']:.0f}",
+            f"{row.in_flight / 1024:.0f}",
+            f"{row.registers}",
+        ]
+        for row in rows
+    ]
+    header = [
+        "",
+        "kernel",
+        "layer",
+        *executed.UNITS,
+        "bound by",
+        "issued a multiply",
+        "conflicts",
+        "KB in flight",
+        "registers",
+    ]
+    return (
+        "## What kernels execute, counted\n\n"
+        "Executed, not timed: the PTX of our Triton kernels is run instruction by instruction on a CPU, "
+        f"and counted (`{run['command']}`, the same on every machine; [record]({_relative(path)})). "
+        "*tensor*, *issue*, *shared* and *memory* are thousands of cycles of an SM for a tile of a GEMM "
+        "or a program of a skinny kernel: what each unit takes alone, at its full rate; memory is L2 "
+        "for a GEMM, device memory else. *issued a multiply*: instructions of warps in the main loop "
+        "for each 16 × 8 × 16 multiply-adds. *conflicts*: passes over the banks of shared memory "
+        "in a step beyond the least.\n\n" + markdown(header, lines)
     )
 
 

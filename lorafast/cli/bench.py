@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorafast.bench import layer, traffic
+from lorafast.bench import executed, layer, traffic
 from lorafast.bench.accelerate import MODELS as PEFT_MODELS
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--traffic",
         action="store_true",
         help="bytes and launches of a layer on a GPU, counted, not timed: needs no GPU",
+    )
+    what.add_argument(
+        "--executed",
+        action="store_true",
+        help="instructions and memory accesses of our Triton kernels on a GPU, executed and counted, "
+        "not timed, and the unit of an SM that bounds each: needs a checkout and a C++ compiler, no GPU",
     )
     what.add_argument(
         "--call-overhead", action="store_true", help="microseconds of a call on a tiny layer"
@@ -147,6 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
             torch.cuda.set_device(of)  # events belong to the current one
         problems = _problems(arguments, _DEFAULTS[of.type])
         counted = _problems(arguments, _TRAFFIC_DEFAULTS)
+        if arguments.executed:
+            executed.check()
         if _times_layers(arguments):
             _refuse_too_large(problems, of)
         if arguments.plot is not None:
@@ -162,6 +170,9 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("\ninterrupted: what was done is kept", file=sys.stderr)
             status = terminal.INTERRUPTED
+        except executed.UnexecutedError as error:
+            terminal.complain(_COMMAND, error)
+            status = 2
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -179,7 +190,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _times_layers(arguments: argparse.Namespace) -> bool:
-    others = (arguments.traffic, arguments.call_overhead, arguments.models, arguments.accelerate)
+    others = (
+        arguments.traffic, arguments.executed, arguments.call_overhead, arguments.models,
+        arguments.accelerate,
+    )  # fmt: skip
     return arguments.layers or arguments.plot is not None or not any(others)
 
 
@@ -231,6 +245,8 @@ def _measure(
         )  # fmt: skip
     if arguments.traffic:
         traffic.run(counted, arguments.against or _TRAFFIC_DEFAULTS["against"], record=record)
+    if arguments.executed:
+        executed.run(record=record)
     if arguments.call_overhead:
         run_call_overhead(arguments.against or ["peft"], device=device, record=record)
     for name, r, dtype in itertools.product(

@@ -186,3 +186,34 @@ def test_what_is_put_into_a_document_is_found_there(report):
         assert section.of(written) == "a line"
         assert written.startswith("before ")
         assert written.endswith("\nafter")
+
+
+def test_what_kernels_execute(report, record, tmp_path):
+    part = {"issued": {"tensor": 8.0, "integer": 24.0}, "multiplies": 8 * 2048.0, "conflicts": 3.0}
+    row = {
+        "operation": "linear_expand", "variant": "dx", "capability": 90,
+        "M": 8192, "K": 4096, "N": 1024, "r": 16, "step": part, "tile": part, "program": part,
+        "steps": 64, "tiles": 512, "in_flight": 65536.0, "from_l2": True, "registers": 168,
+        "cycles": {"tensor": 1234.0, "issue": 2500.0, "shared": 40960.0, "memory": 1.0},
+        "bound": "shared", "exposed": 99.5,
+    }  # fmt: skip
+    record("executed-old", [], day=1, executed=[])
+    record(
+        "executed-new", [], day=2, executed=[row, row | {"variant": "", "capability": 80}],
+        command="lorafast bench --executed --json x.json",
+    )  # fmt: skip
+    performance = report.performance(tmp_path)
+    _, section = performance.split("## What kernels execute, counted\n\n")
+    assert "`lorafast bench --executed --json x.json`" in section
+    assert "[record](executed-new.json)" in section
+    head, _, *lines = (line for line in section.split("\n") if line.startswith("|"))
+    assert [cell.strip() for cell in head.split("|")[2:-1]] == [
+        "kernel", "layer", "tensor", "issue", "shared", "memory", "bound by", "issued a multiply",
+        "conflicts", "KB in flight", "registers",
+    ]  # fmt: skip
+    assert lines == [
+        "| sm_90 | `linear_expand dx` | 8192 × 4096 → 1024, r = 16 | 1.2 | 2.5 | 41.0 | 0.0 "
+        "| shared | 4.00 | 3 | 64 | 168 |",
+        "| sm_80 | `linear_expand` | 8192 × 4096 → 1024, r = 16 | 1.2 | 2.5 | 41.0 | 0.0 "
+        "| shared | 4.00 | 3 | 64 | 168 |",
+    ]
