@@ -98,8 +98,9 @@ def state(results: Path) -> str:
     names = [run["machine"]["device"] for run in newest(results, "gpu").values()]
     compiled = [run for run in newest(results, "compiled").values() for run in run["compiled"]]
     targets = ", ".join(_unique(str(row["capability"]) for row in compiled))
-    also_executed = f"compiled (sm_{targets}), their PTX is executed on a CPU, not run"
-    others = also_executed if targets else "not run"
+    others = (
+        f"compiled (sm_{targets}) and executed on a CPU as PTX, not run" if targets else "not run"
+    )
     page = f"[docs/{PERFORMANCE.name}](docs/{PERFORMANCE.name})"
     if names:
         said = f"**timed on {' and '.join(names)}** ({page}); for other GPUs they are {others}."
