@@ -26,6 +26,7 @@ PAGES = {
         )
     },
     "CONTRIBUTING.md": "contributing.html",
+    "tests/ptx/README.md": "ptx.html",
     "CHANGELOG.md": "changelog.html",
 }  # fmt: skip
 """From the checkout → into the folder of the pages."""
