@@ -52,7 +52,7 @@ test-all: $(READY)
 	$(if $(ARGS),,$(EXECUTED) -m executed)
 
 test-executed: $(READY)
-	$(EXECUTED) -m executed $(ARGS)
+	EXECUTE=all $(EXECUTED) -m executed $(ARGS)
 
 # What accelerates PEFT's layers, with any release of PEFT: make test-peft PEFT=0.21.0. It lies in a folder
 # of its own, before the one in .venv.

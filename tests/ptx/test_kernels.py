@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import random
 
 import pytest
 import torch
@@ -177,6 +179,7 @@ def test_the_mask_is_the_references_bit_for_bit(arch, bias):
     assert torch.equal(y != 0, keep_mask(M, N, 0.3, seed))
 
 
+ALWAYS_WHOLE = (80, 90)
 LIKE_SM_80 = (86, 89)
 """Triton makes the same PTX for them."""
 
@@ -190,8 +193,15 @@ def same_on_sm_80(case):
 @pytest.mark.parametrize("operation", ["shrink", "expand", "linear_expand", "expand_backward",
                                        "shrink_backward", "lora_linear"])  # fmt: skip
 def test_every_configuration_that_ships(operation, arch):
-    """In every variant that a layer launches of it, two schedules each."""
+    """In every variant that a layer launches of it, two schedules each. Of some architectures a quarter
+    drawn by lot; all with EXECUTE=all, which make test-executed sets."""
     known = set() if arch not in LIKE_SM_80 else {same_on_sm_80(case) for case in shipped(80)}
-    for case in shipped(arch):
-        if case.operation == operation and same_on_sm_80(case) not in known:
-            check(case, seeds=(0, 1))
+    cases = [
+        case for case in shipped(arch)
+        if case.operation == operation and same_on_sm_80(case) not in known
+    ]  # fmt: skip
+    if arch not in ALWAYS_WHOLE and os.environ.get("EXECUTE") != "all":
+        cases = random.sample(cases, -(-len(cases) // 4))
+    for case in cases:
+        print(case)  # shown with a failure
+        check(case, seeds=(0, 1))
