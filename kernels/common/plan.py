@@ -22,7 +22,11 @@ from lorafast.reference import wide
 
 _FLOPS_PER_BYTE = 97
 """FLOPs of an SM in the time in which a helper reads one byte: on sm_90 3,400 FLOPs a clock, over 35
-bytes a clock beside the GEMM. Elsewhere it is of the same order."""
+bytes a clock beside the GEMM; executed, a helper's item takes no less than a clock for 51 bytes
+(``tests/ptx/counts.py``). Elsewhere it is of the same order."""
+_MOST_READ = 3
+"""A third of the programs, as helpers, read what device memory gives: on sm_90 12 bytes a clock and
+SM."""
 
 
 _TWO_LOADS = 16
@@ -144,13 +148,14 @@ class ShrinkBackwardLaunch:
 class Helpers:
     """``helpers`` of the ``programs`` CTAs do skinny work first, and miss ``waves`` rounds of tiles.
 
-    ``rounds``: rounds of tiles that the launch takes; ``alone``: that the GEMM takes without helpers.
+    ``rounds``: how long the launch takes, a round of tiles being 1; ``alone``: how many rounds the GEMM
+    takes without helpers.
     """
 
     helpers: int
     waves: int
     programs: int
-    rounds: int = 1
+    rounds: float = 1
     alone: int = 1
 
 
@@ -374,29 +379,45 @@ def _plan(
 ) -> Helpers | None:
     """The helpers for a GEMM ``[M, K] · [K, N]`` beside which they read x; ``size`` is an element's.
 
-    None where helpers can't serve: none in the configuration, a rank of several blocks, or skinny work
-    that would outlast half of the GEMM. Whether they pay, ``rounds`` says.
+    They miss so many rounds that the launch ends soonest, and as many as that allows: then they may be
+    slower than they were taken to be. None where helpers can't serve: none in the configuration, a rank
+    of several blocks, tiles of one round, whose K is better cut, or skinny work that would outlast half
+    of the GEMM. Whether they pay, ``rounds`` says.
     """
     if r > config.block_r or K == 0:
         return None
-    tiles = _blocks(M, config.block_m) * _blocks(N, config.block_n)
-    programs = sms * config.ctas_per_sm
-    helpers = config.helpers
+    row_blocks = _blocks(M, config.block_m)
+    tiles = row_blocks * _blocks(N, config.block_n)
+    programs, helpers = sms * config.ctas_per_sm, config.helpers
     if not 0 < helpers < programs:
         return None
-    tile_flops = 2 * config.block_m * config.block_n * K
     alone = _blocks(tiles, programs)
-    waves = -(-M * K * size * _FLOPS_PER_BYTE // (helpers * tile_flops))
-
-    def rounds(missed: int) -> int:
-        return missed + _blocks(max(tiles - missed * (programs - helpers), 0), programs)
-
-    if 2 * waves > alone:
+    skinny = skinny_rounds(config, row_blocks, size, programs)
+    if alone < 2 or 2 * skinny > alone:
         return None
-    # Give helpers more time while the other CTAs need no round more for it.
-    while 2 * (waves + 1) <= alone and rounds(waves + 1) == rounds(waves):
-        waves += 1
+
+    def rounds(missed: int) -> float:
+        others = programs - helpers
+        late = max(tiles - missed * others, 0)
+        # The last round is the others' first.
+        of_helpers = skinny + _blocks(max(late - others, 0), programs)
+        return max(missed + _blocks(late, programs), of_helpers)
+
+    waves = min(range(alone // 2, -1, -1), key=rounds)
     return Helpers(helpers, waves, programs, rounds(waves), alone)
+
+
+def skinny_rounds(config: LaunchConfig, row_blocks: int, size: int, programs: int) -> float:
+    """How many rounds of tiles the skinny work takes, whichever is longer: of the helper that has most
+    of it, or of memory, for all of it."""
+    of_one = _blocks(row_blocks, config.helpers)
+    most = max(of_one, row_blocks * _MOST_READ / programs)
+    return most * item_rounds(config.block_n, size)
+
+
+def item_rounds(block_n: int, size: int) -> float:
+    """How long a row block of x, in elements of ``size`` bytes, keeps a helper; a tile takes 1."""
+    return size * _FLOPS_PER_BYTE / (2 * block_n)
 
 
 def forward_helpers(

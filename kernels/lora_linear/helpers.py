@@ -25,15 +25,23 @@ TICKETS, ITEMS, FINISHED, FLAGS = (tl.constexpr(i) for i in range(4))
 def tile_count(program, programs, tiles, waves, HELPERS: tl.constexpr):
     """How many rounds of tiles a program goes through, those that a helper misses counted."""
     late = tiles - waves * (programs - HELPERS)
-    return waves + tl.maximum(tl.cdiv(late - program, programs), 0)
+    return waves + tl.maximum(tl.cdiv(late - place_of(program, programs, HELPERS), programs), 0)
 
 
 @triton.jit
 def tile_of(turn, program, programs, waves, HELPERS: tl.constexpr):
     """The tile of a program in a round: helpers have none in the first ``waves`` of them."""
-    early = turn * (programs - HELPERS) + program - HELPERS
-    late = waves * (programs - HELPERS) + (turn - waves) * programs + program
+    place = place_of(program, programs, HELPERS)
+    early = turn * (programs - HELPERS) + place
+    late = waves * (programs - HELPERS) + (turn - waves) * programs + place
     return tl.where(turn < waves, early, late)
+
+
+@triton.jit
+def place_of(program, programs, HELPERS: tl.constexpr):
+    """The place of a program in a round: helpers come last, so that a round which isn't full leaves out
+    them, who may be late."""
+    return program - HELPERS + tl.where(program < HELPERS, programs, 0)
 
 
 @triton.jit
