@@ -425,8 +425,9 @@ def _executed(path: Path, run: Run) -> str:
         "Executed, not timed: the PTX of our Triton kernels is run instruction by instruction on a CPU, "
         f"and counted (`{run['command']}`, the same on every machine; [record]({_relative(path)})). "
         "*tensor*, *issue*, *shared* and *memory* are thousands of cycles of an SM for a tile of a GEMM "
-        "or a program of a skinny kernel: what each unit takes alone, at its full rate; memory is L2 "
-        "for a GEMM, device memory else. *issued a multiply*: instructions of warps in the main loop "
+        "or a program of a skinny kernel, or an item of helpers: what each unit takes alone, at its "
+        "full rate; memory is L2 for a GEMM and beside it, device memory else. *issued a multiply*: "
+        "instructions of warps in the main loop "
         "for each 16 × 8 × 16 multiply-adds. *conflicts*: passes over the banks of shared memory "
         "in a step beyond the least.\n\n" + markdown(header, lines)
     )

@@ -21,7 +21,8 @@ _HEADER = (
 )  # fmt: skip
 NOTES = """\
 tensor, issue, shared, memory: thousands of cycles of an SM for one tile of a GEMM, one program of a
-skinny kernel, each unit alone at its full rate; memory is L2 for a GEMM, device memory else
+skinny kernel, one item of helpers (a row block of x shrunk beside a GEMM), each unit alone at its full
+rate; memory is L2 for a GEMM and beside it, device memory else
 issued / multiply: instructions of warps for each multiply-add of 16 x 8 x 16 numbers, in the main loop
 conflicts: passes over the banks of shared memory in a step beyond the least; in flight: bytes that the
 loop asks memory for ahead, on an SM"""

@@ -17,11 +17,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+from lorafast.kernels.common import plan
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.plan import Helpers
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
+from lorafast.kernels.lora_linear import lora_linear
 from lorafast.kernels.shrink import shrink
 from lorafast.kernels.shrink_backward import shrink_backward
 from lorafast.kernels.tables import find
@@ -303,6 +307,64 @@ def count(subject: Subject, capability: int, M: int, K: int, N: int, r: int) -> 
     )  # fmt: skip
 
 
+def count_helped(capability: int, M: int, K: int, N: int, r: int) -> list[Row]:
+    """A tile of a layer's forward with helpers and an item of theirs, a row block of x shrunk; none
+    where the forward has no helpers.
+
+    One program after the other is executed: nobody waits for a flag, and counts are the same each time.
+    More columns of tiles are more tiles and no more items.
+    """
+    config = find("linear_expand", capability, torch.bfloat16, M, K, N, r, capability >= 90)
+    thin = find("shrink", capability, torch.bfloat16, M, K, K, r)
+
+    def call(empty: Callable[..., torch.Tensor], M: int, K: int, N: int) -> object:
+        return lora_linear(empty(M, K), empty(N, K), empty(r, K), empty(N, r), 2.0, config=config)
+
+    def on_meta(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.bfloat16, device="meta")
+
+    full, *others = launches_of(capability, lambda: call(on_meta, M, K, N), SMS[capability])
+    if others:
+        return []
+
+    def run(rows: int, cols: int, steps: int) -> Amounts:
+        sizes = rows * config.block_m, steps * config.block_k, cols * config.block_n
+        few = Helpers(config.helpers, 0, config.helpers + 1)
+        planned = mock.patch.object(plan, "_plan", return_value=few)
+        with planned, executed(capability, seed=2, resident=1) as state:
+            call(_on_cpu, *sizes)
+        if state.ran[0][0].code != full.code:
+            raise RuntimeError("few tiles of lora_linear run other code than all")
+        return amounts(state.ran[0][2].counts)
+
+    more = _MORE - _FEW
+    narrow, long, tall = run(1, 1, _FEW), run(1, 1, _MORE), run(2, 1, _FEW)
+    wide, wide_long = run(1, 2, _FEW), run(1, 2, _MORE)
+    tile_step = wide_long.minus(wide).minus(long.minus(narrow)).over(more)
+    tile = wide.minus(narrow)
+    item = tall.minus(narrow).minus(tile)
+    # A helper's step is of its own length.
+    per_step = thin.block_k / config.block_k
+    item_step = long.minus(narrow).minus(tile_step, more).over(more / per_step)
+    program = narrow.minus(tile).minus(item).over(config.helpers + 1)
+    row_blocks, col_blocks = -(-M // config.block_m), -(-N // config.block_n)
+    registers = Known(capability, KNOWN_IS_ENOUGH).machine("lora_linear", full)[0].registers
+
+    def row(variant: str, step: Amounts, whole: Amounts, block: int, tiles: int, ahead: int) -> Row:
+        return Row(
+            "lora_linear", variant, capability, M, K, N, r, step,
+            whole.minus(step, _FEW * config.block_k / block), program, -(-K // block), tiles,
+            32 * step.sectors * ahead, True, registers,
+        )  # fmt: skip
+
+    return [
+        row(
+            "tile", tile_step, tile, config.block_k, row_blocks * col_blocks, config.num_stages - 1
+        ),
+        row("item", item_step, item, thin.block_k, row_blocks, thin.num_stages - 1),
+    ]
+
+
 SIZES = (
     (8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 1024, 16), (512, 4096, 4096, 16),
 )  # fmt: skip
@@ -317,6 +379,7 @@ def rows(capabilities: tuple[int, ...] = (80, 90)) -> list[Row]:
                 if subject.operation != "linear_expand" and (M, N) != (8192, 4096):
                     continue
                 found.append(count(subject, capability, M, K, N, r))
+            found += count_helped(capability, M, K, N, r)
     return found
 
 

@@ -144,6 +144,30 @@ def test_the_unit_that_bounds():
 
 @pytest.mark.executed
 @pytest.mark.skipif(INTERPRETED, reason="needs a process without TRITON_INTERPRET")
+def test_tiles_and_items_of_a_forward_with_helpers():
+    M, K, N, r = 8192, 4096, 4096, 16
+    tile, item = counts.count_helped(90, M, K, N, r)
+    assert (tile.tiles, item.tiles) == (64 * 16, 64)
+    assert tile.steps * tile.step.multiplies + tile.tile.multiplies == 128 * 256 * (K + 16)
+    assert item.steps * item.step.multiplies == 128 * K * 16
+    assert item.tile.multiplies == 0
+    # x and A once, in sectors of 32 bytes; beside that s, flags and the queue.
+    assert item.step.sectors == (128 + 16) * 128 * 2 / 32
+    assert item.tile.sectors < 150
+    assert (tile.bound, max(tile.cycles.values())) == ("shared", 66_816)
+    assert (item.bound, max(item.cycles.values())) == ("shared", 20_393)
+    # No program waits for another: those that poll would be counted with.
+    assert tile.tile.issued["global"] < 100
+    assert counts.count_helped(90, M, K, N, r) == [tile, item]
+
+
+def test_where_there_are_no_helpers_nothing_is_counted():
+    assert counts.count_helped(80, 8192, 4096, 4096, 16) == []
+    assert counts.count_helped(90, 8192, 4096, 1024, 16) == []
+
+
+@pytest.mark.executed
+@pytest.mark.skipif(INTERPRETED, reason="needs a process without TRITON_INTERPRET")
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", ["linear_expand forward", "shrink dropout", "shrink_backward"])
 def test_what_is_counted_is_the_code_of_the_full_launch(monkeypatch, name, capability):

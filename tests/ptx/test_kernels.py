@@ -149,6 +149,29 @@ def test_helpers(monkeypatch, kind, arch):
     check(case, seeds=range(10))
 
 
+@pytest.mark.parametrize("waves", [0, 2, 4])
+def test_helpers_that_miss_another_number_of_rounds(monkeypatch, waves):
+    """The last round of 12 tiles is none, full, or for some of the programs."""
+    with_helpers(monkeypatch, helpers=2, waves=waves, programs=5)
+    check(dataclasses.replace(small(90), operation="lora_linear", M=200), seeds=range(5))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("resident", [1, 3, 4])
+def test_a_gemm_on_fewer_sms_than_it_has_programs(monkeypatch, arch, resident):
+    """It gives the same bits, also with as many programs as PyTorch's carve-out leaves SMs."""
+    case = small(arch, sms=5)
+    found, grids = [], []
+    for left_free, at_once in ((0, 5), (0, resident), (2, 3)):
+        monkeypatch.setattr(torch._C, "_get_sm_carveout_experimental", lambda n=left_free: n)
+        with executed(arch, 3, at_once, sms=case.sms) as state:
+            found.append(case.call()(case.kernels(), lambda t, to=case.dtype: t.to(to)))
+        grids += [launch.grid[0] for launch, *_ in state.ran]
+    assert grids == [5, 5, 3]
+    assert same_bits(found[1], found[0])
+    assert same_bits(found[2], found[0])
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_counters_are_left_as_they_were_found(monkeypatch, arch):
     """Two launches in a row on the same ones, not cleared between."""
