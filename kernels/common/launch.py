@@ -14,6 +14,7 @@ from lorafast.kernels.common.configs import (
 from lorafast.kernels.common.plan import precision_of, skinny_precision_of
 from torch import Tensor
 
+from lorafast.core.sms import planned_for
 from lorafast.kernels import tables
 from lorafast.reference.dropout import survivor_scale, threshold
 
@@ -53,8 +54,8 @@ NO_MASK = mask_of(0.0, None)
 
 
 def sms(x: Tensor) -> int:
-    """The number of SMs of the device of ``x``."""
-    return _sms(x.device) if x.is_cuda else INTERPRETER_SMS
+    """The number of SMs that launches are planned for on the device of ``x``."""
+    return planned_for(_sms(x.device) if x.is_cuda else INTERPRETER_SMS)
 
 
 @functools.lru_cache

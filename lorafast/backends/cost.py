@@ -22,6 +22,7 @@ import torch
 from lorafast.backends import registry
 from lorafast.backends.plan import Plan
 from lorafast.core.problem import DENSE, Layout, Problem
+from lorafast.core.sms import planned_for
 from lorafast.kernels.tables import tuned
 from lorafast.kernels.tables.find import GEMMS, nearest_architecture
 
@@ -76,8 +77,8 @@ _LEAST_BANDWIDTH = {80: 1.4e10, 86: 8.3e9, 89: 5.2e9, 90: 1.7e10, 100: 5.4e10, 1
 class Device:
     """A GPU: its compute capability as in ``sm_90``, and what it reaches.
 
-    ``flops``: FLOP/s of large 16-bit GEMMs; ``float32_flops``: without tensor cores; ``bandwidth``:
-    bytes a second of a copy, read and written.
+    ``sms``: those that launches are planned for; ``flops``: FLOP/s of large 16-bit GEMMs;
+    ``float32_flops``: without tensor cores; ``bandwidth``: bytes a second of a copy, read and written.
     """
 
     name: str
@@ -159,12 +160,18 @@ def pretending(device: Device) -> Iterator[None]:
 
 
 def gpu_of(device: torch.device) -> Device | None:
-    """What is known of ``device``, None if it is no GPU."""
+    """What is known of ``device``, None if it is no GPU.
+
+    PyTorch's SM carve-out takes of its SMs alone: rates are the whole device's, PyTorch's GEMMs and ours
+    lose the same of them.
+    """
     if _pretended is not None:
         return _pretended
     if device.type != "cuda" or not torch.cuda.is_available():  # a fake tensor may be there
         return None
-    return device_of(device)
+    found = device_of(device)
+    sms = planned_for(found.sms)
+    return found if sms == found.sms else replace(found, sms=sms)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lorafast.backends import composed
 from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.core.errors import BackendError
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.core.sms import carveout
 
 AUTO = "auto"
 _KEPT = 4096
@@ -122,11 +123,11 @@ def plan_of(name: str, problem: Problem) -> Plan | Refusal:
     Raises:
         TypeError: the answer is neither a plan nor a refusal, or a plan that doesn't suit the problem.
     """
-    return _plan_of(name, problem, _times_forgotten)
+    return _plan_of(name, problem, _times_forgotten, carveout())
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def _plan_of(name: str, problem: Problem, times_forgotten: int) -> Plan | Refusal:
+def _plan_of(name: str, problem: Problem, times_forgotten: int, carveout: int) -> Plan | Refusal:
     backend = _backends.get(name)
     if backend is None:  # forced, or of a forward whose backward comes now
         return Refusal(name, "it is registered no more")
@@ -161,11 +162,11 @@ def choose(problem: Problem, forced: str | None = None) -> Plan:
     Raises:
         BackendError: the forced backend refuses; the message has its reason.
     """
-    return _choose(problem, forced, _times_forgotten)
+    return _choose(problem, forced, _times_forgotten, carveout())
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def _choose(problem: Problem, forced: str | None, times_forgotten: int) -> Plan:
+def _choose(problem: Problem, forced: str | None, times_forgotten: int, carveout: int) -> Plan:
     if forced is not None:
         answer = plan_of(forced, problem)
         if isinstance(answer, Refusal):

@@ -11,6 +11,7 @@ from torch import Tensor
 from lorafast.backends import registry
 from lorafast.backends.plan import Run
 from lorafast.core.problem import PLAIN, Problem
+from lorafast.core.sms import carveout
 from lorafast.operands import Weight
 from lorafast.ops import unstrided
 from lorafast.ops.checks import check_lora_linear
@@ -93,10 +94,10 @@ def layouts_matter(x: Tensor, backend: str | None) -> bool:
 
 
 def where(matrices: Iterable[Tensor]) -> tuple[object, ...]:
-    """What the layouts of matrices are made of, and their devices."""
-    return tuple(
-        [(t.stride(), t.data_ptr() & 15 if type(t) in PLAIN else 0, t.device) for t in matrices]
-    )
+    """What the layouts of matrices are made of, and their devices with the SMs that are left free."""
+    return carveout(), *[
+        (t.stride(), t.data_ptr() & 15 if type(t) in PLAIN else 0, t.device) for t in matrices
+    ]
 
 
 def first_call(

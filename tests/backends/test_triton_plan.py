@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from lorafast.kernels.common.configs import OPERATIONS, LaunchConfig
 from lorafast.kernels.common.plan import LoraLinearLaunch
 
-from lorafast.backends import cost
+from lorafast.backends import cost, registry
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton, backend, planning
@@ -211,6 +211,18 @@ def test_helpers_need_no_tuned_card(on):
     said = f"{helpers.helpers} of 132 programs help for {helpers.waves} rounds of tiles: s"
     assert line.endswith(said)
     assert plan.seconds == model.estimate(problem("lora_linear"), H200).seconds
+
+
+def test_plans_leave_the_sms_free_that_pytorch_is_asked_to(on, monkeypatch):
+    """Not the rates: what is measured and modelled is of the device."""
+    on(H200)
+    for free, grid in ((None, 132), (16, 116), (None, 132)):
+        monkeypatch.setattr(torch._C, "_get_sm_carveout_experimental", lambda free=free: free)
+        for operation in ("lora_linear", "linear_expand"):
+            plan = registry.plan_of("triton", problem(operation))
+            assert any(f" grid {grid}," in line for line in plan.launches)
+        found = cost.gpu_of(torch.device("cuda", 0))
+        assert found == dataclasses.replace(H200, sms=grid)
 
 
 def test_a_layer_without_helpers_is_its_operations_and_says_why(on):

@@ -3,8 +3,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from lorafast.kernels.common import launch
 from lorafast.kernels.common.configs import chunks
-from lorafast.kernels.common.launch import precision
+from lorafast.kernels.common.launch import precision, sms
 
 
 @pytest.fixture
@@ -38,3 +39,11 @@ def test_chunks_cover_the_length_once(length, programs):
     covered = [min((i + 1) * blocks * block, length) - i * blocks * block for i in range(count)]
     assert sum(covered) == length
     assert min(covered) > 0
+
+
+def test_launches_leave_the_sms_free_that_pytorch_is_asked_to(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETER_SMS", 132)
+    x = torch.ones(1)
+    assert sms(x) == 132
+    monkeypatch.setattr(torch._C, "_get_sm_carveout_experimental", lambda: 16, raising=False)
+    assert sms(x) == 116
