@@ -23,7 +23,7 @@ TABLE: Table = {
     "linear_expand": (
         # bits, M, K, N, largest rank
         (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 4,
-            descriptors=True, flatten=True, parts=4, masked_parts=8, helpers=8)),
+            descriptors=True, flatten=True, parts=4, masked_parts=4, helpers=8)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 4, 6,
             descriptors=True, masked_parts=4)),
         (16, 64, 4096, 4096, 64, LaunchConfig(64, 32, 256, 16, 4, 4, descriptors=True)),

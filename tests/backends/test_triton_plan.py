@@ -75,12 +75,12 @@ def test_dbias_is_made_beside_factors_of_no_rank():
     [
         ((64, 64), 4, (4, 6)),
         ((128, 128), 4, (8, 6)),
-        ((128, 256), 8, (8, 3)),
-        ((128, 256), 4, (8, 3)),  # as the one above, once it has its warps
+        ((128, 256), 8, (8, 6)),
+        ((128, 256), 4, (8, 6)),  # as the one above, once it has its warps
     ],
     ids=str,
 )
-def test_a_mask_beside_a_large_accumulator_takes_warps_then_stages(tile, warps, masked):
+def test_a_mask_beside_a_large_accumulator_takes_warps(tile, warps, masked):
     config = LaunchConfig(*tile, 64, 16, warps, 6)
     for dropout, expected in ((False, (warps, 6)), (True, masked)):
         p = problem("linear_expand", transposed=True, dropout=dropout)
