@@ -247,10 +247,15 @@ def _may_flatten(dtype: torch.dtype, r: int, c: LaunchConfig, dropout: bool) -> 
 
 
 def _masked(c: LaunchConfig) -> LaunchConfig:
-    """More warps, and so fewer elements a thread, where an accumulator and a mask would spill: found by
-    compiling."""
-    crowded = c.block_m * c.block_n // (32 * c.num_warps) > _MOST_BESIDE_A_MASK
-    return replace(c, num_warps=_WARPS) if crowded and c.num_warps < _WARPS else c
+    """Fewer elements a thread where an accumulator and a mask would spill: by more warps, else by half
+    the columns. What is flattened without a mask has room for one: found by compiling."""
+    if _crowded(c) and c.num_warps < _WARPS:
+        c = replace(c, num_warps=_WARPS)
+    return replace(c, block_n=c.block_n // 2) if _crowded(c) and not c.flatten else c
+
+
+def _crowded(c: LaunchConfig) -> bool:
+    return c.block_m * c.block_n // (32 * c.num_warps) > _MOST_BESIDE_A_MASK
 
 
 def expand_backward_launch(

@@ -20,7 +20,7 @@ TABLE: Table = {
     "linear_expand": (
         # bits, M, K, N, largest rank
         (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 4,
-            descriptors=True, parts=4, masked_parts=8)),
+            descriptors=True, parts=4, masked_parts=4)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 4,
             descriptors=True, masked_parts=2)),
         (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 128, 16, 4, 4, descriptors=True)),
