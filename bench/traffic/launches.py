@@ -123,16 +123,13 @@ def _linear_expand(launch: LinearExpandLaunch, p: Problem) -> list[Launch]:
 
 
 def _tiles(launch: LinearExpandLaunch, p: Problem) -> Launch:
-    """All tiles of a GEMM with their low-rank term; under a mask each part of a tile reads s and the
-    seed for itself."""
+    """All tiles of a GEMM with their low-rank term; under a mask each reads the seed for itself."""
     c, K, N = launch.config, launch.K, launch.N
     rows, cols = _blocks(launch.M, c.block_m), _blocks(N, c.block_n)
     x, s, y = launch.M * K * _size(p), _low(p, launch.M), launch.M * N * _size(p)
     by_cols = N * K * _size(p) + N * p.r * _adapter(p) + (N * _size(p) if launch.bias else 0)
-    parts = launch.parts if launch.dropout else 1
     seed = _SEED if launch.dropout else 0
-    # A part beyond the last column loads nothing of B, but its rows of s.
-    loaded = cols * (x + parts * s) + rows * by_cols + rows * cols * parts * seed
+    loaded = cols * (x + s) + rows * by_cols + rows * cols * seed
     return Launch(x + s + by_cols + seed, y, loaded, y)
 
 

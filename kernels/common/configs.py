@@ -31,7 +31,7 @@ class LaunchConfig:
     - ``descriptors``: load and store by TMA, where the layout of the matrices allows it;
     - ``flatten``: the loads of the next tile begin before this one is written;
     - ``parts``: a tile is written in this many parts of its columns, in ``masked_parts`` if there is a
-      dropout mask;
+      dropout mask, which is made in as many;
     - ``helpers``: programs of a layer's forward that shrink x beside the GEMM, where that pays;
     - ``hybrid``: no fused kernel, but ``expand`` in these tiles and PyTorch's GEMM onto what it wrote.
     """

@@ -231,15 +231,20 @@ def sum_blocks(partials_ptr, offsets, inside, stride, count):
 
 
 @triton.jit
+def _mask_words(seed, rows, first_column, K, GROUPS: tl.constexpr):
+    """The four words of the mask of eight neighbouring columns, ``[rows, GROUPS]`` each."""
+    groups = first_column // 8 + tl.arange(0, GROUPS)
+    return _philox(seed, rows.to(tl.int64)[:, None] * tl.cdiv(K, 8) + groups[None, :])
+
+
+@triton.jit
 def drop_columns(x, seed, rows, first_column, K, threshold):
     """``x [len(rows), columns]`` with 0 where ``keep_mask`` drops, without a scale.
 
     Eight neighbouring columns are one thread's, as their call of Philox is: so no mask changes hands.
     """
     GROUPS: tl.constexpr = x.shape[1] // 8
-    groups = first_column // 8 + tl.arange(0, GROUPS)
-    counter = rows.to(tl.int64)[:, None] * tl.cdiv(K, 8) + groups[None, :]
-    w0, w1, w2, w3 = _philox(seed, counter)  # [rows, GROUPS] each
+    w0, w1, w2, w3 = _mask_words(seed, rows, first_column, K, GROUPS)
     # The last binary digit of a column, the half of a word, is split off first.
     even, odd = tl.split(tl.reshape(x, (x.shape[0], GROUPS, 2, 2, 2)))
     even02, even13 = tl.split(even)
@@ -254,6 +259,23 @@ def drop_columns(x, seed, rows, first_column, K, threshold):
     odd13 = tl.join(_high_kept(o1, w1, threshold), _high_kept(o3, w3, threshold))
     both = tl.join(tl.join(even02, even13), tl.join(odd02, odd13))
     return tl.reshape(both, x.shape)
+
+
+@triton.jit
+def drop_pairs(acc, seed, rows, first_column, K, threshold):
+    """The same for an accumulator, of which a thread has pairs of neighbouring columns: the words change
+    hands, half as many as there are elements.
+    """
+    GROUPS: tl.constexpr = acc.shape[1] // 8
+    w0, w1, w2, w3 = _mask_words(seed, rows, first_column, K, GROUPS)
+    # Joined once each: what is joined twice changes hands twice.
+    first = tl.join(w0, w2)[:, :, :, None]
+    second = tl.join(w1, w3)[:, :, :, None]
+    is_first = tl.arange(0, 2)[None, None, None, :] == 0
+    words = tl.where(is_first, first, second)  # [rows, GROUPS, 2, 2]
+    even, odd = tl.split(tl.reshape(acc, (acc.shape[0], GROUPS, 2, 2, 2)))
+    both = tl.join(_low_kept(even, words, threshold), _high_kept(odd, words, threshold))
+    return tl.reshape(both, acc.shape)
 
 
 @triton.jit

@@ -35,7 +35,6 @@ _MOST_BESIDE_A_MASK = 64
 """Elements of a GEMM's accumulator in a thread's registers, beside which it can make a mask."""
 _WARPS = 8
 """Of a GEMM, at most."""
-_STAGES_BESIDE_A_MASK = 3
 _MOST_BESIDE_DBIAS = 16
 """Elements of dB in a thread's registers, beside which it can sum dbias without spilling."""
 
@@ -85,7 +84,7 @@ class LinearExpandLaunch:
     """A GEMM ``[M, K] · [K, N]`` with its low-rank term, by ``programs`` CTAs that take tiles in turn.
 
     - ``splits``: the shares into which K is cut;
-    - ``parts``: the parts of its columns in which a tile is written;
+    - ``parts``: the parts of its columns in which a tile is written, and its mask made;
     - ``tma``: load and store by TMA, else by pointers;
     - ``transposed``: multiply by the weight, not by its transpose;
     - ``n_major``: TMA reads the second matrix as ``[K, N]``, as it lies in memory;
@@ -246,19 +245,18 @@ def linear_expand_launch(
 
 
 def _may_flatten(dtype: torch.dtype, r: int, c: LaunchConfig, dropout: bool) -> bool:
-    """With pointers the loads of two tiles are too many registers, a split has too much after its main
-    loop; with several blocks of the rank, or a mask, ptxas serializes sm_90's wgmma; float16's factors
-    Triton 3.6 can't pipeline so: found by compiling."""
+    """With pointers the loads of two tiles are too many registers, a mask beside them is, too; a split
+    has too much after its main loop; with several blocks of the rank ptxas serializes sm_90's wgmma;
+    float16's factors Triton 3.6 can't pipeline so: found by compiling."""
     return r <= c.block_r and not dropout and dtype is not torch.float16
 
 
 def _masked(c: LaunchConfig) -> LaunchConfig:
-    """Fewer elements a thread, or fewer stages, where an accumulator and a mask would spill: found by
-    compiling."""
+    """Fewer elements a thread where an accumulator and a mask would spill: by more warps, else by half
+    the columns. What is flattened without a mask has room for one: found by compiling."""
     if _crowded(c) and c.num_warps < _WARPS:
-        c = replace(c, num_warps=2 * c.num_warps)
-    # One that had more warps already, or still has too few.
-    return replace(c, num_stages=min(c.num_stages, _STAGES_BESIDE_A_MASK)) if _crowded(c) else c
+        c = replace(c, num_warps=_WARPS)
+    return replace(c, block_n=c.block_n // 2) if _crowded(c) and not c.flatten else c
 
 
 def _crowded(c: LaunchConfig) -> bool:

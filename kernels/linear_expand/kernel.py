@@ -1,7 +1,7 @@
 """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias`` in one accumulator.
 
 The low-rank term is the last K-step of the GEMM, so that nothing waits for ``s``; under a
-dropout mask, which falls on it alone, it is added part by part when the tile is written.
+dropout mask, which falls on it alone, it is the first, and the GEMM is added to it.
 
 As many programs as the device runs at once go through the tiles. Where the tiles are fewer than those,
 K is cut too: each program leaves a float32 partial sum, the last one of a tile adds them up in order.
@@ -33,6 +33,7 @@ from lorafast.kernels.linear_expand.tile import (
     add_low_rank,
     blocks_of,
     finish,
+    masked_low_rank,
     multiply,
     operands_of,
     tile_at,
@@ -93,7 +94,11 @@ def linear_expand_kernel(
         w = Matrix(w, stride_wn, stride_wk)
     items = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * splits
     k_blocks = tl.cdiv(K, BLOCK_K)
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
+    for item in tl.range(
+        tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN,
+        # What a mask takes would spill in the main loop, where pointers take many registers.
+        disable_licm=seed_ptr is not None and not DESCRIPTORS,
+    ):  # fmt: skip
         if partials_ptr is not None:
             tile = item // splits
             share = item % splits
@@ -104,8 +109,17 @@ def linear_expand_kernel(
             begin = 0
             end = k_blocks
         row_block, col_block = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        if mask is not None:
+            # Of the shares of a tile the first has the low-rank term: to the others there are no ranks.
+            ranks = r * (share == 0).to(tl.int32) if partials_ptr is not None else r
+            acc = masked_low_rank(
+                s, b, mask, row_block, col_block, M, N, ranks, scaling,
+                BLOCK_M, BLOCK_N, BLOCK_R, RANK_BLOCKS, PARTS, PRECISION, INTERPRETED,
+            )  # fmt: skip
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         acc = multiply(
-            x, w, row_block, col_block, begin, end, M, N, K,
+            acc, x, w, row_block, col_block, begin, end, M, N, K,
             BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, PRECISION, INTERPRETED,
         )  # fmt: skip
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -121,19 +135,18 @@ def linear_expand_kernel(
                 acc = sum_blocks(partials_ptr, offsets, inside, size, splits)
                 tl.store(counters_ptr + tile, 0)
         if last:
-            s_here = (
-                Matrix(s_ptr + end_block(s_ptr, INTERPRETED), stride_sm, stride_sr)
-                if FLATTEN
-                else s
-            )
             if mask is None:
+                s_here = (
+                    Matrix(s_ptr + end_block(s_ptr, INTERPRETED), stride_sm, stride_sr)
+                    if FLATTEN
+                    else s
+                )
                 acc = add_low_rank(
                     acc, s_here, b, rows, cols, M, N, r, scaling,
                     BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
                 )  # fmt: skip
             finish(
-                acc, y, s_here, b, bias, mask, row_block, col_block * BLOCK_N, M, N, r, scaling,
-                BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, PRECISION, INTERPRETED,
+                acc, y, bias, row_block, col_block * BLOCK_N, M, N, PARTS, DESCRIPTORS, INTERPRETED,
             )  # fmt: skip
 
 

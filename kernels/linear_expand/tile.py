@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from lorafast.kernels.common.configs import GROUP_M
-from lorafast.kernels.common.device import cast, dot, keep_mask
+from lorafast.kernels.common.device import cast, dot, drop_pairs
 from lorafast.kernels.common.plan import LinearExpandLaunch
 from lorafast.kernels.common.tma import describer
 from torch import Tensor
@@ -29,6 +29,7 @@ def tile_at(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
 
 @triton.jit
 def multiply(
+    acc,
     x,
     w,
     row_block,
@@ -46,11 +47,10 @@ def multiply(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The float32 accumulator of ``x·Wᵀ`` for one tile over the K blocks from begin to end.
+    """``acc + x·Wᵀ`` in float32 for one tile over the K blocks from begin to end.
 
     ``x [M, K]`` and ``w [N, K]`` are descriptors, with N_MAJOR that of W as ``[K, N]``, or ``Matrix``.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if DESCRIPTORS:
         m = row_block * BLOCK_M
         n = col_block * BLOCK_N
@@ -154,54 +154,81 @@ def _add_rank_block(
 
 
 @triton.jit
-def finish(
-    acc,
-    y,
+def masked_low_rank(
     s,
     b,
-    bias,
     mask,
     row_block,
-    first_col,
+    col_block,
     M,
     N,
     r,
     scaling,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Writes a tile in PARTS of its columns: with the low-rank term where it is masked (else it is in
-    the accumulator already), the bias, rounded.
+    """``drop(scaling · s·Bᵀ)`` of one tile, its mask made in PARTS of the columns."""
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = col_block * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = add_low_rank(
+        acc, s, b, rows, cols, M, N, r, 1.0, BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED
+    )
+    acc *= scaling * mask.scale
+    return _drop(acc, tl.load(mask.seed_ptr), rows, first_col, N, mask.threshold, PARTS)
 
-    ``y [M, N]`` is a descriptor or a pointer; ``bias`` is a ``Vector``, ``mask`` a ``Mask``, or None.
+
+@triton.jit
+def _drop(acc, seed, rows, first_col, N, threshold, PARTS: tl.constexpr):
+    """``drop_pairs``, part by part: the words of a whole mask are too many registers."""
+    if PARTS > 1:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
+        left, right = tl.split(halves)
+        left = _drop(left, seed, rows, first_col, N, threshold, PARTS // 2)
+        right = _drop(right, seed, rows, first_col + HALF, N, threshold, PARTS // 2)
+        acc = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), acc.shape)
+    else:
+        acc = drop_pairs(acc, seed, rows, first_col, N, threshold)
+    return acc
+
+
+@triton.jit
+def finish(
+    acc,
+    y,
+    bias,
+    row_block,
+    first_col,
+    M,
+    N,
+    PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Writes a tile in PARTS of its columns, with the bias, rounded.
+
+    ``y [M, N]`` is a descriptor or a pointer; ``bias`` is a ``Vector`` or None.
     """
     if PARTS > 1:
         HALF: tl.constexpr = acc.shape[1] // 2
         halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
         left, right = tl.split(halves)
         finish(
-            left, y, s, b, bias, mask, row_block, first_col, M, N, r, scaling,
-            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, PRECISION, INTERPRETED,
+            left, y, bias, row_block, first_col, M, N, PARTS // 2, DESCRIPTORS, INTERPRETED,
         )  # fmt: skip
         finish(
-            right, y, s, b, bias, mask, row_block, first_col + HALF, M, N, r, scaling,
-            BLOCK_R, RANK_BLOCKS, PARTS // 2, DESCRIPTORS, PRECISION, INTERPRETED,
+            right, y, bias, row_block, first_col + HALF, M, N, PARTS // 2, DESCRIPTORS, INTERPRETED,
         )  # fmt: skip
     else:
         rows = row_block * acc.shape[0] + tl.arange(0, acc.shape[0])
         cols = first_col + tl.arange(0, acc.shape[1])
-        if mask is not None:
-            low = tl.zeros(acc.shape, dtype=tl.float32)
-            low = add_low_rank(
-                low, s, b, rows, cols, M, N, r, 1.0, BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED
-            )
-            seed = tl.load(mask.seed_ptr)
-            keep = keep_mask(seed, rows, first_col, N, mask.threshold, acc.shape[1])
-            acc += tl.where(keep, low * (scaling * mask.scale), 0.0)
         if bias is not None:
             bias_ptrs = bias.ptr + cols.to(tl.int64) * bias.stride
             added = tl.load(bias_ptrs, mask=cols < N, other=0.0)  # [columns]

@@ -131,8 +131,9 @@ def lora_linear_kernel(
     for i in tl.range(first_round, rounds, flatten=FLATTEN):
         tile = tile_of(i, program, programs, waves, HELPERS)
         row_block, col_block = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         acc = multiply(
-            x, w, row_block, col_block, 0, k_blocks, M, N, K,
+            acc, x, w, row_block, col_block, 0, k_blocks, M, N, K,
             BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS, N_MAJOR, PRECISION, INTERPRETED,
         )  # fmt: skip
         s_ready = Matrix(s_ptr + wait_for(counters_ptr + FLAGS + row_block, INTERPRETED), r, 1)
@@ -142,10 +143,7 @@ def lora_linear_kernel(
             acc, s_ready, b, rows, cols, M, N, r, scaling,
             BLOCK_R, RANK_BLOCKS, PRECISION, INTERPRETED,
         )  # fmt: skip
-        finish(
-            acc, y, s_ready, b, bias, None, row_block, col_block * BLOCK_N, M, N, r, scaling,
-            BLOCK_R, RANK_BLOCKS, PARTS, DESCRIPTORS, PRECISION, INTERPRETED,
-        )  # fmt: skip
+        finish(acc, y, bias, row_block, col_block * BLOCK_N, M, N, PARTS, DESCRIPTORS, INTERPRETED)
     clear_when_last(counters_ptr, row_blocks + FLAGS, programs)
 
 

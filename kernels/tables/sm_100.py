@@ -20,7 +20,7 @@ TABLE: Table = {
     "linear_expand": (
         # bits, M, K, N, largest rank
         (16, 8192, 4096, 4096, 64, LaunchConfig(128, 256, 64, 16, 8, 4,
-            descriptors=True, parts=4, masked_parts=8)),
+            descriptors=True, parts=4, masked_parts=4)),
         (16, 512, 4096, 4096, 64, LaunchConfig(128, 128, 64, 16, 8, 4,
             descriptors=True, masked_parts=2)),
         (16, 64, 4096, 4096, 64, LaunchConfig(64, 64, 128, 16, 4, 4, descriptors=True)),
@@ -33,9 +33,8 @@ TABLE: Table = {
     "expand_backward": (
         # bits, M, K, N, largest rank
         (16, 8192, 4096, 4096, 16, LaunchConfig(64, 256, 16, 16, 8, 4)),
-        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 128, 16, 32, 8, 4)),
-        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 64, 16, 64, 8, 4)),
-        (16, 8192, 4096, 4096, 128, LaunchConfig(64, 64, 16, 128, 8, 3)),
+        (16, 8192, 4096, 4096, 32, LaunchConfig(32, 256, 16, 32, 8, 4)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(32, 256, 16, 64, 8, 3)),
         (32, 8192, 4096, 4096, 16, LaunchConfig(32, 64, 16, 16, 4, 3)),
         (32, 8192, 4096, 4096, 32, LaunchConfig(32, 32, 16, 32, 8, 3)),
         (32, 8192, 4096, 4096, 64, LaunchConfig(32, 64, 16, 32, 4, 2)),

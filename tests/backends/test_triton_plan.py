@@ -71,21 +71,23 @@ def test_dbias_is_made_beside_factors_of_no_rank():
 
 
 @pytest.mark.parametrize(
-    ("tile", "warps", "masked"),
+    ("tile", "warps", "flatten", "masked"),
     [
-        ((64, 64), 4, (4, 6)),
-        ((128, 128), 4, (8, 6)),
-        ((128, 256), 8, (8, 3)),
-        ((128, 256), 4, (8, 3)),  # as the one above, once it has its warps
+        ((64, 64), 4, False, (4, 64)),
+        ((128, 128), 4, False, (8, 128)),
+        ((128, 256), 8, False, (8, 128)),
+        ((128, 256), 4, False, (8, 128)),  # as the one above, once it has its warps
+        ((128, 256), 8, True, (8, 256)),
     ],
     ids=str,
 )
-def test_a_mask_beside_a_large_accumulator_takes_warps_then_stages(tile, warps, masked):
-    config = LaunchConfig(*tile, 64, 16, warps, 6)
-    for dropout, expected in ((False, (warps, 6)), (True, masked)):
+def test_a_mask_beside_a_large_accumulator_takes_warps_then_columns(tile, warps, flatten, masked):
+    config = LaunchConfig(*tile, 64, 16, warps, 4, descriptors=True, flatten=flatten)
+    for dropout, expected in ((False, (warps, tile[1])), (True, masked)):
         p = problem("linear_expand", transposed=True, dropout=dropout)
-        found = planning.plan_linear_expand(p, H200, config).config
-        assert (found.num_warps, found.num_stages) == expected
+        found = planning.plan_linear_expand(p, H200, config)
+        assert (found.config.num_warps, found.config.block_n) == expected
+        assert found.tiles == 8192 // tile[0] * 4096 // expected[1]
 
 
 def test_few_tiles_share_k_and_do_not_flatten():

@@ -12,6 +12,7 @@ from lorafast.kernels.common.configs import (
     split_k,
     why_invalid,
 )
+from lorafast.kernels.common.plan import expand_backward_launch
 from lorafast.kernels.tables import find, table_of
 from lorafast.kernels.tables.find import nearest_architecture
 
@@ -32,6 +33,17 @@ GOOD = LaunchConfig(64, 64, 32, 16, num_warps=4, num_stages=3)
 def test_every_row_is_valid_on_its_architecture(capability, op, row):
     bits, *_, config = row
     assert why_invalid(op, config, bits // 8, capability) is None
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("r", [16, 32, 64])
+def test_partial_sums_of_ds_are_at_most_half_of_dy(capability, r):
+    """Each column block leaves one: narrow ones would write more than dy has."""
+    M, N = 8192, 4096
+    config = find("expand_backward", capability, torch.bfloat16, M, N, N, r)
+    launch = expand_backward_launch(config, M, N, r, sms=108, precision="ieee")
+    col_groups, _, _ = launch.grid
+    assert col_groups * M * r * 4 <= M * N * 2 / 2
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

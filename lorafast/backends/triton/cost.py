@@ -53,8 +53,8 @@ _MASK_BYTES = 0.7
 """What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight,
 most of them beside the loads. Measured as above."""
 _MASKED_GEMM = 1.19
-"""Times a GEMM whose low-rank term is masked: its epilogue makes the mask, and loads factors in every
-part of a tile. Measured as above."""
+"""Times a GEMM whose low-rank term is masked. Measured as above while its epilogue made the mask; now it
+is made before the main loop, and executing both counts 0.6 of the cycles beside it. Not timed since."""
 _RANK_BLOCK = 0.05
 """More time for every block of the rank after the first. Measured as above."""
 _NOT_BACKWARD = "measured on an H100, they make a backward slower"
