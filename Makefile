@@ -93,7 +93,7 @@ gpu:
 docs: $(READY)
 	$(PY) docs/build.py build/docs
 
-CPP_IN := csrc csrc/* tests/native/throwaway tests/native/throwaway/* tests/ptx/machine tests/ptx/cuda
+CPP_IN := csrc csrc/* tests/native/throwaway tests/native/throwaway/* tests/ptx/machine tests/ptx/cuda tests/cuda tests/cuda/throwaway
 CPP := $(foreach in,$(CPP_IN),$(wildcard $(in:=/*.h) $(in:=/*.cpp) $(in:=/*.cu) $(in:=/*.cuh)))
 
 lint: $(READY)

@@ -13,7 +13,10 @@ works as it does, on ``aten``.
                        build them if possible (instructions that the compiler doesn't know are left out
                        in any case)
     LORAFAST_CUDA      the same for CUDA's, which need nvcc too
-    LORAFAST_CUDA_ARCH the GPUs that CUDA's are compiled for, "80 90a"; unset: all that nvcc knows of
+    LORAFAST_CUDA_ARCH the GPUs that CUDA's are compiled for, "80+PTX 90a"; unset: as the next one says
+    TORCH_CUDA_ARCH_LIST
+                       the same in PyTorch's words, "8.0;9.0+PTX" or "Ampere Hopper"; what is older than
+                       7.5 is left out; unset: all that nvcc knows of CUDA_ARCHITECTURES
     CUDA_HOME          the CUDA toolkit; unset: that of the nvcc on the path, or /usr/local/cuda
     CXX, CXXFLAGS      the C++ compiler (nvcc's too), and more flags for it
     MAX_JOBS           how many compilers run at a time
@@ -23,6 +26,7 @@ Everything else is in ``pyproject.toml``.
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -50,8 +54,19 @@ INSTRUCTION_SETS = {
     "microkernels_avx512": AVX512,
     "microkernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
-# Code for 80 serves 86 and 89 as well; as PTX, whatever is not listed.
-CUDA_ARCHITECTURES = ["80", "90a", "100a", "120"]
+# Code for 80 serves 86 to 89 as well, that for 120 serves 121; PTX of 80 serves whatever comes.
+CUDA_ARCHITECTURES = ["75", "80+PTX", "90a", "100a", "120"]
+SMALL = "--compress-mode=size"  # a fifth of the bytes; drivers for CUDA 12.4 and later read it
+# Only code for this very architecture may have all of its instructions (wgmma, tcgen05).
+SPECIFIC = {"90", "100", "103", "110"}
+OLDEST_CUDA = 75
+# Of torch.utils.cpp_extension: what TORCH_CUDA_ARCH_LIST calls a generation.
+GENERATIONS = {
+    "Maxwell": "5.0 5.2", "Maxwell+Tegra": "5.3", "Pascal": "6.0 6.1+PTX", "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2", "Turing": "7.5+PTX", "Ampere": "8.0 8.6+PTX", "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}  # fmt: skip
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
@@ -147,22 +162,69 @@ def nvcc() -> list[str]:
     compiler = [found, "-ccbin", host, *to_host(flags)]
     if not accepts(compiler, ["-std=c++17"]):
         raise ValueError(f"{found} doesn't compile C++17 with {host}")
-    for architecture in words("LORAFAST_CUDA_ARCH"):
-        if not accepts(compiler, code_for(architecture)):
-            raise ValueError(f"LORAFAST_CUDA_ARCH has {architecture!r}, which {found} doesn't know")
+    cuda_architectures(compiler)
     return compiler
 
 
 def nvcc_flags(compiler: list[str]) -> list[str]:
     """For every file of the CUDA part. ``USE_CUDA`` declares the stream in PyTorch's headers."""
     flags = ["-std=c++17", "-O3", "-DUSE_CUDA", *to_host(HOST_FLAGS)]
-    for architecture in words("LORAFAST_CUDA_ARCH") or CUDA_ARCHITECTURES:
-        if accepts(compiler, code_for(architecture)):
-            flags += code_for(architecture)
+    for architecture in cuda_architectures(compiler):
+        flags += code_for(architecture)
+    if accepts(compiler, [SMALL]):
+        flags.append(SMALL)
     asked = words("CXXFLAGS")
     if "-Werror" in asked:
-        flags.append("-Werror=all-warnings")
+        flags += ["-Werror=all-warnings", "-Xptxas=--warn-on-spills"]
     return [*flags, *to_host(asked)]
+
+
+def cuda_architectures(compiler: list[str]) -> list[str]:
+    """What CUDA's kernels are compiled for, as nvcc names it; ``+PTX``: for newer GPUs too.
+
+    Raises:
+        ValueError: a variable names something that there isn't, or nothing that can be served.
+    """
+    asked = words("LORAFAST_CUDA_ARCH")
+    for architecture in asked:
+        if not accepts(compiler, code_for(architecture)):
+            raise ValueError(
+                f"LORAFAST_CUDA_ARCH has {architecture!r}, which {compiler[0]} doesn't know"
+            )
+    if asked:
+        return list(dict.fromkeys(asked))
+    of_torch = torch_architectures()
+    found = [a for a in of_torch or CUDA_ARCHITECTURES if accepts(compiler, code_for(a))]
+    if not found:
+        said = "" if not of_torch else f" of TORCH_CUDA_ARCH_LIST ({', '.join(of_torch)})"
+        raise ValueError(
+            f"{compiler[0]} knows no architecture{said} that they could be compiled for"
+        )
+    return found
+
+
+def torch_architectures() -> list[str]:
+    """Those of ``TORCH_CUDA_ARCH_LIST`` from 7.5 on; none if it isn't set.
+
+    Raises:
+        ValueError: it has a word that is none, or only older ones.
+    """
+    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    found, given = [], re.split(r"[\s;,]+", text.strip(" \t\n;,"))
+    for name in given if given != [""] else []:
+        for word in GENERATIONS.get(name, name).split():
+            parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+            if parts is None:
+                raise ValueError(
+                    f"TORCH_CUDA_ARCH_LIST has {name!r}, expected compute capabilities such as 8.0 or "
+                    "9.0+PTX, or generations such as Hopper"
+                )
+            number, feature, ptx = parts[1] + parts[2], parts[3], parts[4] or ""
+            if int(number) >= OLDEST_CUDA:
+                found.append(number + (feature or "a" * (number in SPECIFIC)) + ptx)
+    if given != [""] and not found:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST is {text!r}, and they need 7.5 or newer")
+    return list(dict.fromkeys(found))
 
 
 def to_host(flags: list[str]) -> list[str]:
@@ -171,11 +233,13 @@ def to_host(flags: list[str]) -> list[str]:
 
 
 def code_for(architecture: str) -> list[str]:
-    """Machine code, for the oldest architecture PTX as well."""
-    code = f"sm_{architecture}"
-    if architecture == CUDA_ARCHITECTURES[0]:
-        code = f"[{code},compute_{architecture}]"
-    return ["-gencode", f"arch=compute_{architecture},code={code}"]
+    """Machine code; with ``+PTX`` that as well, without what only this architecture has."""
+    name = architecture.removesuffix("+PTX")
+    flags = ["-gencode", f"arch=compute_{name},code=sm_{name}"]
+    if name != architecture:
+        general = name.rstrip("af")
+        flags += ["-gencode", f"arch=compute_{general},code=compute_{general}"]
+    return flags
 
 
 class Native(NamedTuple):
@@ -311,8 +375,10 @@ class BuildNative(build_ext):
         def compile_(source: str) -> Path:
             return self._compile([*base, *known.get(Path(source).stem, ())], source, folder)
 
+        # The largest first, so that it isn't the one that all wait for.
+        sources = sorted(ext.sources, key=lambda source: -(ROOT / source).stat().st_size)
         with ThreadPoolExecutor(compiler_jobs()) as pool:
-            objects = list(pool.map(compile_, ext.sources))
+            objects = list(pool.map(compile_, sources))
         target = Path(self.get_ext_fullpath(ext.name))
         link = [*compiler, "-shared", *map(str, objects), f"-L{torch / 'lib'}", "-ltorch_cpu"]
         link += [*native.link, "-o", str(target)]

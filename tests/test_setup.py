@@ -23,7 +23,7 @@ def load(monkeypatch):
     """Runs ``setup.py`` under some variables and gives what it hands to setuptools."""
     for name in (
         "CXX", "CXXFLAGS", "MAX_JOBS", "LORAFAST_CPP", "LORAFAST_CUDA", "LORAFAST_CUDA_ARCH",
-        "CUDA_HOME",
+        "CUDA_HOME", "TORCH_CUDA_ARCH_LIST",
     ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     asked = {}
@@ -60,7 +60,7 @@ IMPOSSIBLE = [
 @linux
 @pytest.mark.parametrize(("name", "value", "said"), IMPOSSIBLE)
 def test_what_can_not_build_is_one_line_and_no_binary_wheel(load, capfd, name, value, said):
-    asked = load(**{name: value})
+    asked = load(**{name: value, "LORAFAST_CUDA": "0"})
     assert asked["ext_modules"] == []
     assert asked["options"] == {}
     assert capfd.readouterr().err == f"lorafast: without native CPU kernels: {said}\n"
@@ -70,7 +70,7 @@ def test_what_can_not_build_is_one_line_and_no_binary_wheel(load, capfd, name, v
 @pytest.mark.parametrize(("name", "value", "said"), IMPOSSIBLE)
 def test_forced_it_is_an_error_in_a_sentence(load, name, value, said):
     with pytest.raises(SystemExit) as ended:
-        load(**{name: value, "LORAFAST_CPP": "1"})
+        load(**{name: value, "LORAFAST_CPP": "1", "LORAFAST_CUDA": "0"})
     assert ended.value.code == (
         f"LORAFAST_CPP is 1 and the native CPU kernels can't be built: {said}"
     )
@@ -83,7 +83,7 @@ def test_forced_it_is_an_error_in_a_sentence(load, name, value, said):
     ids=str,
 )  # fmt: skip
 def test_what_can_build_does(load, capfd, variables):
-    (extension,) = load(**variables)["ext_modules"]
+    (extension,) = load(**variables, LORAFAST_CUDA="0")["ext_modules"]
     assert extension.name == "lorafast._C_cpu"
     assert "csrc/cpu/bindings.cpp" in extension.sources
     assert capfd.readouterr().err == ""
@@ -94,18 +94,25 @@ def test_what_can_build_does(load, capfd, variables):
     [
         ("LORAFAST_CPP", "yes", "LORAFAST_CPP is 'yes', expected 0, 1, auto or nothing"),
         ("LORAFAST_CUDA", "2", "LORAFAST_CUDA is '2', expected 0, 1, auto or nothing"),
-        (
-            "LORAFAST_CUDA",
-            "1",
-            "LORAFAST_CUDA is 1 and the native CUDA kernels can't be built: lorafast has no sources in "
-            "csrc/cuda",
-        ),
     ],
 )
 def test_a_wish_that_is_none_is_said(load, name, value, said):
     with pytest.raises(SystemExit) as ended:
         load(**{name: value})
     assert ended.value.code == said
+
+
+@linux
+def test_a_tree_without_sources(load, tmp_path, capfd):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    assert load(tmp_path)["ext_modules"] == []
+    assert capfd.readouterr().err == ""
+    with pytest.raises(SystemExit) as ended:
+        load(tmp_path, LORAFAST_CUDA="1")
+    assert ended.value.code == (
+        "LORAFAST_CUDA is 1 and the native CUDA kernels can't be built: lorafast has no sources in "
+        "csrc/cuda"
+    )
 
 
 def script(path, text):
@@ -165,6 +172,20 @@ class TestCUDA:
             'LORAFAST_CUDA_ARCH is "\'90a": no closing quotation',
         ),
         (
+            {"CUDA_HOME": "{}/toolkit", "TORCH_CUDA_ARCH_LIST": "8.0;Hooper"},
+            "TORCH_CUDA_ARCH_LIST has 'Hooper', expected compute capabilities such as 8.0 or 9.0+PTX, "
+            "or generations such as Hopper",
+        ),
+        (
+            {"CUDA_HOME": "{}/toolkit", "TORCH_CUDA_ARCH_LIST": "6.0;Volta"},
+            "TORCH_CUDA_ARCH_LIST is '6.0;Volta', and they need 7.5 or newer",
+        ),
+        (
+            {"CUDA_HOME": "{}/toolkit", "TORCH_CUDA_ARCH_LIST": "20.0"},
+            "{}/toolkit/bin/nvcc knows no architecture of TORCH_CUDA_ARCH_LIST (200) that they could be "
+            "compiled for",
+        ),
+        (
             {"CUDA_HOME": "{}/toolkit", "CXX": "no-such-compiler"},
             "there is no C++ compiler (no-such-compiler)",
         ),
@@ -206,13 +227,55 @@ class TestCUDA:
         assert compiler[1:] == ["-ccbin", "c++", "-Xcompiler=-O1"]
         flags = setup_py.nvcc_flags(compiler)
         assert [flag for flag in flags if flag.startswith("arch=")] == [
-            "arch=compute_80,code=[sm_80,compute_80]",
+            "arch=compute_75,code=sm_75",
+            "arch=compute_80,code=sm_80",
+            "arch=compute_80,code=compute_80",
             "arch=compute_90a,code=sm_90a",
             "arch=compute_100a,code=sm_100a",
             "arch=compute_120,code=sm_120",
         ]
-        assert flags[-3:] == ["-Werror=all-warnings", "-Xcompiler=-Werror", r"-Xcompiler=-Wa\,-q"]
+        assert flags[-4:] == [
+            "-Werror=all-warnings",
+            "-Xptxas=--warn-on-spills",
+            "-Xcompiler=-Werror",
+            r"-Xcompiler=-Wa\,-q",
+        ]
         assert "-DUSE_CUDA" in flags
+        assert "--compress-mode=size" in flags
+
+    def test_an_older_nvcc_compresses_less(self, load, cuda_tree):
+        older = 'case " $* " in *compress-mode*) exit 1;; esac\n' + NVCC
+        script(cuda_tree.parent / "older" / "bin" / "nvcc", older)
+        setup_py = load(cuda_tree, CUDA_HOME=cuda_tree.parent / "older")["module"]
+        assert "--compress-mode=size" not in setup_py.nvcc_flags(setup_py.nvcc())
+
+    @pytest.mark.parametrize(
+        ("variables", "codes"),
+        [
+            ({"LORAFAST_CUDA_ARCH": "90a 80+PTX 90a"}, ["sm_90a", "sm_80", "compute_80"]),
+            ({"LORAFAST_CUDA_ARCH": "86", "TORCH_CUDA_ARCH_LIST": "9.0"}, ["sm_86"]),
+            (
+                {"TORCH_CUDA_ARCH_LIST": "8.0;9.0a+PTX;12.0"},
+                ["sm_80", "sm_90a", "compute_90", "sm_120"],
+            ),
+            ({"TORCH_CUDA_ARCH_LIST": "5.0 7.0, 7.5 8.6"}, ["sm_75", "sm_86"]),
+            ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, ["sm_90a", "compute_90"]),
+            ({"TORCH_CUDA_ARCH_LIST": "Volta Ampere"}, ["sm_80", "sm_86", "compute_86"]),
+            ({"TORCH_CUDA_ARCH_LIST": "10.0f;12.1"}, ["sm_100f", "sm_121"]),
+            ({"TORCH_CUDA_ARCH_LIST": "9.0;20.0"}, ["sm_90a"]),
+            (
+                {"TORCH_CUDA_ARCH_LIST": " "},
+                ["sm_75", "sm_80", "compute_80", "sm_90a", "sm_100a", "sm_120"],
+            ),
+        ],
+        ids=str,
+    )
+    def test_architectures(self, load, cuda_tree, variables, codes):
+        """Ours win; of PyTorch's what is too old, or too new for nvcc, is left out."""
+        toolkit = cuda_tree.parent / "toolkit"
+        setup_py = load(cuda_tree, CUDA_HOME=toolkit, **variables)["module"]
+        flags = setup_py.nvcc_flags(setup_py.nvcc())
+        assert [f.rpartition("=")[2] for f in flags if f.startswith("arch=")] == codes
 
     @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -228,12 +291,11 @@ class TestCUDA:
                 text=True,
             ).stdout  # fmt: skip
 
-        assert build().count(" -c ") == 2
+        said = build()
+        assert said.count(" -c ") == said.count("code=sm_80 ") == said.count("code=sm_90a ") == 2
         (library,) = (cuda_tree / "built").rglob("*.so")
         assert library.name == "_C_cuda.abi3.so"
         code = library.read_bytes()
-        assert b"sm_80 " in code
-        assert b"sm_90a " in code
         assert b"libtorch_cpu.so" in code
         assert b"libcudart.so" not in code
         assert " -c " not in build()
@@ -314,7 +376,7 @@ def test_a_wheel_without_the_binary_does_not_claim_to_have_it(tmp_path):
     compiler = script(tmp_path / "c++", 'case " $* " in *" -c "*) exit 3;; esac\nexec c++ "$@"')
     tree = copied(tmp_path)
     stale(tree)
-    wheel = setup_py(tree, "bdist_wheel", CXX=str(compiler), LORAFAST_CPP="")
+    wheel = setup_py(tree, "bdist_wheel", CXX=str(compiler), LORAFAST_CPP="", LORAFAST_CUDA="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert shared_objects(wheel) == []
 
@@ -324,7 +386,7 @@ def test_a_wheel_without_the_binary_does_not_claim_to_have_it(tmp_path):
 def test_a_wheel_that_wants_no_binary_has_no_earlier_one(tmp_path):
     tree = copied(tmp_path)
     stale(tree)
-    wheel = setup_py(tree, "bdist_wheel", LORAFAST_CPP="0")
+    wheel = setup_py(tree, "bdist_wheel", LORAFAST_CPP="0", LORAFAST_CUDA="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert shared_objects(wheel) == []
 
@@ -345,7 +407,7 @@ def test_one_device_that_fails_leaves_the_other(tmp_path, cuda_tree):
         command, cwd=tree, env=os.environ | variables, check=True, capture_output=True, text=True
     )
     assert "lorafast: without native CUDA kernels: " in process.stderr
-    assert "/toolkit/bin/nvcc failed with 3 to make bindings.cpp.o" in process.stderr
+    assert "/toolkit/bin/nvcc failed with 3 to make twice.cu.o" in process.stderr
     assert [path.name for path in (tree / "lorafast").glob("*.so")] == ["_C_cpu.abi3.so"]
     wheel = setup_py(tree, "bdist_wheel", **variables)
     assert "-cp310-abi3-" in wheel.name
@@ -354,9 +416,10 @@ def test_one_device_that_fails_leaves_the_other(tmp_path, cuda_tree):
 
 @pytest.mark.slow
 def test_the_source_distribution_has_the_sources_and_no_tests(tmp_path):
-    made = setup_py(copied(tmp_path), "sdist", LORAFAST_CPP="0")
+    made = setup_py(copied(tmp_path), "sdist", LORAFAST_CPP="0", LORAFAST_CUDA="0")
     with tarfile.open(made) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"csrc/cuda/mask.cu", "csrc/cuda/ptx.cuh", "csrc/cuda/device.h"} <= names
     assert {"csrc/cpu/bindings.cpp", "kernels/shrink/kernel.py", "bench/layer/job.py"} <= names
     assert "lorafast/cli/verify.py" in names
     assert not [name for name in names if name.startswith("tests")]

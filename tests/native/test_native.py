@@ -344,7 +344,8 @@ class TestBuild:
     def build(self, folder, **environment):
         return subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), "--force"],
-            capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | environment,
+            capture_output=True, text=True, check=False, cwd=ROOT,
+            env=os.environ | {"LORAFAST_CUDA": "0"} | environment,
         )  # fmt: skip
 
     def test_nothing_changed_nothing_compiled(self, tmp_path):
@@ -365,9 +366,9 @@ class TestBuild:
         process = self.build(tmp_path, CXX="no-such-compiler", LORAFAST_CPP="1")
         assert process.returncode != 0
         assert "LORAFAST_CPP is 1 and the native CPU kernels can't be built" in process.stderr
-        process = self.build(tmp_path, LORAFAST_CUDA="1")
+        process = self.build(tmp_path, CUDA_HOME="/nowhere", LORAFAST_CUDA="1")
         assert process.returncode != 0
-        assert "no sources in csrc/cuda" in process.stderr
+        assert "LORAFAST_CUDA is 1 and the native CUDA kernels can't be built" in process.stderr
 
     def build_with(self, folder, refused, **environment):
         """A build of a copy of the sources by a compiler that fails on ``refused``."""
@@ -385,7 +386,7 @@ class TestBuild:
         return subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "built")],
             capture_output=True, text=True, check=False, cwd=tree,
-            env=os.environ | {"CXX": str(compiler)} | environment,
+            env=os.environ | {"CXX": str(compiler), "LORAFAST_CUDA": "0"} | environment,
         )  # fmt: skip
 
     def test_an_older_compiler_leaves_out_what_it_does_not_know(self, tmp_path):

@@ -1,0 +1,56 @@
+// What lorafast/_C_cuda offers, and which file serves it. Outputs are the caller's: written, never read. A mask is
+// (seed, threshold, survivor_scale) as in lorafast/reference/dropout.py; without a seed there is none. Scratch
+// memory is the caller's too: partial sums are float32, counters int32 zeros that a kernel leaves zero.
+#include "operations.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
+  // csrc/cuda/mask.cu
+  library.def("mask(Tensor seed, int threshold, int K, Tensor(a!) bits) -> ()");
+
+  // csrc/cuda/expand.cu
+  library.def(
+      "expand(Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, int threshold, "
+      "float survivor_scale, Tensor(a!) y, int column_warps, int row_blocks) -> ()");
+
+  // csrc/cuda/lora_linear.cu
+  library.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? "
+      "seed, "
+      "int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!)? s, int columns, int stages) -> ()");
+  // csrc/cuda/shrink.cu
+  library.def(
+      "shrink(Tensor x, Tensor lora_A, Tensor? seed, int threshold, float survivor_scale, float scale, "
+      "Tensor(a!) s, Tensor(b!)? partials, Tensor(c!)? counters, int ranks, int block_m, int block_n, int stages, "
+      "int share) -> ()");
+  // csrc/cuda/expand_backward.cu
+  library.def(
+      "expand_backward(Tensor dy, Tensor? s, Tensor? lora_B, float scaling, Tensor(a!)? ds, Tensor(b!)? dB, "
+      "Tensor(c!)? dbias, Tensor(d!)? partials, Tensor(e!)? counters, int ranks, int block_m, int block_n, "
+      "int stages, int share, int chunk) -> ()");
+  // csrc/cuda/shrink_backward.cu
+  library.def(
+      "shrink_backward(Tensor ds, Tensor x, Tensor? seed, int threshold, float survivor_scale, Tensor(a!) dA, "
+      "Tensor(b!)? partials, Tensor(c!)? counters, int ranks, int block_m, int block_n, int stages, int share) "
+      "-> ()");
+
+  // csrc/cuda/decode.cu
+  library.def(
+      "lora_linear_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, "
+      "int helpers, Tensor(a!)? partials, Tensor(b!)? counters, Tensor(c!) y, Tensor(d!)? s) -> ()");
+  library.def(
+      "grouped_lora_linear_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, "
+      "Tensor adapter_of, Tensor? bias, int helpers, Tensor(a!)? partials, Tensor(b!)? counters, Tensor(c!) y, "
+      "Tensor(d!)? s) -> ()");
+}
+
+// A tensor of any device gets as far as the checks.
+STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
+  library.impl("mask", TORCH_BOX(&lorafast::cuda::mask));
+  library.impl("expand", TORCH_BOX(&lorafast::cuda::expand));
+  library.impl("lora_linear", TORCH_BOX(&lorafast::cuda::lora_linear));
+  library.impl("shrink", TORCH_BOX(&lorafast::cuda::shrink));
+  library.impl("expand_backward", TORCH_BOX(&lorafast::cuda::expand_backward));
+  library.impl("shrink_backward", TORCH_BOX(&lorafast::cuda::shrink_backward));
+  library.impl("lora_linear_decode", TORCH_BOX(&lorafast::cuda::lora_linear_decode));
+  library.impl("grouped_lora_linear_decode", TORCH_BOX(&lorafast::cuda::grouped_lora_linear_decode));
+}

@@ -1,0 +1,50 @@
+#include "device.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace lorafast::cuda {
+
+// Tests execute the kernels on tensors of the CPU (tests/cuda/launchers.py).
+#ifndef LORAFAST_TENSORS_ON
+#define LORAFAST_TENSORS_ON CUDA
+#endif
+
+const DeviceType kDevice = DeviceType::LORAFAST_TENSORS_ON;
+
+OnDevice::OnDevice(const OneDevice& device) : index_(static_cast<int>(device.index())) {
+  DeviceGuardHandle guard = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index_, &guard));
+  guard_ = guard;
+  void* stream = nullptr;
+  const auto error = aoti_torch_get_current_cuda_stream(index_, &stream);
+  if (error != 0) (void)aoti_torch_delete_device_guard(guard);  // no destructor will
+  TORCH_ERROR_CODE_CHECK(error);
+  stream_ = static_cast<cudaStream_t>(stream);
+}
+
+OnDevice::~OnDevice() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
+
+void allow_shared(const void* kernel, size_t bytes, const OnDevice& on) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;  // the most that was asked for
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, on.index()}];
+  if (bytes <= most) return;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    STD_TORCH_CHECK(false, "a kernel can't have ", bytes, " bytes of shared memory: ", cudaGetErrorString(error));
+  }
+  most = bytes;
+}
+
+void check_started(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // else the next who asks finds it
+  STD_TORCH_CHECK(false, name, " didn't start: ", cudaGetErrorString(error));
+}
+
+}  // namespace lorafast::cuda

@@ -1,0 +1,66 @@
+// The operations that bindings.cpp lists, a file each.
+#pragma once
+
+#include "device.h"
+
+namespace lorafast::cuda {
+
+// bits [M, ceil(K / 8)] of uint8: bit j of byte (row, group) says whether column 8·group + j of the row is kept.
+// Bits beyond K are 0.
+void mask(const Tensor& seed, int64_t threshold, int64_t K, Tensor bits);
+
+// expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias. A CTA has 32 · column_warps columns, and goes through row_blocks
+// blocks of 256 / column_warps rows.
+void expand(
+    const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor y, int64_t column_warps,
+    int64_t row_blocks);
+
+// lora_linear.cu. y [M, N] = x·Wᵀ + scaling · s·Bᵀ + bias and, if it is wanted, s [M, r] = drop(x)·Aᵀ, in one launch.
+// Tiles of y have 64 rows and 32 or 64 columns.
+void lora_linear(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    Tensor y, const std::optional<Tensor>& s, int64_t columns, int64_t stages);
+
+// The skinny operations (skinny.cuh). `ranks`, `block_m`, `block_n`, `stages`, `share` and `chunk` are a SkinnyPlan;
+// partials and counters have the sizes that lorafast/backends/cuda/skinny.py computes, where sums are shared.
+
+// s [M, r] = scale · drop(x)·Aᵀ in wide(x.dtype): x [M, K], lora_A [r, K]
+void shrink(
+    const Tensor& x, const Tensor& lora_A, const std::optional<Tensor>& seed, int64_t threshold,
+    double survivor_scale, double scale, Tensor s, const std::optional<Tensor>& partials,
+    const std::optional<Tensor>& counters, int64_t ranks, int64_t block_m, int64_t block_n, int64_t stages,
+    int64_t share);
+
+// dA [r, K] = dsᵀ·drop(x) in any dtype: ds [M, r] of wide(x.dtype), x [M, K]
+void shrink_backward(
+    const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    Tensor dA, const std::optional<Tensor>& partials, const std::optional<Tensor>& counters, int64_t ranks,
+    int64_t block_m, int64_t block_n, int64_t stages, int64_t share);
+
+// Of these what is given: ds [M, r] = scaling · dy·B, dB [N, r] = scaling · dyᵀ·s, dbias [N] = Σ dy over rows.
+// dy [M, N], s [M, r] of wide(dy.dtype), lora_B [N, r]; s is read for dB alone, lora_B for ds.
+void expand_backward(
+    const Tensor& dy, const std::optional<Tensor>& s, const std::optional<Tensor>& lora_B, double scaling,
+    std::optional<Tensor> ds, std::optional<Tensor> dB, std::optional<Tensor> dbias,
+    const std::optional<Tensor>& partials, const std::optional<Tensor>& counters, int64_t ranks, int64_t block_m,
+    int64_t block_n, int64_t stages, int64_t share, int64_t chunk);
+
+// csrc/cuda/decode.cu: a layer of at most 16 rows, y = x·Wᵀ + scaling·s·Bᵀ + bias with s = x·Aᵀ [M, r], in one launch.
+// y is of x's dtype, s of x's too, float32 for float16. Of the CTAs `helpers` make s for the others; with 0 each
+// makes its own. Let rows be 16 for up to 8 rows of x, 32 for more, and s have `wide` columns, r rounded up to rows:
+// then `partials` has rows / 2 · (wide + helpers · rows) elements and `counters` 3 + helpers; none without helpers.
+void lora_linear_decode(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& bias, int64_t helpers, std::optional<Tensor> partials,
+    std::optional<Tensor> counters, Tensor y, std::optional<Tensor> s);
+
+// The same where each of E elements of the batch, M / E rows each, has one of n adapters or none (-1): adapter_of [E] of
+// int64, lora_A [n, r, K], lora_B [n, N, r], scaling [n] of float32. The indices aren't checked.
+void grouped_lora_linear_decode(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
+    const Tensor& adapter_of, const std::optional<Tensor>& bias, int64_t helpers, std::optional<Tensor> partials,
+    std::optional<Tensor> counters, Tensor y, std::optional<Tensor> s);
+
+}  // namespace lorafast::cuda

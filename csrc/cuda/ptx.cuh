@@ -1,0 +1,194 @@
+// The PTX instructions that CUDA C++ has no name for, each wrapped once, with the layout of its fragments. The
+// sections are those of NVIDIA's PTX ISA.
+//
+// Lanes of a warp in a fragment: g = lane / 4 is its group, t = lane % 4 its place there.
+#pragma once
+
+#include <cstdint>
+
+namespace lorafast::cuda::ptx {
+
+// Where shared memory has no generic address: a pointer into it, in its own window.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The same number, of which the compiler can't tell that it is: what is computed from it is computed again, where
+// results of the last time would be kept in registers.
+__device__ __forceinline__ int again(int x) {
+  int same;
+  asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(x));
+  return same;
+}
+
+// Loads
+
+// Data Movement: ld. 16 bytes that are read once: they don't push others out of L1. Aligned to 16 bytes, never
+// written by this launch.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// 16 bytes that others read too. Aligned to 16 bytes, never written by this launch.
+__device__ __forceinline__ uint4 load_constant(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// prefetch: brings a line of memory to L2.
+__device__ __forceinline__ void fetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" : : "l"(from)); }
+
+// Stores
+
+// Data Movement: st. 16 bytes, aligned to that; what is written as four words in C++ may become four stores.
+__device__ __forceinline__ void store_16(void* to, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Asynchronous copies
+
+// Data Movement: cp.async. Copies the first `bytes` of 16 and zeros the rest. Nothing is read where `bytes` is 0.
+// Before sm_80 it copies at once.
+__device__ __forceinline__ void copy_16(void* to, const void* from, int bytes = 16) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (bytes == 16) {
+    v = *static_cast<const uint4*>(from);
+  } else {
+    for (int i = 0; i < bytes; ++i) reinterpret_cast<char*>(&v)[i] = static_cast<const char*>(from)[i];
+  }
+  *static_cast<uint4*>(to) = v;
+#endif
+}
+
+// The same of all 16.
+__device__ __forceinline__ void copy_whole_16(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
+#else
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+
+// cp.async.commit_group: the copies since the last one become a group.
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// cp.async.wait_group: this thread's groups are there, but for the last `left`. Others see them after a barrier.
+template <int left>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" : : "n"(left) : "memory");
+#endif
+}
+
+// Matrices
+
+// Warp-Level Matrix Instructions: ldmatrix. Four matrices of 8 x 8 halves. Lane 8·i + j gives the address of row j
+// of matrix i, 16 bytes. Register i of a lane has elements (g, 2t) and (g, 2t + 1) of matrix i.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of two matrices, whose addresses lanes 0 to 15 give.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Each transposed: register i of a lane has elements (2t, g) and (2t + 1, g) of matrix i.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// mma.sync.m16n8k16: c += a·b in float32, of bfloat16.
+//   a [16, 16]: register 0 has (g, 2t..), 1 (g + 8, 2t..), 2 (g, 2t + 8..), 3 (g + 8, 2t + 8..), a pair each;
+//   b [16, 8]:  register 0 has (2t.., g), 1 (2t + 8.., g), a pair each;
+//   c [16, 8]:  (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+__device__ __forceinline__ void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of float16.
+__device__ __forceinline__ void multiply_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// mma.sync.m16n8k8 of TF32: float32 of which the last 13 bits aren't read.
+//   a [16, 8]: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  b [8, 8]: (t, g), (t + 4, g);  c as above.
+__device__ __forceinline__ void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Memory order between CTAs
+
+// Memory Consistency Model, and ld: what was stored before the matching release can be loaded after it.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_release(uint32_t* to, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
+}
+
+// Parallel Synchronization: atom. Returns what was there.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ uint32_t add_relaxed(uint32_t* to, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
+}
+
+}  // namespace lorafast::cuda::ptx
