@@ -1,4 +1,4 @@
-"""The machine, compiled: a shared object in ``build/ptx``, made when a source of it has changed."""
+"""The machine, compiled: a shared object in ``build/ptx/machine``, made when a source has changed."""
 
 import ctypes
 import fcntl
@@ -10,7 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-BUILD = Path(__file__).parents[2] / "build" / "ptx"
+BUILD = Path(__file__).parents[2] / "build" / "ptx" / "machine"
 _SOURCES = Path(__file__).parent / "machine"
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 

@@ -1,17 +1,22 @@
 """PTX of CUDA C++ as nvcc writes it; kept in ``build/ptx``, so that a source is compiled once."""
 
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 # From sm_90 on with the instructions that no later architecture keeps: wgmma, setmaxnreg, tcgen05.
-TARGETS = {75: "sm_75", 80: "sm_80", 86: "sm_86", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
+TARGETS = {
+    75: "sm_75", 80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a",
+}  # fmt: skip
 BUILD = Path(__file__).resolve().parents[2] / "build" / "ptx"
-_FLAGS = ("-ptx", "-std=c++17", "--Werror", "all-warnings")
+_FLAGS = ("-std=c++17", "--Werror", "all-warnings")
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
@@ -25,31 +30,56 @@ def why_no_nvcc() -> str | None:
     return "there is no nvcc (CUDA_HOME says where the CUDA toolkit is)"
 
 
-def ptx_of(source: Path, arch: int) -> str:
+def ptx_of(source: Path, arch: int, flags: tuple[str, ...] = ()) -> str:
     """The PTX of a ``.cu`` file for an architecture, 90 being ``sm_90a``.
 
-    Compiled again only if the source, a header that it includes in quotes, or nvcc has changed.
+    Compiled again only if the source, a header that it includes in quotes, flags or nvcc have changed.
     Raises ValueError for an unknown architecture, RuntimeError without nvcc or if it fails or warns.
     """
     if arch not in TARGETS:
         raise ValueError(f"arch must be one of {', '.join(map(str, TARGETS))}, not {arch}")
+    target = TARGETS[arch]
+    return compiled(source, ("-ptx", *flags, f"-arch={target}"), f"-{target}", ".ptx").read_text()
+
+
+def compiled(source: Path, flags: tuple[str, ...], kind: str, suffix: str) -> Path:
+    """What nvcc makes of a source, a file whose name begins with the source's and ``kind``.
+
+    Raises RuntimeError as ``ptx_of``.
+    """
     if why_not := why_no_nvcc():
         raise RuntimeError(why_not)
-    command = [_nvcc(), *_FLAGS, f"-arch={TARGETS[arch]}"]
+    command = [_nvcc(), *_FLAGS, *flags]
     key = hashlib.sha256("\0".join((*command, _version(_nvcc()))).encode())
     for file in _with_headers(source):
         key.update(file.read_bytes())
-    kept = BUILD / f"{source.stem}-{TARGETS[arch]}-{key.hexdigest()[:16]}.ptx"
+    kept = BUILD / f"{source.stem}{kind}-{key.hexdigest()[:16]}{suffix}"
     if not kept.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        own = kept.with_suffix(f".{os.getpid()}")  # another process may compile the same
-        done = subprocess.run(
-            [*command, str(source), "-o", str(own)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"nvcc refuses {source.name} for {TARGETS[arch]}:\n{done.stderr}")
-        own.replace(kept)
-    return kept.read_text()
+        with _alone(kept):
+            if not kept.exists():
+                _compile([*command, str(source)], kept, f" for {kind[1:]}" * (suffix == ".ptx"))
+    return kept
+
+
+@contextmanager
+def _alone(kept: Path) -> Iterator[None]:
+    """Processes that want the same file one after the other: the first compiles it."""
+    path = kept.with_name(f"{kept.name}.lock")
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _compile(command: list[str], kept: Path, target: str) -> None:
+    own = kept.with_suffix(f".{os.getpid()}{kept.suffix}")  # whole, or not there
+    done = subprocess.run([*command, "-o", str(own)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvcc refuses {Path(command[-1]).name}{target}:\n{done.stderr}")
+    own.replace(kept)
 
 
 def _nvcc() -> str | None:

@@ -1,0 +1,90 @@
+"""Every tensor of every operation on another device than the rest: a sentence that names it."""
+
+import pytest
+import small_cases
+import torch
+from decode_cases import call, drawn
+from on_machine import launched, launchers, needs_nvcc
+from skinny_cases import Case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorafast.backends.cuda import small
+from lorafast.backends.cuda.mask import mask
+
+pytestmark = needs_nvcc
+
+SEED = torch.tensor([3])
+
+
+class Calls(TorchDispatchMode):
+    """Operations of the extension are kept and not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "lorafast_cuda":
+            return func(*args, **(kwargs or {}))
+        self.kept.append((func, list(args)))
+        assert not kwargs
+        return None
+
+
+def a_skinny_call(operation, *sizes, **more):
+    """With sums that are shared, so that it has scratch memory and counters."""
+    case = Case(operation, *sizes, **more)
+    return lambda: case.run(case.tensors())
+
+
+def an_expand():
+    problem = small_cases.Case("bf16", 9, 0, 40, 4, 0.1, bias=True).problem("expand")
+    s, B, bias = (torch.ones(n, dtype=torch.bfloat16) for n in ((9, 4), (40, 4), (40,)))
+    small.plan_expand(problem, small_cases.device()).run(s, B, 1.0, 0.1, SEED, bias)
+
+
+def a_small_layer():
+    case = small_cases.Case("bf16", 9, 16, 40, 4, 0.1, bias=True)
+    x, W, A, B, bias = (
+        torch.ones(n, dtype=torch.bfloat16) for n in ((9, 16), (40, 16), (4, 16), (40, 4), (40,))
+    )
+    problem = case.problem("lora_linear", wants=("y", "s"))
+    small._run_lora_linear(problem, 64, 3)(x, W, A, B, 1.0, bias, 0.1, SEED)
+
+
+CALLS = {
+    "mask": lambda: mask(SEED, 5, 9, 16),
+    "expand": an_expand,
+    "lora_linear": a_small_layer,
+    "shrink": a_skinny_call("shrink", 140, 900, 16, dropout_p=0.1),
+    "expand_backward": a_skinny_call("expand_backward", 300, 530, 16),
+    "shrink_backward": a_skinny_call("shrink_backward", 900, 140, 16, dropout_p=0.1),
+    "lora_linear_decode": lambda: call(drawn(3, 264, 24, 9), 2),
+    "grouped_lora_linear_decode": lambda: call(drawn(3, 264, 24, 9, adapter_of=[1, 0, -1]), 2),
+}
+
+
+def test_these_are_all_operations():
+    launchers()
+    offered = torch._C._dispatch_get_all_op_names()
+    assert {f"lorafast_cuda::{name}" for name in CALLS} == {
+        name for name in offered if name.startswith("lorafast_cuda::")
+    }
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_tensor_on_another_device(operation):
+    launchers()
+    with Calls() as calls:
+        CALLS[operation]()
+    ((func, args),) = calls.kept
+    assert func._schema.name == f"lorafast_cuda::{operation}"
+    for i, argument in enumerate(func._schema.arguments):
+        if "Tensor" not in str(argument.type):
+            continue
+        assert isinstance(args[i], Tensor), f"{argument.name} is not given"
+        elsewhere = [*args[:i], args[i].to("meta"), *args[i + 1 :]]
+        with launched(80) as run, pytest.raises(RuntimeError, match=f"{argument.name} is on meta"):
+            func(*elsewhere)
+        assert not run.launches

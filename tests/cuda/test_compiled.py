@@ -1,0 +1,133 @@
+"""What csrc/cuda compiles to: nothing spills, the table is true, the library is small."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from on_machine import needs_nvcc
+
+pytest.importorskip("triton")  # its cuobjdump
+
+import compiled
+from compiled import LIBRARY, MOST_BYTES, kernels_of, nvcc_of, summaries, write, written
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The kernels of the library that is installed."""
+    if not LIBRARY.is_file():
+        pytest.skip("the CUDA kernels are not built")
+    newest = max(p.stat().st_mtime for p in (*CSRC.glob("*"), *(CSRC / "cuda").glob("*")))
+    if LIBRARY.stat().st_mtime < newest:
+        pytest.skip("the CUDA kernels were built before csrc/cuda was changed: make setup")
+    return kernels_of(LIBRARY)
+
+
+@pytest.mark.slow
+def test_nothing_spills(made):
+    spilling = [f"{arch} {k}" for arch, kernels in made.items() for k in kernels if k.spills]
+    assert spilling == []
+
+
+@pytest.mark.slow
+def test_the_library_is_small(made):
+    assert LIBRARY.stat().st_size < MOST_BYTES
+
+
+@pytest.mark.slow
+def test_each_architecture_has_every_kernel(made):
+    names = {arch: [kernel.name for kernel in kernels] for arch, kernels in made.items()}
+    assert all(found == names["sm_80"] for found in names.values())
+
+
+@pytest.mark.slow
+def test_the_table_is_true(made):
+    nvcc = nvcc_of(LIBRARY)
+    for arch, kernels in made.items():
+        table = written(nvcc, arch)
+        if table is None:
+            pytest.skip(f"tests/cuda/compiled has no table of nvcc {nvcc} for {arch}")
+        assert kernels == table, "after a kernel has changed: python tests/cuda/compiled.py --write"
+
+
+SPILLS = """
+__global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x) {
+  float v[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  for (int k = 0; k < x[0]; ++k)
+#pragma unroll
+    for (int i = 0; i < 64; ++i) v[i] = v[i] * v[(i * 7) % 64] + x[k];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = v[i];
+}
+template <int n>
+__global__ void small_kernel(float* x) {
+  __shared__ float y[n];
+  y[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = y[threadIdx.x ^ 1];
+}
+template __global__ void small_kernel<32>(float* x);
+template __global__ void small_kernel<64>(float* x);
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    (folder / "spills.cu").write_text(SPILLS)
+    made = folder / "spills.o"
+    flags = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+    subprocess.run(["nvcc", *flags, "-c", folder / "spills.cu", "-o", made], check=True)
+    return made
+
+
+@needs_nvcc
+@pytest.mark.slow
+class TestReading:
+    def test_kernels(self, library):
+        made = kernels_of(library)
+        assert list(made) == ["sm_80", "sm_90a"]
+        small, large, spilling = made["sm_80"]
+        assert (small.name, small.shared, small.spills) == ("small_kernel<32>(float*)", 128, 0)
+        assert (large.name, large.shared) == ("small_kernel<64>(float*)", 256)
+        assert small.instructions == {"LDG.32": 1, "STG.32": 1}
+        assert spilling.registers == 32
+        assert spilling.spills > 20
+        rows = [row for row in summaries(made) if row["arch"] == "sm_80"]
+        assert [(row["kernel"], row["instances"], row["shared"]) for row in rows] == [
+            ("small_kernel", 2, 256), ("spilling_kernel(float*)", 1, 0),
+        ]  # fmt: skip
+
+    def test_spills_are_the_exit_status(self, library, capsys):
+        assert compiled.main([str(library)]) == 1
+        out = capsys.readouterr().out
+        assert out.count("ok\n") == 4
+        assert out.count("spills\n") == 2
+
+    def test_what_is_written_is_read(self, library, tmp_path):
+        made = kernels_of(library)
+        nvcc = nvcc_of(library)
+        assert written(nvcc, "sm_80", tmp_path) is None
+        write(nvcc, made, tmp_path)
+        assert {arch: written(nvcc, arch, tmp_path) for arch in made} == made
+        write(nvcc, {"sm_80": made["sm_80"]}, tmp_path)
+        assert written(nvcc, "sm_90a", tmp_path) is None
+
+    def test_it_is_recorded(self, library, tmp_path):
+        from lorafast.bench.common.record import read
+
+        compiled.main([str(library), "--json", str(tmp_path / "nvcc.json")])
+        run = read(tmp_path / "nvcc.json")
+        assert run["complete"] is False
+        assert run["nvcc"][0]["nvcc"] == nvcc_of(library)
+
+
+def test_no_library(tmp_path, capsys):
+    (tmp_path / "other.so").write_bytes(b"nothing")
+    for name in ("missing.so", "other.so"):
+        assert compiled.main([str(tmp_path / name)]) == 2
+        assert "is no library that nvcc has made" in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""``shrink_backward`` of csrc/cuda: executed from nvcc's PTX by the plans of its family."""
+
+import pytest
+import torch
+from on_machine import launched, needs_nvcc
+from skinny_cases import (
+    BF16,
+    F16,
+    F32,
+    LAYOUTS,
+    SCHEDULES,
+    SEED,
+    Case,
+    bits,
+    check,
+    executed,
+    specials,
+)
+
+from lorafast.reference import keep_mask, wide
+
+pytestmark = needs_nvcc
+
+
+def case(*sizes, **more):
+    return Case("shrink_backward", *sizes, **more)
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("r", [1, 3, 16, 17, 64, 256])
+def test_ranks(r, arch):
+    check(case(200, 130, r, arch=arch))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 1), (131, 77, 5), (264, 70, 20), (72, 65, 64)])
+def test_dtypes(sizes, dropout_p, dtype):
+    check(case(*sizes, dtype=dtype, dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("adapter", [BF16, F16, F32])
+def test_adapters_of_another_dtype(dtype, adapter):
+    check(case(136, 40, 12, dtype=dtype, adapter=adapter))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_layouts(layout, dtype):
+    check(case(136, 70, 16, dtype=dtype, lay_out=LAYOUTS[layout], dropout_p=0.3))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_infinity_and_nan(dtype, dropout_p):
+    check(case(40, 136, 12, dtype=dtype, dropout_p=dropout_p, lay_out=specials))
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_the_mask_is_everyones(dtype, arch):
+    """ds picks r rows of x, all ones: dA is not 0 where they are kept."""
+    one = case(70, 77, 16, dtype=dtype, arch=arch, dropout_p=0.3)
+    keep = keep_mask(70, 77, 0.3, SEED)
+    for first in (0, 16, 54):
+        beside = torch.zeros(70, 16, dtype=wide(dtype))
+        beside[first : first + 16] = torch.eye(16)
+        given = one.tensors() | {"large": torch.ones(70, 77, dtype=dtype), "beside": beside}
+        with launched(arch, sms=one.sms):
+            dA = one.run(given)["dA"]
+        assert (dA != 0).equal(keep[first : first + 16])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [86, 100, 120])
+def test_other_architectures(arch):
+    check(case(264, 130, 40, arch=arch))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_nothing_to_sum(dtype):
+    found, run = executed(case(0, 40, 3, dtype=dtype))
+    assert not found["dA"].any()
+    assert len(run.launches) == 1
+
+
+def test_no_columns():
+    found, run = executed(case(64, 0, 3))
+    assert found["dA"].shape == (3, 0)
+    assert not run.launches
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+def test_bits_are_those_of_every_schedule(arch):
+    """Also of two calls in a row, on the same counters, with fewer CTAs resident than there are."""
+    one = case(900, 140, 16, arch=arch, dropout_p=0.2)
+    first, *others = (executed(one, *schedule, times=2)[0]["dA"] for schedule in SCHEDULES)
+    assert all(bits(first).equal(bits(other)) for other in others)

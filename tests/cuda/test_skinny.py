@@ -1,0 +1,176 @@
+"""The plans of the skinny operations, and what their launchers refuse."""
+
+import itertools
+
+import pytest
+import torch
+from on_machine import launched, needs_nvcc
+from skinny_cases import BF16, F16, F32, PLANS, Case, bits, check, executed
+from skinny_counts import count
+
+from lorafast.backends.cost import Device
+from lorafast.backends.cuda import skinny
+from lorafast.backends.cuda.tables import SKINNY, row_of
+from lorafast.core.problem import Problem
+
+KINDS = ("shrink", "reduce", "backward")
+SIZES = ((1, 1), (1, 4096), (8192, 4096), (8192, 1024), (100_000, 14336), (7, 100_000))
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_fits_the_chip(kind, capability):
+    row = row_of(SKINNY, capability)
+    for dtype, r, (rows, columns), dropout in itertools.product(
+        (BF16, F16, F32), (1, 16, 17, 64, 256, 1000), SIZES, (False, True)
+    ):
+        s = skinny.shares_of(kind, dtype, rows, columns, r, row=row, sms=100, dropout=dropout)
+        assert 2 <= s.stages <= 8
+        needed = s.tile.bytes_of(s.stages) + 16  # the kernel's own
+        assert needed <= row.shared
+        assert s.ctas_per_sm * (needed + 1024) <= row.on_sm
+        assert s.grid[2] * s.tile.ranks >= r
+        along = columns if kind == "shrink" else rows
+        block = s.tile.columns if kind == "shrink" else s.tile.rows
+        assert (s.grid[1] - 1) * s.share * block < along <= s.grid[1] * s.share * block
+
+
+def test_enough_is_in_flight_on_sm_90():
+    row = row_of(SKINNY, 90)
+    for kind, r in itertools.product(KINDS, (16, 32, 64)):
+        for dtype in (BF16, F32):
+            s = skinny.shares_of(kind, dtype, 8192, 4096, r, row=row, sms=132)
+            assert s.in_flight >= 40 << 10, (kind, r, dtype)
+
+
+def problem(operation, **changes):
+    p = Problem(operation, 64, 64, 64, 8, BF16, BF16, torch.device("cpu"), wants=("ds", "dB"))
+    return p._replace(**changes)
+
+
+@pytest.mark.parametrize("operation", PLANS)
+def test_refusals_are_sentences(operation):
+    def asked(capability=80, **changes):
+        device = Device.known_by("a device", capability, 8)
+        return PLANS[operation](problem(operation, **changes), device)
+
+    assert asked(75) == f"compute capability is 7.5, the kernels of {operation} need 8.0"
+    double = "torch.float64, the kernels have float16, bfloat16 and float32"
+    assert asked(dtype=torch.float64) == f"the dtype is {double}"
+    assert asked(adapter_dtype=torch.float64) == f"the adapter is {double}"
+    assert asked(r=0) == "the rank is 0, the kernels need at least 1"
+
+
+def test_a_plan_says_what_it_launches_and_moves():
+    one = Case("expand_backward", 8192, 4096, 16, wants=("ds", "dB"), arch=90, sms=132).launch()
+    assert one.line == (
+        "expand_backward: 16 x 8 x 1 CTAs, tiles of 64 x 256 for 16 ranks, 4 stages"
+    )
+    assert one.launches == 1
+    assert one.flops == 4 * 8192 * 4096 * 16
+    dy, s, B = 8192 * 4096 * 2, 8192 * 16 * 2, 4096 * 16 * 2
+    parts = 16 * 8192 * 16 * 4 + 8 * 4096 * 16 * 4
+    assert one.moved == dy + 2 * s + 2 * B + 2 * parts
+
+
+@needs_nvcc
+@pytest.mark.parametrize("operation", PLANS)
+def test_no_bank_conflicts_and_no_sector_twice(operation):
+    """Of x or dy in bfloat16 every sector is copied once; beside it are the factors."""
+    rows, columns, r, arch = 2048, 1024, 16, 80
+    row = count(operation, arch, rows, columns, r)
+    assert row.amounts.conflicts < 0.005 * row.amounts.wavefronts
+    tile = row.shares.tile
+    # A with a tile's columns, s and ds with its rows; B is transposed on its way, by other loads.
+    factors = 32 * r / (tile.rows if operation == "shrink" else tile.columns)
+    assert row.from_memory == pytest.approx(32 + factors, rel=1e-6)
+
+
+@needs_nvcc
+def test_launches_of_two_callers_have_counters_of_their_own():
+    """One call's launches between those of another, each on its own counters and scratch memory."""
+    one, other = Case("shrink", 140, 900, 16), Case("shrink_backward", 900, 140, 16)
+    given = {case: case.tensors() for case in (one, other)}
+    alone = {case: executed(case)[0] for case in (one, other)}
+    with launched(80, 5, 2, sms=8):
+        found = [(case, case.run(given[case])) for case in (one, other, one, other)]
+    for case, outputs in found:
+        for name, tensor in outputs.items():
+            assert bits(tensor).equal(bits(alone[case][name]))
+
+
+MESSAGES = {
+    "lora_A is 8 x 48, expected 8 x 64": {"lora_A": torch.zeros(8, 48, dtype=BF16)},
+    "s has dtype float32, expected bfloat16": {"s": torch.zeros(40, 8)},
+    "shrink has no tile of 64 x 128, for bfloat16 and 16 ranks it is 128 x 128": {"block_m": 64},
+    "shrink has no kernel of 48 ranks for bfloat16, there are 16, 32, 64 and 128": {"ranks": 48},
+    "stages is 9, expected 2 to 8": {"stages": 9},
+    "share is 0, expected 1 to 1073741823": {"share": 0},
+    "s is not aligned to 4 bytes": {"s": torch.zeros(321, dtype=BF16)[1:].view(40, 8)},
+    "partials is missing, expected": {"lora_A": torch.zeros(8, 512, dtype=BF16),
+                                      "x": torch.zeros(40, 512, dtype=BF16)},
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("message", MESSAGES)
+def test_launchers_check(message):
+    arguments = {
+        "x": torch.zeros(40, 64, dtype=BF16), "lora_A": torch.zeros(8, 64, dtype=BF16), "seed": None,
+        "threshold": 0, "survivor_scale": 1.0, "scale": 1.0, "s": torch.zeros(40, 8, dtype=BF16),
+        "partials": None, "counters": None, "ranks": 16, "block_m": 128, "block_n": 128, "stages": 3,
+        "share": 1,
+    }  # fmt: skip
+    with launched(80) as run, pytest.raises(RuntimeError, match=message):
+        torch.ops.lorafast_cuda.shrink(**arguments | MESSAGES[message])
+    assert not run.launches
+
+
+OF_BACKWARD = {
+    "the rank is 0, expected at least 1": {"dB": torch.zeros(64, 0, dtype=BF16),
+                                           "s": torch.zeros(40, 0, dtype=BF16)},
+    "ds is not aligned to 4 bytes": {"ds": torch.zeros(321, dtype=BF16)[1:].view(40, 8)},
+    "chunk is 1073741824, expected 1 to 1073741823": {"chunk": 1 << 30},
+}  # fmt: skip
+
+
+@needs_nvcc
+@pytest.mark.parametrize("message", OF_BACKWARD)
+def test_the_launcher_of_expand_backward_checks(message):
+    arguments = {
+        "dy": torch.zeros(40, 64, dtype=BF16), "s": torch.zeros(40, 8, dtype=BF16),
+        "lora_B": torch.zeros(64, 8, dtype=BF16), "scaling": 1.0, "ds": None,
+        "dB": torch.zeros(64, 8, dtype=BF16), "dbias": torch.zeros(64, dtype=BF16),
+        "partials": None, "counters": None, "ranks": 16, "block_m": 64, "block_n": 256, "stages": 2,
+        "share": 1, "chunk": 1,
+    }  # fmt: skip
+    changed = arguments | OF_BACKWARD[message]
+    if changed["ds"] is None:
+        changed |= {"block_m": 128, "block_n": 128}
+    with launched(80) as run, pytest.raises(RuntimeError, match=message):
+        torch.ops.lorafast_cuda.expand_backward(**changed)
+    assert not run.launches
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_at_random(seed):
+    """Any sizes, dtypes, subsets, masks, schedules."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*of):
+        return of[int(torch.randint(len(of), (1,), generator=generator))]
+
+    operation = pick(*PLANS)
+    outputs = ("ds", "dB", "dbias")
+    check(
+        Case(
+            operation, pick(1, 5, 33, 64, 130, 300), pick(1, 7, 64, 129, 264, 600),
+            pick(1, 2, 9, 16, 31, 50, 64, 100, 130, 256), pick(BF16, F16, F32), pick(BF16, F16, F32),
+            0.0 if operation == "expand_backward" else pick(0.0, 0.25, 1.0),
+            pick(outputs, outputs[:2], outputs[:1], outputs[1:], outputs[::2]),
+            pick(80, 90), pick(1, 4, 16, 108),
+        ),
+        seed, pick(1, 2, 4, 64),
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Whether kernels can run on a device: nothing, or a sentence that names what is too old."""
+
+import ctypes
+
+import pytest
+from launchers import FAKE_STREAM, launchers
+from on_machine import needs_nvcc
+
+pytestmark = needs_nvcc
+
+INSUFFICIENT_DRIVER, NO_IMAGE, UNSUPPORTED_PTX, OTHER = 35, 209, 222, 999
+
+
+@pytest.fixture
+def why_unusable():
+    """Of a device of this architecture and driver, where functions of the runtime fail."""
+    of = launchers()
+    ask = of.library.lorafast_cuda_why_unusable
+    ask.restype = ctypes.c_char_p
+
+    def why(arch=90, driver=None, device=0, **failing):
+        of.device(arch, 132, FAKE_STREAM, driver)
+        for function, error in failing.items():
+            of.fail(function, error)
+        return ask(device).decode()
+
+    yield why
+    of.reset()
+
+
+def built_with():
+    """As 13000."""
+    return launchers().library.fake_runtime_version()
+
+
+def test_it_is_usable(why_unusable):
+    for driver in (None, built_with() // 1000 * 1000, built_with() + 20):
+        assert why_unusable(driver=driver) == ""
+    assert launchers().guarded == 0
+    assert why_unusable(device=3) == ""
+    assert launchers().guarded == 3
+
+
+CASES = [
+    ({"driver": 0}, "there is no NVIDIA driver"),
+    (
+        {"driver": 11080},
+        "they were built with CUDA {cuda}, and the driver is for CUDA 11.8: update the driver",
+    ),
+    ({"device": 5, "aoti_torch_create_device_guard": 1}, "there is no cuda:5"),
+    (
+        {"arch": 70, "cudaFuncGetAttributes": NO_IMAGE},
+        "they are compiled for compute capability 8.0, and cuda:0 has 7.0",
+    ),
+    (
+        {"arch": 121, "device": 2, "cudaFuncGetAttributes": UNSUPPORTED_PTX},
+        "they were built with CUDA {cuda}, and the driver is for CUDA {cuda}, too old for PTX of it "
+        "(cuda:2 has 12.1): update the driver",
+    ),
+    (
+        {"cudaFuncGetAttributes": INSUFFICIENT_DRIVER},
+        "they were built with CUDA {cuda}, and the driver is for CUDA {cuda}, too old for PTX of it "
+        "(cuda:0 has 9.0): update the driver",
+    ),
+    (
+        {"cudaFuncGetAttributes": OTHER},
+        "a kernel can't be loaded on cuda:0: unrecognized error code",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "said"), CASES)
+def test_it_is_not(why_unusable, what, said):
+    major, minor = divmod(built_with() // 10, 100)
+    assert why_unusable(**what) == said.format(cuda=f"{major}.{minor}")
+
+
+def test_no_error_is_left_behind(why_unusable):
+    assert why_unusable(cudaFuncGetAttributes=NO_IMAGE)
+    assert launchers().library.fake_last_error() == 0
