@@ -24,7 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +49,8 @@ _TESTS, _TUNE = "tests", "tune"
 SKIPPABLE = (_TESTS, _TUNE)
 """Stages that other stages don't need."""
 _MOST_WORKERS = 12
+_BACKENDS = ("aten", "triton", "cuda")
+"""Those that serve a GPU; one that can't be used is named with its reason."""
 
 
 @dataclass
@@ -61,6 +63,8 @@ class _Plan:
     dropped: Problem
     against: tuple[str, ...]
     swept: list[Problem]
+    decoded: list[Problem]
+    decoded_by: tuple[str, ...]
     model: str
     model_layers: int | None
     tune_seconds: float
@@ -82,8 +86,10 @@ def _plan_for_gpu(device: torch.device) -> _Plan:
     table = [Problem(shape, r, "bf16", "fp32", p) for shape, r in shapes for p in (0.0, 0.05)]
     return _Plan(
         device, table, square=table[0], dropped=table[1],
-        against=("peft", "peft-compiled", "aten", "triton", "frozen"),
-        swept=layer.sweep(table[0], "cuda"), model="llama-8b", model_layers=None,
+        against=("peft", "peft-compiled", *_BACKENDS, "frozen"),
+        swept=layer.sweep(table[0], "cuda"), decoded=_decoded(square, (1, 16)),
+        decoded_by=("peft", *_BACKENDS),
+        model="llama-8b", model_layers=None,
         tune_seconds=12.0, tokens=8192, peft_cases=CASES,
     )  # fmt: skip
 
@@ -94,9 +100,17 @@ def _plan_for_rehearsal() -> _Plan:
     other = Problem(Shape("tiny", 20, 48, 56), 8, "bf16", "fp32", 0.0)
     return _Plan(
         torch.device("cpu"), table, square=table[0], dropped=table[1],
-        against=("peft", "aten", "triton", "frozen"), swept=[table[0], other], model="qwen-0.6b",
-        model_layers=1, tune_seconds=0.5, tokens=8, peft_cases=CASES[-1:],
+        against=("peft", *_BACKENDS, "frozen"), swept=[table[0], other],
+        # Without Triton: inference is timed by many calls, of which each takes the interpreter long.
+        decoded=_decoded(table[0].shape, (1,)), decoded_by=("peft", "aten", "cuda"),
+        model="qwen-0.6b", model_layers=1,
+        tune_seconds=0.5, tokens=8, peft_cases=CASES[-1:],
     )  # fmt: skip
+
+
+def _decoded(shape: Shape, Ms: Sequence[int]) -> list[Problem]:
+    """The layer on so few rows as generation has."""
+    return [Problem(replace(shape, M=M), 16, "bf16", "fp32", 0.0) for M in Ms]
 
 
 @dataclass
@@ -207,7 +221,7 @@ def _stages(
     stages = [
         _Stage(_TESTS, 0.1, lambda: _test(record, budget.left(0.35))),
         _Stage("operations", 0.4, lambda: run_operations(
-            both, ["aten", "triton"],
+            both, _BACKENDS,
             device=device, seconds=0.3, record=record, deadline=budget.until(0.4),
         )),
         # Before what uses it.
@@ -220,8 +234,12 @@ def _stages(
             device=device, seconds=0.7, record=record, deadline=budget.until(0.75),
         )),
         _Stage("sweep", 0.85, lambda: layer.run(
-            plan.swept, ["both"], ["peft", "aten", "triton"],
+            plan.swept, ["both"], ["peft", *_BACKENDS],
             device=device, seconds=0.4, record=record, kind="sweep", deadline=budget.until(0.85),
+        )),
+        _Stage("decoding", 0.86, lambda: layer.run(
+            plan.decoded, ["infer"], plan.decoded_by,
+            device=device, seconds=0.4, record=record, kind="decode", deadline=budget.until(0.86),
         )),
         _Stage("call overhead", 0.88, lambda: run_call_overhead(
             ["peft"], device=device, record=record

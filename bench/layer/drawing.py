@@ -23,6 +23,7 @@ _COLOURS = {
     "peft-compiled": "#56B4E9",
     "aten": "#009E73",
     "triton": "#CC79A7",
+    "cuda": "#F0E442",
     "reference": "#999999",
 }
 _GROUNDS = {

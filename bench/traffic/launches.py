@@ -123,13 +123,13 @@ def _linear_expand(launch: LinearExpandLaunch, p: Problem) -> list[Launch]:
 
 
 def _tiles(launch: LinearExpandLaunch, p: Problem) -> Launch:
-    """All tiles of a GEMM with their low-rank term; under a mask each reads the seed for itself."""
+    """All tiles of a GEMM with their low-rank term; under a mask each share of a tile reads the seed."""
     c, K, N = launch.config, launch.K, launch.N
     rows, cols = _blocks(launch.M, c.block_m), _blocks(N, c.block_n)
     x, s, y = launch.M * K * _size(p), _low(p, launch.M), launch.M * N * _size(p)
     by_cols = N * K * _size(p) + N * p.r * _adapter(p) + (N * _size(p) if launch.bias else 0)
     seed = _SEED if launch.dropout else 0
-    loaded = cols * (x + s) + rows * by_cols + rows * cols * seed
+    loaded = cols * (x + s) + rows * by_cols + rows * cols * launch.splits * seed
     return Launch(x + s + by_cols + seed, y, loaded, y)
 
 

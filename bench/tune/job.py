@@ -25,7 +25,7 @@ from lorafast.kernels.tables import tuned
 
 from lorafast.backends import registry
 from lorafast.backends.cost import MARGIN, Device, key_of
-from lorafast.backends.plan import Plan
+from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton, device_of
 from lorafast.backends.triton.cost import helped
 from lorafast.backends.triton.planning import rule_of
@@ -73,16 +73,17 @@ def run(
     known = {entry.key: entry for entry in tuned.load(gpu.name)}
     clock = clock_for(device)
     rows = []
+    path = None
     for problem, case_name in progress(todo, "case"):
         case = cases(problem, draw(problem, device, 1))[case_name]
         key = key_of(case.asks)
         if key in known and not again:
             say(f"  {problem}, {case_name}: known, {known[key].backend}")
             continue
-        if case.operation == "lora_linear":
-            together = helped(case.asks, gpu, rule_of(case.asks, gpu))
-            if isinstance(together, str):
-                say(f"  {problem}, {case_name}: its operations one by one, no helpers: {together}")
+        if case.operation == "lora_linear" and not _in_one_launch(case):
+            why = _why_no_climb(case, gpu)
+            if why is not None:
+                say(f"  {problem}, {case_name}: its operations one by one, {why}")
                 continue
         if time.monotonic() > deadline:
             say(f"  {problem}, {case_name}: not begun, the time is up")
@@ -91,6 +92,9 @@ def run(
             continue
         row = tune(problem, case, device=gpu, clock=clock, seconds=seconds)
         rows.append(row)
+        if not row.samples:
+            say(f"  {problem}, {case_name}: {_verdict(row, {})}")
+            continue
         medians = {backend: Summary.of(s).median for backend, s in row.samples.items()}
         config = None if row.config is None else LaunchConfig(**row.config)
         known[key] = tuned.Record(key, row.backend, config, medians)
@@ -102,49 +106,80 @@ def run(
         if record is not None:
             record.add("tune", [row])
         say(f"  {problem}, {case_name}: {_verdict(row, medians)}")
-    if rows:
+    if path is not None:
         say(f"recorded in {path}")
     return rows
 
 
 def tune(problem: Problem, case: Case, *, device: Device, clock: Clock, seconds: float) -> Row:
-    """The fastest of the case's configurations against the other backends."""
+    """The fastest of the case's configurations of Triton against the other backends. Who is wrong isn't
+    timed."""
     deadline = time.monotonic() + 0.8 * seconds
-    found = climb.climb(problem, case, device=device, clock=clock, deadline=deadline)
-    best = min(found, key=lambda row: 1.0 if row.shipped else row.ratio)
-    config = LaunchConfig(**best.config)
-    own = climb.with_config(case, config)
-    dtype = DTYPES[problem.dtype]
-    try:
-        wrong = why_wrong(case, own, dtype)
-    except Exception as error:  # what ships can't run here: PyTorch can, and the others go on
-        wrong = raised(error)
-    contenders = {name: on_backend(name) for name in _rivals(case)}
-    if wrong is None:
-        contenders[Triton.name] = own
+    contenders = {name: on_backend(name) for name in _able(case)}
+    found: list[climb.Row] = []
+    config: LaunchConfig | None = None
+    if _why_no_climb(case, device) is None:
+        found = climb.climb(problem, case, device=device, clock=clock, deadline=deadline)
+        best = min(found, key=lambda row: 1.0 if row.shipped else row.ratio)
+        config = LaunchConfig(**best.config)
+        contenders[Triton.name] = climb.with_config(case, config)
+    wrong = {}
+    for name, operations in contenders.items():
+        try:
+            reason = why_wrong(case, operations, DTYPES[problem.dtype])
+        except Exception as error:  # what ships can't run here: PyTorch can, and the others go on
+            reason = raised(error)
+        if reason is not None:
+            wrong[name] = reason
     turns = {
         name: turn_of([functools.partial(case.call, operations, as_is)])
         for name, operations in contenders.items()
+        if name not in wrong
     }
     samples = interleave(clock, turns, seconds=0.2 * seconds, least=15)
+    said = "; ".join(f"{name}: {reason}" for name, reason in wrong.items()) or None
+    fields = None if config is None else asdict(config)
+    return Row(problem, case.name, _winner(samples), fields, len(found), said, samples)
+
+
+def _winner(samples: dict[str, list[float]]) -> str:
+    """The fastest; Triton only if its lead is no noise."""
     others = {name: Summary.of(s).median for name, s in samples.items() if name != Triton.name}
-    best_other = min(others, key=others.__getitem__)
-    wins = wrong is None and (
-        Summary.of_ratio(samples[Triton.name], samples[best_other]).median < 1 / MARGIN
-    )
-    backend = Triton.name if wins else best_other
-    return Row(problem, case.name, backend, asdict(config), len(found), wrong, samples)
+    best = min(others, key=others.__getitem__, default=Triton.name)
+    if best == Triton.name or Triton.name not in samples:
+        return best
+    lead = Summary.of_ratio(samples[Triton.name], samples[best]).median
+    return Triton.name if lead < 1 / MARGIN else best
 
 
-def _rivals(case: Case) -> list[str]:
-    """The other backends that can serve the case, but for the definition itself."""
+def _able(case: Case) -> list[str]:
+    """The backends that can serve the case, but for the definition itself."""
     return [
         name
         for name in registry.names()
-        if name != Triton.name
-        and not registry.get(name).plain_pytorch
+        if not registry.get(name).plain_pytorch
         and isinstance(registry.plan_of(name, case.asks), Plan)
     ]
+
+
+def _why_no_climb(case: Case, device: Device) -> str | None:
+    """Why Triton has no configurations to try for the case, or None."""
+    answer = registry.plan_of(Triton.name, case.asks)
+    if isinstance(answer, Refusal):
+        return answer.reason
+    if case.operation != "lora_linear":
+        return None
+    together = helped(case.asks, device, rule_of(case.asks, device))
+    return f"no helpers: {together}" if isinstance(together, str) else None
+
+
+def _in_one_launch(case: Case) -> bool:
+    """Whether another backend than Triton serves a whole layer in one launch, chosen by its time."""
+    plans = (registry.plan_of(name, case.asks) for name in _able(case) if name != Triton.name)
+    return any(
+        isinstance(plan, Plan) and len(plan.launches) == 1 and plan.seconds is not None
+        for plan in plans
+    )
 
 
 def _verdict(row: Row, medians: dict[str, float]) -> str:

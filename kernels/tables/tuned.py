@@ -2,8 +2,8 @@
 
 A JSON file a device, in ``$LORAFAST_CACHE``, else ``$XDG_CACHE_HOME/lorafast``, else in
 ``~/.cache/lorafast``. It names the device and the versions it was measured with; records of another
-Triton or PyTorch are not used. Anyone may have written to it: what ``why_unusable`` has a reason against
-is left out, in one warning, before a call can come across it.
+Triton, PyTorch or build of the CUDA kernels are not used. Anyone may have written to it: what
+``why_unusable`` has a reason against is left out, in one warning, before a call can come across it.
 """
 
 import functools
@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -75,13 +75,22 @@ def dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype, tf32: bool) -> str:
     return f"{name}+{str(adapter_dtype).removeprefix('torch.')}"
 
 
+_versions: dict[str, Callable[[], str]] = {}
+
+
+def depend_on(name: str, version: Callable[[], str]) -> None:
+    """Lets measurements depend on what ``version`` gives: records of another one are not used."""
+    _versions[name] = version
+
+
 def versions() -> dict[str, str]:
     """What the measurements depend on."""
     try:
         triton = __import__("triton").__version__
     except ImportError:
         triton = "none"
-    return {"torch": torch.__version__, "triton": triton, "cuda": torch.version.cuda or "none"}
+    known = {"torch": torch.__version__, "triton": triton, "cuda": torch.version.cuda or "none"}
+    return known | {name: version() for name, version in _versions.items()}
 
 
 def path_for(device: str) -> Path:

@@ -5,6 +5,7 @@
 
 from lorafast.backends.aten import Aten
 from lorafast.backends.cpu import Cpu
+from lorafast.backends.cuda import Cuda
 from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.backends.reference import Reference
 from lorafast.backends.registry import BackendStatus, backends, register, unregister
@@ -22,5 +23,5 @@ __all__ = [
     "unregister",
 ]
 
-for _backend in (Aten(), Cpu(), Triton(), Reference()):
+for _backend in (Aten(), Cpu(), Triton(), Cuda(), Reference()):
     register(_backend)

@@ -24,7 +24,7 @@ from lorafast.backends.plan import Plan
 from lorafast.core.problem import DENSE, Layout, Problem
 from lorafast.core.sms import planned_for
 from lorafast.kernels.tables import tuned
-from lorafast.kernels.tables.find import GEMMS, nearest_architecture
+from lorafast.kernels.tables.find import GEMMS
 
 LAUNCH_SECONDS = 3e-6
 """From the end of one short kernel to the start of the next."""
@@ -56,21 +56,27 @@ _PEAK_FLOPS = (
     (r"A10G", 70e12), (r"A10", 125e12), (r"A40", 150e12), (r"A6000", 155e12),
     (r"RTX 3090", 71e12), (r"RTX 4090", 165e12), (r"RTX 5090", 210e12),
     (r"L4", 121e12), (r"L40S", 362e12), (r"L40", 181e12), (r"GB10", 125e12),
+    (r"T4", 65e12), (r"TITAN RTX", 130e12),
 )  # fmt: skip
 """Dense 16-bit products that accumulate in float32, by NVIDIA's data sheets of the cards (half of what
 they print with sparsity): H100 (2024), H200, GH200, Blackwell (DGX B200 and GB200 NVL72, by GPU), A100,
-A30, A10, A40, L4, L40, L40S; the white papers of GA102, AD102 and GB202 for GeForce, which multiplies at
-half rate when it accumulates in float32; DGX Spark's 1 PFLOP/s of sparse FP4 is an eighth of that."""
-_FLOPS_PER_CLOCK = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
+A30, A10, A40, L4, L40, L40S, T4; the white papers of TU102, GA102, AD102 and GB202 for GeForce, which
+multiplies at half rate when it accumulates in float32, and for TITAN RTX, which doesn't; DGX Spark's
+1 PFLOP/s of sparse FP4 is an eighth of that."""
+_FLOPS_PER_CLOCK = {75: 1024, 80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
 """FLOPs of one SM in a clock, of the same products, from the architectures' white papers."""
-_FLOAT32_PER_CLOCK = {80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
+_FLOAT32_PER_CLOCK = {75: 128, 80: 128, 86: 256, 89: 256, 90: 256, 100: 256, 120: 256}
 """The same in float32 without tensor cores."""
 _NOWHERE = "a device that isn't here"
 _HALF_RATE = r"GeForce|TITAN|RTX [345]0[5-9]0"
+_BFLOAT16 = 80
+"""The architecture from which tensor cores take bfloat16 and TF32."""
 _CLOCK = 1.7e9
-_LEAST_BANDWIDTH = {80: 1.4e10, 86: 8.3e9, 89: 5.2e9, 90: 1.7e10, 100: 5.4e10, 120: 5.7e9}
-"""Bytes a second and SM on the card of the architecture that has the least, by the data sheets of A100
-(40 GB), A10, L4, H100 PCIe, B200 and GB10: for a device that doesn't tell its memory's clock."""
+_LEAST_BANDWIDTH = {
+    75: 8.0e9, 80: 1.4e10, 86: 8.3e9, 89: 5.2e9, 90: 1.7e10, 100: 5.4e10, 120: 5.7e9,
+}  # fmt: skip
+"""Bytes a second and SM on the card of the architecture that has the least, by the data sheets of T4,
+A100 (40 GB), A10, L4, H100 PCIe, B200 and GB10: for a device that doesn't tell its memory's clock."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,10 @@ class Device:
         bus_bits: int = 0,
     ) -> "Device":
         """From what the driver says: clocks in Hz; 0 is what it doesn't know."""
-        architecture = nearest_architecture(capability)
+        architecture = max((a for a in _FLOPS_PER_CLOCK if a <= capability), default=75)
         clock = clock or _CLOCK
         per_clock = float(_FLOPS_PER_CLOCK[architecture])
-        if re.search(_HALF_RATE, name) and architecture in (86, 89, 120):
+        if re.search(_HALF_RATE, name) and architecture in (75, 86, 89, 120):
             per_clock /= 2
         peak = next(
             (flops for pattern, flops in _PEAK_FLOPS if re.search(rf"\b(?:{pattern})\b", name)),
@@ -122,6 +128,8 @@ class Device:
 
     def rate(self, dtype: torch.dtype, tf32: bool) -> float:
         """FLOP/s of products in ``dtype``."""
+        if self.capability < _BFLOAT16 and dtype is not torch.float16:
+            tf32, dtype = False, torch.promote_types(dtype, torch.float32)
         if dtype.itemsize == 2:
             return self.flops
         if dtype is torch.float32:

@@ -1,11 +1,15 @@
 """Dropout in PyTorch's own calls: the bits of ``lorafast.reference.dropout``, with few temporaries.
 
-It serves backends whose kernels make no mask themselves.
+It serves backends whose kernels make no mask themselves. Where a kernel makes a bit mask
+(``make_bits_by``), its bits are read; elsewhere Philox is computed in PyTorch's integer operations.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lorafast.core.problem import PLAIN
 from lorafast.reference.dropout import (
     COLUMNS_PER_CALL,
     MULTIPLIERS,
@@ -16,6 +20,25 @@ from lorafast.reference.dropout import (
 )
 
 _LOW = 0xFFFFFFFF
+_BITS = 8
+
+Bits = Callable[[Tensor, int, int, int], Tensor]
+"""``seed, threshold, M, K`` → uint8 ``[M, ceil(K / 8)]``: bit j of byte (row, group) says whether column
+8 · group + j of the row is kept. ``seed`` is an int64 tensor of one element."""
+
+_makers: dict[str, Callable[[torch.device], Bits | None]] = {}
+
+
+def make_bits_by(device_type: str, maker: Callable[[torch.device], Bits | None]) -> None:
+    """Lets ``maker`` make the masks on devices of this type: it gives what makes them there, None where
+    it can't. It is asked in every call."""
+    _makers[device_type] = maker
+
+
+def bits_on(device: torch.device) -> Bits | None:
+    """What makes bit masks on ``device`` in one launch, None if nothing does."""
+    maker = _makers.get(device.type)
+    return None if maker is None else maker(device)
 
 
 def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -29,6 +52,9 @@ def dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
 
 def keep_mask(M: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
     """The boolean mask ``[M, K]`` of ``lorafast.reference.keep_mask``, two to three times as fast."""
+    bits = bits_on(seed.device) if type(seed) in PLAIN else None
+    if bits is not None:
+        return _unpacked(bits(seed, threshold(dropout_p), M, K), K)
     groups = -(-K // COLUMNS_PER_CALL)
     index = torch.arange(M * groups, device=seed.device)
     keep = torch.empty((M * groups, COLUMNS_PER_CALL), dtype=torch.bool, device=seed.device)
@@ -37,6 +63,14 @@ def keep_mask(M: int, K: int, dropout_p: float, seed: Tensor) -> Tensor:
         torch.ge(word & 0xFFFF, dropped_below, out=keep[:, 2 * i])
         torch.ge(word >> 16, dropped_below, out=keep[:, 2 * i + 1])
     return keep.view(M, groups * COLUMNS_PER_CALL)[:, :K]
+
+
+def _unpacked(bits: Tensor, K: int) -> Tensor:
+    """The boolean mask ``[M, K]`` of a bit mask."""
+    # A constant from the host would be copied, which a captured graph can't.
+    shifts = torch.arange(_BITS, dtype=torch.uint8, device=bits.device)
+    keep = torch.bitwise_right_shift(bits.unsqueeze(-1), shifts).bitwise_and_(1)
+    return keep.view(torch.bool).view(bits.shape[0], bits.shape[1] * _BITS)[:, :K]
 
 
 def _philox(index: Tensor, seed: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ class Plan:
       wanted;
     - ``shrink_backward``: ``ds, x, dropout_p, seed`` and returns ``dA`` in the adapters' dtype;
     - ``lora_linear``: ``x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed`` and returns
-      ``y, s``;
+      ``y, s``; ``s`` may be None if it isn't wanted and the problem is without ``graph``;
     - ``lora_linear_backward``: ``dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed`` and
       returns ``dx, dweight, dA, dB, dbias``, None for what isn't wanted. What no wanted result depends
       on may be None;

@@ -48,7 +48,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "shapes": ["llama-8b"],
         "tokens": [8192],
         "dtype": ["bf16"],
-        "against": ["peft", "peft-compiled", "aten", "triton", "frozen"],
+        "against": ["peft", "peft-compiled", "aten", "triton", "cuda", "frozen"],
         "seconds": 1.0,
     },
 }
@@ -78,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--executed",
         action="store_true",
-        help="instructions and memory accesses of our Triton kernels on a GPU, executed and counted, "
-        "not timed, and the unit of an SM that bounds each: needs a checkout and a C++ compiler, no GPU",
+        help="instructions and memory accesses of our Triton and CUDA C++ kernels on a GPU, executed "
+        "and counted, not timed, and the unit of an SM that bounds each: needs a checkout, a C++ "
+        "compiler, and nvcc for the latter; no GPU",
     )
     what.add_argument(
         "--call-overhead", action="store_true", help="microseconds of a call on a tiny layer"

@@ -1,4 +1,5 @@
-"""Measures on this GPU what is fastest for each call, Triton's configurations or PyTorch, and keeps it.
+"""Measures on this GPU what is fastest for each call, Triton's configurations, the CUDA kernels or
+PyTorch, and keeps it.
 
 Minutes, once: without it lorafast uses the rules for the GPU's architecture and a model of its speed.
 Every result is kept at once; interrupted, the next run goes on where this one was.
@@ -7,6 +8,9 @@ Every result is kept at once; interrupted, the next run goes on where this one w
 import argparse
 import time
 
+import torch
+
+from lorafast.backends import registry
 from lorafast.backends.triton import Triton, device_of
 from lorafast.bench.common.output import UnwritableError
 from lorafast.bench.common.problem import DTYPES, Problem, why_too_large
@@ -23,6 +27,7 @@ from lorafast.cli.options import (
     rank,
     seconds,
 )
+from lorafast.ops.problems import why_not
 
 _COMMAND = "lorafast tune"
 
@@ -51,9 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         of = device(arguments.device)
         problems = _problems(arguments)
-        reason = Triton().why_unusable()
-        if reason is None and device_of(of) is None:
-            reason = f"the device is {of}, the kernels run on CUDA devices"
+        reason = _why_nothing(of)
         if reason is not None:
             raise ValueError(f"nothing to tune here: {reason}")
         for problem in problems:
@@ -78,6 +81,18 @@ def run(arguments: argparse.Namespace) -> int:
         terminal.complain(_COMMAND, error)
         return 2
     return int(any(row.wrong is not None for row in rows))
+
+
+def _why_nothing(of: torch.device) -> str | None:
+    """Why there is nothing to choose from on a device, or None."""
+    reason = Triton().why_unusable()
+    if reason is None and device_of(of) is None:
+        reason = f"the device is {of}, the kernels run on CUDA devices"
+    if reason is None or of.type != "cuda":
+        return reason
+    sample = torch.empty((1, 1), dtype=torch.float16, device=of)
+    able = [name for name in registry.names() if why_not(name, sample) is None]
+    return None if len(set(able) - set(registry.plain_pytorch_names())) > 1 else reason
 
 
 def _problems(arguments: argparse.Namespace) -> list[Problem]:

@@ -1,7 +1,7 @@
 """Runs every operation on every backend that this machine has and compares with float64.
 
 A row passes if it keeps the package's one numerical contract (``lorafast/reference/contract.py``). The
-exit status is 1 if a row fails.
+exit status is 1 if a row fails. What a backend refuses is said once, with its reason.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from lorafast.backends import forced, registry
 from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
 from lorafast.core.dtypes import wide
+from lorafast.core.errors import BackendError
 from lorafast.ops.problems import why_not
 from lorafast.reference import contract
 
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     for name in registry.names():
         registry.get(name).allow_checks(of)
-    rows = []
+    rows: list[_Row] = []
     sample = torch.empty((1, 1), device=of)
     for name in lorafast.backends():
         reason = why_not(name, sample)
@@ -67,14 +68,20 @@ def run(arguments: argparse.Namespace) -> int:
         remark = registry.get(name).remark()
         if remark is not None:
             print(f"{name}: {remark}")
-        rows += list(_verify(name, arguments.dtype, of))
+        refused: dict[str, str] = {}
+        rows += list(_verify(name, arguments.dtype, of, refused))
+        for operation, reason in refused.items():
+            print(f"{name}: {operation} not run everywhere, {reason}")
     _print_table(rows)
     failed = sum(row.verdict.why_broken is not None for row in rows)
     print(f"{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 
-def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]:
+def _verify(
+    backend: str, dtypes: list[str], of: torch.device, refused: dict[str, str]
+) -> Iterator[_Row]:
+    """A row for each call that the backend serves; its first reason against each operation."""
     for dtype in dtypes:
         for shape in _SHAPES:
             for dropout_p in (0.0, 0.25):
@@ -82,8 +89,13 @@ def _verify(backend: str, dtypes: list[str], of: torch.device) -> Iterator[_Row]
                 for operation, call in _calls(shape, dropout_p, low, of).items():
                     if _NAMES.get(operation, operation) not in registry.get(backend).operations:
                         continue
-                    with forced.use_backend(backend):
-                        verdict = contract.compare(call, ops, _DTYPES[dtype])
+                    try:
+                        with forced.use_backend(backend):
+                            verdict = contract.compare(call, ops, _DTYPES[dtype])
+                    except BackendError as error:
+                        _, _, reason = str(error).partition(": ")
+                        refused.setdefault(operation, reason)
+                        continue
                     yield _Row(backend, operation, dtype, shape, dropout_p, verdict)
 
 

@@ -93,7 +93,9 @@ class Problem(NamedTuple):
     - ``plain``: whether all are strided tensors of PyTorch's own class, on one device;
     - ``tf32``: whether PyTorch may round the factors of float32 products so (on a CPU to bfloat16 too);
     - ``layouts``: how the matrices lie in memory, on a GPU; elsewhere nothing depends on it;
-    - ``adapters``: of ``GROUPED_OPERATIONS``: how many there are.
+    - ``adapters``: of ``GROUPED_OPERATIONS``: how many there are;
+    - ``graph``: of ``lora_linear``: whether gradients may be asked for. Without, no autograd function is
+      called around the plan's launches.
     """
 
     operation: str
@@ -114,6 +116,7 @@ class Problem(NamedTuple):
     layouts: Layouts = Layouts()
     format_parameters: str = ""
     adapters: int = 0
+    graph: bool = True
 
 
 WANTS = {
@@ -139,7 +142,7 @@ _NO_WEIGHT: dict[str, Any] = {"format": DENSE, "format_parameters": ""}
 
 def parts(problem: Problem) -> list[Problem]:
     """The problems of the operations that a whole layer's forward or backward is made of, in order."""
-    p = problem
+    p = problem._replace(graph=True)
     if p.operation == "lora_linear":
         return [
             p._replace(operation="shrink", N=0, wants=(), bias=False, **_NO_WEIGHT),

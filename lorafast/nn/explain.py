@@ -59,7 +59,8 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     """Which backend serves each adapted layer in ``module``, what it launches, and why not others.
 
     It speaks of an eager training step with gradients of x, A and B: ``lora_linear`` is the forward,
-    ``lora_linear_backward`` the backward. What PyTorch's own calls serve has no backend.
+    ``lora_linear_backward`` the backward. Under ``torch.no_grad`` the forward is that of inference. What
+    PyTorch's own calls serve has no backend.
 
     ``x`` is an input such as a layer would get; only its device, dtype and number of rows count.
     Without it the weight's are assumed, and many rows.

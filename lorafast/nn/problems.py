@@ -19,7 +19,9 @@ def linear_problems(
     bias: Tensor | None,
     dropout: bool,
 ) -> tuple[Problem, Problem]:
-    """``lora_linear`` and its backward, on rows like those of ``x``, else on many of the weight's."""
+    """``lora_linear`` and its backward, on rows like those of ``x``, else on many of the weight's.
+
+    Under ``torch.no_grad`` the forward is that of inference."""
     like = operands.stored(weight)[0] if x is None else x
     dtype = weight.dtype if x is None else x.dtype
     M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)
@@ -32,7 +34,9 @@ def linear_problems(
         rows(K), weight, lora_A, lora_B, bias, dropout, ("y",), layouts=True
     )  # fmt: skip
     fresh = Layout.fresh(M, K, dtype)
-    forward = forward._replace(layouts=forward.layouts._replace(x=fresh))
+    forward = forward._replace(
+        layouts=forward.layouts._replace(x=fresh), graph=torch.is_grad_enabled()
+    )
     backward = backward_problem(forward, ("dx", "dA", "dB"), rows(N), layouts=True)
     fresh = Layout.fresh(M, N, dtype)
     return forward, backward._replace(layouts=backward.layouts._replace(dy=fresh))

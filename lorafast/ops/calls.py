@@ -22,8 +22,8 @@ class Call:
     """What a call is like: checked, with the plan for it, and the plans for backwards that came."""
 
     __slots__ = (
-        "backend", "backwards", "bias_shape", "differentiable", "elements", "matrix", "operand",
-        "problem", "run",
+        "backend", "backwards", "bias_shape", "differentiable", "elements", "inference", "matrix",
+        "operand", "problem", "run",
     )  # fmt: skip
 
     def __init__(
@@ -38,6 +38,11 @@ class Call:
         self.run = plan.run
         self.differentiable = plan.differentiable
         self.backwards: dict[object, Run] = {}
+        self.inference: Call | None = None
+        """The same call where no gradient is asked for, if that is served otherwise."""
+        if plan.differentiable and problem.graph and problem.device.type != "cpu":
+            other = Call(problem._replace(graph=False), backend, matrix, operand)
+            self.inference = None if other.differentiable else other
 
 
 class Memory:

@@ -114,6 +114,7 @@ def lora_linear(
         and (
             call is None
             or not call.differentiable  # PyTorch's own calls refuse what doesn't fit
+            or (call.inference is not None and not torch.is_grad_enabled())
             or weight.numel() != call.elements  # but broadcast
             or (bias is not None and bias.shape != call.bias_shape)
         )
@@ -124,6 +125,8 @@ def lora_linear(
         call = first_call(key, x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
         if call is None:
             return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    if call.inference is not None and not torch.is_grad_enabled():
+        call = call.inference
     if call.differentiable:
         try:
             if call.matrix:

@@ -9,6 +9,7 @@ CUDA = torch.device("cuda", 0)
 H200 = Device.known_by("NVIDIA H200", 90, 132, 1.98e9, 3.2e9, 6144)
 A100 = Device.known_by("NVIDIA A100-SXM4-80GB", 80, 108, 1.41e9, 1.593e9, 5120)
 L4 = Device.known_by("NVIDIA L4", 89, 58, 2.04e9, 6.25e9, 192)
+T4 = Device.known_by("Tesla T4", 75, 40, 1.59e9, 5.001e9, 256)
 B200 = Device.known_by("NVIDIA B200", 100, 148, 1.97e9, 3.996e9, 8192)
 FROZEN = ("dx", "dA", "dB")
 

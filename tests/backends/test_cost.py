@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from cards import A100, B200, H200, L4, problem
+from cards import A100, B200, H200, L4, T4, problem
 from lorafast.kernels.common.configs import OPERATIONS as KERNELS
 from lorafast.kernels.tables import tuned
 
@@ -14,6 +14,7 @@ from lorafast.backends.triton import cost as model
 from lorafast.backends.triton import planning
 from lorafast.core.problem import LAYER_OPERATIONS, OPERATIONS, Layout, Layouts, parts
 
+HALVES = (torch.float16, torch.bfloat16)
 # Name, sm, SMs, boost clock in GHz, memory clock in GHz, bus in bits, and by the data sheet TFLOP/s of
 # dense 16-bit products that accumulate in float32, and GB/s.
 CARDS = [
@@ -33,6 +34,9 @@ CARDS = [
     ("NVIDIA GeForce RTX 5090", 120, 170, 2.407, 14.001, 512, 210, 1792),
     ("NVIDIA B200", 100, 148, 1.965, 3.996, 8192, 2250, 8000),
     ("NVIDIA GB10", 121, 48, 2.418, 8.533 / 2, 256, 125, 273),
+    ("Tesla T4", 75, 40, 1.59, 5.001, 256, 65, 320),
+    ("NVIDIA TITAN RTX", 75, 72, 1.77, 7.001, 384, 130, 672),
+    ("NVIDIA GeForce RTX 2080 Ti", 75, 68, 1.545, 7.0, 352, 54, 616),
 ]
 
 
@@ -70,6 +74,21 @@ def test_what_the_driver_says_is_taken(monkeypatch):
     cost.device_of.cache_clear()
     assert (device.capability, device.sms) == (89, 58)
     assert device.bandwidth == pytest.approx(0.87 * 300e9, rel=0.01)
+
+
+def test_before_sm_80_tensor_cores_take_float16_alone():
+    half, rest = T4.rate(torch.float16, False), T4.rate(torch.float32, False)
+    assert half > 4 * rest
+    for tf32 in (False, True):
+        assert T4.rate(torch.bfloat16, tf32) == T4.rate(torch.float32, tf32) == rest
+    times = [price("aten", problem("linear_expand", dtype=d), T4).seconds for d in HALVES]
+    assert times[0] < 0.5 * times[1]
+
+
+def test_a_gpu_older_than_the_table_is_its_oldest():
+    """A V100's SM has the rate of a T4's."""
+    V100 = Device.known_by("Tesla V100-SXM2-16GB", 70, 80, 1.53e9, 0.877e9, 4096)
+    assert 0.5 < V100.flops / 125e12 < 0.95
 
 
 def test_float16_bfloat16_tf32_and_float32_have_rates_of_their_own():

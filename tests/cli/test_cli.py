@@ -12,7 +12,7 @@ import torch
 
 import lorafast
 from lorafast import reference
-from lorafast.backends import grouping, registry
+from lorafast.backends import Backend, Refusal, grouping, registry
 from lorafast.backends.aten import operations as aten
 from lorafast.cli import main, verify
 from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS
@@ -61,6 +61,26 @@ def test_verify_fails_on_a_batch_that_is_grouped_wrongly(capsys, monkeypatch):
     assert main(["verify", "--dtype", "fp32"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert [line.split()[:2] for line in failed] == [["aten", name] for name in GROUPED_OPERATIONS]
+
+
+class Picky(Backend):
+    """The definition, of few rows."""
+
+    name = "cuda"
+
+    def plan(self, problem):
+        if problem.M > 5:
+            return Refusal(self.name, f"M is {problem.M}, the kernels serve up to 5")
+        return registry.definition(problem)
+
+
+def test_verify_says_what_a_backend_refuses_and_goes_on(capsys, monkeypatch):
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3), (70, 20, 13, 2)))
+    with registry.standing_in(Picky()):
+        assert main(["verify", "--dtype", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert "cuda: shrink not run everywhere, M is 70, the kernels serve up to 5\n" in out
+    assert re.search(r"^cuda +shrink +fp32 +\(5, 33, 17, 3\)", out, re.M)
 
 
 def test_verify_asks_each_backend_to_allow_checks(monkeypatch):

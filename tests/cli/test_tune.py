@@ -1,5 +1,6 @@
 """``lorafast tune``, in the interpreter: what it keeps, that it goes on, what it refuses."""
 
+import contextlib
 import json
 from dataclasses import asdict, replace
 
@@ -17,7 +18,8 @@ from lorafast.kernels.common.configs import LaunchConfig, why_invalid
 from lorafast.kernels.common.plan import LoraLinearLaunch
 from lorafast.kernels.tables import tuned
 
-from lorafast.backends import registry
+from lorafast.backends import Backend, Plan, Refusal, registry
+from lorafast.backends.triton import backend as triton
 from lorafast.backends.triton.backend import interpreter
 from lorafast.backends.triton.cost import helped
 from lorafast.backends.triton.planning import config_of
@@ -95,6 +97,111 @@ def test_an_interrupted_run_keeps_what_it_has(cache, monkeypatch, capsys):
     assert main(TINY) == 130
     assert "interrupted: what was done is kept" in capsys.readouterr().out
     assert [e["key"]["operation"] for e in json.loads(cache.read_text())["records"]] == ["shrink"]
+
+
+class Stand(Backend):
+    """In the place of the CUDA kernels, on a CPU: the definition, a whole forward in one launch."""
+
+    name = "cuda"
+
+    def __init__(self, wrong=()):
+        self.wrong = wrong
+
+    def plan(self, problem):
+        if problem.operation == "lora_linear_backward":
+            return Refusal(self.name, "it has none")
+        run = registry.definition(problem).run
+        if problem.operation in self.wrong:
+            return Plan(self.name, lambda *arguments: run(*arguments) + 1, ("one launch",))
+        return Plan(self.name, run, ("one launch",), seconds=1e-3)
+
+
+@pytest.fixture
+def standing_in(monkeypatch):
+    """Tunes these cases alone, with a stand-in for the CUDA kernels."""
+    from lorafast.bench.tune import job
+
+    @contextlib.contextmanager
+    def stand(*cases, wrong=()):
+        monkeypatch.setattr(job, "TUNED", cases)
+        with registry.standing_in(Stand(wrong)):
+            yield
+
+    return stand
+
+
+def test_every_backend_that_serves_the_call_is_measured(cache, standing_in):
+    with standing_in("shrink"):
+        assert main(TINY) == 0
+    (record,) = json.loads(cache.read_text())["records"]
+    assert set(record["seconds"]) == {"aten", "cpu", "triton", "cuda"} & set(usable())
+    assert record["backend"] in record["seconds"]
+
+
+def test_a_backend_that_is_wrong_is_not_timed(cache, standing_in, capsys):
+    with standing_in("shrink", wrong=("shrink",)):
+        assert main(TINY) == 1
+    assert "WRONG: cuda: " in capsys.readouterr().out
+    (record,) = json.loads(cache.read_text())["records"]
+    assert {"aten", "triton"} <= set(record["seconds"])
+    assert "cuda" not in record["seconds"]
+
+
+def test_a_layer_that_another_backend_does_in_one_launch_is_measured(cache, standing_in, capsys):
+    """Though Triton has no helpers for it, whose operations one by one are beside it."""
+    with standing_in("lora_linear"):
+        assert main(TINY) == 0
+    (record,) = json.loads(cache.read_text())["records"]
+    assert record["key"]["operation"] == "lora_linear"
+    assert record["config"] is None
+    assert {"aten", "triton", "cuda"} <= set(record["seconds"])
+    assert "(0 configurations" not in capsys.readouterr().out
+
+
+def test_where_triton_can_not_serve_the_others_are_measured(cache, standing_in, monkeypatch):
+    monkeypatch.setattr(
+        triton, "_why_refused", lambda p, device: "compute capability is 7.5, the kernels need 8.0"
+    )
+    with standing_in("shrink"):
+        assert main(TINY) == 0
+    (record,) = json.loads(cache.read_text())["records"]
+    assert (record["config"], "triton" in record["seconds"]) == (None, False)
+    assert {"aten", "cuda"} <= set(record["seconds"])
+
+
+def usable():
+    return [name for name, status in registry.backends().items() if status.usable] + ["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "winner"),
+    [
+        ({"aten": [2.0] * 3, "cuda": [1.0] * 3, "triton": [1.5] * 3}, "cuda"),
+        ({"aten": [2.0] * 3, "cuda": [1.0] * 3, "triton": [0.9] * 3}, "triton"),
+        ({"aten": [2.0] * 3, "cuda": [1.0] * 3, "triton": [0.995] * 3}, "cuda"),
+        ({"aten": [2.0] * 3, "cuda": [1.0] * 3}, "cuda"),
+        ({"triton": [1.0] * 3}, "triton"),
+    ],
+)
+def test_the_fastest_wins_and_triton_by_more_than_noise(samples, winner):
+    from lorafast.bench.tune import job
+
+    assert job._winner(samples) == winner
+
+
+def test_with_two_backends_on_a_gpu_there_is_something_to_tune(monkeypatch):
+    """Where Triton can't be used: on Turing, and where it is not installed."""
+    from lorafast.cli import tune
+
+    served = {"aten", "reference"}
+    monkeypatch.setattr(tune.Triton, "why_unusable", lambda self: "Triton is not installed")
+    monkeypatch.setattr(tune.torch, "empty", lambda *size, **options: None)
+    monkeypatch.setattr(tune, "why_not", lambda name, like: None if name in served else "no")
+    gpu = torch.device("cuda", 0)
+    assert tune._why_nothing(gpu) == "Triton is not installed"
+    served.add("cuda")
+    assert tune._why_nothing(gpu) is None
+    assert tune._why_nothing(torch.device("cpu")) == "Triton is not installed"
 
 
 def test_where_triton_is_not_usable_it_says_so(monkeypatch, capsys):

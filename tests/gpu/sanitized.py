@@ -1,4 +1,7 @@
-"""What ``compute-sanitizer`` watches: every kernel once, on small shapes that nothing divides."""
+"""What ``compute-sanitizer`` watches: every kernel once, on small shapes that nothing divides.
+
+Those of CUDA C++ too, where they are built: the last line says whether they were.
+"""
 
 from unittest import mock
 
@@ -6,18 +9,32 @@ import torch
 from lorafast.kernels.common import plan
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import Helpers
-from lorafast.kernels.lora_linear import lora_linear
+from lorafast.kernels.lora_linear import lora_linear as with_config
 
+import lorafast
 from lorafast import ops
-from lorafast.backends import forced
+from lorafast.backends import dropout, forced
+from lorafast.functional import grouped_lora_linear, lora_linear
 
 
 def main() -> None:
     """Runs the kernels; the sanitizer sets the exit status."""
     device = torch.device("cuda")
+    operations("triton", device)
+    with_helpers(device)
+    reason = lorafast.backends()["cuda"].reason
+    if reason is None:
+        operations("cuda", device)
+        of_few_rows(device)
+    torch.cuda.synchronize()
+    print(f"every kernel ran{'' if reason is None else f', but for those of CUDA C++: {reason}'}")
+
+
+def operations(backend: str, device: torch.device) -> None:
+    """Each operation."""
     M, K, N = 131, 70, 201
     seed = torch.tensor([11], device=device)
-    with forced.use_backend("triton"):
+    with forced.use_backend(backend):
         for dtype, r in ((torch.bfloat16, 3), (torch.bfloat16, 300), (torch.float32, 3)):
             for dropout_p in (0.0, 0.5):
                 x, dy = torch.randn(M, K), torch.randn(M, N)
@@ -30,9 +47,21 @@ def main() -> None:
                 ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
                 ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
                 ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
-    with_helpers(device)
-    torch.cuda.synchronize()
-    print("every kernel ran")
+
+
+def of_few_rows(device: torch.device) -> None:
+    """A layer in one launch, with one adapter and with several; the mask that PyTorch's calls read."""
+    K, N, r, n = 70, 201, 3, 4
+    for M in (1, 5, 16, 70):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            x, weight, bias = (torch.randn(s).to(device, dtype) for s in ((M, K), (N, K), (N,)))
+            lora_A, lora_B = torch.randn(n, r, K).to(device), torch.randn(n, N, r).to(device)
+            with torch.no_grad(), forced.use_backend("cuda"):
+                lora_linear(x, weight, lora_A[0], lora_B[0], 0.7, bias)
+                if M <= 16:
+                    adapter_of = torch.arange(M, device=device) % (n + 1) - 1
+                    grouped_lora_linear(x, weight, lora_A, lora_B, 0.7, adapter_of, bias)
+            dropout.keep_mask(M, K, 0.3, torch.tensor([5], device=device))
 
 
 def with_helpers(device: torch.device) -> None:
@@ -43,7 +72,7 @@ def with_helpers(device: torch.device) -> None:
     weight, bias = torch.randn(N, K).to(x), torch.randn(N).to(x)
     lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
     with mock.patch.object(plan, "_plan", return_value=Helpers(4, 2, 24)):
-        lora_linear(x, weight, lora_A, lora_B, 0.7, bias, config=config)
+        with_config(x, weight, lora_A, lora_B, 0.7, bias, config=config)
 
 
 if __name__ == "__main__":

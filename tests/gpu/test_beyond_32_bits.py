@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import skip_unless_usable
 
 from lorafast import ops, reference
 from lorafast.backends import forced
@@ -18,11 +19,12 @@ pytestmark = pytest.mark.gpu
 K, N, r = 8192, 8192, 16
 M = 2**31 // K + 77
 TAIL = 100  # rows on both sides of 2**31
-BACKENDS = ["aten", "triton"]
+BACKENDS = ["aten", "triton", "cuda"]
 
 
 @pytest.fixture(autouse=True)
-def _enough_memory():
+def _enough_memory(backend):
+    skip_unless_usable(backend)
     lock = Path(tempfile.gettempdir()) / "lorafast-tests-gpu-memory.lock"
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # other processes run the other tests of this file

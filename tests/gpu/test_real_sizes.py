@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from helpers import assert_contract
+from helpers import assert_contract, skip_unless_usable
 from lorafast.bench.common.check import why_wrong
 from lorafast.bench.common.contenders import BUILDERS
 from lorafast.bench.common.problem import Problem, draw
@@ -16,7 +16,7 @@ from lorafast.reference import wide
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ["aten", "triton"]
+BACKENDS = ["aten", "triton", "cuda"]
 SHAPES = [
     Shape("llama-8b q,o", 8192, 4096, 4096),
     Shape("llama-8b k,v", 8192, 4096, 1024),
@@ -27,7 +27,8 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def _free_memory():
+def _free_memory(backend):
+    skip_unless_usable(backend)
     yield
     gc.collect()
     torch.cuda.empty_cache()

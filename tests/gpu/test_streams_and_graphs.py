@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import skip_unless_usable
 from torch import nn
 
 from lorafast.backends import forced
@@ -10,11 +11,12 @@ from lorafast.nn import LoRALinear
 pytestmark = pytest.mark.gpu
 
 M, K, N, r = 512, 1024, 768, 16
-BACKENDS = ["aten", "triton"]
+BACKENDS = ["aten", "triton", "cuda"]
 
 
 @pytest.fixture
-def layer(device):
+def layer(device, backend):
+    skip_unless_usable(backend)
     linear = nn.Linear(K, N, device=device, dtype=torch.bfloat16)
     layer = LoRALinear.from_linear(linear, r, alpha=2 * r)
     nn.init.normal_(layer.lora_B)

@@ -1,5 +1,7 @@
 """``aten``: PyTorch's own calls, which serve everything: the baseline of every other backend."""
 
+from dataclasses import replace
+
 from lorafast.backends import composed, cost
 from lorafast.backends.aten import grouped_lora_linear as grouped
 from lorafast.backends.aten import operations
@@ -50,13 +52,16 @@ def _small(p: Problem) -> Plan:
     calls = 3
     if _is_merged(p):
         run, calls = operations.merged_lora_linear, 2
-    return Plan(
+    plan = Plan(
         Aten.name,
         run,
         (f"{calls} calls that PyTorch differentiates itself",),
-        ahead="a layer so small that the fewest calls are the fastest",
         differentiable=True,
     )
+    if not p.graph and cost.gpu_of(p.device) is not None:
+        # Nobody needs a Function around its launches: the times decide.
+        return cost.priced(plan, p)
+    return replace(plan, ahead="a layer so small that the fewest calls are the fastest")
 
 
 def _is_merged(p: Problem) -> bool:

@@ -14,6 +14,7 @@ from lorafast.backends.cost import (
     gemm_rate,
     work,
 )
+from lorafast.backends.dropout import bits_on
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
 
@@ -23,6 +24,9 @@ _SKINNY_WIDE = 0.6
 """The same for wider elements."""
 _MASK_LAUNCHES, _MASK_BYTES = 138, 225
 """Launches of a dropout mask, and bytes that they move per element: counted."""
+_BIT_MASK_LAUNCHES, _BIT_MASK_BYTES = 6, 12.8
+"""The same where a kernel makes the bits: counted, and 0.7 for the kernel's arithmetic, which is that of
+the other kernels that make a mask."""
 
 
 def estimate(problem: Problem, device: Device) -> Estimate:
@@ -131,5 +135,7 @@ def _cast(p: Problem, elements: int, device: Device) -> Estimate:
 def _mask(p: Problem, columns: int, device: Device) -> Estimate:
     if not p.dropout:
         return Estimate()
-    moved = float(p.M * columns * _MASK_BYTES)
-    return work(device, moved=moved, launches=_MASK_LAUNCHES, host=CALL_SECONDS)
+    launches, of_element = _MASK_LAUNCHES, float(_MASK_BYTES)
+    if bits_on(p.device) is not None:
+        launches, of_element = _BIT_MASK_LAUNCHES, _BIT_MASK_BYTES
+    return work(device, moved=p.M * columns * of_element, launches=launches, host=CALL_SECONDS)

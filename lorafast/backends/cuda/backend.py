@@ -1,0 +1,81 @@
+"""``cuda``: C++ kernels for what is bound by latency and bandwidth."""
+
+from dataclasses import replace
+
+from lorafast.backends import composed
+from lorafast.backends.cost import Device, Estimate, gpu_of, priced
+from lorafast.backends.cuda import cost, native, planning
+from lorafast.backends.cuda.planning import Hybrid
+from lorafast.backends.plan import Backend, Plan, Refusal
+from lorafast.core.problem import LAYER_OPERATIONS, Problem
+
+
+class Cuda(Backend):
+    """Decoding and small layers in one launch, skinny operations and masks; PyTorch's GEMM onto what
+    ``expand`` wrote.
+
+    The kernels were executed on a machine for PTX and have not run on a GPU: until ``lorafast tune`` has
+    measured them, ``auto`` takes them where the model says so, by shares that are assumed.
+    """
+
+    name = "cuda"
+    operations = Backend.operations | frozenset(planning.WHOLE)
+
+    def why_unusable(self) -> str | None:
+        """What the installation lacks; which GPU a call is on, its plan asks."""
+        return native.why_unusable()
+
+    def plan(self, problem: Problem) -> Plan | Refusal:
+        """Its launches, or why the kernels can't serve it."""
+        p, device = problem, gpu_of(problem.device)
+        reason = planning.why_refused(p, device)
+        if reason is None and p.device.type == "cuda":  # and not one to be reckoned with
+            reason = native.why_not_here(p.device)
+        if reason is None and device is not None:
+            reason = planning.why_too_old(p, device)
+        if reason is not None:
+            return Refusal(self.name, reason)
+        assert device is not None
+        if p.operation in planning.WHOLE or p.operation in LAYER_OPERATIONS:
+            return self._layer(p, device)
+        launch = cost.launch_of(p, device)
+        if isinstance(launch, str):
+            return Refusal(self.name, launch)
+        lines = launch.lines if isinstance(launch, Hybrid) else (launch.line,)
+        return priced(Plan(self.name, launch.run, lines), p, device)
+
+    def _layer(self, p: Problem, device: Device) -> Plan | Refusal:
+        """In one launch if a family can and that is faster, else its operations one by one."""
+        answers = planning.launches_of(p, device)
+        reasons = [answer for answer in answers if isinstance(answer, str)]
+        launch = cost.fastest(p, device)
+        whole = None
+        if launch is not None:
+            whole = priced(Plan(self.name, launch.run, (launch.line,)), p, device)
+            if not whole.measured:
+                whole = _modelled(whole, cost.of(launch, p, device))
+        if p.operation not in LAYER_OPERATIONS:
+            return whole or Refusal(self.name, "; ".join(reasons))
+        if whole is not None and whole.measured:
+            return whole
+        apart = composed.plan_or_refusal(p, self.plan)
+        if isinstance(apart, Refusal):
+            said = "; ".join((*reasons, "one by one, " * bool(reasons) + apart.reason))
+            return whole or Refusal(self.name, said)
+        if not apart.measured:
+            # As a whole: host and device work at the same time over all of its operations. A record of
+            # the layer may be of its one launch.
+            apart = _modelled(apart, cost.one_by_one(p, device))
+        if whole is not None and (whole.seconds or 0.0) <= (apart.seconds or 0.0):
+            return whole
+        why = tuple(f"not in one launch: {reason}" for reason in reasons)
+        return replace(apart, launches=(*apart.launches, *why))
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Whether the kernels are built, for which GPUs, and why they don't run here."""
+        return [("CUDA kernels", reason) for reason in native.described()]
+
+
+def _modelled(plan: Plan, takes: Estimate | None) -> Plan:
+    assert takes is not None, "it is planned"
+    return replace(plan, seconds=takes.seconds, source=f"no record: modelled {takes}")

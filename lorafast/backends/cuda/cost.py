@@ -1,0 +1,138 @@
+"""What the CUDA C++ kernels take on a GPU: a model of their launches.
+
+Nothing of it was measured: these kernels have been executed on a machine for PTX (``tests/ptx``), which
+counts, and never run on a GPU. ``moved``, ``flops`` and ``launches`` are the families' own, counted
+there. Shares are assumptions; those of skinny operations are below what Triton's kernels of the same
+operations were measured to reach.
+"""
+
+from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
+from lorafast.backends.cuda import planning
+from lorafast.backends.cuda.launch import CALL_HOST, Launch
+from lorafast.backends.cuda.planning import Hybrid
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
+
+_LAUNCH_HOST = 3e-6
+"""Of each launch more within one operation: the driver's share."""
+_WHOLE = 0.9
+"""Of the bandwidth, for a layer in one launch, which reads W and writes next to nothing. The models of
+the GEMMs that it is compared with have all of it."""
+_SKINNY = 0.7
+"""Of the bandwidth, elsewhere: so far below Triton's that what was measured gives way to nothing that
+was not."""
+_UNALIGNED = 0.25
+"""Of that, where the large matrix is read or written element by element: assumed as Triton's."""
+_RATE = {"shrink": 0.2, "shrink_backward": 0.15, "expand_backward": 0.12, "expand": 0.25}
+_RATE_WHOLE = 0.1
+"""Of the rate of 16-bit GEMMs: ``mma.sync`` on thin tiles."""
+_TWO_TF32, _THREE_TF32 = 0.25, 0.15
+"""Times that, where one factor is float32 or both are, as two or three products in TF32."""
+_RANKS = 16
+"""A tile has a multiple of so many."""
+_MASK_BYTES = 0.7
+"""What making a mask costs per element, in bytes moved in that time: the same instructions as in
+Triton, where it was measured."""
+_PASS = 0.85
+"""Of the bandwidth: PyTorch's own passes over a matrix."""
+_LARGE = {
+    "shrink": ("x",),
+    "shrink_backward": ("x",),
+    "expand_backward": ("dy",),
+    "lora_linear": ("x", "weight"),
+    "grouped_lora_linear": ("x", "weight"),
+}
+"""The matrices whose rows the kernels read in 16 bytes at a time where they are aligned."""
+
+
+def estimate(problem: Problem, device: Device) -> Estimate | None:
+    """What the problem takes on ``device``, None if the kernels refuse it."""
+    p = problem
+    if p.operation in planning.WHOLE:
+        whole = fastest(p, device)
+        apart = one_by_one(p, device) if p.operation in LAYER_OPERATIONS else None
+        together = None if whole is None else of(whole, p, device)
+        found = [takes for takes in (together, apart) if takes is not None]
+        return min(found, key=lambda takes: takes.seconds, default=None)
+    if p.operation in LAYER_OPERATIONS:
+        return one_by_one(p, device)
+    launch = launch_of(p, device)
+    return None if isinstance(launch, str) else of(launch, p, device)
+
+
+def launch_of(p: Problem, device: Device) -> Launch | Hybrid | str:
+    """What serves an operation, or why nothing does."""
+    if p.operation == "linear_expand":
+        return planning.plan_linear_expand(p, device)
+    (found,) = planning.launches_of(p, device)
+    return found
+
+
+def fastest(p: Problem, device: Device) -> Launch | None:
+    """Of the launches that serve a whole layer the one with the fewest seconds."""
+    found = [a for a in planning.launches_of(p, device) if isinstance(a, Launch)]
+
+    def key(launch: Launch) -> tuple[float, float]:
+        takes = of(launch, p, device)
+        return takes.seconds, takes.device
+
+    return min(found, key=key, default=None)
+
+
+def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
+    """What a launch takes."""
+    if isinstance(launch, Launch):
+        return _of_kernels(launch, p, device)
+    columns = p.K if p.transposed else p.N
+    found = _of_kernels(launch.expand, planning.as_expand(p), device)
+    found += base_gemm(p, device, accumulated=not launch.wide)
+    y, size = float(p.M * columns), p.dtype.itemsize
+    if launch.wide:  # added in float32, then rounded
+        low = wide(p.dtype).itemsize
+        found += work(device, moved=y * (2 * low + size), share=_PASS)
+        found += work(device, moved=y * (low + size), share=_PASS)
+    return found
+
+
+def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
+    share = _WHOLE if p.operation in planning.WHOLE else _SKINNY
+    rate = device.flops * _RATE.get(p.operation, _RATE_WHOLE)
+    if p.dtype.itemsize == 4:
+        rate *= _THREE_TF32
+    elif wide(p.dtype) is not p.dtype:
+        rate *= _TWO_TF32
+    remark = "shares assumed, not measured"
+    narrow = [name for name in _LARGE.get(p.operation, ()) if _is_narrow(p, name)]
+    if narrow:
+        share, rate = share * _UNALIGNED, rate * _UNALIGNED
+        remark += f"; the rows of {' and '.join(narrow)} aren't aligned to 16 bytes"
+    padded = -(-max(p.r, 1) // _RANKS) * _RANKS / max(p.r, 1)
+    seconds = max(launch.flops * padded / rate, launch.moved / (device.bandwidth * share))
+    seconds += launch.launches * LAUNCH_SECONDS + _mask(p, device)
+    host = CALL_HOST + (launch.launches - 1) * _LAUNCH_HOST
+    return Estimate(seconds, host, launch.flops, launch.moved, launch.launches, remark)
+
+
+def _is_narrow(p: Problem, name: str) -> bool:
+    layout = getattr(p.layouts, name)
+    return max(layout.rows, layout.columns) < 16
+
+
+def _mask(p: Problem, device: Device) -> float:
+    """Seconds that a mask takes beside the loads or stores of its matrix."""
+    if not p.dropout:
+        return 0.0
+    return p.M * (p.K or p.N) * _MASK_BYTES / device.bandwidth
+
+
+def one_by_one(p: Problem, device: Device) -> Estimate | None:
+    """A layer as its operations, None if the kernels refuse one of them."""
+    found = Estimate()
+    for part in parts(p):
+        launch = launch_of(part, device)
+        if isinstance(launch, str):
+            return None
+        found += of(launch, part, device)
+    if "dweight" in p.wants:  # PyTorch's own
+        found += base_gemm(p._replace(transposed=True), device, accumulated=False)
+    return found

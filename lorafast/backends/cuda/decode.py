@@ -1,0 +1,212 @@
+"""``csrc/cuda/decode.cu``: a layer of at most 16 rows in one launch, as generation with adapters has it.
+
+The kernel reads W once, and a CTA has 16 rows of it for up to 8 rows of x, else 32. ``s`` is made by
+helpers, the CTAs that start first, while the others read W. Where A is small each CTA makes its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafast.backends.cost import Device
+from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.plan import Run
+from lorafast.core.assignment import Assignment
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import DENSE, Problem
+from lorafast.core.transfer import on_device
+from lorafast.kernels.common.counters import counters
+from lorafast.operands import Weight
+
+MOST_ROWS = 16
+_MOST_RANKS = 1 << 20
+_OLDEST = 75
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_STEP = 256
+"""Elements along K that the warps of a CTA take at a time."""
+_ROUND = 32 * 1024
+"""Bytes that a CTA has in flight: of an A that is no larger each CTA makes s in the time of one load."""
+_MOST_OWN = 16 * 1024
+"""Bytes of shared memory for the s that a CTA makes for itself."""
+_SHARES = 4
+"""Of K, that helpers take: s is there in a quarter of the time that a CTA takes for its rows of W."""
+_SHARE = 2
+"""Steps that a helper has at least."""
+_RESIDENT = {8: 2, 16: 1}
+"""CTAs that an SM has registers for, by the rows of x up to which they serve: on tensor cores. Without
+them it is one."""
+_TENSOR_CORES = 80
+_MOST_HELPERS = 128
+"""About one an SM. How many adapters a batch has is known to the device alone: helpers that find nothing
+to do start and end before the CTAs behind them start."""
+_COUNTERS = 3
+"""Beside one for each helper."""
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """How a launch is shared out: ``rows`` of W a CTA, ``helpers`` CTAs beside them, scratch memory."""
+
+    rows: int
+    ctas: int
+    helpers: int
+    partials: int
+    counters: int
+
+
+def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
+    """The launch of ``lora_linear``, or why there is none: a sentence."""
+    reason = why_refused(problem, device)
+    if reason is not None:
+        return reason
+    shares = _shares(problem, device)
+    return _launch("lora_linear_decode", _lora_linear(problem, shares), problem, shares)
+
+
+def plan_grouped_lora_linear(problem: Problem, device: Device) -> Launch | str:
+    """The launch of ``grouped_lora_linear``, or why there is none: a sentence."""
+    reason = why_refused(problem, device)
+    if reason is not None:
+        return reason
+    shares = _shares(problem, device)
+    return _launch(
+        "grouped_lora_linear_decode", _grouped_lora_linear(problem, shares), problem, shares
+    )
+
+
+def why_refused(p: Problem, device: Device) -> str | None:
+    """A sentence if the kernel can't serve a layer's forward, else None."""
+    if p.M > MOST_ROWS:
+        return f"x has {p.M} rows, the kernel for decoding takes at most {MOST_ROWS}"
+    if p.dropout:
+        return "there is dropout, the kernel for decoding has none"
+    if p.format != DENSE:
+        return f"the weight is {p.format}, the kernel for decoding reads dense ones"
+    if p.dtype not in _DTYPES:
+        return f"x is {p.dtype}, the kernel for decoding takes bfloat16, float16 and float32"
+    if p.adapter_dtype not in (p.dtype, torch.float32):
+        return f"the adapters are {p.adapter_dtype}, expected {p.dtype} or float32"
+    if not 1 <= p.r < _MOST_RANKS:
+        return f"the rank is {p.r}, the kernel for decoding takes 1 to {_MOST_RANKS - 1}"
+    if not p.plain:
+        return "an input is a tensor subclass or on another device: the kernels read plain tensors"
+    if device.capability < _OLDEST:
+        return f"{device.name} is sm_{device.capability}, the kernels need sm_{_OLDEST} or later"
+    if p.r < 1:
+        return f"the rank is {p.r}, the kernel for decoding needs at least 1"
+    if p.K == 0 or p.N == 0:
+        return f"the weight is {p.N} x {p.K}, the kernel for decoding needs elements"
+    if p.layouts.weight.rows == 0:
+        return "the weight's rows aren't contiguous, the kernel for decoding reads it along them"
+    return None
+
+
+def _shares(p: Problem, device: Device) -> _Shares:
+    tokens = 8 if p.M <= 8 else 16
+    rows = 2 * tokens
+    blocks = -(-p.r // rows)
+    items = blocks * max(1, min(p.M, p.adapters) if p.adapters else 1)
+    low = tokens * blocks * rows
+    ctas = -(-p.N // rows)
+    if items * rows * p.K * p.adapter_dtype.itemsize <= _ROUND and 4 * low <= _MOST_OWN:
+        return _Shares(rows, ctas, 0, 0, 0)
+    shares = max(1, min(-(-p.K // _STEP) // _SHARE, _SHARES))
+    tensor_cores = p.dtype.itemsize == 2 and device.capability >= _TENSOR_CORES
+    free = (_RESIDENT[tokens] if tensor_cores else 1) * device.sms - ctas
+    if items <= free < items * shares:
+        shares = free // items  # so that no CTA has to wait for others to end
+    helpers = min(items * shares, _MOST_HELPERS)
+    return _Shares(rows, ctas, helpers, low + helpers * rows * tokens, _COUNTERS + helpers)
+
+
+def _lora_linear(p: Problem, shares: _Shares) -> Run:
+    M, N, r, dtype, low = p.M, p.N, p.r, p.dtype, wide(p.dtype)
+    helpers, want_s = shares.helpers, "s" in p.wants
+    partials, flags = shares.partials, shares.counters
+
+    def run(
+        x: Tensor,
+        weight: Weight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        place = x.device
+        y = torch.empty((M, N), dtype=dtype, device=place)
+        s = torch.empty((M, r), dtype=low, device=place) if want_s else None
+        scratch = zeros = None
+        if helpers:
+            scratch = torch.empty(partials, dtype=torch.float32, device=place)
+            zeros = counters(x, flags)
+        torch.ops.lorafast_cuda.lora_linear_decode.default(
+            x, weight, lora_A, lora_B, scaling, bias, helpers, scratch, zeros, y, s
+        )
+        return y, s
+
+    return run
+
+
+def _grouped_lora_linear(p: Problem, shares: _Shares) -> Run:
+    M, N, r, dtype, low = p.M, p.N, p.r, p.dtype, wide(p.dtype)
+    helpers, want_s = shares.helpers, "s" in p.wants
+    partials, flags = shares.partials, shares.counters
+
+    def run(
+        x: Tensor,
+        weight: Weight,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: Tensor,
+        assignment: Assignment,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        place = x.device
+        y = torch.empty((M, N), dtype=dtype, device=place)
+        s = torch.empty((M, r), dtype=low, device=place) if want_s else None
+        if M == 0:
+            return y, s
+        scratch = zeros = None
+        if helpers:
+            scratch = torch.empty(partials, dtype=torch.float32, device=place)
+            zeros = counters(x, flags)
+        if scaling.dtype is not torch.float32:
+            scaling = scaling.float()
+        adapter_of = assignment.made(_indices, place)
+        torch.ops.lorafast_cuda.grouped_lora_linear_decode.default(
+            x, weight, lora_A, lora_B, scaling, adapter_of, bias, helpers, scratch, zeros, y, s
+        )
+        return y, s
+
+    return run
+
+
+def _indices(assignment: Assignment, device: torch.device) -> Tensor:
+    """``[E]`` int64 on the device."""
+    known = assignment.adapter_of
+    return known if isinstance(known, Tensor) else on_device(known, torch.int64, device)
+
+
+def _launch(name: str, run: Run, p: Problem, shares: _Shares) -> Launch:
+    size, adapter_size = p.dtype.itemsize, p.adapter_dtype.itemsize
+    # Of several adapters each row may have its own.
+    adapters = max(1, min(p.M, p.adapters)) if p.adapters else 1
+    moved = (
+        size * (p.N * p.K + p.M * (p.K + p.N) + p.N * p.bias)
+        + adapter_size * adapters * p.r * (p.K + p.N)
+        + wide(p.dtype).itemsize * p.M * p.r * ("s" in p.wants)
+        + 8 * shares.partials
+    )
+    of_s = f"{shares.helpers} CTAs more make s" if shares.helpers else "each makes its own s"
+    aligned = min(p.layouts.weight.rows, p.layouts.x.rows) == 16
+    by = "" if aligned else ", element by element: rows aren't aligned to 16 bytes"
+    return Launch(
+        run,
+        f"{name} {p.M} x {p.K} -> {p.N}: {shares.ctas} CTAs of {shares.rows} rows of W, {of_s}{by}",
+        2.0 * p.M * (p.N * p.K + p.r * (p.K + p.N)),
+        float(moved),
+    )

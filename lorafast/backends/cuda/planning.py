@@ -1,0 +1,166 @@
+"""What the CUDA C++ kernels are launched with for a problem on a device: which family serves it, and
+how a ``linear_expand`` is made of ``expand`` and PyTorch's GEMM.
+
+Pure functions of a problem and a made-up or real ``Device``; nothing is loaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafast import operands
+from lorafast.backends.cost import Device
+from lorafast.backends.cuda import decode, skinny, small
+from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.plan import Run
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import (
+    DENSE,
+    GROUPED_OPERATIONS,
+    LAYER_OPERATIONS,
+    WANTS,
+    Layout,
+    Problem,
+)
+
+WHOLE = ("lora_linear", "grouped_lora_linear")
+"""Layers that are served in one launch, where a family can."""
+Planner = Callable[[Problem, Device], Launch | str]
+FAMILIES: dict[str, tuple[Planner, ...]] = {
+    "shrink": (skinny.plan_shrink,),
+    "expand_backward": (skinny.plan_expand_backward,),
+    "shrink_backward": (skinny.plan_shrink_backward,),
+    "expand": (small.plan_expand,),
+    "lora_linear": (decode.plan_lora_linear, small.plan_lora_linear),
+    "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
+}
+"""Who is asked for an operation or a whole layer."""
+_OLDEST = {"lora_linear": 75, "grouped_lora_linear": 75}
+_OLDEST_ELSEWHERE = 80
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_READ_W = ("linear_expand", *LAYER_OPERATIONS, *GROUPED_OPERATIONS)
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """``linear_expand`` as ``expand``, with the bias, and PyTorch's GEMM accumulated onto its result.
+
+    In float16, whose low-rank term may not be rounded, ``expand`` writes float32 (``wide``), and both
+    terms are added in it.
+    """
+
+    expand: Launch
+    run: Run
+    wide: bool
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is launched, a line each."""
+        if self.wide:
+            return self.expand.line, "mm: PyTorch's GEMM", "add, to: onto that, in float32"
+        return self.expand.line, "addmm_: PyTorch's GEMM, accumulated onto that"
+
+
+def why_refused(p: Problem, device: Device | None) -> str | None:
+    """Why no kernel serves the problem, before any family is asked; or None."""
+    for whose, dtype in (("dtype", p.dtype), ("adapter", p.adapter_dtype)):
+        if dtype not in _DTYPES:
+            said = "is" if whose == "adapter" else "of the layer is"
+            return f"the {whose} {said} {dtype}, the kernels have float16, bfloat16 and float32"
+    if not p.plain:
+        return "an input is a tensor subclass or on another device: the kernels read plain tensors"
+    if device is None:
+        return f"the inputs are on {p.device}, the kernels run on CUDA devices"
+    if p.format != DENSE and p.operation in _READ_W:
+        return f"the kernels read dense weights; this one is stored as {p.format}"
+    return None
+
+
+def why_too_old(p: Problem, device: Device) -> str | None:
+    """Why the device can't run the kernels of the operation, or None."""
+    oldest = _OLDEST.get(p.operation, _OLDEST_ELSEWHERE)
+    if device.capability >= oldest:
+        return None
+    has, needs = (".".join(map(str, divmod(c, 10))) for c in (device.capability, oldest))
+    return f"compute capability is {has}, the kernels of {p.operation} need {needs}"
+
+
+def launches_of(p: Problem, device: Device) -> list[Launch | str]:
+    """What each family says to an operation or a whole layer.
+
+    Where a layer's gradients may be asked for, its launch leaves ``s``."""
+    if p.operation == "lora_linear" and p.graph:
+        p = p._replace(wants=WANTS["lora_linear"])
+    reason = why_too_old(p, device)
+    if reason is not None:
+        return [reason]
+    return [plan(p, device) for plan in FAMILIES.get(p.operation, ())]
+
+
+def plan_linear_expand(p: Problem, device: Device) -> Hybrid | str:
+    """``y``, or transposed ``dx``: all but the GEMM by ``expand``; or why not."""
+    low = wide(p.dtype)
+    (expand,) = launches_of(as_expand(p), device)
+    if isinstance(expand, str):
+        return expand
+    if low is not p.dtype:
+        run = _added(expand.run, p.transposed, p.dtype)
+    else:
+        run = _accumulated(expand.run, p.transposed)
+    return Hybrid(expand, run, low is not p.dtype)
+
+
+def as_expand(p: Problem) -> Problem:
+    """The low-rank term of a ``linear_expand``, in the dtype in which it is added, with the bias where
+    that is y's."""
+    N, layouts = p.N, p.layouts
+    if p.transposed:
+        A = layouts.lora_A
+        N, layouts = p.K, layouts._replace(lora_B=Layout(A.columns, A.rows, A.huge))
+    return p._replace(
+        operation="expand", K=0, N=N, transposed=False, dtype=wide(p.dtype),
+        bias=p.bias and wide(p.dtype) is p.dtype,
+        layouts=layouts,
+    )  # fmt: skip
+
+
+def _accumulated(expand: Run, transposed: bool) -> Run:
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
+    accumulate = operands.add_linear_transposed_ if transposed else operands.add_linear_
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        return accumulate(expand(s, lora_B, scaling, dropout_p, seed, bias), x, weight)
+
+    return run
+
+
+def _added(expand: Run, transposed: bool, dtype: torch.dtype) -> Run:
+    """The same of two finished terms."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        low: Tensor = expand(s, lora_B, scaling, dropout_p, seed)
+        if transposed:
+            return low.add_(operands.linear_transposed(x, weight)).to(dtype)
+        return low.add_(operands.linear(x, weight, bias)).to(dtype)
+
+    return run

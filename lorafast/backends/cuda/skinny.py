@@ -1,0 +1,333 @@
+"""What the skinny operations are launched with: ``shrink``, ``expand_backward``, ``shrink_backward``.
+
+Each is one launch of a kernel of ``csrc/cuda/skinny.cuh``, whose three kinds differ in how a CTA walks
+the large matrix, x or dy:
+
+- ``shrink`` along the columns of a row block. Its sums are s; where row blocks are few their columns are
+  shared out.
+- ``reduce`` down the rows of a column block. Its sums are dA, or dB and dbias.
+- ``backward`` as ``reduce``, and leaves ds besides: a part of it in each column block.
+
+What is shared out leaves parts in float32, which the last CTA to arrive adds up in a fixed order: two
+runs give the same bits. Ranks beyond an instance's take more CTAs, which read the large matrix again.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafast.backends.cost import Device
+from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.tables import SKINNY, SkinnyRow, row_of
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import Problem
+from lorafast.kernels.common.counters import counters
+from lorafast.reference.dropout import survivor_scale, threshold
+
+_OLDEST = 80
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PAD = 16
+"""Bytes after a row of a tile in shared memory."""
+_OWN = 16
+"""Bytes of shared memory that the kernel declares itself, for the number that ``arrive`` hands round:
+they count too."""
+_MOST_STAGES = 8
+_FEWEST_STAGES = 2
+_MOST_PARTS = 64
+_START = 2.0
+"""Tiles whose time a CTA takes to fill its ring."""
+_TWO_RESIDENT = 32
+"""Ranks up to which registers let two CTAs on an SM: one makes its mask while the other multiplies."""
+_CHUNKS = 4
+"""Times in its walk that a CTA of ``backward`` asks whether ds can be added up."""
+_PART = 0.2
+"""Time to read a byte of a part from L2 by that of a byte of the large matrix from memory."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An instance of the kernel: ``SkinnyTile`` of skinny.cuh. ``shared``: bytes before the ring, and of
+    each stage."""
+
+    kind: str
+    ranks: int
+    rows: int
+    columns: int
+    before: int
+    stage: int
+    x: int
+
+    def bytes_of(self, stages: int) -> int:
+        """Of shared memory."""
+        return self.before + stages * self.stage
+
+
+@functools.cache
+def tile_of(kind: str, dtype: torch.dtype, ranks: int) -> Tile:
+    """The instance for so many ranks."""
+    size, beside = dtype.itemsize, wide(dtype).itemsize
+    bf16 = dtype is torch.bfloat16
+    if kind == "shrink":
+        rows, columns = 128 if bf16 else 64, 128 if size == 2 and ranks <= 32 else 64
+    elif kind == "reduce":
+        rows, columns = (128 if ranks < 64 else 64) if bf16 else 64 if size == 2 else 32, 128
+    else:
+        rows, columns = (64 if ranks <= 16 else 32) if bf16 else 32, 256 if bf16 else 128
+    x = rows * (columns * size + _PAD)
+    of_p, of_q = ranks * (columns * beside + _PAD), rows * (ranks * beside + _PAD)
+    sums = 4 * rows * ranks * 4
+    before = 0 if kind != "backward" else max(of_p, sums) if bf16 else of_p + sums
+    stage = x + (of_p if kind == "shrink" else of_q)
+    return Tile(kind, ranks, rows, columns, before, stage, rows * columns * size)
+
+
+def ranks_of(kind: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """The instances that there are."""
+    return (16, 32, 64, 128) if dtype is torch.bfloat16 and kind != "backward" else (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a launch is cut. ``grid``: blocks across the walk, shares of it, rank blocks; ``share``: tiles
+    of one; ``chunk``: those after which ds is added up. ``partials``: float32 of scratch memory."""
+
+    tile: Tile
+    stages: int
+    ctas_per_sm: int
+    grid: tuple[int, int, int]
+    share: int
+    chunk: int
+    partials: int
+    counters: int
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """As the operations take them, but for ``chunk``."""
+        tile = self.tile
+        return tile.ranks, tile.rows, tile.columns, self.stages, self.share
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes of the large matrix that an SM asks for ahead of their use."""
+        return self.ctas_per_sm * (self.stages - 1) * self.tile.x
+
+
+def shares_of(
+    kind: str,
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    r: int,
+    *,
+    row: SkinnyRow,
+    sms: int,
+    has_d: bool = True,
+    has_bias: bool = False,
+    dropout: bool = False,
+) -> Shares:
+    """Of a large matrix ``[rows, columns]`` on an architecture with ``row``."""
+    fitting = [
+        tile for tile in (tile_of(kind, dtype, ranks) for ranks in ranks_of(kind, dtype))
+        if tile.bytes_of(_FEWEST_STAGES) + _OWN <= row.shared
+    ]  # fmt: skip
+    tile = next((tile for tile in fitting if tile.ranks >= r), fitting[-1])
+    ctas = 1
+    if dropout and tile.ranks <= _TWO_RESIDENT and _stages(tile, row, 2) >= _FEWEST_STAGES:
+        ctas = 2
+    stages = _stages(tile, row, ctas)
+    ranks = _blocks(r, tile.ranks)
+    row_tiles, column_tiles = _blocks(rows, tile.rows), _blocks(columns, tile.columns)
+    across, along = (row_tiles, column_tiles) if kind == "shrink" else (column_tiles, row_tiles)
+    across = max(across, 1) if kind == "backward" else across
+    part = tile.ranks * 4 * (tile.rows if kind == "shrink" else tile.columns) * _PART / tile.x
+    share = _share(across * ranks, along, sms * ctas, part)
+    count = max(_blocks(along, share), 1)
+    chunk = _blocks(share, _CHUNKS) if kind == "backward" else 1
+    of_s = of_d = of_bias = used = 0
+    parts_of_s = {"shrink": count, "reduce": 1, "backward": across}[kind]
+    if parts_of_s > 1:
+        of_s = ranks * parts_of_s * row_tiles * tile.rows * tile.ranks
+    if kind != "shrink" and count > 1:
+        of_d = ranks * count * across * tile.columns * tile.ranks if has_d else 0
+        of_bias = count * across * tile.columns * 4 if has_bias else 0
+    if of_s or of_d or of_bias:
+        if kind != "reduce":
+            used = ranks * (across if kind == "shrink" else count * _blocks(share, chunk))
+        if kind != "shrink":
+            used += ranks * across
+    grid = across, count, ranks
+    return Shares(tile, stages, ctas, grid, share, chunk, of_s + of_d + of_bias, used)
+
+
+def _stages(tile: Tile, row: SkinnyRow, ctas: int) -> int:
+    """Of the ring of each of so many CTAs on an SM: what memory needs, as far as there is room."""
+    room = min(row.shared, row.on_sm // ctas - 1024) - _OWN
+    wanted = _blocks(row.in_flight, ctas * tile.x) + 1
+    return min(max(wanted, _FEWEST_STAGES), _MOST_STAGES, (room - tile.before) // tile.stage)
+
+
+def _share(blocks: int, along: int, slots: int, part: float) -> int:
+    """Tiles of a walk that is cut so that the launch ends first: in rounds of CTAs, each of which takes
+    as long as its tiles; whoever adds up reads every part."""
+
+    def seconds(parts: int) -> float:
+        rounds = _blocks(blocks * parts, slots)
+        return rounds * (_blocks(along, parts) + _START) + (parts * part if parts > 1 else 0.0)
+
+    parts = min(range(1, max(min(along, _MOST_PARTS), 1) + 1), key=seconds)
+    return max(_blocks(along, parts), 1)
+
+
+def plan_shrink(problem: Problem, device: Device) -> Launch | str:
+    """``s = drop(x)·Aᵀ``: ``run(x, lora_A, dropout_p, seed)``."""
+    p = problem
+    reason = _why_refused(p, device)
+    if reason is not None:
+        return reason
+    shares = shares_of(
+        "shrink", p.dtype, p.M, p.K, p.r,
+        row=row_of(SKINNY, device.capability), sms=device.sms, dropout=p.dropout,
+    )  # fmt: skip
+    M, r, low, dropout = p.M, p.r, wide(p.dtype), p.dropout
+    arguments = shares.arguments
+
+    def run(
+        x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
+    ) -> Tensor:
+        s = torch.empty((M, r), dtype=low, device=x.device)
+        mask = (seed, *_numbers(dropout_p)) if dropout else _NO_MASK
+        torch.ops.lorafast_cuda.shrink.default(
+            x, lora_A, *mask, 1.0, s, *_scratch(shares, x), *arguments
+        )
+        return s
+
+    moved = _moved(p, shares, p.M, p.K) + p.r * p.K * p.adapter_dtype.itemsize
+    return Launch(run, _line("shrink", shares), 2.0 * p.M * p.K * p.r, moved)
+
+
+def plan_shrink_backward(problem: Problem, device: Device) -> Launch | str:
+    """``dA = dsᵀ·drop(x)``: ``run(ds, x, dropout_p, seed)``."""
+    p = problem
+    reason = _why_refused(p, device)
+    if reason is not None:
+        return reason
+    shares = shares_of(
+        "reduce", p.dtype, p.M, p.K, p.r,
+        row=row_of(SKINNY, device.capability), sms=device.sms, dropout=p.dropout,
+    )  # fmt: skip
+    K, r, dtype, dropout = p.K, p.r, p.adapter_dtype, p.dropout
+    arguments = shares.arguments
+
+    def run(ds: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        dA = torch.empty((r, K), dtype=dtype, device=x.device)
+        mask = (seed, *_numbers(dropout_p)) if dropout else _NO_MASK
+        torch.ops.lorafast_cuda.shrink_backward.default(
+            ds, x, *mask, dA, *_scratch(shares, x), *arguments
+        )
+        return dA
+
+    moved = _moved(p, shares, p.M, p.K) + p.r * p.K * p.adapter_dtype.itemsize
+    return Launch(run, _line("shrink_backward", shares), 2.0 * p.M * p.K * p.r, moved)
+
+
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""``ds``, ``dB`` and ``dbias``, None for what isn't wanted."""
+
+
+def plan_expand_backward(problem: Problem, device: Device) -> Launch | str:
+    """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s``, ``dbias = Σ dy``: of them what is wanted, by
+    ``run(dy, s, lora_B, scaling)``.
+
+    ``ds`` alone is a ``shrink`` of dy.
+    """
+    p = problem
+    reason = _why_refused(p, device)
+    if reason is not None:
+        return reason
+    want_ds, want_dB, want_dbias = (name in p.wants for name in ("ds", "dB", "dbias"))
+    alone = want_ds and not (want_dB or want_dbias)
+    kind = "shrink" if alone else "backward" if want_ds else "reduce"
+    r = p.r if want_ds or want_dB else 1
+    shares = shares_of(
+        kind, p.dtype, p.M, p.N, r, row=row_of(SKINNY, device.capability), sms=device.sms,
+        has_d=want_dB, has_bias=want_dbias,
+    )  # fmt: skip
+    M, N, low, own, dtype = p.M, p.N, wide(p.dtype), p.dtype, p.adapter_dtype
+    arguments, chunk = shares.arguments, shares.chunk
+
+    def ds_alone(dy: Tensor, s: Tensor | None, lora_B: Tensor, scaling: float) -> Sums:
+        ds = torch.empty((M, r), dtype=low, device=dy.device)
+        torch.ops.lorafast_cuda.shrink.default(
+            dy, lora_B.t(), *_NO_MASK, float(scaling), ds, *_scratch(shares, dy), *arguments
+        )
+        return ds, None, None
+
+    def run(dy: Tensor, s: Tensor | None, lora_B: Tensor | None, scaling: float) -> Sums:
+        device = dy.device
+        ds = torch.empty((M, r), dtype=low, device=device) if want_ds else None
+        dB = torch.empty((N, r), dtype=dtype, device=device) if want_dB else None
+        dbias = torch.empty((N,), dtype=own, device=device) if want_dbias else None
+        torch.ops.lorafast_cuda.expand_backward.default(
+            dy, s if want_dB else None, lora_B if want_ds else None, float(scaling), ds, dB, dbias,
+            *_scratch(shares, dy), *arguments, chunk,
+        )  # fmt: skip
+        return ds, dB, dbias
+
+    products = want_ds + want_dB
+    moved = _moved(p, shares, p.M, p.N) + want_dbias * p.N * p.dtype.itemsize
+    moved += products * p.N * p.r * p.adapter_dtype.itemsize
+    flops = 2.0 * p.M * p.N * p.r * products + want_dbias * p.M * p.N
+    return Launch(ds_alone if alone else run, _line("expand_backward", shares), flops, moved)
+
+
+_NO_MASK = (None, 0, 1.0)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(dropout_p: float) -> tuple[int, float]:
+    return threshold(dropout_p), survivor_scale(dropout_p)
+
+
+def _scratch(shares: Shares, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The parts of sums and the counters, where sums are shared."""
+    if not shares.partials:
+        return None, None
+    partials = torch.empty(shares.partials, dtype=torch.float32, device=x.device)
+    return partials, counters(x, shares.counters)
+
+
+def _why_refused(p: Problem, device: Device) -> str | None:
+    if device.capability < _OLDEST:
+        has, needs = (".".join(map(str, divmod(c, 10))) for c in (device.capability, _OLDEST))
+        return f"compute capability is {has}, the kernels of {p.operation} need {needs}"
+    if p.dtype not in _DTYPES:
+        return f"the dtype is {p.dtype}, the kernels have float16, bfloat16 and float32"
+    if p.adapter_dtype not in _DTYPES:
+        return f"the adapter is {p.adapter_dtype}, the kernels have float16, bfloat16 and float32"
+    if p.r < 1 and p.wants != ("dbias",):  # which has none
+        return f"the rank is {p.r}, the kernels need at least 1"
+    return None
+
+
+def _moved(p: Problem, shares: Shares, rows: int, columns: int) -> float:
+    """Bytes of the large matrix, of what has r columns, and of the parts, written and read."""
+    ranks = shares.grid[2]
+    wants = p.wants if p.operation == "expand_backward" else ("ds",)
+    low = sum(name in wants for name in ("ds", "dB"))
+    moved = float(ranks * rows * columns * p.dtype.itemsize)
+    return moved + low * rows * p.r * wide(p.dtype).itemsize + 8.0 * shares.partials
+
+
+def _line(operation: str, shares: Shares) -> str:
+    tile = shares.tile
+    grid = " x ".join(map(str, shares.grid))
+    return (
+        f"{operation}: {grid} CTAs, tiles of {tile.rows} x {tile.columns} for {tile.ranks} ranks, "
+        f"{shares.stages} stages"
+    )
+
+
+def _blocks(n: int, of: int) -> int:
+    return -(-n // of)

@@ -1,0 +1,63 @@
+"""How the CUDA C++ kernels are launched on each architecture: one table a family, by compute capability.
+
+An architecture that a table lacks is served as the newest one before it. No row was timed: they follow
+from the sizes of the chips and from what the kernels execute (tests/ptx).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+Row = TypeVar("Row")
+
+
+def row_of(table: Mapping[int, Row], capability: int) -> Row:
+    """That of an architecture."""
+    return table[max((known for known in table if known <= capability), default=min(table))]
+
+
+# ---- Skinny operations (skinny.py)
+
+
+@dataclass(frozen=True)
+class SkinnyRow:
+    """``shared``: bytes of shared memory of a CTA at most; ``on_sm``: of all CTAs of an SM, each of
+    which takes 1 KB more. ``in_flight``: bytes that an SM asks memory for ahead of their use."""
+
+    shared: int
+    on_sm: int
+    in_flight: int
+
+
+SKINNY = {
+    80: SkinnyRow(163 << 10, 164 << 10, 64 << 10),
+    86: SkinnyRow(99 << 10, 100 << 10, 24 << 10),
+    90: SkinnyRow(227 << 10, 228 << 10, 96 << 10),
+    120: SkinnyRow(99 << 10, 100 << 10, 32 << 10),
+}
+
+
+# ---- small.py: expand, and whole layers in one launch
+
+
+@dataclass(frozen=True)
+class Small:
+    """``expand``: the warps of a CTA side by side, of 32 columns each, and the CTAs that an SM holds by
+    its registers, for bfloat16 and for products in TF32. ``lora_linear``: the stages of its ring, and
+    the bytes of shared memory that a CTA may have."""
+
+    column_warps: int
+    resident: int
+    resident_tf32: int
+    stages: int
+    shared: int
+
+
+SMALL = {
+    80: Small(4, 3, 2, 3, 166_912),
+    86: Small(4, 2, 2, 3, 101_376),
+    89: Small(4, 2, 2, 3, 101_376),
+    90: Small(4, 3, 2, 3, 232_448),
+    100: Small(4, 3, 2, 3, 232_448),
+    120: Small(4, 2, 2, 3, 101_376),
+}
