@@ -4,8 +4,8 @@
     python bench/report.py --check    # exit status 1 if a section and the records disagree
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
-shown, of ``inference-*``, ``accelerate-*``, ``traffic-*``, ``executed-*`` and ``compiled-*`` the newest
-one. No figure is typed by hand.
+shown, of ``inference-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*``
+the newest one. No figure is typed by hand.
 """
 
 import argparse
@@ -152,6 +152,7 @@ def performance(results: Path) -> str:
         ("gpu", "", _section), ("cpu", "", _section), ("inference", "Inference: ", _section),
         ("accelerate", "PEFT's models: ", _section), ("traffic", "", _traffic),
         ("executed", "", _executed), ("compiled", "", _compiled),
+        ("nvcc", "", _nvcc),
     )  # fmt: skip
     for kind, heading, render_run in kinds:
         runs = newest(results, kind)
@@ -394,12 +395,14 @@ def _traffic(path: Path, run: Run) -> str:
 
 
 def _executed(path: Path, run: Run) -> str:
-    rows = [executed.Row(**row) for row in run["executed"]]
+    every = [executed.Row(**row) for row in run["executed"]]
+    pairs = executed.beside(every)
+    rows = executed.alone(every, pairs)
     lines = [
         [
             f"sm_{row.capability}",
             f"`{row.name}`",
-            f"{row.M} × {row.K} → {row.N}, r = {row.r}",
+            _layer_of(row),
             *(f"{row.cycles[unit] / 1000:.1f}" for unit in executed.UNITS),
             row.bound,
             f"{row.issued_per_multiply:.2f}",
@@ -429,7 +432,61 @@ def _executed(path: Path, run: Run) -> str:
         "full rate; memory is L2 for a GEMM and beside it, device memory else. *issued a multiply*: "
         "instructions of warps in the main loop "
         "for each 16 × 8 × 16 multiply-adds. *conflicts*: passes over the banks of shared memory "
-        "in a step beyond the least.\n\n" + markdown(header, lines)
+        "in a step beyond the least.\n\n" + markdown(header, lines) + _beside(pairs, run)
+    )
+
+
+def _layer_of(row: executed.Row) -> str:
+    if not row.r:
+        return f"{row.M} × {row.K}"
+    return f"{row.M} × {row.K} → {row.N}, r = {row.r}"
+
+
+def _beside(pairs: Sequence[tuple[executed.Row, list[executed.Row]]], run: Run) -> str:
+    """The kernels of csrc/cuda beside Triton's, a table an architecture; or why they aren't there."""
+    said = [row["reason"] for row in run.get("executed_without", ())]
+    if said:
+        return "\n\n" + " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in said)
+    if not pairs:
+        return ""
+    header = [
+        "kernel", "layer", *executed.LAUNCH_UNITS, "bound by", "issued a multiply", "moved",
+        "conflicts", "KB in flight", "registers", "launches",
+    ]  # fmt: skip
+    parts = [
+        "\n\n### CUDA C++ beside Triton, executed, not timed",
+        "A cell has the kernel of `csrc/cuda`, then Triton's; – is what there is none of. Thousands "
+        "of cycles of the whole launch, each unit alone at its full rate: *tensor*, *issue*, *shared* "
+        "and *L2*, by which all sectors come, of an SM that has the most tiles; *memory* of the whole "
+        "device, for operands and results once, or for what was counted. *moved*: bytes in sectors, by "
+        "what operands and results are; what is read again comes from L2. `lora_linear` stands beside "
+        "Triton's `shrink` and `linear_expand`: cycles and bytes are of both, the other cells of each. "
+        "*launches*: of the operation, of which the first is counted.",
+    ]
+    decoded = [row for row, _ in pairs if row.from_memory]
+    if decoded:
+        parts.append(_decoding(decoded))
+    for capability, of in itertools.groupby(pairs, key=lambda pair: pair[0].capability):
+        lines = [
+            [f"`{row.name}`", _layer_of(row), *executed.beside_cells(row, triton)]
+            for row, triton in of
+        ]
+        parts.append(f"sm_{capability}{'a' if capability == 90 else ''}:")
+        parts.append(markdown(header, lines))
+    return "\n\n".join(parts)
+
+
+def _decoding(rows: Sequence[executed.Row]) -> str:
+    """The bytes that a layer of few rows moves from and to device memory, by those of W."""
+    said = []
+    for r in _unique(row.r for row in rows):
+        of = [row for row in rows if row.r == r]
+        most = max(row.from_memory / (2.0 * row.N * row.K) for row in of)
+        adapter = max(row.r * (row.N + row.K) / (row.N * row.K) for row in of)
+        said.append(f"{most:.4f} at r = {r}, where A and B are {adapter:.4f}")
+    return (
+        "Decoding is one launch, and moves at most this many times the bytes of W from and to memory: "
+        f"{'; '.join(said)}. W, A and B are counted as often as they are loaded, x and y once."
     )
 
 
@@ -454,6 +511,31 @@ def _compiled(path: Path, run: Run) -> str:
         f"needs at most, by Triton {packages['triton']} (`{run['command']}`, which the tests run and "
         f"which prints a line for each variant; [record]({_relative(path)})).\n\n"
         + markdown(header, lines)
+    )
+
+
+def _nvcc(path: Path, run: Run) -> str:
+    lines = [
+        [
+            row["arch"], f"`{row['kernel']}`", str(row["instances"]), str(row["registers"]),
+            f"{row['shared']:,}", str(row["spills"]), ", ".join(row["instructions"]),
+        ]
+        for row in run["nvcc"]
+    ]  # fmt: skip
+    header = [
+        "",
+        "kernel",
+        "instances",
+        "registers",
+        "static shared memory",
+        "spills",
+        "multiplies with",
+    ]
+    versions = ", ".join(_unique(row["nvcc"] for row in run["nvcc"]))
+    return (
+        "## Machine code of csrc/cuda\n\n"
+        f"Compiled by nvcc {versions}, not run: what the instances of each kernel need at most "
+        f"(`{run['command']}`; [record]({_relative(path)})).\n\n" + markdown(header, lines)
     )
 
 

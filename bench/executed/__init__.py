@@ -3,6 +3,21 @@
 It needs no GPU and times nothing.
 """
 
-from lorafast.bench.executed.job import UNITS, Row, UnexecutedError, check, run
+from lorafast.bench.executed.job import (
+    CUDA,
+    LAUNCH_UNITS,
+    TRITON,
+    UNITS,
+    Row,
+    UnexecutedError,
+    alone,
+    beside,
+    beside_cells,
+    check,
+    run,
+)
 
-__all__ = ["UNITS", "Row", "UnexecutedError", "check", "run"]
+__all__ = [
+    "CUDA", "LAUNCH_UNITS", "TRITON", "UNITS", "Row", "UnexecutedError", "alone", "beside",
+    "beside_cells", "check", "run",
+]  # fmt: skip

@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from lorafast.bench.common.table import table
 
 UNITS = ("tensor", "issue", "shared", "memory")
 _ROOT = Path(__file__).resolve().parents[2]
+LAUNCH_UNITS = ("tensor", "issue", "shared", "L2", "memory")
+TRITON, CUDA = "triton", "cuda"
 _HEADER = (
     "", "sm", *UNITS, "bound by", "issued / multiply", "conflicts", "in flight",
     "registers",
@@ -22,10 +24,18 @@ _HEADER = (
 NOTES = """\
 tensor, issue, shared, memory: thousands of cycles of an SM for one tile of a GEMM, one program of a
 skinny kernel, one item of helpers (a row block of x shrunk beside a GEMM), each unit alone at its full
-rate; memory is L2 for a GEMM and beside it, device memory else
+rate; memory is L2 for a GEMM and beside it, device memory else. The tile of a CUDA C++ kernel is a CTA
 issued / multiply: instructions of warps for each multiply-add of 16 x 8 x 16 numbers, in the main loop
 conflicts: passes over the banks of shared memory in a step beyond the least; in flight: bytes that the
 loop asks memory for ahead, on an SM"""
+BESIDE_NOTES = """\
+of the whole launch, CUDA C++ / Triton: thousands of cycles by unit; tensor, issue, shared and L2 of an
+SM that has the most tiles, memory of the device, for operands and results once; moved: bytes in sectors
+by what operands and results are"""
+_BESIDE_HEADER = (
+    "", "sm", *LAUNCH_UNITS, "bound by", "issued / multiply", "moved", "conflicts", "in flight",
+    "registers", "launches",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,9 @@ class Row:
     """One kernel at one size on one architecture, as ``ptx.counts`` has counted it.
 
     ``step``, ``tile`` and ``program``: what one step of the main loop executes, a tile beside its steps,
-    a program beside its tiles. ``cycles``: of a tile, by unit.
+    a program beside its tiles. ``cycles``: of a tile, by unit. ``launch_cycles``: of the launch;
+    ``launches``: how many the operation has. ``moved`` and ``least``: the launch's bytes in sectors, and
+    those of operands and results; ``from_memory``: of device memory, where they are counted, else 0.
     """
 
     operation: str
@@ -46,7 +58,7 @@ class Row:
     step: dict[str, Any]
     tile: dict[str, Any]
     program: dict[str, Any]
-    steps: int
+    steps: float
     tiles: int
     in_flight: float
     from_l2: bool
@@ -54,6 +66,12 @@ class Row:
     cycles: dict[str, float]
     bound: str
     exposed: float
+    backend: str = TRITON
+    launches: int = 1
+    from_memory: float = 0.0
+    launch_cycles: dict[str, float] = field(default_factory=dict)
+    moved: float = 0.0
+    least: float = 0.0
 
     @property
     def name(self) -> str:
@@ -62,9 +80,18 @@ class Row:
 
     @property
     def issued_per_multiply(self) -> float:
-        """Instructions that warps issue in a step, for each ``m16n8k16`` of multiply-adds."""
+        """Instructions that warps issue in a step, for each ``m16n8k16`` of multiply-adds; 0 where there
+        are none."""
         issued: float = sum(self.step["issued"].values())
-        return issued / (self.step["multiplies"] / (16 * 8 * 16))
+        multiplies: float = self.step["multiplies"] / (16 * 8 * 16)
+        return issued / multiplies if multiplies else 0.0
+
+    @property
+    def layer(self) -> str:
+        """The sizes that it has."""
+        if not self.r:
+            return f"{self.M} x {self.K}"
+        return f"{self.M} x {self.K} -> {self.N} r{self.r}"
 
 
 class UnexecutedError(ValueError):
@@ -87,7 +114,8 @@ def run(*, record: Record) -> list[Row]:
     """
     check()
     say("executing the kernels' PTX, a few tiles of each")
-    paths = (_ROOT, _ROOT / "tests", _ROOT / "tests" / "kernels")
+    tests = _ROOT / "tests"
+    paths = (_ROOT, tests, tests / "kernels", tests / "cuda")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     done = subprocess.run(
@@ -98,10 +126,87 @@ def run(*, record: Record) -> list[Row]:
         said = [line for line in done.stderr.splitlines() if line.strip() and line[0] != " "]
         reason = said[-1] if said else f"exit status {done.returncode}"
         raise UnexecutedError(f"--executed: {reason}")
-    rows = [Row(**row) for row in json.loads(done.stdout)]
+    counted = json.loads(done.stdout)
+    rows = [Row(**row) for row in counted["rows"]]
     record.add("executed", rows)
-    say("\n" + format_rows(rows) + "\n\n" + NOTES)
+    pairs = beside(rows)
+    say("\n" + format_rows(alone(rows, pairs)) + "\n\n" + NOTES)
+    if pairs:
+        say("\n" + table(_BESIDE_HEADER, [beside_line(*pair) for pair in pairs]))
+        say("\n" + BESIDE_NOTES)
+    if counted["without"]:
+        record.add("executed_without", [{"reason": counted["without"]}])
+        say("\n" + counted["without"])
     return rows
+
+
+Beside = tuple[Row, list[Row]]
+"""A CUDA C++ kernel, and the Triton kernels that do the same."""
+_COMPOSED = {"lora_linear": ("shrink", "linear_expand forward")}
+
+
+def beside(rows: Sequence[Row]) -> list[Beside]:
+    """Each CUDA C++ kernel with Triton's for the same sizes, none where there are none of them."""
+    triton: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        if row.backend == TRITON:
+            triton.setdefault((row.name, *_sizes(row)), row)
+    pairs = []
+    for row in rows:
+        if row.backend == CUDA:
+            names = _COMPOSED.get(row.operation, (row.name,))
+            found = [triton.get((name, *_sizes(row, name.split()[0]))) for name in names]
+            pairs.append((row, [one for one in found if one is not None] if all(found) else []))
+    return pairs
+
+
+def alone(rows: Sequence[Row], pairs: Sequence[Beside]) -> list[Row]:
+    """Triton's rows that no CUDA C++ kernel stands beside."""
+    shown = {id(row) for _, triton in pairs for row in triton}
+    return [row for row in rows if row.backend == TRITON and id(row) not in shown]
+
+
+def _sizes(row: Row, operation: str = "") -> tuple[int, ...]:
+    """What matters to an operation: its architecture and the sizes that it has."""
+    operation = operation or row.operation
+    if operation in ("shrink", "shrink_backward"):
+        return row.capability, row.M, row.K, row.r
+    if operation in ("expand", "expand_backward"):
+        return row.capability, row.M, row.N, row.r
+    return row.capability, row.M, row.K, row.N, row.r
+
+
+def beside_cells(cuda: Row, triton: Sequence[Row]) -> tuple[str, ...]:
+    """Both, a cell a unit, and so on; Triton's launches of one layer are added up."""
+    together = {unit: sum(row.launch_cycles[unit] for row in triton) for unit in LAUNCH_UNITS}
+    most = [max(cycles, key=cycles.__getitem__) for cycles in (cuda.launch_cycles, together)]
+
+    def both(of: Callable[[Row], str], missing: str = "–") -> str:
+        return f"{of(cuda)} / {', '.join(map(of, triton)) or missing}"
+
+    def ratio(moved: float, least: float) -> str:
+        return f"{moved / least:.2f}"
+
+    moved = ratio(sum(row.moved for row in triton), cuda.least) if triton else "–"
+    return (
+        *(
+            f"{cuda.launch_cycles[unit] / 1000:.1f} / "
+            + (f"{together[unit] / 1000:.1f}" if triton else "–")
+            for unit in LAUNCH_UNITS
+        ),
+        f"{most[0]} / {most[1] if triton else '–'}",
+        both(lambda row: f"{row.issued_per_multiply:.1f}" if row.step["multiplies"] else "–"),
+        f"{ratio(cuda.moved, cuda.least)} / {moved}",
+        both(lambda row: f"{max(0.0, row.step['conflicts']):.0f}"),
+        both(lambda row: f"{row.in_flight / 1024:.0f}" if row.in_flight else "–"),
+        both(lambda row: f"{row.registers}"),
+        f"{cuda.launches} / {sum(row.launches for row in triton) or '–'}",
+    )
+
+
+def beside_line(cuda: Row, triton: Sequence[Row]) -> tuple[str, ...]:
+    """The cells of a kernel beside Triton's."""
+    return f"{cuda.name} {cuda.layer}", f"{cuda.capability}", *beside_cells(cuda, triton)
 
 
 def format_rows(rows: Sequence[Row]) -> str:
@@ -112,7 +217,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 def line(row: Row) -> tuple[str, ...]:
     """The cells of one."""
     return (
-        f"{row.name} {row.M} x {row.K} -> {row.N} r{row.r}",
+        f"{row.name} {row.layer}",
         f"{row.capability}",
         *(f"{row.cycles[unit] / 1000:.1f}" for unit in UNITS),
         row.bound,

@@ -1,5 +1,6 @@
 """What kernels execute, as a job: run in a process of its own, recorded, shown."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -43,8 +44,17 @@ def counted(monkeypatch):
     return stand_in
 
 
-def as_json(*rows):
-    return json.dumps([vars(row) for row in rows])
+CYCLES = {"tensor": 4e3, "issue": 5e3, "shared": 6e3, "L2": 7e3, "memory": 8e3}
+SHRINK = dataclasses.replace(
+    ROW, operation="shrink", variant="", N=4096, launch_cycles=CYCLES, moved=3e6, least=2e6
+)
+OF_CUDA = dataclasses.replace(
+    SHRINK, N=1024, backend="cuda", launch_cycles=CYCLES | {"issue": 9e3}, moved=2.4e6, registers=72
+)
+
+
+def as_json(*rows, without=None):
+    return json.dumps({"rows": [vars(row) for row in rows], "without": without})
 
 
 def test_names_and_ratios():
@@ -66,15 +76,83 @@ def test_rows_are_recorded_and_read_back(counted, tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_cuda_beside_triton(counted, capsys):
+    """A kernel is compared by the sizes that it has: shrink has no N."""
+    counted(as_json(ROW, SHRINK, OF_CUDA))
+    rows = executed.run(record=Record(torch.device("cpu")))
+    ((cuda, triton),) = executed.beside(rows)
+    assert (cuda, triton) == (OF_CUDA, [SHRINK])
+    assert executed.alone(rows, executed.beside(rows)) == [ROW]
+    assert executed.beside_cells(cuda, triton) == (
+        "4.0 / 4.0", "9.0 / 5.0", "6.0 / 6.0", "7.0 / 7.0", "8.0 / 8.0", "issue / memory",
+        "2.0 / 2.0", "1.20 / 1.50", "3 / 3", "64 / 64", "72 / 168", "1 / 1",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "shrink 8192 x 4096 -> 1024 r16" in printed
+    assert "9.0 / 5.0" in printed
+    assert "shrink 8192 x 4096 -> 4096 r16" not in printed
+
+
+def test_a_layer_in_one_launch_stands_beside_two():
+    layer = dataclasses.replace(OF_CUDA, operation="lora_linear", variant="decode")
+    gemm = dataclasses.replace(
+        SHRINK, operation="linear_expand", variant="forward", N=1024, launches=2
+    )
+    ((_, triton),) = executed.beside([SHRINK, gemm, layer])
+    assert triton == [SHRINK, gemm]
+    cells = executed.beside_cells(layer, triton)
+    assert cells[:2] == ("4.0 / 8.0", "9.0 / 10.0")
+    assert cells[5:8] == ("issue / memory", "2.0 / 2.0, 2.0", "1.20 / 3.00")
+    assert cells[-1] == "1 / 3"
+    ((_, none),) = executed.beside([SHRINK, layer])  # half of it is nothing to compare with
+    assert none == []
+    assert executed.beside_cells(layer, none)[:6:5] == ("4.0 / –", "issue / –")
+
+
+def test_a_kernel_without_multiplies():
+    nothing = AMOUNTS | {"multiplies": 0.0}
+    mask = dataclasses.replace(
+        OF_CUDA, operation="mask", step=nothing, r=0, N=0, in_flight=0.0, from_memory=0.0
+    )
+    assert mask.issued_per_multiply == 0.0
+    assert mask.layer == "8192 x 4096"
+    assert executed.beside_cells(mask, [])[6:] == (
+        "– / –", "1.20 / –", "3 / –", "– / –", "72 / –", "1 / –"
+    )  # fmt: skip
+
+
+def test_without_nvcc_triton_alone_and_a_sentence(counted, tmp_path, capsys):
+    path = tmp_path / "executed.json"
+    record = Record(torch.device("cpu"), ["lorafast", "bench", "--executed"], path)
+    counted(as_json(SHRINK, without="there is no nvcc"))
+    assert executed.run(record=record) == [SHRINK]
+    record.finish()
+    content = read(path)
+    assert (content["complete"], content["executed_without"]) == (
+        True, [{"reason": "there is no nvcc"}]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("there is no nvcc")
+    assert "shrink 8192 x 4096 -> 4096 r16" in printed
+
+
+def test_a_record_from_before_has_triton_alone():
+    old = {name: value for name, value in vars(ROW).items() if name not in (
+        "backend", "launches", "from_memory", "launch_cycles", "moved", "least",
+    )}  # fmt: skip
+    assert executed.Row(**old).backend == executed.TRITON
+
+
 def test_the_process_does_not_interpret(counted, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     started = counted(as_json())
     executed.run(record=Record(torch.device("cpu")))
     ((command, environment),) = started
     assert command[1:] == ["-m", "ptx.counts", "--json"]
+    assert (Path(__file__).parents[1] / "cuda" / "launchers.py").is_file()
     assert "TRITON_INTERPRET" not in environment
     root = Path(__file__).parents[2]
-    expected = [root, root / "tests", root / "tests" / "kernels"]
+    expected = [root, *(root / "tests" / name for name in ("", "kernels", "cuda"))]
     assert environment["PYTHONPATH"].split(os.pathsep) == list(map(str, expected))
 
 

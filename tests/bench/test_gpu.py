@@ -44,6 +44,7 @@ def test_every_stage_runs(tmp_path):
         "operations",
         "layer",
         "sweep",
+        "decode",
         "call_overhead",
         "models",
         "accelerate",

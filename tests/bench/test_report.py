@@ -188,6 +188,21 @@ def test_what_is_put_into_a_document_is_found_there(report):
         assert written.endswith("\nafter")
 
 
+def test_cuda_kernels_are_shown(report, record, tmp_path):
+    row = {
+        "nvcc": "13.0", "arch": "sm_90a", "kernel": "shrink_kernel", "instances": 3,
+        "registers": 128, "shared": 1040, "spills": 0, "instructions": ["HMMA"],
+    }  # fmt: skip
+    record("nvcc-old", [], day=1, nvcc=[])
+    record("nvcc-new", [], day=2, nvcc=[row, row | {"arch": "sm_80"}], command="python compiled.py")
+    section = report.performance(tmp_path)
+    assert "Compiled by nvcc 13.0, not run" in section
+    assert "[record](nvcc-new.json)" in section
+    assert re.search(
+        r"\| sm_90a \| +`shrink_kernel` \| +3 \| +128 \| +1,040 \| +0 \| +HMMA", section
+    )
+
+
 def test_what_kernels_execute(report, record, tmp_path):
     part = {"issued": {"tensor": 8.0, "integer": 24.0}, "multiplies": 8 * 2048.0, "conflicts": 3.0}
     row = {
@@ -217,3 +232,59 @@ def test_what_kernels_execute(report, record, tmp_path):
         "| sm_80 | `linear_expand` | 8192 × 4096 → 1024, r = 16 | 1.2 | 2.5 | 41.0 | 0.0 "
         "| shared | 4.00 | 3 | 64 | 168 |",
     ]
+
+
+def executed_row(**more):
+    part = {"issued": {"tensor": 8.0, "integer": 24.0}, "multiplies": 8 * 2048.0, "conflicts": 3.0}
+    return {
+        "operation": "shrink", "variant": "", "capability": 90,
+        "M": 8192, "K": 4096, "N": 4096, "r": 16, "step": part, "tile": part, "program": part,
+        "steps": 64, "tiles": 512, "in_flight": 65536.0, "from_l2": False, "registers": 168,
+        "cycles": {"tensor": 1234.0, "issue": 2500.0, "shared": 40960.0, "memory": 1.0},
+        "bound": "shared", "exposed": 99.5, "backend": "triton", "launches": 1, "from_memory": 0.0,
+        "launch_cycles": {"tensor": 1e3, "issue": 2e3, "shared": 3e3, "L2": 4e3, "memory": 5e3},
+        "moved": 3e6, "least": 2e6,
+    } | more  # fmt: skip
+
+
+def test_cuda_beside_triton(report, record, tmp_path):
+    """A table an architecture; what stands there isn't among Triton's tiles."""
+    triton = [
+        executed_row(),
+        executed_row(capability=80),
+        executed_row(operation="expand_backward"),
+    ]
+    cuda = [executed_row(backend="cuda", capability=c, registers=72) for c in (80, 90)]
+    decode = executed_row(
+        backend="cuda",
+        operation="lora_linear",
+        variant="decode",
+        M=1,
+        from_memory=1.01 * 2 * 4096**2,
+    )
+    record("executed-a", [], executed=[*triton, *cuda, decode])
+    _, section = report.performance(tmp_path).split("## What kernels execute, counted\n\n")
+    tiles, beside = section.split("### CUDA C++ beside Triton, executed, not timed\n\n")
+    assert "`expand_backward`" in tiles
+    assert "`shrink`" not in tiles
+    assert "from and to memory: 1.0100 at r = 16, where A and B are 0.0078. W" in beside
+    of_80, of_90 = beside.split("sm_80:")[1].split("sm_90a:")
+    line = (
+        "| `shrink` | 8192 × 4096 → 4096, r = 16 | 1.0 / 1.0 | 2.0 / 2.0 | 3.0 / 3.0 | 4.0 / 4.0 "
+        "| 5.0 / 5.0 | memory / memory | 4.0 / 4.0 | 1.50 / 1.50 | 3 / 3 | 64 / 64 | 72 / 168 | 1 / 1 |"
+    )
+    assert line in of_80
+    assert line in of_90
+    assert of_90.count("`lora_linear decode` | 1 × 4096 → 4096, r = 16 | 1.0 / –") == 1
+    assert "lora_linear" not in of_80
+
+
+def test_without_nvcc_the_section_says_so(report, record, tmp_path):
+    record(
+        "executed-a", [], executed=[executed_row()],
+        executed_without=[{"reason": "the CUDA C++ kernels are not counted here: there is no nvcc"}],
+    )  # fmt: skip
+    performance = report.performance(tmp_path)
+    assert performance.endswith("\n\nThe CUDA C++ kernels are not counted here: there is no nvcc.")
+    assert "`shrink`" in performance
+    assert "beside Triton" not in performance

@@ -23,7 +23,7 @@ from recorded import Launch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 _FOLDER = (
     Path(__file__).with_name("compiled") / f"triton-{'.'.join(triton.__version__.split('.')[:2])}"
 )
@@ -112,7 +112,7 @@ def _read(cubin: bytes, shared: int, serialized: bool) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_CUOBJDUMP), "-res-usage", "-sass", file.name]
+        command = [str(CUOBJDUMP), "-res-usage", "-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     need = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     words = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9.a-z_]*)", text, re.M)
@@ -123,11 +123,11 @@ def _read(cubin: bytes, shared: int, serialized: bool) -> Machine:
         shared=shared,
         spills=sum(word.split(".")[0] in ("STL", "LDL") for word in words),
         serialized=serialized,
-        instructions=_instructions(words),
+        instructions=instructions_of(words),
     )
 
 
-def _instructions(words: list[str]) -> dict[str, int]:
+def instructions_of(words: list[str]) -> dict[str, int]:
     """How often the instructions occur that tell fast code from slow; an access by its width in bits."""
     counts: Counter[str] = Counter()
     for word in words:

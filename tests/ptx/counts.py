@@ -6,9 +6,12 @@ The code of a launch at full size is executed on a few tiles and on twice as man
 with more. The differences are what a K-step costs, what a tile costs beside its K-steps, and what a
 program costs beside its tiles: exactly, since instructions are counted. Cycles are a bound from below:
 every unit of an SM at its full rate, nothing waiting for anything.
+
+Triton's kernels, and where nvcc is those of csrc/cuda (``cuda_counts``), whose CTAs are the tiles.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -23,6 +26,7 @@ import torch
 from lorafast.kernels.common import plan
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import Helpers
+from lorafast.kernels.expand import expand
 from lorafast.kernels.expand_backward import expand_backward
 from lorafast.kernels.linear_expand import linear_expand
 from lorafast.kernels.lora_linear import lora_linear
@@ -160,8 +164,8 @@ class Row:
     """Of a tile beside its steps: the low-rank term, the epilogue. A skinny kernel's program has one."""
     program: Amounts
     """Of a program beside its tiles."""
-    steps: int
-    """Steps of a tile at this size; of a program, where several share them."""
+    steps: float
+    """Steps of a tile at this size; of a program, where several share them; of a CTA on average."""
     tiles: int
     """Tiles of the launch, and shares of them."""
     in_flight: float
@@ -169,6 +173,39 @@ class Row:
     from_l2: bool
     registers: int
     """Of a thread, by ptxas."""
+    backend: str = "triton"
+    launches: int = 1
+    """Of the operation; the first is counted."""
+    from_memory: float = 0.0
+    """Bytes that come from device memory or go there, where they are counted; 0: see ``least``."""
+
+    @property
+    def launch(self) -> Amounts:
+        """Of the whole launch, but what programs do beside their tiles."""
+        one = self.tile.minus(self.step, -self.steps)
+        return one.over(1 / self.tiles)
+
+    @property
+    def launch_cycles(self) -> dict[str, float]:
+        """The least time of the launch by unit. Of an SM that has the most tiles: tensor, issue, shared
+        and L2, by which all sectors come; of the device: memory, for operands and results once where
+        it isn't known better."""
+        rates, sms = RATES[self.capability], SMS[self.capability]
+        rounds = -(-self.tiles // sms)
+        found = {unit: rounds * self.cycles[unit] for unit in ("tensor", "issue", "shared")}
+        found["L2"] = rounds * self.moved / self.tiles / rates.l2
+        found["memory"] = (self.from_memory or self.least) / (rates.memory * sms)
+        return found
+
+    @property
+    def moved(self) -> float:
+        """Bytes that the launch reads and writes of global memory, in sectors."""
+        return 32 * self.launch.sectors
+
+    @property
+    def least(self) -> float:
+        """Bytes of its operands and results, each once."""
+        return least(self.operation, self.M, self.K, self.N, self.r)
 
     @property
     def cycles(self) -> dict[str, float]:
@@ -189,6 +226,24 @@ class Row:
         rates = RATES[self.capability]
         of_tile = self.tile.cycles(rates, self.from_l2)
         return max(of_tile.values()) - of_tile["tensor"]
+
+
+def least(operation: str, M: int, K: int, N: int, r: int) -> float:
+    """Bytes of the operands and results of an operation in 16 bits, each once."""
+    if operation == "mask":
+        return M * K / 8
+    columns = {"shrink": K, "shrink_backward": K, "expand": N, "expand_backward": N}.get(operation)
+    if columns is not None:
+        twice = 2 if operation == "expand_backward" else 1
+        return 2.0 * (M * columns + twice * r * (M + columns))
+    return 2.0 * (M * K + N * K + M * N + r * (N + (K if operation == "lora_linear" else M)))
+
+
+def what_matters(operation: str, M: int, K: int, N: int, r: int) -> tuple[int, ...]:
+    """The sizes that an operation has; of a layer's, N is none of ``shrink``'s."""
+    if operation in ("shrink", "shrink_backward"):
+        return M, K, r
+    return (M, N, r) if operation in ("expand", "expand_backward") else (M, K, N, r)
 
 
 def _on_cpu(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -229,11 +284,22 @@ def _subjects() -> list[Subject]:
 
         return call
 
+    def expanded(p: float) -> Any:
+        def call(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
+            mask = p, seed if p else None
+            return expand(empty(M, r), empty(N, r), 2.0, *mask, dtype=torch.bfloat16, config=c)
+
+        return call
+
     def backward(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
         return expand_backward(empty(M, N), empty(M, r), empty(N, r), 2.0, config=c)
 
-    def of_a(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
-        return shrink_backward(empty(M, r), empty(M, K), 0.0, None, torch.bfloat16, config=c)
+    def of_a(p: float) -> Any:
+        def call(empty: Any, M: int, K: int, N: int, r: int, c: LaunchConfig) -> object:
+            mask = p, seed if p else None
+            return shrink_backward(empty(M, r), empty(M, K), *mask, torch.bfloat16, config=c)
+
+        return call
 
     return [
         Subject("linear_expand", "forward", forward, "K", "M"),
@@ -241,8 +307,11 @@ def _subjects() -> list[Subject]:
         Subject("linear_expand", "dx dropout", dx(0.05), "K", "M"),
         Subject("shrink", "", shrunk(0.0), "K", "M"),
         Subject("shrink", "dropout", shrunk(0.05), "K", "M"),
+        Subject("expand", "", expanded(0.0), "M", "N"),
+        Subject("expand", "dropout", expanded(0.05), "M", "N"),
         Subject("expand_backward", "", backward, "M", "N"),
-        Subject("shrink_backward", "", of_a, "M", "K"),
+        Subject("shrink_backward", "", of_a(0.0), "M", "K"),
+        Subject("shrink_backward", "dropout", of_a(0.05), "M", "K"),
     ]
 
 
@@ -259,9 +328,11 @@ def count(subject: Subject, capability: int, M: int, K: int, N: int, r: int) -> 
     def on_meta(*sizes: int) -> torch.Tensor:
         return torch.empty(sizes, dtype=torch.bfloat16, device="meta")
 
-    full, *_ = launches_of(
+    full, *others = launches_of(
         capability, lambda: subject.call(on_meta, M, K, N, r, config), SMS[capability]
     )
+    if subject.operation == "expand":
+        return _count_expand(subject, capability, (M, K, N, r), config, full)
 
     def small(tiles: int, steps: int) -> Callable[[Callable[..., torch.Tensor]], object]:
         sizes = {"M": config.block_m, "N": config.block_n, "K": config.block_k}
@@ -297,13 +368,42 @@ def count(subject: Subject, capability: int, M: int, K: int, N: int, r: int) -> 
     tile = whole.minus(step, _FEW).over(shares)
     sizes = {"M": M, "K": K, "N": N}
     blocks = {name: -(-n // getattr(config, _BLOCK[name])) for name, n in sizes.items()}
+    from_l2 = persistent and blocks["M"] > 1  # else W is read once
     tiles = blocks["M"] * blocks["N"] if persistent else blocks[subject.across]
     shares = 1 if persistent else math.prod(full.grid) // tiles
     return Row(
         subject.operation, subject.variant, capability, M, K, N, r, step, tile,
         first.minus(whole, few), -(-blocks[subject.along] // shares), tiles * shares,
-        32 * step.sectors * (config.num_stages - 1) * config.ctas_per_sm, persistent,
+        32 * step.sectors * (config.num_stages - 1) * config.ctas_per_sm, from_l2,
         Known(capability, KNOWN_IS_ENOUGH).machine(subject.operation, full)[0].registers,
+        launches=1 + len(others),
+    )  # fmt: skip
+
+
+def _count_expand(
+    subject: Subject, capability: int, sizes: tuple[int, ...], config: LaunchConfig, full: Any
+) -> Row:
+    """A program has a column block and goes through row blocks: nothing is shared, and one is a tile."""
+    M, K, N, r = sizes
+    programs = config.ctas_per_sm
+
+    def run(steps: int) -> Amounts:
+        rows = steps * programs * config.block_m
+        with executed(capability, seed=2, sms=1) as state:
+            subject.call(_on_cpu, rows, K, config.block_n, r, config)
+        ((launch, _, ran),) = state.ran
+        if launch.code != full.code or math.prod(launch.grid) != programs:
+            raise RuntimeError("few tiles of expand run other code than all")
+        return amounts(ran.counts).over(programs)
+
+    first, longer = run(_FEW), run(_MORE)
+    step = longer.minus(first).over(_MORE - _FEW)
+    tile = first.minus(step, _FEW)
+    across, down = full.grid[:2]
+    return Row(
+        "expand", subject.variant, capability, M, K, N, r, step, tile, tile.over(math.inf),
+        -(-M // config.block_m) / down, across * down, 0.0, False,
+        Known(capability, KNOWN_IS_ENOUGH).machine("expand", full)[0].registers,
     )  # fmt: skip
 
 
@@ -365,22 +465,57 @@ def count_helped(capability: int, M: int, K: int, N: int, r: int) -> list[Row]:
     ]
 
 
-SIZES = (
-    (8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (8192, 4096, 1024, 16), (512, 4096, 4096, 16),
-)  # fmt: skip
+LAYERS = ((8192, 4096, 4096), (8192, 4096, 1024), (512, 4096, 4096))
+"""M, K and N."""
+DECODED = ((1, 4096, 4096), (16, 4096, 4096))
+SMALL = (512, 576, 576)
+"""A linear layer of the small Llama of ``lorafast bench --accelerate``."""
+_IN_ONE = (*DECODED, SMALL)
+"""Sizes whose forward is one launch of csrc/cuda. A tile of Triton's is counted as if x had its rows."""
+RANKS = (16, 64)
 
 
-def rows(capabilities: tuple[int, ...] = (80, 90)) -> list[Row]:
-    """Of every kernel at the sizes that matter."""
+def rows(capabilities: tuple[int, ...] = (80, 86, 90)) -> list[Row]:
+    """Of every Triton kernel at the sizes that matter to it, each once."""
     found = []
     for capability in capabilities:
-        for M, K, N, r in SIZES:
+        known = set()
+        for (M, K, N), r in itertools.product((*LAYERS, *_IN_ONE), RANKS):
             for subject in _subjects():
-                if subject.operation != "linear_expand" and (M, N) != (8192, 4096):
+                name = subject.operation, subject.variant
+                if (M, K, N) in _IN_ONE and name not in _FORWARD:
                     continue
-                found.append(count(subject, capability, M, K, N, r))
-            found += count_helped(capability, M, K, N, r)
+                if (M, K, N) in LAYERS[1:] and r != RANKS[0] and name[0] == "linear_expand":
+                    continue  # its tiles are those of the first layer
+                key = name, what_matters(subject.operation, M, K, N, r)
+                if key not in known:
+                    known.add(key)
+                    found.append(count(subject, capability, M, K, N, r))
+            if (M, K, N) in (LAYERS if r == RANKS[0] else LAYERS[:1]):
+                found += count_helped(capability, M, K, N, r)
     return found
+
+
+_FORWARD = (("shrink", ""), ("linear_expand", "forward"))
+
+
+def both(capabilities: tuple[int, ...] = (80, 86, 90)) -> tuple[list[Row], str | None]:
+    """Those rows and the ones of csrc/cuda, or a sentence that says why there are none."""
+    from . import cuda_counts
+
+    found = rows(capabilities)
+    why_not = cuda_counts.why_no_cuda()
+    if why_not is None:
+        for capability in capabilities:
+            found += cuda_counts.rows(capability)
+        return found, None
+    return found, f"the CUDA C++ kernels are not counted here: {why_not}"
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A row, and what follows from it."""
+    names = "cycles", "bound", "exposed", "launch_cycles", "moved", "least"
+    return asdict(row) | {name: getattr(row, name) for name in names}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -393,18 +528,16 @@ def main(words: list[str] | None = None) -> int:
     for word in given.capabilities:
         if word not in known:
             parser.error(f"there are rates of {', '.join(known)}, not of {word}")
-    capabilities = tuple(int(word.removeprefix("sm_")) for word in given.capabilities) or (80, 90)
-    found = rows(capabilities)
+    capabilities = tuple(int(word.removeprefix("sm_")) for word in given.capabilities)
+    found, without = both(capabilities or tuple(RATES))
     if given.json:
-        json.dump(
-            [asdict(row) | {"cycles": row.cycles, "bound": row.bound, "exposed": row.exposed}
-             for row in found],
-            sys.stdout,
-        )  # fmt: skip
+        json.dump({"rows": [as_json(row) for row in found], "without": without}, sys.stdout)
         return 0
+    if without:
+        print(without)
     for row in found:
         cycles = " ".join(f"{unit} {n:,.0f}" for unit, n in row.cycles.items())
-        name = f"{row.operation} {row.variant}".strip()
+        name = f"{row.backend} {row.operation} {row.variant}".strip()
         print(
             f"sm_{row.capability} {name:<22} {row.M}x{row.K}x{row.N} r{row.r}: {cycles}; "
             f"exposed {row.exposed:,.0f}, conflicts a step {row.step.conflicts:.0f}, "

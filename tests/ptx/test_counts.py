@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -142,6 +143,67 @@ def test_the_unit_that_bounds():
     assert dataclasses.replace(row, steps=0).bound == "issue"
 
 
+def row_of(tiles, capability=80, from_l2=False, **more):
+    return counts.Row(
+        "shrink", "", capability, 64, 640, 0, 16, STEP, AROUND, AROUND, 10, tiles, 0.0, from_l2, 0,
+        **more,
+    )  # fmt: skip
+
+
+def test_a_launch_as_its_busiest_sm_and_the_memory_have_it():
+    row = row_of(109)  # of 108 SMs one has two
+    assert row.launch.multiplies == 109 * 10 * STEP.multiplies
+    assert row.moved == 109 * 32 * (10 * 4 + 4)
+    assert row.least == 2 * (64 * 640 + 16 * (64 + 640))
+    cycles = row.launch_cycles
+    assert (cycles["tensor"], cycles["shared"]) == (2 * 20.0, 2 * 40.0)
+    assert cycles["issue"] == 2 * (25 + 5.5)
+    assert cycles["L2"] == 2 * 32 * 44 / 64
+    assert cycles["memory"] == pytest.approx(row.least / (1555 / 1.41))
+    known = row_of(109, from_memory=1e6)
+    assert known.launch_cycles["memory"] == pytest.approx(1e6 / (1555 / 1.41))
+
+
+@pytest.mark.parametrize(
+    ("operation", "bytes_of"),
+    [
+        ("shrink", 8 * 32 + 4 * (8 + 32)),
+        ("shrink_backward", 8 * 32 + 4 * (8 + 32)),
+        ("expand", 8 * 16 + 4 * (8 + 16)),
+        ("expand_backward", 8 * 16 + 2 * 4 * (8 + 16)),
+        ("linear_expand", 8 * 32 + 16 * 32 + 8 * 16 + 4 * (8 + 16)),
+        ("lora_linear", 8 * 32 + 16 * 32 + 8 * 16 + 4 * (32 + 16)),
+    ],
+)
+def test_the_least_bytes(operation, bytes_of):
+    assert counts.least(operation, 8, 32, 16, 4) == 2 * bytes_of
+    assert counts.least("mask", 8, 32, 0, 0) == 32
+
+
+def test_without_nvcc_a_sentence(monkeypatch, capsys):
+    cuda_counts = pytest.importorskip("ptx.cuda_counts")
+    monkeypatch.setattr(counts, "rows", lambda capabilities: [row_of(1)])
+    monkeypatch.setattr(cuda_counts, "why_no_cuda", lambda: "there is no nvcc")
+    assert counts.main(["--json", "sm_80"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["without"] == "the CUDA C++ kernels are not counted here: there is no nvcc"
+    assert [row["backend"] for row in said["rows"]] == ["triton"]
+    assert counts.main(["sm_80"]) == 0
+    assert "are not counted here: there is no nvcc\nsm_80 triton shrink" in capsys.readouterr().out
+
+
+def test_cuda_rows_follow(monkeypatch, capsys):
+    cuda_counts = pytest.importorskip("ptx.cuda_counts")
+    monkeypatch.setattr(counts, "rows", lambda capabilities: [row_of(1)])
+    monkeypatch.setattr(cuda_counts, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(cuda_counts, "rows", lambda capability: [row_of(2, backend="cuda")])
+    assert counts.main(["--json", "sm_80"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["without"] is None
+    assert [(row["backend"], row["tiles"]) for row in said["rows"]] == [("triton", 1), ("cuda", 2)]
+    assert said["rows"][1]["launch_cycles"]["tensor"] == 20.0
+
+
 @pytest.mark.executed
 @pytest.mark.skipif(INTERPRETED, reason="needs a process without TRITON_INTERPRET")
 def test_tiles_and_items_of_a_forward_with_helpers():
@@ -164,6 +226,18 @@ def test_tiles_and_items_of_a_forward_with_helpers():
 def test_where_there_are_no_helpers_nothing_is_counted():
     assert counts.count_helped(80, 8192, 4096, 4096, 16) == []
     assert counts.count_helped(90, 8192, 4096, 1024, 16) == []
+
+
+@pytest.mark.executed
+@pytest.mark.skipif(INTERPRETED, reason="needs a process without TRITON_INTERPRET")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_programs_of_expand(capability):
+    subject = next(s for s in counts._subjects() if s.operation == "expand" and not s.variant)
+    row = counts.count(subject, capability, 8192, 4096, 4096, 16)
+    assert row.step.multiplies * row.steps * row.tiles == 8192 * 4096 * 16
+    assert row.tile.multiplies == 0
+    # y, and s once for each column block.
+    assert 8192 * 4096 * 2 / 32 < row.step.sectors * row.steps * row.tiles < 1.2 * row.least / 32
 
 
 @pytest.mark.executed

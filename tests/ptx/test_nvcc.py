@@ -51,7 +51,9 @@ class TestPtxOf:
 
 
 def test_an_unknown_architecture(source):
-    with pytest.raises(ValueError, match="arch must be one of 75, 80, 86, 90, 100, 120, not 70"):
+    with pytest.raises(
+        ValueError, match="arch must be one of 75, 80, 86, 89, 90, 100, 120, not 70"
+    ):
         nvcc.ptx_of(source, 70)
 
 
