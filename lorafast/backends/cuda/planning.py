@@ -14,6 +14,7 @@ from lorafast import operands
 from lorafast.backends.cost import Device
 from lorafast.backends.cuda import decode, skinny, small
 from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import (
@@ -108,7 +109,7 @@ def plan_linear_expand(p: Problem, device: Device) -> Hybrid | str:
     if low is not p.dtype:
         run = _added(expand.run, p.transposed, p.dtype)
     else:
-        run = _accumulated(expand.run, p.transposed)
+        run = hybrid(expand.run, p.transposed)
     return Hybrid(expand, run, low is not p.dtype)
 
 
@@ -126,27 +127,8 @@ def as_expand(p: Problem) -> Problem:
     )  # fmt: skip
 
 
-def _accumulated(expand: Run, transposed: bool) -> Run:
-    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
-    accumulate = operands.add_linear_transposed_ if transposed else operands.add_linear_
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        s: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        bias: Tensor | None = None,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        return accumulate(expand(s, lora_B, scaling, dropout_p, seed, bias), x, weight)
-
-    return run
-
-
 def _added(expand: Run, transposed: bool, dtype: torch.dtype) -> Run:
-    """The same of two finished terms."""
+    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias`` of two finished terms."""
 
     def run(
         x: Tensor,

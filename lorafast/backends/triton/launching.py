@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafast import operands
+from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.problem import Problem
@@ -31,7 +31,7 @@ def run_of(launch: Launch, p: Problem) -> Run:
     if isinstance(launch, ExpandLaunch):
         return expand.launcher(launch, p.dtype)
     if isinstance(launch, HybridLaunch):
-        return _hybrid(expand.launcher(launch.expand, p.dtype), launch.transposed)
+        return hybrid(expand.launcher(launch.expand, p.dtype), launch.transposed)
     if isinstance(launch, LinearExpandLaunch):
         return linear_expand.launcher(launch)
     if isinstance(launch, ExpandBackwardLaunch):
@@ -39,25 +39,6 @@ def run_of(launch: Launch, p: Problem) -> Run:
     if isinstance(launch, ShrinkBackwardLaunch):
         return shrink_backward.launcher(launch, p.adapter_dtype)
     return forward.launcher(launch)
-
-
-def _hybrid(expand: Run, transposed: bool) -> Run:
-    """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``: all but the GEMM by ``expand``, then that onto it."""
-    accumulate = operands.add_linear_transposed_ if transposed else operands.add_linear_
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        s: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        bias: Tensor | None = None,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        return accumulate(expand(s, lora_B, scaling, dropout_p, seed, bias), x, weight)
-
-    return run
 
 
 def _ds_alone(shrink_of_dy: Run) -> Run:
