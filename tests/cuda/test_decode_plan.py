@@ -96,7 +96,6 @@ SERVED = Problem("lora_linear", 4, 512, 256, 16, BF16, BF16, CPU, wants=("y",))
         ({"r": 0}, "the rank is 0, the kernel for decoding takes 1 to 1048575"),
         ({"r": 1 << 20}, "the rank is 1048576, the kernel for decoding takes 1 to 1048575"),
         ({"plain": False}, "an input is a tensor subclass or on another device"),
-        ({"r": 0}, "the rank is 0, the kernel for decoding needs at least 1"),
         ({"K": 0}, "the weight is 256 x 0, the kernel for decoding needs elements"),
         ({"layouts": Layouts(weight=Layout(0, 16))}, "the weight's rows aren't contiguous"),
     ],

@@ -94,8 +94,6 @@ def why_refused(p: Problem, device: Device) -> str | None:
         return "an input is a tensor subclass or on another device: the kernels read plain tensors"
     if device.capability < _OLDEST:
         return f"{device.name} is sm_{device.capability}, the kernels need sm_{_OLDEST} or later"
-    if p.r < 1:
-        return f"the rank is {p.r}, the kernel for decoding needs at least 1"
     if p.K == 0 or p.N == 0:
         return f"the weight is {p.N} x {p.K}, the kernel for decoding needs elements"
     if p.layouts.weight.rows == 0:
