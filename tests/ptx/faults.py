@@ -383,7 +383,7 @@ plant(CUDA_WGMMA, "stmatrix into another chunk of the swizzle", change(r"xor\.b3
 plant(CUDA_BULK, "bulk wait_group.read 1 made 2", change(r"(wait_group\.read) 1", r"\1 2", EVERY))
 plant(CUDA_BULK, "fence.proxy.async dropped", drop(r"fence\.proxy\.async", EVERY))
 plant(CUDA_BULK, "the last wait for bulk stores dropped", drop(r"bulk\.wait_group 0"))
-plant(DX_90, "__syncwarp between bytes of lanes dropped", drop(r"bar\.warp\.sync"))
+plant(DX_90, "the wait for the low-rank term dropped", drop(r"wgmma\.wait_group"))
 plant(
     CUDA_TRANSPOSE,
     "__syncwarp before a lane arrives for all dropped",
