@@ -530,15 +530,15 @@ def subjects() -> list[Subject]:
 def registers(ptx: str, capability: int) -> int:
     """Of a thread of the one kernel of a module, by ptxas, which may not spill."""
     target = nvcc.TARGETS[capability]
-    key = hashlib.sha256(
-        "\0".join((ptx, target, nvcc._version(nvcc._nvcc()))).encode()
-    ).hexdigest()[:16]
+    key = hashlib.sha256("\0".join((ptx, target, nvcc.version(nvcc.path()))).encode()).hexdigest()[
+        :16
+    ]
     kept = nvcc.BUILD / f"ptxas-{target}-{key}.txt"
     if not kept.exists():
         source = kept.with_suffix(".ptx")
         source.write_text(ptx)
         done = subprocess.run(
-            [nvcc._nvcc(), "-cubin", f"-arch={target}", "-Xptxas=-v", str(source), "-o", "/dev/null"],
+            [nvcc.path(), "-cubin", f"-arch={target}", "-Xptxas=-v", str(source), "-o", "/dev/null"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         source.unlink()

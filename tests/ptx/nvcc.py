@@ -23,7 +23,7 @@ _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 def why_no_nvcc() -> str | None:
     """A sentence if there is no nvcc, else None."""
     home = os.environ.get("CUDA_HOME")
-    if _nvcc():
+    if path():
         return None
     if home:
         return f"CUDA_HOME is {home!r}, which has no bin/nvcc"
@@ -49,8 +49,8 @@ def compiled(source: Path, flags: tuple[str, ...], kind: str, suffix: str) -> Pa
     """
     if why_not := why_no_nvcc():
         raise RuntimeError(why_not)
-    command = [_nvcc(), *_FLAGS, *flags]
-    key = hashlib.sha256("\0".join((*command, _version(_nvcc()))).encode())
+    command = [path(), *_FLAGS, *flags]
+    key = hashlib.sha256("\0".join((*command, version(path()))).encode())
     for file in _with_headers(source):
         key.update(file.read_bytes())
     kept = BUILD / f"{source.stem}{kind}-{key.hexdigest()[:16]}{suffix}"
@@ -65,13 +65,13 @@ def compiled(source: Path, flags: tuple[str, ...], kind: str, suffix: str) -> Pa
 @contextmanager
 def _alone(kept: Path) -> Iterator[None]:
     """Processes that want the same file one after the other: the first compiles it."""
-    path = kept.with_name(f"{kept.name}.lock")
-    with path.open("w") as lock:
+    lock_file = kept.with_name(f"{kept.name}.lock")
+    with lock_file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            lock_file.unlink(missing_ok=True)
 
 
 def _compile(command: list[str], kept: Path, target: str) -> None:
@@ -82,7 +82,8 @@ def _compile(command: list[str], kept: Path, target: str) -> None:
     own.replace(kept)
 
 
-def _nvcc() -> str | None:
+def path() -> str | None:
+    """Where nvcc is, None if it is nowhere."""
     home = os.environ.get("CUDA_HOME")
     if home:
         return shutil.which(os.path.join(home, "bin", "nvcc"))
@@ -90,7 +91,8 @@ def _nvcc() -> str | None:
 
 
 @cache
-def _version(nvcc: str) -> str:
+def version(nvcc: str) -> str:
+    """What it says of itself."""
     return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
 
