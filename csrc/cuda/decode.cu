@@ -113,7 +113,7 @@ void launch_for(const char* name, const Params& p, int64_t pitch, const OnDevice
   const int64_t ctas = p.helpers + (p.N + decode::rows_of(TOKENS) - 1) / decode::rows_of(TOKENS);
   STD_TORCH_CHECK(ctas < INT64_C(1) << 31, "weight has ", p.N, " rows, too many for one launch");
   const size_t own_s = p.helpers > 0 ? 0 : TOKENS * pitch * sizeof(float);
-  launch(
+  launch<kOldestOfAll>(
       name, decode::decode_kernel<T, TOKENS>, dim3(static_cast<unsigned>(ctas)), decode::kThreads, own_s, on, p);
 }
 
