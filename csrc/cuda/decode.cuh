@@ -49,6 +49,7 @@ struct Stack {
 struct Params {
   Matrix x, weight;
   Stack lora_A, lora_B;
+  int64_t adapter_count;
   const int64_t* adapter_of;  // of each `rows_an_element` rows of x, -1 for none; null: all have adapter 0
   int64_t adapter_of_stride;
   const float* scaling_of;  // of each adapter; null: `scaling`
@@ -77,6 +78,8 @@ __device__ __forceinline__ void find_adapters(Batch& batch, const Params& p) {
   const int lane = ptx::again(threadIdx.x);
   int64_t g = -1;
   if (lane < p.M) g = p.adapter_of == nullptr ? 0 : p.adapter_of[lane / p.rows_an_element * p.adapter_of_stride];
+  // Nobody could say so earlier without waiting for the device.
+  if (__any_sync(0xFFFFFFFFu, g < -1 || g >= p.adapter_count)) __trap();
   const uint32_t same = __match_any_sync(0xFFFFFFFFu, static_cast<unsigned long long>(g));
   const int first = __ffs(same) - 1;
   const uint32_t firsts = __ballot_sync(0xFFFFFFFFu, g >= 0 && first == lane);

@@ -223,7 +223,8 @@ void expand(
       column_warps == 1 || column_warps == 2 || column_warps == 4, "column_warps is ", column_warps,
       ", expected 1, 2 or 4");
   STD_TORCH_CHECK(
-      row_blocks >= 1 && row_blocks < INT64_C(1) << 24, "row_blocks is ", row_blocks, ", expected 1 or more");
+      row_blocks >= 1 && row_blocks < INT64_C(1) << 24, "row_blocks is ", row_blocks, ", expected 1 to ",
+      (1 << 24) - 1);
   if (M == 0 || N == 0) return;
 
   const int64_t slice = bf16 ? 16 : 8, slices = (r + slice - 1) / slice, columns = column_warps * kSpan;

@@ -223,10 +223,11 @@ inline void* check_scratch(
     const OneDevice& device) {
   if (count == 0) return nullptr;
   STD_TORCH_CHECK(scratch.has_value(), name, " is missing, expected ", count, " elements");
+  STD_TORCH_CHECK(scratch->is_contiguous(), name, " is not contiguous");
   STD_TORCH_CHECK(
-      scratch->scalar_type() == dtype && scratch->is_contiguous() && scratch->numel() >= count, name, " has ",
-      scratch->numel(), " elements of dtype ", torch::headeronly::toString(scratch->scalar_type()), ", expected ",
-      count, " neighbours of ", torch::headeronly::toString(dtype));
+      scratch->scalar_type() == dtype && scratch->numel() >= count, name, " has ", scratch->numel(),
+      " elements of dtype ", torch::headeronly::toString(scratch->scalar_type()), ", expected ", count, " of ",
+      torch::headeronly::toString(dtype));
   device.check(name, *scratch);
   check_storage(name, *scratch);
   void* data = scratch->mutable_data_ptr();
