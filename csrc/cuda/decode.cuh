@@ -9,7 +9,14 @@
 // the ticket that it draws. A CTA that would wait while tickets are left, draws them itself and begins with W again. So
 // whoever waits, waits for CTAs that run, which wait for nobody.
 //
-// Where A is so small that every CTA can load it in one round, each computes s for itself: there are no helpers.
+// Where A is so small that loading it takes each CTA less time than s would come late, each computes s for itself:
+// there are no helpers (lorafast/backends/cuda/decode.py decides). CTAs of a cluster could have a part of A each: four of
+// them save 24 of A's 32 KB at 1024 x 1024 and r = 16, at most 400 clocks of L2 (counted: 548 for W, 1096 with all of A).
+// Two barriers of a cluster and s from three other SMs' memory take about as long, and only sm_90 and later have them.
+//
+// x isn't kept in shared memory. The warps of a CTA share K, so that none of x is read by two of them: it would be
+// stored to be loaded once. Each CTA takes it from L2 to registers instead, as it takes W, with 16 rows half as many
+// bytes as of W (counted: 1.5 times W is moved at 16 x 4096 -> 4096), of which memory gives none but the first time.
 #pragma once
 
 #include <type_traits>
