@@ -6,6 +6,7 @@
 #include "eight.cuh"
 #include "operations.h"
 #include "ptx.cuh"
+#include "tf32.cuh"
 
 namespace lorafast::cuda {
 
@@ -117,7 +118,7 @@ __device__ __forceinline__ void multiply(
       }
     }
   } else {
-    Tf32Pair pairs[2][4];
+    Tf32Parts pairs[2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float v[4] = {
@@ -128,9 +129,9 @@ __device__ __forceinline__ void multiply(
     for (int two = 0; two < 2; ++two) {
       const uint4 b = from[32 * two];
       const float v[4] = {__uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)};
-      Tf32Pair of[4];
+      Tf32Parts of[4];
       split_all(of, v);
-      const Tf32Pair even[2] = {of[0], of[1]}, odd[2] = {of[2], of[3]};
+      const Tf32Parts even[2] = {of[0], of[1]}, odd[2] = {of[2], of[3]};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         multiply_split(acc[i][2 * two], pairs[i], even, b_exact);
