@@ -48,6 +48,14 @@ __device__ __forceinline__ uint32_t pack_two(float low, float high) {
   }
 }
 
+// Stores eight neighbours of 16 bits, at a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const float (&v)[kEight]) {
+  ptx::store_16(
+      to, make_uint4(
+              pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]), pack_two<T>(v[6], v[7])));
+}
+
 // Stores columns `col` to col + 7 of a row that begins at `to` and has N. The whole warp calls it; neighbours in a
 // quad have neighbouring eights. `vector`: rows are multiples of 16 bytes and begin at such. `inside`: there is such
 // a row.
@@ -57,10 +65,7 @@ __device__ __forceinline__ void store_eight(
   const bool whole = vector && col + kEight <= N;
   if constexpr (sizeof(T) == 2) {
     if (inside && whole) {
-      ptx::store_16(
-          to + col,
-          make_uint4(
-              pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]), pack_two<T>(v[6], v[7])));
+      store_whole(to + col, v);
       return;
     }
   } else {
