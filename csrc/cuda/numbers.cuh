@@ -64,9 +64,9 @@ __device__ __forceinline__ void store_as(void* array, int64_t i, float x, Dtype 
   }
 }
 
-// A float32 as two numbers of TF32, the nearest and the rest. Of the rest TF32 has all but the last bit: of a first
-// number that is cut off it would have all but two, and what it lacks would add up. Infinity has no rest, NaN stays
-// one, and what would round to infinity is cut off.
+// A float32 as two numbers of TF32, the nearest and the rest: for sums that are rounded to float16. Of the rest TF32
+// has all but the last bit: of a first number that is cut off it would have all but two, and what it lacks would add
+// up. Infinity has no rest, NaN stays one, and what would round to infinity is cut off. All bits: tf32.cuh.
 struct Tf32Pair {
   uint32_t high, low;
 };

@@ -147,7 +147,16 @@ __device__ __forceinline__ void multiply_bf16(float (&c)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same of float16.
+// mma.sync.m16n8k8: the same with half as many places along the sum.
+//   a [16, 8]: register 0 has (g, 2t..), 1 (g + 8, 2t..), a pair each;  b [8, 8]: (2t.., g), a pair.
+__device__ __forceinline__ void multiply_bf16(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// mma.sync.m16n8k16 of float16, as of bfloat16.
 __device__ __forceinline__ void multiply_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "

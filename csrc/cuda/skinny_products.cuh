@@ -1,16 +1,14 @@
 // How an element of the skinny operations is multiplied: fragments of X, and their products with the factors beside it.
 //
 // bfloat16 is multiplied as such, P and Q rounded to it. float16 and float32 are multiplied as TF32: the float32
-// factors as two numbers each, the sum of a tile apart from the total, since tensor cores cut bits off long sums.
+// factors as three numbers each, the sum of a tile apart from the total, since tensor cores cut bits off long sums.
 #pragma once
 
 #include "numbers.cuh"
 #include "ptx.cuh"
+#include "tf32.cuh"
 
 namespace lorafast::cuda {
-
-// Where an infinity meets the rest of a factor the small half of a sum is no number; the large half says it all.
-__device__ __forceinline__ float if_finite(float x) { return fabsf(x) < __uint_as_float(0x7F800000u) ? x : 0.0f; }
 
 // How a T is multiplied. A fragment of X is four registers of 32 bytes of a row: kSubsteps of the instruction.
 template <class T>
@@ -34,49 +32,29 @@ struct Products {
     }
   }
 
-  // large + small += a·b
-  static __device__ __forceinline__ void add(
-      float (&large)[4], float (&small)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    if constexpr (!kTf32) {
-      ptx::multiply_bf16(large, a, b0, b1);
-    } else {
-      const Tf32Pair first = split_tf32(__uint_as_float(b0)), second = split_tf32(__uint_as_float(b1));
-      if constexpr (kSubsteps == 2) {
-        ptx::multiply_tf32(small, a, first.low, second.low);
-        ptx::multiply_tf32(large, a, first.high, second.high);
-      } else {
-        uint32_t high[4], low[4];
+  // Four elements of X for products with float32 factors.
+  static __device__ __forceinline__ void split(Tf32Parts (&to)[4], const uint32_t (&a)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Tf32Pair of = split_tf32(__uint_as_float(a[i]));
-          high[i] = of.high;
-          low[i] = of.low;
-        }
-        ptx::multiply_tf32(small, low, first.high, second.high);
-        ptx::multiply_tf32(small, high, first.low, second.low);
-        ptx::multiply_tf32(large, high, first.high, second.high);
-      }
-    }
+    for (int i = 0; i < 4; ++i)
+      to[i] = kSubsteps == 2 ? whole_tf32(__uint_as_float(a[i])) : split_in_three(__uint_as_float(a[i]));
   }
 
-  // sum += a·1. A float32 is the sum of three numbers of TF32.
-  static __device__ __forceinline__ void add_ones(float (&sum)[4], const uint32_t (&a)[4]) {
-    if constexpr (!kTf32) {
-      ptx::multiply_bf16(sum, a, 0x3F803F80u, 0x3F803F80u);
-    } else if constexpr (kSubsteps == 2) {
-      ptx::multiply_tf32(sum, a, 0x3F800000u, 0x3F800000u);
-    } else {
-      uint32_t part[3][4];
+  // large + small += a·b
+  static __device__ __forceinline__ void add(
+      float (&large)[4], float (&small)[4], const Tf32Parts (&a)[4], uint32_t b0, uint32_t b1) {
+    const Tf32Parts first = split_in_three(__uint_as_float(b0)), second = split_in_three(__uint_as_float(b1));
+    add_small<kSubsteps == 2, false>(small, a, first, second);
+    add_large(large, a, first, second);
+  }
+
+  // sum += a·1
+  static __device__ __forceinline__ void add_ones(float (&sum)[4], const Tf32Parts (&a)[4]) {
+    const uint32_t part[3][4] = {
+        {a[0].last, a[1].last, a[2].last, a[3].last},
+        {a[0].low, a[1].low, a[2].low, a[3].low},
+        {a[0].high, a[1].high, a[2].high, a[3].high}};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const Tf32Pair of = split_tf32(__uint_as_float(a[i])), rest = split_tf32(__uint_as_float(of.low));
-        part[2][i] = of.high;
-        part[1][i] = rest.high;
-        part[0][i] = rest.low;
-      }
-#pragma unroll
-      for (int i = 0; i < 3; ++i) ptx::multiply_tf32(sum, part[i], 0x3F800000u, 0x3F800000u);
-    }
+    for (int i = kSubsteps == 2 ? 2 : 0; i < 3; ++i) ptx::multiply_tf32(sum, part[i], 0x3F800000u, 0x3F800000u);
   }
 };
 

@@ -68,7 +68,7 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
           ptx::load_matrices(a, at + m * 16 * Tile::kXPitch + step * 32);
 #pragma unroll
           for (int n = 0; n < kRankTiles; ++n)
-            Product::add(sums[m][n], sums[m][n], a, of[0][n / 2][n % 2 * 2], of[0][n / 2][n % 2 * 2 + 1]);
+            ptx::multiply_bf16(sums[m][n], a, of[0][n / 2][n % 2 * 2], of[0][n / 2][n % 2 * 2 + 1]);
         }
       }
     } else {
@@ -88,9 +88,11 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
           for (int sub = 0; sub < Product::kSubsteps; ++sub) {
             uint32_t a[4];
             Product::fragment(a, raw, sub);
+            Tf32Parts parts[4];
+            Product::split(parts, a);
 #pragma unroll
             for (int n = 0; n < kRankTiles; ++n)
-              Product::add(large[n], small[n], a, of[sub][n / 2][n % 2 * 2], of[sub][n / 2][n % 2 * 2 + 1]);
+              Product::add(large[n], small[n], parts, of[sub][n / 2][n % 2 * 2], of[sub][n / 2][n % 2 * 2 + 1]);
           }
         }
         add_apart(sums[m], large, small);
@@ -130,9 +132,9 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
           if constexpr (kWantsD) {
 #pragma unroll
             for (int n = 0; n < kRankTiles; ++n)
-              Product::add(sums[m][n], sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+              ptx::multiply_bf16(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
           }
-          if constexpr (kWantsBias) Product::add_ones(ones[m], a);
+          if constexpr (kWantsBias) ptx::multiply_bf16(ones[m], a, 0x3F803F80u, 0x3F803F80u);  // 1 and 1
         }
       }
     } else {
@@ -159,16 +161,18 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
           for (int sub = 0; sub < Product::kSubsteps; ++sub) {
             uint32_t a[4];
             Product::fragment(a, raw, sub);
+            Tf32Parts parts[4];
+            Product::split(parts, a);
             if constexpr (kWantsD) {
               const char* pair = from_q + (step * Product::kSubsteps + sub) * 8 * Tile::kQPitch;
 #pragma unroll
               for (int n = 0; n < kRankTiles; ++n) {
                 const uint32_t b0 = *reinterpret_cast<const uint32_t*>(pair + n * 32);
                 const uint32_t b1 = *reinterpret_cast<const uint32_t*>(pair + Tile::kQPitch + n * 32);
-                Product::add(large[n], small[n], a, b0, b1);
+                Product::add(large[n], small[n], parts, b0, b1);
               }
             }
-            if constexpr (kWantsBias) Product::add_ones(column[0], a);
+            if constexpr (kWantsBias) Product::add_ones(column[0], parts);
           }
         }
         if constexpr (kWantsD) add_apart(sums[m], large, small);
