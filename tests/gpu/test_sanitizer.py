@@ -1,4 +1,4 @@
-"""``compute-sanitizer`` finds no bad access, race or misused barrier, and no read of unwritten memory."""
+"""``compute-sanitizer`` finds no bad access, race or misused barrier, and no read of unset memory."""
 
 import os
 import shutil
