@@ -47,14 +47,17 @@ struct Products {
     add_large(large, a, first, second);
   }
 
-  // sum += a·1
-  static __device__ __forceinline__ void add_ones(float (&sum)[4], const Tf32Parts (&a)[4]) {
-    const uint32_t part[3][4] = {
-        {a[0].last, a[1].last, a[2].last, a[3].last},
-        {a[0].low, a[1].low, a[2].low, a[3].low},
-        {a[0].high, a[1].high, a[2].high, a[3].high}};
-#pragma unroll
-    for (int i = kSubsteps == 2 ? 2 : 0; i < 3; ++i) ptx::multiply_tf32(sum, part[i], 0x3F800000u, 0x3F800000u);
+  // large + small += a·1
+  static __device__ __forceinline__ void add_ones(float (&large)[4], float (&small)[4], const Tf32Parts (&a)[4]) {
+    constexpr uint32_t kOne = 0x3F800000u;
+    if constexpr (kSubsteps == 1) {
+      const uint32_t last[4] = {a[0].last, a[1].last, a[2].last, a[3].last};
+      const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
+      ptx::multiply_tf32(small, last, kOne, kOne);
+      ptx::multiply_tf32(small, low, kOne, kOne);
+    }
+    const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+    ptx::multiply_tf32(large, high, kOne, kOne);
   }
 };
 

@@ -142,7 +142,7 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
       const char* from_q = q + 2 * t * Tile::kQPitch + g * 4;
 #pragma unroll
       for (int m = 0; m < kDTiles; ++m) {
-        float large[kRankTiles][4], small[kRankTiles][4], column[1][4];
+        float large[kRankTiles][4], small[kRankTiles][4], column[2][4];
         clear(large);
         clear(small);
         clear(column);
@@ -172,12 +172,12 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
                 Product::add(large[n], small[n], parts, b0, b1);
               }
             }
-            if constexpr (kWantsBias) Product::add_ones(column[0], parts);
+            if constexpr (kWantsBias) Product::add_ones(column[0], column[1], parts);
           }
         }
         if constexpr (kWantsD) add_apart(sums[m], large, small);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ones[m][i] += column[0][i];
+        for (int i = 0; i < 4; ++i) ones[m][i] += column[0][i] + if_finite(column[1][i]);
       }
     }
   }

@@ -48,6 +48,32 @@ def problem(operation, **changes):
     return p._replace(**changes)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_less_is_in_flight_on_sm_90_it_is_all(kind, dropout):
+    """512 x 4096 is 32 KB an SM."""
+    s = skinny.shares_of(
+        kind, BF16, 512, 4096, 16, row=row_of(SKINNY, 90), sms=132, dropout=dropout
+    )
+    ctas = s.grid[0] * s.grid[1] * s.grid[2]
+    assert s.ctas_per_sm == -(-ctas // 132)  # no other comes
+    assert s.in_flight >= 40 << 10 or s.stages - 1 >= s.share
+    assert s.stages <= max(s.share + 1, 2)
+
+
+def test_more_rank_blocks_where_ctas_are_few():
+    """Not where each of them would read the large matrix from memory again."""
+    row = row_of(SKINNY, 90)
+    few = skinny.shares_of("backward", BF16, 8192, 1024, 64, row=row, sms=132)
+    assert few.tile.ranks == 32
+    assert few.grid == (4, 16, 2)
+    assert few.partials * 4 < 8192 * 1024 * 2  # less than dy
+    for columns in (4096, 14336):
+        many = skinny.shares_of("backward", BF16, 8192, columns, 64, row=row, sms=132)
+        assert many.tile.ranks == 64
+        assert many.grid[2] == 1
+
+
 @pytest.mark.parametrize("operation", PLANS)
 def test_refusals_are_sentences(operation):
     def asked(capability=80, **changes):
