@@ -55,6 +55,11 @@ __device__ __forceinline__ void store_16(void* to, uint4 v) {
                : "memory");
 }
 
+// The same of 8 bytes.
+__device__ __forceinline__ void store_8(void* to, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Asynchronous copies
 
 // Data Movement: cp.async. Copies the first `bytes` of 16 and zeros the rest. Nothing is read where `bytes` is 0.
