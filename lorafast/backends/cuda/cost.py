@@ -40,6 +40,7 @@ _LARGE = {
     "shrink_backward": ("x",),
     "expand_backward": ("dy",),
     "lora_linear": ("x", "weight"),
+    "lora_linear_backward": ("dy", "x", "weight"),
     "grouped_lora_linear": ("x", "weight"),
 }
 """The matrices whose rows the kernels read in 16 bytes at a time where they are aligned."""

@@ -1,8 +1,10 @@
-"""What is bound by launches or writes: ``expand``, and a small layer's forward in one launch.
+"""What is bound by launches or writes: ``expand``, a small layer's forward or backward in one launch.
 
-Sizes are decided here; ``run`` only launches. Kernels: csrc/cuda/expand.cu, csrc/cuda/lora_linear.cu.
+Sizes are decided here; ``run`` only launches. Kernels: csrc/cuda/expand.cu, csrc/cuda/lora_linear.cu,
+csrc/cuda/lora_linear_backward.cu.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from lorafast.backends.cuda.launch import CALL_HOST, Launch
 from lorafast.backends.cuda.tables import SMALL, Small, row_of
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, Problem
+from lorafast.kernels.common.counters import counters
 from lorafast.reference.dropout import survivor_scale, threshold
 
 _OLDEST = 80
@@ -184,11 +187,12 @@ def _apart(p: Problem, device: Device) -> Estimate:
     return found + base_gemm(p, device)
 
 
-def _stages(p: Problem, table: Small, columns: int) -> int:
-    """As many as fit into shared memory, which two do on every architecture."""
-    return next(
-        n for n in range(table.stages, 1, -1) if shared_bytes(p, columns, n) <= table.shared
-    )
+def _stages(
+    p: Problem, table: Small, columns: int, of: Callable[[Problem, int, int], int] | None = None
+) -> int:
+    """As many as fit into shared memory, which two do on every architecture; ``of`` counts its bytes."""
+    of = of or shared_bytes
+    return next(n for n in range(table.stages, 1, -1) if of(p, columns, n) <= table.shared)
 
 
 def shared_bytes(p: Problem, columns: int, stages: int) -> int:
@@ -225,6 +229,214 @@ def _run_lora_linear(p: Problem, columns: int, stages: int) -> Any:
             x, weight, lora_A, lora_B, scaling, bias, *mask, y, s, columns, stages
         )
         return y, s
+
+    return run
+
+
+Gradients = tuple[Tensor | None, None, Tensor | None, Tensor | None, Tensor | None]
+"""``dx``, no ``dweight``, ``dA``, ``dB``, ``dbias``; None for what isn't wanted."""
+
+
+def plan_lora_linear_backward(problem: Problem, device: Device) -> Launch | str:
+    """One launch for what is wanted of ``dx``, ``dA``, ``dB`` and ``dbias`` of a layer whose launches
+    would take longer than its work, or why there is none.
+
+    ``run(dy, x, weight, lora_A, lora_B, s, scaling, dropout_p, seed)`` returns ``Gradients``.
+    """
+    p = problem
+    reason = why_no_backward_in_one(p, device)
+    if reason is not None:
+        return reason
+    columns = min(_COLUMNS, key=lambda columns: _backward_clocks(p, device, columns))
+    one = backward_seconds_in_one(p, device, columns)
+    apart = _backward_apart(p, device).seconds
+    if one >= apart:
+        return (
+            f"a backward in one launch takes longer, modelled {one * 1e6:,.0f} µs for "
+            f"{apart * 1e6:,.0f} of its operations"
+        )
+    stages = _stages(p, _table(device), columns, backward_shared_bytes)
+    rows, dB, dA = backward_ctas(p, columns)
+    parts = [
+        f"{count} for {what}"
+        for count, what in (
+            (rows, f"ds and dx, {_ROWS} x {columns}" if "dx" in p.wants else "ds"),
+            (dB, " and ".join(name for name in ("dB", "dbias") if name in p.wants)),
+            (dA, "dA"),
+        )
+        if count
+    ]
+    return Launch(
+        _run_lora_linear_backward(p, columns, stages),
+        f"lora_linear_backward: {rows + dB + dA} CTAs, {', '.join(parts)}, {stages} stages",
+        _backward_flops(p, columns),
+        _backward_moved(p),
+    )
+
+
+def why_no_backward_in_one(p: Problem, device: Device) -> str | None:
+    """Why the kernel of ``lora_linear_backward`` can't serve a problem, a sentence, or None."""
+    if "dweight" in p.wants:
+        return "dweight is wanted, a backward in one launch has dx, dA, dB and dbias"
+    if not p.wants:
+        return "nothing is wanted of the backward"
+    if not 1 <= p.N < _MOST_K:
+        return f"N is {p.N}, a backward in one launch takes 1 to {_MOST_K - 1}"
+    return why_not_in_one(p, device)
+
+
+def backward_ctas(p: Problem, columns: int) -> tuple[int, int, int]:
+    """How many CTAs there are for ds and dx, for dB and dbias, for dA."""
+    want_dx, want_dA = "dx" in p.wants, "dA" in p.wants
+    across = -(-p.K // columns) if want_dx else int(want_dA)
+    of_dB = -(-p.N // _ROWS) if "dB" in p.wants or "dbias" in p.wants else 0
+    return -(-p.M // _ROWS) * across, of_dB, -(-p.K // _ROWS) if want_dA else 0
+
+
+def backward_seconds_in_one(p: Problem, device: Device, columns: int) -> float:
+    """As ``seconds_in_one``."""
+    device_seconds = max(
+        _backward_clocks(p, device, columns) / _CLOCK, _backward_moved(p) / device.bandwidth
+    )
+    return max(CALL_HOST, LAUNCH_SECONDS + device_seconds)
+
+
+def _backward_clocks(p: Problem, device: Device, columns: int) -> float:
+    """From the first CTA's start to the last one's end: a CTA that makes ds and, after it, one that
+    makes dA of it; or the instructions of all, if there are many for each SM. Those of a warp in a block
+    are counted in tests/ptx."""
+    rows, dB, dA = backward_ctas(p, columns)
+    elements = _BLOCK // p.dtype.itemsize
+    along, down = -(-p.N // elements), -(-p.M // elements)
+    ranks, wide_b = -(-p.r // 8), p.adapter_dtype is not p.dtype
+    tiles = columns // 8 if "dx" in p.wants else 0
+    if p.dtype is torch.float32:
+        of_rows, of_columns = 296 + 121 * (tiles + ranks), 288 + 124 * ranks
+    else:
+        half = p.dtype is torch.float16
+        rank = 444 if wide_b and half else 63 if wide_b else 20
+        of_rows = 130 + 11 * tiles + rank * ranks
+        of_columns = 195 + 378 * ranks if half else 90 + 13 * ranks
+    masked = of_columns + 480 * p.dropout
+    at = p.layouts
+    if min(at.dy.rows, at.lora_B.rows, at.weight.rows if tiles else 16) < 16:
+        of_rows *= _BY_ELEMENT
+    if min(at.dy.rows, at.s.rows) < 16:
+        of_columns *= _BY_ELEMENT
+    if at.x.rows < 16:
+        masked *= _BY_ELEMENT
+
+    def alone(blocks: int, issued: float) -> float:
+        return blocks * max(issued, _LEAST) + _ENDS
+
+    longest = [alone(along, of_rows)] if rows else [0.0]
+    if dB:
+        longest.append(alone(down, of_columns))
+    if dA:
+        longest.append(longest[0] + alone(down, masked))
+    issued = sum(
+        -(-count // device.sms) * (blocks * each + _ENDS / 2)
+        for count, blocks, each in (
+            (rows, along, of_rows),
+            (dB, down, of_columns),
+            (dA, down, masked),
+        )
+    )
+    return max(*longest, issued)
+
+
+def _backward_apart(p: Problem, device: Device) -> Estimate:
+    """The same in a call each: ds, dB and dbias of dy, dA of x, and dx as an expansion and PyTorch's
+    GEMM accumulated onto that."""
+    size, found = p.dtype.itemsize, Estimate()
+    for name in _made(p):
+        read = p.K if name in ("dA", "dx") else p.N
+        found += work(device, moved=float(p.M * read * size))
+    if "dx" in p.wants:
+        found += base_gemm(p._replace(transposed=True), device)
+    return found
+
+
+def _made(p: Problem) -> list[str]:
+    """What is wanted, and ``ds`` where something is made of it."""
+    return ["ds"] * ("dx" in p.wants or "dA" in p.wants) + list(p.wants)
+
+
+def _backward_flops(p: Problem, columns: int) -> float:
+    rows, _, _ = backward_ctas(p, columns)
+    flops = 2.0 * rows * _ROWS * p.N * p.r  # ds, for each of them
+    flops += 2.0 * p.M * p.K * (p.N + p.r) * ("dx" in p.wants)
+    flops += 2.0 * p.M * p.r * (p.N * ("dB" in p.wants) + p.K * ("dA" in p.wants))
+    return flops + p.M * p.N * ("dbias" in p.wants)
+
+
+def _backward_moved(p: Problem) -> float:
+    """Bytes of each matrix once; of ds, written and read."""
+    size, low, adapters = p.dtype.itemsize, wide(p.dtype).itemsize, p.adapter_dtype.itemsize
+    wants = {name: name in p.wants for name in ("dx", "dA", "dB", "dbias")}
+    moved = p.M * p.N * size + p.N * size * wants["dbias"]
+    moved += wants["dx"] * ((p.M * p.K + p.N * p.K) * size + p.r * p.K * adapters)
+    moved += wants["dA"] * (p.M * p.K * size + 2 * p.M * _padded(p.r) * low + p.r * p.K * adapters)
+    moved += wants["dB"] * (p.M * p.r * low + p.N * p.r * adapters)
+    return float(moved + ("ds" in _made(p)) * p.N * p.r * adapters)
+
+
+def _padded(r: int) -> int:
+    """As the kernel rounds ranks up."""
+    return 16 if r <= 16 else 32 if r <= 32 else 64
+
+
+def backward_shared_bytes(p: Problem, columns: int, stages: int) -> int:
+    """Of a CTA: the stages and A, as ``BackwardPlaces`` of lora_linear_backward.cu has them."""
+    ranks, size, low = _padded(p.r), p.dtype.itemsize, wide(p.dtype).itemsize
+    pad = 32 if size == 4 else 16
+    beside = 4 if low == 4 or _reads_wide_b(p) else size
+    rows = _BLOCK // size
+    stage = _ROWS * (_BLOCK + 16) + rows * (columns * size + pad) + rows * (ranks * beside + pad)
+    return stages * stage + columns * (ranks + 8) * low
+
+
+def _reads_wide_b(p: Problem) -> bool:
+    return "ds" in _made(p) and p.dtype.itemsize == 2 and p.adapter_dtype is torch.float32
+
+
+_COUNTERS = 3
+"""Tickets, row blocks of ds, CTAs of dA."""
+
+
+def _run_lora_linear_backward(p: Problem, columns: int, stages: int) -> Any:
+    M, N, K, r, dtype, adapters, low = p.M, p.N, p.K, p.r, p.dtype, p.adapter_dtype, wide(p.dtype)
+    masked, ranks = p.dropout, _padded(p.r)
+    want_dx, want_dA, want_dB, want_dbias = (
+        name in p.wants for name in ("dx", "dA", "dB", "dbias")
+    )
+
+    def run(
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        s: Tensor | None,
+        scaling: float,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Gradients:
+        device = dy.device
+        dx = torch.empty((M, K), dtype=dtype, device=device) if want_dx else None
+        dB = torch.empty((N, r), dtype=adapters, device=device) if want_dB else None
+        dbias = torch.empty((N,), dtype=dtype, device=device) if want_dbias else None
+        dA = ds = counted = None
+        if want_dA:
+            dA = torch.empty((r, K), dtype=adapters, device=device)
+            ds = torch.empty((M, ranks), dtype=low, device=device)
+            counted = counters(dy, _COUNTERS)
+        mask = (seed, threshold(dropout_p), survivor_scale(dropout_p)) if masked else _NO_MASK
+        torch.ops.lorafast_cuda.lora_linear_backward.default(
+            dy, x, weight, lora_A, lora_B, s, scaling, *mask, dx, dA, dB, dbias, ds, counted, columns,
+            stages,
+        )  # fmt: skip
+        return dx, None, dA, dB, dbias
 
     return run
 
