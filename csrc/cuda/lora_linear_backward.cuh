@@ -277,13 +277,15 @@ struct BackwardCta {
         seed(p.dropout.seed == nullptr ? 0 : static_cast<uint64_t>(*p.dropout.seed)) {}
 
   // Goes through blocks: `start` starts the copies of the next into a stage, `prepare` is for what a thread has copied,
-  // `multiply` for what all have.
-  template <class Start, class Prepare, class Multiply>
-  __device__ __forceinline__ void walk(int blocks, Start start, Prepare prepare, Multiply multiply) const {
+  // `multiply` for what all have. `meanwhile` is called once, while the first copies are under way.
+  template <class Start, class Meanwhile, class Prepare, class Multiply>
+  __device__ __forceinline__ void walk(
+      int blocks, Start start, Meanwhile meanwhile, Prepare prepare, Multiply multiply) const {
     for (int i = 0; i < p.stages - 1; ++i) {
       if (i < blocks) start(shared + i * at.stage);
       ptx::commit_copies();
     }
+    meanwhile();
     int stage = 0, free = p.stages - 1;
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
@@ -331,7 +333,6 @@ struct BackwardCta {
         p.b, p.b_row, p.b_col, p.N, p.r, kElements, p.ranks * kSize / 16, at.factor, at.factor_row);
     TileCopies<4, true> wide(p.b, p.b_row, p.b_col, p.N, p.r, kElements, p.ranks / 4, at.factor, at.wide_row);
     float acc[kSpans][kTiles][4] = {}, ds[kRankTiles][4] = {};
-    if (p.dx != nullptr) fill_a(col);
     walk(
         blocks,
         [&](char* stage) {
@@ -339,6 +340,9 @@ struct BackwardCta {
           if (p.dx != nullptr) w.start(stage, p.vector_w);
           if (kSize == 2 && p.wide_b) wide.start(stage, p.vector_b);
           else b.start(stage, p.vector_b);
+        },
+        [&] {
+          if (p.dx != nullptr) fill_a(col);
         },
         [](char*, int) {},
         [&](const char* stage) {
@@ -514,6 +518,7 @@ struct BackwardCta {
           x.start(stage, of.vector);
           if (of.d != nullptr) q.start(stage, of.vector_q);
         },
+        [] {},
         [&](char* stage, int block) {
           if (of.drops) drop(stage, x, static_cast<int64_t>(block) * kElements, column);
         },
