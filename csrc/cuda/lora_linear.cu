@@ -105,15 +105,9 @@ __device__ __forceinline__ void copy_elements(
     const int row = i / kChunks, chunk = i % kChunks;
     char* const at = to + 16 * (row * kChunks + place_of_chunk(row, chunk / kEach, chunk % kEach));
     const int64_t column = k + chunk * kElements, left = row < inside ? K - column : 0;
-#pragma unroll 1
-    for (int e = 0; e < kElements; ++e) {
-      const char* const element = from + (row * stride_row + (column + e) * stride_col) * kSize;
-      if constexpr (kSize == 2) {
-        reinterpret_cast<uint16_t*>(at)[e] = e < left ? *reinterpret_cast<const uint16_t*>(element) : uint16_t(0);
-      } else {
-        reinterpret_cast<uint32_t*>(at)[e] = e < left ? *reinterpret_cast<const uint32_t*>(element) : 0u;
-      }
-    }
+    const int bytes = left <= 0 ? 0 : left < kElements ? static_cast<int>(left) * kSize : 16;
+    const char* const element = from + (row * stride_row + column * stride_col) * kSize;
+    *reinterpret_cast<uint4*>(at) = load_elements<kSize>(element, stride_col * kSize, bytes);
   }
 }
 

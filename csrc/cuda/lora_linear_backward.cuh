@@ -110,17 +110,7 @@ struct TileCopies {
     } else {
 #pragma unroll 1
       for (int i = 0; i < count; ++i, at += apart, row += step) {
-        const int there = i < inside ? bytes : 0;
-#pragma unroll 1
-        for (int e = 0; e < 16 / kSize; ++e) {
-          const char* const element = row + e * across;
-          if constexpr (kSize == 2) {
-            reinterpret_cast<uint16_t*>(at)[e] =
-                2 * e < there ? *reinterpret_cast<const uint16_t*>(element) : uint16_t(0);
-          } else {
-            reinterpret_cast<uint32_t*>(at)[e] = 4 * e < there ? *reinterpret_cast<const uint32_t*>(element) : 0u;
-          }
-        }
+        *reinterpret_cast<uint4*>(at) = load_elements<kSize>(row, across, i < inside ? bytes : 0);
       }
     }
     from += next;

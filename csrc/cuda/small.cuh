@@ -26,6 +26,22 @@ constexpr size_t kShared = 232448;  // bytes of a CTA, on the architecture that 
 template <class T>
 using Beside = std::conditional_t<DtypeOf<T>::value == Dtype::bfloat16, bfloat16, float>;
 
+// 16 bytes of a row whose elements are no neighbours, or aren't aligned: the first `bytes` of them, then zeros. All
+// loads are under way at once.
+template <int kSize>
+__device__ __forceinline__ uint4 load_elements(const char* from, int64_t across, int bytes) {
+  uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 16 / kSize; ++i) {
+    if (kSize * i >= bytes) continue;
+    if constexpr (kSize == 4) word[i] = *reinterpret_cast<const uint32_t*>(from + i * across);
+    else
+      word[i / 2] |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(from + i * across))
+                     << (16 * (i % 2));
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
 // At most `left` groups of copies are under way when it returns.
 __device__ __forceinline__ void wait_for_stage(int left) {
   switch (left) {
