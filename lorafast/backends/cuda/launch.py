@@ -16,7 +16,9 @@ class Launch:
     - ``run``: does it, with the arguments of ``lorafast.backends.plan.Plan``;
     - ``line``: says it, for the readers of ``explain``: the kernel, its grid, its tile;
     - ``flops``, ``moved``: floating-point operations, and bytes to and from memory, scratch included;
-    - ``launches``: how many kernels.
+    - ``launches``: how many kernels;
+    - ``seconds``: of the device, by what is counted of the launch, None where ``flops`` and ``moved``
+      say all that is known.
     """
 
     run: Run
@@ -24,3 +26,4 @@ class Launch:
     flops: float
     moved: float
     launches: int = 1
+    seconds: float | None = None

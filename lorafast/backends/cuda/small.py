@@ -14,7 +14,7 @@ from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, 
 from lorafast.backends.cuda.launch import CALL_HOST, Launch
 from lorafast.backends.cuda.tables import SMALL, Small, row_of
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import DENSE, Problem
+from lorafast.core.problem import DENSE, Layout, Problem
 from lorafast.kernels.common.counters import counters
 from lorafast.reference.dropout import survivor_scale, threshold
 
@@ -42,6 +42,12 @@ _ENDS = 3000
 _LEAST = 500
 """Clocks of a K block, however little is in it: a barrier, and loads and products that wait for each
 other. Assumed, not measured."""
+_TENSOR = 0.5
+"""Of the device's rate that the products of a small tile reach. Assumed, not measured."""
+_TWO_TF32, _THREE_TF32 = 4, 6
+"""Times that a product takes as two or three in TF32, at half the rate."""
+_ELEMENTS = 700
+"""Clocks of 16 bytes that a thread loads by elements. Assumed, not measured."""
 _BY_ELEMENT = 8
 """Times as many instructions in a K block of rows that aren't aligned."""
 
@@ -130,6 +136,7 @@ def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
         f"lora_linear: {grid[0]} x {grid[1]} CTAs, {_ROWS} x {columns}, {stages} stages",
         2.0 * p.M * p.K * (p.N + grid[0] * p.r) + 2.0 * p.M * p.N * p.r,
         float(moved + s),
+        seconds=device_seconds_in_one(p, device, columns),
     )
 
 
@@ -157,8 +164,13 @@ def why_not_in_one(p: Problem, device: Device) -> str | None:
 
 def seconds_in_one(p: Problem, device: Device, columns: int) -> float:
     """What the launch takes by counts: whoever takes longer, the host or the device's busiest SM."""
+    return max(CALL_HOST, device_seconds_in_one(p, device, columns))
+
+
+def device_seconds_in_one(p: Problem, device: Device, columns: int) -> float:
+    """Of these the device's."""
     moved = (p.M * p.K + p.N * p.K + p.M * p.N) * p.dtype.itemsize / device.bandwidth
-    return max(CALL_HOST, LAUNCH_SECONDS + max(_clocks(p, device, columns) / _CLOCK, moved))
+    return LAUNCH_SECONDS + max(_clocks(p, device, columns) / _CLOCK, moved)
 
 
 def _clocks(p: Problem, device: Device, columns: int) -> float:
@@ -175,8 +187,20 @@ def _clocks(p: Problem, device: Device, columns: int) -> float:
         issued = 140 + 9 * (columns // 8) + rank * ranks + 464 * p.dropout
     if min(p.layouts.x.rows, p.layouts.weight.rows, p.layouts.lora_A.rows) < 16:
         issued *= _BY_ELEMENT
+    issued = max(issued, _product_clocks(p, device, columns, 8 * ranks, wide_a))
     of_one = blocks * max(issued, _LEAST) + _ENDS  # a tile that has an SM to itself
     return max(of_one, -(-tiles // device.sms) * (blocks * issued + _ENDS / 2))
+
+
+def _product_clocks(p: Problem, device: Device, columns: int, ranks: int, wide: bool) -> float:
+    """Of an SM's tensor cores for a K block of so many columns of W and of A; ``wide``: A is float32."""
+    if p.dtype is torch.float32:
+        wide_columns = _THREE_TF32 * (columns + ranks)
+    else:
+        two = wide and p.dtype is torch.float16
+        wide_columns = columns + (_TWO_TF32 if two else 1) * ranks
+    flops = 2.0 * _ROWS * _BLOCK / p.dtype.itemsize * wide_columns
+    return flops * device.sms / (device.flops * _TENSOR) * _CLOCK
 
 
 def _apart(p: Problem, device: Device) -> Estimate:
@@ -271,6 +295,7 @@ def plan_lora_linear_backward(problem: Problem, device: Device) -> Launch | str:
         f"lora_linear_backward: {rows + dB + dA} CTAs, {', '.join(parts)}, {stages} stages",
         _backward_flops(p, columns),
         _backward_moved(p),
+        seconds=backward_device_seconds(p, device, columns),
     )
 
 
@@ -295,10 +320,13 @@ def backward_ctas(p: Problem, columns: int) -> tuple[int, int, int]:
 
 def backward_seconds_in_one(p: Problem, device: Device, columns: int) -> float:
     """As ``seconds_in_one``."""
-    device_seconds = max(
-        _backward_clocks(p, device, columns) / _CLOCK, _backward_moved(p) / device.bandwidth
-    )
-    return max(CALL_HOST, LAUNCH_SECONDS + device_seconds)
+    return max(CALL_HOST, backward_device_seconds(p, device, columns))
+
+
+def backward_device_seconds(p: Problem, device: Device, columns: int) -> float:
+    """Of these the device's."""
+    moved = _backward_moved(p) / device.bandwidth
+    return LAUNCH_SECONDS + max(_backward_clocks(p, device, columns) / _CLOCK, moved)
 
 
 def _backward_clocks(p: Problem, device: Device, columns: int) -> float:
@@ -317,14 +345,19 @@ def _backward_clocks(p: Problem, device: Device, columns: int) -> float:
         rank = 444 if wide_b and half else 63 if wide_b else 20
         of_rows = 130 + 11 * tiles + rank * ranks
         of_columns = 195 + 378 * ranks if half else 90 + 13 * ranks
+    of_rows = max(of_rows, _product_clocks(p, device, 8 * tiles, 8 * ranks, wide_b))
+    of_columns = max(of_columns, _product_clocks(p, device, 0, 8 * ranks, wide=True))
     masked = of_columns + 480 * p.dropout
-    at = p.layouts
-    if min(at.dy.rows, at.lora_B.rows, at.weight.rows if tiles else 16) < 16:
-        of_rows *= _BY_ELEMENT
-    if min(at.dy.rows, at.s.rows) < 16:
-        of_columns *= _BY_ELEMENT
-    if at.x.rows < 16:
-        masked *= _BY_ELEMENT
+    at, threads = p.layouts, 2 * _ROWS
+
+    def by_element(layout: Layout, row_bytes: int, rows: int) -> int:
+        return (layout.rows < 16) * _ELEMENTS * (rows * row_bytes // (16 * threads))
+
+    of_dy = by_element(at.dy, _BLOCK, _ROWS)
+    of_rows += of_dy + by_element(at.weight, 8 * tiles * p.dtype.itemsize, elements)
+    of_rows += by_element(at.lora_B, _padded(p.r) * p.adapter_dtype.itemsize, elements)
+    of_columns += of_dy + by_element(at.s, _padded(p.r) * wide(p.dtype).itemsize, elements)
+    masked += by_element(at.x, _BLOCK, _ROWS)
 
     def alone(blocks: int, issued: float) -> float:
         return blocks * max(issued, _LEAST) + _ENDS
