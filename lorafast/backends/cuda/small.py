@@ -180,6 +180,7 @@ def _clocks(p: Problem, device: Device, columns: int) -> float:
     blocks = -(-p.K * p.dtype.itemsize // _BLOCK)
     ranks = -(-p.r // 8)
     wide_a = p.adapter_dtype is not p.dtype
+    issued: float
     if p.dtype is torch.float32:
         issued = 140 + 175 * (columns // 8 + ranks) + 240 * p.dropout
     else:
@@ -338,6 +339,8 @@ def _backward_clocks(p: Problem, device: Device, columns: int) -> float:
     along, down = -(-p.N // elements), -(-p.M // elements)
     ranks, wide_b = -(-p.r // 8), p.adapter_dtype is not p.dtype
     tiles = columns // 8 if "dx" in p.wants else 0
+    of_rows: float
+    of_columns: float
     if p.dtype is torch.float32:
         of_rows, of_columns = 296 + 121 * (tiles + ranks), 288 + 124 * ranks
     else:
