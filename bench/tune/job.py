@@ -119,10 +119,10 @@ def tune(problem: Problem, case: Case, *, device: Device, clock: Clock, seconds:
     found: list[climb.Row] = []
     config: LaunchConfig | None = None
     if _why_no_climb(case, device) is None:
-        found = climb.climb(problem, case, device=device, clock=clock, deadline=deadline)
-        best = min(found, key=lambda row: 1.0 if row.shipped else row.ratio)
-        config = LaunchConfig(**best.config)
-        contenders[Triton.name] = climb.with_config(case, config)
+        of = climb.OfTriton(case, device)
+        found = climb.climb(problem, case, of, clock=clock, deadline=deadline)
+        config = LaunchConfig(**climb.best_of(found).config)
+        contenders[Triton.name] = of.operations(config)
     wrong = {}
     for name, operations in contenders.items():
         try:

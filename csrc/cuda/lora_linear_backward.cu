@@ -6,11 +6,11 @@
 namespace lorafast::cuda {
 
 // CTAs that an SM must have registers for: as many as there are without spilling.
-template <class T, int kSpans>
-constexpr int kBackwardOnSm = DtypeOf<T>::value != Dtype::bfloat16 && kSpans == 2 ? 2 : 3;
+template <class T>
+constexpr int kBackwardOnSm = DtypeOf<T>::value == Dtype::bfloat16 ? 3 : 2;
 
 template <class T, int kSpans>
-__global__ void __launch_bounds__(kThreads, kBackwardOnSm<T, kSpans>)
+__global__ void __launch_bounds__(kThreads, kBackwardOnSm<T>)
     lora_linear_backward_kernel(const __grid_constant__ LoraLinearBackwardParams p) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ uint4 lora_linear_backward_shared[];
@@ -44,7 +44,7 @@ void lora_linear_backward(
     std::optional<Tensor> dx, std::optional<Tensor> dA, std::optional<Tensor> dB, std::optional<Tensor> dbias,
     std::optional<Tensor> scratch, std::optional<Tensor> counters, int64_t columns, int64_t stages) {
   const OneDevice device(kDevice, "dy", dy);
-  STD_TORCH_CHECK(dy.dim() == 2, "dy has ", dy.dim(), " dimensions, expected 2");
+  check_dimensions("dy", dy, 2);
   const int64_t M = dy.size(0), N = dy.size(1);
   check_matrix("dy", dy, M, N, device);
   const Dtype dtype = dtype_of(dy);
@@ -54,7 +54,7 @@ void lora_linear_backward(
   p.M = M, p.N = N, p.r = 1;
   if (dx.has_value() || dA.has_value()) {
     const Tensor& b = needed("lora_B", lora_B, dx.has_value() ? "dx" : "dA");
-    STD_TORCH_CHECK(b.dim() == 2, "lora_B has ", b.dim(), " dimensions, expected 2");
+    check_dimensions("lora_B", b, 2);
     check_matrix("lora_B", b, N, b.size(1), device);
     p.wide_b = dtype != Dtype::float32 && dtype_of(b) == Dtype::float32;
     STD_TORCH_CHECK(
@@ -64,7 +64,7 @@ void lora_linear_backward(
     p.r = static_cast<int32_t>(b.size(1));
     p.b = b.const_data_ptr(), p.b_row = b.stride(0), p.b_col = b.stride(1), p.vector_b = has_vectors(b);
   } else if (dB.has_value()) {
-    STD_TORCH_CHECK(dB->dim() == 2, "dB has ", dB->dim(), " dimensions, expected 2");
+    check_dimensions("dB", *dB, 2);
     STD_TORCH_CHECK(
         dB->size(1) >= 1 && dB->size(1) <= kMostRanks, "r is ", dB->size(1), ", expected 1 to ", kMostRanks);
     p.r = static_cast<int32_t>(dB->size(1));
@@ -73,7 +73,7 @@ void lora_linear_backward(
   if (dx.has_value()) {
     const Tensor& w = needed("weight", weight, "dx");
     const Tensor& a = needed("lora_A", lora_A, "dx");
-    STD_TORCH_CHECK(w.dim() == 2, "weight has ", w.dim(), " dimensions, expected 2");
+    check_dimensions("weight", w, 2);
     p.K = w.size(1);
     check_matrix("weight", w, N, p.K, device);
     check_matrix("lora_A", a, p.r, p.K, device);
@@ -89,7 +89,7 @@ void lora_linear_backward(
   }
   if (dA.has_value()) {
     const Tensor& of = needed("x", x, "dA");
-    STD_TORCH_CHECK(of.dim() == 2, "x has ", of.dim(), " dimensions, expected 2");
+    check_dimensions("x", of, 2);
     STD_TORCH_CHECK(!dx.has_value() || of.size(1) == p.K, "x has ", of.size(1), " columns, expected ", p.K);
     p.K = of.size(1);
     check_matrix("x", of, M, p.K, device);

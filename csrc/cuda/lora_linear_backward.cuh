@@ -126,7 +126,7 @@ struct FirstFactor {
 };
 template <>
 struct FirstFactor<float> {
-  Tf32Pair of[4][4];
+  Tf32Parts of[4][4];
 };
 
 // The fragment of a step; float32 is split.
@@ -177,28 +177,21 @@ __device__ __forceinline__ void multiply_one(
           c, a.of[step], pack_two<T>(number(row), number(row + 1)), pack_two<T>(number(row + 8), number(row + 9)));
     }
   } else if constexpr (sizeof(T) == 4) {
-    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f}, v[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = number(4 * i + t);
-    Tf32Pair b[8];
-    split_all(b, v);
+    for (int two = 0; two < 2; ++two) {
+      float part[4] = {0.0f, 0.0f, 0.0f, 0.0f}, v[4];
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const Tf32Pair(&of)[4] = a.of[step];
-      const uint32_t high[4] = {of[0].high, of[1].high, of[2].high, of[3].high};
-      const uint32_t low[4] = {of[0].low, of[1].low, of[2].low, of[3].low};
-      ptx::multiply_tf32(part, low, b[2 * step].high, b[2 * step + 1].high);
-      ptx::multiply_tf32(part, high, b[2 * step].low, b[2 * step + 1].low);
+      for (int i = 0; i < 4; ++i) v[i] = number(16 * two + 4 * i + t);
+      Tf32Parts b[4];
+      split_all(b, v);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) add_small<false, false>(part, a.of[2 * two + i], b[2 * i], b[2 * i + 1]);
+      keep_finite(part);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) add_large(part, a.of[2 * two + i], b[2 * i], b[2 * i + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[i] += part[i];
     }
-    keep_finite(part);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const Tf32Pair(&of)[4] = a.of[step];
-      const uint32_t high[4] = {of[0].high, of[1].high, of[2].high, of[3].high};
-      ptx::multiply_tf32(part, high, b[2 * step].high, b[2 * step + 1].high);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] += part[i];
   } else {
     // Halves 2t and 2t + 1 of eight are elements t and t + 4 of a product in TF32.
 #pragma unroll
@@ -206,7 +199,7 @@ __device__ __forceinline__ void multiply_one(
       float part[4] = {0.0f, 0.0f, 0.0f, 0.0f}, v[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = number(32 * two + 8 * (i / 2) + 2 * t + i % 2);
-      Tf32Pair b[8];
+      Tf32Parts b[8];
       split_all(b, v);
 #pragma unroll
       for (int small = 1; small >= 0; --small) {
@@ -214,11 +207,11 @@ __device__ __forceinline__ void multiply_one(
         for (int i = 0; i < 4; ++i) {
           const uint32_t (&of)[4] = a.of[2 * two + i / 2];
           const uint32_t up = of[2 * (i % 2)], down = of[2 * (i % 2) + 1];
-          const uint32_t x[4] = {
-              __float_as_uint(half_of(up, 0)), __float_as_uint(half_of(down, 0)), __float_as_uint(half_of(up, 1)),
-              __float_as_uint(half_of(down, 1))};
-          const Tf32Pair &even = b[2 * i], &odd = b[2 * i + 1];
-          ptx::multiply_tf32(part, x, small ? even.low : even.high, small ? odd.low : odd.high);
+          const Tf32Parts x[4] = {
+              whole_tf32(half_of(up, 0)), whole_tf32(half_of(down, 0)), whole_tf32(half_of(up, 1)),
+              whole_tf32(half_of(down, 1))};
+          if (small) add_small<true, false>(part, x, b[2 * i], b[2 * i + 1]);
+          else add_large(part, x, b[2 * i], b[2 * i + 1]);
         }
         if (small) keep_finite(part);
       }

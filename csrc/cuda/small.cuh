@@ -10,6 +10,7 @@
 #include "eight.cuh"
 #include "numbers.cuh"
 #include "ptx.cuh"
+#include "tf32.cuh"
 
 namespace lorafast::cuda {
 
@@ -110,9 +111,9 @@ __device__ __forceinline__ void multiply_low_rank(
       if (8 * tile >= r) break;
       const float2 v = *reinterpret_cast<const float2*>(b + 8 * tile);
       const float all[6] = {v.x, v.y, s[tile][0], s[tile][2], s[tile][1], s[tile][3]};
-      Tf32Pair of[6];
+      Tf32Parts of[6];
       split_all(of, all);
-      const Tf32Pair pairs[2] = {of[0], of[1]}, a[4] = {of[2], of[3], of[4], of[5]};
+      const Tf32Parts pairs[2] = {of[0], of[1]}, a[4] = {of[2], of[3], of[4], of[5]};
       multiply_split(low, a, pairs, exact);
     }
   }

@@ -6,7 +6,7 @@ there. Shares are assumptions; those of skinny operations are below what Triton'
 operations were measured to reach.
 """
 
-from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
+from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
 from lorafast.backends.cuda import planning
 from lorafast.backends.cuda.launch import CALL_HOST, Launch
 from lorafast.backends.cuda.planning import Hybrid
@@ -70,14 +70,18 @@ def launch_of(p: Problem, device: Device) -> Launch | Hybrid | str:
 
 
 def fastest(p: Problem, device: Device) -> Launch | None:
-    """Of the launches that serve a whole layer the one with the fewest seconds."""
+    """Of the launches that serve a whole layer the one with the fewest seconds: the first family's,
+    unless another's has clearly fewer. A few bytes of scratch memory are no reason."""
     found = [a for a in planning.launches_of(p, device) if isinstance(a, Launch)]
+    if not found:
+        return None
 
     def key(launch: Launch) -> tuple[float, float]:
         takes = of(launch, p, device)
-        return takes.seconds, takes.device
+        behind = 1.0 if launch is found[0] else MARGIN
+        return behind * takes.seconds, behind * takes.device
 
-    return min(found, key=key, default=None)
+    return min(found, key=key)
 
 
 def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
