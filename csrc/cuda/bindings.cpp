@@ -17,6 +17,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
       "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? "
       "seed, "
       "int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!)? s, int columns, int stages) -> ()");
+
+  // csrc/cuda/lora_linear_backward.cu
+  library.def(
+      "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? s, "
+      "float scaling, Tensor? seed, int threshold, float survivor_scale, Tensor(a!)? dx, Tensor(b!)? dA, "
+      "Tensor(c!)? dB, Tensor(d!)? dbias, Tensor(e!)? scratch, Tensor(f!)? counters, int columns, int stages) "
+      "-> ()");
+
   // csrc/cuda/shrink.cu
   library.def(
       "shrink(Tensor x, Tensor lora_A, Tensor? seed, int threshold, float survivor_scale, float scale, "
@@ -48,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("mask", TORCH_BOX(&lorafast::cuda::mask));
   library.impl("expand", TORCH_BOX(&lorafast::cuda::expand));
   library.impl("lora_linear", TORCH_BOX(&lorafast::cuda::lora_linear));
+  library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cuda::lora_linear_backward));
   library.impl("shrink", TORCH_BOX(&lorafast::cuda::shrink));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cuda::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cuda::shrink_backward));

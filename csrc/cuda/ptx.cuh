@@ -81,6 +81,11 @@ __device__ __forceinline__ void store_16(void* to, uint4 v) {
                : "memory");
 }
 
+// The same of 8 bytes.
+__device__ __forceinline__ void store_8(void* to, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Asynchronous copies
 
 // Data Movement: cp.async, from sm_80 on as all of this section. Copies the first `bytes` of 16 and zeros the rest.

@@ -40,6 +40,7 @@ _LARGE = {
     "shrink_backward": ("x",),
     "expand_backward": ("dy",),
     "lora_linear": ("x", "weight"),
+    "lora_linear_backward": ("dy", "x", "weight"),
     "grouped_lora_linear": ("x", "weight"),
 }
 """The matrices whose rows the kernels read in 16 bytes at a time where they are aligned."""
@@ -99,6 +100,10 @@ def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
 
 
 def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
+    host = CALL_HOST + (launch.launches - 1) * _LAUNCH_HOST
+    if launch.seconds is not None:
+        remark = "by instructions counted in tests/ptx; their latencies are assumed, not measured"
+        return Estimate(launch.seconds, host, launch.flops, launch.moved, launch.launches, remark)
     share = _WHOLE if p.operation in planning.WHOLE else _SKINNY
     rate = device.flops * _RATE.get(p.operation, _RATE_WHOLE)
     if p.dtype.itemsize == 4:
@@ -113,7 +118,6 @@ def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
     padded = -(-max(p.r, 1) // _RANKS) * _RANKS / max(p.r, 1)
     seconds = max(launch.flops * padded / rate, launch.moved / (device.bandwidth * share))
     seconds += launch.launches * LAUNCH_SECONDS + _mask(p, device)
-    host = CALL_HOST + (launch.launches - 1) * _LAUNCH_HOST
     return Estimate(seconds, host, launch.flops, launch.moved, launch.launches, remark)
 
 

@@ -22,7 +22,9 @@ class Launch:
     - ``flops``, ``moved``: floating-point operations, and bytes to and from memory, scratch included;
     - ``launches``: how many kernels;
     - ``choices``: the sizes that were chosen for it and could be others, by name. A family that is given
-      some of them takes those, where they can be.
+      some of them takes those, where they can be;
+    - ``seconds``: of the device, by what is counted of the launch, None where ``flops`` and ``moved``
+      say all that is known.
     """
 
     run: Run
@@ -31,6 +33,7 @@ class Launch:
     moved: float
     launches: int = 1
     choices: Choices = field(default_factory=dict)
+    seconds: float | None = None
 
 
 def neighbours(choices: Choices) -> Iterator[Choices]:

@@ -26,6 +26,7 @@ OPERATIONS = (
     "expand_backward",
     "grouped_lora_linear_decode",
     "lora_linear",
+    "lora_linear_backward",
     "lora_linear_decode",
     "mask",
     "shrink",

@@ -26,8 +26,8 @@ from lorafast.core.problem import (
     Problem,
 )
 
-WHOLE = ("lora_linear", "grouped_lora_linear")
-"""Layers that are served in one launch, where a family can."""
+WHOLE = ("lora_linear", "lora_linear_backward", "grouped_lora_linear")
+"""Layers, forward and backward, that are served in one launch, where a family can."""
 Planner = Callable[[Problem, Device, Choices], Launch | str]
 FAMILIES: dict[str, tuple[Planner, ...]] = {
     "shrink": (skinny.plan_shrink,),
@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
     "shrink_backward": (skinny.plan_shrink_backward,),
     "expand": (small.plan_expand,),
     "lora_linear": (decode.plan_lora_linear, small.plan_lora_linear),
+    "lora_linear_backward": (small.plan_lora_linear_backward,),
     "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
 }
 """Who is asked for an operation or a whole layer."""
