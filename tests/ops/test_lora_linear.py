@@ -75,9 +75,14 @@ def fused(never_small):
 
 
 def over_paths(subsets):
-    """``path`` and ``grad``, what requires a gradient."""
+    """``path`` and ``grad``, what requires a gradient. Quick tests have each subset of a dense weight
+    alone."""
     cases = [(p, grad) for p in PATHS for grad in subsets if trainable(p, grad) == grad]
     ids = [f"{path}-{'+'.join(grad)}" for path, grad in cases]
+    cases = [
+        pytest.param(path, grad, marks=[pytest.mark.slow] * (path not in DENSE and len(grad) == 2))
+        for path, grad in cases
+    ]
     return pytest.mark.parametrize(("path", "grad"), cases, ids=ids, indirect=["path"])
 
 
