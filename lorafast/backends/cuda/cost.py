@@ -6,9 +6,9 @@ there. Shares are assumptions; those of skinny operations are below what Triton'
 operations were measured to reach.
 """
 
-from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
+from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
 from lorafast.backends.cuda import planning
-from lorafast.backends.cuda.launch import CALL_HOST, Launch
+from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
@@ -60,23 +60,27 @@ def estimate(problem: Problem, device: Device) -> Estimate | None:
     return None if isinstance(launch, str) else of(launch, p, device)
 
 
-def launch_of(p: Problem, device: Device) -> Launch | Hybrid | str:
-    """What serves an operation, or why nothing does."""
+def launch_of(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | Hybrid | str:
+    """What serves an operation, with these choices, or why nothing does."""
     if p.operation == "linear_expand":
         return planning.plan_linear_expand(p, device)
-    (found,) = planning.launches_of(p, device)
+    (found,) = planning.launches_of(p, device, fixed)
     return found
 
 
-def fastest(p: Problem, device: Device) -> Launch | None:
-    """Of the launches that serve a whole layer the one with the fewest seconds."""
-    found = [a for a in planning.launches_of(p, device) if isinstance(a, Launch)]
+def fastest(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | None:
+    """Of the launches that serve a whole layer the one with the fewest seconds: the first family's,
+    unless another's has clearly fewer. A few bytes of scratch memory are no reason."""
+    found = [a for a in planning.launches_of(p, device, fixed) if isinstance(a, Launch)]
+    if not found:
+        return None
 
     def key(launch: Launch) -> tuple[float, float]:
         takes = of(launch, p, device)
-        return takes.seconds, takes.device
+        behind = 1.0 if launch is found[0] else MARGIN
+        return behind * takes.seconds, behind * takes.device
 
-    return min(found, key=key, default=None)
+    return min(found, key=key)
 
 
 def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
