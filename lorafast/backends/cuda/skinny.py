@@ -49,7 +49,7 @@ _AGAIN = 0.5
 from memory."""
 _ISSUED = {torch.bfloat16: (0.26, 0.0103), torch.float32: (1.1, 0.069), torch.float16: (1.1, 0.123)}
 """Time to issue what ``backward`` does with a tile by the time to read it from memory: a constant, and
-by rank. From counts on sm_90 (tests/cuda/skinny_counts.py)."""
+by rank. From counts on sm_90 (tests/ptx/cuda_counts.py)."""
 _WORTH = 0.9
 """The share of its time that a launch of more rank blocks may take at most."""
 _PART = 0.2
