@@ -9,6 +9,8 @@ pytest.importorskip("triton")
 
 from on_machine import needs_nvcc
 
+from lorafast.backends.cost import Device
+from lorafast.backends.cuda import clocks, cost
 from ptx import counts, cuda_counts
 from ptx.cuda_counts import Subject, Whole, whole_of
 
@@ -175,18 +177,52 @@ def test_all_sizes_are_counted():
             assert {counts.what_matters(operation, *layer, r) for r in counts.RANKS} <= found
 
 
-def test_the_newest_record_has_every_kernel():
-    """What misses it: ``lorafast bench --executed --json bench/results/executed-<day>.json``."""
+def newest_record():
+    """Its rows of CUDA C++, by what they are of."""
     paths = (Path(__file__).parents[2] / "bench" / "results").glob("executed-*.json")
     newest = max((json.loads(path.read_text()) for path in paths), key=lambda run: run["started"])
     names = "operation", "variant", "capability", "M", "K", "N", "r"
-    there = {tuple(row[n] for n in names) for row in newest["executed"] if row["backend"] == "cuda"}
-    wanted = {
-        (s.operation, " ".join(filter(None, (s.variant, "dropout" * s.dropout))), arch, *s.sizes)
-        for s in cuda_counts.subjects()
-        for arch in (80, 86, 90)
-    }
-    assert not wanted - there
+    rows = (row for row in newest["executed"] if row["backend"] == "cuda")
+    return {tuple(row[name] for name in names): row for row in rows}
+
+
+def row_of(subject, arch):
+    name = " ".join(filter(None, (subject.variant, "dropout" * subject.dropout)))
+    return subject.operation, name, arch, *subject.sizes
+
+
+def test_the_newest_record_has_every_kernel():
+    """What misses it: ``lorafast bench --executed --json bench/results/executed-<day>.json``."""
+    wanted = {row_of(s, arch) for s in cuda_counts.subjects() for arch in (80, 86, 90)}
+    assert not wanted - newest_record().keys()
+
+
+CLOCKS = {80: 1.41e9, 86: 1.70e9, 90: 1.83e9}
+"""Of the cards whose rates the counts have."""
+
+
+def card(arch):
+    """One that reaches all that its data sheet says."""
+    rates, sms, clock = counts.RATES[arch], counts.SMS[arch], CLOCKS[arch]
+    flops = 2.0 * rates.tensor * sms * clock
+    return Device("a card", arch, sms, flops, flops / 16, rates.memory * sms * clock)
+
+
+@pytest.mark.parametrize("arch", CLOCKS)
+def test_no_kernel_is_promised_to_take_less_than_was_counted(arch):
+    record, checked = newest_record(), 0
+    for subject in cuda_counts.subjects():
+        if subject.operation == "mask":
+            continue
+        counted = record[row_of(subject, arch)]["launch_cycles"]
+        p = subject.problem()
+        takes = cost.estimate(p, card(arch))
+        assert takes.device > max(counted.values()) / CLOCKS[arch], subject
+        if subject.sizes[0] == 8192:
+            busy = max(counted[unit] for unit in ("issue", "shared", "L2"))
+            assert clocks.clocks(p, card(arch)) == pytest.approx(busy, rel=0.35), subject
+        checked += 1
+    assert checked > 30
 
 
 def test_a_size_that_does_not_scale_is_refused():

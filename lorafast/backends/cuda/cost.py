@@ -1,13 +1,13 @@
 """What the CUDA C++ kernels take on a GPU: a model of their launches.
 
 Nothing of it was measured: these kernels have been executed on a machine for PTX (``tests/ptx``), which
-counts, and never run on a GPU. ``moved``, ``flops`` and ``launches`` are the families' own, counted
-there. Shares are assumptions; those of skinny operations are below what Triton's kernels of the same
-operations were measured to reach.
+counts, and never run on a GPU. ``moved``, ``flops`` and ``launches`` are the families' own, ``clocks``
+those of the counted kernels, ``Launch.seconds`` of whole layers. Shares are assumptions: those of skinny
+operations are below what Triton's kernels of the same operations were measured to reach.
 """
 
 from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
-from lorafast.backends.cuda import planning
+from lorafast.backends.cuda import clocks, planning
 from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
@@ -19,20 +19,18 @@ _WHOLE = 0.9
 """Of the bandwidth, for a layer in one launch, which reads W and writes next to nothing. The models of
 the GEMMs that it is compared with have all of it."""
 _SKINNY = 0.7
-"""Of the bandwidth, elsewhere: so far below Triton's that what was measured gives way to nothing that
-was not."""
+"""Of the bandwidth, and of the rate of SMs at what is counted in ``clocks``, elsewhere."""
 _UNALIGNED = 0.25
 """Of that, where the large matrix is read or written element by element: assumed as Triton's."""
 _RATE = {"shrink": 0.2, "shrink_backward": 0.15, "expand_backward": 0.12, "expand": 0.25}
-_RATE_WHOLE = 0.1
-"""Of the rate of 16-bit GEMMs: ``mma.sync`` on thin tiles."""
 _TWO_TF32, _THREE_TF32 = 0.25, 0.15
-"""Times that, where one factor is float32 or both are, as two or three products in TF32."""
+"""Of the rate of 16-bit GEMMs, and times that where one factor is float32 or both are: no more than
+Triton's kernels were measured to reach, so that what was measured gives way to nothing that was not."""
 _RANKS = 16
 """A tile has a multiple of so many."""
-_MASK_BYTES = 0.7
-"""What making a mask costs per element, in bytes moved in that time: the same instructions as in
-Triton, where it was measured."""
+_DECODING = 0.5
+"""Of the rate of products: its tiles are thin, and half as many rows of x may fill them."""
+_TENSOR_CORES = 80
 _PASS = 0.85
 """Of the bandwidth: PyTorch's own passes over a matrix."""
 _LARGE = {
@@ -104,33 +102,34 @@ def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
     if launch.seconds is not None:
         remark = "by instructions counted in tests/ptx; their latencies are assumed, not measured"
         return Estimate(launch.seconds, host, launch.flops, launch.moved, launch.launches, remark)
-    share = _WHOLE if p.operation in planning.WHOLE else _SKINNY
-    rate = device.flops * _RATE.get(p.operation, _RATE_WHOLE)
+    narrow = [name for name in _LARGE.get(p.operation, ()) if _is_narrow(p, name)]
+    share = _UNALIGNED if narrow else 1.0
+    if p.operation in planning.WHOLE:  # decoding
+        tensor_cores = p.dtype.itemsize == 2 and device.capability >= _TENSOR_CORES
+        busy = launch.flops / device.rate(p.dtype, tensor_cores) / _DECODING
+        moved = launch.moved / device.bandwidth / _WHOLE
+    else:
+        busy = max(clocks.seconds(p, device) / _SKINNY, _products(launch, p, device))
+        moved = launch.moved / device.bandwidth / _SKINNY
+    remark = "clocks counted, shares assumed, not measured"
+    if narrow:
+        remark += f"; the rows of {' and '.join(narrow)} aren't aligned to 16 bytes"
+    seconds = max(busy, moved) / share + launch.launches * LAUNCH_SECONDS
+    return Estimate(seconds, host, launch.flops, launch.moved, launch.launches, remark)
+
+
+def _products(launch: Launch, p: Problem, device: Device) -> float:
+    rate = device.flops * _RATE[p.operation]
     if p.dtype.itemsize == 4:
         rate *= _THREE_TF32
     elif wide(p.dtype) is not p.dtype:
         rate *= _TWO_TF32
-    remark = "shares assumed, not measured"
-    narrow = [name for name in _LARGE.get(p.operation, ()) if _is_narrow(p, name)]
-    if narrow:
-        share, rate = share * _UNALIGNED, rate * _UNALIGNED
-        remark += f"; the rows of {' and '.join(narrow)} aren't aligned to 16 bytes"
-    padded = -(-max(p.r, 1) // _RANKS) * _RANKS / max(p.r, 1)
-    seconds = max(launch.flops * padded / rate, launch.moved / (device.bandwidth * share))
-    seconds += launch.launches * LAUNCH_SECONDS + _mask(p, device)
-    return Estimate(seconds, host, launch.flops, launch.moved, launch.launches, remark)
+    return launch.flops * -(-p.r // _RANKS) * _RANKS / max(p.r, 1) / rate
 
 
 def _is_narrow(p: Problem, name: str) -> bool:
     layout = getattr(p.layouts, name)
     return max(layout.rows, layout.columns) < 16
-
-
-def _mask(p: Problem, device: Device) -> float:
-    """Seconds that a mask takes beside the loads or stores of its matrix."""
-    if not p.dropout:
-        return 0.0
-    return p.M * (p.K or p.N) * _MASK_BYTES / device.bandwidth
 
 
 def one_by_one(p: Problem, device: Device) -> Estimate | None:
