@@ -296,6 +296,8 @@ class TestCUDA:
         assert said.count(" -c ") == said.count("code=sm_80 ") == said.count("code=sm_90a ") == 2
         (library,) = (cuda_tree / "built").rglob("*.so")
         assert library.name == "_C_cuda.abi3.so"
+        kept = sorted(path.name for path in (cuda_tree / "build").rglob("*.ptx"))
+        assert kept == ["twice.compute_80.ptx", "twice.compute_90a.ptx"]  # tests execute them
         code = library.read_bytes()
         assert b"libtorch_cpu.so" in code
         assert b"libcudart.so" not in code

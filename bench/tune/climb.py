@@ -1,7 +1,7 @@
 """Looks for a faster way to launch a backend's kernels on this device, neighbour by neighbour.
 
 ``Climber`` is what a backend must say for that; Triton's is here, that of the CUDA C++ kernels in
-``rows.py``.
+``choices.py``.
 """
 
 import functools
@@ -86,7 +86,7 @@ class OfTriton:
         self.capability = nearest_architecture(device.capability)
         self.shipped = rule_of(case.asks, device)
         hybrid = hybrid_of(case.asks, device)
-        self.others = () if hybrid is None else (hybrid,)
+        self.others: Sequence[LaunchConfig] = () if hybrid is None else (hybrid,)
 
     def neighbours(self, config: LaunchConfig) -> Iterator[LaunchConfig]:
         case = self.case

@@ -1,6 +1,7 @@
 """Whether kernels can run on a device: nothing, or a sentence that names what is too old."""
 
 import ctypes
+import re
 
 import pytest
 from launchers import CSRC, FAKE_RUNTIME, FAKE_STREAM, HOST_FLAGS, _Device, _linked, launchers
@@ -34,6 +35,12 @@ def built_with():
     return launchers().library.fake_runtime_version()
 
 
+def compiled_for():
+    ask = launchers().library.lorafast_cuda_architectures
+    ask.restype = ctypes.c_char_p
+    return ask().decode()
+
+
 def test_it_is_usable(why_unusable):
     for driver in (None, built_with() // 1000 * 1000, built_with() + 20):
         assert why_unusable(driver=driver) == ""
@@ -51,7 +58,7 @@ CASES = [
     ({"device": 5, "aoti_torch_create_device_guard": 1}, "there is no cuda:5"),
     (
         {"arch": 70, "cudaFuncGetAttributes": NO_IMAGE},
-        "they are compiled for compute capability 8.0, and cuda:0 has 7.0",
+        "they are compiled for compute capability {compiled_for}, and cuda:0 has 7.0",
     ),
     (
         {"arch": 121, "device": 2, "cudaFuncGetAttributes": UNSUPPORTED_PTX},
@@ -73,7 +80,14 @@ CASES = [
 @pytest.mark.parametrize(("what", "said"), CASES)
 def test_it_is_not(why_unusable, what, said):
     major, minor = divmod(built_with() // 10, 100)
-    assert why_unusable(**what) == said.format(cuda=f"{major}.{minor}")
+    said = said.format(cuda=f"{major}.{minor}", compiled_for=compiled_for())
+    assert why_unusable(**what) == said
+
+
+def test_what_they_are_compiled_for():
+    numbers = compiled_for().split(", ")
+    assert numbers == sorted(numbers, key=float)
+    assert all(re.fullmatch(r"\d+\.\d", number) for number in numbers)
 
 
 @pytest.mark.parametrize(

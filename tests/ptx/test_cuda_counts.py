@@ -94,6 +94,48 @@ def test_decoding_reads_w_once_in_one_launch(M, arch):
     assert row.in_flight >= 40 << 10
 
 
+SKINNY = [
+    Subject("shrink", "skinny", (2048, 1024, 0, 16)),
+    Subject("shrink_backward", "skinny", (2048, 1024, 0, 16)),
+    Subject("expand_backward", "skinny", (2048, 0, 1024, 16)),
+]
+
+
+@pytest.mark.parametrize("subject", SKINNY, ids=named)
+def test_no_bank_conflicts_and_no_sector_twice(subject):
+    """Of x or dy every sector is copied once; beside it are the factors."""
+    whole = whole_of(subject, 80)
+    found, _, _ = cuda_counts.scaled(whole)
+    assert found["its conflicts"] < 0.005 * found["its wavefronts"]
+    # A with a tile's columns, s and ds with its rows; B is transposed on its way, by other loads.
+    shared_by = whole.n["block_m" if subject.operation == "shrink" else "block_n"]
+    assert found["copied"] == pytest.approx(2048 * 1024 / 16 * (1 + 16 / shared_by), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arch", "M"), [(80, 1), (90, 8), (80, 16), pytest.param(86, 16, marks=pytest.mark.slow)]
+)
+def test_decoding_reads_no_sector_of_the_weights_twice(arch, M):
+    K, N, r = 1024, 4096, 32
+    whole = whole_of(Subject("lora_linear", "decode", (M, K, N, r)), arch)
+    found, _, _ = cuda_counts.scaled(whole)
+    streamed = sum(v for name, v in found.items() if name.startswith("streamed"))
+    assert streamed == 2 * (N * K + r * (K + N)) / 32
+    # x is read once for each 16 or 32 rows of W; the rest is y and what the warps' sums need.
+    others = 32 * (found["its sectors"] - streamed) / whole.ctas
+    assert others < 2 * M * K + 64 * (32 if M > 8 else 16) * 16 + 8192
+    assert sum(found.amounts.issued.values()) / whole.ctas < 10_000
+    assert found["its wavefronts"] / whole.ctas < 500
+
+
+def test_a_is_read_by_every_cta_that_makes_its_own_s():
+    K, N, r = 512, 256, 16
+    whole = whole_of(Subject("lora_linear", "decode", (1, K, N, r)), 90)
+    assert whole.n["helpers"] == 0
+    streamed = sum(v for name, v in whole.part().items() if name.startswith("streamed"))
+    assert 32 * streamed == 2 * (N * K + N // 16 * r * K + N * r)
+
+
 @pytest.mark.parametrize(("M", "arch"), [(1, 90), pytest.param(16, 90, marks=pytest.mark.slow)])
 def test_a_small_layer_reads_w_once_from_memory_too(M, arch):
     """Each CTA loads all of A, 32 KB beside as much of W, or twice that of 32 rows of W: from L2."""

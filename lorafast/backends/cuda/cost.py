@@ -8,7 +8,7 @@ operations were measured to reach.
 
 from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
 from lorafast.backends.cuda import planning
-from lorafast.backends.cuda.launch import CALL_HOST, Launch
+from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
@@ -61,18 +61,18 @@ def estimate(problem: Problem, device: Device) -> Estimate | None:
     return None if isinstance(launch, str) else of(launch, p, device)
 
 
-def launch_of(p: Problem, device: Device) -> Launch | Hybrid | str:
-    """What serves an operation, or why nothing does."""
+def launch_of(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | Hybrid | str:
+    """What serves an operation, with these choices, or why nothing does."""
     if p.operation == "linear_expand":
         return planning.plan_linear_expand(p, device)
-    (found,) = planning.launches_of(p, device)
+    (found,) = planning.launches_of(p, device, fixed)
     return found
 
 
-def fastest(p: Problem, device: Device) -> Launch | None:
+def fastest(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | None:
     """Of the launches that serve a whole layer the one with the fewest seconds: the first family's,
     unless another's has clearly fewer. A few bytes of scratch memory are no reason."""
-    found = [a for a in planning.launches_of(p, device) if isinstance(a, Launch)]
+    found = [a for a in planning.launches_of(p, device, fixed) if isinstance(a, Launch)]
     if not found:
         return None
 

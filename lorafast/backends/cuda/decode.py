@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import Device
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.tables import DECODE, DecodeRow, row_of
 from lorafast.backends.plan import Run
 from lorafast.core.assignment import Assignment
@@ -59,21 +59,23 @@ class _Shares:
     counters: int
 
 
-def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
+def plan_lora_linear(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """The launch of ``lora_linear``, or why there is none: a sentence."""
     reason = why_refused(problem, device)
     if reason is not None:
         return reason
-    shares = _shares(problem, device)
+    shares = _shares(problem, device, fixed.get("helpers"))
     return _launch("lora_linear_decode", _lora_linear(problem, shares), problem, shares)
 
 
-def plan_grouped_lora_linear(problem: Problem, device: Device) -> Launch | str:
+def plan_grouped_lora_linear(
+    problem: Problem, device: Device, fixed: Choices = NONE
+) -> Launch | str:
     """The launch of ``grouped_lora_linear``, or why there is none: a sentence."""
     reason = why_refused(problem, device)
     if reason is not None:
         return reason
-    shares = _shares(problem, device)
+    shares = _shares(problem, device, fixed.get("helpers"))
     return _launch(
         "grouped_lora_linear_decode", _grouped_lora_linear(problem, shares), problem, shares
     )
@@ -104,7 +106,8 @@ def why_refused(p: Problem, device: Device) -> str | None:
     return None
 
 
-def _shares(p: Problem, device: Device) -> _Shares:
+def _shares(p: Problem, device: Device, given: int | None = None) -> _Shares:
+    """With as many helpers as are ``given``, if that can be; else as the model has it."""
     tokens = 8 if p.M <= 8 else 16
     rows = 2 * tokens
     blocks = -(-p.r // rows)
@@ -117,13 +120,15 @@ def _shares(p: Problem, device: Device) -> _Shares:
     free = room - ctas
     if items <= free < items * shares:
         shares = free // items  # so that no CTA has to wait for others to end
-    helpers = min(items * shares, row.helpers)
-    with_helpers = _Shares(rows, ctas, helpers, low + helpers * rows * tokens, _COUNTERS + helpers)
-    if 4 * low <= _MOST_OWN:
-        by_own = own_seconds(p, device, ctas, items)
-        if by_own <= late_seconds(p, device, ctas, items, shares, helpers):
-            return _Shares(rows, ctas, 0, 0, 0)
-    return with_helpers
+    helpers, fits = min(items * shares, row.helpers), 4 * low <= _MOST_OWN
+    if fits and given is None:
+        late = late_seconds(p, device, ctas, items, shares, helpers)
+        given = 0 if own_seconds(p, device, ctas, items) <= late else helpers
+    if given is not None:
+        helpers = max(int(not fits), min(given, items * _SHARES, row.helpers))
+    if helpers == 0:
+        return _Shares(rows, ctas, 0, 0, 0)
+    return _Shares(rows, ctas, helpers, low + helpers * rows * tokens, _COUNTERS + helpers)
 
 
 def own_seconds(p: Problem, device: Device, ctas: int, items: int) -> float:
@@ -258,4 +263,5 @@ def _launch(name: str, run: Run, p: Problem, shares: _Shares) -> Launch:
         f"{name} {p.M} x {p.K} -> {p.N}: {shares.ctas} CTAs of {shares.rows} rows of W, {of_s}{by}",
         2.0 * p.M * (p.N * p.K + p.r * (p.K + p.N)),
         float(moved),
+        choices={"helpers": shares.helpers},
     )
