@@ -44,8 +44,9 @@ _LEAST = 500
 other. Assumed, not measured."""
 _TENSOR = 0.5
 """Of the device's rate that the products of a small tile reach. Assumed, not measured."""
-_TWO_TF32, _THREE_TF32 = 4, 6
-"""Times that a product takes as two or three in TF32, at half the rate."""
+_WIDE, _FLOAT32 = 5, 9
+"""Times that a product takes of float16 by float32, and of float32: two or three in TF32, at half the
+rate, and what the last bits are multiplied by."""
 _ELEMENTS = 700
 """Clocks of 16 bytes that a thread loads by elements. Assumed, not measured."""
 _BY_ELEMENT = 8
@@ -202,10 +203,10 @@ def _clocks(p: Problem, device: Device, columns: int) -> float:
 def _product_clocks(p: Problem, device: Device, columns: int, ranks: int, wide: bool) -> float:
     """Of an SM's tensor cores for a K block of so many columns of W and of A; ``wide``: A is float32."""
     if p.dtype is torch.float32:
-        wide_columns = _THREE_TF32 * (columns + ranks)
+        wide_columns = _FLOAT32 * (columns + ranks)
     else:
         two = wide and p.dtype is torch.float16
-        wide_columns = columns + (_TWO_TF32 if two else 1) * ranks
+        wide_columns = columns + (_WIDE if two else 1) * ranks
     flops = 2.0 * _ROWS * _BLOCK / p.dtype.itemsize * wide_columns
     return flops * device.sms / (device.flops * _TENSOR) * _CLOCK
 
@@ -353,12 +354,12 @@ def _backward_clocks(p: Problem, device: Device, columns: int) -> float:
     of_rows: float
     of_columns: float
     if p.dtype is torch.float32:
-        of_rows, of_columns = 296 + 121 * (tiles + ranks), 288 + 124 * ranks
+        of_rows, of_columns = 362 + 163 * (tiles + ranks), 333 + 168 * ranks
     else:
         half = p.dtype is torch.float16
-        rank = 444 if wide_b and half else 63 if wide_b else 20
+        rank = 453 if wide_b and half else 63 if wide_b else 20
         of_rows = 130 + 11 * tiles + rank * ranks
-        of_columns = 195 + 378 * ranks if half else 90 + 13 * ranks
+        of_columns = 201 + 402 * ranks if half else 90 + 13 * ranks
     of_rows = max(of_rows, _product_clocks(p, device, 8 * tiles, 8 * ranks, wide_b))
     of_columns = max(of_columns, _product_clocks(p, device, 0, 8 * ranks, wide=True))
     masked = of_columns + 480 * p.dropout
