@@ -62,10 +62,11 @@ def estimate(problem: Problem, device: Device) -> Estimate | None:
 
 def launch_of(p: Problem, device: Device) -> Launch | Hybrid | str:
     """What serves an operation, or why nothing does."""
+    answers: list[Launch | Hybrid | str] = [*planning.launches_of(p, device)]
     if p.operation == "linear_expand":
-        return planning.plan_linear_expand(p, device)
-    (found,) = planning.launches_of(p, device)
-    return found
+        answers.append(planning.plan_hybrid(p, device))
+    found = [answer for answer in answers if not isinstance(answer, str)]
+    return min(found, key=lambda launch: of(launch, p, device).seconds, default=answers[-1])
 
 
 def fastest(p: Problem, device: Device) -> Launch | None:

@@ -1,5 +1,5 @@
 """What the CUDA C++ kernels are launched with for a problem on a device: which family serves it, and
-how a ``linear_expand`` is made of ``expand`` and PyTorch's GEMM.
+how a ``linear_expand`` that isn't fused is made of ``expand`` and PyTorch's GEMM.
 
 Pure functions of a problem and a made-up or real ``Device``; nothing is loaded.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends.cost import Device
-from lorafast.backends.cuda import decode, skinny, small
+from lorafast.backends.cuda import decode, linear_expand, skinny, small
 from lorafast.backends.cuda.launch import Launch
 from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
@@ -34,6 +34,7 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
     "expand_backward": (skinny.plan_expand_backward,),
     "shrink_backward": (skinny.plan_shrink_backward,),
     "expand": (small.plan_expand,),
+    "linear_expand": (linear_expand.plan_linear_expand,),
     "lora_linear": (decode.plan_lora_linear, small.plan_lora_linear),
     "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
 }
@@ -100,7 +101,7 @@ def launches_of(p: Problem, device: Device) -> list[Launch | str]:
     return [plan(p, device) for plan in FAMILIES.get(p.operation, ())]
 
 
-def plan_linear_expand(p: Problem, device: Device) -> Hybrid | str:
+def plan_hybrid(p: Problem, device: Device) -> Hybrid | str:
     """``y``, or transposed ``dx``: all but the GEMM by ``expand``; or why not."""
     low = wide(p.dtype)
     (expand,) = launches_of(as_expand(p), device)

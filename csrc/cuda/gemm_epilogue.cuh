@@ -1,0 +1,117 @@
+// What a GEMM of mma.sync does to its accumulators before and after its main loop: scaling, bias and mask of a
+// low-rank term, and 16-byte stores.
+//
+// A slab is a warp's 16 rows and 8 · kTiles columns: tile j of a lane has (g, 2t), (g, 2t + 1), (g + 8, 2t) and
+// (g + 8, 2t + 1) of columns 8j to 8j + 7, g = lane / 4, t = lane % 4. A warp's part of a wgmma is one, too.
+#pragma once
+
+#include <cstdint>
+
+#include "eight.cuh"
+#include "numbers.cuh"
+#include "philox.cuh"
+#include "ptx.cuh"
+
+namespace lorafast::cuda {
+
+// What becomes of a low-rank term before the GEMM is added to it.
+struct LowRankEnd {
+  Dropout dropout;   // without `seed` nothing is dropped
+  const void* bias;  // [N] or null
+  int64_t bias_stride;
+  int64_t N;
+  Dtype bias_type;
+  float scale;  // of survivors, too
+};
+
+// Which of 32 columns of a row are kept: bit 8j + i is column i of tile j. `group`: of Philox, the first tile's. The
+// four lanes of a quad make a tile each.
+__device__ __forceinline__ uint32_t keep_of_quad(const Dropout& dropout, uint64_t seed, int64_t row, int64_t group) {
+  const int t = static_cast<int>(threadIdx.x % 4);
+  uint32_t bits = keep_bits(dropout, seed, row, group + t) << (8 * t);
+  bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 1);
+  return bits | __shfl_xor_sync(0xFFFFFFFFu, bits, 2);
+}
+
+// acc = drop(scale · acc) + bias, of a slab at (row, col). col is a multiple of 8. The whole warp calls it.
+template <int kTiles>
+__device__ __forceinline__ void end_low_rank(
+    float (&acc)[kTiles][4], const LowRankEnd& p, uint64_t seed, int64_t row, int64_t col) {
+  static_assert(kTiles % 4 == 0, "a quad makes the mask of four tiles");
+  const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[j][i] *= p.scale;
+  }
+  if (p.dropout.seed != nullptr) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = 0; j < kTiles; j += 4) {
+        const uint32_t bits = keep_of_quad(p.dropout, seed, row + g + 8 * half, col / 8 + j) >> (2 * t);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float* const two = acc[j + i] + 2 * half;
+          if ((bits >> (8 * i) & 1) == 0) two[0] = 0.0f;
+          if ((bits >> (8 * i + 1) & 1) == 0) two[1] = 0.0f;
+        }
+      }
+    }
+  }
+  if (p.bias != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t n = col + 8 * j + 2 * t + i;
+        const float bias = n < p.N ? load_as_float(p.bias, n * p.bias_stride, p.bias_type) : 0.0f;
+        acc[j][i] += bias;
+        acc[j][2 + i] += bias;
+      }
+    }
+  }
+}
+
+// Bytes of shared memory through which a slab is stored: 16 behind each row, so that eight rows lie in all banks.
+template <class T, int kTiles>
+constexpr int kSlabRow = 8 * kTiles * static_cast<int>(sizeof(T)) + 16;
+template <class T, int kTiles>
+constexpr int kSlabBytes = 16 * kSlabRow<T, kTiles>;
+
+// Rounds a slab and stores it at (row, col) of y [M, N], contiguous. `shared`: kSlabBytes of this warp alone, aligned
+// to 16 bytes. `vector`: rows of y begin at multiples of 16 bytes. The whole warp calls it.
+template <class T, int kTiles>
+__device__ __forceinline__ void store_slab(
+    T* y, const float (&acc)[kTiles][4], char* shared, int64_t row, int64_t col, int64_t M, int64_t N, bool vector) {
+  static_assert(sizeof(T) == 2, "two neighbours are a word");
+  constexpr int kChunks = kTiles, kRow = kSlabRow<T, kTiles>;  // of 16 bytes, which a tile's row has
+  static_assert(32 % kChunks == 0, "each lane stores one column of chunks");
+  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  __syncwarp();  // the last slab has been read
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<uint32_t*>(shared + (g + 8 * half) * kRow + 16 * j + 4 * t) =
+          pack_two<T>(acc[j][2 * half], acc[j][2 * half + 1]);
+    }
+  }
+  __syncwarp();
+  constexpr int kRows = 32 / kChunks;  // that the warp stores at a time
+  const int64_t n = col + lane % kChunks * 8;
+  T* to = y + (row + lane / kChunks) * N + n;
+  const char* from = shared + lane / kChunks * kRow + lane % kChunks * 16;
+#pragma unroll
+  for (int i = 0; i < 16 / kRows; ++i, to += kRows * N, from += kRows * kRow) {
+    if (row + lane / kChunks + i * kRows >= M) break;
+    if (vector && n + 8 <= N) {
+      ptx::store_16(to, *reinterpret_cast<const uint4*>(from));
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 8 && n + e < N; ++e) to[e] = reinterpret_cast<const T*>(from)[e];
+    }
+  }
+}
+
+}  // namespace lorafast::cuda
