@@ -14,14 +14,11 @@
 
 namespace lorafast::cuda {
 
-// What becomes of a low-rank term before the GEMM is added to it.
-struct LowRankEnd {
-  Dropout dropout;   // without `seed` nothing is dropped
-  const void* bias;  // [N] or null
-  int64_t bias_stride;
-  int64_t N;
-  Dtype bias_type;
-  float scale;  // of survivors, too
+// The bias of a GEMM, [N] of any dtype, or null.
+struct Bias {
+  const void* from;
+  int64_t stride, N;
+  Dtype type;
 };
 
 // Which of 32 columns of a row are kept: bit 8j + i is column i of tile j. `group`: of Philox, the first tile's. The
@@ -33,41 +30,48 @@ __device__ __forceinline__ uint32_t keep_of_quad(const Dropout& dropout, uint64_
   return bits | __shfl_xor_sync(0xFFFFFFFFu, bits, 2);
 }
 
-// acc = drop(scale · acc) + bias, of a slab at (row, col). col is a multiple of 8. The whole warp calls it.
+// acc = drop(scale · acc), of a slab at (row, col). `scale`: of survivors, too; without a seed nothing is dropped. col is
+// a multiple of 8. The whole warp calls it.
 template <int kTiles>
 __device__ __forceinline__ void end_low_rank(
-    float (&acc)[kTiles][4], const LowRankEnd& p, uint64_t seed, int64_t row, int64_t col) {
+    float (&acc)[kTiles][4], float scale, const Dropout& dropout, uint64_t seed, int64_t row, int64_t col) {
   static_assert(kTiles % 4 == 0, "a quad makes the mask of four tiles");
   const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[j][i] *= p.scale;
+    for (int i = 0; i < 4; ++i) acc[j][i] *= scale;
   }
-  if (p.dropout.seed != nullptr) {
+  if (dropout.seed == nullptr) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int j = 0; j < kTiles; j += 4) {
-        const uint32_t bits = keep_of_quad(p.dropout, seed, row + g + 8 * half, col / 8 + j) >> (2 * t);
+    for (int j = 0; j < kTiles; j += 4) {
+      const uint32_t bits = keep_of_quad(dropout, seed, row + g + 8 * half, col / 8 + j) >> (2 * t);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float* const two = acc[j + i] + 2 * half;
-          if ((bits >> (8 * i) & 1) == 0) two[0] = 0.0f;
-          if ((bits >> (8 * i + 1) & 1) == 0) two[1] = 0.0f;
-        }
+      for (int i = 0; i < 4; ++i) {
+        float* const two = acc[j + i] + 2 * half;
+        if ((bits >> (8 * i) & 1) == 0) two[0] = 0.0f;
+        if ((bits >> (8 * i + 1) & 1) == 0) two[1] = 0.0f;
       }
     }
   }
-  if (p.bias != nullptr) {
+}
+
+// acc += bias, of slabs whose columns begin at `col`.
+template <int kSlabs, int kTiles>
+__device__ __forceinline__ void add_bias(float (&acc)[kSlabs][kTiles][4], const Bias& bias, int64_t col) {
+  if (bias.from == nullptr) return;
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+  for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t n = col + 8 * j + 2 * t + i;
-        const float bias = n < p.N ? load_as_float(p.bias, n * p.bias_stride, p.bias_type) : 0.0f;
-        acc[j][i] += bias;
-        acc[j][2 + i] += bias;
+    for (int i = 0; i < 2; ++i) {
+      const int64_t n = col + 8 * j + 2 * (threadIdx.x % 4) + i;
+      const float b = n < bias.N ? load_as_float(bias.from, n * bias.stride, bias.type) : 0.0f;
+#pragma unroll
+      for (int slab = 0; slab < kSlabs; ++slab) {
+        acc[slab][j][i] += b;
+        acc[slab][j][2 + i] += b;
       }
     }
   }

@@ -38,14 +38,18 @@ struct LinearExpandParams {
   const void* w;    // [N, K] or, as it lies, [K, N], rows of w_row bytes
   void* y;          // [M, N], contiguous
   Factor s, b;      // [M, r], [N, r]
-  LowRankEnd end;
+  Dropout dropout;  // of the low-rank term
+  Bias bias;
   float* partials;     // [tiles, splits, kM · kN] in the order of fragments, or null
   uint32_t* counters;  // of each tile
   int64_t M, N, K, x_row, w_row;
   int64_t x_apart, w_apart;  // bytes from one row that a thread copies to the next
   int32_t r, blocks, splits, down, across;  // blocks of K; tiles
+  float scale;                              // of the low-rank term: that of survivors, too
   bool vector_y;
 };
+
+constexpr int kMostSplits = 64;  // times the blocks of K, in 32 bits
 
 // Row blocks in the order in which tiles start that run together: these share rows of x and W in L2.
 constexpr int kGroup = 16;
@@ -120,9 +124,12 @@ __device__ __forceinline__ void low_rank(
       of.template multiply_onto<E>(acc);
     }
   }
-  const uint64_t seed = p.end.dropout.seed == nullptr ? 0 : static_cast<uint64_t>(*p.end.dropout.seed);
+  const uint64_t seed = p.dropout.seed == nullptr ? 0 : static_cast<uint64_t>(*p.dropout.seed);
 #pragma unroll
-  for (int i = 0; i < Tile::kSlabs; ++i) end_low_rank(acc[i], p.end, seed, row + warp_row + 16 * i, col + warp_col);
+  for (int i = 0; i < Tile::kSlabs; ++i) {
+    end_low_rank(acc[i], p.scale, p.dropout, seed, row + warp_row + 16 * i, col + warp_col);
+  }
+  add_bias(acc, p.bias, col + warp_col);
 }
 
 // Leaves this CTA's part. The last CTA of a tile gets the sum of all, in order; the others are told that they aren't.
@@ -174,8 +181,7 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kResident)
   const uint32_t ring = ptx::shared_address(shared);
   const TilePlace place = tile_of(p);
   const int64_t row = static_cast<int64_t>(place.row) * Tile::kM, col = static_cast<int64_t>(place.col) * Tile::kN;
-  const int begin = static_cast<int>(static_cast<int64_t>(p.blocks) * place.share / p.splits);
-  const int blocks = static_cast<int>(static_cast<int64_t>(p.blocks) * (place.share + 1) / p.splits) - begin;
+  const int begin = p.blocks * place.share / p.splits, blocks = p.blocks * (place.share + 1) / p.splits - begin;
   const int64_t k = static_cast<int64_t>(begin) * kBlockK;
   CopiesX x(static_cast<const char*>(p.x) + row * p.x_row + k * kSize, p.x_row, p.M - row, (p.K - k) * kSize);
   CopiesW w = kByRows
@@ -328,9 +334,8 @@ void linear_expand(
   const int64_t of_block = columns == 256 ? LargeTile::kBytes / 2 : MediumTile::kBytes / 2;
   const int64_t blocks = (K + of_block - 1) / of_block;
   const int64_t down = (M + 127) / 128, across = (N + columns - 1) / columns;
-  STD_TORCH_CHECK(
-      splits >= 1 && splits <= std::max<int64_t>(blocks, 1), "splits is ", splits, ", expected 1 to ",
-      std::max<int64_t>(blocks, 1));
+  const int64_t most_splits = std::max<int64_t>(std::min<int64_t>(blocks, kMostSplits), 1);
+  STD_TORCH_CHECK(splits >= 1 && splits <= most_splits, "splits is ", splits, ", expected 1 to ", most_splits);
   STD_TORCH_CHECK(
       down < INT64_C(1) << 31 && across < INT64_C(1) << 26 && down * across <= ((INT64_C(1) << 31) - 1) / splits,
       "y is ", M, " x ", N, ", more than ", (INT64_C(1) << 31) - 1, " CTAs");
@@ -346,14 +351,11 @@ void linear_expand(
   p.y = y.mutable_data_ptr();
   p.s = factor_of(s, r);
   p.b = factor_of(lora_B, r);
-  p.end.dropout = {
+  p.dropout = {
       masked ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, (N + 7) / 8,
       static_cast<int32_t>(threshold), static_cast<float>(survivor_scale)};
-  p.end.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  p.end.bias_stride = bias.has_value() ? bias->stride(0) : 0;
-  p.end.bias_type = bias.has_value() ? dtype_of(*bias) : Dtype::float32;
-  p.end.N = N;
-  p.end.scale = static_cast<float>(masked ? scaling * survivor_scale : scaling);
+  p.scale = static_cast<float>(masked ? scaling * survivor_scale : scaling);
+  if (bias.has_value()) p.bias = {bias->const_data_ptr(), bias->stride(0), N, dtype_of(*bias)};
   p.partials = splits > 1 ? static_cast<float*>(partials->mutable_data_ptr()) : nullptr;
   p.counters = splits > 1 ? static_cast<uint32_t*>(counters->mutable_data_ptr()) : nullptr;
   p.M = M, p.N = N, p.K = K;

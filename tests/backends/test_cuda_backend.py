@@ -385,7 +385,7 @@ def test_linear_expand_is_expand_and_pytorchs_gemm(dtype, dropout_p, transposed)
         adapter_dtype=torch.float32, transposed=transposed, dropout=bool(dropout_p),
         bias=not transposed,
     )  # fmt: skip
-    hybrid = planning.plan_linear_expand(p, H200)
+    hybrid = planning.plan_hybrid(p, H200)
     run = types.SimpleNamespace(
         linear_expand=lambda x, weight, s, B, scaling, bias, p, seed, transposed=False: hybrid.run(
             x, weight, s, B, scaling, bias, p, seed
@@ -411,7 +411,7 @@ def test_linear_expand_says_its_launches_and_counts_them(on):
         (plain._replace(bias=True), 2),
         (problem("linear_expand", dtype=torch.float16, bias=True), 4),
     ):
-        hybrid = planning.plan_linear_expand(p, H200)
+        hybrid = planning.plan_hybrid(p, H200)
         assert model.of(hybrid, p, H200).launches == count
         said = " ".join(hybrid.lines)
         assert said.count("PyTorch's GEMM") == 1

@@ -22,10 +22,10 @@ QUICK = [
     Case("bf16", 130, 200, 264, 16),
     Case("bf16", 70, 131, 150, 17, bias=True, columns=256),
     Case("bf16", 130, 72, 140, 16, transposed=True, dropout_p=0.3),
-    Case("bf16", 130, 72, 300, 3, transposed=True, dropout_p=0.1, arch=120),
-    Case("bf16+fp32", 1, 40, 24, 1, arch=86),
+    Case("bf16", 130, 72, 300, 3, transposed=True, dropout_p=0.1),
+    Case("bf16+fp32", 1, 40, 24, 1),
     Case("fp16", 100, 100, 77, 64, bias=True),
-    Case("fp16+fp32", 40, 88, 136, 8, transposed=True, dropout_p=0.5, arch=89),
+    Case("fp16+fp32", 40, 88, 136, 8, transposed=True, dropout_p=0.5),
     Case("bf16", 40, 700, 130, 16, bias=True, splits=3),
     Case("fp16", 40, 520, 64, 20, transposed=True, dropout_p=0.2, columns=256, splits=2),
 ]
