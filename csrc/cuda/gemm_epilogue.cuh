@@ -23,7 +23,8 @@ struct Bias {
 
 // Which of 32 columns of a row are kept: bit 8j + i is column i of tile j. `group`: of Philox, the first tile's. The
 // four lanes of a quad make a tile each.
-__device__ __forceinline__ uint32_t keep_of_quad(const Dropout& dropout, uint64_t seed, int64_t row, int64_t group) {
+__device__ __forceinline__ uint32_t
+keep_of_quad(const Dropout& dropout, uint64_t seed, int64_t row, int64_t group) {
   const int t = static_cast<int>(threadIdx.x % 4);
   uint32_t bits = keep_bits(dropout, seed, row, group + t) << (8 * t);
   bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 1);
@@ -87,7 +88,8 @@ constexpr int kSlabBytes = 16 * kSlabRow<T, kTiles>;
 // to 16 bytes. `vector`: rows of y begin at multiples of 16 bytes. The whole warp calls it.
 template <class T, int kTiles>
 __device__ __forceinline__ void store_slab(
-    T* y, const float (&acc)[kTiles][4], char* shared, int64_t row, int64_t col, int64_t M, int64_t N, bool vector) {
+    T* y, const float (&acc)[kTiles][4], char* shared, int64_t row, int64_t col, int64_t M, int64_t N,
+    bool vector) {
   static_assert(sizeof(T) == 2, "two neighbours are a word");
   constexpr int kChunks = kTiles, kRow = kSlabRow<T, kTiles>;  // of 16 bytes, which a tile's row has
   static_assert(32 % kChunks == 0, "each lane stores one column of chunks");

@@ -13,7 +13,6 @@
 
 namespace lorafast::cuda {
 
-constexpr int kGemmThreads = 256;
 constexpr int kChunk = 16;      // bytes
 constexpr int kStepBytes = 32;  // of K, that an mma.sync takes
 
@@ -24,17 +23,18 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return kRowBytes == 64 ? chunk ^ (row / 2 & 3) : chunk ^ (row & 7);
 }
 
-// A thread's part of the copies of a matrix into blocks of kRows rows of kRowBytes: one chunk of every kApart-th row.
+// A thread's part of the copies by kThreads of a matrix into blocks of kRows rows of kRowBytes: one chunk of every
+// kApart-th row.
 // kAlong: whether blocks follow each other along the rows, else down the columns.
-template <int kRows, int kRowBytes, bool kAlong>
+template <int kThreads, int kRows, int kRowBytes, bool kAlong>
 struct BlockCopies {
-  static constexpr int kChunks = kRowBytes / kChunk, kApart = kGemmThreads / kChunks, kCount = kRows / kApart;
+  static constexpr int kChunks = kRowBytes / kChunk, kApart = kThreads / kChunks, kCount = kRows / kApart;
   static_assert(kApart % 8 == 0 && kRows % kApart == 0, "a thread's chunks lie at one place of their rows");
 
   const char* from;  // what is copied next
   int to;            // in a block, of the first of them
-  int inside;        // rows of the thread that the block has, from this one on; of all blocks where they follow down
-  int left;          // bytes of a row from the thread's chunk on
+  int inside;  // rows of the thread that the block has, from this one on; of all blocks where they follow down
+  int left;    // bytes of a row from the thread's chunk on
 
   // The first block begins at `matrix`, of which `rows` and `bytes` of each are left.
   __device__ __forceinline__ BlockCopies(const void* matrix, int64_t row_bytes, int64_t rows, int64_t bytes) {
@@ -93,7 +93,8 @@ struct FragmentsAlongK {
 
   // The i-th 16 rows, step `step`.
   __device__ __forceinline__ void load(uint32_t (&to)[4], uint32_t block, int i, int step) const {
-    ptx::load_matrices_at(to, block + row + (flip ^ static_cast<uint32_t>(kStepBytes * step)) + i * (16 * kRowBytes));
+    ptx::load_matrices_at(
+        to, block + row + (flip ^ static_cast<uint32_t>(kStepBytes * step)) + i * (16 * kRowBytes));
   }
 };
 
@@ -124,6 +125,18 @@ struct Factor {
   bool vector;  // 16 bytes of a row are loaded at a time: they are neighbours, aligned, and r has no rest
 };
 
+// Elements from (row, rank) on, one by one; zeros beyond the last rank.
+template <class S, int kElements>
+__device__ __forceinline__ void load_elements(
+    float (&to)[kElements], const S* from, const Factor& f, int64_t row, int rank, int r) {
+  const S* at = from + row * f.row + rank * f.col;
+  S v[kElements];
+#pragma unroll
+  for (int i = 0; i < kElements; ++i, at += f.col) v[i] = rank + i < r ? *at : from_float<S>(0.0f);
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) to[i] = to_float(v[i]);
+}
+
 // Elements from (row, rank) on, of a chunk of E, bfloat16 or TF32; zeros beyond the matrix.
 template <class E>
 __device__ __forceinline__ uint4 load_chunk(const Factor& f, int64_t row, int rank, int r) {
@@ -147,9 +160,10 @@ __device__ __forceinline__ uint4 load_chunk(const Factor& f, int64_t row, int ra
       for (int i = 0; i < kElements; ++i) v[i] = load_as_float(f.from, at + i, f.type);
     }
   } else {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      v[i] = rank + i < r ? load_as_float(f.from, row * f.row + (rank + i) * f.col, f.type) : 0.0f;
+    switch (f.type) {
+      case Dtype::bfloat16: load_elements(v, static_cast<const bfloat16*>(f.from), f, row, rank, r); break;
+      case Dtype::float16: load_elements(v, static_cast<const float16*>(f.from), f, row, rank, r); break;
+      default: load_elements(v, static_cast<const float*>(f.from), f, row, rank, r);
     }
   }
   if constexpr (sizeof(E) == 2) {
@@ -161,10 +175,11 @@ __device__ __forceinline__ uint4 load_chunk(const Factor& f, int64_t row, int ra
 }
 
 // Rows `first` to first + kRows − 1 and the ranks of `chunks` chunks from `rank` on, as FragmentsAlongK reads them.
-template <class E, int kRows, int kRowBytes>
-__device__ __forceinline__ void fill_factor(char* block, const Factor& f, int64_t first, int rank, int chunks, int r) {
+template <class E, int kThreads, int kRows, int kRowBytes>
+__device__ __forceinline__ void fill_factor(
+    char* block, const Factor& f, int64_t first, int rank, int chunks, int r) {
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * chunks; i += kGemmThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * chunks; i += kThreads) {
     const int row = i % kRows, chunk = i / kRows;
     *reinterpret_cast<uint4*>(block + row * kRowBytes + kChunk * swizzled<kRowBytes>(row, chunk)) =
         load_chunk<E>(f, first + row, rank + chunk * (kChunk / static_cast<int>(sizeof(E))), r);

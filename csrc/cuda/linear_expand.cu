@@ -20,18 +20,18 @@
 
 namespace lorafast::cuda {
 
-// Eight warps have 64 rows and kN / (512 / kM) columns each, of a tile of y. A block has kBytes of each row of x and W.
+// A tile of y, of which each warp has 64 x 64: so it loads no more from shared memory than that gives while tensor
+// cores multiply, on sm_80 three quarters of it. A block has kBytes of each row of x and W.
 template <int kRows, int kColumns, int kBlock, int kResident_>
 struct GemmTile {
   static constexpr int kM = kRows, kN = kColumns, kBytes = kBlock, kStages = 3, kResident = kResident_;
-  static constexpr int kWarpsDown = kM / 64, kWarpsAcross = kGemmThreads / 32 / kWarpsDown;
-  static constexpr int kWarpN = kN / kWarpsAcross;
-  static constexpr int kSlabs = 4, kTiles = kWarpN / 8;  // of a warp: 16 rows, 8 columns
-  static constexpr int kSteps = kBytes / kStepBytes;     // of a block
+  static constexpr int kWarp = 64, kWarpsDown = kM / kWarp, kThreads = 32 * kWarpsDown * (kN / kWarp);
+  static constexpr int kSlabs = kWarp / 16, kTiles = kWarp / 8;  // of a warp: 16 rows, 8 columns
+  static constexpr int kSteps = kBytes / kStepBytes;             // of a block
   static constexpr int kX = kM * kBytes, kStage = kX + kN * kBytes;
 };
-using LargeTile = GemmTile<128, 256, 128, 1>;
-using MediumTile = GemmTile<128, 128, 64, 2>;
+using WideTile = GemmTile<128, 256, 128, 1>;
+using NarrowTile = GemmTile<128, 128, 64, 2>;
 
 struct LinearExpandParams {
   const void* x;    // [M, K], rows of x_row bytes
@@ -43,7 +43,7 @@ struct LinearExpandParams {
   float* partials;     // [tiles, splits, kM · kN] in the order of fragments, or null
   uint32_t* counters;  // of each tile
   int64_t M, N, K, x_row, w_row;
-  int64_t x_apart, w_apart;  // bytes from one row that a thread copies to the next
+  int64_t x_apart, w_apart;                 // bytes from one row that a thread copies to the next
   int32_t r, blocks, splits, down, across;  // blocks of K; tiles
   float scale;                              // of the low-rank term: that of survivors, too
   bool vector_y;
@@ -104,18 +104,19 @@ using RankElement = std::conditional_t<DtypeOf<T>::value == Dtype::bfloat16, bfl
 // acc = drop(scale · s·Bᵀ) + bias. `stage`: free, and read by nobody else before the next barrier.
 template <class T, class Tile>
 __device__ __forceinline__ void low_rank(
-    float (&acc)[Tile::kSlabs][Tile::kTiles][4], char* stage, const LinearExpandParams& p, int64_t row, int64_t col,
-    int warp_row, int warp_col) {
+    float (&acc)[Tile::kSlabs][Tile::kTiles][4], char* stage, const LinearExpandParams& p, int64_t row,
+    int64_t col, int warp_row, int warp_col) {
   using E = RankElement<T>;
-  constexpr int kRanks = Tile::kBytes / static_cast<int>(sizeof(E)), kOfStep = kStepBytes / static_cast<int>(sizeof(E));
+  constexpr int kRanks = Tile::kBytes / static_cast<int>(sizeof(E)),
+                kOfStep = kStepBytes / static_cast<int>(sizeof(E));
   const auto of_a = FragmentsAlongK<Tile::kBytes>::of_a(warp_row);
   const auto of_b = FragmentsAlongK<Tile::kBytes>::of_b(warp_col);
 #pragma unroll 1
   for (int rank = 0; rank < p.r; rank += kRanks) {
     const int steps = (min(p.r - rank, kRanks) + kOfStep - 1) / kOfStep;
     if (rank > 0) __syncthreads();  // the last ranks have been read
-    fill_factor<E, Tile::kM, Tile::kBytes>(stage, p.s, row, rank, 2 * steps, p.r);
-    fill_factor<E, Tile::kN, Tile::kBytes>(stage + Tile::kX, p.b, col, rank, 2 * steps, p.r);
+    fill_factor<E, Tile::kThreads, Tile::kM, Tile::kBytes>(stage, p.s, row, rank, 2 * steps, p.r);
+    fill_factor<E, Tile::kThreads, Tile::kN, Tile::kBytes>(stage + Tile::kX, p.b, col, rank, 2 * steps, p.r);
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -138,26 +139,26 @@ __device__ __forceinline__ bool add_parts(
     float (&acc)[Tile::kSlabs][Tile::kTiles][4], const LinearExpandParams& p, const TilePlace& place) {
   constexpr int kFours = Tile::kSlabs * Tile::kTiles;
   float4* const parts = reinterpret_cast<float4*>(p.partials) +
-                        static_cast<int64_t>(place.tile) * p.splits * (kFours * kGemmThreads) + threadIdx.x;
-  float4* const own = parts + static_cast<int64_t>(place.share) * (kFours * kGemmThreads);
+                        static_cast<int64_t>(place.tile) * p.splits * (kFours * Tile::kThreads) + threadIdx.x;
+  float4* const own = parts + static_cast<int64_t>(place.share) * (kFours * Tile::kThreads);
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
-    const float(&v)[4] = acc[i / Tile::kTiles][i % Tile::kTiles];
-    own[i * kGemmThreads] = make_float4(v[0], v[1], v[2], v[3]);
+    const float (&v)[4] = acc[i / Tile::kTiles][i % Tile::kTiles];
+    own[i * Tile::kThreads] = make_float4(v[0], v[1], v[2], v[3]);
   }
   if (arrive(p.counters + place.tile) + 1 != static_cast<uint32_t>(p.splits)) return false;
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
-    float(&v)[4] = acc[i / Tile::kTiles][i % Tile::kTiles];
+    float (&v)[4] = acc[i / Tile::kTiles][i % Tile::kTiles];
     v[0] = v[1] = v[2] = v[3] = 0.0f;
   }
   const float4* from = parts;
 #pragma unroll 1
-  for (int share = 0; share < p.splits; ++share, from += kFours * kGemmThreads) {
+  for (int share = 0; share < p.splits; ++share, from += kFours * Tile::kThreads) {
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
-      float(&v)[4] = acc[i / Tile::kTiles][i % Tile::kTiles];
-      const float4 part = from[i * kGemmThreads];
+      float (&v)[4] = acc[i / Tile::kTiles][i % Tile::kTiles];
+      const float4 part = from[i * Tile::kThreads];
       v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
     }
   }
@@ -166,16 +167,16 @@ __device__ __forceinline__ bool add_parts(
 }
 
 template <class T, class Tile, bool kByRows>
-__global__ void __launch_bounds__(kGemmThreads, Tile::kResident)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     linear_expand_kernel(const __grid_constant__ LinearExpandParams p) {
 #if LORAFAST_LINEAR_EXPAND
   extern __shared__ uint4 linear_expand_shared[];
   constexpr int kSize = sizeof(T), kBlockK = Tile::kBytes / kSize, kStages = Tile::kStages, kSteps = Tile::kSteps;
-  using CopiesX = BlockCopies<Tile::kM, Tile::kBytes, true>;
+  using CopiesX = BlockCopies<Tile::kThreads, Tile::kM, Tile::kBytes, true>;
   using CopiesW = std::conditional_t<
-      kByRows, BlockCopies<Tile::kN, Tile::kBytes, true>, BlockCopies<kBlockK, Tile::kN * kSize, false>>;
-  using FragmentsW =
-      std::conditional_t<kByRows, FragmentsAlongK<Tile::kBytes>, FragmentsAlongN<Tile::kN * kSize>>;
+      kByRows, BlockCopies<Tile::kThreads, Tile::kN, Tile::kBytes, true>,
+      BlockCopies<Tile::kThreads, kBlockK, Tile::kN * kSize, false>>;
+  using FragmentsW = std::conditional_t<kByRows, FragmentsAlongK<Tile::kBytes>, FragmentsAlongN<Tile::kN * kSize>>;
 
   char* const shared = reinterpret_cast<char*>(linear_expand_shared);
   const uint32_t ring = ptx::shared_address(shared);
@@ -184,9 +185,12 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kResident)
   const int begin = p.blocks * place.share / p.splits, blocks = p.blocks * (place.share + 1) / p.splits - begin;
   const int64_t k = static_cast<int64_t>(begin) * kBlockK;
   CopiesX x(static_cast<const char*>(p.x) + row * p.x_row + k * kSize, p.x_row, p.M - row, (p.K - k) * kSize);
-  CopiesW w = kByRows
-      ? CopiesW(static_cast<const char*>(p.w) + col * p.w_row + k * kSize, p.w_row, p.N - col, (p.K - k) * kSize)
-      : CopiesW(static_cast<const char*>(p.w) + k * p.w_row + col * kSize, p.w_row, p.K - k, (p.N - col) * kSize);
+  CopiesW w =
+      kByRows
+          ? CopiesW(
+                static_cast<const char*>(p.w) + col * p.w_row + k * kSize, p.w_row, p.N - col, (p.K - k) * kSize)
+          : CopiesW(
+                static_cast<const char*>(p.w) + k * p.w_row + col * kSize, p.w_row, p.K - k, (p.N - col) * kSize);
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) {
     if (stage < blocks) {
@@ -197,7 +201,7 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kResident)
   }
 
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int warp_row = warp % Tile::kWarpsDown * 64, warp_col = warp / Tile::kWarpsDown * Tile::kWarpN;
+  const int warp_row = warp % Tile::kWarpsDown * Tile::kWarp, warp_col = warp / Tile::kWarpsDown * Tile::kWarp;
   float acc[Tile::kSlabs][Tile::kTiles][4] = {};
   if (place.share == 0) {
     low_rank<T, Tile>(acc, shared + (kStages - 1) * Tile::kStage, p, row, col, warp_row, warp_col);
@@ -235,12 +239,13 @@ __global__ void __launch_bounds__(kGemmThreads, Tile::kResident)
 
   if (p.splits > 1 && !add_parts<Tile>(acc, p, place)) return;
   // The block before the last one has been read by all; what `read` is at now by some warps not yet.
-  static_assert(kStages == 3 && Tile::kStage >= kGemmThreads / 32 * kSlabBytes<T, Tile::kTiles>, "there is room");
-  char* const free = shared + ((read == last ? ring : read + Tile::kStage) - ring) + warp * kSlabBytes<T, Tile::kTiles>;
+  static_assert(
+      kStages == 3 && Tile::kStage >= Tile::kThreads / 32 * kSlabBytes<T, Tile::kTiles>, "there is room");
+  char* const free =
+      shared + ((read == last ? ring : read + Tile::kStage) - ring) + warp * kSlabBytes<T, Tile::kTiles>;
 #pragma unroll
   for (int i = 0; i < Tile::kSlabs; ++i) {
-    store_slab(
-        static_cast<T*>(p.y), acc[i], free, row + warp_row + 16 * i, col + warp_col, p.M, p.N, p.vector_y);
+    store_slab(static_cast<T*>(p.y), acc[i], free, row + warp_row + 16 * i, col + warp_col, p.M, p.N, p.vector_y);
   }
 #else
   __trap();  // the host doesn't launch it there
@@ -261,8 +266,8 @@ Factor factor_of(const Tensor& matrix, int64_t r) {
   const int64_t size = static_cast<int64_t>(matrix.element_size());
   const int64_t row = matrix.size(0) > 1 ? matrix.stride(0) * size : 0;
   const bool neighbours = matrix.stride(1) == 1 && r % 8 == 0;
-  return {matrix.const_data_ptr(), matrix.size(0), matrix.stride(0), matrix.stride(1), dtype_of(matrix),
-          neighbours && aligned(matrix.const_data_ptr(), row, kChunk)};
+  return {matrix.const_data_ptr(), matrix.size(0),   matrix.stride(0),
+          matrix.stride(1),        dtype_of(matrix), neighbours && aligned(matrix.const_data_ptr(), row, kChunk)};
 }
 
 void check_memory(
@@ -282,13 +287,14 @@ void check_memory(
 template <class T, class Tile, bool kByRows>
 void start(LinearExpandParams& p, const OnDevice& on) {
   constexpr int kSize = sizeof(T);
-  using CopiesX = BlockCopies<Tile::kM, Tile::kBytes, true>;
-  constexpr int kApartW = kGemmThreads / (kByRows ? Tile::kBytes / kChunk : Tile::kN * kSize / kChunk);
+  using CopiesX = BlockCopies<Tile::kThreads, Tile::kM, Tile::kBytes, true>;
+  constexpr int kApartW = Tile::kThreads / (kByRows ? Tile::kBytes / kChunk : Tile::kN * kSize / kChunk);
   p.x_apart = CopiesX::kApart * p.x_row;
   p.w_apart = kApartW * p.w_row;
   const auto grid = dim3(static_cast<unsigned>(p.down) * static_cast<unsigned>(p.across * p.splits));
   launch(
-      "linear_expand", linear_expand_kernel<T, Tile, kByRows>, grid, kGemmThreads, Tile::kStages * Tile::kStage, on, p);
+      "linear_expand", linear_expand_kernel<T, Tile, kByRows>, grid, Tile::kThreads, Tile::kStages * Tile::kStage,
+      on, p);
 }
 
 }  // namespace
@@ -327,11 +333,11 @@ void linear_expand(
   STD_TORCH_CHECK(lies_along(x, 1), "the rows of x aren't contiguous and aligned to 16 bytes");
   const bool by_rows = lies_along(weight, 1);
   STD_TORCH_CHECK(
-      by_rows || lies_along(weight, 0), "neither the rows nor the columns of weight are contiguous and aligned to ",
-      kChunk, " bytes");
+      by_rows || lies_along(weight, 0),
+      "neither the rows nor the columns of weight are contiguous and aligned to ", kChunk, " bytes");
   if (M == 0 || N == 0) return;
 
-  const int64_t of_block = columns == 256 ? LargeTile::kBytes / 2 : MediumTile::kBytes / 2;
+  const int64_t of_block = columns == 256 ? WideTile::kBytes / 2 : NarrowTile::kBytes / 2;
   const int64_t blocks = (K + of_block - 1) / of_block;
   const int64_t down = (M + 127) / 128, across = (N + columns - 1) / columns;
   const int64_t most_splits = std::max<int64_t>(std::min<int64_t>(blocks, kMostSplits), 1);
@@ -367,8 +373,8 @@ void linear_expand(
   const OnDevice on(device);
   const auto with_tile = [&](auto element) {
     using T = decltype(element);
-    if (columns == 256) by_rows ? start<T, LargeTile, true>(p, on) : start<T, LargeTile, false>(p, on);
-    else by_rows ? start<T, MediumTile, true>(p, on) : start<T, MediumTile, false>(p, on);
+    if (columns == 256) by_rows ? start<T, WideTile, true>(p, on) : start<T, WideTile, false>(p, on);
+    else by_rows ? start<T, NarrowTile, true>(p, on) : start<T, NarrowTile, false>(p, on);
   };
   bf16 ? with_tile(bfloat16()) : with_tile(float16());
 }

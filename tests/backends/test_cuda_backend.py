@@ -418,6 +418,25 @@ def test_linear_expand_says_its_launches_and_counts_them(on):
     assert BACKEND.plan(plain).launches[0] == "expand: grid 132"
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_expand_is_fused_where_that_takes_less(on, dtype, monkeypatch):
+    """By the model, of the two that serve it; in float32 and on sm_90 there is one."""
+    monkeypatch.setattr(planning, "FAMILIES", REAL)
+    for device in (A100, L4):
+        on(device)
+        for M, N in ((8192, 4096), (8192, 1024), (512, 4096)):
+            p = problem("linear_expand", M=M, N=N, dtype=dtype)
+            fused, hybrid = planning.launches_of(p, device)[0], planning.plan_hybrid(p, device)
+            seconds = [model.of(launch, p, device).seconds for launch in (fused, hybrid)]
+            plan = BACKEND.plan(p)
+            assert plan.seconds == min(seconds)
+            assert plan.launches == ((fused.line,) if seconds[0] < seconds[1] else hybrid.lines)
+            assert seconds[0] > cost.base_gemm(p, device, accumulated=False).seconds
+    for device, other in ((H200, dtype), (A100, torch.float32)):
+        on(device)
+        assert len(BACKEND.plan(problem("linear_expand", dtype=other)).launches) > 1
+
+
 def test_the_low_rank_term_of_dx_reads_a_as_it_is_stored():
     A = Layout(rows=16, columns=0)
     p = problem("linear_expand", transposed=True, layouts=Layouts(lora_A=A))

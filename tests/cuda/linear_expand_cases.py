@@ -43,13 +43,14 @@ class Case:
     columns: int = 128
     splits: int = 1
     arch: int = 80
-    factors: str = "contiguous"
 
     def __str__(self) -> str:
         said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"sm_{self.arch}"]
         said += ["dx"] * self.transposed + [f"p{self.dropout_p}"] * bool(self.dropout_p)
-        said += ["bias"] * self.bias + [f"{self.columns}"] + [f"by{self.splits}"] * (self.splits > 1)
-        return "-".join([*said, self.factors.replace(" ", "-")])
+        said += (
+            ["bias"] * self.bias + [f"{self.columns}"] + [f"by{self.splits}"] * (self.splits > 1)
+        )
+        return "-".join(said)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,21 +95,30 @@ class OnMachine:
 
     case: Case
     options: dict[str, Any] = field(default_factory=dict)
-    lay_out: Any = staticmethod(lambda matrix: matrix)
     times: int = 1
     run: Any = None
 
     def linear_expand(
-        self, x, weight, s, lora_B, scaling, bias=None, dropout_p=0.0, seed=None, *, transposed=False
+        self,
+        x,
+        weight,
+        s,
+        lora_B,
+        scaling,
+        bias=None,
+        dropout_p=0.0,
+        seed=None,
+        *,
+        transposed=False,
     ):
         case = self.case
         N, _ = linear_expand._sizes(case.problem())
         call = linear_expand._run(case.problem(), N, case.shares)
         x, weight = padded(x), padded(weight)
-        s, lora_B = self.lay_out(s), self.lay_out(lora_B)
         with launched(case.arch, **self.options) as self.run:
             found = [
-                call(x, weight, s, lora_B, scaling, bias, dropout_p, seed) for _ in range(self.times)
+                call(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
+                for _ in range(self.times)
             ]
         assert all(bits(y).equal(bits(found[0])) for y in found)
         return found[0]
@@ -119,16 +129,13 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int16)
 
 
-def hold(case: Case, lay_out: Any = None, times: int = 1, **options: Any) -> OnMachine:
+def hold(case: Case, times: int = 1, **options: Any) -> OnMachine:
     """The contract, of a case on the machine."""
-    t, machine = case.tensors(), OnMachine(case, options, times=times)
-    if lay_out is not None:
-        machine.lay_out = lay_out
+    t, machine = case.tensors(), OnMachine(case, options, times)
     seed = SEED if case.dropout_p else None
     low, adapters = wide(case.dtype), KINDS[case.kind][1]
 
     def call(operations, cast):
-        # What is squared stays the same operation: scaling is part of the size of a term.
         return operations.linear_expand(
             cast(t["x"]), cast(t["weight"]), cast(t["s"], low), cast(t["lora_B"], adapters), SCALING,
             cast(t["bias"]) if case.bias else None, case.dropout_p, seed, transposed=case.transposed,

@@ -1,4 +1,4 @@
-"""Faults planted in the PTX of the fused ``linear_expand``: each is caught, by a fault or a wrong result.
+"""Faults planted in the PTX of the fused ``linear_expand``: each is caught, or gives a wrong result.
 
 The machine may need the right schedule: twenty are tried.
 """
@@ -41,7 +41,9 @@ FAULTS = {
         "all bytes of a tail are read": TAIL,
         "a slab is read before it is there": drop(r"bar\.warp\.sync", 1),
         "a slab is written over the one that is read": drop(r"bar\.warp\.sync", 2),
-        "fragments exchanged": change(r"(mma\.sync\S* \{.*\}, \{)(%r\d+), (%r\d+)", r"\1\3, \2", -1),
+        "fragments exchanged": change(
+            r"(mma\.sync\S* \{.*\}, \{)(%r\d+), (%r\d+)", r"\1\3, \2", -1
+        ),
     },
     "y, the wide tile": {
         "a block fewer is waited for": change(r"wait_group 1;", "wait_group 2;", 1),
@@ -74,7 +76,11 @@ def run(case, seed, edit=None):
     )
 
 
-QUICK = ("no barrier between blocks", "a count that acquires nothing", "all bytes of a tail are read")
+QUICK = (
+    "no barrier between blocks",
+    "a count that acquires nothing",
+    "all bytes of a tail are read",
+)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ operations were measured to reach.
 """
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
-from lorafast.backends.cuda import planning
+from lorafast.backends.cuda import linear_expand, planning
 from lorafast.backends.cuda.launch import CALL_HOST, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
@@ -83,7 +83,7 @@ def fastest(p: Problem, device: Device) -> Launch | None:
 def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
     """What a launch takes."""
     if isinstance(launch, Launch):
-        return _of_kernels(launch, p, device)
+        return (_of_gemm if p.operation == "linear_expand" else _of_kernels)(launch, p, device)
     columns = p.K if p.transposed else p.N
     found = _of_kernels(launch.expand, planning.as_expand(p), device)
     found += base_gemm(p, device, accumulated=not launch.wide)
@@ -93,6 +93,13 @@ def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
         found += work(device, moved=y * (2 * low + size), share=_PASS)
         found += work(device, moved=y * (low + size), share=_PASS)
     return found
+
+
+def _of_gemm(launch: Launch, p: Problem, device: Device) -> Estimate:
+    """The fused ``linear_expand``."""
+    seconds = linear_expand.seconds(linear_expand.shares_of(p, device), p, device) + LAUNCH_SECONDS
+    remark = "rate assumed, not measured"
+    return Estimate(seconds, CALL_HOST, launch.flops, launch.moved, launch.launches, remark)
 
 
 def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:

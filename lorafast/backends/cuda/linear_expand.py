@@ -31,11 +31,21 @@ _MOST_K = 2**28
 _MOST_CTAS = 2**31 - 1
 _ALIGNED = 16
 
+_RATE = 0.9
+"""Of the rate of PyTorch's large GEMMs. Assumed: what is executed (tests/cuda/linear_expand_counts.py)
+keeps tensor cores busy for 98 % of a tile at most."""
+_AROUND = 1.2e-6
+"""Seconds of a tile before and after its main loop, that another CTA of the SM may hide. Assumed."""
+_MASK = 9.5e-11
+"""The same of making an element's mask: 4,400 clocks of an A100 for a wide tile's, counted."""
+_FEW = 2
+"""Tiles an SM, below which K is cut: parts are scratch memory of the size of twice y or more."""
 _MOST_SPLITS = 16
 _LEAST_DEPTH = 256
 """Elements of K that a share has at least."""
 _PARTS = 9e10
-"""Bytes a second at which the last CTA of a tile adds up parts, from L2. Assumed, not measured."""
+"""Bytes a second at which a CTA leaves its part, and the last one of a tile adds them up, in L2.
+Assumed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +74,13 @@ def plan_linear_expand(problem: Problem, device: Device) -> Launch | str:
     reason = why_refused(p, device)
     if reason is not None:
         return reason
-    N, depth = _sizes(p)
-    shares = shares_of(p.M, depth, N, device)
-    size, low = p.dtype.itemsize, wide(p.dtype).itemsize
-    moved = (p.M * p.K + p.N * p.K + p.M * p.N) * size + p.M * p.r * low
+    N, shares = _sizes(p)[0], shares_of(p, device)
     cut = f", K in {shares.splits}" if shares.splits > 1 else ""
     return Launch(
         _run(p, N, shares),
         f"linear_expand: {shares.down} x {shares.across} tiles of {_ROWS} x {shares.tile.columns}{cut}",
-        2.0 * p.M * N * (depth + p.r),
-        float(moved + N * p.r * p.adapter_dtype.itemsize + 8 * shares.partials),
+        2.0 * p.M * (p.K * p.N + N * p.r),
+        moved(shares, p),
     )
 
 
@@ -86,7 +93,9 @@ def why_refused(p: Problem, device: Device) -> str | None:
     if device.capability < _OLDEST:
         return f"the fused linear_expand needs compute capability 8.0, this is {has}"
     if device.capability in _WGMMA:
-        return f"the fused linear_expand multiplies by mma.sync, too slow for compute capability {has}"
+        return (
+            f"the fused linear_expand multiplies by mma.sync, too slow for compute capability {has}"
+        )
     if p.format != DENSE:
         return f"the weight is stored as {p.format}, the fused linear_expand reads a dense one"
     if p.dtype not in _DTYPES:
@@ -98,7 +107,9 @@ def why_refused(p: Problem, device: Device) -> str | None:
     if -(-p.M // _ROWS) * -(-N // _narrowest(device)) > _MOST_CTAS:
         return f"the result is {p.M} x {N}, more than {_MOST_CTAS} tiles"
     if x.rows < _ALIGNED:
-        return f"the rows of {name} aren't aligned to 16 bytes, as the fused linear_expand reads them"
+        return (
+            f"the rows of {name} aren't aligned to 16 bytes, as the fused linear_expand reads them"
+        )
     if max(weight.rows, weight.columns) < _ALIGNED:
         return (
             "neither rows nor columns of the weight are aligned to 16 bytes, as the fused "
@@ -116,35 +127,47 @@ def _narrowest(device: Device) -> int:
     return min(tile.columns for tile in row_of(LINEAR_EXPAND, device.capability))
 
 
-def shares_of(M: int, K: int, N: int, device: Device) -> Shares:
+def shares_of(p: Problem, device: Device) -> Shares:
     """Of the tiles and shares that there are, those that end first."""
-    return min(_possible(M, K, N, device), key=lambda shares: seconds(shares, K, device))
+    return min(_possible(p, device), key=lambda shares: seconds(shares, p, device))
 
 
-def _possible(M: int, K: int, N: int, device: Device) -> Iterator[Shares]:
+def _possible(p: Problem, device: Device) -> Iterator[Shares]:
+    N, depth = _sizes(p)
     for tile in row_of(LINEAR_EXPAND, device.capability):
-        down, across = -(-M // _ROWS), -(-N // tile.columns)
-        most = max(1, min(_MOST_SPLITS, K // _LEAST_DEPTH, device.sms * tile.resident))
+        down, across = -(-p.M // _ROWS), -(-N // tile.columns)
+        few = down * across < _FEW * device.sms
+        most = max(1, min(_MOST_SPLITS, depth // _LEAST_DEPTH)) if few else 1
         for splits in range(1, most + 1):
-            # A cut tile is added up by one CTA: more of them than run at once gain nothing.
-            if splits == 1 or down * across * splits <= device.sms * tile.resident:
-                yield Shares(tile, down, across, splits)
+            yield Shares(tile, down, across, splits)
 
 
-def seconds(shares: Shares, K: int, device: Device) -> float:
-    """What the SM with the most tiles takes. Whether memory keeps up is not asked."""
+def seconds(shares: Shares, p: Problem, device: Device) -> float:
+    """What the SM with the most tiles takes, or memory, whichever is longer."""
     tile, ctas = shares.tile, shares.tiles * shares.splits
-    of_one = 2.0 * _ROWS * tile.columns * -(-K // shares.splits)
-    rate = device.flops * tile.rate / device.sms
-    found = -(-ctas // device.sms) * (of_one / rate + tile.around)
-    if shares.splits > 1:
-        found += (shares.splits + 1) * _ROWS * tile.columns * 4 / _PARTS
-    return found
+    elements = _ROWS * tile.columns
+    main = 2.0 * elements * -(-_sizes(p)[1] // shares.splits) * device.sms / (_RATE * device.flops)
+    around = (_AROUND + _MASK * elements * p.dropout) / tile.resident
+    part = 4 * elements / _PARTS if shares.splits > 1 else 0.0
+    busy = -(-ctas // device.sms) * (main + around + part) + shares.splits * part
+    return max(busy, moved(shares, p) / device.bandwidth)
+
+
+def moved(shares: Shares, p: Problem) -> float:
+    """Bytes to and from memory: operands and the result once, parts twice."""
+    large = (p.M * p.K + p.N * p.K + p.M * p.N) * p.dtype.itemsize
+    factors = p.M * wide(p.dtype).itemsize + _sizes(p)[0] * p.adapter_dtype.itemsize
+    return float(large + factors * p.r + 8 * shares.partials)
 
 
 def _run(p: Problem, N: int, shares: Shares) -> Any:
     M, dtype, masked, transposed = p.M, p.dtype, p.dropout, p.transposed
-    tiles, columns, splits, parts = shares.tiles, shares.tile.columns, shares.splits, shares.partials
+    tiles, columns, splits, parts = (
+        shares.tiles,
+        shares.tile.columns,
+        shares.splits,
+        shares.partials,
+    )
 
     def run(
         x: Tensor,

@@ -69,16 +69,12 @@ SMALL = {
 @dataclass(frozen=True)
 class GemmTile:
     """128 rows and ``columns`` of y, of which an SM holds ``resident`` CTAs by registers and shared
-    memory. ``rate``: the share of the rate of large GEMMs that their main loop is taken to reach;
-    ``around``: seconds of a tile before and after it that nothing hides. Both are assumed."""
+    memory: one fills its ring, or stores y, while the other multiplies."""
 
     columns: int
     resident: int
-    rate: float
-    around: float
 
 
-_WIDE = GemmTile(256, 1, 1.0, 1.0e-6)
-_NARROW = GemmTile(128, 2, 0.95, 0.5e-6)
+_WIDE, _NARROW = GemmTile(256, 1), GemmTile(128, 2)
 LINEAR_EXPAND = {80: (_WIDE, _NARROW), 86: (_NARROW,), 89: (_NARROW,), 120: (_NARROW,)}
 """The wide tile has 144 KB of shared memory, the narrow one 48 KB."""
