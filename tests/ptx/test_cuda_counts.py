@@ -18,6 +18,7 @@ SCALED = [
     Subject("expand", "small", (512, 0, 256, 16), dropout=True),
     Subject("lora_linear", "small", (128, 576, 192, 16)),
     Subject("lora_linear", "decode", (16, 4096, 256, 16)),
+    Subject("linear_expand", "linear_expand", (128, 1024, 256, 16), variant="forward"),
     Subject("mask", "mask", (64, 4096, 0, 0)),
 ]
 LONG = [
@@ -59,6 +60,14 @@ def check(subject, arch):
 @pytest.mark.parametrize("subject", SCALED, ids=named)
 def test_scaled_is_whole(subject):
     check(subject, 80)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86])
+@pytest.mark.parametrize("K", [512, 4096])
+def test_a_fused_gemm_scaled_is_whole(K, arch):
+    """Of sm_90 there is none."""
+    check(Subject("linear_expand", "linear_expand", (256, K, 512, 64), True, "dx"), arch)
 
 
 @pytest.mark.slow
@@ -107,7 +116,7 @@ def test_each_kernel_once_a_size():
     keys = [(s.name, s.family, counts.what_matters(s.operation, *s.sizes)) for s in subjects]
     assert len(set(keys)) == len(keys)
     assert {s.operation for s in subjects} == {
-        "shrink", "expand", "expand_backward", "shrink_backward", "lora_linear", "mask",
+        "shrink", "expand", "linear_expand", "expand_backward", "shrink_backward", "lora_linear", "mask",
     }  # fmt: skip
 
 
