@@ -5,7 +5,8 @@ import torch
 from cards import A100, H200, L4, T4, problem
 from layouts import LAYOUTS, lay_out
 from linear_expand_cases import Case, OnMachine, bits, hold, padded
-from on_machine import launched, needs_nvcc
+from on_machine import Fault, launched, needs_nvcc
+from side_by_side import SideBySide
 from small_cases import BF16, F16, F32, KINDS, SEED
 
 from lorafast import reference
@@ -103,7 +104,10 @@ def test_the_mask_is_everyones(dtype, columns, N):
     assert (y != 0).equal(keep_mask(140, N, 0.3, SEED))
 
 
-@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind in HALVES[1:3])) for kind in HALVES],
+)
 def test_schedules_change_no_bit(kind):
     """Two launches in a row, on the same counters; fewer CTAs at once than there are."""
     case = Case(kind, 150, 600, 140, 20, True, 0.2, splits=3)
@@ -117,6 +121,45 @@ def test_schedules_change_no_bit(kind):
         found.append(machine.linear_expand(x, W, *factors, 0.5, None, 0.2, SEED, transposed=True))
     assert all(bits(y).equal(bits(found[0])) for y in found)
     assert machine.run.launches[0].grid == (12, 1, 1)
+
+
+def two_of(case):
+    """What two launches of a case's sizes are called with."""
+    t = {name: matrix.to(BF16) for name, matrix in case.tensors().items()}
+    x, weight, s, B = t["x"], t["weight"].t(), t["s"], t["lora_B"]
+    return (x, weight, s, B), (x.flip(0), weight, s, B.flip(0))
+
+
+def call_cut(given, counters):
+    tiles = counters.numel()
+    y, partials = torch.empty(140, 136, dtype=BF16), torch.empty(tiles * 2 * 128 * 128)
+    torch.ops.lorafast_cuda.linear_expand(
+        *given, 1.0, None, SEED, 9000, 1.1, y, partials, counters, 128, 2
+    )
+    return y
+
+
+CUT = Case("bf16", 140, 336, 136, 16, True)
+
+
+def test_two_launches_whose_ctas_take_turns():
+    both, alone = two_of(CUT), []
+    for given in both:
+        with launched(80):
+            alone.append(call_cut(given, torch.zeros(4, dtype=torch.int32)))
+    for seed in range(5):
+        counters = [torch.zeros(4, dtype=torch.int32) for _ in both]
+        with SideBySide(80, seed, 1 + seed):
+            found = [call_cut(given, own) for given, own in zip(both, counters, strict=True)]
+        assert all(bits(y).equal(bits(right)) for y, right in zip(found, alone, strict=True))
+        assert not any(own.any() for own in counters)
+
+
+def test_two_launches_on_the_same_counters_are_found_out():
+    one, other = two_of(CUT)
+    common = torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(Fault), SideBySide(80, 3, 4):
+        call_cut(one, common), call_cut(other, common)
 
 
 @pytest.mark.parametrize(
