@@ -4,8 +4,12 @@ import pytest
 import torch
 from cards import A100, H200, L4, T4, problem
 from layouts import LAYOUTS, lay_out
-from linear_expand_cases import Case, OnMachine, bits, hold, padded
+from linear_expand_cases import TILES, Case, OnMachine, bits, hold, padded
+from linear_expand_counts import plain
 from on_machine import Fault, launched, needs_nvcc
+from ptx import cuda_counts
+from ptx.counts import RATES
+from ptx.cuda_counts import Subject
 from side_by_side import SideBySide
 from small_cases import BF16, F16, F32, KINDS, SEED
 
@@ -225,6 +229,41 @@ def test_strides_beyond_2_to_the_31(transposed):
                 found[-1], None, None, 128, 1,
             )  # fmt: skip
     assert bits(found[0]).equal(bits(found[1]))
+
+
+@pytest.mark.parametrize("variant", ["forward", "dx"])
+@pytest.mark.parametrize("columns", [128, 256])
+def test_what_a_tile_takes(columns, variant, monkeypatch):
+    """Tensor cores bound it; no banks collide; x and W come once a tile; beside a plain GEMM's the
+    low-rank term is little. A mask is instructions, beside which the SM's other CTA multiplies."""
+    monkeypatch.setitem(linear_expand.LINEAR_EXPAND, 80, (TILES[columns],))
+    subject = Subject("linear_expand", "linear_expand", (8192, 4096, 4096, 16), variant=variant)
+    row, bare = cuda_counts.count(subject, 80), plain(subject, 80)
+    assert row.tiles == 8192 * 4096 // (128 * columns)
+    assert row.bound == "tensor"
+    assert row.step.conflicts == 0
+    assert row.steps * row.step.sectors * 32 == 2 * 4096 * (128 + columns)
+    assert row.in_flight >= 64 << 10
+    assert sum(row.step.issued.values()) < 2.7 * row.step.issued["tensor"]
+    assert 0.97 * row.cycles["tensor"] > max(v for u, v in row.cycles.items() if u != "tensor")
+    beside = row.tile.minus(bare.tile).cycles(RATES[80], from_l2=True)
+    assert max(beside.values()) < 0.01 * row.cycles["tensor"]
+    assert row.exposed < 0.03 * row.cycles["tensor"]
+
+
+def test_y_is_stored_in_whole_sectors():
+    case = Case("bf16", 256, 64, 256, 16, columns=256)
+    t = {name: matrix.to(BF16) for name, matrix in case.tensors().items()}
+    machine = OnMachine(case)
+    y = machine.linear_expand(t["x"], t["weight"], t["s"], t["lora_B"], 1.0)
+    (ran,) = machine.run.ran()
+    stores = [c for c in ran.counts if c.opcode.startswith("st.global") and c.issued]
+    assert {c.opcode for c in stores} == {"st.global.v4.u32"}
+    assert sum(c.bytes for c in stores) == 2 * y.numel() == 32 * sum(c.sectors for c in stores)
+    for name in ("ldmatrix", "ld.shared", "st.shared", "cp.async"):
+        at = [c for c in ran.counts if c.opcode.startswith(name) and c.issued]
+        assert at
+        assert sum(c.wavefronts for c in at) * 128 == sum(c.bytes for c in at), name
 
 
 ARGUMENTS = {

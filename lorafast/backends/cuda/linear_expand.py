@@ -31,9 +31,6 @@ _MOST_K = 2**28
 _MOST_CTAS = 2**31 - 1
 _ALIGNED = 16
 
-_RATE = 0.9
-"""Of the rate of PyTorch's large GEMMs. Assumed: what is executed (tests/cuda/linear_expand_counts.py)
-keeps tensor cores busy for 98 % of a tile at most."""
 _AROUND = 1.2e-6
 """Seconds of a tile before and after its main loop, that another CTA of the SM may hide. Assumed."""
 _MASK = 9.5e-11
@@ -146,7 +143,9 @@ def seconds(shares: Shares, p: Problem, device: Device) -> float:
     """What the SM with the most tiles takes, or memory, whichever is longer."""
     tile, ctas = shares.tile, shares.tiles * shares.splits
     elements = _ROWS * tile.columns
-    main = 2.0 * elements * -(-_sizes(p)[1] // shares.splits) * device.sms / (_RATE * device.flops)
+    main = (
+        2.0 * elements * -(-_sizes(p)[1] // shares.splits) * device.sms / (tile.rate * device.flops)
+    )
     around = (_AROUND + _MASK * elements * p.dropout) / tile.resident
     part = 4 * elements / _PARTS if shares.splits > 1 else 0.0
     busy = -(-ctas // device.sms) * (main + around + part) + shares.splits * part
