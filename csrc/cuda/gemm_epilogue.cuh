@@ -78,11 +78,9 @@ __device__ __forceinline__ void add_bias(float (&acc)[kSlabs][kTiles][4], const 
   }
 }
 
-// Bytes of shared memory through which a slab is stored: 16 behind each row, so that eight rows lie in all banks.
-template <class T, int kTiles>
-constexpr int kSlabRow = 8 * kTiles * static_cast<int>(sizeof(T)) + 16;
-template <class T, int kTiles>
-constexpr int kSlabBytes = 16 * kSlabRow<T, kTiles>;
+// Bytes of shared memory through which a slab is stored, 128 of each row at a time. Behind them are 16 more, so that
+// eight rows lie in all banks.
+constexpr int kSlabRow = 128 + 16, kSlabBytes = 16 * kSlabRow;
 
 // Rounds a slab and stores it at (row, col) of y [M, N], contiguous. `shared`: kSlabBytes of this warp alone, aligned
 // to 16 bytes. `vector`: rows of y begin at multiples of 16 bytes. The whole warp calls it.
@@ -90,32 +88,41 @@ template <class T, int kTiles>
 __device__ __forceinline__ void store_slab(
     T* y, const float (&acc)[kTiles][4], char* shared, int64_t row, int64_t col, int64_t M, int64_t N,
     bool vector) {
-  static_assert(sizeof(T) == 2, "two neighbours are a word");
-  constexpr int kChunks = kTiles, kRow = kSlabRow<T, kTiles>;  // of 16 bytes, which a tile's row has
-  static_assert(32 % kChunks == 0, "each lane stores one column of chunks");
+  constexpr int kSize = sizeof(T), kEach = 128 / (8 * kSize);  // tiles at a time
+  constexpr int kOfChunk = 16 / kSize;
+  static_assert(kTiles % kEach == 0, "rows of 128 bytes");
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-  __syncwarp();  // the last slab has been read
+  char* const own = shared + g * kSlabRow + 2 * kSize * t;
+  const char* const first = shared + lane / 8 * kSlabRow + lane % 8 * 16;
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
+  for (int part = 0; part < kTiles / kEach; ++part) {
+    __syncwarp();  // what was here has been read
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      *reinterpret_cast<uint32_t*>(shared + (g + 8 * half) * kRow + 16 * j + 4 * t) =
-          pack_two<T>(acc[j][2 * half], acc[j][2 * half + 1]);
+    for (int j = 0; j < kEach; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float (&tile)[4] = acc[part * kEach + j];
+        char* const at = own + 8 * half * kSlabRow + 8 * kSize * j;
+        if constexpr (kSize == 2) {
+          *reinterpret_cast<uint32_t*>(at) = pack_two<T>(tile[2 * half], tile[2 * half + 1]);
+        } else {
+          *reinterpret_cast<float2*>(at) = make_float2(tile[2 * half], tile[2 * half + 1]);
+        }
+      }
     }
-  }
-  __syncwarp();
-  constexpr int kRows = 32 / kChunks;  // that the warp stores at a time
-  const int64_t n = col + lane % kChunks * 8;
-  T* to = y + (row + lane / kChunks) * N + n;
-  const char* from = shared + lane / kChunks * kRow + lane % kChunks * 16;
+    __syncwarp();
+    const int64_t n = col + part * (8 * kEach) + lane % 8 * kOfChunk;
+    T* to = y + (row + lane / 8) * N + n;
+    const char* from = first;
 #pragma unroll
-  for (int i = 0; i < 16 / kRows; ++i, to += kRows * N, from += kRows * kRow) {
-    if (row + lane / kChunks + i * kRows >= M) break;
-    if (vector && n + 8 <= N) {
-      ptx::store_16(to, *reinterpret_cast<const uint4*>(from));
-    } else {
+    for (int i = 0; i < 4; ++i, to += 4 * N, from += 4 * kSlabRow) {
+      if (row + lane / 8 + 4 * i >= M) break;
+      if (vector && n + kOfChunk <= N) {
+        ptx::store_16(to, *reinterpret_cast<const uint4*>(from));
+      } else {
 #pragma unroll 1
-      for (int e = 0; e < 8 && n + e < N; ++e) to[e] = reinterpret_cast<const T*>(from)[e];
+        for (int e = 0; e < kOfChunk && n + e < N; ++e) to[e] = reinterpret_cast<const T*>(from)[e];
+      }
     }
   }
 }

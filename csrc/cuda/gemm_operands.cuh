@@ -1,8 +1,8 @@
 // The operands of a GEMM in shared memory: where 16-byte chunks of a block lie, who copies them, and how a warp loads
 // them as fragments of mma.sync. Sizes are in bytes: 16 bits and TF32 lie alike, an mma.sync takes 32 bytes of K.
 //
-// Chunks of a row are exchanged by an XOR with its number, so that the eight rows of a matrix of ldmatrix lie in all
-// banks, as do the chunks that eight lanes copy.
+// Chunks of a row are exchanged by an XOR with its number, so that what a warp loads at a time lies in all banks: eight
+// rows of a matrix of ldmatrix, or four of words. The chunks that eight lanes copy do, too.
 #pragma once
 
 #include <cstdint>
@@ -16,20 +16,23 @@ namespace lorafast::cuda {
 constexpr int kChunk = 16;      // bytes
 constexpr int kStepBytes = 32;  // of K, that an mma.sync takes
 
-// Where chunk `chunk` of a row lies in it. Two rows of 64 bytes share the banks that others have alone.
-template <int kRowBytes>
+// Where chunk `chunk` of a row lies in it. Two rows of 64 bytes share the banks that others have alone. kWords: words of
+// four rows are loaded at a time.
+template <int kRowBytes, bool kWords = false>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "rows fill the banks");
+  if (kWords) return chunk ^ 2 * (row & 3);
   return kRowBytes == 64 ? chunk ^ (row / 2 & 3) : chunk ^ (row & 7);
 }
 
 // A thread's part of the copies by kThreads of a matrix into blocks of kRows rows of kRowBytes: one chunk of every
 // kApart-th row.
-// kAlong: whether blocks follow each other along the rows, else down the columns.
-template <int kThreads, int kRows, int kRowBytes, bool kAlong>
+// kAlong: whether blocks follow each other along the rows, else down the columns. kWords: as `swizzled` has it.
+template <int kThreads, int kRows, int kRowBytes, bool kAlong, bool kWords = false>
 struct BlockCopies {
   static constexpr int kChunks = kRowBytes / kChunk, kApart = kThreads / kChunks, kCount = kRows / kApart;
-  static_assert(kApart % 8 == 0 && kRows % kApart == 0, "a thread's chunks lie at one place of their rows");
+  static_assert(
+      kApart % (kWords ? 4 : 8) == 0 && kRows % kApart == 0, "a thread's chunks lie at one place of their rows");
 
   const char* from;  // what is copied next
   int to;            // in a block, of the first of them
@@ -40,7 +43,7 @@ struct BlockCopies {
   __device__ __forceinline__ BlockCopies(const void* matrix, int64_t row_bytes, int64_t rows, int64_t bytes) {
     const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
     from = static_cast<const char*>(matrix) + row * row_bytes + kChunk * chunk;
-    to = row * kRowBytes + kChunk * swizzled<kRowBytes>(row, chunk);
+    to = row * kRowBytes + kChunk * swizzled<kRowBytes, kWords>(row, chunk);
     const int64_t count = (rows - row + kApart - 1) / kApart, of_chunk = bytes - kChunk * chunk;
     constexpr int64_t kMost = INT32_MAX;
     inside = static_cast<int>(count < 0 ? 0 : count > kMost ? kMost : count);
@@ -114,6 +117,31 @@ struct FragmentsAlongN {
     // A warp begins at a multiple of its columns: two chunks of it are further by an XOR.
     ptx::load_matrices_transposed_at(
         to, block + row + (flip ^ static_cast<uint32_t>(2 * kChunk * i)) + step * (16 * kRowBytes));
+  }
+};
+
+// The same of B in float32, a word at a time: ldmatrix transposes 16 bits alone.
+template <int kRowBytes>
+struct WordsAlongN {
+  uint32_t row, flip;
+
+  __device__ static __forceinline__ WordsAlongN of_b(int first) {
+    const int g = static_cast<int>(threadIdx.x % 32 / 4), k = static_cast<int>(threadIdx.x % 4);
+    return {
+        static_cast<uint32_t>(k * kRowBytes + 4 * (g % 4)),
+        static_cast<uint32_t>(kChunk * swizzled<kRowBytes, true>(k, first / 4 + g / 4))};
+  }
+
+  __device__ __forceinline__ void load(uint32_t (&to)[4], uint32_t block, int i, int step) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Computed again each time: registers are scarce.
+      const uint32_t turned = static_cast<uint32_t>(ptx::again(static_cast<int>(flip)));
+      const uint32_t at =
+          block + row + (turned ^ static_cast<uint32_t>(2 * kChunk * (2 * i + half))) + step * (8 * kRowBytes);
+      to[2 * half] = ptx::load_word_at(at);
+      to[2 * half + 1] = ptx::load_word_at(at + 4 * kRowBytes);
+    }
   }
 };
 

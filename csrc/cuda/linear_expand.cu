@@ -85,6 +85,20 @@ struct Fragments {
     for (int i = 0; i < Tile::kSlabs; ++i) of_a.load(a[i], stage, i, step);
   }
 
+  // To numbers of TF32: tensor cores would cut off what they don't read.
+  __device__ __forceinline__ void round() {
+#pragma unroll
+    for (int i = 0; i < Tile::kTiles / 2; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) b[i][k] = nearest_tf32(__uint_as_float(b[i][k]));
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kSlabs; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) a[i][k] = nearest_tf32(__uint_as_float(a[i][k]));
+    }
+  }
+
   template <class T>
   __device__ __forceinline__ void multiply_onto(float (&acc)[Tile::kSlabs][Tile::kTiles][4]) const {
 #pragma unroll
@@ -175,8 +189,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   using CopiesX = BlockCopies<Tile::kThreads, Tile::kM, Tile::kBytes, true>;
   using CopiesW = std::conditional_t<
       kByRows, BlockCopies<Tile::kThreads, Tile::kN, Tile::kBytes, true>,
-      BlockCopies<Tile::kThreads, kBlockK, Tile::kN * kSize, false>>;
-  using FragmentsW = std::conditional_t<kByRows, FragmentsAlongK<Tile::kBytes>, FragmentsAlongN<Tile::kN * kSize>>;
+      BlockCopies<Tile::kThreads, kBlockK, Tile::kN * kSize, false, kSize == 4>>;
+  using AlongN = std::conditional_t<kSize == 4, WordsAlongN<Tile::kN * kSize>, FragmentsAlongN<Tile::kN * kSize>>;
+  using FragmentsW = std::conditional_t<kByRows, FragmentsAlongK<Tile::kBytes>, AlongN>;
 
   char* const shared = reinterpret_cast<char*>(linear_expand_shared);
   const uint32_t ring = ptx::shared_address(shared);
@@ -233,16 +248,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       }
       // After the last block nobody needs these.
       of[(step + 1) % 2].load(of_x, of_w, read, (step + 1) % kSteps);
+      if constexpr (kSize == 4) of[step % 2].round();
       of[step % 2].template multiply_onto<T>(acc);
     }
   }
 
   if (p.splits > 1 && !add_parts<Tile>(acc, p, place)) return;
   // The block before the last one has been read by all; what `read` is at now by some warps not yet.
-  static_assert(
-      kStages == 3 && Tile::kStage >= Tile::kThreads / 32 * kSlabBytes<T, Tile::kTiles>, "there is room");
-  char* const free =
-      shared + ((read == last ? ring : read + Tile::kStage) - ring) + warp * kSlabBytes<T, Tile::kTiles>;
+  static_assert(kStages == 3 && Tile::kStage >= Tile::kThreads / 32 * kSlabBytes, "there is room");
+  char* const free = shared + ((read == last ? ring : read + Tile::kStage) - ring) + warp * kSlabBytes;
 #pragma unroll
   for (int i = 0; i < Tile::kSlabs; ++i) {
     store_slab(static_cast<T*>(p.y), acc[i], free, row + warp_row + 16 * i, col + warp_col, p.M, p.N, p.vector_y);
@@ -313,9 +327,6 @@ void linear_expand(
   check_matrix("lora_B", lora_B, N, r, device);
   check_output("y", y, M, N, device);
   const Dtype dtype = dtype_of(x);
-  STD_TORCH_CHECK(
-      dtype != Dtype::float32, "x has dtype ", torch::headeronly::toString(x.scalar_type()),
-      ", expected bfloat16 or float16");
   for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("weight", weight), {"y", y}}) {
     STD_TORCH_CHECK(
         dtype_of(tensor) == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
@@ -329,7 +340,10 @@ void linear_expand(
   check_seed(seed, threshold, device);
   STD_TORCH_CHECK(r < INT64_C(1) << 20, "r is ", r, ", expected less than ", INT64_C(1) << 20);
   STD_TORCH_CHECK(K < INT64_C(1) << 28, "K is ", K, ", expected less than ", INT64_C(1) << 28);
-  STD_TORCH_CHECK(columns == 128 || columns == 256, "columns is ", columns, ", expected 128 or 256");
+  const bool single = dtype == Dtype::float32;
+  STD_TORCH_CHECK(
+      columns == 128 || (columns == 256 && !single), "columns is ", columns, ", expected 128",
+      single ? " in float32" : " or 256");
   STD_TORCH_CHECK(lies_along(x, 1), "the rows of x aren't contiguous and aligned to 16 bytes");
   const bool by_rows = lies_along(weight, 1);
   STD_TORCH_CHECK(
@@ -337,7 +351,8 @@ void linear_expand(
       "neither the rows nor the columns of weight are contiguous and aligned to ", kChunk, " bytes");
   if (M == 0 || N == 0) return;
 
-  const int64_t of_block = columns == 256 ? WideTile::kBytes / 2 : NarrowTile::kBytes / 2;
+  const int64_t size = static_cast<int64_t>(x.element_size());
+  const int64_t of_block = (columns == 256 ? WideTile::kBytes : NarrowTile::kBytes) / size;
   const int64_t blocks = (K + of_block - 1) / of_block;
   const int64_t down = (M + 127) / 128, across = (N + columns - 1) / columns;
   const int64_t most_splits = std::max<int64_t>(std::min<int64_t>(blocks, kMostSplits), 1);
@@ -350,7 +365,6 @@ void linear_expand(
     check_memory("counters", counters, ScalarType::Int, down * across, device);
   }
   const bool masked = seed.has_value() && threshold > 0;
-  const int64_t size = static_cast<int64_t>(x.element_size());
   LinearExpandParams p{};
   p.x = x.const_data_ptr();
   p.w = weight.const_data_ptr();
@@ -373,10 +387,12 @@ void linear_expand(
   const OnDevice on(device);
   const auto with_tile = [&](auto element) {
     using T = decltype(element);
-    if (columns == 256) by_rows ? start<T, WideTile, true>(p, on) : start<T, WideTile, false>(p, on);
-    else by_rows ? start<T, NarrowTile, true>(p, on) : start<T, NarrowTile, false>(p, on);
+    if constexpr (sizeof(T) == 2) {
+      if (columns == 256) return by_rows ? start<T, WideTile, true>(p, on) : start<T, WideTile, false>(p, on);
+    }
+    by_rows ? start<T, NarrowTile, true>(p, on) : start<T, NarrowTile, false>(p, on);
   };
-  bf16 ? with_tile(bfloat16()) : with_tile(float16());
+  with_type(x, with_tile);
 }
 
 }  // namespace lorafast::cuda

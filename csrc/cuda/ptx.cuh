@@ -141,6 +141,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[2], cons
                : "memory");
 }
 
+// A word, by an address in the window of shared memory.
+__device__ __forceinline__ uint32_t load_word_at(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
 // Four matrices, by addresses in the window of shared memory: as they are, and each transposed.
 __device__ __forceinline__ void load_matrices_at(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -126,7 +126,7 @@ class OnMachine:
 
 def bits(tensor: Tensor) -> Tensor:
     """NaN is equal to itself, and 0 is not −0."""
-    return tensor.view(torch.int16)
+    return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32)
 
 
 def hold(case: Case, times: int = 1, **options: Any) -> OnMachine:

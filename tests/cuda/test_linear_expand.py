@@ -127,6 +127,36 @@ def test_schedules_change_no_bit(kind):
     assert machine.run.launches[0].grid == (12, 1, 1)
 
 
+def tf32(x):
+    """To nearest, ties away from zero."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(F32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("fp32", 130, 70, 137, 20, bias=True),
+        Case("fp32", 40, 70, 200, 5, True, 0.3),
+        pytest.param(Case("fp32", 140, 130, 72, 33, splits=2, arch=86), marks=pytest.mark.slow),
+        pytest.param(
+            Case("fp32", 20, 400, 260, 16, True, splits=3, arch=120), marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_float32_is_rounded_to_tf32_and_no_further(case):
+    t = {name: matrix.to(F32) for name, matrix in case.tensors().items()}
+    seed, bias = SEED if case.dropout_p else None, t.pop("bias", None)
+    more = {"transposed": case.transposed}
+    mask = case.dropout_p, seed
+    y = OnMachine(case).linear_expand(*t.values(), 0.75, bias, *mask, **more)
+    rounded = [tf32(matrix).double() for matrix in t.values()]
+    b64 = None if bias is None else bias.double()
+    exact = reference.linear_expand(*rounded, 0.75, b64, *mask, **more)
+    assert y.dtype is F32
+    assert (y.double() - exact).norm() <= 4 * torch.finfo(F32).eps * exact.norm()
+
+
 def two_of(case):
     """What two launches of a case's sizes are called with."""
     t = {name: matrix.to(BF16) for name, matrix in case.tensors().items()}
@@ -276,7 +306,7 @@ SCRATCH = {"partials": torch.ones(3 * 128 * 128), "counters": torch.zeros(1, dty
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"x": torch.ones(4, 96)}, "x has dtype Float, expected bfloat16 or float16"),
+        ({"x": torch.ones(4, 96)}, "weight has dtype BFloat16, expected Float beside x"),
         ({"weight": torch.ones(8, 96)}, "weight has dtype Float, expected BFloat16 beside x"),
         ({"weight": torch.ones(8, 88, dtype=BF16)}, "weight is 8 x 88, expected 8 x 96"),
         ({"s": torch.ones(4, 2)}, "s has dtype Float, expected bfloat16 beside x"),
@@ -342,6 +372,10 @@ class TestPlan:
         for found in y:
             assert contract.why_broken(found, eager, exact) is None
 
+    def test_float32_where_it_may_be_rounded(self):
+        p = problem("linear_expand", dtype=F32, tf32=True)
+        assert "128 x 128" in linear_expand.plan_linear_expand(p, A100).line
+
     def test_what_it_reckons_with(self):
         launch = linear_expand.plan_linear_expand(problem("linear_expand"), A100)
         assert launch.flops == 2 * 8192 * 4096 * (4096 + 16)
@@ -353,7 +387,12 @@ class TestPlan:
         [
             ({}, T4, "needs compute capability 8.0, this is 7.5"),
             ({}, H200, "multiplies by mma.sync, too slow for compute capability 9.0"),
-            ({"dtype": F32}, A100, "x has dtype torch.float32, the fused linear_expand takes"),
+            (
+                {"dtype": torch.float64},
+                A100,
+                "x has dtype torch.float64, the fused linear_expand takes",
+            ),
+            ({"dtype": F32}, A100, "x is in float32, which the fused linear_expand rounds to TF32"),
             ({"format": "nf4"}, A100, "the weight is stored as nf4"),
             ({"r": 0}, A100, "r is 0, the fused linear_expand takes 1 to"),
             ({"K": 2**28}, L4, "the sums have 268435456 terms"),

@@ -23,7 +23,9 @@ from lorafast.reference.dropout import survivor_scale, threshold
 _OLDEST = 80
 _WGMMA = range(90, 120)
 """Compute capabilities whose tensor cores reach their speed by other instructions alone."""
-_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SINGLE = 128
+"""Columns of the tiles that there are in float32."""
 _ROWS = 128
 """Of a tile."""
 _MOST_RANKS = 2**20
@@ -96,12 +98,17 @@ def why_refused(p: Problem, device: Device) -> str | None:
     if p.format != DENSE:
         return f"the weight is stored as {p.format}, the fused linear_expand reads a dense one"
     if p.dtype not in _DTYPES:
-        return f"{name} has dtype {p.dtype}, the fused linear_expand takes bfloat16 and float16"
+        return f"{name} has dtype {p.dtype}, the fused linear_expand takes bfloat16, float16 and float32"
+    if p.dtype is torch.float32 and not p.tf32:
+        return (
+            f"{name} is in float32, which the fused linear_expand rounds to TF32, and PyTorch may not: "
+            "torch.backends.cuda.matmul.allow_tf32 is False"
+        )
     if not 1 <= p.r < _MOST_RANKS:
         return f"r is {p.r}, the fused linear_expand takes 1 to {_MOST_RANKS - 1}"
     if depth >= _MOST_K:
         return f"the sums have {depth} terms, in the fused linear_expand fewer than {_MOST_K}"
-    if -(-p.M // _ROWS) * -(-N // _narrowest(device)) > _MOST_CTAS:
+    if -(-p.M // _ROWS) * -(-N // _SINGLE) > _MOST_CTAS:
         return f"the result is {p.M} x {N}, more than {_MOST_CTAS} tiles"
     if x.rows < _ALIGNED:
         return (
@@ -120,10 +127,6 @@ def _sizes(p: Problem) -> tuple[int, int]:
     return (p.K, p.N) if p.transposed else (p.N, p.K)
 
 
-def _narrowest(device: Device) -> int:
-    return min(tile.columns for tile in row_of(LINEAR_EXPAND, device.capability))
-
-
 def shares_of(p: Problem, device: Device) -> Shares:
     """Of the tiles and shares that there are, those that end first."""
     return min(_possible(p, device), key=lambda shares: seconds(shares, p, device))
@@ -132,6 +135,8 @@ def shares_of(p: Problem, device: Device) -> Shares:
 def _possible(p: Problem, device: Device) -> Iterator[Shares]:
     N, depth = _sizes(p)
     for tile in row_of(LINEAR_EXPAND, device.capability):
+        if p.dtype is torch.float32 and tile.columns != _SINGLE:
+            continue
         down, across = -(-p.M // _ROWS), -(-N // tile.columns)
         few = down * across < _FEW * device.sms
         most = max(1, min(_MOST_SPLITS, depth // _LEAST_DEPTH)) if few else 1
@@ -143,9 +148,8 @@ def seconds(shares: Shares, p: Problem, device: Device) -> float:
     """What the SM with the most tiles takes, or memory, whichever is longer."""
     tile, ctas = shares.tile, shares.tiles * shares.splits
     elements = _ROWS * tile.columns
-    main = (
-        2.0 * elements * -(-_sizes(p)[1] // shares.splits) * device.sms / (tile.rate * device.flops)
-    )
+    rate = tile.rate * device.rate(p.dtype, p.tf32) / device.sms
+    main = 2.0 * elements * -(-_sizes(p)[1] // shares.splits) / rate
     around = (_AROUND + _MASK * elements * p.dropout) / tile.resident
     part = 4 * elements / _PARTS if shares.splits > 1 else 0.0
     busy = -(-ctas // device.sms) * (main + around + part) + shares.splits * part
