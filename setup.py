@@ -172,7 +172,7 @@ def nvcc_flags(compiler: list[str]) -> list[str]:
     for architecture in cuda_architectures(compiler):
         flags += code_for(architecture)
     if accepts(compiler, [SMALL]):
-        flags.append(SMALL)
+        flags += [SMALL, "-DLORAFAST_COMPRESSED"]
     asked = words("CXXFLAGS")
     if "-Werror" in asked:
         flags += ["-Werror=all-warnings", "-Xptxas=--warn-on-spills"]

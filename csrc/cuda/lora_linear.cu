@@ -12,6 +12,7 @@
 #include "eight.cuh"
 #include "operations.h"
 #include "ptx.cuh"
+#include "tf32.cuh"
 
 namespace lorafast::cuda {
 
@@ -218,8 +219,8 @@ __device__ __forceinline__ void multiply_chunk(
   }
 }
 
-// Two chunks of float32 as pairs of TF32, in the order of two fragments or, of W, of four.
-__device__ __forceinline__ void split_chunks(Tf32Pair (&to)[8], const uint4& first, const uint4& second) {
+// Two chunks of float32 in parts of TF32, in the order of two fragments or, of W, of four.
+__device__ __forceinline__ void split_chunks(Tf32Parts (&to)[8], const uint4& first, const uint4& second) {
   const float v[8] = {__uint_as_float(first.x),  __uint_as_float(second.x), __uint_as_float(first.y),
                       __uint_as_float(second.y), __uint_as_float(first.z),  __uint_as_float(second.z),
                       __uint_as_float(first.w),  __uint_as_float(second.w)};
@@ -227,30 +228,26 @@ __device__ __forceinline__ void split_chunks(Tf32Pair (&to)[8], const uint4& fir
 }
 
 struct Pairs {
-  Tf32Pair of[8];
+  Tf32Parts of[8];
 
   __device__ __forceinline__ Pairs(const uint4& row, const uint4& below) { split_chunks(of, row, below); }
 };
 
-// c += x·wᵀ of the block in float32: 12 products summed apart, small ones first.
+// c += x·wᵀ of the block in float32, summed apart, small products first.
 __device__ __forceinline__ void multiply_block(float (&c)[4], const Pairs (&x)[2], const uint4 (&w)[2]) {
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  Tf32Pair b[8];  // of the chunks first and second, x y z w: at 2·(place of x …) and one behind
+  Tf32Parts b[8];  // of the chunks first and second, x y z w: at 2·(place of x …) and one behind
   split_chunks(b, w[0], w[1]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Tf32Pair* const a = x[i / 2].of + 4 * (i % 2);
-    const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-    const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-    ptx::multiply_tf32(part, low, b[4 * (i % 2) + i / 2].high, b[4 * (i % 2) + 2 + i / 2].high);
-    ptx::multiply_tf32(part, high, b[4 * (i % 2) + i / 2].low, b[4 * (i % 2) + 2 + i / 2].low);
+    const Tf32Parts* const of = b + 4 * (i % 2) + i / 2;
+    add_small<false, false>(part, x[i / 2].of + 4 * (i % 2), of[0], of[2]);
   }
   keep_finite(part);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Tf32Pair* const a = x[i / 2].of + 4 * (i % 2);
-    const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-    ptx::multiply_tf32(part, high, b[4 * (i % 2) + i / 2].high, b[4 * (i % 2) + 2 + i / 2].high);
+    const Tf32Parts* const of = b + 4 * (i % 2) + i / 2;
+    add_large(part, x[i / 2].of + 4 * (i % 2), of[0], of[2]);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] += part[i];
@@ -260,23 +257,24 @@ __device__ __forceinline__ float half_of(uint32_t two, int i) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(i == 0 ? two & 0xFFFFu : two >> 16)));
 }
 
-// c += x·aᵀ of the block, x in float16 and A in float32: x is in TF32 already, A is the sum of two such.
+// c += x·aᵀ of the block, x in float16 and A in float32: x is in TF32 already, A is the sum of three such.
 __device__ __forceinline__ void multiply_wide(float (&c)[4], const Elements& x, const uint4 (&a)[4]) {
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  Tf32Pair pairs[2][8];
+  Tf32Parts parts[2][8];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) split_chunks(pairs[i], a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 2; ++i) split_chunks(parts[i], a[2 * i], a[2 * i + 1]);
 #pragma unroll
   for (int low = 1; low >= 0; --low) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint4 &up = x.row[i / 4], &down = x.below[i / 4];
       const uint32_t u[4] = {up.x, up.y, up.z, up.w}, d[4] = {down.x, down.y, down.z, down.w};
-      const uint32_t two[4] = {
-          __float_as_uint(half_of(u[i % 4], 0)), __float_as_uint(half_of(d[i % 4], 0)),
-          __float_as_uint(half_of(u[i % 4], 1)), __float_as_uint(half_of(d[i % 4], 1))};
-      const Tf32Pair* const of = pairs[i / 4] + 4 * (i % 2) + i / 2 % 2;
-      ptx::multiply_tf32(part, two, low ? of[0].low : of[0].high, low ? of[2].low : of[2].high);
+      const Tf32Parts two[4] = {
+          whole_tf32(half_of(u[i % 4], 0)), whole_tf32(half_of(d[i % 4], 0)), whole_tf32(half_of(u[i % 4], 1)),
+          whole_tf32(half_of(d[i % 4], 1))};
+      const Tf32Parts* const of = parts[i / 4] + 4 * (i % 2) + i / 2 % 2;
+      if (low) add_small<true, false>(part, two, of[0], of[2]);
+      else add_large(part, two, of[0], of[2]);
     }
     if (low) keep_finite(part);
   }
@@ -430,9 +428,9 @@ __device__ __forceinline__ void add_low_rank(
       if (8 * tile >= p.r) break;
       const float2 v = *reinterpret_cast<const float2*>(b + 8 * tile);
       const float all[6] = {v.x, v.y, s[tile][0], s[tile][2], s[tile][1], s[tile][3]};
-      Tf32Pair of[6];
+      Tf32Parts of[6];
       split_all(of, all);
-      const Tf32Pair pairs[2] = {of[0], of[1]}, a[4] = {of[2], of[3], of[4], of[5]};
+      const Tf32Parts pairs[2] = {of[0], of[1]}, a[4] = {of[2], of[3], of[4], of[5]};
       multiply_split(low, a, pairs, p.b_type != Dtype::float32);
     }
   }

@@ -319,7 +319,7 @@ def whole_layers(monkeypatch):
         plans = list(planning.FAMILIES["lora_linear"])
         for i, launch in enumerate((decode, small)):
             if launch is not None:
-                plans[i] = lambda p, device, launch=launch: launch
+                plans[i] = lambda p, device, fixed, launch=launch: launch
         monkeypatch.setitem(planning.FAMILIES, "lora_linear", tuple(plans))
 
     return answer
@@ -332,7 +332,7 @@ def test_a_training_step_gets_its_s_from_the_launch(on, monkeypatch):
     monkeypatch.setitem(
         planning.FAMILIES,
         "lora_linear",
-        (lambda p, device: wants.append((p.graph, p.wants)) or cuda_families.whole(p),),
+        (lambda p, device, fixed: wants.append((p.graph, p.wants)) or cuda_families.whole(p),),
     )
     for graph in (True, False):
         BACKEND.plan(problem("lora_linear", M=64, K=256, N=256, wants=("y",), graph=graph))
@@ -435,6 +435,27 @@ def test_linear_expand_is_fused_where_that_takes_less(on, dtype, monkeypatch):
     for device, other in ((H200, dtype), (A100, torch.float32)):
         on(device)
         assert len(BACKEND.plan(problem("linear_expand", dtype=other)).launches) > 1
+
+
+@pytest.mark.parametrize(
+    ("fixed", "launches"),
+    [
+        ({"fused": 0}, "addmm_"),
+        ({"fused": 1, "columns": 128, "splits": 1}, "tiles of 128 x 128"),
+        ({"fused": 1, "columns": 256, "splits": 2}, "tiles of 128 x 256, K in 2"),
+    ],
+)
+def test_linear_expand_may_be_chosen(on, fixed, launches, monkeypatch):
+    """By ``lorafast tune``, which measures both: whichever the model takes is where it begins."""
+    monkeypatch.setattr(planning, "FAMILIES", REAL)
+    on(A100)
+    p = problem("linear_expand")
+    assert launches in " ".join(Cuda(fixed).plan(p).launches)
+    found = [launch.choices for launch in planning.launches_of(p, A100)]
+    assert [of["fused"] for of in found] == [1, 0]
+    refused = Cuda({"fused": 1, "columns": 64}).plan(p)
+    assert refused == Refusal("cuda", "fused can't be 1, the launch has 0")
+    assert planning.launches_of(p, A100, {"columns": 64})[0].startswith("columns can't be 64")
 
 
 def test_the_low_rank_term_of_dx_reads_a_as_it_is_stored():

@@ -74,6 +74,21 @@ def test_these_are_all_operations():
 
 
 @pytest.mark.parametrize("operation", CALLS)
+def test_a_device_that_is_too_old(operation):
+    """Its code would trap, after which a process has no CUDA any more. Mask and decoding serve it."""
+    launchers()
+    if operation == "mask" or "decode" in operation:
+        with launched(75) as run:
+            CALLS[operation]()
+        assert len(run.launches) == 1
+        return
+    said = f"{operation} needs compute capability 8.0, and cuda.* has 7.5"
+    with launched(75) as run, pytest.raises(RuntimeError, match=said):
+        CALLS[operation]()
+    assert not run.launches
+
+
+@pytest.mark.parametrize("operation", CALLS)
 def test_a_tensor_on_another_device(operation):
     launchers()
     with Calls() as calls:

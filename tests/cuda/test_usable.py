@@ -3,8 +3,9 @@
 import ctypes
 
 import pytest
-from launchers import FAKE_STREAM, launchers
+from launchers import CSRC, FAKE_RUNTIME, FAKE_STREAM, HOST_FLAGS, _Device, _linked, launchers
 from on_machine import needs_nvcc
+from ptx import nvcc
 
 pytestmark = needs_nvcc
 
@@ -73,6 +74,34 @@ CASES = [
 def test_it_is_not(why_unusable, what, said):
     major, minor = divmod(built_with() // 10, 100)
     assert why_unusable(**what) == said.format(cuda=f"{major}.{minor}")
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        (
+            12030,
+            "their code is compressed, which drivers for CUDA 12.4 or later read, and the driver is for "
+            "CUDA 12.3: update the driver",
+        ),
+        (12040, ""),
+        (
+            11080,
+            "they were built with CUDA 12.8, and the driver is for CUDA 11.8: update the driver",
+        ),
+    ],
+)
+def test_compressed_code_needs_a_newer_driver(driver, said):
+    """As nvcc 12.8 builds it, which is the first that compresses."""
+    played = (*HOST_FLAGS, "-DLORAFAST_COMPRESSED", "-DLORAFAST_TOOLKIT=12080")
+    files = (CSRC / "usable.cu", played), (FAKE_RUNTIME, HOST_FLAGS)
+    library = ctypes.CDLL(
+        _linked(tuple(nvcc.compiled(f, flags, "-host", ".o") for f, flags in files))
+    )
+    library.fake_device(ctypes.byref(_Device(8, 0, 108, 0, driver, FAKE_STREAM)))
+    ask = library.lorafast_cuda_why_unusable
+    ask.restype = ctypes.c_char_p
+    assert ask(0).decode() == said
 
 
 def test_no_error_is_left_behind(why_unusable):

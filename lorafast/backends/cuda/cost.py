@@ -6,9 +6,9 @@ there. Shares are assumptions; those of skinny operations are below what Triton'
 operations were measured to reach.
 """
 
-from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
+from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
 from lorafast.backends.cuda import linear_expand, planning
-from lorafast.backends.cuda.launch import CALL_HOST, Launch
+from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
@@ -60,29 +60,31 @@ def estimate(problem: Problem, device: Device) -> Estimate | None:
     return None if isinstance(launch, str) else of(launch, p, device)
 
 
-def launch_of(p: Problem, device: Device) -> Launch | Hybrid | str:
-    """What serves an operation, or why nothing does."""
-    answers: list[Launch | Hybrid | str] = [*planning.launches_of(p, device)]
-    if p.operation == "linear_expand":
-        answers.append(planning.plan_hybrid(p, device))
-    found = [answer for answer in answers if not isinstance(answer, str)]
+def launch_of(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
+    """What serves an operation, with these choices, or why nothing does."""
+    answers = planning.launches_of(p, device, fixed)
+    found = [answer for answer in answers if isinstance(answer, Launch)]
     return min(found, key=lambda launch: of(launch, p, device).seconds, default=answers[-1])
 
 
-def fastest(p: Problem, device: Device) -> Launch | None:
-    """Of the launches that serve a whole layer the one with the fewest seconds."""
-    found = [a for a in planning.launches_of(p, device) if isinstance(a, Launch)]
+def fastest(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | None:
+    """Of the launches that serve a whole layer the one with the fewest seconds: the first family's,
+    unless another's has clearly fewer. A few bytes of scratch memory are no reason."""
+    found = [a for a in planning.launches_of(p, device, fixed) if isinstance(a, Launch)]
+    if not found:
+        return None
 
     def key(launch: Launch) -> tuple[float, float]:
         takes = of(launch, p, device)
-        return takes.seconds, takes.device
+        behind = 1.0 if launch is found[0] else MARGIN
+        return behind * takes.seconds, behind * takes.device
 
-    return min(found, key=key, default=None)
+    return min(found, key=key)
 
 
-def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
+def of(launch: Launch, p: Problem, device: Device) -> Estimate:
     """What a launch takes."""
-    if isinstance(launch, Launch):
+    if not isinstance(launch, Hybrid):
         return (_of_gemm if p.operation == "linear_expand" else _of_kernels)(launch, p, device)
     columns = p.K if p.transposed else p.N
     found = _of_kernels(launch.expand, planning.as_expand(p), device)
@@ -97,7 +99,8 @@ def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
 
 def _of_gemm(launch: Launch, p: Problem, device: Device) -> Estimate:
     """The fused ``linear_expand``."""
-    seconds = linear_expand.seconds(linear_expand.shares_of(p, device), p, device) + LAUNCH_SECONDS
+    shares = linear_expand.shares_of(p, device, launch.choices)
+    seconds = linear_expand.seconds(shares, p, device) + LAUNCH_SECONDS
     remark = "rate assumed, not measured"
     return Estimate(seconds, CALL_HOST, launch.flops, launch.moved, launch.launches, remark)
 

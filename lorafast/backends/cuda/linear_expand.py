@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import Device
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.tables import LINEAR_EXPAND, GemmTile, row_of
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, Problem
@@ -67,19 +67,20 @@ class Shares:
         return self.tiles * self.splits * _ROWS * self.tile.columns if self.splits > 1 else 0
 
 
-def plan_linear_expand(problem: Problem, device: Device) -> Launch | str:
+def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``, transposed ``dx``, or why there is no launch."""
     p = problem
     reason = why_refused(p, device)
     if reason is not None:
         return reason
-    N, shares = _sizes(p)[0], shares_of(p, device)
+    N, shares = _sizes(p)[0], shares_of(p, device, fixed)
     cut = f", K in {shares.splits}" if shares.splits > 1 else ""
     return Launch(
         _run(p, N, shares),
         f"linear_expand: {shares.down} x {shares.across} tiles of {_ROWS} x {shares.tile.columns}{cut}",
         2.0 * p.M * (p.K * p.N + N * p.r),
         moved(shares, p),
+        choices={"fused": 1, "columns": shares.tile.columns, "splits": shares.splits},
     )
 
 
@@ -127,20 +128,26 @@ def _sizes(p: Problem) -> tuple[int, int]:
     return (p.K, p.N) if p.transposed else (p.N, p.K)
 
 
-def shares_of(p: Problem, device: Device) -> Shares:
-    """Of the tiles and shares that there are, those that end first."""
-    return min(_possible(p, device), key=lambda shares: seconds(shares, p, device))
+def shares_of(p: Problem, device: Device, fixed: Choices = NONE) -> Shares:
+    """Of the tiles and shares that there are, those that end first: of those with the choices, if there
+    are any."""
+    possible = list(_possible(p, device, fixed)) or list(_possible(p, device, NONE))
+    return min(possible, key=lambda shares: seconds(shares, p, device))
 
 
-def _possible(p: Problem, device: Device) -> Iterator[Shares]:
+def _possible(p: Problem, device: Device, fixed: Choices) -> Iterator[Shares]:
     N, depth = _sizes(p)
     for tile in row_of(LINEAR_EXPAND, device.capability):
+        if fixed.get("columns", tile.columns) != tile.columns:
+            continue
         if p.dtype is torch.float32 and tile.columns != _SINGLE:
             continue
         down, across = -(-p.M // _ROWS), -(-N // tile.columns)
-        few = down * across < _FEW * device.sms
+        few = down * across < _FEW * device.sms or "splits" in fixed
         most = max(1, min(_MOST_SPLITS, depth // _LEAST_DEPTH)) if few else 1
         for splits in range(1, most + 1):
+            if fixed.get("splits", splits) != splits:
+                continue
             yield Shares(tile, down, across, splits)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lorafast import operands
-from lorafast.backends.cost import Device
+from lorafast.backends.cost import Device, record_of
 from lorafast.backends.cuda import decode, linear_expand, skinny, small
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
@@ -28,7 +28,7 @@ from lorafast.core.problem import (
 
 WHOLE = ("lora_linear", "grouped_lora_linear")
 """Layers that are served in one launch, where a family can."""
-Planner = Callable[[Problem, Device], Launch | str]
+Planner = Callable[[Problem, Device, Choices], Launch | str]
 FAMILIES: dict[str, tuple[Planner, ...]] = {
     "shrink": (skinny.plan_shrink,),
     "expand_backward": (skinny.plan_expand_backward,),
@@ -45,8 +45,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _READ_W = ("linear_expand", *LAYER_OPERATIONS, *GROUPED_OPERATIONS)
 
 
-@dataclass(frozen=True)
-class Hybrid:
+@dataclass(frozen=True, kw_only=True)
+class Hybrid(Launch):
     """``linear_expand`` as ``expand``, with the bias, and PyTorch's GEMM accumulated onto its result.
 
     In float16, whose low-rank term may not be rounded, ``expand`` writes float32 (``wide``), and both
@@ -54,7 +54,6 @@ class Hybrid:
     """
 
     expand: Launch
-    run: Run
     wide: bool
 
     @property
@@ -89,8 +88,9 @@ def why_too_old(p: Problem, device: Device) -> str | None:
     return f"compute capability is {has}, the kernels of {p.operation} need {needs}"
 
 
-def launches_of(p: Problem, device: Device) -> list[Launch | str]:
-    """What each family says to an operation or a whole layer.
+def launches_of(p: Problem, device: Device, fixed: Choices = NONE) -> list[Launch | str]:
+    """What each family says to an operation or a whole layer. With ``fixed`` its launch has these
+    choices; else those that ``lorafast tune`` found, where they can be.
 
     Where a layer's gradients may be asked for, its launch leaves ``s``."""
     if p.operation == "lora_linear" and p.graph:
@@ -98,10 +98,33 @@ def launches_of(p: Problem, device: Device) -> list[Launch | str]:
     reason = why_too_old(p, device)
     if reason is not None:
         return [reason]
-    return [plan(p, device) for plan in FAMILIES.get(p.operation, ())]
+    families = FAMILIES.get(p.operation, ())
+    if p.operation == "linear_expand":
+        families = (*families, plan_hybrid)
+    if fixed:
+        return [_chosen(plan, p, device, fixed) for plan in families]
+    record = record_of(p, device.name)
+    tuned = NONE if record is None or record.choices is None else record.choices
+    answers = [_chosen(plan, p, device, tuned) for plan in families] if tuned else []
+    return (
+        answers
+        if any(isinstance(answer, Launch) for answer in answers)
+        else [plan(p, device, NONE) for plan in families]
+    )
 
 
-def plan_hybrid(p: Problem, device: Device) -> Hybrid | str:
+def _chosen(plan: Planner, p: Problem, device: Device, fixed: Choices) -> Launch | str:
+    answer = plan(p, device, fixed)
+    if isinstance(answer, str):
+        return answer
+    for name, value in fixed.items():
+        has = answer.choices.get(name)
+        if has != value:
+            return f"{name} can't be {value}" + ("" if has is None else f", the launch has {has}")
+    return answer
+
+
+def plan_hybrid(p: Problem, device: Device, fixed: Choices = NONE) -> Hybrid | str:
     """``y``, or transposed ``dx``: all but the GEMM by ``expand``; or why not."""
     low = wide(p.dtype)
     (expand,) = launches_of(as_expand(p), device)
@@ -111,7 +134,14 @@ def plan_hybrid(p: Problem, device: Device) -> Hybrid | str:
         run = _added(expand.run, p.transposed, p.dtype)
     else:
         run = hybrid(expand.run, p.transposed)
-    return Hybrid(expand, run, low is not p.dtype)
+    added = low is not p.dtype
+    columns = p.K if p.transposed else p.N
+    gemm = (p.M * p.K + p.N * p.K + p.M * p.N + p.M * columns) * p.dtype.itemsize
+    return Hybrid(
+        run=run, line="expand and PyTorch's GEMM", flops=expand.flops + 2.0 * p.M * p.K * p.N,
+        moved=expand.moved + float(gemm), launches=4 if added else 2, choices={"fused": 0},
+        expand=expand, wide=added,
+    )  # fmt: skip
 
 
 def as_expand(p: Problem) -> Problem:

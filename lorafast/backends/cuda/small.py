@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
-from lorafast.backends.cuda.launch import CALL_HOST, Launch
+from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.tables import SMALL, Small, row_of
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, Problem
@@ -43,7 +43,7 @@ _BY_ELEMENT = 8
 """Times as many instructions in a K block of rows that aren't aligned."""
 
 
-def plan_expand(problem: Problem, device: Device) -> Launch | str:
+def plan_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """The launch of ``y = drop(scaling · s·Bᵀ)``, or why there is none.
 
     Its ``run`` takes ``bias`` as a sixth argument, which is added before y is rounded.
@@ -63,11 +63,13 @@ def plan_expand(problem: Problem, device: Device) -> Launch | str:
     if not fitting:
         return f"r is {p.r}, expand keeps up to {64 * (16 if half else 8)} ranks in shared memory"
     warps = next((w for w in fitting[::-1] if w * _SPAN >= p.N), fitting[0])
+    warps = next((w for w in fitting if w == fixed.get("column_warps")), warps)
     rows = _WARPS // warps * 32
     across, steps = -(-p.N // (warps * _SPAN)), -(-p.M // rows)
     resident = table.resident if half else table.resident_tf32
     groups = max(1, min(steps, device.sms * resident // max(across, 1)))
-    row_blocks = max(1, -(-steps // groups), -(-steps // _MOST_GROUPS))
+    least = max(1, -(-steps // _MOST_GROUPS))
+    row_blocks = max(least, min(fixed.get("row_blocks", -(-steps // groups)), steps))
     grid = across, -(-steps // row_blocks)
     moved = p.M * p.N * p.dtype.itemsize + p.M * p.r * wide(p.dtype).itemsize
     return Launch(
@@ -75,6 +77,7 @@ def plan_expand(problem: Problem, device: Device) -> Launch | str:
         f"expand: {grid[0]} x {grid[1]} CTAs, {rows} x {warps * _SPAN}",
         2.0 * p.M * p.N * p.r,
         float(moved + p.N * p.r * p.adapter_dtype.itemsize),
+        choices={"column_warps": warps, "row_blocks": row_blocks},
     )
 
 
@@ -102,7 +105,7 @@ def _run_expand(p: Problem, warps: int, row_blocks: int) -> Any:
 _NO_MASK = None, 0, 1.0
 
 
-def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
+def plan_lora_linear(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """One launch for ``y`` and ``s`` of a layer whose launches would take longer than its work, or why
     there is none."""
     p = problem
@@ -111,13 +114,15 @@ def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
         return reason
     columns = min(_COLUMNS, key=lambda columns: _clocks(p, device, columns))
     one, apart = seconds_in_one(p, device, columns), _apart(p, device).seconds
-    if one >= apart:
+    if one >= apart and not fixed:
         return (
             f"one launch that shrinks in every tile takes longer, modelled {one * 1e6:,.0f} µs for "
             f"{apart * 1e6:,.0f} of three calls"
         )
+    columns = next((n for n in _COLUMNS if n == fixed.get("columns")), columns)
+    most = _stages(p, _table(device), columns)
+    stages = max(2, min(fixed.get("stages", most), most))
     grid = -(-p.N // columns), -(-p.M // _ROWS)
-    stages = _stages(p, _table(device), columns)
     size, s = p.dtype.itemsize, p.M * p.r * wide(p.dtype).itemsize * ("s" in p.wants)
     moved = (p.M * p.K + p.N * p.K + p.M * p.N) * size + p.r * (
         p.K + p.N
@@ -127,6 +132,7 @@ def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
         f"lora_linear: {grid[0]} x {grid[1]} CTAs, {_ROWS} x {columns}, {stages} stages",
         2.0 * p.M * p.K * (p.N + grid[0] * p.r) + 2.0 * p.M * p.N * p.r,
         float(moved + s),
+        choices={"columns": columns, "stages": stages},
     )
 
 
