@@ -152,6 +152,7 @@ def test_the_newest_record_has_every_kernel():
         (s.operation, " ".join(filter(None, (s.variant, "dropout" * s.dropout))), arch, *s.sizes)
         for s in cuda_counts.subjects()
         for arch in (80, 86, 90)
+        if (s.family, arch) != ("linear_expand", 90)  # which refuses it there
     }
     assert not wanted - there
 
