@@ -50,7 +50,7 @@ MORE = [
 ]  # fmt: skip
 OTHERS = [
     Case("bf16", 140, 520, 200, 64, True, 0.1, arch=arch, columns=columns, splits=splits)
-    for arch, columns, splits in ((86, 128, 1), (89, 128, 3), (120, 128, 1), (120, 128, 2))
+    for arch, columns, splits in ((86, 128, 1), (120, 128, 2))
 ]
 
 
