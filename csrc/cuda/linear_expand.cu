@@ -14,10 +14,6 @@
 #include "operations.h"
 #include "ptx.cuh"
 
-// sm_100 has tensor cores that mma.sync reaches a small part of: nobody launches it there. sm_90 has, too, and is
-// where it can be tested on a device.
-#define LORAFAST_LINEAR_EXPAND (__CUDA_ARCH__ >= 800 && (__CUDA_ARCH__ < 1000 || __CUDA_ARCH__ >= 1200))
-
 namespace lorafast::cuda {
 
 // A tile of y, of which each warp has 64 x 64: so it loads no more from shared memory than that gives while tensor
@@ -183,7 +179,7 @@ __device__ __forceinline__ bool add_parts(
 template <class T, class Tile, bool kByRows>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     linear_expand_kernel(const __grid_constant__ LinearExpandParams p) {
-#if LORAFAST_LINEAR_EXPAND
+#if __CUDA_ARCH__ >= 800
   extern __shared__ uint4 linear_expand_shared[];
   constexpr int kSize = sizeof(T), kBlockK = Tile::kBytes / kSize, kStages = Tile::kStages, kSteps = Tile::kSteps;
   using CopiesX = BlockCopies<Tile::kThreads, Tile::kM, Tile::kBytes, true>;
