@@ -23,11 +23,13 @@ class Chosen:
 class OfCuda:
     """The ways to launch a case in CUDA C++ that differ from the one of ``shipped``."""
 
-    others: Sequence[Chosen] = ()
-
     def __init__(self, case: Case, device: Device, shipped: Launch) -> None:
         self.case, self.device = case, device
         self.shipped = Chosen(tuple(shipped.choices.items()))
+        answers = planning.launches_of(case.asks, device)
+        choices = [answer.choices for answer in answers if isinstance(answer, Launch)]
+        found = [Chosen(tuple(of.items())) for of in choices if of]
+        self.others: Sequence[Chosen] = [other for other in found if other != self.shipped]
 
     def neighbours(self, config: Chosen) -> Iterator[Chosen]:
         for choices in neighbours(dict(config.choices)):

@@ -12,6 +12,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
       "expand(Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, int threshold, "
       "float survivor_scale, Tensor(a!) y, int column_warps, int row_blocks) -> ()");
 
+  // csrc/cuda/linear_expand.cu
+  library.def(
+      "linear_expand(Tensor x, Tensor weight, Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, "
+      "int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!)? partials, Tensor(c!)? counters, int columns, "
+      "int splits) -> ()");
+
   // csrc/cuda/lora_linear.cu
   library.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? "
@@ -55,6 +61,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
 STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("mask", TORCH_BOX(&lorafast::cuda::mask));
   library.impl("expand", TORCH_BOX(&lorafast::cuda::expand));
+  library.impl("linear_expand", TORCH_BOX(&lorafast::cuda::linear_expand));
   library.impl("lora_linear", TORCH_BOX(&lorafast::cuda::lora_linear));
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cuda::lora_linear_backward));
   library.impl("shrink", TORCH_BOX(&lorafast::cuda::shrink));

@@ -64,6 +64,17 @@ __device__ __forceinline__ void store_as(void* array, int64_t i, float x, Dtype 
   }
 }
 
+// The nearest number of TF32, away from zero where two are; NaN stays one.
+__device__ __forceinline__ uint32_t nearest_tf32(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t nearest;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(nearest) : "f"(x));
+  return nearest;
+#else
+  return __float_as_uint(x);  // there is no TF32
+#endif
+}
+
 // A float32 as two numbers of TF32, the nearest and the rest: for sums that are rounded to float16. Of the rest TF32
 // has all but the last bit: of a first number that is cut off it would have all but two, and what it lacks would add
 // up. Infinity has no rest, NaN stays one, and what would round to infinity is cut off. All bits: tf32.cuh.

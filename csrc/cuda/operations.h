@@ -16,6 +16,16 @@ void expand(
     const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor y, int64_t column_warps,
     int64_t row_blocks);
 
+// linear_expand.cu. y [M, N] = x·Wᵀ + drop(scaling · s·Bᵀ) + bias: x [M, K], weight [N, K], s [M, r] of wide(x.dtype),
+// lora_B [N, r]. Of float32 all are rounded to TF32. The rows of x, and the rows or the columns of weight, are
+// contiguous and aligned to 16 bytes. Tiles of y have 128 rows and `columns`, 128 or, in 16 bits, 256. Where K is cut
+// into `splits`, partials has 128 · columns elements for each part of each tile, and counters one for each tile.
+void linear_expand(
+    const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    Tensor y, const std::optional<Tensor>& partials, const std::optional<Tensor>& counters, int64_t columns,
+    int64_t splits);
+
 // lora_linear.cu. y [M, N] = x·Wᵀ + scaling · s·Bᵀ + bias and, if it is wanted, s [M, r] = drop(x)·Aᵀ, in one launch.
 // Tiles of y have 64 rows and 32 or 64 columns.
 void lora_linear(

@@ -106,6 +106,13 @@ __device__ __forceinline__ void copy_whole_16(void* to, const void* from) {
 #endif
 }
 
+// copy_16 to an address in the window of shared memory.
+__device__ __forceinline__ void copy_16_to(uint32_t to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // cp.async.commit_group: the copies since the last one become a group.
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -137,6 +144,28 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], cons
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
+               : "memory");
+}
+
+// A word, by an address in the window of shared memory.
+__device__ __forceinline__ uint32_t load_word_at(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+// Four matrices, by addresses in the window of shared memory: as they are, and each transposed.
+__device__ __forceinline__ void load_matrices_at(uint32_t (&to)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed_at(uint32_t (&to)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
                : "memory");
 }
 

@@ -385,7 +385,7 @@ def test_linear_expand_is_expand_and_pytorchs_gemm(dtype, dropout_p, transposed)
         adapter_dtype=torch.float32, transposed=transposed, dropout=bool(dropout_p),
         bias=not transposed,
     )  # fmt: skip
-    hybrid = planning.plan_linear_expand(p, H200)
+    hybrid = planning.plan_hybrid(p, H200)
     run = types.SimpleNamespace(
         linear_expand=lambda x, weight, s, B, scaling, bias, p, seed, transposed=False: hybrid.run(
             x, weight, s, B, scaling, bias, p, seed
@@ -411,11 +411,51 @@ def test_linear_expand_says_its_launches_and_counts_them(on):
         (plain._replace(bias=True), 2),
         (problem("linear_expand", dtype=torch.float16, bias=True), 4),
     ):
-        hybrid = planning.plan_linear_expand(p, H200)
+        hybrid = planning.plan_hybrid(p, H200)
         assert model.of(hybrid, p, H200).launches == count
         said = " ".join(hybrid.lines)
         assert said.count("PyTorch's GEMM") == 1
     assert BACKEND.plan(plain).launches[0] == "expand: grid 132"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_expand_is_fused_where_that_takes_less(on, dtype, monkeypatch):
+    """By the model, of the two that serve it; in float32 and on sm_90 there is one."""
+    monkeypatch.setattr(planning, "FAMILIES", REAL)
+    for device in (A100, L4):
+        on(device)
+        for M, N in ((8192, 4096), (8192, 1024), (512, 4096)):
+            p = problem("linear_expand", M=M, N=N, dtype=dtype)
+            fused, hybrid = planning.launches_of(p, device)[0], planning.plan_hybrid(p, device)
+            seconds = [model.of(launch, p, device).seconds for launch in (fused, hybrid)]
+            plan = BACKEND.plan(p)
+            assert plan.seconds == min(seconds)
+            assert plan.launches == ((fused.line,) if seconds[0] < seconds[1] else hybrid.lines)
+            assert seconds[0] > cost.base_gemm(p, device, accumulated=False).seconds
+    for device, other in ((H200, dtype), (A100, torch.float32)):
+        on(device)
+        assert len(BACKEND.plan(problem("linear_expand", dtype=other)).launches) > 1
+
+
+@pytest.mark.parametrize(
+    ("fixed", "launches"),
+    [
+        ({"fused": 0}, "addmm_"),
+        ({"fused": 1, "columns": 128, "splits": 1}, "tiles of 128 x 128"),
+        ({"fused": 1, "columns": 256, "splits": 2}, "tiles of 128 x 256, K in 2"),
+    ],
+)
+def test_linear_expand_may_be_chosen(on, fixed, launches, monkeypatch):
+    """By ``lorafast tune``, which measures both: whichever the model takes is where it begins."""
+    monkeypatch.setattr(planning, "FAMILIES", REAL)
+    on(A100)
+    p = problem("linear_expand")
+    assert launches in " ".join(Cuda(fixed).plan(p).launches)
+    found = [launch.choices for launch in planning.launches_of(p, A100)]
+    assert [of["fused"] for of in found] == [1, 0]
+    refused = Cuda({"fused": 1, "columns": 64}).plan(p)
+    assert refused == Refusal("cuda", "fused can't be 1, the launch has 0")
+    assert planning.launches_of(p, A100, {"columns": 64})[0].startswith("columns can't be 64")
 
 
 def test_the_low_rank_term_of_dx_reads_a_as_it_is_stored():

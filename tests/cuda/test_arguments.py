@@ -1,5 +1,6 @@
 """Every tensor of every operation on another device than the rest: a sentence that names it."""
 
+import linear_expand_cases
 import pytest
 import small_cases
 import torch
@@ -9,7 +10,7 @@ from skinny_cases import Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafast.backends.cuda import small
+from lorafast.backends.cuda import linear_expand, small
 from lorafast.backends.cuda.mask import mask
 
 pytestmark = needs_nvcc
@@ -64,9 +65,18 @@ def a_small_layers_backward():
     run(dy, x, W, A, B, s, 1.0, 0.1, SEED)
 
 
+def a_cut_gemm():
+    case = linear_expand_cases.Case("bf16", 9, 600, 40, 4, dropout_p=0.1, bias=True, splits=2)
+    x, W, s, B, bias = (
+        torch.ones(n, dtype=torch.bfloat16) for n in ((9, 600), (40, 600), (9, 4), (40, 4), (40,))
+    )
+    linear_expand._run(case.problem(), 40, case.shares)(x, W, s, B, 1.0, bias, 0.1, SEED)
+
+
 CALLS = {
     "mask": lambda: mask(SEED, 5, 9, 16),
     "expand": an_expand,
+    "linear_expand": a_cut_gemm,
     "lora_linear": a_small_layer,
     "lora_linear_backward": a_small_layers_backward,
     "shrink": a_skinny_call("shrink", 140, 900, 16, dropout_p=0.1),

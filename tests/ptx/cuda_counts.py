@@ -11,6 +11,7 @@ other, so that nobody waits for a flag. How the counts F of a part scale:
   ds. F(S, G) = S·F(1, G) + G·(D(S) − S·D(1)), where D(S) is F(S, 1) with one tile a CTA. F(1, G) is a
   line of G, in steps of the four parts that are added at a time.
 - ``expand`` and ``mask``: CTAs share nothing.
+- ``linear_expand``: tiles share nothing. One of them, with all shares of its K, times their number.
 - ``lora_linear`` of tiles: the first of a row's CTAs stores s. Rows times (F(1, 1) + those beyond the
   first times (F(1, 2) − F(1, 1))).
 - ``lora_linear`` of few rows (decode): helpers make s, as much of it whatever N is; every other CTA has
@@ -40,6 +41,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafast.backends.cost import Device
+from lorafast.backends.cuda.launch import Launch as Planned
 from lorafast.core.problem import Problem
 
 from . import nvcc
@@ -59,6 +61,8 @@ from .counts import (
 from .launch import Ran
 
 BF16 = torch.bfloat16
+WIDE = (8192, 4096, 14336)
+"""A layer of a block's MLP."""
 _DROPOUT = 0.05
 _THREADS_OF_AN_SM = {80: 2048, 86: 1536, 90: 2048}
 _SHARED_OF_AN_SM = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10}
@@ -143,6 +147,8 @@ class Subject:
     def problem(self) -> Problem:
         """As the family is asked."""
         M, K, N, r = self.sizes
+        if self.transposed:
+            K, N = N, K
         wants = {"expand_backward": ("ds", "dB"), "lora_linear": ("y", "s")}
         if self.family == "decode":
             wants["lora_linear"] = ("y",)
@@ -150,9 +156,14 @@ class Subject:
             self.operation, M,
             0 if self.operation in ("expand", "expand_backward") else K,
             0 if self.operation in ("shrink", "shrink_backward") else N,
-            r, BF16, BF16, torch.device("cpu"),
+            r, BF16, BF16, torch.device("cpu"), transposed=self.transposed,
             wants=wants.get(self.operation, ()), dropout=self.dropout,
         )  # fmt: skip
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is read by its columns, as in dx; ``sizes`` are the GEMM's."""
+        return self.variant == "dx"
 
     def arguments(self) -> tuple[Any, ...]:
         """Of the plan's ``run``: tensors whose elements nobody reads."""
@@ -161,11 +172,14 @@ class Subject:
         names = {
             "shrink": "x lora_A", "shrink_backward": "ds x", "expand_backward": "dy s lora_B",
             "expand": "s lora_B", "lora_linear": "x weight lora_A lora_B",
+            "linear_expand": "x weight s lora_B",
         }[self.operation].split()  # fmt: skip
         given: list[Any] = [torch.empty(SHAPES[name](n), dtype=BF16) for name in names]
+        if self.transposed:
+            given[1], given[3] = given[1].t().contiguous(), given[3].t().contiguous().t()
         if self.operation not in ("shrink", "shrink_backward"):
             given.append(2.0)
-        if self.operation == "lora_linear":
+        if self.operation in ("lora_linear", "linear_expand"):
             given.append(None)
         if self.operation != "expand_backward":
             given += _mask(self.dropout)
@@ -234,7 +248,10 @@ class Whole:
                     )
                 info = argument.alias_info
                 make = torch.empty if info is not None and info.is_write else torch.zeros
-                given.append(make(SHAPES[argument.name](n), dtype=value.dtype))
+                shape = SHAPES[argument.name](n)
+                turned = value.dim() == 2 and value.stride(0) == 1 != value.stride(1)
+                made = make(shape[::-1] if turned else shape, dtype=value.dtype)
+                given.append(made.t() if turned else made)
             elif isinstance(value, Tensor) and argument.name.startswith(_SCRATCH):
                 given.append(value)
             elif type(value) is int:
@@ -279,14 +296,20 @@ def _executed(whole: Whole, numbers: tuple[tuple[str, int], ...]) -> Sum:
     return _known[key]
 
 
+def planned(subject: Subject, capability: int) -> Planned | str:
+    """What the family launches on a card of which no more is known; or why it doesn't."""
+    family = importlib.import_module(f"lorafast.backends.cuda.{subject.family}")
+    device = Device.known_by("", capability, SMS[capability])
+    found: Planned | str = getattr(family, f"plan_{subject.operation}")(subject.problem(), device)
+    return found
+
+
 def whole_of(subject: Subject, capability: int) -> Whole | str:
     """The launch at full size; or, where the family doesn't serve it, why."""
     if subject.operation == "mask":
         run, arguments = _run_mask, (subject.sizes,)
     else:
-        family = importlib.import_module(f"lorafast.backends.cuda.{subject.family}")
-        device = Device.known_by("", capability, SMS[capability])
-        found = getattr(family, f"plan_{subject.operation}")(subject.problem(), device)
+        found = planned(subject, capability)
         if isinstance(found, str):
             return found
         run, arguments = found.run, subject.arguments()
@@ -328,7 +351,7 @@ def _tiles(n: int, of: int) -> int:
     return n // of
 
 
-def _line(at: int, first: int, other: int, of: Callable[[int], Sum]) -> tuple[Sum, Sum]:
+def _line(at: float, first: int, other: int, of: Callable[[int], Sum]) -> tuple[Sum, Sum]:
     """A Sum that is a line of the number: at ``at`` by two others, and its slope."""
     one = of(first)
     slope = of(other).plus(one, -1).times(1 / (other - first))
@@ -421,6 +444,27 @@ def _expand(whole: Whole) -> Scaled:
     return found.times(across), step, across * steps
 
 
+_RING = 3
+"""Stages of ``linear_expand``."""
+
+
+def _linear_expand(whole: Whole) -> Scaled:
+    n, rows = whole.n, 128
+    block = 64 if n["columns"] == 256 else 32
+    tiles = _tiles(n["M"], rows) * _tiles(n["N"], n["columns"])
+    blocks, splits = _tiles(n["K"], block), n["splits"]
+    assert whole.ctas == tiles * splits
+
+    def cut(steps: int) -> Sum:
+        """Of one tile, each of whose shares has so many."""
+        return whole.part(M=rows, N=n["columns"], K=steps * splits * block)
+
+    first, step = _line(blocks / splits, _RING, _RING + 1, cut)
+    step = step.times(1 / splits)
+    step["ahead"] = step["copied"] * (_RING - 1)
+    return first.times(tiles), step, tiles * blocks
+
+
 def _lora_linear(whole: Whole) -> Scaled:
     n, (across, down, _) = whole.n, whole.grid
     rows, columns, block = 64, n["columns"], 64
@@ -486,11 +530,12 @@ _SCALED: dict[tuple[str, str], Callable[[Whole], Scaled]] = {
     ("skinny", "expand_backward"): _expand_backward,
     ("small", "expand"): _expand,
     ("small", "lora_linear"): _lora_linear,
+    ("linear_expand", "linear_expand"): _linear_expand,
     ("decode", "lora_linear"): _decode,
     ("mask", "mask"): _mask_bits,
 }
-_FROM_L2 = ("small", "lora_linear")
-"""Whose operands are small: memory is L2."""
+_FROM_L2 = ("lora_linear", "small"), ("linear_expand", "linear_expand")
+"""Operations and families whose operands are read several times, or small: memory is L2."""
 
 
 def scaled(whole: Whole) -> Scaled:
@@ -515,7 +560,7 @@ def count(subject: Subject, capability: int) -> Row | str:
     return Row(
         subject.operation, variant, capability, *subject.sizes,
         step.amounts, tile.amounts, Sum().amounts, each, whole.ctas,
-        ahead * whole.ctas_of_an_sm, (subject.family, subject.operation) == _FROM_L2,
+        ahead * whole.ctas_of_an_sm, (subject.operation, subject.family) in _FROM_L2,
         whole.registers, backend="cuda",
         from_memory=_decode_from_memory(whole, found) if decoded else 0.0,
     )  # fmt: skip
@@ -539,7 +584,12 @@ def subjects() -> list[Subject]:
         Subject("lora_linear", "decode", (*layer, r), variant="decode")
         for layer in (*DECODED, *DECODED_SMALL) for r in RANKS
     ]  # fmt: skip
-    return [*found.values(), *small, *decoded, Subject("mask", "mask", (8192, 4096, 0, 0))]
+    fused = [
+        Subject("linear_expand", "linear_expand", (*layer, r), dropout, variant)
+        for layer in (*LAYERS, WIDE) for r in RANKS
+        for variant, dropout in (("forward", False), ("dx", False), ("dx", True))
+    ]  # fmt: skip
+    return [*found.values(), *small, *decoded, *fused, Subject("mask", "mask", (8192, 4096, 0, 0))]
 
 
 def registers(ptx: str, capability: int) -> int:

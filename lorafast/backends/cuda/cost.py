@@ -7,7 +7,7 @@ operations are below what Triton's kernels of the same operations were measured 
 """
 
 from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
-from lorafast.backends.cuda import clocks, planning
+from lorafast.backends.cuda import clocks, linear_expand, planning
 from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
@@ -59,12 +59,11 @@ def estimate(problem: Problem, device: Device) -> Estimate | None:
     return None if isinstance(launch, str) else of(launch, p, device)
 
 
-def launch_of(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | Hybrid | str:
+def launch_of(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """What serves an operation, with these choices, or why nothing does."""
-    if p.operation == "linear_expand":
-        return planning.plan_linear_expand(p, device)
-    (found,) = planning.launches_of(p, device, fixed)
-    return found
+    answers = planning.launches_of(p, device, fixed)
+    found = [answer for answer in answers if isinstance(answer, Launch)]
+    return min(found, key=lambda launch: of(launch, p, device).seconds, default=answers[-1])
 
 
 def fastest(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | None:
@@ -82,10 +81,10 @@ def fastest(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | None:
     return min(found, key=key)
 
 
-def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
+def of(launch: Launch, p: Problem, device: Device) -> Estimate:
     """What a launch takes."""
-    if isinstance(launch, Launch):
-        return _of_kernels(launch, p, device)
+    if not isinstance(launch, Hybrid):
+        return (_of_gemm if p.operation == "linear_expand" else _of_kernels)(launch, p, device)
     columns = p.K if p.transposed else p.N
     found = _of_kernels(launch.expand, planning.as_expand(p), device)
     found += base_gemm(p, device, accumulated=not launch.wide)
@@ -95,6 +94,14 @@ def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
         found += work(device, moved=y * (2 * low + size), share=_PASS)
         found += work(device, moved=y * (low + size), share=_PASS)
     return found
+
+
+def _of_gemm(launch: Launch, p: Problem, device: Device) -> Estimate:
+    """The fused ``linear_expand``."""
+    shares = linear_expand.shares_of(p, device, launch.choices)
+    seconds = linear_expand.seconds(shares, p, device) + LAUNCH_SECONDS
+    remark = "rate assumed, not measured"
+    return Estimate(seconds, CALL_HOST, launch.flops, launch.moved, launch.launches, remark)
 
 
 def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:

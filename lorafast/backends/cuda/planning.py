@@ -1,5 +1,5 @@
 """What the CUDA C++ kernels are launched with for a problem on a device: which family serves it, and
-how a ``linear_expand`` is made of ``expand`` and PyTorch's GEMM.
+how a ``linear_expand`` that isn't fused is made of ``expand`` and PyTorch's GEMM.
 
 Pure functions of a problem and a made-up or real ``Device``; nothing is loaded.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends.cost import Device, record_of
-from lorafast.backends.cuda import decode, skinny, small
+from lorafast.backends.cuda import decode, linear_expand, skinny, small
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
@@ -34,6 +34,7 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
     "expand_backward": (skinny.plan_expand_backward,),
     "shrink_backward": (skinny.plan_shrink_backward,),
     "expand": (small.plan_expand,),
+    "linear_expand": (linear_expand.plan_linear_expand,),
     "lora_linear": (decode.plan_lora_linear, small.plan_lora_linear),
     "lora_linear_backward": (small.plan_lora_linear_backward,),
     "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
@@ -45,8 +46,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _READ_W = ("linear_expand", *LAYER_OPERATIONS, *GROUPED_OPERATIONS)
 
 
-@dataclass(frozen=True)
-class Hybrid:
+@dataclass(frozen=True, kw_only=True)
+class Hybrid(Launch):
     """``linear_expand`` as ``expand``, with the bias, and PyTorch's GEMM accumulated onto its result.
 
     In float16, whose low-rank term may not be rounded, ``expand`` writes float32 (``wide``), and both
@@ -54,7 +55,6 @@ class Hybrid:
     """
 
     expand: Launch
-    run: Run
     wide: bool
 
     @property
@@ -100,6 +100,8 @@ def launches_of(p: Problem, device: Device, fixed: Choices = NONE) -> list[Launc
     if reason is not None:
         return [reason]
     families = FAMILIES.get(p.operation, ())
+    if p.operation == "linear_expand":
+        families = (*families, plan_hybrid)
     if fixed:
         return [_chosen(plan, p, device, fixed) for plan in families]
     record = record_of(p, device.name)
@@ -123,7 +125,7 @@ def _chosen(plan: Planner, p: Problem, device: Device, fixed: Choices) -> Launch
     return answer
 
 
-def plan_linear_expand(p: Problem, device: Device) -> Hybrid | str:
+def plan_hybrid(p: Problem, device: Device, fixed: Choices = NONE) -> Hybrid | str:
     """``y``, or transposed ``dx``: all but the GEMM by ``expand``; or why not."""
     low = wide(p.dtype)
     (expand,) = launches_of(as_expand(p), device)
@@ -133,7 +135,14 @@ def plan_linear_expand(p: Problem, device: Device) -> Hybrid | str:
         run = _added(expand.run, p.transposed, p.dtype)
     else:
         run = hybrid(expand.run, p.transposed)
-    return Hybrid(expand, run, low is not p.dtype)
+    added = low is not p.dtype
+    columns = p.K if p.transposed else p.N
+    gemm = (p.M * p.K + p.N * p.K + p.M * p.N + p.M * columns) * p.dtype.itemsize
+    return Hybrid(
+        run=run, line="expand and PyTorch's GEMM", flops=expand.flops + 2.0 * p.M * p.K * p.N,
+        moved=expand.moved + float(gemm), launches=4 if added else 2, choices={"fused": 0},
+        expand=expand, wide=added,
+    )  # fmt: skip
 
 
 def as_expand(p: Problem) -> Problem:

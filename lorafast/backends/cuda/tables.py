@@ -90,3 +90,29 @@ SMALL = {
     100: Small(4, 3, 2, 3, 232_448),
     120: Small(4, 2, 2, 3, 101_376),
 }
+
+
+# ---- linear_expand.py
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """128 rows and ``columns`` of y, of which an SM holds ``resident`` CTAs by registers and shared
+    memory: one fills its ring, or stores y, while the other multiplies. ``rate``: the share of the rate
+    of PyTorch's large GEMMs that their main loops reach. It is assumed: what is executed
+    (tests/cuda/linear_expand_counts.py) leaves tensor cores busy for 97 % of a tile and more, but on
+    sm_80 narrow tiles take half of what L2 can give, wide ones 38 %."""
+
+    columns: int
+    resident: int
+    rate: float
+
+
+_NARROW = GemmTile(128, 2, 0.9)
+LINEAR_EXPAND = {
+    80: (GemmTile(256, 1, 0.9), GemmTile(128, 2, 0.85)),
+    86: (_NARROW,),
+    89: (_NARROW,),
+    120: (_NARROW,),
+}
+"""The wide tile has 144 KB of shared memory, the narrow one 48 KB."""
