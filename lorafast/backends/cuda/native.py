@@ -25,6 +25,7 @@ OPERATIONS = (
     "expand",
     "expand_backward",
     "grouped_lora_linear_decode",
+    "linear_expand_sm90",
     "lora_linear",
     "lora_linear_decode",
     "mask",

@@ -61,3 +61,19 @@ SMALL = {
     100: Small(4, 3, 2, 3, 232_448),
     120: Small(4, 2, 2, 3, 101_376),
 }
+
+
+# ---- wgmma.py: GEMMs with the low-rank term inside, by wgmma
+
+
+@dataclass(frozen=True)
+class Wgmma:
+    """``group``: row blocks whose tiles run together. ``narrow``: what a column of a tile of 128 takes,
+    by one of a tile of 256: assumed, not measured."""
+
+    group: int
+    narrow: float
+
+
+WGMMA = {90: Wgmma(16, 1.1)}
+"""Of these architectures alone: no other has the instruction."""
