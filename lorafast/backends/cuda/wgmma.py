@@ -21,7 +21,7 @@ _ADAPTERS = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_RANKS = 1 << 20
 _ROWS = 128
 """Of a tile of y."""
-_COUNTERS = 2
+_COUNTERS = 4
 _TMA = 16
 """Bytes of which the address of each row is a multiple that TMA reads or writes."""
 _NO_MASK = None, 0, 1.0
