@@ -45,11 +45,13 @@ void lora_linear_sm90(
   check_for_tma("lora_A", lora_A.const_data_ptr(), r, K, a_row);
   of.p.a = tensor_map("lora_A", lora_A.const_data_ptr(), Dtype::bfloat16, r, K, a_row, r <= 16 ? 16 : 64);
   of.p.helpers = static_cast<int32_t>(helpers);
+  const int64_t useful = int64_t{of.p.row_tiles} * of.p.column_tiles + helpers;
+  const auto started = static_cast<unsigned>(useful < ctas ? useful : ctas);
   const OnDevice on(device);
   const auto start = [&](auto tile, auto ranks) {
     constexpr int kN = decltype(tile)::value;
     launch(
-        "lora_linear_sm90", lora_linear_sm90_kernel<kN, decltype(ranks)::value>, dim3(of.ctas), kSm90Threads,
+        "lora_linear_sm90", lora_linear_sm90_kernel<kN, decltype(ranks)::value>, dim3(started), kSm90Threads,
         Sm90Tile<kN>::kShared, on, of.p);
   };
   const auto with_tile = [&](auto ranks) {

@@ -66,13 +66,17 @@ class Case:
         generator = torch.Generator().manual_seed(self.M + 7 * self.N + 31 * self.r + salt)
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    def problem(self) -> Problem:
+    def problem(self, operation: str = "linear_expand") -> Problem:
         """As a plan gets it: sizes are the layer's."""
         dtype, adapters = KINDS[self.kind]
         N, K = (self.K, self.N) if self.transposed else (self.N, self.K)
-        layouts = Layouts(weight=Layout.fresh(N, K, dtype), x=Layout.fresh(self.M, self.K, dtype))
+        layouts = Layouts(
+            weight=Layout.fresh(N, K, dtype),
+            x=Layout.fresh(self.M, self.K, dtype),
+            lora_A=Layout.fresh(self.r, K, adapters),
+        )
         return Problem(
-            "linear_expand", self.M, K, N, self.r, dtype, adapters, torch.device("cuda"),
+            operation, self.M, K, N, self.r, dtype, adapters, torch.device("cuda"),
             dropout=self.dropout_p > 0, bias=self.bias, transposed=self.transposed,
             layouts=layouts._replace(dy=layouts.x),
         )  # fmt: skip

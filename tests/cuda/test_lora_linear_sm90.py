@@ -5,7 +5,14 @@ import torch
 from on_machine import launched, needs_nvcc
 from sm90_cases import ARCH, BF16, F16, Case, hold_layer, layer_bits_of
 
+from lorafast import reference
+from lorafast.backends.cost import Device
+from lorafast.backends.cuda import wgmma
+from lorafast.backends.cuda.launch import Launch
+from lorafast.core.problem import Layout, Layouts
+
 pytestmark = needs_nvcc
+H100 = Device.known_by("", ARCH, 132, 1.7e9, 2.6e9, 5120)
 
 QUICK = [
     Case("bf16", 300, 136, 264, 16, bias=True, sms=3, helpers=1),
@@ -119,3 +126,65 @@ def test_errors_of_several(changed, said):
     counters = torch.zeros(5, dtype=torch.int32)
     with launched(ARCH), pytest.raises(RuntimeError, match=said):
         torch.ops.lorafast_cuda.lora_linear_sm90(**taken, **GIVEN, counters=counters)
+
+
+@pytest.mark.slow
+def test_by_its_plan():
+    """What ``plan_lora_linear`` launches; two row blocks, with helpers."""
+    case = Case("bf16", 256, 4096, 128, 16, 128)
+    launch = wgmma.plan_lora_linear(case.problem("lora_linear"), H100)
+    assert isinstance(launch, Launch)
+    x, weight, A, B = (
+        case.draw(*size).to(BF16) for size in ((256, 4096), (128, 4096), (16, 4096), (128, 16))
+    )
+    with launched(ARCH) as run:
+        y, s = launch.run(x, weight, A, B, 0.5, None, 0.0, None)
+    assert run.launches[0].grid == (4, 1, 1)
+    exact = reference.linear_expand(x.double(), weight.double(), s.double(), B.double(), 0.5)
+    assert (y.double() - exact).norm() < 2e-3 * exact.norm()
+
+
+class TestPlan:
+    @pytest.mark.parametrize(
+        ("M", "K", "N", "helpers", "columns"),
+        [
+            (8192, 4096, 4096, 8, 256), (8192, 4096, 14336, 8, 256), (512, 4096, 4096, 4, 128),
+            (2048, 4096, 4096, 8, 256),
+        ],
+    )  # fmt: skip
+    def test_its_helpers(self, M, K, N, helpers, columns):
+        launch = wgmma.plan_lora_linear(Case("bf16", M, K, N, 16).problem("lora_linear"), H100)
+        assert isinstance(launch, Launch)
+        assert launch.line.endswith(f"x {columns}, wgmma, {helpers} of them shrink first")
+        assert launch.flops == 2 * M * (N * K + 16 * (N + K))
+        assert launch.moved == 2 * (M * K + N * K + M * N + 16 * (M + K + N))
+        assert launch.launches == 1
+
+    @pytest.mark.parametrize(
+        ("M", "K", "N"),
+        [(8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024), (300, 64, 264)],
+    )
+    def test_helpers_end_before_a_launch_of_their_own(self, M, K, N):
+        """Or there are none: no shape takes longer by the model."""
+        plan = wgmma.helped(M, K, N, H100)
+        answer = wgmma.plan_lora_linear(Case("bf16", M, K, N, 16).problem("lora_linear"), H100)
+        assert isinstance(answer, Launch) is (plan.clocks < wgmma.clocks_apart(M, K, N, H100))
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"dropout": True}, "there is dropout, helpers make s without"),
+            ({"dtype": F16}, "x is torch.float16, helpers make s of bfloat16"),
+            ({"adapter_dtype": torch.float32}, "the adapters are torch.float32"),
+            ({"r": 65}, "the rank is 65, helpers make s of 1 to 64"),
+            ({"M": 0}, "y is 0 x 64, there is nothing to compute"),
+            ({"layouts": Layouts(lora_A=Layout(8))}, "the rows of lora_A aren't aligned"),
+            ({"layouts": Layouts(weight=Layout(0, 16))}, "the weight's rows aren't contiguous"),
+            ({"layouts": Layouts(x=Layout(2))}, "the rows of x aren't aligned"),
+        ],
+    )
+    def test_refusals(self, change, said):
+        problem = Case("bf16", 64, 64, 64, 4).problem("lora_linear")._replace(**change)
+        reason = wgmma.plan_lora_linear(problem, H100)
+        assert isinstance(reason, str)
+        assert said in reason

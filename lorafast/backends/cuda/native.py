@@ -28,6 +28,7 @@ OPERATIONS = (
     "linear_expand_sm90",
     "lora_linear",
     "lora_linear_decode",
+    "lora_linear_sm90",
     "mask",
     "shrink",
     "shrink_backward",

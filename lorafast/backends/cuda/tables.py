@@ -68,12 +68,15 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Wgmma:
-    """``group``: row blocks whose tiles run together. ``narrow``: what a column of a tile of 128 takes,
-    by one of a tile of 256: assumed, not measured."""
+    """``group``: row blocks whose tiles run together. Assumed, not measured: ``narrow``, what a column
+    of a tile of 128 takes, by one of a tile of 256; ``step``, the clocks of a K block of 64 in a tile of
+    256; ``helper_bytes``, those of x that a helper reads in a clock beside the GEMM."""
 
     group: int
     narrow: float
+    step: float
+    helper_bytes: float
 
 
-WGMMA = {90: Wgmma(16, 1.1)}
+WGMMA = {90: Wgmma(group=16, narrow=1.1, step=1024.0, helper_bytes=36.0)}
 """Of these architectures alone: no other has the instruction."""

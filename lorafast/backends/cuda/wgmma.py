@@ -1,13 +1,16 @@
-"""``csrc/cuda/lora_linear_sm90.cu``: ``linear_expand`` on Hopper, one accumulator for both terms.
+"""``linear_expand`` and ``lora_linear`` on Hopper: one accumulator for both terms (csrc/cuda/sm90.cuh).
 
 A persistent kernel whose warps load by TMA, multiply by ``wgmma`` or write the low-rank factors. Tiles
-come from a queue. What TMA can't read is refused.
+come from a queue. In ``lora_linear`` the first CTAs make ``s`` before they take tiles. What TMA can't
+read is refused.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorafast.backends.cost import Device
+from lorafast.backends.cost import LAUNCH_SECONDS, Device
 from lorafast.backends.cuda.launch import Launch
 from lorafast.backends.cuda.tables import WGMMA
 from lorafast.backends.plan import Run
@@ -22,6 +25,10 @@ _MOST_RANKS = 1 << 20
 _ROWS = 128
 """Of a tile of y."""
 _COUNTERS = 4
+"""Beside one for each row block where there are helpers."""
+_HELPER_RANKS = 64
+_CLOCK = 1.7e9
+"""Of the SMs, in Hz: assumed."""
 _TMA = 16
 """Bytes of which the address of each row is a multiple that TMA reads or writes."""
 _NO_MASK = None, 0, 1.0
@@ -46,6 +53,108 @@ def plan_linear_expand(problem: Problem, device: Device) -> Launch | str:
         2.0 * p.M * N * (K + p.r),
         float(moved + N * p.r * p.adapter_dtype.itemsize),
     )
+
+
+def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
+    """The launch of ``y`` and ``s``, or why there is none: a sentence. ``run`` is as ``Plan`` says."""
+    p = problem
+    reason = why_not_in_one(p, device)
+    if reason is not None:
+        return reason
+    plan = helped(p.M, p.K, p.N, device)
+    apart = clocks_apart(p.M, p.K, p.N, device)
+    if plan.clocks >= apart:
+        return (
+            f"helpers don't pay: modelled, one launch takes {plan.clocks:,.0f} clocks, one more for s "
+            f"{apart:,.0f}"
+        )
+    tiles = -(-p.M // _ROWS) * -(-p.N // plan.columns)
+    size = p.dtype.itemsize
+    moved = (p.M * p.K + p.N * p.K + p.M * p.N + p.M * p.r + p.r * p.K) * size
+    return Launch(
+        _run_layer(p, plan, WGMMA[device.capability].group, device.sms),
+        f"lora_linear: {min(tiles + plan.helpers, device.sms)} CTAs for {tiles} tiles of {_ROWS} x "
+        f"{plan.columns}, wgmma, {plan.helpers} of them shrink first",
+        2.0 * p.M * (p.N * (p.K + p.r) + p.K * p.r),
+        float(moved + p.N * p.r * p.adapter_dtype.itemsize),
+    )
+
+
+def why_not_in_one(p: Problem, device: Device) -> str | None:
+    """Why a layer's forward can't be one launch, a sentence, or None. How long it takes is another
+    question."""
+    reason = why_refused(p, device)
+    if reason is not None:
+        return reason
+    if p.dropout:
+        return "there is dropout, helpers make s without"
+    if p.dtype is not torch.bfloat16:
+        return f"x is {p.dtype}, helpers make s of bfloat16"
+    if p.adapter_dtype is not torch.bfloat16:
+        return f"the adapters are {p.adapter_dtype}, helpers read lora_A in bfloat16"
+    if p.r > _HELPER_RANKS:
+        return f"the rank is {p.r}, helpers make s of 1 to {_HELPER_RANKS}"
+    if p.M == 0 or p.N == 0:
+        return f"y is {p.M} x {p.N}, there is nothing to compute"
+    if p.layouts.lora_A.rows < _TMA or p.layouts.lora_A.huge:
+        return f"the rows of lora_A aren't aligned to {_TMA} bytes, TMA reads those that are"
+    if p.layouts.weight.rows < _TMA:
+        return "the weight's rows aren't contiguous, a layer in one launch reads it along them"
+    return None
+
+
+@dataclass(frozen=True)
+class Helped:
+    """So many helpers beside tiles of so many columns, and the clocks of the launch."""
+
+    helpers: int
+    columns: int
+    clocks: float
+
+
+def helped(M: int, K: int, N: int, device: Device) -> Helped:
+    """The helpers with which a layer ends first, by a model of the queues."""
+    found = [
+        Helped(helpers, columns, _clocks_helped(M, K, N, columns, helpers, device))
+        for columns in (256, 128)
+        for helpers in range(1, min(-(-M // _ROWS), max(device.sms // 2, 1)) + 1)
+    ]
+    return min(found, key=lambda plan: (plan.clocks, plan.helpers))
+
+
+def clocks_apart(M: int, K: int, N: int, device: Device) -> float:
+    """Of ``shrink``, bound by reading x, and then ``linear_expand``."""
+    columns = columns_of(M, N, device)
+    rounds = -(-(-(-M // _ROWS) * -(-N // columns)) // device.sms)
+    shrink = 2.0 * M * K / device.bandwidth + LAUNCH_SECONDS
+    return rounds * _tile(K, columns, device) + shrink * _CLOCK
+
+
+def _tile(K: int, columns: int, device: Device) -> float:
+    """Clocks of a tile."""
+    table = WGMMA[device.capability]
+    narrow = table.narrow if columns == 128 else 1.0
+    return -(-K // 64) * table.step * columns / 256 * narrow
+
+
+def _clocks_helped(M: int, K: int, N: int, columns: int, helpers: int, device: Device) -> float:
+    """Tiles end round by round, those of helpers later by their row blocks of s; the first tiles may
+    have to wait for theirs."""
+    table = WGMMA[device.capability]
+    rows, across = -(-M // _ROWS), -(-N // columns)
+    rate = min(table.helper_bytes, device.bandwidth / _CLOCK / helpers)
+    tile, item = _tile(K, columns, device), 2.0 * _ROWS * K / rate
+    others, late = device.sms - helpers, -(-rows // helpers) * item
+    first = min(rows, table.group * -(-others // (table.group * across)))
+    wait = max(0.0, -(-first // helpers) * item - tile)
+    left, end, next_end, next_late = rows * across, 0.0, tile, late + tile
+    while left > 0:
+        end = min(next_end, next_late)
+        if next_end <= next_late:
+            left, next_end = left - others, next_end + tile
+        else:
+            left, next_late = left - helpers, next_late + tile
+    return max(end + wait, late)
 
 
 def why_refused(p: Problem, device: Device) -> str | None:
@@ -107,5 +216,30 @@ def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
             counters(x, _COUNTERS), columns, group, ctas,
         )  # fmt: skip
         return y
+
+    return run
+
+
+def _run_layer(p: Problem, plan: Helped, group: int, ctas: int) -> Run:
+    M, N, r = p.M, p.N, p.r
+    numbers = plan.columns, group, ctas, plan.helpers
+    used = _COUNTERS + -(-M // _ROWS)
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        s = torch.empty((M, r), dtype=x.dtype, device=x.device)
+        torch.ops.lorafast_cuda.lora_linear_sm90.default(
+            x, weight, lora_A, lora_B, float(scaling), bias, y, s, counters(x, used), *numbers
+        )
+        return y, s
 
     return run
