@@ -10,8 +10,8 @@
 // Barriers of the ring: `full` when a stage has arrived, `empty` when all eight warps that multiply have read it.
 // Whoever waits for a stage alone, by the parity of its turn, must never be a turn off: the loading thread waits
 // for each one and grants a stage of ranks to those who write it, by `granted`. A tile's number goes round in two
-// mail slots: `posted`, and `taken` when a tile is done with, its bias too. `biased`: the bias of the slot's tile
-// is in shared memory.
+// mail slots: `posted`, and `taken` when a tile is done with. Its bias is there when its first ranks are, in shared
+// memory of the slot.
 //
 // float16 has a float32 s. It is multiplied as TF32, in two products, three beside a float32 B: in as many steps.
 //
@@ -37,7 +37,7 @@ struct Sm90Params {
   CUtensorMap x, w, y, a;
   void* s;           // [M, r] of bfloat16 for y in it, else of float32
   const void* b;     // [N, r]
-  const void* bias;  // [N] or null
+  const void* bias;  // [N] or null, as without ranks
   uint32_t* counters;
   Dropout dropout;
   int64_t s_row, s_col, b_row, b_col, bias_stride;
@@ -69,7 +69,7 @@ struct Sm90Tile {
   static constexpr int kPieces = kStages * kStage, kBias = kPieces + 4 * kHalf, kBarriers = kBias + 2 * kN * 4;
   static constexpr int kFull = kBarriers, kEmpty = kFull + 8 * kStages, kGranted = kEmpty + 8 * kStages;
   static constexpr int kPosted = kGranted + 8 * kStages;
-  static constexpr int kTaken = kPosted + 16, kBiased = kTaken + 16, kMail = kBiased + 16;
+  static constexpr int kTaken = kPosted + 16, kMail = kTaken + 16;
   static constexpr int kShared = kMail + 8;
   static_assert(kShared <= 232448, "more than an SM has");
 };
@@ -139,9 +139,6 @@ struct Sm90Cta {
     return shared + Tile::kPosted + 8 * mail.at;
   }
   __device__ __forceinline__ uint32_t taken(const Mail& mail) const { return shared + Tile::kTaken + 8 * mail.at; }
-  __device__ __forceinline__ uint32_t biased(const Mail& mail) const {
-    return shared + Tile::kBiased + 8 * mail.at;
-  }
   __device__ __forceinline__ float* bias(const Mail& mail) const {
     return reinterpret_cast<float*>(memory + Tile::kBias) + mail.at * kN;
   }
@@ -159,7 +156,6 @@ struct Sm90Cta {
       for (int i = 0; i < 2; ++i) {
         ptx::init_barrier(shared + Tile::kPosted + 8 * i, 1);
         ptx::init_barrier(shared + Tile::kTaken + 8 * i, 8 + 3);
-        ptx::init_barrier(shared + Tile::kBiased + 8 * i, 1);
       }
       ptx::publish_barriers();
     }
@@ -253,7 +249,6 @@ struct Sm90Cta {
       if (tile == -1) break;
       if (kHelperRanks > 0 && tile < 0) {
         ring.at = (ring.at + static_cast<uint32_t>(p.k_steps)) % Tile::kStages;
-        if (p.bias != nullptr && thread == 0) ptx::arrive_at(biased(mail));  // its turns are the mail's
         __syncwarp();
         if (lane == 0) ptx::arrive_at(taken(mail));
         continue;
@@ -264,8 +259,6 @@ struct Sm90Cta {
           const int64_t n = at.column + i;
           bias(mail)[i] = n < p.N ? load_as_float(p.bias, n * p.bias_stride, p.bias_type) : 0.0f;
         }
-        ptx::meet(kWritersMeet, kWriters);
-        if (thread == 0) ptx::arrive_at(biased(mail));
       }
       if (!masked) ring.at = (ring.at + static_cast<uint32_t>(p.k_steps)) % Tile::kStages;
       for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
@@ -475,7 +468,6 @@ struct Sm90Cta {
     const uint32_t pieces = shared + Tile::kPieces + half * 2 * Tile::kHalf;
     const int row = (warp % 4) * 16 + (lane & 15), high = lane >> 4;  // whose address this lane gives
     const float* const added = bias(mail) + 2 * (lane % 4);
-    if (p.bias != nullptr) ptx::wait_at(biased(mail), mail.parity);
 #pragma unroll
     for (int piece = 0; piece < kN / 64; ++piece) {
       const uint32_t to = pieces + piece % 2 * Tile::kHalf;

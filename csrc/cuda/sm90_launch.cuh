@@ -42,6 +42,7 @@ inline void check_sm90(
   if (bias.has_value()) check_vector("bias", *bias, N, device);
   STD_TORCH_CHECK(K >= 1 && K < INT64_C(1) << 31, "x has ", K, " columns, expected 1 to ", (INT64_C(1) << 31) - 1);
   STD_TORCH_CHECK(r < INT64_C(1) << 20, "r is ", r, ", expected fewer than ", INT64_C(1) << 20);
+  STD_TORCH_CHECK(r >= 1 || !bias.has_value(), "r is 0, expected at least 1 beside a bias");
   STD_TORCH_CHECK(columns == 256 || columns == 128, "columns is ", columns, ", expected 256 or 128");
   STD_TORCH_CHECK(
       group >= 1 && group < INT64_C(1) << 16, "group is ", group, ", expected 1 to ", (INT64_C(1) << 16) - 1);
