@@ -283,3 +283,57 @@ class TestPlan:
         problem = Case("bf16", 64, 64, 64, 4).problem()
         reason = wgmma.plan_linear_expand(problem, replace(device(), capability=arch))
         assert reason == f"compute capability is {has}, the kernels of wgmma are for 9.0"
+
+
+def counted(K, r, **more):
+    """What one tile of 128 x 256 executes."""
+    x, weight, s, B = (
+        torch.zeros(*size, dtype=BF16) for size in ((128, K), (256, K), (128, r), (256, r))
+    )
+    with launched(ARCH, late="soon") as run:
+        y, counters = torch.empty(128, 256, dtype=BF16), torch.zeros(4, dtype=torch.int32)
+        given = {"bias": None, "seed": None, "threshold": 0, "survivor_scale": 1.0} | more
+        torch.ops.lorafast_cuda.linear_expand_sm90(
+            x, weight, s, B, 1.0, **given, y=y, counters=counters, columns=256, group=16, ctas=1
+        )
+    return run.ran()[0]
+
+
+def total(ran, opcode, what="issued"):
+    """Over the instructions that begin so."""
+    return sum(getattr(c, what) for c in ran.counts if c.opcode.startswith(opcode))
+
+
+class TestCounts:
+    """Beside the same GEMM without ranks; waits are issued as often as the schedule has it."""
+
+    def test_a_k_block(self):
+        short, long = counted(512, 0), counted(1024, 0)
+        assert total(long, "wgmma.mma") - total(short, "wgmma.mma") == 8 * 8 * 4
+        multiplied = total(long, "wgmma.mma", "multiplies")
+        assert multiplied == 128 * 256 * 1024
+        # Of 1,024 clocks of the tensor cores, four schedulers issue for an eighth.
+        assert (long.steps - short.steps) / 8 / 4 < 128
+
+    @pytest.mark.parametrize(("r", "most"), [(16, 520), (64, 1400)])
+    def test_ranks(self, r, most):
+        """A product of 16 ranks more for every 16; the rest is done by warps that don't multiply."""
+        plain, ran = counted(512, 0), counted(512, r)
+        assert total(ran, "wgmma.mma") - total(plain, "wgmma.mma") == 8 * (r // 16)
+        assert (ran.steps - plain.steps) / 4 < most
+
+    @pytest.mark.parametrize(
+        ("opcode", "wavefronts"), [("st.shared.v4", 4), ("stmatrix", 4), ("ld.shared.v2", 1)]
+    )
+    def test_no_bank_collides(self, opcode, wavefronts):
+        """A warp stores 512 bytes in four passes; of the bias it reads 32."""
+        ran = counted(512, 64, bias=torch.zeros(256))
+        issued = total(ran, opcode)
+        assert issued > 0
+        assert total(ran, opcode, "wavefronts") == wavefronts * issued
+
+    def test_y_leaves_by_tma(self):
+        ran = counted(512, 16)
+        stored = [c.opcode for c in ran.counts if c.issued and c.opcode.startswith("st.global")]
+        assert set(stored) == {"st.global.u32"}  # counters
+        assert total(ran, "cp.async.bulk.tensor.2d.global") == 8
