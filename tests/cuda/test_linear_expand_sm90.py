@@ -323,10 +323,10 @@ class TestCounts:
         assert (ran.steps - plain.steps) / 4 < most
 
     @pytest.mark.parametrize(
-        ("opcode", "wavefronts"), [("st.shared.v4", 4), ("stmatrix", 4), ("ld.shared.v2", 1)]
+        ("opcode", "wavefronts"), [("st.shared.v4", 4), ("stmatrix", 4), ("ld.shared.v2", 2)]
     )
     def test_no_bank_collides(self, opcode, wavefronts):
-        """A warp stores 512 bytes in four passes; of the bias it reads 32."""
+        """A warp stores 512 bytes in four passes; what it reads of the bias are two halves of a warp."""
         ran = counted(512, 64, bias=torch.zeros(256))
         issued = total(ran, opcode)
         assert issued > 0
