@@ -241,13 +241,14 @@ class TestCUDA:
             r"-Xcompiler=-Wa\,-q",
         ]
         assert "-DUSE_CUDA" in flags
-        assert "--compress-mode=size" in flags
+        assert {"--compress-mode=size", "-DLORAFAST_COMPRESSED"} <= set(flags)
 
     def test_an_older_nvcc_compresses_less(self, load, cuda_tree):
         older = 'case " $* " in *compress-mode*) exit 1;; esac\n' + NVCC
         script(cuda_tree.parent / "older" / "bin" / "nvcc", older)
         setup_py = load(cuda_tree, CUDA_HOME=cuda_tree.parent / "older")["module"]
-        assert "--compress-mode=size" not in setup_py.nvcc_flags(setup_py.nvcc())
+        flags = setup_py.nvcc_flags(setup_py.nvcc())
+        assert not {"--compress-mode=size", "-DLORAFAST_COMPRESSED"} & set(flags)
 
     @pytest.mark.parametrize(
         ("variables", "codes"),
@@ -295,6 +296,8 @@ class TestCUDA:
         assert said.count(" -c ") == said.count("code=sm_80 ") == said.count("code=sm_90a ") == 2
         (library,) = (cuda_tree / "built").rglob("*.so")
         assert library.name == "_C_cuda.abi3.so"
+        kept = sorted(path.name for path in (cuda_tree / "build").rglob("*.ptx"))
+        assert kept == ["twice.compute_80.ptx", "twice.compute_90a.ptx"]  # tests execute them
         code = library.read_bytes()
         assert b"libtorch_cpu.so" in code
         assert b"libcudart.so" not in code

@@ -1,11 +1,15 @@
-"""Looks for a faster launch configuration of a Triton kernel on this device, neighbour by neighbour."""
+"""Looks for a faster way to launch a backend's kernels on this device, neighbour by neighbour.
+
+``Climber`` is what a backend must say for that; Triton's is here, that of the CUDA C++ kernels in
+``choices.py``.
+"""
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Clock, Summary, interleave
@@ -16,7 +20,7 @@ from lorafast.kernels.common.configs import LaunchConfig, why_invalid
 from lorafast.kernels.tables.find import GEMMS, nearest_architecture
 
 from lorafast.backends.cost import Device
-from lorafast.backends.plan import Plan, Refusal
+from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.backends.triton import Triton
 from lorafast.backends.triton.cost import helped
 from lorafast.backends.triton.planning import HybridLaunch, hybrid_rule_of, plan_hybrid, rule_of
@@ -59,6 +63,40 @@ class Row:
         return float("inf") if self.against_shipped is None else self.against_shipped.median
 
 
+class Climber(Protocol):
+    """A backend whose launches of a case have configurations, dataclasses, to choose from."""
+
+    shipped: Any
+    """What it takes where nothing was tuned."""
+    others: Sequence[Any]
+    """What else to begin with: further from the first than its neighbours are."""
+
+    def neighbours(self, config: Any) -> Iterator[Any]:
+        """Valid ones that differ from ``config`` in one field."""
+
+    def operations(self, config: Any) -> SimpleNamespace:
+        """The backend's operations, those of the case launched so."""
+
+
+class OfTriton:
+    """A case's launch configurations of the Triton kernels."""
+
+    def __init__(self, case: Case, device: Device) -> None:
+        self.case, self.device = case, device
+        self.capability = nearest_architecture(device.capability)
+        self.shipped = rule_of(case.asks, device)
+        hybrid = hybrid_of(case.asks, device)
+        self.others: Sequence[LaunchConfig] = () if hybrid is None else (hybrid,)
+
+    def neighbours(self, config: LaunchConfig) -> Iterator[LaunchConfig]:
+        case = self.case
+        found = neighbours(case.operation, config, case.asks.dtype.itemsize, self.capability)
+        return (candidate for candidate in found if _serves(case.asks, candidate, self.device))
+
+    def operations(self, config: LaunchConfig) -> SimpleNamespace:
+        return by_backend(Triton(config))
+
+
 def neighbours(
     operation: str, config: LaunchConfig, element_size: int, capability: int
 ) -> Iterator[LaunchConfig]:
@@ -80,30 +118,32 @@ def neighbours(
             yield candidate
 
 
-def climb(
-    problem: Problem, case: Case, *, device: Device, clock: Clock, deadline: float
-) -> list[Row]:
-    """The shipped configuration and those tried, until none nearby is faster or time is up."""
-    capability = nearest_architecture(device.capability)
-    shipped = rule_of(case.asks, device)
-    rows = {shipped: Row(problem, case.name, asdict(shipped), True)}
+def climb(problem: Problem, case: Case, of: Climber, *, clock: Clock, deadline: float) -> list[Row]:
+    """What is shipped and what was tried, until none nearby is faster or time is up."""
+    shipped = of.shipped
+    rows: dict[Any, Row] = {shipped: Row(problem, case.name, asdict(shipped), True)}
     best = shipped
-    hybrid = hybrid_of(case.asks, device)
-    if hybrid is not None and time.monotonic() <= deadline:
-        rows[hybrid] = measure(problem, case, hybrid, shipped, clock)
+    for other in of.others:
+        if time.monotonic() <= deadline:
+            rows[other] = measure(problem, case, of, other, clock)
     while True:
         tried = False
-        for candidate in neighbours(case.operation, best, problem.element_size, capability):
-            if candidate in rows or not _serves(case.asks, candidate, device):
+        for candidate in of.neighbours(best):
+            if candidate in rows:
                 continue
             if time.monotonic() > deadline:
                 return list(rows.values())
-            rows[candidate] = measure(problem, case, candidate, shipped, clock)
+            rows[candidate] = measure(problem, case, of, candidate, clock)
             tried = True
         faster = min(rows, key=lambda config: 1.0 if config == shipped else rows[config].ratio)
         if faster == best or not tried:
             return list(rows.values())
         best = faster
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    """The fastest; the shipped one where none is."""
+    return min(rows, key=lambda row: 1.0 if row.shipped else row.ratio)
 
 
 def _serves(call: Call, candidate: LaunchConfig, device: Device) -> bool:
@@ -121,21 +161,16 @@ def hybrid_of(call: Call, device: Device) -> LaunchConfig | None:
 
 
 def measure(
-    problem: Problem,
-    case: Case,
-    candidate: LaunchConfig,
-    shipped: LaunchConfig,
-    clock: Clock,
-    seconds: float = 0.1,
+    problem: Problem, case: Case, of: Climber, candidate: Any, clock: Clock, seconds: float = 0.1
 ) -> Row:
     """Checks a configuration, then times it and the shipped one in turn."""
     row = Row(problem, case.name, asdict(candidate), False)
     try:
-        row.wrong = why_wrong(case, with_config(case, candidate), DTYPES[problem.dtype])
+        row.wrong = why_wrong(case, of.operations(candidate), DTYPES[problem.dtype])
         if row.wrong is None:
             turns = {
-                label: turn_of([functools.partial(case.call, with_config(case, config), as_is)])
-                for label, config in (("candidate", candidate), ("shipped", shipped))
+                label: turn_of([functools.partial(case.call, of.operations(config), as_is)])
+                for label, config in (("candidate", candidate), ("shipped", of.shipped))
             }
             samples = interleave(clock, turns, seconds=seconds, least=15)
             row.samples, row.shipped_samples = samples["candidate"], samples["shipped"]
@@ -146,9 +181,11 @@ def measure(
     return row
 
 
-def with_config(case: Case, config: LaunchConfig) -> SimpleNamespace:
-    """Triton's operations, the case's launched with a configuration of its own."""
-    backend = Triton(config)
+def by_backend(backend: Backend) -> SimpleNamespace:
+    """The operations as this object plans them, whatever is registered and recorded.
+
+    One that it can't serve raises ``BackendError``.
+    """
 
     @functools.cache
     def choose(call: Call) -> Plan:

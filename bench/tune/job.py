@@ -20,11 +20,13 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.operations.cases import CASES, Case, cases
 from lorafast.bench.operations.job import as_is, on_backend, turn_of, why_wrong
 from lorafast.bench.tune import climb
+from lorafast.bench.tune.choices import Chosen, choices_of
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.tables import tuned
 
 from lorafast.backends import registry
 from lorafast.backends.cost import MARGIN, Device, key_of
+from lorafast.backends.cuda import Cuda
 from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton, device_of
 from lorafast.backends.triton.cost import helped
@@ -36,7 +38,8 @@ TUNED = tuple(case for case in CASES if case != "lora_linear_backward")
 
 @dataclass
 class Row:
-    """A case's winner; samples are seconds by backend, round by round."""
+    """A case's winner; samples are seconds by backend, round by round. ``config`` is of Triton's
+    kernels, ``choices`` are of those in CUDA C++."""
 
     problem: Problem
     case: str
@@ -45,6 +48,7 @@ class Row:
     tried: int
     wrong: str | None = None
     samples: dict[str, list[float]] = field(default_factory=dict)
+    choices: dict[str, int] | None = None
 
 
 def run(
@@ -97,7 +101,7 @@ def run(
             continue
         medians = {backend: Summary.of(s).median for backend, s in row.samples.items()}
         config = None if row.config is None else LaunchConfig(**row.config)
-        known[key] = tuned.Record(key, row.backend, config, medians)
+        known[key] = tuned.Record(key, row.backend, config, medians, row.choices)
         try:
             path = tuned.save(gpu.name, [known[key]])
         except OSError as error:
@@ -112,17 +116,25 @@ def run(
 
 
 def tune(problem: Problem, case: Case, *, device: Device, clock: Clock, seconds: float) -> Row:
-    """The fastest of the case's configurations of Triton against the other backends. Who is wrong isn't
-    timed."""
-    deadline = time.monotonic() + 0.8 * seconds
+    """The fastest of the case's configurations of Triton and of CUDA C++ against the other backends. Who
+    is wrong isn't timed."""
+    begin = time.monotonic()
     contenders = {name: on_backend(name) for name in _able(case)}
     found: list[climb.Row] = []
     config: LaunchConfig | None = None
     if _why_no_climb(case, device) is None:
-        found = climb.climb(problem, case, device=device, clock=clock, deadline=deadline)
-        best = min(found, key=lambda row: 1.0 if row.shipped else row.ratio)
-        config = LaunchConfig(**best.config)
-        contenders[Triton.name] = climb.with_config(case, config)
+        of = climb.OfTriton(case, device)
+        share = 0.5 if Cuda.name in contenders else 0.8
+        found = climb.climb(problem, case, of, clock=clock, deadline=begin + share * seconds)
+        config = LaunchConfig(**climb.best_of(found).config)
+        contenders[Triton.name] = of.operations(config)
+    choices: dict[str, int] | None = None
+    of_cuda = choices_of(case, device) if Cuda.name in contenders else None
+    if of_cuda is not None:
+        tried = climb.climb(problem, case, of_cuda, clock=clock, deadline=begin + 0.8 * seconds)
+        best = Chosen(**climb.best_of(tried).config)
+        contenders[Cuda.name] = of_cuda.operations(best)
+        choices, found = dict(best.choices), [*found, *tried]
     wrong = {}
     for name, operations in contenders.items():
         try:
@@ -139,7 +151,7 @@ def tune(problem: Problem, case: Case, *, device: Device, clock: Clock, seconds:
     samples = interleave(clock, turns, seconds=0.2 * seconds, least=15)
     said = "; ".join(f"{name}: {reason}" for name, reason in wrong.items()) or None
     fields = None if config is None else asdict(config)
-    return Row(problem, case.name, _winner(samples), fields, len(found), said, samples)
+    return Row(problem, case.name, _winner(samples), fields, len(found), said, samples, choices)
 
 
 def _winner(samples: dict[str, list[float]]) -> str:

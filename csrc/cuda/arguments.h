@@ -5,6 +5,11 @@
 
 namespace lorafast::cuda {
 
+// Before its sizes are asked for.
+inline void check_dimensions(const char* name, const Tensor& tensor, int64_t expected) {
+  STD_TORCH_CHECK(tensor.dim() == expected, name, " has ", tensor.dim(), " dimensions, expected ", expected);
+}
+
 inline void check_vector(const char* name, const Tensor& tensor, int64_t size, const OneDevice& device) {
   STD_TORCH_CHECK(
       tensor.dim() == 1 && tensor.size(0) == size, name, " has ", tensor.dim(), " dimensions and ", tensor.numel(),

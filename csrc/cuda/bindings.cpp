@@ -20,14 +20,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   // csrc/cuda/linear_expand_sm90.cu
   library.def(
       "linear_expand_sm90(Tensor x, Tensor weight, Tensor s, Tensor lora_B, float scaling, Tensor? bias, "
-      "Tensor? seed, int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!) counters, int columns, int "
-      "group, "
-      "int ctas) -> ()");
+      "Tensor? seed, int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!) counters, "
+      "int columns, int group, int ctas) -> ()");
 
   // csrc/cuda/lora_linear_sm90.cu
   library.def(
       "lora_linear_sm90(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, "
       "Tensor(a!) y, Tensor(b!) s, Tensor(c!) counters, int columns, int group, int ctas, int helpers) -> ()");
+
+  // csrc/cuda/lora_linear_backward.cu
+  library.def(
+      "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? s, "
+      "float scaling, Tensor? seed, int threshold, float survivor_scale, Tensor(a!)? dx, Tensor(b!)? dA, "
+      "Tensor(c!)? dB, Tensor(d!)? dbias, Tensor(e!)? scratch, Tensor(f!)? counters, int columns, int stages) "
+      "-> ()");
 
   // csrc/cuda/shrink.cu
   library.def(
@@ -62,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("lora_linear", TORCH_BOX(&lorafast::cuda::lora_linear));
   library.impl("linear_expand_sm90", TORCH_BOX(&lorafast::cuda::linear_expand_sm90));
   library.impl("lora_linear_sm90", TORCH_BOX(&lorafast::cuda::lora_linear_sm90));
+  library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cuda::lora_linear_backward));
   library.impl("shrink", TORCH_BOX(&lorafast::cuda::shrink));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cuda::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cuda::shrink_backward));

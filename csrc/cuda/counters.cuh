@@ -26,31 +26,13 @@ __device__ __forceinline__ uint32_t take_next(uint32_t* queue) {
   return taken;
 }
 
-// Raises a flag: a CTA that has waited for it can load what this one has stored.
-__device__ __forceinline__ void raise_flag(uint32_t* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) ptx::store_release(flag, 1);
-}
-
-// Waits until the flag is raised. If that takes two seconds it never will be, and the launch ends in an error.
-__device__ __forceinline__ void wait_for(const uint32_t* flag) {
-  if (ptx::load_acquire(flag) != 0) return;
-  uint64_t since, now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(since));
-  while (ptx::load_acquire(flag) == 0) {
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (now - since > 2000000000ull) __trap();
-  }
-}
-
-// Waits until `least` CTAs were counted, each after what it has stored; as wait_for.
+// Waits until `least` CTAs were counted, each after what it has stored, which can be loaded then. If that takes two
+// seconds they never will be, and the launch ends in an error.
 __device__ __forceinline__ void wait_for_count(const uint32_t* counter, uint32_t least) {
   if (ptx::load_acquire(counter) >= least) return;
-  uint64_t since, now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(since));
+  const uint64_t since = ptx::nanoseconds();
   while (ptx::load_acquire(counter) < least) {
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (now - since > 2000000000ull) __trap();
+    if (ptx::nanoseconds() - since > 2000000000ull) __trap();
   }
 }
 

@@ -56,15 +56,13 @@ void check_adapters(const Adapters& of, const Tensor& x, int64_t N, const OneDev
     check_stack("lora_A", of.lora_A, n, r, K, device);
     check_stack("lora_B", of.lora_B, n, N, r, device);
     const Tensor &scaling = *of.scaling_of, &adapter_of = *of.adapter_of;
-    STD_TORCH_CHECK(
-        scaling.dim() == 1 && scaling.size(0) == n, "scaling has ", scaling.numel(), " elements, expected ", n);
+    check_vector("scaling", scaling, n, device);
     check_dtype("scaling", scaling, ScalarType::Float);
-    device.check("scaling", scaling);
-    check_storage("scaling", scaling);
+    STD_TORCH_CHECK(adapter_of.dim() == 1, "adapter_of has ", adapter_of.dim(), " dimensions, expected a vector");
     const int64_t M = x.size(0), E = adapter_of.numel();
     STD_TORCH_CHECK(
-        adapter_of.dim() == 1 && E > 0 && M % E == 0, "adapter_of has ", E, " elements, expected one for each of ",
-        M, " rows, or for as many of them each");
+        E > 0 && M % E == 0, "adapter_of has ", E, " elements, expected one for each of ", M,
+        " rows, or for as many of them each");
     check_dtype("adapter_of", adapter_of, ScalarType::Long);
     device.check("adapter_of", adapter_of);
     check_storage("adapter_of", adapter_of);
@@ -113,7 +111,7 @@ void launch_for(const char* name, const Params& p, int64_t pitch, const OnDevice
   const int64_t ctas = p.helpers + (p.N + decode::rows_of(TOKENS) - 1) / decode::rows_of(TOKENS);
   STD_TORCH_CHECK(ctas < INT64_C(1) << 31, "weight has ", p.N, " rows, too many for one launch");
   const size_t own_s = p.helpers > 0 ? 0 : TOKENS * pitch * sizeof(float);
-  launch(
+  launch<kOldestOfAll>(
       name, decode::decode_kernel<T, TOKENS>, dim3(static_cast<unsigned>(ctas)), decode::kThreads, own_s, on, p);
 }
 
@@ -143,6 +141,7 @@ void decode_layer(
       helpers > 0 || tokens * pitch * 4 <= 16384, "without helpers s of rank ", r,
       " doesn't fit into shared memory");
   const int64_t partials = helpers > 0 ? tokens * pitch + helpers * rows * tokens : 0;
+  STD_TORCH_CHECK(N > 0 || M == 0 || !memory.s.has_value(), "weight has no rows, no CTA makes s without them");
   check_memory(memory, partials, helpers > 0 ? decode::kShares + helpers : 0, x, N, r, device);
   if (M == 0 || N == 0) return;
 
@@ -151,6 +150,7 @@ void decode_layer(
   p.weight = matrix_of(weight);
   p.lora_A.one = matrix_of(adapters.lora_A);
   p.lora_B.one = matrix_of(adapters.lora_B);
+  p.adapter_count = 1;
   p.rows_an_element = 1;
   p.scaling = static_cast<float>(adapters.scaling);
   if (many) {
@@ -160,6 +160,7 @@ void decode_layer(
     p.adapter_of_stride = adapters.adapter_of->stride(0);
     p.scaling_of = static_cast<const float*>(adapters.scaling_of->const_data_ptr());
     p.scaling_stride = adapters.scaling_of->stride(0);
+    p.adapter_count = adapters.lora_A.size(0);
     p.rows_an_element = static_cast<int32_t>(M / adapters.adapter_of->numel());
   }
   if (bias.has_value()) {

@@ -9,7 +9,14 @@
 // the ticket that it draws. A CTA that would wait while tickets are left, draws them itself and begins with W again. So
 // whoever waits, waits for CTAs that run, which wait for nobody.
 //
-// Where A is so small that every CTA can load it in one round, each computes s for itself: there are no helpers.
+// Where A is so small that loading it takes each CTA less time than s would come late, each computes s for itself:
+// there are no helpers (lorafast/backends/cuda/decode.py decides). CTAs of a cluster could have a part of A each: four of
+// them save 24 of A's 32 KB at 1024 x 1024 and r = 16, at most 400 clocks of L2 (counted: 548 for W, 1096 with all of A).
+// Two barriers of a cluster and s from three other SMs' memory take about as long, and only sm_90 and later have them.
+//
+// x isn't kept in shared memory. The warps of a CTA share K, so that none of x is read by two of them: it would be
+// stored to be loaded once. Each CTA takes it from L2 to registers instead, as it takes W, with 16 rows half as many
+// bytes as of W (counted: 1.5 times W is moved at 16 x 4096 -> 4096), of which memory gives none but the first time.
 #pragma once
 
 #include <type_traits>
@@ -49,6 +56,7 @@ struct Stack {
 struct Params {
   Matrix x, weight;
   Stack lora_A, lora_B;
+  int64_t adapter_count;
   const int64_t* adapter_of;  // of each `rows_an_element` rows of x, -1 for none; null: all have adapter 0
   int64_t adapter_of_stride;
   const float* scaling_of;  // of each adapter; null: `scaling`
@@ -77,6 +85,8 @@ __device__ __forceinline__ void find_adapters(Batch& batch, const Params& p) {
   const int lane = ptx::again(threadIdx.x);
   int64_t g = -1;
   if (lane < p.M) g = p.adapter_of == nullptr ? 0 : p.adapter_of[lane / p.rows_an_element * p.adapter_of_stride];
+  // Nobody could say so earlier without waiting for the device.
+  if (__any_sync(0xFFFFFFFFu, g < -1 || g >= p.adapter_count)) __trap();
   const uint32_t same = __match_any_sync(0xFFFFFFFFu, static_cast<unsigned long long>(g));
   const int first = __ffs(same) - 1;
   const uint32_t firsts = __ballot_sync(0xFFFFFFFFu, g >= 0 && first == lane);

@@ -31,6 +31,9 @@ class OnDevice {
   int index_;
 };
 
+// No code is compiled for devices before it.
+inline constexpr int kOldestOfAll = 75;
+
 // A launch that asks for no more dynamic shared memory needs no permission: with what the kernel declares itself
 // it has less than 48 KB.
 inline constexpr size_t kSharedAlways = 32 * 1024;
@@ -41,12 +44,17 @@ void allow_shared(const void* kernel, size_t bytes, const OnDevice& on);
 // Raises if a launch gave an error. `name` is the kernel's.
 void check_started(const char* name, cudaError_t error);
 
-// Launches a kernel whose only parameter is a struct, in clusters of `cluster` CTAs along x.
-template <class Params>
+// Raises if the device's compute capability is less than `oldest`, as 80, or more than `newest`.
+void check_capability(const char* name, int oldest, const OnDevice& on, int newest = 1000);
+
+// Launches a kernel whose only parameter is a struct, in clusters of `cluster` CTAs along x. For devices older than
+// `kOldest` the kernel is code that traps, after which CUDA serves the process no more: they are refused.
+template <int kOldest = 80, class Params>
 void launch(
     const char* name, void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared, const OnDevice& on,
     const std::common_type_t<Params>& params, unsigned cluster = 1) {
   const void* function = reinterpret_cast<const void*>(kernel);
+  if constexpr (kOldest > kOldestOfAll) check_capability(name, kOldest, on);
   if (shared > kSharedAlways) allow_shared(function, shared, on);
   void* arguments[] = {const_cast<Params*>(&params)};
   if (cluster == 1) {

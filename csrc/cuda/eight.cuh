@@ -48,6 +48,14 @@ __device__ __forceinline__ uint32_t pack_two(float low, float high) {
   }
 }
 
+// Stores eight neighbours of 16 bits, at a multiple of 16 bytes.
+template <class T>
+__device__ __forceinline__ void store_whole(T* to, const float (&v)[kEight]) {
+  ptx::store_16(
+      to, make_uint4(
+              pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]), pack_two<T>(v[6], v[7])));
+}
+
 // Stores columns `col` to col + 7 of a row that begins at `to` and has N. The whole warp calls it; neighbours in a
 // quad have neighbouring eights. `vector`: rows are multiples of 16 bytes and begin at such. `inside`: there is such
 // a row.
@@ -57,10 +65,7 @@ __device__ __forceinline__ void store_eight(
   const bool whole = vector && col + kEight <= N;
   if constexpr (sizeof(T) == 2) {
     if (inside && whole) {
-      ptx::store_16(
-          to + col,
-          make_uint4(
-              pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]), pack_two<T>(v[6], v[7])));
+      store_whole(to + col, v);
       return;
     }
   } else {
@@ -86,51 +91,6 @@ __device__ __forceinline__ void store_eight(
   for (int i = 0; i < kEight; ++i) {
     if (col + i < N) to[col + i] = from_float<T>(v[i]);
   }
-}
-
-// Of small products, before the large ones: infinity times a rest is NaN, or of the wrong sign. Where they aren't
-// finite the large ones say it all.
-__device__ __forceinline__ void keep_finite(float (&small)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) small[i] = fabsf(small[i]) < __int_as_float(0x7F800000) ? small[i] : 0.0f;
-}
-
-// split_tf32 of several, with the rest rounded too, by half of the last bit that tensor cores read. Of no rest they
-// read 0. What isn't finite is rare: all are looked at together.
-template <int kCount>
-__device__ __forceinline__ void split_all(Tf32Pair (&to)[kCount], const float (&x)[kCount]) {
-#if __CUDA_ARCH__ >= 800
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(to[i].high) : "f"(x[i]));
-    const float high = __uint_as_float(to[i].high);
-    finite = finite && fabsf(high) < __int_as_float(0x7F800000);
-    to[i].low = __float_as_uint(x[i] - high) + 0x1000u;
-  }
-  if (finite) return;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    to[i] = split_tf32(x[i]);
-    to[i].low += 0x1000u;
-  }
-#endif
-}
-
-// c += a·b of float32 numbers, in three products of TF32, or two where all of b is in TF32 already. Summed apart:
-// tensor cores cut bits off what they add, the small products come first.
-//   a [16, 8], b [8, 8], c [16, 8]: the fragments of multiply_tf32, of float32.
-__device__ __forceinline__ void multiply_split(
-    float (&c)[4], const Tf32Pair (&a)[4], const Tf32Pair (&b)[2], bool b_exact) {
-  const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-  const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  ptx::multiply_tf32(part, low, b[0].high, b[1].high);
-  if (!b_exact) ptx::multiply_tf32(part, high, b[0].low, b[1].low);
-  keep_finite(part);
-  ptx::multiply_tf32(part, high, b[0].high, b[1].high);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += part[i];
 }
 
 }  // namespace lorafast::cuda

@@ -1,5 +1,6 @@
 // ds = scaling · dy·B, dB = scaling · dyᵀ·s, dbias = Σ dy over rows: dy [M, N], s [M, r], B [N, r] → ds [M, r],
 // dB [N, r], dbias [N], in one pass over dy.
+#include "arguments.h"
 #include "skinny.cuh"
 
 namespace lorafast::cuda {
@@ -15,6 +16,9 @@ void expand_backward(
     const std::optional<Tensor>& partials, const std::optional<Tensor>& counters, int64_t ranks, int64_t block_m,
     int64_t block_n, int64_t stages, int64_t share, int64_t chunk) {
   const OneDevice device(kDevice, "dy", dy);
+  check_dimensions("dy", dy, 2);
+  if (ds.has_value()) check_dimensions("ds", *ds, 2);
+  if (dB.has_value()) check_dimensions("dB", *dB, 2);
   check_matrix("dy", dy, dy.size(0), dy.size(1), device);
   const int64_t M = dy.size(0), N = dy.size(1);
   const Dtype dtype = dtype_of(dy);

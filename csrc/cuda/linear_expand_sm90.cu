@@ -34,6 +34,7 @@ void linear_expand_sm90(
     of.p.sum_scale = static_cast<float>(scaling * survivor_scale);
   }
   const OnDevice on(device);
+  check_capability("linear_expand_sm90", 90, on, 90);
   const auto start = [&](auto element, auto across, auto tile) {
     constexpr int kN = decltype(tile)::value;
     launch(

@@ -9,22 +9,10 @@
 // The order of k in a product is free if both factors have the same: a lane's elements of a row in a block are
 // neighbours. So one load from shared memory has 16 bytes of two products, and one call of Philox is one lane's.
 #include "arguments.h"
-#include "eight.cuh"
 #include "operations.h"
-#include "ptx.cuh"
+#include "small.cuh"
 
 namespace lorafast::cuda {
-
-namespace {
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = 16 * kWarps;
-constexpr int kMostRanks = 64;
-constexpr int kRankTiles = kMostRanks / 8;
-constexpr int kBlock = 128;         // bytes of a row of x or W in a stage
-constexpr int kPad = 8;             // elements between rows of B in shared memory, against bank conflicts
-constexpr size_t kShared = 232448;  // bytes of a CTA, on the architecture that has most
-}  // namespace
 
 struct LoraLinearParams {
   const void* x;     // [M, K]
@@ -117,15 +105,9 @@ __device__ __forceinline__ void copy_elements(
     const int row = i / kChunks, chunk = i % kChunks;
     char* const at = to + 16 * (row * kChunks + place_of_chunk(row, chunk / kEach, chunk % kEach));
     const int64_t column = k + chunk * kElements, left = row < inside ? K - column : 0;
-#pragma unroll 1
-    for (int e = 0; e < kElements; ++e) {
-      const char* const element = from + (row * stride_row + (column + e) * stride_col) * kSize;
-      if constexpr (kSize == 2) {
-        reinterpret_cast<uint16_t*>(at)[e] = e < left ? *reinterpret_cast<const uint16_t*>(element) : uint16_t(0);
-      } else {
-        reinterpret_cast<uint32_t*>(at)[e] = e < left ? *reinterpret_cast<const uint32_t*>(element) : 0u;
-      }
-    }
+    const int bytes = left <= 0 ? 0 : left < kElements ? static_cast<int>(left) * kSize : 16;
+    const char* const element = from + (row * stride_row + column * stride_col) * kSize;
+    *reinterpret_cast<uint4*>(at) = load_elements<kSize>(element, stride_col * kSize, bytes);
   }
 }
 
@@ -178,7 +160,7 @@ struct Filler {
 template <class T>
 __device__ __forceinline__ void fill(
     char* shared, const LoraLinearParams& p, const Places& at, int columns, int64_t col) {
-  using Factor = std::conditional_t<DtypeOf<T>::value == Dtype::bfloat16, bfloat16, float>;
+  using Factor = Beside<T>;
   auto* const b = reinterpret_cast<Factor*>(shared + at.b);
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < columns * at.ranks; i += kThreads) {
@@ -218,8 +200,8 @@ __device__ __forceinline__ void multiply_chunk(
   }
 }
 
-// Two chunks of float32 as pairs of TF32, in the order of two fragments or, of W, of four.
-__device__ __forceinline__ void split_chunks(Tf32Pair (&to)[8], const uint4& first, const uint4& second) {
+// Two chunks of float32 in parts of TF32, in the order of two fragments or, of W, of four.
+__device__ __forceinline__ void split_chunks(Tf32Parts (&to)[8], const uint4& first, const uint4& second) {
   const float v[8] = {__uint_as_float(first.x),  __uint_as_float(second.x), __uint_as_float(first.y),
                       __uint_as_float(second.y), __uint_as_float(first.z),  __uint_as_float(second.z),
                       __uint_as_float(first.w),  __uint_as_float(second.w)};
@@ -227,78 +209,54 @@ __device__ __forceinline__ void split_chunks(Tf32Pair (&to)[8], const uint4& fir
 }
 
 struct Pairs {
-  Tf32Pair of[8];
+  Tf32Parts of[8];
 
   __device__ __forceinline__ Pairs(const uint4& row, const uint4& below) { split_chunks(of, row, below); }
 };
 
-// c += x·wᵀ of the block in float32: 12 products summed apart, small ones first.
+// c += x·wᵀ of the block in float32, summed apart, small products first.
 __device__ __forceinline__ void multiply_block(float (&c)[4], const Pairs (&x)[2], const uint4 (&w)[2]) {
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  Tf32Pair b[8];  // of the chunks first and second, x y z w: at 2·(place of x …) and one behind
+  Tf32Parts b[8];  // of the chunks first and second, x y z w: at 2·(place of x …) and one behind
   split_chunks(b, w[0], w[1]);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Tf32Pair* const a = x[i / 2].of + 4 * (i % 2);
-    const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-    const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-    ptx::multiply_tf32(part, low, b[4 * (i % 2) + i / 2].high, b[4 * (i % 2) + 2 + i / 2].high);
-    ptx::multiply_tf32(part, high, b[4 * (i % 2) + i / 2].low, b[4 * (i % 2) + 2 + i / 2].low);
+    const Tf32Parts* const of = b + 4 * (i % 2) + i / 2;
+    add_small<false, false>(part, x[i / 2].of + 4 * (i % 2), of[0], of[2]);
   }
   keep_finite(part);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Tf32Pair* const a = x[i / 2].of + 4 * (i % 2);
-    const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-    ptx::multiply_tf32(part, high, b[4 * (i % 2) + i / 2].high, b[4 * (i % 2) + 2 + i / 2].high);
+    const Tf32Parts* const of = b + 4 * (i % 2) + i / 2;
+    add_large(part, x[i / 2].of + 4 * (i % 2), of[0], of[2]);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] += part[i];
 }
 
-__device__ __forceinline__ float half_of(uint32_t two, int i) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(i == 0 ? two & 0xFFFFu : two >> 16)));
-}
-
-// c += x·aᵀ of the block, x in float16 and A in float32: x is in TF32 already, A is the sum of two such.
+// c += x·aᵀ of the block, x in float16 and A in float32: x is in TF32 already, A is the sum of three such.
 __device__ __forceinline__ void multiply_wide(float (&c)[4], const Elements& x, const uint4 (&a)[4]) {
   float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  Tf32Pair pairs[2][8];
+  Tf32Parts parts[2][8];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) split_chunks(pairs[i], a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 2; ++i) split_chunks(parts[i], a[2 * i], a[2 * i + 1]);
 #pragma unroll
   for (int low = 1; low >= 0; --low) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint4 &up = x.row[i / 4], &down = x.below[i / 4];
       const uint32_t u[4] = {up.x, up.y, up.z, up.w}, d[4] = {down.x, down.y, down.z, down.w};
-      const uint32_t two[4] = {
-          __float_as_uint(half_of(u[i % 4], 0)), __float_as_uint(half_of(d[i % 4], 0)),
-          __float_as_uint(half_of(u[i % 4], 1)), __float_as_uint(half_of(d[i % 4], 1))};
-      const Tf32Pair* const of = pairs[i / 4] + 4 * (i % 2) + i / 2 % 2;
-      ptx::multiply_tf32(part, two, low ? of[0].low : of[0].high, low ? of[2].low : of[2].high);
+      const Tf32Parts two[4] = {
+          whole_tf32(half_of(u[i % 4], 0)), whole_tf32(half_of(d[i % 4], 0)), whole_tf32(half_of(u[i % 4], 1)),
+          whole_tf32(half_of(d[i % 4], 1))};
+      const Tf32Parts* const of = parts[i / 4] + 4 * (i % 2) + i / 2 % 2;
+      if (low) add_small<true, false>(part, two, of[0], of[2]);
+      else add_large(part, two, of[0], of[2]);
     }
     if (low) keep_finite(part);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] += part[i];
-}
-
-// Dropout of two 16-bit neighbours. float16 isn't scaled, which would round: its sum is.
-template <class T>
-__device__ __forceinline__ uint32_t drop_two(uint32_t two, uint32_t word, uint32_t below, float scale) {
-  if constexpr (DtypeOf<T>::value == Dtype::bfloat16) {
-    float first = __uint_as_float(two << 16) * scale, second = __uint_as_float(two & 0xFFFF0000u) * scale;
-    if ((word << 16) <= below) first = 0.0f;
-    if (word <= below) second = 0.0f;
-    return pack_two<bfloat16>(first, second);
-  } else {
-    return two & (((word << 16) > below ? 0x0000FFFFu : 0u) | (word > below ? 0xFFFF0000u : 0u));
-  }
-}
-
-__device__ __forceinline__ uint32_t drop_one(uint32_t one, uint32_t word, uint32_t below, float scale) {
-  return word <= below ? 0u : __float_as_uint(__uint_as_float(one) * scale);
 }
 
 // Dropout of a lane's elements of one row in the block that begins at column k; `first` is the counter of the row's
@@ -403,46 +361,9 @@ __device__ __forceinline__ void multiply_stage(
   }
 }
 
-// The low-rank term of one n8 tile: c += scaling · s·Bᵀ. s is rounded to its dtype first.
-template <class T>
-__device__ __forceinline__ void add_low_rank(
-    float (&c)[4], const float (&s)[kRankTiles][4], const char* rows, const LoraLinearParams& p,
-    const Places& at) {
-  const int g = static_cast<int>(threadIdx.x % 32 / 4), lane = static_cast<int>(threadIdx.x % 4);
-  float low[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  if constexpr (DtypeOf<T>::value == Dtype::bfloat16) {
-    const auto* const b = reinterpret_cast<const bfloat16*>(rows) + g * (at.ranks + kPad) + 2 * lane;
-#pragma unroll
-    for (int two = 0; two < kRankTiles / 2; ++two) {
-      if (16 * two >= p.r) break;
-      const float (&left)[4] = s[2 * two], (&right)[4] = s[2 * two + 1];
-      const uint32_t a[4] = {
-          pack_two<T>(left[0], left[1]), pack_two<T>(left[2], left[3]), pack_two<T>(right[0], right[1]),
-          pack_two<T>(right[2], right[3])};
-      ptx::multiply_bf16(
-          low, a, *reinterpret_cast<const uint32_t*>(b + 16 * two),
-          *reinterpret_cast<const uint32_t*>(b + 16 * two + 8));
-    }
-  } else {
-    const auto* const b = reinterpret_cast<const float*>(rows) + g * (at.ranks + kPad) + 2 * lane;
-#pragma unroll
-    for (int tile = 0; tile < kRankTiles; ++tile) {
-      if (8 * tile >= p.r) break;
-      const float2 v = *reinterpret_cast<const float2*>(b + 8 * tile);
-      const float all[6] = {v.x, v.y, s[tile][0], s[tile][2], s[tile][1], s[tile][3]};
-      Tf32Pair of[6];
-      split_all(of, all);
-      const Tf32Pair pairs[2] = {of[0], of[1]}, a[4] = {of[2], of[3], of[4], of[5]};
-      multiply_split(low, a, pairs, p.b_type != Dtype::float32);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) c[i] += p.scaling * low[i];
-}
-
 template <class T>
 __device__ __forceinline__ void store_s(const float (&s)[kRankTiles][4], const LoraLinearParams& p, int64_t row) {
-  using S = std::conditional_t<DtypeOf<T>::value == Dtype::bfloat16, bfloat16, float>;
+  using S = Beside<T>;
   auto* const to = static_cast<S*>(p.s);
   const int lane = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
@@ -453,15 +374,6 @@ __device__ __forceinline__ void store_s(const float (&s)[kRankTiles][4], const L
       const int rank = 8 * tile + 2 * lane + i % 2;
       if (at < p.M && rank < p.r) to[at * p.r + rank] = from_float<S>(s[tile][i]);
     }
-  }
-}
-
-// At most `left` groups of copies are under way when it returns.
-__device__ __forceinline__ void wait_for_stage(int left) {
-  switch (left) {
-    case 0: return ptx::wait_for_copies<0>();
-    case 1: return ptx::wait_for_copies<1>();
-    default: return ptx::wait_for_copies<2>();
   }
 }
 
@@ -508,19 +420,18 @@ __global__ void __launch_bounds__(kThreads, kOnSm<T, kSpans>)
   const int64_t first = row + 16 * warp + g;
   const float scale =
       DtypeOf<T>::value == Dtype::float16 && p.dropout.seed != nullptr ? p.dropout.survivor_scale : 1.0f;
-#pragma unroll
-  for (int i = 0; i < 4 * kRankTiles; ++i) {
-    // Infinity times the zeros of ranks that A hasn't is NaN.
-    const bool is = 8 * (i / 4) + 2 * lane + i % 2 < p.r;
-    s[i / 4][i % 4] = is ? s[i / 4][i % 4] * scale : 0.0f;
-  }
+  scale_ranks(s, p.r, scale);
   if (p.s != nullptr && blockIdx.x == 0) store_s<T>(s, p, first);
-  const int b_row = (at.ranks + kPad) * (DtypeOf<T>::value == Dtype::bfloat16 ? 2 : 4);
+  const int b_row = (at.ranks + kPad) * static_cast<int>(sizeof(Beside<T>));
 #pragma unroll
   for (int span = 0; span < kSpans; ++span) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      add_low_rank<T>(acc[span][tile], s, shared + at.b + (span * kSpan + 8 * tile) * b_row, p, at);
+      float low[4];
+      const char* const rows = shared + at.b + (span * kSpan + 8 * tile) * b_row;
+      multiply_low_rank<T>(low, s, rows, p.r, at.ranks + kPad, p.b_type != Dtype::float32);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[span][tile][i] += p.scaling * low[i];
     }
     const int begin = span * kSpan + kEight * lane;
     const auto* const bias = reinterpret_cast<const float*>(shared + at.bias) + begin;

@@ -48,6 +48,7 @@ void lora_linear_sm90(
   const int64_t useful = int64_t{of.p.row_tiles} * of.p.column_tiles + helpers;
   const auto started = static_cast<unsigned>(useful < ctas ? useful : ctas);
   const OnDevice on(device);
+  check_capability("lora_linear_sm90", 90, on, 90);
   const auto start = [&](auto tile, auto ranks) {
     constexpr int kN = decltype(tile)::value;
     launch(

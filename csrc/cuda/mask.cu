@@ -69,7 +69,7 @@ void mask(const Tensor& seed, int64_t threshold, int64_t K, Tensor bits) {
   STD_TORCH_CHECK(ctas < INT64_C(1) << 31, "bits has ", count, " bytes, too many for one launch");
   const OnDevice on(device);
   const auto* from = static_cast<const int64_t*>(seed.const_data_ptr());
-  launch(
+  launch<kOldestOfAll>(
       "mask", mask_kernel, dim3(static_cast<unsigned>(ctas)), kThreads, 0, on,
       MaskParams{
           {from, groups, static_cast<int32_t>(threshold), 1.0f},

@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#include "ptx.cuh"
+#endif
+
 namespace lorafast::cuda {
 
 using bfloat16 = __nv_bfloat16;
@@ -60,9 +64,9 @@ __device__ __forceinline__ void store_as(void* array, int64_t i, float x, Dtype 
   }
 }
 
-// A float32 as two numbers of TF32, the nearest and the rest. Of the rest TF32 has all but the last bit: of a first
-// number that is cut off it would have all but two, and what it lacks would add up. Infinity has no rest, NaN stays
-// one, and what would round to infinity is cut off.
+// A float32 as two numbers of TF32, the nearest and the rest: for sums that are rounded to float16. Of the rest TF32
+// has all but the last bit: of a first number that is cut off it would have all but two, and what it lacks would add
+// up. Infinity has no rest, NaN stays one, and what would round to infinity is cut off. All bits: tf32.cuh.
 struct Tf32Pair {
   uint32_t high, low;
 };
@@ -70,8 +74,7 @@ struct Tf32Pair {
 __device__ __forceinline__ Tf32Pair split_tf32(float x) {
 #if __CUDA_ARCH__ >= 800
   const float infinity = __int_as_float(0x7F800000);
-  uint32_t high;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
+  uint32_t high = ptx::nearest_tf32(x);
   if (fabsf(__uint_as_float(high)) == infinity) high = __float_as_uint(x) & 0xFFFFE000u;
   const float rest = x - __uint_as_float(high);
   return {high, __float_as_uint(fabsf(rest) < infinity ? rest : 0.0f)};

@@ -39,6 +39,17 @@ void lora_linear_sm90(
     const std::optional<Tensor>& bias, Tensor y, Tensor s, Tensor counters, int64_t columns, int64_t group,
     int64_t ctas, int64_t helpers);
 
+// lora_linear_backward.cu. Of these what is given, in one launch: dx [M, K] = dy·W + drop'(ds·A), dA [r, K] = dsᵀ·drop(x),
+// dB [N, r] = scaling · dyᵀ·s, dbias [N] = Σ dy over rows, where ds = scaling · dy·B. dx takes weight, lora_A and lora_B;
+// dA takes x, lora_B, scratch [M, r rounded up to 16, 32 or 64] of s's dtype and 3 counters; dB takes s. Tiles of dx
+// have 64 rows and 32 or 64 columns.
+void lora_linear_backward(
+    const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, const std::optional<Tensor>& s,
+    double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    std::optional<Tensor> dx, std::optional<Tensor> dA, std::optional<Tensor> dB, std::optional<Tensor> dbias,
+    std::optional<Tensor> scratch, std::optional<Tensor> counters, int64_t columns, int64_t stages);
+
 // The skinny operations (skinny.cuh). `ranks`, `block_m`, `block_n`, `stages`, `share` and `chunk` are a SkinnyPlan;
 // partials and counters have the sizes that lorafast/backends/cuda/skinny.py computes, where sums are shared.
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace lorafast::cuda {
 
 // What a kernel is told of a mask; without one `seed` is null.
@@ -13,22 +15,13 @@ struct Dropout {
   float survivor_scale;
 };
 
-// Both words of a product, the low one first. Left to itself nvcc makes 64 bits of all that follows.
-__device__ __forceinline__ uint2 product(uint32_t a, uint32_t b) {
-  uint2 words;
-  asm("{\n.reg .b64 whole;\nmul.wide.u32 whole, %2, %3;\nmov.b64 {%0, %1}, whole;\n}"
-      : "=r"(words.x), "=r"(words.y)
-      : "r"(a), "r"(b));
-  return words;
-}
-
 // Philox 4x32 with 7 rounds, of one counter: eight half-words, half-word h of word h / 2 first the low one.
 __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t counter) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    const uint2 p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
+    const uint2 p0 = ptx::multiply_wide(c0, 0xD2511F53u), p1 = ptx::multiply_wide(c2, 0xCD9E8D57u);
     c0 = p1.y ^ c1 ^ k0;
     c1 = p1.x;
     c2 = p0.y ^ c3 ^ k1;

@@ -8,6 +8,13 @@
 
 namespace lorafast::cuda::ptx {
 
+// Special registers: %globaltimer. Nanoseconds, of one clock for the whole device.
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
 // Where shared memory has no generic address: a pointer into it, in its own window.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -19,6 +26,25 @@ __device__ __forceinline__ int again(int x) {
   int same;
   asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(x));
   return same;
+}
+
+// Numbers
+
+// Integer Arithmetic Instructions: mul.wide. Both words of a product, the low one first. Left to itself nvcc makes 64
+// bits of all that follows.
+__device__ __forceinline__ uint2 multiply_wide(uint32_t a, uint32_t b) {
+  uint2 words;
+  asm("{\n.reg .b64 whole;\nmul.wide.u32 whole, %2, %3;\nmov.b64 {%0, %1}, whole;\n}"
+      : "=r"(words.x), "=r"(words.y)
+      : "r"(a), "r"(b));
+  return words;
+}
+
+// Data Movement: cvt.rna.tf32.f32. The nearest number of TF32, of two the one that is further from 0. From sm_80 on.
+__device__ __forceinline__ uint32_t nearest_tf32(float x) {
+  uint32_t nearest;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(nearest) : "f"(x));
+  return nearest;
 }
 
 // Loads
@@ -55,24 +81,21 @@ __device__ __forceinline__ void store_16(void* to, uint4 v) {
                : "memory");
 }
 
+// The same of 8 bytes.
+__device__ __forceinline__ void store_8(void* to, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
 // Asynchronous copies
 
-// Data Movement: cp.async. Copies the first `bytes` of 16 and zeros the rest. Nothing is read where `bytes` is 0.
-// Before sm_80 it copies at once.
+// Data Movement: cp.async, from sm_80 on as all of this section. Copies the first `bytes` of 16 and zeros the rest.
+// Nothing is read where `bytes` is 0.
 __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes = 16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
-#else
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (bytes == 16) {
-    v = *static_cast<const uint4*>(from);
-  } else {
-    for (int i = 0; i < bytes; ++i) reinterpret_cast<char*>(&v)[i] = static_cast<const char*>(from)[i];
-  }
-  *static_cast<uint4*>(to) = v;
 #endif
 }
 
@@ -80,8 +103,6 @@ __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes = 
 __device__ __forceinline__ void copy_whole_16(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
-#else
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 #endif
 }
 
@@ -111,25 +132,10 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                : "memory");
 }
 
-// The same of two matrices, whose addresses lanes 0 to 15 give.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // Each transposed: register i of a lane has elements (2t, g) and (2t + 1, g) of matrix i.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(to[0]), "=r"(to[1])
                : "r"(shared_address(row))
                : "memory");
 }
@@ -146,7 +152,16 @@ __device__ __forceinline__ void multiply_bf16(float (&c)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same of float16.
+// mma.sync.m16n8k8: the same with half as many places along the sum.
+//   a [16, 8]: register 0 has (g, 2t..), 1 (g + 8, 2t..), a pair each;  b [8, 8]: (2t.., g), a pair.
+__device__ __forceinline__ void multiply_bf16(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
+// mma.sync.m16n8k16 of float16, as of bfloat16.
 __device__ __forceinline__ void multiply_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -172,10 +187,6 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
   uint32_t v;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
   return v;
-}
-
-__device__ __forceinline__ void store_release(uint32_t* to, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
 }
 
 // Parallel Synchronization: atom. Returns what was there.

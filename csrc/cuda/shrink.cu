@@ -1,4 +1,5 @@
 // s = scale · drop(x)·Aᵀ: x [M, K], A [r, K] → s [M, r].
+#include "arguments.h"
 #include "skinny.cuh"
 
 namespace lorafast::cuda {
@@ -9,6 +10,8 @@ void shrink(
     const std::optional<Tensor>& counters, int64_t ranks, int64_t block_m, int64_t block_n, int64_t stages,
     int64_t share) {
   const OneDevice device(kDevice, "x", x);
+  check_dimensions("x", x, 2);
+  check_dimensions("lora_A", lora_A, 2);
   check_matrix("x", x, x.size(0), x.size(1), device);
   const int64_t M = x.size(0), r = lora_A.size(0);
   const Dtype dtype = dtype_of(x);

@@ -1,4 +1,5 @@
 // dA = dsᵀ·drop(x): ds [M, r], x [M, K] → dA [r, K].
+#include "arguments.h"
 #include "skinny.cuh"
 
 namespace lorafast::cuda {
@@ -12,6 +13,8 @@ void shrink_backward(
     Tensor dA, const std::optional<Tensor>& partials, const std::optional<Tensor>& counters, int64_t ranks,
     int64_t block_m, int64_t block_n, int64_t stages, int64_t share) {
   const OneDevice device(kDevice, "x", x);
+  check_dimensions("x", x, 2);
+  check_dimensions("ds", ds, 2);
   check_matrix("x", x, x.size(0), x.size(1), device);
   const int64_t K = x.size(1), r = ds.size(1);
   const Dtype dtype = dtype_of(x);

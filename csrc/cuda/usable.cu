@@ -4,6 +4,11 @@
 
 #include <string>
 
+// Tests play an older one.
+#ifndef LORAFAST_TOOLKIT
+#define LORAFAST_TOOLKIT CUDART_VERSION
+#endif
+
 namespace lorafast::cuda {
 
 // Every file has code for the same architectures as this kernel.
@@ -24,13 +29,19 @@ std::string compiled_for() {
 }
 
 std::string why_unusable(int device) {
-  const std::string built = "they were built with CUDA " + version(CUDART_VERSION, 1000);
+  const std::string built = "they were built with CUDA " + version(LORAFAST_TOOLKIT, 1000);
   int driver = 0;
   (void)cudaDriverGetVersion(&driver);
   if (driver == 0) return "there is no NVIDIA driver";
+  const std::string has_driver = ", and the driver is for CUDA " + version(driver, 1000);
   // Within a major version every driver serves every runtime.
-  if (driver / 1000 < CUDART_VERSION / 1000)
-    return built + ", and the driver is for CUDA " + version(driver, 1000) + ": update the driver";
+  if (driver / 1000 < LORAFAST_TOOLKIT / 1000) return built + has_driver + ": update the driver";
+#ifdef LORAFAST_COMPRESSED
+  // An older one finds no code, and says that there is none for the device (setup.py).
+  if (driver < 12040)
+    return "their code is compressed, which drivers for CUDA 12.4 or later read" + has_driver +
+           ": update the driver";
+#endif
   const std::string name = "cuda:" + std::to_string(device);
   DeviceGuardHandle guard = nullptr;
   if (aoti_torch_create_device_guard(device, &guard) != 0) return "there is no " + name;
@@ -53,8 +64,7 @@ std::string why_unusable(int device) {
       return "they are compiled for compute capability " + compiled_for() + ", and " + has;
     case cudaErrorInsufficientDriver:
     case cudaErrorUnsupportedPtxVersion:
-      return built + ", and the driver is for CUDA " + version(driver, 1000) + ", too old for PTX of it (" + has +
-             "): update the driver";
+      return built + has_driver + ", too old for PTX of it (" + has + "): update the driver";
     default: return "a kernel can't be loaded on " + name + ": " + cudaGetErrorString(error);
   }
 }

@@ -26,7 +26,8 @@ from lorafast.core.files import locked, write_whole
 
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
-_FORMAT = 5
+_FORMAT = 6
+_MOST = 2**31
 OPERATIONS = (*SINGLE, "lora_linear")
 """Those with a launch of their own, which can be tuned."""
 _NOT_TUNED = "lora_linear_backward"
@@ -56,12 +57,14 @@ class Key:
 @dataclass(frozen=True)
 class Record:
     """The fastest backend for a call, the fastest configuration of the Triton kernels, and of every
-    backend that was measured the median in seconds."""
+    backend that was measured the median in seconds. ``choices``: what was chosen for the launch of
+    the CUDA C++ kernels, which refuse what can't be."""
 
     key: Key
     backend: str
     config: LaunchConfig | None
     seconds: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, int] | None = None
 
 
 def dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype, tf32: bool) -> str:
@@ -234,6 +237,9 @@ def why_unusable(record: Record, capability: int) -> str | None:
     if record.backend not in record.seconds:
         known = ", ".join(record.seconds) or "nothing"
         return f"backend is {record.backend!r}, and there are times of {known} alone"
+    for name, value in (record.choices or {}).items():
+        if not 0 <= value < _MOST:
+            return f"{name} is {value}, expected 0 to {_MOST - 1}"
     if record.config is None:
         return None
     if record.config.hybrid and key.operation == "lora_linear":

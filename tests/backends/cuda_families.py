@@ -19,11 +19,11 @@ def launch(p, run, moved, launches=1):
     return Launch(run, f"{p.operation}: grid 132", flops, float(moved), launches)
 
 
-def plan_shrink(p, device):
+def plan_shrink(p, device, fixed=None):
     return launch(p, reference.shrink, p.M * p.K * p.dtype.itemsize)
 
 
-def plan_expand(p, device):
+def plan_expand(p, device, fixed=None):
     def run(s, lora_B, scaling, dropout_p, seed, bias=None):
         y = reference.expand(
             s.double(), lora_B.double(), scaling, dropout_p, seed, dtype=torch.double
@@ -33,7 +33,7 @@ def plan_expand(p, device):
     return launch(p, run, p.M * p.N * p.dtype.itemsize)
 
 
-def plan_expand_backward(p, device):
+def plan_expand_backward(p, device, fixed=None):
     def run(dy, s, lora_B, scaling):
         ds = (
             scaling * (dy.to(wide(p.dtype)) @ lora_B.to(wide(p.dtype))) if "ds" in p.wants else None
@@ -44,7 +44,7 @@ def plan_expand_backward(p, device):
     return launch(p, run, p.M * p.N * p.dtype.itemsize)
 
 
-def plan_shrink_backward(p, device):
+def plan_shrink_backward(p, device, fixed=None):
     def run(ds, x, dropout_p, seed):
         return reference.shrink_backward(ds, x, dropout_p, seed, p.adapter_dtype)
 
@@ -59,7 +59,7 @@ def whole(p):
     return launch(p, run, (p.K * p.N + p.M * (p.K + p.N)) * p.dtype.itemsize)
 
 
-def plan_decoded(p, device):
+def plan_decoded(p, device, fixed=None):
     if p.M > DECODED:
         return f"M is {p.M}, the decode kernel serves up to {DECODED}"
     if p.dropout:
@@ -67,7 +67,7 @@ def plan_decoded(p, device):
     return whole(p)
 
 
-def plan_small(p, device):
+def plan_small(p, device, fixed=None):
     if p.M * p.K * p.N > SMALL:
         return f"M·K·N is {p.M * p.K * p.N}, the kernel of small layers serves up to {SMALL}"
     return whole(p)

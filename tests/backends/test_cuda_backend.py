@@ -319,7 +319,7 @@ def whole_layers(monkeypatch):
         plans = list(planning.FAMILIES["lora_linear"])
         for i, launch in enumerate((decode, small)):
             if launch is not None:
-                plans[i] = lambda p, device, launch=launch: launch
+                plans[i] = lambda p, device, fixed, launch=launch: launch
         monkeypatch.setitem(planning.FAMILIES, "lora_linear", tuple(plans))
 
     return answer
@@ -332,7 +332,7 @@ def test_a_training_step_gets_its_s_from_the_launch(on, monkeypatch):
     monkeypatch.setitem(
         planning.FAMILIES,
         "lora_linear",
-        (lambda p, device: wants.append((p.graph, p.wants)) or cuda_families.whole(p),),
+        (lambda p, device, fixed: wants.append((p.graph, p.wants)) or cuda_families.whole(p),),
     )
     for graph in (True, False):
         BACKEND.plan(problem("lora_linear", M=64, K=256, N=256, wants=("y",), graph=graph))

@@ -198,7 +198,11 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize(
+    "problem",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.r > 100)) for p in PROBLEMS],
+    ids=str,
+)
 def test_closed_forms_say_what_the_interpreter_counts(problem):
     names = [
         "shrink", "expand", "linear_expand", "expand_backward", "ds", "shrink_backward", "dx",

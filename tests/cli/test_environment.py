@@ -17,12 +17,18 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
     [
         (("info",), 0, "backend triton          not usable: Triton is not installed"),
         (("verify", "--dtype", "fp32"), 0, "triton: not run, Triton is not installed"),
-        ((*TINY, "--against", "peft,triton,frozen"), 0, "peft  not run: PEFT is not installed"),
-        (("bench", "--traffic", "--against", "triton"), 0, "not checked here: Triton is not"),
+        pytest.param(
+            (*TINY, "--against", "peft,triton,frozen"), 0, "peft  not run: PEFT is not installed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("bench", "--traffic", "--against", "triton"), 0, "not checked here: Triton is not",
+            marks=pytest.mark.slow,
+        ),
         (("tune",), 2, "lorafast tune: nothing to tune here: Triton is not installed"),
     ],
     ids=["info", "verify", "bench", "traffic", "tune"],
-)
+)  # fmt: skip
 def test_pytorch_alone_is_enough(tmp_path, words, status, said):
     process = run(*words, env=bare(tmp_path, **NO_GPU))
     assert process.returncode == status, process.stderr
@@ -48,6 +54,7 @@ def test_every_command_works_without_docstrings(tmp_path):
     assert "versions, devices, and which backends" in process.stdout
 
 
+@pytest.mark.slow  # a quick test of test_cli.py interprets too
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_verify_interprets_where_triton_is_there_and_no_gpu(tmp_path):
     env = bare(tmp_path, "numpy", "triton", **NO_GPU)

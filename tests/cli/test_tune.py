@@ -290,12 +290,12 @@ def test_a_layer_is_tried_as_one_launch_alone(monkeypatch):
     large = problem("lora_linear")
     case = replace(case, asks=large)
 
-    def measure(problem, case, candidate, shipped, clock):
+    def measure(problem, case, of, candidate, clock):
         samples = [float(candidate.helpers)]
         return climb.Row(problem, case.name, asdict(candidate), False, None, None, samples, [16.0])
 
     monkeypatch.setattr(climb, "measure", measure)
-    rows = climb.climb(layer, case, device=H200, clock=None, deadline=float("inf"))
+    rows = climb.climb(layer, case, climb.OfTriton(case, H200), clock=None, deadline=float("inf"))
     configs = [LaunchConfig(**row.config) for row in rows]
     assert len(configs) > 8
     assert all(isinstance(helped(large, H200, config), LoraLinearLaunch) for config in configs)
@@ -316,14 +316,16 @@ def test_two_launches_are_tried_beside_the_fused_kernel(monkeypatch, dtype, trie
     layer = Problem(Shape("", 20, 24, 32), 4, dtype, dtype, 0.1)
     case = cases(layer, draw(layer, torch.device("cpu"), 1))["dx"]
 
-    def measure(problem, case, candidate, shipped, clock):
+    def measure(problem, case, of, candidate, clock):
         samples = [1 / candidate.block_m if candidate.hybrid else 2.0]
         return climb.Row(problem, case.name, asdict(candidate), False, None, None, samples, [1.0])
 
     monkeypatch.setattr(climb, "measure", measure)
-    rows = climb.climb(layer, case, device=interpreter(), clock=None, deadline=float("inf"))
+    rows = climb.climb(
+        layer, case, climb.OfTriton(case, interpreter()), clock=None, deadline=float("inf")
+    )
     assert any(row.config["hybrid"] for row in rows) is tried
-    best = min(rows, key=lambda row: 1.0 if row.shipped else row.ratio)
+    best = climb.best_of(rows)
     assert best.config["hybrid"] is tried
     assert best.config["block_m"] > 32 or not tried
     config = LaunchConfig(**best.config)

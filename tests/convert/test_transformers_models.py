@@ -200,6 +200,7 @@ model.save_pretrained(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_save_pretrained_of_a_model_that_was_adapted_within_a_module_of_ones_own(tmp_path):
     # In a process of its own: the class remembers that one of its models was adapted.
     subprocess.run(

@@ -1,6 +1,8 @@
 """Launchers of csrc/cuda without a GPU: their host code, linked with a fake CUDA runtime.
 
 They are compiled as they are; only the device of their tensors is the CPU. A launch is a call of Python.
+What ``make setup`` has compiled is taken: objects, and PTX of each architecture that it has machine code
+for. What has changed since is compiled here.
 """
 
 import ctypes
@@ -22,6 +24,12 @@ from ptx import limits, nvcc, tensormap
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc" / "cuda"
 FAKE_RUNTIME = Path(__file__).parent / "fake_runtime.cpp"
+BUILT = ROOT / "build" / "native" / "cuda"
+"""What ``setup.py`` leaves of CSRC: ``mask.cu.o``, ``mask.cu.d``, ``mask.compute_80.ptx``."""
+HAS_DEVICE = CSRC / "device.cpp"
+"""The one file that says which device tensors are on."""
+SERVED_BY = {75: "75", 80: "80", 86: "80", 89: "80", 90: "90a", 100: "100a", 120: "120"}
+"""Whose code a GPU executes (CUDA_ARCHITECTURES of ``setup.py``)."""
 TORCH = Path(torch.__file__).parent
 DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 PTX_FLAGS = (*DEFINES, "-isystem", str(TORCH / "include"))
@@ -130,7 +138,9 @@ class Launchers:
             raise RuntimeError(why)
         files = [p for p in sorted(folder.glob("*")) if p.suffix in (".cu", ".cpp")]
         files += [*more, FAKE_RUNTIME]
-        self.objects = dict(zip(files, _compiled(files), strict=True))
+        self.objects = {file: built(file, f"{file.name}.o") for file in files if file != HAS_DEVICE}
+        left = [file for file in files if self.objects.get(file) is None]
+        self.objects |= zip(left, _compiled(left), strict=True)
         self.path = _linked(tuple(self.objects.values()))
         torch.ops.load_library(self.path)
         self.library = ctypes.CDLL(str(self.path))
@@ -190,10 +200,29 @@ def launchers() -> Launchers:
     return Launchers(CSRC)
 
 
+def built(source: Path, name: str) -> Path | None:
+    """A file that ``setup.py`` has made of a source of CSRC, if nothing it is made of has changed."""
+    found, dependencies = BUILT / name, BUILT / f"{source.name}.d"
+    if source.parent != CSRC or not found.is_file() or not dependencies.is_file():
+        return None
+    _, _, rule = dependencies.read_text().partition(":")
+    needs = [Path(word) for word in rule.replace("\\\n", " ").split()]
+    if not (needs and needs[0].is_file() and needs[0].samefile(source)):  # of another checkout
+        return None
+    made = found.stat().st_mtime_ns
+    is_current = all(need.is_file() and need.stat().st_mtime_ns <= made for need in needs)
+    return found if is_current else None
+
+
 @cache
 def ptx_of(source: Path, arch: int) -> str:
-    """The PTX of a ``.cu`` of csrc/cuda, 90 being ``sm_90a``."""
-    return nvcc.ptx_of(source, arch, PTX_FLAGS)
+    """The PTX of a ``.cu`` whose machine code a GPU of ``arch`` executes: for 86 that of sm_80."""
+    code = SERVED_BY[arch]
+    found = built(source, f"{source.stem}.compute_{code}.ptx")
+    if found is None:
+        flags = ("-ptx", *PTX_FLAGS, f"-arch=sm_{code}")
+        found = nvcc.compiled(source, flags, f"-sm_{code}", ".ptx")
+    return found.read_text()
 
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")

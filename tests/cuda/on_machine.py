@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 FIRST_CLUSTERS = 90
 MOST_PORTABLE_CLUSTER = 8
+MOST_SILENT = 100_000
+"""Steps in which nothing changes, of a launch in which a fault is planted: it may hang."""
 SHARED_ALWAYS = 48 * 1024
 """Bytes of shared memory that a kernel has without cudaFuncSetAttribute."""
 LAUNCH_FAILURE = 719
@@ -252,7 +254,9 @@ def launched(
     RuntimeError without nvcc.
     """
     of = of or launchers()
-    run = Run(Machine(seed=seed, resident=resident, late=late), arch, edit, stream)
+    patience = {"most_silent": MOST_SILENT} if edit else {}
+    machine = Machine(seed=seed, resident=resident, late=late, **patience)
+    run = Run(machine, arch, edit, stream)
     of.device(arch, sms, stream)
     of.to(functools.partial(run.execute, of))
     try:

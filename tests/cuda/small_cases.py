@@ -13,6 +13,7 @@ from lorafast.backends.cost import Device
 from lorafast.backends.cuda import small
 from lorafast.backends.cuda.launch import Launch
 from lorafast.core.problem import Problem
+from lorafast.reference.expand_backward import expand_dB, expand_ds
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = {
@@ -76,7 +77,7 @@ class Case:
         M, K, N, r = self.M, self.K, self.N, self.r
         return SimpleNamespace(
             x=draw(M, K), weight=draw(N, K), lora_A=draw(r, K), lora_B=draw(N, r), s=draw(M, r),
-            bias=draw(N) if self.bias else None,
+            bias=draw(N) if self.bias else None, dy=draw(M, N),
         )  # fmt: skip
 
 
@@ -104,6 +105,15 @@ class OnMachine:
         given = [self._laid_out(t) for t in (x, weight, lora_A, lora_B)]
         return self._launched(lambda: run(*given, scaling, bias, dropout_p, seed))
 
+    def lora_linear_backward(self, *given, wants, dropout_p, seed):
+        """By the case's tile: what is wanted, in the order of ``WANTS``."""
+        problem = self.case.problem("lora_linear_backward", wants=wants)
+        assert (why := small.why_no_backward_in_one(problem, device(self.case.arch))) is None, why
+        run = small._run_lora_linear_backward(problem, self.case.columns, self.case.stages)
+        laid_out = [self._laid_out(t) if isinstance(t, torch.Tensor) else t for t in given]
+        found = self._launched(lambda: run(*laid_out, dropout_p, seed))
+        return tuple(gradient for gradient in found if gradient is not None)
+
     def _laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
         return lay_out(tensor, self.case.layout)  # of what is expanded already the same
 
@@ -115,9 +125,22 @@ class OnMachine:
 
 
 class Reference:
-    """A whole layer with its ``s``, as ``lora_linear`` of plans returns them."""
+    """A whole layer with its ``s``, and its gradients, as plans return them."""
 
     @staticmethod
     def lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
         s = reference.shrink(x, lora_A, dropout_p, seed)
         return reference.linear_expand(x, weight, s, lora_B, scaling, bias), s
+
+    @staticmethod
+    def lora_linear_backward(dy, x, weight, lora_A, lora_B, s, scaling, *, wants, dropout_p, seed):
+        ds = expand_ds(dy, lora_B, scaling)
+        found = {
+            "dx": lambda: reference.linear_expand(
+                dy, weight, ds, lora_A.t(), 1.0, None, dropout_p, seed, transposed=True
+            ),
+            "dA": lambda: reference.shrink_backward(ds, x, dropout_p, seed, lora_A.dtype),
+            "dB": lambda: expand_dB(dy, s, scaling, lora_B.dtype),
+            "dbias": lambda: dy.sum(0),
+        }
+        return tuple(found[name]() for name in found if name in wants)

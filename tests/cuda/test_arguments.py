@@ -53,10 +53,22 @@ def a_small_layer():
     small._run_lora_linear(problem, 64, 3)(x, W, A, B, 1.0, bias, 0.1, SEED)
 
 
+def a_small_layers_backward():
+    case = small_cases.Case("bf16", 9, 16, 40, 4, 0.1)
+    dy, x, W, A, B, s = (
+        torch.ones(n, dtype=torch.bfloat16)
+        for n in ((9, 40), (9, 16), (40, 16), (4, 16), (40, 4), (9, 4))
+    )
+    problem = case.problem("lora_linear_backward", wants=("dx", "dA", "dB", "dbias"))
+    run = small._run_lora_linear_backward(problem, 64, 3)
+    run(dy, x, W, A, B, s, 1.0, 0.1, SEED)
+
+
 CALLS = {
     "mask": lambda: mask(SEED, 5, 9, 16),
     "expand": an_expand,
     "lora_linear": a_small_layer,
+    "lora_linear_backward": a_small_layers_backward,
     "shrink": a_skinny_call("shrink", 140, 900, 16, dropout_p=0.1),
     "expand_backward": a_skinny_call("expand_backward", 300, 530, 16),
     "shrink_backward": a_skinny_call("shrink_backward", 900, 140, 16, dropout_p=0.1),
@@ -71,6 +83,21 @@ def test_these_are_all_operations():
     assert {f"lorafast_cuda::{name}" for name in CALLS} == {
         name for name in offered if name.startswith("lorafast_cuda::")
     }
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_device_that_is_too_old(operation):
+    """Its code would trap, after which a process has no CUDA any more. Mask and decoding serve it."""
+    launchers()
+    if operation == "mask" or "decode" in operation:
+        with launched(75) as run:
+            CALLS[operation]()
+        assert len(run.launches) == 1
+        return
+    said = f"{operation} needs compute capability 8.0, and cuda.* has 7.5"
+    with launched(75) as run, pytest.raises(RuntimeError, match=said):
+        CALLS[operation]()
+    assert not run.launches
 
 
 @pytest.mark.parametrize("operation", CALLS)

@@ -14,36 +14,19 @@ from compiled import LIBRARY, MOST_BYTES, kernels_of, nvcc_of, summaries, write,
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
-@pytest.fixture(scope="module")
-def made():
-    """The kernels of the library that is installed."""
+@pytest.mark.slow
+def test_the_library_that_is_installed():
+    """One test, since reading its machine code takes long."""
     if not LIBRARY.is_file():
         pytest.skip("the CUDA kernels are not built")
     newest = max(p.stat().st_mtime for p in (*CSRC.glob("*"), *(CSRC / "cuda").glob("*")))
     if LIBRARY.stat().st_mtime < newest:
         pytest.skip("the CUDA kernels were built before csrc/cuda was changed: make setup")
-    return kernels_of(LIBRARY)
-
-
-@pytest.mark.slow
-def test_nothing_spills(made):
-    spilling = [f"{arch} {k}" for arch, kernels in made.items() for k in kernels if k.spills]
-    assert spilling == []
-
-
-@pytest.mark.slow
-def test_the_library_is_small(made):
     assert LIBRARY.stat().st_size < MOST_BYTES
-
-
-@pytest.mark.slow
-def test_each_architecture_has_every_kernel(made):
+    made = kernels_of(LIBRARY)
+    assert [f"{arch} {k}" for arch, kernels in made.items() for k in kernels if k.spills] == []
     names = {arch: [kernel.name for kernel in kernels] for arch, kernels in made.items()}
     assert all(found == names["sm_80"] for found in names.values())
-
-
-@pytest.mark.slow
-def test_the_table_is_true(made):
     nvcc = nvcc_of(LIBRARY)
     for arch, kernels in made.items():
         table = written(nvcc, arch)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from decode_cases import BF16, F16, F32, KERNEL, LAST_FIRST, call, check, drawn, run
-from on_machine import launched, needs_nvcc, planted
+from on_machine import Fault, launched, needs_nvcc, planted
 
 from lorafast.reference import contract
 
@@ -194,6 +194,15 @@ class TestLayouts:
         layer.adapter_of = torch.stack([layer.adapter_of] * 2, 1)[:, 1]
         check(layer, 3, 90)
 
+    @pytest.mark.parametrize(
+        ("arch", "dtype", "M", "helpers"), [(80, BF16, 3, 2), (90, F16, 16, 0), (75, F32, 9, 2)]
+    )
+    def test_a_weight_that_is_transposed(self, arch, dtype, M, helpers):
+        """The launcher serves it, element by element; the plan leaves it to others."""
+        layer = drawn(M, 520, 40, 16, dtype)
+        layer.weight = layer.weight.t().contiguous().t()
+        check(layer, helpers, arch)
+
     def test_expanded_rows(self):
         layer = drawn(4, 264, 24, 9)
         layer.x = layer.x[:1].expand(4, 264)
@@ -210,6 +219,21 @@ class TestLayouts:
             setattr(layer, tensor, far.clone())
         x = torch.empty(2**32, dtype=dtype).as_strided((2, 264), (2**31 + 8, 1))
         layer.x = x.copy_(layer.x)
+        check(layer, 2)
+
+    @pytest.mark.parametrize("dtype", [BF16, F32])
+    def test_rows_of_B_beyond_2_to_31_elements(self, dtype):
+        layer = drawn(2, 264, 3, 3, dtype)
+        far = torch.empty(2**31 + 2**12, dtype=dtype).as_strided((3, 3), (2**30 + 8, 1))
+        layer.lora_B = far.copy_(layer.lora_B)
+        check(layer, 2)
+
+    def test_adapters_beyond_2_to_31_elements(self):
+        layer = drawn(3, 264, 3, 3, adapter_of=[1, 0, -1], n=2)
+        for name, rows in (("lora_A", 264), ("lora_B", 3)):
+            whole = torch.empty(2**31 + 2**14, dtype=BF16)
+            far = whole.as_strided((2, 3, rows), (2**31 + 8, rows, 1))
+            setattr(layer, name, far.copy_(getattr(layer, name)))
         check(layer, 2)
 
 
@@ -278,6 +302,46 @@ class TestSchedules:
 
 class TestRefused:
     """A sentence each."""
+
+    @pytest.mark.parametrize("helpers", [0, 2])
+    @pytest.mark.parametrize("one", [2, 10**12, 2**62, -2, -(2**63)])
+    def test_an_adapter_that_there_is_not(self, one, helpers):
+        """By the kernel: the host doesn't read what is on the device."""
+        layer = drawn(3, 264, 24, 9, adapter_of=[0, 1, one], n=2)
+        with pytest.raises(Fault, match="trap"):
+            run(layer, helpers)
+
+    def test_s_of_a_weight_without_rows(self):
+        layer = drawn(3, 264, 24, 9, bias=False)
+        layer.weight, layer.lora_B = layer.weight[:0], layer.lora_B[:0]
+        with pytest.raises(RuntimeError, match="weight has no rows, no CTA makes s without them"):
+            run(layer, 2)
+        ran, y, s = run(layer, 2, want_s=False)
+        assert (y.shape, s, ran.launches) == ((3, 0), None, [])
+
+    @pytest.mark.parametrize(
+        ("change", "sentence"),
+        [
+            (
+                {"scaling": torch.ones(2, 2)},
+                "scaling has 2 dimensions and 4 elements, expected a vector of 4",
+            ),
+            (
+                {"scaling": torch.ones(4, dtype=torch.float64)},
+                "scaling has dtype Double, expected float32",
+            ),
+            (
+                {"adapter_of": torch.tensor([[0, 1, -1]])},
+                "adapter_of has 2 dimensions, expected a vector",
+            ),
+        ],
+    )
+    def test_arguments_of_several_adapters(self, change, sentence):
+        layer = drawn(3, 264, 24, 9, adapter_of=[0, 1, -1])
+        for argument, value in change.items():
+            setattr(layer, argument, value)
+        with pytest.raises(RuntimeError, match=sentence):
+            run(layer, 2)
 
     @pytest.mark.parametrize(
         ("change", "sentence"),

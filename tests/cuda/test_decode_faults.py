@@ -27,6 +27,12 @@ LAYERS = {
 
 _CLEARED = r"st\.global\.u32 \s*\[%rd\d+{}\], %r\d+;"
 
+
+def together(*edits):
+    """One fault of several places."""
+    return lambda lines: [change for edit in edits for change in edit(lines)]
+
+
 FAULTS = {
     "the adapters are read before they are found": ("mixed", drop(r"bar\.sync", 0)),
     "a ticket is read before it is drawn": ("items", drop(r"bar\.sync", 4)),
@@ -56,6 +62,29 @@ FAULTS = {
     "the last CTA isn't known": (
         "items",
         change(r"(add\.s32 .*), -1;", r"\1, -4;", -1),
+    ),
+    # Each of them does what the other would.
+    "a ticket is drawn over one that isn't read": (
+        "late",
+        together(drop(r"bar\.sync", 9), drop(r"bar\.sync", 3)),
+    ),
+    "float32: the warps' sums of W are read too early": ("float32", drop(r"bar\.sync", -1)),
+    "float32: s is released to the CTA alone": (
+        "float32",
+        change(r"acq_rel\.gpu", "acq_rel.cta", 1),
+    ),
+    "float32: nothing is acquired": (
+        "float32",
+        change(r"ld\.acquire\.gpu", "ld.relaxed.gpu", EVERY),
+    ),
+    "float32: a factor is taken twice": (
+        "float32",
+        change(r"(fma\.rn\.f32 \s*%f\d+, %f\d+), %f\d+, (%f\d+)", r"\1, \2, \2", 0),
+    ),
+    "float16: a warp doesn't wait for the others' sums of A": ("float16", drop(r"bar\.sync", 5)),
+    "float16: two fragments exchanged": (
+        "float16",
+        change(r"(mma\.\S+tf32\S* \{[^}]*\}, \{)(%r\d+), (%r\d+)", r"\1\3, \2", -1),
     ),
     "two fragments exchanged": (
         "long",

@@ -1,17 +1,31 @@
 """What ``lorafast.backends.cuda.decode`` plans: its launches run, its refusals are sentences."""
 
+import re
+
 import pytest
 import torch
-from decode_cases import BF16, F16, F32, drawn
-from decode_counts import GPUS, counted
-from on_machine import launched, needs_nvcc
+from decode_cases import BF16, F16, F32, call, drawn
+from on_machine import launched, launchers, needs_nvcc
+from ptx.counts import least
 
 from lorafast.backends.cost import Device
-from lorafast.backends.cuda.decode import plan_grouped_lora_linear, plan_lora_linear
+from lorafast.backends.cuda.cost import fastest
+from lorafast.backends.cuda.decode import (
+    late_seconds,
+    own_seconds,
+    plan_grouped_lora_linear,
+    plan_lora_linear,
+)
+from lorafast.backends.cuda.tables import DECODE, row_of
 from lorafast.core.assignment import Assignment
 from lorafast.core.problem import Layout, Layouts, Problem
 from lorafast.reference import contract
 
+GPUS = {
+    80: Device.known_by("A100", 80, 108),
+    86: Device.known_by("RTX 3090", 86, 82),
+    90: Device.known_by("H100", 90, 132),
+}
 H100 = GPUS[90]
 CPU = torch.device("cpu")
 
@@ -117,6 +131,62 @@ def test_helpers_are_as_many_as_have_room():
     assert "2 CTAs more make s" in plan_lora_linear(without, H100).line
 
 
+@pytest.mark.parametrize(
+    ("arch", "M", "K", "N", "r", "own"),
+    [
+        (90, 1, 256, 256, 16, True),
+        (90, 1, 1024, 1024, 16, True),
+        (90, 16, 1024, 1024, 16, True),
+        (90, 1, 512, 2048, 16, True),
+        (90, 1, 1024, 1024, 64, False),  # four times as much of A for every CTA
+        (90, 1, 2048, 2048, 16, False),  # W takes as long as helpers
+        (90, 1, 1024, 4096, 16, False),
+        (86, 1, 1024, 1024, 16, False),  # the same, of slower memory
+        (90, 1, 4096, 4096, 16, False),
+    ],
+)
+def test_who_makes_s(arch, M, K, N, r, own):
+    p = SERVED._replace(M=M, K=K, N=N, r=r)
+    line = plan_lora_linear(p, GPUS[arch]).line
+    assert ("each makes its own s" in line) == own
+    # Bytes from memory: what every CTA loads of A comes from L2.
+    assert plan_lora_linear(p, GPUS[arch]).moved < 1.02 * least("lora_linear", M, K, N, r) + 2**16
+
+
+def test_s_of_helpers_is_late_where_W_is_small():
+    """As decode.py says of an H100, with its memory as the data sheet has it."""
+    card = Device.known_by("NVIDIA H100 80GB HBM3", 90, 132, 1.98e9, 2.619e9, 5120)
+    small, large = (SERVED._replace(K=n, N=n, M=1) for n in (1024, 2048))
+    assert own_seconds(small, card, 64, 1) == pytest.approx(1.2e-6, rel=0.05)
+    assert late_seconds(small, card, 64, 1, 2, 2) == pytest.approx(1.8e-6, rel=0.05)
+    assert late_seconds(large, card, 128, 1, 4, 4) == 0
+    assert own_seconds(large, card, 128, 1) > 1e-6
+    # CTAs behind helpers start when those have ended.
+    full = SERVED._replace(K=1024, N=16 * 264, M=1)
+    assert late_seconds(full, card, 264, 1, 2, 2) > late_seconds(full, card, 262, 1, 2, 2)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [75, 80])
+@pytest.mark.parametrize("M", [8, 16])
+def test_an_sm_has_the_CTAs_that_the_table_says(M, arch):
+    with launched(arch) as ran:
+        call(drawn(M, 40, 16, 1), 0)
+    ptx = launchers().ptx_of(ran.launches[0].symbol, arch)
+    row = row_of(DECODE, arch)
+    (resident,) = re.findall(r"\.minnctapersm (\d+)", ptx)
+    assert int(resident) == (row.resident if M == 8 else row.resident_16)
+
+
+@pytest.mark.parametrize("M", [1, 8, 16])
+@pytest.mark.parametrize("n", [256, 1024, 4096])
+@pytest.mark.parametrize("r", [16, 64])
+def test_no_other_kernel_takes_what_it_is_for(r, n, M):
+    for card in GPUS.values():
+        found = fastest(SERVED._replace(M=M, K=n, N=n, r=r), card)
+        assert found.line.startswith("lora_linear_decode")
+
+
 def test_an_old_device_is_refused():
     old = Device.known_by("Tesla V100", 70, 80)
     assert plan_lora_linear(SERVED, old) == "Tesla V100 is sm_70, the kernels need sm_75 or later"
@@ -132,18 +202,3 @@ def test_what_a_plan_says():
     assert 0 < plan.moved - 2 * 4096 * 4096 < 0.1 * 4096 * 4096
     odd = large._replace(layouts=Layouts(weight=Layout(2)))
     assert "element by element" in plan_lora_linear(odd, H100).line
-
-
-@needs_nvcc
-@pytest.mark.parametrize(
-    ("arch", "M"),
-    [(80, 1), (90, 8), (80, 16), pytest.param(86, 16, marks=pytest.mark.slow)],
-)
-def test_W_is_read_once(arch, M):
-    row = counted(arch, M, 1024, 4096, 32)
-    assert row.whole.streamed == row.once
-    # x is read once for each 16 or 32 rows of W; the rest is y, s and what the warps' sums need.
-    own = 32 if M > 8 else 16
-    assert 32 * row.cta.others < 2 * M * row.K + 64 * own * 16 + 8192
-    assert row.cta.issued < 10000
-    assert row.cta.wavefronts < 500

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from launchers import launchers
-from on_machine import Fault, launched, needs_nvcc
+from on_machine import launched, needs_nvcc
 from sm90_cases import (
     ARCH,
     BF16,
@@ -234,10 +234,11 @@ def test_a_driver_that_refuses_a_tensor_map():
     assert (least() == 9).all()
 
 
-@pytest.mark.slow
-def test_it_stops_where_there_is_no_wgmma():
-    with pytest.raises(Fault, match="stops the kernel"):
-        least(100)
+@pytest.mark.parametrize(("arch", "has"), [(80, "8.0"), (100, "10.0")])
+def test_other_architectures_are_refused(arch, has):
+    said = rf"linear_expand_sm90 needs compute capability 9\.0, and .* has {has}"
+    with pytest.raises(RuntimeError, match=said):
+        least(arch)
 
 
 class TestPlan:

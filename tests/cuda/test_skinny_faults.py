@@ -6,7 +6,7 @@ The machine may need the right schedule: twenty are tried.
 import pytest
 from on_machine import Fault, needs_nvcc, planted
 from ptx.plant import EVERY, after, before, change, drop
-from skinny_cases import LAYOUTS, Case, bits, check, executed
+from skinny_cases import F16, F32, LAYOUTS, Case, bits, check, executed
 
 pytestmark = needs_nvcc
 SEEDS = range(20)
@@ -24,11 +24,14 @@ CASES = {  # the sums of each are shared by several CTAs, in two calls on the sa
     "dropout": Case("shrink", 140, 900, 16, dropout_p=0.2, lay_out=aligned),
     "expand_backward": Case("expand_backward", 300, N, 16, lay_out=aligned),
     "shrink_backward": Case("shrink_backward", 900, 140, 16, lay_out=aligned),
+    "float32": Case("shrink_backward", 900, 140, 16, F32, dropout_p=0.2, lay_out=aligned),
+    "float16": Case("shrink", 140, 900, 16, F16, F32, dropout_p=0.2, lay_out=aligned),
 }
 ATOM = r"atom\.add"
 RELEASES_NOTHING = change(r"acq_rel", "acquire")
 ACQUIRES_NOTHING = change(r"acq_rel", "release")
 ONE_FEWER = change(r"(add\.s32.*), -1;", r"\1, -2;")
+EXCHANGED = change(r"(mma\.\S+ \{[^}]*\}, \{)(%r\d+), (%r\d+)", r"\1\3, \2")
 TAIL = change(r"(cp\.async\.cg.*), 16, %r\d+;", r"\1, 16, 16;", EVERY)
 FAULTS = {
     "shrink": {
@@ -78,6 +81,22 @@ FAULTS = {
         "a count that acquires nothing": ACQUIRES_NOTHING,
         "the counter is not cleared": drop(r"st\.global\.u32", -1),
         "all bytes of a tail are read": TAIL,
+    },
+    "float32": {
+        "a tile is dropped before it is there": change(r"wait_group 1;", "wait_group 2;"),
+        "no barrier before a tile is read": drop(r"bar\.sync", 0),
+        "counted before all have stored": drop(r"bar\.sync", -2),
+        "parts are loaded before the count": drop(r"bar\.sync", -1),
+        "a count that releases nothing": RELEASES_NOTHING,
+        "the counter is not cleared": drop(r"st\.global\.u32", -1),
+        "fragments exchanged": EXCHANGED,
+    },
+    "float16": {
+        "a tile is dropped before it is there": change(r"wait_group 1;", "wait_group 2;"),
+        "no barrier before a tile is read": drop(r"bar\.sync", 0),
+        "no barrier before the warps' sums are added": drop(r"bar\.sync", 2),
+        "a count that acquires nothing": ACQUIRES_NOTHING,
+        "fragments exchanged": EXCHANGED,
     },
 }
 

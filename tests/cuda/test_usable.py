@@ -1,10 +1,12 @@
 """Whether kernels can run on a device: nothing, or a sentence that names what is too old."""
 
 import ctypes
+import re
 
 import pytest
-from launchers import FAKE_STREAM, launchers
+from launchers import CSRC, FAKE_RUNTIME, FAKE_STREAM, HOST_FLAGS, _Device, _linked, launchers
 from on_machine import needs_nvcc
+from ptx import nvcc
 
 pytestmark = needs_nvcc
 
@@ -33,6 +35,12 @@ def built_with():
     return launchers().library.fake_runtime_version()
 
 
+def compiled_for():
+    ask = launchers().library.lorafast_cuda_architectures
+    ask.restype = ctypes.c_char_p
+    return ask().decode()
+
+
 def test_it_is_usable(why_unusable):
     for driver in (None, built_with() // 1000 * 1000, built_with() + 20):
         assert why_unusable(driver=driver) == ""
@@ -50,7 +58,7 @@ CASES = [
     ({"device": 5, "aoti_torch_create_device_guard": 1}, "there is no cuda:5"),
     (
         {"arch": 70, "cudaFuncGetAttributes": NO_IMAGE},
-        "they are compiled for compute capability 8.0, and cuda:0 has 7.0",
+        "they are compiled for compute capability {compiled_for}, and cuda:0 has 7.0",
     ),
     (
         {"arch": 121, "device": 2, "cudaFuncGetAttributes": UNSUPPORTED_PTX},
@@ -72,7 +80,42 @@ CASES = [
 @pytest.mark.parametrize(("what", "said"), CASES)
 def test_it_is_not(why_unusable, what, said):
     major, minor = divmod(built_with() // 10, 100)
-    assert why_unusable(**what) == said.format(cuda=f"{major}.{minor}")
+    said = said.format(cuda=f"{major}.{minor}", compiled_for=compiled_for())
+    assert why_unusable(**what) == said
+
+
+def test_what_they_are_compiled_for():
+    numbers = compiled_for().split(", ")
+    assert numbers == sorted(numbers, key=float)
+    assert all(re.fullmatch(r"\d+\.\d", number) for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        (
+            12030,
+            "their code is compressed, which drivers for CUDA 12.4 or later read, and the driver is for "
+            "CUDA 12.3: update the driver",
+        ),
+        (12040, ""),
+        (
+            11080,
+            "they were built with CUDA 12.8, and the driver is for CUDA 11.8: update the driver",
+        ),
+    ],
+)
+def test_compressed_code_needs_a_newer_driver(driver, said):
+    """As nvcc 12.8 builds it, which is the first that compresses."""
+    played = (*HOST_FLAGS, "-DLORAFAST_COMPRESSED", "-DLORAFAST_TOOLKIT=12080")
+    files = (CSRC / "usable.cu", played), (FAKE_RUNTIME, HOST_FLAGS)
+    library = ctypes.CDLL(
+        _linked(tuple(nvcc.compiled(f, flags, "-host", ".o") for f, flags in files))
+    )
+    library.fake_device(ctypes.byref(_Device(8, 0, 108, 0, driver, FAKE_STREAM)))
+    ask = library.lorafast_cuda_why_unusable
+    ask.restype = ctypes.c_char_p
+    assert ask(0).decode() == said
 
 
 def test_no_error_is_left_behind(why_unusable):

@@ -150,7 +150,8 @@ def read_variables():
         for path in (ROOT / folder).rglob("*.py"):
             found |= set(VARIABLE.findall(path.read_text(encoding="utf-8")))
     for path in (ROOT / "setup.py", ROOT / "Makefile", ROOT / ".ci" / "run"):
-        found |= set(VARIABLE.findall(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")  # a macro that it defines is no variable
+        found |= set(VARIABLE.findall(re.sub(rf"-D{VARIABLE.pattern}", "", text)))
     for path in (p for p in (ROOT / "csrc").rglob("*") if p.is_file()):
         text = path.read_text(encoding="utf-8")  # macros bear the prefix too
         found |= set(re.findall(rf"getenv\(\"({VARIABLE.pattern})\"\)", text))

@@ -35,7 +35,9 @@ def operations(backend: str, device: torch.device) -> None:
     M, K, N = 131, 70, 201
     seed = torch.tensor([11], device=device)
     with forced.use_backend(backend):
-        for dtype, r in ((torch.bfloat16, 3), (torch.bfloat16, 300), (torch.float32, 3)):
+        for dtype, r in (
+            (torch.bfloat16, 3), (torch.bfloat16, 300), (torch.float16, 3), (torch.float32, 3),
+        ):  # fmt: skip
             for dropout_p in (0.0, 0.5):
                 x, dy = torch.randn(M, K), torch.randn(M, N)
                 x, dy = x.to(device, dtype), dy.to(device, dtype)

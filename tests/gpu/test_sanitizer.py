@@ -1,4 +1,4 @@
-"""``compute-sanitizer`` finds no bad access and no race."""
+"""``compute-sanitizer`` finds no bad access, race or misused barrier, and no read of unset memory."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 REFUSES = ("Device not supported", "LibraryNotLoaded")
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_compute_sanitizer(tool):
     program = shutil.which("compute-sanitizer")
     if program is None:

@@ -258,9 +258,10 @@ with torch.no_grad(), nothing_launched(), mock.patch.object(start, "_FIRST_DEVIC
             for bias in (None, torch.zeros(N, dtype=dtype), torch.zeros(2 * N, dtype=dtype)[::2]):
                 linear_expand(x, weight, s, B, 2.0, bias, config=pointers)
             linear_expand(x, weight, s, B.to(dtype), 2.0, config=pointers)
+            for bias in (torch.zeros(N, dtype=dtype), torch.zeros(2 * N, dtype=dtype)[::2]):
+                expand(s, B.to(dtype), 2.0, dtype=s.dtype, bias=bias)
             for each in matrices(N, r, dtype):
-                for bias in (None, torch.zeros(N, dtype=dtype), torch.zeros(2 * N, dtype=dtype)[::2]):
-                    expand(s, each, 2.0, dtype=s.dtype, bias=bias)
+                expand(s, each, 2.0, dtype=s.dtype)
                 expand(s, each, 2.0, 0.1, seed, dtype=s.dtype)
                 expand(s.float(), each, 2.0, dtype=torch.float16)
                 expand_backward(dy, s, each, 2.0)

@@ -93,6 +93,10 @@ BAD = [
     ("seconds", {"aten": 10**400}, "seconds.aten is 1000.*, expected a finite number"),
     ("seconds", {"aten": -1.0}, "the time of aten is -1.0, expected seconds"),
     ("seconds", [1.0], r"seconds is \[1.0\], expected an object"),
+    ("choices", [3], r"choices is \[3\], expected an object"),
+    ("choices", {"stages": "3"}, "choices.stages is '3', expected a whole number"),
+    ("choices", {"stages": -1}, "stages is -1, expected 0 to 2147483647"),
+    ("choices", {"stages": 2**31}, "stages is 2147483648, expected 0 to 2147483647"),
 ]
 
 

@@ -71,6 +71,9 @@ def main():
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     layouts = ("contiguous", "transposed", "every other column", "one column expanded")
     for shape, dtype, layout, p in itertools.product(SHAPES, dtypes, layouts, (0.0, 0.3)):
+        # Under the sanitizers kernels take ten times as long.
+        if len(sys.argv) > 1 and shape == SHAPES[-1] and layout != "contiguous":
+            continue
         for name, call in calls_of(*shape, dtype, layout, p, seed).items():
             reason = contract.compare(call, cpu, dtype).why_broken
             if reason is not None:

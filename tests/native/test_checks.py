@@ -38,23 +38,6 @@ def check(tmp_path_factory):
     return torch.ops.lorafast_checks.check
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_nvcc_compiles_it_without_a_warning(tmp_path, architecture):
-    """Under ``csrc/cuda``'s own flags: ``USE_CUDA`` changes what PyTorch's headers declare."""
-    shutil.copytree(SOURCES / "cuda", tmp_path / "cuda")
-    shutil.copy(ROOT / "csrc" / "checks.h", tmp_path)
-    subprocess.run(
-        [
-            "nvcc", *FLAGS, "-DUSE_CUDA", f"-arch={architecture}", "-Werror=all-warnings",
-            "-Xcompiler=" + ",".join(HOST), "-c", str(tmp_path / "cuda" / "twice.cu"),
-            "-o", str(tmp_path / "twice.o"),
-        ],
-        check=True,
-    )  # fmt: skip
-
-
 def tensors(x="cpu", lora_A="cpu", seed="cpu", s="cpu"):
     return (
         torch.ones(4, 6, device=x),

@@ -40,7 +40,7 @@ from .executed import executed
 from .launch import Count
 
 KNOWN_IS_ENOUGH = "none"
-SMS = {80: 108, 86: 84, 90: 132}
+SMS = {80: 108, 86: 82, 90: 132}  # of the chips of RATES
 
 
 @dataclass(frozen=True)
@@ -468,6 +468,8 @@ def count_helped(capability: int, M: int, K: int, N: int, r: int) -> list[Row]:
 LAYERS = ((8192, 4096, 4096), (8192, 4096, 1024), (512, 4096, 4096))
 """M, K and N."""
 DECODED = ((1, 4096, 4096), (16, 4096, 4096))
+DECODED_SMALL = ((1, 1024, 1024), (16, 1024, 1024))
+"""Of csrc/cuda alone: sizes at which each CTA may make its own s, or helpers for all."""
 SMALL = (512, 576, 576)
 """A linear layer of the small Llama of ``lorafast bench --accelerate``."""
 _IN_ONE = (*DECODED, SMALL)

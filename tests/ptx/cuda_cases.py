@@ -17,7 +17,15 @@ RESIDENT = (4, 1, 2)
 TILE = 64
 
 needs_nvcc = pytest.mark.skipif(bool(why_no_nvcc()), reason=str(why_no_nvcc()))
-schedules = pytest.mark.parametrize("seed", range(3))
+_slow = pytest.mark.slow
+schedules = pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=_slow) for n in (1, 2))])
+
+
+def archs(*numbers):
+    """``arch``, each: of quick tests 80 and 90, so that nvcc compiles a source twice at most."""
+    quick = (80, 90)
+    given = [n if n in quick else pytest.param(n, marks=_slow) for n in numbers]
+    return pytest.mark.parametrize("arch", given)
 
 
 def launch(source, kernel, arch, grid, block, arguments, *, seed=0, edit=None, **options):

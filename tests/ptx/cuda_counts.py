@@ -43,7 +43,19 @@ from lorafast.backends.cost import Device
 from lorafast.core.problem import Problem
 
 from . import nvcc
-from .counts import CLASSES, DECODED, LAYERS, RANKS, SMALL, SMS, Amounts, Row, amounts, what_matters
+from .counts import (
+    CLASSES,
+    DECODED,
+    DECODED_SMALL,
+    LAYERS,
+    RANKS,
+    SMALL,
+    SMS,
+    Amounts,
+    Row,
+    amounts,
+    what_matters,
+)
 from .launch import Ran
 
 BF16 = torch.bfloat16
@@ -454,10 +466,13 @@ def _lines(of: Sum, what: str) -> dict[int, float]:
 
 def _decode_from_memory(whole: Whole, found: Sum) -> float:
     """Bytes of W, A and B as often as they are loaded, of x and y once: each CTA loads x and s again,
-    from L2."""
-    M, K, N, _ = whole.subject.sizes
-    streamed = sum(value for name, value in found.items() if name.startswith("streamed"))
-    return 32.0 * streamed + 2.0 * M * (K + N)
+    from L2, and A where it makes its own s."""
+    M, K, N, r = whole.subject.sizes
+    streamed = 32.0 * sum(value for name, value in found.items() if name.startswith("streamed"))
+    if not whole.n["helpers"]:
+        of_A = streamed - 2.0 * N * (K + r)
+        streamed -= of_A * (1 - 1 / whole.ctas)
+    return streamed + 2.0 * M * (K + N)
 
 
 def _mask_bits(whole: Whole) -> Scaled:
@@ -522,7 +537,7 @@ def subjects() -> list[Subject]:
     small = [Subject("lora_linear", "small", (*SMALL, r), variant="small") for r in RANKS]
     decoded = [
         Subject("lora_linear", "decode", (*layer, r), variant="decode")
-        for layer in DECODED for r in RANKS
+        for layer in (*DECODED, *DECODED_SMALL) for r in RANKS
     ]  # fmt: skip
     return [*found.values(), *small, *decoded, Subject("mask", "mask", (8192, 4096, 0, 0))]
 

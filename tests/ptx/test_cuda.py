@@ -12,6 +12,7 @@ from ptx.cuda_cases import (
     BF16,
     EVERY,
     F16,
+    archs,
     cluster_sum,
     exact,
     integers,
@@ -39,7 +40,7 @@ WARP = np.arange(32)
 
 
 @schedules
-@pytest.mark.parametrize("arch", EVERY)
+@archs(*EVERY)
 def test_sum(arch, seed):
     x = np.random.default_rng(0).integers(-9, 10, 1003).astype(np.float32)
     assert sum_of(x, seed, arch=arch) == x.sum(dtype=np.float64)
@@ -57,7 +58,7 @@ def mask(bits):
 
 
 @pytest.mark.parametrize("alike", [False, True])
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_warp_words(arch, alike):
     x = np.random.default_rng(2).integers(0, 1000 if alike else 3000, 32).astype(np.uint32)
     x[9] = x[7]
@@ -85,7 +86,7 @@ def test_warp_words(arch, alike):
 
 
 @schedules
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_running_sum(arch, seed):
     running_sum(seed, arch)
 
@@ -98,7 +99,7 @@ def test_block_votes(first):
     assert set(out) == {(x > 0).sum() * 4 + all(x > -100) * 2 + any(x == 77)}
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@archs(80, 90)
 def test_warp_reductions(arch):
     x = np.random.default_rng(4).integers(-(2**31), 2**31, 32).astype(np.int32)
     out = np.zeros((6, 32), np.int32)
@@ -134,7 +135,7 @@ def test_histogram_of_a_cluster(seed):
 
 
 @schedules
-@pytest.mark.parametrize("arch", [80, 90])
+@archs(80, 90)
 def test_copies_of_the_library(arch, seed):
     x = np.random.default_rng(30).standard_normal((3, 512)).astype(np.float32)
     y = np.zeros_like(x)
@@ -143,7 +144,7 @@ def test_copies_of_the_library(arch, seed):
 
 
 @schedules
-@pytest.mark.parametrize("arch", [80, 90])
+@archs(80, 90)
 def test_barriers_of_the_library(arch, seed):
     x = np.random.default_rng(31).integers(-99, 100, (5, 64)).astype(np.int32)
     y = np.zeros_like(x)
@@ -167,7 +168,7 @@ def test_atomics_of_the_library(seed):
     np.testing.assert_array_equal(sums, np.cumsum(x))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@archs(80, 90)
 def test_groups_of_the_library(arch):
     x = np.random.default_rng(32).integers(-50, 100, 64).astype(np.int32)
     out = np.zeros((5, 64), np.int32)
@@ -202,7 +203,7 @@ def test_wmma(kernel, dtype, arch, shape, seed):
     wmma(kernel, dtype, arch, shape, seed)
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_wmma_of_another_shape(arch):
     rng = np.random.default_rng(8)
     A, B = integers(rng, (32, 16), F16), integers(rng, (8, 16), F16)
@@ -214,7 +215,7 @@ def test_wmma_of_another_shape(arch):
 
 @pytest.mark.parametrize("shape", [(64, 64, 64), (1, 1, 1), (70, 45, 37), (67, 130, 200)], ids=str)
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("arch", [80, 120])
+@archs(80, 120)
 def test_mma(plain, arch, shape):
     M, N, K = shape
     dtype = F16 if plain else BF16
@@ -250,7 +251,7 @@ def test_mma_of_tf32(shape):
     assert not torch.allclose(exact(C), exact(A) @ exact(B), rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", [75, 80])
+@archs(75, 80)
 def test_mma_of_k8(arch):
     M, N, K = 21, 17, 29
     rng = np.random.default_rng(12)
@@ -289,20 +290,20 @@ def test_tcgen05(shape, biased, seed):
 
 @schedules
 @pytest.mark.parametrize("n", [4, 512, 5556])
-@pytest.mark.parametrize("arch", [90, 100, 120])
+@archs(90, 100, 120)
 def test_bulk_copies(arch, n, seed):
     scale_bulk(n, seed, arch)
 
 
 @schedules
 @pytest.mark.parametrize("shape", [(32, 32), (1, 1), (100, 68), (33, 301)], ids=str)
-@pytest.mark.parametrize("arch", [90, 100, 120])
+@archs(90, 100, 120)
 def test_tensor_copies(arch, shape, seed):
     transpose(*shape, seed, arch)
 
 
 @schedules
 @pytest.mark.parametrize("shape", [(32, 32), (100, 68), (40, 300)], ids=str)
-@pytest.mark.parametrize("arch", [90, 100])
+@archs(90, 100)
 def test_multicast_copies(arch, shape, seed):
     multicast(*shape, seed, arch)

@@ -5,13 +5,13 @@ import struct
 import numpy as np
 import pytest
 
-from ptx.cuda_cases import launch, needs_nvcc
+from ptx.cuda_cases import archs, launch, needs_nvcc
 from ptx.launch import Fault, In, Out
 
 pytestmark = needs_nvcc
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_switch(arch):
     x = np.random.default_rng(24).integers(-2, 18, 100).astype(np.int32)
     out, i = np.zeros_like(x), np.arange(100)
@@ -60,7 +60,7 @@ def divisors(a, y):
     return a * 1000 + j
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_loops_in_loops(arch):
     x, y = (
         np.random.default_rng(s).choice([2, 6, 7, 12, 14, 28, 84, 126, 5], 60) for s in (27, 28)
@@ -72,7 +72,7 @@ def test_loops_in_loops(arch):
     assert list(out) == [divisors(a, y.tolist()) for a in x.tolist()]
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_calls_with_structs(arch):
     n = 50
     x = (np.random.default_rng(29).integers(-20, 20, (n, 3)) / 8).astype(np.float32)
@@ -102,7 +102,7 @@ def test_arguments_of_every_size():
     np.testing.assert_allclose(out, expected, rtol=1e-15)
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_where_threads_stand(arch):
     grid, block = (2, 3, 2), (5, 3, 4)
     blocks, threads = 12, 60

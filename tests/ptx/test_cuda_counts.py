@@ -1,5 +1,8 @@
 """Counts of csrc/cuda at full size: what is scaled up is what a launch executed whole gives."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
@@ -82,13 +85,108 @@ def test_a_row():
 
 
 @pytest.mark.parametrize("M", [1, 16])
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 86, 90])
 def test_decoding_reads_w_once_in_one_launch(M, arch):
     row = cuda_counts.count(Subject("lora_linear", "decode", (M, 4096, 4096, 16)), arch)
     W = 2 * 4096 * 4096
     assert W < row.least <= row.from_memory <= 1.02 * W
     assert row.launches == 1
     assert row.in_flight >= 40 << 10
+
+
+SKINNY = [
+    Subject("shrink", "skinny", (2048, 1024, 0, 16)),
+    Subject("shrink_backward", "skinny", (2048, 1024, 0, 16)),
+    Subject("expand_backward", "skinny", (2048, 0, 1024, 16)),
+]
+
+
+@pytest.mark.parametrize("subject", SKINNY, ids=named)
+def test_no_bank_conflicts_and_no_sector_twice(subject):
+    """Of x or dy every sector is copied once; beside it are the factors."""
+    whole = whole_of(subject, 80)
+    found, _, _ = cuda_counts.scaled(whole)
+    assert found["its conflicts"] < 0.005 * found["its wavefronts"]
+    # A with a tile's columns, s and ds with its rows; B is transposed on its way, by other loads.
+    shared_by = whole.n["block_m" if subject.operation == "shrink" else "block_n"]
+    assert found["copied"] == pytest.approx(2048 * 1024 / 16 * (1 + 16 / shared_by), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arch", "M"), [(80, 1), (90, 8), (80, 16), pytest.param(86, 16, marks=pytest.mark.slow)]
+)
+def test_decoding_reads_no_sector_of_the_weights_twice(arch, M):
+    K, N, r = 1024, 4096, 32
+    whole = whole_of(Subject("lora_linear", "decode", (M, K, N, r)), arch)
+    found, _, _ = cuda_counts.scaled(whole)
+    streamed = sum(v for name, v in found.items() if name.startswith("streamed"))
+    assert streamed == 2 * (N * K + r * (K + N)) / 32
+    # x is read once for each 16 or 32 rows of W; the rest is y and what the warps' sums need.
+    others = 32 * (found["its sectors"] - streamed) / whole.ctas
+    assert others < 2 * M * K + 64 * (32 if M > 8 else 16) * 16 + 8192
+    assert sum(found.amounts.issued.values()) / whole.ctas < 10_000
+    assert found["its wavefronts"] / whole.ctas < 500
+
+
+def test_a_is_read_by_every_cta_that_makes_its_own_s():
+    K, N, r = 512, 256, 16
+    whole = whole_of(Subject("lora_linear", "decode", (1, K, N, r)), 90)
+    assert whole.n["helpers"] == 0
+    streamed = sum(v for name, v in whole.part().items() if name.startswith("streamed"))
+    assert 32 * streamed == 2 * (N * K + N // 16 * r * K + N * r)
+
+
+@pytest.mark.parametrize(("M", "arch"), [(1, 90), pytest.param(16, 90, marks=pytest.mark.slow)])
+def test_a_small_layer_reads_w_once_from_memory_too(M, arch):
+    """Each CTA loads all of A, 32 KB beside as much of W, or twice that of 32 rows of W: from L2."""
+    K = N = 1024
+    row = cuda_counts.count(Subject("lora_linear", "decode", (M, K, N, 16)), arch)
+    assert row.tiles == N // (16 if M == 1 else 32)  # there are no helpers
+    again = (row.tiles - 1) * 2 * 16 * K
+    assert row.moved > 2 * N * K + again
+    assert row.from_memory == pytest.approx(row.least, rel=0.005)
+
+
+SIZES = {
+    (8192, 4096, 4096), (8192, 4096, 1024), (512, 4096, 4096), (1, 4096, 4096), (16, 4096, 4096)
+}  # fmt: skip
+"""The sizes that a record of counts must have, each at r = 16 and 64."""
+
+
+def test_a_chip_has_the_memory_of_its_data_sheet():
+    """A100 (40 GB), RTX 3090, H100 SXM: GB/s, and the clock by which an SM's share is told."""
+    sheets = {80: (1555, 1.41), 86: (936, 1.70), 90: (3350, 1.83)}
+    for arch, (bandwidth, clock) in sheets.items():
+        assert counts.RATES[arch].memory * counts.SMS[arch] * clock == pytest.approx(bandwidth)
+
+
+def test_all_sizes_are_counted():
+    assert {*counts.LAYERS, *counts.DECODED} >= SIZES
+    assert {16, 64} <= {*counts.RANKS}
+    subjects = cuda_counts.subjects()
+    assert {(*layer, r) for layer in counts.DECODED for r in counts.RANKS} <= {
+        s.sizes for s in subjects if s.family == "decode"
+    }
+    for operation in ("shrink", "shrink_backward", "expand", "expand_backward"):
+        found = {
+            counts.what_matters(s.operation, *s.sizes) for s in subjects if s.operation == operation
+        }
+        for layer in counts.LAYERS:
+            assert {counts.what_matters(operation, *layer, r) for r in counts.RANKS} <= found
+
+
+def test_the_newest_record_has_every_kernel():
+    """What misses it: ``lorafast bench --executed --json bench/results/executed-<day>.json``."""
+    paths = (Path(__file__).parents[2] / "bench" / "results").glob("executed-*.json")
+    newest = max((json.loads(path.read_text()) for path in paths), key=lambda run: run["started"])
+    names = "operation", "variant", "capability", "M", "K", "N", "r"
+    there = {tuple(row[n] for n in names) for row in newest["executed"] if row["backend"] == "cuda"}
+    wanted = {
+        (s.operation, " ".join(filter(None, (s.variant, "dropout" * s.dropout))), arch, *s.sizes)
+        for s in cuda_counts.subjects()
+        for arch in (80, 86, 90)
+    }
+    assert not wanted - there
 
 
 def test_a_size_that_does_not_scale_is_refused():

@@ -3,6 +3,8 @@
 The machine may need the right schedule: twenty are tried. ``pytest -s`` prints how each was caught.
 """
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -23,11 +25,13 @@ from .cuda_cases import (
     wgmma,
     wmma,
 )
-from .launch import Fault
+from .launch import Fault, Machine
 from .plant import Planted, change, drop
 
 pytestmark = needs_nvcc
 SEEDS = range(20)
+MOST_SILENT = 100_000
+"""Steps in which nothing changes: more than a whole launch here takes, unless it hangs."""
 
 
 def total(seed, **options):
@@ -177,6 +181,13 @@ FAULTS = {
         "no barrier before the numbers are read": drop(r"bar\.sync", 1),
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Who hangs is found after fewer steps than a machine takes by itself."""
+    made = functools.partialmethod(Machine.__init__, most_silent=MOST_SILENT)
+    monkeypatch.setattr(Machine, "__init__", made)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,8 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import pytest
 
-from ptx.cuda_cases import needs_nvcc
+from ptx.cuda_cases import archs, needs_nvcc
 from ptx.cuda_rows import (
     INF,
     NAN,
@@ -81,7 +80,7 @@ FLOATS = {
 }
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_floats(arch):
     inputs = [drawn(np.float32, seed) for seed in range(3)]
     # Which NaN it is has a sign and an end: not those that become numbers, or lose their sign.
@@ -115,7 +114,7 @@ NEAR = {  # the function in float64, and what is allowed: the ISA's and the prog
 }
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_floats_near(arch):
     rng = np.random.default_rng(5)
     a = rng.uniform(-3, 3, N).astype(np.float32)
@@ -163,7 +162,7 @@ def nearly(found, expected):
     return same(found, expected) or abs(found - expected) <= 2.0**-51 * abs(expected)
 
 
-@pytest.mark.parametrize("arch", [80])
+@archs(80)
 def test_doubles(arch):
     a, b = drawn(np.float64, 3), drawn(np.float64, 4)
     a[~(abs(a) < 1e5)] = -0.0  # that an integer holds, and whose exp is finite
@@ -197,7 +196,7 @@ TO_INTEGERS = {
 }
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_floats_to_integers(arch):
     x = drawn(np.float32, 6)
     with np.errstate(over="ignore"):
@@ -241,7 +240,7 @@ FROM_INTEGERS = {
 }
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_integers_to_floats(arch):
     x = drawn_integers(64, 7)
     rows = rows_of(
@@ -276,7 +275,7 @@ SMALL_FLOATS = {
 }
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_small_floats(arch):
     inputs = [drawn(np.float32, seed) for seed in (8, 9)]
     tiny = np.finfo(np.float32).tiny

@@ -4,9 +4,8 @@ import math
 from fractions import Fraction
 
 import numpy as np
-import pytest
 
-from ptx.cuda_cases import launch, needs_nvcc
+from ptx.cuda_cases import archs, launch, needs_nvcc
 from ptx.cuda_rows import (
     INF,
     NAN,
@@ -114,7 +113,7 @@ def as_bfloats(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90])
+@archs(75, 80, 90)
 def test_halves(arch):
     inputs = [drawn(np.float16, seed) for seed in range(10, 13)]
     definitions = half_definitions(F16, arch)
@@ -122,7 +121,7 @@ def test_halves(arch):
     check(definitions, rows, inputs)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@archs(80, 90)
 def test_bfloats(arch):
     bits = [
         (drawn(np.float32, seed).view(np.uint32) >> 16).astype(np.uint16) for seed in (13, 14, 15)
@@ -205,7 +204,7 @@ ROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90])
+@archs(75, 80, 90)
 def test_roundings(arch):
     inputs = [drawn(np.float32, seed) for seed in (16, 17)]
     rng = np.random.default_rng(18)
@@ -239,7 +238,7 @@ def e5m2(value):
     return float(decoded(value, 5, 2))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@archs(80, 90)
 def test_from_fp8(arch):
     out = np.zeros((4, 256), np.float16)
     launch("halves", "from_fp8", arch, 4, THREADS, [Out("out", out), 256])
@@ -258,7 +257,7 @@ HALVES_NEAR = {
 }
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_halves_near(arch):
     x = np.random.default_rng(19).uniform(-4, 4, N).astype(np.float16)
     rows = rows_of("halves", "halves_near", arch, [x], HALVES_NEAR, (len(HALVES_NEAR), np.float16))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptx.cuda_cases import needs_nvcc
+from ptx.cuda_cases import archs, needs_nvcc
 from ptx.cuda_rows import check, clamped, drawn_integers, rows_of, signed
 
 pytestmark = needs_nvcc
@@ -168,7 +168,7 @@ INTEGERS_WIDE = {
 }
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90])
+@archs(75, 80, 90)
 @pytest.mark.parametrize(
     ("kernel", "definitions", "bits"),
     [

@@ -5,13 +5,13 @@ import functools
 import numpy as np
 import pytest
 
-from ptx.cuda_cases import EVERY, hand_over, launch, needs_nvcc, schedules
+from ptx.cuda_cases import EVERY, archs, hand_over, launch, needs_nvcc, schedules
 from ptx.launch import In, InOut, Out
 
 pytestmark = needs_nvcc
 
 
-@pytest.mark.parametrize("arch", EVERY)
+@archs(*EVERY)
 def test_widths(arch):
     n = 100
     given = np.random.default_rng(18).integers(0, 256, (n, 16)).astype(np.uint8)
@@ -31,7 +31,7 @@ def test_widths(arch):
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_caches_change_nothing(arch):
     n = 100
     rng = np.random.default_rng(19)
@@ -44,7 +44,7 @@ def test_caches_change_nothing(arch):
     np.testing.assert_array_equal(out[7:], wide.T)
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_generic_addresses(arch):
     n = 90
     x = np.random.default_rng(20).integers(-99, 100, n).astype(np.int32)
@@ -57,7 +57,7 @@ def test_generic_addresses(arch):
         assert out[i] == chosen @ 3 ** np.arange(8)[::-1] + 1000000 * (i % 4 + 1)
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_tables_of_the_module(arch):
     x = np.array([0, 1, 2, 3, 4, 5, 3, 1, 0, 2], np.int32)
     n = len(x)
@@ -76,7 +76,7 @@ def test_tables_of_the_module(arch):
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("arch", [75, 120])
+@archs(75, 120)
 def test_sorting_in_local_memory(arch):
     n = 40
     x = np.random.default_rng(21).integers(-50, 50, (n, 12)).astype(np.int32)
@@ -86,7 +86,7 @@ def test_sorting_in_local_memory(arch):
 
 
 @schedules
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_atomics(arch, seed):
     n = 150
     i = np.arange(n)
@@ -124,7 +124,7 @@ def test_atomics(arch, seed):
 
 
 @schedules
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_what_an_atomic_answers(arch, seed):
     n = 200
     following, taken = np.zeros(1, np.uint32), np.zeros(n, np.int32)
@@ -134,7 +134,7 @@ def test_what_an_atomic_answers(arch, seed):
     np.testing.assert_array_equal(np.sort(taken), np.arange(n))
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_shared_atomics(arch):
     x = np.random.default_rng(22).integers(0, 99, 200).astype(np.int32)
     out, sums = np.zeros(20, np.int32), np.zeros(2, np.float32)
@@ -145,7 +145,7 @@ def test_shared_atomics(arch):
     np.testing.assert_array_equal(sums, [x.sum(), x.sum() * 0.125])
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 def test_half_atomics(arch):
     n = 100
     halves, single = np.zeros((4, 2), np.float16), np.ones(1, np.float16)
@@ -156,7 +156,7 @@ def test_half_atomics(arch):
 
 
 @schedules
-@pytest.mark.parametrize("arch", [75, 90])
+@archs(75, 90)
 @pytest.mark.parametrize(("kernel", "factor"), [("hand_over", 3), ("hand_over_fenced", 5)])
 def test_one_block_hands_over_to_another(kernel, factor, arch, seed):
     hand_over(kernel, factor, seed, arch=arch)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from lorafast.backends import composed
 from lorafast.backends.cost import Device, Estimate, gpu_of, priced
 from lorafast.backends.cuda import cost, native, planning
+from lorafast.backends.cuda.launch import NONE, Choices
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
@@ -16,10 +17,15 @@ class Cuda(Backend):
 
     The kernels were executed on a machine for PTX and have not run on a GPU: until ``lorafast tune`` has
     measured them, ``auto`` takes them where the model says so, by shares that are assumed.
+
+    ``fixed``: the choices of every launch, in place of what is tuned and modelled.
     """
 
     name = "cuda"
     operations = Backend.operations | frozenset(planning.WHOLE)
+
+    def __init__(self, fixed: Choices = NONE) -> None:
+        self._fixed = fixed
 
     def why_unusable(self) -> str | None:
         """What the installation lacks; which GPU a call is on, its plan asks."""
@@ -38,7 +44,7 @@ class Cuda(Backend):
         assert device is not None
         if p.operation in planning.WHOLE or p.operation in LAYER_OPERATIONS:
             return self._layer(p, device)
-        launch = cost.launch_of(p, device)
+        launch = cost.launch_of(p, device, self._fixed)
         if isinstance(launch, str):
             return Refusal(self.name, launch)
         lines = launch.lines if isinstance(launch, Hybrid) else (launch.line,)
@@ -46,15 +52,15 @@ class Cuda(Backend):
 
     def _layer(self, p: Problem, device: Device) -> Plan | Refusal:
         """In one launch if a family can and that is faster, else its operations one by one."""
-        answers = planning.launches_of(p, device)
+        answers = planning.launches_of(p, device, self._fixed)
         reasons = [answer for answer in answers if isinstance(answer, str)]
-        launch = cost.fastest(p, device)
+        launch = cost.fastest(p, device, self._fixed)
         whole = None
         if launch is not None:
             whole = priced(Plan(self.name, launch.run, (launch.line,)), p, device)
             if not whole.measured:
                 whole = _modelled(whole, cost.of(launch, p, device))
-        if p.operation not in LAYER_OPERATIONS:
+        if p.operation not in LAYER_OPERATIONS or self._fixed:
             return whole or Refusal(self.name, "; ".join(reasons))
         if whole is not None and whole.measured:
             return whole

@@ -6,9 +6,9 @@ there. Shares are assumptions; those of skinny operations are below what Triton'
 operations were measured to reach.
 """
 
-from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
+from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
 from lorafast.backends.cuda import planning
-from lorafast.backends.cuda.launch import CALL_HOST, Launch
+from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
@@ -40,6 +40,7 @@ _LARGE = {
     "shrink_backward": ("x",),
     "expand_backward": ("dy",),
     "lora_linear": ("x", "weight"),
+    "lora_linear_backward": ("dy", "x", "weight"),
     "grouped_lora_linear": ("x", "weight"),
 }
 """The matrices whose rows the kernels read in 16 bytes at a time where they are aligned."""
@@ -60,23 +61,27 @@ def estimate(problem: Problem, device: Device) -> Estimate | None:
     return None if isinstance(launch, str) else of(launch, p, device)
 
 
-def launch_of(p: Problem, device: Device) -> Launch | Hybrid | str:
-    """What serves an operation, or why nothing does."""
+def launch_of(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | Hybrid | str:
+    """What serves an operation, with these choices, or why nothing does."""
     if p.operation == "linear_expand":
         return planning.plan_linear_expand(p, device)
-    (found,) = planning.launches_of(p, device)
+    (found,) = planning.launches_of(p, device, fixed)
     return found
 
 
-def fastest(p: Problem, device: Device) -> Launch | None:
-    """Of the launches that serve a whole layer the one with the fewest seconds."""
-    found = [a for a in planning.launches_of(p, device) if isinstance(a, Launch)]
+def fastest(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | None:
+    """Of the launches that serve a whole layer the one with the fewest seconds: the first family's,
+    unless another's has clearly fewer. A few bytes of scratch memory are no reason."""
+    found = [a for a in planning.launches_of(p, device, fixed) if isinstance(a, Launch)]
+    if not found:
+        return None
 
     def key(launch: Launch) -> tuple[float, float]:
         takes = of(launch, p, device)
-        return takes.seconds, takes.device
+        behind = 1.0 if launch is found[0] else MARGIN
+        return behind * takes.seconds, behind * takes.device
 
-    return min(found, key=key, default=None)
+    return min(found, key=key)
 
 
 def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
@@ -95,6 +100,10 @@ def of(launch: Launch | Hybrid, p: Problem, device: Device) -> Estimate:
 
 
 def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
+    host = CALL_HOST + (launch.launches - 1) * _LAUNCH_HOST
+    if launch.seconds is not None:
+        remark = "by instructions counted in tests/ptx; their latencies are assumed, not measured"
+        return Estimate(launch.seconds, host, launch.flops, launch.moved, launch.launches, remark)
     share = _WHOLE if p.operation in planning.WHOLE else _SKINNY
     rate = device.flops * _RATE.get(p.operation, _RATE_WHOLE)
     if p.dtype.itemsize == 4:
@@ -109,7 +118,6 @@ def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
     padded = -(-max(p.r, 1) // _RANKS) * _RANKS / max(p.r, 1)
     seconds = max(launch.flops * padded / rate, launch.moved / (device.bandwidth * share))
     seconds += launch.launches * LAUNCH_SECONDS + _mask(p, device)
-    host = CALL_HOST + (launch.launches - 1) * _LAUNCH_HOST
     return Estimate(seconds, host, launch.flops, launch.moved, launch.launches, remark)
 
 

@@ -1,7 +1,8 @@
 """``csrc/cuda/decode.cu``: a layer of at most 16 rows in one launch, as generation with adapters has it.
 
 The kernel reads W once, and a CTA has 16 rows of it for up to 8 rows of x, else 32. ``s`` is made by
-helpers, the CTAs that start first, while the others read W. Where A is small each CTA makes its own.
+helpers, the CTAs that start first, while the others read W. Where s of helpers would come later than
+all of A can be loaded, each CTA makes its own.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import Device
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
+from lorafast.backends.cuda.tables import DECODE, DecodeRow, row_of
 from lorafast.backends.plan import Run
 from lorafast.core.assignment import Assignment
 from lorafast.core.dtypes import wide
@@ -26,21 +28,22 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _STEP = 256
 """Elements along K that the warps of a CTA take at a time."""
-_ROUND = 32 * 1024
-"""Bytes that a CTA has in flight: of an A that is no larger each CTA makes s in the time of one load."""
 _MOST_OWN = 16 * 1024
 """Bytes of shared memory for the s that a CTA makes for itself."""
 _SHARES = 4
 """Of K, that helpers take: s is there in a quarter of the time that a CTA takes for its rows of W."""
 _SHARE = 2
 """Steps that a helper has at least."""
-_RESIDENT = {8: 2, 16: 1}
-"""CTAs that an SM has registers for, by the rows of x up to which they serve: on tensor cores. Without
-them it is one."""
-_TENSOR_CORES = 80
-_MOST_HELPERS = 128
-"""About one an SM. How many adapters a batch has is known to the device alone: helpers that find nothing
-to do start and end before the CTAs behind them start."""
+_HANDED_OVER = 4
+"""Beside 1024 x 1024 of W, which an H100 has read after 1.3 µs, s of 16 ranks would be there after 3.1,
+and every CTA has A's 32 KB from L2 in 1.2: so it makes its own; beside 2048 x 2048 nobody waits for
+helpers. By this model: no GPU was asked.
+
+Ways through L2 before s of a helper can be used: its ticket, s, its count, the count and s read. How
+many adapters a batch has is known to the device alone: helpers that find nothing to do start and end
+before the CTAs behind them start."""
+_ADDED_UP = 3
+"""More of them where helpers share K: a part, its count, all parts read."""
 _COUNTERS = 3
 """Beside one for each helper."""
 
@@ -56,21 +59,23 @@ class _Shares:
     counters: int
 
 
-def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
+def plan_lora_linear(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """The launch of ``lora_linear``, or why there is none: a sentence."""
     reason = why_refused(problem, device)
     if reason is not None:
         return reason
-    shares = _shares(problem, device)
+    shares = _shares(problem, device, fixed.get("helpers"))
     return _launch("lora_linear_decode", _lora_linear(problem, shares), problem, shares)
 
 
-def plan_grouped_lora_linear(problem: Problem, device: Device) -> Launch | str:
+def plan_grouped_lora_linear(
+    problem: Problem, device: Device, fixed: Choices = NONE
+) -> Launch | str:
     """The launch of ``grouped_lora_linear``, or why there is none: a sentence."""
     reason = why_refused(problem, device)
     if reason is not None:
         return reason
-    shares = _shares(problem, device)
+    shares = _shares(problem, device, fixed.get("helpers"))
     return _launch(
         "grouped_lora_linear_decode", _grouped_lora_linear(problem, shares), problem, shares
     )
@@ -101,22 +106,72 @@ def why_refused(p: Problem, device: Device) -> str | None:
     return None
 
 
-def _shares(p: Problem, device: Device) -> _Shares:
+def _shares(p: Problem, device: Device, given: int | None = None) -> _Shares:
+    """With as many helpers as are ``given``, if that can be; else as the model has it."""
     tokens = 8 if p.M <= 8 else 16
     rows = 2 * tokens
     blocks = -(-p.r // rows)
     items = blocks * max(1, min(p.M, p.adapters) if p.adapters else 1)
     low = tokens * blocks * rows
     ctas = -(-p.N // rows)
-    if items * rows * p.K * p.adapter_dtype.itemsize <= _ROUND and 4 * low <= _MOST_OWN:
-        return _Shares(rows, ctas, 0, 0, 0)
+    row = row_of(DECODE, device.capability)
+    room = _resident(p, row) * device.sms
     shares = max(1, min(-(-p.K // _STEP) // _SHARE, _SHARES))
-    tensor_cores = p.dtype.itemsize == 2 and device.capability >= _TENSOR_CORES
-    free = (_RESIDENT[tokens] if tensor_cores else 1) * device.sms - ctas
+    free = room - ctas
     if items <= free < items * shares:
         shares = free // items  # so that no CTA has to wait for others to end
-    helpers = min(items * shares, _MOST_HELPERS)
+    helpers, fits = min(items * shares, row.helpers), 4 * low <= _MOST_OWN
+    if fits and given is None:
+        late = late_seconds(p, device, ctas, items, shares, helpers)
+        given = 0 if own_seconds(p, device, ctas, items) <= late else helpers
+    if given is not None:
+        helpers = max(int(not fits), min(given, items * _SHARES, row.helpers))
+    if helpers == 0:
+        return _Shares(rows, ctas, 0, 0, 0)
     return _Shares(rows, ctas, helpers, low + helpers * rows * tokens, _COUNTERS + helpers)
+
+
+def own_seconds(p: Problem, device: Device, ctas: int, items: int) -> float:
+    """By how much a launch takes longer where each CTA makes its own ``s``: it waits for loads of A, an
+    item after the other, before it loads W. A comes from L2 but for the first time."""
+    row = row_of(DECODE, device.capability)
+    waves = -(-ctas // (_resident(p, row) * device.sms))
+    return waves * (items * row.load + _at_once(p, device, ctas) * _bytes_of_A(p) / row.l2)
+
+
+def late_seconds(
+    p: Problem, device: Device, ctas: int, items: int, shares: int, helpers: int
+) -> float:
+    """By how much it takes longer with helpers: ``s`` is made and handed over while others read W,
+    who wait for what is left of that.
+    """
+    row = row_of(DECODE, device.capability)
+    room = _resident(p, row) * device.sms
+    # Memory is shared by those who read; what an SM gets has a bound.
+    speed = min(row.l2, device.bandwidth / min(ctas, device.sms))
+    trips = _HANDED_OVER + (_ADDED_UP if shares > 1 else 0)
+    each = -(-items * shares // helpers) * _bytes_of_A(p) / (items * shares)
+    ready = row.load + each / speed + trips * row.trip
+    if -(-(ctas + helpers) // room) > -(-ctas // room):  # some start when helpers have ended
+        return ready
+    W = p.dtype.itemsize * p.K * -(-p.N // ctas)
+    return max(0.0, ready - (row.load + _at_once(p, device, ctas) * W / speed))
+
+
+def _resident(p: Problem, row: DecodeRow) -> int:
+    if p.dtype.itemsize > 2:
+        return 1
+    return row.resident if p.M <= 8 else row.resident_16
+
+
+def _at_once(p: Problem, device: Device, ctas: int) -> int:
+    """CTAs of an SM, which share what it loads."""
+    return min(_resident(p, row_of(DECODE, device.capability)), -(-ctas // device.sms))
+
+
+def _bytes_of_A(p: Problem) -> int:
+    adapters = max(1, min(p.M, p.adapters)) if p.adapters else 1
+    return adapters * p.r * p.K * p.adapter_dtype.itemsize
 
 
 def _lora_linear(p: Problem, shares: _Shares) -> Run:
@@ -190,12 +245,13 @@ def _indices(assignment: Assignment, device: torch.device) -> Tensor:
 
 
 def _launch(name: str, run: Run, p: Problem, shares: _Shares) -> Launch:
-    size, adapter_size = p.dtype.itemsize, p.adapter_dtype.itemsize
-    # Of several adapters each row may have its own.
-    adapters = max(1, min(p.M, p.adapters)) if p.adapters else 1
+    size = p.dtype.itemsize
+    # Of several adapters each row may have its own. What CTAs load again of A and x comes from L2.
+    A = _bytes_of_A(p)
     moved = (
         size * (p.N * p.K + p.M * (p.K + p.N) + p.N * p.bias)
-        + adapter_size * adapters * p.r * (p.K + p.N)
+        + A
+        + A // p.K * p.N
         + wide(p.dtype).itemsize * p.M * p.r * ("s" in p.wants)
         + 8 * shares.partials
     )
@@ -207,4 +263,5 @@ def _launch(name: str, run: Run, p: Problem, shares: _Shares) -> Launch:
         f"{name} {p.M} x {p.K} -> {p.N}: {shares.ctas} CTAs of {shares.rows} rows of W, {of_s}{by}",
         2.0 * p.M * (p.N * p.K + p.r * (p.K + p.N)),
         float(moved),
+        choices={"helpers": shares.helpers},
     )

@@ -1,12 +1,16 @@
 """``Launch``: what a family of CUDA C++ kernels answers where it can serve a problem."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lorafast.backends.plan import Run
 
 CALL_HOST = 10e-6
 """Host time of one of our operations: 7 µs for an op of the stable ABI through the dispatcher, measured
 on a CPU, and an estimate of 3 for the driver's share of a launch, as Triton's model has it."""
+
+Choices = Mapping[str, int]
+NONE: Choices = {}
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,11 @@ class Launch:
     - ``run``: does it, with the arguments of ``lorafast.backends.plan.Plan``;
     - ``line``: says it, for the readers of ``explain``: the kernel, its grid, its tile;
     - ``flops``, ``moved``: floating-point operations, and bytes to and from memory, scratch included;
-    - ``launches``: how many kernels.
+    - ``launches``: how many kernels;
+    - ``choices``: the sizes that were chosen for it and could be others, by name. A family that is given
+      some of them takes those, where they can be;
+    - ``seconds``: of the device, by what is counted of the launch, None where ``flops`` and ``moved``
+      say all that is known.
     """
 
     run: Run
@@ -24,3 +32,12 @@ class Launch:
     flops: float
     moved: float
     launches: int = 1
+    choices: Choices = field(default_factory=dict)
+    seconds: float | None = None
+
+
+def neighbours(choices: Choices) -> Iterator[Choices]:
+    """One of them half, twice, one less or one more, as whole numbers from 0."""
+    for name, value in choices.items():
+        for other in sorted({value // 2, value - 1, value + 1, 2 * value} - {value, -1}):
+            yield {**choices, name: other}

@@ -27,6 +27,7 @@ OPERATIONS = (
     "grouped_lora_linear_decode",
     "linear_expand_sm90",
     "lora_linear",
+    "lora_linear_backward",
     "lora_linear_decode",
     "lora_linear_sm90",
     "mask",

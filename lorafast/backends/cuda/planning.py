@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lorafast import operands
-from lorafast.backends.cost import Device
+from lorafast.backends.cost import Device, record_of
 from lorafast.backends.cuda import decode, skinny, small
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
@@ -26,15 +26,16 @@ from lorafast.core.problem import (
     Problem,
 )
 
-WHOLE = ("lora_linear", "grouped_lora_linear")
-"""Layers that are served in one launch, where a family can."""
-Planner = Callable[[Problem, Device], Launch | str]
+WHOLE = ("lora_linear", "lora_linear_backward", "grouped_lora_linear")
+"""Layers, forward and backward, that are served in one launch, where a family can."""
+Planner = Callable[[Problem, Device, Choices], Launch | str]
 FAMILIES: dict[str, tuple[Planner, ...]] = {
     "shrink": (skinny.plan_shrink,),
     "expand_backward": (skinny.plan_expand_backward,),
     "shrink_backward": (skinny.plan_shrink_backward,),
     "expand": (small.plan_expand,),
     "lora_linear": (decode.plan_lora_linear, small.plan_lora_linear),
+    "lora_linear_backward": (small.plan_lora_linear_backward,),
     "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
 }
 """Who is asked for an operation or a whole layer."""
@@ -88,8 +89,9 @@ def why_too_old(p: Problem, device: Device) -> str | None:
     return f"compute capability is {has}, the kernels of {p.operation} need {needs}"
 
 
-def launches_of(p: Problem, device: Device) -> list[Launch | str]:
-    """What each family says to an operation or a whole layer.
+def launches_of(p: Problem, device: Device, fixed: Choices = NONE) -> list[Launch | str]:
+    """What each family says to an operation or a whole layer. With ``fixed`` its launch has these
+    choices; else those that ``lorafast tune`` found, where they can be.
 
     Where a layer's gradients may be asked for, its launch leaves ``s``."""
     if p.operation == "lora_linear" and p.graph:
@@ -97,7 +99,28 @@ def launches_of(p: Problem, device: Device) -> list[Launch | str]:
     reason = why_too_old(p, device)
     if reason is not None:
         return [reason]
-    return [plan(p, device) for plan in FAMILIES.get(p.operation, ())]
+    families = FAMILIES.get(p.operation, ())
+    if fixed:
+        return [_chosen(plan, p, device, fixed) for plan in families]
+    record = record_of(p, device.name)
+    tuned = NONE if record is None or record.choices is None else record.choices
+    answers = [_chosen(plan, p, device, tuned) for plan in families] if tuned else []
+    return (
+        answers
+        if any(isinstance(answer, Launch) for answer in answers)
+        else [plan(p, device, NONE) for plan in families]
+    )
+
+
+def _chosen(plan: Planner, p: Problem, device: Device, fixed: Choices) -> Launch | str:
+    answer = plan(p, device, fixed)
+    if isinstance(answer, str):
+        return answer
+    for name, value in fixed.items():
+        has = answer.choices.get(name)
+        if has != value:
+            return f"{name} can't be {value}" + ("" if has is None else f", the launch has {has}")
+    return answer
 
 
 def plan_linear_expand(p: Problem, device: Device) -> Hybrid | str:

@@ -10,6 +10,8 @@ the large matrix, x or dy:
 
 What is shared out leaves parts in float32, which the last CTA to arrive adds up in a fixed order: two
 runs give the same bits. Ranks beyond an instance's take more CTAs, which read the large matrix again.
+``backward`` may have smaller instances than the rank for the sake of more CTAs: its column blocks are
+few, and each row group more is a part of dB more to add up.
 """
 
 import functools
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import Device
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.tables import SKINNY, SkinnyRow, row_of
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import Problem
@@ -42,6 +44,14 @@ _TWO_RESIDENT = 32
 """Ranks up to which registers let two CTAs on an SM: one makes its mask while the other multiplies."""
 _CHUNKS = 4
 """Times in its walk that a CTA of ``backward`` asks whether ds can be added up."""
+_AGAIN = 0.5
+"""Time to read a byte of the large matrix that other rank blocks read beside it, from L2, by that of one
+from memory."""
+_ISSUED = {torch.bfloat16: (0.26, 0.0103), torch.float32: (1.1, 0.069), torch.float16: (1.1, 0.123)}
+"""Time to issue what ``backward`` does with a tile by the time to read it from memory: a constant, and
+by rank. From counts on sm_90 (tests/ptx/cuda_counts.py)."""
+_WORTH = 0.9
+"""The share of its time that a launch of more rank blocks may take at most."""
 _PART = 0.2
 """Time to read a byte of a part from L2 by that of a byte of the large matrix from memory."""
 
@@ -109,8 +119,14 @@ class Shares:
         return tile.ranks, tile.rows, tile.columns, self.stages, self.share
 
     @property
+    def choices(self) -> Choices:
+        """As ``Launch`` has them."""
+        return {"ranks": self.tile.ranks, "share": self.share, "stages": self.stages}
+
+    @property
     def in_flight(self) -> int:
-        """Bytes of the large matrix that an SM asks for ahead of their use."""
+        """Bytes of the large matrix that an SM asks for ahead of their use. A CTA whose walk is no
+        longer than that asks for all of it."""
         return self.ctas_per_sm * (self.stages - 1) * self.tile.x
 
 
@@ -126,24 +142,26 @@ def shares_of(
     has_d: bool = True,
     has_bias: bool = False,
     dropout: bool = False,
+    fixed: Choices = NONE,
 ) -> Shares:
     """Of a large matrix ``[rows, columns]`` on an architecture with ``row``."""
     fitting = [
         tile for tile in (tile_of(kind, dtype, ranks) for ranks in ranks_of(kind, dtype))
         if tile.bytes_of(_FEWEST_STAGES) + _OWN <= row.shared
     ]  # fmt: skip
-    tile = next((tile for tile in fitting if tile.ranks >= r), fitting[-1])
-    ctas = 1
-    if dropout and tile.ranks <= _TWO_RESIDENT and _stages(tile, row, 2) >= _FEWEST_STAGES:
-        ctas = 2
-    stages = _stages(tile, row, ctas)
-    ranks = _blocks(r, tile.ranks)
-    row_tiles, column_tiles = _blocks(rows, tile.rows), _blocks(columns, tile.columns)
-    across, along = (row_tiles, column_tiles) if kind == "shrink" else (column_tiles, row_tiles)
-    across = max(across, 1) if kind == "backward" else across
-    part = tile.ranks * 4 * (tile.rows if kind == "shrink" else tile.columns) * _PART / tile.x
-    share = _share(across * ranks, along, sms * ctas, part)
-    count = max(_blocks(along, share), 1)
+    enough = next((i for i, tile in enumerate(fitting) if tile.ranks >= r), len(fitting) - 1)
+    tiles = fitting[: enough + 1] if kind == "backward" else [fitting[enough]]
+    tiles = [tile for tile in tiles if tile.ranks == fixed.get("ranks")] or tiles
+    cut, *others = (
+        _cut(kind, dtype, one, rows, columns, r, row, sms, dropout) for one in tiles[::-1]
+    )
+    for other in others:
+        cut = other if other.seconds < _WORTH * cut.seconds else cut
+    tile, across, ranks = cut.tile, cut.across, cut.ranks
+    shortest = max(_blocks(cut.along, _MOST_PARTS), 1)
+    share = min(max(fixed.get("share", cut.share), shortest), max(cut.along, 1))
+    row_tiles = _blocks(rows, tile.rows)
+    count = max(_blocks(cut.along, share), 1)
     chunk = _blocks(share, _CHUNKS) if kind == "backward" else 1
     of_s = of_d = of_bias = used = 0
     parts_of_s = {"shrink": count, "reduce": 1, "backward": across}[kind]
@@ -158,29 +176,80 @@ def shares_of(
         if kind != "shrink":
             used += ranks * across
     grid = across, count, ranks
+    ctas = min(cut.ctas, max(_blocks(across * count * ranks, sms), 1))  # others never come
+    stages = fixed.get("stages", min(_stages(tile, row, ctas), share + 1))
+    stages = max(min(stages, _MOST_STAGES, _room(tile, row, ctas)), _FEWEST_STAGES)
     return Shares(tile, stages, ctas, grid, share, chunk, of_s + of_d + of_bias, used)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A launch cut into CTAs by one instance: blocks across and tiles along the walk, rank blocks, tiles
+    of a CTA; ``seconds`` in bytes of the large matrix that an SM reads in that time."""
+
+    tile: Tile
+    ctas: int
+    across: int
+    along: int
+    ranks: int
+    share: int
+    seconds: float
+
+
+def _cut(
+    kind: str,
+    dtype: torch.dtype,
+    tile: Tile,
+    rows: int,
+    columns: int,
+    r: int,
+    row: SkinnyRow,
+    sms: int,
+    dropout: bool,
+) -> _Cut:
+    ctas = 1
+    if dropout and tile.ranks <= _TWO_RESIDENT and _stages(tile, row, 2) >= _FEWEST_STAGES:
+        ctas = 2
+    ranks = _blocks(r, tile.ranks)
+    row_tiles, column_tiles = _blocks(rows, tile.rows), _blocks(columns, tile.columns)
+    across, along = (row_tiles, column_tiles) if kind == "shrink" else (column_tiles, row_tiles)
+    each = 1.0
+    if kind == "backward":
+        across = max(across, 1)
+        constant, by_rank = _ISSUED[dtype]
+        each = max((1 + (ranks - 1) * _AGAIN) / ranks, constant + by_rank * tile.ranks)
+    part = tile.ranks * 4 * (tile.rows if kind == "shrink" else tile.columns) * _PART / tile.x
+    share, tiles = _share(across * ranks, along, sms * ctas, each, part)
+    return _Cut(tile, ctas, across, along, ranks, share, tiles * tile.x)
 
 
 def _stages(tile: Tile, row: SkinnyRow, ctas: int) -> int:
     """Of the ring of each of so many CTAs on an SM: what memory needs, as far as there is room."""
-    room = min(row.shared, row.on_sm // ctas - 1024) - _OWN
     wanted = _blocks(row.in_flight, ctas * tile.x) + 1
-    return min(max(wanted, _FEWEST_STAGES), _MOST_STAGES, (room - tile.before) // tile.stage)
+    return min(max(wanted, _FEWEST_STAGES), _MOST_STAGES, _room(tile, row, ctas))
 
 
-def _share(blocks: int, along: int, slots: int, part: float) -> int:
-    """Tiles of a walk that is cut so that the launch ends first: in rounds of CTAs, each of which takes
-    as long as its tiles; whoever adds up reads every part."""
+def _room(tile: Tile, row: SkinnyRow, ctas: int) -> int:
+    """The stages that shared memory has room for."""
+    room = min(row.shared, row.on_sm // ctas - 1024) - _OWN
+    return (room - tile.before) // tile.stage
+
+
+def _share(blocks: int, along: int, slots: int, each: float, part: float) -> tuple[int, float]:
+    """Tiles of a walk that is cut so that the launch ends first, and when that is: in rounds of CTAs,
+    each of which takes as long as its tiles (``each``); whoever adds up reads every part (``part``)."""
 
     def seconds(parts: int) -> float:
         rounds = _blocks(blocks * parts, slots)
-        return rounds * (_blocks(along, parts) + _START) + (parts * part if parts > 1 else 0.0)
+        return rounds * (_blocks(along, parts) + _START) * each + (
+            parts * part if parts > 1 else 0.0
+        )
 
     parts = min(range(1, max(min(along, _MOST_PARTS), 1) + 1), key=seconds)
-    return max(_blocks(along, parts), 1)
+    return max(_blocks(along, parts), 1), seconds(parts)
 
 
-def plan_shrink(problem: Problem, device: Device) -> Launch | str:
+def plan_shrink(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """``s = drop(x)·Aᵀ``: ``run(x, lora_A, dropout_p, seed)``."""
     p = problem
     reason = _why_refused(p, device)
@@ -189,6 +258,7 @@ def plan_shrink(problem: Problem, device: Device) -> Launch | str:
     shares = shares_of(
         "shrink", p.dtype, p.M, p.K, p.r,
         row=row_of(SKINNY, device.capability), sms=device.sms, dropout=p.dropout,
+        fixed=fixed,
     )  # fmt: skip
     M, r, low, dropout = p.M, p.r, wide(p.dtype), p.dropout
     arguments = shares.arguments
@@ -204,10 +274,12 @@ def plan_shrink(problem: Problem, device: Device) -> Launch | str:
         return s
 
     moved = _moved(p, shares, p.M, p.K) + p.r * p.K * p.adapter_dtype.itemsize
-    return Launch(run, _line("shrink", shares), 2.0 * p.M * p.K * p.r, moved)
+    return Launch(
+        run, _line("shrink", shares), 2.0 * p.M * p.K * p.r, moved, choices=shares.choices
+    )
 
 
-def plan_shrink_backward(problem: Problem, device: Device) -> Launch | str:
+def plan_shrink_backward(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """``dA = dsᵀ·drop(x)``: ``run(ds, x, dropout_p, seed)``."""
     p = problem
     reason = _why_refused(p, device)
@@ -216,6 +288,7 @@ def plan_shrink_backward(problem: Problem, device: Device) -> Launch | str:
     shares = shares_of(
         "reduce", p.dtype, p.M, p.K, p.r,
         row=row_of(SKINNY, device.capability), sms=device.sms, dropout=p.dropout,
+        fixed=fixed,
     )  # fmt: skip
     K, r, dtype, dropout = p.K, p.r, p.adapter_dtype, p.dropout
     arguments = shares.arguments
@@ -229,14 +302,16 @@ def plan_shrink_backward(problem: Problem, device: Device) -> Launch | str:
         return dA
 
     moved = _moved(p, shares, p.M, p.K) + p.r * p.K * p.adapter_dtype.itemsize
-    return Launch(run, _line("shrink_backward", shares), 2.0 * p.M * p.K * p.r, moved)
+    return Launch(
+        run, _line("shrink_backward", shares), 2.0 * p.M * p.K * p.r, moved, choices=shares.choices
+    )
 
 
 Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
 """``ds``, ``dB`` and ``dbias``, None for what isn't wanted."""
 
 
-def plan_expand_backward(problem: Problem, device: Device) -> Launch | str:
+def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s``, ``dbias = Σ dy``: of them what is wanted, by
     ``run(dy, s, lora_B, scaling)``.
 
@@ -252,7 +327,7 @@ def plan_expand_backward(problem: Problem, device: Device) -> Launch | str:
     r = p.r if want_ds or want_dB else 1
     shares = shares_of(
         kind, p.dtype, p.M, p.N, r, row=row_of(SKINNY, device.capability), sms=device.sms,
-        has_d=want_dB, has_bias=want_dbias,
+        has_d=want_dB, has_bias=want_dbias, fixed=fixed,
     )  # fmt: skip
     M, N, low, own, dtype = p.M, p.N, wide(p.dtype), p.dtype, p.adapter_dtype
     arguments, chunk = shares.arguments, shares.chunk
@@ -279,7 +354,10 @@ def plan_expand_backward(problem: Problem, device: Device) -> Launch | str:
     moved = _moved(p, shares, p.M, p.N) + want_dbias * p.N * p.dtype.itemsize
     moved += products * p.N * p.r * p.adapter_dtype.itemsize
     flops = 2.0 * p.M * p.N * p.r * products + want_dbias * p.M * p.N
-    return Launch(ds_alone if alone else run, _line("expand_backward", shares), flops, moved)
+    return Launch(
+        ds_alone if alone else run, _line("expand_backward", shares), flops, moved,
+        choices=shares.choices,
+    )  # fmt: skip
 
 
 _NO_MASK = (None, 0, 1.0)

@@ -37,6 +37,35 @@ SKINNY = {
 }
 
 
+# ---- decode.py: layers of at most 16 rows in one launch
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """``resident``: CTAs that an SM has registers for, of up to 8 rows of x, and of up to 16
+    (``resident_16``), in 16 bits; in float32 it is one. ``helpers``: at most, about one an SM.
+
+    How long ``s`` takes to be there, none of it measured: ``load``: seconds from the first load of a
+    CTA to its data, from memory that is busy; ``trip``: there and back through L2, with the barrier or
+    the fence that goes with it; ``l2``: bytes a second that an SM gets from L2 while all ask, 32 a
+    clock."""
+
+    resident: int
+    resident_16: int
+    helpers: int
+    load: float
+    trip: float
+    l2: float
+
+
+DECODE = {
+    75: DecodeRow(1, 1, 128, 0.6e-6, 0.3e-6, 32 * 1.59e9),
+    80: DecodeRow(2, 1, 128, 0.6e-6, 0.3e-6, 32 * 1.41e9),
+    86: DecodeRow(2, 1, 128, 0.6e-6, 0.3e-6, 32 * 1.70e9),
+    90: DecodeRow(2, 1, 128, 0.6e-6, 0.3e-6, 32 * 1.83e9),
+}
+
+
 # ---- small.py: expand, and whole layers in one launch
 
 

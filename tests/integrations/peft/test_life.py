@@ -120,7 +120,9 @@ def test_merge_unmerge_merge_and_unload(life, dora):
     assert not any(isinstance(m, LoraLayer) for m in unloaded[1].modules())
 
 
-@pytest.mark.parametrize("kind", ["linear", "svd", "cat"])
+@pytest.mark.parametrize(
+    "kind", ["linear", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("svd", "cat"))]
+)
 def test_add_weighted_adapter(life, kind):
     pair = life.pair()
     both(pair, lambda m: m.add_adapter("second", life.config()))

@@ -88,6 +88,7 @@ def only_if_known(*kinds):
             pytest.skip(reason)
 
 
+@pytest.mark.slow
 def test_a_release_that_changed_some_of_it(tmp_path):
     only_if_known("linear", "dora", "embedding")
     changes = {
@@ -122,6 +123,7 @@ def test_a_property_that_is_read_was_changed(fresh, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_release_without_a_class_that_is_stood_in_for():
     code = """
 import peft.tuners.lora.variants as variants
