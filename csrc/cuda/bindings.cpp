@@ -23,6 +23,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
       "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, Tensor? "
       "seed, "
       "int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!)? s, int columns, int stages) -> ()");
+  // csrc/cuda/linear_expand_sm90.cu
+  library.def(
+      "linear_expand_sm90(Tensor x, Tensor weight, Tensor s, Tensor lora_B, float scaling, Tensor? bias, "
+      "Tensor? seed, int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!) counters, "
+      "int columns, int group, int ctas) -> ()");
+
+  // csrc/cuda/lora_linear_sm90.cu
+  library.def(
+      "lora_linear_sm90(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, "
+      "Tensor(a!) y, Tensor(b!) s, Tensor(c!) counters, int columns, int group, int ctas, int helpers) -> ()");
 
   // csrc/cuda/lora_linear_backward.cu
   library.def(
@@ -63,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("expand", TORCH_BOX(&lorafast::cuda::expand));
   library.impl("linear_expand", TORCH_BOX(&lorafast::cuda::linear_expand));
   library.impl("lora_linear", TORCH_BOX(&lorafast::cuda::lora_linear));
+  library.impl("linear_expand_sm90", TORCH_BOX(&lorafast::cuda::linear_expand_sm90));
+  library.impl("lora_linear_sm90", TORCH_BOX(&lorafast::cuda::lora_linear_sm90));
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cuda::lora_linear_backward));
   library.impl("shrink", TORCH_BOX(&lorafast::cuda::shrink));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cuda::expand_backward));

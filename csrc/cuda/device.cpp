@@ -41,13 +41,13 @@ void allow_shared(const void* kernel, size_t bytes, const OnDevice& on) {
   most = bytes;
 }
 
-void check_capability(const char* name, int oldest, const OnDevice& on) {
+void check_capability(const char* name, int oldest, const OnDevice& on, int newest) {
   int major = 0, minor = 0;
   check_started(name, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, on.index()));
   check_started(name, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, on.index()));
   STD_TORCH_CHECK(
-      10 * major + minor >= oldest, name, " needs compute capability ", oldest / 10, ".", oldest % 10, ", and ",
-      name_of(DeviceType::CUDA, on.index()), " has ", major, ".", minor);
+      10 * major + minor >= oldest && 10 * major + minor <= newest, name, " needs compute capability ",
+      oldest / 10, ".", oldest % 10, ", and ", name_of(DeviceType::CUDA, on.index()), " has ", major, ".", minor);
 }
 
 void check_started(const char* name, cudaError_t error) {

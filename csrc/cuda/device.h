@@ -44,8 +44,8 @@ void allow_shared(const void* kernel, size_t bytes, const OnDevice& on);
 // Raises if a launch gave an error. `name` is the kernel's.
 void check_started(const char* name, cudaError_t error);
 
-// Raises if the device's compute capability is less than `oldest`, as 80.
-void check_capability(const char* name, int oldest, const OnDevice& on);
+// Raises if the device's compute capability is less than `oldest`, as 80, or more than `newest`.
+void check_capability(const char* name, int oldest, const OnDevice& on, int newest = 1000);
 
 // Launches a kernel whose only parameter is a struct, in clusters of `cluster` CTAs along x. For devices older than
 // `kOldest` the kernel is code that traps, after which CUDA serves the process no more: they are refused.

@@ -1,9 +1,11 @@
 // What the launchers of csrc/cuda call of CUDA and of PyTorch's CUDA library, without a device: a launch goes to a
 // callback, everything else is checked and remembered. tests/cuda/launchers.py links it in libcudart's place, so that
 // a function which isn't here is an error of the linker.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <string>
 #include <vector>
@@ -40,6 +42,15 @@ struct Device {
   void* stream;
 };
 using Launcher = int (*)(const Launch*);
+// A tensor map that is asked for; the encoder writes its 128 bytes, or gives CUDA's error code.
+struct MapAsked {
+  void* map;
+  uint64_t address;
+  uint64_t sizes[5], strides[4];
+  uint32_t box[5], element_strides[5];
+  uint32_t rank, type, interleave, swizzle, fill;
+};
+using Encoder = int (*)(const MapAsked*);
 
 // By their functions. Kernels register themselves before any variable of this file need be there.
 std::map<const void*, Kernel>& kernels() {
@@ -51,6 +62,7 @@ std::map<std::string, cudaError_t> failures;  // what a function gives from now 
 std::vector<Configuration> configurations;
 Device device = {};
 Launcher launcher = nullptr;
+Encoder encoder = nullptr;
 cudaError_t last_error = cudaSuccess;
 int guards = 0, last_guarded = 0;
 
@@ -86,12 +98,32 @@ cudaError_t launch(
   return done(static_cast<cudaError_t>(launcher(&asked)));
 }
 
+CUresult encode(
+    CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
+    const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
+    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+    CUtensorMapFloatOOBfill fill) {
+  if (const cudaError_t error = wanted("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
+  if (encoder == nullptr) return CUDA_ERROR_NOT_INITIALIZED;
+  if (rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+  MapAsked asked = {};
+  asked.map = map;
+  asked.address = reinterpret_cast<uint64_t>(address);
+  asked.rank = rank, asked.type = type, asked.interleave = interleave, asked.swizzle = swizzle, asked.fill = fill;
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    asked.sizes[i] = sizes[i], asked.box[i] = box[i], asked.element_strides[i] = element_strides[i];
+    if (i > 0) asked.strides[i - 1] = strides[i - 1];
+  }
+  return static_cast<CUresult>(encoder(&asked));
+}
+
 }  // namespace
 
 // For tests
 
 OFFERED void fake_device(const Device* of) { device = *of; }
 OFFERED void fake_launcher(Launcher to) { launcher = to; }
+OFFERED void fake_encoder(Encoder to) { encoder = to; }
 OFFERED void fake_failure(const char* function, int error) {
   failures[function] = static_cast<cudaError_t>(error);
 }
@@ -232,6 +264,19 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
     default: return done(cudaErrorInvalidValue);
   }
+  return cudaSuccess;
+}
+
+#if CUDART_VERSION >= 12050
+cudaError_t cudaGetDriverEntryPointByVersion(
+    const char* symbol, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+#else
+cudaError_t cudaGetDriverEntryPoint(
+    const char* symbol, void** function, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+#endif
+  const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0 && wanted("cudaGetDriverEntryPoint") == 0;
+  *function = known ? reinterpret_cast<void*>(&encode) : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from ptx import limits, nvcc
+from ptx import limits, nvcc, tensormap
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc" / "cuda"
@@ -70,7 +70,55 @@ class _Device(ctypes.Structure):
     ]
 
 
+class _MapAsked(ctypes.Structure):
+    """A tensor map that the driver is asked for."""
+
+    _fields_ = [
+        ("map", ctypes.c_void_p),
+        ("address", ctypes.c_uint64),
+        ("sizes", ctypes.c_uint64 * 5),
+        ("strides", ctypes.c_uint64 * 4),
+        ("box", ctypes.c_uint32 * 5),
+        ("element_strides", ctypes.c_uint32 * 5),
+        ("rank", ctypes.c_uint32),
+        ("type", ctypes.c_uint32),
+        ("interleave", ctypes.c_uint32),
+        ("swizzle", ctypes.c_uint32),
+        ("fill", ctypes.c_uint32),
+    ]
+
+
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch))
+_Encoder = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_MapAsked))
+_INVALID_VALUE = 1
+"""CUDA_ERROR_INVALID_VALUE"""
+
+
+@_Encoder
+def _encode(given: "ctypes._Pointer[_MapAsked]") -> int:
+    """The machine's tensor map in place of the driver's, or its error code."""
+    asked, names = given.contents, list(tensormap.ELEMENTS)
+    rank = asked.rank
+    if asked.type >= len(names) or asked.swizzle >= len(tensormap.SWIZZLES):
+        return _INVALID_VALUE
+    name = names[asked.type]
+    try:
+        encoded = tensormap.encode(
+            address=asked.address,
+            element_bytes=tensormap.ELEMENTS[name],
+            sizes=tuple(asked.sizes[:rank]),
+            strides=tuple(asked.strides[: rank - 1]),
+            box=tuple(asked.box[:rank]),
+            swizzle=tensormap.SWIZZLES[asked.swizzle],
+            fill_nan=bool(asked.fill),
+            dtype=name,
+            element_strides=tuple(asked.element_strides[:rank]),
+            interleave=asked.interleave,
+        )
+    except ValueError:
+        return _INVALID_VALUE
+    ctypes.memmove(asked.map, encoded, len(encoded))
+    return 0
 
 
 def why_not() -> str | None:
@@ -96,6 +144,7 @@ class Launchers:
         self.path = _linked(tuple(self.objects.values()))
         torch.ops.load_library(self.path)
         self.library = ctypes.CDLL(str(self.path))
+        self.library.fake_encoder(_encode)
         self._kept: object = None
 
     def _source(self, kernel: str) -> Path | None:

@@ -116,3 +116,22 @@ LINEAR_EXPAND = {
     120: (_NARROW,),
 }
 """The wide tile has 144 KB of shared memory, the narrow one 48 KB."""
+
+
+# ---- wgmma.py: GEMMs with the low-rank term inside, by wgmma
+
+
+@dataclass(frozen=True)
+class Wgmma:
+    """``group``: row blocks whose tiles run together. Assumed, not measured: ``narrow``, what a column
+    of a tile of 128 takes, by one of a tile of 256; ``step``, the clocks of a K block of 64 in a tile of
+    256; ``helper_bytes``, those of x that a helper reads in a clock beside the GEMM."""
+
+    group: int
+    narrow: float
+    step: float
+    helper_bytes: float
+
+
+WGMMA = {90: Wgmma(group=16, narrow=1.1, step=1024.0, helper_bytes=36.0)}
+"""Of these architectures alone: no other has the instruction."""

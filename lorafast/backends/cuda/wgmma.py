@@ -1,0 +1,245 @@
+"""``linear_expand`` and ``lora_linear`` on Hopper: one accumulator for both terms (csrc/cuda/sm90.cuh).
+
+A persistent kernel whose warps load by TMA, multiply by ``wgmma`` or write the low-rank factors. Tiles
+come from a queue. In ``lora_linear`` the first CTAs make ``s`` before they take tiles. What TMA can't
+read is refused.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafast.backends.cost import LAUNCH_SECONDS, Device
+from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.tables import WGMMA
+from lorafast.backends.plan import Run
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import DENSE, Layout, Problem
+from lorafast.kernels.common.counters import counters
+from lorafast.reference.dropout import survivor_scale, threshold
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_ADAPTERS = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_RANKS = 1 << 20
+_ROWS = 128
+"""Of a tile of y."""
+_COUNTERS = 4
+"""Beside one for each row block where there are helpers."""
+_HELPER_RANKS = 64
+_CLOCK = 1.7e9
+"""Of the SMs, in Hz: assumed."""
+_TMA = 16
+"""Bytes of which the address of each row is a multiple that TMA reads or writes."""
+_NO_MASK = None, 0, 1.0
+
+
+def plan_linear_expand(problem: Problem, device: Device) -> Launch | str:
+    """The launch of ``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``, transposed of ``x·W + …``, or why there
+    is none: a sentence. ``run`` takes what ``Plan`` says."""
+    p = problem
+    reason = why_refused(p, device)
+    if reason is not None:
+        return reason
+    N, K = (p.K, p.N) if p.transposed else (p.N, p.K)
+    columns = columns_of(p.M, N, device)
+    tiles = -(-p.M // _ROWS) * -(-N // columns)
+    ctas = max(1, min(tiles, device.sms))
+    size = p.dtype.itemsize
+    moved = (p.M * K + N * K + p.M * N) * size + p.M * p.r * wide(p.dtype).itemsize
+    return Launch(
+        _run(p, N, columns, WGMMA[device.capability].group, ctas),
+        f"linear_expand: {ctas} CTAs for {tiles} tiles of {_ROWS} x {columns}, wgmma",
+        2.0 * p.M * N * (K + p.r),
+        float(moved + N * p.r * p.adapter_dtype.itemsize),
+    )
+
+
+def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
+    """The launch of ``y`` and ``s``, or why there is none: a sentence. ``run`` is as ``Plan`` says."""
+    p = problem
+    reason = why_not_in_one(p, device)
+    if reason is not None:
+        return reason
+    plan = helped(p.M, p.K, p.N, device)
+    apart = clocks_apart(p.M, p.K, p.N, device)
+    if plan.clocks >= apart:
+        return (
+            f"helpers don't pay: modelled, one launch takes {plan.clocks:,.0f} clocks, one more for s "
+            f"{apart:,.0f}"
+        )
+    tiles = -(-p.M // _ROWS) * -(-p.N // plan.columns)
+    size = p.dtype.itemsize
+    moved = (p.M * p.K + p.N * p.K + p.M * p.N + p.M * p.r + p.r * p.K) * size
+    return Launch(
+        _run_layer(p, plan, WGMMA[device.capability].group, device.sms),
+        f"lora_linear: {min(tiles + plan.helpers, device.sms)} CTAs for {tiles} tiles of {_ROWS} x "
+        f"{plan.columns}, wgmma, {plan.helpers} of them shrink first",
+        2.0 * p.M * (p.N * (p.K + p.r) + p.K * p.r),
+        float(moved + p.N * p.r * p.adapter_dtype.itemsize),
+    )
+
+
+def why_not_in_one(p: Problem, device: Device) -> str | None:
+    """Why a layer's forward can't be one launch, a sentence, or None. How long it takes is another
+    question."""
+    reason = why_refused(p, device)
+    if reason is not None:
+        return reason
+    if p.dropout:
+        return "there is dropout, helpers make s without"
+    if p.dtype is not torch.bfloat16:
+        return f"x is {p.dtype}, helpers make s of bfloat16"
+    if p.adapter_dtype is not torch.bfloat16:
+        return f"the adapters are {p.adapter_dtype}, helpers read lora_A in bfloat16"
+    if p.r > _HELPER_RANKS:
+        return f"the rank is {p.r}, helpers make s of 1 to {_HELPER_RANKS}"
+    if p.M == 0 or p.N == 0:
+        return f"y is {p.M} x {p.N}, there is nothing to compute"
+    if p.layouts.lora_A.rows < _TMA or p.layouts.lora_A.huge:
+        return f"the rows of lora_A aren't aligned to {_TMA} bytes, TMA reads those that are"
+    if p.layouts.weight.rows < _TMA:
+        return "the weight's rows aren't contiguous, a layer in one launch reads it along them"
+    return None
+
+
+@dataclass(frozen=True)
+class Helped:
+    """So many helpers beside tiles of so many columns, and the clocks of the launch."""
+
+    helpers: int
+    columns: int
+    clocks: float
+
+
+def helped(M: int, K: int, N: int, device: Device) -> Helped:
+    """The helpers with which a layer ends first, by a model of the queues."""
+    found = [
+        Helped(helpers, columns, _clocks_helped(M, K, N, columns, helpers, device))
+        for columns in (256, 128)
+        for helpers in range(1, min(-(-M // _ROWS), max(device.sms // 2, 1)) + 1)
+    ]
+    return min(found, key=lambda plan: (plan.clocks, plan.helpers))
+
+
+def clocks_apart(M: int, K: int, N: int, device: Device) -> float:
+    """Of ``shrink``, bound by reading x, and then ``linear_expand``."""
+    columns = columns_of(M, N, device)
+    rounds = -(-(-(-M // _ROWS) * -(-N // columns)) // device.sms)
+    shrink = 2.0 * M * K / device.bandwidth + LAUNCH_SECONDS
+    return rounds * _tile(K, columns, device) + shrink * _CLOCK
+
+
+def _tile(K: int, columns: int, device: Device) -> float:
+    """Clocks of a tile."""
+    table = WGMMA[device.capability]
+    narrow = table.narrow if columns == 128 else 1.0
+    return -(-K // 64) * table.step * columns / 256 * narrow
+
+
+def _clocks_helped(M: int, K: int, N: int, columns: int, helpers: int, device: Device) -> float:
+    """Tiles end round by round, those of helpers later by their row blocks of s; the first tiles may
+    have to wait for theirs."""
+    table = WGMMA[device.capability]
+    rows, across = -(-M // _ROWS), -(-N // columns)
+    rate = min(table.helper_bytes, device.bandwidth / _CLOCK / helpers)
+    tile, item = _tile(K, columns, device), 2.0 * _ROWS * K / rate
+    others, late = device.sms - helpers, -(-rows // helpers) * item
+    first = min(rows, table.group * -(-others // (table.group * across)))
+    wait = max(0.0, -(-first // helpers) * item - tile)
+    left, end, next_end, next_late = rows * across, 0.0, tile, late + tile
+    while left > 0:
+        end = min(next_end, next_late)
+        if next_end <= next_late:
+            left, next_end = left - others, next_end + tile
+        else:
+            left, next_late = left - helpers, next_late + tile
+    return max(end + wait, late)
+
+
+def why_refused(p: Problem, device: Device) -> str | None:
+    """A sentence if the kernel can't serve a ``linear_expand``, else None."""
+    if device.capability not in WGMMA:
+        has = ".".join(map(str, divmod(device.capability, 10)))
+        return f"compute capability is {has}, the kernels of wgmma are for 9.0"
+    if p.format != DENSE:
+        return f"the weight is stored as {p.format}, the kernels of wgmma read a dense one"
+    if p.dtype not in _DTYPES:
+        return f"the dtype is {p.dtype}, the kernels of wgmma have bfloat16 and float16"
+    if p.adapter_dtype not in _ADAPTERS:
+        return f"the adapter is {p.adapter_dtype}, the kernels have float16, bfloat16 and float32"
+    if not 1 <= p.r < _MOST_RANKS:
+        return f"the rank is {p.r}, the kernels of wgmma take 1 to {_MOST_RANKS - 1}"
+    N, K = (p.K, p.N) if p.transposed else (p.N, p.K)
+    if K == 0:
+        return "x has no columns, the kernels of wgmma need one"
+    x, weight = p.layouts.dy if p.transposed else p.layouts.x, p.layouts.weight
+    for name, at in (("x", x.rows), ("the weight", weight.rows or weight.columns)):
+        if at < _TMA:
+            return f"the rows of {name} aren't aligned to {_TMA} bytes, TMA reads those that are"
+    written = Layout.fresh(p.M, N, p.dtype)
+    if written.rows < _TMA and p.M > 1:
+        return f"a row of y has {N * p.dtype.itemsize} bytes, TMA writes multiples of {_TMA}"
+    if x.huge or weight.huge or written.huge:
+        return "a matrix has no rows, too many of them or too long ones for TMA"
+    return None
+
+
+def columns_of(M: int, N: int, device: Device) -> int:
+    """Those of a tile: the wider one reads less, the narrower one can fill the chip better."""
+    table = WGMMA[device.capability]
+
+    def takes(columns: int) -> float:
+        rounds = -(-(-(-M // _ROWS) * -(-N // columns)) // device.sms)
+        return rounds * columns * (table.narrow if columns == 128 else 1.0)
+
+    return min((256, 128), key=takes)
+
+
+def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
+    M, masked, transposed = p.M, p.dropout, p.transposed
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        mask = (seed, threshold(dropout_p), survivor_scale(dropout_p)) if masked else _NO_MASK
+        torch.ops.lorafast_cuda.linear_expand_sm90.default(
+            x, weight.t() if transposed else weight, s, lora_B, float(scaling), bias, *mask, y,
+            counters(x, _COUNTERS), columns, group, ctas,
+        )  # fmt: skip
+        return y
+
+    return run
+
+
+def _run_layer(p: Problem, plan: Helped, group: int, ctas: int) -> Run:
+    M, N, r = p.M, p.N, p.r
+    numbers = plan.columns, group, ctas, plan.helpers
+    used = _COUNTERS + -(-M // _ROWS)
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+        s = torch.empty((M, r), dtype=x.dtype, device=x.device)
+        torch.ops.lorafast_cuda.lora_linear_sm90.default(
+            x, weight, lora_A, lora_B, float(scaling), bias, y, s, counters(x, used), *numbers
+        )
+        return y, s
+
+    return run

@@ -1,0 +1,228 @@
+"""Calls of the GEMMs of csrc/cuda/sm90.cuh on the machine, as the contract takes operations."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from on_machine import Run, launched
+from torch import Tensor
+
+from lorafast import reference
+from lorafast.backends.cost import Device
+from lorafast.backends.cuda import wgmma
+from lorafast.backends.cuda.launch import Launch
+from lorafast.core.problem import Layout, Layouts, Problem
+from lorafast.reference import contract, wide
+from lorafast.reference.dropout import survivor_scale, threshold
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+KINDS = {
+    "bf16": (BF16, BF16),
+    "bf16+fp32": (BF16, F32),
+    "fp16": (F16, F16),
+    "fp16+fp32": (F16, F32),
+}
+SEED = torch.tensor([-(1 << 62) - 12345])
+ARCH = 90
+
+
+def device(sms: int = 3) -> Device:
+    """With few SMs, so that a CTA takes several tiles."""
+    return Device.known_by("", ARCH, sms)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One ``linear_expand``. ``transposed``: as dx, whose W lies across; ``pitched``: x, s and B have
+    gaps behind their rows."""
+
+    kind: str
+    M: int
+    K: int
+    N: int
+    r: int
+    columns: int = 256
+    dropout_p: float = 0.0
+    bias: bool = False
+    transposed: bool = False
+    pitched: bool = False
+    sms: int = 2
+    helpers: int = 0
+
+    def __str__(self) -> str:
+        said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"n{self.columns}"]
+        said += [f"p{self.dropout_p}"] * bool(self.dropout_p)
+        said += [name for name in ("bias", "transposed", "pitched") if getattr(self, name)]
+        said += [f"h{self.helpers}"] * bool(self.helpers)
+        return "-".join(said)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return KINDS[self.kind][0]
+
+    def draw(self, *size: int, salt: int = 0) -> Tensor:
+        """In float64."""
+        generator = torch.Generator().manual_seed(self.M + 7 * self.N + 31 * self.r + salt)
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def problem(self, operation: str = "linear_expand") -> Problem:
+        """As a plan gets it: sizes are the layer's."""
+        dtype, adapters = KINDS[self.kind]
+        N, K = (self.K, self.N) if self.transposed else (self.N, self.K)
+        layouts = Layouts(
+            weight=Layout.fresh(N, K, dtype),
+            x=Layout.fresh(self.M, self.K, dtype),
+            lora_A=Layout.fresh(self.r, K, adapters),
+        )
+        return Problem(
+            operation, self.M, K, N, self.r, dtype, adapters, torch.device("cuda"),
+            dropout=self.dropout_p > 0, bias=self.bias, transposed=self.transposed,
+            layouts=layouts._replace(dy=layouts.x),
+        )  # fmt: skip
+
+
+def pitched(matrix: Tensor) -> Tensor:
+    """With 16 bytes of NaN and more behind each row."""
+    rows, columns = matrix.shape
+    whole = matrix.new_full((rows, columns + 8 + -columns % 8), torch.nan)
+    whole[:, :columns] = matrix
+    return whole[:, :columns]
+
+
+@dataclass
+class OnMachine:
+    """``linear_expand`` by the plan of a case, ``lora_linear`` in one launch; the last run is kept."""
+
+    case: Case
+    options: dict[str, Any] = field(default_factory=dict)
+    run: Run | None = None
+
+    def linear_expand(
+        self,
+        x,
+        weight,
+        s,
+        lora_B,
+        scaling,
+        bias=None,
+        dropout_p=0.0,
+        seed=None,
+        *,
+        transposed=False,
+    ):
+        """Of tiles that are as wide as the case says."""
+        case = self.case
+        launch = wgmma.plan_linear_expand(case.problem(), device(case.sms))
+        assert isinstance(launch, Launch), launch
+        if case.pitched:
+            x, s, lora_B = (pitched(t) for t in (x, s, lora_B))
+        w = weight.t() if transposed else weight
+        mask = (
+            (seed, threshold(dropout_p), survivor_scale(dropout_p)) if dropout_p else (None, 0, 1.0)
+        )
+        with launched(ARCH, **self.options) as run:
+            if case.columns == wgmma.columns_of(case.M, case.N, device(case.sms)):
+                y = launch.run(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
+            else:
+                y = torch.empty(case.M, case.N, dtype=case.dtype)
+                counters = torch.zeros(4, dtype=torch.int32)
+                torch.ops.lorafast_cuda.linear_expand_sm90(
+                    x, w, s, lora_B, scaling, bias, *mask, y, counters, case.columns, 2, case.sms
+                )
+        self.run = run
+        return y
+
+    def lora_linear(self, x, weight, lora_A, lora_B, scaling, bias=None):
+        """``y, s``, with the helpers that the case has."""
+        case = self.case
+        if case.pitched:
+            x, lora_A, lora_B = (pitched(t) for t in (x, lora_A, lora_B))
+        with launched(ARCH, **self.options) as run:
+            y, s = torch.empty(case.M, case.N, dtype=BF16), torch.empty(case.M, case.r, dtype=BF16)
+            counters = torch.zeros(4 + -(-case.M // 128), dtype=torch.int32)
+            torch.ops.lorafast_cuda.lora_linear_sm90(
+                x, weight, lora_A, lora_B, scaling, bias, y, s, counters, case.columns, 2, case.sms,
+                case.helpers,
+            )  # fmt: skip
+        self.run = run
+        return y, s
+
+
+def call_of(case: Case, scaling: float = 0.75):
+    """As ``contract.compare`` takes it."""
+    M, K, N, r = case.M, case.K, case.N, case.r
+
+    def call(operations: Any, cast: Any) -> Tensor:
+        s, B = case.draw(M, r, salt=1), case.draw(N, r, salt=2)
+        weight = case.draw(K, N, salt=3) if case.transposed else case.draw(N, K, salt=3)
+        bias = cast(case.draw(N, salt=4)) if case.bias else None
+        return operations.linear_expand(
+            cast(case.draw(M, K)), cast(weight), cast(s, wide(case.dtype)),
+            cast(B, KINDS[case.kind][1]), scaling, bias, case.dropout_p, SEED,
+            transposed=case.transposed,
+        )  # fmt: skip
+
+    return call
+
+
+def layer_of(case: Case, scaling: float = 0.75):
+    """``lora_linear``, as ``contract.compare`` takes it."""
+    M, K, N, r = case.M, case.K, case.N, case.r
+
+    def call(operations: Any, cast: Any) -> tuple[Tensor, Tensor]:
+        bias = cast(case.draw(N, salt=4)) if case.bias else None
+        A, B = case.draw(r, K, salt=1) / K**0.5, case.draw(N, r, salt=2)
+        B = cast(B, KINDS[case.kind][1])
+        x, weight = cast(case.draw(M, K)), cast(case.draw(N, K, salt=3))
+        y, s = operations.lora_linear(x, weight, cast(A), B, scaling, bias)
+        return y, s
+
+    return call
+
+
+class _Reference:
+    """``y`` from the ``s`` that is returned, rounded to its dtype."""
+
+    @staticmethod
+    def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None):
+        s = reference.shrink(x, lora_A)
+        return reference.linear_expand(x, weight, s, lora_B, scaling, bias), s
+
+
+def hold_layer(case: Case, **options: Any) -> Run:
+    """The contract, of ``y`` and ``s``."""
+    machine = OnMachine(case, options)
+    call = layer_of(case)
+    verdict = contract.compare(
+        lambda operations, cast: call(_Reference if operations is reference else operations, cast),
+        machine, case.dtype,
+    )  # fmt: skip
+    assert verdict.why_broken is None, verdict.why_broken
+    assert machine.run is not None
+    return machine.run
+
+
+def layer_bits_of(case: Case, **options: Any) -> Tensor:
+    """y and s of a schedule, as integers."""
+    found = layer_of(case)(OnMachine(case, options), lambda t, dtype=BF16: t.to(dtype))
+    return torch.cat([tensor.view(torch.int16).flatten() for tensor in found])
+
+
+def hold(case: Case, **options: Any) -> Run:
+    """The contract."""
+    machine = OnMachine(case, options)
+    verdict = contract.compare(call_of(case), machine, case.dtype)
+    assert verdict.why_broken is None, verdict.why_broken
+    assert machine.run is not None
+    return machine.run
+
+
+def bits_of(case: Case, **options: Any) -> Tensor:
+    """y of a schedule, as integers."""
+
+    def cast(tensor: Tensor, other: torch.dtype = case.dtype) -> Tensor:
+        return tensor.to(other)
+
+    y: Tensor = call_of(case)(OnMachine(case, options), cast)
+    return y.view(torch.int16)
