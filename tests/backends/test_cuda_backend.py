@@ -20,6 +20,7 @@ from lorafast.backends.aten import Aten
 from lorafast.backends.cost import price
 from lorafast.backends.cuda import Cuda, native, planning
 from lorafast.backends.cuda import cost as model
+from lorafast.backends.cuda.launch import Launch
 from lorafast.backends.library import Library
 from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import backend as triton
@@ -418,23 +419,28 @@ def test_linear_expand_says_its_launches_and_counts_them(on):
     assert BACKEND.plan(plain).launches[0] == "expand: grid 132"
 
 
+@pytest.mark.parametrize("device", [A100, L4, H200], ids=lambda device: device.name)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_linear_expand_is_fused_where_that_takes_less(on, dtype, monkeypatch):
-    """By the model, of the two that serve it; in float32 and on sm_90 there is one."""
+def test_linear_expand_is_fused_where_that_takes_less(on, dtype, device, monkeypatch):
+    """By the model, of the two that serve it: by ``mma.sync`` or ``wgmma``, or with PyTorch's GEMM."""
     monkeypatch.setattr(planning, "FAMILIES", REAL)
-    for device in (A100, L4):
-        on(device)
-        for M, N in ((8192, 4096), (8192, 1024), (512, 4096)):
-            p = problem("linear_expand", M=M, N=N, dtype=dtype)
-            fused, hybrid = planning.launches_of(p, device)[0], planning.plan_hybrid(p, device)
-            seconds = [model.of(launch, p, device).seconds for launch in (fused, hybrid)]
-            plan = BACKEND.plan(p)
-            assert plan.seconds == min(seconds)
-            assert plan.launches == ((fused.line,) if seconds[0] < seconds[1] else hybrid.lines)
-            assert seconds[0] > cost.base_gemm(p, device, accumulated=False).seconds
-    for device, other in ((H200, dtype), (A100, torch.float32)):
-        on(device)
-        assert len(BACKEND.plan(problem("linear_expand", dtype=other)).launches) > 1
+    on(device)
+    for M, N in ((8192, 4096), (8192, 1024), (512, 4096)):
+        p = problem("linear_expand", M=M, N=N, dtype=dtype)
+        answers = planning.launches_of(p, device)
+        fused, hybrid = (answer for answer in answers if isinstance(answer, Launch))
+        assert ("wgmma" in fused.line) == (device is H200)
+        seconds = [model.of(launch, p, device).seconds for launch in (fused, hybrid)]
+        plan = BACKEND.plan(p)
+        assert plan.seconds == min(seconds)
+        assert plan.launches == ((fused.line,) if seconds[0] < seconds[1] else hybrid.lines)
+        assert seconds[0] > cost.base_gemm(p, device, accumulated=False).seconds
+
+
+def test_in_float32_linear_expand_is_not_fused(on, monkeypatch):
+    monkeypatch.setattr(planning, "FAMILIES", REAL)
+    on(A100)
+    assert len(BACKEND.plan(problem("linear_expand", dtype=torch.float32)).launches) > 1
 
 
 @pytest.mark.parametrize(
@@ -451,7 +457,7 @@ def test_linear_expand_may_be_chosen(on, fixed, launches, monkeypatch):
     on(A100)
     p = problem("linear_expand")
     assert launches in " ".join(Cuda(fixed).plan(p).launches)
-    found = [launch.choices for launch in planning.launches_of(p, A100)]
+    found = [a.choices for a in planning.launches_of(p, A100) if isinstance(a, Launch)]
     assert [of["fused"] for of in found] == [1, 0]
     refused = Cuda({"fused": 1, "columns": 64}).plan(p)
     assert refused == Refusal("cuda", "fused can't be 1, the launch has 0")
@@ -557,10 +563,13 @@ def test_by_the_families_themselves_a_decode_step_is_one_launch_and_a_batch_is_n
     assert plan.launches[0].startswith("lora_linear_decode 1 x 4096 -> 4096: ")
     on_t4 = BACKEND.plan(p._replace(device=torch.device("cuda", 1), dtype=half, adapter_dtype=half))
     assert isinstance(on_t4, Plan), on_t4
-    lines = BACKEND.plan(problem("lora_linear")).launches
+    batch = problem("lora_linear", adapter_dtype=torch.float32)
+    lines = BACKEND.plan(batch).launches
     assert [line.partition(":")[0] for line in lines[:3]] == [
         "shrink on cuda", "linear_expand on cuda", "linear_expand on cuda",
     ]  # fmt: skip
+    helped = BACKEND.plan(batch._replace(adapter_dtype=torch.bfloat16)).launches
+    assert re.fullmatch(r"lora_linear: 132 CTAs for .*, wgmma, \d+ of them shrink first", *helped)
     small = BACKEND.plan(problem("lora_linear", M=64, K=256, N=256))
     assert small.launches[0].startswith("lora_linear: ")
     mixed = problem("grouped_lora_linear", M=8, adapters=4, wants=("y",))

@@ -66,6 +66,19 @@ def test_every_choice_has_others_and_the_launch_has_them(operation, device):
         assert launch.launches == own.launches
 
 
+def test_gemms_of_sm_90_choose_tiles_and_helpers():
+    bf16 = torch.bfloat16
+    p = problem("lora_linear", dtype=bf16, adapter_dtype=bf16)
+    *_, own = planning.launches_of(p, H200)
+    assert own.choices.keys() == {"helpers", "columns", "group"}
+    for name, value in (("helpers", 5), ("columns", 128), ("group", 3)):
+        *_, other = planning.launches_of(p, H200, {name: value})
+        assert (other.choices[name], other.line != own.line) == (value, name != "group")
+    for name, value in (("helpers", 0), ("helpers", 10**6), ("columns", 64), ("group", 0)):
+        *_, refused = planning.launches_of(p, H200, {name: value})
+        assert refused.startswith(f"{name} can't be {value}, the launch has ")
+
+
 @pytest.mark.parametrize("device", [A100, T4], ids=lambda device: device.name)
 def test_decoding_chooses_its_helpers(device):
     p = problem("lora_linear", M=1, dtype=torch.float16, adapter_dtype=torch.float16, graph=False)

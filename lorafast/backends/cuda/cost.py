@@ -7,7 +7,7 @@ operations are below what Triton's kernels of the same operations were measured 
 """
 
 from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
-from lorafast.backends.cuda import clocks, linear_expand, planning
+from lorafast.backends.cuda import clocks, planning
 from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
@@ -84,7 +84,7 @@ def fastest(p: Problem, device: Device, fixed: Choices = NONE) -> Launch | None:
 def of(launch: Launch, p: Problem, device: Device) -> Estimate:
     """What a launch takes."""
     if not isinstance(launch, Hybrid):
-        return (_of_gemm if p.operation == "linear_expand" else _of_kernels)(launch, p, device)
+        return _of_kernels(launch, p, device)
     columns = p.K if p.transposed else p.N
     found = _of_kernels(launch.expand, planning.as_expand(p), device)
     found += base_gemm(p, device, accumulated=not launch.wide)
@@ -96,18 +96,10 @@ def of(launch: Launch, p: Problem, device: Device) -> Estimate:
     return found
 
 
-def _of_gemm(launch: Launch, p: Problem, device: Device) -> Estimate:
-    """The fused ``linear_expand``."""
-    shares = linear_expand.shares_of(p, device, launch.choices)
-    seconds = linear_expand.seconds(shares, p, device) + LAUNCH_SECONDS
-    remark = "rate assumed, not measured"
-    return Estimate(seconds, CALL_HOST, launch.flops, launch.moved, launch.launches, remark)
-
-
 def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
     host = CALL_HOST + (launch.launches - 1) * _LAUNCH_HOST
     if launch.seconds is not None:
-        remark = "by instructions counted in tests/ptx; their latencies are assumed, not measured"
+        remark = "by what tests/ptx counts; rates and latencies are assumed, not measured"
         return Estimate(launch.seconds, host, launch.flops, launch.moved, launch.launches, remark)
     narrow = [name for name in _LARGE.get(p.operation, ()) if _is_narrow(p, name)]
     share = _UNALIGNED if narrow else 1.0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafast.backends.cost import Device
+from lorafast.backends.cost import LAUNCH_SECONDS, Device
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.tables import LINEAR_EXPAND, GemmTile, row_of
 from lorafast.core.dtypes import wide
@@ -81,6 +81,7 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
         2.0 * p.M * (p.K * p.N + N * p.r),
         moved(shares, p),
         choices={"fused": 1, "columns": shares.tile.columns, "splits": shares.splits},
+        seconds=seconds(shares, p, device) + LAUNCH_SECONDS,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends.cost import Device, record_of
-from lorafast.backends.cuda import decode, linear_expand, skinny, small
+from lorafast.backends.cuda import decode, linear_expand, skinny, small, wgmma
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
@@ -34,8 +34,12 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
     "expand_backward": (skinny.plan_expand_backward,),
     "shrink_backward": (skinny.plan_shrink_backward,),
     "expand": (small.plan_expand,),
-    "linear_expand": (linear_expand.plan_linear_expand,),
-    "lora_linear": (decode.plan_lora_linear, small.plan_lora_linear),
+    "linear_expand": (linear_expand.plan_linear_expand, wgmma.plan_linear_expand),
+    "lora_linear": (
+        decode.plan_lora_linear,
+        small.plan_lora_linear,
+        wgmma.plan_lora_linear,
+    ),
     "lora_linear_backward": (small.plan_lora_linear_backward,),
     "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.tables import WGMMA
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
@@ -24,6 +24,12 @@ _ADAPTERS = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_RANKS = 1 << 20
 _ROWS = 128
 """Of a tile of y."""
+_COLUMNS = (256, 128)
+_MOST_GROUP = 2**16 - 1
+_REACHED = 0.9
+"""Of the rate of PyTorch's large GEMMs, while tiles are multiplied. Assumed, not measured."""
+_FLOPS = 4096
+"""Of an SM in a clock, at the most."""
 _COUNTERS = 4
 """Beside one for each row block where there are helpers."""
 _HELPER_RANKS = 64
@@ -34,7 +40,7 @@ _TMA = 16
 _NO_MASK = None, 0, 1.0
 
 
-def plan_linear_expand(problem: Problem, device: Device) -> Launch | str:
+def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """The launch of ``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``, transposed of ``x·W + …``, or why there
     is none: a sentence. ``run`` takes what ``Plan`` says."""
     p = problem
@@ -42,28 +48,32 @@ def plan_linear_expand(problem: Problem, device: Device) -> Launch | str:
     if reason is not None:
         return reason
     N, K = (p.K, p.N) if p.transposed else (p.N, p.K)
-    columns = columns_of(p.M, N, device)
+    columns = next((n for n in _COLUMNS if n == fixed.get("columns")), columns_of(p.M, N, device))
+    group = _group(fixed, device)
     tiles = -(-p.M // _ROWS) * -(-N // columns)
     ctas = max(1, min(tiles, device.sms))
     size = p.dtype.itemsize
     moved = (p.M * K + N * K + p.M * N) * size + p.M * p.r * wide(p.dtype).itemsize
     return Launch(
-        _run(p, N, columns, WGMMA[device.capability].group, ctas),
+        _run(p, N, columns, group, ctas),
         f"linear_expand: {ctas} CTAs for {tiles} tiles of {_ROWS} x {columns}, wgmma",
         2.0 * p.M * N * (K + p.r),
         float(moved + N * p.r * p.adapter_dtype.itemsize),
+        choices={"fused": 1, "columns": columns, "group": group},
+        seconds=_seconds(-(-tiles // ctas) * _tile(K, columns, device), device),
     )
 
 
-def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
+def plan_lora_linear(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """The launch of ``y`` and ``s``, or why there is none: a sentence. ``run`` is as ``Plan`` says."""
     p = problem
     reason = why_not_in_one(p, device)
     if reason is not None:
         return reason
-    plan = helped(p.M, p.K, p.N, device)
+    plan = helped(p.M, p.K, p.N, device, fixed)
+    group = _group(fixed, device)
     apart = clocks_apart(p.M, p.K, p.N, device)
-    if plan.clocks >= apart:
+    if plan.clocks >= apart and not fixed:
         return (
             f"helpers don't pay: modelled, one launch takes {plan.clocks:,.0f} clocks, one more for s "
             f"{apart:,.0f}"
@@ -72,11 +82,13 @@ def plan_lora_linear(problem: Problem, device: Device) -> Launch | str:
     size = p.dtype.itemsize
     moved = (p.M * p.K + p.N * p.K + p.M * p.N + p.M * p.r + p.r * p.K) * size
     return Launch(
-        _run_layer(p, plan, WGMMA[device.capability].group, device.sms),
+        _run_layer(p, plan, group, device.sms),
         f"lora_linear: {min(tiles + plan.helpers, device.sms)} CTAs for {tiles} tiles of {_ROWS} x "
         f"{plan.columns}, wgmma, {plan.helpers} of them shrink first",
         2.0 * p.M * (p.N * (p.K + p.r) + p.K * p.r),
         float(moved + p.N * p.r * p.adapter_dtype.itemsize),
+        choices={"helpers": plan.helpers, "columns": plan.columns, "group": group},
+        seconds=_seconds(plan.clocks, device),
     )
 
 
@@ -112,14 +124,27 @@ class Helped:
     clocks: float
 
 
-def helped(M: int, K: int, N: int, device: Device) -> Helped:
+def helped(M: int, K: int, N: int, device: Device, fixed: Choices = NONE) -> Helped:
     """The helpers with which a layer ends first, by a model of the queues."""
+    most = min(-(-M // _ROWS), max(device.sms // 2, 1))
+    given = fixed.get("helpers", 0)
     found = [
         Helped(helpers, columns, _clocks_helped(M, K, N, columns, helpers, device))
-        for columns in (256, 128)
-        for helpers in range(1, min(-(-M // _ROWS), max(device.sms // 2, 1)) + 1)
+        for columns in _COLUMNS
+        if fixed.get("columns", columns) == columns or fixed["columns"] not in _COLUMNS
+        for helpers in ([given] if 1 <= given <= most else range(1, most + 1))
     ]
     return min(found, key=lambda plan: (plan.clocks, plan.helpers))
+
+
+def _group(fixed: Choices, device: Device) -> int:
+    """Row blocks whose tiles run together."""
+    return max(1, min(fixed.get("group", WGMMA[device.capability].group), _MOST_GROUP))
+
+
+def _seconds(clocks: float, device: Device) -> float:
+    """Of so many clocks in which tensor cores have all they can do, with the launch."""
+    return clocks * _FLOPS * device.sms / (device.flops * _REACHED) + LAUNCH_SECONDS
 
 
 def clocks_apart(M: int, K: int, N: int, device: Device) -> float:
@@ -193,7 +218,7 @@ def columns_of(M: int, N: int, device: Device) -> int:
         rounds = -(-(-(-M // _ROWS) * -(-N // columns)) // device.sms)
         return rounds * columns * (table.narrow if columns == 128 else 1.0)
 
-    return min((256, 128), key=takes)
+    return min(_COLUMNS, key=takes)
 
 
 def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
