@@ -223,7 +223,17 @@ def test_one_operation_has_one_name_in_every_room():
 BESIDE_OPERATIONS = {
     "cpu": {"lora_linear"},
     # Decoding is a file for one adapter or several; what launchers share, and whether they can run.
-    "cuda": {"lora_linear", "decode", "mask", "device", "usable"},
+    # Hopper has GEMMs of its own.
+    "cuda": {
+        "lora_linear",
+        "lora_linear_sm90",
+        "linear_expand_sm90",
+        "decode",
+        "mask",
+        "device",
+        "tensor_map",
+        "usable",
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 import linear_expand_cases
 import pytest
+import sm90_cases
 import small_cases
 import torch
 from decode_cases import call, drawn
@@ -10,7 +11,7 @@ from skinny_cases import Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafast.backends.cuda import linear_expand, small
+from lorafast.backends.cuda import linear_expand, small, wgmma
 from lorafast.backends.cuda.mask import mask
 
 pytestmark = needs_nvcc
@@ -73,6 +74,24 @@ def a_cut_gemm():
     linear_expand._run(case.problem(), 40, case.shares)(x, W, s, B, 1.0, bias, 0.1, SEED)
 
 
+def a_hopper_gemm():
+    case = sm90_cases.Case("bf16", 9, 16, 40, 4, dropout_p=0.1, bias=True)
+    x, W, s, B, bias = (
+        torch.ones(n, dtype=torch.bfloat16) for n in ((9, 16), (40, 16), (9, 4), (40, 4), (40,))
+    )
+    launch = wgmma.plan_linear_expand(case.problem(), sm90_cases.device())
+    launch.run(x, W, s, B, 1.0, bias, 0.1, SEED)
+
+
+def a_hopper_layer():
+    x, W, A, B, bias = (
+        torch.ones(n, dtype=torch.bfloat16) for n in ((9, 16), (40, 16), (4, 16), (40, 4), (40,))
+    )
+    problem = sm90_cases.Case("bf16", 9, 16, 40, 4).problem("lora_linear")
+    run = wgmma._run_layer(problem, wgmma.Helped(1, 128, 0.0), 2, 2)
+    run(x, W, A, B, 1.0, bias)
+
+
 CALLS = {
     "mask": lambda: mask(SEED, 5, 9, 16),
     "expand": an_expand,
@@ -82,6 +101,8 @@ CALLS = {
     "shrink": a_skinny_call("shrink", 140, 900, 16, dropout_p=0.1),
     "expand_backward": a_skinny_call("expand_backward", 300, 530, 16),
     "shrink_backward": a_skinny_call("shrink_backward", 900, 140, 16, dropout_p=0.1),
+    "linear_expand_sm90": a_hopper_gemm,
+    "lora_linear_sm90": a_hopper_layer,
     "lora_linear_decode": lambda: call(drawn(3, 264, 24, 9), 2),
     "grouped_lora_linear_decode": lambda: call(drawn(3, 264, 24, 9, adapter_of=[1, 0, -1]), 2),
 }
@@ -104,7 +125,8 @@ def test_a_device_that_is_too_old(operation):
             CALLS[operation]()
         assert len(run.launches) == 1
         return
-    said = f"{operation} needs compute capability 8.0, and cuda.* has 7.5"
+    needs = "9.0" if operation.endswith("sm90") else "8.0"
+    said = f"{operation} needs compute capability {needs}, and cuda.* has 7.5"
     with launched(75) as run, pytest.raises(RuntimeError, match=said):
         CALLS[operation]()
     assert not run.launches
