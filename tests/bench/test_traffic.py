@@ -200,7 +200,7 @@ PROBLEMS = [
 
 @pytest.mark.parametrize(
     "problem",
-    [pytest.param(p, marks=[pytest.mark.slow] * (p.r > 100)) for p in PROBLEMS],
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.r > 100 or p.sms == 1)) for p in PROBLEMS],
     ids=str,
 )
 def test_closed_forms_say_what_the_interpreter_counts(problem):

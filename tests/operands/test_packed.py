@@ -422,19 +422,26 @@ class TestAutomatically:
             make()(torch.randn(3, 40, dtype=BF16))  # a weight made in inference mode
         assert packed.memory_in_use() == 0
 
-    def test_by_the_environment(self):
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            ("1000", "128"),
+            pytest.param("127", "0", marks=pytest.mark.slow),
+            pytest.param("0", "0", marks=pytest.mark.slow),
+        ],
+    )
+    def test_by_the_environment(self, value, expected):
         code = (
             "import torch\nfrom lorafast.nn import LoRALinear\nfrom lorafast.operands import packed\n"
             "layer = LoRALinear(8, 8, 2, dtype=torch.bfloat16)\n"
             "with torch.inference_mode(): layer(torch.randn(2, 8).bfloat16())\n"
             "print(packed.memory_in_use())"
         )
-        for value, expected in (("1000", "128"), ("127", "0"), ("0", "0")):
-            process = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                env=os.environ | {"LORAFAST_PACK_MEMORY": value},
-            )  # fmt: skip
-            assert process.stdout.strip() == expected
+        process = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env=os.environ | {"LORAFAST_PACK_MEMORY": value},
+        )  # fmt: skip
+        assert process.stdout.strip() == expected
 
 
 @pytest.mark.parametrize("memory", [-1, 1.5, True, "1GB"])

@@ -627,7 +627,9 @@ WANTED = ["dx", "dA", "dB", "dscaling", "dbias", "dweight", "dx,dweight,dA,dB,ds
 
 
 @pytest.mark.parametrize("wants", WANTED)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_opcheck_of_the_backward(path, wants, dtype):
     t = {name: tensor.to(dtype) for name, tensor in draw().items()}
     s = torch.randn(E * T, r, dtype=reference.wide(dtype))

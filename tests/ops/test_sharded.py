@@ -61,6 +61,7 @@ def _on_each_rank(rank, world, file):
     os._exit(0)  # gloo's threads may abort a process that ends by itself
 
 
+@pytest.mark.slow
 def test_dropout_of_a_dtensor_is_that_of_the_whole_tensor():
     if not dist.is_available():
         pytest.skip("this PyTorch has no torch.distributed")
