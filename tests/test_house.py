@@ -136,6 +136,7 @@ OWN_LAUNCHES = {
     "bench/call_overhead/launches.py": "host time of Triton's launches",
     "bench/traffic/interpret.py": "bytes of Triton's launches, counted in its interpreter",
     "bench/traffic/launches.py": "the same in closed form",
+    "bench/tune/choices.py": "other sizes of CUDA C++ launches",
     "bench/tune/climb.py": "other configurations of Triton's launches",
     "bench/tune/job.py": "what they are compared with, and for which problems there are any",
     "lorafast/cli/tune.py": "whether Triton is here to be tuned",
@@ -226,6 +227,7 @@ BESIDE_OPERATIONS = {
     # Hopper has GEMMs of its own.
     "cuda": {
         "lora_linear",
+        "lora_linear_backward",
         "lora_linear_sm90",
         "linear_expand_sm90",
         "decode",

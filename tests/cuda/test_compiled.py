@@ -4,7 +4,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from launchers import PTX_FLAGS
 from on_machine import needs_nvcc
+from ptx.nvcc import path as path_of_nvcc
 
 pytest.importorskip("triton")  # its cuobjdump
 
@@ -114,3 +116,46 @@ def test_no_library(tmp_path, capsys):
     for name in ("missing.so", "other.so"):
         assert compiled.main([str(tmp_path / name)]) == 2
         assert "is no library that nvcc has made" in capsys.readouterr().err
+
+
+def serialized(source, *flags):
+    """What ptxas says of products of sm_90a that wait for themselves: its messages C7510 to C7519."""
+    command = [
+        path_of_nvcc(),
+        "-cubin",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-Xptxas=-v",
+        *flags,
+    ]
+    done = subprocess.run(
+        [*command, "-o", "/dev/null", source], capture_output=True, text=True, check=True
+    )
+    assert "registers" in done.stderr  # ptxas spoke
+    return [line for line in done.stderr.splitlines() if "C751" in line]
+
+
+WAITS = """
+#include "wgmma.cuh"
+namespace lorafast::cuda {
+__global__ void waiting_kernel(float* y, uint64_t a, uint64_t b) {
+  float sums[8] = {};
+  ptx::begin_products();
+  ptx::multiply_add<bfloat16, 0>(sums, a, b, 1);
+  sums[0] += 1.0f;  // before it is there
+  ptx::multiply_add<bfloat16, 0>(sums, a, b, 1);
+  ptx::commit_products();
+  ptx::wait_for_products<0>();
+  for (int i = 0; i < 8; ++i) y[i * 128 + threadIdx.x] = sums[i];
+}
+}
+"""
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_no_product_of_sm_90a_waits_for_itself(tmp_path):
+    for source in ("linear_expand_sm90.cu", "lora_linear_sm90.cu"):
+        assert serialized(CSRC / "cuda" / source, *PTX_FLAGS) == []
+    waiting = tmp_path / "waiting.cu"
+    waiting.write_text(WAITS)
+    assert serialized(waiting, *PTX_FLAGS, "-I", str(CSRC / "cuda"))
