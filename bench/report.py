@@ -479,14 +479,15 @@ def _beside(pairs: Sequence[tuple[executed.Row, list[executed.Row]]], run: Run) 
 def _decoding(rows: Sequence[executed.Row]) -> str:
     """The bytes that a layer of few rows moves from and to device memory, by those of W."""
     said = []
-    for r in _unique(row.r for row in rows):
-        of = [row for row in rows if row.r == r]
-        most = max(row.from_memory / (2.0 * row.N * row.K) for row in of)
-        adapter = max(row.r * (row.N + row.K) / (row.N * row.K) for row in of)
-        said.append(f"{most:.4f} at r = {r}, where A and B are {adapter:.4f}")
+    for N, K, r in _unique((row.N, row.K, row.r) for row in rows):
+        of = [row for row in rows if (row.N, row.K, row.r) == (N, K, r)]
+        most = max(row.from_memory / (2.0 * N * K) for row in of)
+        adapter = r * (N + K) / (N * K)
+        said.append(f"{most:.4f} for {K} → {N} at r = {r}, where A and B are {adapter:.4f}")
     return (
         "Decoding is one launch, and moves at most this many times the bytes of W from and to memory: "
-        f"{'; '.join(said)}. W, A and B are counted as often as they are loaded, x and y once."
+        f"{'; '.join(said)}. W, A and B are counted as often as they are loaded, A once where each CTA "
+        "makes its own s (the rest comes from L2), x and y once."
     )
 
 

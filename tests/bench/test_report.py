@@ -267,7 +267,10 @@ def test_cuda_beside_triton(report, record, tmp_path):
     tiles, beside = section.split("### CUDA C++ beside Triton, executed, not timed\n\n")
     assert "`expand_backward`" in tiles
     assert "`shrink`" not in tiles
-    assert "from and to memory: 1.0100 at r = 16, where A and B are 0.0078. W" in beside
+    assert (
+        "from and to memory: 1.0100 for 4096 → 4096 at r = 16, where A and B are 0.0078. W"
+        in beside
+    )
     of_80, of_90 = beside.split("sm_80:")[1].split("sm_90a:")
     line = (
         "| `shrink` | 8192 × 4096 → 4096, r = 16 | 1.0 / 1.0 | 2.0 / 2.0 | 3.0 / 3.0 | 4.0 / 4.0 "

@@ -296,10 +296,9 @@ def _executed(whole: Whole, numbers: tuple[tuple[str, int], ...]) -> Sum:
     return _known[key]
 
 
-def planned(subject: Subject, capability: int) -> Planned | str:
-    """What the family launches on a card of which no more is known; or why it doesn't."""
+def planned(subject: Subject, device: Device) -> Planned | str:
+    """What the family launches; or why it doesn't."""
     family = importlib.import_module(f"lorafast.backends.cuda.{subject.family}")
-    device = Device.known_by("", capability, SMS[capability])
     found: Planned | str = getattr(family, f"plan_{subject.operation}")(subject.problem(), device)
     return found
 
@@ -309,7 +308,7 @@ def whole_of(subject: Subject, capability: int) -> Whole | str:
     if subject.operation == "mask":
         run, arguments = _run_mask, (subject.sizes,)
     else:
-        found = planned(subject, capability)
+        found = planned(subject, Device.known_by("", capability, SMS[capability]))
         if isinstance(found, str):
             return found
         run, arguments = found.run, subject.arguments()
