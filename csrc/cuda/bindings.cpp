@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   // csrc/cuda/linear_expand.cu
   library.def(
       "linear_expand(Tensor x, Tensor weight, Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, "
-      "int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!)? partials, Tensor(c!)? counters, int columns, "
+      "int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!)? partials, Tensor(c!)? counters, int "
+      "columns, "
       "int splits) -> ()");
 
   // csrc/cuda/lora_linear.cu

@@ -8,10 +8,17 @@ import pytest
 import torch
 from circumstances import MEMORY, WORK, assert_same_bits
 from helpers import assert_contract, skip_unless_usable, stacked
+from lorafast.bench.common.problem import Problem
+from lorafast.bench.common.problem import draw as draw_layer
+from lorafast.bench.common.shapes import Shape
+from lorafast.bench.operations.cases import cases
+from lorafast.bench.operations.job import why_wrong
+from lorafast.bench.tune.climb import by_backend
 
 from lorafast import ops, reference
-from lorafast.backends import dropout, forced, registry
-from lorafast.backends.cuda import native
+from lorafast.backends import cost, dropout, forced, registry
+from lorafast.backends.cuda import Cuda, native, planning
+from lorafast.backends.cuda.launch import Launch
 from lorafast.backends.plan import Plan
 from lorafast.functional import grouped_lora_linear, lora_linear
 from lorafast.ops.problems import layer_problem
@@ -99,6 +106,28 @@ def test_expand(device, dtype, dropout_p):
 
     with forced.use_backend("cuda"):
         assert_contract(call, ops, dtype)
+
+
+CASES = ["shrink", "expand", "linear_expand", "expand_backward", "shrink_backward", "dx"]
+LARGE, RAGGED, SMALL, FEW = (4096, 4096, 4096), (1023, 1544, 520), (200, 384, 136), (7, 512, 768)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("sizes", "r"), [(LARGE, 64), (RAGGED, 17), (SMALL, 16), (FEW, 3)])
+def test_whatever_may_be_launched_is_right(device, dtype, dropout_p, sizes, r):
+    """Whole layers and operations, fused and not, whichever of them the model would take."""
+    layer = Problem(Shape("", *sizes), r, dtype, dtype, dropout_p)
+    drawn = cases(layer, draw_layer(layer, device, 1))
+    checked = 0
+    for name in (*CASES, "lora_linear", "lora_linear_backward"):
+        case = drawn[name]
+        for launch in planning.launches_of(case.asks, cost.gpu_of(device)):
+            if isinstance(launch, Launch):
+                operations = by_backend(Cuda(launch.choices))
+                assert why_wrong(case, operations, DTYPES[dtype]) is None, launch.line
+                checked += 1
+    assert checked >= len(CASES)
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.05, 0.5, 1.0])
