@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from lorafast.backends.plan import Run
 
 CALL_HOST = 10e-6
-"""Host time of one of our operations: 7 µs for an op of the stable ABI through the dispatcher, measured
-on a CPU, and an estimate of 3 for the driver's share of a launch, as Triton's model has it."""
+"""Host time of one of our operations: 3 to 4 µs through the dispatcher, its checks and the launcher,
+measured on a CPU (tests/cuda/host_time.py), as much for what is allocated before, and an estimate of 3
+for the driver's share of a launch, as Triton's model has it."""
 
 Choices = Mapping[str, int]
 NONE: Choices = {}
