@@ -171,6 +171,8 @@ def nvcc_flags(compiler: list[str]) -> list[str]:
     flags = ["-std=c++17", "-O3", "-DUSE_CUDA", *to_host(HOST_FLAGS)]
     for architecture in cuda_architectures(compiler):
         flags += code_for(architecture)
+    if "90a" in (name.removesuffix("+PTX") for name in cuda_architectures(compiler)):
+        flags += ["-DLORAFAST_SM90A"]
     if accepts(compiler, [SMALL]):
         flags += [SMALL, "-DLORAFAST_COMPRESSED"]
     asked = words("CXXFLAGS")

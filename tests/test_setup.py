@@ -240,7 +240,7 @@ class TestCUDA:
             "-Xcompiler=-Werror",
             r"-Xcompiler=-Wa\,-q",
         ]
-        assert "-DUSE_CUDA" in flags
+        assert {"-DUSE_CUDA", "-DLORAFAST_SM90A"} <= set(flags)
         assert {"--compress-mode=size", "-DLORAFAST_COMPRESSED"} <= set(flags)
 
     def test_an_older_nvcc_compresses_less(self, load, cuda_tree):

@@ -25,16 +25,16 @@ void linear_expand_sm90(
   check_sm90(device, x, weight, s, lora_B, bias, y, counters, kSm90Flags, columns, group, ctas);
   check_seed(seed, threshold, device);
   if (y.numel() == 0) return;
+  const OnDevice on(device);
+  enter_sm90("linear_expand_sm90", on);
   Sm90Launch of = sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas);
-  if (seed.has_value() && threshold > 0) {
+  if (seed.has_value() && threshold > 0 && s.size(1) > 0) {
     of.p.dropout = {
         static_cast<const int64_t*>(seed->const_data_ptr()), (y.size(1) + 7) / 8, static_cast<int32_t>(threshold),
         static_cast<float>(survivor_scale)};
     of.p.factor_scale = 1.0f;
     of.p.sum_scale = static_cast<float>(scaling * survivor_scale);
   }
-  const OnDevice on(device);
-  check_capability("linear_expand_sm90", 90, on, 90);
   const auto start = [&](auto element, auto across, auto tile) {
     constexpr int kN = decltype(tile)::value;
     launch(

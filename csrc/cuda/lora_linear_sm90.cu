@@ -37,6 +37,9 @@ void lora_linear_sm90(
       " elements apart, expected 1");
   STD_TORCH_CHECK(y.size(1) >= 1, "weight has no rows, expected at least 1");
   if (x.size(0) == 0) return;
+  STD_TORCH_CHECK(aligned(s.const_data_ptr(), 0, 4), "s doesn't begin at a multiple of 4 bytes");
+  const OnDevice on(device);
+  enter_sm90("lora_linear_sm90", on);
   Sm90Launch of = sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas);
   STD_TORCH_CHECK(
       !of.across, "weight has strides ", weight.stride(0), " and ", weight.stride(1),
@@ -47,8 +50,6 @@ void lora_linear_sm90(
   of.p.helpers = static_cast<int32_t>(helpers);
   const int64_t useful = int64_t{of.p.row_tiles} * of.p.column_tiles + helpers;
   const auto started = static_cast<unsigned>(useful < ctas ? useful : ctas);
-  const OnDevice on(device);
-  check_capability("lora_linear_sm90", 90, on, 90);
   const auto start = [&](auto tile, auto ranks) {
     constexpr int kN = decltype(tile)::value;
     launch(

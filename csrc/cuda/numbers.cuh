@@ -67,9 +67,7 @@ __device__ __forceinline__ void store_as(void* array, int64_t i, float x, Dtype 
 // The nearest number of TF32, away from zero where two are; NaN stays one.
 __device__ __forceinline__ uint32_t nearest_tf32(float x) {
 #if __CUDA_ARCH__ >= 800
-  uint32_t nearest;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(nearest) : "f"(x));
-  return nearest;
+  return ptx::nearest_tf32(x);
 #else
   return __float_as_uint(x);  // there is no TF32
 #endif

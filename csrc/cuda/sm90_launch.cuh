@@ -52,6 +52,17 @@ inline void check_sm90(
       "counters has ", counters.numel(), " elements of dtype ",
       torch::headeronly::toString(counters.scalar_type()), ", expected at least ", used, " int32");
   device.check("counters", counters);
+  check_storage("counters", counters);
+}
+
+// Makes the device of the tensors current, on which the driver describes them. It asks for the device's context, which
+// a thread may not have yet.
+inline void enter_sm90(const char* name, const OnDevice& on) {
+  check_capability(name, 90, on, 90);
+#ifndef LORAFAST_SM90A
+  STD_TORCH_CHECK(false, name, " is not in this build, which has no code for sm_90a");
+#endif
+  check_started(name, cudaSetDevice(on.index()));
 }
 
 // Of arguments that are checked, of which none is empty. Raises if TMA can't have them.
@@ -103,7 +114,7 @@ inline Sm90Launch sm90_launch(
   p.k_steps = static_cast<int32_t>((K + 63) / 64);
   p.rank_steps = static_cast<int32_t>((r + ranks - 1) / ranks) * p.parts;
   p.row_tiles = static_cast<int32_t>(down), p.column_tiles = static_cast<int32_t>(along);
-  p.group = static_cast<int32_t>(group);
+  p.group = static_cast<int32_t>(group < down ? group : down);  // then no product with it is larger than `tiles`
   p.factor_scale = static_cast<float>(scaling);
   p.sum_scale = 1.0f;
   p.vector_s = bf16 && p.s_col == 1 && r % 8 == 0 && aligned(p.s, M > 1 ? p.s_row * 2 : 0, 16);

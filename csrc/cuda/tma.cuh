@@ -16,7 +16,7 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Membar: after `init` of all barriers, so that TMA and other CTAs find them initialised.
+// fence.mbarrier_init: after `init` of all barriers, so that TMA and other CTAs find them initialised.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
 }
@@ -30,14 +30,15 @@ __device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t byt
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits until the phase of this parity is over; of a new barrier that of parity 1 is.
+// Waits until the phase of this parity is over; of a new barrier that of parity 1 is. Lanes may find it at
+// different times.
 __device__ __forceinline__ void wait_at(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred over;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
-      "@over bra.uni done;\n"
-      "bra.uni again;\n"
+      "@over bra done;\n"
+      "bra again;\n"
       "done:\n}"
       :
       : "r"(barrier), "r"(parity)

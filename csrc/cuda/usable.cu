@@ -87,6 +87,15 @@ extern "C" __attribute__((visibility("default"))) const char* lorafast_cuda_why_
   return answer.c_str();
 }
 
+// Whether there is code for what sm_90a alone has.
+extern "C" __attribute__((visibility("default"))) int lorafast_cuda_has_wgmma() {
+#ifdef LORAFAST_SM90A
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // The compute capabilities that the kernels are compiled for: "8.0, 9.0".
 extern "C" __attribute__((visibility("default"))) const char* lorafast_cuda_architectures() {
   static const std::string all = lorafast::cuda::compiled_for();

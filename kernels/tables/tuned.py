@@ -24,6 +24,8 @@ from lorafast.kernels.tables.find import GEMMS, distance, nearest_architecture
 
 from lorafast.core.files import locked, write_whole
 
+DECODED = 16
+"""Rows up to which a layer is a decode step."""
 _NEAR = 1.0
 """A record serves sizes that are together within a factor of two of its own."""
 _FORMAT = 6
@@ -269,4 +271,5 @@ def nearest(device: str, key: Key) -> Record | None:
 def _bucket(key: Key) -> tuple[object, ...]:
     """What a record and a call must have in common: of the rank, the power of two that holds it."""
     rank = max(1 << (key.r - 1).bit_length(), 16)
-    return key.operation, key.dtypes, key.masked, key.transposed, key.aligned, rank
+    decodes = key.operation == "lora_linear" and key.M <= DECODED  # by kernels of its own
+    return key.operation, key.dtypes, key.masked, key.transposed, key.aligned, rank, decodes

@@ -279,6 +279,7 @@ class TestALibrary:
         loaded(
             lorafast_cuda_why_unusable=lambda index: WHY_NOT.encode() if index else b"",
             lorafast_cuda_architectures=lambda: b"7.5, 8.0, 9.0, 10.0",
+            lorafast_cuda_has_wgmma=lambda: 0,
         )
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         assert BACKEND.why_unusable() is None

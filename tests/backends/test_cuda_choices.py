@@ -18,7 +18,7 @@ from lorafast.bench.tune.choices import OfCuda, choices_of
 from lorafast.kernels.tables import tuned
 
 from lorafast.backends import cost, registry
-from lorafast.backends.cuda import planning
+from lorafast.backends.cuda import native, planning
 from lorafast.backends.cuda.launch import Launch, neighbours
 
 CASES = {
@@ -77,6 +77,30 @@ def test_gemms_of_sm_90_choose_tiles_and_helpers():
     for name, value in (("helpers", 0), ("helpers", 10**6), ("columns", 64), ("group", 0)):
         *_, refused = planning.launches_of(p, H200, {name: value})
         assert refused.startswith(f"{name} can't be {value}, the launch has ")
+
+
+@pytest.mark.parametrize("sizes", [(64, 8192, 28672), (8192, 64, 4096), (8192, 1024, 1024)])
+@pytest.mark.parametrize("r", [16, 1024])
+def test_gemms_of_sm_90_take_as_long_as_their_bytes_at_the_least(sizes, r):
+    M, K, N = sizes
+    p = problem("linear_expand", M=M, K=K, N=N, r=r)
+    of = [a for a in planning.launches_of(p, H200) if "wgmma" in getattr(a, "line", "")]
+    assert [launch.seconds > launch.moved / H200.bandwidth for launch in of] == [True]
+
+
+def test_without_code_for_90a_they_are_refused(monkeypatch):
+    monkeypatch.setattr(native, "has_wgmma", lambda: False)
+    said = "the native CUDA kernels were built without code for 90a, which wgmma needs"
+    for operation in ("linear_expand", "lora_linear"):
+        assert said in planning.launches_of(problem(operation), H200)
+
+
+def test_what_was_found_for_a_batch_is_not_taken_for_a_decode_step():
+    p = problem("lora_linear", M=20, graph=False)
+    *_, batch = planning.launches_of(p, H200)
+    keep(p, batch.choices)
+    decode = planning.launches_of(p._replace(M=16), H200)[0]
+    assert decode.line.startswith("lora_linear_decode 16 x ")
 
 
 @pytest.mark.parametrize("device", [A100, T4], ids=lambda device: device.name)

@@ -31,7 +31,7 @@ HAS_DEVICE = CSRC / "device.cpp"
 SERVED_BY = {75: "75", 80: "80", 86: "80", 89: "80", 90: "90a", 100: "100a", 120: "120"}
 """Whose code a GPU executes (CUDA_ARCHITECTURES of ``setup.py``)."""
 TORCH = Path(torch.__file__).parent
-DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+DEFINES = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DLORAFAST_SM90A")
 PTX_FLAGS = (*DEFINES, "-isystem", str(TORCH / "include"))
 # One architecture as PTX, which nobody executes: that is asked of nvcc when it is known for which.
 HOST_FLAGS = (

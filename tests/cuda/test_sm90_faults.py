@@ -31,7 +31,7 @@ def no_wait(nth):
     """
     return [
         drop(statement, nth)
-        for statement in (r"mbarrier\.try_wait", r"@over bra\.uni done", r"bra\.uni again")
+        for statement in (r"mbarrier\.try_wait", r"@over bra done", r"bra again")
     ]
 
 

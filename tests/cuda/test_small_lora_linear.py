@@ -327,7 +327,8 @@ class TestPlan:
         p = Case(kind, 64, 64, 64, r).problem("lora_linear", wants=("y", "s"))
         for columns in (32, 64):
             stages = small._stages(p, SMALL[arch], columns)
-            assert small.shared_bytes(p, columns, stages) <= SMALL[arch].shared
+            # what the kernel declares itself counts too
+            assert small.shared_bytes(p, columns, stages) + 16 <= SMALL[arch].shared
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("columns", [32, 64])

@@ -432,7 +432,8 @@ class TestPlan:
         p = problem(kind, 64, 64, 64, r)
         for columns in (32, 64):
             stages = small._stages(p, SMALL[arch], columns, small.backward_shared_bytes)
-            assert small.backward_shared_bytes(p, columns, stages) <= SMALL[arch].shared
+            # what the kernel declares itself counts too
+            assert small.backward_shared_bytes(p, columns, stages) + 16 <= SMALL[arch].shared
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("columns", [32, 64])

@@ -1,4 +1,4 @@
-"""``cuda``: C++ kernels for what is bound by latency and bandwidth."""
+"""``cuda``: kernels in CUDA C++."""
 
 from dataclasses import replace
 
@@ -12,8 +12,8 @@ from lorafast.core.problem import LAYER_OPERATIONS, Problem
 
 
 class Cuda(Backend):
-    """Decoding and small layers in one launch, skinny operations and masks; PyTorch's GEMM onto what
-    ``expand`` wrote.
+    """Decoding and small layers in one launch, skinny operations and masks, GEMMs with the low-rank term
+    in their accumulator, or PyTorch's onto what ``expand`` wrote.
 
     The kernels were executed on a machine for PTX and have not run on a GPU: until ``lorafast tune`` has
     measured them, ``auto`` takes them where the model says so, by shares that are assumed.

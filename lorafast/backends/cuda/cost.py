@@ -2,8 +2,9 @@
 
 Nothing of it was measured: these kernels have been executed on a machine for PTX (``tests/ptx``), which
 counts, and never run on a GPU. ``moved``, ``flops`` and ``launches`` are the families' own, ``clocks``
-those of the counted kernels, ``Launch.seconds`` of whole layers. Shares are assumptions: those of skinny
-operations are below what Triton's kernels of the same operations were measured to reach.
+those of the counted kernels, ``Launch.seconds`` of small layers and fused GEMMs. Shares are
+assumptions: those of skinny operations are below what Triton's kernels of the same operations were
+measured to reach.
 """
 
 from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
@@ -30,7 +31,6 @@ _RANKS = 16
 """A tile has a multiple of so many."""
 _DECODING = 0.5
 """Of the rate of products: its tiles are thin, and half as many rows of x may fill them."""
-_TENSOR_CORES = 80
 _PASS = 0.85
 """Of the bandwidth: PyTorch's own passes over a matrix."""
 _LARGE = {
@@ -104,8 +104,7 @@ def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
     narrow = [name for name in _LARGE.get(p.operation, ()) if _is_narrow(p, name)]
     share = _UNALIGNED if narrow else 1.0
     if p.operation in planning.WHOLE:  # decoding
-        tensor_cores = p.dtype.itemsize == 2 and device.capability >= _TENSOR_CORES
-        busy = launch.flops / device.rate(p.dtype, tensor_cores) / _DECODING
+        busy = launch.flops / device.rate(p.dtype, tf32=False) / _DECODING
         moved = launch.moved / device.bandwidth / _WHOLE
     else:
         busy = max(clocks.seconds(p, device) / _SKINNY, _products(launch, p, device))

@@ -12,12 +12,13 @@ from lorafast.backends.dropout import Bits
 from lorafast.backends.library import Library
 
 _WHY_UNUSABLE, _ARCHITECTURES = "lorafast_cuda_why_unusable", "lorafast_cuda_architectures"
+_HAS_WGMMA = "lorafast_cuda_has_wgmma"
 """C functions beside the operations."""
 
 
 def _start(path: Path) -> None:
     library = ctypes.CDLL(str(path))
-    if not all(hasattr(library, name) for name in (_WHY_UNUSABLE, _ARCHITECTURES)):
+    if not all(hasattr(library, name) for name in (_WHY_UNUSABLE, _ARCHITECTURES, _HAS_WGMMA)):
         raise OSError("they are those of another version of lorafast: install it again")
 
 
@@ -77,6 +78,17 @@ def architectures() -> str:
     which.restype = ctypes.c_char_p
     listed: bytes = which()
     return listed.decode()
+
+
+@functools.cache
+def has_wgmma() -> bool:
+    """Whether there is code for what sm_90a alone has. Where the library can't be loaded it is assumed:
+    a GPU that isn't here can be planned for."""
+    if _why_no_cuda() is not None or LIBRARY.why_not_loaded() is not None:
+        return True
+    has = getattr(ctypes.CDLL(str(LIBRARY.path)), _HAS_WGMMA)
+    has.argtypes, has.restype = [], ctypes.c_int
+    return bool(has())
 
 
 @functools.cache

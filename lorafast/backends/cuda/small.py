@@ -36,6 +36,9 @@ _MOST_K = 2**28
 _BLOCK = 128
 """Bytes of a row of x in a stage."""
 
+_OWN = 16
+"""Bytes of shared memory that the backward's kernel declares itself, for the number that ``arrive``
+hands round: they count too."""
 _CLOCK = 1.7e9
 _ENDS = 3000
 """Clocks of a tile before its first and after its last K block: latencies of memory, B, y."""
@@ -224,7 +227,7 @@ def _stages(
 ) -> int:
     """As many as fit into shared memory, which two do on every architecture; ``of`` counts its bytes."""
     of = of or shared_bytes
-    return next(n for n in range(table.stages, 1, -1) if of(p, columns, n) <= table.shared)
+    return next(n for n in range(table.stages, 1, -1) if of(p, columns, n) + _OWN <= table.shared)
 
 
 def shared_bytes(p: Problem, columns: int, stages: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
+from lorafast.backends.cuda import native
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.tables import WGMMA
 from lorafast.backends.plan import Run
@@ -28,6 +29,9 @@ _COLUMNS = (256, 128)
 _MOST_GROUP = 2**16 - 1
 _REACHED = 0.9
 """Of the rate of PyTorch's large GEMMs, while tiles are multiplied. Assumed, not measured."""
+_MASKED, _AROUND = 1.07, 3000.0
+"""Times the clocks of tiles under a mask, by what is counted of one (K = 4096); and clocks before the
+first tile and after the last, assumed: memory's latency, and y's way there."""
 _FLOPS = 4096
 """Of an SM in a clock, at the most."""
 _COUNTERS = 4
@@ -53,14 +57,18 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     tiles = -(-p.M // _ROWS) * -(-N // columns)
     ctas = max(1, min(tiles, device.sms))
     size = p.dtype.itemsize
-    moved = (p.M * K + N * K + p.M * N) * size + p.M * p.r * wide(p.dtype).itemsize
+    moved = float(
+        (p.M * K + N * K + p.M * N) * size
+        + p.M * p.r * wide(p.dtype).itemsize
+        + N * p.r * p.adapter_dtype.itemsize
+    )
     return Launch(
         _run(p, N, columns, group, ctas),
         f"linear_expand: {ctas} CTAs for {tiles} tiles of {_ROWS} x {columns}, wgmma",
         2.0 * p.M * N * (K + p.r),
-        float(moved + N * p.r * p.adapter_dtype.itemsize),
+        moved,
         choices={"fused": 1, "columns": columns, "group": group},
-        seconds=_seconds(-(-tiles // ctas) * _tile(K, columns, device), device),
+        seconds=_seconds(p, -(-tiles // ctas) * _tile(K + p.r, columns, device), moved, device),
     )
 
 
@@ -80,15 +88,18 @@ def plan_lora_linear(problem: Problem, device: Device, fixed: Choices = NONE) ->
         )
     tiles = -(-p.M // _ROWS) * -(-p.N // plan.columns)
     size = p.dtype.itemsize
-    moved = (p.M * p.K + p.N * p.K + p.M * p.N + p.M * p.r + p.r * p.K) * size
+    moved = float(
+        (p.M * p.K + p.N * p.K + p.M * p.N + p.M * p.r + p.r * p.K) * size
+        + p.N * p.r * p.adapter_dtype.itemsize
+    )
     return Launch(
         _run_layer(p, plan, group, device.sms),
         f"lora_linear: {min(tiles + plan.helpers, device.sms)} CTAs for {tiles} tiles of {_ROWS} x "
         f"{plan.columns}, wgmma, {plan.helpers} of them shrink first",
         2.0 * p.M * (p.N * (p.K + p.r) + p.K * p.r),
-        float(moved + p.N * p.r * p.adapter_dtype.itemsize),
+        moved,
         choices={"helpers": plan.helpers, "columns": plan.columns, "group": group},
-        seconds=_seconds(plan.clocks, device),
+        seconds=_seconds(p, plan.clocks + _tile(p.r, plan.columns, device), moved, device),
     )
 
 
@@ -142,9 +153,13 @@ def _group(fixed: Choices, device: Device) -> int:
     return max(1, min(fixed.get("group", WGMMA[device.capability].group), _MOST_GROUP))
 
 
-def _seconds(clocks: float, device: Device) -> float:
-    """Of so many clocks in which tensor cores have all they can do, with the launch."""
-    return clocks * _FLOPS * device.sms / (device.flops * _REACHED) + LAUNCH_SECONDS
+def _seconds(p: Problem, clocks: float, moved: float, device: Device) -> float:
+    """Of so many clocks in which tensor cores have all they can do, or of the bytes, with the launch.
+
+    A mask takes issue slots that nothing hides where it comes before the GEMM."""
+    busy = clocks * (_MASKED if p.dropout else 1.0) + _AROUND
+    of_clocks = busy * _FLOPS * device.sms / (device.flops * _REACHED)
+    return max(of_clocks, moved / (device.bandwidth * _REACHED)) + LAUNCH_SECONDS
 
 
 def clocks_apart(M: int, K: int, N: int, device: Device) -> float:
@@ -187,6 +202,8 @@ def why_refused(p: Problem, device: Device) -> str | None:
     if device.capability not in WGMMA:
         has = ".".join(map(str, divmod(device.capability, 10)))
         return f"compute capability is {has}, the kernels of wgmma are for 9.0"
+    if not native.has_wgmma():
+        return "the native CUDA kernels were built without code for 90a, which wgmma needs"
     if p.format != DENSE:
         return f"the weight is stored as {p.format}, the kernels of wgmma read a dense one"
     if p.dtype not in _DTYPES:
