@@ -15,7 +15,7 @@ help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make test    run the tests that a change needs first"
-	@echo "make test-all   run every test (16 minutes on two cores)"
+	@echo "make test-all   run every test (11 minutes on two cores)"
 	@echo "make test-executed   run the GPU kernels' PTX on a CPU, every configuration"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"

@@ -72,10 +72,10 @@ def test_gemms_of_sm_90_choose_tiles_and_helpers():
     *_, own = planning.launches_of(p, H200)
     assert own.choices.keys() == {"helpers", "columns", "group"}
     for name, value in (("helpers", 5), ("columns", 128), ("group", 3)):
-        *_, other = planning.launches_of(p, H200, {name: value})
+        *_, other = planning.launches_of(p, H200, {**own.choices, name: value})
         assert (other.choices[name], other.line != own.line) == (value, name != "group")
     for name, value in (("helpers", 0), ("helpers", 10**6), ("columns", 64), ("group", 0)):
-        *_, refused = planning.launches_of(p, H200, {name: value})
+        *_, refused = planning.launches_of(p, H200, {**own.choices, name: value})
         assert refused.startswith(f"{name} can't be {value}, the launch has ")
 
 
@@ -121,6 +121,7 @@ def test_decoding_chooses_its_helpers(device):
         ({"share": 0}, r"share can't be 0, the launch has \d"),
         ({"ranks": 48}, "ranks can't be 48, the launch has 16"),
         ({"helpers": 4}, "helpers can't be 4"),
+        ({"ranks": 16}, "ranks is given, there is a choice of ranks, share, stages"),
     ],
     ids=str,
 )

@@ -37,9 +37,12 @@ WITHOUT_X = [
     for some in (("lora_B",), ("scaling",), ("lora_B", "scaling"))
     for bias in ((), ("bias",))
 ]
-# Alone, in pairs, all but one, all, and those that differ in what is kept.
-SUBSETS = [s for n in (1, 2, 5, 6) for s in itertools.combinations(NAMES, n)]
-SUBSETS += [s for s in WITHOUT_X if s not in SUBSETS]
+# Quick tests have one, two, all but one and all, and those that differ in what is kept.
+SUBSETS = [
+    pytest.param(s, marks=[pytest.mark.slow] * (n in (3, 4) and s not in WITHOUT_X))
+    for n in range(1, 7)
+    for s in itertools.combinations(NAMES, n)
+]
 PATHS = ("host", "device")
 
 

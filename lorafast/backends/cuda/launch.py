@@ -1,9 +1,13 @@
 """``Launch``: what a family of CUDA C++ kernels answers where it can serve a problem."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lorafast.backends.plan import Run
+from lorafast.reference.dropout import survivor_scale, threshold
 
 CALL_HOST = 10e-6
 """Host time of one of our operations: 3 to 4 µs through the dispatcher, its checks and the launcher,
@@ -42,3 +46,18 @@ def neighbours(choices: Choices) -> Iterator[Choices]:
     for name, value in choices.items():
         for other in sorted({value // 2, value - 1, value + 1, 2 * value} - {value, -1}):
             yield {**choices, name: other}
+
+
+Mask = tuple[Tensor | None, int, float]
+"""As operations take it: seed, threshold, and the factor of what is kept."""
+NO_MASK: Mask = None, 0, 1.0
+
+
+def mask_of(masked: bool, dropout_p: float, seed: Tensor | None) -> Mask:
+    """That of a call whose problem says whether it has one."""
+    return (seed, *_numbers(dropout_p)) if masked else NO_MASK
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(dropout_p: float) -> tuple[int, float]:
+    return threshold(dropout_p), survivor_scale(dropout_p)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
-from lorafast.backends.cuda.launch import NONE, Choices, Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch, mask_of
 from lorafast.backends.cuda.tables import LINEAR_EXPAND, GemmTile, row_of
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, Problem
 from lorafast.kernels.common.counters import counters
-from lorafast.reference.dropout import survivor_scale, threshold
 
 _OLDEST = 80
 _WGMMA = range(90, 120)
@@ -195,7 +194,7 @@ def _run(p: Problem, N: int, shares: Shares) -> Any:
         if parts:
             partials = torch.empty(parts, dtype=torch.float32, device=x.device)
             used = counters(x, tiles)
-        mask = (seed, threshold(dropout_p), survivor_scale(dropout_p)) if masked else _NO_MASK
+        mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.linear_expand.default(
             x, weight.t() if transposed else weight, s, lora_B, float(scaling), bias, *mask, y,
             partials, used, columns, splits,
@@ -203,6 +202,3 @@ def _run(p: Problem, N: int, shares: Shares) -> Any:
         return y
 
     return run
-
-
-_NO_MASK = None, 0, 1.0

@@ -54,8 +54,8 @@ _READ_W = ("linear_expand", *LAYER_OPERATIONS, *GROUPED_OPERATIONS)
 class Hybrid(Launch):
     """``linear_expand`` as ``expand``, with the bias, and PyTorch's GEMM accumulated onto its result.
 
-    In float16, whose low-rank term may not be rounded, ``expand`` writes float32 (``wide``), and both
-    terms are added in it.
+    In float16, whose low-rank term may not be rounded, ``expand`` writes float32 (``wide``), the GEMM has
+    the bias, and both terms are added in float32.
     """
 
     expand: Launch
@@ -95,7 +95,7 @@ def why_too_old(p: Problem, device: Device) -> str | None:
 
 def launches_of(p: Problem, device: Device, fixed: Choices = NONE) -> list[Launch | str]:
     """What each family says to an operation or a whole layer. With ``fixed`` its launch has these
-    choices; else those that ``lorafast tune`` found, where they can be.
+    choices, all that it has; else those that ``lorafast tune`` found, where they can be.
 
     Where a layer's gradients may be asked for, its launch leaves ``s``."""
     if p.operation == "lora_linear" and p.graph:
@@ -126,6 +126,8 @@ def _chosen(plan: Planner, p: Problem, device: Device, fixed: Choices) -> Launch
         has = answer.choices.get(name)
         if has != value:
             return f"{name} can't be {value}" + ("" if has is None else f", the launch has {has}")
+    if fixed.keys() != answer.choices.keys():  # another family's, or not all
+        return f"{', '.join(fixed)} is given, there is a choice of {', '.join(answer.choices)}"
     return answer
 
 

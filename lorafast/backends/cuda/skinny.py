@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import Device
-from lorafast.backends.cuda.launch import NONE, Choices, Launch
+from lorafast.backends.cuda.launch import NO_MASK, NONE, Choices, Launch, mask_of
 from lorafast.backends.cuda.tables import SKINNY, SkinnyRow, row_of
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import Problem
 from lorafast.kernels.common.counters import counters
-from lorafast.reference.dropout import survivor_scale, threshold
 
 _OLDEST = 80
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -267,7 +266,7 @@ def plan_shrink(problem: Problem, device: Device, fixed: Choices = NONE) -> Laun
         x: Tensor, lora_A: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
     ) -> Tensor:
         s = torch.empty((M, r), dtype=low, device=x.device)
-        mask = (seed, *_numbers(dropout_p)) if dropout else _NO_MASK
+        mask = mask_of(dropout, dropout_p, seed)
         torch.ops.lorafast_cuda.shrink.default(
             x, lora_A, *mask, 1.0, s, *_scratch(shares, x), *arguments
         )
@@ -295,7 +294,7 @@ def plan_shrink_backward(problem: Problem, device: Device, fixed: Choices = NONE
 
     def run(ds: Tensor, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         dA = torch.empty((r, K), dtype=dtype, device=x.device)
-        mask = (seed, *_numbers(dropout_p)) if dropout else _NO_MASK
+        mask = mask_of(dropout, dropout_p, seed)
         torch.ops.lorafast_cuda.shrink_backward.default(
             ds, x, *mask, dA, *_scratch(shares, x), *arguments
         )
@@ -335,7 +334,7 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
     def ds_alone(dy: Tensor, s: Tensor | None, lora_B: Tensor, scaling: float) -> Sums:
         ds = torch.empty((M, r), dtype=low, device=dy.device)
         torch.ops.lorafast_cuda.shrink.default(
-            dy, lora_B.t(), *_NO_MASK, float(scaling), ds, *_scratch(shares, dy), *arguments
+            dy, lora_B.t(), *NO_MASK, float(scaling), ds, *_scratch(shares, dy), *arguments
         )
         return ds, None, None
 
@@ -358,14 +357,6 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
         ds_alone if alone else run, _line("expand_backward", shares), flops, moved,
         choices=shares.choices,
     )  # fmt: skip
-
-
-_NO_MASK = (None, 0, 1.0)
-
-
-@functools.lru_cache(maxsize=256)
-def _numbers(dropout_p: float) -> tuple[int, float]:
-    return threshold(dropout_p), survivor_scale(dropout_p)
 
 
 def _scratch(shares: Shares, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

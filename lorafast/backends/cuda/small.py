@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, work
-from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
+from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch, mask_of
 from lorafast.backends.cuda.tables import SMALL, Small, row_of
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, Layout, Problem
 from lorafast.kernels.common.counters import counters
-from lorafast.reference.dropout import survivor_scale, threshold
 
 _OLDEST = 80
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -106,16 +105,13 @@ def _run_expand(p: Problem, warps: int, row_blocks: int) -> Any:
         bias: Tensor | None = None,
     ) -> Tensor:
         y = torch.empty((M, N), dtype=dtype, device=s.device)
-        mask = (seed, threshold(dropout_p), survivor_scale(dropout_p)) if masked else _NO_MASK
+        mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.expand.default(
             s, lora_B, scaling, bias, *mask, y, warps, row_blocks
         )
         return y
 
     return run
-
-
-_NO_MASK = None, 0, 1.0
 
 
 def plan_lora_linear(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
@@ -259,7 +255,7 @@ def _run_lora_linear(p: Problem, columns: int, stages: int) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         y = torch.empty((M, N), dtype=dtype, device=x.device)
         s = None if low is None else torch.empty((M, r), dtype=low, device=x.device)
-        mask = (seed, threshold(dropout_p), survivor_scale(dropout_p)) if masked else _NO_MASK
+        mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.lora_linear.default(
             x, weight, lora_A, lora_B, scaling, bias, *mask, y, s, columns, stages
         )
@@ -482,7 +478,7 @@ def _run_lora_linear_backward(p: Problem, columns: int, stages: int) -> Any:
             dA = torch.empty((r, K), dtype=adapters, device=device)
             ds = torch.empty((M, ranks), dtype=low, device=device)
             counted = counters(dy, _COUNTERS)
-        mask = (seed, threshold(dropout_p), survivor_scale(dropout_p)) if masked else _NO_MASK
+        mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.lora_linear_backward.default(
             dy, x, weight, lora_A, lora_B, s, scaling, *mask, dx, dA, dB, dbias, ds, counted, columns,
             stages,

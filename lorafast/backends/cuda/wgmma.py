@@ -12,13 +12,12 @@ from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
 from lorafast.backends.cuda import native
-from lorafast.backends.cuda.launch import NONE, Choices, Launch
+from lorafast.backends.cuda.launch import NONE, Choices, Launch, mask_of
 from lorafast.backends.cuda.tables import WGMMA
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, Layout, Problem
 from lorafast.kernels.common.counters import counters
-from lorafast.reference.dropout import survivor_scale, threshold
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _ADAPTERS = (torch.bfloat16, torch.float16, torch.float32)
@@ -41,7 +40,6 @@ _CLOCK = 1.7e9
 """Of the SMs, in Hz: assumed."""
 _TMA = 16
 """Bytes of which the address of each row is a multiple that TMA reads or writes."""
-_NO_MASK = None, 0, 1.0
 
 
 def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
@@ -252,7 +250,7 @@ def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
         seed: Tensor | None = None,
     ) -> Tensor:
         y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-        mask = (seed, threshold(dropout_p), survivor_scale(dropout_p)) if masked else _NO_MASK
+        mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.linear_expand_sm90.default(
             x, weight.t() if transposed else weight, s, lora_B, float(scaling), bias, *mask, y,
             counters(x, _COUNTERS), columns, group, ctas,
