@@ -54,8 +54,8 @@ _READ_W = ("linear_expand", *LAYER_OPERATIONS, *GROUPED_OPERATIONS)
 class Hybrid(Launch):
     """``linear_expand`` as ``expand``, with the bias, and PyTorch's GEMM accumulated onto its result.
 
-    In float16, whose low-rank term may not be rounded, ``expand`` writes float32 (``wide``), the GEMM has
-    the bias, and both terms are added in float32.
+    In float16, whose low-rank term may not be rounded, ``expand`` writes float32 (``wide``), the GEMM
+    has the bias, and both terms are added in float32.
     """
 
     expand: Launch
