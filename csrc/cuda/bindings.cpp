@@ -28,12 +28,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   library.def(
       "linear_expand_sm90(Tensor x, Tensor weight, Tensor s, Tensor lora_B, float scaling, Tensor? bias, "
       "Tensor? seed, int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!) counters, "
-      "int columns, int group, int ctas) -> ()");
+      "int columns, int group, int ctas, int cluster) -> ()");
 
   // csrc/cuda/lora_linear_sm90.cu
   library.def(
       "lora_linear_sm90(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, "
-      "Tensor(a!) y, Tensor(b!) s, Tensor(c!) counters, int columns, int group, int ctas, int helpers) -> ()");
+      "Tensor(a!) y, Tensor(b!) s, Tensor(c!) counters, int columns, int group, int ctas, int helpers, "
+      "int cluster) -> ()");
 
   // csrc/cuda/lora_linear_backward.cu
   library.def(

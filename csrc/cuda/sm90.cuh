@@ -1,14 +1,15 @@
 // The persistent GEMM of sm_90a, whose warps have work of their own: y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias, and,
 // where helpers make s beside it, s = x·Aᵀ.
 //
-// A CTA has three warpgroups. The first one's warp 0 takes tiles of y from a queue and loads x and W by TMA,
-// the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All hand
+// A CTA has three warpgroups. The first one's warp 0 loads x and W by TMA, of the tiles of y that its cluster takes
+// from a queue; the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All hand
 // over stages of a ring in shared memory: its steps are the K blocks of a tile and, in the same form, its rank
 // blocks. They are the last steps, so that nothing waits for s; under a mask, which falls on the low-rank term
 // alone, they are the first, the sums are masked, and the GEMM adds to them.
 //
-// Helpers are the CTAs that draw the first tickets. Before they take tiles they do work that others wait for, through
-// the same ring (sm90_shrink.cuh).
+// Helpers are the clusters that draw the first tickets. Before they take tiles they do work that others wait for,
+// through the same ring (sm90_shrink.cuh). `draw` gives the number of the next item of it, or -1; only the leader asks.
+// An item is then done by `load`, `write` and `multiply` of each CTA, which go through as many stages in both.
 #pragma once
 
 #include "counters.cuh"
@@ -24,16 +25,21 @@ constexpr int kSm90Writers = 96, kSm90WritersMeet = 3;  // threads, and the barr
 
 struct NoHelpers {
   static constexpr bool kAny = false;
+  struct State {};
 
-  template <class Cta, class Ring, class Mail>
-  static __device__ __forceinline__ void load(const Cta&, Ring&, Mail&) {}
+  template <class Cta>
+  static __device__ __forceinline__ int draw(const Cta&, State&) {
+    return -1;
+  }
+  template <class Cta, class Ring>
+  static __device__ __forceinline__ void load(const Cta&, Ring&, int) {}
   template <class Cta, class Ring>
   static __device__ __forceinline__ void write(const Cta&, Ring&, uint32_t&, int) {}
   template <class Cta>
   static __device__ __forceinline__ void wait_for(const Cta&, int) {}
 };
 
-// kAcross: rows of W lie across k, as those of Wᵀ do. Helpers: what the first CTAs do before they take tiles.
+// kAcross: rows of W lie across k, as those of Wᵀ do. Helpers: what the first clusters do before they take tiles.
 template <class T, bool kAcross, int kN, class Helpers = NoHelpers>
 struct Sm90Cta : Sm90Ring<kN> {
   using Base = Sm90Ring<kN>;
@@ -42,42 +48,85 @@ struct Sm90Cta : Sm90Ring<kN> {
   using typename Base::Tile;
   using Factors = Sm90Factors<T>;
   using Factor = typename Factors::Factor;
-  using Base::Base, Base::bias, Base::empty, Base::full, Base::granted, Base::grant, Base::kFirstItem;
-  using Base::lane, Base::masked, Base::p, Base::post, Base::posted, Base::read_mail, Base::release, Base::shared;
-  using Base::slot, Base::stage, Base::taken, Base::warp;
+  using Base::Base, Base::bias, Base::empty, Base::full, Base::give_back, Base::granted, Base::grant, Base::lane;
+  using Base::masked, Base::p, Base::rank, Base::read_mail, Base::release, Base::row_block, Base::shared;
+  using Base::stage, Base::warp;
   static constexpr int kTiles = kN / 8;  // of eight columns, of which a thread has four sums
 
-  // ---- One thread takes tiles and loads x and W.
+  // ---- One thread loads x and W. The leader's takes from the queues.
+
+  // What is drawn next was asked for one tile ago, so that nobody waits for the counter.
+  struct Draws {
+    typename Helpers::State helpers;
+    bool tiles = false;  // helpers have no other work left
+    uint32_t next = 0;
+  };
+
+  __device__ __forceinline__ Sm90Work draw(Draws& draws) const {
+    uint32_t* const queue = p.counters + kSm90Tiles;
+    if (!draws.tiles) {
+      if constexpr (Helpers::kAny) {
+        const int item = Helpers::draw(*this, draws.helpers);
+        if (item >= 0) return {item, Sm90Work::kHelp};
+      }
+      draws.tiles = true;
+      draws.next = ptx::add_relaxed(queue, 1);
+    }
+    const uint32_t number = draws.next;
+    if (number >= static_cast<uint32_t>(p.row_sets * p.column_tiles)) return {0, Sm90Work::kEnd};
+    draws.next = ptx::add_relaxed(queue, 1);
+    return tiles_of(p, static_cast<int>(number), kN);
+  }
 
   __device__ __forceinline__ void load() const {
     ptx::fetch_map(&p.x);
     ptx::fetch_map(&p.w);
     ptx::fetch_map(&p.y);
     Ring ring;
-    Mail mail;
-    Helpers::load(*this, ring, mail);
-    const uint32_t tiles = static_cast<uint32_t>(p.row_tiles * p.column_tiles);
-    uint32_t tile = ptx::add_relaxed(p.counters + kSm90Tiles, 1);
-    for (;;) {
-      post(mail, tile < tiles ? static_cast<int>(tile) : -1);
-      if (tile >= tiles) return;
-      const TileAt at(p, static_cast<int>(tile), Tile::kM, kN);
-      tile = ptx::add_relaxed(p.counters + kSm90Tiles, 1);  // is there when this tile is loaded
+    Draws draws;
+    for (Mail mail;; mail.next()) {
+      if (rank == 0) this->post(mail, draw(draws));
+      const Sm90Work work = read_mail(mail);
+      if (work.column == Sm90Work::kEnd) return;
+      if (Helpers::kAny && work.column == Sm90Work::kHelp) {
+        Helpers::load(*this, ring, work.row);
+        continue;
+      }
+      const int row = row_block(work.row) * Tile::kM;
       if (masked) grant(ring, p.rank_steps);
       for (int k = 0; k < p.k_steps; ++k, ring.next()) {
         this->open(ring, Tile::kStage);
-        ptx::copy_box(stage(ring), &p.x, k * Tile::kK, at.row, full(ring));
-        const uint32_t w = stage(ring) + Tile::kX;
-        if constexpr (kAcross) {
-#pragma unroll
-          for (int i = 0; i < kN / 64; ++i) {
-            ptx::copy_box(w + i * Tile::kHalf, &p.w, at.column + 64 * i, k * Tile::kK, full(ring));
-          }
-        } else {
-          ptx::copy_box(w, &p.w, k * Tile::kK, at.column, full(ring));
-        }
+        ptx::copy_box(stage(ring), &p.x, k * Tile::kK, row, full(ring));
+        load_w(ring, k * Tile::kK, work.column);
       }
       if (!masked) grant(ring, p.rank_steps);
+    }
+  }
+
+  // A K block of W: of a cluster of two, one half to both CTAs.
+  __device__ __forceinline__ void load_w(const Ring& ring, int k, int column) const {
+    const uint32_t w = stage(ring) + Tile::kX;
+    if constexpr (kAcross) {
+      constexpr int kBoxes = kN / 64;
+      if (p.cluster == 1) {
+#pragma unroll
+        for (int i = 0; i < kBoxes; ++i) {
+          ptx::copy_box(w + i * Tile::kHalf, &p.w, column + 64 * i, k, full(ring));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBoxes / 2; ++i) {
+          const int box = rank * (kBoxes / 2) + i;
+          ptx::copy_box_to_both(w + box * Tile::kHalf, &p.w, column + 64 * box, k, full(ring));
+        }
+      }
+    } else {
+      if (p.cluster == 1) {
+        ptx::copy_box(w, &p.w, k, column, full(ring));
+      } else {
+        const int first = rank * (kN / 2);
+        ptx::copy_box_to_both(w + first * kSm90Row, &p.w, k, column + first, full(ring));
+      }
     }
   }
 
@@ -90,47 +139,45 @@ struct Sm90Cta : Sm90Ring<kN> {
     uint32_t parities = 0;  // of each stage's next grant, a bit a stage
     Mail mail;
     for (;; mail.next()) {
-      const int tile = read_mail(mail);
-      if (tile == -1) break;
-      if (Helpers::kAny && tile < 0) {
-        Helpers::write(*this, ring, parities, kFirstItem - tile);
-        __syncwarp();
-        if (lane == 0) ptx::arrive_at(taken(mail));
+      const Sm90Work work = read_mail(mail);
+      if (work.column == Sm90Work::kEnd) break;
+      if (Helpers::kAny && work.column == Sm90Work::kHelp) {
+        Helpers::write(*this, ring, parities, work.row);
+        give_back(mail);
         continue;
       }
-      const TileAt at(p, tile, Tile::kM, kN);
+      const int own = row_block(work.row), top = own * Tile::kM;
       if (p.bias != nullptr) {
         for (int i = thread; i < kN; i += kSm90Writers) {
-          const int64_t n = at.column + i;
+          const int64_t n = work.column + i;
           bias(mail)[i] = n < p.N ? load_as_float(p.bias, n * p.bias_stride, p.bias_type) : 0.0f;
         }
       }
       if (!masked) skip(ring);
       for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
-        const int rank = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
+        const int first = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
-        const int chunks = 2 * factors.substeps(rank);
+        const int chunks = 2 * factors.substeps(first);
         for (int i = thread; i < chunks * kN; i += kSm90Writers) {
           const int row = i % kN, chunk = i / kN;
           put_chunk(
               stage(ring) + Tile::kX, row, chunk,
-              factors.b_chunk(at.column + row, rank + chunk * Factors::kChunk, part));
+              factors.b_chunk(work.column + row, first + chunk * Factors::kChunk, part));
         }
         if (Helpers::kAny && step == 0) {
-          if (thread == 0) Helpers::wait_for(*this, at.row / Tile::kM);
+          if (thread == 0 && own < p.row_tiles) Helpers::wait_for(*this, own);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
         for (int i = thread; i < chunks * Tile::kM; i += kSm90Writers) {
           const int row = i % Tile::kM, chunk = i / Tile::kM;
-          put_chunk(stage(ring), row, chunk, factors.s_chunk(at.row + row, rank + chunk * Factors::kChunk, part));
+          put_chunk(stage(ring), row, chunk, factors.s_chunk(top + row, first + chunk * Factors::kChunk, part));
         }
         ptx::publish_shared();
         ptx::meet(kSm90WritersMeet, kSm90Writers);
         if (thread == 0) ptx::arrive_at(full(ring));
       }
       if (masked) skip(ring);
-      __syncwarp();
-      if (lane == 0) ptx::arrive_at(taken(mail));
+      give_back(mail);
     }
     // The last CTA leaves the counters as it found them. Its own writers are here: nobody waits for a flag.
     if (warp != 1) return;
@@ -206,7 +253,7 @@ struct Sm90Cta : Sm90Ring<kN> {
 
   // y leaves in pieces of 64 columns; while TMA writes one the next is made.
   __device__ __forceinline__ void store(
-      const float (&d)[kTiles][4], const TileAt& at, int half, const Mail& mail) const {
+      const float (&d)[kTiles][4], int top, int left, int half, const Mail& mail) const {
     const bool first = threadIdx.x % 128 == 0;
     const uint32_t pieces = shared + Tile::kPieces + half * 2 * Tile::kHalf;
     const int row = (warp % 4) * 16 + (lane & 15), high = lane >> 4;  // whose address this lane gives
@@ -233,7 +280,7 @@ struct Sm90Cta : Sm90Ring<kN> {
       }
       ptx::publish_shared();
       ptx::meet(1 + half, 128);
-      const int column = at.column + 64 * piece, top = at.row + 64 * half;
+      const int column = left + 64 * piece;
       if (first && column < p.N && top < p.M) ptx::store_box(&p.y, column, top, to);
       if (first) ptx::commit_boxes();
     }
@@ -245,21 +292,21 @@ struct Sm90Cta : Sm90Ring<kN> {
     Mail mail;
     float d[kTiles][4];
     for (;; mail.next()) {
-      const int tile = read_mail(mail);
-      if (tile == -1) break;
+      const Sm90Work work = read_mail(mail);
+      if (work.column == Sm90Work::kEnd) break;
       uint32_t held = 0;
       if constexpr (Helpers::kAny) {
-        if (tile < 0) {
-          Helpers::multiply(*this, ring, kFirstItem - tile, half);
-          if (lane == 0) ptx::arrive_at(taken(mail));
+        if (work.column == Sm90Work::kHelp) {
+          Helpers::multiply(*this, ring, work.row, half);
+          give_back(mail);
           continue;
         }
       }
-      const TileAt at(p, tile, Tile::kM, kN);
+      const int top = row_block(work.row) * Tile::kM + 64 * half;
       if (masked) {
         multiply_ranks(d, ring, held, 0, half);
         const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
-        end_low_rank(d, p.sum_scale, p.dropout, seed, at.row + 64 * half + warp % 4 * 16, at.column);
+        end_low_rank(d, p.sum_scale, p.dropout, seed, top + warp % 4 * 16, work.column);
         multiply<kAcross>(d, ring, held, 1, half);
         ptx::wait_for_products<0>();
         release(held);
@@ -268,9 +315,8 @@ struct Sm90Cta : Sm90Ring<kN> {
         multiply<kAcross>(d, ring, held, 0, half);
         multiply_ranks(d, ring, held, 1, half);
       }
-      store(d, at, half, mail);
-      __syncwarp();
-      if (lane == 0) ptx::arrive_at(taken(mail));
+      store(d, top, work.column, half, mail);
+      give_back(mail);
     }
     if (threadIdx.x % 128 == 0) ptx::wait_until_stored();
   }
@@ -285,6 +331,7 @@ struct Sm90Cta : Sm90Ring<kN> {
       ptx::take_registers<232>();
       consume();
     }
+    this->leave();
   }
 };
 

@@ -48,12 +48,14 @@ class Case:
     pitched: bool = False
     sms: int = 2
     helpers: int = 0
+    cluster: int = 1
 
     def __str__(self) -> str:
         said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"n{self.columns}"]
         said += [f"p{self.dropout_p}"] * bool(self.dropout_p)
         said += [name for name in ("bias", "transposed", "pitched") if getattr(self, name)]
         said += [f"h{self.helpers}"] * bool(self.helpers)
+        said += [f"c{self.cluster}"] * (self.cluster > 1)
         return "-".join(said)
 
     @property
@@ -122,13 +124,27 @@ class OnMachine:
             (seed, threshold(dropout_p), survivor_scale(dropout_p)) if dropout_p else (None, 0, 1.0)
         )
         with launched(ARCH, **self.options) as run:
-            if case.columns == wgmma.columns_of(case.M, case.N, device(case.sms)):
+            if case.cluster == 1 and case.columns == wgmma.columns_of(
+                case.M, case.N, device(case.sms)
+            ):
                 y = launch.run(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
             else:
                 y = torch.empty(case.M, case.N, dtype=case.dtype)
                 counters = torch.zeros(4, dtype=torch.int32)
                 torch.ops.lorafast_cuda.linear_expand_sm90(
-                    x, w, s, lora_B, scaling, bias, *mask, y, counters, case.columns, 2, case.sms
+                    x,
+                    w,
+                    s,
+                    lora_B,
+                    scaling,
+                    bias,
+                    *mask,
+                    y,
+                    counters,
+                    case.columns,
+                    2,
+                    case.sms,
+                    case.cluster,
                 )
         self.run = run
         return y
@@ -143,7 +159,7 @@ class OnMachine:
             counters = torch.zeros(4 + -(-case.M // 128), dtype=torch.int32)
             torch.ops.lorafast_cuda.lora_linear_sm90(
                 x, weight, lora_A, lora_B, scaling, bias, y, s, counters, case.columns, 2, case.sms,
-                case.helpers,
+                case.helpers, case.cluster,
             )  # fmt: skip
         self.run = run
         return y, s

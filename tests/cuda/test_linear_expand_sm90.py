@@ -115,7 +115,7 @@ def test_empty_and_least(M, N):
     with launched(ARCH) as run:
         y = torch.empty(M, N, dtype=BF16)
         torch.ops.lorafast_cuda.linear_expand_sm90(
-            x, weight, s, B, 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1
+            x, weight, s, B, 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1, 1
         )
     assert len(run.launches) == (M * N > 0)
     assert (y == 9).all()
@@ -157,7 +157,7 @@ def test_strides_beyond_2_to_the_31():
         with launched(ARCH):
             y = torch.empty(M, N, dtype=BF16)
             torch.ops.lorafast_cuda.linear_expand_sm90(
-                given[0], weight, *given[1:], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1
+                given[0], weight, *given[1:], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1, 1
             )
         found.append(y)
     assert found[0].equal(found[1])
@@ -173,7 +173,7 @@ def test_two_launches_in_a_row_on_the_same_counters():
         for _ in range(2):
             y = torch.empty(300, 264, dtype=BF16)
             torch.ops.lorafast_cuda.linear_expand_sm90(
-                x, weight, s, B, 1.0, None, None, 0, 1.0, y, counters, 256, 2, 2
+                x, weight, s, B, 1.0, None, None, 0, 1.0, y, counters, 256, 2, 2, 1
             )
             found.append(y)
     assert len(run.launches) == 2
@@ -183,7 +183,7 @@ def test_two_launches_in_a_row_on_the_same_counters():
 
 GIVEN = {
     "scaling": 1.0, "bias": None, "seed": None, "threshold": 0, "survivor_scale": 1.0,
-    "columns": 256, "group": 1, "ctas": 1,
+    "columns": 256, "group": 1, "ctas": 1, "cluster": 1,
 }  # fmt: skip
 
 
@@ -198,6 +198,8 @@ GIVEN = {
         ({"columns": 64}, "columns is 64, expected 256 or 128"),
         ({"group": 0}, "group is 0"),
         ({"ctas": 0}, "ctas is 0"),
+        ({"cluster": 3}, "cluster is 3, expected 1 or 2"),
+        ({"cluster": 2}, "ctas is 1, expected at least 2"),
         ({"counters": torch.zeros(1, dtype=torch.int32)}, "counters has 1 elements"),
         ({"x": torch.ones(4, 32, dtype=BF16)[:, ::2]}, "x has neighbours of a row 2 elements apart"),
         ({"x": torch.ones(4, 17, dtype=BF16)[:, 1:]}, "x has rows that don't begin at multiples"),
@@ -222,7 +224,7 @@ def least(arch=ARCH):
     with launched(arch):
         y, counters = torch.empty(8, 8, dtype=BF16), torch.zeros(4, dtype=torch.int32)
         torch.ops.lorafast_cuda.linear_expand_sm90(
-            ones, ones, ones[:, :1], ones[:, :1], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1
+            ones, ones, ones[:, :1], ones[:, :1], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1, 1
         )
     return y
 
@@ -295,7 +297,18 @@ def counted(K, r, **more):
         y, counters = torch.empty(128, 256, dtype=BF16), torch.zeros(4, dtype=torch.int32)
         given = {"bias": None, "seed": None, "threshold": 0, "survivor_scale": 1.0} | more
         torch.ops.lorafast_cuda.linear_expand_sm90(
-            x, weight, s, B, 1.0, **given, y=y, counters=counters, columns=256, group=16, ctas=1
+            x,
+            weight,
+            s,
+            B,
+            1.0,
+            **given,
+            y=y,
+            counters=counters,
+            columns=256,
+            group=16,
+            ctas=1,
+            cluster=1,
         )
     return run.ran()[0]
 
@@ -324,7 +337,7 @@ class TestCounts:
         assert (ran.steps - plain.steps) / 4 < most
 
     @pytest.mark.parametrize(
-        ("opcode", "wavefronts"), [("st.shared.v4", 4), ("stmatrix", 4), ("ld.shared.v2", 2)]
+        ("opcode", "wavefronts"), [("st.shared.v4", 4), ("stmatrix", 4), ("ld.shared.v2.f32", 2)]
     )
     def test_no_bank_collides(self, opcode, wavefronts):
         """A warp stores 512 bytes in four passes; what it reads of the bias are two halves of a warp."""

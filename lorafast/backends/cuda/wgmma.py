@@ -53,7 +53,7 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     columns = next((n for n in _COLUMNS if n == fixed.get("columns")), columns_of(p.M, N, device))
     group = _group(fixed, device)
     tiles = -(-p.M // _ROWS) * -(-N // columns)
-    ctas = max(1, min(tiles, device.sms))
+    ctas, cluster = max(1, min(tiles, device.sms)), 1
     size = p.dtype.itemsize
     moved = float(
         (p.M * K + N * K + p.M * N) * size
@@ -61,7 +61,7 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
         + N * p.r * p.adapter_dtype.itemsize
     )
     return Launch(
-        _run(p, N, columns, group, ctas),
+        _run(p, N, columns, group, ctas, cluster),
         f"linear_expand: {ctas} CTAs for {tiles} tiles of {_ROWS} x {columns}, wgmma",
         2.0 * p.M * N * (K + p.r),
         moved,
@@ -236,7 +236,7 @@ def columns_of(M: int, N: int, device: Device) -> int:
     return min(_COLUMNS, key=takes)
 
 
-def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
+def _run(p: Problem, N: int, columns: int, group: int, ctas: int, cluster: int) -> Run:
     M, masked, transposed = p.M, p.dropout, p.transposed
 
     def run(
@@ -253,7 +253,7 @@ def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
         mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.linear_expand_sm90.default(
             x, weight.t() if transposed else weight, s, lora_B, float(scaling), bias, *mask, y,
-            counters(x, _COUNTERS), columns, group, ctas,
+            counters(x, _COUNTERS), columns, group, ctas, cluster,
         )  # fmt: skip
         return y
 
@@ -262,7 +262,7 @@ def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
 
 def _run_layer(p: Problem, plan: Helped, group: int, ctas: int) -> Run:
     M, N, r = p.M, p.N, p.r
-    numbers = plan.columns, group, ctas, plan.helpers
+    numbers = plan.columns, group, ctas, plan.helpers, 1
     used = _COUNTERS + -(-M // _ROWS)
 
     def run(
