@@ -21,8 +21,6 @@ namespace lorafast::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int kSm90Writers = 96, kSm90WritersMeet = 3;  // threads, and the barrier at which they meet
-
 struct NoHelpers {
   static constexpr bool kAny = false;
   struct State {};
@@ -158,20 +156,13 @@ struct Sm90Cta : Sm90Ring<kN> {
         const int first = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
         const int chunks = 2 * factors.substeps(first);
-        for (int i = thread; i < chunks * kN; i += kSm90Writers) {
-          const int row = i % kN, chunk = i / kN;
-          put_chunk(
-              stage(ring) + Tile::kX, row, chunk,
-              factors.b_chunk(work.column + row, first + chunk * Factors::kChunk, part));
-        }
+        factors.template write_b<kN>(stage(ring) + Tile::kX, work.column, first, chunks, part, thread);
         if (Helpers::kAny && step == 0) {
           if (thread == 0 && own < p.row_tiles) Helpers::wait_for(*this, own);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
-        for (int i = thread; i < chunks * Tile::kM; i += kSm90Writers) {
-          const int row = i % Tile::kM, chunk = i / Tile::kM;
-          put_chunk(stage(ring), row, chunk, factors.s_chunk(top + row, first + chunk * Factors::kChunk, part));
-        }
+        factors.template write_s<Tile::kM>(stage(ring), top, first, chunks, part, thread);
+        factors.template settle<kN>(stage(ring) + Tile::kX, chunks, thread);
         ptx::publish_shared();
         ptx::meet(kSm90WritersMeet, kSm90Writers);
         if (thread == 0) ptx::arrive_at(full(ring));
@@ -324,11 +315,11 @@ struct Sm90Cta : Sm90Ring<kN> {
   __device__ __forceinline__ void run() const {
     this->init();
     if (warp < 4) {
-      ptx::give_registers<40>();
+      ptx::give_registers<88>();
       if (warp > 0) write();
       else if (lane == 0) load();
     } else {
-      ptx::take_registers<232>();
+      ptx::take_registers<208>();
       consume();
     }
     this->leave();

@@ -124,8 +124,8 @@ inline Sm90Launch sm90_launch(
   p.factor_scale = static_cast<float>(scaling);
   p.sum_scale = 1.0f;
   p.vector_s = bf16 && p.s_col == 1 && r % 8 == 0 && aligned(p.s, M > 1 ? p.s_row * 2 : 0, 16);
-  p.vector_b =
-      p.b_type == Dtype::bfloat16 && p.b_col == 1 && r % 8 == 0 && aligned(p.b, N > 1 ? p.b_row * 2 : 0, 16);
+  const int64_t b_row = N > 1 ? p.b_row * (p.b_type == Dtype::float32 ? 4 : 2) : 0;
+  p.vector_b = bf16 && p.b_col == 1 && r % 8 == 0 && aligned(p.b, b_row, 16);
   return of;
 }
 

@@ -201,9 +201,13 @@ struct Sm90Ring {
   }
 };
 
-// Writes 16 bytes of a factor: chunk of a row of 128 bytes, as TMA leaves it.
+// Where 16 bytes of a factor lie: chunk of a row of 128 bytes, as TMA leaves it.
+__device__ __forceinline__ uint32_t chunk_at(uint32_t tile, int row, int chunk) {
+  return tile + row * kSm90Row + 16 * (chunk ^ (row & 7));
+}
+
 __device__ __forceinline__ void put_chunk(uint32_t tile, int row, int chunk, uint4 v) {
-  ptx::store_shared_16(tile + row * kSm90Row + 16 * (chunk ^ (row & 7)), v);
+  ptx::store_shared_16(chunk_at(tile, row, chunk), v);
 }
 
 #endif

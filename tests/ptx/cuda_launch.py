@@ -157,6 +157,9 @@ def trips(counts: tuple[Count, ...], lines: list[str], warp: int) -> int:
         if load:
             made = re.match(r"\s*(\{[^}]*\}|%\w+)", operands)
             used -= set(re.findall(r"%\w+", made[0])) if made else set()
+        if re.match(r"mov|cvt\.u32\.u16", count.opcode) and used & pending:
+            pending |= used  # the same value in another register
+            continue
         if used & pending or count.opcode.startswith("cp.async.wait"):
             waits = max(waits, issued)
             pending.clear()
