@@ -168,7 +168,9 @@ struct Gradients {
     if (kind > kBehind) return;
     const Item at(kind == kAhead ? p.dB : p.dA, p.row_tiles, item);
     const CUtensorMap* const map = kind == kAhead ? &p.x : &p.a;
+#pragma unroll 1
     for (int row = 0; row < at.rows; ++row) {
+#pragma unroll 1
       for (int step = 0; step < at.steps; ++step, ring.next()) {
         if (kind == kAhead) share(cta, ring, 2 * Tile::kX);
         else cta.open(ring, 2 * Tile::kX);

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from on_machine import launched, needs_nvcc
-from sm90_backward_cases import ALL, Case, bits_of, hold
+from sm90_backward_cases import Case, bits_of, hold
 from sm90_cases import ARCH, BF16, F16
 
 from lorafast.backends.cost import Device
 from lorafast.backends.cuda import cost, wgmma_backward
-from lorafast.backends.cuda.launch import Launch
-from lorafast.core.problem import DENSE, Layout, Layouts
+from lorafast.backends.cuda.launch import NONE, Launch
+from lorafast.core.problem import Layout, Layouts
 
 pytestmark = needs_nvcc
 H100 = Device.known_by("", ARCH, 132, 1.7e9, 2.6e9, 5120)
@@ -146,8 +146,8 @@ def test_errors(changed, said):
         torch.ops.lorafast_cuda.lora_linear_backward_sm90(**arguments(changed))
 
 
-def planned(M, K, N, r, device=H100, **changed):
-    problem = Case("bf16", M, K, N, r).problem()._replace(**changed)
+def planned(*sizes, device=H100, changed=NONE):
+    problem = Case("bf16", *sizes).problem()._replace(**changed)
     return problem, wgmma_backward.plan_lora_linear_backward(problem, device)
 
 
@@ -193,9 +193,8 @@ class TestPlan:
 
     def test_B_that_has_to_be_gathered_takes_longer(self):
         _, vectors = planned(8192, 4096, 4096, 64)
-        _, elements = planned(
-            8192, 4096, 4096, 64, layouts=Layouts(lora_B=Layout(0, 16)), wants=ALL
-        )
+        across = {"layouts": Layouts(lora_B=Layout(0, 16))}
+        _, elements = planned(8192, 4096, 4096, 64, changed=across)
         assert vectors.seconds < elements.seconds
 
     @pytest.mark.parametrize(
@@ -216,15 +215,15 @@ class TestPlan:
         ],
     )
     def test_refusals(self, changed, said):
-        _, answer = planned(64, 64, 64, 4, **{"format": DENSE, **changed})
+        _, answer = planned(64, 64, 64, 4, changed=changed)
         assert isinstance(answer, str)
         assert said in answer
 
     def test_x_is_read_for_dA_alone(self):
-        layouts = Layouts(x=Layout(2))
-        _, answer = planned(64, 64, 64, 4, layouts=layouts, wants=("dx", "dB"))
+        changed = {"layouts": Layouts(x=Layout(2)), "wants": ("dx", "dB")}
+        _, answer = planned(64, 64, 64, 4, changed=changed)
         assert isinstance(answer, Launch)
 
     def test_other_architectures_have_no_wgmma(self):
-        _, answer = planned(64, 64, 64, 4, Device.known_by("", 100, 148))
+        _, answer = planned(64, 64, 64, 4, device=Device.known_by("", 100, 148))
         assert answer == "compute capability is 10.0, the kernels of wgmma are for 9.0"
