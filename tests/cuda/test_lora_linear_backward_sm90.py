@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from on_machine import launched, needs_nvcc
+from side_by_side import SideBySide
 from sm90_backward_cases import Case, bits_of, hold
 from sm90_cases import ARCH, BF16, F16
 
@@ -81,6 +82,26 @@ def test_two_launches_in_a_row_on_the_same_counters(monkeypatch):
     assert not counters.any()
     for i in (0, 2, 3):
         assert first[i].equal(second[i])
+
+
+@pytest.mark.slow
+def test_two_launches_at_once():
+    """On counters of their own."""
+    case = Case("bf16", 260, 72, 72, 16, helpers=2)
+    dy, *rest = (t.to(BF16) for t in case.tensors())
+    both, run = (
+        [(dy, *rest, 1.0, 0.0, None), (dy.flip(0), *rest, 1.0, 0.0, None)],
+        case.launch().run,
+    )
+    alone = []
+    for given in both:
+        with launched(ARCH):
+            alone.append(run(*given))
+    for seed in range(5):
+        with SideBySide(ARCH, seed, 1 + seed):
+            found = [run(*given) for given in both]
+        for ours, expected in zip(found, alone, strict=True):
+            assert all(ours[i].equal(expected[i]) for i in (0, 2, 3))
 
 
 def test_nan_and_infinity():

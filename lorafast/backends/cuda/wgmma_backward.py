@@ -24,7 +24,7 @@ from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.skinny import plan_shrink_backward
 from lorafast.backends.cuda.tables import WGMMA
 from lorafast.backends.plan import Run
-from lorafast.core.problem import Problem
+from lorafast.core.problem import Layout, Problem
 from lorafast.kernels.common.counters import counters
 
 _ROWS, _COLUMNS = 128, 256
@@ -76,11 +76,12 @@ def plan_lora_linear_backward(
         return reason
     cut = best_cut(p, device, fixed)
     group = max(1, min(fixed.get("group", WGMMA[device.capability].group), _MOST_GROUP))
-    after = None
+    after: Launch | None = None
     if "dA" in p.wants and cut.rows_behind == 0:
-        after = plan_shrink_backward(p._replace(operation="shrink_backward", N=0, wants=()), device)
-        if isinstance(after, str):
-            return after
+        answer = plan_shrink_backward(_of_dA(p), device)
+        if isinstance(answer, str):
+            return answer
+        after = answer
     tiles = _blocks(p.M, _ROWS) * _blocks(p.K, _COLUMNS)
     ahead = "ds and dB" if "dB" in p.wants else "ds"
     behind = ", then dA" if "dA" in p.wants and after is None else ""
@@ -154,7 +155,8 @@ def best_cut(p: Problem, device: Device, fixed: Choices = NONE) -> Cut:
     helpers: tuple[int, ...] = tuple(n for n in _HELPERS if n <= most)
     if 1 <= fixed.get("helpers", 0) <= device.sms:
         helpers = (fixed["helpers"],)
-    ahead, behind = _ROWS_AHEAD, _ROWS_BEHIND if "dA" in p.wants else (0,)
+    ahead: tuple[int, ...] = _ROWS_AHEAD
+    behind: tuple[int, ...] = _ROWS_BEHIND if "dA" in p.wants else (0,)
     if 1 <= fixed.get("rows_ahead", 0) <= _MOST_ROWS:
         ahead = (fixed["rows_ahead"],)
     if "dA" in p.wants and 0 <= fixed.get("rows_behind", -1) <= _MOST_ROWS:
@@ -228,6 +230,12 @@ def _ahead(p: Problem, rows: int) -> int:
     """Items of helpers."""
     steps = _blocks(p.N, _STEP)
     return _blocks(_blocks(p.M, _ROWS), rows) * _blocks(steps, 256 // ranks_of(p.r))
+
+
+def _of_dA(p: Problem) -> Problem:
+    """As an operation, of the ds that the launch leaves: rows of 32 bytes and more."""
+    layouts = p.layouts._replace(s=Layout())
+    return p._replace(operation="shrink_backward", N=0, wants=(), layouts=layouts)
 
 
 def _apart(p: Problem, device: Device) -> float:
