@@ -23,11 +23,20 @@ namespace lorafast::cuda {
 
 struct NoHelpers {
   static constexpr bool kAny = false;
+  static constexpr int kWriterRegisters = 40;  // multiples of 16
   struct State {};
 
   template <class Cta>
   static __device__ __forceinline__ int draw(const Cta&, State&) {
     return -1;
+  }
+  template <class Cta>
+  static __device__ __forceinline__ int draw_behind(const Cta&, State&) {
+    return -1;
+  }
+  template <class Cta>
+  static __device__ __forceinline__ int used(const Cta&) {
+    return kSm90Flags;
   }
   template <class Cta, class Ring>
   static __device__ __forceinline__ void load(const Cta&, Ring&, int) {}
@@ -71,7 +80,10 @@ struct Sm90Cta : Sm90Ring<kN> {
       draws.next = ptx::add_relaxed(queue, 1);
     }
     const uint32_t number = draws.next;
-    if (number >= static_cast<uint32_t>(p.row_sets * p.column_tiles)) return {0, Sm90Work::kEnd};
+    if (number >= static_cast<uint32_t>(p.row_sets * p.column_tiles)) {
+      const int item = Helpers::draw_behind(*this, draws.helpers);
+      return {item, item >= 0 ? Sm90Work::kHelp : Sm90Work::kEnd};
+    }
     draws.next = ptx::add_relaxed(queue, 1);
     return tiles_of(p, static_cast<int>(number), kN);
   }
@@ -181,7 +193,7 @@ struct Sm90Cta : Sm90Ring<kN> {
     if (lane == 0) before = ptx::add_acquire_release(p.counters + kSm90Finished, 1);
     if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
     __syncwarp();  // what lane 0 acquired
-    const int used = kSm90Flags + (Helpers::kAny ? p.row_tiles : 0);
+    const int used = Helpers::used(*this);
     for (int i = lane; i < used; i += 32) p.counters[i] = 0;
   }
 
@@ -197,26 +209,32 @@ struct Sm90Cta : Sm90Ring<kN> {
 
   // ---- Two warpgroups multiply.
 
-  // The K blocks of the GEMM, or of a row block of s. Of the last one `held` is the stage, which is not released yet.
-  template <bool across, int kCount>
-  __device__ __forceinline__ void multiply(
-      float (&d)[kCount][4], Ring& ring, uint32_t& held, int adds, int half) const {
-    for (int k = 0; k < p.k_steps; ++k, ring.next()) {
-      ptx::wait_at(full(ring), ring.parity);
-      const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
-      const uint64_t b = across ? ptx::describe_columns<Tile::kK>(stage(ring) + Tile::kX)
-                                : ptx::describe_rows(stage(ring) + Tile::kX);
-      ptx::begin_products();
+  // The K blocks of the GEMM, or of a row block of s, of which there is one at least. Of the last one `held` is the stage,
+  // which is not released yet. The first one stands by itself where it adds to nothing: else sums that nobody needs
+  // would keep their registers from tile to tile, beside those of helpers.
+  template <bool across, bool kAdds, int kCount>
+  __device__ __forceinline__ void multiply(float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
+    if constexpr (!kAdds) multiply_block<across, false>(d, ring, held, half);
+    for (int k = kAdds ? 0 : 1; k < p.k_steps; ++k) multiply_block<across, true>(d, ring, held, half);
+  }
+
+  template <bool across, bool kAdds, int kCount>
+  __device__ __forceinline__ void multiply_block(
+      float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
+    ptx::wait_at(full(ring), ring.parity);
+    const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
+    const uint64_t b = across ? ptx::describe_columns<Tile::kK>(stage(ring) + Tile::kX)
+                              : ptx::describe_rows(stage(ring) + Tile::kX);
+    ptx::begin_products();
 #pragma unroll
-      for (int i = 0; i < Tile::kK / 16; ++i) {
-        ptx::multiply_add<T, across>(d, a + 2 * i, b + (across ? 128 : 2) * i, adds);
-        adds = 1;
-      }
-      ptx::commit_products();
-      ptx::wait_for_products<1>();
-      release(held);
-      held = empty(ring);
+    for (int i = 0; i < Tile::kK / 16; ++i) {
+      ptx::multiply_add<T, across>(d, a + 2 * i, b + (across ? 128 : 2) * i, kAdds || i > 0);
     }
+    ptx::commit_products();
+    ptx::wait_for_products<1>();
+    release(held);
+    held = empty(ring);
+    ring.next();
   }
 
   // Those of the low-rank term, and the end of all that was begun.
@@ -288,7 +306,6 @@ struct Sm90Cta : Sm90Ring<kN> {
     const int half = warp / 4 - 1;
     Ring ring;
     Mail mail;
-    float d[kTiles][4];
     for (;; mail.next()) {
       const Sm90Work work = read_mail(mail);
       if (work.column == Sm90Work::kEnd) break;
@@ -301,16 +318,17 @@ struct Sm90Cta : Sm90Ring<kN> {
         }
       }
       const int top = row_block(work.row) * Tile::kM + 64 * half;
-      if (masked) {
+      float d[kTiles][4];
+      if (!Helpers::kAny && masked) {
         multiply_ranks(d, ring, held, 0, half);
         const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
         end_low_rank(d, p.sum_scale, p.dropout, seed, top + warp % 4 * 16, work.column);
-        multiply<kAcross>(d, ring, held, 1, half);
+        multiply<kAcross, true>(d, ring, held, half);
         ptx::wait_for_products<0>();
         release(held);
         ptx::hold(d);
       } else {
-        multiply<kAcross>(d, ring, held, 0, half);
+        multiply<kAcross, false>(d, ring, held, half);
         multiply_ranks(d, ring, held, 1, half);
       }
       store(d, top, work.column, half, mail);
@@ -322,11 +340,11 @@ struct Sm90Cta : Sm90Ring<kN> {
   __device__ __forceinline__ void run() const {
     this->init();
     if (warp < 4) {
-      ptx::give_registers<40>();
+      ptx::give_registers<Helpers::kWriterRegisters>();
       if (warp > 0) write();
       else if (lane == 0) load();
     } else {
-      ptx::take_registers<232>();
+      ptx::take_registers<252 - Helpers::kWriterRegisters / 2>();  // of 168 that each began with
       consume();
     }
     this->leave();
