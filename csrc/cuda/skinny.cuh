@@ -6,13 +6,16 @@
 //   kReduce    D and bias, a CTA to a column block: it walks down rows, its sums stay in registers.
 //   kBackward  all three, down rows too: S leaves it tile by tile.
 //
-// Tiles and their loads: skinny_tile.cuh. Products of elements: skinny_products.cuh. Sums: skinny_sums.cuh.
+// Tiles and their loads: skinny_tile.cuh, on sm_75 skinny_held.cuh. Products of elements: skinny_products.cuh. Sums:
+// skinny_sums.cuh.
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <type_traits>
 
 #include "operations.h"
+#include "skinny_held.cuh"
 #include "skinny_sums.cuh"
 
 namespace lorafast::cuda {
@@ -40,17 +43,35 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
 
   __device__ SkinnyCta(const SkinnyParams& params, char* shared) : Sums(params), ring(shared + Tile::kBefore) {}
 
+  using Held = SkinnyHeld<T, kKind, kRanks>;
+
+  // Where tile i of a walk that begins at tile `first` begins in X.
+  static __device__ __forceinline__ int64_t row_of(int64_t first, int i) {
+    return (kKind == Skinny::kShrink ? static_cast<int64_t>(blockIdx.x) : first + i) * kRows;
+  }
+  static __device__ __forceinline__ int64_t column_of(int64_t first, int i) {
+    return (kKind == Skinny::kShrink ? first + i : static_cast<int64_t>(blockIdx.x)) * kColumns;
+  }
+
   // Stage of tile i of the walk into the ring; P or Q goes with it.
   __device__ __forceinline__ void load(char* stage, int64_t first, int i) const {
-    if constexpr (kKind == Skinny::kShrink) {
-      const int64_t column = (first + i) * kColumns;
-      this->load_x(stage, static_cast<int64_t>(blockIdx.x) * kRows, column);
-      this->load_p(stage + Tile::kX, column);
-    } else {
-      const int64_t row = (first + i) * kRows;
-      this->load_x(stage, row, static_cast<int64_t>(blockIdx.x) * kColumns);
-      if (p.D != nullptr) this->load_q(stage + Tile::kX, row);
-    }
+    const int64_t row = row_of(first, i), column = column_of(first, i);
+    this->load_x(stage, row, column);
+    if constexpr (kKind == Skinny::kShrink) this->load_p(stage + Tile::kX, column);
+    else if (p.D != nullptr) this->load_q(stage + Tile::kX, row);
+  }
+
+  // The same in two steps, through registers.
+  __device__ __forceinline__ void fetch(Held& held, int64_t first, int i) const {
+    const int64_t row = row_of(first, i), column = column_of(first, i);
+    held.fetch_x(*this, row, column);
+    if constexpr (kKind == Skinny::kShrink) held.fetch_p(*this, column);
+    else if (p.D != nullptr) held.fetch_q(*this, row);
+  }
+  __device__ __forceinline__ void put(const Held& held, char* stage) const {
+    held.put_x(*this, stage);
+    if constexpr (kKind == Skinny::kShrink) held.put_p(*this, stage + Tile::kX);
+    else if (p.D != nullptr) held.put_q(*this, stage + Tile::kX);
   }
 
   __device__ __forceinline__ void run() {
@@ -80,23 +101,8 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
       clear(ones);
     }
 
-    char *stage = ring, *next = ring, *const end = ring + p.stages * Tile::kStage;
-#pragma unroll 1
-    for (int i = -ahead; i < tiles; ++i) {  // before the first tile is there, others are asked for
-      if (i >= 0) {
-        wait_for_stages(ahead - 1);
-        if (p.dropout.seed != nullptr) {
-          if constexpr (kKind == Skinny::kShrink)
-            this->drop_x(stage, static_cast<int64_t>(blockIdx.x) * kRows, (first + i) * kColumns);
-          else this->drop_x(stage, (first + i) * kRows, static_cast<int64_t>(blockIdx.x) * kColumns);
-        }
-        __syncthreads();  // the tile is there for all, and all have done with the one before
-      }
-      if (i + ahead < tiles) load(next, first, i + ahead);
-      ptx::commit_copies();
-      next += Tile::kStage;
-      if (next == end) next = ring;
-      if (i < 0) continue;
+    // Tile i of the walk, which is there for all.
+    const auto multiply = [&](const char* stage, int i) {
       if constexpr (Tile::kKeepP) {
         if (i == 0) {
 #pragma unroll
@@ -138,10 +144,41 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
           }
         }
       }
-      stage += Tile::kStage;
-      if (stage == end) stage = ring;
+    };
+
+    if constexpr (kSm80) {
+      char *stage = ring, *next = ring, *const end = ring + p.stages * Tile::kStage;
+#pragma unroll 1
+      for (int i = -ahead; i < tiles; ++i) {  // before the first tile is there, others are asked for
+        if (i >= 0) {
+          wait_for_stages(ahead - 1);
+          if (p.dropout.seed != nullptr) this->drop_x(stage, row_of(first, i), column_of(first, i));
+          __syncthreads();  // the tile is there for all, and all have done with the one before
+        }
+        if (i + ahead < tiles) load(next, first, i + ahead);
+        ptx::commit_copies();
+        next += Tile::kStage;
+        if (next == end) next = ring;
+        if (i < 0) continue;
+        multiply(stage, i);
+        stage += Tile::kStage;
+        if (stage == end) stage = ring;
+      }
+      ptx::wait_for_copies<0>();
+    } else {
+      Held held;
+      if (tiles > 0) fetch(held, first, 0);
+#pragma unroll 1
+      for (int i = 0; i < tiles; ++i) {
+        // All have done with the tile before. kBackward has a barrier behind its products.
+        if (kKind != Skinny::kBackward) __syncthreads();
+        put(held, ring);
+        if (p.dropout.seed != nullptr) this->drop_x(ring, row_of(first, i), column_of(first, i));
+        __syncthreads();  // the tile is there for all
+        if (i + 1 < tiles) fetch(held, first, i + 1);
+        multiply(ring, i);
+      }
     }
-    ptx::wait_for_copies<0>();
 
     if constexpr (kKind == Skinny::kShrink) {
       const int parts = static_cast<int>(gridDim.y);
@@ -165,20 +202,28 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   }
 };
 
+// CTAs that an SM must have registers for: on sm_75 one loads while the other multiplies, where there is room for two.
+template <class T, int kRanks>
+constexpr int kSkinnyOnSm = kSm80 || (sizeof(T) == 4 && kRanks == 64) ? 1 : 2;
+
 template <class T, Skinny kKind, int kRanks>
-__global__ void __launch_bounds__(kSkinnyThreads, 1) skinny_kernel(const __grid_constant__ SkinnyParams p) {
-#if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(16) char shared[];
-  SkinnyCta<T, kKind, kRanks>(p, shared).run();
-#else
-  __trap();
-#endif
+__global__ void __launch_bounds__(kSkinnyThreads, kSkinnyOnSm<T, kRanks>)
+    skinny_kernel(const __grid_constant__ SkinnyParams p) {
+  // What an SM of sm_75 can't do, or has no room for.
+  constexpr bool kOfSm75 =
+      DtypeOf<T>::value != Dtype::bfloat16 && SkinnyTile<T, kKind, kRanks>::kLeast <= 64 * 1024;
+  if constexpr (kSm80 || kOfSm75) {
+    extern __shared__ __align__(16) char shared[];
+    SkinnyCta<T, kKind, kRanks>(p, shared).run();
+  } else {
+    __trap();  // the host doesn't launch it there
+  }
 }
 
 // ---- Launchers
 
 // What lorafast/backends/cuda/skinny.py has decided: the instance (`ranks`, of a tile of rows x columns), stages of
-// its ring, how many tiles a CTA walks, after how many S is added up.
+// its ring, one on sm_75 and at least two elsewhere, how many tiles a CTA walks, after how many S is added up.
 struct SkinnyPlan {
   int64_t ranks, rows, columns, stages, share, chunk;
 };
@@ -290,9 +335,13 @@ void launch_instance(
       plan.rows == Tile::kRows && plan.columns == Tile::kColumns, name, " has no tile of ", plan.rows, " x ",
       plan.columns, ", for ", name_of(DtypeOf<T>::value), " and ", kRanks, " ranks it is ", Tile::kRows, " x ",
       Tile::kColumns);
+  const OnDevice on(device);
+  if constexpr (DtypeOf<T>::value == Dtype::bfloat16)
+    check_capability((std::string(name) + " of bfloat16").c_str(), 80, on);
+  const bool old = capability_of(name, on) < 80;  // which has no ring
   STD_TORCH_CHECK(
-      plan.stages >= 2 && plan.stages <= kSkinnyMostStages, "stages is ", plan.stages, ", expected 2 to ",
-      kSkinnyMostStages);
+      old ? plan.stages == 1 : plan.stages >= 2 && plan.stages <= kSkinnyMostStages, "stages is ", plan.stages,
+      ", expected ", old ? "1 before compute capability 8.0" : "2 to 8");
   STD_TORCH_CHECK(
       plan.share >= 1 && plan.share < INT64_C(1) << 30, "share is ", plan.share, ", expected 1 to 1073741823");
   STD_TORCH_CHECK(
@@ -332,8 +381,7 @@ void launch_instance(
   p.stages = static_cast<int32_t>(plan.stages);
   const dim3 grid(
       static_cast<unsigned>(across), static_cast<unsigned>(shares), static_cast<unsigned>(rank_blocks));
-  const OnDevice on(device);
-  launch(
+  launch<kOldestOfAll>(
       name, skinny_kernel<T, kKind, kRanks>, grid, kSkinnyThreads,
       static_cast<size_t>(Tile::shared(static_cast<int>(plan.stages))), on, p);
 }

@@ -25,6 +25,8 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
   using typename Loads::Product;
   using typename Loads::Tile;
   static constexpr int kRankTiles = kRanks / 8;
+  // Rank tiles whose sums of a tile of X are apart at once. On sm_75 two CTAs share an SM's registers.
+  static constexpr int kAtOnce = kSm80 || kRankTiles <= 4 ? kRankTiles : 2;
   static constexpr int kSTiles = kRows / 16 / Tile::kWarpRows;  // of a warp: 16 rows each
   static constexpr int kSColumns = kColumns / Tile::kWarpColumns;
   static constexpr int kSSteps = kSColumns * kSize / 32;
@@ -39,12 +41,13 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
   using PStep = uint32_t[Product::kSubsteps][kRankTiles / 2][4];
 
   // P's fragments for a step: of two rank tiles in a load.
+  template <int kTiles = kRankTiles>
   __device__ __forceinline__ void fragments_of_p(PStep& b, const char* of_warp, int step) const {
     const char* at = of_warp + ((lane & 7) + (lane >> 4) * 8) * Tile::kPPitch + ((lane >> 3) & 1) * 16;
 #pragma unroll
     for (int sub = 0; sub < Product::kSubsteps; ++sub)
 #pragma unroll
-      for (int n = 0; n < kRankTiles / 2; ++n)
+      for (int n = 0; n < kTiles / 2; ++n)
         ptx::load_matrices(b[sub][n], at + n * 16 * Tile::kPPitch + (step * Product::kSubsteps + sub) * 32);
   }
 
@@ -73,37 +76,37 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
       }
     } else {
 #pragma unroll
-      for (int m = 0; m < kSTiles; ++m) {
-        float large[kRankTiles][4], small[kRankTiles][4];
-        clear(large);
-        clear(small);
+      for (int m = 0; m < kSTiles; ++m)
+#pragma unroll
+        for (int n0 = 0; n0 < kRankTiles; n0 += kAtOnce) {
+          float large[kAtOnce][4], small[kAtOnce][4];
+          clear(large);
+          clear(small);
 #pragma unroll 1  // the code of a step is long
-        for (int step = 0; step < kSSteps; ++step) {
-          PStep b;
-          if constexpr (!kKept) fragments_of_p(b, from_p, step);
-          const PStep& of = *(kKept ? kept + step : &b);
-          uint32_t raw[4];
-          ptx::load_matrices(raw, at + m * 16 * Tile::kXPitch + step * 32);
+          for (int step = 0; step < kSSteps; ++step) {
+            PStep b;
+            if constexpr (!kKept) fragments_of_p<kAtOnce>(b, from_p + n0 * 8 * Tile::kPPitch, step);
+            const PStep& of = *(kKept ? kept + step : &b);
+            uint32_t raw[4];
+            ptx::load_matrices(raw, at + m * 16 * Tile::kXPitch + step * 32);
 #pragma unroll
-          for (int sub = 0; sub < Product::kSubsteps; ++sub) {
-            uint32_t a[4];
-            Product::fragment(a, raw, sub);
-            Tf32Parts parts[4];
-            Product::split(parts, a);
+            for (int sub = 0; sub < Product::kSubsteps; ++sub) {
+              typename Product::Left a;
+              Product::take(a, raw, sub);
 #pragma unroll
-            for (int n = 0; n < kRankTiles; ++n)
-              Product::add(large[n], small[n], parts, of[sub][n / 2][n % 2 * 2], of[sub][n / 2][n % 2 * 2 + 1]);
+              for (int n = 0; n < kAtOnce; ++n)
+                Product::add(large[n], small[n], a, of[sub][n / 2][n % 2 * 2], of[sub][n / 2][n % 2 * 2 + 1]);
+            }
           }
+          add_apart(sums[m] + n0, large, small);
         }
-        add_apart(sums[m], large, small);
-      }
     }
   }
 
   static __device__ __forceinline__ void add_apart(
-      float (&sums)[kRankTiles][4], const float (&large)[kRankTiles][4], const float (&small)[kRankTiles][4]) {
+      float (*sums)[4], const float (&large)[kAtOnce][4], const float (&small)[kAtOnce][4]) {
 #pragma unroll
-    for (int n = 0; n < kRankTiles; ++n)
+    for (int n = 0; n < kAtOnce; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[n][i] += large[n][i] + if_finite(small[n][i]);
   }
@@ -141,44 +144,44 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
       const int g = lane / 4, t = lane % 4;
       const char* from_q = q + 2 * t * Tile::kQPitch + g * 4;
 #pragma unroll
-      for (int m = 0; m < kDTiles; ++m) {
-        float large[kRankTiles][4], small[kRankTiles][4], column[2][4];
-        clear(large);
-        clear(small);
-        clear(column);
+      for (int m = 0; m < kDTiles; ++m)
+#pragma unroll
+        for (int n0 = 0; n0 < (kWantsD ? kRankTiles : 1); n0 += kAtOnce) {
+          float large[kAtOnce][4], small[kAtOnce][4], column[2][4];
+          clear(large);
+          clear(small);
+          clear(column);
 #pragma unroll 1
-        for (int step = 0; step < kRows / (8 * Product::kSubsteps); ++step) {
-          uint32_t raw[4];
-          if constexpr (kSize == 2) {
-            ptx::load_matrices_transposed(raw, at + step * 16 * Tile::kXPitch + m * 32);
-          } else {
-            const char* element = of_warp + (step * 8 + 2 * t) * Tile::kXPitch + (m * 16 + g) * 4;
+          for (int step = 0; step < kRows / (8 * Product::kSubsteps); ++step) {
+            uint32_t raw[4];
+            if constexpr (kSize == 2) {
+              ptx::load_matrices_transposed(raw, at + step * 16 * Tile::kXPitch + m * 32);
+            } else {
+              const char* element = of_warp + (step * 8 + 2 * t) * Tile::kXPitch + (m * 16 + g) * 4;
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              raw[i] = *reinterpret_cast<const uint32_t*>(element + i / 2 * Tile::kXPitch + i % 2 * 32);
-          }
-#pragma unroll
-          for (int sub = 0; sub < Product::kSubsteps; ++sub) {
-            uint32_t a[4];
-            Product::fragment(a, raw, sub);
-            Tf32Parts parts[4];
-            Product::split(parts, a);
-            if constexpr (kWantsD) {
-              const char* pair = from_q + (step * Product::kSubsteps + sub) * 8 * Tile::kQPitch;
-#pragma unroll
-              for (int n = 0; n < kRankTiles; ++n) {
-                const uint32_t b0 = *reinterpret_cast<const uint32_t*>(pair + n * 32);
-                const uint32_t b1 = *reinterpret_cast<const uint32_t*>(pair + Tile::kQPitch + n * 32);
-                Product::add(large[n], small[n], parts, b0, b1);
-              }
+              for (int i = 0; i < 4; ++i)
+                raw[i] = *reinterpret_cast<const uint32_t*>(element + i / 2 * Tile::kXPitch + i % 2 * 32);
             }
-            if constexpr (kWantsBias) Product::add_ones(column[0], column[1], parts);
-          }
-        }
-        if constexpr (kWantsD) add_apart(sums[m], large, small);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ones[m][i] += column[0][i] + if_finite(column[1][i]);
-      }
+            for (int sub = 0; sub < Product::kSubsteps; ++sub) {
+              typename Product::Left a;
+              Product::take(a, raw, sub);
+              if constexpr (kWantsD) {
+                const char* pair = from_q + (step * Product::kSubsteps + sub) * 8 * Tile::kQPitch + n0 * 32;
+#pragma unroll
+                for (int n = 0; n < kAtOnce; ++n) {
+                  const uint32_t b0 = *reinterpret_cast<const uint32_t*>(pair + n * 32);
+                  const uint32_t b1 = *reinterpret_cast<const uint32_t*>(pair + Tile::kQPitch + n * 32);
+                  Product::add(large[n], small[n], a, b0, b1);
+                }
+              }
+              if (kWantsBias && n0 == 0) Product::add_ones(column[0], column[1], a);
+            }
+          }
+          if constexpr (kWantsD) add_apart(sums[m] + n0, large, small);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ones[m][i] += column[0][i] + if_finite(column[1][i]);
+        }
     }
   }
 

@@ -76,6 +76,8 @@ struct SkinnyTile {
   static constexpr int kAtCross = kKeepP ? 0 : kP;
   static constexpr int kBefore = kKind != Skinny::kBackward ? 0 : kKeepP && kP > kCross ? kP : kAtCross + kCross;
 
+  static constexpr int kLeast = kKind == Skinny::kShrink && kStage < kCross ? kCross : kBefore + kStage;
+
   static constexpr int shared(int stages) {
     const int ring = stages * kStage;
     return kKind == Skinny::kShrink && ring < kCross ? kCross : kBefore + ring;

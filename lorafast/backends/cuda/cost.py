@@ -7,7 +7,7 @@ assumptions: those of skinny operations are below what Triton's kernels of the s
 measured to reach.
 """
 
-from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
+from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm
 from lorafast.backends.cuda import clocks, planning
 from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
@@ -31,8 +31,6 @@ _RANKS = 16
 """A tile has a multiple of so many."""
 _DECODING = 0.5
 """Of the rate of products: its tiles are thin, and half as many rows of x may fill them."""
-_PASS = 0.85
-"""Of the bandwidth: PyTorch's own passes over a matrix."""
 _LARGE = {
     "shrink": ("x",),
     "shrink_backward": ("x",),
@@ -85,15 +83,8 @@ def of(launch: Launch, p: Problem, device: Device) -> Estimate:
     """What a launch takes."""
     if not isinstance(launch, Hybrid):
         return _of_kernels(launch, p, device)
-    columns = p.K if p.transposed else p.N
     found = _of_kernels(launch.expand, planning.as_expand(p), device)
-    found += base_gemm(p, device, accumulated=not launch.wide)
-    y, size = float(p.M * columns), p.dtype.itemsize
-    if launch.wide:  # added in float32, then rounded
-        low = wide(p.dtype).itemsize
-        found += work(device, moved=y * (2 * low + size), share=_PASS)
-        found += work(device, moved=y * (low + size), share=_PASS)
-    return found
+    return found + base_gemm(p, device, accumulated=not launch.onto)
 
 
 def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:

@@ -27,7 +27,9 @@ from lorafast.core.dtypes import wide
 from lorafast.core.problem import Problem
 from lorafast.kernels.common.counters import counters
 
-_OLDEST = 80
+_OLDEST = 75
+_BFLOAT16 = 80
+"""The first compute capability whose tensor cores multiply it."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PAD = 16
 """Bytes after a row of a tile in shared memory."""
@@ -36,6 +38,7 @@ _OWN = 16
 they count too."""
 _MOST_STAGES = 8
 _FEWEST_STAGES = 2
+"""Of a ring."""
 _MOST_PARTS = 64
 _START = 2.0
 """Tiles whose time a CTA takes to fill its ring."""
@@ -125,8 +128,8 @@ class Shares:
     @property
     def in_flight(self) -> int:
         """Bytes of the large matrix that an SM asks for ahead of their use. A CTA whose walk is no
-        longer than that asks for all of it."""
-        return self.ctas_per_sm * (self.stages - 1) * self.tile.x
+        longer than that asks for all of it. Without a ring they are a tile in registers."""
+        return self.ctas_per_sm * max(self.stages - 1, 1) * self.tile.x
 
 
 def shares_of(
@@ -146,7 +149,7 @@ def shares_of(
     """Of a large matrix ``[rows, columns]`` on an architecture with ``row``."""
     fitting = [
         tile for tile in (tile_of(kind, dtype, ranks) for ranks in ranks_of(kind, dtype))
-        if tile.bytes_of(_FEWEST_STAGES) + _OWN <= row.shared
+        if tile.bytes_of(_fewest(row)) + _OWN <= row.shared
     ]  # fmt: skip
     enough = next((i for i, tile in enumerate(fitting) if tile.ranks >= r), len(fitting) - 1)
     tiles = fitting[: enough + 1] if kind == "backward" else [fitting[enough]]
@@ -177,7 +180,7 @@ def shares_of(
     grid = across, count, ranks
     ctas = min(cut.ctas, max(_blocks(across * count * ranks, sms), 1))  # others never come
     stages = fixed.get("stages", min(_stages(tile, row, ctas), share + 1))
-    stages = max(min(stages, _MOST_STAGES, _room(tile, row, ctas)), _FEWEST_STAGES)
+    stages = max(min(stages, _most(row), _room(tile, row, ctas)), _fewest(row))
     return Shares(tile, stages, ctas, grid, share, chunk, of_s + of_d + of_bias, used)
 
 
@@ -207,7 +210,11 @@ def _cut(
     dropout: bool,
 ) -> _Cut:
     ctas = 1
-    if dropout and tile.ranks <= _TWO_RESIDENT and _stages(tile, row, 2) >= _FEWEST_STAGES:
+    if row.ring:
+        two = dropout and tile.ranks <= _TWO_RESIDENT
+    else:  # one loads while the other multiplies, if registers let it
+        two = dtype.itemsize == 2 or tile.ranks <= _TWO_RESIDENT
+    if two and _stages(tile, row, 2) >= _fewest(row):
         ctas = 2
     ranks = _blocks(r, tile.ranks)
     row_tiles, column_tiles = _blocks(rows, tile.rows), _blocks(columns, tile.columns)
@@ -225,7 +232,17 @@ def _cut(
 def _stages(tile: Tile, row: SkinnyRow, ctas: int) -> int:
     """Of the ring of each of so many CTAs on an SM: what memory needs, as far as there is room."""
     wanted = _blocks(row.in_flight, ctas * tile.x) + 1
-    return min(max(wanted, _FEWEST_STAGES), _MOST_STAGES, _room(tile, row, ctas))
+    return min(max(wanted, _fewest(row)), _most(row), _room(tile, row, ctas))
+
+
+def _fewest(row: SkinnyRow) -> int:
+    """Stages that a CTA must have."""
+    return _FEWEST_STAGES if row.ring else 1
+
+
+def _most(row: SkinnyRow) -> int:
+    """Stages that a CTA can have."""
+    return _MOST_STAGES if row.ring else 1
 
 
 def _room(tile: Tile, row: SkinnyRow, ctas: int) -> int:
@@ -371,6 +388,9 @@ def _why_refused(p: Problem, device: Device) -> str | None:
     if device.capability < _OLDEST:
         has, needs = (".".join(map(str, divmod(c, 10))) for c in (device.capability, _OLDEST))
         return f"compute capability is {has}, the kernels of {p.operation} need {needs}"
+    if p.dtype is torch.bfloat16 and device.capability < _BFLOAT16:
+        has = ".".join(map(str, divmod(device.capability, 10)))
+        return f"compute capability is {has}, the kernels of {p.operation} in bfloat16 need 8.0"
     if p.dtype not in _DTYPES:
         return f"the dtype is {p.dtype}, the kernels have float16, bfloat16 and float32"
     if p.adapter_dtype not in _DTYPES:

@@ -1,0 +1,133 @@
+// A tile's way to shared memory before sm_80, where there is no cp.async: through registers. They are loaded while the
+// tile before is multiplied, and are what a second stage of a ring would be.
+#pragma once
+
+#include "skinny_tile.cuh"
+
+namespace lorafast::cuda {
+
+// What a thread has of a tile: chunks of 16 bytes of X, and of P or Q beside it.
+template <class T, Skinny kKind, int kRanks>
+struct SkinnyHeld {
+  using Loads = SkinnyLoads<T, kKind, kRanks>;
+  using Tile = typename Loads::Tile;
+  using Factor = typename Loads::Factor;
+  static constexpr int kRows = Loads::kRows, kColumns = Loads::kColumns, kSize = Loads::kSize;
+  static constexpr int kChunk = Loads::kChunk, kChunks = Loads::kChunks, kStep = Loads::kStep;
+  static constexpr int kOf16 = 16 / static_cast<int>(sizeof(Factor));
+  static constexpr int kBeside = (kKind == Skinny::kShrink ? kColumns : kRows) * kRanks / kOf16;  // chunks
+  static constexpr int kEach = (kBeside + kSkinnyThreads - 1) / kSkinnyThreads;
+
+  uint4 x[kRows / kStep], beside[kEach];
+
+  __device__ __forceinline__ void fetch_x(const Loads& of, int64_t row0, int64_t column0) {
+    const SkinnyParams& p = of.p;
+    const int64_t column = column0 + of.thread % kChunks * kChunk, row = row0 + of.thread / kChunks;
+    const char* from = static_cast<const char*>(p.x) + (row * p.x_row + column * p.x_column) * kSize;
+    if (p.x_direct && row0 + kRows <= p.rows && column0 + kColumns <= p.columns) {
+#pragma unroll
+      for (int i = 0; i < kRows / kStep; ++i) {
+        x[i] = ptx::load_constant(from);
+        from += kStep * p.x_row * kSize;
+      }
+      return;
+    }
+    const int64_t columns_left = p.columns - column, rows_left = p.rows - row;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) {
+      x[i] = make_uint4(0, 0, 0, 0);
+      if (i * kStep < rows_left) x[i] = chunk_of(from, p.x_column, columns_left, p.x_direct);
+      from += kStep * p.x_row * kSize;
+    }
+  }
+
+  // The first `left` of kChunk elements of X, then zeros. `direct`: 16 bytes at such an address.
+  static __device__ __forceinline__ uint4 chunk_of(const char* from, int64_t apart, int64_t left, bool direct) {
+    if (direct && left >= kChunk) return ptx::load_constant(from);
+    T v[kChunk];
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      v[j] = j < left ? reinterpret_cast<const T*>(from)[j * apart] : from_float<T>(0.0f);
+    return *reinterpret_cast<const uint4*>(v);
+  }
+
+  __device__ __forceinline__ void put_x(const Loads& of, char* stage) const {
+    char* to = stage + of.thread / kChunks * Tile::kXPitch + of.thread % kChunks * 16;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) *reinterpret_cast<uint4*>(to + i * kStep * Tile::kXPitch) = x[i];
+  }
+
+  // Where chunk i of P lies in its tile: the rank, and the chunk of that. Neighbouring threads take neighbours in
+  // memory.
+  static __device__ __forceinline__ int2 place_in_p(const Loads& of, int i) {
+    constexpr int kPerRank = kColumns / kOf16;
+    return of.p.p_rank == 1 ? make_int2(i % kRanks, i / kRanks) : make_int2(i / kPerRank, i % kPerRank);
+  }
+
+  __device__ __forceinline__ void fetch_p(const Loads& of, int64_t column0) {
+    const SkinnyParams& p = of.p;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int2 at = place_in_p(of, of.thread + i * kSkinnyThreads);
+      const int64_t rank = of.rank0 + at.x;
+      // float16 is multiplied in the order 0 2 4 6 1 3 5 7 of eight, as Products has it.
+      constexpr bool kMixed = Loads::Product::kSubsteps == 2;
+      const int64_t column = column0 + (kMixed ? at.y / 2 * 8 + at.y % 2 : at.y * kOf16);
+      const int64_t left = at.x < kRanks && rank < p.r ? p.columns - column : 0;
+      if (!kMixed && p.p_direct && left >= kOf16) {
+        beside[i] = ptx::load_constant(static_cast<const Factor*>(p.p) + rank * p.p_rank + column);
+        continue;
+      }
+      float v[kOf16];
+#pragma unroll
+      for (int j = 0; j < kOf16; ++j) {
+        const int k = kMixed ? 2 * j : j;
+        const int64_t offset = rank * p.p_rank + (column + k) * p.p_column;
+        v[j] = k < left ? load_as_float(p.p, offset, p.p_dtype) : 0.0f;
+      }
+      beside[i] =
+          make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+    }
+  }
+
+  __device__ __forceinline__ void put_p(const Loads& of, char* to) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int2 at = place_in_p(of, of.thread + i * kSkinnyThreads);
+      if (at.x < kRanks && at.y < kColumns / kOf16)
+        *reinterpret_cast<uint4*>(to + at.x * Tile::kPPitch + at.y * 16) = beside[i];
+    }
+  }
+
+  __device__ __forceinline__ void fetch_q(const Loads& of, int64_t row0) {
+    constexpr int kPerRow = kRanks / kOf16;
+    const SkinnyParams& p = of.p;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int at = of.thread + i * kSkinnyThreads;
+      const int64_t row = row0 + at / kPerRow, rank = of.rank0 + at % kPerRow * kOf16;
+      const int64_t left = at < kBeside && row < p.rows ? p.r - rank : 0;
+      const Factor* from = static_cast<const Factor*>(p.q) + row * p.q_row + rank * p.q_rank;
+      if (p.q_direct && left >= kOf16) {
+        beside[i] = ptx::load_constant(from);
+        continue;
+      }
+      Factor v[kOf16];
+#pragma unroll
+      for (int j = 0; j < kOf16; ++j) v[j] = j < left ? from[j * p.q_rank] : from_float<Factor>(0.0f);
+      beside[i] = *reinterpret_cast<const uint4*>(v);
+    }
+  }
+
+  __device__ __forceinline__ void put_q(const Loads& of, char* to) const {
+    constexpr int kPerRow = kRanks / kOf16;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int at = of.thread + i * kSkinnyThreads;
+      if (at < kBeside)
+        *reinterpret_cast<uint4*>(to + at / kPerRow * Tile::kQPitch + at % kPerRow * 16) = beside[i];
+    }
+  }
+};
+
+}  // namespace lorafast::cuda
