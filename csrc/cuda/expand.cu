@@ -41,7 +41,7 @@ struct ExpandParams {
   float scale;           // of survivors, too
   Dtype b_type, bias_type;
   bool vector_s, vector_b, vector_y;
-  bool onto;  // y has values, which are added
+  bool onto;  // y has values, which are added: of float16
 };
 
 // Ranks become slices, each of one mma.sync, which are kSliceBytes of s. Half a slice is 16 bytes, a word of each lane
@@ -277,7 +277,7 @@ __device__ __forceinline__ void store_block(
 #pragma unroll
       for (int k = 0; k < kEight; ++k) v[k] += bias[k];
     }
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (DtypeOf<T>::value == Dtype::float16) {
       if (p.onto && left > 8 * i) add_eight(v, to, p.N - col, p.vector_y);
     }
     store_eight<T>(to - col, v, col, p.N, p.vector_y, left > 8 * i);
@@ -374,7 +374,9 @@ void expand(
   if (bias.has_value()) check_vector("bias", *bias, N, device);
   check_seed(seed, threshold, device);
   STD_TORCH_CHECK(r >= 1, "r is ", r, ", expected at least 1");
-  STD_TORCH_CHECK(!onto || dtype_of(y) != Dtype::float32, "y has dtype float32, onto which nothing is added");
+  STD_TORCH_CHECK(
+      !onto || dtype_of(y) == Dtype::float16, "y has dtype ", torch::headeronly::toString(y.scalar_type()),
+      ", onto float16 alone can be added");
   STD_TORCH_CHECK(
       column_warps == 1 || column_warps == 2 || column_warps == 4, "column_warps is ", column_warps,
       ", expected 1, 2 or 4");

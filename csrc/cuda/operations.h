@@ -9,7 +9,7 @@ namespace lorafast::cuda {
 // Bits beyond K are 0.
 void mask(const Tensor& seed, int64_t threshold, int64_t K, Tensor bits);
 
-// expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias, or in 16 bits that and what y has, if it is `onto` that. A CTA has
+// expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias, or in float16 that and what y has, if it is `onto` that. A CTA has
 // 32 · column_warps columns, and goes through row_blocks blocks of 256 / column_warps rows.
 void expand(
     const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& bias,

@@ -27,6 +27,8 @@ _RATE = {"shrink": 0.2, "shrink_backward": 0.15, "expand_backward": 0.12, "expan
 _TWO_TF32, _THREE_TF32 = 0.25, 0.15
 """Of the rate of 16-bit GEMMs, and times that where one factor is float32 or both are: no more than
 Triton's kernels were measured to reach, so that what was measured gives way to nothing that was not."""
+_TRITONS = 80
+"""The oldest architecture of those kernels."""
 _RANKS = 16
 """A tile has a multiple of so many."""
 _DECODING = 0.5
@@ -98,7 +100,9 @@ def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
         busy = launch.flops / device.rate(p.dtype, tf32=False) / _DECODING
         moved = launch.moved / device.bandwidth / _WHOLE
     else:
-        busy = max(clocks.seconds(p, device) / _SKINNY, _products(launch, p, device))
+        busy = clocks.seconds(p, device) / _SKINNY
+        if device.capability >= _TRITONS:
+            busy = max(busy, _products(launch, p, device))
         moved = launch.moved / device.bandwidth / _SKINNY
     remark = "clocks counted, shares assumed, not measured"
     if narrow:

@@ -61,7 +61,7 @@ def plan_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Laun
     """The launch of ``y = drop(scaling · s·Bᵀ)``, or why there is none.
 
     Its ``run`` takes ``bias`` as a sixth argument, which is added before y is rounded, and as a seventh
-    a contiguous ``y`` of 16 bits, onto which all is added in place.
+    a contiguous ``y`` of float16, onto which all is added in place.
     """
     p, table = problem, _table(device)
     if device.capability < _OLDEST_OF_EXPAND:
