@@ -30,6 +30,7 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   using Sums::kRows;
   using Sums::kSColumns;
   using Sums::kSSteps;
+  using Sums::kSplit;
   using Sums::kSTiles;
   using Sums::p;
   using Sums::thread;
@@ -65,13 +66,25 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   __device__ __forceinline__ void fetch(Held& held, int64_t first, int i) const {
     const int64_t row = row_of(first, i), column = column_of(first, i);
     held.fetch_x(*this, row, column);
-    if constexpr (kKind == Skinny::kShrink) held.fetch_p(*this, column);
-    else if (p.D != nullptr) held.fetch_q(*this, row);
+    if constexpr (kSplit) {
+      if constexpr (kKind == Skinny::kShrink) held.template fetch_eights<true>(*this, column);
+      else if (p.D != nullptr) held.template fetch_eights<false>(*this, row);
+    } else {
+      if constexpr (kKind == Skinny::kShrink) held.fetch_p(*this, column);
+      else if (p.D != nullptr) held.fetch_q(*this, row);
+    }
   }
-  __device__ __forceinline__ void put(const Held& held, char* stage) const {
-    held.put_x(*this, stage);
-    if constexpr (kKind == Skinny::kShrink) held.put_p(*this, stage + Tile::kX);
-    else if (p.D != nullptr) held.put_q(*this, stage + Tile::kX);
+
+  // Whether its products need care: add_parts.
+  __device__ __forceinline__ bool put(const Held& held, char* stage) const {
+    bool careful = held.put_x(*this, stage);
+    if constexpr (kSplit) {
+      if (kKind == Skinny::kShrink || p.D != nullptr) careful = held.put_eights(*this, stage + Tile::kX) || careful;
+    } else {
+      if constexpr (kKind == Skinny::kShrink) held.put_p(*this, stage + Tile::kX);
+      else if (p.D != nullptr) held.put_q(*this, stage + Tile::kX);
+    }
+    return careful;
   }
 
   __device__ __forceinline__ void run() {
@@ -84,8 +97,11 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
     const int chunks = kKind == Skinny::kBackward ? (p.share + p.chunk - 1) / p.chunk : 0;
 
     char* before = ring - Tile::kBefore;
+    bool careful_of_p = false;
     if constexpr (kKind == Skinny::kBackward) {
-      this->load_p(before, static_cast<int64_t>(blockIdx.x) * kColumns);
+      const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns;
+      if constexpr (kSplit) careful_of_p = Held::split_p(*this, before, column);
+      else this->load_p(before, column);
       ptx::commit_copies();
     }
     float s[kHasS ? kSTiles : 1][kRankTiles][4];
@@ -102,7 +118,7 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
     }
 
     // Tile i of the walk, which is there for all.
-    const auto multiply = [&](const char* stage, int i) {
+    const auto multiply = [&](const char* stage, int i, [[maybe_unused]] bool careful) {
       if constexpr (Tile::kKeepP) {
         if (i == 0) {
 #pragma unroll
@@ -112,15 +128,22 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
           __syncthreads();  // the warps' sums go where P was
         }
       }
-      if constexpr (kKind == Skinny::kShrink)
-        this->template multiply_s<false>(s, stage, stage + Tile::kX, nullptr);
+      if constexpr (kKind == Skinny::kShrink) {
+        const char* of_p = stage + Tile::kX;
+        if constexpr (!kSplit) this->template multiply_s<false>(s, stage, of_p, nullptr);
+        else this->add_parts_of_p(s, stage, of_p, column_of(first, i), careful);
+      }
       if constexpr (kKind == Skinny::kBackward) {
 #pragma unroll
         for (int m = 0; m < kSTiles; ++m) clear(s[m]);
-        this->template multiply_s<Tile::kKeepP>(s, stage, before, kept);
+        if constexpr (!kSplit) this->template multiply_s<Tile::kKeepP>(s, stage, before, kept);
+        else this->add_parts_of_p(s, stage, before, column_of(first, i), careful);
         this->cross(reinterpret_cast<float4*>(before + Tile::kAtCross), s);
       }
-      if constexpr (kHasD) {
+      if constexpr (kHasD && kSplit) {
+        const bool wants_bias = p.bias != nullptr && blockIdx.z == 0;
+        this->add_parts_of_q(d, ones, stage, stage + Tile::kX, row_of(first, i), wants_bias, careful);
+      } else if constexpr (kHasD) {
         if (p.bias == nullptr || blockIdx.z != 0) {
           if (p.D != nullptr) this->template multiply_d<true, false>(d, ones, stage, stage + Tile::kX);
         } else if (p.D != nullptr) {
@@ -160,7 +183,7 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
         next += Tile::kStage;
         if (next == end) next = ring;
         if (i < 0) continue;
-        multiply(stage, i);
+        multiply(stage, i, false);
         stage += Tile::kStage;
         if (stage == end) stage = ring;
       }
@@ -172,11 +195,11 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
       for (int i = 0; i < tiles; ++i) {
         // All have done with the tile before. kBackward has a barrier behind its products.
         if (kKind != Skinny::kBackward) __syncthreads();
-        put(held, ring);
+        bool careful = put(held, ring) || careful_of_p;
         if (p.dropout.seed != nullptr) this->drop_x(ring, row_of(first, i), column_of(first, i));
-        __syncthreads();  // the tile is there for all
+        careful = __syncthreads_or(careful);  // the tile is there for all
         if (i + 1 < tiles) fetch(held, first, i + 1);
-        multiply(ring, i);
+        multiply(ring, i, careful);
       }
     }
 
@@ -202,17 +225,22 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   }
 };
 
-// CTAs that an SM must have registers for: on sm_75 one loads while the other multiplies, where there is room for two.
-template <class T, int kRanks>
-constexpr int kSkinnyOnSm = kSm80 || (sizeof(T) == 4 && kRanks == 64) ? 1 : 2;
+// Of sm_75: bytes of shared memory of an SM, and those that a kernel needs at least.
+constexpr int kSharedOfSm75 = 64 * 1024;
+template <class T, Skinny kKind, int kRanks>
+constexpr int kLeastOnSm75 = SkinnyTile<T, kKind, kRanks, DtypeOf<T>::value == Dtype::float16>::kLeast;
+
+// CTAs that an SM must have registers for: on sm_75 one loads while the other multiplies, where there is room for two,
+// as lorafast/backends/cuda/skinny.py reckons it.
+template <class T, Skinny kKind, int kRanks>
+constexpr int kSkinnyOnSm = kSm80 || 2 * (kLeastOnSm75<T, kKind, kRanks> + 1040) > kSharedOfSm75 ? 1 : 2;
 
 template <class T, Skinny kKind, int kRanks>
-__global__ void __launch_bounds__(kSkinnyThreads, kSkinnyOnSm<T, kRanks>)
+__global__ void __launch_bounds__(kSkinnyThreads, kSkinnyOnSm<T, kKind, kRanks>)
     skinny_kernel(const __grid_constant__ SkinnyParams p) {
-  // What an SM of sm_75 can't do, or has no room for.
-  constexpr bool kOfSm75 =
-      DtypeOf<T>::value != Dtype::bfloat16 && SkinnyTile<T, kKind, kRanks>::kLeast <= 64 * 1024;
-  if constexpr (kSm80 || kOfSm75) {
+  constexpr bool kOnSm75 =
+      DtypeOf<T>::value != Dtype::bfloat16 && kLeastOnSm75<T, kKind, kRanks> <= kSharedOfSm75;
+  if constexpr (kSm80 || kOnSm75) {
     extern __shared__ __align__(16) char shared[];
     SkinnyCta<T, kKind, kRanks>(p, shared).run();
   } else {
@@ -330,7 +358,7 @@ template <class T, Skinny kKind, int kRanks>
 void launch_instance(
     const char* name, SkinnyParams& p, const SkinnyPlan& plan, const std::optional<Tensor>& partials,
     const std::optional<Tensor>& counters, const OneDevice& device) {
-  using Tile = SkinnyTile<T, kKind, kRanks>;
+  using Tile = SkinnyTile<T, kKind, kRanks, false>;
   STD_TORCH_CHECK(
       plan.rows == Tile::kRows && plan.columns == Tile::kColumns, name, " has no tile of ", plan.rows, " x ",
       plan.columns, ", for ", name_of(DtypeOf<T>::value), " and ", kRanks, " ranks it is ", Tile::kRows, " x ",
@@ -381,9 +409,11 @@ void launch_instance(
   p.stages = static_cast<int32_t>(plan.stages);
   const dim3 grid(
       static_cast<unsigned>(across), static_cast<unsigned>(shares), static_cast<unsigned>(rank_blocks));
+  const bool split = old && DtypeOf<T>::value == Dtype::float16;
+  const int stages = static_cast<int>(plan.stages);
+  const int shared = split ? SkinnyTile<T, kKind, kRanks, true>::shared(stages) : Tile::shared(stages);
   launch<kOldestOfAll>(
-      name, skinny_kernel<T, kKind, kRanks>, grid, kSkinnyThreads,
-      static_cast<size_t>(Tile::shared(static_cast<int>(plan.stages))), on, p);
+      name, skinny_kernel<T, kKind, kRanks>, grid, kSkinnyThreads, static_cast<size_t>(shared), on, p);
 }
 
 template <Skinny kKind>

@@ -6,7 +6,8 @@
 
 namespace lorafast::cuda {
 
-// What a thread has of a tile: chunks of 16 bytes of X, and of P or Q beside it.
+// What a thread has of a tile: chunks of 16 bytes of X and, beside it, of P or Q. Beside float16 those are eights along
+// the sum of a rank, which it puts there in parts.
 template <class T, Skinny kKind, int kRanks>
 struct SkinnyHeld {
   using Loads = SkinnyLoads<T, kKind, kRanks>;
@@ -15,10 +16,13 @@ struct SkinnyHeld {
   static constexpr int kRows = Loads::kRows, kColumns = Loads::kColumns, kSize = Loads::kSize;
   static constexpr int kChunk = Loads::kChunk, kChunks = Loads::kChunks, kStep = Loads::kStep;
   static constexpr int kOf16 = 16 / static_cast<int>(sizeof(Factor));
-  static constexpr int kBeside = (kKind == Skinny::kShrink ? kColumns : kRows) * kRanks / kOf16;  // chunks
+  static constexpr bool kSplit = Loads::kSplit;
+  static constexpr int kAlong = kKind == Skinny::kShrink ? kColumns : kRows;  // the sum
+  static constexpr int kBeside = kAlong * kRanks / (kSplit ? 8 : kOf16);
   static constexpr int kEach = (kBeside + kSkinnyThreads - 1) / kSkinnyThreads;
 
-  uint4 x[kRows / kStep], beside[kEach];
+  uint4 x[kRows / kStep], beside[kSplit ? 1 : kEach];
+  float eights[kSplit ? kEach : 1][8];
 
   __device__ __forceinline__ void fetch_x(const Loads& of, int64_t row0, int64_t column0) {
     const SkinnyParams& p = of.p;
@@ -51,10 +55,70 @@ struct SkinnyHeld {
     return *reinterpret_cast<const uint4*>(v);
   }
 
-  __device__ __forceinline__ void put_x(const Loads& of, char* stage) const {
+  // Whether there is a float16 that isn't finite.
+  __device__ __forceinline__ bool put_x(const Loads& of, char* stage) const {
     char* to = stage + of.thread / kChunks * Tile::kXPitch + of.thread % kChunks * 16;
+    uint32_t special = 0;
 #pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i) *reinterpret_cast<uint4*>(to + i * kStep * Tile::kXPitch) = x[i];
+    for (int i = 0; i < kRows / kStep; ++i) {
+      *reinterpret_cast<uint4*>(to + i * kStep * Tile::kXPitch) = x[i];
+      if constexpr (kSplit)
+        special |= sm75::not_finite(x[i].x) | sm75::not_finite(x[i].y) | sm75::not_finite(x[i].z) |
+                   sm75::not_finite(x[i].w);
+    }
+    return special != 0;
+  }
+
+  // Eight i of all ranks: of P from a column on, of Q from a row.
+  template <bool kOfP>
+  static __device__ __forceinline__ void fetch_eight(float (&v)[8], const Loads& of, int64_t first, int i) {
+    const int64_t rank = of.rank0 + i % kRanks, from = first + i / kRanks * 8;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = of.template factor<kOfP>(rank, from + j);
+  }
+
+  // Whether its parts aren't all of it.
+  template <int kSize>
+  static __device__ __forceinline__ bool put_eight(const float (&v)[8], char* to, int i) {
+    using Split = SplitTile<kRanks, kSize>;
+    const sm75::Split parts = sm75::split(v);
+    auto* at = reinterpret_cast<uint4*>(to + i % kRanks * Split::kPitch + i / kRanks * 16);
+    at[0] = parts.high;
+    at[Split::kPlane / 16] = parts.low;
+    at[2 * Split::kPlane / 16] = parts.last;
+    reinterpret_cast<float*>(to + Split::kInverses)[i] = parts.inverse;
+    return parts.inverse < 0.0f;
+  }
+
+  template <bool kOfP>
+  __device__ __forceinline__ void fetch_eights(const Loads& of, int64_t first) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int at = of.thread + i * kSkinnyThreads;
+      if (at < kBeside) fetch_eight<kOfP>(eights[i], of, first, at);
+    }
+  }
+
+  __device__ __forceinline__ bool put_eights(const Loads& of, char* to) const {
+    bool left = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int at = of.thread + i * kSkinnyThreads;
+      if (at < kBeside) left = put_eight<kAlong>(eights[i], to, at) || left;
+    }
+    return left;
+  }
+
+  // P of kBackward, which stays for all tiles. Whether its parts aren't all of it.
+  static __device__ __forceinline__ bool split_p(const Loads& of, char* to, int64_t column0) {
+    bool left = false;
+#pragma unroll 1
+    for (int i = of.thread; i < kRanks * (kColumns / 8); i += kSkinnyThreads) {
+      float v[8];
+      fetch_eight<true>(v, of, column0, i);
+      left = put_eight<kColumns>(v, to, i) || left;
+    }
+    return left;
   }
 
   // Where chunk i of P lies in its tile: the rank, and the chunk of that. Neighbouring threads take neighbours in
@@ -70,21 +134,17 @@ struct SkinnyHeld {
     for (int i = 0; i < kEach; ++i) {
       const int2 at = place_in_p(of, of.thread + i * kSkinnyThreads);
       const int64_t rank = of.rank0 + at.x;
-      // float16 is multiplied in the order 0 2 4 6 1 3 5 7 of eight, as Products has it.
-      constexpr bool kMixed = Loads::Product::kSubsteps == 2;
-      const int64_t column = column0 + (kMixed ? at.y / 2 * 8 + at.y % 2 : at.y * kOf16);
+      const int64_t column = column0 + at.y * kOf16;
       const int64_t left = at.x < kRanks && rank < p.r ? p.columns - column : 0;
-      if (!kMixed && p.p_direct && left >= kOf16) {
-        beside[i] = ptx::load_constant(static_cast<const Factor*>(p.p) + rank * p.p_rank + column);
+      const int64_t offset = rank * p.p_rank + column * p.p_column;
+      if (p.p_direct && left >= kOf16) {
+        beside[i] = ptx::load_constant(static_cast<const Factor*>(p.p) + offset);
         continue;
       }
       float v[kOf16];
 #pragma unroll
-      for (int j = 0; j < kOf16; ++j) {
-        const int k = kMixed ? 2 * j : j;
-        const int64_t offset = rank * p.p_rank + (column + k) * p.p_column;
-        v[j] = k < left ? load_as_float(p.p, offset, p.p_dtype) : 0.0f;
-      }
+      for (int j = 0; j < kOf16; ++j)
+        v[j] = j < left ? load_as_float(p.p, offset + j * p.p_column, p.p_dtype) : 0.0f;
       beside[i] =
           make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
     }

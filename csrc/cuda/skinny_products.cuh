@@ -56,7 +56,7 @@ struct Products {
     }
   }
 
-  // large + small += a·b
+  // large + small += a·b. Not of float16 on sm_75, where b comes in parts.
   static __device__ __forceinline__ void add(
       float (&large)[4], float (&small)[4], const Left& a, uint32_t b0, uint32_t b1) {
     if constexpr (kSm80) {

@@ -51,6 +51,94 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
         ptx::load_matrices(b[sub][n], at + n * 16 * Tile::kPPitch + (step * Product::kSubsteps + sub) * 32);
   }
 
+  // sums += X·P or Xᵀ·Q of 16 rows or columns of X, by a factor in parts: `steps` of 16 terms. This lane reads X at `x`,
+  // each step `apart`; the factor's eights are those from `first` on. `careful`: something isn't finite, or not all in
+  // its parts. There the factor itself is read, whose neighbours are those from `origin` on.
+  template <bool kOfP, int kAlong>
+  __device__ __forceinline__ void add_parts(
+      float (&sums)[kRankTiles][4], const char* x, int apart, const char* factor, int steps, int first,
+      int64_t origin, bool careful) const {
+    using Split = SplitTile<kRanks, kAlong>;
+    const char* at = factor + ((lane & 7) + (lane >> 4) * 8) * Split::kPitch + ((lane >> 3) & 1) * 16 + first * 16;
+    const float* inverses =
+        reinterpret_cast<const float*>(factor + Split::kInverses) + first * kRanks + lane % 4 * 2;
+    float large[kRankTiles][4];
+    clear(large);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      uint32_t raw[4];
+      if constexpr (kOfP) ptx::load_matrices(raw, x);
+      else ptx::load_matrices_transposed(raw, x);
+      x += apart;
+#pragma unroll
+      for (int two = 0; two < kRankTiles / 2; ++two) {
+        uint32_t b[3][4];
+#pragma unroll
+        for (int part = 0; part < 3; ++part)
+          ptx::load_matrices(b[part], at + two * 16 * Split::kPitch + part * Split::kPlane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = 2 * two + i / 2, sub = i % 2;
+          const sm75::Half a = {{raw[2 * sub], raw[2 * sub + 1]}};
+          const float2 inverse = *reinterpret_cast<const float2*>(inverses + sub * kRanks + n * 8);
+          if (careful) {
+            if (!__all_sync(sm75::kAll, a.finite() && inverse.x > 0.0f && inverse.y > 0.0f)) {
+              const int64_t rank = rank0 + n * 8 + lane / 4, from = origin + step * 16 + sub * 8 + lane % 4 * 2;
+              sm75::multiply_by_fma(
+                  large[n], a, this->template factor<kOfP>(rank, from),
+                  this->template factor<kOfP>(rank, from + 1));
+              continue;
+            }
+          }
+          sm75::multiply(large[n], a, b[0][i], b[1][i], b[2][i], inverse);
+        }
+      }
+      at += 32;
+      inverses += 2 * kRanks;
+    }
+#pragma unroll
+    for (int n = 0; n < kRankTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] += large[n][i];
+  }
+
+  // The same of all that a warp has: X·P, of columns from `column0` on.
+  __device__ __forceinline__ void add_parts_of_p(
+      float (&sums)[kSTiles][kRankTiles][4], const char* x, const char* of_p, int64_t column0,
+      bool careful) const {
+    const int warp_row = warp % Tile::kWarpRows, first = warp / Tile::kWarpRows * kSColumns;
+    const char* at =
+        x + (warp_row * kSTiles * 16 + (lane & 15)) * Tile::kXPitch + first * kSize + (lane >> 4) * 16;
+#pragma unroll
+    for (int m = 0; m < kSTiles; ++m)
+      add_parts<true, kColumns>(
+          sums[m], at + m * 16 * Tile::kXPitch, 32, of_p, kSSteps, first / 8, column0 + first, careful);
+  }
+
+  // Xᵀ·Q, of rows from `row0` on, and Xᵀ·1.
+  __device__ __forceinline__ void add_parts_of_q(
+      float (&sums)[kDTiles][kRankTiles][4], float (&ones)[kDTiles][4], const char* x, const char* q, int64_t row0,
+      bool wants_bias, bool careful) const {
+    const char* at =
+        x + warp * kDTiles * 16 * kSize + ((lane & 7) + (lane >> 4) * 8) * Tile::kXPitch + ((lane >> 3) & 1) * 16;
+#pragma unroll
+    for (int m = 0; m < kDTiles; ++m) {
+      if (p.D != nullptr)
+        add_parts<false, kRows>(sums[m], at + m * 32, 16 * Tile::kXPitch, q, kRows / 16, 0, row0, careful);
+      if (!wants_bias) continue;
+      float column[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+      for (int step = 0; step < kRows / 16; ++step) {
+        uint32_t raw[4];
+        ptx::load_matrices_transposed(raw, at + m * 32 + step * 16 * Tile::kXPitch);
+        sm75::add_ones(column, sm75::Half{{raw[0], raw[1]}});
+        sm75::add_ones(column, sm75::Half{{raw[2], raw[3]}});
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ones[m][i] += column[i];
+    }
+  }
+
   // sums += X·P of a warp's rows and columns. P is in registers (`kept`), or in shared memory.
   template <bool kKept>
   __device__ __forceinline__ void multiply_s(

@@ -3,8 +3,8 @@
 // float16 by float32: eight neighbours along the sum of a column of the float32 factor are scaled by a power of two, so
 // that the largest is just below 2^15, and each is the sum of three float16, of 11 bits each. Three products have all of
 // its 24 bits, if it isn't 2^16 times smaller than the largest of the eight. Where one has bits left, or anything isn't
-// finite, the eight are multiplied in float32 without tensor cores: for numbers of a normal distribution that is one
-// step in a thousand. float32 by float32 is always.
+// finite, the eight are multiplied in float32 without tensor cores: of numbers of a normal distribution that is one in a
+// thousand of what an instruction multiplies. float32 by float32 is always.
 //
 // Sums are rounded to float32 after every eight terms: tensor cores cut bits off what they add.
 #pragma once
@@ -19,18 +19,22 @@ namespace lorafast::cuda::sm75 {
 
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 
-// A fragment of the left factor [16, 8] in float16, as ptx::multiply_f16 has it; `finite`: all that this lane has.
+// Not 0 if one of the two float16 isn't finite: of an exponent of ones, one more carries into the sign's place.
+__device__ __forceinline__ uint32_t not_finite(uint32_t two) {
+  return ((two & 0x7C007C00u) + 0x04000400u) & 0x80008000u;
+}
+
+// A fragment of the left factor [16, 8] in float16, as ptx::multiply_f16 has it.
 struct Half {
   uint32_t a[2];
-  bool finite;
 
   __device__ __forceinline__ void take(uint32_t upper, uint32_t lower) {
     a[0] = upper;
     a[1] = lower;
-    // Of an exponent of ones, one more than that carries into the sign's place.
-    const uint32_t carried = ((upper & 0x7C007C00u) + 0x04000400u) | ((lower & 0x7C007C00u) + 0x04000400u);
-    finite = (carried & 0x80008000u) == 0;
   }
+
+  // All that this lane has of it.
+  __device__ __forceinline__ bool finite() const { return (not_finite(a[0]) | not_finite(a[1])) == 0; }
 };
 
 // The same in float32: rows g and g + 8 in whole, of elements (0, 4, 1, 5, 2, 6, 3, 7) of the fragment of
@@ -85,38 +89,57 @@ __device__ __forceinline__ void multiply_by_fma(float (&c)[4], const Half& a, fl
   }
 }
 
-// Two float32 to float16; what is left of them stays.
-__device__ __forceinline__ uint32_t take_halves(float& first, float& second) {
-  const __half2 two = __floats2half2_rn(first, second);
-  const float2 taken = __half22float2(two);
-  first -= taken.x;
-  second -= taken.y;
-  return *reinterpret_cast<const uint32_t*>(&two);
+// Eight neighbours of the float32 factor as three float16 each, high + low + last, times `inverse`, a power of two. It
+// is negative where that isn't all.
+struct Split {
+  uint4 high, low, last;
+  float inverse;
+};
+
+// Eight float32 to float16; what is left of them stays.
+__device__ __forceinline__ uint4 take_halves(float (&v)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __half2 two = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+    const float2 taken = __half22float2(two);
+    v[2 * i] -= taken.x;
+    v[2 * i + 1] -= taken.y;
+    words[i] = *reinterpret_cast<const uint32_t*>(&two);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// c += a·b: b0 and b1 are the pair (2t, 2t + 1) of column g.
-__device__ __forceinline__ void multiply(float (&c)[4], const Half& a, float b0, float b1) {
-  uint32_t most = max(__float_as_uint(b0) & 0x7FFFFFFFu, __float_as_uint(b1) & 0x7FFFFFFFu);
-  most = max(most, __shfl_xor_sync(kAll, most, 1));
-  most = max(most, __shfl_xor_sync(kAll, most, 2));
-  // Both the scale, 2^(14 - exponent), and its inverse are normal numbers. Of what is smaller 2^-23 is the last bit.
-  const uint32_t exponent = max(most, 15u << 23) & 0x7F800000u;
-  const float scale = __uint_as_float((268u << 23) - exponent), inverse = __uint_as_float(exponent - (14u << 23));
-  float first = b0 * scale, second = b1 * scale;
-  const uint32_t high = take_halves(first, second), low = take_halves(first, second);
-  const uint32_t last = take_halves(first, second);
-  if (__all_sync(kAll, a.finite && first == 0.0f && second == 0.0f)) {
-    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    ptx::multiply_f16(part, a.a, last);
-    ptx::multiply_f16(part, a.a, low);
-    ptx::multiply_f16(part, a.a, high);
-    const int column = 8 * (static_cast<int>(threadIdx.x) & 3);
-    const float inverses[2] = {__shfl_sync(kAll, inverse, column), __shfl_sync(kAll, inverse, column + 4)};
+__device__ __forceinline__ Split split(const float (&eight)[8]) {
+  uint32_t most = 15u << 23;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) c[i] = fmaf(part[i], inverses[i % 2], c[i]);
-  } else {
-    multiply_by_fma(c, a, b0, b1);
-  }
+  for (int i = 0; i < 8; ++i) most = max(most, __float_as_uint(eight[i]) & 0x7FFFFFFFu);
+  // Both the scale, 2^(14 - exponent), and its inverse are normal numbers. Of what is smaller 2^-23 is the last bit.
+  const uint32_t exponent = most & 0x7F800000u;
+  const float scale = __uint_as_float((268u << 23) - exponent), inverse = __uint_as_float(exponent - (14u << 23));
+  float v[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = eight[i] * scale;
+  Split to;
+  to.high = take_halves(v);
+  to.low = take_halves(v);
+  to.last = take_halves(v);
+  bool is_all = true;  // not of infinity, which leaves NaN
+#pragma unroll
+  for (int i = 0; i < 8; ++i) is_all = is_all && v[i] == 0.0f;
+  to.inverse = is_all ? inverse : -inverse;
+  return to;
+}
+
+// c += a·b of a pair (2t, 2t + 1) of column g in three parts. `inverse`: those of this lane's two columns of c.
+__device__ __forceinline__ void multiply(
+    float (&c)[4], const Half& a, uint32_t high, uint32_t low, uint32_t last, float2 inverse) {
+  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  ptx::multiply_f16(part, a.a, last);
+  ptx::multiply_f16(part, a.a, low);
+  ptx::multiply_f16(part, a.a, high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = fmaf(part[i], i % 2 == 0 ? inverse.x : inverse.y, c[i]);
 }
 
 // c += a·1

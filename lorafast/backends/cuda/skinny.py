@@ -77,8 +77,8 @@ class Tile:
 
 
 @functools.cache
-def tile_of(kind: str, dtype: torch.dtype, ranks: int) -> Tile:
-    """The instance for so many ranks."""
+def tile_of(kind: str, dtype: torch.dtype, ranks: int, split: bool = False) -> Tile:
+    """The instance for so many ranks; ``split``: its float32 factors lie there as three float16."""
     size, beside = dtype.itemsize, wide(dtype).itemsize
     bf16 = dtype is torch.bfloat16
     if kind == "shrink":
@@ -89,6 +89,10 @@ def tile_of(kind: str, dtype: torch.dtype, ranks: int) -> Tile:
         rows, columns = (64 if ranks <= 16 else 32) if bf16 else 32, 256 if bf16 else 128
     x = rows * (columns * size + _PAD)
     of_p, of_q = ranks * (columns * beside + _PAD), rows * (ranks * beside + _PAD)
+    if split:  # and the scale of each eight
+        of_p, of_q = (
+            3 * ranks * (2 * along + _PAD) + along // 8 * ranks * 4 for along in (columns, rows)
+        )
     sums = 4 * rows * ranks * 4
     before = 0 if kind != "backward" else max(of_p, sums) if bf16 else of_p + sums
     stage = x + (of_p if kind == "shrink" else of_q)
@@ -147,8 +151,9 @@ def shares_of(
     fixed: Choices = NONE,
 ) -> Shares:
     """Of a large matrix ``[rows, columns]`` on an architecture with ``row``."""
+    split = not row.ring and dtype is torch.float16
     fitting = [
-        tile for tile in (tile_of(kind, dtype, ranks) for ranks in ranks_of(kind, dtype))
+        tile for tile in (tile_of(kind, dtype, ranks, split) for ranks in ranks_of(kind, dtype))
         if tile.bytes_of(_fewest(row)) + _OWN <= row.shared
     ]  # fmt: skip
     enough = next((i for i, tile in enumerate(fitting) if tile.ranks >= r), len(fitting) - 1)
@@ -210,10 +215,9 @@ def _cut(
     dropout: bool,
 ) -> _Cut:
     ctas = 1
-    if row.ring:
-        two = dropout and tile.ranks <= _TWO_RESIDENT
-    else:  # one loads while the other multiplies, if registers let it
-        two = dtype.itemsize == 2 or tile.ranks <= _TWO_RESIDENT
+    two = dropout and tile.ranks <= _TWO_RESIDENT
+    if not row.ring:  # one loads while the other multiplies
+        two = True
     if two and _stages(tile, row, 2) >= _fewest(row):
         ctas = 2
     ranks = _blocks(r, tile.ranks)
