@@ -29,8 +29,8 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   using Sums::kRankTiles;
   using Sums::kRows;
   using Sums::kSColumns;
-  using Sums::kSSteps;
   using Sums::kSplit;
+  using Sums::kSSteps;
   using Sums::kSTiles;
   using Sums::p;
   using Sums::thread;
@@ -79,7 +79,8 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   __device__ __forceinline__ bool put(const Held& held, char* stage) const {
     bool careful = held.put_x(*this, stage);
     if constexpr (kSplit) {
-      if (kKind == Skinny::kShrink || p.D != nullptr) careful = held.put_eights(*this, stage + Tile::kX) || careful;
+      if (kKind == Skinny::kShrink || p.D != nullptr)
+        careful = held.put_eights(*this, stage + Tile::kX) || careful;
     } else {
       if constexpr (kKind == Skinny::kShrink) held.put_p(*this, stage + Tile::kX);
       else if (p.D != nullptr) held.put_q(*this, stage + Tile::kX);
@@ -238,8 +239,7 @@ constexpr int kSkinnyOnSm = kSm80 || 2 * (kLeastOnSm75<T, kKind, kRanks> + 1040)
 template <class T, Skinny kKind, int kRanks>
 __global__ void __launch_bounds__(kSkinnyThreads, kSkinnyOnSm<T, kKind, kRanks>)
     skinny_kernel(const __grid_constant__ SkinnyParams p) {
-  constexpr bool kOnSm75 =
-      DtypeOf<T>::value != Dtype::bfloat16 && kLeastOnSm75<T, kKind, kRanks> <= kSharedOfSm75;
+  constexpr bool kOnSm75 = DtypeOf<T>::value != Dtype::bfloat16 && kLeastOnSm75<T, kKind, kRanks> <= kSharedOfSm75;
   if constexpr (kSm80 || kOnSm75) {
     extern __shared__ __align__(16) char shared[];
     SkinnyCta<T, kKind, kRanks>(p, shared).run();

@@ -10,6 +10,12 @@ namespace lorafast::cuda {
 // the sum of a rank, which it puts there in parts.
 template <class T, Skinny kKind, int kRanks>
 struct SkinnyHeld {
+  // As it was loaded: of 16 bits the first half alone.
+  struct Eight {
+    uint4 words[2];
+    bool narrow;
+  };
+
   using Loads = SkinnyLoads<T, kKind, kRanks>;
   using Tile = typename Loads::Tile;
   using Factor = typename Loads::Factor;
@@ -22,7 +28,7 @@ struct SkinnyHeld {
   static constexpr int kEach = (kBeside + kSkinnyThreads - 1) / kSkinnyThreads;
 
   uint4 x[kRows / kStep], beside[kSplit ? 1 : kEach];
-  float eights[kSplit ? kEach : 1][8];
+  Eight eights[kSplit ? kEach : 1];
 
   __device__ __forceinline__ void fetch_x(const Loads& of, int64_t row0, int64_t column0) {
     const SkinnyParams& p = of.p;
@@ -69,24 +75,64 @@ struct SkinnyHeld {
     return special != 0;
   }
 
-  // Eight i of all ranks: of P from a column on, of Q from a row.
+  // The rank and the place along the sum of eight i. Neighbouring threads take neighbours in memory.
   template <bool kOfP>
-  static __device__ __forceinline__ void fetch_eight(float (&v)[8], const Loads& of, int64_t first, int i) {
-    const int64_t rank = of.rank0 + i % kRanks, from = first + i / kRanks * 8;
+  static __device__ __forceinline__ int2 place_of(const Loads& of, int i) {
+    constexpr int kEights = (kOfP ? kColumns : kRows) / 8;
+    if (kOfP && of.p.p_rank != 1) return make_int2(i / kEights, i % kEights);
+    return make_int2(i % kRanks, i / kRanks);
+  }
+
+  // Eight i: of P from a column on, of Q from a row. Of P eight neighbours in memory wait for nothing.
+  template <bool kOfP>
+  static __device__ __forceinline__ void fetch_eight(Eight& to, const Loads& of, int64_t first, int i) {
+    const SkinnyParams& p = of.p;
+    const int2 place = place_of<kOfP>(of, i);
+    const int64_t rank = of.rank0 + place.x, from = first + place.y * 8;
+    to.narrow = false;
+    if (kOfP && p.p_column == 1 && rank < p.r && from + 8 <= p.columns) {
+      const bool narrow = p.p_dtype != Dtype::float32;
+      const char* at = static_cast<const char*>(p.p) + (rank * p.p_rank + from) * (narrow ? 2 : 4);
+      if (reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+        to.words[0] = ptx::load_constant(at);
+        if (!narrow) to.words[1] = ptx::load_constant(at + 16);
+        to.narrow = narrow;
+        return;
+      }
+    }
+    float v[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = of.template factor<kOfP>(rank, from + j);
+    to.words[0] = *reinterpret_cast<const uint4*>(v);
+    to.words[1] = *reinterpret_cast<const uint4*>(v + 4);
   }
 
   // Whether its parts aren't all of it.
-  template <int kSize>
-  static __device__ __forceinline__ bool put_eight(const float (&v)[8], char* to, int i) {
-    using Split = SplitTile<kRanks, kSize>;
+  template <bool kOfP>
+  static __device__ __forceinline__ bool put_eight(const Eight& eight, const Loads& of, char* to, int i) {
+    using Split = SplitTile<kRanks, kOfP ? kColumns : kRows>;
+    float v[8];
+    const uint32_t words[8] = {eight.words[0].x, eight.words[0].y, eight.words[0].z, eight.words[0].w,
+                               eight.words[1].x, eight.words[1].y, eight.words[1].z, eight.words[1].w};
+    if (!eight.narrow) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = __uint_as_float(words[j]);
+    } else {
+      const bool bf16 = of.p.p_dtype == Dtype::bfloat16;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&words[j]));
+        v[2 * j] = bf16 ? __uint_as_float(words[j] << 16) : both.x;
+        v[2 * j + 1] = bf16 ? __uint_as_float(words[j] & 0xFFFF0000u) : both.y;
+      }
+    }
     const sm75::Split parts = sm75::split(v);
-    auto* at = reinterpret_cast<uint4*>(to + i % kRanks * Split::kPitch + i / kRanks * 16);
+    const int2 place = place_of<kOfP>(of, i);
+    auto* at = reinterpret_cast<uint4*>(to + place.x * Split::kPitch + place.y * 16);
     at[0] = parts.high;
     at[Split::kPlane / 16] = parts.low;
     at[2 * Split::kPlane / 16] = parts.last;
-    reinterpret_cast<float*>(to + Split::kInverses)[i] = parts.inverse;
+    reinterpret_cast<float*>(to + Split::kInverses)[place.y * kRanks + place.x] = parts.inverse;
     return parts.inverse < 0.0f;
   }
 
@@ -104,7 +150,7 @@ struct SkinnyHeld {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int at = of.thread + i * kSkinnyThreads;
-      if (at < kBeside) left = put_eight<kAlong>(eights[i], to, at) || left;
+      if (at < kBeside) left = put_eight<kKind == Skinny::kShrink>(eights[i], of, to, at) || left;
     }
     return left;
   }
@@ -114,9 +160,9 @@ struct SkinnyHeld {
     bool left = false;
 #pragma unroll 1
     for (int i = of.thread; i < kRanks * (kColumns / 8); i += kSkinnyThreads) {
-      float v[8];
-      fetch_eight<true>(v, of, column0, i);
-      left = put_eight<kColumns>(v, to, i) || left;
+      Eight eight;
+      fetch_eight<true>(eight, of, column0, i);
+      left = put_eight<true>(eight, of, to, i) || left;
     }
     return left;
   }
