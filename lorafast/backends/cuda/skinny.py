@@ -335,7 +335,8 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
     """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s``, ``dbias = Σ dy``: of them what is wanted, by
     ``run(dy, s, lora_B, scaling)``.
 
-    ``ds`` alone is a ``shrink`` of dy.
+    ``ds`` alone is a ``shrink`` of dy. So it is beside the others, in a launch of its own, where a second
+    pass over dy moves less than the parts of ds that its column blocks would leave, and there is no ring.
     """
     p = problem
     reason = _why_refused(p, device)
@@ -345,10 +346,17 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
     alone = want_ds and not (want_dB or want_dbias)
     kind = "shrink" if alone else "backward" if want_ds else "reduce"
     r = p.r if want_ds or want_dB else 1
+    row = row_of(SKINNY, device.capability)
     shares = shares_of(
-        kind, p.dtype, p.M, p.N, r, row=row_of(SKINNY, device.capability), sms=device.sms,
-        has_d=want_dB, has_bias=want_dbias, fixed=fixed,
+        kind, p.dtype, p.M, p.N, r, row=row, sms=device.sms, has_d=want_dB, has_bias=want_dbias,
+        fixed=fixed,
     )  # fmt: skip
+    if kind == "backward" and not row.ring and fixed in (NONE, _APART):
+        others = tuple(name for name in p.wants if name != "ds")
+        two = [plan_expand_backward(p._replace(wants=wants), device) for wants in (("ds",), others)]
+        apart = _apart(*two)
+        if fixed == _APART or apart.moved < _moved_by(p, shares):
+            return apart
     M, N, low, own, dtype = p.M, p.N, wide(p.dtype), p.dtype, p.adapter_dtype
     arguments, chunk = shares.arguments, shares.chunk
 
@@ -370,14 +378,37 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
         )  # fmt: skip
         return ds, dB, dbias
 
-    products = want_ds + want_dB
-    moved = _moved(p, shares, p.M, p.N) + want_dbias * p.N * p.dtype.itemsize
-    moved += products * p.N * p.r * p.adapter_dtype.itemsize
-    flops = 2.0 * p.M * p.N * p.r * products + want_dbias * p.M * p.N
+    flops = 2.0 * p.M * p.N * p.r * (want_ds + want_dB) + want_dbias * p.M * p.N
     return Launch(
-        ds_alone if alone else run, _line("expand_backward", shares), flops, moved,
+        ds_alone if alone else run, _line("expand_backward", shares), flops, _moved_by(p, shares),
         choices=shares.choices,
     )  # fmt: skip
+
+
+_APART: Choices = {"apart": 1}
+
+
+def _apart(of_ds: Launch | str, others: Launch | str) -> Launch:
+    """``expand_backward`` in two launches."""
+    assert isinstance(of_ds, Launch)
+    assert isinstance(others, Launch)
+
+    def run(dy: Tensor, s: Tensor | None, lora_B: Tensor | None, scaling: float) -> Sums:
+        ds, _, _ = of_ds.run(dy, None, lora_B, scaling)
+        _, dB, dbias = others.run(dy, s, None, scaling)
+        return ds, dB, dbias
+
+    return Launch(
+        run, f"{of_ds.line}; {others.line}", of_ds.flops + others.flops, of_ds.moved + others.moved,
+        launches=2, choices=_APART,
+    )  # fmt: skip
+
+
+def _moved_by(p: Problem, shares: Shares) -> float:
+    """Bytes of ``expand_backward``."""
+    products = ("ds" in p.wants) + ("dB" in p.wants)
+    moved = _moved(p, shares, p.M, p.N) + ("dbias" in p.wants) * p.N * p.dtype.itemsize
+    return moved + products * p.N * p.r * p.adapter_dtype.itemsize
 
 
 def _scratch(shares: Shares, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
