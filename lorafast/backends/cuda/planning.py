@@ -44,8 +44,8 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
     "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
 }
 """Who is asked for an operation or a whole layer."""
-_OLDEST = 75
-"""Families may need more."""
+_OLDEST, _OLDEST_IN_BFLOAT16 = 75, 80
+"""Families may need more, and those of whole layers less in bfloat16."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _READ_W = ("linear_expand", *LAYER_OPERATIONS, *GROUPED_OPERATIONS)
 
@@ -86,10 +86,13 @@ def why_refused(p: Problem, device: Device | None) -> str | None:
 
 def why_too_old(p: Problem, device: Device) -> str | None:
     """Why the device can't run the kernels of the operation, or None."""
-    if device.capability >= _OLDEST:
+    narrow = p.dtype is torch.bfloat16 and p.operation not in WHOLE
+    oldest = _OLDEST_IN_BFLOAT16 if narrow else _OLDEST
+    if device.capability >= oldest:
         return None
-    has, needs = (".".join(map(str, divmod(c, 10))) for c in (device.capability, _OLDEST))
-    return f"compute capability is {has}, the kernels of {p.operation} need {needs}"
+    has, needs = (".".join(map(str, divmod(c, 10))) for c in (device.capability, oldest))
+    of = f"{p.operation} in bfloat16" if narrow else p.operation
+    return f"compute capability is {has}, the kernels of {of} need {needs}"
 
 
 def launches_of(p: Problem, device: Device, fixed: Choices = NONE) -> list[Launch | str]:
