@@ -176,10 +176,8 @@ def _after_gemm(expand: Run, transposed: bool) -> Run:
         dropout_p: float = 0.0,
         seed: Tensor | None = None,
     ) -> Tensor:
-        if transposed:
-            y = operands.linear_transposed(x, weight)
-        else:
-            y = operands.linear(x, weight, bias)
+        by_gemm = operands.linear_transposed if transposed else operands.linear
+        y = by_gemm(x, weight) if bias is None else operands.linear(x, weight, bias)
         return expand(s, lora_B, scaling, dropout_p, seed, None, y)
 
     return run

@@ -335,8 +335,8 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
     """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s``, ``dbias = Σ dy``: of them what is wanted, by
     ``run(dy, s, lora_B, scaling)``.
 
-    ``ds`` alone is a ``shrink`` of dy. So it is beside the others, in a launch of its own, where a second
-    pass over dy moves less than the parts of ds that its column blocks would leave, and there is no ring.
+    ``ds`` alone is a ``shrink`` of dy. Without a ring it is one beside the others too, where a second
+    pass over dy moves less than the parts of ds that column blocks would leave.
     """
     p = problem
     reason = _why_refused(p, device)

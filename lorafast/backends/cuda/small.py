@@ -99,7 +99,7 @@ def plan_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Laun
 
 
 def _most_slices(warps: int, table: Small) -> int:
-    """Slices of B that there is room for, of 1 KB for each of so many warps side by side, beside the bias
+    """Slices of B that there is room for, of 1 KB for each of so many warps side by side, with the bias
     and two stages of one slice of s."""
     bias, stages = 4 * _SPAN * warps, 2 * _WARPS // warps * 32 * 48
     return min(_MOST_SHARED, table.shared - bias - stages) // (1024 * warps)
