@@ -1,6 +1,7 @@
 // y = x·Wᵀ + scaling · s·Bᵀ + bias and s = x·Aᵀ of bfloat16 on sm_90a, in one launch: helpers make s.
 #include "operations.h"
 #include "sm90_launch.cuh"
+#include "sm90_shrink.cuh"
 
 namespace lorafast::cuda {
 
@@ -9,7 +10,7 @@ template <int kN, int kHelperRanks>
 __global__ void __launch_bounds__(kSm90Threads, 1) lora_linear_sm90_kernel(const __grid_constant__ Sm90Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char sm90_shared[];
-  const Sm90Cta<bfloat16, false, kN, kHelperRanks> cta(p, sm90_shared);
+  const Sm90Cta<bfloat16, false, kN, ShrinkFirst<kHelperRanks>> cta(p, sm90_shared);
   cta.run();
 #else
   __trap();  // the host doesn't launch it there

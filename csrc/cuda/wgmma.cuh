@@ -3,8 +3,8 @@
 // Factors lie as TMA leaves them with a swizzle of 128 bytes, at multiples of 1,024 bytes: chunk c of 16 bytes of row i
 // is at 128·i + 16·(c ^ i % 8). A multiplication takes 32 bytes along k.
 //
-// The sums d [64, n] of a thread: with warp w of the warpgroup, g = lane / 4 and t = lane % 4, d[4·j + 2·h + e] is
-// row 16·w + g + 8·h, column 8·j + 2·t + e.
+// The sums d [64, n] of a thread: with warp w of the warpgroup, g = lane / 4 and t = lane % 4, d[j][2·h + e] is row
+// 16·w + g + 8·h, column 8·j + 2·t + e: a slab of gemm_epilogue.cuh.
 #pragma once
 
 #include <cstdint>
@@ -42,19 +42,21 @@ __device__ __forceinline__ void wait_for_products() {
 }
 
 // The compiler doesn't know that products are asynchronous: nothing that uses the sums passes this.
-template <int kCount>
-__device__ __forceinline__ void hold(float (&d)[kCount]) {
+template <int kTiles>
+__device__ __forceinline__ void hold(float (&d)[kTiles][4]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i]) : : "memory");
+  for (int i = 0; i < kTiles; ++i) {
+    asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]) : : "memory");
+  }
 }
 
-#define LORAFAST_SUMS_8(i)                                                                                    \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
+#define LORAFAST_SUMS_8(i)                                                                          \
+  "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]), "+f"(d[i + 1][0]), "+f"(d[i + 1][1]), \
+      "+f"(d[i + 1][2]), "+f"(d[i + 1][3])
 #define LORAFAST_SUMS_32(i) \
-  LORAFAST_SUMS_8(i), LORAFAST_SUMS_8(i + 8), LORAFAST_SUMS_8(i + 16), LORAFAST_SUMS_8(i + 24)
-#define LORAFAST_SUMS_64(i) LORAFAST_SUMS_32(i), LORAFAST_SUMS_32(i + 32)
-#define LORAFAST_SUMS_128(i) LORAFAST_SUMS_64(i), LORAFAST_SUMS_64(i + 64)
+  LORAFAST_SUMS_8(i), LORAFAST_SUMS_8(i + 2), LORAFAST_SUMS_8(i + 4), LORAFAST_SUMS_8(i + 6)
+#define LORAFAST_SUMS_64(i) LORAFAST_SUMS_32(i), LORAFAST_SUMS_32(i + 8)
+#define LORAFAST_SUMS_128(i) LORAFAST_SUMS_64(i), LORAFAST_SUMS_64(i + 16)
 
 #define LORAFAST_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LORAFAST_NAMES_32                                                                                     \
@@ -90,17 +92,17 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
                : LORAFAST_SUMS_##count(0)                                                               \
                : "l"(a), "l"(b), "r"(adds))
 
-#define LORAFAST_MULTIPLY(columns, count, a_at, b_at, adds_at, across_at)                             \
-  template <class T, int kAcross>                                                                     \
-  __device__ __forceinline__ void multiply_add(float (&d)[count], uint64_t a, uint64_t b, int adds) { \
-    if constexpr (DtypeOf<T>::value == Dtype::bfloat16) {                                             \
-      LORAFAST_WGMMA_16(columns, count, a_at, b_at, adds_at, across_at, "bf16");                      \
-    } else if constexpr (DtypeOf<T>::value == Dtype::float16) {                                       \
-      LORAFAST_WGMMA_16(columns, count, a_at, b_at, adds_at, across_at, "f16");                       \
-    } else {                                                                                          \
-      static_assert(kAcross == 0, "TF32 lies along k");                                               \
-      LORAFAST_WGMMA_TF32(columns, count, a_at, b_at, adds_at);                                       \
-    }                                                                                                 \
+#define LORAFAST_MULTIPLY(columns, count, a_at, b_at, adds_at, across_at)                                    \
+  template <class T, int kAcross>                                                                            \
+  __device__ __forceinline__ void multiply_add(float (&d)[count / 4][4], uint64_t a, uint64_t b, int adds) { \
+    if constexpr (DtypeOf<T>::value == Dtype::bfloat16) {                                                    \
+      LORAFAST_WGMMA_16(columns, count, a_at, b_at, adds_at, across_at, "bf16");                             \
+    } else if constexpr (DtypeOf<T>::value == Dtype::float16) {                                              \
+      LORAFAST_WGMMA_16(columns, count, a_at, b_at, adds_at, across_at, "f16");                              \
+    } else {                                                                                                 \
+      static_assert(kAcross == 0, "TF32 lies along k");                                                      \
+      LORAFAST_WGMMA_TF32(columns, count, a_at, b_at, adds_at);                                              \
+    }                                                                                                        \
   }
 
 // d [64, n] of so many registers a thread: n is twice that. T: bfloat16, float16, or float for TF32.
