@@ -364,9 +364,9 @@ void launch_instance(
       plan.columns, ", for ", name_of(DtypeOf<T>::value), " and ", kRanks, " ranks it is ", Tile::kRows, " x ",
       Tile::kColumns);
   const OnDevice on(device);
-  if constexpr (DtypeOf<T>::value == Dtype::bfloat16)
-    check_capability((std::string(name) + " of bfloat16").c_str(), 80, on);
   const bool old = capability_of(name, on) < 80;  // which has no ring
+  if (old && DtypeOf<T>::value == Dtype::bfloat16)
+    check_capability((std::string(name) + " of bfloat16").c_str(), 80, on);
   STD_TORCH_CHECK(
       old ? plan.stages == 1 : plan.stages >= 2 && plan.stages <= kSkinnyMostStages, "stages is ", plan.stages,
       ", expected ", old ? "1 before compute capability 8.0" : "2 to 8");

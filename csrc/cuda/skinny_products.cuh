@@ -2,7 +2,7 @@
 //
 // bfloat16 is multiplied as such, P and Q rounded to it. float16 and float32 are multiplied as TF32: the float32
 // factors as three numbers each, the sum of a tile apart from the total, since tensor cores cut bits off long sums. On
-// sm_75 they are multiplied as sm75.cuh has it.
+// sm_75 they are multiplied as sm75.cuh has it: float32 here, float16 by skinny_sums.cuh.
 #pragma once
 
 #include <type_traits>
@@ -36,11 +36,11 @@ struct Products {
     }
   }
 
-  // A fragment of X for products with float32 factors.
+  // A fragment of X for products with float32 factors. On sm_75 X is float32 too.
   struct Tf32 {
     Tf32Parts parts[4];
   };
-  using Left = std::conditional_t<kSm80, Tf32, std::conditional_t<kSubsteps == 2, sm75::Half, sm75::Float>>;
+  using Left = std::conditional_t<kSm80, Tf32, sm75::Float>;
 
   static __device__ __forceinline__ void take(Left& to, const uint32_t (&raw)[4], int substep) {
     if constexpr (kSm80) {
@@ -49,14 +49,12 @@ struct Products {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         to.parts[i] = kSubsteps == 2 ? whole_tf32(__uint_as_float(a[i])) : split_in_three(__uint_as_float(a[i]));
-    } else if constexpr (kSubsteps == 2) {
-      to.take(raw[2 * substep], raw[2 * substep + 1]);
     } else {
       to.take(raw);
     }
   }
 
-  // large + small += a·b. Not of float16 on sm_75, where b comes in parts.
+  // large + small += a·b
   static __device__ __forceinline__ void add(
       float (&large)[4], float (&small)[4], const Left& a, uint32_t b0, uint32_t b1) {
     if constexpr (kSm80) {

@@ -28,11 +28,6 @@ __device__ __forceinline__ uint32_t not_finite(uint32_t two) {
 struct Half {
   uint32_t a[2];
 
-  __device__ __forceinline__ void take(uint32_t upper, uint32_t lower) {
-    a[0] = upper;
-    a[1] = lower;
-  }
-
   // All that this lane has of it.
   __device__ __forceinline__ bool finite() const { return (not_finite(a[0]) | not_finite(a[1])) == 0; }
 };

@@ -43,7 +43,7 @@ _MOST_PARTS = 64
 _START = 2.0
 """Tiles whose time a CTA takes to fill its ring."""
 _TWO_RESIDENT = 32
-"""Ranks up to which registers let two CTAs on an SM: one makes its mask while the other multiplies."""
+"""Ranks up to which registers let two CTAs on an SM, where there is a ring."""
 _CHUNKS = 4
 """Times in its walk that a CTA of ``backward`` asks whether ds can be added up."""
 _AGAIN = 0.5
@@ -215,9 +215,8 @@ def _cut(
     dropout: bool,
 ) -> _Cut:
     ctas = 1
-    two = dropout and tile.ranks <= _TWO_RESIDENT
-    if not row.ring:  # one loads while the other multiplies
-        two = True
+    # One makes its mask, or without a ring loads, while the other multiplies.
+    two = not row.ring or (dropout and tile.ranks <= _TWO_RESIDENT)
     if two and _stages(tile, row, 2) >= _fewest(row):
         ctas = 2
     ranks = _blocks(r, tile.ranks)
