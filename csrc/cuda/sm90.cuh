@@ -20,8 +20,6 @@ namespace lorafast::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int kSm90Writers = 96, kSm90WritersMeet = 3;  // threads, and the barrier at which they meet
-
 struct NoHelpers {
   static constexpr bool kAny = false;
 
@@ -40,8 +38,8 @@ struct Sm90Cta : Sm90Ring<kN> {
   using typename Base::Mail;
   using typename Base::Ring;
   using typename Base::Tile;
-  using Factors = Sm90Factors<T>;
-  using Factor = typename Factors::Factor;
+  using Factors = Sm90Factors<T, kAcross, kN>;
+  using Factor = typename Factors::Element;
   using Base::Base, Base::bias, Base::empty, Base::full, Base::granted, Base::grant, Base::kFirstItem;
   using Base::lane, Base::masked, Base::p, Base::post, Base::posted, Base::read_mail, Base::release, Base::shared;
   using Base::slot, Base::stage, Base::taken, Base::warp;
@@ -109,21 +107,14 @@ struct Sm90Cta : Sm90Ring<kN> {
       for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
         const int rank = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
-        const int chunks = 2 * factors.substeps(rank);
-        for (int i = thread; i < chunks * kN; i += kSm90Writers) {
-          const int row = i % kN, chunk = i / kN;
-          put_chunk(
-              stage(ring) + Tile::kX, row, chunk,
-              factors.b_chunk(at.column + row, rank + chunk * Factors::kChunk, part));
-        }
+        factors.write_b(stage(ring), thread, at.column, rank, part);
         if (Helpers::kAny && step == 0) {
           if (thread == 0) Helpers::wait_for(*this, at.row / Tile::kM);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
-        for (int i = thread; i < chunks * Tile::kM; i += kSm90Writers) {
-          const int row = i % Tile::kM, chunk = i / Tile::kM;
-          put_chunk(stage(ring), row, chunk, factors.s_chunk(at.row + row, rank + chunk * Factors::kChunk, part));
-        }
+        factors.write_s(stage(ring), thread, at.row, rank, part);
+        ptx::commit_copies();
+        ptx::wait_for_copies<0>();
         ptx::publish_shared();
         ptx::meet(kSm90WritersMeet, kSm90Writers);
         if (thread == 0) ptx::arrive_at(full(ring));
@@ -186,12 +177,14 @@ struct Sm90Cta : Sm90Ring<kN> {
     for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
       ptx::wait_at(full(ring), ring.parity);
       const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
-      const uint64_t b = ptx::describe_rows(stage(ring) + Tile::kX);
-      const int count = Factors{p}.substeps(step / p.parts * kSm90Ranks<T>);
+      constexpr bool kRanksAcross = Factors::kRanksAcross;
+      const uint64_t b = kRanksAcross ? ptx::describe_columns<64>(stage(ring) + Tile::kX)
+                                      : ptx::describe_rows(stage(ring) + Tile::kX);
+      const int count = Factors{p}.products(step / p.parts * kSm90Ranks<T>);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         ptx::begin_products();
-        ptx::multiply_add<Factor, 0>(d, a + 2 * i, b + 2 * i, adds);
+        ptx::multiply_add<Factor, kRanksAcross>(d, a + 2 * i, b + (kRanksAcross ? 128 : 2) * i, adds);
         ptx::commit_products();
         adds = 1;
       }

@@ -286,11 +286,10 @@ class TestPlan:
         assert reason == f"compute capability is {has}, the kernels of wgmma are for 9.0"
 
 
-def counted(K, r, **more):
+def counted(K, r, adapter=BF16, **more):
     """What one tile of 128 x 256 executes."""
-    x, weight, s, B = (
-        torch.zeros(*size, dtype=BF16) for size in ((128, K), (256, K), (128, r), (256, r))
-    )
+    x, weight, s = (torch.zeros(*size, dtype=BF16) for size in ((128, K), (256, K), (128, r)))
+    B = torch.zeros(256, r, dtype=adapter)
     with launched(ARCH, late="soon") as run:
         y, counters = torch.empty(128, 256, dtype=BF16), torch.zeros(4, dtype=torch.int32)
         given = {"bias": None, "seed": None, "threshold": 0, "survivor_scale": 1.0} | more
@@ -324,11 +323,13 @@ class TestCounts:
         assert (ran.steps - plain.steps) / 4 < most
 
     @pytest.mark.parametrize(
-        ("opcode", "wavefronts"), [("st.shared.v4", 4), ("stmatrix", 4), ("ld.shared.v2", 2)]
+        ("opcode", "wavefronts"),
+        [("st.shared.v4", 4), ("cp.async.cg", 4), ("stmatrix", 4), ("ld.shared.v2", 2)],
     )
     def test_no_bank_collides(self, opcode, wavefronts):
-        """A warp stores 512 bytes in four passes; what it reads of the bias are two halves of a warp."""
-        ran = counted(512, 64, bias=torch.zeros(256))
+        """A warp writes 512 bytes in four passes; what it reads of the bias are two halves of a warp."""
+        adapter = torch.float32 if opcode == "st.shared.v4" else BF16
+        ran = counted(512, 64, adapter, bias=torch.zeros(256))
         issued = total(ran, opcode)
         assert issued > 0
         assert total(ran, opcode, "wavefronts") == wavefronts * issued
