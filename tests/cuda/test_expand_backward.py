@@ -34,7 +34,7 @@ def case(*sizes, **more):
     return Case("expand_backward", *sizes, **more)
 
 
-@pytest.mark.parametrize("arch", [75, 80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 @pytest.mark.parametrize("r", [1, 3, 16, 17, 64, 256])
 def test_ranks(r, arch):
     check(case(140, 270, r, dtype=dtype_on(arch), arch=arch))
@@ -62,7 +62,9 @@ def test_adapters_of_another_dtype(dtype, adapter, arch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("arch", "dtype"), [(80, BF16), (80, F32), (75, F16)])
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [(80, BF16), (80, F32), pytest.param(75, F16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("wants", [OUTPUTS, ("ds",)], ids="+".join)
 def test_layouts(layout, dtype, wants, arch):
     check(case(70, 136, 16, dtype=dtype, lay_out=LAYOUTS[layout], wants=wants, arch=arch))
@@ -108,7 +110,7 @@ def test_dbias_alone_needs_neither_s_nor_b():
     torch.testing.assert_close(dbias, dy.sum(0))
 
 
-@pytest.mark.parametrize("arch", [75, 80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 def test_bits_are_those_of_every_schedule(arch):
     """Also of two calls in a row, on the same counters, with fewer CTAs resident than there are."""
     one = case(400, 530, 16, dtype=dtype_on(arch), arch=arch)

@@ -28,7 +28,7 @@ def case(*sizes, **more):
     return Case("shrink_backward", *sizes, **more)
 
 
-@pytest.mark.parametrize("arch", [75, 80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 @pytest.mark.parametrize("r", [1, 3, 16, 17, 64, 256])
 def test_ranks(r, arch):
     check(case(200, 130, r, dtype=dtype_on(arch), arch=arch))
@@ -95,7 +95,7 @@ def test_no_columns():
     assert not run.launches
 
 
-@pytest.mark.parametrize("arch", [75, 80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 def test_bits_are_those_of_every_schedule(arch):
     """Also of two calls in a row, on the same counters, with fewer CTAs resident than there are."""
     one = case(900, 140, 16, dtype=dtype_on(arch), arch=arch, dropout_p=0.2)

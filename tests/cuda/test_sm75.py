@@ -58,7 +58,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("kind", [Case, Sparse])
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("r", [5, 40])
+@pytest.mark.parametrize("r", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_all_bits_of_a_factor_count(operation, r, kind):
     """Also of what is 2**60 times smaller than its neighbours, where those meet zeros: each element of
     the result, held to what float32 gives."""
@@ -186,7 +186,7 @@ FAULTS = {
 }
 
 
-QUICK = ("shrink", "sparse")
+QUICK = ("dropout", "sparse")
 
 
 def run(case, seed, edit=None):
