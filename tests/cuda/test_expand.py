@@ -218,7 +218,9 @@ def test_what_it_takes(kind, r, dropout_p, most):
         threshold = round(dropout_p * 65536)
         with launched(90) as run:
             y = torch.empty(M, 128, dtype=dtype)
-            torch.ops.lorafast_cuda.expand(s, B, 1.0, None, SEED, threshold, 1.1, y, 4, blocks)
+            torch.ops.lorafast_cuda.expand(
+                s, B, 1.0, None, SEED, threshold, 1.1, y, 4, blocks, False
+            )
         (ran,) = run.ran()
         steps[blocks] = ran.steps
         stores = [c for c in ran.counts if c.opcode.startswith("st.global") and c.issued]
@@ -252,7 +254,7 @@ ARGUMENTS = {"scaling": 1.0, "bias": None, "seed": None, "threshold": 0, "surviv
 )
 def test_errors(given, said):
     taken = {"s": torch.ones(4, 2, dtype=BF16), "lora_B": torch.ones(8, 2), **ARGUMENTS}
-    taken |= {"y": torch.ones(4, 8, dtype=BF16), "column_warps": 4, "row_blocks": 1}
+    taken |= {"y": torch.ones(4, 8, dtype=BF16), "column_warps": 4, "row_blocks": 1, "onto": False}
     with launched(90), pytest.raises(RuntimeError, match=said):
         torch.ops.lorafast_cuda.expand(**(taken | given))
 
