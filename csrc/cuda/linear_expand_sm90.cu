@@ -4,7 +4,7 @@
 
 namespace lorafast::cuda {
 
-// CTAs take tiles from the queue. kAcross: rows of W lie across k, as those of Wᵀ do.
+// Clusters take tiles from the queue. kAcross: rows of W lie across k, as those of Wᵀ do.
 template <class T, bool kAcross, int kN>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     linear_expand_sm90_kernel(const __grid_constant__ Sm90Params p) {
@@ -20,14 +20,14 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 void linear_expand_sm90(
     const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
-    Tensor y, Tensor counters, int64_t columns, int64_t group, int64_t ctas) {
+    Tensor y, Tensor counters, int64_t columns, int64_t group, int64_t ctas, int64_t cluster) {
   const OneDevice device(kDevice, "x", x);
-  check_sm90(device, x, weight, s, lora_B, bias, y, counters, kSm90Flags, columns, group, ctas);
+  check_sm90(device, x, weight, s, lora_B, bias, y, counters, kSm90Flags, columns, group, ctas, cluster);
   check_seed(seed, threshold, device);
   if (y.numel() == 0) return;
   const OnDevice on(device);
   enter_sm90("linear_expand_sm90", on);
-  Sm90Launch of = sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas);
+  Sm90Launch of = sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas, cluster);
   if (seed.has_value() && threshold > 0 && s.size(1) > 0) {
     of.p.dropout = {
         static_cast<const int64_t*>(seed->const_data_ptr()), (y.size(1) + 7) / 8, static_cast<int32_t>(threshold),
@@ -39,7 +39,7 @@ void linear_expand_sm90(
     constexpr int kN = decltype(tile)::value;
     launch(
         "linear_expand_sm90", linear_expand_sm90_kernel<decltype(element), decltype(across)::value, kN>,
-        dim3(of.ctas), kSm90Threads, Sm90Tile<kN>::kShared, on, of.p);
+        dim3(of.ctas), kSm90Threads, Sm90Tile<kN>::kShared, on, of.p, of.cluster);
   };
   const auto with_tile = [&](auto element, auto across) {
     if (columns == 256) start(element, across, std::integral_constant<int, 256>());

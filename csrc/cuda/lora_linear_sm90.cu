@@ -5,7 +5,7 @@
 
 namespace lorafast::cuda {
 
-// The CTAs that draw the first tickets help, then take tiles like the others.
+// The clusters that draw the first tickets help, then take tiles like the others.
 template <int kN, int kHelperRanks>
 __global__ void __launch_bounds__(kSm90Threads, 1) lora_linear_sm90_kernel(const __grid_constant__ Sm90Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -20,10 +20,10 @@ __global__ void __launch_bounds__(kSm90Threads, 1) lora_linear_sm90_kernel(const
 void lora_linear_sm90(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& bias, Tensor y, Tensor s, Tensor counters, int64_t columns, int64_t group,
-    int64_t ctas, int64_t helpers) {
+    int64_t ctas, int64_t helpers, int64_t cluster) {
   const OneDevice device(kDevice, "x", x);
   const int64_t down = x.dim() == 2 ? (x.size(0) + 127) / 128 : 0;
-  check_sm90(device, x, weight, s, lora_B, bias, y, counters, kSm90Flags + down, columns, group, ctas);
+  check_sm90(device, x, weight, s, lora_B, bias, y, counters, kSm90Flags + down, columns, group, ctas, cluster);
   const int64_t K = x.size(1), r = s.size(1);
   check_output("s", s, x.size(0), r, device);
   check_matrix("lora_A", lora_A, r, K, device);
@@ -41,7 +41,7 @@ void lora_linear_sm90(
   STD_TORCH_CHECK(aligned(s.const_data_ptr(), 0, 4), "s doesn't begin at a multiple of 4 bytes");
   const OnDevice on(device);
   enter_sm90("lora_linear_sm90", on);
-  Sm90Launch of = sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas);
+  Sm90Launch of = sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas, cluster);
   STD_TORCH_CHECK(
       !of.across, "weight has strides ", weight.stride(0), " and ", weight.stride(1),
       ", expected contiguous rows");
@@ -49,14 +49,14 @@ void lora_linear_sm90(
   check_for_tma("lora_A", lora_A.const_data_ptr(), r, K, a_row);
   of.p.a = tensor_map("lora_A", lora_A.const_data_ptr(), Dtype::bfloat16, r, K, a_row, r <= 16 ? 16 : 64);
   of.p.made_s = s.mutable_data_ptr();
-  of.p.helpers = static_cast<int32_t>(helpers);
-  const int64_t useful = int64_t{of.p.row_tiles} * of.p.column_tiles + helpers;
-  const auto started = static_cast<unsigned>(useful < ctas ? useful : ctas);
+  of.p.helpers = static_cast<int32_t>((helpers + cluster - 1) / cluster);
+  const int64_t useful = int64_t{of.p.row_sets} * of.p.column_tiles + of.p.helpers, most = ctas / cluster;
+  const auto started = static_cast<unsigned>(cluster * (useful < most ? useful : most));
   const auto start = [&](auto tile, auto ranks) {
     constexpr int kN = decltype(tile)::value;
     launch(
         "lora_linear_sm90", lora_linear_sm90_kernel<kN, decltype(ranks)::value>, dim3(started), kSm90Threads,
-        Sm90Tile<kN>::kShared, on, of.p);
+        Sm90Tile<kN>::kShared, on, of.p, of.cluster);
   };
   const auto with_tile = [&](auto ranks) {
     if (columns == 256) start(std::integral_constant<int, 256>(), ranks);

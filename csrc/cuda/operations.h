@@ -36,18 +36,18 @@ void lora_linear(
 // linear_expand_sm90.cu. y [M, N] = x·Wᵀ + drop(scaling · s·Bᵀ) + bias of bfloat16 or float16 on sm_90a, by TMA: rows of x
 // and y, and either rows or columns of the weight, must begin at multiples of 16 bytes. s [M, r] is of bfloat16, for
 // float16 of float32. Tiles of y have 128 rows and 256 or 128 columns; those of `group` row blocks run together, on as
-// many as `ctas` CTAs. There are four counters.
+// many as `ctas` CTAs, in clusters of `cluster`, 1 or 2. There are four counters.
 void linear_expand_sm90(
     const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
-    Tensor y, Tensor counters, int64_t columns, int64_t group, int64_t ctas);
+    Tensor y, Tensor counters, int64_t columns, int64_t group, int64_t ctas, int64_t cluster);
 
 // lora_linear_sm90.cu. The same of bfloat16, whose s [M, r] = x·Aᵀ the first `helpers` CTAs make in the same launch,
 // for r up to 64, without a mask. There is a counter more for every 128 rows.
 void lora_linear_sm90(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& bias, Tensor y, Tensor s, Tensor counters, int64_t columns, int64_t group,
-    int64_t ctas, int64_t helpers);
+    int64_t ctas, int64_t helpers, int64_t cluster);
 
 // lora_linear_backward.cu. Of these what is given, in one launch: dx [M, K] = dy·W + drop'(ds·A), dA [r, K] = dsᵀ·drop(x),
 // dB [N, r] = scaling · dyᵀ·s, dbias [N] = Σ dy over rows, where ds = scaling · dy·B. dx takes weight, lora_A and lora_B;
@@ -59,6 +59,17 @@ void lora_linear_backward(
     double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
     std::optional<Tensor> dx, std::optional<Tensor> dA, std::optional<Tensor> dB, std::optional<Tensor> dbias,
     std::optional<Tensor> scratch, std::optional<Tensor> counters, int64_t columns, int64_t stages);
+
+// lora_linear_backward_sm90.cu, of bfloat16 and r up to 64, in one launch: dx [M, K] = dy·W + ds·A, ds [M, ranks] =
+// scaling · dy·B of r rounded up to 16, 32 or 64 ranks, zeros behind r; and of dA [r, K] = dsᵀ·x, dB [N, r] = scaling ·
+// dyᵀ·s what is given, which take x and s. dy, x, weight and dx are as TMA reads them. Of `ctas` persistent CTAs
+// `helpers` make ds and dB first; dB is summed over groups of rows_ahead row blocks of 128, dA of rows_behind. partials
+// and counters have the sizes that lorafast/backends/cuda/wgmma_backward.py computes.
+void lora_linear_backward_sm90(
+    const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, const std::optional<Tensor>& s, double scaling, Tensor dx, Tensor ds,
+    std::optional<Tensor> dA, std::optional<Tensor> dB, const std::optional<Tensor>& partials, Tensor counters,
+    int64_t group, int64_t ctas, int64_t helpers, int64_t rows_ahead, int64_t rows_behind);
 
 // The skinny operations (skinny.cuh). `ranks`, `block_m`, `block_n`, `stages`, `share` and `chunk` are a SkinnyPlan;
 // partials and counters have the sizes that lorafast/backends/cuda/skinny.py computes, where sums are shared.

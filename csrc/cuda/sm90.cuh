@@ -1,14 +1,15 @@
 // The persistent GEMM of sm_90a, whose warps have work of their own: y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias, and,
 // where helpers make s beside it, s = x·Aᵀ.
 //
-// A CTA has three warpgroups. The first one's warp 0 takes tiles of y from a queue and loads x and W by TMA,
-// the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All hand
+// A CTA has three warpgroups. The first one's warp 0 loads x and W by TMA, of the tiles of y that its cluster takes
+// from a queue; the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All hand
 // over stages of a ring in shared memory: its steps are the K blocks of a tile and, in the same form, its rank
 // blocks. They are the last steps, so that nothing waits for s; under a mask, which falls on the low-rank term
 // alone, they are the first, the sums are masked, and the GEMM adds to them.
 //
-// Helpers are the CTAs that draw the first tickets. Before they take tiles they do work that others wait for, through
-// the same ring (sm90_shrink.cuh).
+// Helpers are the clusters that draw the first tickets. Before they take tiles they do work that others wait for,
+// through the same ring (sm90_shrink.cuh). `draw` gives the number of the next item of it, or -1; only the leader asks.
+// An item is then done by `load`, `write` and `multiply` of each CTA, which go through as many stages in both.
 #pragma once
 
 #include "counters.cuh"
@@ -22,16 +23,30 @@ namespace lorafast::cuda {
 
 struct NoHelpers {
   static constexpr bool kAny = false;
+  static constexpr int kWriterRegisters = 40;  // multiples of 16
+  struct State {};
 
-  template <class Cta, class Ring, class Mail>
-  static __device__ __forceinline__ void load(const Cta&, Ring&, Mail&) {}
+  template <class Cta>
+  static __device__ __forceinline__ int draw(const Cta&, State&) {
+    return -1;
+  }
+  template <class Cta>
+  static __device__ __forceinline__ int draw_behind(const Cta&, State&) {
+    return -1;
+  }
+  template <class Cta>
+  static __device__ __forceinline__ int used(const Cta&) {
+    return kSm90Flags;
+  }
+  template <class Cta, class Ring>
+  static __device__ __forceinline__ void load(const Cta&, Ring&, int) {}
   template <class Cta, class Ring>
   static __device__ __forceinline__ void write(const Cta&, Ring&, uint32_t&, int) {}
   template <class Cta>
   static __device__ __forceinline__ void wait_for(const Cta&, int) {}
 };
 
-// kAcross: rows of W lie across k, as those of Wᵀ do. Helpers: what the first CTAs do before they take tiles.
+// kAcross: rows of W lie across k, as those of Wᵀ do. Helpers: what the first clusters do before they take tiles.
 template <class T, bool kAcross, int kN, class Helpers = NoHelpers>
 struct Sm90Cta : Sm90Ring<kN> {
   using Base = Sm90Ring<kN>;
@@ -40,42 +55,88 @@ struct Sm90Cta : Sm90Ring<kN> {
   using typename Base::Tile;
   using Factors = Sm90Factors<T, kAcross, kN>;
   using Factor = typename Factors::Element;
-  using Base::Base, Base::bias, Base::empty, Base::full, Base::granted, Base::grant, Base::kFirstItem;
-  using Base::lane, Base::masked, Base::p, Base::post, Base::posted, Base::read_mail, Base::release, Base::shared;
-  using Base::slot, Base::stage, Base::taken, Base::warp;
+  using Base::Base, Base::bias, Base::empty, Base::full, Base::give_back, Base::granted, Base::grant, Base::lane;
+  using Base::masked, Base::p, Base::rank, Base::read_mail, Base::release, Base::row_block, Base::shared;
+  using Base::stage, Base::warp;
   static constexpr int kTiles = kN / 8;  // of eight columns, of which a thread has four sums
 
-  // ---- One thread takes tiles and loads x and W.
+  // ---- One thread loads x and W. The leader's takes from the queues.
+
+  // What is drawn next was asked for one tile ago, so that nobody waits for the counter.
+  struct Draws {
+    typename Helpers::State helpers;
+    bool tiles = false;  // helpers have no other work left
+    uint32_t next = 0;
+  };
+
+  __device__ __forceinline__ Sm90Work draw(Draws& draws) const {
+    uint32_t* const queue = p.counters + kSm90Tiles;
+    if (!draws.tiles) {
+      if constexpr (Helpers::kAny) {
+        const int item = Helpers::draw(*this, draws.helpers);
+        if (item >= 0) return {item, Sm90Work::kHelp};
+      }
+      draws.tiles = true;
+      draws.next = ptx::add_relaxed(queue, 1);
+    }
+    const uint32_t number = draws.next;
+    if (number >= static_cast<uint32_t>(p.row_sets * p.column_tiles)) {
+      const int item = Helpers::draw_behind(*this, draws.helpers);
+      return {item, item >= 0 ? Sm90Work::kHelp : Sm90Work::kEnd};
+    }
+    draws.next = ptx::add_relaxed(queue, 1);
+    return tiles_of(p, static_cast<int>(number), kN);
+  }
 
   __device__ __forceinline__ void load() const {
     ptx::fetch_map(&p.x);
     ptx::fetch_map(&p.w);
     ptx::fetch_map(&p.y);
     Ring ring;
-    Mail mail;
-    Helpers::load(*this, ring, mail);
-    const uint32_t tiles = static_cast<uint32_t>(p.row_tiles * p.column_tiles);
-    uint32_t tile = ptx::add_relaxed(p.counters + kSm90Tiles, 1);
-    for (;;) {
-      post(mail, tile < tiles ? static_cast<int>(tile) : -1);
-      if (tile >= tiles) return;
-      const TileAt at(p, static_cast<int>(tile), Tile::kM, kN);
-      tile = ptx::add_relaxed(p.counters + kSm90Tiles, 1);  // is there when this tile is loaded
+    Draws draws;
+    for (Mail mail;; mail.next()) {
+      if (rank == 0) this->post(mail, draw(draws));
+      const Sm90Work work = read_mail(mail);
+      if (work.column == Sm90Work::kEnd) return;
+      if (Helpers::kAny && work.column == Sm90Work::kHelp) {
+        Helpers::load(*this, ring, work.row);
+        continue;
+      }
+      const int row = row_block(work.row) * Tile::kM;
       if (masked) grant(ring, p.rank_steps);
       for (int k = 0; k < p.k_steps; ++k, ring.next()) {
         this->open(ring, Tile::kStage);
-        ptx::copy_box(stage(ring), &p.x, k * Tile::kK, at.row, full(ring));
-        const uint32_t w = stage(ring) + Tile::kX;
-        if constexpr (kAcross) {
-#pragma unroll
-          for (int i = 0; i < kN / 64; ++i) {
-            ptx::copy_box(w + i * Tile::kHalf, &p.w, at.column + 64 * i, k * Tile::kK, full(ring));
-          }
-        } else {
-          ptx::copy_box(w, &p.w, k * Tile::kK, at.column, full(ring));
-        }
+        ptx::copy_box(stage(ring), &p.x, k * Tile::kK, row, full(ring));
+        load_w(ring, k * Tile::kK, work.column);
       }
       if (!masked) grant(ring, p.rank_steps);
+    }
+  }
+
+  // A K block of W: of a cluster of two, one half to both CTAs.
+  __device__ __forceinline__ void load_w(const Ring& ring, int k, int column) const {
+    const uint32_t w = stage(ring) + Tile::kX;
+    if constexpr (kAcross) {
+      constexpr int kBoxes = kN / 64;
+      if (p.cluster == 1) {
+#pragma unroll
+        for (int i = 0; i < kBoxes; ++i) {
+          ptx::copy_box(w + i * Tile::kHalf, &p.w, column + 64 * i, k, full(ring));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBoxes / 2; ++i) {
+          const int box = rank * (kBoxes / 2) + i;
+          ptx::copy_box_to_both(w + box * Tile::kHalf, &p.w, column + 64 * box, k, full(ring));
+        }
+      }
+    } else {
+      if (p.cluster == 1) {
+        ptx::copy_box(w, &p.w, k, column, full(ring));
+      } else {
+        const int first = rank * (kN / 2);
+        ptx::copy_box_to_both(w + first * kSm90Row, &p.w, k, column + first, full(ring));
+      }
     }
   }
 
@@ -88,31 +149,30 @@ struct Sm90Cta : Sm90Ring<kN> {
     uint32_t parities = 0;  // of each stage's next grant, a bit a stage
     Mail mail;
     for (;; mail.next()) {
-      const int tile = read_mail(mail);
-      if (tile == -1) break;
-      if (Helpers::kAny && tile < 0) {
-        Helpers::write(*this, ring, parities, kFirstItem - tile);
-        __syncwarp();
-        if (lane == 0) ptx::arrive_at(taken(mail));
+      const Sm90Work work = read_mail(mail);
+      if (work.column == Sm90Work::kEnd) break;
+      if (Helpers::kAny && work.column == Sm90Work::kHelp) {
+        Helpers::write(*this, ring, parities, work.row);
+        give_back(mail);
         continue;
       }
-      const TileAt at(p, tile, Tile::kM, kN);
+      const int own = row_block(work.row), top = own * Tile::kM;
       if (p.bias != nullptr) {
         for (int i = thread; i < kN; i += kSm90Writers) {
-          const int64_t n = at.column + i;
+          const int64_t n = work.column + i;
           bias(mail)[i] = n < p.N ? load_as_float(p.bias, n * p.bias_stride, p.bias_type) : 0.0f;
         }
       }
       if (!masked) skip(ring);
       for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
-        const int rank = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
+        const int first = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
-        factors.write_b(stage(ring), thread, at.column, rank, part);
+        factors.write_b(stage(ring), thread, work.column, first, part);
         if (Helpers::kAny && step == 0) {
-          if (thread == 0) Helpers::wait_for(*this, at.row / Tile::kM);
+          if (thread == 0 && own < p.row_tiles) Helpers::wait_for(*this, own);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
-        factors.write_s(stage(ring), thread, at.row, rank, part);
+        factors.write_s(stage(ring), thread, top, first, part);
         ptx::commit_copies();
         ptx::wait_for_copies<0>();
         ptx::publish_shared();
@@ -120,16 +180,20 @@ struct Sm90Cta : Sm90Ring<kN> {
         if (thread == 0) ptx::arrive_at(full(ring));
       }
       if (masked) skip(ring);
-      __syncwarp();
-      if (lane == 0) ptx::arrive_at(taken(mail));
+      give_back(mail);
     }
-    // The last CTA leaves the counters as it found them. Its own writers are here: nobody waits for a flag.
+    if constexpr (!Helpers::kAny) finish();
+  }
+
+  // The last CTA leaves the counters as it found them. Its own writers call it: nobody waits for a flag. Where there are
+  // flags, those of this CTA's are raised, which a barrier says.
+  __device__ __forceinline__ void finish() const {
     if (warp != 1) return;
     uint32_t before = 0;
     if (lane == 0) before = ptx::add_acquire_release(p.counters + kSm90Finished, 1);
     if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
     __syncwarp();  // what lane 0 acquired
-    const int used = kSm90Flags + (Helpers::kAny ? p.row_tiles : 0);
+    const int used = Helpers::used(*this);
     for (int i = lane; i < used; i += 32) p.counters[i] = 0;
   }
 
@@ -145,26 +209,32 @@ struct Sm90Cta : Sm90Ring<kN> {
 
   // ---- Two warpgroups multiply.
 
-  // The K blocks of the GEMM, or of a row block of s. Of the last one `held` is the stage, which is not released yet.
-  template <bool across, int kCount>
-  __device__ __forceinline__ void multiply(
-      float (&d)[kCount][4], Ring& ring, uint32_t& held, int adds, int half) const {
-    for (int k = 0; k < p.k_steps; ++k, ring.next()) {
-      ptx::wait_at(full(ring), ring.parity);
-      const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
-      const uint64_t b = across ? ptx::describe_columns<Tile::kK>(stage(ring) + Tile::kX)
-                                : ptx::describe_rows(stage(ring) + Tile::kX);
-      ptx::begin_products();
+  // The K blocks of the GEMM, or of a row block of s, of which there is one at least. Of the last one `held` is the stage,
+  // which is not released yet. The first one stands by itself where it adds to nothing: else sums that nobody needs
+  // would keep their registers from tile to tile, beside those of helpers.
+  template <bool across, bool kAdds, int kCount>
+  __device__ __forceinline__ void multiply(float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
+    if constexpr (!kAdds) multiply_block<across, false>(d, ring, held, half);
+    for (int k = kAdds ? 0 : 1; k < p.k_steps; ++k) multiply_block<across, true>(d, ring, held, half);
+  }
+
+  template <bool across, bool kAdds, int kCount>
+  __device__ __forceinline__ void multiply_block(
+      float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
+    ptx::wait_at(full(ring), ring.parity);
+    const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
+    const uint64_t b = across ? ptx::describe_columns<Tile::kK>(stage(ring) + Tile::kX)
+                              : ptx::describe_rows(stage(ring) + Tile::kX);
+    ptx::begin_products();
 #pragma unroll
-      for (int i = 0; i < Tile::kK / 16; ++i) {
-        ptx::multiply_add<T, across>(d, a + 2 * i, b + (across ? 128 : 2) * i, adds);
-        adds = 1;
-      }
-      ptx::commit_products();
-      ptx::wait_for_products<1>();
-      release(held);
-      held = empty(ring);
+    for (int i = 0; i < Tile::kK / 16; ++i) {
+      ptx::multiply_add<T, across>(d, a + 2 * i, b + (across ? 128 : 2) * i, kAdds || i > 0);
     }
+    ptx::commit_products();
+    ptx::wait_for_products<1>();
+    release(held);
+    held = empty(ring);
+    ring.next();
   }
 
   // Those of the low-rank term, and the end of all that was begun.
@@ -199,7 +269,7 @@ struct Sm90Cta : Sm90Ring<kN> {
 
   // y leaves in pieces of 64 columns; while TMA writes one the next is made.
   __device__ __forceinline__ void store(
-      const float (&d)[kTiles][4], const TileAt& at, int half, const Mail& mail) const {
+      const float (&d)[kTiles][4], int top, int left, int half, const Mail& mail) const {
     const bool first = threadIdx.x % 128 == 0;
     const uint32_t pieces = shared + Tile::kPieces + half * 2 * Tile::kHalf;
     const int row = (warp % 4) * 16 + (lane & 15), high = lane >> 4;  // whose address this lane gives
@@ -226,7 +296,7 @@ struct Sm90Cta : Sm90Ring<kN> {
       }
       ptx::publish_shared();
       ptx::meet(1 + half, 128);
-      const int column = at.column + 64 * piece, top = at.row + 64 * half;
+      const int column = left + 64 * piece;
       if (first && column < p.N && top < p.M) ptx::store_box(&p.y, column, top, to);
       if (first) ptx::commit_boxes();
     }
@@ -236,34 +306,33 @@ struct Sm90Cta : Sm90Ring<kN> {
     const int half = warp / 4 - 1;
     Ring ring;
     Mail mail;
-    float d[kTiles][4];
     for (;; mail.next()) {
-      const int tile = read_mail(mail);
-      if (tile == -1) break;
+      const Sm90Work work = read_mail(mail);
+      if (work.column == Sm90Work::kEnd) break;
       uint32_t held = 0;
       if constexpr (Helpers::kAny) {
-        if (tile < 0) {
-          Helpers::multiply(*this, ring, kFirstItem - tile, half);
-          if (lane == 0) ptx::arrive_at(taken(mail));
+        if (work.column == Sm90Work::kHelp) {
+          Helpers::multiply(*this, ring, work.row, half);
+          give_back(mail);
           continue;
         }
       }
-      const TileAt at(p, tile, Tile::kM, kN);
-      if (masked) {
+      const int top = row_block(work.row) * Tile::kM + 64 * half;
+      float d[kTiles][4];
+      if (!Helpers::kAny && masked) {
         multiply_ranks(d, ring, held, 0, half);
         const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
-        end_low_rank(d, p.sum_scale, p.dropout, seed, at.row + 64 * half + warp % 4 * 16, at.column);
-        multiply<kAcross>(d, ring, held, 1, half);
+        end_low_rank(d, p.sum_scale, p.dropout, seed, top + warp % 4 * 16, work.column);
+        multiply<kAcross, true>(d, ring, held, half);
         ptx::wait_for_products<0>();
         release(held);
         ptx::hold(d);
       } else {
-        multiply<kAcross>(d, ring, held, 0, half);
+        multiply<kAcross, false>(d, ring, held, half);
         multiply_ranks(d, ring, held, 1, half);
       }
-      store(d, at, half, mail);
-      __syncwarp();
-      if (lane == 0) ptx::arrive_at(taken(mail));
+      store(d, top, work.column, half, mail);
+      give_back(mail);
     }
     if (threadIdx.x % 128 == 0) ptx::wait_until_stored();
   }
@@ -271,13 +340,15 @@ struct Sm90Cta : Sm90Ring<kN> {
   __device__ __forceinline__ void run() const {
     this->init();
     if (warp < 4) {
-      ptx::give_registers<40>();
+      ptx::give_registers<Helpers::kWriterRegisters>();
       if (warp > 0) write();
       else if (lane == 0) load();
     } else {
-      ptx::take_registers<232>();
+      ptx::take_registers<252 - Helpers::kWriterRegisters / 2>();  // of 168 that each began with
       consume();
     }
+    this->leave();
+    if constexpr (Helpers::kAny) finish();
   }
 };
 

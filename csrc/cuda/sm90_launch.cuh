@@ -11,14 +11,14 @@ namespace lorafast::cuda {
 struct Sm90Launch {
   Sm90Params p;
   bool across;  // the weight's columns are contiguous
-  unsigned ctas;
+  unsigned ctas, cluster;
 };
 
 // Checks what every such launch has. `used`: counters.
 inline void check_sm90(
     const OneDevice& device, const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B,
     const std::optional<Tensor>& bias, const Tensor& y, const Tensor& counters, int64_t used, int64_t columns,
-    int64_t group, int64_t ctas) {
+    int64_t group, int64_t ctas, int64_t cluster) {
   STD_TORCH_CHECK(
       x.dim() == 2 && weight.dim() == 2 && s.dim() == 2 && lora_B.dim() == 2,
       "x, weight, s or lora_B is no matrix");
@@ -46,7 +46,8 @@ inline void check_sm90(
   STD_TORCH_CHECK(columns == 256 || columns == 128, "columns is ", columns, ", expected 256 or 128");
   STD_TORCH_CHECK(
       group >= 1 && group < INT64_C(1) << 16, "group is ", group, ", expected 1 to ", (INT64_C(1) << 16) - 1);
-  STD_TORCH_CHECK(ctas >= 1 && ctas < INT64_C(1) << 16, "ctas is ", ctas, ", expected 1 or more");
+  STD_TORCH_CHECK(cluster == 1 || cluster == 2, "cluster is ", cluster, ", expected 1 or 2");
+  STD_TORCH_CHECK(ctas >= cluster && ctas < INT64_C(1) << 16, "ctas is ", ctas, ", expected at least ", cluster);
   STD_TORCH_CHECK(
       counters.scalar_type() == ScalarType::Int && counters.is_contiguous() && counters.numel() >= used,
       "counters has ", counters.numel(), " elements of dtype ",
@@ -68,7 +69,8 @@ inline void enter_sm90(const char* name, const OnDevice& on) {
 // Of arguments that are checked, of which none is empty. Raises if TMA can't have them.
 inline Sm90Launch sm90_launch(
     const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
-    const std::optional<Tensor>& bias, Tensor& y, Tensor& counters, int64_t columns, int64_t group, int64_t ctas) {
+    const std::optional<Tensor>& bias, Tensor& y, Tensor& counters, int64_t columns, int64_t group, int64_t ctas,
+    int64_t cluster) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = s.size(1);
   const Dtype dtype = dtype_of(x);
   const bool bf16 = dtype == Dtype::bfloat16;
@@ -85,19 +87,21 @@ inline Sm90Launch sm90_launch(
   check_for_tma("x", x.const_data_ptr(), M, K, x_row);
   check_for_tma("weight", weight.const_data_ptr(), across ? K : N, across ? N : K, w_row);
   check_for_tma("y", y.const_data_ptr(), M, N, y_row);
-  const int64_t down = (M + 127) / 128, along = (N + columns - 1) / columns, tiles = down * along;
+  const int64_t down = (M + 127) / 128, along = (N + columns - 1) / columns;
+  const int64_t sets = (down + cluster - 1) / cluster, tiles = sets * along;  // of clusters
   STD_TORCH_CHECK(
-      tiles + ctas < INT64_C(1) << 31, "y is ", M, " x ", N, ", more than ", (INT64_C(1) << 31) - 1 - ctas,
-      " tiles");
+      cluster * tiles + ctas < INT64_C(1) << 31, "y is ", M, " x ", N, ", more than ",
+      (INT64_C(1) << 31) - 1 - ctas, " tiles");
 
   Sm90Launch of{};
   of.across = across;
-  of.ctas = static_cast<unsigned>(tiles < ctas ? tiles : ctas);
+  of.cluster = static_cast<unsigned>(cluster);
+  of.ctas = static_cast<unsigned>(cluster * (tiles < ctas / cluster ? tiles : ctas / cluster));
   Sm90Params& p = of.p;
   p.x = tensor_map("x", x.const_data_ptr(), dtype, M, K, x_row, 128);
   p.w = tensor_map(
       "weight", weight.const_data_ptr(), dtype, across ? K : N, across ? N : K, w_row,
-      across ? 64 : static_cast<int>(columns));
+      across ? 64 : static_cast<int>(columns / cluster));
   p.y = tensor_map("y", y.mutable_data_ptr(), dtype, M, N, y_row, 64);
   p.s = factor_of(s);
   p.b = of.across && bf16 ? factor_of(lora_B, true) : factor_of(lora_B);
@@ -111,7 +115,9 @@ inline Sm90Launch sm90_launch(
   p.k_steps = static_cast<int32_t>((K + 63) / 64);
   p.rank_steps = static_cast<int32_t>((r + ranks - 1) / ranks) * p.parts;
   p.row_tiles = static_cast<int32_t>(down), p.column_tiles = static_cast<int32_t>(along);
-  p.group = static_cast<int32_t>(group < down ? group : down);  // then no product with it is larger than `tiles`
+  p.cluster = static_cast<int32_t>(cluster), p.row_sets = static_cast<int32_t>(sets);
+  const int64_t together = (group + cluster - 1) / cluster;
+  p.group = static_cast<int32_t>(together < sets ? together : sets);  // then no product with it is above `tiles`
   p.factor_scale = static_cast<float>(scaling);
   p.sum_scale = 1.0f;
   return of;

@@ -1,11 +1,15 @@
 // A CTA of the GEMMs of sm_90a: its parameters, its shared memory, and how its warps hand over stages and tiles
 // (sm90.cuh says who does what).
 //
-// Barriers of the ring: `full` when a stage has arrived, `empty` when all eight warps that multiply have read it.
-// Whoever waits for a stage alone, by the parity of its turn, must never be a turn off: the loading thread waits
-// for each one and grants a stage of factors to those who write it, by `granted`. A tile's number goes round in two
-// mail slots: `posted`, and `taken` when a tile is done with. Its bias is there when its first ranks are, in shared
-// memory of the slot.
+// A cluster has one CTA or two. Two have tiles below each other: the columns of both are the same, and so is W's box, of
+// which each loads one half to both.
+//
+// Barriers of the ring: `full` when a stage has arrived, `empty` when all warps that multiply have read it, eight in
+// each CTA: a copy to both needs both stages. Whoever waits for a stage alone, by the parity of its turn, must never be
+// a turn off: the loading thread waits for each one and grants a stage of factors to those who write it, by `granted`.
+// What there is to do goes round in two mail slots. CTA 0, the leader, sends it to its cluster: `posted`, and `taken`,
+// the leader's, when all are done with it. A tile's bias is there when its first ranks are, in shared memory of the
+// slot. A loading thread isn't counted as a reader of mail: those that are take what it has loaded.
 #pragma once
 
 #include <cuda.h>
@@ -30,13 +34,15 @@ struct Sm90Params {
   int32_t M, N, r;
   int32_t k_steps, rank_steps;  // of the ring
   int32_t row_tiles, column_tiles;
-  int32_t group;       // row blocks whose tiles run together
+  int32_t cluster;     // CTAs
+  int32_t row_sets;    // of a cluster's row blocks; the last one's may lie below x
+  int32_t group;       // sets whose tiles run together
   int32_t parts;       // steps of the same ranks
   float factor_scale;  // of s
   float sum_scale;     // of the masked term
   Dtype bias_type;
   void* made_s;     // by helpers: what `s` reads, contiguous
-  int32_t helpers;  // that make it
+  int32_t helpers;  // clusters that make it
 };
 
 constexpr int kSm90Threads = 384;
@@ -56,7 +62,7 @@ struct Sm90Tile {
   static constexpr int kFull = kBarriers, kEmpty = kFull + 8 * kStages, kGranted = kEmpty + 8 * kStages;
   static constexpr int kPosted = kGranted + 8 * kStages;
   static constexpr int kTaken = kPosted + 16, kMail = kTaken + 16;
-  static constexpr int kShared = kMail + 8;
+  static constexpr int kShared = kMail + 16;
   static_assert(kShared <= 232448, "more than an SM has");
 };
 
@@ -72,17 +78,20 @@ struct Turn {
   }
 };
 
-// Tiles come in groups of row blocks, so that those which run together share tiles of W in the L2 cache.
-struct TileAt {
-  int row, column;  // its first ones
+// What a cluster is to do: tiles, `row` is their set of row blocks and `column` the first column; or kHelp in its place,
+// and `row` is an item of helpers' work; or kEnd, there is no more.
+struct Sm90Work {
+  static constexpr int kEnd = -1, kHelp = -2;
 
-  __device__ __forceinline__ TileAt(const Sm90Params& p, int tile, int rows, int columns) {
-    const int size = p.group * p.column_tiles, first = tile / size * p.group, inside = tile % size;
-    const int left = p.row_tiles - first, of = left < p.group ? left : p.group;
-    row = (first + inside % of) * rows;
-    column = inside / of * columns;
-  }
+  int row, column;
 };
+
+// Tiles come in groups of row blocks, so that those which run together share tiles of W in the L2 cache.
+__device__ __forceinline__ Sm90Work tiles_of(const Sm90Params& p, int number, int columns) {
+  const int size = p.group * p.column_tiles, first = number / size * p.group, inside = number % size;
+  const int left = p.row_sets - first, of = left < p.group ? left : p.group;
+  return {first + inside % of, inside / of * columns};
+}
 
 // What a thread of such a CTA knows, whatever it does.
 template <int kN>
@@ -95,6 +104,7 @@ struct Sm90Ring {
   unsigned char* const memory;
   const uint32_t shared;
   const int warp, lane;
+  const int rank;  // in the cluster
   const bool masked;
 
   __device__ Sm90Ring(const Sm90Params& params, unsigned char* from)
@@ -103,6 +113,7 @@ struct Sm90Ring {
         shared(ptx::shared_address(from)),
         warp(__shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0)),
         lane(static_cast<int>(threadIdx.x % 32)),
+        rank(static_cast<int>(ptx::cluster_rank())),
         masked(params.dropout.seed != nullptr) {}
 
   __device__ __forceinline__ uint32_t stage(const Ring& ring) const { return shared + ring.at * Tile::kStage; }
@@ -118,36 +129,46 @@ struct Sm90Ring {
   __device__ __forceinline__ float* bias(const Mail& mail) const {
     return reinterpret_cast<float*>(memory + Tile::kBias) + mail.at * kN;
   }
-  __device__ __forceinline__ int* slot(const Mail& mail) const {
-    return reinterpret_cast<int*>(memory + Tile::kMail) + mail.at;
-  }
+  // This CTA's one of a set of row blocks.
+  __device__ __forceinline__ int row_block(int set) const { return p.cluster * set + rank; }
 
   __device__ __forceinline__ void init() const {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Tile::kStages; ++i) {
         ptx::init_barrier(shared + Tile::kFull + 8 * i, 1);
-        ptx::init_barrier(shared + Tile::kEmpty + 8 * i, 8);
+        ptx::init_barrier(shared + Tile::kEmpty + 8 * i, 8 * p.cluster);
         ptx::init_barrier(shared + Tile::kGranted + 8 * i, 1);
       }
       for (int i = 0; i < 2; ++i) {
         ptx::init_barrier(shared + Tile::kPosted + 8 * i, 1);
-        ptx::init_barrier(shared + Tile::kTaken + 8 * i, 8 + 3);
+        ptx::init_barrier(shared + Tile::kTaken + 8 * i, (8 + 3) * p.cluster);
       }
       ptx::publish_barriers();
     }
-    __syncthreads();
+    ptx::meet_cluster();
   }
 
-  // The tile in the slot; -1: there are no more; below that a row block of s, kFirstItem less its number.
-  static constexpr int kFirstItem = -2;
-  __device__ __forceinline__ int read_mail(const Mail& mail) const {
+  // Nobody leaves while others of the cluster can still arrive at its barriers.
+  __device__ __forceinline__ void leave() const {
+    __syncwarp();
+    ptx::meet_cluster();
+  }
+
+  __device__ __forceinline__ Sm90Work read_mail(const Mail& mail) const {
     ptx::wait_at(posted(mail), mail.parity);
-    return *slot(mail);
+    const int2 work = *reinterpret_cast<const int2*>(memory + Tile::kMail + 8 * mail.at);
+    return {work.x, work.y};
+  }
+
+  // A warp is done with what was in the slot.
+  __device__ __forceinline__ void give_back(const Mail& mail) const {
+    __syncwarp();
+    if (lane == 0) ptx::arrive_in_cluster(ptx::in_cta(taken(mail), 0));
   }
 
   // ---- What the loading thread does.
 
-  // Waits until a stage is empty, and promises that so many bytes will be there.
+  // Waits until a stage is empty, and promises that so many bytes will be there, also those that the other CTA copies.
   __device__ __forceinline__ void open(const Ring& ring, uint32_t bytes) const {
     ptx::wait_at(empty(ring), ring.parity ^ 1);
     ptx::arrive_and_expect(full(ring), bytes);
@@ -162,18 +183,21 @@ struct Sm90Ring {
     }
   }
 
-  __device__ __forceinline__ void post(Mail& mail, int what) const {
+  // The leader's alone.
+  __device__ __forceinline__ void post(const Mail& mail, const Sm90Work& work) const {
     ptx::wait_at(taken(mail), mail.parity ^ 1);
-    *slot(mail) = what;
-    ptx::arrive_at(posted(mail));
-    mail.next();
+    const uint32_t slot = shared + Tile::kMail + 8 * mail.at;
+#pragma unroll 1
+    for (int to = 0; to < p.cluster; ++to) {
+      ptx::send_two(ptx::in_cta(slot, to), work.row, work.column, ptx::in_cta(posted(mail), to));
+    }
   }
 
   // ---- What the warps that multiply do.
 
-  // The stage that one holds is read.
+  // The stage that one holds is read: each CTA of the cluster is told.
   __device__ __forceinline__ void release(uint32_t& held) const {
-    if (held != 0 && lane == 0) ptx::arrive_at(held);
+    if (held != 0 && lane < p.cluster) ptx::arrive_in_cluster(ptx::in_cta(held, lane));
     held = 0;
   }
 };

@@ -16,24 +16,36 @@ namespace lorafast::cuda {
 template <int kRanks>
 struct ShrinkFirst {
   static constexpr bool kAny = true;
+  static constexpr int kWriterRegisters = 40;
+  struct State {
+    bool asked = false, helps = false;
+    uint32_t next = 0;
+  };
 
   template <class Cta>
-  static __device__ __forceinline__ void load(const Cta& cta, typename Cta::Ring& ring, typename Cta::Mail& mail) {
+  static __device__ __forceinline__ int draw(const Cta& cta, State& state) {
+    const Sm90Params& p = cta.p;
+    if (!state.asked) {
+      state.asked = true;
+      state.helps = ptx::add_relaxed(p.counters + kSm90Tickets, 1) < static_cast<uint32_t>(p.helpers);
+      if (state.helps) state.next = ptx::add_relaxed(p.counters + kSm90Items, 1);
+    }
+    if (!state.helps || state.next >= static_cast<uint32_t>(p.row_sets)) return -1;
+    const int item = static_cast<int>(state.next);
+    state.next = ptx::add_relaxed(p.counters + kSm90Items, 1);
+    return item;
+  }
+
+  template <class Cta>
+  static __device__ __forceinline__ void load(const Cta& cta, typename Cta::Ring& ring, int item) {
     using Tile = typename Cta::Tile;
     const Sm90Params& p = cta.p;
-    const uint32_t items = static_cast<uint32_t>(p.row_tiles);
-    if (ptx::add_relaxed(p.counters + kSm90Tickets, 1) >= static_cast<uint32_t>(p.helpers)) return;
     ptx::fetch_map(&p.a);
-    uint32_t item = ptx::add_relaxed(p.counters + kSm90Items, 1);
-    while (item < items) {
-      cta.post(mail, Cta::kFirstItem - static_cast<int>(item));
-      const int row = static_cast<int>(item) * Tile::kM;
-      item = ptx::add_relaxed(p.counters + kSm90Items, 1);
-      for (int k = 0; k < p.k_steps; ++k, ring.next()) {
-        cta.open(ring, Tile::kX + kRanks * kSm90Row);
-        ptx::copy_box(cta.stage(ring), &p.x, k * Tile::kK, row, cta.full(ring));
-        ptx::copy_box(cta.stage(ring) + Tile::kX, &p.a, k * Tile::kK, 0, cta.full(ring));
-      }
+    const int row = cta.row_block(item) * Tile::kM;
+    for (int k = 0; k < p.k_steps; ++k, ring.next()) {
+      cta.open(ring, Tile::kX + kRanks * kSm90Row);
+      ptx::copy_box(cta.stage(ring), &p.x, k * Tile::kK, row, cta.full(ring));
+      ptx::copy_box(cta.stage(ring) + Tile::kX, &p.a, k * Tile::kK, 0, cta.full(ring));
     }
   }
 
@@ -48,11 +60,13 @@ struct ShrinkFirst {
     const Sm90Params& p = cta.p;
     float d[kRanks / 8][4];
     uint32_t held = 0;
-    cta.template multiply<false>(d, ring, held, 0, half);
+    cta.template multiply<false, false>(d, ring, held, half);
     ptx::wait_for_products<0>();
     cta.release(held);
     ptx::hold(d);
-    const int64_t row = static_cast<int64_t>(item) * Cta::Tile::kM + half * 64 + cta.warp % 4 * 16 + cta.lane / 4;
+    const int row_block = cta.row_block(item);
+    const int64_t row =
+        static_cast<int64_t>(row_block) * Cta::Tile::kM + half * 64 + cta.warp % 4 * 16 + cta.lane / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (row + 8 * h >= p.M) break;
@@ -71,7 +85,21 @@ struct ShrinkFirst {
       }
     }
     ptx::meet(1 + half, 128);
-    if (threadIdx.x % 128 == 0) ptx::add_acquire_release(p.counters + kSm90Flags + item, 1);
+    if (threadIdx.x % 128 == 0 && row_block < p.row_tiles) {
+      ptx::add_acquire_release(p.counters + kSm90Flags + row_block, 1);
+    }
+  }
+
+  // Nothing is left to do when there are no more tiles.
+  template <class Cta>
+  static __device__ __forceinline__ int draw_behind(const Cta&, State&) {
+    return -1;
+  }
+
+  // Counters: behind those of every launch a flag for each row block.
+  template <class Cta>
+  static __device__ __forceinline__ int used(const Cta& cta) {
+    return kSm90Flags + cta.p.row_tiles;
   }
 
   // A row block of s.

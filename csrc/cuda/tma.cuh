@@ -25,9 +25,40 @@ __device__ __forceinline__ void arrive_at(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
 }
 
+// shared::cluster: what is at this address in the window of shared memory of a CTA of the cluster.
+__device__ __forceinline__ uint32_t in_cta(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+// Arrives at a barrier that in_cta gave. It says no scope: a release of the cluster waits for all that the thread has
+// stored anywhere, some hundred clocks. What this arrival hands over are reads that have ended.
+__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" : : "r"(barrier) : "memory");
+}
+
+// Stores two words in a CTA of the cluster. Its barrier counts them as it counts the bytes of a copy: who has waited
+// there can load them. Both addresses are of in_cta.
+__device__ __forceinline__ void send_two(uint32_t to, int a, int b, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%3], 8;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];\n"
+      "}"
+      :
+      : "r"(to), "r"(a), "r"(b), "r"(barrier)
+      : "memory");
+}
+
 // Arrives, and promises that tensor copies will bring so many bytes.
 __device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
+}
+
+// Promises so many bytes beside an arrival of somebody else, which comes after this.
+__device__ __forceinline__ void expect_at(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
 }
 
 // Waits until the phase of this parity is over; of a new barrier that of parity 1 is. Lanes may find it at
@@ -61,6 +92,17 @@ __device__ __forceinline__ void copy_box(
       : "memory");
 }
 
+// The same to two CTAs of the cluster, 0 and 1: to this place in each, and each has its bytes counted at this barrier.
+__device__ __forceinline__ void copy_box_to_both(
+    uint32_t to, const CUtensorMap* map, int32_t column, int32_t row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;"
+      :
+      : "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(3))
+      : "memory");
+}
+
 // Copies a box from shared memory. Before it those who wrote it call publish_shared and meet.
 __device__ __forceinline__ void store_box(const CUtensorMap* map, int32_t column, int32_t row, uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
@@ -84,9 +126,26 @@ __device__ __forceinline__ void wait_until_stored() { asm volatile("cp.async.bul
 // Async Proxy: what this thread wrote to shared memory can be read by TMA and by tensor cores.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
+// As `meet`, without waiting: others do.
+__device__ __forceinline__ void arrive_for(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory");
+}
+
 // barrier: of `threads` threads, which are whole warps. Number 0 is __syncthreads'.
 __device__ __forceinline__ void meet(int number, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(number), "r"(threads) : "memory");
+}
+
+// barrier.cluster: of all threads of a cluster, warps together.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+}
+
+// Special registers: %cluster_ctarank. This CTA's number in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
 }
 
 // setmaxnreg: this warpgroup gives registers back, or takes what others gave.

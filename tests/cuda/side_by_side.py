@@ -5,9 +5,9 @@
         one = op(...)
         other = op(...)
 
-CTAs of the two take turns in one grid: those with an odd number along x are the second's. The kernel is
-what nvcc made of it, its parameters are found by its number, and ``%ctaid.x`` and ``%nctaid.x`` are its
-own launch's. Both launches must be of one kernel and one grid.
+CTAs of the two, or whole clusters, take turns in one grid: those with an odd number along x are the
+second's. The kernel is what nvcc made of it, its parameters are found by its number, and ``%ctaid.x``
+and ``%nctaid.x`` are its own launch's. Both launches must be of one kernel and one grid.
 """
 
 import ctypes
@@ -42,7 +42,8 @@ class SideBySide(Run):
         symbol = launch.kernel.decode()
         (parameter,) = _program(of.ptx_of(symbol, self.arch), symbol).layout.params
         packed = ctypes.string_at(launch.arguments[0], parameter.size)
-        how = (tuple(launch.grid), tuple(launch.block), launch.shared)
+        cluster = max(1, launch.cluster[0])
+        how = (tuple(launch.grid), tuple(launch.block), launch.shared, cluster)
         self._asked.append((symbol, how, packed))
 
     def __enter__(self) -> "SideBySide":
@@ -62,21 +63,23 @@ class SideBySide(Run):
     def _together(self) -> None:
         (symbol, how, first), (other, how_other, second) = self._asked
         assert (symbol, how) == (other, how_other), "the two are of different kernels or grids"
-        (x, y, z), block, shared = how
+        (x, y, z), block, shared, cluster = how
         for at in _without_overlaps(self._given):
             cleared = at.name.startswith(COUNTERS)
             kind = (InOut if cleared else Out) if at.written else In
             self.machine.region(kind(at.name, at.tensor))
             self._unwritten += [at] * (kind is Out)
-        program = _program(in_one(launchers().ptx_of(symbol, self.arch), symbol), symbol)
+        program = _program(in_one(launchers().ptx_of(symbol, self.arch), symbol, cluster), symbol)
         size = program.layout.params_size // 2
         packed = first.ljust(size, b"\0") + second.ljust(size, b"\0")
-        self.machine.start(program, (2 * x, y, z), block, packed, shared=shared)
+        asked = (cluster, 1, 1) if cluster > 1 else None
+        self.machine.start(program, (2 * x, y, z), block, packed, cluster=asked, shared=shared)
         self.check_written()
 
 
-def in_one(ptx: str, symbol: str) -> str:
-    """The kernel with two structs of parameters and two launches' CTAs, turn by turn along x."""
+def in_one(ptx: str, symbol: str, cluster: int = 1) -> str:
+    """The kernel with two structs of parameters and two launches' CTAs, turn by turn along x, or
+    clusters of so many."""
     head, start, body = ptx.partition(f".entry {symbol}(")
     name = f"{symbol}_param_0"
     declared = re.search(rf"\.param \.align (\d+) \.b8 {re.escape(name)}\[(\d+)\]", body)
@@ -87,8 +90,11 @@ def in_one(ptx: str, symbol: str) -> str:
     for was, now in ((name, "%both_param"), ("%ctaid.x", "%both_x"), ("%nctaid.x", "%both_n")):
         code = re.sub(rf"(?<![\w%]){re.escape(was)}(?!\w)", now, code)
     found = (
-        ".reg .b64 %both_param, %both_at; .reg .b32 %both_x, %both_n, %both_which; "
-        "mov.u32 %both_x, %ctaid.x; and.b32 %both_which, %both_x, 1; shr.u32 %both_x, %both_x, 1; "
+        ".reg .b64 %both_param, %both_at; .reg .b32 %both_x, %both_n, %both_which, %both_at32; "
+        "mov.u32 %both_at32, %ctaid.x; "
+        f"div.u32 %both_x, %both_at32, {cluster}; and.b32 %both_which, %both_x, 1; "
+        f"shr.u32 %both_x, %both_x, 1; rem.u32 %both_at32, %both_at32, {cluster}; "
+        f"mad.lo.u32 %both_x, %both_x, {cluster}, %both_at32; "
         "mov.u32 %both_n, %nctaid.x; shr.u32 %both_n, %both_n, 1; "
         f"mov.b64 %both_at, {name}; mul.wide.u32 %both_param, %both_which, {size}; "
         "add.s64 %both_param, %both_param, %both_at;"

@@ -13,7 +13,6 @@ from lorafast.backends.cuda import wgmma
 from lorafast.backends.cuda.launch import Launch
 from lorafast.core.problem import Layout, Layouts, Problem
 from lorafast.reference import contract, wide
-from lorafast.reference.dropout import survivor_scale, threshold
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = {
@@ -48,12 +47,14 @@ class Case:
     pitched: bool = False
     sms: int = 2
     helpers: int = 0
+    cluster: int = 1
 
     def __str__(self) -> str:
         said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"n{self.columns}"]
         said += [f"p{self.dropout_p}"] * bool(self.dropout_p)
         said += [name for name in ("bias", "transposed", "pitched") if getattr(self, name)]
         said += [f"h{self.helpers}"] * bool(self.helpers)
+        said += [f"c{self.cluster}"] * (self.cluster > 1)
         return "-".join(said)
 
     @property
@@ -113,23 +114,13 @@ class OnMachine:
     ):
         """Of tiles that are as wide as the case says."""
         case = self.case
-        launch = wgmma.plan_linear_expand(case.problem(), device(case.sms))
+        fixed = {"columns": case.columns, "group": 2, "cluster": case.cluster}
+        launch = wgmma.plan_linear_expand(case.problem(), device(case.sms), fixed)
         assert isinstance(launch, Launch), launch
         if case.pitched:
             x, s, lora_B = (pitched(t) for t in (x, s, lora_B))
-        w = weight.t() if transposed else weight
-        mask = (
-            (seed, threshold(dropout_p), survivor_scale(dropout_p)) if dropout_p else (None, 0, 1.0)
-        )
         with launched(ARCH, **self.options) as run:
-            if case.columns == wgmma.columns_of(case.M, case.N, device(case.sms)):
-                y = launch.run(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
-            else:
-                y = torch.empty(case.M, case.N, dtype=case.dtype)
-                counters = torch.zeros(4, dtype=torch.int32)
-                torch.ops.lorafast_cuda.linear_expand_sm90(
-                    x, w, s, lora_B, scaling, bias, *mask, y, counters, case.columns, 2, case.sms
-                )
+            y = launch.run(x, weight, s, lora_B, scaling, bias, dropout_p, seed)
         self.run = run
         return y
 
@@ -143,7 +134,7 @@ class OnMachine:
             counters = torch.zeros(4 + -(-case.M // 128), dtype=torch.int32)
             torch.ops.lorafast_cuda.lora_linear_sm90(
                 x, weight, lora_A, lora_B, scaling, bias, y, s, counters, case.columns, 2, case.sms,
-                case.helpers,
+                case.helpers, case.cluster,
             )  # fmt: skip
         self.run = run
         return y, s

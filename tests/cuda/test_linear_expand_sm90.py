@@ -6,6 +6,7 @@ import pytest
 import torch
 from launchers import launchers
 from on_machine import launched, needs_nvcc
+from side_by_side import SideBySide
 from sm90_cases import (
     ARCH,
     BF16,
@@ -28,26 +29,27 @@ from lorafast.reference import keep_mask
 pytestmark = needs_nvcc
 
 QUICK = [
-    Case("bf16", 130, 72, 264, 16, bias=True),
+    Case("bf16", 130, 72, 264, 16, bias=True, cluster=2),
     Case("bf16", 140, 328, 136, 17, 128, transposed=True, bias=True),
-    Case("bf16", 70, 136, 520, 3, 256, dropout_p=0.3, transposed=True),
+    Case("bf16", 70, 136, 520, 3, 256, dropout_p=0.3, transposed=True, cluster=2),
     Case("bf16+fp32", 1, 8, 8, 1, 128, dropout_p=0.1, bias=True),
-    Case("bf16", 300, 64, 128, 256, 128, dropout_p=0.1),
+    Case("bf16", 300, 64, 128, 256, 128, dropout_p=0.1, cluster=2, sms=4),
     Case("bf16+fp32", 65, 200, 256, 64, pitched=True),
     Case("fp16", 129, 200, 264, 40, bias=True),
-    Case("fp16+fp32", 65, 72, 136, 17, 128, dropout_p=0.1, transposed=True),
+    Case("fp16+fp32", 257, 72, 136, 17, 128, dropout_p=0.1, transposed=True, cluster=2),
 ]
 MORE = [
-    Case(kind, M, K, N, r, columns, dropout_p=p, bias=bias, transposed=transposed)
+    Case(kind, M, K, N, r, columns, dropout_p=p, bias=bias, transposed=transposed, cluster=1 + i % 2)
     for kind in KINDS
-    for M, K, N, r, columns, p, bias, transposed in (
+    for i, (M, K, N, r, columns, p, bias, transposed) in enumerate((
         (257, 136, 384, 1, 128, 0.0, False, True), (129, 1000, 256, 16, 256, 0.1, True, True),
         (63, 456, 264, 33, 256, 0.0, True, False), (385, 8, 72, 64, 128, 0.5, False, False),
         (1, 520, 1032, 3, 256, 0.1, True, False), (128, 64, 256, 256, 256, 0.0, False, True),
-    )
+    ))
 ] + [
     Case("bf16", 2, 4096, 256, 16, 256, dropout_p=0.1, sms=1),
-    Case("bf16", 200, 2048, 264, 300, 128, pitched=True, sms=1),
+    Case("bf16", 200, 2048, 264, 300, 128, pitched=True, cluster=2),
+    Case("bf16", 641, 136, 520, 16, 256, bias=True, cluster=2, sms=6),
 ]  # fmt: skip
 
 
@@ -62,12 +64,14 @@ def test_contract_at_length(case):
     hold(case, seed=1)
 
 
-@pytest.mark.parametrize("columns", [128, 256])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_mask_is_everyones(columns, transposed):
+@pytest.mark.parametrize(
+    ("columns", "transposed", "cluster"),
+    [(128, False, 1), (128, True, 2), (256, False, 2), (256, True, 1)],
+)
+def test_the_mask_is_everyones(columns, transposed, cluster):
     """Ranks of ones beside an x of zeros: y is not 0 where the mask keeps."""
     M, N = 140, 200
-    case = Case("bf16", M, 8, N, 8, columns, dropout_p=0.3, transposed=transposed)
+    case = Case("bf16", M, 8, N, 8, columns, dropout_p=0.3, transposed=transposed, cluster=cluster)
     x, s, B = (
         torch.zeros(M, 8, dtype=BF16),
         torch.ones(M, 8, dtype=BF16),
@@ -85,21 +89,26 @@ SCHEDULED = [
 
 
 @pytest.mark.parametrize("case", SCHEDULED, ids=str)
-def test_schedules_change_no_bit(case):
+def test_schedules_and_clusters_change_no_bit(case):
+    """Also with one cluster at a time, and where the last one has a row block that isn't there."""
     first, *others = (
-        bits_of(case, seed=seed, resident=resident, late=late)
-        for seed, (resident, late) in enumerate(
-            [(1, "late"), (2, "soon"), (4, "random"), (3, "late"), (4, None)]
+        bits_of(replace(case, cluster=cluster), seed=seed, resident=resident, late=late)
+        for seed, (cluster, resident, late) in enumerate(
+            [
+                (1, 1, "late"), (2, 2, "soon"), (2, 4, "random"), (2, 4, "late"), (2, 1, None),
+                (1, 4, None), (2, 4, "soon"),
+            ]
         )
-    )
+    )  # fmt: skip
     assert all(first.equal(other) for other in others)
 
 
-@pytest.mark.parametrize("case", SCHEDULED[:1], ids=str)
-def test_it_takes_few_ctas_for_many_tiles(case):
-    run = hold(case)
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_it_takes_few_ctas_for_many_tiles(cluster):
+    run = hold(replace(SCHEDULED[0], cluster=cluster))
     (launch,) = run.launches
     assert launch.grid == (4, 1, 1)
+    assert launch.cluster == (cluster, 1, 1)
     assert launch.block == (384, 1, 1)
     assert launch.shared <= 232_448
 
@@ -115,7 +124,7 @@ def test_empty_and_least(M, N):
     with launched(ARCH) as run:
         y = torch.empty(M, N, dtype=BF16)
         torch.ops.lorafast_cuda.linear_expand_sm90(
-            x, weight, s, B, 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1
+            x, weight, s, B, 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1, 1
         )
     assert len(run.launches) == (M * N > 0)
     assert (y == 9).all()
@@ -157,33 +166,55 @@ def test_strides_beyond_2_to_the_31():
         with launched(ARCH):
             y = torch.empty(M, N, dtype=BF16)
             torch.ops.lorafast_cuda.linear_expand_sm90(
-                given[0], weight, *given[1:], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1
+                given[0], weight, *given[1:], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1, 1
             )
         found.append(y)
     assert found[0].equal(found[1])
 
 
-def test_two_launches_in_a_row_on_the_same_counters():
-    case = Case("bf16", 300, 72, 264, 16, sms=2)
-    x, weight, s, B = (
-        case.draw(*size).to(BF16) for size in ((300, 72), (264, 72), (300, 16), (264, 16))
+def two_layers():
+    """x, W, s and B of two."""
+    sizes = (300, 72), (264, 72), (300, 16), (264, 16)
+    draw = Case("bf16", *sizes[0], 264, 16).draw
+    return [[draw(*size, salt=salt).to(BF16) for size in sizes] for salt in (0, 1)]
+
+
+def expand(given, counters, cluster):
+    """y, of four CTAs."""
+    y = torch.empty(300, 264, dtype=BF16)
+    torch.ops.lorafast_cuda.linear_expand_sm90(
+        *given, 1.0, None, None, 0, 1.0, y, counters, 256, 2, 4, cluster
     )
-    counters, found = torch.zeros(4, dtype=torch.int32), []
+    return y
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_two_launches_in_a_row_on_the_same_counters(cluster):
+    given, counters = two_layers()[0], torch.zeros(4, dtype=torch.int32)
     with launched(ARCH, resident=2) as run:
-        for _ in range(2):
-            y = torch.empty(300, 264, dtype=BF16)
-            torch.ops.lorafast_cuda.linear_expand_sm90(
-                x, weight, s, B, 1.0, None, None, 0, 1.0, y, counters, 256, 2, 2
-            )
-            found.append(y)
+        found = [expand(given, counters, cluster) for _ in range(2)]
     assert len(run.launches) == 2
     assert found[0].equal(found[1])
     assert not counters.any()
 
 
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_launches_at_once(seed):
+    """On counters of their own; their clusters take turns."""
+    layers, alone = two_layers(), []
+    for given in layers:
+        with launched(ARCH):
+            alone.append(expand(given, torch.zeros(4, dtype=torch.int32), 2))
+    own = [torch.zeros(4, dtype=torch.int32) for _ in layers]
+    with SideBySide(ARCH, seed, 4 * (1 + seed)):
+        found = [expand(given, at, 2) for given, at in zip(layers, own, strict=True)]
+    assert all(y.equal(expected) for y, expected in zip(found, alone, strict=True))
+    assert not any(at.any() for at in own)
+
+
 GIVEN = {
     "scaling": 1.0, "bias": None, "seed": None, "threshold": 0, "survivor_scale": 1.0,
-    "columns": 256, "group": 1, "ctas": 1,
+    "columns": 256, "group": 1, "ctas": 1, "cluster": 1,
 }  # fmt: skip
 
 
@@ -198,6 +229,8 @@ GIVEN = {
         ({"columns": 64}, "columns is 64, expected 256 or 128"),
         ({"group": 0}, "group is 0"),
         ({"ctas": 0}, "ctas is 0"),
+        ({"cluster": 3}, "cluster is 3, expected 1 or 2"),
+        ({"cluster": 2}, "ctas is 1, expected at least 2"),
         ({"counters": torch.zeros(1, dtype=torch.int32)}, "counters has 1 elements"),
         ({"x": torch.ones(4, 32, dtype=BF16)[:, ::2]}, "x has neighbours of a row 2 elements apart"),
         ({"x": torch.ones(4, 17, dtype=BF16)[:, 1:]}, "x has rows that don't begin at multiples"),
@@ -222,7 +255,7 @@ def least(arch=ARCH):
     with launched(arch):
         y, counters = torch.empty(8, 8, dtype=BF16), torch.zeros(4, dtype=torch.int32)
         torch.ops.lorafast_cuda.linear_expand_sm90(
-            ones, ones, ones[:, :1], ones[:, :1], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1
+            ones, ones, ones[:, :1], ones[:, :1], 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1, 1
         )
     return y
 
@@ -243,22 +276,34 @@ def test_other_architectures_are_refused(arch, has):
 
 class TestPlan:
     @pytest.mark.parametrize(
-        ("M", "K", "N", "columns"),
+        ("M", "K", "N", "columns", "cluster", "ctas"),
         [
-            (8192, 4096, 4096, 256), (8192, 4096, 14336, 256), (8192, 4096, 1024, 256),
-            (512, 4096, 4096, 128), (1, 4096, 4096, 128),
+            (8192, 4096, 4096, 256, 2, 132), (8192, 4096, 14336, 256, 2, 132),
+            (8192, 4096, 1024, 256, 2, 132), (512, 4096, 4096, 128, 2, 128),
+            (384, 4096, 4096, 128, 1, 96), (1, 4096, 4096, 128, 1, 32),
         ],
     )  # fmt: skip
-    def test_its_tiles(self, M, K, N, columns):
+    def test_its_tiles(self, M, K, N, columns, cluster, ctas):
         launch = wgmma.plan_linear_expand(Case("bf16", M, K, N, 16).problem(), device(132))
         assert isinstance(launch, Launch)
         tiles = -(-M // 128) * (N // columns)
-        ctas = min(tiles, 132)
+        pairs = " in clusters of 2" if cluster == 2 else ""
         assert launch.line == (
-            f"linear_expand: {ctas} CTAs for {tiles} tiles of 128 x {columns}, wgmma"
+            f"linear_expand: {ctas} CTAs{pairs} for {tiles} tiles of 128 x {columns}, wgmma"
         )
         assert launch.flops == 2 * M * N * (K + 16)
         assert launch.moved == 2 * (M * K + N * K + M * N + (M + N) * 16)
+
+    @pytest.mark.parametrize("fixed", [{"cluster": 1}, {"cluster": 2, "columns": 128}])
+    def test_its_choices(self, fixed):
+        problem = Case("bf16", 8192, 4096, 4096, 16).problem()
+        launch = wgmma.plan_linear_expand(problem, device(132), fixed)
+        assert isinstance(launch, Launch)
+        assert launch.choices == {"fused": 1, "columns": 256, "group": 16, "cluster": 1} | fixed
+        best = wgmma.plan_linear_expand(problem, device(132), {"cluster": 3, "columns": 64})
+        assert isinstance(best, Launch)
+        assert best.choices == {"fused": 1, "columns": 256, "group": 16, "cluster": 2}
+        assert best.seconds < launch.seconds
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -286,16 +331,19 @@ class TestPlan:
         assert reason == f"compute capability is {has}, the kernels of wgmma are for 9.0"
 
 
-def counted(K, r, adapter=BF16, **more):
-    """What one tile of 128 x 256 executes."""
-    x, weight, s = (torch.zeros(*size, dtype=BF16) for size in ((128, K), (256, K), (128, r)))
+def counted(K, r, M=128, cluster=1, across=False, adapter=BF16, **more):
+    """What tiles of 128 x 256 execute."""
+    x, weight, s = (torch.zeros(*size, dtype=BF16) for size in ((M, K), (256, K), (M, r)))
     B = torch.zeros(256, r, dtype=adapter)
+    if across:
+        weight = torch.zeros(K, 256, dtype=BF16).t()
     with launched(ARCH, late="soon") as run:
-        y, counters = torch.empty(128, 256, dtype=BF16), torch.zeros(4, dtype=torch.int32)
+        y, counters = torch.empty(M, 256, dtype=BF16), torch.zeros(4, dtype=torch.int32)
         given = {"bias": None, "seed": None, "threshold": 0, "survivor_scale": 1.0} | more
         torch.ops.lorafast_cuda.linear_expand_sm90(
-            x, weight, s, B, 1.0, **given, y=y, counters=counters, columns=256, group=16, ctas=1
-        )
+            x, weight, s, B, 1.0, **given, y=y, counters=counters, columns=256, group=16,
+            ctas=M // 128, cluster=cluster,
+        )  # fmt: skip
     return run.ran()[0]
 
 
@@ -315,6 +363,15 @@ class TestCounts:
         # Of 1,024 clocks of the tensor cores, four schedulers issue for an eighth.
         assert (long.steps - short.steps) / 8 / 4 < 128
 
+    @pytest.mark.parametrize("across", [False, True])
+    @pytest.mark.parametrize(("cluster", "loaded"), [(1, 48), (2, 32)])
+    def test_what_a_cluster_loads(self, across, cluster, loaded):
+        """A K block of a tile, in KB, for 1,024 clocks of its SM: of W each CTA loads one half."""
+        short, long = (counted(K, 0, 256, cluster, across) for K in (64, 128))
+        boxes = "cp.async.bulk.tensor.2d.shared"
+        of_tiles = total(long, boxes, "sectors") - total(short, boxes, "sectors")
+        assert of_tiles * 32 == 2 * loaded * 1024
+
     @pytest.mark.parametrize(("r", "most"), [(16, 520), (64, 1400)])
     def test_ranks(self, r, most):
         """A product of 16 ranks more for every 16; the rest is done by warps that don't multiply."""
@@ -324,12 +381,12 @@ class TestCounts:
 
     @pytest.mark.parametrize(
         ("opcode", "wavefronts"),
-        [("st.shared.v4", 4), ("cp.async.cg", 4), ("stmatrix", 4), ("ld.shared.v2", 2)],
+        [("st.shared.v4", 4), ("cp.async.cg", 4), ("stmatrix", 4), ("ld.shared.v2.f32", 2)],
     )
     def test_no_bank_collides(self, opcode, wavefronts):
         """A warp writes 512 bytes in four passes; what it reads of the bias are two halves of a warp."""
         adapter = torch.float32 if opcode == "st.shared.v4" else BF16
-        ran = counted(512, 64, adapter, bias=torch.zeros(256))
+        ran = counted(512, 64, adapter=adapter, bias=torch.zeros(256))
         issued = total(ran, opcode)
         assert issued > 0
         assert total(ran, opcode, "wavefronts") == wavefronts * issued

@@ -64,7 +64,7 @@ def test_two_launches_in_a_row_on_the_same_counters():
         for _ in range(2):
             y, s = torch.empty(260, 128, dtype=BF16), torch.empty(260, 16, dtype=BF16)
             torch.ops.lorafast_cuda.lora_linear_sm90(
-                x, weight, A, B, 1.0, None, y, s, counters, 128, 2, 2, 1
+                x, weight, A, B, 1.0, None, y, s, counters, 128, 2, 2, 1, 1
             )
             found.append(y)
     assert len(run.launches) == 2
@@ -72,7 +72,15 @@ def test_two_launches_in_a_row_on_the_same_counters():
     assert not counters.any()
 
 
-GIVEN = {"scaling": 1.0, "bias": None, "columns": 256, "group": 1, "ctas": 1, "helpers": 1}
+GIVEN = {
+    "scaling": 1.0,
+    "bias": None,
+    "columns": 256,
+    "group": 1,
+    "ctas": 1,
+    "helpers": 1,
+    "cluster": 1,
+}
 
 
 @pytest.mark.parametrize(

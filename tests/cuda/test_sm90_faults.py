@@ -7,7 +7,7 @@ import functools
 
 import pytest
 from on_machine import Fault, needs_nvcc, planted
-from ptx.plant import EVERY, after, change, drop, hoist
+from ptx.plant import EVERY, after, before, change, drop, hoist
 from sm90_cases import Case, bits_of, hold, hold_layer, layer_bits_of
 
 pytestmark = needs_nvcc
@@ -17,9 +17,13 @@ CASES = {
     "plain": Case("bf16", 200, 520, 136, 100, 128, bias=True, sms=2),
     "masked": Case("bf16", 70, 456, 264, 100, 128, dropout_p=0.3, sms=1),
     "short": Case("bf16", 300, 64, 264, 16, 128, bias=True, sms=1),
+    "pair": Case("bf16", 300, 328, 136, 100, 128, bias=True, sms=2, cluster=2),
+    "short pair": Case("bf16", 520, 64, 264, 16, 128, bias=True, sms=2, cluster=2),
+    "pair across": Case("bf16", 200, 328, 264, 8, 128, sms=2, transposed=True, cluster=2),
     "layer": Case("bf16", 260, 200, 136, 16, 128, bias=True, sms=3, helpers=2),
 }
 BAR, WAIT, ARRIVE = r"bar\.sync", r"wgmma\.wait_group\.sync\.aligned", r"mbarrier\.arrive\.s"
+MEET = r"barrier\.cluster\.(arrive|wait)"
 
 
 def no_wait(nth):
@@ -27,12 +31,24 @@ def no_wait(nth):
 
     In the order of the text: 0 a writer's mail, 1 its grant, 2 its next mail, 3 mail of who multiplies;
     under a mask 4 ranks, 5 K blocks; else 6 the first K block, 7 others, 8 ranks; 9 next mail; of the
-    loading thread 10 to grant under a mask, 11 to load, 12 to grant, 13 to post.
+    loading thread 10 to post, 11 its mail, 12 to grant under a mask, 13 to load, 14 to grant.
     """
     return [
         drop(statement, nth)
         for statement in (r"mbarrier\.try_wait", r"@over bra done", r"bra again")
     ]
+
+
+def to_itself(nth):
+    """Who would tell a CTA of its cluster tells its own. In the order of the text: 0 writers that are
+    done with mail, 1 to 7 stages that are read, 8 the others that are done with mail."""
+    return change(r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), %r\d+;", r"mov.u32 \1, \2;", nth)
+
+
+def half(bits, to):
+    """What a CTA's number, moved by so many bits, becomes in the loading thread."""
+    moved = change(rf"shl\.b32 (\s*%r\d+), (%r\d+), {bits};", to)
+    return after(r"prefetch\.tensormap", moved, 2)
 
 
 def expects(count):
@@ -41,10 +57,42 @@ def expects(count):
 
 
 FAULTS = {
-    "barriers are used before they are initialised": ("plain", drop(BAR, 0)),
-    "ranks are handed over before they are written": ("plain", drop(BAR, 1)),
-    "only one thread waits until a piece is free": ("plain", drop(BAR, 2)),
-    "a piece of y is stored before it is written": ("plain", drop(BAR, 3)),
+    "barriers are used before they are initialised": ("plain", [drop(MEET, 0)] * 2),
+    "only its own warps know that barriers are initialised": (
+        "pair",
+        [change(r"^.*barrier\.cluster\.arrive.*$", "bar.sync 0;", 0), drop(MEET, 0)],
+    ),
+    "it ends while the other CTA tells it of stages": ("pair", [drop(MEET, -1)] * 2),
+    "both CTAs copy one half of W": ("pair", half(6, r"mov.u32 \1, 0;")),
+    "both halves of W are copied to one place": ("pair", half(13, r"mov.u32 \1, 0;")),
+    "across, the halves of W change places": (
+        "pair across",
+        [half(13, r"xor.b32 \1, \2, 1;\nshl.b32 \1, \1, 13;")],
+    ),
+    "W is copied to CTA 0 alone": ("pair", change(r"(mov\.u16 \s*%rs\d+), 3;", r"\1, 1;")),
+    "W is copied to the other CTA alone": ("pair", change(r"(mov\.u16 \s*%rs\d+), 3;", r"\1, 2;")),
+    "the other half of W isn't expected": ("pair", expects(24576)),
+    "its own warps alone say that a stage is empty": ("pair", [to_itself(1)] * 7),
+    "the warps of one CTA are enough for an empty stage": (
+        "pair",
+        before(r"fence\.mbarrier_init", change(r"(shl\.b32 \s*%r\d+, %r\d+), 3;", r"\1, 2;")),
+    ),
+    "readers of mail tell their own CTA": ("short pair", to_itself(8)),
+    "writers that read mail tell their own CTA": ("short pair", to_itself(0)),
+    "the readers of one CTA are enough for new mail": (
+        "short pair",
+        change(r"mul\.lo\.s32 (\s*%r\d+), %r\d+, 11;", r"mov.u32 \1, 11;"),
+    ),
+    "the leader alone gets mail": (
+        "pair",
+        after(r"st\.async", change(r"(setp\.lt\.s32 \s*%p\d+, %r\d+), %r\d+;", r"\1, 1;")),
+    ),
+    "mail counts no bytes": ("pair", drop(r"mbarrier\.arrive\.expect_tx\.shared::cluster")),
+    "the loading thread reads mail before it is posted": ("pair", no_wait(11)),
+    "a pair's stage is loaded before it is empty": ("pair", no_wait(13)),
+    "ranks are handed over before they are written": ("plain", drop(BAR, 0)),
+    "only one thread waits until a piece is free": ("plain", drop(BAR, 1)),
+    "a piece of y is stored before it is written": ("plain", drop(BAR, 2)),
     "a piece of y is written while TMA reads it": ("plain", drop(r"bulk\.wait_group\.read", EVERY)),
     "ranks aren't published": ("plain", drop(r"fence\.proxy\.async", 0)),
     "copied ranks aren't waited for": ("short", drop(r"cp\.async\.wait_group", EVERY)),
@@ -60,12 +108,12 @@ FAULTS = {
     "masked sums go on without a fence": ("masked", drop(r"wgmma\.fence", 1)),
     "K blocks are in no group": ("plain", drop(r"wgmma\.commit_group", 3)),
     "ranks are written without a grant": ("plain", no_wait(1)),
-    "ranks are granted unseen": ("plain", no_wait(12)),
-    "under a mask ranks are granted unseen": ("masked", no_wait(10)),
-    "a stage is loaded before it is empty": ("plain", no_wait(11)),
+    "ranks are granted unseen": ("plain", no_wait(14)),
+    "under a mask ranks are granted unseen": ("masked", no_wait(12)),
+    "a stage is loaded before it is empty": ("plain", no_wait(13)),
     "a stage is multiplied before it is full": ("plain", no_wait(7)),
     "ranks are multiplied before they are there": ("plain", no_wait(8)),
-    "mail is overwritten": ("short", no_wait(13)),
+    "mail is overwritten": ("short", no_wait(10)),
     "mail is read before it is posted": ("plain", no_wait(9)),
     "writers read mail before it is posted": ("plain", no_wait(2)),
     "a slot is given back before its bias is read": ("short", hoist(ARRIVE, "stmatrix")),
@@ -79,7 +127,7 @@ FAULTS = {
         "layer",
         after(r"ld\.acquire", change(r"setp\.gt\.u32(.*), 1;", r"setp.gt.u32\1, 0;")),
     ),
-    "one writer alone waits for the flag": ("layer", drop(BAR, 1)),
+    "one writer alone waits for the flag": ("layer", drop(BAR, 0)),
     "flags stay": ("layer", drop(r"st\.global\.u32", EVERY)),
     "nobody is counted": ("layer", change(r"add\.acq_rel", "add.relaxed", 0)),
 }

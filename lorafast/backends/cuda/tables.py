@@ -131,13 +131,17 @@ LINEAR_EXPAND = {
 class Wgmma:
     """``group``: row blocks whose tiles run together. Assumed, not measured: ``narrow``, what a column
     of a tile of 128 takes, by one of a tile of 256; ``step``, the clocks of a K block of 64 in a tile of
-    256; ``helper_bytes``, those of x that a helper reads in a clock beside the GEMM."""
+    256; ``helper_bytes``, those of x that a helper reads in a clock beside the GEMM; ``l2``, the bytes
+    that an SM gets from L2 in a clock while all ask (the 5,120 of the whole of A100's, for 132), and
+    ``l2_port`` alone."""
 
     group: int
     narrow: float
     step: float
     helper_bytes: float
+    l2: float
+    l2_port: float
 
 
-WGMMA = {90: Wgmma(group=16, narrow=1.1, step=1024.0, helper_bytes=36.0)}
+WGMMA = {90: Wgmma(group=16, narrow=1.1, step=1024.0, helper_bytes=36.0, l2=38.8, l2_port=64.0)}
 """Of these architectures alone: no other has the instruction."""

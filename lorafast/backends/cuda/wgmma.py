@@ -1,8 +1,8 @@
 """``linear_expand`` and ``lora_linear`` on Hopper: one accumulator for both terms (csrc/cuda/sm90.cuh).
 
 A persistent kernel whose warps load by TMA, multiply by ``wgmma`` or write the low-rank factors. Tiles
-come from a queue. In ``lora_linear`` the first CTAs make ``s`` before they take tiles. What TMA can't
-read is refused.
+come from a queue. Two CTAs of a cluster have tiles below each other and share what they load of W. In
+``lora_linear`` the first CTAs make ``s`` before they take tiles. What TMA can't read is refused.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ _MOST_RANKS = 1 << 20
 _ROWS = 128
 """Of a tile of y."""
 _COLUMNS = (256, 128)
+_CLUSTERS = (2, 1)
 _MOST_GROUP = 2**16 - 1
 _REACHED = 0.9
 """Of the rate of PyTorch's large GEMMs, while tiles are multiplied. Assumed, not measured."""
@@ -38,6 +39,8 @@ _COUNTERS = 4
 _HELPER_RANKS = 64
 _CLOCK = 1.7e9
 """Of the SMs, in Hz: assumed."""
+_STEP = 64
+"""Of K."""
 _TMA = 16
 """Bytes of which the address of each row is a multiple that TMA reads or writes."""
 
@@ -50,10 +53,11 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     if reason is not None:
         return reason
     N, K = (p.K, p.N) if p.transposed else (p.N, p.K)
-    columns = next((n for n in _COLUMNS if n == fixed.get("columns")), columns_of(p.M, N, device))
+    tile = tile_of(p.M, N, device, fixed)
+    columns, cluster, ctas = tile.columns, tile.cluster, tile.ctas
     group = _group(fixed, device)
     tiles = -(-p.M // _ROWS) * -(-N // columns)
-    ctas = max(1, min(tiles, device.sms))
+    pairs = " in clusters of 2" if cluster == 2 else ""
     size = p.dtype.itemsize
     moved = float(
         (p.M * K + N * K + p.M * N) * size
@@ -61,12 +65,12 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
         + N * p.r * p.adapter_dtype.itemsize
     )
     return Launch(
-        _run(p, N, columns, group, ctas),
-        f"linear_expand: {ctas} CTAs for {tiles} tiles of {_ROWS} x {columns}, wgmma",
+        _run(p, N, columns, group, ctas, cluster),
+        f"linear_expand: {ctas} CTAs{pairs} for {tiles} tiles of {_ROWS} x {columns}, wgmma",
         2.0 * p.M * N * (K + p.r),
         moved,
-        choices={"fused": 1, "columns": columns, "group": group},
-        seconds=_seconds(p, -(-tiles // ctas) * _tile(K + p.r, columns, device), moved, device),
+        choices={"fused": 1, "columns": columns, "group": group, "cluster": cluster},
+        seconds=_seconds(p, tile.clocks(K + p.r), moved, device),
     )
 
 
@@ -169,10 +173,16 @@ def clocks_apart(M: int, K: int, N: int, device: Device) -> float:
 
 
 def _tile(K: int, columns: int, device: Device) -> float:
-    """Clocks of a tile."""
+    """Clocks of a tile in a cluster of two, while all SMs have one."""
+    return -(-K // _STEP) * _step(columns, 2, device.sms, device)
+
+
+def _step(columns: int, cluster: int, ctas: int, device: Device) -> float:
+    """Clocks of a K block: of tensor cores, or until L2 has brought it."""
     table = WGMMA[device.capability]
-    narrow = table.narrow if columns == 128 else 1.0
-    return -(-K // 64) * table.step * columns / 256 * narrow
+    busy = table.step * columns / 256 * (table.narrow if columns == 128 else 1.0)
+    loaded = _STEP * 2 * (_ROWS + columns // cluster)
+    return max(busy, loaded / min(table.l2_port, table.l2 * device.sms / ctas))
 
 
 def _clocks_helped(M: int, K: int, N: int, columns: int, helpers: int, device: Device) -> float:
@@ -225,18 +235,50 @@ def why_refused(p: Problem, device: Device) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Tiles of 128 rows and so many columns, on so many CTAs, of which ``cluster`` are one: tiles below
+    each other. ``rounds``: tiles of a CTA, of which a K block takes ``step`` clocks."""
+
+    columns: int
+    cluster: int
+    ctas: int
+    rounds: int
+    step: float
+
+    def clocks(self, K: int) -> float:
+        """Of all."""
+        return self.rounds * -(-K // _STEP) * self.step
+
+
+def tile_of(M: int, N: int, device: Device, fixed: Choices = NONE) -> Tile:
+    """The one that ends first: wide tiles and clusters of two load less, others can fill the chip
+    better. What ``fixed`` says of it holds where it can be."""
+    found = []
+    for columns in _among(_COLUMNS, fixed.get("columns")):
+        for cluster in _among(_CLUSTERS, fixed.get("cluster")):
+            if cluster > device.sms:
+                continue
+            tiles = -(-M // (_ROWS * cluster)) * -(-N // columns)
+            clusters = max(1, min(tiles, device.sms // cluster))
+            ctas, rounds = cluster * clusters, -(-tiles // clusters)
+            found.append(
+                Tile(columns, cluster, ctas, rounds, _step(columns, cluster, ctas, device))
+            )
+    return min(found, key=lambda tile: (tile.rounds * tile.step, tile.ctas))
+
+
+def _among(known: tuple[int, ...], fixed: int | None) -> tuple[int, ...]:
+    """What was chosen, if there is such a one, else all."""
+    return known if fixed is None or fixed not in known else (fixed,)
+
+
 def columns_of(M: int, N: int, device: Device) -> int:
-    """Those of a tile: the wider one reads less, the narrower one can fill the chip better."""
-    table = WGMMA[device.capability]
-
-    def takes(columns: int) -> float:
-        rounds = -(-(-(-M // _ROWS) * -(-N // columns)) // device.sms)
-        return rounds * columns * (table.narrow if columns == 128 else 1.0)
-
-    return min(_COLUMNS, key=takes)
+    """Those of a tile."""
+    return tile_of(M, N, device).columns
 
 
-def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
+def _run(p: Problem, N: int, columns: int, group: int, ctas: int, cluster: int) -> Run:
     M, masked, transposed = p.M, p.dropout, p.transposed
 
     def run(
@@ -253,7 +295,7 @@ def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
         mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.linear_expand_sm90.default(
             x, weight.t() if transposed else weight, s, lora_B, float(scaling), bias, *mask, y,
-            counters(x, _COUNTERS), columns, group, ctas,
+            counters(x, _COUNTERS), columns, group, ctas, cluster,
         )  # fmt: skip
         return y
 
@@ -262,7 +304,7 @@ def _run(p: Problem, N: int, columns: int, group: int, ctas: int) -> Run:
 
 def _run_layer(p: Problem, plan: Helped, group: int, ctas: int) -> Run:
     M, N, r = p.M, p.N, p.r
-    numbers = plan.columns, group, ctas, plan.helpers
+    numbers = plan.columns, group, ctas, plan.helpers, 1
     used = _COUNTERS + -(-M // _ROWS)
 
     def run(
