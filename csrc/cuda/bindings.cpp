@@ -43,6 +43,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
       "Tensor(c!)? dB, Tensor(d!)? dbias, Tensor(e!)? scratch, Tensor(f!)? counters, int columns, int stages) "
       "-> ()");
 
+  // csrc/cuda/lora_linear_backward_sm90.cu
+  library.def(
+      "lora_linear_backward_sm90(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, "
+      "float scaling, Tensor(a!) dx, Tensor(b!) ds, Tensor(c!)? dA, Tensor(d!)? dB, Tensor(e!)? partials, "
+      "Tensor(f!) counters, int group, int ctas, int helpers, int rows_ahead, int rows_behind) -> ()");
+
   // csrc/cuda/shrink.cu
   library.def(
       "shrink(Tensor x, Tensor lora_A, Tensor? seed, int threshold, float survivor_scale, float scale, "
@@ -78,6 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("linear_expand_sm90", TORCH_BOX(&lorafast::cuda::linear_expand_sm90));
   library.impl("lora_linear_sm90", TORCH_BOX(&lorafast::cuda::lora_linear_sm90));
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cuda::lora_linear_backward));
+  library.impl("lora_linear_backward_sm90", TORCH_BOX(&lorafast::cuda::lora_linear_backward_sm90));
   library.impl("shrink", TORCH_BOX(&lorafast::cuda::shrink));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cuda::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cuda::shrink_backward));

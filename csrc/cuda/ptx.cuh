@@ -28,6 +28,13 @@ __device__ __forceinline__ int again(int x) {
   return same;
 }
 
+// threadIdx.x, asked for again where it would be kept in a register all the while.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Numbers
 
 // Integer Arithmetic Instructions: mul.wide. Both words of a product, the low one first. Left to itself nvcc makes 64
@@ -152,6 +159,23 @@ __device__ __forceinline__ uint32_t load_word_at(uint32_t address) {
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
   return word;
+}
+
+// 16 bytes, by an address in the window of shared memory.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // Four matrices, by addresses in the window of shared memory: as they are, and each transposed.

@@ -103,6 +103,7 @@ FAULTS = {
     "a piece of y is stored before it is written": ("plain", drop(BAR, 2)),
     "a piece of y is written while TMA reads it": ("plain", drop(r"bulk\.wait_group\.read", EVERY)),
     "ranks aren't published": ("plain", drop(r"fence\.proxy\.async", 0)),
+    "copied ranks aren't waited for": ("short", drop(r"cp\.async\.wait_group", EVERY)),
     "y isn't published": ("plain", drop(r"fence\.proxy\.async", 1)),
     "stores of y are in no group": ("plain", drop(r"bulk\.commit_group", EVERY)),
     "it ends before y is stored": ("plain", drop(r"bulk\.wait_group 0")),

@@ -18,7 +18,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -178,6 +178,10 @@ class Row:
     """Of the operation; the first is counted."""
     from_memory: float = 0.0
     """Bytes that come from device memory or go there, where they are counted; 0: see ``least``."""
+    timeline: dict[str, float] = field(default_factory=dict)
+    """Clocks of a tile by a model of its CTA's warps (tests/cuda/timeline.py), where there is one."""
+    stalls: dict[str, float] = field(default_factory=dict)
+    """Clocks for which ptxas holds a warp of a GEMM back in a step, and in its epilogue, by its machine code."""
 
     @property
     def launch(self) -> Amounts:

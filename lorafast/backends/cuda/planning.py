@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends.cost import Device, record_of
-from lorafast.backends.cuda import decode, linear_expand, skinny, small, wgmma
+from lorafast.backends.cuda import (
+    decode,
+    linear_expand,
+    skinny,
+    small,
+    wgmma,
+    wgmma_backward,
+)
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
@@ -40,7 +47,10 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
         small.plan_lora_linear,
         wgmma.plan_lora_linear,
     ),
-    "lora_linear_backward": (small.plan_lora_linear_backward,),
+    "lora_linear_backward": (
+        small.plan_lora_linear_backward,
+        wgmma_backward.plan_lora_linear_backward,
+    ),
     "grouped_lora_linear": (decode.plan_grouped_lora_linear,),
 }
 """Who is asked for an operation or a whole layer."""
