@@ -77,6 +77,14 @@ FAULTS = {
         "pair",
         before(r"fence\.mbarrier_init", change(r"(shl\.b32 \s*%r\d+, %r\d+), 3;", r"\1, 2;")),
     ),
+    "stages that are read are told within one CTA": (
+        "pair",
+        change(r"arrive\.shared::cluster", "arrive.release.cta.shared::cluster", EVERY),
+    ),
+    "of stages that are read it hears within one CTA": (
+        "pair",
+        change(r"parity\.shared::cta", "parity.acquire.cta.shared::cta", 13),
+    ),
     "readers of mail tell their own CTA": ("short pair", to_itself(8)),
     "writers that read mail tell their own CTA": ("short pair", to_itself(0)),
     "the readers of one CTA are enough for new mail": (
