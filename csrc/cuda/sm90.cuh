@@ -156,12 +156,16 @@ struct Sm90Cta : Sm90Ring<kN> {
         const int first = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
         const int chunks = 2 * factors.substeps(first);
+        const auto write_s = [&] {
+          factors.template write_s<Tile::kM>(stage(ring), top, first, chunks, part, thread);
+        };
+        if constexpr (!Helpers::kAny) write_s();  // what is copied comes while B is loaded
         factors.template write_b<kN>(stage(ring) + Tile::kX, work.column, first, chunks, part, thread);
         if (Helpers::kAny && step == 0) {
           if (thread == 0 && own < p.row_tiles) Helpers::wait_for(*this, own);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
-        factors.template write_s<Tile::kM>(stage(ring), top, first, chunks, part, thread);
+        if constexpr (Helpers::kAny) write_s();
         factors.template settle<kN>(stage(ring) + Tile::kX, chunks, thread);
         ptx::publish_shared();
         ptx::meet(kSm90WritersMeet, kSm90Writers);

@@ -22,7 +22,8 @@ from pathlib import Path
 from ptx import nvcc
 
 _LINE = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16}) \*/", re.M
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16}) \*/",
+    re.M,
 )
 MULTIPLIES = ("HMMA", "HGMMA", "IMMA", "QGMMA", "DMMA")
 
@@ -159,7 +160,9 @@ def schedule(code: Code) -> Schedule:
     every wide store that comes behind it. Raises ValueError where there is no such loop."""
     found = [loop for loop in loops(code) if multiplies(code, *loop)]
     inner = [
-        (a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)
+        (a, b)
+        for a, b in found
+        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)
     ]
     if not inner:
         raise ValueError("no loop multiplies")
@@ -187,7 +190,9 @@ def _stores(code: Code) -> list[int]:
         if one.opcode.startswith("LDS.128"):
             loaded[registers[0]] = i
         wide = re.match(r"STG?\.\S*128", one.opcode)
-        if one.opcode.startswith(("STSM", "UTMASTG")) or (wide and i - loaded.get(registers[-1], -99) < 20):
+        if one.opcode.startswith(("STSM", "UTMASTG")) or (
+            wide and i - loaded.get(registers[-1], -99) < 20
+        ):
             found.append(i)
     return found
 

@@ -219,6 +219,16 @@ class Row:
         return {unit: of_tile[unit] + self.steps * of_step[unit] for unit in of_step}
 
     @property
+    def step_cycles(self) -> dict[str, float]:
+        """Of a step, by unit."""
+        return self.step.cycles(RATES[self.capability], self.from_l2)
+
+    @property
+    def tile_cycles(self) -> dict[str, float]:
+        """Of a tile beside its steps, by unit: what is bare if it hides behind nothing."""
+        return self.tile.cycles(RATES[self.capability], self.from_l2)
+
+    @property
     def bound(self) -> str:
         """The unit that takes longest."""
         return max(self.cycles, key=self.cycles.__getitem__)
@@ -520,7 +530,9 @@ def both(capabilities: tuple[int, ...] = (80, 86, 90)) -> tuple[list[Row], str |
 
 def as_json(row: Row) -> dict[str, Any]:
     """A row, and what follows from it."""
-    names = "cycles", "bound", "exposed", "launch_cycles", "moved", "least"
+    names = (
+        "cycles", "bound", "exposed", "launch_cycles", "moved", "least", "step_cycles", "tile_cycles"
+    )  # fmt: skip
     return asdict(row) | {name: getattr(row, name) for name in names}
 
 

@@ -116,7 +116,9 @@ def without_polls(counts: tuple[Count, ...]) -> tuple[Count, ...]:
 def _less(count: Count, other: Count) -> Count:
     by_warp = tuple(a - b for a, b in zip(count.by_warp, other.by_warp, strict=True))
     lanes = count.lanes - other.lanes
-    return dataclasses.replace(count, issued=count.issued - other.issued, lanes=lanes, by_warp=by_warp)
+    return dataclasses.replace(
+        count, issued=count.issued - other.issued, lanes=lanes, by_warp=by_warp
+    )
 
 
 def _of_roles(counts: tuple[Count, ...], lines: list[str]) -> Counter[str]:
@@ -141,7 +143,7 @@ FIRST_CONSUMER = 4
 def trips(counts: tuple[Count, ...], lines: list[str], warp: int) -> int:
     """How often a warp waits for what it loads from global memory: once where a block uses what was loaded in it
     or before. Within a block ptxas brings loads together; a branch or a store to shared memory ends one."""
-    found, waits, before = 0, 0, 0
+    found, waits, before, copying = 0, 0, 0, False
     pending = set[str]()
     for count in counts:
         text, issued = lines[count.line - 1].split("//")[0], count.by_warp[warp]
@@ -160,8 +162,10 @@ def trips(counts: tuple[Count, ...], lines: list[str], warp: int) -> int:
         if re.match(r"mov|cvt\.u32\.u16", count.opcode) and used & pending:
             pending |= used  # the same value in another register
             continue
-        if used & pending or count.opcode.startswith("cp.async.wait"):
-            waits = max(waits, issued)
+        waits_for_copies = copying and count.opcode.startswith("cp.async.wait")
+        copying = copying or count.opcode.startswith(("cp.async.cg", "cp.async.ca"))
+        if used & pending or waits_for_copies:
+            waits, copying = max(waits, issued), False  # copies from before come as soon
             pending.clear()
         if load and made:
             pending |= set(re.findall(r"%\w+", made[0]))

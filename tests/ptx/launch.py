@@ -366,7 +366,9 @@ class Machine:
             raise UnknownInstruction(message.value.decode())
         found = tuple(
             Count(
-                line, opcode, *(getattr(counts[i], name) for name, _ in _Count._fields_),
+                line,
+                opcode,
+                *(getattr(counts[i], name) for name, _ in _Count._fields_),
                 tuple(by_warp[i * warps : (i + 1) * warps]),
             )  # fmt: skip
             for i, (line, opcode) in enumerate(program.code())
