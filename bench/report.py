@@ -66,6 +66,7 @@ class Section:
 
         Raises:
             ValueError: a mark is missing.
+
         """
         return self._cut(text)[1].strip()
 
@@ -468,7 +469,7 @@ def _beside(pairs: Sequence[tuple[executed.Row, list[executed.Row]]], run: Run) 
 
 
 def _gemms(rows: Sequence[executed.Row]) -> str:
-    """Tiles of the GEMMs of csrc/cuda, each beside the one without a low-rank term; nothing where none is."""
+    """Tiles of the GEMMs of csrc/cuda, each beside the one without a low-rank term."""
     tiles = executed.gemms(rows)
     if not tiles:
         return ""
@@ -478,14 +479,16 @@ def _gemms(rows: Sequence[executed.Row]) -> str:
     ]
     return "\n\n".join([
         "\n\n### Tiles of CUDA C++ GEMMs, counted and modelled",
-        "*tensor / issued / stalls a step*: cycles of tensor cores, cycles in which four schedulers issue "
-        "the instructions of all warps, and the stalls that ptxas gives one warp. *L2 bytes a clock*: of an "
-        "SM while tensor cores are busy. *beside*: cycles of a tile beside its steps, by unit. *stalls "
-        "after*: of a warp from its last product to its last store. *added*: by the low-rank term to a tile "
-        "of the same GEMM without it (`plain`): by the unit that takes longest, for `wgmma` by the timeline. "
-        "*tensor-bound*: the share of a tile's clocks in which tensor cores multiply, by that timeline, a "
-        "model of the CTA's warps (`tests/cuda/timeline.py`): instructions are counted, latencies assumed, "
-        "nothing is timed. *idle most*: what tensor cores wait for most, in clocks of a tile.",
+        "*tensor / issued / stalls a step*: cycles of tensor cores, cycles in which four "
+        "schedulers issue the instructions of all warps, and the stalls that ptxas gives one "
+        "warp. *L2 bytes a clock*: of an SM while tensor cores are busy. *beside*: cycles of a "
+        "tile beside its steps, by unit. *stalls after*: of a warp from its last product to its "
+        "last store. *added*: by the low-rank term to a tile of the same GEMM without it "
+        "(`plain`): by the unit that takes longest, for `wgmma` by the timeline. "
+        "*tensor-bound*: the share of a tile's clocks in which tensor cores multiply, by that "
+        "timeline, a model of the CTA's warps (`tests/cuda/timeline.py`): instructions are "
+        "counted, latencies assumed, nothing is timed. *idle most*: what tensor cores wait for "
+        "most, in clocks of a tile.",
         markdown(["", "kernel", "layer", *executed.GEMM_HEADER[2:]], lines),
     ])  # fmt: skip
 
@@ -538,14 +541,8 @@ def _nvcc(path: Path, run: Run) -> str:
         for row in run["nvcc"]
     ]  # fmt: skip
     header = [
-        "",
-        "kernel",
-        "instances",
-        "registers",
-        "static shared memory",
-        "spills",
-        "multiplies with",
-    ]
+        "", "kernel", "instances", "registers", "static shared memory", "spills", "multiplies with",
+    ]  # fmt: skip
     versions = ", ".join(_unique(row["nvcc"] for row in run["nvcc"]))
     return (
         "## Machine code of csrc/cuda\n\n"

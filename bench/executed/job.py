@@ -42,14 +42,14 @@ _BESIDE_HEADER = (
 class Row:
     """One kernel at one size on one architecture, as ``ptx.counts`` has counted it.
 
-    ``step``, ``tile`` and ``program``: what one step of the main loop executes, a tile beside its steps,
-    a program beside its tiles. ``cycles``: of a tile, by unit. ``launch_cycles``: of the launch;
-    ``launches``: how many the operation has. ``moved`` and ``least``: the launch's bytes in sectors, and
-    those of operands and results; ``from_memory``: of device memory, where they are counted, else 0.
-    ``step_cycles``, ``tile_cycles``: by unit, of a step and of a tile beside its steps. Of GEMMs of CUDA
-    C++: ``stalls`` that ptxas gives a warp in a step and in the epilogue, and, by wgmma, the ``timeline``
-    of a tile: its ``clocks``, those that ``tensor`` cores are busy, those ``added`` by the low-rank term,
-    and ``idle: `` ones by cause.
+    ``step``, ``tile`` and ``program``: what one step of the main loop executes, a tile beside its
+    steps, a program beside its tiles. ``cycles``: of a tile, by unit. ``launch_cycles``: of the
+    launch; ``launches``: how many the operation has. ``moved`` and ``least``: the launch's bytes in
+    sectors, and those of operands and results; ``from_memory``: of device memory, where they are
+    counted, else 0. ``step_cycles``, ``tile_cycles``: by unit, of a step and of a tile beside its
+    steps. Of GEMMs of CUDA C++: ``stalls`` that ptxas gives a warp in a step and in the epilogue,
+    and, by wgmma, the ``timeline`` of a tile: its ``clocks``, those that ``tensor`` cores are busy,
+    those ``added`` by the low-rank term, and ``idle: `` ones by cause.
     """
 
     operation: str
@@ -119,6 +119,7 @@ def run(*, record: Record) -> list[Row]:
 
     Raises:
         UnexecutedError: this is no checkout, or the kernels can't be executed.
+
     """
     check()
     say("executing the kernels' PTX, a few tiles of each")
@@ -156,13 +157,14 @@ GEMM_HEADER = (
     "stalls after", "added", "tensor-bound", "idle most",
 )  # fmt: skip
 GEMM_NOTES = """\
-tiles of CUDA C++ GEMMs. tensor / issued / stalls a step: cycles of tensor cores, cycles in which four
-schedulers issue all warps' instructions, and the stalls of one warp by its machine code; L2 bytes a clock:
-of an SM while tensor cores are busy; beside: cycles of a tile beside its steps by unit; stalls after: of a
-warp from its last product to its last store; added: cycles that a low-rank term adds to the tile of the same
-GEMM without it, by the unit that takes longest, or by the timeline where there is one; tensor-bound: the
-share of a tile's clocks in which tensor cores multiply, by the timeline, a model of the CTA's warps with
-assumed latencies; idle most: for what they wait most of the rest, in clocks"""
+tiles of CUDA C++ GEMMs. tensor / issued / stalls a step: cycles of tensor cores, cycles in which
+four schedulers issue all warps' instructions, and the stalls of one warp by its machine code; L2
+bytes a clock: of an SM while tensor cores are busy; beside: cycles of a tile beside its steps by
+unit; stalls after: of a warp from its last product to its last store; added: cycles that a low-rank
+term adds to the tile of the same GEMM without it, by the unit that takes longest, or by the
+timeline where there is one; tensor-bound: the share of a tile's clocks in which tensor cores
+multiply, by the timeline, a model of the CTA's warps with assumed latencies; idle most: for what
+they wait most of the rest, in clocks"""
 
 
 def gemms(rows: Sequence[Row]) -> list[tuple[Row, Row | None]]:

@@ -64,7 +64,8 @@ def test_independent_ffmas_follow_one_another(capability, least):
 
 
 def test_a_way_is_the_shortest_one():
-    """A branch around ten FFMAs: the way that takes it has fewer stalls; what nobody reaches has none."""
+    """A branch around ten FFMAs: the way that takes it has fewer stalls; what nobody reaches has
+    none."""
     code = [
         sass.Instruction(0x00, "ISETP.NE.AND P0, PT, R0, RZ, PT", 5, 0),
         sass.Instruction(0x10, "@P0 BRA 0x40", 2, 0),

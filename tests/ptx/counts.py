@@ -181,7 +181,8 @@ class Row:
     timeline: dict[str, float] = field(default_factory=dict)
     """Clocks of a tile by a model of its CTA's warps (tests/cuda/timeline.py), where there is one."""
     stalls: dict[str, float] = field(default_factory=dict)
-    """Clocks for which ptxas holds a warp of a GEMM back in a step, and in its epilogue, by its machine code."""
+    """Clocks for which ptxas holds a warp of a GEMM back in a step, and in its epilogue, by its
+    machine code."""
 
     @property
     def launch(self) -> Amounts:
@@ -427,6 +428,7 @@ def count_helped(capability: int, M: int, K: int, N: int, r: int) -> list[Row]:
 
     One program after the other is executed: nobody waits for a flag, and counts are the same each time.
     More columns of tiles are more tiles and no more items.
+
     """
     config = find("linear_expand", capability, torch.bfloat16, M, K, N, r, capability >= 90)
     thin = find("shrink", capability, torch.bfloat16, M, K, K, r)

@@ -122,8 +122,9 @@ def _less(count: Count, other: Count) -> Count:
 
 
 def _of_roles(counts: tuple[Count, ...], lines: list[str]) -> Counter[str]:
-    """Of a warp-specialised kernel: instructions by warp; ``stored``: those of the warps that multiply, between
-    the first piece of y and the last; ``trips``: how often a writing warp waits for loads."""
+    """Of a warp-specialised kernel: instructions by warp; ``stored``: those of the warps that
+    multiply, between the first piece of y and the last; ``trips``: how often a writing warp waits
+    for loads."""
     found = Counter[str]()
     stores = [i for i, c in enumerate(counts) if c.issued and c.opcode.startswith("stmatrix")]
     ends = [i for i, c in enumerate(counts) if c.issued and "bulk.commit_group" in c.opcode]
@@ -141,8 +142,9 @@ FIRST_CONSUMER = 4
 
 
 def trips(counts: tuple[Count, ...], lines: list[str], warp: int) -> int:
-    """How often a warp waits for what it loads from global memory: once where a block uses what was loaded in it
-    or before. Within a block ptxas brings loads together; a branch or a store to shared memory ends one."""
+    """How often a warp waits for what it loads from global memory: once where a block uses what was
+    loaded in it or before. Within a block ptxas brings loads together; a branch or a store to
+    shared memory ends one."""
     found, waits, before, copying = 0, 0, 0, False
     pending = set[str]()
     for count in counts:
@@ -319,8 +321,8 @@ class Whole:
         return " ".join(filter(None, (plain, variant, "dropout" * subject.dropout)))
 
     def stalls(self, multiplied: float, warps: int) -> dict[str, float]:
-        """Those that ptxas gives a warp of a GEMM, in a step in which so many warps multiply so often, and
-        around it (``sass``)."""
+        """Those that ptxas gives a warp of a GEMM, in a step in which so many warps multiply so
+        often, and around it (``sass``)."""
         ptx = launchers().ptx_of(self.kernel, self.capability)
         of = _schedule(ptx, self.capability)
         return {

@@ -212,8 +212,8 @@ def card(arch):
 
 
 def served(arch):
-    """What is launched there: the fused ``linear_expand`` by ``mma.sync`` refuses sm_90, that by ``wgmma``
-    all others, and a layer may be one by one."""
+    """What is launched there: the fused ``linear_expand`` by ``mma.sync`` refuses sm_90, that by
+    ``wgmma`` all others, and a layer may be one by one."""
     subjects = [
         (s, s.operation != "mask" and isinstance(cuda_counts.planned(s, card(arch)), str))
         for s in cuda_counts.subjects()
