@@ -1,12 +1,12 @@
 """The schedule that ptxas puts into machine code: how long an instruction holds its warp back.
 
-    python -m sass linear_expand_sm90 90          (with tests/, tests/kernels and tests/cuda on PYTHONPATH)
+    PYTHONPATH=.:tests:tests/kernels:tests/cuda python -m sass linear_expand_sm90 90
 
-From sm_70 on an instruction has 128 bits. In the upper 64 of them are its stall, the clocks before the
-same warp may issue its next one (bits 41 to 44), whether the scheduler had better take another warp (45),
-the barriers that it sets when it has written or read its operands (46 to 48, 49 to 51, 7: none), and those
-that it waits for first (52 to 57). So the sum of stalls along a path is a bound from below of a warp's
-time. What is waited for, memory and tensor cores, comes on top.
+From sm_70 on an instruction has 128 bits. In the upper 64 of them are its stall, the clocks before
+the same warp may issue its next one (bits 41 to 44), whether the scheduler had better take another
+warp (45), the barriers that it sets when it has written or read its operands (46 to 48, 49 to 51,
+7: none), and those that it waits for first (52 to 57). So the sum of stalls along a path is a bound
+from below of a warp's time. What is waited for, memory and tensor cores, comes on top.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 from ptx import nvcc
 
 _LINE = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16}) \*/", re.M
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16}) \*/",
+    re.M,
 )
 MULTIPLIES = ("HMMA", "HGMMA", "IMMA", "QGMMA", "DMMA")
 
@@ -114,7 +115,8 @@ def following(code: Code) -> list[list[int]]:
 
 
 def stalls_to(code: Code, last: int) -> dict[int, int]:
-    """The least sum of stalls from each instruction up to one, by any way; without those that have no way."""
+    """The least sum of stalls from each instruction up to one, by any way; without those that have
+    no way."""
     before: dict[int, list[int]] = {}
     for i, after in enumerate(following(code)):
         for j in after:
@@ -146,8 +148,8 @@ def multiplies(code: Code, first: int, last: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stalls of a warp: in a turn of the main loop, which multiplies so often, and from the last product to
-    the last store of y."""
+    """Stalls of a warp: in a turn of the main loop, which multiplies so often, and from the last
+    product to the last store of y."""
 
     loop: int
     multiplies: int
@@ -155,11 +157,14 @@ class Schedule:
 
 
 def schedule(code: Code) -> Schedule:
-    """Of a GEMM. The main loop is the innermost one that multiplies most; the epilogue, the shortest way by
-    every wide store that comes behind it. Raises ValueError where there is no such loop."""
+    """Of a GEMM. The main loop is the innermost one that multiplies most; the epilogue, the
+    shortest way by every wide store that comes behind it. Raises ValueError where there is no such
+    loop."""
     found = [loop for loop in loops(code) if multiplies(code, *loop)]
     inner = [
-        (a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)
+        (a, b)
+        for a, b in found
+        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)
     ]
     if not inner:
         raise ValueError("no loop multiplies")
@@ -187,7 +192,9 @@ def _stores(code: Code) -> list[int]:
         if one.opcode.startswith("LDS.128"):
             loaded[registers[0]] = i
         wide = re.match(r"STG?\.\S*128", one.opcode)
-        if one.opcode.startswith(("STSM", "UTMASTG")) or (wide and i - loaded.get(registers[-1], -99) < 20):
+        if one.opcode.startswith(("STSM", "UTMASTG")) or (
+            wide and i - loaded.get(registers[-1], -99) < 20
+        ):
             found.append(i)
     return found
 

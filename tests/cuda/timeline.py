@@ -1,10 +1,10 @@
 """When the warps of a CTA of csrc/cuda/sm90.cuh multiply and when they don't: a model, no measurement.
 
 A role of the kernel is a generator that waits and arrives as the kernel's text has it. How many
-instructions it issues is counted by executing the PTX (``sm90_roles``); how long an instruction, a copy or a
-barrier takes is assumed (``Assumed``). Tensor cores and the SM's share of L2 are each a queue. What comes
-out: clocks of a tile, and for those in which tensor cores have nothing, what the consumer that multiplies
-next was doing.
+instructions it issues is counted by executing the PTX (``ptx.sm90_counts``); how long an instruction, a
+copy or a barrier takes is assumed (``Assumed``). Tensor cores and the SM's share of L2 are each a
+queue. What comes out: clocks of a tile, and for those in which tensor cores have nothing, what the
+consumer that multiplies next was doing.
 """
 
 import bisect
@@ -24,11 +24,12 @@ _CHUNK = 32
 class Assumed:
     """Clocks, none of them measured here.
 
-    ``instruction``: from one instruction of a warp to its next, alone; ptxas' own stalls say 2 (``sass``).
-    ``l2``: bytes an SM gets in a clock. ``copy``: from TMA's start to its first bytes; ``load``: of a global
-    load, there and back. ``products``: from the last product to the warp that waits for it. ``wake``,
-    ``meet``, ``fence``: an mbarrier's waiter goes on, a named barrier, a proxy fence. ``store``: until TMA
-    has read a box of y. ``in_turn``: products of the two warpgroups alternate; else groups do.
+    ``instruction``: from one instruction of a warp to its next, alone; ptxas' own stalls say 2
+    (``sass``). ``l2``: bytes an SM gets in a clock. ``copy``: from TMA's start to its first bytes;
+    ``load``: of a global load, there and back. ``products``: from the last product to the warp that
+    waits for it. ``wake``, ``meet``, ``fence``: an mbarrier's waiter goes on, a named barrier, a
+    proxy fence. ``store``: until TMA has read a box of y. ``in_turn``: products of the two
+    warpgroups alternate; else groups do.
     """
 
     instruction: float = 2.0
@@ -47,10 +48,10 @@ class Assumed:
 class Tile:
     """What a tile is made of. Instructions are those of a warp.
 
-    ``step``, ``begin``, ``rank``, ``piece``, ``mask``: of a consumer, for a K block, before the first one, for a
-    rank step, a piece of y, the mask. ``load``: of the loading thread, a K block. ``write``: of a writer, a
-    rank step; ``trips``: loads of it one after another. ``products``: clocks of a product of one
-    warpgroup.
+    ``step``, ``begin``, ``rank``, ``piece``, ``mask``: of a consumer, for a K block, before the
+    first one, for a rank step, a piece of y, the mask. ``load``: of the loading thread, a K block.
+    ``write``: of a writer, a rank step; ``trips``: loads of it one after another. ``products``:
+    clocks of a product of one warpgroup.
     """
 
     k_steps: int
@@ -88,8 +89,8 @@ class Barrier:
 
 @dataclass(frozen=True)
 class Found:
-    """``tile``: clocks of a tile between others; ``busy``: tensor cores' of them. ``idle``: theirs by cause.
-    ``first``, ``last``: clocks before the first product, and after the last."""
+    """``tile``: clocks of a tile between others; ``busy``: tensor cores' of them. ``idle``: theirs
+    by cause. ``first``, ``last``: clocks before the first product, and after the last."""
 
     tile: float
     busy: float

@@ -28,8 +28,22 @@ from .counts import DECODED, DECODED_SMALL, LAYERS, RANKS, SMALL, Row, what_matt
 from .cuda_launch import Subject, Sum, Whole, bare, planned, registers, whole_of, why_no_cuda
 
 __all__ = [
-    "WIDE", "Subject", "Sum", "Whole", "bare", "count", "planned", "plain", "registers", "row_of",
-    "rows", "rows_of", "scaled", "subjects", "whole_of", "why_no_cuda",
+    "WIDE",
+    "Subject",
+    "Sum",
+    "Whole",
+    "bare",
+    "count",
+    "plain",
+    "planned",
+    "registers",
+    "row_of",
+    "rows",
+    "rows_of",
+    "scaled",
+    "subjects",
+    "whole_of",
+    "why_no_cuda",
 ]  # fmt: skip
 WIDE = (8192, 4096, 14336)
 """A layer of a block's MLP."""

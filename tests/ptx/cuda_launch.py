@@ -116,12 +116,15 @@ def without_polls(counts: tuple[Count, ...]) -> tuple[Count, ...]:
 def _less(count: Count, other: Count) -> Count:
     by_warp = tuple(a - b for a, b in zip(count.by_warp, other.by_warp, strict=True))
     lanes = count.lanes - other.lanes
-    return dataclasses.replace(count, issued=count.issued - other.issued, lanes=lanes, by_warp=by_warp)
+    return dataclasses.replace(
+        count, issued=count.issued - other.issued, lanes=lanes, by_warp=by_warp
+    )
 
 
 def _of_roles(counts: tuple[Count, ...], lines: list[str]) -> Counter[str]:
-    """Of a warp-specialised kernel: instructions by warp; ``stored``: those of the warps that multiply, between
-    the first piece of y and the last; ``trips``: how often a writing warp waits for loads."""
+    """Of a warp-specialised kernel: instructions by warp; ``stored``: those of the warps that
+    multiply, between the first piece of y and the last; ``trips``: how often a writing warp waits
+    for loads."""
     found = Counter[str]()
     stores = [i for i, c in enumerate(counts) if c.issued and c.opcode.startswith("stmatrix")]
     ends = [i for i, c in enumerate(counts) if c.issued and "bulk.commit_group" in c.opcode]
@@ -139,9 +142,10 @@ FIRST_CONSUMER = 4
 
 
 def trips(counts: tuple[Count, ...], lines: list[str], warp: int) -> int:
-    """How often a warp waits for what it loads from global memory: once where a block uses what was loaded in it
-    or before. Within a block ptxas brings loads together; a branch or a store to shared memory ends one."""
-    found, waits, before = 0, 0, 0
+    """How often a warp waits for what it loads from global memory: once where a block uses what was
+    loaded in it or before. Within a block ptxas brings loads together; a branch or a store to
+    shared memory ends one."""
+    found, waits, before, copying = 0, 0, 0, False
     pending = set[str]()
     for count in counts:
         text, issued = lines[count.line - 1].split("//")[0], count.by_warp[warp]
@@ -160,8 +164,10 @@ def trips(counts: tuple[Count, ...], lines: list[str], warp: int) -> int:
         if re.match(r"mov|cvt\.u32\.u16", count.opcode) and used & pending:
             pending |= used  # the same value in another register
             continue
-        if used & pending or count.opcode.startswith("cp.async.wait"):
-            waits = max(waits, issued)
+        waits_for_copies = copying and count.opcode.startswith("cp.async.wait")
+        copying = copying or count.opcode.startswith(("cp.async.cg", "cp.async.ca"))
+        if used & pending or waits_for_copies:
+            waits, copying = max(waits, issued), False  # copies from before come as soon
             pending.clear()
         if load and made:
             pending |= set(re.findall(r"%\w+", made[0]))
@@ -315,8 +321,8 @@ class Whole:
         return " ".join(filter(None, (plain, variant, "dropout" * subject.dropout)))
 
     def stalls(self, multiplied: float, warps: int) -> dict[str, float]:
-        """Those that ptxas gives a warp of a GEMM, in a step in which so many warps multiply so often, and
-        around it (``sass``)."""
+        """Those that ptxas gives a warp of a GEMM, in a step in which so many warps multiply so
+        often, and around it (``sass``)."""
         ptx = launchers().ptx_of(self.kernel, self.capability)
         of = _schedule(ptx, self.capability)
         return {

@@ -364,14 +364,12 @@ class Machine:
             raise fault
         if code:
             raise UnknownInstruction(message.value.decode())
-        found = tuple(
-            Count(
-                line, opcode, *(getattr(counts[i], name) for name, _ in _Count._fields_),
-                tuple(by_warp[i * warps : (i + 1) * warps]),
-            )  # fmt: skip
-            for i, (line, opcode) in enumerate(program.code())
-        )
-        return Ran(found, steps.value, traced.value.decode())
+        found = []
+        for i, (line, opcode) in enumerate(program.code()):
+            numbers = (getattr(counts[i], name) for name, _ in _Count._fields_)
+            of_warps = tuple(by_warp[i * warps : (i + 1) * warps])
+            found.append(Count(line, opcode, *numbers, of_warps))
+        return Ran(tuple(found), steps.value, traced.value.decode())
 
     @staticmethod
     def _with_source(message: str, laid_out: Layout) -> str:

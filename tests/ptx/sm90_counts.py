@@ -1,8 +1,9 @@
 """Counts of the GEMMs of csrc/cuda/sm90.cuh, and the timeline of their tiles that follows from them.
 
-Persistent CTAs take tiles from a queue, as Triton's programs do: F(n, k), of one CTA with n tiles of k steps,
-is program + n · (tile + k · step). ``lora_linear`` has a row more: an item of its helpers, a row block of s.
-With clusters a part has a cluster where it has a CTA, and counts are those of one of its CTAs.
+Persistent CTAs take tiles from a queue, as Triton's programs do: F(n, k), of one CTA with n tiles
+of k steps, is program + n · (tile + k · step). ``lora_linear`` has a row more: an item of its
+helpers, a row block of s. With clusters a part has a cluster where it has a CTA, and counts are
+those of one of its CTAs.
 """
 
 import dataclasses
@@ -22,11 +23,13 @@ WRITERS, CONSUMERS = (1, 2, 3), range(4, 12)
 _PIECE, _MORE = 64, 2
 """Columns of a piece of y; steps by which a tile that is counted is longer than another."""
 FAMILY = "wgmma"
+_ASSUMED = Assumed()
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a CTA executes for a step, a tile beside its steps, and beside its tiles; an item of helpers."""
+    """What a CTA executes for a step, a tile beside its steps, and beside its tiles; an item of
+    helpers."""
 
     step: Sum
     tile: Sum
@@ -129,9 +132,9 @@ def rows_of(whole: Whole) -> list[Row]:
     return found
 
 
-def times_of(whole: Whole, assumed: Assumed = Assumed()) -> dict[str, float]:
-    """The timeline of a tile, by name: its clocks, those of tensor cores, those that it takes more than the
-    same tile without a low-rank term, and what leaves tensor cores idle."""
+def times_of(whole: Whole, assumed: Assumed = _ASSUMED) -> dict[str, float]:
+    """The timeline of a tile, by name: its clocks, those of tensor cores, those that it takes more
+    than the same tile without a low-rank term, and what leaves tensor cores idle."""
     tile = tile_of(whole)
     found = timeline(tile, assumed)
     times = {
