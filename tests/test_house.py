@@ -229,6 +229,7 @@ BESIDE_OPERATIONS = {
         "lora_linear",
         "lora_linear_backward",
         "lora_linear_sm90",
+        "lora_linear_backward_sm90",
         "linear_expand_sm90",
         "decode",
         "mask",

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   // csrc/cuda/expand.cu
   library.def(
       "expand(Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, int threshold, "
-      "float survivor_scale, Tensor(a!) y, int column_warps, int row_blocks) -> ()");
+      "float survivor_scale, Tensor(a!) y, int column_warps, int row_blocks, bool onto) -> ()");
 
   // csrc/cuda/linear_expand.cu
   library.def(
@@ -42,6 +42,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
       "float scaling, Tensor? seed, int threshold, float survivor_scale, Tensor(a!)? dx, Tensor(b!)? dA, "
       "Tensor(c!)? dB, Tensor(d!)? dbias, Tensor(e!)? scratch, Tensor(f!)? counters, int columns, int stages) "
       "-> ()");
+
+  // csrc/cuda/lora_linear_backward_sm90.cu
+  library.def(
+      "lora_linear_backward_sm90(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, "
+      "float scaling, Tensor(a!) dx, Tensor(b!) ds, Tensor(c!)? dA, Tensor(d!)? dB, Tensor(e!)? partials, "
+      "Tensor(f!) counters, int group, int ctas, int helpers, int rows_ahead, int rows_behind) -> ()");
 
   // csrc/cuda/shrink.cu
   library.def(
@@ -78,6 +84,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("linear_expand_sm90", TORCH_BOX(&lorafast::cuda::linear_expand_sm90));
   library.impl("lora_linear_sm90", TORCH_BOX(&lorafast::cuda::lora_linear_sm90));
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cuda::lora_linear_backward));
+  library.impl("lora_linear_backward_sm90", TORCH_BOX(&lorafast::cuda::lora_linear_backward_sm90));
   library.impl("shrink", TORCH_BOX(&lorafast::cuda::shrink));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cuda::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cuda::shrink_backward));

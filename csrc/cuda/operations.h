@@ -9,12 +9,12 @@ namespace lorafast::cuda {
 // Bits beyond K are 0.
 void mask(const Tensor& seed, int64_t threshold, int64_t K, Tensor bits);
 
-// expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias. A CTA has 32 · column_warps columns, and goes through row_blocks
-// blocks of 256 / column_warps rows.
+// expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias, or in float16 that and what y has, if it is `onto` that. A CTA has
+// 32 · column_warps columns, and goes through row_blocks blocks of 256 / column_warps rows.
 void expand(
     const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor y, int64_t column_warps,
-    int64_t row_blocks);
+    int64_t row_blocks, bool onto);
 
 // linear_expand.cu. y [M, N] = x·Wᵀ + drop(scaling · s·Bᵀ) + bias: x [M, K], weight [N, K], s [M, r] of wide(x.dtype),
 // lora_B [N, r]. Of float32 all are rounded to TF32. The rows of x, and the rows or the columns of weight, are
@@ -59,6 +59,17 @@ void lora_linear_backward(
     double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
     std::optional<Tensor> dx, std::optional<Tensor> dA, std::optional<Tensor> dB, std::optional<Tensor> dbias,
     std::optional<Tensor> scratch, std::optional<Tensor> counters, int64_t columns, int64_t stages);
+
+// lora_linear_backward_sm90.cu, of bfloat16 and r up to 64, in one launch: dx [M, K] = dy·W + ds·A, ds [M, ranks] =
+// scaling · dy·B of r rounded up to 16, 32 or 64 ranks, zeros behind r; and of dA [r, K] = dsᵀ·x, dB [N, r] = scaling ·
+// dyᵀ·s what is given, which take x and s. dy, x, weight and dx are as TMA reads them. Of `ctas` persistent CTAs
+// `helpers` make ds and dB first; dB is summed over groups of rows_ahead row blocks of 128, dA of rows_behind. partials
+// and counters have the sizes that lorafast/backends/cuda/wgmma_backward.py computes.
+void lora_linear_backward_sm90(
+    const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, const std::optional<Tensor>& s, double scaling, Tensor dx, Tensor ds,
+    std::optional<Tensor> dA, std::optional<Tensor> dB, const std::optional<Tensor>& partials, Tensor counters,
+    int64_t group, int64_t ctas, int64_t helpers, int64_t rows_ahead, int64_t rows_behind);
 
 // The skinny operations (skinny.cuh). `ranks`, `block_m`, `block_n`, `stages`, `share` and `chunk` are a SkinnyPlan;
 // partials and counters have the sizes that lorafast/backends/cuda/skinny.py computes, where sums are shared.

@@ -23,11 +23,20 @@ namespace lorafast::cuda {
 
 struct NoHelpers {
   static constexpr bool kAny = false;
+  static constexpr int kWriterRegisters = 40;  // multiples of 16
   struct State {};
 
   template <class Cta>
   static __device__ __forceinline__ int draw(const Cta&, State&) {
     return -1;
+  }
+  template <class Cta>
+  static __device__ __forceinline__ int draw_behind(const Cta&, State&) {
+    return -1;
+  }
+  template <class Cta>
+  static __device__ __forceinline__ int used(const Cta&) {
+    return kSm90Flags;
   }
   template <class Cta, class Ring>
   static __device__ __forceinline__ void load(const Cta&, Ring&, int) {}
@@ -44,8 +53,8 @@ struct Sm90Cta : Sm90Ring<kN> {
   using typename Base::Mail;
   using typename Base::Ring;
   using typename Base::Tile;
-  using Factors = Sm90Factors<T>;
-  using Factor = typename Factors::Factor;
+  using Factors = Sm90Factors<T, kAcross, kN>;
+  using Factor = typename Factors::Element;
   using Base::Base, Base::bias, Base::empty, Base::full, Base::give_back, Base::granted, Base::grant, Base::lane;
   using Base::masked, Base::p, Base::rank, Base::read_mail, Base::release, Base::row_block, Base::shared;
   using Base::stage, Base::warp;
@@ -71,7 +80,10 @@ struct Sm90Cta : Sm90Ring<kN> {
       draws.next = ptx::add_relaxed(queue, 1);
     }
     const uint32_t number = draws.next;
-    if (number >= static_cast<uint32_t>(p.row_sets * p.column_tiles)) return {0, Sm90Work::kEnd};
+    if (number >= static_cast<uint32_t>(p.row_sets * p.column_tiles)) {
+      const int item = Helpers::draw_behind(*this, draws.helpers);
+      return {item, item >= 0 ? Sm90Work::kHelp : Sm90Work::kEnd};
+    }
     draws.next = ptx::add_relaxed(queue, 1);
     return tiles_of(p, static_cast<int>(number), kN);
   }
@@ -155,18 +167,14 @@ struct Sm90Cta : Sm90Ring<kN> {
       for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
         const int first = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
-        const int chunks = 2 * factors.substeps(first);
-        const auto write_s = [&] {
-          factors.template write_s<Tile::kM>(stage(ring), top, first, chunks, part, thread);
-        };
-        if constexpr (!Helpers::kAny) write_s();  // what is copied comes while B is loaded
-        factors.template write_b<kN>(stage(ring) + Tile::kX, work.column, first, chunks, part, thread);
+        factors.write_b(stage(ring), thread, work.column, first, part);
         if (Helpers::kAny && step == 0) {
           if (thread == 0 && own < p.row_tiles) Helpers::wait_for(*this, own);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
-        if constexpr (Helpers::kAny) write_s();
-        factors.template settle<kN>(stage(ring) + Tile::kX, chunks, thread);
+        factors.write_s(stage(ring), thread, top, first, part);
+        ptx::commit_copies();
+        ptx::wait_for_copies<0>();
         ptx::publish_shared();
         ptx::meet(kSm90WritersMeet, kSm90Writers);
         if (thread == 0) ptx::arrive_at(full(ring));
@@ -174,13 +182,18 @@ struct Sm90Cta : Sm90Ring<kN> {
       if (masked) skip(ring);
       give_back(mail);
     }
-    // The last CTA leaves the counters as it found them. Its own writers are here: nobody waits for a flag.
+    if constexpr (!Helpers::kAny) finish();
+  }
+
+  // The last CTA leaves the counters as it found them. Its own writers call it: nobody waits for a flag. Where there are
+  // flags, those of this CTA's are raised, which a barrier says.
+  __device__ __forceinline__ void finish() const {
     if (warp != 1) return;
     uint32_t before = 0;
     if (lane == 0) before = ptx::add_acquire_release(p.counters + kSm90Finished, 1);
     if (__shfl_sync(0xFFFFFFFFu, before, 0) != gridDim.x - 1) return;
     __syncwarp();  // what lane 0 acquired
-    const int used = kSm90Flags + (Helpers::kAny ? p.row_tiles : 0);
+    const int used = Helpers::used(*this);
     for (int i = lane; i < used; i += 32) p.counters[i] = 0;
   }
 
@@ -196,26 +209,32 @@ struct Sm90Cta : Sm90Ring<kN> {
 
   // ---- Two warpgroups multiply.
 
-  // The K blocks of the GEMM, or of a row block of s. Of the last one `held` is the stage, which is not released yet.
-  template <bool across, int kCount>
-  __device__ __forceinline__ void multiply(
-      float (&d)[kCount][4], Ring& ring, uint32_t& held, int adds, int half) const {
-    for (int k = 0; k < p.k_steps; ++k, ring.next()) {
-      ptx::wait_at(full(ring), ring.parity);
-      const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
-      const uint64_t b = across ? ptx::describe_columns<Tile::kK>(stage(ring) + Tile::kX)
-                                : ptx::describe_rows(stage(ring) + Tile::kX);
-      ptx::begin_products();
+  // The K blocks of the GEMM, or of a row block of s, of which there is one at least. Of the last one `held` is the stage,
+  // which is not released yet. The first one stands by itself where it adds to nothing: else sums that nobody needs
+  // would keep their registers from tile to tile, beside those of helpers.
+  template <bool across, bool kAdds, int kCount>
+  __device__ __forceinline__ void multiply(float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
+    if constexpr (!kAdds) multiply_block<across, false>(d, ring, held, half);
+    for (int k = kAdds ? 0 : 1; k < p.k_steps; ++k) multiply_block<across, true>(d, ring, held, half);
+  }
+
+  template <bool across, bool kAdds, int kCount>
+  __device__ __forceinline__ void multiply_block(
+      float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
+    ptx::wait_at(full(ring), ring.parity);
+    const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
+    const uint64_t b = across ? ptx::describe_columns<Tile::kK>(stage(ring) + Tile::kX)
+                              : ptx::describe_rows(stage(ring) + Tile::kX);
+    ptx::begin_products();
 #pragma unroll
-      for (int i = 0; i < Tile::kK / 16; ++i) {
-        ptx::multiply_add<T, across>(d, a + 2 * i, b + (across ? 128 : 2) * i, adds);
-        adds = 1;
-      }
-      ptx::commit_products();
-      ptx::wait_for_products<1>();
-      release(held);
-      held = empty(ring);
+    for (int i = 0; i < Tile::kK / 16; ++i) {
+      ptx::multiply_add<T, across>(d, a + 2 * i, b + (across ? 128 : 2) * i, kAdds || i > 0);
     }
+    ptx::commit_products();
+    ptx::wait_for_products<1>();
+    release(held);
+    held = empty(ring);
+    ring.next();
   }
 
   // Those of the low-rank term, and the end of all that was begun.
@@ -228,12 +247,14 @@ struct Sm90Cta : Sm90Ring<kN> {
     for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
       ptx::wait_at(full(ring), ring.parity);
       const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
-      const uint64_t b = ptx::describe_rows(stage(ring) + Tile::kX);
-      const int count = Factors{p}.substeps(step / p.parts * kSm90Ranks<T>);
+      constexpr bool kRanksAcross = Factors::kRanksAcross;
+      const uint64_t b = kRanksAcross ? ptx::describe_columns<64>(stage(ring) + Tile::kX)
+                                      : ptx::describe_rows(stage(ring) + Tile::kX);
+      const int count = Factors{p}.products(step / p.parts * kSm90Ranks<T>);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         ptx::begin_products();
-        ptx::multiply_add<Factor, 0>(d, a + 2 * i, b + 2 * i, adds);
+        ptx::multiply_add<Factor, kRanksAcross>(d, a + 2 * i, b + (kRanksAcross ? 128 : 2) * i, adds);
         ptx::commit_products();
         adds = 1;
       }
@@ -285,7 +306,6 @@ struct Sm90Cta : Sm90Ring<kN> {
     const int half = warp / 4 - 1;
     Ring ring;
     Mail mail;
-    float d[kTiles][4];
     for (;; mail.next()) {
       const Sm90Work work = read_mail(mail);
       if (work.column == Sm90Work::kEnd) break;
@@ -298,16 +318,17 @@ struct Sm90Cta : Sm90Ring<kN> {
         }
       }
       const int top = row_block(work.row) * Tile::kM + 64 * half;
-      if (masked) {
+      float d[kTiles][4];
+      if (!Helpers::kAny && masked) {
         multiply_ranks(d, ring, held, 0, half);
         const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
         end_low_rank(d, p.sum_scale, p.dropout, seed, top + warp % 4 * 16, work.column);
-        multiply<kAcross>(d, ring, held, 1, half);
+        multiply<kAcross, true>(d, ring, held, half);
         ptx::wait_for_products<0>();
         release(held);
         ptx::hold(d);
       } else {
-        multiply<kAcross>(d, ring, held, 0, half);
+        multiply<kAcross, false>(d, ring, held, half);
         multiply_ranks(d, ring, held, 1, half);
       }
       store(d, top, work.column, half, mail);
@@ -319,14 +340,15 @@ struct Sm90Cta : Sm90Ring<kN> {
   __device__ __forceinline__ void run() const {
     this->init();
     if (warp < 4) {
-      ptx::give_registers<88>();
+      ptx::give_registers<Helpers::kWriterRegisters>();
       if (warp > 0) write();
       else if (lane == 0) load();
     } else {
-      ptx::take_registers<208>();
+      ptx::take_registers<252 - Helpers::kWriterRegisters / 2>();  // of 168 that each began with
       consume();
     }
     this->leave();
+    if constexpr (Helpers::kAny) finish();
   }
 };
 

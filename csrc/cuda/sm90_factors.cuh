@@ -1,233 +1,111 @@
-// The factors of a low-rank term as wgmma multiplies them: 16 bytes of s and of B, rounded or split.
+// The factors of a low-rank term as wgmma multiplies them, written by warps that have nothing else to do: s along the
+// ranks, B along them or, where W lies across k, across them.
 //
 // float16 has a float32 s. It is multiplied as TF32, in two products, three beside a float32 B: in as many steps.
 #pragma once
 
-#include "eight.cuh"
+#include "factors.cuh"
 #include "sm90_ring.cuh"
-#include "tf32.cuh"
 
 namespace lorafast::cuda {
-
-constexpr int kSm90Writers = 96, kSm90WritersMeet = 3;  // threads, and the barrier at which they meet
 
 // How the low-rank term of y in T is multiplied: 128 bytes of ranks a step.
 template <class T>
 using Sm90Factor = std::conditional_t<DtypeOf<T>::value == Dtype::bfloat16, bfloat16, float>;
 template <class T>
 constexpr int kSm90Ranks = kSm90Row / static_cast<int>(sizeof(Sm90Factor<T>));
+// TF32 lies along k.
+template <class T, bool kAcross>
+constexpr bool kSm90RanksAcross = kAcross && std::is_same_v<Sm90Factor<T>, bfloat16>;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Those of y in T.
-template <class T>
+constexpr int kSm90Writers = 96, kSm90WritersMeet = 3;  // threads, and the barrier at which they meet
+
+// A chunk of TF32's parts. The last part is the nearest numbers, those before it have one factor's rest; there the
+// other factor is 0 where it is infinite: the last part says it all.
+struct Sm90Tf32Chunk {
+  float scale;
+  bool rest, last;  // which of the two numbers; `last`: infinite too
+
+  __device__ __forceinline__ uint4 operator()(const float (&v)[4]) const {
+    return make_uint4(one(v[0]), one(v[1]), one(v[2]), one(v[3]));
+  }
+  __device__ __forceinline__ uint32_t one(float x) const {
+    const Tf32Pair of = split_tf32(x * scale);
+    if (rest) return of.low;
+    return last || fabsf(__uint_as_float(of.high)) < __uint_as_float(0x7F800000u) ? of.high : 0u;
+  }
+};
+
+// Those of tiles of y in T, of kN columns. A stage has rows of 128 bytes: of s, and behind it those of B [kN] or, where
+// they lie across, blocks of 64 columns, each of all ranks.
+template <class T, bool kAcross, int kN>
 struct Sm90Factors {
-  using Factor = Sm90Factor<T>;
-  static constexpr int kChunk = 16 / static_cast<int>(sizeof(Factor));  // ranks
+  using Element = Sm90Factor<T>;
+  using Tile = Sm90Tile<kN>;
+  static constexpr int kElements = kChunk / static_cast<int>(sizeof(Element));
+  static constexpr bool kRanksAcross = kSm90RanksAcross<T, kAcross>, kSplit = sizeof(Element) == 4;
+  static constexpr int kBatch = 2;  // chunks that a thread has in registers
 
   const Sm90Params& p;
 
   // Products of 32 bytes of ranks, from `rank` on to the end of its step.
-  __device__ __forceinline__ int substeps(int rank) const {
+  __device__ __forceinline__ int products(int rank) const {
     const int left = p.r - rank, of = left < kSm90Ranks<T> ? left : kSm90Ranks<T>;
-    return (of + 2 * kChunk - 1) / (2 * kChunk);
+    return (of + 2 * kElements - 1) / (2 * kElements);
   }
 
-  // Writes B's rows from `column` on, and s' rows from `row` on, to a stage: so many chunks of 16 bytes from `rank` on.
-  // They are there after `settle`. `part`: of TF32, whose last part is the nearest numbers, and those before it have one
-  // factor's rest; there the other factor is 0 where it is infinite: the last part says it all.
-  template <int kRows>
-  __device__ __forceinline__ void write_b(
-      uint32_t tile, int column, int rank, int chunks, int part, int thread) const {
-    const Matrix from = {p.b, p.b_row, p.b_col, p.N, p.vector_b};
-    const auto write = [&](auto element) {
-      using E = decltype(element);
-      copy<kRows, E>(tile, from, column, rank, chunks, thread, [&](const Chunk& c) { return b_bits<E>(c, part); });
-    };
-    if (copied_b()) copy_as_it_is<kRows>(tile, from, column, rank, chunks, thread);
-    else if (p.b_type == Dtype::bfloat16) write(bfloat16());
-    else if (p.b_type == Dtype::float16) write(float16());
-    else write(float());
+  static __device__ __forceinline__ uint32_t place(uint32_t rows, int row, int chunk) {
+    return rows + row * kSm90Row + kChunk * swizzled<kSm90Row>(row, chunk);
   }
 
-  template <int kRows>
-  __device__ __forceinline__ void write_s(
-      uint32_t tile, int row, int rank, int chunks, int part, int thread) const {
-    const Matrix from = {p.s, p.s_row, p.s_col, p.M, p.vector_s};
-    if (kTogether && p.vector_s) {
-      copy_as_it_is<kRows>(tile, from, row, rank, chunks, thread);
+  // B's ranks from `rank` on, for columns from `column` on. It may return while copies are on their way.
+  __device__ __forceinline__ void write_b(uint32_t stage, int thread, int column, int rank, int part) const {
+    if constexpr (kRanksAcross) {
+      const FactorBlock<kSm90Writers, kN / 8, true> block{rank, column, 16 * products(rank), thread};
+      lay(block, p.b, 1.0f, part != 0, part,
+          [&](int row, int chunk) { return place(stage + Tile::kX + chunk / 8 * Tile::kHalf, row, chunk % 8); });
     } else {
-      copy<kRows, Factor>(tile, from, row, rank, chunks, thread, [&](const Chunk& c) { return s_bits(c, part); });
+      const FactorBlock<kSm90Writers, kN, false> block{column, rank, 2 * products(rank), thread};
+      lay(block, p.b, 1.0f, part != 0, part,
+          [&](int row, int chunk) { return place(stage + Tile::kX, row, chunk); });
     }
   }
 
-  // What this thread has copied is there; of B it is scaled.
-  template <int kRows>
-  __device__ __forceinline__ void settle(uint32_t b_tile, int chunks, int thread) const {
-    ptx::commit_copies();
-    ptx::wait_for_copies<0>();
-    if (!copied_b() || p.factor_scale == 1.0f) return;
+  // Ranks of scaling · s from `rank` on, of rows from `row` on.
+  __device__ __forceinline__ void write_s(uint32_t stage, int thread, int row, int rank, int part) const {
+    const FactorBlock<kSm90Writers, Tile::kM, false> block{row, rank, 2 * products(rank), thread};
+    lay(block, p.s, p.factor_scale, part == 0, part, [&](int row, int chunk) { return place(stage, row, chunk); });
+  }
+
+  template <class Block, class Address>
+  __device__ __forceinline__ void lay(
+      const Block& block, const Factor& f, float scale, bool rest, int part, const Address& address) const {
+    const auto put = [&](int row, int chunk, uint4 v) { ptx::store_shared_16(address(row, chunk), v); };
+    if constexpr (kSplit) {
+      const bool last = part == p.parts - 1;
+      const Sm90Tf32Chunk rounded{scale, rest && !last, last};
+      block.template load<Element, kBatch>(f, rounded, put);
+    } else if (f.vector && f.type == DtypeOf<Element>::value) {
+      block.template copy<Element>(f, address);
+      if (scale == 1.0f) return;
+      ptx::commit_copies();
+      ptx::wait_for_copies<0>();
+      const RoundedChunk<Element> rounded{scale};
 #pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const uint32_t first = chunk_at(b_tile, thread, chunk);
+      for (int i = block.thread; i < block.count(); i += kSm90Writers) {
+        const uint32_t at = address(block.row_of(i), block.chunk_of(i));
+        const uint4 v = ptx::load_shared_16(at);
+        const auto* const of = reinterpret_cast<const Element*>(&v);
+        float x[8];
 #pragma unroll
-      for (int i = 0; i < kEach<kRows>; ++i) {
-        if (thread + i * kSm90Writers >= kRows) break;
-        const uint32_t to = first + i * kApart;
-        uint4 v = ptx::load_shared_16(to);
-        uint32_t* const words = &v.x;
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const float low = __uint_as_float(words[w] << 16), high = __uint_as_float(words[w] & 0xFFFF0000u);
-          words[w] = pack_two<bfloat16>(low * p.factor_scale, high * p.factor_scale);
-        }
-        ptx::store_shared_16(to, v);
+        for (int e = 0; e < 8; ++e) x[e] = to_float(of[e]);
+        ptx::store_shared_16(at, rounded(x));
       }
-    }
-  }
-
- private:
-  // Where a factor comes from. `vector`: by 16 bytes at once, also of a row's last ranks.
-  struct Matrix {
-    const void* from;
-    int64_t row, col;
-    int32_t rows;
-    bool vector;
-  };
-
-  // The elements of a chunk, a word each; of 16 bits that are loaded at once two in each of the first words.
-  struct Chunk {
-    uint32_t words[kChunk];
-  };
-
-  // A thread has every 96th row, with the same place in the swizzle. So many of them:
-  template <int kRows>
-  static constexpr int kEach = (kRows + kSm90Writers - 1) / kSm90Writers;
-  static constexpr int kApart = kSm90Writers * kSm90Row;
-  static_assert(kSm90Writers % 8 == 0, "the swizzle has eight rows");
-
-  // A use of what was loaded waits for it, and nothing that the compiler knows passes a store to shared memory: so
-  // first come the loads of a chunk of all its rows.
-  template <int kRows, class E, class Bits>
-  __device__ __forceinline__ void copy(
-      uint32_t tile, const Matrix& from, int first, int rank, int chunks, int thread, const Bits& bits) const {
-#pragma unroll 1
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      Chunk rows[kEach<kRows>];
-#pragma unroll
-      for (int i = 0; i < kEach<kRows>; ++i) {
-        const int row = thread + i * kSm90Writers;
-        if (row < kRows) load<E>(rows[i], from, first + row, rank + chunk * kChunk);
-      }
-      const uint32_t to = chunk_at(tile, thread, chunk);
-#pragma unroll
-      for (int i = 0; i < kEach<kRows>; ++i) {
-        if (thread + i * kSm90Writers < kRows) ptx::store_shared_16(to + i * kApart, bits(rows[i]));
-      }
-    }
-  }
-
-  // The same of 16 bytes that are multiplied as they are: without registers, all of them are under way together.
-  template <int kRows>
-  __device__ __forceinline__ void copy_as_it_is(
-      uint32_t tile, const Matrix& from, int first, int rank, int chunks, int thread) const {
-    const auto* const source = static_cast<const uint16_t*>(from.from) + rank;
-#pragma unroll
-    for (int i = 0; i < kEach<kRows>; ++i) {
-      const int row = thread + i * kSm90Writers;
-      if (row >= kRows) break;
-      const bool there = first + row < from.rows;
-      const uint16_t* at = source + (there ? (first + row) * from.row : 0);
-#pragma unroll 1
-      for (int chunk = 0; chunk < chunks; ++chunk, at += kChunk) {
-        const bool copied = there && rank + chunk * kChunk < p.r;
-        ptx::copy_16_to(chunk_at(tile, row, chunk), copied ? at : source, copied ? 16 : 0);
-      }
-    }
-  }
-
-  __device__ __forceinline__ bool copied_b() const {
-    return kTogether && p.vector_b && p.b_type == Dtype::bfloat16;
-  }
-
-  // Rows and ranks that there aren't are 0.
-  template <class E>
-  __device__ __forceinline__ void load(Chunk& to, const Matrix& from, int row, int rank) const {
-    using Word = std::conditional_t<sizeof(E) == 2, uint16_t, uint32_t>;
-    const bool there = row < from.rows;
-    const auto* at = static_cast<const Word*>(from.from) + row * from.row + rank * from.col;
-    if (kTogether && from.vector) {
-      constexpr int kLoads = kChunk * static_cast<int>(sizeof(E)) / 16;
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (there && rank < p.r) v = reinterpret_cast<const uint4*>(at)[i];
-        uint32_t* const words = to.words + 4 * i;
-        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-      }
-    } else if (there && rank + kChunk <= p.r) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i, at += from.col) to.words[i] = *at;
     } else {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        Word word = 0;
-        if (there && rank + i < p.r) word = at[i * from.col];
-        to.words[i] = word;
-      }
+      block.template load<Element, kBatch>(f, RoundedChunk<Element>{scale}, put);
     }
-  }
-
-  // Whether a chunk is as many elements as 16 bytes of 16 bits, as which alone they are loaded at once.
-  static constexpr bool kTogether = kChunk == 8;
-
-  // Element i of a chunk, in E.
-  template <class E>
-  static __device__ __forceinline__ float element(const Chunk& of, int i, bool vector) {
-    if constexpr (sizeof(E) == 4) {
-      return __uint_as_float(of.words[i]);
-    } else {
-      const bool two = kTogether && vector;
-      const uint32_t bits = two ? of.words[i / 2] >> (16 * (i % 2)) & 0xFFFF : of.words[i];
-      if constexpr (std::is_same_v<E, bfloat16>) return __uint_as_float(bits << 16);
-      else return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
-    }
-  }
-
-  __device__ __forceinline__ uint4 s_bits(const Chunk& of, int part) const {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    uint32_t* const words = &v.x;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (std::is_same_v<Factor, bfloat16>) {
-        words[i] = p.vector_s ? of.words[i] : of.words[2 * i] | of.words[2 * i + 1] << 16;
-      } else {
-        const Tf32Pair pair = split_tf32(__uint_as_float(of.words[i]) * p.factor_scale);
-        words[i] = part == 0 ? pair.low : part == p.parts - 1 ? pair.high : finite(pair.high);
-      }
-    }
-    return v;
-  }
-
-  template <class E>
-  __device__ __forceinline__ uint4 b_bits(const Chunk& of, int part) const {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    uint32_t* const words = &v.x;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (std::is_same_v<Factor, bfloat16>) {
-        const float low = element<E>(of, 2 * i, p.vector_b), high = element<E>(of, 2 * i + 1, p.vector_b);
-        words[i] = pack_two<bfloat16>(low * p.factor_scale, high * p.factor_scale);
-      } else {
-        const Tf32Pair pair = split_tf32(element<E>(of, i, p.vector_b));
-        words[i] = part == p.parts - 1 ? pair.high : part == 0 ? finite(pair.high) : pair.low;
-      }
-    }
-    return v;
-  }
-
-  static __device__ __forceinline__ uint32_t finite(uint32_t x) {
-    return fabsf(__uint_as_float(x)) < __uint_as_float(0x7F800000u) ? x : 0u;
   }
 };
 

@@ -16,6 +16,7 @@ namespace lorafast::cuda {
 template <int kRanks>
 struct ShrinkFirst {
   static constexpr bool kAny = true;
+  static constexpr int kWriterRegisters = 40;
   struct State {
     bool asked = false, helps = false;
     uint32_t next = 0;
@@ -59,7 +60,7 @@ struct ShrinkFirst {
     const Sm90Params& p = cta.p;
     float d[kRanks / 8][4];
     uint32_t held = 0;
-    cta.template multiply<false>(d, ring, held, 0, half);
+    cta.template multiply<false, false>(d, ring, held, half);
     ptx::wait_for_products<0>();
     cta.release(held);
     ptx::hold(d);
@@ -69,7 +70,7 @@ struct ShrinkFirst {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (row + 8 * h >= p.M) break;
-      T* const to = static_cast<T*>(p.s) + (row + 8 * h) * p.r;
+      T* const to = static_cast<T*>(p.made_s) + (row + 8 * h) * p.r;
 #pragma unroll
       for (int j = 0; j < kRanks / 8; ++j) {
         const int rank = 8 * j + 2 * (cta.lane % 4);
@@ -87,6 +88,18 @@ struct ShrinkFirst {
     if (threadIdx.x % 128 == 0 && row_block < p.row_tiles) {
       ptx::add_acquire_release(p.counters + kSm90Flags + row_block, 1);
     }
+  }
+
+  // Nothing is left to do when there are no more tiles.
+  template <class Cta>
+  static __device__ __forceinline__ int draw_behind(const Cta&, State&) {
+    return -1;
+  }
+
+  // Counters: behind those of every launch a flag for each row block.
+  template <class Cta>
+  static __device__ __forceinline__ int used(const Cta& cta) {
+    return kSm90Flags + cta.p.row_tiles;
   }
 
   // A row block of s.

@@ -56,6 +56,11 @@ __device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t byt
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
 }
 
+// Promises so many bytes beside an arrival of somebody else, which comes after this.
+__device__ __forceinline__ void expect_at(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
+}
+
 // Waits until the phase of this parity is over; of a new barrier that of parity 1 is. Lanes may find it at
 // different times.
 __device__ __forceinline__ void wait_at(uint32_t barrier, uint32_t parity) {
@@ -121,6 +126,11 @@ __device__ __forceinline__ void wait_until_stored() { asm volatile("cp.async.bul
 // Async Proxy: what this thread wrote to shared memory can be read by TMA and by tensor cores.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
+// As `meet`, without waiting: others do.
+__device__ __forceinline__ void arrive_for(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(number), "r"(threads) : "memory");
+}
+
 // barrier: of `threads` threads, which are whole warps. Number 0 is __syncthreads'.
 __device__ __forceinline__ void meet(int number, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(number), "r"(threads) : "memory");
@@ -154,22 +164,6 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                :
                : "r"(row), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-               :
-               : "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 

@@ -2,6 +2,7 @@
 
 import linear_expand_cases
 import pytest
+import sm90_backward_cases
 import sm90_cases
 import small_cases
 import torch
@@ -92,6 +93,12 @@ def a_hopper_layer():
     run(x, W, A, B, 1.0, bias)
 
 
+def a_hopper_layers_backward():
+    case = sm90_backward_cases.Case("bf16", 9, 16, 40, 4)
+    given = [tensor.to(torch.bfloat16) for tensor in case.tensors()]
+    case.launch().run(*given, 1.0, 0.0, None)
+
+
 CALLS = {
     "mask": lambda: mask(SEED, 5, 9, 16),
     "expand": an_expand,
@@ -103,6 +110,7 @@ CALLS = {
     "shrink_backward": a_skinny_call("shrink_backward", 900, 140, 16, dropout_p=0.1),
     "linear_expand_sm90": a_hopper_gemm,
     "lora_linear_sm90": a_hopper_layer,
+    "lora_linear_backward_sm90": a_hopper_layers_backward,
     "lora_linear_decode": lambda: call(drawn(3, 264, 24, 9), 2),
     "grouped_lora_linear_decode": lambda: call(drawn(3, 264, 24, 9, adapter_of=[1, 0, -1]), 2),
 }
@@ -126,7 +134,9 @@ def test_a_device_that_is_too_old(operation):
         assert len(run.launches) == 1
         return
     needs = "9.0" if operation.endswith("sm90") else "8.0"
-    said = f"{operation} needs compute capability {needs}, and cuda.* has 7.5"
+    skinny = operation in ("expand", "shrink", "expand_backward", "shrink_backward")
+    of = " of bfloat16" * skinny  # in others it serves them
+    said = f"{operation}{of} needs compute capability {needs}, and cuda.* has 7.5"
     with launched(75) as run, pytest.raises(RuntimeError, match=said):
         CALLS[operation]()
     assert not run.launches

@@ -10,12 +10,12 @@ from lorafast.bench.common.problem import Problem, draw
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.operations.cases import cases
 from lorafast.bench.operations.job import why_wrong
-from lorafast.bench.tune.climb import by_backend
 from on_machine import launched, needs_nvcc
 
 from lorafast.backends.cost import pretending
 from lorafast.backends.cuda import Cuda, planning
 from lorafast.backends.cuda.launch import Launch
+from lorafast.ops.problems import by_backend
 
 pytestmark = [needs_nvcc, pytest.mark.slow]
 
@@ -39,5 +39,5 @@ def test_whatever_may_be_launched_is_right(card, dtype, dropout_p):
     fused = [line for line in said if line.startswith("linear_expand: ")]
     assert len(fused) == (0 if dtype == "fp32" else 2)
     assert all(("wgmma" in line) == (card is H200) for line in fused)
-    in_one = card is H200 and dtype == "bf16"  # a forward with helpers
+    in_one = 2 * (card is H200 and dtype == "bf16")  # forward and backward by wgmma
     assert len(said) == 8 + len(fused) + in_one

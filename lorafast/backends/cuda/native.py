@@ -30,6 +30,7 @@ OPERATIONS = (
     "linear_expand_sm90",
     "lora_linear",
     "lora_linear_backward",
+    "lora_linear_backward_sm90",
     "lora_linear_decode",
     "lora_linear_sm90",
     "mask",
