@@ -18,9 +18,11 @@ pytestmark = needs_nvcc
 LAYER = (8192, 4096, 4096)
 MOST_ADDED, LEAST_BUSY = 0.02, 0.97
 """Of a tile at r = 16 and K = 4096."""
+FEWEST, MOST = 1.6, 2.6
+"""Clocks of a warp for an instruction of PTX."""
 ASSUMED = [
     Assumed(), Assumed(in_turn=False), Assumed(load=700), Assumed(copy=900), Assumed(store=700),
-    Assumed(instruction=2.3),
+    Assumed(instruction=MOST),
 ]  # fmt: skip
 
 
@@ -53,19 +55,18 @@ def test_others_add_little_too(operation, variant):
 def test_a_row():
     of = whole()
     (row,) = sm90_counts.rows_of(of)
-    assert (row.backend, row.tiles, row.steps, row.from_l2) == ("cuda", 32 * 64, 64, True) or (
-        row.tiles == 32 * 64 // 2
-    )
     columns, cluster = of.n["columns"], of.n.get("cluster", 1)
+    tiles = 8192 // 128 * (4096 // columns)
+    assert (row.backend, row.tiles, row.steps, row.from_l2) == ("cuda", tiles, 64, True)
     assert row.step.multiplies == 128 * columns * 64
     # x, and W or its half: the other half comes from the other CTA's copy.
     assert 32 * row.step.sectors == 128 * (128 + columns / cluster)
-    assert row.step.conflicts == row.tile.conflicts - row.tile.conflicts == 0
+    assert row.step.conflicts == 0
     assert row.in_flight >= 40 << 10
     assert row.timeline["clocks"] >= row.cycles["tensor"] - 1
-    # Two clocks of a warp for an instruction of PTX: what the timeline assumes, by ptxas' own stalls.
+    # What the timeline assumes of an instruction of PTX, by ptxas' own stalls.
     stored = sm90_counts.parts(bare(of)).tile["stored"] / len(sm90_counts.CONSUMERS)
-    assert row.stalls["epilogue"] == pytest.approx(Assumed().instruction * stored, rel=0.2)
+    assert FEWEST * stored < row.stalls["epilogue"] < MOST * stored
     assert 0 < row.stalls["step"] < 512, "a warp issues a step while the other warpgroup multiplies"
 
 

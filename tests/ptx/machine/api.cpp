@@ -92,7 +92,8 @@ struct CountOut {
 
 int ptx_launch(
     void* machine, void* program, const Options* options, const char* parameters, uint64_t parameter_bytes,
-    CountOut* counts, uint64_t* issued_by_warp, uint64_t* steps, char* trace, int trace_size, char* message, int size) {
+    CountOut* counts, uint64_t* issued_by_warp, uint64_t* steps, char* trace, int trace_size, char* message,
+    int size) {
   const auto& of = *static_cast<Program*>(program);
   Launch launch(*static_cast<Machine*>(machine), of, *options, std::string(parameters, parameter_bytes));
   int code = OK;
