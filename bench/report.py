@@ -66,6 +66,7 @@ class Section:
 
         Raises:
             ValueError: a mark is missing.
+
         """
         return self._cut(text)[1].strip()
 
@@ -400,29 +401,17 @@ def _executed(path: Path, run: Run) -> str:
     rows = executed.alone(every, pairs)
     lines = [
         [
-            f"sm_{row.capability}",
-            f"`{row.name}`",
-            _layer_of(row),
-            *(f"{row.cycles[unit] / 1000:.1f}" for unit in executed.UNITS),
-            row.bound,
-            f"{row.issued_per_multiply:.2f}",
-            f"{row.step['conflicts']:.0f}",
-            f"{row.in_flight / 1024:.0f}",
-            f"{row.registers}",
+            f"sm_{row.capability}", f"`{row.name}`", _layer_of(row),
+            *(f"{row.cycles[unit] / 1000:.1f}" for unit in executed.UNITS), row.bound,
+            f"{row.issued_per_multiply:.2f}", f"{row.step['conflicts']:.0f}",
+            f"{row.in_flight / 1024:.0f}", f"{row.registers}",
         ]
         for row in rows
-    ]
+    ]  # fmt: skip
     header = [
-        "",
-        "kernel",
-        "layer",
-        *executed.UNITS,
-        "bound by",
-        "issued a multiply",
-        "conflicts",
-        "KB in flight",
-        "registers",
-    ]
+        "", "kernel", "layer", *executed.UNITS, "bound by", "issued a multiply", "conflicts",
+        "KB in flight", "registers",
+    ]  # fmt: skip
     return (
         "## What kernels execute, counted\n\n"
         "Executed, not timed: the PTX of our Triton kernels is run instruction by instruction on a CPU, "
@@ -432,12 +421,15 @@ def _executed(path: Path, run: Run) -> str:
         "full rate; memory is L2 for a GEMM and beside it, device memory else. *issued a multiply*: "
         "instructions of warps in the main loop "
         "for each 16 × 8 × 16 multiply-adds. *conflicts*: passes over the banks of shared memory "
-        "in a step beyond the least.\n\n" + markdown(header, lines) + _beside(pairs, run)
+        "in a step beyond the least.\n\n"
+        + markdown(header, lines)
+        + _beside(pairs, run)
+        + _gemms(every)
     )
 
 
 def _layer_of(row: executed.Row) -> str:
-    if not row.r:
+    if not row.N:
         return f"{row.M} × {row.K}"
     return f"{row.M} × {row.K} → {row.N}, r = {row.r}"
 
@@ -474,6 +466,31 @@ def _beside(pairs: Sequence[tuple[executed.Row, list[executed.Row]]], run: Run) 
         parts.append(f"sm_{capability}{'a' if capability == 90 else ''}:")
         parts.append(markdown(header, lines))
     return "\n\n".join(parts)
+
+
+def _gemms(rows: Sequence[executed.Row]) -> str:
+    """Tiles of the GEMMs of csrc/cuda, each beside the one without a low-rank term."""
+    tiles = executed.gemms(rows)
+    if not tiles:
+        return ""
+    lines = [
+        [f"sm_{row.capability}", f"`{row.name}`", _layer_of(row), *executed.gemm_cells(row, plain)]
+        for row, plain in tiles
+    ]
+    return "\n\n".join([
+        "\n\n### Tiles of CUDA C++ GEMMs, counted and modelled",
+        "*tensor / issued / stalls a step*: cycles of tensor cores, cycles in which four "
+        "schedulers issue the instructions of all warps, and the stalls that ptxas gives one "
+        "warp. *L2 bytes a clock*: of an SM while tensor cores are busy. *beside*: cycles of a "
+        "tile beside its steps, by unit. *stalls after*: of a warp from its last product to its "
+        "last store. *added*: by the low-rank term to a tile of the same GEMM without it "
+        "(`plain`): by the unit that takes longest, for `wgmma` by the timeline. "
+        "*tensor-bound*: the share of a tile's clocks in which tensor cores multiply, by that "
+        "timeline, a model of the CTA's warps (`tests/cuda/timeline.py`): instructions are "
+        "counted, latencies assumed, nothing is timed. *idle most*: what tensor cores wait for "
+        "most, in clocks of a tile.",
+        markdown(["", "kernel", "layer", *executed.GEMM_HEADER[2:]], lines),
+    ])  # fmt: skip
 
 
 def _decoding(rows: Sequence[executed.Row]) -> str:
@@ -524,14 +541,8 @@ def _nvcc(path: Path, run: Run) -> str:
         for row in run["nvcc"]
     ]  # fmt: skip
     header = [
-        "",
-        "kernel",
-        "instances",
-        "registers",
-        "static shared memory",
-        "spills",
-        "multiplies with",
-    ]
+        "", "kernel", "instances", "registers", "static shared memory", "spills", "multiplies with",
+    ]  # fmt: skip
     versions = ", ".join(_unique(row["nvcc"] for row in run["nvcc"]))
     return (
         "## Machine code of csrc/cuda\n\n"

@@ -5,19 +5,23 @@ It needs no GPU and times nothing.
 
 from lorafast.bench.executed.job import (
     CUDA,
+    GEMM_HEADER,
     LAUNCH_UNITS,
     TRITON,
     UNITS,
     Row,
     UnexecutedError,
+    added,
     alone,
     beside,
     beside_cells,
     check,
+    gemm_cells,
+    gemms,
     run,
 )
 
 __all__ = [
-    "CUDA", "LAUNCH_UNITS", "TRITON", "UNITS", "Row", "UnexecutedError", "alone", "beside",
-    "beside_cells", "check", "run",
+    "CUDA", "GEMM_HEADER", "LAUNCH_UNITS", "TRITON", "UNITS", "Row", "UnexecutedError", "added", "alone",
+    "beside", "beside_cells", "check", "gemm_cells", "gemms", "run",
 ]  # fmt: skip

@@ -42,10 +42,14 @@ _BESIDE_HEADER = (
 class Row:
     """One kernel at one size on one architecture, as ``ptx.counts`` has counted it.
 
-    ``step``, ``tile`` and ``program``: what one step of the main loop executes, a tile beside its steps,
-    a program beside its tiles. ``cycles``: of a tile, by unit. ``launch_cycles``: of the launch;
-    ``launches``: how many the operation has. ``moved`` and ``least``: the launch's bytes in sectors, and
-    those of operands and results; ``from_memory``: of device memory, where they are counted, else 0.
+    ``step``, ``tile`` and ``program``: what one step of the main loop executes, a tile beside its
+    steps, a program beside its tiles. ``cycles``: of a tile, by unit. ``launch_cycles``: of the
+    launch; ``launches``: how many the operation has. ``moved`` and ``least``: the launch's bytes in
+    sectors, and those of operands and results; ``from_memory``: of device memory, where they are
+    counted, else 0. ``step_cycles``, ``tile_cycles``: by unit, of a step and of a tile beside its
+    steps. Of GEMMs of CUDA C++: ``stalls`` that ptxas gives a warp in a step and in the epilogue,
+    and, by wgmma, the ``timeline`` of a tile: its ``clocks``, those that ``tensor`` cores are busy,
+    those ``added`` by the low-rank term, and ``idle: `` ones by cause.
     """
 
     operation: str
@@ -72,6 +76,10 @@ class Row:
     launch_cycles: dict[str, float] = field(default_factory=dict)
     moved: float = 0.0
     least: float = 0.0
+    step_cycles: dict[str, float] = field(default_factory=dict)
+    tile_cycles: dict[str, float] = field(default_factory=dict)
+    timeline: dict[str, float] = field(default_factory=dict)
+    stalls: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -89,7 +97,7 @@ class Row:
     @property
     def layer(self) -> str:
         """The sizes that it has."""
-        if not self.r:
+        if not self.N:
             return f"{self.M} x {self.K}"
         return f"{self.M} x {self.K} -> {self.N} r{self.r}"
 
@@ -111,6 +119,7 @@ def run(*, record: Record) -> list[Row]:
 
     Raises:
         UnexecutedError: this is no checkout, or the kernels can't be executed.
+
     """
     check()
     say("executing the kernels' PTX, a few tiles of each")
@@ -134,10 +143,75 @@ def run(*, record: Record) -> list[Row]:
     if pairs:
         say("\n" + table(_BESIDE_HEADER, [beside_line(*pair) for pair in pairs]))
         say("\n" + BESIDE_NOTES)
+    if tiles := gemms(rows):
+        lines = [(f"{r.name} {r.layer}", f"{r.capability}", *gemm_cells(r, p)) for r, p in tiles]
+        say("\n" + table(GEMM_HEADER, lines) + "\n\n" + GEMM_NOTES)
     if counted["without"]:
         record.add("executed_without", [{"reason": counted["without"]}])
         say("\n" + counted["without"])
     return rows
+
+
+GEMM_HEADER = (
+    "", "sm", "tensor / issued / stalls a step", "L2 bytes a clock", *(f"{u} beside" for u in UNITS),
+    "stalls after", "added", "tensor-bound", "idle most",
+)  # fmt: skip
+GEMM_NOTES = """\
+tiles of CUDA C++ GEMMs. tensor / issued / stalls a step: cycles of tensor cores, cycles in which
+four schedulers issue all warps' instructions, and the stalls of one warp by its machine code; L2
+bytes a clock: of an SM while tensor cores are busy; beside: cycles of a tile beside its steps by
+unit; stalls after: of a warp from its last product to its last store; added: cycles that a low-rank
+term adds to the tile of the same GEMM without it, by the unit that takes longest, or by the
+timeline where there is one; tensor-bound: the share of a tile's clocks in which tensor cores
+multiply, by the timeline, a model of the CTA's warps with assumed latencies; idle most: for what
+they wait most of the rest, in clocks"""
+
+
+def gemms(rows: Sequence[Row]) -> list[tuple[Row, Row | None]]:
+    """The tiles of CUDA C++ GEMMs, each with the same GEMM's without a low-rank term."""
+    plain = {
+        (row.capability, row.M, row.K, row.N, row.variant): row
+        for row in rows
+        if row.backend == CUDA and row.variant.startswith("plain")
+    }
+    return [
+        (row, plain.get((row.capability, row.M, row.K, row.N, _plain_variant(row))))
+        for row in rows
+        if row.stalls
+    ]
+
+
+def _plain_variant(row: Row) -> str:
+    return "plain dx" if row.variant.split()[:1] == ["dx"] else "plain"
+
+
+def added(row: Row, plain: Row | None) -> float | None:
+    """The share of a tile's cycles that its low-rank term adds; None where nobody knows."""
+    if not row.r:
+        return None
+    if "added" in row.timeline:
+        return row.timeline["added"] / (row.timeline["clocks"] - row.timeline["added"])
+    if plain is None or plain.tiles != row.tiles:
+        return None
+    more = max(cycles - plain.tile_cycles[unit] for unit, cycles in row.tile_cycles.items())
+    return more / plain.cycles["tensor"]
+
+
+def gemm_cells(row: Row, plain: Row | None) -> tuple[str, ...]:
+    """What a tile of a GEMM is made of."""
+    share, line = added(row, plain), row.timeline
+    idle = {name: clocks for name, clocks in line.items() if name.startswith("idle: ")}
+    most = max(idle, key=idle.__getitem__, default="")
+    step = row.step_cycles
+    return (
+        f"{step['tensor']:.0f} / {step['issue']:.0f} / {row.stalls['step']:.0f}",
+        f"{32 * row.step['sectors'] / step['tensor']:.0f}",
+        *(f"{row.tile_cycles[unit]:,.0f}" for unit in UNITS),
+        f"{row.stalls['epilogue']:,.0f}",
+        "–" if share is None else f"{share:.1%}",
+        f"{line['tensor'] / line['clocks']:.1%}" if line else "–",
+        f"{most.removeprefix('idle: ')} {idle[most]:,.0f}" if most else "–",
+    )
 
 
 Beside = tuple[Row, list[Row]]
@@ -154,7 +228,8 @@ def beside(rows: Sequence[Row]) -> list[Beside]:
     pairs = []
     for row in rows:
         if row.backend == CUDA:
-            names = _COMPOSED.get(row.operation, (row.name,))
+            alone = row.variant in ("tile", "item")
+            names = (row.name,) if alone else _COMPOSED.get(row.operation, (row.name,))
             found = [triton.get((name, *_sizes(row, name.split()[0]))) for name in names]
             pairs.append((row, [one for one in found if one is not None] if all(found) else []))
     return pairs

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from lorafast.bench.common.table import table, why_no_time
 from lorafast.bench.operations.cases import Case, cases
 from torch import Tensor
 
-from lorafast.backends import registry
+from lorafast.backends import cuda, registry
+from lorafast.backends.cost import gpu_of
+from lorafast.backends.cuda import Cuda
+from lorafast.backends.cuda.launch import Launch
 from lorafast.backends.plan import Refusal
-from lorafast.ops.problems import on_backend
+from lorafast.ops.problems import by_backend, on_backend
 from lorafast.reference import contract
 
 COPY, PRODUCT = "copy of x", "torch.mm"
@@ -58,6 +62,28 @@ def why_unavailable(case: Case, backend: str) -> str | None:
     return answer.reason if isinstance(answer, Refusal) else None
 
 
+def others(case: Case, backend: str, device: torch.device) -> dict[str, SimpleNamespace]:
+    """Of backend ``cuda``: the launches that could serve a case, too, with the operations that do so.
+
+    Whichever its model takes, each is timed: what it reckons with is not measured."""
+    gpu = gpu_of(device)
+    if backend != Cuda.name or gpu is None or not isinstance(registry.get(backend), Cuda):
+        return {}
+    taken = cuda.cost.fastest(case.asks, gpu)
+    launches = [
+        launch
+        for launch in cuda.planning.launches_of(case.asks, gpu)
+        if isinstance(launch, Launch) and launch.choices
+        if taken is None or launch.choices != taken.choices
+    ]
+    return {
+        f"{backend}, {' '.join(f'{name}={value}' for name, value in launch.choices.items())}": (
+            by_backend(Cuda(launch.choices))
+        )
+        for launch in launches
+    }
+
+
 def turn_of(calls: Sequence[Call]) -> Turn:
     """Calls that need no preparation, one for each input set."""
 
@@ -76,7 +102,7 @@ def measure(
     clock: Clock,
     seconds: float,
 ) -> list[Row]:
-    """Rows of every operation on every backend.
+    """Rows of every operation on every backend, and of what else backend ``cuda`` could launch.
 
     Each operation is sampled for about ``seconds``: its backends, a copy of x and ``torch.mm`` in turn.
     """
@@ -89,13 +115,17 @@ def measure(
     for name, case in by_set[0].items():
         turns = _yardsticks(tensors)
         of_case = []
-        for backend_name in backends:
-            row = Row(problem, name, backend_name, case.flops, case.least_bytes)
+        contenders: dict[str, SimpleNamespace | None] = {}
+        for backend in backends:
+            contenders[backend] = None
+            if why_unavailable(case, backend) is None:
+                contenders |= {backend: on_backend(backend), **others(case, backend, device)}
+        for contender, operations in contenders.items():
+            row = Row(problem, name, contender, case.flops, case.least_bytes)
             of_case.append(row)
-            row.unavailable = why_unavailable(case, backend_name)
-            if row.unavailable is not None:
+            if operations is None:
+                row.unavailable = why_unavailable(case, contender)
                 continue
-            operations = on_backend(backend_name)
             try:
                 row.wrong = why_wrong(case, operations, DTYPES[problem.dtype])
             except (
@@ -103,7 +133,7 @@ def measure(
             ) as error:  # it is the backend's, reported with it, and the others go on
                 row.wrong = raised(error)
             if row.wrong is None:
-                turns[backend_name] = turn_of(
+                turns[contender] = turn_of(
                     [functools.partial(c[name].call, operations, as_is) for c in by_set]
                 )
         samples = interleave(clock, turns, seconds=seconds)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from lorafast.bench.operations.cases import Case
-from lorafast.bench.tune.climb import by_backend
 
 from lorafast.backends import registry
 from lorafast.backends.cost import Device
 from lorafast.backends.cuda import Cuda, cost, planning
 from lorafast.backends.cuda.launch import Launch, neighbours
+from lorafast.ops.problems import by_backend
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,11 @@ from lorafast.kernels.common.configs import LaunchConfig, why_invalid
 from lorafast.kernels.tables.find import GEMMS, nearest_architecture
 
 from lorafast.backends.cost import Device
-from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.backends.triton import Triton
 from lorafast.backends.triton.cost import helped
 from lorafast.backends.triton.planning import HybridLaunch, hybrid_rule_of, plan_hybrid, rule_of
-from lorafast.core.errors import BackendError
 from lorafast.core.problem import Problem as Call
-from lorafast.ops.problems import by_plans
+from lorafast.ops.problems import by_backend
 
 _PRODUCT = ("block_m", "block_n", "block_k")
 _BLOCKS = {
@@ -179,19 +177,3 @@ def measure(
     ) as error:  # too large for the chip, or the compiler gives up: not this one then
         row.unusable = raised(error)
     return row
-
-
-def by_backend(backend: Backend) -> SimpleNamespace:
-    """The operations as this object plans them, whatever is registered and recorded.
-
-    One that it can't serve raises ``BackendError``.
-    """
-
-    @functools.cache
-    def choose(call: Call) -> Plan:
-        plan = backend.plan(call)
-        if isinstance(plan, Refusal):
-            raise BackendError(plan.reason)
-        return plan
-
-    return by_plans(choose)

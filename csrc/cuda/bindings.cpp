@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   // csrc/cuda/expand.cu
   library.def(
       "expand(Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, int threshold, "
-      "float survivor_scale, Tensor(a!) y, int column_warps, int row_blocks) -> ()");
+      "float survivor_scale, Tensor(a!) y, int column_warps, int row_blocks, bool onto) -> ()");
 
   // csrc/cuda/linear_expand.cu
   library.def(

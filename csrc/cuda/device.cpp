@@ -41,13 +41,18 @@ void allow_shared(const void* kernel, size_t bytes, const OnDevice& on) {
   most = bytes;
 }
 
-void check_capability(const char* name, int oldest, const OnDevice& on, int newest) {
+int capability_of(const char* name, const OnDevice& on) {
   int major = 0, minor = 0;
   check_started(name, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, on.index()));
   check_started(name, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, on.index()));
+  return 10 * major + minor;
+}
+
+void check_capability(const char* name, int oldest, const OnDevice& on, int newest) {
+  const int has = capability_of(name, on);
   STD_TORCH_CHECK(
-      10 * major + minor >= oldest && 10 * major + minor <= newest, name, " needs compute capability ",
-      oldest / 10, ".", oldest % 10, ", and ", name_of(DeviceType::CUDA, on.index()), " has ", major, ".", minor);
+      has >= oldest && has <= newest, name, " needs compute capability ", oldest / 10, ".", oldest % 10, ", and ",
+      name_of(DeviceType::CUDA, on.index()), " has ", has / 10, ".", has % 10);
 }
 
 void check_started(const char* name, cudaError_t error) {

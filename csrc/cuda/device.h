@@ -44,6 +44,9 @@ void allow_shared(const void* kernel, size_t bytes, const OnDevice& on);
 // Raises if a launch gave an error. `name` is the kernel's.
 void check_started(const char* name, cudaError_t error);
 
+// Its compute capability, as 75. `name` is the kernel's that asks.
+int capability_of(const char* name, const OnDevice& on);
+
 // Raises if the device's compute capability is less than `oldest`, as 80, or more than `newest`.
 void check_capability(const char* name, int oldest, const OnDevice& on, int newest = 1000);
 

@@ -1,8 +1,8 @@
-// y = drop(scaling · s·Bᵀ) + bias: y is written once, 16 bytes a thread, and not read.
+// y = drop(scaling · s·Bᵀ) + bias: y is written once, 16 bytes a thread, and not read, unless that is added to it.
 //
 // A CTA has a block of columns and goes through row blocks. Its rows of B lie in shared memory as the fragments of
 // mma.sync, for all ranks. Rows of s come there by cp.async, a chunk of the ranks of a row block ahead of its use, once
-// for all warps.
+// for all warps. On sm_75, without cp.async and TF32, they come through registers, and are multiplied in float32.
 #include "arguments.h"
 #include "eight.cuh"
 #include "operations.h"
@@ -41,6 +41,7 @@ struct ExpandParams {
   float scale;           // of survivors, too
   Dtype b_type, bias_type;
   bool vector_s, vector_b, vector_y;
+  bool onto;  // y has values, which are added: of float16
 };
 
 // Ranks become slices, each of one mma.sync, which are kSliceBytes of s. Half a slice is 16 bytes, a word of each lane
@@ -68,7 +69,8 @@ load_half(const void* matrix, int64_t at, int64_t stride, int rank, int r, Dtype
 }
 
 // All of the CTA's rows of B, of whatever dtype: [column warps][slices][2][32 lanes] of 16 bytes, which are the two
-// registers of each of two tiles. A thread takes half a slice of a row: a word for each lane of a quad.
+// registers of each of two tiles; on sm_75 [column warps][slices][8 ranks][32 columns]. A thread takes half
+// a slice of a row: a word for each lane of a quad.
 template <class T>
 __device__ __forceinline__ void fill(uint32_t* shared, const ExpandParams& p, int64_t first) {
   const int halves = 2 * p.slices, count = p.column_warps * kSpan * halves;
@@ -84,10 +86,15 @@ __device__ __forceinline__ void fill(uint32_t* shared, const ExpandParams& p, in
         v = load_half<T>(p.b, at, p.b_col, rank, p.r, p.b_type);
       }
     }
-    const int span = column / kSpan, tile = tile_of(column % kSpan), g = place_of(column % kSpan);
-    const int of_slice = (span * p.slices + half / 2) * 2 + tile / 2;
-    uint32_t* const to = shared + 4 * (32 * of_slice + 4 * g) + tile % 2 * 2 + half % 2;
-    to[0] = v.x, to[4] = v.y, to[8] = v.z, to[12] = v.w;
+    const int slice = column / kSpan * p.slices + half / 2;
+    if constexpr (kSm80) {
+      const int tile = tile_of(column % kSpan), g = place_of(column % kSpan);
+      uint32_t* const to = shared + 4 * (32 * (slice * 2 + tile / 2) + 4 * g) + tile % 2 * 2 + half % 2;
+      to[0] = v.x, to[4] = v.y, to[8] = v.z, to[12] = v.w;
+    } else {
+      uint32_t* const to = shared + 32 * (kWords * slice + half % 2 * 4) + column % kSpan;
+      to[0] = v.x, to[32] = v.y, to[64] = v.z, to[96] = v.w;
+    }
   }
 }
 
@@ -198,6 +205,47 @@ __device__ __forceinline__ void multiply(
   }
 }
 
+// The same on sm_75, without tensor cores: s of this lane's four rows, and B of its eight columns.
+__device__ __forceinline__ void multiply(
+    float (&acc)[2][kTiles][4], const char* of_s, int pitch, const float* b_columns) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float s[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 v = *reinterpret_cast<const float4*>(of_s + 8 * i * pitch + 16 * half);
+      s[i][0] = v.x, s[i][1] = v.y, s[i][2] = v.z, s[i][3] = v.w;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const auto* const from = reinterpret_cast<const float4*>(b_columns + 32 * (4 * half + k));
+      const float4 left = from[0], right = from[1];
+      const float b[kEight] = {left.x, left.y, left.z, left.w, right.x, right.y, right.z, right.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < kEight; ++j) {
+          float& sum = acc[i / 2][j / 2][2 * (i % 2) + j % 2];
+          sum = fmaf(s[i][k], b[j], sum);
+        }
+    }
+  }
+}
+
+// Adds eight neighbours of y that are there, at `to`, of which the row has `left`.
+template <class T>
+__device__ __forceinline__ void add_eight(float (&v)[kEight], const T* to, int64_t left, bool vector) {
+  T old[kEight];
+  if (vector && left >= kEight) {
+    *reinterpret_cast<uint4*>(old) = *reinterpret_cast<const uint4*>(to);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kEight; ++k) old[k] = k < left ? to[k] : from_float<T>(0.0f);
+  }
+#pragma unroll
+  for (int k = 0; k < kEight; ++k) v[k] += to_float(old[k]);
+}
+
 // A warp's rows of y, of which this lane has four: `row` and each eighth from there on, eight columns from `col` on.
 // `left`: rows from `row` on.
 template <class T>
@@ -207,7 +255,8 @@ __device__ __forceinline__ void store_block(
   T* to = static_cast<T*>(p.y) + row * p.N + col;
   const bool masked = p.dropout.seed != nullptr;
   const uint64_t seed = masked ? static_cast<uint64_t>(*p.dropout.seed) : 0;  // kept, it would take registers
-  if (sizeof(T) == 2 && !masked && p.bias == nullptr && p.vector_y && left > kRows - 8 && col + kEight <= p.N) {
+  if (sizeof(T) == 2 && !masked && p.bias == nullptr && !p.onto && p.vector_y && left > kRows - 8 &&
+      col + kEight <= p.N) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float v[kEight];
@@ -228,6 +277,9 @@ __device__ __forceinline__ void store_block(
 #pragma unroll
       for (int k = 0; k < kEight; ++k) v[k] += bias[k];
     }
+    if constexpr (DtypeOf<T>::value == Dtype::float16) {
+      if (p.onto && left > 8 * i) add_eight(v, to, p.N - col, p.vector_y);
+    }
     store_eight<T>(to - col, v, col, p.N, p.vector_y, left > 8 * i);
     row += 8;
     to += 8 * p.N;
@@ -241,7 +293,10 @@ constexpr int kOnSm = DtypeOf<T>::value == Dtype::bfloat16 ? 3 : 2;
 // CTA (i, j): column block i, row blocks of group j.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kOnSm<T>) expand_kernel(const __grid_constant__ ExpandParams p) {
-#if __CUDA_ARCH__ >= 800
+  if constexpr (!kSm80 && DtypeOf<T>::value == Dtype::bfloat16) {
+    __trap();  // the host doesn't launch it there
+    return;
+  }
   extern __shared__ uint4 expand_shared[];
   auto* const shared = reinterpret_cast<uint32_t*>(expand_shared);
   auto* const bias = reinterpret_cast<float*>(shared + p.column_warps * p.slices * (32 * kWords));
@@ -261,9 +316,11 @@ __global__ void __launch_bounds__(kThreads, kOnSm<T>) expand_kernel(const __grid
   fill<T>(shared, p, first);
   fill_bias(bias, p, first);
   const int64_t col = first + warp % p.column_warps * kSpan + lane % 4 * kEight;
-  const uint32_t* const fragments = shared + warp % p.column_warps * p.slices * (32 * kWords) + 4 * lane;
+  const uint32_t* const fragments =
+      shared + warp % p.column_warps * p.slices * (32 * kWords) + (kSm80 ? 4 * lane : lane % 4 * kEight);
   const bool b_exact = p.b_type != Dtype::float32;
-  const char* const own_s = ring + (warp / p.column_warps * kRows + lane % 16) * pitch + lane / 16 * 16;
+  const char* const own_s = ring + warp / p.column_warps * kRows * pitch +
+                            (kSm80 ? lane % 16 * pitch + lane / 16 * 16 : lane / 4 * pitch);
   const float* const own_bias = bias + warp % p.column_warps * kSpan + lane % 4 * kEight;
   const int stage_bytes = step * pitch;
   int stage = 0;
@@ -283,10 +340,14 @@ __global__ void __launch_bounds__(kThreads, kOnSm<T>) expand_kernel(const __grid
       ptx::commit_copies();
 #pragma unroll 1
       for (; slice < behind; ++slice) {
-        uint32_t a[2][4];
-        ptx::load_matrices(a[0], of_s);
-        ptx::load_matrices(a[1], of_s + 16 * pitch);
-        multiply<T>(acc, a, b, b_exact);
+        if constexpr (kSm80) {
+          uint32_t a[2][4];
+          ptx::load_matrices(a[0], of_s);
+          ptx::load_matrices(a[1], of_s + 16 * pitch);
+          multiply<T>(acc, a, b, b_exact);
+        } else {
+          multiply(acc, of_s, pitch, reinterpret_cast<const float*>(b));
+        }
         of_s += kSliceBytes;
         b += 32 * kWords;
       }
@@ -294,15 +355,12 @@ __global__ void __launch_bounds__(kThreads, kOnSm<T>) expand_kernel(const __grid
     store_block<T>(acc, p, p.M - left + own_row, left - own_row, col, own_bias);
     left -= step;
   }
-#else
-  __trap();  // the host doesn't launch it there
-#endif
 }
 
 void expand(
     const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor y, int64_t column_warps,
-    int64_t row_blocks) {
+    int64_t row_blocks, bool onto) {
   const OneDevice device(kDevice, "s", s);
   STD_TORCH_CHECK(s.dim() == 2 && lora_B.dim() == 2, "s or lora_B is no matrix");
   const int64_t M = s.size(0), r = s.size(1), N = lora_B.size(0);
@@ -316,6 +374,9 @@ void expand(
   if (bias.has_value()) check_vector("bias", *bias, N, device);
   check_seed(seed, threshold, device);
   STD_TORCH_CHECK(r >= 1, "r is ", r, ", expected at least 1");
+  STD_TORCH_CHECK(
+      !onto || dtype_of(y) == Dtype::float16, "y has dtype ", torch::headeronly::toString(y.scalar_type()),
+      ", onto float16 alone can be added");
   STD_TORCH_CHECK(
       column_warps == 1 || column_warps == 2 || column_warps == 4, "column_warps is ", column_warps,
       ", expected 1, 2 or 4");
@@ -344,6 +405,7 @@ void expand(
   const bool masked = seed.has_value() && threshold > 0;
   const int64_t size = static_cast<int64_t>(s.element_size());
   const OnDevice on(device);
+  if (bf16) check_capability("expand of bfloat16", 80, on);
   with_type(y, [&](auto element) {
     using T = decltype(element);
     ExpandParams p{};
@@ -371,7 +433,8 @@ void expand(
     p.vector_s = (p.s_col == 1 || r == 1) && aligned(p.s, M > 1 ? p.s_row * size : 0, 16);
     p.vector_b = p.b_type == dtype_of(s) && p.b_col == 1 && aligned(p.b, N > 1 ? p.b_row * size : 0, 16);
     p.vector_y = aligned(p.y, N * static_cast<int64_t>(sizeof(T)), 16);
-    launch(
+    p.onto = onto;
+    launch<kOldestOfAll>(
         "expand", expand_kernel<T>, dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), kThreads,
         shared, on, p);
   });

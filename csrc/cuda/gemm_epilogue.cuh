@@ -78,9 +78,12 @@ __device__ __forceinline__ void add_bias(float (&acc)[kSlabs][kTiles][4], const 
   }
 }
 
-// Bytes of shared memory through which a slab is stored, 128 of each row at a time. Behind them are 16 more, so that
-// eight rows lie in all banks.
-constexpr int kSlabRow = 128 + 16, kSlabBytes = 16 * kSlabRow;
+// Bytes of shared memory through which a slab is stored, 128 of each row at a time. Behind them are more, so that what
+// a warp stores at a time lies in all banks: words of eight rows, or pairs of words of four.
+template <class T>
+constexpr int kSlabRow = 128 + (sizeof(T) == 4 ? 32 : 16);
+template <class T>
+constexpr int kSlabBytes = 16 * kSlabRow<T>;
 
 // Rounds a slab and stores it at (row, col) of y [M, N], contiguous. `shared`: kSlabBytes of this warp alone, aligned
 // to 16 bytes. `vector`: rows of y begin at multiples of 16 bytes. The whole warp calls it.
@@ -88,12 +91,12 @@ template <class T, int kTiles>
 __device__ __forceinline__ void store_slab(
     T* y, const float (&acc)[kTiles][4], char* shared, int64_t row, int64_t col, int64_t M, int64_t N,
     bool vector) {
-  constexpr int kSize = sizeof(T), kEach = 128 / (8 * kSize);  // tiles at a time
+  constexpr int kRow = kSlabRow<T>, kSize = sizeof(T), kEach = 128 / (8 * kSize);  // tiles at a time
   constexpr int kOfChunk = 16 / kSize;
   static_assert(kTiles % kEach == 0, "rows of 128 bytes");
-  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-  char* const own = shared + g * kSlabRow + 2 * kSize * t;
-  const char* const first = shared + lane / 8 * kSlabRow + lane % 8 * 16;
+  const int lane = ptx::thread_again() % 32, g = lane / 4, t = lane % 4;
+  char* const own = shared + g * kRow + 2 * kSize * t;
+  const char* const first = shared + lane / 8 * kRow + lane % 8 * 16;
 #pragma unroll
   for (int part = 0; part < kTiles / kEach; ++part) {
     __syncwarp();  // what was here has been read
@@ -102,7 +105,7 @@ __device__ __forceinline__ void store_slab(
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float (&tile)[4] = acc[part * kEach + j];
-        char* const at = own + 8 * half * kSlabRow + 8 * kSize * j;
+        char* const at = own + 8 * half * kRow + 8 * kSize * j;
         if constexpr (kSize == 2) {
           *reinterpret_cast<uint32_t*>(at) = pack_two<T>(tile[2 * half], tile[2 * half + 1]);
         } else {
@@ -115,7 +118,7 @@ __device__ __forceinline__ void store_slab(
     T* to = y + (row + lane / 8) * N + n;
     const char* from = first;
 #pragma unroll
-    for (int i = 0; i < 4; ++i, to += 4 * N, from += 4 * kSlabRow) {
+    for (int i = 0; i < 4; ++i, to += 4 * N, from += 4 * kRow) {
       if (row + lane / 8 + 4 * i >= M) break;
       if (vector && n + kOfChunk <= N) {
         ptx::store_16(to, *reinterpret_cast<const uint4*>(from));

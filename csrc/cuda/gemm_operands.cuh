@@ -7,23 +7,12 @@
 
 #include <cstdint>
 
-#include "eight.cuh"
-#include "numbers.cuh"
+#include "factors.cuh"
 #include "ptx.cuh"
 
 namespace lorafast::cuda {
 
-constexpr int kChunk = 16;      // bytes
 constexpr int kStepBytes = 32;  // of K, that an mma.sync takes
-
-// Where chunk `chunk` of a row lies in it. Two rows of 64 bytes share the banks that others have alone. kWords: words of
-// four rows are loaded at a time.
-template <int kRowBytes, bool kWords = false>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "rows fill the banks");
-  if (kWords) return chunk ^ 2 * (row & 3);
-  return kRowBytes == 64 ? chunk ^ (row / 2 & 3) : chunk ^ (row & 7);
-}
 
 // A thread's part of the copies by kThreads of a matrix into blocks of kRows rows of kRowBytes: one chunk of every
 // kApart-th row.
@@ -144,74 +133,5 @@ struct WordsAlongN {
     }
   }
 };
-
-// A factor of a low-rank term, [rows, r], of any dtype and strides.
-struct Factor {
-  const void* from;
-  int64_t rows, row, col;  // strides in elements
-  Dtype type;
-  bool vector;  // 16 bytes of a row are loaded at a time: they are neighbours, aligned, and r has no rest
-};
-
-// Elements from (row, rank) on, one by one; zeros beyond the last rank.
-template <class S, int kElements>
-__device__ __forceinline__ void load_elements(
-    float (&to)[kElements], const S* from, const Factor& f, int64_t row, int rank, int r) {
-  const S* at = from + row * f.row + rank * f.col;
-  S v[kElements];
-#pragma unroll
-  for (int i = 0; i < kElements; ++i, at += f.col) v[i] = rank + i < r ? *at : from_float<S>(0.0f);
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) to[i] = to_float(v[i]);
-}
-
-// Elements from (row, rank) on, of a chunk of E, bfloat16 or TF32; zeros beyond the matrix.
-template <class E>
-__device__ __forceinline__ uint4 load_chunk(const Factor& f, int64_t row, int rank, int r) {
-  constexpr int kElements = kChunk / static_cast<int>(sizeof(E));
-  if (row >= f.rows || rank >= r) return make_uint4(0, 0, 0, 0);
-  float v[kElements];
-  if (f.vector) {
-    const int64_t at = row * f.row + rank;
-    if constexpr (sizeof(E) == 2) {
-      if (f.type == DtypeOf<E>::value) return ptx::load_constant(static_cast<const E*>(f.from) + at);
-    }
-    if (f.type == Dtype::float32) {
-#pragma unroll
-      for (int i = 0; i < kElements; i += 4) {
-        const uint4 four = ptx::load_constant(static_cast<const float*>(f.from) + at + i);
-        v[i] = __uint_as_float(four.x), v[i + 1] = __uint_as_float(four.y);
-        v[i + 2] = __uint_as_float(four.z), v[i + 3] = __uint_as_float(four.w);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) v[i] = load_as_float(f.from, at + i, f.type);
-    }
-  } else {
-    switch (f.type) {
-      case Dtype::bfloat16: load_elements(v, static_cast<const bfloat16*>(f.from), f, row, rank, r); break;
-      case Dtype::float16: load_elements(v, static_cast<const float16*>(f.from), f, row, rank, r); break;
-      default: load_elements(v, static_cast<const float*>(f.from), f, row, rank, r);
-    }
-  }
-  if constexpr (sizeof(E) == 2) {
-    return make_uint4(
-        pack_two<E>(v[0], v[1]), pack_two<E>(v[2], v[3]), pack_two<E>(v[4], v[5]), pack_two<E>(v[6], v[7]));
-  } else {
-    return make_uint4(nearest_tf32(v[0]), nearest_tf32(v[1]), nearest_tf32(v[2]), nearest_tf32(v[3]));
-  }
-}
-
-// Rows `first` to first + kRows − 1 and the ranks of `chunks` chunks from `rank` on, as FragmentsAlongK reads them.
-template <class E, int kThreads, int kRows, int kRowBytes>
-__device__ __forceinline__ void fill_factor(
-    char* block, const Factor& f, int64_t first, int rank, int chunks, int r) {
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * chunks; i += kThreads) {
-    const int row = i % kRows, chunk = i / kRows;
-    *reinterpret_cast<uint4*>(block + row * kRowBytes + kChunk * swizzled<kRowBytes>(row, chunk)) =
-        load_chunk<E>(f, first + row, rank + chunk * (kChunk / static_cast<int>(sizeof(E))), r);
-  }
-}
 
 }  // namespace lorafast::cuda

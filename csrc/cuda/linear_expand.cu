@@ -54,8 +54,8 @@ struct TilePlace {
   int row, col, tile, share;
 };
 
-__device__ __forceinline__ TilePlace tile_of(const LinearExpandParams& p) {
-  const int index = static_cast<int>(blockIdx.x), tile = index / p.splits;
+__device__ __forceinline__ TilePlace tile_of(const LinearExpandParams& p, int index) {
+  const int tile = index / p.splits;
   const int group = tile / (kGroup * p.across), in_group = tile % (kGroup * p.across);
   const int rows = min(p.down - group * kGroup, kGroup);
   return {group * kGroup + in_group % rows, in_group / rows, tile, index % p.splits};
@@ -111,10 +111,39 @@ struct Fragments {
 template <class T>
 using RankElement = std::conditional_t<DtypeOf<T>::value == Dtype::bfloat16, bfloat16, float>;
 
-// acc = drop(scale · s·Bᵀ) + bias. `stage`: free, and read by nobody else before the next barrier.
+// Whether ranks may be copied by cp.async: then the first are, before the ring's first blocks.
+template <class T>
+constexpr bool kRanksFirst = sizeof(RankElement<T>) == 2;
+
+// Lays ranks from `rank` on of s and B in a stage, as FragmentsAlongK reads them: they are there after the copies and a
+// barrier.
+template <class T, class Tile>
+__device__ __forceinline__ void lay_ranks(
+    uint32_t stage, const LinearExpandParams& p, int64_t row, int64_t col, int rank) {
+  using E = RankElement<T>;
+  constexpr int kOfStep = kStepBytes / static_cast<int>(sizeof(E)), kMost = Tile::kBytes / kStepBytes;
+  const int steps = min((p.r - rank + kOfStep - 1) / kOfStep, kMost), thread = static_cast<int>(threadIdx.x);
+  const auto lay = [&](const auto& block, const Factor& f, uint32_t rows) {
+    const auto address = [&](int row, int chunk) {
+      return rows + row * Tile::kBytes + kChunk * swizzled<Tile::kBytes>(row, chunk);
+    };
+    const auto put = [&](int row, int chunk, uint4 v) { ptx::store_shared_16(address(row, chunk), v); };
+    if constexpr (sizeof(E) == 4) {
+      block.template load<E, sizeof(T) == 4 ? 0 : 2>(f, NearestTf32Chunk(), put);
+    } else {
+      if (f.vector && f.type == DtypeOf<E>::value) block.template copy<E>(f, address);
+      else block.template load<E, 2>(f, RoundedChunk<E>(), put);
+    }
+  };
+  lay(FactorBlock<Tile::kThreads, Tile::kM, false>{row, rank, 2 * steps, thread}, p.s, stage);
+  lay(FactorBlock<Tile::kThreads, Tile::kN, false>{col, rank, 2 * steps, thread}, p.b, stage + Tile::kX);
+}
+
+// acc = drop(scale · s·Bᵀ) + bias. `stage`: free, and read by nobody else before the next barrier; where kRanksFirst
+// the first ranks are on their way to it.
 template <class T, class Tile>
 __device__ __forceinline__ void low_rank(
-    float (&acc)[Tile::kSlabs][Tile::kTiles][4], char* stage, const LinearExpandParams& p, int64_t row,
+    float (&acc)[Tile::kSlabs][Tile::kTiles][4], uint32_t stage, const LinearExpandParams& p, int64_t row,
     int64_t col, int warp_row, int warp_col) {
   using E = RankElement<T>;
   constexpr int kRanks = Tile::kBytes / static_cast<int>(sizeof(E)),
@@ -125,13 +154,20 @@ __device__ __forceinline__ void low_rank(
   for (int rank = 0; rank < p.r; rank += kRanks) {
     const int steps = (min(p.r - rank, kRanks) + kOfStep - 1) / kOfStep;
     if (rank > 0) __syncthreads();  // the last ranks have been read
-    fill_factor<E, Tile::kThreads, Tile::kM, Tile::kBytes>(stage, p.s, row, rank, 2 * steps, p.r);
-    fill_factor<E, Tile::kThreads, Tile::kN, Tile::kBytes>(stage + Tile::kX, p.b, col, rank, 2 * steps, p.r);
+    if (kRanksFirst<T> && rank == 0) {
+      ptx::wait_for_copies<Tile::kStages - 1>();
+    } else {
+      lay_ranks<T, Tile>(stage, p, row, col, rank);
+      if constexpr (kRanksFirst<T>) {
+        ptx::commit_copies();
+        ptx::wait_for_copies<0>();
+      }
+    }
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       Fragments<Tile> of;
-      of.load(of_a, of_b, ptx::shared_address(stage), step);
+      of.load(of_a, of_b, stage, step);
       of.template multiply_onto<E>(acc);
     }
   }
@@ -149,7 +185,8 @@ __device__ __forceinline__ bool add_parts(
     float (&acc)[Tile::kSlabs][Tile::kTiles][4], const LinearExpandParams& p, const TilePlace& place) {
   constexpr int kFours = Tile::kSlabs * Tile::kTiles;
   float4* const parts = reinterpret_cast<float4*>(p.partials) +
-                        static_cast<int64_t>(place.tile) * p.splits * (kFours * Tile::kThreads) + threadIdx.x;
+                        static_cast<int64_t>(place.tile) * p.splits * (kFours * Tile::kThreads) +
+                        ptx::thread_again();
   float4* const own = parts + static_cast<int64_t>(place.share) * (kFours * Tile::kThreads);
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
@@ -157,6 +194,7 @@ __device__ __forceinline__ bool add_parts(
     own[i * Tile::kThreads] = make_float4(v[0], v[1], v[2], v[3]);
   }
   if (arrive(p.counters + place.tile) + 1 != static_cast<uint32_t>(p.splits)) return false;
+  if (threadIdx.x == 0) p.counters[place.tile] = 0;
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
     float (&v)[4] = acc[i / Tile::kTiles][i % Tile::kTiles];
@@ -172,7 +210,6 @@ __device__ __forceinline__ bool add_parts(
       v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
     }
   }
-  if (threadIdx.x == 0) p.counters[place.tile] = 0;
   return true;
 }
 
@@ -191,7 +228,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
   char* const shared = reinterpret_cast<char*>(linear_expand_shared);
   const uint32_t ring = ptx::shared_address(shared);
-  const TilePlace place = tile_of(p);
+  const TilePlace place = tile_of(p, static_cast<int>(blockIdx.x));
   const int64_t row = static_cast<int64_t>(place.row) * Tile::kM, col = static_cast<int64_t>(place.col) * Tile::kN;
   const int begin = p.blocks * place.share / p.splits, blocks = p.blocks * (place.share + 1) / p.splits - begin;
   const int64_t k = static_cast<int64_t>(begin) * kBlockK;
@@ -202,6 +239,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                 static_cast<const char*>(p.w) + col * p.w_row + k * kSize, p.w_row, p.N - col, (p.K - k) * kSize)
           : CopiesW(
                 static_cast<const char*>(p.w) + k * p.w_row + col * kSize, p.w_row, p.K - k, (p.N - col) * kSize);
+  if constexpr (kRanksFirst<T>) {
+    if (place.share == 0) lay_ranks<T, Tile>(ring + (kStages - 1) * Tile::kStage, p, row, col, 0);
+    ptx::commit_copies();
+  }
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) {
     if (stage < blocks) {
@@ -215,7 +256,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const int warp_row = warp % Tile::kWarpsDown * Tile::kWarp, warp_col = warp / Tile::kWarpsDown * Tile::kWarp;
   float acc[Tile::kSlabs][Tile::kTiles][4] = {};
   if (place.share == 0) {
-    low_rank<T, Tile>(acc, shared + (kStages - 1) * Tile::kStage, p, row, col, warp_row, warp_col);
+    low_rank<T, Tile>(
+        acc, ring + (kStages - 1) * Tile::kStage, p, static_cast<int64_t>(place.row) * Tile::kM,
+        static_cast<int64_t>(place.col) * Tile::kN, warp_row, warp_col);
   }
 
   const auto of_x = FragmentsAlongK<Tile::kBytes>::of_a(warp_row);
@@ -249,13 +292,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     }
   }
 
-  if (p.splits > 1 && !add_parts<Tile>(acc, p, place)) return;
+  // Computed again: registers are scarce.
+  const TilePlace end = tile_of(p, ptx::again(static_cast<int>(blockIdx.x)));
+  if (p.splits > 1 && !add_parts<Tile>(acc, p, end)) return;
+  const int by = ptx::thread_again() / 32;
+  const int64_t to_row = static_cast<int64_t>(end.row) * Tile::kM + by % Tile::kWarpsDown * Tile::kWarp;
+  const int64_t to_col = static_cast<int64_t>(end.col) * Tile::kN + by / Tile::kWarpsDown * Tile::kWarp;
   // The block before the last one has been read by all; what `read` is at now by some warps not yet.
-  static_assert(kStages == 3 && Tile::kStage >= Tile::kThreads / 32 * kSlabBytes, "there is room");
-  char* const free = shared + ((read == last ? ring : read + Tile::kStage) - ring) + warp * kSlabBytes;
+  static_assert(kStages == 3 && Tile::kStage >= Tile::kThreads / 32 * kSlabBytes<T>, "there is room");
+  char* const free = shared + ((read == last ? ring : read + Tile::kStage) - ring) + by * kSlabBytes<T>;
 #pragma unroll
   for (int i = 0; i < Tile::kSlabs; ++i) {
-    store_slab(static_cast<T*>(p.y), acc[i], free, row + warp_row + 16 * i, col + warp_col, p.M, p.N, p.vector_y);
+    store_slab(static_cast<T*>(p.y), acc[i], free, to_row + 16 * i, to_col, p.M, p.N, p.vector_y);
   }
 #else
   __trap();  // the host doesn't launch it there
@@ -270,14 +318,6 @@ bool lies_along(const Tensor& matrix, int along) {
   const bool neighbours = matrix.stride(along) == 1 || matrix.size(along) == 1;
   const int64_t step = matrix.size(across) > 1 ? matrix.stride(across) * size : 0;
   return neighbours && aligned(matrix.const_data_ptr(), step, kChunk);
-}
-
-Factor factor_of(const Tensor& matrix, int64_t r) {
-  const int64_t size = static_cast<int64_t>(matrix.element_size());
-  const int64_t row = matrix.size(0) > 1 ? matrix.stride(0) * size : 0;
-  const bool neighbours = matrix.stride(1) == 1 && r % 8 == 0;
-  return {matrix.const_data_ptr(), matrix.size(0),   matrix.stride(0),
-          matrix.stride(1),        dtype_of(matrix), neighbours && aligned(matrix.const_data_ptr(), row, kChunk)};
 }
 
 void check_memory(
@@ -365,8 +405,8 @@ void linear_expand(
   p.x = x.const_data_ptr();
   p.w = weight.const_data_ptr();
   p.y = y.mutable_data_ptr();
-  p.s = factor_of(s, r);
-  p.b = factor_of(lora_B, r);
+  p.s = factor_of(s);
+  p.b = factor_of(lora_B);
   p.dropout = {
       masked ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, (N + 7) / 8,
       static_cast<int32_t>(threshold), static_cast<float>(survivor_scale)};

@@ -38,17 +38,6 @@ int64_t check_rows(const char* name, const Tensor& matrix) {
   return row;
 }
 
-Sm90Rows rows_of(const Tensor& factor) {
-  const int64_t row = factor.size(0) > 1 ? factor.stride(0) * static_cast<int64_t>(factor.element_size()) : 0;
-  const bool vectors =
-      factor.size(1) % 8 == 0 && factor.stride(1) == 1 && aligned(factor.const_data_ptr(), row, 16);
-  switch (dtype_of(factor)) {
-    case Dtype::bfloat16: return vectors ? Sm90Rows::kBfloat16 : Sm90Rows::kElements;
-    case Dtype::float32: return vectors ? Sm90Rows::kFloat32 : Sm90Rows::kElements;
-    default: return Sm90Rows::kElements;
-  }
-}
-
 // How a sum over M rows is cut: groups of so many row blocks, ranges of so many steps.
 Sm90Sum cut(int64_t M, int64_t columns, int64_t of_group, int64_t of_range) {
   const auto blocks = [](int64_t n, int64_t of) { return static_cast<int32_t>((n + of - 1) / of); };
@@ -108,8 +97,7 @@ void lora_linear_backward_sm90(
     STD_TORCH_CHECK(
         dtype_of(*s) == Dtype::bfloat16, "s has dtype ", torch::headeronly::toString(s->scalar_type()),
         ", expected bfloat16");
-    of_dB.factor = s->const_data_ptr(), of_dB.factor_row = s->stride(0), of_dB.factor_col = s->stride(1);
-    of_dB.rows = rows_of(*s);
+    of_dB.factor = factor_of(*s);
     of_dB.to = dB->mutable_data_ptr(), of_dB.to_column = r, of_dB.to_rank = 1, of_dB.type = dtype_of(*dB);
     of_dB.scale = static_cast<float>(scaling);
   }
@@ -119,8 +107,7 @@ void lora_linear_backward_sm90(
     check_matrix("x", *x, M, K, device);
     check_output("dA", *dA, r, K, device);
     x_row = check_rows("x", *x);
-    of_dA.factor = ds.const_data_ptr(), of_dA.factor_row = ranks, of_dA.factor_col = 1;
-    of_dA.rows = Sm90Rows::kBfloat16;
+    of_dA.factor = factor_of(ds);
     of_dA.to = dA->mutable_data_ptr(), of_dA.to_column = 1, of_dA.to_rank = K, of_dA.type = dtype_of(*dA);
     of_dA.scale = 1.0f;
   }
@@ -156,12 +143,12 @@ void lora_linear_backward_sm90(
       of.across, "weight has strides ", weight.stride(0), " and ", weight.stride(1), ", expected contiguous rows");
   static_cast<Sm90Params&>(p) = of.p;
   if (dA.has_value()) p.a = tensor_map("x", x->const_data_ptr(), Dtype::bfloat16, M, K, x_row, 128);
-  p.vector_s = true;  // zeros behind a row's ranks are part of it
+  p.s.vector = true;  // zeros behind a row's ranks are part of it
+  p.made_s = ds.mutable_data_ptr();
   p.helpers = static_cast<int32_t>((helpers + cluster - 1) / cluster);
   p.dB = of_dB, p.dA = of_dA;
   p.ds_parts = of_ds > 0 ? parts : nullptr;
-  p.lora_B = lora_B.const_data_ptr(), p.B_row = lora_B.stride(0), p.B_col = lora_B.stride(1);
-  p.B_type = dtype_of(lora_B), p.B_rows = rows_of(lora_B);
+  p.lora_B = factor_of(lora_B);
   p.scaling = static_cast<float>(scaling);
   const int64_t tiles = int64_t{p.row_sets} * p.column_tiles, most = ctas / cluster;
   const int64_t behind = dA.has_value() ? of_dA.items(static_cast<int>(cluster)) : 0;

@@ -48,6 +48,7 @@ void lora_linear_sm90(
   const int64_t a_row = r == 1 ? (K + 7) / 8 * 8 : lora_A.stride(0);
   check_for_tma("lora_A", lora_A.const_data_ptr(), r, K, a_row);
   of.p.a = tensor_map("lora_A", lora_A.const_data_ptr(), Dtype::bfloat16, r, K, a_row, r <= 16 ? 16 : 64);
+  of.p.made_s = s.mutable_data_ptr();
   of.p.helpers = static_cast<int32_t>((helpers + cluster - 1) / cluster);
   const int64_t useful = int64_t{of.p.row_sets} * of.p.column_tiles + of.p.helpers, most = ctas / cluster;
   const auto started = static_cast<unsigned>(cluster * (useful < most ? useful : most));

@@ -35,6 +35,13 @@ struct DtypeOf<float16> {
 
 #ifdef __CUDACC__  // the rest is for kernels; bindings.cpp and device.cpp are plain C++
 
+// Whether there are cp.async, TF32 and bfloat16: from sm_80 on. Of the host's code it decides nothing.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr bool kSm80 = true;
+#else
+constexpr bool kSm80 = false;
+#endif
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }

@@ -9,12 +9,12 @@ namespace lorafast::cuda {
 // Bits beyond K are 0.
 void mask(const Tensor& seed, int64_t threshold, int64_t K, Tensor bits);
 
-// expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias. A CTA has 32 · column_warps columns, and goes through row_blocks
-// blocks of 256 / column_warps rows.
+// expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias, or in float16 that and what y has, if it is `onto` that. A CTA has
+// 32 · column_warps columns, and goes through row_blocks blocks of 256 / column_warps rows.
 void expand(
     const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor y, int64_t column_warps,
-    int64_t row_blocks);
+    int64_t row_blocks, bool onto);
 
 // linear_expand.cu. y [M, N] = x·Wᵀ + drop(scaling · s·Bᵀ) + bias: x [M, K], weight [N, K], s [M, r] of wide(x.dtype),
 // lora_B [N, r]. Of float32 all are rounded to TF32. The rows of x, and the rows or the columns of weight, are

@@ -28,6 +28,13 @@ __device__ __forceinline__ int again(int x) {
   return same;
 }
 
+// threadIdx.x, asked for again where it would be kept in a register all the while.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Numbers
 
 // Integer Arithmetic Instructions: mul.wide. Both words of a product, the low one first. Left to itself nvcc makes 64
@@ -88,14 +95,29 @@ __device__ __forceinline__ void store_8(void* to, uint2 v) {
 
 // Asynchronous copies
 
+// The first `bytes` of 16, an even number, then zeros: what copies do before sm_80.
+__device__ __forceinline__ uint4 load_some(const void* from, int bytes) {
+  if (bytes == 16) return load_constant(from);
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (2 * i < bytes)
+      words[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(from)[i]) << (16 * (i % 2));
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Data Movement: cp.async, from sm_80 on as all of this section. Copies the first `bytes` of 16 and zeros the rest.
-// Nothing is read where `bytes` is 0.
+// Nothing is read where `bytes` is 0. On sm_75 this and the next copy at once, through registers, what this launch
+// doesn't write.
 __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes = 16) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");
+#else
+  *static_cast<uint4*>(to) = load_some(from, bytes);
 #endif
 }
 
@@ -103,6 +125,8 @@ __device__ __forceinline__ void copy_16(void* to, const void* from, int bytes = 
 __device__ __forceinline__ void copy_whole_16(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
+#else
+  *static_cast<uint4*>(to) = load_constant(from);
 #endif
 }
 
@@ -154,6 +178,23 @@ __device__ __forceinline__ uint32_t load_word_at(uint32_t address) {
   return word;
 }
 
+// 16 bytes, by an address in the window of shared memory.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // Four matrices, by addresses in the window of shared memory: as they are, and each transposed.
 __device__ __forceinline__ void load_matrices_at(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -197,6 +238,14 @@ __device__ __forceinline__ void multiply_f16(float (&c)[4], const uint32_t (&a)[
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// mma.sync.m16n8k8 of float16, all that sm_75 has.
+__device__ __forceinline__ void multiply_f16(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 
 // mma.sync.m16n8k8 of TF32: float32 of which the last 13 bits aren't read.

@@ -6,13 +6,16 @@
 //   kReduce    D and bias, a CTA to a column block: it walks down rows, its sums stay in registers.
 //   kBackward  all three, down rows too: S leaves it tile by tile.
 //
-// Tiles and their loads: skinny_tile.cuh. Products of elements: skinny_products.cuh. Sums: skinny_sums.cuh.
+// Tiles and their loads: skinny_tile.cuh, on sm_75 skinny_held.cuh. Products of elements: skinny_products.cuh. Sums:
+// skinny_sums.cuh.
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <type_traits>
 
 #include "operations.h"
+#include "skinny_held.cuh"
 #include "skinny_sums.cuh"
 
 namespace lorafast::cuda {
@@ -26,6 +29,7 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   using Sums::kRankTiles;
   using Sums::kRows;
   using Sums::kSColumns;
+  using Sums::kSplit;
   using Sums::kSSteps;
   using Sums::kSTiles;
   using Sums::p;
@@ -40,17 +44,48 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
 
   __device__ SkinnyCta(const SkinnyParams& params, char* shared) : Sums(params), ring(shared + Tile::kBefore) {}
 
+  using Held = SkinnyHeld<T, kKind, kRanks>;
+
+  // Where tile i of a walk that begins at tile `first` begins in X.
+  static __device__ __forceinline__ int64_t row_of(int64_t first, int i) {
+    return (kKind == Skinny::kShrink ? static_cast<int64_t>(blockIdx.x) : first + i) * kRows;
+  }
+  static __device__ __forceinline__ int64_t column_of(int64_t first, int i) {
+    return (kKind == Skinny::kShrink ? first + i : static_cast<int64_t>(blockIdx.x)) * kColumns;
+  }
+
   // Stage of tile i of the walk into the ring; P or Q goes with it.
   __device__ __forceinline__ void load(char* stage, int64_t first, int i) const {
-    if constexpr (kKind == Skinny::kShrink) {
-      const int64_t column = (first + i) * kColumns;
-      this->load_x(stage, static_cast<int64_t>(blockIdx.x) * kRows, column);
-      this->load_p(stage + Tile::kX, column);
+    const int64_t row = row_of(first, i), column = column_of(first, i);
+    this->load_x(stage, row, column);
+    if constexpr (kKind == Skinny::kShrink) this->load_p(stage + Tile::kX, column);
+    else if (p.D != nullptr) this->load_q(stage + Tile::kX, row);
+  }
+
+  // The same in two steps, through registers.
+  __device__ __forceinline__ void fetch(Held& held, int64_t first, int i) const {
+    const int64_t row = row_of(first, i), column = column_of(first, i);
+    held.fetch_x(*this, row, column);
+    if constexpr (kSplit) {
+      if constexpr (kKind == Skinny::kShrink) held.template fetch_eights<true>(*this, column);
+      else if (p.D != nullptr) held.template fetch_eights<false>(*this, row);
     } else {
-      const int64_t row = (first + i) * kRows;
-      this->load_x(stage, row, static_cast<int64_t>(blockIdx.x) * kColumns);
-      if (p.D != nullptr) this->load_q(stage + Tile::kX, row);
+      if constexpr (kKind == Skinny::kShrink) held.fetch_p(*this, column);
+      else if (p.D != nullptr) held.fetch_q(*this, row);
     }
+  }
+
+  // Whether its products need care: add_parts.
+  __device__ __forceinline__ bool put(const Held& held, char* stage) const {
+    bool careful = held.put_x(*this, stage);
+    if constexpr (kSplit) {
+      if (kKind == Skinny::kShrink || p.D != nullptr)
+        careful = held.put_eights(*this, stage + Tile::kX) || careful;
+    } else {
+      if constexpr (kKind == Skinny::kShrink) held.put_p(*this, stage + Tile::kX);
+      else if (p.D != nullptr) held.put_q(*this, stage + Tile::kX);
+    }
+    return careful;
   }
 
   __device__ __forceinline__ void run() {
@@ -63,8 +98,11 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
     const int chunks = kKind == Skinny::kBackward ? (p.share + p.chunk - 1) / p.chunk : 0;
 
     char* before = ring - Tile::kBefore;
+    bool careful_of_p = false;
     if constexpr (kKind == Skinny::kBackward) {
-      this->load_p(before, static_cast<int64_t>(blockIdx.x) * kColumns);
+      const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns;
+      if constexpr (kSplit) careful_of_p = Held::split_p(*this, before, column);
+      else this->load_p(before, column);
       ptx::commit_copies();
     }
     float s[kHasS ? kSTiles : 1][kRankTiles][4];
@@ -80,23 +118,8 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
       clear(ones);
     }
 
-    char *stage = ring, *next = ring, *const end = ring + p.stages * Tile::kStage;
-#pragma unroll 1
-    for (int i = -ahead; i < tiles; ++i) {  // before the first tile is there, others are asked for
-      if (i >= 0) {
-        wait_for_stages(ahead - 1);
-        if (p.dropout.seed != nullptr) {
-          if constexpr (kKind == Skinny::kShrink)
-            this->drop_x(stage, static_cast<int64_t>(blockIdx.x) * kRows, (first + i) * kColumns);
-          else this->drop_x(stage, (first + i) * kRows, static_cast<int64_t>(blockIdx.x) * kColumns);
-        }
-        __syncthreads();  // the tile is there for all, and all have done with the one before
-      }
-      if (i + ahead < tiles) load(next, first, i + ahead);
-      ptx::commit_copies();
-      next += Tile::kStage;
-      if (next == end) next = ring;
-      if (i < 0) continue;
+    // Tile i of the walk, which is there for all.
+    const auto multiply = [&](const char* stage, int i, [[maybe_unused]] bool careful) {
       if constexpr (Tile::kKeepP) {
         if (i == 0) {
 #pragma unroll
@@ -106,15 +129,22 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
           __syncthreads();  // the warps' sums go where P was
         }
       }
-      if constexpr (kKind == Skinny::kShrink)
-        this->template multiply_s<false>(s, stage, stage + Tile::kX, nullptr);
+      if constexpr (kKind == Skinny::kShrink) {
+        const char* of_p = stage + Tile::kX;
+        if constexpr (!kSplit) this->template multiply_s<false>(s, stage, of_p, nullptr);
+        else this->add_parts_of_p(s, stage, of_p, column_of(first, i), careful);
+      }
       if constexpr (kKind == Skinny::kBackward) {
 #pragma unroll
         for (int m = 0; m < kSTiles; ++m) clear(s[m]);
-        this->template multiply_s<Tile::kKeepP>(s, stage, before, kept);
+        if constexpr (!kSplit) this->template multiply_s<Tile::kKeepP>(s, stage, before, kept);
+        else this->add_parts_of_p(s, stage, before, column_of(first, i), careful);
         this->cross(reinterpret_cast<float4*>(before + Tile::kAtCross), s);
       }
-      if constexpr (kHasD) {
+      if constexpr (kHasD && kSplit) {
+        const bool wants_bias = p.bias != nullptr && blockIdx.z == 0;
+        this->add_parts_of_q(d, ones, stage, stage + Tile::kX, row_of(first, i), wants_bias, careful);
+      } else if constexpr (kHasD) {
         if (p.bias == nullptr || blockIdx.z != 0) {
           if (p.D != nullptr) this->template multiply_d<true, false>(d, ones, stage, stage + Tile::kX);
         } else if (p.D != nullptr) {
@@ -138,10 +168,41 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
           }
         }
       }
-      stage += Tile::kStage;
-      if (stage == end) stage = ring;
+    };
+
+    if constexpr (kSm80) {
+      char *stage = ring, *next = ring, *const end = ring + p.stages * Tile::kStage;
+#pragma unroll 1
+      for (int i = -ahead; i < tiles; ++i) {  // before the first tile is there, others are asked for
+        if (i >= 0) {
+          wait_for_stages(ahead - 1);
+          if (p.dropout.seed != nullptr) this->drop_x(stage, row_of(first, i), column_of(first, i));
+          __syncthreads();  // the tile is there for all, and all have done with the one before
+        }
+        if (i + ahead < tiles) load(next, first, i + ahead);
+        ptx::commit_copies();
+        next += Tile::kStage;
+        if (next == end) next = ring;
+        if (i < 0) continue;
+        multiply(stage, i, false);
+        stage += Tile::kStage;
+        if (stage == end) stage = ring;
+      }
+      ptx::wait_for_copies<0>();
+    } else {
+      Held held;
+      if (tiles > 0) fetch(held, first, 0);
+#pragma unroll 1
+      for (int i = 0; i < tiles; ++i) {
+        // All have done with the tile before. kBackward has a barrier behind its products.
+        if (kKind != Skinny::kBackward) __syncthreads();
+        bool careful = put(held, ring) || careful_of_p;
+        if (p.dropout.seed != nullptr) this->drop_x(ring, row_of(first, i), column_of(first, i));
+        careful = __syncthreads_or(careful);  // the tile is there for all
+        if (i + 1 < tiles) fetch(held, first, i + 1);
+        multiply(ring, i, careful);
+      }
     }
-    ptx::wait_for_copies<0>();
 
     if constexpr (kKind == Skinny::kShrink) {
       const int parts = static_cast<int>(gridDim.y);
@@ -165,20 +226,32 @@ struct SkinnyCta : SkinnySums<T, kKind, kRanks> {
   }
 };
 
+// Of sm_75: bytes of shared memory of an SM, and those that a kernel needs at least.
+constexpr int kSharedOfSm75 = 64 * 1024;
 template <class T, Skinny kKind, int kRanks>
-__global__ void __launch_bounds__(kSkinnyThreads, 1) skinny_kernel(const __grid_constant__ SkinnyParams p) {
-#if __CUDA_ARCH__ >= 800
-  extern __shared__ __align__(16) char shared[];
-  SkinnyCta<T, kKind, kRanks>(p, shared).run();
-#else
-  __trap();
-#endif
+constexpr int kLeastOnSm75 = SkinnyTile<T, kKind, kRanks, DtypeOf<T>::value == Dtype::float16>::kLeast;
+
+// CTAs that an SM must have registers for: on sm_75 one loads while the other multiplies, where there is room for two,
+// as lorafast/backends/cuda/skinny.py reckons it.
+template <class T, Skinny kKind, int kRanks>
+constexpr int kSkinnyOnSm = kSm80 || 2 * (kLeastOnSm75<T, kKind, kRanks> + 1040) > kSharedOfSm75 ? 1 : 2;
+
+template <class T, Skinny kKind, int kRanks>
+__global__ void __launch_bounds__(kSkinnyThreads, kSkinnyOnSm<T, kKind, kRanks>)
+    skinny_kernel(const __grid_constant__ SkinnyParams p) {
+  constexpr bool kOnSm75 = DtypeOf<T>::value != Dtype::bfloat16 && kLeastOnSm75<T, kKind, kRanks> <= kSharedOfSm75;
+  if constexpr (kSm80 || kOnSm75) {
+    extern __shared__ __align__(16) char shared[];
+    SkinnyCta<T, kKind, kRanks>(p, shared).run();
+  } else {
+    __trap();  // the host doesn't launch it there
+  }
 }
 
 // ---- Launchers
 
 // What lorafast/backends/cuda/skinny.py has decided: the instance (`ranks`, of a tile of rows x columns), stages of
-// its ring, how many tiles a CTA walks, after how many S is added up.
+// its ring, one on sm_75 and at least two elsewhere, how many tiles a CTA walks, after how many S is added up.
 struct SkinnyPlan {
   int64_t ranks, rows, columns, stages, share, chunk;
 };
@@ -285,14 +358,18 @@ template <class T, Skinny kKind, int kRanks>
 void launch_instance(
     const char* name, SkinnyParams& p, const SkinnyPlan& plan, const std::optional<Tensor>& partials,
     const std::optional<Tensor>& counters, const OneDevice& device) {
-  using Tile = SkinnyTile<T, kKind, kRanks>;
+  using Tile = SkinnyTile<T, kKind, kRanks, false>;
   STD_TORCH_CHECK(
       plan.rows == Tile::kRows && plan.columns == Tile::kColumns, name, " has no tile of ", plan.rows, " x ",
       plan.columns, ", for ", name_of(DtypeOf<T>::value), " and ", kRanks, " ranks it is ", Tile::kRows, " x ",
       Tile::kColumns);
+  const OnDevice on(device);
+  const bool old = capability_of(name, on) < 80;  // which has no ring
+  if (old && DtypeOf<T>::value == Dtype::bfloat16)
+    check_capability((std::string(name) + " of bfloat16").c_str(), 80, on);
   STD_TORCH_CHECK(
-      plan.stages >= 2 && plan.stages <= kSkinnyMostStages, "stages is ", plan.stages, ", expected 2 to ",
-      kSkinnyMostStages);
+      old ? plan.stages == 1 : plan.stages >= 2 && plan.stages <= kSkinnyMostStages, "stages is ", plan.stages,
+      ", expected ", old ? "1 before compute capability 8.0" : "2 to 8");
   STD_TORCH_CHECK(
       plan.share >= 1 && plan.share < INT64_C(1) << 30, "share is ", plan.share, ", expected 1 to 1073741823");
   STD_TORCH_CHECK(
@@ -332,10 +409,11 @@ void launch_instance(
   p.stages = static_cast<int32_t>(plan.stages);
   const dim3 grid(
       static_cast<unsigned>(across), static_cast<unsigned>(shares), static_cast<unsigned>(rank_blocks));
-  const OnDevice on(device);
-  launch(
-      name, skinny_kernel<T, kKind, kRanks>, grid, kSkinnyThreads,
-      static_cast<size_t>(Tile::shared(static_cast<int>(plan.stages))), on, p);
+  const bool split = old && DtypeOf<T>::value == Dtype::float16;
+  const int stages = static_cast<int>(plan.stages);
+  const int shared = split ? SkinnyTile<T, kKind, kRanks, true>::shared(stages) : Tile::shared(stages);
+  launch<kOldestOfAll>(
+      name, skinny_kernel<T, kKind, kRanks>, grid, kSkinnyThreads, static_cast<size_t>(shared), on, p);
 }
 
 template <Skinny kKind>

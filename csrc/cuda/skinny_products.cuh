@@ -1,11 +1,15 @@
 // How an element of the skinny operations is multiplied: fragments of X, and their products with the factors beside it.
 //
 // bfloat16 is multiplied as such, P and Q rounded to it. float16 and float32 are multiplied as TF32: the float32
-// factors as three numbers each, the sum of a tile apart from the total, since tensor cores cut bits off long sums.
+// factors as three numbers each, the sum of a tile apart from the total, since tensor cores cut bits off long sums. On
+// sm_75 they are multiplied as sm75.cuh has it: float32 here, float16 by skinny_sums.cuh.
 #pragma once
+
+#include <type_traits>
 
 #include "numbers.cuh"
 #include "ptx.cuh"
+#include "sm75.cuh"
 #include "tf32.cuh"
 
 namespace lorafast::cuda {
@@ -32,32 +36,52 @@ struct Products {
     }
   }
 
-  // Four elements of X for products with float32 factors.
-  static __device__ __forceinline__ void split(Tf32Parts (&to)[4], const uint32_t (&a)[4]) {
+  // A fragment of X for products with float32 factors. On sm_75 X is float32 too.
+  struct Tf32 {
+    Tf32Parts parts[4];
+  };
+  using Left = std::conditional_t<kSm80, Tf32, sm75::Float>;
+
+  static __device__ __forceinline__ void take(Left& to, const uint32_t (&raw)[4], int substep) {
+    if constexpr (kSm80) {
+      uint32_t a[4];
+      fragment(a, raw, substep);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      to[i] = kSubsteps == 2 ? whole_tf32(__uint_as_float(a[i])) : split_in_three(__uint_as_float(a[i]));
+      for (int i = 0; i < 4; ++i)
+        to.parts[i] = kSubsteps == 2 ? whole_tf32(__uint_as_float(a[i])) : split_in_three(__uint_as_float(a[i]));
+    } else {
+      to.take(raw);
+    }
   }
 
   // large + small += a·b
   static __device__ __forceinline__ void add(
-      float (&large)[4], float (&small)[4], const Tf32Parts (&a)[4], uint32_t b0, uint32_t b1) {
-    const Tf32Parts first = split_in_three(__uint_as_float(b0)), second = split_in_three(__uint_as_float(b1));
-    add_small<kSubsteps == 2, false>(small, a, first, second);
-    add_large(large, a, first, second);
+      float (&large)[4], float (&small)[4], const Left& a, uint32_t b0, uint32_t b1) {
+    if constexpr (kSm80) {
+      const Tf32Parts first = split_in_three(__uint_as_float(b0)), second = split_in_three(__uint_as_float(b1));
+      add_small<kSubsteps == 2, false>(small, a.parts, first, second);
+      add_large(large, a.parts, first, second);
+    } else {
+      sm75::multiply(large, a, __uint_as_float(b0), __uint_as_float(b1));
+    }
   }
 
   // large + small += a·1
-  static __device__ __forceinline__ void add_ones(float (&large)[4], float (&small)[4], const Tf32Parts (&a)[4]) {
-    constexpr uint32_t kOne = 0x3F800000u;
-    if constexpr (kSubsteps == 1) {
-      const uint32_t last[4] = {a[0].last, a[1].last, a[2].last, a[3].last};
-      const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
-      ptx::multiply_tf32(small, last, kOne, kOne);
-      ptx::multiply_tf32(small, low, kOne, kOne);
+  static __device__ __forceinline__ void add_ones(float (&large)[4], float (&small)[4], const Left& a) {
+    if constexpr (kSm80) {
+      constexpr uint32_t kOne = 0x3F800000u;
+      const Tf32Parts(&parts)[4] = a.parts;
+      if constexpr (kSubsteps == 1) {
+        const uint32_t last[4] = {parts[0].last, parts[1].last, parts[2].last, parts[3].last};
+        const uint32_t low[4] = {parts[0].low, parts[1].low, parts[2].low, parts[3].low};
+        ptx::multiply_tf32(small, last, kOne, kOne);
+        ptx::multiply_tf32(small, low, kOne, kOne);
+      }
+      const uint32_t high[4] = {parts[0].high, parts[1].high, parts[2].high, parts[3].high};
+      ptx::multiply_tf32(large, high, kOne, kOne);
+    } else {
+      sm75::add_ones(large, a);
     }
-    const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
-    ptx::multiply_tf32(large, high, kOne, kOne);
   }
 };
 

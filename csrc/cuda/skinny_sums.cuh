@@ -25,6 +25,8 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
   using typename Loads::Product;
   using typename Loads::Tile;
   static constexpr int kRankTiles = kRanks / 8;
+  // Rank tiles whose sums of a tile of X are apart at once. On sm_75 two CTAs share an SM's registers.
+  static constexpr int kAtOnce = kSm80 || kRankTiles <= 4 ? kRankTiles : 2;
   static constexpr int kSTiles = kRows / 16 / Tile::kWarpRows;  // of a warp: 16 rows each
   static constexpr int kSColumns = kColumns / Tile::kWarpColumns;
   static constexpr int kSSteps = kSColumns * kSize / 32;
@@ -39,13 +41,102 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
   using PStep = uint32_t[Product::kSubsteps][kRankTiles / 2][4];
 
   // P's fragments for a step: of two rank tiles in a load.
+  template <int kTiles = kRankTiles>
   __device__ __forceinline__ void fragments_of_p(PStep& b, const char* of_warp, int step) const {
     const char* at = of_warp + ((lane & 7) + (lane >> 4) * 8) * Tile::kPPitch + ((lane >> 3) & 1) * 16;
 #pragma unroll
     for (int sub = 0; sub < Product::kSubsteps; ++sub)
 #pragma unroll
-      for (int n = 0; n < kRankTiles / 2; ++n)
+      for (int n = 0; n < kTiles / 2; ++n)
         ptx::load_matrices(b[sub][n], at + n * 16 * Tile::kPPitch + (step * Product::kSubsteps + sub) * 32);
+  }
+
+  // sums += X·P or Xᵀ·Q of 16 rows or columns of X, by a factor in parts: `steps` of 16 terms. This lane reads X at `x`,
+  // each step `apart`; the factor's eights are those from `first` on. `careful`: something isn't finite, or not all in
+  // its parts. There the factor itself is read, whose neighbours are those from `origin` on.
+  template <bool kOfP, int kAlong>
+  __device__ __forceinline__ void add_parts(
+      float (&sums)[kRankTiles][4], const char* x, int apart, const char* factor, int steps, int first,
+      int64_t origin, bool careful) const {
+    using Split = SplitTile<kRanks, kAlong>;
+    const char* at = factor + ((lane & 7) + (lane >> 4) * 8) * Split::kPitch + ((lane >> 3) & 1) * 16 + first * 16;
+    const float* inverses =
+        reinterpret_cast<const float*>(factor + Split::kInverses) + first * kRanks + lane % 4 * 2;
+    float large[kRankTiles][4];
+    clear(large);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      uint32_t raw[4];
+      if constexpr (kOfP) ptx::load_matrices(raw, x);
+      else ptx::load_matrices_transposed(raw, x);
+      x += apart;
+#pragma unroll
+      for (int two = 0; two < kRankTiles / 2; ++two) {
+        uint32_t b[3][4];
+#pragma unroll
+        for (int part = 0; part < 3; ++part)
+          ptx::load_matrices(b[part], at + two * 16 * Split::kPitch + part * Split::kPlane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = 2 * two + i / 2, sub = i % 2;
+          const sm75::Half a = {{raw[2 * sub], raw[2 * sub + 1]}};
+          const float2 inverse = *reinterpret_cast<const float2*>(inverses + sub * kRanks + n * 8);
+          if (careful) {
+            if (!__all_sync(sm75::kAll, a.finite() && inverse.x > 0.0f && inverse.y > 0.0f)) {
+              const int64_t rank = rank0 + n * 8 + lane / 4, from = origin + step * 16 + sub * 8 + lane % 4 * 2;
+              sm75::multiply_by_fma(
+                  large[n], a, this->template factor<kOfP>(rank, from),
+                  this->template factor<kOfP>(rank, from + 1));
+              continue;
+            }
+          }
+          sm75::multiply(large[n], a, b[0][i], b[1][i], b[2][i], inverse);
+        }
+      }
+      at += 32;
+      inverses += 2 * kRanks;
+    }
+#pragma unroll
+    for (int n = 0; n < kRankTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] += large[n][i];
+  }
+
+  // The same of all that a warp has: X·P, of columns from `column0` on.
+  __device__ __forceinline__ void add_parts_of_p(
+      float (&sums)[kSTiles][kRankTiles][4], const char* x, const char* of_p, int64_t column0,
+      bool careful) const {
+    const int warp_row = warp % Tile::kWarpRows, first = warp / Tile::kWarpRows * kSColumns;
+    const char* at =
+        x + (warp_row * kSTiles * 16 + (lane & 15)) * Tile::kXPitch + first * kSize + (lane >> 4) * 16;
+#pragma unroll
+    for (int m = 0; m < kSTiles; ++m)
+      add_parts<true, kColumns>(
+          sums[m], at + m * 16 * Tile::kXPitch, 32, of_p, kSSteps, first / 8, column0 + first, careful);
+  }
+
+  // Xᵀ·Q, of rows from `row0` on, and Xᵀ·1.
+  __device__ __forceinline__ void add_parts_of_q(
+      float (&sums)[kDTiles][kRankTiles][4], float (&ones)[kDTiles][4], const char* x, const char* q, int64_t row0,
+      bool wants_bias, bool careful) const {
+    const char* at =
+        x + warp * kDTiles * 16 * kSize + ((lane & 7) + (lane >> 4) * 8) * Tile::kXPitch + ((lane >> 3) & 1) * 16;
+#pragma unroll
+    for (int m = 0; m < kDTiles; ++m) {
+      if (p.D != nullptr)
+        add_parts<false, kRows>(sums[m], at + m * 32, 16 * Tile::kXPitch, q, kRows / 16, 0, row0, careful);
+      if (!wants_bias) continue;
+      float column[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+      for (int step = 0; step < kRows / 16; ++step) {
+        uint32_t raw[4];
+        ptx::load_matrices_transposed(raw, at + m * 32 + step * 16 * Tile::kXPitch);
+        sm75::add_ones(column, sm75::Half{{raw[0], raw[1]}});
+        sm75::add_ones(column, sm75::Half{{raw[2], raw[3]}});
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ones[m][i] += column[i];
+    }
   }
 
   // sums += X·P of a warp's rows and columns. P is in registers (`kept`), or in shared memory.
@@ -73,37 +164,37 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
       }
     } else {
 #pragma unroll
-      for (int m = 0; m < kSTiles; ++m) {
-        float large[kRankTiles][4], small[kRankTiles][4];
-        clear(large);
-        clear(small);
+      for (int m = 0; m < kSTiles; ++m)
+#pragma unroll
+        for (int n0 = 0; n0 < kRankTiles; n0 += kAtOnce) {
+          float large[kAtOnce][4], small[kAtOnce][4];
+          clear(large);
+          clear(small);
 #pragma unroll 1  // the code of a step is long
-        for (int step = 0; step < kSSteps; ++step) {
-          PStep b;
-          if constexpr (!kKept) fragments_of_p(b, from_p, step);
-          const PStep& of = *(kKept ? kept + step : &b);
-          uint32_t raw[4];
-          ptx::load_matrices(raw, at + m * 16 * Tile::kXPitch + step * 32);
+          for (int step = 0; step < kSSteps; ++step) {
+            PStep b;
+            if constexpr (!kKept) fragments_of_p<kAtOnce>(b, from_p + n0 * 8 * Tile::kPPitch, step);
+            const PStep& of = *(kKept ? kept + step : &b);
+            uint32_t raw[4];
+            ptx::load_matrices(raw, at + m * 16 * Tile::kXPitch + step * 32);
 #pragma unroll
-          for (int sub = 0; sub < Product::kSubsteps; ++sub) {
-            uint32_t a[4];
-            Product::fragment(a, raw, sub);
-            Tf32Parts parts[4];
-            Product::split(parts, a);
+            for (int sub = 0; sub < Product::kSubsteps; ++sub) {
+              typename Product::Left a;
+              Product::take(a, raw, sub);
 #pragma unroll
-            for (int n = 0; n < kRankTiles; ++n)
-              Product::add(large[n], small[n], parts, of[sub][n / 2][n % 2 * 2], of[sub][n / 2][n % 2 * 2 + 1]);
+              for (int n = 0; n < kAtOnce; ++n)
+                Product::add(large[n], small[n], a, of[sub][n / 2][n % 2 * 2], of[sub][n / 2][n % 2 * 2 + 1]);
+            }
           }
+          add_apart(sums[m] + n0, large, small);
         }
-        add_apart(sums[m], large, small);
-      }
     }
   }
 
   static __device__ __forceinline__ void add_apart(
-      float (&sums)[kRankTiles][4], const float (&large)[kRankTiles][4], const float (&small)[kRankTiles][4]) {
+      float (*sums)[4], const float (&large)[kAtOnce][4], const float (&small)[kAtOnce][4]) {
 #pragma unroll
-    for (int n = 0; n < kRankTiles; ++n)
+    for (int n = 0; n < kAtOnce; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[n][i] += large[n][i] + if_finite(small[n][i]);
   }
@@ -141,44 +232,44 @@ struct SkinnySums : SkinnyLoads<T, kKind, kRanks> {
       const int g = lane / 4, t = lane % 4;
       const char* from_q = q + 2 * t * Tile::kQPitch + g * 4;
 #pragma unroll
-      for (int m = 0; m < kDTiles; ++m) {
-        float large[kRankTiles][4], small[kRankTiles][4], column[2][4];
-        clear(large);
-        clear(small);
-        clear(column);
+      for (int m = 0; m < kDTiles; ++m)
+#pragma unroll
+        for (int n0 = 0; n0 < (kWantsD ? kRankTiles : 1); n0 += kAtOnce) {
+          float large[kAtOnce][4], small[kAtOnce][4], column[2][4];
+          clear(large);
+          clear(small);
+          clear(column);
 #pragma unroll 1
-        for (int step = 0; step < kRows / (8 * Product::kSubsteps); ++step) {
-          uint32_t raw[4];
-          if constexpr (kSize == 2) {
-            ptx::load_matrices_transposed(raw, at + step * 16 * Tile::kXPitch + m * 32);
-          } else {
-            const char* element = of_warp + (step * 8 + 2 * t) * Tile::kXPitch + (m * 16 + g) * 4;
+          for (int step = 0; step < kRows / (8 * Product::kSubsteps); ++step) {
+            uint32_t raw[4];
+            if constexpr (kSize == 2) {
+              ptx::load_matrices_transposed(raw, at + step * 16 * Tile::kXPitch + m * 32);
+            } else {
+              const char* element = of_warp + (step * 8 + 2 * t) * Tile::kXPitch + (m * 16 + g) * 4;
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              raw[i] = *reinterpret_cast<const uint32_t*>(element + i / 2 * Tile::kXPitch + i % 2 * 32);
-          }
-#pragma unroll
-          for (int sub = 0; sub < Product::kSubsteps; ++sub) {
-            uint32_t a[4];
-            Product::fragment(a, raw, sub);
-            Tf32Parts parts[4];
-            Product::split(parts, a);
-            if constexpr (kWantsD) {
-              const char* pair = from_q + (step * Product::kSubsteps + sub) * 8 * Tile::kQPitch;
-#pragma unroll
-              for (int n = 0; n < kRankTiles; ++n) {
-                const uint32_t b0 = *reinterpret_cast<const uint32_t*>(pair + n * 32);
-                const uint32_t b1 = *reinterpret_cast<const uint32_t*>(pair + Tile::kQPitch + n * 32);
-                Product::add(large[n], small[n], parts, b0, b1);
-              }
+              for (int i = 0; i < 4; ++i)
+                raw[i] = *reinterpret_cast<const uint32_t*>(element + i / 2 * Tile::kXPitch + i % 2 * 32);
             }
-            if constexpr (kWantsBias) Product::add_ones(column[0], column[1], parts);
-          }
-        }
-        if constexpr (kWantsD) add_apart(sums[m], large, small);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ones[m][i] += column[0][i] + if_finite(column[1][i]);
-      }
+            for (int sub = 0; sub < Product::kSubsteps; ++sub) {
+              typename Product::Left a;
+              Product::take(a, raw, sub);
+              if constexpr (kWantsD) {
+                const char* pair = from_q + (step * Product::kSubsteps + sub) * 8 * Tile::kQPitch + n0 * 32;
+#pragma unroll
+                for (int n = 0; n < kAtOnce; ++n) {
+                  const uint32_t b0 = *reinterpret_cast<const uint32_t*>(pair + n * 32);
+                  const uint32_t b1 = *reinterpret_cast<const uint32_t*>(pair + Tile::kQPitch + n * 32);
+                  Product::add(large[n], small[n], a, b0, b1);
+                }
+              }
+              if (kWantsBias && n0 == 0) Product::add_ones(column[0], column[1], a);
+            }
+          }
+          if constexpr (kWantsD) add_apart(sums[m] + n0, large, small);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ones[m][i] += column[0][i] + if_finite(column[1][i]);
+        }
     }
   }
 

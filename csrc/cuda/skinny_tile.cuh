@@ -49,8 +49,17 @@ constexpr int kSkinnyMostStages = 8;
 template <class T>
 using Beside = std::conditional_t<DtypeOf<T>::value == Dtype::bfloat16, bfloat16, float>;
 
-// The tile of an instance, and what of shared memory it takes.
-template <class T, Skinny kKind, int kRanks>
+// P or Q in parts, of kAlong neighbours along the sum: three planes [kRanks, kAlong] of float16, then the scales' inverses
+// [kAlong / 8, kRanks] (sm75.cuh).
+template <int kRanks, int kAlong>
+struct SplitTile {
+  static constexpr int kPitch = 2 * kAlong + kSkinnyPad, kPlane = kRanks * kPitch, kInverses = 3 * kPlane;
+  static constexpr int kBytes = kInverses + kAlong / 8 * kRanks * 4;
+};
+
+// The tile of an instance, and what of shared memory it takes. `kSplit`: P and Q come in parts, as those beside float16
+// do on sm_75.
+template <class T, Skinny kKind, int kRanks, bool kSplit>
 struct SkinnyTile {
   static constexpr bool kBf16 = DtypeOf<T>::value == Dtype::bfloat16;
   static constexpr int kRows = kKind == Skinny::kBackward ? (kBf16 && kRanks <= 16 ? 64 : 32)
@@ -64,7 +73,9 @@ struct SkinnyTile {
   static constexpr int kXPitch = kColumns * static_cast<int>(sizeof(T)) + kSkinnyPad;
   static constexpr int kPPitch = kColumns * static_cast<int>(sizeof(Beside<T>)) + kSkinnyPad;
   static constexpr int kQPitch = kRanks * static_cast<int>(sizeof(Beside<T>)) + kSkinnyPad;
-  static constexpr int kX = kRows * kXPitch, kP = kRanks * kPPitch, kQ = kRows * kQPitch;
+  static constexpr int kX = kRows * kXPitch;
+  static constexpr int kP = kSplit ? SplitTile<kRanks, kColumns>::kBytes : kRanks * kPPitch;
+  static constexpr int kQ = kSplit ? SplitTile<kRanks, kRows>::kBytes : kRows * kQPitch;
   // Warps share a tile's S: kWarpRows of them take its rows, kWarpColumns its columns, whose sums are added.
   static constexpr int kWarpRows = kKind == Skinny::kShrink ? 4 : 2;
   static constexpr int kWarpColumns = 8 / kWarpRows;
@@ -75,6 +86,8 @@ struct SkinnyTile {
   static constexpr bool kKeepP = kKind == Skinny::kBackward && kBf16;
   static constexpr int kAtCross = kKeepP ? 0 : kP;
   static constexpr int kBefore = kKind != Skinny::kBackward ? 0 : kKeepP && kP > kCross ? kP : kAtCross + kCross;
+
+  static constexpr int kLeast = kKind == Skinny::kShrink && kStage < kCross ? kCross : kBefore + kStage;
 
   static constexpr int shared(int stages) {
     const int ring = stages * kStage;
@@ -99,7 +112,8 @@ __device__ __forceinline__ void wait_for_stages(int left) {
 // Tiles into shared memory, by all threads of a CTA. What lies outside the matrices is 0.
 template <class T, Skinny kKind, int kRanks>
 struct SkinnyLoads {
-  using Tile = SkinnyTile<T, kKind, kRanks>;
+  static constexpr bool kSplit = !kSm80 && DtypeOf<T>::value == Dtype::float16;
+  using Tile = SkinnyTile<T, kKind, kRanks, kSplit>;
   using Factor = Beside<T>;
   using Product = Products<T>;
   static constexpr int kRows = Tile::kRows, kColumns = Tile::kColumns;
@@ -250,6 +264,14 @@ struct SkinnyLoads {
       for (int j = 0; j < 8 / kOf16; ++j)
         *reinterpret_cast<uint4*>(at + 16 * j) = reinterpret_cast<const uint4*>(v)[j];
     }
+  }
+
+  // An element of P in a column, or of Q in a row; 0 outside.
+  template <bool kOfP>
+  __device__ __forceinline__ float factor(int64_t rank, int64_t at) const {
+    if (rank >= p.r || at >= (kOfP ? p.columns : p.rows)) return 0.0f;
+    if constexpr (kOfP) return load_as_float(p.p, rank * p.p_rank + at * p.p_column, p.p_dtype);
+    else return static_cast<const float*>(p.q)[at * p.q_row + rank * p.q_rank];
   }
 
   // Q [kRows, kRanks]

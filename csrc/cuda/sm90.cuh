@@ -21,8 +21,6 @@ namespace lorafast::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-constexpr int kSm90Writers = 96, kSm90WritersMeet = 3;  // threads, and the barrier at which they meet
-
 struct NoHelpers {
   static constexpr bool kAny = false;
   static constexpr int kWriterRegisters = 40;  // multiples of 16
@@ -55,8 +53,8 @@ struct Sm90Cta : Sm90Ring<kN> {
   using typename Base::Mail;
   using typename Base::Ring;
   using typename Base::Tile;
-  using Factors = Sm90Factors<T>;
-  using Factor = typename Factors::Factor;
+  using Factors = Sm90Factors<T, kAcross, kN>;
+  using Factor = typename Factors::Element;
   using Base::Base, Base::bias, Base::empty, Base::full, Base::give_back, Base::granted, Base::grant, Base::lane;
   using Base::masked, Base::p, Base::rank, Base::read_mail, Base::release, Base::row_block, Base::shared;
   using Base::stage, Base::warp;
@@ -169,21 +167,14 @@ struct Sm90Cta : Sm90Ring<kN> {
       for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
         const int first = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
-        const int chunks = 2 * factors.substeps(first);
-        for (int i = thread; i < chunks * kN; i += kSm90Writers) {
-          const int row = i % kN, chunk = i / kN;
-          put_chunk(
-              stage(ring) + Tile::kX, row, chunk,
-              factors.b_chunk(work.column + row, first + chunk * Factors::kChunk, part));
-        }
+        factors.write_b(stage(ring), thread, work.column, first, part);
         if (Helpers::kAny && step == 0) {
           if (thread == 0 && own < p.row_tiles) Helpers::wait_for(*this, own);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
-        for (int i = thread; i < chunks * Tile::kM; i += kSm90Writers) {
-          const int row = i % Tile::kM, chunk = i / Tile::kM;
-          put_chunk(stage(ring), row, chunk, factors.s_chunk(top + row, first + chunk * Factors::kChunk, part));
-        }
+        factors.write_s(stage(ring), thread, top, first, part);
+        ptx::commit_copies();
+        ptx::wait_for_copies<0>();
         ptx::publish_shared();
         ptx::meet(kSm90WritersMeet, kSm90Writers);
         if (thread == 0) ptx::arrive_at(full(ring));
@@ -191,7 +182,12 @@ struct Sm90Cta : Sm90Ring<kN> {
       if (masked) skip(ring);
       give_back(mail);
     }
-    // The last CTA leaves the counters as it found them. Its own writers are here: nobody waits for a flag.
+    if constexpr (!Helpers::kAny) finish();
+  }
+
+  // The last CTA leaves the counters as it found them. Its own writers call it: nobody waits for a flag. Where there are
+  // flags, those of this CTA's are raised, which a barrier says.
+  __device__ __forceinline__ void finish() const {
     if (warp != 1) return;
     uint32_t before = 0;
     if (lane == 0) before = ptx::add_acquire_release(p.counters + kSm90Finished, 1);
@@ -251,12 +247,14 @@ struct Sm90Cta : Sm90Ring<kN> {
     for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
       ptx::wait_at(full(ring), ring.parity);
       const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
-      const uint64_t b = ptx::describe_rows(stage(ring) + Tile::kX);
-      const int count = Factors{p}.substeps(step / p.parts * kSm90Ranks<T>);
+      constexpr bool kRanksAcross = Factors::kRanksAcross;
+      const uint64_t b = kRanksAcross ? ptx::describe_columns<64>(stage(ring) + Tile::kX)
+                                      : ptx::describe_rows(stage(ring) + Tile::kX);
+      const int count = Factors{p}.products(step / p.parts * kSm90Ranks<T>);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         ptx::begin_products();
-        ptx::multiply_add<Factor, 0>(d, a + 2 * i, b + 2 * i, adds);
+        ptx::multiply_add<Factor, kRanksAcross>(d, a + 2 * i, b + (kRanksAcross ? 128 : 2) * i, adds);
         ptx::commit_products();
         adds = 1;
       }
@@ -350,6 +348,7 @@ struct Sm90Cta : Sm90Ring<kN> {
       consume();
     }
     this->leave();
+    if constexpr (Helpers::kAny) finish();
   }
 };
 

@@ -21,21 +21,16 @@
 
 namespace lorafast::cuda {
 
-// How rows of a narrow factor are read: element by element, or by 16 bytes, of which whole rows have a multiple and at
-// one of which each begins.
-enum class Sm90Rows : int32_t { kElements, kBfloat16, kFloat32 };
-
 // D [columns, r] = scale · matrixᵀ·factor, matrix [M, columns], factor [M, r] of bfloat16.
 struct Sm90Sum {
-  const void* factor;
+  Factor factor;
   void* to;
   float* parts;  // of each group of row blocks
-  int64_t factor_row, factor_col, to_column, to_rank;
+  int64_t to_column, to_rank;
   int32_t columns, steps;            // of 128 columns
   int32_t ranges, groups, of_group;  // ranges of columns, groups of so many row blocks
   float scale;
   Dtype type;
-  Sm90Rows rows;  // of the factor
   bool wanted;
 
   // Items of the queue in which a cluster adds up parts, a step of 128 columns each CTA.
@@ -48,10 +43,7 @@ struct Sm90BackwardParams
     : Sm90Params {  // x is dy, w is W across, y is dx, s is ds and b is Aᵀ; a is the layer's x
   Sm90Sum dB, dA;
   float* ds_parts;  // null if there is but one range
-  const void* lora_B;
-  int64_t B_row, B_col;
-  Dtype B_type;
-  Sm90Rows B_rows;
+  Factor lora_B;
   float scaling;
 };
 
@@ -202,59 +194,18 @@ struct Gradients {
 
   // ---- Those who write factors
 
-  // 128 rows of a narrow factor; rows and ranks that there aren't are 0. Copies may be under way when it returns.
-  static __device__ __forceinline__ void put(
-      uint32_t tile, const void* from, int64_t first, int64_t rows, int r, int64_t row_stride, int64_t col_stride,
-      Dtype type, Sm90Rows how, int thread) {
-    const int chunks = 128 * kChunks;
-    const auto place = [&](int i) {
-      const int row = i / kChunks;
-      return tile + row * kRow + 16 * (i % kChunks ^ ptx::swizzle_of<kRow>(row));
+  // 128 rows of a narrow factor. Copies may be under way when it returns.
+  static __device__ __forceinline__ void put(uint32_t tile, const Factor& from, int64_t first, int thread) {
+    const FactorBlock<kSm90Writers, kChunks, true> block{first, 0, 128, thread};
+    const auto place = [&](int row, int chunk) {
+      return tile + row * kRow + 16 * (chunk ^ ptx::swizzle_of<kRow>(row));
     };
-    const auto is_there = [&](int i) { return first + i / kChunks < rows && i % kChunks * 8 < r; };
-    const auto at = [&](int i) { return (first + i / kChunks) * row_stride + i % kChunks * 8 * col_stride; };
-    if (how == Sm90Rows::kBfloat16) {
-#pragma unroll 1
-      for (int i = thread; i < chunks; i += kSm90Writers) {
-        const bool there = is_there(i);
-        ptx::copy_16_to(place(i), static_cast<const uint16_t*>(from) + (there ? at(i) : 0), there ? 16 : 0);
-      }
-    } else if (how == Sm90Rows::kFloat32) {
-      constexpr int kBatch = 3;  // whose loads are under way at once
-#pragma unroll 1
-      for (int i = thread; i < chunks; i += kBatch * kSm90Writers) {
-        float4 v[kBatch][2];
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int of = i + j * kSm90Writers;
-          v[j][0] = v[j][1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          if (of >= chunks || !is_there(of)) continue;
-          const auto* const two = reinterpret_cast<const float4*>(static_cast<const float*>(from) + at(of));
-          v[j][0] = two[0], v[j][1] = two[1];
-        }
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          if (i + j * kSm90Writers >= chunks) break;
-          ptx::store_shared_16(
-              place(i + j * kSm90Writers),
-              make_uint4(
-                  pack_two<bfloat16>(v[j][0].x, v[j][0].y), pack_two<bfloat16>(v[j][0].z, v[j][0].w),
-                  pack_two<bfloat16>(v[j][1].x, v[j][1].y), pack_two<bfloat16>(v[j][1].z, v[j][1].w)));
-        }
-      }
+    if (from.vector && from.type == Dtype::bfloat16) {
+      block.template copy<bfloat16>(from, place);
     } else {
-#pragma unroll 1
-      for (int i = thread; i < chunks; i += kSm90Writers) {
-        const int64_t from_at = at(i);
-        const int left = is_there(i) ? r - i % kChunks * 8 : 0;
-        float v[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = e < left ? load_as_float(from, from_at + e * col_stride, type) : 0.0f;
-        ptx::store_shared_16(
-            place(i), make_uint4(
-                          pack_two<bfloat16>(v[0], v[1]), pack_two<bfloat16>(v[2], v[3]),
-                          pack_two<bfloat16>(v[4], v[5]), pack_two<bfloat16>(v[6], v[7])));
-      }
+      block.template load<bfloat16, 3>(from, RoundedChunk<bfloat16>(), [&](int row, int chunk, uint4 v) {
+        ptx::store_shared_16(place(row, chunk), v);
+      });
     }
     ptx::commit_copies();
   }
@@ -298,8 +249,7 @@ struct Gradients {
           if (thread == 0 && at.row + i < p.row_tiles) wait_for(cta, at.row + i);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
-        put(cta.shared + Tile::kPieces + buffer * 128 * kRow, of.factor, top, p.M, kind == kAhead ? p.r : kRanks,
-            of.factor_row, of.factor_col, Dtype::bfloat16, of.rows, thread);
+        put(cta.shared + Tile::kPieces + buffer * 128 * kRow, of.factor, top, thread);
         ptx::wait_for_copies<0>();
         ptx::publish_shared();
         ptx::arrive_for(kWritten + buffer, kAll);
@@ -311,8 +261,7 @@ struct Gradients {
       uint32_t before = 0;
       for (int step = 0; step < at.steps; ++step, ring.next()) {
         cta.wait_for_grant(ring, parities);
-        put(cta.stage(ring) + 2 * Tile::kX, p.lora_B, static_cast<int64_t>(at.step + step) * kColumns, of.columns,
-            p.r, p.B_row, p.B_col, p.B_type, p.B_rows, thread);
+        put(cta.stage(ring) + 2 * Tile::kX, p.lora_B, static_cast<int64_t>(at.step + step) * kColumns, thread);
         if (step > 0) {
           publish<1>();
           if (thread == 0) ptx::arrive_at(before);
@@ -489,7 +438,7 @@ struct Gradients {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (row + 8 * h >= p.M) break;
-      bfloat16* const to = static_cast<bfloat16*>(p.s) + (row + 8 * h) * kRanks;
+      bfloat16* const to = static_cast<bfloat16*>(p.made_s) + (row + 8 * h) * kRanks;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const int rank = 8 * j + 2 * (cta.lane % 4);

@@ -103,18 +103,15 @@ inline Sm90Launch sm90_launch(
       "weight", weight.const_data_ptr(), dtype, across ? K : N, across ? N : K, w_row,
       across ? 64 : static_cast<int>(columns / cluster));
   p.y = tensor_map("y", y.mutable_data_ptr(), dtype, M, N, y_row, 64);
-  p.s = const_cast<void*>(s.const_data_ptr());
-  p.b = lora_B.const_data_ptr();
+  p.s = factor_of(s);
+  p.b = of.across && bf16 ? factor_of(lora_B, true) : factor_of(lora_B);
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
-  p.s_row = s.stride(0), p.s_col = s.stride(1);
-  p.b_row = lora_B.stride(0), p.b_col = lora_B.stride(1);
   p.bias_stride = bias.has_value() ? bias->stride(0) : 0;
   p.M = static_cast<int32_t>(M), p.N = static_cast<int32_t>(N), p.r = static_cast<int32_t>(r);
   const int64_t ranks = bf16 ? kSm90Ranks<bfloat16> : kSm90Ranks<float16>;
-  p.b_type = dtype_of(lora_B);
   p.bias_type = bias.has_value() ? dtype_of(*bias) : Dtype::float32;
-  p.parts = bf16 ? 1 : p.b_type == Dtype::float32 ? 3 : 2;
+  p.parts = bf16 ? 1 : p.b.type == Dtype::float32 ? 3 : 2;
   p.k_steps = static_cast<int32_t>((K + 63) / 64);
   p.rank_steps = static_cast<int32_t>((r + ranks - 1) / ranks) * p.parts;
   p.row_tiles = static_cast<int32_t>(down), p.column_tiles = static_cast<int32_t>(along);
@@ -123,9 +120,6 @@ inline Sm90Launch sm90_launch(
   p.group = static_cast<int32_t>(together < sets ? together : sets);  // then no product with it is above `tiles`
   p.factor_scale = static_cast<float>(scaling);
   p.sum_scale = 1.0f;
-  p.vector_s = bf16 && p.s_col == 1 && r % 8 == 0 && aligned(p.s, M > 1 ? p.s_row * 2 : 0, 16);
-  p.vector_b =
-      p.b_type == Dtype::bfloat16 && p.b_col == 1 && r % 8 == 0 && aligned(p.b, N > 1 ? p.b_row * 2 : 0, 16);
   return of;
 }
 

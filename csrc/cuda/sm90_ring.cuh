@@ -16,6 +16,7 @@
 
 #include <type_traits>
 
+#include "factors.cuh"
 #include "numbers.cuh"
 #include "philox.cuh"
 #include "tma.cuh"
@@ -24,12 +25,12 @@ namespace lorafast::cuda {
 
 struct Sm90Params {
   CUtensorMap x, w, y, a;
-  void* s;           // [M, r] of bfloat16 for y in it, else of float32
-  const void* b;     // [N, r]
+  Factor s;          // [M, r] of bfloat16 for y in it, else of float32
+  Factor b;          // [N, r], or [r, N] where ranks lie across
   const void* bias;  // [N] or null, as without ranks
   uint32_t* counters;
   Dropout dropout;
-  int64_t s_row, s_col, b_row, b_col, bias_stride;
+  int64_t bias_stride;
   int32_t M, N, r;
   int32_t k_steps, rank_steps;  // of the ring
   int32_t row_tiles, column_tiles;
@@ -37,11 +38,11 @@ struct Sm90Params {
   int32_t row_sets;    // of a cluster's row blocks; the last one's may lie below x
   int32_t group;       // sets whose tiles run together
   int32_t parts;       // steps of the same ranks
-  float factor_scale;  // of B, of s where that is float32
+  float factor_scale;  // of s
   float sum_scale;     // of the masked term
-  Dtype b_type, bias_type;
-  bool vector_s, vector_b;  // rows of whole 16 bytes, aligned, of the dtype that is multiplied
-  int32_t helpers;          // clusters that make s, which is contiguous
+  Dtype bias_type;
+  void* made_s;     // by helpers: what `s` reads, contiguous
+  int32_t helpers;  // clusters that make it
 };
 
 constexpr int kSm90Threads = 384;
@@ -200,11 +201,6 @@ struct Sm90Ring {
     held = 0;
   }
 };
-
-// Writes 16 bytes of a factor: chunk of a row of 128 bytes, as TMA leaves it.
-__device__ __forceinline__ void put_chunk(uint32_t tile, int row, int chunk, uint4 v) {
-  ptx::store_shared_16(tile + row * kSm90Row + 16 * (chunk ^ (row & 7)), v);
-}
 
 #endif
 

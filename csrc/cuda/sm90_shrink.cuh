@@ -70,7 +70,7 @@ struct ShrinkFirst {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if (row + 8 * h >= p.M) break;
-      T* const to = static_cast<T*>(p.s) + (row + 8 * h) * p.r;
+      T* const to = static_cast<T*>(p.made_s) + (row + 8 * h) * p.r;
 #pragma unroll
       for (int j = 0; j < kRanks / 8; ++j) {
         const int rank = 8 * j + 2 * (cta.lane % 4);

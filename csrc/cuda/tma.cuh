@@ -167,11 +167,4 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t a, uint32_
                : "memory");
 }
 
-__device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-               :
-               : "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
 }  // namespace lorafast::cuda::ptx

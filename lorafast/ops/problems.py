@@ -1,5 +1,6 @@
 """A call described: of a layer's forward and backward, and of each operation."""
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends import forced, registry
-from lorafast.backends.plan import Plan, Refusal
+from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.core.dtypes import wide
+from lorafast.core.errors import BackendError
 from lorafast.core.problem import WANTS, Layout, Layouts, Problem, is_plain
 from lorafast.operands import Weight
 
@@ -239,6 +241,22 @@ def why_not(name: str, like: Tensor) -> str | None:
 def on_backend(name: str | None) -> SimpleNamespace:
     """The operations on backend ``name`` (None: the fastest for each call), as ``by_plans`` has them."""
     return by_plans(lambda problem: registry.choose(problem, name))
+
+
+def by_backend(backend: Backend) -> SimpleNamespace:
+    """The operations as this object plans them, whatever is registered and recorded.
+
+    One that it can't serve raises ``BackendError``.
+    """
+
+    @functools.cache
+    def choose(problem: Problem) -> Plan:
+        plan = backend.plan(problem)
+        if isinstance(plan, Refusal):
+            raise BackendError(plan.reason)
+        return plan
+
+    return by_plans(choose)
 
 
 def by_plans(choose: Callable[[Problem], Plan]) -> SimpleNamespace:

@@ -24,11 +24,12 @@ def plan_shrink(p, device, fixed=None):
 
 
 def plan_expand(p, device, fixed=None):
-    def run(s, lora_B, scaling, dropout_p, seed, bias=None):
+    def run(s, lora_B, scaling, dropout_p, seed, bias=None, onto=None):
         y = reference.expand(
             s.double(), lora_B.double(), scaling, dropout_p, seed, dtype=torch.double
         )
-        return (y if bias is None else y + bias).to(p.dtype)
+        y = y if bias is None else y + bias
+        return y.to(p.dtype) if onto is None else onto.copy_(onto + y)
 
     return launch(p, run, p.M * p.N * p.dtype.itemsize)
 

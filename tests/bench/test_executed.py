@@ -189,3 +189,47 @@ def test_nothing_else_is_measured(counted, capsys):
     counted(as_json(ROW))
     assert main(["bench", "--executed"]) == 0
     assert "frozen" not in capsys.readouterr().out
+
+
+PLAIN = dataclasses.replace(
+    ROW, variant="plain", r=0, backend="cuda", launch_cycles=CYCLES, moved=3e6, least=2e6,
+    step_cycles={"tensor": 1024.0, "issue": 127.0, "shared": 1044.0, "memory": 512.0},
+    tile_cycles={"tensor": 0.0, "issue": 968.0, "shared": 1036.0, "memory": 1024.0},
+    stalls={"step": 153.0, "epilogue": 751.0},
+    cycles={"tensor": 65536.0, "issue": 8000.0, "shared": 66000.0, "memory": 50000.0},
+)  # fmt: skip
+RANKED = dataclasses.replace(
+    PLAIN, variant="forward", r=16,
+    tile_cycles={"tensor": 256.0, "issue": 1500.0, "shared": 1292.0, "memory": 1408.0},
+)  # fmt: skip
+
+
+def test_a_gemm_stands_beside_itself_without_ranks():
+    """By the unit that takes longest of all that is added: 532 cycles of issue."""
+    rows = [ROW, RANKED, PLAIN, SHRINK]
+    assert executed.gemms(rows) == [(RANKED, PLAIN), (PLAIN, PLAIN)]
+    assert executed.added(RANKED, PLAIN) == 532 / 65536
+    assert executed.added(PLAIN, PLAIN) is None
+    assert executed.gemm_cells(RANKED, PLAIN) == (
+        "1024 / 127 / 153", "2", "256", "1,500", "1,292", "1,408", "751", "0.8%", "–", "–",
+    )  # fmt: skip
+    # Of other tiles nothing is known.
+    assert executed.added(dataclasses.replace(RANKED, tiles=256), PLAIN) is None
+
+
+def test_where_there_is_a_timeline_it_says_what_is_added():
+    line = {
+        "clocks": 67170.0, "tensor": 65792.0, "added": 256.0, "idle: stores": 972.0,
+        "idle: waits for stores": 216.0,
+    }  # fmt: skip
+    row = dataclasses.replace(RANKED, timeline=line)
+    assert executed.added(row, None) == 256 / 66914
+    assert executed.gemm_cells(row, None)[-3:] == ("0.4%", "97.9%", "stores 972")
+
+
+def test_tiles_of_gemms_are_printed(counted, capsys):
+    counted(as_json(RANKED, PLAIN))
+    executed.run(record=Record(torch.device("cpu")))
+    said = capsys.readouterr()
+    assert "tensor / issued / stalls a step" in said.err + said.out
+    assert "linear_expand plain 8192 x 4096 -> 1024 r0" in said.err + said.out

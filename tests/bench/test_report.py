@@ -282,6 +282,26 @@ def test_cuda_beside_triton(report, record, tmp_path):
     assert "lora_linear" not in of_80
 
 
+def test_tiles_of_gemms_have_a_table(report, record, tmp_path):
+    units = {"tensor": 1024.0, "issue": 127.0, "shared": 1044.0, "memory": 512.0}
+    part = executed_row()["step"] | {"sectors": 1024.0}
+    more = {
+        "backend": "cuda", "operation": "linear_expand", "step": part, "step_cycles": units,
+        "tile_cycles": units, "stalls": {"step": 153.0, "epilogue": 751.0},
+    }  # fmt: skip
+    line = {"clocks": 67000.0, "tensor": 65660.0, "added": 670.0, "idle: stores": 972.0}
+    record("executed-a", [], executed=[
+        executed_row(), executed_row(variant="plain", r=0, **more),
+        executed_row(variant="forward", timeline=line, **more),
+    ])  # fmt: skip
+    _, section = report.performance(tmp_path).split("### Tiles of CUDA C++ GEMMs")
+    assert (
+        "| sm_90 | `linear_expand forward` | 8192 × 4096 → 4096, r = 16 | 1024 / 127 / 153 | 32 | 1,024 "
+        "| 127 | 1,044 | 512 | 751 | 1.0% | 98.0% | stores 972 |"
+    ) in section
+    assert "`linear_expand plain` | 8192 × 4096 → 4096, r = 0 |" in section
+
+
 def test_without_nvcc_the_section_says_so(report, record, tmp_path):
     record(
         "executed-a", [], executed=[executed_row()],

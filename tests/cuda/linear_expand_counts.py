@@ -7,37 +7,10 @@ that of a plain GEMM, by the unit that takes longest, and the share of it in the
 """
 
 import argparse
-import dataclasses
 
 from ptx import cuda_counts
 from ptx.counts import LAYERS, RANKS, RATES, Row
-from ptx.cuda_counts import Subject
-
-
-def plain(subject: Subject, capability: int) -> Row:
-    """The row of the same launch with r = 0 and without a mask: a GEMM."""
-    whole = cuda_counts.whole_of(subject, capability)
-    assert isinstance(whole, cuda_counts.Whole), whole
-    given = [
-        None
-        if argument.name == "seed"
-        else value[:, :0]
-        if argument.name in ("s", "lora_B")
-        else value
-        for argument, value in whole.arguments()
-    ]
-    sizes = (*subject.sizes[:3], 0)
-    bare = dataclasses.replace(
-        whole, given=tuple(given), subject=dataclasses.replace(subject, sizes=sizes, dropout=False)
-    )
-    found, step, steps = cuda_counts.scaled(bare)
-    each = steps / bare.ctas
-    tile = found.times(1 / bare.ctas).plus(step, -each)
-    return Row(
-        subject.operation, "plain", capability, *sizes, step.amounts, tile.amounts,
-        cuda_counts.Sum().amounts, each, bare.ctas, 32 * step["ahead"] * bare.ctas_of_an_sm, True,
-        bare.registers, backend="cuda",
-    )  # fmt: skip
+from ptx.cuda_counts import Subject, plain
 
 
 def main(words: list[str] | None = None) -> None:

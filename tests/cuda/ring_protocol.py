@@ -2,6 +2,8 @@
 
 A role is a generator that yields what it does, as the kernel's text has it; what it gets back are the
 numbers that it reads. A state is how far each role has come, and what barriers, stages and mail hold.
+CTAs of a cluster are numbered one after the other, the first is the leader. A stage has a part for
+each of them: what that CTA copies to it.
 """
 
 import functools
@@ -26,6 +28,7 @@ class Protocol:
 
     stages: int = 2
     ctas: int = 1
+    cluster: int = 1
     tiles: int = 3
     k_steps: int = 2
     rank_steps: int = 1
@@ -41,15 +44,8 @@ class Protocol:
     # Roles of a CTA
 
     def loader(self) -> Role:
-        """Takes tiles, loads K blocks, grants rank blocks."""
-        at, mail = itertools.count(), itertools.count()
-
-        def post(what: int) -> Role:
-            i = next(mail)
-            if self.broken != "posts unseen":
-                yield "wait", "taken", i % MAIL, (i // MAIL & 1) ^ 1
-            yield "post", i % MAIL, i, what
-            yield "arrive", "posted", i % MAIL
+        """Loads K blocks, grants rank blocks; the leader's takes tiles."""
+        at = itertools.count()
 
         def load(ranks: bool, what: int) -> Role:
             for step in range(self.steps(ranks)):
@@ -59,19 +55,49 @@ class Protocol:
                 if ranks:
                     yield "arrive", "granted", i % self.stages
                 else:
-                    yield "load", i % self.stages, (what, step)
+                    yield "expect", i % self.stages, (what, step)
+                    for to in range(self.cluster):
+                        yield "load", i % self.stages, (what, step), to
 
-        if self.helpers and (yield ("take", "tickets")) < self.helpers:
-            while (item := (yield ("take", "items"))) < self.tiles:
-                yield from post(END - 1 - item)
-                yield from load(False, END - 1 - item)
-        while (tile := (yield ("take", "tiles"))) < self.tiles:
-            yield from post(tile)
-            for ranks in (self.masked, not self.masked):
-                yield from load(ranks, tile)
-        yield from post(END)
+        leads = yield ("leads",)
+        helps = tiles = False
+        for i in itertools.count():
+            if leads:
+                if self.helpers and i == 0:
+                    helps = (yield ("take", "tickets")) < self.helpers
+                what = None
+                if helps and not tiles:
+                    item = yield "take", "items"
+                    what = END - 1 - item if item < self.tiles else None
+                if what is None:
+                    tiles = True
+                    tile = yield "take", "tiles"
+                    what = tile if tile < self.tiles else END
+                if self.broken != "posts unseen":
+                    yield "wait", "taken", i % MAIL, (i // MAIL & 1) ^ 1
+                for to in range(1 if self.broken == "posts to itself" else self.cluster):
+                    yield "post", i % MAIL, i, what, to
+            if not (leads or self.broken == "loads unasked"):
+                yield "wait", "posted", i % MAIL, i // MAIL & 1
+            if not leads:
+                what = yield "mail", i % MAIL, i
+            if what == END:
+                break
+            for ranks in (self.masked, not self.masked) if what >= 0 else (False,):
+                yield from load(ranks, what)
         if self.broken == "counted by the loader":
             yield ("finish",)
+        yield from self.leave()
+
+    def leave(self) -> Role:
+        """Nobody does before the whole cluster."""
+        if self.cluster > 1 and self.broken != "leaves alone":
+            yield ("come",)
+            yield ("met",)
+
+    def tell_taken(self, slot: int) -> Role:
+        """The leader hears that mail was taken."""
+        yield "arrive", "taken", slot, None if self.broken == "takes for itself" else 0
 
     def writer(self) -> Role:
         """Writes rank blocks, once s is there."""
@@ -98,9 +124,10 @@ class Protocol:
                 at += self.k_steps if self.masked else 0
             else:
                 at += self.k_steps
-            yield "arrive", "taken", i % MAIL
+            yield from self.tell_taken(i % MAIL)
         if self.broken != "counted by the loader":
             yield ("finish",)
+        yield from self.leave()
 
     def consumer(self) -> Role:
         """Multiplies, a step behind the last one at the most."""
@@ -110,6 +137,7 @@ class Protocol:
             yield "wait", "posted", i % MAIL, i // MAIL & 1
             tile = yield "mail", i % MAIL, i
             if tile == END:
+                yield from self.leave()
                 return
             kinds = (self.masked, not self.masked) if tile >= 0 else (False,)
             for kind, ranks in enumerate(kinds):
@@ -132,12 +160,18 @@ class Protocol:
                 else:
                     yield "store", item
                     yield "raise", item
-            yield "arrive", "taken", i % MAIL
+            yield from self.tell_taken(i % MAIL)
 
     def release(self, stage: int, early: int) -> Role:
-        """The products of a stage end, then it is given back."""
-        both: list[Does] = [("done", stage), ("arrive", "empty", stage)]
-        yield from both[::-1] if early else both
+        """The products of a stage end, then it is given back, to all that copy to it."""
+        told: list[int | None] = list(range(self.cluster))
+        if self.broken == "tells itself":
+            told = [None] * self.cluster
+        elif self.broken == "tells the leader":
+            told = [0]
+        tells: list[Does] = [("arrive", "empty", stage, to) for to in told]
+        done: list[Does] = [("done", stage)]
+        yield from tells + done if early else done + tells
 
     # States
 
@@ -149,9 +183,11 @@ class Protocol:
     @functools.cached_property
     def arrivals(self) -> dict[str, int]:
         """That end a phase."""
+        heard = 1 if self.broken == "hears of one CTA" else self.cluster
+        readers = 1 if self.broken == "counts its own readers" else self.cluster
         return {
-            "full": 1, "empty": self.consumers, "granted": 1, "posted": 1,
-            "taken": self.consumers + 1,
+            "full": 1, "empty": self.consumers * heard, "granted": 1, "posted": 1,
+            "taken": (self.consumers + 1) * readers,
         }  # fmt: skip
 
     def next_of(self, role: str, done: int, got: tuple[int, ...]) -> Does | None:
@@ -173,15 +209,17 @@ class Protocol:
         return {}
 
 
-GETS = ("take", "mail")
+GETS = ("take", "mail", "leads")
 """Steps that give a number back."""
 AT_ONCE = {
-    "wait": ("mail", "read", "write"), "see": ("write",), "mail": (), "post": ("arrive",),
-    "write": ("arrive",), "done": ("arrive",), "store": ("raise",),
+    "wait": ("mail", "read", "write", "expect", "post"), "see": ("write",), "mail": ("come",),
+    "leads": ("wait",), "take": ("wait", "post"), "post": ("post",), "expect": ("load",),
+    "load": ("load",), "write": ("arrive",), "done": ("arrive",), "store": ("raise",),
+    "finish": ("come",),
 }  # fmt: skip
 """What a role does in the same step as what is before it. Nothing that others do between the two could
 come to another end: a wait that ends begins to read, what is read has ended when its stage is given
-back."""
+back; mail that comes later to one CTA is as if that one read later; copies arrive on their own."""
 BETWEEN = ("take", "see", "store", "raise", "finish")
 """Steps that others may notice, or wait for. While no role of a CTA is at such a one, whatever others
 do can as well come later."""
@@ -220,11 +258,12 @@ class _State:
         return tuple(self.threads), frozenset(self.cells.items())
 
     def following(self) -> list["_State"]:
-        """The states after one step; of one CTA alone if the others' can come later."""
+        """The states after one step; of one cluster alone if the others' can come later."""
         found = []
-        for cta in range(self.p.ctas):
-            own, alone = self.following_of(cta)
-            if own and alone:
+        for first in range(0, self.p.ctas, self.p.cluster):
+            of = [self.following_of(cta) for cta in range(first, first + self.p.cluster)]
+            own = [after for states, _ in of for after in states]
+            if own and all(alone for _, alone in of):
                 return own
             found += own
         return found
@@ -246,6 +285,15 @@ class _State:
                 after.arrive_copy(*at[1:])
                 found.append(after)
         return found, alone
+
+    def cta_of(self, cta: int, to: int | None) -> int:
+        """A CTA of its cluster, or itself. It must not have ended."""
+        if to is None:
+            return cta
+        other = cta // self.p.cluster * self.p.cluster + to
+        if all(self.next_of(other, role) is None for role in range(len(self.p.roles))):
+            raise BrokenError(f"CTA {cta} reaches CTA {other}, which has ended")
+        return other
 
     def next_of(self, cta: int, role: int) -> Does | None:
         """What a role does next."""
@@ -296,49 +344,75 @@ class _State:
     def do_wait(self, cta: int, name: str, i: int, parity: int) -> bool | None:
         return None if self.barrier(cta, name, i)[0] & 1 != parity else False
 
-    def do_arrive(self, cta: int, name: str, i: int) -> None:
+    def do_arrive(self, cta: int, name: str, i: int, to: int | None = None) -> None:
+        cta = self.cta_of(cta, to)
         phases, come, copies = self.barrier(cta, name, i)
         self.set_barrier(cta, name, i, phases, come + 1, copies)
 
     # Stages
 
-    def fill(self, cta: int, i: int, token: Any, how: str) -> None:
-        was, state, begun, ended = self.cells.get(("stage", cta, i), (None, "there", 0, 0))
+    def part(self, cta: int, i: int, part: int) -> tuple[Any, str, int, int]:
+        return self.cells.get(("stage", cta, i, part), (None, "there", 0, 0))
+
+    def fill(self, cta: int, i: int, part: int, token: Any, how: str) -> None:
+        was, state, begun, ended = self.part(cta, i, part)
         if was is not None and (state != "there" or (begun, ended) != (self.p.consumers,) * 2):
             raise BrokenError(f"stage {i} gets {token} while {was} is read")
-        self.cells["stage", cta, i] = (token, how, 0, 0)
+        self.cells["stage", cta, i, part] = (token, how, 0, 0)
 
-    def do_load(self, cta: int, i: int, token: Any) -> None:
-        self.fill(cta, i, token, "under way")
-        phases, come, copies = self.barrier(cta, "full", i)
-        self.set_barrier(cta, "full", i, phases, come + 1, copies + 1)
+    def do_expect(self, cta: int, i: int, token: Any) -> None:
+        copies = 1 if self.p.broken == "expects its own" else self.p.cluster
+        phases, come, due = self.barrier(cta, "full", i)
+        self.set_barrier(cta, "full", i, phases, come + 1, due + copies)
 
-    def arrive_copy(self, cta: int, i: int) -> None:
-        token, _, begun, ended = self.cells["stage", cta, i]
-        self.cells["stage", cta, i] = (token, "there", begun, ended)
-        phases, come, copies = self.barrier(cta, "full", i)
-        self.set_barrier(cta, "full", i, phases, come, copies - 1)
+    def do_load(self, cta: int, i: int, token: Any, to: int) -> None:
+        part = cta % self.p.cluster
+        self.fill(self.cta_of(cta, to), i, part, token, "under way")
+
+    def arrive_copy(self, cta: int, i: int, part: int) -> None:
+        token, _, begun, ended = self.part(cta, i, part)
+        self.cells["stage", cta, i, part] = (token, "there", begun, ended)
+        phases, come, due = self.barrier(cta, "full", i)
+        self.set_barrier(cta, "full", i, phases, come, due - 1)
 
     def do_write(self, cta: int, i: int, token: Any) -> None:
-        self.fill(cta, i, token, "there")
+        for part in range(self.p.cluster):
+            self.fill(cta, i, part, token, "there")
 
     def do_read(self, cta: int, i: int, token: Any) -> None:
-        was, state, begun, ended = self.cells.get(("stage", cta, i), (None, "there", 0, 0))
-        if was != token or state != "there":
-            raise BrokenError(f"stage {i} has {was}, {state}, where {token} is read")
-        self.cells["stage", cta, i] = (was, state, begun + 1, ended)
+        for part in range(self.p.cluster):
+            was, state, begun, ended = self.part(cta, i, part)
+            if was != token or state != "there":
+                raise BrokenError(f"stage {i} has {was}, {state}, where {token} is read")
+            self.cells["stage", cta, i, part] = (was, state, begun + 1, ended)
 
     def do_done(self, cta: int, i: int) -> None:
-        was, state, begun, ended = self.cells["stage", cta, i]
-        self.cells["stage", cta, i] = (was, state, begun, ended + 1)
+        for part in range(self.p.cluster):
+            was, state, begun, ended = self.part(cta, i, part)
+            self.cells["stage", cta, i, part] = (was, state, begun, ended + 1)
+
+    # A cluster
+
+    def do_leads(self, cta: int) -> int:
+        return int(cta % self.p.cluster == 0)
+
+    def do_come(self, cta: int) -> None:
+        at = "come", cta // self.p.cluster
+        self.cells[at] = self.cells.get(at, 0) + 1
+
+    def do_met(self, cta: int) -> bool | None:
+        everyone = self.p.cluster * len(self.p.roles)
+        return None if self.cells["come", cta // self.p.cluster] == everyone else False
 
     # Mail and counters
 
-    def do_post(self, cta: int, slot: int, number: int, what: int) -> None:
+    def do_post(self, cta: int, slot: int, number: int, what: int, to: int) -> None:
+        cta = self.cta_of(cta, to)
         self.cells["mail", cta, slot] = (number, what)
+        self.do_arrive(cta, "posted", slot)
 
     def do_mail(self, cta: int, slot: int, number: int) -> int:
-        found, what = self.cells["mail", cta, slot]
+        found, what = self.cells.get(("mail", cta, slot), (None, None))
         if found != number:
             raise BrokenError(f"letter {found} is read for {number}")
         return int(what)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import layouts
+import pytest
 import torch
 from on_machine import Run, launched
 from torch import Tensor
@@ -27,8 +28,17 @@ PLANS = {
     "expand_backward": skinny.plan_expand_backward,
     "shrink_backward": skinny.plan_shrink_backward,
 }
+KINDS = (
+    (80, BF16), (80, F16), (80, F32), (75, F16), pytest.param(75, F32, marks=pytest.mark.slow),
+)  # fmt: skip
+"""Architectures and dtypes that differ in how they multiply: sm_75 has neither bfloat16 nor TF32."""
 SCHEDULES = ((0, 1), (1, 2), (2, 4), (3, 3), (4, 64))
 """Seeds, and CTAs that are resident at once."""
+
+
+def dtype_on(arch: int) -> torch.dtype:
+    """That of most calls on an architecture."""
+    return F16 if arch < 80 else BF16
 
 
 def _pitched(matrix: Tensor) -> Tensor:

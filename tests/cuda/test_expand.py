@@ -53,11 +53,15 @@ QUICK = [
     of("fp16", 130, 72, 3, dropout_p=0.1, arch=80),
     of("fp16+fp32", 40, 136, 64),
     of("fp32", 130, 100, 16, dropout_p=0.1),
+    of("fp16", 300, 257, 17, dropout_p=0.5, arch=75),
+    of("fp16+fp32", 70, 200, 40, arch=75),
+    of("fp32", 130, 100, 3, dropout_p=0.1, arch=75),
 ]
 MORE = [
     of(kind, M, N, r, dropout_p=p, arch=arch)
     for kind in KINDS
-    for arch in (80, 90)
+    for arch in (75, 80, 90)
+    if arch > 75 or "bf16" not in kind
     for M, N, r, p in (
         (300, 200, 16, 0.0), (257, 129, 1, 0.1), (64, 64, 3, 0.5), (31, 264, 17, 0.0),
         (129, 96, 64, 0.1), (40, 200, 256, 0.1), (600, 24, 33, 0.0),
@@ -85,12 +89,14 @@ def test_contract_at_length(case):
 def test_layouts(layout):
     hold(of("bf16", 41, 72, 24, dropout_p=0.1, layout=layout))
     hold(of("fp32", 41, 40, 6, layout=layout))
+    hold(of("fp16+fp32", 41, 72, 6, layout=layout, arch=75))
 
 
 @pytest.mark.parametrize("r", [3, 20, 80])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_with_gaps(kind, r):
-    hold(of(kind, 150, 72, r, dropout_p=0.1), on=WithGaps)
+    for arch in (75, 90)["bf16" in kind :]:
+        hold(of(kind, 150, 72, r, dropout_p=0.1, arch=arch), on=WithGaps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,9 +121,11 @@ def test_the_mask_is_everyones(dtype, N):
     assert (y != 0).equal(keep_mask(70, N, 0.3, SEED))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16+fp32", "fp32"])
-def test_schedules_change_no_bit(kind):
-    case = of(kind, 300, 104, 20, dropout_p=0.2)
+@pytest.mark.parametrize(
+    ("kind", "arch"), [("bf16", 90), ("fp16+fp32", 90), ("fp32", 90), ("fp16+fp32", 75)]
+)
+def test_schedules_change_no_bit(kind, arch):
+    case = of(kind, 300, 104, 20, dropout_p=0.2, arch=arch)
     t, found = case.tensors(), []
     dtype, adapters = KINDS[kind]
     for seed in range(5):
@@ -160,6 +168,36 @@ def test_strides_beyond_2_to_the_31():
         assert y.equal(found(s, B, 1.0))
 
 
+@pytest.mark.parametrize("arch", [75, 80])
+@pytest.mark.parametrize(
+    ("sizes", "dropout_p"),
+    [((70, 200, 16), 0.0), ((300, 257, 5), 0.5), ((33, 36, 20), 0.0), ((1, 1, 1), 0.0)],
+)
+def test_onto_what_y_has(sizes, dropout_p, arch):
+    """In place, both terms added in float32 before they are rounded."""
+    M, N, _ = sizes
+    case = of("fp16+fp32", *sizes, dropout_p=dropout_p, arch=arch)
+    t = case.tensors()
+    s, B = t.s.float(), t.lora_B.float()
+    y = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).half()
+    before = y.clone()
+    launch = small.plan_expand(case.problem("expand"), device(arch, 3))
+    with launched(arch):
+        assert launch.run(s, B, 1.5, dropout_p, SEED, None, y) is y
+    low = reference.expand(s.double(), B.double(), 1.5, dropout_p, SEED, dtype=torch.float64)
+    exact = before.double() + low
+    unit = torch.finfo(F16).eps / 2 * exact.abs() + 1e-6 * low.abs() + 2.0**-24
+    assert ((y.double() - exact).abs() <= unit).all()
+
+
+def test_onto_other_dtypes_nothing_is_added():
+    s, B, y = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, 5)
+    said = "y has dtype Float, onto float16 alone can be added"
+    with launched(80) as run, pytest.raises(RuntimeError, match=said):
+        torch.ops.lorafast_cuda.expand(s, B, 1.0, None, None, 0, 1.0, y, 1, 1, True)
+    assert not run.launches
+
+
 COUNTED = [
     ("bf16", 16, 0.0, 8),
     ("bf16", 64, 0.1, 26),
@@ -180,7 +218,9 @@ def test_what_it_takes(kind, r, dropout_p, most):
         threshold = round(dropout_p * 65536)
         with launched(90) as run:
             y = torch.empty(M, 128, dtype=dtype)
-            torch.ops.lorafast_cuda.expand(s, B, 1.0, None, SEED, threshold, 1.1, y, 4, blocks)
+            torch.ops.lorafast_cuda.expand(
+                s, B, 1.0, None, SEED, threshold, 1.1, y, 4, blocks, False
+            )
         (ran,) = run.ran()
         steps[blocks] = ran.steps
         stores = [c for c in ran.counts if c.opcode.startswith("st.global") and c.issued]
@@ -214,7 +254,7 @@ ARGUMENTS = {"scaling": 1.0, "bias": None, "seed": None, "threshold": 0, "surviv
 )
 def test_errors(given, said):
     taken = {"s": torch.ones(4, 2, dtype=BF16), "lora_B": torch.ones(8, 2), **ARGUMENTS}
-    taken |= {"y": torch.ones(4, 8, dtype=BF16), "column_warps": 4, "row_blocks": 1}
+    taken |= {"y": torch.ones(4, 8, dtype=BF16), "column_warps": 4, "row_blocks": 1, "onto": False}
     with launched(90), pytest.raises(RuntimeError, match=said):
         torch.ops.lorafast_cuda.expand(**(taken | given))
 
@@ -233,9 +273,17 @@ FAULTS = {
 }  # fmt: skip
 
 
-def hold_planted(kind, edit=None):
+FAULTS_OF_SM75 = {
+    "no barrier before B and s are read": drop(r"bar(rier)?\.sync"),
+    "a chunk of s stays where it is": drop(r"st\.shared\.v4", 0),
+    "a product is left out": drop(r"fma\.rn\.f32", 5),
+    "s of another row": change(r"(ld\.shared\.v4\.f32\s.*)\+16\]", r"\1]", 0),
+}
+
+
+def hold_planted(kind, edit=None, arch=90):
     for seed in range(5):
-        hold(of(kind, 150, 200, 20), on=WithGaps, seed=seed, edit=edit)
+        hold(of(kind, 150, 200, 20, arch=arch), on=WithGaps, seed=seed, edit=edit)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -245,9 +293,15 @@ def test_planted(name):
         hold_planted(kind, planted("expand_kernel", edit))
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32"])
-def test_without_a_fault_it_passes(kind):
-    hold_planted(kind)
+@pytest.mark.parametrize("name", FAULTS_OF_SM75)
+def test_planted_on_sm_75(name):
+    with pytest.raises((Fault, AssertionError)):
+        hold_planted("fp16+fp32", planted("expand_kernel", FAULTS_OF_SM75[name]), 75)
+
+
+@pytest.mark.parametrize(("kind", "arch"), [("bf16", 90), ("fp32", 90), ("fp16+fp32", 75)])
+def test_without_a_fault_it_passes(kind, arch):
+    hold_planted(kind, arch=arch)
 
 
 class TestPlan:
@@ -276,7 +330,9 @@ class TestPlan:
             (of("bf16", 4, 8, 0), 90, "r is 0"),
             (of("bf16", 4, 8, 2000), 90, "r is 2000, expand keeps up to 1024"),
             (of("fp32", 4, 8, 513), 90, "r is 513, expand keeps up to 512"),
-            (of("bf16", 4, 8, 4), 75, "needs compute capability 8.0, this is 7.5"),
+            (of("bf16", 4, 8, 4), 75, "needs compute capability 8.0 in bfloat16, this is 7.5"),
+            (of("fp16", 4, 8, 4), 70, "needs compute capability 7.5, this is 7.0"),
+            (of("fp16", 4, 8, 313), 75, "r is 313, expand keeps up to 312 ranks"),
         ],
     )
     def test_refusals(self, case, arch, said):

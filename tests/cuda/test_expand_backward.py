@@ -9,11 +9,13 @@ from skinny_cases import (
     BF16,
     F16,
     F32,
+    KINDS,
     LAYOUTS,
     SCHEDULES,
     Case,
     bits,
     check,
+    dtype_on,
     executed,
     specials,
 )
@@ -32,43 +34,45 @@ def case(*sizes, **more):
     return Case("expand_backward", *sizes, **more)
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 @pytest.mark.parametrize("r", [1, 3, 16, 17, 64, 256])
 def test_ranks(r, arch):
-    check(case(140, 270, r, arch=arch))
+    check(case(140, 270, r, dtype=dtype_on(arch), arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
 @pytest.mark.parametrize("wants", SUBSETS, ids="+".join)
-def test_subsets(wants, dtype):
-    found = check(case(70, 264, 20, dtype=dtype, wants=wants))
+def test_subsets(wants, dtype, arch):
+    found = check(case(70, 264, 20, dtype=dtype, wants=wants, arch=arch))
     assert tuple(found) == wants
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
 @pytest.mark.parametrize(
     "sizes", [(1, 8, 1), (1, 1, 1), (131, 77, 5), (264, 70, 20), (72, 513, 64)]
 )
-def test_dtypes(sizes, dtype):
-    check(case(*sizes, dtype=dtype))
+def test_dtypes(sizes, dtype, arch):
+    check(case(*sizes, dtype=dtype, arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
 @pytest.mark.parametrize("adapter", [BF16, F16, F32])
-def test_adapters_of_another_dtype(dtype, adapter):
-    check(case(136, 40, 12, dtype=dtype, adapter=adapter))
+def test_adapters_of_another_dtype(dtype, adapter, arch):
+    check(case(136, 40, 12, dtype=dtype, adapter=adapter, arch=arch))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [(80, BF16), (80, F32), pytest.param(75, F16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("wants", [OUTPUTS, ("ds",)], ids="+".join)
-def test_layouts(layout, dtype, wants):
-    check(case(70, 136, 16, dtype=dtype, lay_out=LAYOUTS[layout], wants=wants))
+def test_layouts(layout, dtype, wants, arch):
+    check(case(70, 136, 16, dtype=dtype, lay_out=LAYOUTS[layout], wants=wants, arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_infinity_and_nan(dtype):
-    check(case(40, 136, 12, dtype=dtype, lay_out=specials))
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
+def test_infinity_and_nan(dtype, arch):
+    check(case(40, 136, 12, dtype=dtype, lay_out=specials, arch=arch))
 
 
 @pytest.mark.slow
@@ -83,14 +87,14 @@ def test_a_tile_that_would_fill_shared_memory(arch):
     check(case(40, 140, 64, dtype=F16, arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
 @pytest.mark.parametrize("wants", SUBSETS, ids="+".join)
-def test_nothing_to_sum(wants, dtype):
+def test_nothing_to_sum(wants, dtype, arch):
     """Without rows dB and dbias are 0, without columns ds is."""
     for columns in (40, 600):
-        found, _ = executed(case(0, columns, 3, dtype=dtype, wants=wants))
+        found, _ = executed(case(0, columns, 3, dtype=dtype, wants=wants, arch=arch))
         assert not any(tensor.any() for tensor in found.values())
-    found, _ = executed(case(5, 0, 3, dtype=dtype, wants=wants))
+    found, _ = executed(case(5, 0, 3, dtype=dtype, wants=wants, arch=arch))
     assert not any(tensor.any() for tensor in found.values())
 
 
@@ -106,10 +110,10 @@ def test_dbias_alone_needs_neither_s_nor_b():
     torch.testing.assert_close(dbias, dy.sum(0))
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 def test_bits_are_those_of_every_schedule(arch):
     """Also of two calls in a row, on the same counters, with fewer CTAs resident than there are."""
-    one = case(400, 530, 16, arch=arch)
+    one = case(400, 530, 16, dtype=dtype_on(arch), arch=arch)
     first, *others = (executed(one, *schedule, times=2)[0] for schedule in SCHEDULES)
     for name in OUTPUTS:
         assert all(bits(first[name]).equal(bits(other[name])) for other in others), name

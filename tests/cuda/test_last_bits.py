@@ -20,6 +20,7 @@ from lorafast.reference.contract import _FACTOR
 pytestmark = needs_nvcc
 F16, F32 = torch.float16, torch.float32
 ARCH = 80
+ARCHES = [ARCH, pytest.param(75, marks=pytest.mark.slow)]
 SIZES = ((60, 63), (33, 64))
 LAST_BITS = {
     "any": lambda n, g: torch.randint(1 << 23, 1 << 24, (n,), generator=g),
@@ -37,11 +38,13 @@ def draw(kind, n, seed, dtype=F32):
     return (bits * 2.0 ** torch.randint(-3, 4, (n,), generator=g)).to(dtype)
 
 
-def planned(plan, operation, M, K, N, r, dtype=F32, adapter=F32, wants=(), dropout=False):
+def planned(
+    plan, operation, M, K, N, r, dtype=F32, adapter=F32, wants=(), dropout=False, arch=ARCH
+):
     problem = Problem(
         operation, M, K, N, r, dtype, adapter, torch.device("cpu"), wants=wants, dropout=dropout
     )
-    launch = plan(problem, Device.known_by("", ARCH, 8))
+    launch = plan(problem, Device.known_by("", arch, 8))
     assert not isinstance(launch, str), launch
     return launch.run
 
@@ -74,56 +77,66 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(("kind", "dtypes", "terms"), CASES)
-def test_shrink(kind, dtypes, terms):
+def test_shrink(kind, dtypes, terms, arch):
     (M, r), (dtype, adapter) = SIZES[0], dtypes
     x, A = columns(draw(kind, M, 1, dtype), draw(kind, r, 2, adapter), *terms)
-    with launched(ARCH):
-        s = planned(skinny.plan_shrink, "shrink", M, terms[0], 0, r, dtype, adapter)(x, A)
+    with launched(arch):
+        s = planned(skinny.plan_shrink, "shrink", M, terms[0], 0, r, dtype, adapter, arch=arch)(
+            x, A
+        )
     hold(s, lambda x, A: x.to(A.dtype) @ A.t(), x, A)
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(("kind", "dtypes", "terms"), CASES)
-def test_shrink_backward(kind, dtypes, terms):
+def test_shrink_backward(kind, dtypes, terms, arch):
     (K, r), (dtype, adapter) = SIZES[1], dtypes
     x, ds = columns(draw(kind, K, 3, dtype), draw(kind, r, 4), *terms)
-    run = planned(skinny.plan_shrink_backward, "shrink_backward", terms[0], K, 0, r, dtype, adapter)
-    with launched(ARCH):
+    run = planned(
+        skinny.plan_shrink_backward, "shrink_backward", terms[0], K, 0, r, dtype, adapter, arch=arch
+    )
+    with launched(arch):
         dA = run(ds.t(), x.t())
     hold(dA, lambda ds, x: ds @ x.to(ds.dtype).t(), ds, x)
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(("kind", "dtypes", "terms"), CASES)
-def test_expand_backward(kind, dtypes, terms):
+def test_expand_backward(kind, dtypes, terms, arch):
     """ds and dB of one launch: dy is one row and one column of numbers."""
     (n, r), (dtype, adapter) = SIZES[0], dtypes
     dy, B = columns(draw(kind, n, 5, dtype), draw(kind, r, 6, adapter), *terms)
     s = draw(kind, n * r, 7).reshape(n, r)
     run = planned(
         skinny.plan_expand_backward, "expand_backward", n, 0, terms[0], r, dtype, adapter,
-        wants=("ds", "dB"),
+        wants=("ds", "dB"), arch=arch,
     )  # fmt: skip
-    with launched(ARCH):
+    with launched(arch):
         ds, _, _ = run(dy, s, B.t(), 1.0)
     hold(ds, lambda dy, B: dy.to(B.dtype) @ B.t(), dy, B)
     rows, s = columns(draw(kind, n, 8, dtype), draw(kind, r, 9), *terms)
     run = planned(
         skinny.plan_expand_backward, "expand_backward", terms[0], 0, n, r, dtype, adapter,
-        wants=("ds", "dB", "dbias"),
+        wants=("ds", "dB", "dbias"), arch=arch,
     )  # fmt: skip
-    with launched(ARCH):
+    with launched(arch):
         _, dB, dbias = run(rows.t(), s.t(), torch.zeros(n, r, dtype=adapter), 1.0)
     hold(dB, lambda dy, s: dy.to(s.dtype) @ s.t(), rows, s)
     assert dbias is not None
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(("kind", "dtypes", "terms"), CASES)
-def test_expand(kind, dtypes, terms):
+def test_expand(kind, dtypes, terms, arch):
     """r is 1, or so small; a float32 y."""
     M, N = SIZES[0]
     s, B = columns(draw(kind, M, 10), draw(kind, N, 11, dtypes[0]), *terms)
-    with launched(ARCH):
-        y = planned(small.plan_expand, "expand", M, 0, N, terms[0], F32, dtypes[0])(s, B, 1.0)
+    with launched(arch):
+        y = planned(small.plan_expand, "expand", M, 0, N, terms[0], F32, dtypes[0], arch=arch)(
+            s, B, 1.0
+        )
     hold(y, lambda s, B: s @ B.to(s.dtype).t(), s, B)
 
 

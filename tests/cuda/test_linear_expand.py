@@ -281,15 +281,18 @@ def test_what_a_tile_takes(columns, variant, monkeypatch):
     assert row.exposed < 0.03 * row.cycles["tensor"]
 
 
-def test_y_is_stored_in_whole_sectors():
-    case = Case("bf16", 256, 64, 256, 16, columns=256)
-    t = {name: matrix.to(BF16) for name, matrix in case.tensors().items()}
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_y_is_stored_in_whole_sectors(dtype):
+    """And nothing in shared memory collides."""
+    wide = 256 if dtype == "bf16" else 128
+    case = Case(dtype, 256, 64, 256, 16, columns=wide)
+    t = {name: matrix.to(case.dtype) for name, matrix in case.tensors().items()}
     machine = OnMachine(case)
     y = machine.linear_expand(t["x"], t["weight"], t["s"], t["lora_B"], 1.0)
     (ran,) = machine.run.ran()
     stores = [c for c in ran.counts if c.opcode.startswith("st.global") and c.issued]
     assert {c.opcode for c in stores} == {"st.global.v4.u32"}
-    assert sum(c.bytes for c in stores) == 2 * y.numel() == 32 * sum(c.sectors for c in stores)
+    assert sum(c.bytes for c in stores) == y.nbytes == 32 * sum(c.sectors for c in stores)
     for name in ("ldmatrix", "ld.shared", "st.shared", "cp.async"):
         at = [c for c in ran.counts if c.opcode.startswith(name) and c.issued]
         assert at

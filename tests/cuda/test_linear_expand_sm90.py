@@ -331,11 +331,10 @@ class TestPlan:
         assert reason == f"compute capability is {has}, the kernels of wgmma are for 9.0"
 
 
-def counted(K, r, M=128, cluster=1, across=False, **more):
+def counted(K, r, M=128, cluster=1, across=False, adapter=BF16, **more):
     """What tiles of 128 x 256 execute."""
-    x, weight, s, B = (
-        torch.zeros(*size, dtype=BF16) for size in ((M, K), (256, K), (M, r), (256, r))
-    )
+    x, weight, s = (torch.zeros(*size, dtype=BF16) for size in ((M, K), (256, K), (M, r)))
+    B = torch.zeros(256, r, dtype=adapter)
     if across:
         weight = torch.zeros(K, 256, dtype=BF16).t()
     with launched(ARCH, late="soon") as run:
@@ -381,11 +380,13 @@ class TestCounts:
         assert (ran.steps - plain.steps) / 4 < most
 
     @pytest.mark.parametrize(
-        ("opcode", "wavefronts"), [("st.shared.v4", 4), ("stmatrix", 4), ("ld.shared.v2.f32", 2)]
+        ("opcode", "wavefronts"),
+        [("st.shared.v4", 4), ("cp.async.cg", 4), ("stmatrix", 4), ("ld.shared.v2.f32", 2)],
     )
     def test_no_bank_collides(self, opcode, wavefronts):
-        """A warp stores 512 bytes in four passes; what it reads of the bias are two halves of a warp."""
-        ran = counted(512, 64, bias=torch.zeros(256))
+        """A warp writes 512 bytes in four passes; what it reads of the bias are two halves of a warp."""
+        adapter = torch.float32 if opcode == "st.shared.v4" else BF16
+        ran = counted(512, 64, adapter=adapter, bias=torch.zeros(256))
         issued = total(ran, opcode)
         assert issued > 0
         assert total(ran, opcode, "wavefronts") == wavefronts * issued

@@ -3,17 +3,21 @@
 import pytest
 from ring_protocol import BrokenError, Protocol, check
 
+PAIR = {"ctas": 2, "cluster": 2}
 RIGHT = {
     "two stages": Protocol(stages=2, tiles=3, k_steps=2),
     "under a mask": Protocol(stages=2, tiles=3, k_steps=2, masked=True),
     "more ranks than stages": Protocol(stages=2, tiles=2, k_steps=1, rank_steps=3),
     "no ranks": Protocol(stages=2, tiles=3, rank_steps=0),
     "two warpgroups": Protocol(stages=2, tiles=2, k_steps=1, consumers=2),
+    "a cluster": Protocol(stages=2, **PAIR, tiles=1, k_steps=1, rank_steps=0),
 }
 LARGE = {
     "two CTAs": Protocol(stages=2, ctas=2, tiles=3, k_steps=1),
     "helpers": Protocol(stages=2, ctas=2, tiles=1, k_steps=2, helpers=1),
     "everyone helps": Protocol(stages=2, ctas=2, tiles=1, k_steps=2, helpers=2),
+    "a cluster's tiles": Protocol(stages=2, **PAIR, tiles=3, k_steps=1),
+    "a cluster under a mask": Protocol(stages=2, **PAIR, tiles=1, k_steps=1, masked=True),
 }
 
 
@@ -37,6 +41,15 @@ BROKEN = [
     Protocol(tiles=1, k_steps=3, broken="reads unseen"),
     Protocol(ctas=2, tiles=1, k_steps=1, helpers=1, broken="raises early"),
     Protocol(ctas=2, tiles=1, k_steps=1, helpers=1, broken="counted by the loader"),
+    Protocol(**PAIR, tiles=1, k_steps=3, broken="tells itself"),
+    Protocol(**PAIR, tiles=2, k_steps=2, broken="tells the leader"),
+    Protocol(**PAIR, tiles=2, k_steps=2, broken="hears of one CTA"),
+    Protocol(**PAIR, tiles=1, k_steps=1, broken="expects its own"),
+    Protocol(**PAIR, tiles=1, k_steps=1, broken="posts to itself"),
+    Protocol(**PAIR, tiles=2, k_steps=1, broken="loads unasked"),
+    Protocol(**PAIR, tiles=3, k_steps=1, broken="takes for itself"),
+    Protocol(**PAIR, tiles=3, k_steps=1, broken="counts its own readers"),
+    Protocol(**PAIR, tiles=1, k_steps=1, broken="leaves alone"),
 ]
 
 

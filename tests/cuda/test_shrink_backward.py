@@ -7,12 +7,14 @@ from skinny_cases import (
     BF16,
     F16,
     F32,
+    KINDS,
     LAYOUTS,
     SCHEDULES,
     SEED,
     Case,
     bits,
     check,
+    dtype_on,
     executed,
     specials,
 )
@@ -26,39 +28,41 @@ def case(*sizes, **more):
     return Case("shrink_backward", *sizes, **more)
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 @pytest.mark.parametrize("r", [1, 3, 16, 17, 64, 256])
 def test_ranks(r, arch):
-    check(case(200, 130, r, arch=arch))
+    check(case(200, 130, r, dtype=dtype_on(arch), arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 1), (131, 77, 5), (264, 70, 20), (72, 65, 64)])
-def test_dtypes(sizes, dropout_p, dtype):
-    check(case(*sizes, dtype=dtype, dropout_p=dropout_p))
+def test_dtypes(sizes, dropout_p, dtype, arch):
+    check(case(*sizes, dtype=dtype, dropout_p=dropout_p, arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
 @pytest.mark.parametrize("adapter", [BF16, F16, F32])
-def test_adapters_of_another_dtype(dtype, adapter):
-    check(case(136, 40, 12, dtype=dtype, adapter=adapter))
+def test_adapters_of_another_dtype(dtype, adapter, arch):
+    check(case(136, 40, 12, dtype=dtype, adapter=adapter, arch=arch))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [BF16, F32])
-def test_layouts(layout, dtype):
-    check(case(136, 70, 16, dtype=dtype, lay_out=LAYOUTS[layout], dropout_p=0.3))
+@pytest.mark.parametrize(("arch", "dtype"), [(80, BF16), (80, F32), (75, F16)])
+def test_layouts(layout, dtype, arch):
+    check(case(136, 70, 16, dtype=dtype, lay_out=LAYOUTS[layout], dropout_p=0.3, arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_infinity_and_nan(dtype, dropout_p):
-    check(case(40, 136, 12, dtype=dtype, dropout_p=dropout_p, lay_out=specials))
+def test_infinity_and_nan(dtype, dropout_p, arch):
+    check(case(40, 136, 12, dtype=dtype, dropout_p=dropout_p, lay_out=specials, arch=arch))
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [*KINDS, *(pytest.param(90, dtype, marks=pytest.mark.slow) for dtype in (BF16, F16, F32))],
+)
 def test_the_mask_is_everyones(dtype, arch):
     """ds picks r rows of x, all ones: dA is not 0 where they are kept."""
     one = case(70, 77, 16, dtype=dtype, arch=arch, dropout_p=0.3)
@@ -78,9 +82,9 @@ def test_other_architectures(arch):
     check(case(264, 130, 40, arch=arch))
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-def test_nothing_to_sum(dtype):
-    found, run = executed(case(0, 40, 3, dtype=dtype))
+@pytest.mark.parametrize(("arch", "dtype"), KINDS)
+def test_nothing_to_sum(dtype, arch):
+    found, run = executed(case(0, 40, 3, dtype=dtype, arch=arch))
     assert not found["dA"].any()
     assert len(run.launches) == 1
 
@@ -91,9 +95,9 @@ def test_no_columns():
     assert not run.launches
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (75, 90))])
 def test_bits_are_those_of_every_schedule(arch):
     """Also of two calls in a row, on the same counters, with fewer CTAs resident than there are."""
-    one = case(900, 140, 16, arch=arch, dropout_p=0.2)
+    one = case(900, 140, 16, dtype=dtype_on(arch), arch=arch, dropout_p=0.2)
     first, *others = (executed(one, *schedule, times=2)[0]["dA"] for schedule in SCHEDULES)
     assert all(bits(first).equal(bits(other)) for other in others)

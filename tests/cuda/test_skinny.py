@@ -16,15 +16,15 @@ KINDS = ("shrink", "reduce", "backward")
 SIZES = ((1, 1), (1, 4096), (8192, 4096), (8192, 1024), (100_000, 14336), (7, 100_000))
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_fits_the_chip(kind, capability):
     row = row_of(SKINNY, capability)
     for dtype, r, (rows, columns), dropout in itertools.product(
-        (BF16, F16, F32), (1, 16, 17, 64, 256, 1000), SIZES, (False, True)
+        (BF16, F16, F32)[capability < 80 :], (1, 16, 17, 64, 256, 1000), SIZES, (False, True)
     ):
         s = skinny.shares_of(kind, dtype, rows, columns, r, row=row, sms=100, dropout=dropout)
-        assert 2 <= s.stages <= 8
+        assert s.stages == 1 if capability < 80 else 2 <= s.stages <= 8
         needed = s.tile.bytes_of(s.stages) + 16  # the kernel's own
         assert needed <= row.shared
         assert s.ctas_per_sm * (needed + 1024) <= row.on_sm
@@ -79,7 +79,9 @@ def test_refusals_are_sentences(operation):
         device = Device.known_by("a device", capability, 8)
         return PLANS[operation](problem(operation, **changes), device)
 
-    assert asked(75) == f"compute capability is 7.5, the kernels of {operation} need 8.0"
+    need = f"the kernels of {operation}"
+    assert asked(72) == f"compute capability is 7.2, {need} need 7.5"
+    assert asked(75) == f"compute capability is 7.5, {need} in bfloat16 need 8.0"
     double = "torch.float64, the kernels have float16, bfloat16 and float32"
     assert asked(dtype=torch.float64) == f"the dtype is {double}"
     assert asked(adapter_dtype=torch.float64) == f"the adapter is {double}"
@@ -138,6 +140,46 @@ def test_launchers_check(message):
     with launched(80) as run, pytest.raises(RuntimeError, match=message):
         torch.ops.lorafast_cuda.shrink(**arguments | MESSAGES[message])
     assert not run.launches
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("arch", "dtype", "ranks", "stages", "said"),
+    [
+        (75, F16, 16, 2, "stages is 2, expected 1 before compute capability 8.0"),
+        (80, F16, 16, 1, "stages is 1, expected 2 to 8"),
+        (75, BF16, 16, 1, "shrink of bfloat16 needs compute capability 8.0, and cuda has 7.5"),
+    ],
+)
+def test_a_ring_is_for_those_who_have_one(arch, dtype, ranks, stages, said):
+    x, A = torch.zeros(40, 64, dtype=dtype), torch.zeros(8, 64, dtype=dtype)
+    s = torch.zeros(40, 8, dtype=torch.float32 if dtype is F16 else dtype)
+    rows = 64 if dtype is F16 else 128
+    with launched(arch) as run, pytest.raises(RuntimeError, match=said):
+        torch.ops.lorafast_cuda.shrink(
+            x, A, None, 0, 1.0, 1.0, s, None, None, ranks, rows, 128, stages, 1
+        )
+    assert not run.launches
+
+
+@needs_nvcc
+def test_a_tile_that_an_sm_has_no_room_for():
+    """Of the backward of 64 ranks, which is never planned there."""
+    dy, B = (torch.zeros(n, m, dtype=F16) for n, m in ((40, 128), (128, 64)))
+    given = dy, torch.zeros(40, 64), B, 1.0, torch.zeros(40, 64), None, None
+    with launched(75) as run, pytest.raises(RuntimeError, match="bytes of shared memory"):
+        torch.ops.lorafast_cuda.expand_backward(*given, None, None, 64, 32, 128, 1, 2, 1)
+    assert not run.launches
+
+
+def test_without_a_ring_ds_may_be_a_launch_of_its_own():
+    """Where a second pass over dy moves less than the parts of ds, which are read and written."""
+    few, many = (Case("expand_backward", 8192, 4096, r, F16, arch=75, sms=40) for r in (16, 64))
+    assert few.launch().launches == 1
+    assert many.launch().launches == 2
+    assert "shrink" not in few.launch().line
+    dy = 8192 * 4096 * 2
+    assert 2 * dy < many.launch().moved < 2.6 * dy
 
 
 OF_BACKWARD = {

@@ -77,6 +77,14 @@ FAULTS = {
         "pair",
         before(r"fence\.mbarrier_init", change(r"(shl\.b32 \s*%r\d+, %r\d+), 3;", r"\1, 2;")),
     ),
+    "stages that are read are told within one CTA": (
+        "pair",
+        change(r"arrive\.shared::cluster", "arrive.release.cta.shared::cluster", EVERY),
+    ),
+    "of stages that are read it hears within one CTA": (
+        "pair",
+        change(r"parity\.shared::cta", "parity.acquire.cta.shared::cta", 13),
+    ),
     "readers of mail tell their own CTA": ("short pair", to_itself(8)),
     "writers that read mail tell their own CTA": ("short pair", to_itself(0)),
     "the readers of one CTA are enough for new mail": (
@@ -95,6 +103,7 @@ FAULTS = {
     "a piece of y is stored before it is written": ("plain", drop(BAR, 2)),
     "a piece of y is written while TMA reads it": ("plain", drop(r"bulk\.wait_group\.read", EVERY)),
     "ranks aren't published": ("plain", drop(r"fence\.proxy\.async", 0)),
+    "copied ranks aren't waited for": ("short", drop(r"cp\.async\.wait_group", EVERY)),
     "y isn't published": ("plain", drop(r"fence\.proxy\.async", 1)),
     "stores of y are in no group": ("plain", drop(r"bulk\.commit_group", EVERY)),
     "it ends before y is stored": ("plain", drop(r"bulk\.wait_group 0")),

@@ -10,12 +10,12 @@ from lorafast.bench.common.problem import Problem, draw
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.operations.cases import cases
 from lorafast.bench.operations.job import why_wrong
-from lorafast.bench.tune.climb import by_backend
 from on_machine import launched, needs_nvcc
 
 from lorafast.backends.cost import pretending
 from lorafast.backends.cuda import Cuda, planning
 from lorafast.backends.cuda.launch import Launch
+from lorafast.ops.problems import by_backend
 
 pytestmark = [needs_nvcc, pytest.mark.slow]
 

@@ -6,6 +6,10 @@ Those of CUDA C++ too, where they are built: the last line says whether they wer
 from unittest import mock
 
 import torch
+from lorafast.bench.common.problem import Problem, draw
+from lorafast.bench.common.shapes import Shape
+from lorafast.bench.operations.cases import cases
+from lorafast.bench.operations.job import as_is
 from lorafast.kernels.common import plan
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import Helpers
@@ -13,8 +17,11 @@ from lorafast.kernels.lora_linear import lora_linear as with_config
 
 import lorafast
 from lorafast import ops
-from lorafast.backends import dropout, forced
+from lorafast.backends import cost, dropout, forced
+from lorafast.backends.cuda import Cuda, planning
+from lorafast.backends.cuda.launch import Launch
 from lorafast.functional import grouped_lora_linear, lora_linear
+from lorafast.ops.problems import by_backend
 
 
 def main() -> None:
@@ -26,6 +33,7 @@ def main() -> None:
     if reason is None:
         operations("cuda", device)
         of_few_rows(device)
+        whatever_may_be_launched(device)
     torch.cuda.synchronize()
     print(f"every kernel ran{'' if reason is None else f', but for those of CUDA C++: {reason}'}")
 
@@ -64,6 +72,18 @@ def of_few_rows(device: torch.device) -> None:
                     adapter_of = torch.arange(M, device=device) % (n + 1) - 1
                     grouped_lora_linear(x, weight, lora_A, lora_B, 0.7, adapter_of, bias)
             dropout.keep_mask(M, K, 0.3, torch.tensor([5], device=device))
+
+
+def whatever_may_be_launched(device: torch.device) -> None:
+    """Launches that the model may leave to others: GEMMs in CUDA C++, layers in one launch, whose rows
+    are multiples of 16 bytes."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for p in (0.0, 0.5):
+            layer = Problem(Shape("", 131, 72, 200), 3, dtype, dtype, p)
+            for case in cases(layer, draw(layer, device, 1)).values():
+                for launch in planning.launches_of(case.asks, cost.gpu_of(device)):
+                    if isinstance(launch, Launch):
+                        case.call(by_backend(Cuda(launch.choices)), as_is)
 
 
 def with_helpers(device: torch.device) -> None:

@@ -13,7 +13,6 @@ from lorafast.bench.common.problem import draw as draw_layer
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.operations.cases import cases
 from lorafast.bench.operations.job import why_wrong
-from lorafast.bench.tune.climb import by_backend
 
 from lorafast import ops, reference
 from lorafast.backends import cost, dropout, forced, registry
@@ -21,7 +20,7 @@ from lorafast.backends.cuda import Cuda, native, planning
 from lorafast.backends.cuda.launch import Launch
 from lorafast.backends.plan import Plan
 from lorafast.functional import grouped_lora_linear, lora_linear
-from lorafast.ops.problems import layer_problem
+from lorafast.ops.problems import by_backend, layer_problem
 from lorafast.reference import contract, wide
 
 pytestmark = pytest.mark.gpu

@@ -18,7 +18,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -178,6 +178,11 @@ class Row:
     """Of the operation; the first is counted."""
     from_memory: float = 0.0
     """Bytes that come from device memory or go there, where they are counted; 0: see ``least``."""
+    timeline: dict[str, float] = field(default_factory=dict)
+    """Clocks of a tile by a model of its CTA's warps (tests/cuda/timeline.py), where there is one."""
+    stalls: dict[str, float] = field(default_factory=dict)
+    """Clocks for which ptxas holds a warp of a GEMM back in a step, and in its epilogue, by its
+    machine code."""
 
     @property
     def launch(self) -> Amounts:
@@ -213,6 +218,16 @@ class Row:
         rates = RATES[self.capability]
         of_step, of_tile = (a.cycles(rates, self.from_l2) for a in (self.step, self.tile))
         return {unit: of_tile[unit] + self.steps * of_step[unit] for unit in of_step}
+
+    @property
+    def step_cycles(self) -> dict[str, float]:
+        """Of a step, by unit."""
+        return self.step.cycles(RATES[self.capability], self.from_l2)
+
+    @property
+    def tile_cycles(self) -> dict[str, float]:
+        """Of a tile beside its steps, by unit: what is bare if it hides behind nothing."""
+        return self.tile.cycles(RATES[self.capability], self.from_l2)
 
     @property
     def bound(self) -> str:
@@ -413,6 +428,7 @@ def count_helped(capability: int, M: int, K: int, N: int, r: int) -> list[Row]:
 
     One program after the other is executed: nobody waits for a flag, and counts are the same each time.
     More columns of tiles are more tiles and no more items.
+
     """
     config = find("linear_expand", capability, torch.bfloat16, M, K, N, r, capability >= 90)
     thin = find("shrink", capability, torch.bfloat16, M, K, K, r)
@@ -516,7 +532,9 @@ def both(capabilities: tuple[int, ...] = (80, 86, 90)) -> tuple[list[Row], str |
 
 def as_json(row: Row) -> dict[str, Any]:
     """A row, and what follows from it."""
-    names = "cycles", "bound", "exposed", "launch_cycles", "moved", "least"
+    names = (
+        "cycles", "bound", "exposed", "launch_cycles", "moved", "least", "step_cycles", "tile_cycles"
+    )  # fmt: skip
     return asdict(row) | {name: getattr(row, name) for name in names}
 
 

@@ -10,6 +10,7 @@ Tensors are NumPy arrays or PyTorch tensors on the CPU: the program's addresses 
 import ctypes
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from .tensormap import TensorMap
 LATE = ("late", "random", "soon")
 _MESSAGE = 1 << 16
 _TRACE = 1 << 24
+_LANES = 32
 
 
 class Fault(Exception):  # noqa: N818
@@ -90,6 +92,8 @@ class Count:
     """Passes over the banks of shared memory."""
     multiplies: int
     """Multiply-adds of a matrix instruction."""
+    by_warp: tuple[int, ...] = ()
+    """How often each warp of a CTA issued it, by its place there, summed over CTAs."""
 
 
 @dataclass(frozen=True)
@@ -344,12 +348,14 @@ class Machine:
             self.region(kind(buffer.name, buffer.data))
         size = _library().ptx_code_size(ctypes.c_void_p(program._handle))
         counts = (_Count * max(size, 1))()
+        warps = -(-math.prod(options.block) // _LANES)
+        by_warp = (ctypes.c_uint64 * max(size * warps, 1))()
         steps = ctypes.c_uint64()
         message = ctypes.create_string_buffer(_MESSAGE)
         traced = ctypes.create_string_buffer(_TRACE if options.trace_cta >= 0 else 1)
         code = _library().ptx_launch(
             self._handle, ctypes.c_void_p(program._handle), ctypes.byref(options), packed,
-            ctypes.c_uint64(len(packed)), counts, ctypes.byref(steps), traced, len(traced),
+            ctypes.c_uint64(len(packed)), counts, by_warp, ctypes.byref(steps), traced, len(traced),
             message, _MESSAGE,
         )  # fmt: skip
         if code == 1:
@@ -358,11 +364,12 @@ class Machine:
             raise fault
         if code:
             raise UnknownInstruction(message.value.decode())
-        found = tuple(
-            Count(line, opcode, *(getattr(counts[i], name) for name, _ in _Count._fields_))
-            for i, (line, opcode) in enumerate(program.code())
-        )
-        return Ran(found, steps.value, traced.value.decode())
+        found = []
+        for i, (line, opcode) in enumerate(program.code()):
+            numbers = (getattr(counts[i], name) for name, _ in _Count._fields_)
+            of_warps = tuple(by_warp[i * warps : (i + 1) * warps])
+            found.append(Count(line, opcode, *numbers, of_warps))
+        return Ran(tuple(found), steps.value, traced.value.decode())
 
     @staticmethod
     def _with_source(message: str, laid_out: Layout) -> str:

@@ -267,3 +267,25 @@ def test_what_is_counted_is_the_code_of_the_full_launch(monkeypatch, name, capab
     # All steps together multiply what the problem does; the last share may be a part of one.
     multiplies = M * K * (N if subject.operation == "linear_expand" else r)
     assert multiplies <= row.step.multiplies * row.steps * row.tiles < 1.1 * multiplies
+
+
+def test_instructions_are_counted_by_warp():
+    """The second warp of each of two CTAs goes round once more than the first."""
+    text = """.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry rounds() .reqntid 64 {
+.reg .b32 %n; .reg .pred %more;
+mov.u32 %n, %tid.x;
+shr.u32 %n, %n, 5;
+again:
+sub.s32 %n, %n, 1;
+setp.ge.s32 %more, %n, 0;
+@%more bra again;
+ret;
+}
+"""
+    ran = Machine(seed=1).launch(Program.from_text(text, "rounds"), (2,), (64,), [])
+    found = {c.opcode: c.by_warp for c in ran.counts}
+    assert found["sub.s32"] == (2, 4)
+    assert all(sum(c.by_warp) == c.issued for c in ran.counts)

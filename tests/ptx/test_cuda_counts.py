@@ -212,14 +212,16 @@ def card(arch):
 
 
 def served(arch):
-    """What is launched there: the fused ``linear_expand`` by ``mma.sync`` refuses sm_90, and a small
-    layer may be one by one."""
+    """What is launched there: the fused ``linear_expand`` by ``mma.sync`` refuses sm_90, that by
+    ``wgmma`` all others, and a layer may be one by one."""
     subjects = [
         (s, s.operation != "mask" and isinstance(cuda_counts.planned(s, card(arch)), str))
         for s in cuda_counts.subjects()
     ]
-    refused = {s.family for s, is_refused in subjects if is_refused}
-    assert refused <= ({"linear_expand", "small"} if arch == 90 else {"small"})
+    refused = {(s.family, s.operation) for s, is_refused in subjects if is_refused}
+    small, in_one = ("small", "lora_linear"), ("wgmma", "lora_linear")
+    expected = {("linear_expand", "linear_expand")} if arch == 90 else {("wgmma", "linear_expand")}
+    assert refused <= {small, ("small", "expand"), in_one, *expected}
     return [s for s, is_refused in subjects if not is_refused]
 
 

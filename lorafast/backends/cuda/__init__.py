@@ -1,4 +1,4 @@
-"""CUDA C++: kernels bound by latency and bandwidth; large GEMMs stay PyTorch's.
+"""CUDA C++: skinny operations, layers in one launch, GEMMs with the low-rank term in their accumulator.
 
 Their mask serves ``lorafast.backends.dropout`` too. What was measured with another build of them is not
 used.

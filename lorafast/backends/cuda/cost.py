@@ -7,7 +7,7 @@ assumptions: those of skinny operations are below what Triton's kernels of the s
 measured to reach.
 """
 
-from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm, work
+from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm
 from lorafast.backends.cuda import clocks, planning
 from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
@@ -27,12 +27,12 @@ _RATE = {"shrink": 0.2, "shrink_backward": 0.15, "expand_backward": 0.12, "expan
 _TWO_TF32, _THREE_TF32 = 0.25, 0.15
 """Of the rate of 16-bit GEMMs, and times that where one factor is float32 or both are: no more than
 Triton's kernels were measured to reach, so that what was measured gives way to nothing that was not."""
+_TRITONS = 80
+"""The oldest architecture of those kernels."""
 _RANKS = 16
 """A tile has a multiple of so many."""
 _DECODING = 0.5
 """Of the rate of products: its tiles are thin, and half as many rows of x may fill them."""
-_PASS = 0.85
-"""Of the bandwidth: PyTorch's own passes over a matrix."""
 _LARGE = {
     "shrink": ("x",),
     "shrink_backward": ("x",),
@@ -85,15 +85,8 @@ def of(launch: Launch, p: Problem, device: Device) -> Estimate:
     """What a launch takes."""
     if not isinstance(launch, Hybrid):
         return _of_kernels(launch, p, device)
-    columns = p.K if p.transposed else p.N
     found = _of_kernels(launch.expand, planning.as_expand(p), device)
-    found += base_gemm(p, device, accumulated=not launch.wide)
-    y, size = float(p.M * columns), p.dtype.itemsize
-    if launch.wide:  # added in float32, then rounded
-        low = wide(p.dtype).itemsize
-        found += work(device, moved=y * (2 * low + size), share=_PASS)
-        found += work(device, moved=y * (low + size), share=_PASS)
-    return found
+    return found + base_gemm(p, device, accumulated=not launch.onto)
 
 
 def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
@@ -107,7 +100,9 @@ def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
         busy = launch.flops / device.rate(p.dtype, tf32=False) / _DECODING
         moved = launch.moved / device.bandwidth / _WHOLE
     else:
-        busy = max(clocks.seconds(p, device) / _SKINNY, _products(launch, p, device))
+        busy = clocks.seconds(p, device) / _SKINNY
+        if device.capability >= _TRITONS:
+            busy = max(busy, _products(launch, p, device))
         moved = launch.moved / device.bandwidth / _SKINNY
     remark = "clocks counted, shares assumed, not measured"
     if narrow:

@@ -27,7 +27,9 @@ from lorafast.core.dtypes import wide
 from lorafast.core.problem import Problem
 from lorafast.kernels.common.counters import counters
 
-_OLDEST = 80
+_OLDEST = 75
+_BFLOAT16 = 80
+"""The first compute capability whose tensor cores multiply it."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PAD = 16
 """Bytes after a row of a tile in shared memory."""
@@ -36,11 +38,12 @@ _OWN = 16
 they count too."""
 _MOST_STAGES = 8
 _FEWEST_STAGES = 2
+"""Of a ring."""
 _MOST_PARTS = 64
 _START = 2.0
 """Tiles whose time a CTA takes to fill its ring."""
 _TWO_RESIDENT = 32
-"""Ranks up to which registers let two CTAs on an SM: one makes its mask while the other multiplies."""
+"""Ranks up to which registers let two CTAs on an SM, where there is a ring."""
 _CHUNKS = 4
 """Times in its walk that a CTA of ``backward`` asks whether ds can be added up."""
 _AGAIN = 0.5
@@ -74,8 +77,8 @@ class Tile:
 
 
 @functools.cache
-def tile_of(kind: str, dtype: torch.dtype, ranks: int) -> Tile:
-    """The instance for so many ranks."""
+def tile_of(kind: str, dtype: torch.dtype, ranks: int, split: bool = False) -> Tile:
+    """The instance for so many ranks; ``split``: its float32 factors lie there as three float16."""
     size, beside = dtype.itemsize, wide(dtype).itemsize
     bf16 = dtype is torch.bfloat16
     if kind == "shrink":
@@ -86,6 +89,10 @@ def tile_of(kind: str, dtype: torch.dtype, ranks: int) -> Tile:
         rows, columns = (64 if ranks <= 16 else 32) if bf16 else 32, 256 if bf16 else 128
     x = rows * (columns * size + _PAD)
     of_p, of_q = ranks * (columns * beside + _PAD), rows * (ranks * beside + _PAD)
+    if split:  # and the scale of each eight
+        of_p, of_q = (
+            3 * ranks * (2 * along + _PAD) + along // 8 * ranks * 4 for along in (columns, rows)
+        )
     sums = 4 * rows * ranks * 4
     before = 0 if kind != "backward" else max(of_p, sums) if bf16 else of_p + sums
     stage = x + (of_p if kind == "shrink" else of_q)
@@ -125,8 +132,8 @@ class Shares:
     @property
     def in_flight(self) -> int:
         """Bytes of the large matrix that an SM asks for ahead of their use. A CTA whose walk is no
-        longer than that asks for all of it."""
-        return self.ctas_per_sm * (self.stages - 1) * self.tile.x
+        longer than that asks for all of it. Without a ring they are a tile in registers."""
+        return self.ctas_per_sm * max(self.stages - 1, 1) * self.tile.x
 
 
 def shares_of(
@@ -144,9 +151,10 @@ def shares_of(
     fixed: Choices = NONE,
 ) -> Shares:
     """Of a large matrix ``[rows, columns]`` on an architecture with ``row``."""
+    split = not row.ring and dtype is torch.float16
     fitting = [
-        tile for tile in (tile_of(kind, dtype, ranks) for ranks in ranks_of(kind, dtype))
-        if tile.bytes_of(_FEWEST_STAGES) + _OWN <= row.shared
+        tile for tile in (tile_of(kind, dtype, ranks, split) for ranks in ranks_of(kind, dtype))
+        if tile.bytes_of(_fewest(row)) + _OWN <= row.shared
     ]  # fmt: skip
     enough = next((i for i, tile in enumerate(fitting) if tile.ranks >= r), len(fitting) - 1)
     tiles = fitting[: enough + 1] if kind == "backward" else [fitting[enough]]
@@ -177,7 +185,7 @@ def shares_of(
     grid = across, count, ranks
     ctas = min(cut.ctas, max(_blocks(across * count * ranks, sms), 1))  # others never come
     stages = fixed.get("stages", min(_stages(tile, row, ctas), share + 1))
-    stages = max(min(stages, _MOST_STAGES, _room(tile, row, ctas)), _FEWEST_STAGES)
+    stages = max(min(stages, _most(row), _room(tile, row, ctas)), _fewest(row))
     return Shares(tile, stages, ctas, grid, share, chunk, of_s + of_d + of_bias, used)
 
 
@@ -207,7 +215,9 @@ def _cut(
     dropout: bool,
 ) -> _Cut:
     ctas = 1
-    if dropout and tile.ranks <= _TWO_RESIDENT and _stages(tile, row, 2) >= _FEWEST_STAGES:
+    # One makes its mask, or without a ring loads, while the other multiplies.
+    two = not row.ring or (dropout and tile.ranks <= _TWO_RESIDENT)
+    if two and _stages(tile, row, 2) >= _fewest(row):
         ctas = 2
     ranks = _blocks(r, tile.ranks)
     row_tiles, column_tiles = _blocks(rows, tile.rows), _blocks(columns, tile.columns)
@@ -225,7 +235,17 @@ def _cut(
 def _stages(tile: Tile, row: SkinnyRow, ctas: int) -> int:
     """Of the ring of each of so many CTAs on an SM: what memory needs, as far as there is room."""
     wanted = _blocks(row.in_flight, ctas * tile.x) + 1
-    return min(max(wanted, _FEWEST_STAGES), _MOST_STAGES, _room(tile, row, ctas))
+    return min(max(wanted, _fewest(row)), _most(row), _room(tile, row, ctas))
+
+
+def _fewest(row: SkinnyRow) -> int:
+    """Stages that a CTA must have."""
+    return _FEWEST_STAGES if row.ring else 1
+
+
+def _most(row: SkinnyRow) -> int:
+    """Stages that a CTA can have."""
+    return _MOST_STAGES if row.ring else 1
 
 
 def _room(tile: Tile, row: SkinnyRow, ctas: int) -> int:
@@ -314,7 +334,8 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
     """``ds = scaling · dy·B``, ``dB = scaling · dyᵀ·s``, ``dbias = Σ dy``: of them what is wanted, by
     ``run(dy, s, lora_B, scaling)``.
 
-    ``ds`` alone is a ``shrink`` of dy.
+    ``ds`` alone is a ``shrink`` of dy. Without a ring it is one beside the others too, where a second
+    pass over dy moves less than the parts of ds that column blocks would leave.
     """
     p = problem
     reason = _why_refused(p, device)
@@ -324,10 +345,17 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
     alone = want_ds and not (want_dB or want_dbias)
     kind = "shrink" if alone else "backward" if want_ds else "reduce"
     r = p.r if want_ds or want_dB else 1
+    row = row_of(SKINNY, device.capability)
     shares = shares_of(
-        kind, p.dtype, p.M, p.N, r, row=row_of(SKINNY, device.capability), sms=device.sms,
-        has_d=want_dB, has_bias=want_dbias, fixed=fixed,
+        kind, p.dtype, p.M, p.N, r, row=row, sms=device.sms, has_d=want_dB, has_bias=want_dbias,
+        fixed=fixed,
     )  # fmt: skip
+    if kind == "backward" and not row.ring and fixed in (NONE, _APART):
+        others = tuple(name for name in p.wants if name != "ds")
+        two = [plan_expand_backward(p._replace(wants=wants), device) for wants in (("ds",), others)]
+        apart = _apart(*two)
+        if fixed == _APART or apart.moved < _moved_by(p, shares):
+            return apart
     M, N, low, own, dtype = p.M, p.N, wide(p.dtype), p.dtype, p.adapter_dtype
     arguments, chunk = shares.arguments, shares.chunk
 
@@ -349,14 +377,37 @@ def plan_expand_backward(problem: Problem, device: Device, fixed: Choices = NONE
         )  # fmt: skip
         return ds, dB, dbias
 
-    products = want_ds + want_dB
-    moved = _moved(p, shares, p.M, p.N) + want_dbias * p.N * p.dtype.itemsize
-    moved += products * p.N * p.r * p.adapter_dtype.itemsize
-    flops = 2.0 * p.M * p.N * p.r * products + want_dbias * p.M * p.N
+    flops = 2.0 * p.M * p.N * p.r * (want_ds + want_dB) + want_dbias * p.M * p.N
     return Launch(
-        ds_alone if alone else run, _line("expand_backward", shares), flops, moved,
+        ds_alone if alone else run, _line("expand_backward", shares), flops, _moved_by(p, shares),
         choices=shares.choices,
     )  # fmt: skip
+
+
+_APART: Choices = {"apart": 1}
+
+
+def _apart(of_ds: Launch | str, others: Launch | str) -> Launch:
+    """``expand_backward`` in two launches."""
+    assert isinstance(of_ds, Launch)
+    assert isinstance(others, Launch)
+
+    def run(dy: Tensor, s: Tensor | None, lora_B: Tensor | None, scaling: float) -> Sums:
+        ds, _, _ = of_ds.run(dy, None, lora_B, scaling)
+        _, dB, dbias = others.run(dy, s, None, scaling)
+        return ds, dB, dbias
+
+    return Launch(
+        run, f"{of_ds.line}; {others.line}", of_ds.flops + others.flops, of_ds.moved + others.moved,
+        launches=2, choices=_APART,
+    )  # fmt: skip
+
+
+def _moved_by(p: Problem, shares: Shares) -> float:
+    """Bytes of ``expand_backward``."""
+    products = ("ds" in p.wants) + ("dB" in p.wants)
+    moved = _moved(p, shares, p.M, p.N) + ("dbias" in p.wants) * p.N * p.dtype.itemsize
+    return moved + products * p.N * p.r * p.adapter_dtype.itemsize
 
 
 def _scratch(shares: Shares, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -371,6 +422,9 @@ def _why_refused(p: Problem, device: Device) -> str | None:
     if device.capability < _OLDEST:
         has, needs = (".".join(map(str, divmod(c, 10))) for c in (device.capability, _OLDEST))
         return f"compute capability is {has}, the kernels of {p.operation} need {needs}"
+    if p.dtype is torch.bfloat16 and device.capability < _BFLOAT16:
+        has = ".".join(map(str, divmod(device.capability, 10)))
+        return f"compute capability is {has}, the kernels of {p.operation} in bfloat16 need 8.0"
     if p.dtype not in _DTYPES:
         return f"the dtype is {p.dtype}, the kernels have float16, bfloat16 and float32"
     if p.adapter_dtype not in _DTYPES:

@@ -18,6 +18,8 @@ from lorafast.core.problem import DENSE, Layout, Problem
 from lorafast.kernels.common.counters import counters
 
 _OLDEST = 80
+"""Of a layer in one launch, whose kernels have no way to shared memory but cp.async."""
+_OLDEST_OF_EXPAND, _BFLOAT16 = 75, 80
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SPAN = 32
 """Columns of a warp."""
@@ -58,22 +60,25 @@ _BY_ELEMENT = 8
 def plan_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
     """The launch of ``y = drop(scaling · s·Bᵀ)``, or why there is none.
 
-    Its ``run`` takes ``bias`` as a sixth argument, which is added before y is rounded.
+    Its ``run`` takes ``bias`` as a sixth argument, which is added before y is rounded, and as a seventh
+    a contiguous ``y`` of float16, onto which all is added in place.
     """
     p, table = problem, _table(device)
-    if device.capability < _OLDEST:
-        return f"expand needs compute capability 8.0, this is {_said(device)}"
+    if device.capability < _OLDEST_OF_EXPAND:
+        return f"expand needs compute capability 7.5, this is {_said(device)}"
+    if p.dtype is torch.bfloat16 and device.capability < _BFLOAT16:
+        return f"expand needs compute capability 8.0 in bfloat16, this is {_said(device)}"
     if p.dtype not in _DTYPES:
         return f"y has dtype {p.dtype}, expand writes float16, bfloat16 or float32"
     if p.r < 1:
         return f"r is {p.r}, expand takes 1 or more"
     half = p.dtype is torch.bfloat16
-    slices = -(-p.r // (16 if half else 8))
-    fitting = [
-        w for w in (4, 2, 1) if w <= table.column_warps and w * slices <= _MOST_SHARED // 1024
-    ]
+    slice_ = 16 if half else 8
+    slices = -(-p.r // slice_)
+    fitting = [w for w in (4, 2, 1) if w <= table.column_warps and slices <= _most_slices(w, table)]
     if not fitting:
-        return f"r is {p.r}, expand keeps up to {64 * (16 if half else 8)} ranks in shared memory"
+        most = _most_slices(1, table) * slice_
+        return f"r is {p.r}, expand keeps up to {most} ranks in shared memory"
     warps = next((w for w in fitting[::-1] if w * _SPAN >= p.N), fitting[0])
     warps = next((w for w in fitting if w == fixed.get("column_warps")), warps)
     rows = _WARPS // warps * 32
@@ -93,6 +98,13 @@ def plan_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Laun
     )
 
 
+def _most_slices(warps: int, table: Small) -> int:
+    """Slices of B that there is room for, of 1 KB for each of so many warps side by side, with the bias
+    and two stages of one slice of s."""
+    bias, stages = 4 * _SPAN * warps, 2 * _WARPS // warps * 32 * 48
+    return min(_MOST_SHARED, table.shared - bias - stages) // (1024 * warps)
+
+
 def _run_expand(p: Problem, warps: int, row_blocks: int) -> Any:
     M, N, dtype, masked = p.M, p.N, p.dtype, p.dropout
 
@@ -103,11 +115,12 @@ def _run_expand(p: Problem, warps: int, row_blocks: int) -> Any:
         dropout_p: float = 0.0,
         seed: Tensor | None = None,
         bias: Tensor | None = None,
+        onto: Tensor | None = None,
     ) -> Tensor:
-        y = torch.empty((M, N), dtype=dtype, device=s.device)
+        y = torch.empty((M, N), dtype=dtype, device=s.device) if onto is None else onto
         mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.expand.default(
-            s, lora_B, scaling, bias, *mask, y, warps, row_blocks
+            s, lora_B, scaling, bias, *mask, y, warps, row_blocks, onto is not None
         )
         return y
 

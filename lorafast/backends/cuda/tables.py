@@ -22,14 +22,19 @@ def row_of(table: Mapping[int, Row], capability: int) -> Row:
 @dataclass(frozen=True)
 class SkinnyRow:
     """``shared``: bytes of shared memory of a CTA at most; ``on_sm``: of all CTAs of an SM, each of
-    which takes 1 KB more. ``in_flight``: bytes that an SM asks memory for ahead of their use."""
+    which takes 1 KB more. ``in_flight``: bytes that an SM asks memory for ahead of their use.
+
+    ``ring``: whether tiles come by cp.async, through a ring of several stages. Without, a CTA has one
+    tile in shared memory and the next one on its way in registers."""
 
     shared: int
     on_sm: int
     in_flight: int
+    ring: bool = True
 
 
 SKINNY = {
+    75: SkinnyRow(64 << 10, 64 << 10, 8 << 10, ring=False),
     80: SkinnyRow(163 << 10, 164 << 10, 64 << 10),
     86: SkinnyRow(99 << 10, 100 << 10, 24 << 10),
     90: SkinnyRow(227 << 10, 228 << 10, 96 << 10),
@@ -83,6 +88,7 @@ class Small:
 
 
 SMALL = {
+    75: Small(4, 2, 2, 3, 65_536),
     80: Small(4, 3, 2, 3, 166_912),
     86: Small(4, 2, 2, 3, 101_376),
     89: Small(4, 2, 2, 3, 101_376),

@@ -92,7 +92,7 @@ struct CountOut {
 
 int ptx_launch(
     void* machine, void* program, const Options* options, const char* parameters, uint64_t parameter_bytes,
-    CountOut* counts, uint64_t* steps, char* trace, int trace_size, char* message, int size) {
+    CountOut* counts, uint64_t* issued_by_warp, uint64_t* steps, char* trace, int trace_size, char* message, int size) {
   const auto& of = *static_cast<Program*>(program);
   Launch launch(*static_cast<Machine*>(machine), of, *options, std::string(parameters, parameter_bytes));
   int code = OK;
@@ -109,6 +109,8 @@ int ptx_launch(
       const Count& c = launch.counts[i];
       counts[i] = {c.issued, c.lanes, c.bytes, c.sectors, c.wavefronts, c.multiplies};
     }
+  if (issued_by_warp != nullptr)
+    std::copy(launch.issued_by_warp.begin(), launch.issued_by_warp.end(), issued_by_warp);
   if (trace_size > 0) std::snprintf(trace, trace_size, "%s", launch.trace.c_str());
   return code;
 }

@@ -371,7 +371,9 @@ struct Launch {
   uint64_t steps = 0;    // of warps
   uint64_t changes = 0;  // bumped by whatever another warp could be waiting for
   uint64_t changed_at = 0;
-  std::vector<Count> counts;  // by instruction
+  std::vector<Count> counts;             // by instruction
+  uint32_t warps;                        // of a CTA
+  std::vector<uint64_t> issued_by_warp;  // by instruction, then by the warp's place in its CTA
   std::vector<std::shared_ptr<Delivery>> deliveries;
   std::vector<std::unique_ptr<Cluster>> running;
   std::string trace;
@@ -431,6 +433,7 @@ struct Launch {
   void start_cluster();
   bool step(Warp& warp);
   Outcome execute(Warp& warp, Mask group, uint32_t pc);
+  void issue(const Warp& warp, uint32_t pc);
   void check_ended(const Cta& cta) const;
   void retire();
   bool deliver_something();

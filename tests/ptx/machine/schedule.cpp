@@ -32,7 +32,9 @@ Launch::Launch(Machine& machine, const Program& program, const Options& options,
       options(options),
       parameters(parameters.begin(), parameters.end()),
       random(options.seed),
-      counts(program.code.size()) {
+      counts(program.code.size()),
+      warps((options.block[0] * options.block[1] * options.block[2] + LANES - 1) / LANES),
+      issued_by_warp(program.code.size() * warps) {
   cluster_count_ = 1;
   for (int i = 0; i < 3; ++i) cluster_count_ *= options.grid[i] / options.cluster[i];
   prepare_regions();
@@ -280,6 +282,11 @@ bool Launch::step(Warp& warp) {
   return true;
 }
 
+void Launch::issue(const Warp& warp, uint32_t pc) {
+  ++counts[pc].issued;
+  ++issued_by_warp[pc * warps + warp.index];
+}
+
 Outcome Launch::execute(Warp& warp, Mask group, uint32_t pc) {
   const Instr* instr = pc < program.code.size() ? &program.code[pc] : nullptr;
   int lane = __builtin_ctz(group);
@@ -296,7 +303,7 @@ Outcome Launch::execute(Warp& warp, Mask group, uint32_t pc) {
       active = step.active = group & (instr->guard_negated ? ~value : value);
       if (active == 0) {
         advance(warp, group, pc + 1);
-        ++count.issued;
+        issue(warp, pc);
         return Outcome::Done;
       }
     }
@@ -307,7 +314,7 @@ Outcome Launch::execute(Warp& warp, Mask group, uint32_t pc) {
     }
     const Outcome outcome = instr->run(step);
     if (outcome == Outcome::Wait) return outcome;
-    ++count.issued;
+    issue(warp, pc);
     count.lanes += __builtin_popcount(active);
     if (options.trace_thread >= 0) trace_step(warp, *instr, active);
     if (outcome == Outcome::Done) {
