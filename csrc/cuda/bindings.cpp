@@ -47,7 +47,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   library.def(
       "lora_linear_backward_sm90(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, "
       "float scaling, Tensor(a!) dx, Tensor(b!) ds, Tensor(c!)? dA, Tensor(d!)? dB, Tensor(e!)? partials, "
-      "Tensor(f!) counters, int group, int ctas, int helpers, int rows_ahead, int rows_behind) -> ()");
+      "Tensor(f!) counters, int group, int ctas, int helpers, int rows_ahead, int rows_behind, "
+      "int cluster) -> ()");
 
   // csrc/cuda/shrink.cu
   library.def(

@@ -54,7 +54,7 @@ void lora_linear_backward_sm90(
     const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, const std::optional<Tensor>& s, double scaling, Tensor dx, Tensor ds,
     std::optional<Tensor> dA, std::optional<Tensor> dB, const std::optional<Tensor>& partials, Tensor counters,
-    int64_t group, int64_t ctas, int64_t helpers, int64_t rows_ahead, int64_t rows_behind) {
+    int64_t group, int64_t ctas, int64_t helpers, int64_t rows_ahead, int64_t rows_behind, int64_t cluster) {
   const OneDevice device(kDevice, "dy", dy);
   check_dimensions("dy", dy, 2);
   check_dimensions("weight", weight, 2);
@@ -74,11 +74,11 @@ void lora_linear_backward_sm90(
   STD_TORCH_CHECK(
       dtype_of(ds) == Dtype::bfloat16 && aligned(ds.const_data_ptr(), 0, 16), "ds has dtype ",
       torch::headeronly::toString(ds.scalar_type()), ", expected bfloat16, aligned to 16 bytes");
-  const int64_t most = INT64_C(1) << 16;
+  const int64_t rows_end = INT64_C(1) << 16;
   STD_TORCH_CHECK(helpers >= 1 && helpers <= ctas, "helpers is ", helpers, ", expected 1 to ", ctas);
   STD_TORCH_CHECK(
-      rows_ahead >= 1 && rows_ahead < most && rows_behind >= 1 && rows_behind < most, "rows_ahead is ", rows_ahead,
-      " and rows_behind ", rows_behind, ", expected 1 to ", most - 1);
+      rows_ahead >= 1 && rows_ahead < rows_end && rows_behind >= 1 && rows_behind < rows_end, "rows_ahead is ",
+      rows_ahead, " and rows_behind ", rows_behind, ", expected 1 to ", rows_end - 1);
   Sm90Sum of_dB = cut(M, N, rows_ahead, range), of_dA = cut(M, K, rows_behind, range);
   of_dB.wanted = dB.has_value(), of_dA.wanted = dA.has_value();
   const int64_t row_tiles = (M + 127) / 128;
@@ -88,7 +88,8 @@ void lora_linear_backward_sm90(
   Tensor ranks_of_ds = ds;
   const Tensor narrow = torch::stable::narrow(ranks_of_ds, 1, 0, r);
   check_sm90(
-      device, dy, across, narrow, a, std::nullopt, dx, counters, places.used, kBackwardColumns, group, ctas, 1);
+      device, dy, across, narrow, a, std::nullopt, dx, counters, places.used, kBackwardColumns, group, ctas,
+      cluster);
   if (dB.has_value()) {
     STD_TORCH_CHECK(s.has_value(), "s is missing, which dB is made of");
     check_matrix("s", *s, M, r, device);
@@ -113,9 +114,7 @@ void lora_linear_backward_sm90(
   // Parts: of ds, dB and dA.
   const int64_t block = 128 * ranks;
   const int64_t of_ds = of_dB.ranges > 1 ? of_dB.ranges * row_tiles * block : 0;
-  const auto parts_of = [&](const Sm90Sum& sum) {
-    return int64_t{sum.groups} * sum.steps * block * (sum.pieces() > 0);
-  };
+  const auto parts_of = [&](const Sm90Sum& sum) { return int64_t{sum.groups} * sum.steps * block * sum.wanted; };
   const int64_t needed = of_ds + parts_of(of_dB) + parts_of(of_dA);
   const int64_t found = partials.has_value() ? partials->numel() : 0;
   STD_TORCH_CHECK(
@@ -131,30 +130,30 @@ void lora_linear_backward_sm90(
     device.check("partials", *partials);
     check_storage("partials", *partials);
     parts = static_cast<float*>(partials->mutable_data_ptr());
-    if (of_dB.pieces() > 0) of_dB.parts = parts + of_ds;
-    if (of_dA.pieces() > 0) of_dA.parts = parts + of_ds + parts_of(of_dB);
+    if (of_dB.wanted) of_dB.parts = parts + of_ds;
+    if (of_dA.wanted) of_dA.parts = parts + of_ds + parts_of(of_dB);
   }
 
   const OnDevice on(device);
   enter_sm90("lora_linear_backward_sm90", on);
   Sm90BackwardParams p{};
   const Sm90Launch of =
-      sm90_launch(dy, across, narrow, a, 1.0, std::nullopt, dx, counters, kBackwardColumns, group, ctas, 1);
+      sm90_launch(dy, across, narrow, a, 1.0, std::nullopt, dx, counters, kBackwardColumns, group, ctas, cluster);
   STD_TORCH_CHECK(
       of.across, "weight has strides ", weight.stride(0), " and ", weight.stride(1), ", expected contiguous rows");
   static_cast<Sm90Params&>(p) = of.p;
   if (dA.has_value()) p.a = tensor_map("x", x->const_data_ptr(), Dtype::bfloat16, M, K, x_row, 128);
   p.s.vector = true;  // zeros behind a row's ranks are part of it
   p.made_s = ds.mutable_data_ptr();
-  p.helpers = static_cast<int32_t>(helpers);
+  p.helpers = static_cast<int32_t>((helpers + cluster - 1) / cluster);
   p.dB = of_dB, p.dA = of_dA;
   p.ds_parts = of_ds > 0 ? parts : nullptr;
   p.lora_B = factor_of(lora_B);
   p.scaling = static_cast<float>(scaling);
-  const int64_t tiles = int64_t{p.row_tiles} * p.column_tiles;
-  const int64_t behind = dA.has_value() ? int64_t{of_dA.groups} * of_dA.ranges : 0;
-  const int64_t useful = tiles + helpers + behind;
-  const auto started = static_cast<unsigned>(useful < ctas ? useful : ctas);
+  const int64_t tiles = int64_t{p.row_sets} * p.column_tiles, most = ctas / cluster;
+  const int64_t behind = dA.has_value() ? of_dA.items(static_cast<int>(cluster)) : 0;
+  const int64_t useful = tiles + p.helpers + behind;
+  const auto started = static_cast<unsigned>(cluster * (useful < most ? useful : most));
   const auto start = [&](auto of_ranks) {
     launch(
         "lora_linear_backward_sm90", lora_linear_backward_sm90_kernel<decltype(of_ranks)::value>, dim3(started),

@@ -69,7 +69,7 @@ void lora_linear_backward_sm90(
     const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, const std::optional<Tensor>& s, double scaling, Tensor dx, Tensor ds,
     std::optional<Tensor> dA, std::optional<Tensor> dB, const std::optional<Tensor>& partials, Tensor counters,
-    int64_t group, int64_t ctas, int64_t helpers, int64_t rows_ahead, int64_t rows_behind);
+    int64_t group, int64_t ctas, int64_t helpers, int64_t rows_ahead, int64_t rows_behind, int64_t cluster);
 
 // The skinny operations (skinny.cuh). `ranks`, `block_m`, `block_n`, `stages`, `share` and `chunk` are a SkinnyPlan;
 // partials and counters have the sizes that lorafast/backends/cuda/skinny.py computes, where sums are shared.

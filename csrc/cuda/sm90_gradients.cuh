@@ -33,8 +33,10 @@ struct Sm90Sum {
   Dtype type;
   bool wanted;
 
-  // Items of the queue in which parts are added up.
-  __host__ __device__ int pieces() const { return wanted ? steps : 0; }
+  // Items of the queue in which a cluster adds up parts, a step of 128 columns each CTA.
+  __host__ __device__ int pieces(int cluster) const { return wanted ? (steps + cluster - 1) / cluster : 0; }
+  // Items in which it makes them: each CTA has a group, below each other.
+  __host__ __device__ int items(int cluster) const { return (groups + cluster - 1) / cluster * ranges; }
 };
 
 struct Sm90BackwardParams
@@ -80,14 +82,16 @@ struct Gradients {
     uint32_t next = 0;
   };
 
-  // Row blocks and steps of an item.
+  // Row blocks and steps of an item. Both CTAs of a cluster go through as many; some of the second one's may be below the
+  // last row block, or all: they are zeros that leave nothing.
   struct Item {
     int row, rows, step, steps, group, range;
 
-    __device__ __forceinline__ Item(const Sm90Sum& of, int row_tiles, int item) {
-      group = item / of.ranges, range = item % of.ranges;
+    __device__ __forceinline__ Item(const Sm90Sum& of, const Sm90Params& p, int item, int rank) {
+      const int first = item / of.ranges * p.cluster;
+      group = first + rank, range = item % of.ranges;
       row = group * of.of_group, step = range * kSteps;
-      rows = min(of.of_group, row_tiles - row), steps = min(kSteps, of.steps - step);
+      rows = min(of.of_group, p.row_tiles - first * of.of_group), steps = min(kSteps, of.steps - step);
     }
   };
 
@@ -98,9 +102,9 @@ struct Gradients {
   static __device__ __forceinline__ Sm90BackwardCounters counters(const Sm90BackwardParams& p) {
     return {p.row_tiles, p.dB.ranges, p.dA.ranges};
   }
-  static __device__ __forceinline__ int ahead(const Sm90BackwardParams& p) { return p.dB.groups * p.dB.ranges; }
+  static __device__ __forceinline__ int ahead(const Sm90BackwardParams& p) { return p.dB.items(p.cluster); }
   static __device__ __forceinline__ int behind(const Sm90BackwardParams& p) {
-    return p.dA.wanted ? p.dA.groups * p.dA.ranges : 0;
+    return p.dA.wanted ? p.dA.items(p.cluster) : 0;
   }
 
   // Numbers of items: ahead, behind, then the pieces of dB and of dA.
@@ -108,8 +112,8 @@ struct Gradients {
   static __device__ __forceinline__ Kind kind_of(const Sm90BackwardParams& p, int& item) {
     if (item < ahead(p)) return kAhead;
     if ((item -= ahead(p)) < behind(p)) return kBehind;
-    if ((item -= behind(p)) < p.dB.pieces()) return kAddB;
-    item -= p.dB.pieces();
+    if ((item -= behind(p)) < p.dB.pieces(p.cluster)) return kAddB;
+    item -= p.dB.pieces(p.cluster);
     return kAddA;
   }
 
@@ -138,7 +142,7 @@ struct Gradients {
   template <class Cta>
   static __device__ __forceinline__ int draw_behind(const Cta& cta, State& state) {
     const Sm90BackwardParams& p = params(cta);
-    const int left = behind(p) + p.dB.pieces() + p.dA.pieces();
+    const int left = behind(p) + p.dB.pieces(p.cluster) + p.dA.pieces(p.cluster);
     if (left == 0) return -1;
     uint32_t* const queue = p.counters + counters(p).queue;
     if (!state.behind) {
@@ -157,8 +161,12 @@ struct Gradients {
     static_assert(2 * Tile::kX + kColumns * kRow <= Tile::kStage, "two boxes and B");
     const Sm90BackwardParams& p = params(cta);
     const Kind kind = kind_of(p, item);
-    if (kind > kBehind) return;
-    const Item at(kind == kAhead ? p.dB : p.dA, p.row_tiles, item);
+    if (kind > kBehind) {  // an empty stage: who has taken it knows that this thread has read its mail
+      cta.open(ring, 0);
+      ring.next();
+      return;
+    }
+    const Item at(kind == kAhead ? p.dB : p.dA, p, item, cta.rank);
     const CUtensorMap* const map = kind == kAhead ? &p.x : &p.a;
 #pragma unroll 1
     for (int row = 0; row < at.rows; ++row) {
@@ -220,22 +228,25 @@ struct Gradients {
     const Kind kind = kind_of(p, item);
     const Sm90BackwardCounters at_counters = counters(p);
     if (kind > kBehind) {
+      ring.next();
       const Sm90Sum& of = kind == kAddB ? p.dB : p.dA;
       const uint32_t* const stored = p.counters + (kind == kAddB ? at_counters.dB : at_counters.dA);
-      if (thread == 0) wait_for_count(stored + item / kSteps, kWarps * static_cast<uint32_t>(of.groups));
+      const int step = p.cluster * item + cta.rank;
+      if (step >= of.steps) return;
+      if (thread == 0) wait_for_count(stored + step / kSteps, kWarps * static_cast<uint32_t>(of.groups));
       __syncwarp();
       ptx::meet(kAdd, kAll);
       return;
     }
     const Sm90Sum& of = kind == kAhead ? p.dB : p.dA;
-    const Item at(of, p.row_tiles, item);
+    const Item at(of, p, item, cta.rank);
     for (int i = 0; i < at.rows; ++i) {
       const int64_t top = static_cast<int64_t>(at.row + i) * Tile::kM;
       if (of.wanted) {
         const int buffer = i % 2;
         ptx::meet(kRead + buffer, kAll);
         if (kind == kBehind) {
-          if (thread == 0) wait_for(cta, at.row + i);
+          if (thread == 0 && at.row + i < p.row_tiles) wait_for(cta, at.row + i);
           ptx::meet(kSm90WritersMeet, kSm90Writers);
         }
         put(cta.shared + Tile::kPieces + buffer * 128 * kRow, of.factor, top, thread);
@@ -275,7 +286,7 @@ struct Gradients {
     const Sm90BackwardParams& p = params(cta);
     const Kind kind = kind_of(p, item);
     const Sm90BackwardCounters at = counters(p);
-    if (kind > kBehind) add(cta, kind == kAddB ? p.dB : p.dA, item);
+    if (kind > kBehind) add(cta, ring, kind == kAddB ? p.dB : p.dA, p.cluster * item + cta.rank);
     else if (kind == kBehind) accumulate<false>(cta, ring, p.dA, p.counters + at.dA, item, half);
     else if (p.dB.wanted) accumulate<true>(cta, ring, p.dB, p.counters + at.dB, item, half);
     else make_ds(cta, ring, p.dB, item, half);
@@ -309,7 +320,7 @@ struct Gradients {
   template <class Cta>
   static __device__ __forceinline__ void make_ds(
       const Cta& cta, typename Cta::Ring& ring, const Sm90Sum& of, int item, int half) {
-    const Item at(of, params(cta).row_tiles, item);
+    const Item at(of, cta.p, item, cta.rank);
 #pragma unroll 1
     for (int i = 0; i < at.rows; ++i) {
       float d[kTiles][4];
@@ -330,7 +341,7 @@ struct Gradients {
   static __device__ __forceinline__ void accumulate(
       const Cta& cta, typename Cta::Ring& ring, const Sm90Sum& of, uint32_t* stored, int item, int half) {
     using Tile = typename Cta::Tile;
-    const Item at(of, params(cta).row_tiles, item);
+    const Item at(of, cta.p, item, cta.rank);
     float sums[kSteps][kTiles][4];
 #pragma unroll
     for (int i = 0; i < kSteps * kTiles * 4; ++i) (&sums[0][0][0])[i] = 0.0f;
@@ -366,6 +377,7 @@ struct Gradients {
       }
     }
     ptx::meet(kEnd, 256);  // then y may be where it was
+    if (at.group >= of.groups) return;
     const int warp = cta.warp - 4;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -407,6 +419,7 @@ struct Gradients {
   static __device__ __forceinline__ void leave_ds(
       const Cta& cta, float (&d)[kTiles][4], int row_block, int range) {
     const Sm90BackwardParams& p = params(cta);
+    if (row_block >= p.row_tiles) return;
     const int warp = cta.warp - 4, ranges = p.dB.ranges;
     if (p.ds_parts != nullptr) {
       store_part(p.ds_parts + part_at(range * p.row_tiles + row_block, warp, cta.lane), d);
@@ -441,7 +454,13 @@ struct Gradients {
 
   // Adds up the parts of 128 columns, in the order of row blocks.
   template <class Cta>
-  static __device__ __forceinline__ void add(const Cta& cta, const Sm90Sum& of, int step) {
+  static __device__ __forceinline__ void add(
+      const Cta& cta, typename Cta::Ring& ring, const Sm90Sum& of, int step) {
+    ptx::wait_at(cta.full(ring), ring.parity);
+    uint32_t held = cta.empty(ring);
+    cta.release(held);
+    ring.next();
+    if (step >= of.steps) return;
     const int warp = cta.warp - 4;
     float d[kTiles][4];
     ptx::meet(kAdd, kAll);

@@ -35,10 +35,12 @@ class Case:
     sms: int = 2
     layout: str = ""
     wants: tuple[str, ...] = ALL
+    cluster: int = 1
 
     def __str__(self) -> str:
         said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}"]
         said += [f"rows{self.rows_ahead}-{self.rows_behind}", f"h{self.helpers}"]
+        said += ["pairs"] * (self.cluster == 2)
         return "-".join(said + [self.layout] * bool(self.layout) + list(self.wants[:-1]))
 
     def problem(self) -> Problem:
@@ -55,7 +57,10 @@ class Case:
 
     def launch(self) -> Launch:
         """As it is planned with the case's choices."""
-        fixed = {"helpers": self.helpers, "rows_ahead": self.rows_ahead, "group": 2}
+        fixed = {
+            "helpers": self.helpers, "rows_ahead": self.rows_ahead, "group": 2,
+            "cluster": self.cluster,
+        }  # fmt: skip
         if "dA" in self.wants:
             fixed["rows_behind"] = self.rows_behind
         answer = wgmma_backward.plan_lora_linear_backward(self.problem(), device(self.sms), fixed)

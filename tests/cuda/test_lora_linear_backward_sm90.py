@@ -21,6 +21,7 @@ QUICK = [
     Case("bf16", 300, 264, 136, 16, rows_behind=2, sms=3, helpers=2),
     Case("bf16+fp32", 200, 72, 1032, 8, layout="pitched"),
     Case("bf16", 1, 8, 8, 1, sms=1),
+    Case("bf16", 300, 136, 136, 8, 1, 2, helpers=2, sms=4, cluster=2),
 ]
 MORE = [
     Case("bf16", 257, 136, 2104, 3, 2, 1, sms=4, helpers=3),
@@ -34,6 +35,9 @@ MORE = [
     Case("bf16", 300, 136, 136, 16, rows_behind=0, sms=3, helpers=2),
     Case("bf16+fp32", 300, 136, 136, 20, 4, 0, sms=3, helpers=2),
     Case("bf16", 1, 256, 128, 16),
+    Case("bf16", 640, 264, 1160, 64, 2, 1, helpers=4, sms=6, cluster=2),
+    Case("bf16+fp32", 130, 264, 72, 17, 1, 0, helpers=2, sms=3, cluster=2),
+    Case("bf16", 1, 40, 264, 64, helpers=2, sms=2, cluster=2),
 ]
 
 
@@ -57,15 +61,18 @@ def test_any_gradients_beside_dx_are_the_same(wants):
     assert len(run.launches) == 1
 
 
-SCHEDULED = Case("bf16", 260, 72, 520, 33, 1, 2, helpers=2, sms=5)
+SCHEDULED = Case("bf16", 260, 72, 520, 33, 1, 2, helpers=2, sms=6)
 SCHEDULES = [(1, "late"), (2, "soon"), (4, "random"), (5, None), (3, "late")]
 
 
 @pytest.mark.slow
-def test_schedules_change_no_bit():
-    """Also with one CTA at a time: whoever waits for ds runs after those who make it have started."""
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_schedules_change_no_bit(cluster):
+    """Also with one CTA at a time, or cluster: whoever waits for ds runs after those who make it have
+    started."""
+    case = replace(SCHEDULED, cluster=cluster)
     first, *others = (
-        bits_of(SCHEDULED, seed=seed, resident=resident, late=late)
+        bits_of(case, seed=seed, resident=cluster * resident, late=late)
         for seed, (resident, late) in enumerate(SCHEDULES)
     )
     assert all(first.equal(other) for other in others)
@@ -133,7 +140,7 @@ def arguments(changed):
     return {
         **taken, "scaling": 1.0, "partials": torch.empty(2 * 128 * 16),
         "counters": torch.zeros(16, dtype=torch.int32), "group": 1, "ctas": 1, "helpers": 1,
-        "rows_ahead": 1, "rows_behind": 1, **changed,
+        "rows_ahead": 1, "rows_behind": 1, "cluster": 1, **changed,
     }  # fmt: skip
 
 
@@ -156,6 +163,7 @@ def arguments(changed):
         ({"dA": torch.ones(2, 9)}, "dA is 2 x 9, expected 2 x 8"),
         ({"helpers": 2}, "helpers is 2, expected 1 to 1"),
         ({"rows_behind": 0}, "rows_ahead is 1 and rows_behind 0, expected 1"),
+        ({"cluster": 3}, "cluster is 3, expected 1 or 2"),
         ({"partials": torch.empty(8)}, "partials has 8 elements, expected 4096"),
         ({"partials": None}, "partials has 0 elements, expected 4096"),
         ({"counters": torch.zeros(15, dtype=torch.int32)}, "expected at least 16 int32"),
@@ -197,7 +205,7 @@ class TestPlan:
         assert launch.launches == 1
         chosen = dict(launch.choices)
         assert launch.line == (
-            "lora_linear_backward: 132 CTAs for 1024 tiles of 128 x 256, wgmma, "
+            "lora_linear_backward: 132 CTAs in clusters of 2 for 1024 tiles of 128 x 256, wgmma, "
             f"{chosen['helpers']} of them make ds and dB first, then dA"
         )
         assert chosen["rows_behind"] > 0

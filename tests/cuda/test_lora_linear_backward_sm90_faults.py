@@ -18,6 +18,7 @@ CASES = {
     "long": Case("bf16", 300, 520, 520, 40, 3, 3, helpers=2, sms=3),
     "short": Case("bf16", 300, 256, 64, 40, 3, 3, helpers=1, sms=2),
     "ahead": Case("bf16", 640, 72, 64, 40, helpers=5, sms=5),
+    "pairs": Case("bf16", 640, 264, 264, 40, helpers=2, sms=4, cluster=2),
     "groups": Case("bf16", 260, 72, 520, 40, 1, 1, helpers=2, sms=3),
 }
 # Statements by what is found in these kernels' own parts alone: bar.arrive hands over buffers of
@@ -85,10 +86,18 @@ FAULTS = {
     "one writer alone waits for a flag of dA's": (
         "groups", before(r"cp\.async\.cg", drop(BAR, -1)),
     ),
+    "mail is overwritten before the other CTA's loading thread has it": (
+        "pairs", [after(r"setmaxnreg\.inc", drop(line, 1)) for line in WHOLE_WAIT],
+    ),
     "counters stay": ("groups", before(r"setmaxnreg\.inc", drop(r"st\.global\.u32", EVERY))),
 }  # fmt: skip
 QUICK = 7
 """Of so many faults one is planted in quick tests."""
+
+
+def residents(which, seed):
+    """CTAs that run at once."""
+    return CASES[which].cluster * (1 + seed % 3)
 
 
 def bits(which, **options):
@@ -113,7 +122,7 @@ def test_a_fault_is_caught(fault):
     expected, planting = right(which), planted("backward_sm90_kernel", *edits)
     for seed in SEEDS:
         try:
-            found = bits(which, seed=seed, resident=1 + seed % 3, edit=planting)
+            found = bits(which, seed=seed, resident=residents(which, seed), edit=planting)
         except Fault as caught:
             how = str(caught)
         else:
@@ -130,4 +139,4 @@ def test_a_fault_is_caught(fault):
 def test_without_a_fault_it_passes(which):
     hold(CASES[which])
     for seed in SEEDS[::4]:
-        assert bits(which, seed=seed, resident=1 + seed % 3).equal(right(which))
+        assert bits(which, seed=seed, resident=residents(which, seed)).equal(right(which))

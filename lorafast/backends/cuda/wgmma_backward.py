@@ -83,11 +83,13 @@ def plan_lora_linear_backward(
             return answer
         after = answer
     tiles = _blocks(p.M, _ROWS) * _blocks(p.K, _COLUMNS)
+    ctas = min(device.sms // cut.cluster * cut.cluster, tiles + cut.helpers)
+    pairs = " in clusters of 2" if cut.cluster == 2 else ""
     ahead = "ds and dB" if "dB" in p.wants else "ds"
     behind = ", then dA" if "dA" in p.wants and after is None else ""
     line = (
-        f"lora_linear_backward: {min(device.sms, tiles + cut.helpers)} CTAs for {tiles} tiles of "
-        f"{_ROWS} x {_COLUMNS}, wgmma, {cut.helpers} of them make {ahead} first{behind}"
+        f"lora_linear_backward: {ctas} CTAs{pairs} for {tiles} tiles of {_ROWS} x "
+        f"{_COLUMNS}, wgmma, {cut.helpers} of them make {ahead} first{behind}"
     )
     moved = _moved(p, cut)
     busy = cut.clocks * _FLOPS * device.sms / (device.flops * _REACHED)
@@ -99,7 +101,9 @@ def plan_lora_linear_backward(
         line += f"; {after.line}"
         moved, flops = moved + after.moved, flops + after.flops
         seconds += _apart(p, device)
-    choices = {"helpers": cut.helpers, "rows_ahead": cut.rows_ahead, "group": group}
+    choices = {
+        "helpers": cut.helpers, "rows_ahead": cut.rows_ahead, "group": group, "cluster": cut.cluster
+    }  # fmt: skip
     if "dA" in p.wants:
         choices["rows_behind"] = cut.rows_behind
     return Launch(
@@ -141,11 +145,13 @@ def why_not_in_one(p: Problem, device: Device) -> str | None:
 @dataclass(frozen=True)
 class Cut:
     """So many helpers, and row blocks of a part of dB and of dA; ``rows_behind`` is 0 where dA is a
-    launch of its own. ``clocks``: of the launch."""
+    launch of its own. ``cluster``: CTAs of one, of which each has row blocks of its own. ``clocks``: of
+    the launch."""
 
     helpers: int
     rows_ahead: int
     rows_behind: int
+    cluster: int = 1
     clocks: float = 0.0
 
 
@@ -161,18 +167,31 @@ def best_cut(p: Problem, device: Device, fixed: Choices = NONE) -> Cut:
         ahead = (fixed["rows_ahead"],)
     if "dA" in p.wants and 0 <= fixed.get("rows_behind", -1) <= _MOST_ROWS:
         behind = (fixed["rows_behind"],)
+    clusters: tuple[int, ...] = (1, 2) if device.sms > 1 else (1,)
+    if fixed.get("cluster") in clusters:
+        clusters = (fixed["cluster"],)
     apart = _apart(p, device) * _CLOCK if "dA" in p.wants else 0.0
     found = [
-        Cut(n, of_ahead, of_behind, clocks)
+        Cut(n, of_ahead, of_behind, cluster, clocks)
+        for cluster in clusters
         for n in helpers
+        if n % cluster == 0
         for of_ahead in ahead
-        for of_behind, clocks in _clocks(p, device, n, of_ahead, behind)
+        for of_behind, clocks in _clocks(p, device, n, of_ahead, behind, cluster)
     ]
+    if not found:  # one helper in a cluster of two makes the other one
+        fixed = {**fixed, "helpers": helpers[0] + 1, "cluster": clusters[0]}
+        return best_cut(p, device, fixed)
     return min(found, key=lambda cut: cut.clocks + (0.0 if cut.rows_behind else apart))
 
 
 def _clocks(
-    p: Problem, device: Device, helpers: int, rows_ahead: int, behind: tuple[int, ...]
+    p: Problem,
+    device: Device,
+    helpers: int,
+    rows_ahead: int,
+    behind: tuple[int, ...],
+    cluster: int,
 ) -> Iterator[tuple[int, float]]:
     """Of the launch, by each number of row blocks that a part of dA may have.
 
@@ -181,13 +200,16 @@ def _clocks(
     they are slower than the tiles.
     """
     table, ranks = WGMMA[device.capability], ranks_of(p.r)
-    down, across = _blocks(p.M, _ROWS), _blocks(p.K, _COLUMNS)
-    tile = (_blocks(p.N, 64) + _blocks(p.r, 64)) * table.step
+    down, across = _blocks(p.M, _ROWS * cluster) * cluster, _blocks(p.K, _COLUMNS)
+    fixed = {"columns": _COLUMNS, "cluster": cluster}
+    step = wgmma.tile_of(p.M, p.K, device, fixed).step
+    tile = (_blocks(p.N, 64) + _blocks(p.r, 64)) * step
     memory = device.bandwidth / _CLOCK  # bytes in a clock
     ahead = _item(p, device, ranks, rows_ahead, min(table.helper_bytes, memory / helpers))
     late = _blocks(_ahead(p, rows_ahead), helpers) * ahead
-    others = device.sms - helpers
-    first = min(down, table.group * _blocks(others, table.group * across))
+    others = device.sms // cluster * cluster - helpers
+    group = table.group * cluster
+    first = min(down, group * _blocks(others, group * across))
     wait = _blocks(_ahead(p, rows_ahead) * first // down, helpers) * ahead - tile
     ends = [(others, 0.0), (helpers, late)]
     left, end = down * across, 0.0
@@ -284,7 +306,8 @@ def _run(p: Problem, cut: Cut, group: int, ctas: int, after: Run | None) -> Run:
     ranks, adapters = ranks_of(r), p.adapter_dtype
     want_dB, want_dA = "dB" in p.wants, "dA" in p.wants and after is None
     parts, used = sum(parts_of(p, cut)), counters_of(p)
-    numbers = group, ctas, min(cut.helpers, ctas), cut.rows_ahead, max(cut.rows_behind, 1)
+    helpers = min(cut.helpers, ctas)
+    numbers = group, ctas, helpers, cut.rows_ahead, max(cut.rows_behind, 1), cut.cluster
 
     def run(
         dy: Tensor,
