@@ -17,7 +17,7 @@ SEEDS = range(20)
 CASES = {
     "long": Case("bf16", 300, 520, 520, 40, 3, 3, helpers=2, sms=3),
     "short": Case("bf16", 300, 256, 64, 40, 3, 3, helpers=1, sms=2),
-    "ahead": Case("bf16", 640, 72, 64, 40, helpers=5, sms=5),
+    "ahead": Case("bf16", 1280, 8, 8, 40, helpers=10, sms=10),
     "pairs": Case("bf16", 640, 264, 264, 40, helpers=2, sms=4, cluster=2),
     "groups": Case("bf16", 260, 72, 520, 40, 1, 1, helpers=2, sms=3),
 }
@@ -89,7 +89,7 @@ FAULTS = {
     "mail is overwritten before the other CTA's loading thread has it": (
         "pairs", [after(r"setmaxnreg\.inc", drop(line, 1)) for line in WHOLE_WAIT],
     ),
-    "counters stay": ("groups", before(r"setmaxnreg\.inc", drop(r"st\.global\.u32", EVERY))),
+    "counters stay": ("groups", after(COUNTED, drop(r"st\.global\.u32", EVERY), -1)),
 }  # fmt: skip
 QUICK = 7
 """Of so many faults one is planted in quick tests."""
