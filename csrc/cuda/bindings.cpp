@@ -33,8 +33,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   // csrc/cuda/lora_linear_sm90.cu
   library.def(
       "lora_linear_sm90(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? bias, "
-      "Tensor(a!) y, Tensor(b!) s, Tensor(c!) counters, int columns, int group, int ctas, int helpers, "
-      "int cluster) -> ()");
+      "Tensor? seed, int threshold, float survivor_scale, Tensor(a!) y, Tensor(b!) s, Tensor(c!) counters, "
+      "int columns, int group, int ctas, int helpers, int cluster) -> ()");
 
   // csrc/cuda/lora_linear_backward.cu
   library.def(

@@ -42,12 +42,13 @@ void linear_expand_sm90(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
     Tensor y, Tensor counters, int64_t columns, int64_t group, int64_t ctas, int64_t cluster);
 
-// lora_linear_sm90.cu. The same of bfloat16, whose s [M, r] = x·Aᵀ the first `helpers` CTAs make in the same launch,
-// for r up to 64, without a mask. There is a counter more for every 128 rows.
+// lora_linear_sm90.cu. y as linear_expand_sm90 without a mask, of bfloat16, and s [M, r] = drop(x)·Aᵀ, which the first
+// `helpers` CTAs make in the same launch. r is at most `columns`. There is a counter more for every 128 rows.
 void lora_linear_sm90(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-    const std::optional<Tensor>& bias, Tensor y, Tensor s, Tensor counters, int64_t columns, int64_t group,
-    int64_t ctas, int64_t helpers, int64_t cluster);
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    Tensor y, Tensor s, Tensor counters, int64_t columns, int64_t group, int64_t ctas, int64_t helpers,
+    int64_t cluster);
 
 // lora_linear_backward.cu. Of these what is given, in one launch: dx [M, K] = dy·W + drop'(ds·A), dA [r, K] = dsᵀ·drop(x),
 // dB [N, r] = scaling · dyᵀ·s, dbias [N] = Σ dy over rows, where ds = scaling · dy·B. dx takes weight, lora_A and lora_B;

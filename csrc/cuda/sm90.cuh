@@ -46,6 +46,10 @@ struct NoHelpers {
   static __device__ __forceinline__ void wait_for(const Cta&, int) {}
 };
 
+struct NoChange {
+  __device__ __forceinline__ void operator()(uint32_t, int) const {}
+};
+
 // kAcross: rows of W lie across k, as those of Wᵀ do. Helpers: what the first clusters do before they take tiles.
 template <class T, bool kAcross, int kN, class Helpers = NoHelpers>
 struct Sm90Cta : Sm90Ring<kN> {
@@ -211,17 +215,20 @@ struct Sm90Cta : Sm90Ring<kN> {
 
   // The K blocks of the GEMM, or of a row block of s, of which there is one at least. Of the last one `held` is the stage,
   // which is not released yet. The first one stands by itself where it adds to nothing: else sums that nobody needs
-  // would keep their registers from tile to tile, beside those of helpers.
-  template <bool across, bool kAdds, int kCount>
-  __device__ __forceinline__ void multiply(float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
-    if constexpr (!kAdds) multiply_block<across, false>(d, ring, held, half);
-    for (int k = kAdds ? 0 : 1; k < p.k_steps; ++k) multiply_block<across, true>(d, ring, held, half);
+  // would keep their registers from tile to tile, beside those of helpers. `change`: what is done to a warpgroup's rows
+  // of x, of K block k, before they are multiplied.
+  template <bool across, bool kAdds, int kCount, class Change = NoChange>
+  __device__ __forceinline__ void multiply(
+      float (&d)[kCount][4], Ring& ring, uint32_t& held, int half, const Change& change = {}) const {
+    if constexpr (!kAdds) multiply_block<across, false>(d, ring, held, half, 0, change);
+    for (int k = kAdds ? 0 : 1; k < p.k_steps; ++k) multiply_block<across, true>(d, ring, held, half, k, change);
   }
 
-  template <bool across, bool kAdds, int kCount>
+  template <bool across, bool kAdds, int kCount, class Change>
   __device__ __forceinline__ void multiply_block(
-      float (&d)[kCount][4], Ring& ring, uint32_t& held, int half) const {
+      float (&d)[kCount][4], Ring& ring, uint32_t& held, int half, int k, const Change& change) const {
     ptx::wait_at(full(ring), ring.parity);
+    change(stage(ring) + half * Tile::kHalf, k);
     const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
     const uint64_t b = across ? ptx::describe_columns<Tile::kK>(stage(ring) + Tile::kX)
                               : ptx::describe_rows(stage(ring) + Tile::kX);

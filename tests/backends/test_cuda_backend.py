@@ -586,7 +586,7 @@ def test_by_the_families_themselves_a_decode_step_is_one_launch_and_a_batch_is_n
         "shrink on cuda", "linear_expand on cuda", "linear_expand on cuda",
     ]  # fmt: skip
     helped = BACKEND.plan(batch._replace(adapter_dtype=torch.bfloat16)).launches
-    assert re.fullmatch(r"lora_linear: 132 CTAs for .*, wgmma, \d+ of them shrink first", *helped)
+    assert re.fullmatch(r"lora_linear: 132 CTAs in .*, wgmma, \d+ of them shrink first", *helped)
     small = BACKEND.plan(problem("lora_linear", M=64, K=256, N=256))
     assert small.launches[0].startswith("lora_linear: ")
     mixed = problem("grouped_lora_linear", M=8, adapters=4, wants=("y",))

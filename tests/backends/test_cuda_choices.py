@@ -70,11 +70,17 @@ def test_gemms_of_sm_90_choose_tiles_and_helpers():
     bf16 = torch.bfloat16
     p = problem("lora_linear", dtype=bf16, adapter_dtype=bf16)
     *_, own = planning.launches_of(p, H200)
-    assert own.choices.keys() == {"helpers", "columns", "group"}
-    for name, value in (("helpers", 5), ("columns", 128), ("group", 3)):
+    assert own.choices.keys() == {"helpers", "columns", "group", "cluster"}
+    for name, value in (("helpers", 6), ("columns", 128), ("group", 3), ("cluster", 1)):
         *_, other = planning.launches_of(p, H200, {**own.choices, name: value})
         assert (other.choices[name], other.line != own.line) == (value, name != "group")
-    for name, value in (("helpers", 0), ("helpers", 10**6), ("columns", 64), ("group", 0)):
+    for name, value in (
+        ("helpers", 0),
+        ("helpers", 5),
+        ("helpers", 10**6),
+        ("columns", 64),
+        ("group", 0),
+    ):
         *_, refused = planning.launches_of(p, H200, {**own.choices, name: value})
         assert refused.startswith(f"{name} can't be {value}, the launch has ")
 

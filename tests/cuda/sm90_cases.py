@@ -7,7 +7,6 @@ import torch
 from on_machine import Run, launched
 from torch import Tensor
 
-from lorafast import reference
 from lorafast.backends.cost import Device
 from lorafast.backends.cuda import wgmma
 from lorafast.backends.cuda.launch import Launch
@@ -46,14 +45,12 @@ class Case:
     transposed: bool = False
     pitched: bool = False
     sms: int = 2
-    helpers: int = 0
     cluster: int = 1
 
     def __str__(self) -> str:
         said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"n{self.columns}"]
         said += [f"p{self.dropout_p}"] * bool(self.dropout_p)
         said += [name for name in ("bias", "transposed", "pitched") if getattr(self, name)]
-        said += [f"h{self.helpers}"] * bool(self.helpers)
         said += [f"c{self.cluster}"] * (self.cluster > 1)
         return "-".join(said)
 
@@ -93,7 +90,7 @@ def pitched(matrix: Tensor) -> Tensor:
 
 @dataclass
 class OnMachine:
-    """``linear_expand`` by the plan of a case, ``lora_linear`` in one launch; the last run is kept."""
+    """``linear_expand`` by the plan of a case; the last run is kept."""
 
     case: Case
     options: dict[str, Any] = field(default_factory=dict)
@@ -124,21 +121,6 @@ class OnMachine:
         self.run = run
         return y
 
-    def lora_linear(self, x, weight, lora_A, lora_B, scaling, bias=None):
-        """``y, s``, with the helpers that the case has."""
-        case = self.case
-        if case.pitched:
-            x, lora_A, lora_B = (pitched(t) for t in (x, lora_A, lora_B))
-        with launched(ARCH, **self.options) as run:
-            y, s = torch.empty(case.M, case.N, dtype=BF16), torch.empty(case.M, case.r, dtype=BF16)
-            counters = torch.zeros(4 + -(-case.M // 128), dtype=torch.int32)
-            torch.ops.lorafast_cuda.lora_linear_sm90(
-                x, weight, lora_A, lora_B, scaling, bias, y, s, counters, case.columns, 2, case.sms,
-                case.helpers, case.cluster,
-            )  # fmt: skip
-        self.run = run
-        return y, s
-
 
 def call_of(case: Case, scaling: float = 0.75):
     """As ``contract.compare`` takes it."""
@@ -155,49 +137,6 @@ def call_of(case: Case, scaling: float = 0.75):
         )  # fmt: skip
 
     return call
-
-
-def layer_of(case: Case, scaling: float = 0.75):
-    """``lora_linear``, as ``contract.compare`` takes it."""
-    M, K, N, r = case.M, case.K, case.N, case.r
-
-    def call(operations: Any, cast: Any) -> tuple[Tensor, Tensor]:
-        bias = cast(case.draw(N, salt=4)) if case.bias else None
-        A, B = case.draw(r, K, salt=1) / K**0.5, case.draw(N, r, salt=2)
-        B = cast(B, KINDS[case.kind][1])
-        x, weight = cast(case.draw(M, K)), cast(case.draw(N, K, salt=3))
-        y, s = operations.lora_linear(x, weight, cast(A), B, scaling, bias)
-        return y, s
-
-    return call
-
-
-class _Reference:
-    """``y`` from the ``s`` that is returned, rounded to its dtype."""
-
-    @staticmethod
-    def lora_linear(x, weight, lora_A, lora_B, scaling, bias=None):
-        s = reference.shrink(x, lora_A)
-        return reference.linear_expand(x, weight, s, lora_B, scaling, bias), s
-
-
-def hold_layer(case: Case, **options: Any) -> Run:
-    """The contract, of ``y`` and ``s``."""
-    machine = OnMachine(case, options)
-    call = layer_of(case)
-    verdict = contract.compare(
-        lambda operations, cast: call(_Reference if operations is reference else operations, cast),
-        machine, case.dtype,
-    )  # fmt: skip
-    assert verdict.why_broken is None, verdict.why_broken
-    assert machine.run is not None
-    return machine.run
-
-
-def layer_bits_of(case: Case, **options: Any) -> Tensor:
-    """y and s of a schedule, as integers."""
-    found = layer_of(case)(OnMachine(case, options), lambda t, dtype=BF16: t.to(dtype))
-    return torch.cat([tensor.view(torch.int16).flatten() for tensor in found])
 
 
 def hold(case: Case, **options: Any) -> Run:

@@ -12,7 +12,7 @@ from skinny_cases import Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafast.backends.cuda import linear_expand, small, wgmma
+from lorafast.backends.cuda import linear_expand, small, wgmma, wgmma_layer
 from lorafast.backends.cuda.mask import mask
 
 pytestmark = needs_nvcc
@@ -88,9 +88,9 @@ def a_hopper_layer():
     x, W, A, B, bias = (
         torch.ones(n, dtype=torch.bfloat16) for n in ((9, 16), (40, 16), (4, 16), (40, 4), (40,))
     )
-    problem = sm90_cases.Case("bf16", 9, 16, 40, 4).problem("lora_linear")
-    run = wgmma._run_layer(problem, wgmma.Helped(1, 128, 0.0), 2, 2)
-    run(x, W, A, B, 1.0, bias)
+    problem = sm90_cases.Case("bf16", 9, 16, 40, 4, dropout_p=0.1).problem("lora_linear")
+    run = wgmma_layer._run(problem, wgmma_layer.Helped(1, 128, 1, 0.0), 2, 2)
+    run(x, W, A, B, 1.0, bias, 0.1, SEED)
 
 
 def a_hopper_layers_backward():

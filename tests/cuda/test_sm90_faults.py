@@ -1,4 +1,5 @@
 """Faults planted in the PTX of the GEMMs of csrc/cuda/sm90.cuh: each is caught, or gives other bits.
+Those of helpers are in test_lora_linear_sm90_faults.py.
 
 The machine may need the right schedule: twenty are tried. ``pytest -s`` prints how each was caught.
 """
@@ -8,7 +9,7 @@ import functools
 import pytest
 from on_machine import Fault, needs_nvcc, planted
 from ptx.plant import EVERY, after, before, change, drop, hoist
-from sm90_cases import Case, bits_of, hold, hold_layer, layer_bits_of
+from sm90_cases import Case, bits_of, hold
 
 pytestmark = needs_nvcc
 
@@ -20,7 +21,6 @@ CASES = {
     "pair": Case("bf16", 300, 328, 136, 100, 128, bias=True, sms=2, cluster=2),
     "short pair": Case("bf16", 520, 64, 264, 16, 128, bias=True, sms=2, cluster=2),
     "pair across": Case("bf16", 200, 328, 264, 8, 128, sms=2, transposed=True, cluster=2),
-    "layer": Case("bf16", 260, 200, 136, 16, 128, bias=True, sms=3, helpers=2),
 }
 BAR, WAIT, ARRIVE = r"bar\.sync", r"wgmma\.wait_group\.sync\.aligned", r"mbarrier\.arrive\.s"
 MEET = r"barrier\.cluster\.(arrive|wait)"
@@ -128,27 +128,12 @@ FAULTS = {
     "a stage is never released": ("plain", after(rf"{WAIT} 1", drop(ARRIVE), 3)),
     "the counters stay": ("plain", drop(r"st\.global\.u32")),
     "the last CTA acquires nothing": ("plain", change(r"add\.acq_rel", "add.release")),
-    "a flag is raised before all have stored": ("layer", drop(BAR, -1)),
-    "a flag releases nothing": ("layer", change(r"add\.acq_rel", "add.relaxed", 1)),
-    "flags acquire nothing": ("layer", change(r"ld\.acquire\.gpu", "ld.relaxed.gpu", EVERY)),
-    "one warpgroup's rows are enough": (
-        "layer",
-        after(r"ld\.acquire", change(r"setp\.gt\.u32(.*), 1;", r"setp.gt.u32\1, 0;")),
-    ),
-    "one writer alone waits for the flag": ("layer", drop(BAR, 0)),
-    "flags stay": ("layer", drop(r"st\.global\.u32", EVERY)),
-    "nobody is counted": ("layer", change(r"add\.acq_rel", "add.relaxed", 0)),
 }
 QUICK = 3
 """Of so many faults one is planted in quick tests."""
 
 
-def bits(which, **options):
-    """Of a case, by the launch that it is of."""
-    return (layer_bits_of if which == "layer" else bits_of)(CASES[which], **options)
-
-
-right = functools.cache(bits)
+right = functools.cache(lambda which: bits_of(CASES[which]))
 """Those of every schedule."""
 
 
@@ -165,7 +150,7 @@ def test_a_fault_is_caught(fault):
     expected, planting = right(which), planted("sm90_kernel", *edits)
     for seed in SEEDS:
         try:
-            found = bits(which, seed=seed, resident=1 + seed % 3, edit=planting)
+            found = bits_of(CASES[which], seed=seed, resident=1 + seed % 3, edit=planting)
         except Fault as caught:
             how = str(caught)
         else:
@@ -180,6 +165,6 @@ def test_a_fault_is_caught(fault):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", CASES)
 def test_without_a_fault_it_passes(which):
-    (hold_layer if which == "layer" else hold)(CASES[which])
+    hold(CASES[which])
     for seed in SEEDS[::4]:
-        assert bits(which, seed=seed, resident=1 + seed % 3).equal(right(which))
+        assert bits_of(CASES[which], seed=seed, resident=1 + seed % 3).equal(right(which))

@@ -19,6 +19,7 @@ from lorafast.backends.cuda import (
     small,
     wgmma,
     wgmma_backward,
+    wgmma_layer,
 )
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.hybrid import hybrid
@@ -45,7 +46,7 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
     "lora_linear": (
         decode.plan_lora_linear,
         small.plan_lora_linear,
-        wgmma.plan_lora_linear,
+        wgmma_layer.plan_lora_linear,
     ),
     "lora_linear_backward": (
         small.plan_lora_linear_backward,

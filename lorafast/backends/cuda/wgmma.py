@@ -1,8 +1,8 @@
-"""``linear_expand`` and ``lora_linear`` on Hopper: one accumulator for both terms (csrc/cuda/sm90.cuh).
+"""``linear_expand`` on Hopper: one accumulator for both terms (csrc/cuda/sm90.cuh).
 
 A persistent kernel whose warps load by TMA, multiply by ``wgmma`` or write the low-rank factors. Tiles
-come from a queue. Two CTAs of a cluster have tiles below each other and share what they load of W. In
-``lora_linear`` the first CTAs make ``s`` before they take tiles. What TMA can't read is refused.
+come from a queue. Two CTAs of a cluster have tiles below each other and share what they load of W. What
+TMA can't read is refused. ``wgmma_layer`` has ``lora_linear``.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from lorafast.kernels.common.counters import counters
 _DTYPES = (torch.bfloat16, torch.float16)
 _ADAPTERS = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_RANKS = 1 << 20
-_ROWS = 128
+ROWS = 128
 """Of a tile of y."""
-_COLUMNS = (256, 128)
-_CLUSTERS = (2, 1)
+COLUMNS = (256, 128)
+CLUSTERS = (2, 1)
 _MOST_GROUP = 2**16 - 1
 _REACHED = 0.9
 """Of the rate of PyTorch's large GEMMs, while tiles are multiplied. Assumed, not measured."""
@@ -34,14 +34,10 @@ _MASKED, _AROUND = 1.07, 3000.0
 first tile and after the last, assumed: memory's latency, and y's way there."""
 _FLOPS = 4096
 """Of an SM in a clock, at the most."""
-_COUNTERS = 4
-"""Beside one for each row block where there are helpers."""
-_HELPER_RANKS = 64
-_CLOCK = 1.7e9
-"""Of the SMs, in Hz: assumed."""
-_STEP = 64
+COUNTERS = 4
+STEP = 64
 """Of K."""
-_TMA = 16
+TMA = 16
 """Bytes of which the address of each row is a multiple that TMA reads or writes."""
 
 
@@ -55,8 +51,8 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     N, K = (p.K, p.N) if p.transposed else (p.N, p.K)
     tile = tile_of(p.M, N, device, fixed)
     columns, cluster, ctas = tile.columns, tile.cluster, tile.ctas
-    group = _group(fixed, device)
-    tiles = -(-p.M // _ROWS) * -(-N // columns)
+    group = group_of(fixed, device)
+    tiles = -(-p.M // ROWS) * -(-N // columns)
     pairs = " in clusters of 2" if cluster == 2 else ""
     size = p.dtype.itemsize
     moved = float(
@@ -66,96 +62,20 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     )
     return Launch(
         _run(p, N, columns, group, ctas, cluster),
-        f"linear_expand: {ctas} CTAs{pairs} for {tiles} tiles of {_ROWS} x {columns}, wgmma",
+        f"linear_expand: {ctas} CTAs{pairs} for {tiles} tiles of {ROWS} x {columns}, wgmma",
         2.0 * p.M * N * (K + p.r),
         moved,
         choices={"fused": 1, "columns": columns, "group": group, "cluster": cluster},
-        seconds=_seconds(p, tile.clocks(K + p.r), moved, device),
+        seconds=seconds_of(p, tile.clocks(K + p.r), moved, device),
     )
 
 
-def plan_lora_linear(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
-    """The launch of ``y`` and ``s``, or why there is none: a sentence. ``run`` is as ``Plan`` says."""
-    p = problem
-    reason = why_not_in_one(p, device)
-    if reason is not None:
-        return reason
-    plan = helped(p.M, p.K, p.N, device, fixed)
-    group = _group(fixed, device)
-    apart = clocks_apart(p.M, p.K, p.N, device)
-    if plan.clocks >= apart and not fixed:
-        return (
-            f"helpers don't pay: modelled, one launch takes {plan.clocks:,.0f} clocks, one more for s "
-            f"{apart:,.0f}"
-        )
-    tiles = -(-p.M // _ROWS) * -(-p.N // plan.columns)
-    size = p.dtype.itemsize
-    moved = float(
-        (p.M * p.K + p.N * p.K + p.M * p.N + p.M * p.r + p.r * p.K) * size
-        + p.N * p.r * p.adapter_dtype.itemsize
-    )
-    return Launch(
-        _run_layer(p, plan, group, device.sms),
-        f"lora_linear: {min(tiles + plan.helpers, device.sms)} CTAs for {tiles} tiles of {_ROWS} x "
-        f"{plan.columns}, wgmma, {plan.helpers} of them shrink first",
-        2.0 * p.M * (p.N * (p.K + p.r) + p.K * p.r),
-        moved,
-        choices={"helpers": plan.helpers, "columns": plan.columns, "group": group},
-        seconds=_seconds(p, plan.clocks + _tile(p.r, plan.columns, device), moved, device),
-    )
-
-
-def why_not_in_one(p: Problem, device: Device) -> str | None:
-    """Why a layer's forward can't be one launch, a sentence, or None. How long it takes is another
-    question."""
-    reason = why_refused(p, device)
-    if reason is not None:
-        return reason
-    if p.dropout:
-        return "there is dropout, helpers make s without"
-    if p.dtype is not torch.bfloat16:
-        return f"x is {p.dtype}, helpers make s of bfloat16"
-    if p.adapter_dtype is not torch.bfloat16:
-        return f"the adapters are {p.adapter_dtype}, helpers read lora_A in bfloat16"
-    if p.r > _HELPER_RANKS:
-        return f"the rank is {p.r}, helpers make s of 1 to {_HELPER_RANKS}"
-    if p.M == 0 or p.N == 0:
-        return f"y is {p.M} x {p.N}, there is nothing to compute"
-    if p.layouts.lora_A.rows < _TMA or p.layouts.lora_A.huge:
-        return f"the rows of lora_A aren't aligned to {_TMA} bytes, TMA reads those that are"
-    if p.layouts.weight.rows < _TMA:
-        return "the weight's rows aren't contiguous, a layer in one launch reads it along them"
-    return None
-
-
-@dataclass(frozen=True)
-class Helped:
-    """So many helpers beside tiles of so many columns, and the clocks of the launch."""
-
-    helpers: int
-    columns: int
-    clocks: float
-
-
-def helped(M: int, K: int, N: int, device: Device, fixed: Choices = NONE) -> Helped:
-    """The helpers with which a layer ends first, by a model of the queues."""
-    most = min(-(-M // _ROWS), max(device.sms // 2, 1))
-    given = fixed.get("helpers", 0)
-    found = [
-        Helped(helpers, columns, _clocks_helped(M, K, N, columns, helpers, device))
-        for columns in _COLUMNS
-        if fixed.get("columns", columns) == columns or fixed["columns"] not in _COLUMNS
-        for helpers in ([given] if 1 <= given <= most else range(1, most + 1))
-    ]
-    return min(found, key=lambda plan: (plan.clocks, plan.helpers))
-
-
-def _group(fixed: Choices, device: Device) -> int:
+def group_of(fixed: Choices, device: Device) -> int:
     """Row blocks whose tiles run together."""
     return max(1, min(fixed.get("group", WGMMA[device.capability].group), _MOST_GROUP))
 
 
-def _seconds(p: Problem, clocks: float, moved: float, device: Device) -> float:
+def seconds_of(p: Problem, clocks: float, moved: float, device: Device) -> float:
     """Of so many clocks in which tensor cores have all they can do, or of the bytes, with the launch.
 
     A mask takes issue slots that nothing hides where it comes before the GEMM."""
@@ -164,45 +84,12 @@ def _seconds(p: Problem, clocks: float, moved: float, device: Device) -> float:
     return max(of_clocks, moved / (device.bandwidth * _REACHED)) + LAUNCH_SECONDS
 
 
-def clocks_apart(M: int, K: int, N: int, device: Device) -> float:
-    """Of ``shrink``, bound by reading x, and then ``linear_expand``."""
-    columns = columns_of(M, N, device)
-    rounds = -(-(-(-M // _ROWS) * -(-N // columns)) // device.sms)
-    shrink = 2.0 * M * K / device.bandwidth + LAUNCH_SECONDS
-    return rounds * _tile(K, columns, device) + shrink * _CLOCK
-
-
-def _tile(K: int, columns: int, device: Device) -> float:
-    """Clocks of a tile in a cluster of two, while all SMs have one."""
-    return -(-K // _STEP) * _step(columns, 2, device.sms, device)
-
-
-def _step(columns: int, cluster: int, ctas: int, device: Device) -> float:
+def step_of(columns: int, cluster: int, ctas: int, device: Device) -> float:
     """Clocks of a K block: of tensor cores, or until L2 has brought it."""
     table = WGMMA[device.capability]
     busy = table.step * columns / 256 * (table.narrow if columns == 128 else 1.0)
-    loaded = _STEP * 2 * (_ROWS + columns // cluster)
+    loaded = STEP * 2 * (ROWS + columns // cluster)
     return max(busy, loaded / min(table.l2_port, table.l2 * device.sms / ctas))
-
-
-def _clocks_helped(M: int, K: int, N: int, columns: int, helpers: int, device: Device) -> float:
-    """Tiles end round by round, those of helpers later by their row blocks of s; the first tiles may
-    have to wait for theirs."""
-    table = WGMMA[device.capability]
-    rows, across = -(-M // _ROWS), -(-N // columns)
-    rate = min(table.helper_bytes, device.bandwidth / _CLOCK / helpers)
-    tile, item = _tile(K, columns, device), 2.0 * _ROWS * K / rate
-    others, late = device.sms - helpers, -(-rows // helpers) * item
-    first = min(rows, table.group * -(-others // (table.group * across)))
-    wait = max(0.0, -(-first // helpers) * item - tile)
-    left, end, next_end, next_late = rows * across, 0.0, tile, late + tile
-    while left > 0:
-        end = min(next_end, next_late)
-        if next_end <= next_late:
-            left, next_end = left - others, next_end + tile
-        else:
-            left, next_late = left - helpers, next_late + tile
-    return max(end + wait, late)
 
 
 def why_refused(p: Problem, device: Device) -> str | None:
@@ -225,11 +112,11 @@ def why_refused(p: Problem, device: Device) -> str | None:
         return "x has no columns, the kernels of wgmma need one"
     x, weight = p.layouts.dy if p.transposed else p.layouts.x, p.layouts.weight
     for name, at in (("x", x.rows), ("the weight", weight.rows or weight.columns)):
-        if at < _TMA:
-            return f"the rows of {name} aren't aligned to {_TMA} bytes, TMA reads those that are"
+        if at < TMA:
+            return f"the rows of {name} aren't aligned to {TMA} bytes, TMA reads those that are"
     written = Layout.fresh(p.M, N, p.dtype)
-    if written.rows < _TMA and p.M > 1:
-        return f"a row of y has {N * p.dtype.itemsize} bytes, TMA writes multiples of {_TMA}"
+    if written.rows < TMA and p.M > 1:
+        return f"a row of y has {N * p.dtype.itemsize} bytes, TMA writes multiples of {TMA}"
     if x.huge or weight.huge or written.huge:
         return "a matrix has no rows, too many of them or too long ones for TMA"
     return None
@@ -248,27 +135,27 @@ class Tile:
 
     def clocks(self, K: int) -> float:
         """Of all."""
-        return self.rounds * -(-K // _STEP) * self.step
+        return self.rounds * -(-K // STEP) * self.step
 
 
 def tile_of(M: int, N: int, device: Device, fixed: Choices = NONE) -> Tile:
     """The one that ends first: wide tiles and clusters of two load less, others can fill the chip
     better. What ``fixed`` says of it holds where it can be."""
     found = []
-    for columns in _among(_COLUMNS, fixed.get("columns")):
-        for cluster in _among(_CLUSTERS, fixed.get("cluster")):
+    for columns in among(COLUMNS, fixed.get("columns")):
+        for cluster in among(CLUSTERS, fixed.get("cluster")):
             if cluster > device.sms:
                 continue
-            tiles = -(-M // (_ROWS * cluster)) * -(-N // columns)
+            tiles = -(-M // (ROWS * cluster)) * -(-N // columns)
             clusters = max(1, min(tiles, device.sms // cluster))
             ctas, rounds = cluster * clusters, -(-tiles // clusters)
             found.append(
-                Tile(columns, cluster, ctas, rounds, _step(columns, cluster, ctas, device))
+                Tile(columns, cluster, ctas, rounds, step_of(columns, cluster, ctas, device))
             )
     return min(found, key=lambda tile: (tile.rounds * tile.step, tile.ctas))
 
 
-def _among(known: tuple[int, ...], fixed: int | None) -> tuple[int, ...]:
+def among(known: tuple[int, ...], fixed: int | None) -> tuple[int, ...]:
     """What was chosen, if there is such a one, else all."""
     return known if fixed is None or fixed not in known else (fixed,)
 
@@ -295,33 +182,8 @@ def _run(p: Problem, N: int, columns: int, group: int, ctas: int, cluster: int) 
         mask = mask_of(masked, dropout_p, seed)
         torch.ops.lorafast_cuda.linear_expand_sm90.default(
             x, weight.t() if transposed else weight, s, lora_B, float(scaling), bias, *mask, y,
-            counters(x, _COUNTERS), columns, group, ctas, cluster,
+            counters(x, COUNTERS), columns, group, ctas, cluster,
         )  # fmt: skip
         return y
-
-    return run
-
-
-def _run_layer(p: Problem, plan: Helped, group: int, ctas: int) -> Run:
-    M, N, r = p.M, p.N, p.r
-    numbers = plan.columns, group, ctas, plan.helpers, 1
-    used = _COUNTERS + -(-M // _ROWS)
-
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        bias: Tensor | None = None,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-        s = torch.empty((M, r), dtype=x.dtype, device=x.device)
-        torch.ops.lorafast_cuda.lora_linear_sm90.default(
-            x, weight, lora_A, lora_B, float(scaling), bias, y, s, counters(x, used), *numbers
-        )
-        return y, s
 
     return run
