@@ -18,10 +18,7 @@ from lorafast.bench.common.table import table, why_no_time
 from lorafast.bench.operations.cases import Case, cases
 from torch import Tensor
 
-from lorafast.backends import cuda, registry
-from lorafast.backends.cost import gpu_of
-from lorafast.backends.cuda import Cuda
-from lorafast.backends.cuda.launch import Launch
+from lorafast.backends import registry
 from lorafast.backends.plan import Refusal
 from lorafast.ops.problems import by_backend, on_backend
 from lorafast.reference import contract
@@ -62,28 +59,6 @@ def why_unavailable(case: Case, backend: str) -> str | None:
     return answer.reason if isinstance(answer, Refusal) else None
 
 
-def others(case: Case, backend: str, device: torch.device) -> dict[str, SimpleNamespace]:
-    """Of backend ``cuda``: the launches that could serve a case, too, with the operations that do so.
-
-    Whichever its model takes, each is timed: what it reckons with is not measured."""
-    gpu = gpu_of(device)
-    if backend != Cuda.name or gpu is None or not isinstance(registry.get(backend), Cuda):
-        return {}
-    taken = cuda.cost.fastest(case.asks, gpu)
-    launches = [
-        launch
-        for launch in cuda.planning.launches_of(case.asks, gpu)
-        if isinstance(launch, Launch) and launch.choices
-        if taken is None or launch.choices != taken.choices
-    ]
-    return {
-        f"{backend}, {' '.join(f'{name}={value}' for name, value in launch.choices.items())}": (
-            by_backend(Cuda(launch.choices))
-        )
-        for launch in launches
-    }
-
-
 def turn_of(calls: Sequence[Call]) -> Turn:
     """Calls that need no preparation, one for each input set."""
 
@@ -102,7 +77,7 @@ def measure(
     clock: Clock,
     seconds: float,
 ) -> list[Row]:
-    """Rows of every operation on every backend, and of what else backend ``cuda`` could launch.
+    """Rows of every operation on every backend, and of each backend's alternatives.
 
     Each operation is sampled for about ``seconds``: its backends, a copy of x and ``torch.mm`` in turn.
     """
@@ -119,7 +94,9 @@ def measure(
         for backend in backends:
             contenders[backend] = None
             if why_unavailable(case, backend) is None:
-                contenders |= {backend: on_backend(backend), **others(case, backend, device)}
+                contenders[backend] = on_backend(backend)
+                for said, other in registry.get(backend).alternatives(case.asks).items():
+                    contenders[f"{backend}, {said}"] = by_backend(other)
         for contender, operations in contenders.items():
             row = Row(problem, name, contender, case.flops, case.least_bytes)
             of_case.append(row)

@@ -42,7 +42,8 @@ void lora_linear_sm90(
   enter_sm90("lora_linear_sm90", on);
   const Sm90Launch of =
       sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas, cluster);
-  Sm90ForwardParams p{of.p};
+  Sm90ForwardParams p{};
+  static_cast<Sm90Params&>(p) = of.p;
   p.made_s = s.mutable_data_ptr();
   p.helpers = static_cast<int32_t>((helpers + cluster - 1) / cluster);
   const int64_t size = lora_A.element_size();

@@ -83,6 +83,11 @@ class Backend(ABC):
     def plan(self, problem: Problem) -> Plan | Refusal:
         """How it serves the problem, or why it can't. Asked once for a problem: the answer is kept."""
 
+    def alternatives(self, problem: Problem) -> dict[str, "Backend"]:
+        """What else could serve the problem beside its plan, to be timed: each by a backend like this
+        one that takes it, under what tells it from the others."""
+        return {}
+
     def allow_checks(self, device: torch.device) -> None:
         """Makes it usable on ``device`` for ``lorafast verify``, where it is usable for checks alone."""
         return

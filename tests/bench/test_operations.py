@@ -9,8 +9,8 @@ from cards import A100, H200
 from lorafast.bench.common.problem import Problem, draw
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.operations.cases import cases
-from lorafast.bench.operations.job import others
 
+from lorafast.backends import registry
 from lorafast.backends.cost import pretending
 
 DEVICE = torch.device("cpu")
@@ -27,14 +27,14 @@ def drawn(p=0.0):
 def test_what_the_model_does_not_take_is_timed_too(card, name, p):
     """Fused or not: the one is taken, the other stands beside it."""
     with pretending(card):
-        (other,) = others(drawn(p)[name], "cuda", DEVICE)
-    assert other.startswith("cuda, fused=")
+        (other,) = registry.get("cuda").alternatives(drawn(p)[name].asks)
+    assert other.startswith("fused=")
 
 
 def test_other_backends_have_one_launch():
     with pretending(H200):
-        assert others(drawn()["dx"], "triton", DEVICE) == {}
+        assert registry.get("triton").alternatives(drawn()["dx"].asks) == {}
 
 
 def test_without_a_gpu_there_is_nothing_to_launch():
-    assert others(drawn()["dx"], "cuda", DEVICE) == {}
+    assert registry.get("cuda").alternatives(drawn()["dx"].asks) == {}

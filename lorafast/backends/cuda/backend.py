@@ -5,7 +5,7 @@ from dataclasses import replace
 from lorafast.backends import composed
 from lorafast.backends.cost import Device, Estimate, gpu_of, priced
 from lorafast.backends.cuda import cost, native, planning
-from lorafast.backends.cuda.launch import NONE, Choices
+from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.core.problem import LAYER_OPERATIONS, Problem
@@ -76,6 +76,22 @@ class Cuda(Backend):
             return whole
         why = tuple(f"not in one launch: {reason}" for reason in reasons)
         return replace(apart, launches=(*apart.launches, *why))
+
+    def alternatives(self, problem: Problem) -> dict[str, Backend]:
+        """Its other launches: which of them is the fastest is modelled, not measured."""
+        device = gpu_of(problem.device)
+        if device is None or planning.why_refused(problem, device) is not None:
+            return {}
+        taken = cost.fastest(problem, device, self._fixed)
+        choices = [
+            launch.choices
+            for launch in planning.launches_of(problem, device, self._fixed)
+            if isinstance(launch, Launch) and launch.choices
+            if taken is None or launch.choices != taken.choices
+        ]
+        return {
+            " ".join(f"{name}={value}" for name, value in of.items()): Cuda(of) for of in choices
+        }
 
     def describe(self) -> list[tuple[str, str]]:
         """Whether the kernels are built, for which GPUs, and why they don't run here."""
