@@ -9,7 +9,6 @@ other, so that nobody waits for a flag (``Whole.part``).
 import dataclasses
 import functools
 import hashlib
-import importlib
 import math
 import re
 import subprocess
@@ -26,6 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafast.backends.cost import Device
+from lorafast.backends.cuda import planning
+from lorafast.backends.cuda.launch import NONE
 from lorafast.backends.cuda.launch import Launch as Planned
 from lorafast.core.problem import Problem
 
@@ -382,8 +383,12 @@ def _executed(whole: Whole, numbers: tuple[tuple[str, int], ...]) -> Sum:
 
 def planned(subject: Subject, device: Device) -> Planned | str:
     """What the family launches; or why it doesn't."""
-    family = importlib.import_module(f"lorafast.backends.cuda.{subject.family}")
-    found: Planned | str = getattr(family, f"plan_{subject.operation}")(subject.problem(), device)
+    (planner,) = [
+        planner
+        for planner in planning.FAMILIES[subject.operation]
+        if planner.__module__.rpartition(".")[2].startswith(subject.family)
+    ]
+    found: Planned | str = planner(subject.problem(), device, NONE)
     return found
 
 
