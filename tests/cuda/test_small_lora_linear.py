@@ -320,7 +320,7 @@ def h100():
 
 
 class TestPlan:
-    @pytest.mark.parametrize("arch", SMALL)
+    @pytest.mark.parametrize("arch", [arch for arch in SMALL if arch >= 80])  # 75 has expand alone
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("r", [1, 17, 64])
     def test_every_architecture_has_stages(self, arch, kind, r):

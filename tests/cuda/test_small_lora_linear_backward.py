@@ -425,7 +425,7 @@ def problem(kind="bf16+fp32", M=512, K=384, N=384, r=16, dropout_p=0.0, wants=AL
 
 
 class TestPlan:
-    @pytest.mark.parametrize("arch", SMALL)
+    @pytest.mark.parametrize("arch", [arch for arch in SMALL if arch >= 80])  # 75 has expand alone
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("r", [1, 17, 64])
     def test_every_architecture_has_stages(self, arch, kind, r):
