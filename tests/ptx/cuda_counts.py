@@ -17,8 +17,8 @@ part scale:
   the same block of W. F(n) of n blocks is F(n₁) + (n − n₁)·(F(n₂) − F(n₁)) / (n₂ − n₁).
 
 A step of the main loop is the difference of two loops that are longer than the ring, and a long loop is
-a short one and steps. What lanes of a warp do apart is issued a few times more or less, as they happen
-to meet. No size here leaves a part of a tile over; one that does is refused.
+a short one and steps. Lanes of a warp that have parted meet as soon as they can, in a part as in the
+whole. No size here leaves a part of a tile over; one that does is refused.
 """
 
 from collections.abc import Callable
@@ -78,14 +78,19 @@ def _shrink(whole: Whole, along: str = "K", across: str = "M") -> Scaled:
     steps = _tiles(n[along], of[along])
     assert blocks == _tiles(n[across], of[across])
 
-    def walks(share: int) -> Sum:
-        """Of one block across."""
-        size = {along: share * shares * of[along], across: of[across]}
+    def walks(share: int, missing: int = 0) -> Sum:
+        """Of one block across; the last share lacks so many steps."""
+        size = {along: (share * shares - missing) * of[along], across: of[across]}
         return whole.part(**size, share=share)
 
-    one, step = _loop(n["share"], n["stages"], walks)
+    share, missing = n["share"], n["share"] * shares - steps
+    one, step = _loop(share, n["stages"], walks)
     step = step.times(1 / (shares * ranks))
-    missing = n["share"] * shares - steps  # of the last share
+    # A last share that is shorter than the ring may enter the loop by another branch.
+    last, short = share - missing, min(share, n["stages"] + 1)
+    if last < short:
+        one = one.plus(walks(short, short - last)).plus(walks(short), -1)
+        missing = share - short
     return one.times(blocks).plus(step, -missing * blocks * ranks), step, blocks * ranks * steps
 
 

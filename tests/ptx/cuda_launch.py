@@ -373,6 +373,7 @@ def _executed(whole: Whole, numbers: tuple[tuple[str, int], ...]) -> Sum:
     key = whole.capability, whole.kernel, shapes, values, absent
     if key not in _known:
         with launched(whole.capability, seed=2, resident=1, sms=SMS[whole.capability]) as run:
+            run.machine.lowest_first = True
             whole.func(*whole.call(dict(numbers)))
         (one,) = run.launches
         if (one.symbol, math.prod(one.block)) != (whole.kernel, whole.threads):
