@@ -57,7 +57,7 @@ def line_of(text, code):
     return line
 
 
-# ---- A to B to A: warp 0 of CTA 0 stores and asks, CTA 1 answers, warp 1 of CTA 0 waits for that and reads
+# ---- A to B to A: warp 0 of CTA 0 stores and asks, CTA 1 answers, warp 1 of CTA 0 waits, and reads
 
 THERE_AND_BACK = """
     @%p1 bra ANSWER;
@@ -156,7 +156,8 @@ def test_a_chain_with_a_broken_link_is_a_fault(what, cluster, memory):
         if " CTA" in what:
             assert "in a scope that does not include it" in fault
         elif "undefined" not in fault:  # data behind the question
-            assert f"line {at}: CTA (0" in fault and "with no barrier between" in fault
+            assert f"line {at}: CTA (0" in fault
+            assert "with no barrier between" in fault
 
 
 # ---- A to B to C
