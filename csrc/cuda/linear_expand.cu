@@ -13,6 +13,7 @@
 #include "gemm_operands.cuh"
 #include "operations.h"
 #include "ptx.cuh"
+#include "tile_order.cuh"
 
 namespace lorafast::cuda {
 
@@ -47,18 +48,16 @@ struct LinearExpandParams {
 
 constexpr int kMostSplits = 64;  // times the blocks of K, in 32 bits
 
-// Row blocks in the order in which tiles start that run together: these share rows of x and W in L2.
-constexpr int kGroup = 16;
+constexpr int kGroup = 16;  // row blocks whose tiles run together
 
-struct TilePlace {
+struct TileShare {
   int row, col, tile, share;
 };
 
-__device__ __forceinline__ TilePlace tile_of(const LinearExpandParams& p, int index) {
+__device__ __forceinline__ TileShare share_of(const LinearExpandParams& p, int index) {
   const int tile = index / p.splits;
-  const int group = tile / (kGroup * p.across), in_group = tile % (kGroup * p.across);
-  const int rows = min(p.down - group * kGroup, kGroup);
-  return {group * kGroup + in_group % rows, in_group / rows, tile, index % p.splits};
+  const TilePlace at = tile_at(tile, p.down, p.across, kGroup);
+  return {at.row, at.column, tile, index % p.splits};
 }
 
 template <class T>
@@ -182,7 +181,7 @@ __device__ __forceinline__ void low_rank(
 // Leaves this CTA's part. The last CTA of a tile gets the sum of all, in order; the others are told that they aren't.
 template <class Tile>
 __device__ __forceinline__ bool add_parts(
-    float (&acc)[Tile::kSlabs][Tile::kTiles][4], const LinearExpandParams& p, const TilePlace& place) {
+    float (&acc)[Tile::kSlabs][Tile::kTiles][4], const LinearExpandParams& p, const TileShare& place) {
   constexpr int kFours = Tile::kSlabs * Tile::kTiles;
   float4* const parts = reinterpret_cast<float4*>(p.partials) +
                         static_cast<int64_t>(place.tile) * p.splits * (kFours * Tile::kThreads) +
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
   char* const shared = reinterpret_cast<char*>(linear_expand_shared);
   const uint32_t ring = ptx::shared_address(shared);
-  const TilePlace place = tile_of(p, static_cast<int>(blockIdx.x));
+  const TileShare place = share_of(p, static_cast<int>(blockIdx.x));
   const int64_t row = static_cast<int64_t>(place.row) * Tile::kM, col = static_cast<int64_t>(place.col) * Tile::kN;
   const int begin = p.blocks * place.share / p.splits, blocks = p.blocks * (place.share + 1) / p.splits - begin;
   const int64_t k = static_cast<int64_t>(begin) * kBlockK;
@@ -293,7 +292,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   }
 
   // Computed again: registers are scarce.
-  const TilePlace end = tile_of(p, ptx::again(static_cast<int>(blockIdx.x)));
+  const TileShare end = share_of(p, ptx::again(static_cast<int>(blockIdx.x)));
   if (p.splits > 1 && !add_parts<Tile>(acc, p, end)) return;
   const int by = ptx::thread_again() / 32;
   const int64_t to_row = static_cast<int64_t>(end.row) * Tile::kM + by % Tile::kWarpsDown * Tile::kWarp;

@@ -89,7 +89,8 @@ struct Sm90Cta : Sm90Ring<kN> {
       return {item, item >= 0 ? Sm90Work::kHelp : Sm90Work::kEnd};
     }
     draws.next = ptx::add_relaxed(queue, 1);
-    return tiles_of(p, static_cast<int>(number), kN);
+    const TilePlace at = tile_at(static_cast<int>(number), p.row_sets, p.column_tiles, p.group);
+    return {at.row, at.column * kN};
   }
 
   __device__ __forceinline__ void load() const {

@@ -19,6 +19,7 @@
 #include "factors.cuh"
 #include "numbers.cuh"
 #include "philox.cuh"
+#include "tile_order.cuh"
 #include "tma.cuh"
 
 namespace lorafast::cuda {
@@ -85,13 +86,6 @@ struct Sm90Work {
 
   int row, column;
 };
-
-// Tiles come in groups of row blocks, so that those which run together share tiles of W in the L2 cache.
-__device__ __forceinline__ Sm90Work tiles_of(const Sm90Params& p, int number, int columns) {
-  const int size = p.group * p.column_tiles, first = number / size * p.group, inside = number % size;
-  const int left = p.row_sets - first, of = left < p.group ? left : p.group;
-  return {first + inside % of, inside / of * columns};
-}
 
 // What a thread of such a CTA knows, whatever it does.
 template <int kN>
