@@ -410,7 +410,7 @@ void linear_expand(
       masked ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, (N + 7) / 8,
       static_cast<int32_t>(threshold), static_cast<float>(survivor_scale)};
   p.scale = static_cast<float>(masked ? scaling * survivor_scale : scaling);
-  if (bias.has_value()) p.bias = {bias->const_data_ptr(), bias->stride(0), N, dtype_of(*bias)};
+  p.bias = bias_of(bias);
   p.partials = splits > 1 ? static_cast<float*>(partials->mutable_data_ptr()) : nullptr;
   p.counters = splits > 1 ? static_cast<uint32_t*>(counters->mutable_data_ptr()) : nullptr;
   p.M = M, p.N = N, p.K = K;

@@ -105,12 +105,10 @@ inline Sm90Launch sm90_launch(
   p.y = tensor_map("y", y.mutable_data_ptr(), dtype, M, N, y_row, 64);
   p.s = factor_of(s);
   p.b = of.across && bf16 ? factor_of(lora_B, true) : factor_of(lora_B);
-  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  p.bias = bias_of(bias);
   p.counters = static_cast<uint32_t*>(counters.mutable_data_ptr());
-  p.bias_stride = bias.has_value() ? bias->stride(0) : 0;
   p.M = static_cast<int32_t>(M), p.N = static_cast<int32_t>(N), p.r = static_cast<int32_t>(r);
   const int64_t ranks = bf16 ? kSm90Ranks<bfloat16> : kSm90Ranks<float16>;
-  p.bias_type = bias.has_value() ? dtype_of(*bias) : Dtype::float32;
   p.parts = bf16 ? 1 : p.b.type == Dtype::float32 ? 3 : 2;
   p.k_steps = static_cast<int32_t>((K + 63) / 64);
   p.rank_steps = static_cast<int32_t>((r + ranks - 1) / ranks) * p.parts;

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "factors.cuh"
+#include "gemm_epilogue.cuh"
 #include "numbers.cuh"
 #include "philox.cuh"
 #include "tile_order.cuh"
@@ -26,12 +27,11 @@ namespace lorafast::cuda {
 
 struct Sm90Params {
   CUtensorMap x, w, y, a;
-  Factor s;          // [M, r] of bfloat16 for y in it, else of float32
-  Factor b;          // [N, r], or [r, N] where ranks lie across
-  const void* bias;  // [N] or null, as without ranks
+  Factor s;   // [M, r] of bfloat16 for y in it, else of float32
+  Factor b;   // [N, r], or [r, N] where ranks lie across
+  Bias bias;  // none without ranks
   uint32_t* counters;
   Dropout dropout;
-  int64_t bias_stride;
   int32_t M, N, r;
   int32_t k_steps, rank_steps;  // of the ring
   int32_t row_tiles, column_tiles;
@@ -41,9 +41,8 @@ struct Sm90Params {
   int32_t parts;       // steps of the same ranks
   float factor_scale;  // of s
   float sum_scale;     // of the masked term
-  Dtype bias_type;
-  void* made_s;     // by helpers: what `s` reads, contiguous
-  int32_t helpers;  // clusters that make it
+  void* made_s;        // by helpers: what `s` reads, contiguous
+  int32_t helpers;     // clusters that make it
 };
 
 constexpr int kSm90Threads = 384;
