@@ -7,8 +7,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "arguments.h"
 #include "counters.cuh"
+#include "gemm_arguments.h"
 #include "gemm_epilogue.cuh"
 #include "gemm_operands.cuh"
 #include "operations.h"
@@ -319,20 +319,6 @@ bool lies_along(const Tensor& matrix, int along) {
   return neighbours && aligned(matrix.const_data_ptr(), step, kChunk);
 }
 
-void check_memory(
-    const char* name, const std::optional<Tensor>& scratch, ScalarType dtype, int64_t elements,
-    const OneDevice& device) {
-  STD_TORCH_CHECK(scratch.has_value(), name, " is None, expected ", elements, " elements");
-  STD_TORCH_CHECK(
-      scratch->scalar_type() == dtype && scratch->is_contiguous() && scratch->numel() >= elements &&
-          aligned(scratch->const_data_ptr(), 0, kChunk),
-      name, " has ", scratch->numel(), " elements of dtype ", torch::headeronly::toString(scratch->scalar_type()),
-      ", expected ", elements, " of ", torch::headeronly::toString(dtype), ", contiguous and aligned to ", kChunk,
-      " bytes");
-  device.check(name, *scratch);
-  check_storage(name, *scratch);
-}
-
 template <class T, class Tile, bool kByRows>
 void start(LinearExpandParams& p, const OnDevice& on) {
   constexpr int kSize = sizeof(T);
@@ -354,28 +340,9 @@ void linear_expand(
     Tensor y, const std::optional<Tensor>& partials, const std::optional<Tensor>& counters, int64_t columns,
     int64_t splits) {
   const OneDevice device(kDevice, "x", x);
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && s.dim() == 2, "x, weight or s is no matrix");
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = s.size(1);
-  check_matrix("x", x, M, K, device);
-  check_matrix("weight", weight, N, K, device);
-  check_matrix("s", s, M, r, device);
-  check_matrix("lora_B", lora_B, N, r, device);
-  check_output("y", y, M, N, device);
-  const Dtype dtype = dtype_of(x);
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("weight", weight), {"y", y}}) {
-    STD_TORCH_CHECK(
-        dtype_of(tensor) == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
-        ", expected ", torch::headeronly::toString(x.scalar_type()), " beside x");
-  }
-  const bool bf16 = dtype == Dtype::bfloat16;
-  STD_TORCH_CHECK(
-      dtype_of(s) == (bf16 ? Dtype::bfloat16 : Dtype::float32), "s has dtype ",
-      torch::headeronly::toString(s.scalar_type()), ", expected ", bf16 ? "bfloat16" : "float32", " beside x");
-  if (bias.has_value()) check_vector("bias", *bias, N, device);
+  const auto [M, K, N, r] = check_gemm(device, x, weight, s, lora_B, bias, y, INT64_C(1) << 28);
   check_seed(seed, threshold, device);
-  STD_TORCH_CHECK(r < INT64_C(1) << 20, "r is ", r, ", expected less than ", INT64_C(1) << 20);
-  STD_TORCH_CHECK(K < INT64_C(1) << 28, "K is ", K, ", expected less than ", INT64_C(1) << 28);
-  const bool single = dtype == Dtype::float32;
+  const bool single = dtype_of(x) == Dtype::float32;
   STD_TORCH_CHECK(
       columns == 128 || (columns == 256 && !single), "columns is ", columns, ", expected 128",
       single ? " in float32" : " or 256");

@@ -166,7 +166,10 @@ GIVEN = {
         ({"lora_A": torch.ones(2, 24, dtype=BF16)}, "lora_A is 2 x 24, expected 2 x 16"),
         ({"helpers": 0}, "helpers is 0, expected 1 to 1"),
         ({"helpers": 2}, "helpers is 2, expected 1 to 1"),
-        ({"counters": torch.zeros(4, dtype=torch.int32)}, "expected at least 5 int32"),
+        (
+            {"counters": torch.zeros(4, dtype=torch.int32)},
+            "counters has 4 elements of dtype Int, expected 5",
+        ),
         ({"weight": torch.ones(16, 16, dtype=BF16)[::2, ::2]}, "weight is 8 x 8, expected 8 x 16"),
         ({"s": torch.ones(2, 4, dtype=BF16).t()}, "s is not contiguous"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed has 2 elements"),
