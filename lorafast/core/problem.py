@@ -28,7 +28,8 @@ class Layout(NamedTuple):
 
     ``rows``: the bytes, up to 16, of which the address of each row is a multiple; 0 if the elements of
     a row are not neighbours. ``columns``: the same of its columns. ``huge``: beyond what TMA can
-    describe, 2**31 rows or columns, or 2**40 bytes from one to the next, or none at all; or they overlap.
+    describe, 2**31 rows or columns, or 2**40 bytes from one to the next, or none at all, or such as
+    overlap.
     """
 
     rows: int = 16

@@ -279,6 +279,9 @@ def test_other_architectures_are_refused(arch, has):
         least(arch)
 
 
+ROW = torch.ones(1, 64, dtype=BF16)
+
+
 class TestPlan:
     @pytest.mark.parametrize(
         ("M", "K", "N", "columns", "cluster", "ctas"),
@@ -313,14 +316,20 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"dtype": F32}, "the dtype is torch.float32, the kernels of wgmma have"),
-            ({"r": 0}, "the rank is 0, the kernels of wgmma take 1 to"),
-            ({"K": 0}, "x has no columns"),
+            ({"dtype": F32}, "x has dtype torch.float32, the GEMM by wgmma takes"),
+            ({"r": 0}, "r is 0, the GEMM by wgmma takes 1 to"),
+            ({"K": 0}, "the sums have 0 terms"),
             ({"format": "nf4"}, "the weight is stored as nf4"),
             ({"N": 4100}, "a row of y has 8200 bytes, TMA writes multiples of 16"),
             ({"layouts": Layouts(x=Layout(8))}, "the rows of x aren't aligned to 16 bytes"),
-            ({"layouts": Layouts(weight=Layout(2, 0))}, "the rows of the weight aren't aligned"),
-            ({"layouts": Layouts(x=Layout(16, 0, True))}, "too many of them or too long ones"),
+            ({"layouts": Layouts(weight=Layout(2, 0))}, "neither rows nor columns of the weight"),
+            ({"layouts": Layouts(x=Layout(16, 0, True))}, "or some that overlap"),
+            ({"layouts": Layouts(x=Layout.of(ROW.expand(64, 64)))}, "or some that overlap"),
+            (
+                {"layouts": Layouts(x=Layout.of(ROW.as_strided((4, 16), (8, 1))))},
+                "or some that overlap",
+            ),
+            ({"M": 2**20, "N": 2**28}, "more than 1073741824 tiles"),
         ],
     )
     def test_refusals(self, change, said):
