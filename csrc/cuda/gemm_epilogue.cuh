@@ -6,32 +6,14 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
-#include "device.h"
+#include "bias.cuh"
 #include "eight.cuh"
 #include "numbers.cuh"
 #include "philox.cuh"
 #include "ptx.cuh"
 
 namespace lorafast::cuda {
-
-// The bias of a GEMM, [N] of any dtype, or null.
-struct Bias {
-  const void* from;
-  int64_t stride, N;
-  Dtype type;
-
-  // Of column n, which may lie beyond the last.
-  __device__ __forceinline__ float at(int64_t n) const {
-    return n < N ? load_as_float(from, n * stride, type) : 0.0f;
-  }
-};
-
-inline Bias bias_of(const std::optional<Tensor>& bias) {
-  if (!bias.has_value()) return {};
-  return {bias->const_data_ptr(), bias->stride(0), bias->size(0), dtype_of(*bias)};
-}
 
 // Which of 32 columns of a row are kept: bit 8j + i is column i of tile j. `group`: of Philox, the first tile's. The
 // four lanes of a quad make a tile each.

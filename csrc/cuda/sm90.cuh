@@ -13,6 +13,7 @@
 #pragma once
 
 #include "counters.cuh"
+#include "gemm_epilogue.cuh"
 #include "sm90_factors.cuh"
 #include "wgmma.cuh"
 

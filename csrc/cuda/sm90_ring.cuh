@@ -16,8 +16,8 @@
 
 #include <type_traits>
 
+#include "bias.cuh"
 #include "factors.cuh"
-#include "gemm_epilogue.cuh"
 #include "numbers.cuh"
 #include "philox.cuh"
 #include "tile_order.cuh"
