@@ -130,7 +130,7 @@ def why_not_in_one(p: Problem, device: Device) -> str | None:
     if p.K == 0:
         return f"dx is {p.M} x {p.K}, there is nothing to compute"
     if "dA" in p.wants and (p.layouts.x.rows < ALIGNED or p.layouts.x.huge):
-        return f"the rows of x aren't aligned to {ALIGNED} bytes, or none that TMA can describe"
+        return f"the rows of x aren't aligned to {ALIGNED} bytes, or can't be described to TMA"
     if p.layouts.weight.rows < ALIGNED:
         return "the weight's rows aren't contiguous, a backward by wgmma reads it along them"
     return wgmma.why_refused(p._replace(transposed=True), device)
