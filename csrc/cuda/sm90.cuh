@@ -66,6 +66,7 @@ struct Sm90Cta : Sm90Ring<kN> {
   static constexpr int kPieces = kN / 64;
   static constexpr bool kMasks = !Helpers::kAny;
   static constexpr int kMaskBytes = Tile::kM * kN / 8;
+  static constexpr int kBegun = 10, kAll = kSm90Writers + 256;  // a barrier of threads: a tile's products begin
 
   // ---- One thread loads x and W. The leader's takes from the queues.
 
@@ -194,10 +195,15 @@ struct Sm90Cta : Sm90Ring<kN> {
     if constexpr (!Helpers::kAny) finish();
   }
 
-  // Which elements of the tile are kept, in a stage of their own. They take a while: they are there when it is granted.
+  // Making a mask takes issue slots. Those who store the last tile want them, unless the tile itself is short.
+  __device__ __forceinline__ bool makes_mask_later() const { return p.k_steps >= 16; }
+
+  // Which elements of the tile are kept, in a stage of their own, which is granted when they are long there. Eight
+  // rows of a half of 128 columns after each other: 16 bytes of a row are four words, one of each lane that has it.
   __device__ __forceinline__ void write_mask(
       const Ring& ring, uint32_t& parities, int thread, int top, int column) const {
     constexpr int kUnits = (kN + kSm90Writers - 1) / kSm90Writers;
+    if (makes_mask_later()) ptx::meet(kBegun, kAll);
     const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
     const uint32_t threshold = static_cast<uint32_t>(p.dropout.threshold);
     uint64_t counter[kUnits];
@@ -449,6 +455,7 @@ struct Sm90Cta : Sm90Ring<kN> {
       }
       const int top = row_block(work.row) * Tile::kM + 64 * half;
       float d[kTiles][4];
+      if (kMasks && masked && makes_mask_later()) ptx::arrive_for(kBegun, kAll);
       multiply<kAcross, false>(d, ring, held, half);
       if (kMasks && masked) add_masked_ranks(d, ring, held, half);
       else multiply_ranks(d, ring, held, half);

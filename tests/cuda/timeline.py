@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Role = Generator[Any, Any, None]
+PATIENT = 16
+"""K blocks of a tile, from which on its mask isn't made while the last tile is stored."""
 _CHUNK = 32
 """Instructions after which a warp looks again how many others issue."""
 
@@ -120,6 +122,7 @@ class Cta:
         self.posted = [Barrier(1) for _ in range(2)]
         self.taken = [Barrier(3) for _ in range(2)]
         self.ahead = Barrier(1)
+        self.stored = Barrier(2)
         self.issuing = 0
         self.l2_free = 0.0
         self.queues: tuple[deque[tuple[float, Callable[[], None] | None]], ...] = (deque(), deque())
@@ -225,6 +228,8 @@ class Cta:
             yield from self.issue(t.begin_write)
             at += t.k_steps
             if t.mask:
+                if t.k_steps >= PATIENT:
+                    yield self.wait(self.stored, n & 1)
                 yield self.pause(a.load)
                 yield from self.issue(t.bits)
             for step in range(t.rank_steps + (t.mask > 0)):
@@ -325,6 +330,8 @@ class Cta:
             yield self.wait(self.posted[n % 2], n // 2 & 1)
             says("between tiles")
             yield from self.issue(t.begin)
+            if t.k_steps >= PATIENT:
+                self.arrive(self.stored)
             yield from steps(False)
             yield from masked_ranks() if t.mask else steps(True)
             yield from drain()
