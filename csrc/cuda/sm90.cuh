@@ -4,8 +4,11 @@
 // A CTA has three warpgroups. The first one's warp 0 loads x and W by TMA, of the tiles of y that its cluster takes
 // from a queue; the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All hand
 // over stages of a ring in shared memory: its steps are the K blocks of a tile and, in the same form, its rank
-// blocks. They are the last steps, so that nothing waits for s; under a mask, which falls on the low-rank term
-// alone, they are the first, the sums are masked, and the GEMM adds to them.
+// blocks. They are the last steps, so that nothing waits for s.
+//
+// A mask falls on the low-rank term alone. Which elements are kept is made by those who write factors, while the tile
+// is multiplied, and is a step before its ranks. Those who multiply get products of ranks for 64 columns at a time, in
+// sums of their own, and add what is kept.
 //
 // Helpers are the clusters that draw the first tickets. Before they take tiles they do work that others wait for,
 // through the same ring (sm90_shrink.cuh). `draw` gives the number of the next item of it, or -1; only the leader asks.
@@ -13,7 +16,7 @@
 #pragma once
 
 #include "counters.cuh"
-#include "gemm_epilogue.cuh"
+#include "eight.cuh"
 #include "sm90_factors.cuh"
 #include "wgmma.cuh"
 
@@ -231,8 +234,7 @@ struct Sm90Cta : Sm90Ring<kN> {
     for (int i = 0; i < kUnits; ++i) {
       const int unit = thread + kSm90Writers * i;
       if (unit < kN) {
-        ptx::store_shared_16(
-            stage(ring) + 16 * unit, make_uint4(keep[i][0], keep[i][1], keep[i][2], keep[i][3]));
+        ptx::store_shared_16(stage(ring) + 16 * unit, make_uint4(keep[i][0], keep[i][1], keep[i][2], keep[i][3]));
       }
     }
     // Beside them what is kept is scaled by: of a parameter ptxas would make a load for each sum.
