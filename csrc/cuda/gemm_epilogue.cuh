@@ -2,7 +2,7 @@
 // low-rank term, and 16-byte stores.
 //
 // A slab is a warp's 16 rows and 8 · kTiles columns: tile j of a lane has (g, 2t), (g, 2t + 1), (g + 8, 2t) and
-// (g + 8, 2t + 1) of columns 8j to 8j + 7, g = lane / 4, t = lane % 4. A warp's part of a wgmma is one, too.
+// (g + 8, 2t + 1) of columns 8j to 8j + 7, g = lane / 4, t = lane % 4.
 #pragma once
 
 #include <cstdint>

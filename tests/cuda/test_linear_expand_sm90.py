@@ -34,6 +34,7 @@ QUICK = [
     Case("bf16", 70, 136, 520, 3, 256, dropout_p=0.3, transposed=True, cluster=2),
     Case("bf16+fp32", 1, 8, 8, 1, 128, dropout_p=0.1, bias=True),
     Case("bf16", 300, 64, 128, 256, 128, dropout_p=0.1, cluster=2, sms=4),
+    Case("bf16", 140, 1032, 136, 16, 128, dropout_p=0.1, sms=1),
     Case("bf16+fp32", 65, 200, 256, 64, pitched=True),
     Case("fp16", 129, 200, 264, 40, bias=True),
     Case("fp16+fp32", 257, 72, 136, 17, 128, dropout_p=0.1, transposed=True, cluster=2),

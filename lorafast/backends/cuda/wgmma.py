@@ -27,9 +27,11 @@ _GEMM = Gemm(
 _MOST_GROUP = 2**16 - 1
 _REACHED = 0.9
 """Of the rate of PyTorch's large GEMMs, while tiles are multiplied. Assumed, not measured."""
-_MASKED, _AROUND = 1.07, 3000.0
-"""Times the clocks of tiles under a mask, by what is counted of one (K = 4096); and clocks before the
-first tile and after the last, assumed: memory's latency, and y's way there."""
+_MASKED, _BITS = 1.01, 9200.0
+"""Times the clocks of tiles under a mask, by what is counted of one (K = 4096); and clocks in which
+idle warps make the mask of 256 columns, which a short tile waits for."""
+_AROUND = 3000.0
+"""Clocks before the first tile and after the last, assumed: memory's latency, and y's way there."""
 _FLOPS = 4096
 """Of an SM in a clock, at the most."""
 COUNTERS = 4
@@ -48,6 +50,9 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     columns, cluster, ctas = tile.columns, tile.cluster, tile.ctas
     group = group_of(fixed, device)
     tiles = -(-p.M // ROWS) * -(-N // columns)
+    clocks = tile.clocks(K + p.r)
+    if p.dropout:
+        clocks = max(clocks, tile.rounds * _BITS * columns / COLUMNS[0])
     pairs = " in clusters of 2" if cluster == 2 else ""
     size = p.dtype.itemsize
     moved = float(
@@ -61,7 +66,7 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
         2.0 * p.M * N * (K + p.r),
         moved,
         choices={"fused": 1, "columns": columns, "group": group, "cluster": cluster},
-        seconds=seconds_of(p, tile.clocks(K + p.r), moved, device),
+        seconds=seconds_of(p, clocks, moved, device),
     )
 
 
@@ -73,7 +78,7 @@ def group_of(fixed: Choices, device: Device) -> int:
 def seconds_of(p: Problem, clocks: float, moved: float, device: Device) -> float:
     """Of so many clocks in which tensor cores have all they can do, or of the bytes, with the launch.
 
-    A mask takes issue slots that nothing hides where it comes before the GEMM."""
+    What a mask keeps is added when all products are made: nothing hides that."""
     busy = clocks * (_MASKED if p.dropout else 1.0) + _AROUND
     of_clocks = busy * _FLOPS * device.sms / (device.flops * _REACHED)
     return max(of_clocks, moved / (device.bandwidth * _REACHED)) + LAUNCH_SECONDS
