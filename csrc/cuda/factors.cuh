@@ -32,24 +32,17 @@ struct Factor {
   bool vector;  // eight elements of a row lie together, rows are aligned to 16 bytes, and columns have no rest
 };
 
-// `turned`: the factor's rows are the matrix's columns.
-inline Factor factor_of(const Tensor& matrix, bool turned = false) {
-  const int along = turned ? 0 : 1, across = 1 - along;
-  const int64_t size = static_cast<int64_t>(matrix.element_size());
-  Factor f{
-      matrix.const_data_ptr(),
-      matrix.size(across),
-      matrix.size(along),
-      matrix.stride(across),
-      matrix.stride(along),
-      dtype_of(matrix),
-      false};
+inline Factor factor_of(const MatrixView& matrix) {
+  const int64_t size = matrix.type == Dtype::float32 ? 4 : 2;
+  Factor f{matrix.from, matrix.rows, matrix.columns, matrix.row, matrix.column, matrix.type, false};
   f.vector = f.col == 1 && f.columns % 8 == 0 && aligned(f.from, f.rows > 1 ? f.row * size : 0, kChunk);
   return f;
 }
 
+inline Factor factor_of(const Tensor& matrix) { return factor_of(view_of(matrix)); }
+
 // Neighbours of a row as they lie in memory; zeros beyond the matrix. A factor that is `vector` has them in one load or
-// two; of another each is loaded by itself.
+// two.
 template <class S, int kElements>
 struct Neighbours {
   static constexpr int kEach = kElements * static_cast<int>(sizeof(S)) >= 16 ? 4 : 2;  // words of a load
@@ -74,14 +67,26 @@ struct Neighbours {
   }
 };
 
+// The same of any factor, each loaded by itself: as bits, so that none waits for the one before.
 template <class S, int kElements>
-__device__ __forceinline__ void load_one_by_one(
-    float (&to)[kElements], const Factor& f, int64_t row, int64_t column) {
-  const S* at = static_cast<const S*>(f.from) + row * f.row + column * f.col;
-  const int64_t count = row < f.rows ? f.columns - column : 0;
+struct Elements {
+  using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, uint32_t>;
+
+  Bits bits[kElements];
+
+  __device__ __forceinline__ void load(const Factor& f, int64_t row, int64_t column) {
+    const Bits* at = static_cast<const Bits*>(f.from) + row * f.row + column * f.col;
+    const int64_t count = row < f.rows ? f.columns - column : 0;
 #pragma unroll
-  for (int i = 0; i < kElements; ++i, at += f.col) to[i] = i < count ? to_float(*at) : 0.0f;
-}
+    for (int i = 0; i < kElements; ++i, at += f.col) bits[i] = i < count ? *at : Bits{0};
+  }
+
+  __device__ __forceinline__ void as_floats(float (&to)[kElements]) const {
+    const S* const of = reinterpret_cast<const S*>(bits);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) to[i] = to_float(of[i]);
+  }
+};
 
 // The chunks of a block that kThreads threads lay: kAcross of them side by side, rows of a column of chunks, or (kAlong)
 // chunks of a row; the others follow.
@@ -108,31 +113,31 @@ struct FactorBlock {
   template <class S, class E, int kBatch, class Rounded, class Put>
   __device__ __forceinline__ void load_of(const Factor& f, const Rounded& rounded, const Put& put) const {
     constexpr int kElements = kChunk / static_cast<int>(sizeof(E));
-    float x[kElements];
-    if (kBatch == 0 || !f.vector) {
-#pragma unroll 1
-      for (int i = thread; i < count(); i += kThreads) {
-        load_one_by_one<S>(x, f, row + row_of(i), column + kElements * chunk_of(i));
-        put(row_of(i), chunk_of(i), rounded(x));
-      }
-      return;
-    }
     if constexpr (kBatch > 0) {
+      if (f.vector) return load_batches<Neighbours<S, kElements>, E, kBatch>(f, rounded, put);
+    }
+    constexpr int kFew = kElements * kBatch > 12 ? 12 / kElements : kBatch;  // in registers, each in one
+    load_batches<Elements<S, kElements>, E, kFew == 0 ? 1 : kFew>(f, rounded, put);
+  }
+
+  template <class Loaded, class E, int kBatch, class Rounded, class Put>
+  __device__ __forceinline__ void load_batches(const Factor& f, const Rounded& rounded, const Put& put) const {
+    constexpr int kElements = kChunk / static_cast<int>(sizeof(E));
+    float x[kElements];
 #pragma unroll 1
-      for (int i = thread; i < count(); i += kBatch * kThreads) {
-        Neighbours<S, kElements> of[kBatch];
+    for (int i = thread; i < count(); i += kBatch * kThreads) {
+      Loaded of[kBatch];
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int at = i + j * kThreads;
-          of[j].load(f, row + row_of(at), at < count() ? column + kElements * chunk_of(at) : f.columns);
-        }
+      for (int j = 0; j < kBatch; ++j) {
+        const int at = i + j * kThreads;
+        of[j].load(f, row + row_of(at), at < count() ? column + kElements * chunk_of(at) : f.columns);
+      }
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int at = i + j * kThreads;
-          if (at >= count()) break;
-          of[j].as_floats(x);
-          put(row_of(at), chunk_of(at), rounded(x));
-        }
+      for (int j = 0; j < kBatch; ++j) {
+        const int at = i + j * kThreads;
+        if (at >= count()) break;
+        of[j].as_floats(x);
+        put(row_of(at), chunk_of(at), rounded(x));
       }
     }
   }

@@ -32,6 +32,11 @@ __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t counter) {
   return make_uint4(c0, c1, c2, c3);
 }
 
+// Which of the two columns of a word are kept: bit 0 is the low half-word's.
+__device__ __forceinline__ uint32_t keep_two(uint32_t word, uint32_t threshold) {
+  return ((word & 0xFFFFu) >= threshold ? 1u : 0u) | ((word >> 16) >= threshold ? 2u : 0u);
+}
+
 // Which of the columns 8·group to 8·group + 7 of a row are kept: bit j is column 8·group + j.
 __device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t seed, int64_t row, int64_t group) {
   const uint4 words = philox(seed, static_cast<uint64_t>(row * dropout.groups + group));
@@ -39,10 +44,7 @@ __device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t s
   const uint32_t threshold = static_cast<uint32_t>(dropout.threshold);
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    bits |= ((word[i] & 0xFFFFu) >= threshold ? 1u : 0u) << (2 * i);
-    bits |= ((word[i] >> 16) >= threshold ? 1u : 0u) << (2 * i + 1);
-  }
+  for (int i = 0; i < 4; ++i) bits |= keep_two(word[i], threshold) << (2 * i);
   return bits;
 }
 

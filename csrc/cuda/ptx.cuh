@@ -178,6 +178,10 @@ __device__ __forceinline__ uint32_t load_word_at(uint32_t address) {
   return word;
 }
 
+__device__ __forceinline__ void store_word_at(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" : : "r"(address), "r"(word) : "memory");
+}
+
 // 16 bytes, by an address in the window of shared memory.
 __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
   uint4 v;

@@ -4,8 +4,11 @@
 // A CTA has three warpgroups. The first one's warp 0 loads x and W by TMA, of the tiles of y that its cluster takes
 // from a queue; the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All hand
 // over stages of a ring in shared memory: its steps are the K blocks of a tile and, in the same form, its rank
-// blocks. They are the last steps, so that nothing waits for s; under a mask, which falls on the low-rank term
-// alone, they are the first, the sums are masked, and the GEMM adds to them.
+// blocks. They are the last steps, so that nothing waits for s.
+//
+// A mask falls on the low-rank term alone. Which elements are kept is made by those who write factors, while the tile
+// is multiplied, and is a step before its ranks. Those who multiply get products of ranks for 64 columns at a time, in
+// sums of their own, and add what is kept.
 //
 // Helpers are the clusters that draw the first tickets. Before they take tiles they do work that others wait for,
 // through the same ring (sm90_shrink.cuh). `draw` gives the number of the next item of it, or -1; only the leader asks.
@@ -13,7 +16,7 @@
 #pragma once
 
 #include "counters.cuh"
-#include "gemm_epilogue.cuh"
+#include "eight.cuh"
 #include "sm90_factors.cuh"
 #include "wgmma.cuh"
 
@@ -23,7 +26,7 @@ namespace lorafast::cuda {
 
 struct NoHelpers {
   static constexpr bool kAny = false;
-  static constexpr int kWriterRegisters = 40;  // multiples of 16
+  static constexpr int kWriterRegisters = 56;  // multiples of 16
   struct State {};
 
   template <class Cta>
@@ -63,6 +66,10 @@ struct Sm90Cta : Sm90Ring<kN> {
   using Base::masked, Base::p, Base::rank, Base::read_mail, Base::release, Base::row_block, Base::shared;
   using Base::stage, Base::warp;
   static constexpr int kTiles = kN / 8;  // of eight columns, of which a thread has four sums
+  static constexpr int kPieces = kN / 64;
+  static constexpr bool kMasks = !Helpers::kAny;
+  static constexpr int kMaskBytes = Tile::kM * kN / 8;
+  static constexpr int kBegun = 10, kAll = kSm90Writers + 256;  // a barrier of threads: a tile's products begin
 
   // ---- One thread loads x and W. The leader's takes from the queues.
 
@@ -89,7 +96,8 @@ struct Sm90Cta : Sm90Ring<kN> {
       return {item, item >= 0 ? Sm90Work::kHelp : Sm90Work::kEnd};
     }
     draws.next = ptx::add_relaxed(queue, 1);
-    return tiles_of(p, static_cast<int>(number), kN);
+    const TilePlace at = tile_at(static_cast<int>(number), p.row_sets, p.column_tiles, p.group);
+    return {at.row, at.column * kN};
   }
 
   __device__ __forceinline__ void load() const {
@@ -107,13 +115,12 @@ struct Sm90Cta : Sm90Ring<kN> {
         continue;
       }
       const int row = row_block(work.row) * Tile::kM;
-      if (masked) grant(ring, p.rank_steps);
       for (int k = 0; k < p.k_steps; ++k, ring.next()) {
         this->open(ring, Tile::kStage);
         ptx::copy_box(stage(ring), &p.x, k * Tile::kK, row, full(ring));
         load_w(ring, k * Tile::kK, work.column);
       }
-      if (!masked) grant(ring, p.rank_steps);
+      grant(ring, p.rank_steps + (kMasks && masked));
     }
   }
 
@@ -161,13 +168,14 @@ struct Sm90Cta : Sm90Ring<kN> {
         continue;
       }
       const int own = row_block(work.row), top = own * Tile::kM;
-      if (p.bias != nullptr) {
-        for (int i = thread; i < kN; i += kSm90Writers) {
-          const int64_t n = work.column + i;
-          bias(mail)[i] = n < p.N ? load_as_float(p.bias, n * p.bias_stride, p.bias_type) : 0.0f;
-        }
+      if (p.bias.from != nullptr) {
+        for (int i = thread; i < kN; i += kSm90Writers) bias(mail)[i] = p.bias.at(work.column + i);
       }
-      if (!masked) skip(ring);
+      skip(ring);
+      if (kMasks && masked) {
+        write_mask(ring, parities, thread, top, work.column);
+        ring.next();
+      }
       for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
         const int first = step / p.parts * kSm90Ranks<T>, part = step % p.parts;
         wait_for_grant(ring, parities);
@@ -183,10 +191,55 @@ struct Sm90Cta : Sm90Ring<kN> {
         ptx::meet(kSm90WritersMeet, kSm90Writers);
         if (thread == 0) ptx::arrive_at(full(ring));
       }
-      if (masked) skip(ring);
       give_back(mail);
     }
     if constexpr (!Helpers::kAny) finish();
+  }
+
+  // Making a mask takes issue slots. Those who store the last tile want them, unless the tile itself is short.
+  __device__ __forceinline__ bool makes_mask_later() const { return p.k_steps >= 16; }
+
+  // Which elements of the tile are kept, in a stage of their own, which is granted when they are long there. Eight
+  // rows of a half of 128 columns after each other: 16 bytes of a row are four words, one of each lane that has it.
+  __device__ __forceinline__ void write_mask(
+      const Ring& ring, uint32_t& parities, int thread, int top, int column) const {
+    constexpr int kUnits = (kN + kSm90Writers - 1) / kSm90Writers;
+    if (makes_mask_later()) ptx::meet(kBegun, kAll);
+    const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
+    const uint32_t threshold = static_cast<uint32_t>(p.dropout.threshold);
+    uint64_t counter[kUnits];
+    uint32_t keep[kUnits][4] = {};
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int unit = thread + kSm90Writers * i;
+      const int64_t row = top + unit % 64 / 8 * 16 + unit % 8 + unit / 64 % 2 * 8;
+      counter[i] = static_cast<uint64_t>(row * p.dropout.groups + column / 8 + unit / 128 * 16);
+    }
+#pragma unroll 1
+    for (int group = 0; group < 16; ++group) {
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        const uint4 words = philox(seed, counter[i]++);
+        const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+          keep[i][t] = __funnelshift_r(keep[i][t], keep_two(word[t], threshold), 2);
+        }
+      }
+    }
+    wait_for_grant(ring, parities);
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int unit = thread + kSm90Writers * i;
+      if (unit < kN) {
+        ptx::store_shared_16(stage(ring) + 16 * unit, make_uint4(keep[i][0], keep[i][1], keep[i][2], keep[i][3]));
+      }
+    }
+    // Beside them what is kept is scaled by: of a parameter ptxas would make a load for each sum.
+    if (thread == 0) ptx::store_word_at(stage(ring) + kMaskBytes, __float_as_uint(p.sum_scale));
+    ptx::publish_shared();
+    ptx::meet(kSm90WritersMeet, kSm90Writers);
+    if (thread == 0) ptx::arrive_at(full(ring));
   }
 
   // The last CTA leaves the counters as it found them. Its own writers call it: nobody waits for a flag. Where there are
@@ -246,7 +299,7 @@ struct Sm90Cta : Sm90Ring<kN> {
 
   // Those of the low-rank term, and the end of all that was begun.
   __device__ __forceinline__ void multiply_ranks(
-      float (&d)[kTiles][4], Ring& ring, uint32_t& held, int adds, int half) const {
+      float (&d)[kTiles][4], Ring& ring, uint32_t& held, int half) const {
     if constexpr (!std::is_same_v<Factor, T>) {
       ptx::wait_for_products<0>();  // products of another shape add to the same sums
       release(held);
@@ -261,9 +314,8 @@ struct Sm90Cta : Sm90Ring<kN> {
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         ptx::begin_products();
-        ptx::multiply_add<Factor, kRanksAcross>(d, a + 2 * i, b + (kRanksAcross ? 128 : 2) * i, adds);
+        ptx::multiply_add<Factor, kRanksAcross>(d, a + 2 * i, b + (kRanksAcross ? 128 : 2) * i, 1);
         ptx::commit_products();
-        adds = 1;
       }
       ptx::wait_for_products<1>();  // at most the last group of this step is left
       release(held);
@@ -272,6 +324,83 @@ struct Sm90Cta : Sm90Ring<kN> {
     ptx::wait_for_products<0>();
     release(held);
     ptx::hold(d);
+  }
+
+  // The same under a mask: products of 64 columns, of which those that are kept are added; meanwhile the next are made.
+  __device__ __forceinline__ void add_masked_ranks(
+      float (&d)[kTiles][4], Ring& ring, uint32_t& held, int half) const {
+    uint32_t keep[kPieces];
+    ptx::wait_at(full(ring), ring.parity);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      keep[i] = ptx::load_word_at(stage(ring) + 1024 * i + 4 * (128 * half + threadIdx.x % 128));
+    }
+    const float scale = __uint_as_float(ptx::load_word_at(stage(ring) + kMaskBytes));
+    __syncwarp();
+    uint32_t read = empty(ring);
+    release(read);
+    ring.next();
+    ptx::wait_for_products<0>();
+    release(held);
+    ptx::hold(d);
+    for (int step = 0; step < p.rank_steps; ++step, ring.next()) {
+      ptx::wait_at(full(ring), ring.parity);
+      const int count = Factors{p}.products(step / p.parts * kSm90Ranks<T>);
+      if (count == 1) add_masked<true>(d, ring, half, count, keep, scale);
+      else add_masked<false>(d, ring, half, count, keep, scale);
+    }
+  }
+
+  // Of a step of ranks, which is released. kOne: `count` is 1.
+  template <bool kOne>
+  __device__ __forceinline__ void add_masked(
+      float (&d)[kTiles][4], const Ring& ring, int half, int count, const uint32_t (&keep)[kPieces],
+      float scale) const {
+    float e[2][8][4];
+    multiply_piece<kOne>(e[0], ring, half, 0, count);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (piece + 1 < kPieces) {
+        multiply_piece<kOne>(e[(piece + 1) % 2], ring, half, piece + 1, count);
+        ptx::wait_for_products<1>();
+      } else {
+        ptx::wait_for_products<0>();
+        uint32_t read = empty(ring);
+        release(read);
+      }
+      ptx::hold(e[piece % 2]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t bits = keep[piece / 2 * 2 + i / 2] >> (2 * (piece % 2 * 8 + j) + i % 2);
+          float& sum = d[8 * piece + j][i];
+          if (bits & 1) sum = fmaf(scale, e[piece % 2][j][i], sum);
+        }
+      }
+    }
+  }
+
+  // Of a step of ranks the products of 64 columns, so many.
+  template <bool kOne>
+  __device__ __forceinline__ void multiply_piece(
+      float (&e)[8][4], const Ring& ring, int half, int piece, int count) const {
+    constexpr bool kRanksAcross = Factors::kRanksAcross;
+    const uint32_t columns = stage(ring) + Tile::kX + piece * Tile::kHalf;
+    const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
+    const uint64_t b = kRanksAcross ? ptx::describe_columns<64>(columns) : ptx::describe_rows(columns);
+    ptx::begin_products();
+    if constexpr (kOne) {
+      ptx::multiply_add<Factor, kRanksAcross>(e, a, b, 0);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        ptx::begin_products();
+        ptx::multiply_add<Factor, kRanksAcross>(e, a + 2 * i, b + (kRanksAcross ? 128 : 2) * i, i > 0);
+      }
+      ptx::begin_products();
+    }
+    ptx::commit_products();
   }
 
   // y leaves in pieces of 64 columns; while TMA writes one the next is made.
@@ -293,7 +422,7 @@ struct Sm90Cta : Sm90Ring<kN> {
         for (int i = 0; i < 2; ++i) {
           const int tile = 8 * piece + j + i;
           float2 b = make_float2(0.0f, 0.0f);
-          if (p.bias != nullptr) b = *reinterpret_cast<const float2*>(added + 8 * tile);
+          if (p.bias.from != nullptr) b = *reinterpret_cast<const float2*>(added + 8 * tile);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             v[2 * i + h] = pack_two<T>(d[tile][2 * h] + b.x, d[tile][2 * h + 1] + b.y);
@@ -326,18 +455,10 @@ struct Sm90Cta : Sm90Ring<kN> {
       }
       const int top = row_block(work.row) * Tile::kM + 64 * half;
       float d[kTiles][4];
-      if (!Helpers::kAny && masked) {
-        multiply_ranks(d, ring, held, 0, half);
-        const uint64_t seed = static_cast<uint64_t>(*p.dropout.seed);
-        end_low_rank(d, p.sum_scale, p.dropout, seed, top + warp % 4 * 16, work.column);
-        multiply<kAcross, true>(d, ring, held, half);
-        ptx::wait_for_products<0>();
-        release(held);
-        ptx::hold(d);
-      } else {
-        multiply<kAcross, false>(d, ring, held, half);
-        multiply_ranks(d, ring, held, 1, half);
-      }
+      if (kMasks && masked && makes_mask_later()) ptx::arrive_for(kBegun, kAll);
+      multiply<kAcross, false>(d, ring, held, half);
+      if (kMasks && masked) add_masked_ranks(d, ring, held, half);
+      else multiply_ranks(d, ring, held, half);
       store(d, top, work.column, half, mail);
       give_back(mail);
     }

@@ -46,7 +46,7 @@ struct Sm90Factors {
   using Tile = Sm90Tile<kN>;
   static constexpr int kElements = kChunk / static_cast<int>(sizeof(Element));
   static constexpr bool kRanksAcross = kSm90RanksAcross<T, kAcross>, kSplit = sizeof(Element) == 4;
-  static constexpr int kBatch = 2;  // chunks that a thread has in registers
+  static constexpr int kBatch = kSplit ? 3 : 2;  // chunks that a thread has in registers
 
   const Sm90Params& p;
 

@@ -149,11 +149,12 @@ def multiplies(code: Code, first: int, last: int) -> int:
 @dataclass(frozen=True)
 class Schedule:
     """Stalls of a warp: in a turn of the main loop, which multiplies so often, and from the last
-    product to the last store of y."""
+    product to the last store of y. ``masked``: instructions that add what a mask keeps."""
 
     loop: int
     multiplies: int
     epilogue: int
+    masked: int
 
 
 def schedule(code: Code) -> Schedule:
@@ -181,7 +182,21 @@ def schedule(code: Code) -> Schedule:
     clocks = min(way[i] for i in ends if i in way)
     for one, other in itertools.pairwise(stores):
         clocks += stalls_to(code, other)[one]
-    return Schedule(turn, multiplies(code, first, last), clocks)
+    return Schedule(turn, multiplies(code, first, last), clocks, masked(code))
+
+
+def masked(code: Code) -> int:
+    """Instructions from the first predicated FFMA to the last, of the way without a branch that has
+    most of them. Two bits of PTX that are tested become a word in all predicates at once, so that
+    instructions of PTX say little of this."""
+    most, first, count = (0, 0), 0, 0
+    for i, one in enumerate(code):
+        if one.target is not None or one.opcode.startswith(("EXIT", "RET", "BRX")):
+            count = 0
+        elif one.predicated and one.opcode == "FFMA":
+            first, count = (first if count else i), count + 1
+            most = max(most, (count, i - first + 1))
+    return most[1]
 
 
 def _stores(code: Code) -> list[int]:

@@ -56,10 +56,24 @@ def test_loads_one_after_another_are_bare():
     assert max(long.idle, key=long.idle.get) == "waits for ranks"
 
 
-def test_a_mask_is_bare_where_both_warpgroups_mask():
-    """Their warps share schedulers: what each issues takes both one clock an instruction."""
-    found = timeline(replace(RANKED, mask=2400))
+MASKED = replace(RANKED, mask=240, bits=4600)
+
+
+def test_what_a_mask_keeps_is_added_behind_the_products():
+    """Both warpgroups add at once: what each issues takes both one clock an instruction."""
+    found, plain = timeline(replace(MASKED, mask=2400)), timeline(RANKED)
     assert 2 * 2400 * 0.8 < found.idle["masks"] < 2 * 2400 * 1.1
+    assert found.tile - plain.tile < found.idle["masks"] + 500
+
+
+def test_bits_are_made_while_a_tile_is_multiplied():
+    """Two clocks an instruction: as long as nine K blocks of 1,024."""
+    free = timeline(replace(MASKED, bits=0))
+    assert timeline(MASKED).tile == pytest.approx(free.tile, abs=16)
+    assert timeline(MASKED).first == pytest.approx(free.first)
+    short = timeline(replace(MASKED, k_steps=4))
+    assert short.tile > 2 * MASKED.bits
+    assert max(short.idle, key=short.idle.get) == "waits for the mask"
 
 
 def test_a_first_tile_waits_for_memory_and_the_last_for_its_stores():

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Role = Generator[Any, Any, None]
+PATIENT = 16
+"""K blocks of a tile, from which on its mask isn't made while the last tile is stored."""
 _CHUNK = 32
 """Instructions after which a warp looks again how many others issue."""
 
@@ -48,10 +50,11 @@ class Assumed:
 class Tile:
     """What a tile is made of. Instructions are those of a warp.
 
-    ``step``, ``begin``, ``rank``, ``piece``, ``mask``: of a consumer, for a K block, before the
-    first one, for a rank step, a piece of y, the mask. ``load``: of the loading thread, a K block.
-    ``write``: of a writer, a rank step; ``trips``: loads of it one after another. ``products``:
-    clocks of a product of one warpgroup.
+    ``step``, ``begin``, ``rank``, ``piece``: of a consumer, for a K block, before the first one, for
+    a rank step, a piece of y. ``mask``: for what is added of a rank step under a mask, 0 without
+    one. ``load``: of the loading thread, a K block. ``write``: of a writer, a rank step; ``trips``:
+    loads of it one after another; ``bits``: the mask of a tile. ``products``: clocks of a product of
+    one warpgroup.
     """
 
     k_steps: int
@@ -67,6 +70,7 @@ class Tile:
     piece: float = 86.0
     pieces: int = 4
     mask: float = 0.0
+    bits: float = 0.0
     load: float = 23.0
     write: float = 550.0
     begin_write: float = 55.0
@@ -118,6 +122,7 @@ class Cta:
         self.posted = [Barrier(1) for _ in range(2)]
         self.taken = [Barrier(3) for _ in range(2)]
         self.ahead = Barrier(1)
+        self.stored = Barrier(2)
         self.issuing = 0
         self.l2_free = 0.0
         self.queues: tuple[deque[tuple[float, Callable[[], None] | None]], ...] = (deque(), deque())
@@ -171,9 +176,9 @@ class Cta:
 
     # Tensor cores
 
-    def multiply(self, half: int, count: int, then: Callable[[], None]) -> None:
+    def multiply(self, half: int, count: int, clocks: float, then: Callable[[], None]) -> None:
         for i in range(count):
-            self.queues[half].append((self.tile.products, then if i == count - 1 else None))
+            self.queues[half].append((clocks, then if i == count - 1 else None))
         if not self.running:
             self.next_product()
 
@@ -204,34 +209,39 @@ class Cta:
         for n in range(self.tiles):
             yield self.wait(self.taken[n % 2], (n // 2 & 1) ^ 1)
             self.arrive(self.posted[n % 2])
-            for ranks in (t.mask > 0, t.mask == 0):
-                for _ in range(t.rank_steps if ranks else t.k_steps):
-                    i, turn = (j := next(at)) % t.stages, j // t.stages & 1
-                    yield self.wait(self.empty[i], turn ^ 1)
-                    if ranks:
-                        self.arrive(self.granted[i])
-                        continue
-                    yield from self.issue(t.load)
-                    begun = max(self.now, self.l2_free)
-                    self.l2_free = begun + t.bytes / self.assumed.l2
-                    ends = self.l2_free - self.now + self.assumed.copy
-                    self.later(ends, lambda i=i: self.arrive(self.full[i]))
+            for step in range(t.k_steps + t.rank_steps + (t.mask > 0)):
+                i, turn = (j := next(at)) % t.stages, j // t.stages & 1
+                yield self.wait(self.empty[i], turn ^ 1)
+                if step >= t.k_steps:
+                    self.arrive(self.granted[i])
+                    continue
+                yield from self.issue(t.load)
+                begun = max(self.now, self.l2_free)
+                self.l2_free = begun + t.bytes / self.assumed.l2
+                ends = self.l2_free - self.now + self.assumed.copy
+                self.later(ends, lambda i=i: self.arrive(self.full[i]))
 
     def writer(self) -> Role:
         t, a, at, grants = self.tile, self.assumed, 0, [0] * self.tile.stages
         for n in range(self.tiles):
             yield self.wait(self.posted[n % 2], n // 2 & 1)
             yield from self.issue(t.begin_write)
-            at += 0 if t.mask else t.k_steps
-            for _ in range(t.rank_steps):
+            at += t.k_steps
+            if t.mask:
+                if t.k_steps >= PATIENT:
+                    yield self.wait(self.stored, n & 1)
+                yield self.pause(a.load)
+                yield from self.issue(t.bits)
+            for step in range(t.rank_steps + (t.mask > 0)):
                 i = at % t.stages
                 yield self.wait(self.granted[i], grants[i])
                 grants[i] ^= 1
-                yield from self.issue(t.write)
-                yield self.pause(t.trips * a.load + a.fence + a.meet)
+                if step or not t.mask:
+                    yield from self.issue(t.write)
+                    yield self.pause(t.trips * a.load)
+                yield self.pause(a.fence + a.meet)
                 self.arrive(self.full[i])
                 at += 1
-            at += t.k_steps if t.mask else 0
             self.arrive(self.taken[n % 2])
 
     def consumer(self, half: int) -> Role:
@@ -255,25 +265,52 @@ class Cta:
             while done[0] - done[1] > left:
                 yield sleeper.append
 
-        def steps(ranks: bool) -> Role:
+        def begin(what: str, instructions: float) -> Role:
             nonlocal at
+            says(what)
+            i = at % t.stages
+            yield self.wait(self.full[i], at // t.stages & 1)
+            at += 1
+            says("begins")
+            yield from self.issue(instructions)
+            return self.empty[i]
+
+        def multiply(count: int, clocks: float) -> None:
+            done[0] += 1
+            self.multiply(half, count, clocks, over)
+
+        def steps(ranks: bool) -> Role:
             for _ in range(t.rank_steps if ranks else t.k_steps):
-                says("waits for ranks" if ranks else "waits for loads")
-                i = at % t.stages
-                yield self.wait(self.full[i], at // t.stages & 1)
-                says("begins")
-                yield from self.issue(t.rank if ranks else t.step / 2)
-                done[0] += 1
+                what = "waits for ranks" if ranks else "waits for loads"
+                read = yield from begin(what, t.rank if ranks else t.step / 2)
+                multiply(t.substeps if ranks else 4, t.products)
                 if not half and done[0] == t.skew:
                     self.arrive(self.ahead)
-                self.multiply(half, t.substeps if ranks else 4, over)
                 says("multiplies")
                 yield from products(1)
                 yield from release()
-                held.append(self.empty[i])
+                held.append(read)
                 if not ranks:
                     yield from self.issue(t.step / 2)
-                at += 1
+
+        def masked_ranks() -> Role:
+            self.arrive((yield from begin("waits for the mask", t.pieces + 1)))
+            yield from drain()
+            for _ in range(t.rank_steps):
+                held.append((yield from begin("waits for ranks", t.rank)))
+                clocks = t.products / t.pieces
+                multiply(t.substeps, clocks)
+                for piece in range(t.pieces):
+                    last = piece == t.pieces - 1
+                    if not last:
+                        multiply(t.substeps, clocks)
+                    says("multiplies ranks")
+                    # Products that are many end with the next ones, as ptxas has it.
+                    yield from products(1 if t.substeps == 1 and not last else 0)
+                    if last:
+                        yield from release()
+                    says("masks")
+                    yield from self.issue(t.mask / t.pieces)
 
         def release() -> Role:
             while held:
@@ -293,14 +330,10 @@ class Cta:
             yield self.wait(self.posted[n % 2], n // 2 & 1)
             says("between tiles")
             yield from self.issue(t.begin)
-            if t.mask:
-                yield from steps(True)
-                yield from drain()
-                says("masks")
-                yield from self.issue(t.mask)
+            if t.k_steps >= PATIENT:
+                self.arrive(self.stored)
             yield from steps(False)
-            if not t.mask:
-                yield from steps(True)
+            yield from masked_ranks() if t.mask else steps(True)
             yield from drain()
             for _ in range(t.pieces):
                 says("waits for stores")

@@ -346,11 +346,15 @@ class Whole:
     def stalls(self, multiplied: float, warps: int) -> dict[str, float]:
         """Those that ptxas gives a warp of a GEMM, in a step in which so many warps multiply so
         often, and around it (``sass``)."""
-        ptx = launchers().ptx_of(self.kernel, self.capability)
-        of = _schedule(ptx, self.capability)
+        of = self.schedule
         return {
             "step": of.loop * multiplied / warps / of.multiplies, "epilogue": float(of.epilogue)
         }  # fmt: skip
+
+    @property
+    def schedule(self) -> sass.Schedule:
+        """Of a GEMM's machine code."""
+        return _schedule(launchers().ptx_of(self.kernel, self.capability), self.capability)
 
     @property
     def ctas_of_an_sm(self) -> int:
@@ -390,7 +394,8 @@ def _executed(whole: Whole, numbers: tuple[tuple[str, int], ...]) -> Sum:
     n = whole.n | dict(numbers)
     used = [a.name for a, v in whole.arguments() if isinstance(v, Tensor) and a.name in SHAPES]
     shapes = tuple(SHAPES[name](n) for name in used)
-    values = tuple(n[a.name] for a, v in whole.arguments() if type(v) is int)
+    values: tuple[float, ...] = tuple(n[a.name] for a, v in whole.arguments() if type(v) is int)
+    values += tuple(v for _, v in whole.arguments() if type(v) is float)
     absent = tuple(v is None for _, v in whole.arguments())
     key = whole.capability, whole.kernel, shapes, values, absent
     if key not in _known:

@@ -65,8 +65,9 @@ def tile_of(whole: Whole) -> Tile:
     of, n = parts(whole), whole.n
     masked = any(a.name == "seed" and v is not None for a, v in whole.arguments())
     plain = parts(plain_of(whole))
-    ranked = parts(undropped(whole)) if masked else of
+    ranked = parts(unmasked(whole)) if masked else of
     consumer, stored = of_warps(plain.tile, CONSUMERS), plain.tile["stored"] / len(CONSUMERS)
+    writer = of_warps(ranked.tile, WRITERS)
     pieces = n["columns"] // _PIECE
     rank_steps = -(-n["r"] // RANKS_OF_A_STEP)
     per_rank = max(rank_steps, 1)
@@ -76,18 +77,25 @@ def tile_of(whole: Whole) -> Tile:
         bytes=32 * of.step["copied"],
         stages=STAGES[n["columns"]],
         products=n["columns"] / 2,
-        substeps=round(of.tile["tensor"] / len(CONSUMERS) / per_rank),
+        substeps=round(ranked.tile["tensor"] / len(CONSUMERS) / per_rank),
         step=of_warps(of.step, CONSUMERS),
         begin=consumer - stored,
         rank=(of_warps(ranked.tile, CONSUMERS) - consumer) / per_rank,
         piece=stored / pieces,
         pieces=pieces,
-        mask=of_warps(of.tile, CONSUMERS) - of_warps(ranked.tile, CONSUMERS) if masked else 0.0,
+        mask=float(whole.schedule.masked) if masked else 0.0,
+        bits=of_warps(of.tile, WRITERS) - writer,
         load=of.step["warp 0"],
-        write=(of_warps(of.tile, WRITERS) - of_warps(plain.tile, WRITERS)) / per_rank,
+        write=(writer - of_warps(plain.tile, WRITERS)) / per_rank,
         begin_write=of_warps(plain.tile, WRITERS),
-        trips=(of.tile["trips"] - plain.tile["trips"]) / per_rank,
+        trips=(ranked.tile["trips"] - plain.tile["trips"]) / per_rank,
     )  # fmt: skip
+
+
+def unmasked(whole: Whole) -> Whole:
+    """The same launch without a mask, whose factors aren't scaled either."""
+    given = tuple(1.0 if a.name == "scaling" else v for a, v in whole.arguments())
+    return undropped(dataclasses.replace(whole, given=given))
 
 
 def plain_of(whole: Whole) -> Whole:
@@ -147,4 +155,4 @@ def times_of(whole: Whole, assumed: Assumed = _ASSUMED) -> dict[str, float]:
 
 def without_ranks(tile: Tile) -> Tile:
     """The same tile without its low-rank term."""
-    return dataclasses.replace(tile, rank_steps=0, mask=0.0)
+    return dataclasses.replace(tile, rank_steps=0, mask=0.0, bits=0.0)

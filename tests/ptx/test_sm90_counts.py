@@ -1,7 +1,5 @@
 """Counts of the GEMMs of wgmma, and what a low-rank term adds to a tile by the timeline of it."""
 
-import dataclasses
-
 import pytest
 
 pytest.importorskip("triton")
@@ -17,6 +15,7 @@ pytestmark = needs_nvcc
 
 LAYER = (8192, 4096, 4096)
 MOST_ADDED, LEAST_BUSY = 0.02, 0.97
+MOST_MASKED, LEAST_MASKED = 0.015, 0.965
 """Of a tile at r = 16 and K = 4096."""
 FEWEST, MOST = 1.6, 2.6
 """Clocks of a warp for an instruction of PTX."""
@@ -93,10 +92,29 @@ def test_a_plain_gemm_has_no_low_rank_term():
 
 
 @pytest.mark.slow
-def test_a_mask_is_what_dropout_adds():
-    masked, plain = (sm90_counts.tile_of(whole(variant="dx", dropout=d)) for d in (True, False))
+@pytest.mark.parametrize("r", [16, 64])
+def test_a_mask_adds_little_to_a_tile(r):
+    """The same launch without a mask: what is kept costs no more than one product in fifty."""
+    masked, plain = (
+        sm90_counts.tile_of(whole(variant="dx", r=r, dropout=masked)) for masked in (True, False)
+    )
     assert masked.mask > 0 == plain.mask
-    assert dataclasses.replace(masked, mask=0.0).rank == pytest.approx(plain.rank, rel=0.3)
+    assert masked.bits > 4096 / 96 * 50, "a call of Philox has seven rounds"
+    assert masked.rank == pytest.approx(plain.rank, rel=0.3)
+    for assumed in ASSUMED:
+        found, other = timeline(masked, assumed), timeline(plain, assumed)
+        assert found.tile <= (1 + MOST_MASKED) * other.tile, (assumed, found, other)
+        assert found.first == pytest.approx(other.first, rel=0.05), "bits aren't waited for"
+        if r == 16:
+            assert found.bound >= LEAST_MASKED, (assumed, found)
+
+
+@pytest.mark.slow
+def test_what_a_mask_keeps_is_predicated():
+    """An FFMA an element, and no more than one instruction beside it: bits become predicates."""
+    of = whole(variant="dx", dropout=True)
+    elements = of.n["columns"] // 2
+    assert elements < of.schedule.masked < 2 * elements
 
 
 def count(line, opcode, *by_warp):
