@@ -79,7 +79,7 @@ def test_a_row_of_sm_75():
     assert row.variant == "float16"
     assert row.launch.multiplies == 3 * 8192 * 4096 * 16
     assert row.launch.sectors >= 8192 * 4096 * 2 / 32
-    assert row.moved < 1.3 * row.least
+    assert row.moved < 1.35 * row.least
     assert row.in_flight >= 8 << 10
     rates = counts.RATES[75]
     assert row.cycles["shared"] == pytest.approx(

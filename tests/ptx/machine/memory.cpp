@@ -363,8 +363,8 @@ void Launch::acquire(Warp& warp, Scope scope, uint64_t address, Mask lanes) {
 }
 
 void Launch::fence_acquire(Warp& warp, Scope scope, Mask lanes, bool sc) {
-  const bool nothing = warp.to_acquire.seen.empty() && warp.to_acquire_in_cluster.seen.empty() &&
-                       warp.to_acquire_on_gpu.empty();
+  const bool nothing =
+      warp.to_acquire.seen.empty() && warp.to_acquire_in_cluster.seen.empty() && warp.to_acquire_on_gpu.empty();
   ordered = true;
   if (nothing && (!sc || warp.clock.observed.empty())) return;
   warp.acquire_apart(lanes);
