@@ -34,9 +34,9 @@ SEED, ROW = r"ld\.global\.u64", r"cvt\.s64\.s32 \s*(%rd\d+), (%r\d+);"
 def no_wait(nth):
     """Without a wait, and what it would have acquired.
 
-    In the order of the text: 0 a writer's mail, 1 its grant of a mask, 2 of ranks, 3 its next mail, 4 mail
-    of who multiplies, 5 the first K block, 6 others, 7 a mask, 8 ranks under it, 9 ranks, 10 next mail; of
-    the loading thread 11 to post, 12 its mail, 13 to load, 14 to grant.
+    In the order of the text: 0 a writer's mail, 1 its grant of a mask, 2 of ranks, 3 its next mail;
+    of who multiplies 4 mail, 5 the first K block, 6 others, 7 a mask, 8 ranks under it, 9 ranks, 10
+    next mail; of the loading thread 11 to post, 12 its mail, 13 to load, 14 to grant.
     """
     return [
         drop(statement, nth)
@@ -119,7 +119,10 @@ FAULTS = {
     "sums are added to before the last product": ("masked", change(rf"({WAIT}) 0", r"\1 1", 0)),
     "ranks are added before their product": ("short masked", change(rf"({WAIT}) 1", r"\1 2", 2)),
     "ranks are added before their products": ("masked", change(rf"({WAIT}) 1", r"\1 2", 3)),
-    "the last ranks are added before their products": ("masked", change(rf"({WAIT}) 0", r"\1 1", 2)),
+    "the last ranks are added before their products": (
+        "masked",
+        change(rf"({WAIT}) 0", r"\1 1", 2),
+    ),
     "products begin without a fence": ("plain", drop(r"wgmma\.fence", EVERY)),
     "K blocks are in no group": ("plain", drop(r"wgmma\.commit_group", 1)),
     "ranks are written without a grant": ("plain", no_wait(2)),
@@ -131,7 +134,10 @@ FAULTS = {
     "a mask is read before it is there": ("masked", no_wait(7)),
     "ranks under a mask are multiplied before they are there": ("masked", no_wait(8)),
     "who makes a mask never hears that a tile begins": ("long masked", drop(r"bar\.arrive")),
-    "a mask's stage is released before it is read": ("masked", delay(r"ld\.shared\.u32", rf"{WAIT} 0")),
+    "a mask's stage is released before it is read": (
+        "masked",
+        delay(r"ld\.shared\.u32", rf"{WAIT} 0"),
+    ),
     "a mask's stage is never released": ("masked", after(r"ld\.shared\.u32", drop(RELEASE), 2)),
     "ranks under a mask are never released": ("masked", after(r"m64n64", drop(RELEASE), -1)),
     "every tile has the mask of the first columns": (

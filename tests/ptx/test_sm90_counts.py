@@ -1,7 +1,5 @@
 """Counts of the GEMMs of wgmma, and what a low-rank term adds to a tile by the timeline of it."""
 
-import dataclasses
-
 import pytest
 
 pytest.importorskip("triton")
