@@ -27,4 +27,20 @@ inline bool aligned(const void* pointer, int64_t row, int64_t bytes) {
   return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(row)) % static_cast<uintptr_t>(bytes) == 0;
 }
 
+// A matrix as a kernel may be told to read it: a tensor, what it is turned, or its first columns. In elements.
+struct MatrixView {
+  const void* from;
+  int64_t rows, columns, row, column;  // sizes; strides
+  Dtype type;
+
+  // The transpose.
+  MatrixView turned() const { return {from, columns, rows, column, row, type}; }
+  MatrixView first_columns(int64_t count) const { return {from, rows, count, row, column, type}; }
+};
+
+inline MatrixView view_of(const Tensor& matrix) {
+  return {matrix.const_data_ptr(), matrix.size(0),   matrix.size(1),
+          matrix.stride(0),        matrix.stride(1), dtype_of(matrix)};
+}
+
 }  // namespace lorafast::cuda

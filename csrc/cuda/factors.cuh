@@ -32,21 +32,14 @@ struct Factor {
   bool vector;  // eight elements of a row lie together, rows are aligned to 16 bytes, and columns have no rest
 };
 
-// `turned`: the factor's rows are the matrix's columns.
-inline Factor factor_of(const Tensor& matrix, bool turned = false) {
-  const int along = turned ? 0 : 1, across = 1 - along;
-  const int64_t size = static_cast<int64_t>(matrix.element_size());
-  Factor f{
-      matrix.const_data_ptr(),
-      matrix.size(across),
-      matrix.size(along),
-      matrix.stride(across),
-      matrix.stride(along),
-      dtype_of(matrix),
-      false};
+inline Factor factor_of(const MatrixView& matrix) {
+  const int64_t size = matrix.type == Dtype::float32 ? 4 : 2;
+  Factor f{matrix.from, matrix.rows, matrix.columns, matrix.row, matrix.column, matrix.type, false};
   f.vector = f.col == 1 && f.columns % 8 == 0 && aligned(f.from, f.rows > 1 ? f.row * size : 0, kChunk);
   return f;
 }
+
+inline Factor factor_of(const Tensor& matrix) { return factor_of(view_of(matrix)); }
 
 // Neighbours of a row as they lie in memory; zeros beyond the matrix. A factor that is `vector` has them in one load or
 // two.

@@ -7,19 +7,13 @@
 
 #include <cstdint>
 
+#include "bias.cuh"
 #include "eight.cuh"
 #include "numbers.cuh"
 #include "philox.cuh"
 #include "ptx.cuh"
 
 namespace lorafast::cuda {
-
-// The bias of a GEMM, [N] of any dtype, or null.
-struct Bias {
-  const void* from;
-  int64_t stride, N;
-  Dtype type;
-};
 
 // Which of 32 columns of a row are kept: bit 8j + i is column i of tile j. `group`: of Philox, the first tile's. The
 // four lanes of a quad make a tile each.
@@ -67,8 +61,7 @@ __device__ __forceinline__ void add_bias(float (&acc)[kSlabs][kTiles][4], const 
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t n = col + 8 * j + 2 * (threadIdx.x % 4) + i;
-      const float b = n < bias.N ? load_as_float(bias.from, n * bias.stride, bias.type) : 0.0f;
+      const float b = bias.at(col + 8 * j + 2 * (threadIdx.x % 4) + i);
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
         acc[slab][j][i] += b;

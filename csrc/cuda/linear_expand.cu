@@ -7,12 +7,13 @@
 #include <type_traits>
 #include <utility>
 
-#include "arguments.h"
 #include "counters.cuh"
+#include "gemm_arguments.h"
 #include "gemm_epilogue.cuh"
 #include "gemm_operands.cuh"
 #include "operations.h"
 #include "ptx.cuh"
+#include "tile_order.cuh"
 
 namespace lorafast::cuda {
 
@@ -47,18 +48,16 @@ struct LinearExpandParams {
 
 constexpr int kMostSplits = 64;  // times the blocks of K, in 32 bits
 
-// Row blocks in the order in which tiles start that run together: these share rows of x and W in L2.
-constexpr int kGroup = 16;
+constexpr int kGroup = 16;  // row blocks whose tiles run together
 
-struct TilePlace {
+struct TileShare {
   int row, col, tile, share;
 };
 
-__device__ __forceinline__ TilePlace tile_of(const LinearExpandParams& p, int index) {
+__device__ __forceinline__ TileShare share_of(const LinearExpandParams& p, int index) {
   const int tile = index / p.splits;
-  const int group = tile / (kGroup * p.across), in_group = tile % (kGroup * p.across);
-  const int rows = min(p.down - group * kGroup, kGroup);
-  return {group * kGroup + in_group % rows, in_group / rows, tile, index % p.splits};
+  const TilePlace at = tile_at(tile, p.down, p.across, kGroup);
+  return {at.row, at.column, tile, index % p.splits};
 }
 
 template <class T>
@@ -182,7 +181,7 @@ __device__ __forceinline__ void low_rank(
 // Leaves this CTA's part. The last CTA of a tile gets the sum of all, in order; the others are told that they aren't.
 template <class Tile>
 __device__ __forceinline__ bool add_parts(
-    float (&acc)[Tile::kSlabs][Tile::kTiles][4], const LinearExpandParams& p, const TilePlace& place) {
+    float (&acc)[Tile::kSlabs][Tile::kTiles][4], const LinearExpandParams& p, const TileShare& place) {
   constexpr int kFours = Tile::kSlabs * Tile::kTiles;
   float4* const parts = reinterpret_cast<float4*>(p.partials) +
                         static_cast<int64_t>(place.tile) * p.splits * (kFours * Tile::kThreads) +
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
   char* const shared = reinterpret_cast<char*>(linear_expand_shared);
   const uint32_t ring = ptx::shared_address(shared);
-  const TilePlace place = tile_of(p, static_cast<int>(blockIdx.x));
+  const TileShare place = share_of(p, static_cast<int>(blockIdx.x));
   const int64_t row = static_cast<int64_t>(place.row) * Tile::kM, col = static_cast<int64_t>(place.col) * Tile::kN;
   const int begin = p.blocks * place.share / p.splits, blocks = p.blocks * (place.share + 1) / p.splits - begin;
   const int64_t k = static_cast<int64_t>(begin) * kBlockK;
@@ -293,7 +292,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   }
 
   // Computed again: registers are scarce.
-  const TilePlace end = tile_of(p, ptx::again(static_cast<int>(blockIdx.x)));
+  const TileShare end = share_of(p, ptx::again(static_cast<int>(blockIdx.x)));
   if (p.splits > 1 && !add_parts<Tile>(acc, p, end)) return;
   const int by = ptx::thread_again() / 32;
   const int64_t to_row = static_cast<int64_t>(end.row) * Tile::kM + by % Tile::kWarpsDown * Tile::kWarp;
@@ -320,20 +319,6 @@ bool lies_along(const Tensor& matrix, int along) {
   return neighbours && aligned(matrix.const_data_ptr(), step, kChunk);
 }
 
-void check_memory(
-    const char* name, const std::optional<Tensor>& scratch, ScalarType dtype, int64_t elements,
-    const OneDevice& device) {
-  STD_TORCH_CHECK(scratch.has_value(), name, " is None, expected ", elements, " elements");
-  STD_TORCH_CHECK(
-      scratch->scalar_type() == dtype && scratch->is_contiguous() && scratch->numel() >= elements &&
-          aligned(scratch->const_data_ptr(), 0, kChunk),
-      name, " has ", scratch->numel(), " elements of dtype ", torch::headeronly::toString(scratch->scalar_type()),
-      ", expected ", elements, " of ", torch::headeronly::toString(dtype), ", contiguous and aligned to ", kChunk,
-      " bytes");
-  device.check(name, *scratch);
-  check_storage(name, *scratch);
-}
-
 template <class T, class Tile, bool kByRows>
 void start(LinearExpandParams& p, const OnDevice& on) {
   constexpr int kSize = sizeof(T);
@@ -355,28 +340,9 @@ void linear_expand(
     Tensor y, const std::optional<Tensor>& partials, const std::optional<Tensor>& counters, int64_t columns,
     int64_t splits) {
   const OneDevice device(kDevice, "x", x);
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && s.dim() == 2, "x, weight or s is no matrix");
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = s.size(1);
-  check_matrix("x", x, M, K, device);
-  check_matrix("weight", weight, N, K, device);
-  check_matrix("s", s, M, r, device);
-  check_matrix("lora_B", lora_B, N, r, device);
-  check_output("y", y, M, N, device);
-  const Dtype dtype = dtype_of(x);
-  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>("weight", weight), {"y", y}}) {
-    STD_TORCH_CHECK(
-        dtype_of(tensor) == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
-        ", expected ", torch::headeronly::toString(x.scalar_type()), " beside x");
-  }
-  const bool bf16 = dtype == Dtype::bfloat16;
-  STD_TORCH_CHECK(
-      dtype_of(s) == (bf16 ? Dtype::bfloat16 : Dtype::float32), "s has dtype ",
-      torch::headeronly::toString(s.scalar_type()), ", expected ", bf16 ? "bfloat16" : "float32", " beside x");
-  if (bias.has_value()) check_vector("bias", *bias, N, device);
+  const auto [M, K, N, r] = check_gemm(device, x, weight, s, lora_B, bias, y, INT64_C(1) << 28);
   check_seed(seed, threshold, device);
-  STD_TORCH_CHECK(r < INT64_C(1) << 20, "r is ", r, ", expected less than ", INT64_C(1) << 20);
-  STD_TORCH_CHECK(K < INT64_C(1) << 28, "K is ", K, ", expected less than ", INT64_C(1) << 28);
-  const bool single = dtype == Dtype::float32;
+  const bool single = dtype_of(x) == Dtype::float32;
   STD_TORCH_CHECK(
       columns == 128 || (columns == 256 && !single), "columns is ", columns, ", expected 128",
       single ? " in float32" : " or 256");
@@ -411,7 +377,7 @@ void linear_expand(
       masked ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr, (N + 7) / 8,
       static_cast<int32_t>(threshold), static_cast<float>(survivor_scale)};
   p.scale = static_cast<float>(masked ? scaling * survivor_scale : scaling);
-  if (bias.has_value()) p.bias = {bias->const_data_ptr(), bias->stride(0), N, dtype_of(*bias)};
+  p.bias = bias_of(bias);
   p.partials = splits > 1 ? static_cast<float*>(partials->mutable_data_ptr()) : nullptr;
   p.counters = splits > 1 ? static_cast<uint32_t*>(counters->mutable_data_ptr()) : nullptr;
   p.M = M, p.N = N, p.K = K;

@@ -22,12 +22,16 @@ void linear_expand_sm90(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
     Tensor y, Tensor counters, int64_t columns, int64_t group, int64_t ctas, int64_t cluster) {
   const OneDevice device(kDevice, "x", x);
-  check_sm90(device, x, weight, s, lora_B, bias, y, counters, kSm90Flags, columns, group, ctas, cluster);
+  const Sm90Grid grid{columns, group, ctas, cluster};
+  check_sm90(device, x, weight, s, lora_B, bias, y);
+  check_sm90_grid(device, grid, counters, kSm90Flags);
   check_seed(seed, threshold, device);
   if (y.numel() == 0) return;
   const OnDevice on(device);
   enter_sm90("linear_expand_sm90", on);
-  Sm90Launch of = sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas, cluster);
+  const bool lies = lies_across(view_of(weight));
+  Sm90Launch of = sm90_launch(
+      view_of(x), view_of(weight), lies, view_of(s), view_of(lora_B), scaling, bias, y, counters, grid);
   if (seed.has_value() && threshold > 0 && s.size(1) > 0) {
     of.p.dropout = {
         static_cast<const int64_t*>(seed->const_data_ptr()), (y.size(1) + 7) / 8, static_cast<int32_t>(threshold),
@@ -46,7 +50,7 @@ void linear_expand_sm90(
     else start(element, across, std::integral_constant<int, 128>());
   };
   const auto with_layout = [&](auto element) {
-    if (of.across) with_tile(element, std::true_type());
+    if (lies) with_tile(element, std::true_type());
     else with_tile(element, std::false_type());
   };
   if (dtype_of(x) == Dtype::bfloat16) with_layout(bfloat16());

@@ -1,7 +1,5 @@
 // dx = dy·W + ds·A of bfloat16 on sm_90a and, of dA = dsᵀ·x and dB = scaling · dyᵀ·s, what is wanted, in one launch:
 // helpers make ds = scaling · dy·B and dB before they take tiles of dx, dA is made when there are no more.
-#include <torch/csrc/stable/ops.h>
-
 #include "operations.h"
 #include "sm90_gradients.cuh"
 #include "sm90_launch.cuh"
@@ -24,18 +22,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 namespace {
 
-// A matrix of bfloat16 that TMA reads, rows of neighbours; gives the elements from one row to the next.
-int64_t check_rows(const char* name, const Tensor& matrix) {
+// A matrix of bfloat16 that TMA reads.
+MatrixView check_rows(const char* name, const Tensor& matrix) {
   STD_TORCH_CHECK(
       dtype_of(matrix) == Dtype::bfloat16, name, " has dtype ", torch::headeronly::toString(matrix.scalar_type()),
       ", expected bfloat16");
-  const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  STD_TORCH_CHECK(
-      matrix.stride(1) == 1 || columns == 1, name, " has neighbours of a row ", matrix.stride(1),
-      " elements apart, expected 1");
-  const int64_t row = rows == 1 ? (columns + 7) / 8 * 8 : matrix.stride(0);
-  check_for_tma(name, matrix.const_data_ptr(), rows, columns, row);
-  return row;
+  return rows_for_tma(name, view_of(matrix));
 }
 
 // How a sum over M rows is cut: groups of so many row blocks, ranges of so many steps.
@@ -70,7 +62,13 @@ void lora_linear_backward_sm90(
   check_matrix("lora_B", lora_B, N, r, device);
   check_output("dx", dx, M, K, device);
   check_output("ds", ds, M, ranks, device);
-  check_rows("dy", dy);
+  const MatrixView of_dy = check_rows("dy", dy);
+  check_same_dtype("weight", weight, "dy", dy);
+  check_same_dtype("dx", dx, "dy", dy);
+  STD_TORCH_CHECK(
+      weight.stride(1) == 1 || K == 1, "weight has strides ", weight.stride(0), " and ", weight.stride(1),
+      ", expected contiguous rows");
+  STD_TORCH_CHECK(N < INT64_C(1) << 31, "dy has ", N, " columns, expected fewer than ", INT64_C(1) << 31);
   STD_TORCH_CHECK(
       dtype_of(ds) == Dtype::bfloat16 && aligned(ds.const_data_ptr(), 0, 16), "ds has dtype ",
       torch::headeronly::toString(ds.scalar_type()), ", expected bfloat16, aligned to 16 bytes");
@@ -83,13 +81,8 @@ void lora_linear_backward_sm90(
   of_dB.wanted = dB.has_value(), of_dA.wanted = dA.has_value();
   const int64_t row_tiles = (M + 127) / 128;
   const Sm90BackwardCounters places(static_cast<int32_t>(row_tiles), of_dB.ranges, of_dA.ranges);
-  // The GEMM's own view of them.
-  const Tensor across = torch::stable::transpose(weight, 0, 1), a = torch::stable::transpose(lora_A, 0, 1);
-  Tensor ranks_of_ds = ds;
-  const Tensor narrow = torch::stable::narrow(ranks_of_ds, 1, 0, r);
-  check_sm90(
-      device, dy, across, narrow, a, std::nullopt, dx, counters, places.used, kBackwardColumns, group, ctas,
-      cluster);
+  const Sm90Grid grid{kBackwardColumns, group, ctas, cluster};
+  check_sm90_grid(device, grid, counters, places.used);
   if (dB.has_value()) {
     STD_TORCH_CHECK(s.has_value(), "s is missing, which dB is made of");
     check_matrix("s", *s, M, r, device);
@@ -101,12 +94,12 @@ void lora_linear_backward_sm90(
     of_dB.to = dB->mutable_data_ptr(), of_dB.to_column = r, of_dB.to_rank = 1, of_dB.type = dtype_of(*dB);
     of_dB.scale = static_cast<float>(scaling);
   }
-  int64_t x_row = 0;
+  MatrixView of_x{};
   if (dA.has_value()) {
     STD_TORCH_CHECK(x.has_value(), "x is missing, which dA is made of");
     check_matrix("x", *x, M, K, device);
     check_output("dA", *dA, r, K, device);
-    x_row = check_rows("x", *x);
+    of_x = check_rows("x", *x);
     of_dA.factor = factor_of(ds);
     of_dA.to = dA->mutable_data_ptr(), of_dA.to_column = 1, of_dA.to_rank = K, of_dA.type = dtype_of(*dA);
     of_dA.scale = 1.0f;
@@ -116,19 +109,10 @@ void lora_linear_backward_sm90(
   const int64_t of_ds = of_dB.ranges > 1 ? of_dB.ranges * row_tiles * block : 0;
   const auto parts_of = [&](const Sm90Sum& sum) { return int64_t{sum.groups} * sum.steps * block * sum.wanted; };
   const int64_t needed = of_ds + parts_of(of_dB) + parts_of(of_dA);
-  const int64_t found = partials.has_value() ? partials->numel() : 0;
-  STD_TORCH_CHECK(
-      needed <= found && needed / block < INT64_C(1) << 31, "partials has ", found, " elements, expected ",
-      needed);
+  STD_TORCH_CHECK(needed / block < INT64_C(1) << 31, "dy is ", M, " x ", N, ": more parts than are counted");
   float* parts = nullptr;
   if (needed > 0) {
-    STD_TORCH_CHECK(
-        partials->scalar_type() == ScalarType::Float && partials->is_contiguous() &&
-            aligned(partials->const_data_ptr(), 0, 16),
-        "partials has dtype ", torch::headeronly::toString(partials->scalar_type()),
-        ", expected neighbours of float32, aligned to 16 bytes");
-    device.check("partials", *partials);
-    check_storage("partials", *partials);
+    check_memory("partials", partials, ScalarType::Float, needed, device);
     parts = static_cast<float*>(partials->mutable_data_ptr());
     if (of_dB.wanted) of_dB.parts = parts + of_ds;
     if (of_dA.wanted) of_dA.parts = parts + of_ds + parts_of(of_dB);
@@ -137,12 +121,12 @@ void lora_linear_backward_sm90(
   const OnDevice on(device);
   enter_sm90("lora_linear_backward_sm90", on);
   Sm90BackwardParams p{};
-  const Sm90Launch of =
-      sm90_launch(dy, across, narrow, a, 1.0, std::nullopt, dx, counters, kBackwardColumns, group, ctas, cluster);
-  STD_TORCH_CHECK(
-      of.across, "weight has strides ", weight.stride(0), " and ", weight.stride(1), ", expected contiguous rows");
+  // dx = dy·(Wᵀ)ᵀ + ds·(Aᵀ)ᵀ
+  const Sm90Launch of = sm90_launch(
+      of_dy, view_of(weight).turned(), true, view_of(ds).first_columns(r), view_of(lora_A).turned(), 1.0,
+      std::nullopt, dx, counters, grid);
   static_cast<Sm90Params&>(p) = of.p;
-  if (dA.has_value()) p.a = tensor_map("x", x->const_data_ptr(), Dtype::bfloat16, M, K, x_row, 128);
+  if (dA.has_value()) p.a = tensor_map("x", of_x, 128);
   p.s.vector = true;  // zeros behind a row's ranks are part of it
   p.made_s = ds.mutable_data_ptr();
   p.helpers = static_cast<int32_t>((helpers + cluster - 1) / cluster);

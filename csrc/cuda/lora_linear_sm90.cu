@@ -24,8 +24,9 @@ void lora_linear_sm90(
     Tensor y, Tensor s, Tensor counters, int64_t columns, int64_t group, int64_t ctas, int64_t helpers,
     int64_t cluster) {
   const OneDevice device(kDevice, "x", x);
-  const int64_t down = x.dim() == 2 ? (x.size(0) + 127) / 128 : 0;
-  check_sm90(device, x, weight, s, lora_B, bias, y, counters, kSm90Flags + down, columns, group, ctas, cluster);
+  const Sm90Grid grid{columns, group, ctas, cluster};
+  check_sm90(device, x, weight, s, lora_B, bias, y);
+  check_sm90_grid(device, grid, counters, kSm90Flags + (x.size(0) + 127) / 128);
   const int64_t K = x.size(1), r = s.size(1);
   check_output("s", s, x.size(0), r, device);
   check_matrix("lora_A", lora_A, r, K, device);
@@ -40,8 +41,9 @@ void lora_linear_sm90(
   STD_TORCH_CHECK(aligned(s.const_data_ptr(), 0, 4), "s doesn't begin at a multiple of 4 bytes");
   const OnDevice on(device);
   enter_sm90("lora_linear_sm90", on);
-  const Sm90Launch of =
-      sm90_launch(x, weight, s, lora_B, scaling, bias, y, counters, columns, group, ctas, cluster);
+  const bool lies = lies_across(view_of(weight));
+  const Sm90Launch of = sm90_launch(
+      view_of(x), view_of(weight), lies, view_of(s), view_of(lora_B), scaling, bias, y, counters, grid);
   Sm90ForwardParams p{};
   static_cast<Sm90Params&>(p) = of.p;
   p.made_s = s.mutable_data_ptr();
@@ -66,7 +68,7 @@ void lora_linear_sm90(
         dim3(started), kSm90Threads, Sm90Tile<kN>::kShared, on, p, of.cluster);
   };
   const auto with_layout = [&](auto tile, auto ranks) {
-    if (of.across) start(std::true_type(), tile, ranks);
+    if (lies) start(std::true_type(), tile, ranks);
     else start(std::false_type(), tile, ranks);
   };
   const auto with_ranks = [&](auto tile) {

@@ -96,7 +96,8 @@ struct Sm90Cta : Sm90Ring<kN> {
       return {item, item >= 0 ? Sm90Work::kHelp : Sm90Work::kEnd};
     }
     draws.next = ptx::add_relaxed(queue, 1);
-    return tiles_of(p, static_cast<int>(number), kN);
+    const TilePlace at = tile_at(static_cast<int>(number), p.row_sets, p.column_tiles, p.group);
+    return {at.row, at.column * kN};
   }
 
   __device__ __forceinline__ void load() const {
@@ -167,11 +168,8 @@ struct Sm90Cta : Sm90Ring<kN> {
         continue;
       }
       const int own = row_block(work.row), top = own * Tile::kM;
-      if (p.bias != nullptr) {
-        for (int i = thread; i < kN; i += kSm90Writers) {
-          const int64_t n = work.column + i;
-          bias(mail)[i] = n < p.N ? load_as_float(p.bias, n * p.bias_stride, p.bias_type) : 0.0f;
-        }
+      if (p.bias.from != nullptr) {
+        for (int i = thread; i < kN; i += kSm90Writers) bias(mail)[i] = p.bias.at(work.column + i);
       }
       skip(ring);
       if (kMasks && masked) {
@@ -424,7 +422,7 @@ struct Sm90Cta : Sm90Ring<kN> {
         for (int i = 0; i < 2; ++i) {
           const int tile = 8 * piece + j + i;
           float2 b = make_float2(0.0f, 0.0f);
-          if (p.bias != nullptr) b = *reinterpret_cast<const float2*>(added + 8 * tile);
+          if (p.bias.from != nullptr) b = *reinterpret_cast<const float2*>(added + 8 * tile);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             v[2 * i + h] = pack_two<T>(d[tile][2 * h] + b.x, d[tile][2 * h + 1] + b.y);

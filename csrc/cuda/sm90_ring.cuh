@@ -16,21 +16,22 @@
 
 #include <type_traits>
 
+#include "bias.cuh"
 #include "factors.cuh"
 #include "numbers.cuh"
 #include "philox.cuh"
+#include "tile_order.cuh"
 #include "tma.cuh"
 
 namespace lorafast::cuda {
 
 struct Sm90Params {
   CUtensorMap x, w, y, a;
-  Factor s;          // [M, r] of bfloat16 for y in it, else of float32
-  Factor b;          // [N, r], or [r, N] where ranks lie across
-  const void* bias;  // [N] or null, as without ranks
+  Factor s;   // [M, r] of bfloat16 for y in it, else of float32
+  Factor b;   // [N, r], or [r, N] where ranks lie across
+  Bias bias;  // none without ranks
   uint32_t* counters;
   Dropout dropout;
-  int64_t bias_stride;
   int32_t M, N, r;
   int32_t k_steps, rank_steps;  // of the ring
   int32_t row_tiles, column_tiles;
@@ -40,9 +41,8 @@ struct Sm90Params {
   int32_t parts;       // steps of the same ranks
   float factor_scale;  // of s
   float sum_scale;     // of the masked term
-  Dtype bias_type;
-  void* made_s;     // by helpers: what `s` reads, contiguous
-  int32_t helpers;  // clusters that make it
+  void* made_s;        // by helpers: what `s` reads, contiguous
+  int32_t helpers;     // clusters that make it
 };
 
 constexpr int kSm90Threads = 384;
@@ -85,13 +85,6 @@ struct Sm90Work {
 
   int row, column;
 };
-
-// Tiles come in groups of row blocks, so that those which run together share tiles of W in the L2 cache.
-__device__ __forceinline__ Sm90Work tiles_of(const Sm90Params& p, int number, int columns) {
-  const int size = p.group * p.column_tiles, first = number / size * p.group, inside = number % size;
-  const int left = p.row_sets - first, of = left < p.group ? left : p.group;
-  return {first + inside % of, inside / of * columns};
-}
 
 // What a thread of such a CTA knows, whatever it does.
 template <int kN>

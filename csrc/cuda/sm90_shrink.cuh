@@ -28,6 +28,11 @@ struct Sm90ForwardParams : Sm90Params {
 
 // A writer's part of the K blocks of A: 8 columns of every twelfth row. There are kRanks rows in shared memory. From r
 // on they aren't written, and what comes of them isn't stored.
+//
+// It isn't a FactorBlock, which lays chunks where it loads them: here a batch is on its way from one K block to the
+// next, of any layout, and the dtype is known at run time alone. As a template of it, as there, registers spill; where
+// all rows are loaded as zeros instead none do, and 16 ranks take twice the instructions. Strides are bytes for the same
+// reason: a Factor's, of elements, take an eighth more.
 template <int kRanks>
 struct Sm90FactorA {
   static constexpr int kApart = kSm90Writers / 8;  // rows

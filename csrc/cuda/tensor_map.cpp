@@ -2,8 +2,6 @@
 
 #include <cudaTypedefs.h>
 
-#include "arguments.h"
-
 namespace lorafast::cuda {
 
 namespace {
@@ -36,27 +34,36 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 
 }  // namespace
 
-void check_for_tma(const char* name, const void* data, int64_t rows, int64_t columns, int64_t row) {
+MatrixView rows_for_tma(const char* name, const MatrixView& matrix) {
+  MatrixView of = matrix;
   STD_TORCH_CHECK(
-      rows < kMost && columns < kMost, name, " has ", rows, " rows and ", columns,
+      of.rows < kMost && of.columns < kMost, name, " has ", of.rows, " rows and ", of.columns,
       " columns, expected fewer than ", kMost);
   STD_TORCH_CHECK(
-      aligned(data, row * kSize, 16), name, " has rows that don't begin at multiples of 16 bytes: they are ",
-      row * kSize, " bytes apart");
+      of.column == 1 || of.columns == 1, name, " has neighbours of a row ", of.column,
+      " elements apart, expected 1");
+  // One row may be any distance from the next.
+  if (of.rows == 1) of.row = (of.columns + 7) / 8 * 8;
   STD_TORCH_CHECK(
-      row >= 1 && row < kMostBytes / kSize, name, " has rows ", row, " elements apart, expected 1 to ",
-      kMostBytes / kSize - 1);
+      aligned(of.from, of.row * kSize, 16), name, " has rows that don't begin at multiples of 16 bytes: they are ",
+      of.row * kSize, " bytes apart");
+  STD_TORCH_CHECK(
+      of.row >= of.columns, name, " has rows ", of.row, " elements apart, expected at least ", of.columns,
+      ", as many as a row has: TMA reads none that overlap");
+  STD_TORCH_CHECK(
+      of.row < kMostBytes / kSize, name, " has rows ", of.row, " elements apart, expected fewer than ",
+      kMostBytes / kSize);
+  return of;
 }
 
-CUtensorMap tensor_map(
-    const char* name, const void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int box_rows) {
+CUtensorMap tensor_map(const char* name, const MatrixView& matrix, int box_rows) {
   CUtensorMap map;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row * kSize)};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns), static_cast<cuuint64_t>(matrix.rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.row * kSize)};
   const cuuint32_t box[] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
   const CUresult result = encoder()(
-      &map, dtype == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, matrix.type == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      const_cast<void*>(matrix.from), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(
       result == CUDA_SUCCESS, name, " can't be described to TMA: the driver gives error ",

@@ -3,17 +3,17 @@
 
 #include <cuda.h>
 
-#include "device.h"
+#include "arguments.h"
 
 namespace lorafast::cuda {
 
-// The matrix [rows, columns] at `data`, of 16-bit elements, neighbours in a row, a row `row` elements after the other, in
-// boxes of `box_rows` rows and 64 columns that lie in shared memory with a swizzle of 128 bytes. Raises, naming the
-// matrix, if TMA can't have it. Made anew for every launch: nothing is kept that could outlive a tensor.
-CUtensorMap tensor_map(
-    const char* name, const void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int box_rows);
+// A matrix of 16-bit elements as TMA is told of it. Raises, naming it, if TMA can't have it: elements of a row must be
+// neighbours, rows begin at multiples of 16 bytes and not overlap, and be neither too many nor too long.
+MatrixView rows_for_tma(const char* name, const MatrixView& matrix);
 
-// Raises if rows of such a matrix don't begin at multiples of 16 bytes, or are too many or too long for TMA.
-void check_for_tma(const char* name, const void* data, int64_t rows, int64_t columns, int64_t row);
+// The tensor map of what rows_for_tma gave, in boxes of `box_rows` rows and 64 columns that lie in shared memory with a
+// swizzle of 128 bytes. Raises if the driver refuses. Made anew for every launch: nothing is kept that could outlive a
+// tensor.
+CUtensorMap tensor_map(const char* name, const MatrixView& matrix, int box_rows);
 
 }  // namespace lorafast::cuda

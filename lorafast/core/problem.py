@@ -28,7 +28,8 @@ class Layout(NamedTuple):
 
     ``rows``: the bytes, up to 16, of which the address of each row is a multiple; 0 if the elements of
     a row are not neighbours. ``columns``: the same of its columns. ``huge``: beyond what TMA can
-    describe, 2**31 rows or columns, or 2**40 bytes from one to the next, or none at all.
+    describe, 2**31 rows or columns, or 2**40 bytes from one to the next, or none at all, or such as
+    overlap.
     """
 
     rows: int = 16
@@ -47,7 +48,9 @@ class Layout(NamedTuple):
             _alignment(address, column * size) if row == 1 else 0,
             max(rows, columns) >= _TMA_EXTENT
             or max(row, column) * size >= _TMA_ROW
-            or not min(row, column),
+            or not min(row, column)
+            or (column == 1 and rows > 1 and row < columns)
+            or (row == 1 and columns > 1 and column < rows),
         )
 
     @classmethod

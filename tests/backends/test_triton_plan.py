@@ -151,7 +151,14 @@ def test_a_tensor_says_how_it_lies():
     assert Layout.of(t) == Layout(16, 0, False)
     assert Layout.of(t[:, 4:]).rows == 8
     assert Layout.of(t.t()) == Layout(0, 16, False)
-    assert Layout.of(t[:1].expand(6, 24)).huge  # TMA knows no rows on top of each other
+    # TMA knows no rows that overlap.
+    for over in (t[:1].expand(6, 24), t.as_strided((6, 24), (16, 1))):
+        assert Layout.of(over).huge
+        assert Layout.of(over.t()).huge
+    assert not any(
+        Layout.of(one).huge
+        for one in (t[:1], t[:, :1], t.as_strided((1, 24), (8, 1)), t[:, :1].t())
+    )
 
 
 @pytest.mark.parametrize("stored", ["rows", "columns"])

@@ -98,6 +98,19 @@ cudaError_t launch(
   return done(static_cast<cudaError_t>(launcher(&asked)));
 }
 
+cuuint64_t bytes_of(CUtensorMapDataType type) {
+  switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8: return 1;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT16:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
+    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: return 2;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT64:
+    case CU_TENSOR_MAP_DATA_TYPE_INT64:
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT64: return 8;
+    default: return 4;
+  }
+}
+
 CUresult encode(
     CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
@@ -106,6 +119,8 @@ CUresult encode(
   if (const cudaError_t error = wanted("cuTensorMapEncodeTiled")) return static_cast<CUresult>(error);
   if (encoder == nullptr) return CUDA_ERROR_NOT_INITIALIZED;
   if (rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+  // globalStrides[0] = globalDim[0] · size + padding: rows don't overlap.
+  if (rank > 1 && strides[0] < sizes[0] * bytes_of(type)) return CUDA_ERROR_INVALID_VALUE;
   MapAsked asked = {};
   asked.map = map;
   asked.address = reinterpret_cast<uint64_t>(address);
@@ -131,6 +146,17 @@ OFFERED int fake_guarded() { return last_guarded; }
 OFFERED int fake_guards() { return guards; }
 OFFERED int fake_last_error() { return last_error; }
 OFFERED int fake_runtime_version() { return CUDART_VERSION; }
+
+// The driver's answer to a matrix of bfloat16, in boxes of 64 columns.
+OFFERED int fake_tensor_map(void* address, uint64_t rows, uint64_t columns, uint64_t row_bytes) {
+  alignas(64) CUtensorMap map;
+  const cuuint64_t sizes[] = {columns, rows}, strides[] = {row_bytes};
+  const cuuint32_t box[] = {64, 1}, steps[] = {1, 1};
+  return encode(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, address, sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
 
 // What leaves no trace in the next test.
 OFFERED void fake_reset() {

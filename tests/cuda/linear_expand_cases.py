@@ -112,8 +112,7 @@ class OnMachine:
         transposed=False,
     ):
         case = self.case
-        N, _ = linear_expand._sizes(case.problem())
-        call = linear_expand._run(case.problem(), N, case.shares)
+        call = linear_expand._run(case.problem(), case.N, case.shares)
         x, weight = padded(x), padded(weight)
         with launched(case.arch, **self.options) as self.run:
             found = [

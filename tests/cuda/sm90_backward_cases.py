@@ -1,11 +1,11 @@
 """Calls of csrc/cuda/lora_linear_backward_sm90.cu on the machine, as the contract takes operations."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from on_machine import Run, launched
-from sm90_cases import ARCH, BF16, F16, F32, device, pitched
+from sm90_cases import ARCH, BF16, F16, F32, Machine, as_bits, device, held, pitched
 from small_cases import Reference
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from lorafast import reference
 from lorafast.backends.cuda import wgmma_backward
 from lorafast.backends.cuda.launch import Launch
 from lorafast.core.problem import Layout, Layouts, Problem
-from lorafast.reference import contract
 
 ALL = ("dx", "dA", "dB")
 ADAPTERS = {"bf16": BF16, "bf16+fp32": F32, "bf16+fp16": F16}
@@ -84,13 +83,8 @@ class Case:
         return list(given)
 
 
-@dataclass
-class OnMachine:
-    """``lora_linear_backward`` by the plan of a case; the last run is kept."""
-
-    case: Case
-    options: dict[str, Any] = field(default_factory=dict)
-    run: Run | None = None
+class OnMachine(Machine):
+    """``lora_linear_backward`` by the plan of a case."""
 
     def lora_linear_backward(self, *given: Any, **_: Any) -> tuple[Tensor, ...]:
         """What is wanted, in the order of ``WANTS``."""
@@ -137,8 +131,7 @@ def hold(case: Case, **options: Any) -> Run:
                 found.update(call(machine, cast))
             return found[name]
 
-        verdict = contract.compare(of_one, machine, BF16, rounded_to=BF16)
-        assert verdict.why_broken is None, f"{name}: {verdict.why_broken}"
+        held(of_one, machine, BF16, name, rounded_to=BF16)
     assert machine.run is not None
     return machine.run
 
@@ -146,4 +139,4 @@ def hold(case: Case, **options: Any) -> Run:
 def bits_of(case: Case, **options: Any) -> Tensor:
     """Every gradient of a schedule, as bytes."""
     found = call_of(case)(OnMachine(case, options), lambda t, dtype=BF16: t.to(dtype))
-    return torch.cat([gradient.view(torch.uint8).flatten() for gradient in found.values()])
+    return as_bits(*found.values())

@@ -30,9 +30,8 @@ def device(sms: int = 3) -> Device:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One ``linear_expand``. ``transposed``: as dx, whose W lies across; ``pitched``: x, s and B have
-    gaps behind their rows."""
+class Sizes:
+    """What all calls have: ``kind`` says dtypes, ``columns`` are a tile's."""
 
     kind: str
     M: int
@@ -42,27 +41,36 @@ class Case:
     columns: int = 256
     dropout_p: float = 0.0
     bias: bool = False
+
+    def said(self, *flags: str) -> str:
+        """A test's name, with those of the flags that are set."""
+        said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"n{self.columns}"]
+        said += [f"p{self.dropout_p}"] * bool(self.dropout_p)
+        return "-".join(said + [name for name in ("bias", *flags) if getattr(self, name)])
+
+    def draw(self, *size: int, salt: int = 0) -> Tensor:
+        """In float64."""
+        generator = torch.Generator().manual_seed(self.M + 7 * self.N + 31 * self.r + salt)
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Case(Sizes):
+    """One ``linear_expand``. ``transposed``: as dx, whose W lies across; ``pitched``: x, s and B have
+    gaps behind their rows."""
+
     transposed: bool = False
     pitched: bool = False
     sms: int = 2
     cluster: int = 1
 
     def __str__(self) -> str:
-        said = [self.kind, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"n{self.columns}"]
-        said += [f"p{self.dropout_p}"] * bool(self.dropout_p)
-        said += [name for name in ("bias", "transposed", "pitched") if getattr(self, name)]
-        said += [f"c{self.cluster}"] * (self.cluster > 1)
-        return "-".join(said)
+        return self.said("transposed", "pitched") + "-c2" * (self.cluster > 1)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of activations."""
         return KINDS[self.kind][0]
-
-    def draw(self, *size: int, salt: int = 0) -> Tensor:
-        """In float64."""
-        generator = torch.Generator().manual_seed(self.M + 7 * self.N + 31 * self.r + salt)
-        return torch.randn(size, generator=generator, dtype=torch.float64)
 
     def problem(self, operation: str = "linear_expand") -> Problem:
         """As a plan gets it: sizes are the layer's."""
@@ -89,12 +97,29 @@ def pitched(matrix: Tensor) -> Tensor:
 
 
 @dataclass
-class OnMachine:
-    """``linear_expand`` by the plan of a case; the last run is kept."""
+class Machine:
+    """Calls a case in one launch; the last run is kept."""
 
-    case: Case
+    case: Any
     options: dict[str, Any] = field(default_factory=dict)
     run: Run | None = None
+
+
+def held(call: Any, machine: Machine, dtype: torch.dtype, what: str = "", **given: Any) -> Run:
+    """The contract, of what ``contract.compare`` takes; ``what`` it is a call of."""
+    verdict = contract.compare(call, machine, dtype, **given)
+    assert verdict.why_broken is None, f"{what}: {verdict.why_broken}"
+    assert machine.run is not None
+    return machine.run
+
+
+def as_bits(*found: Tensor) -> Tensor:
+    """All bytes."""
+    return torch.cat([tensor.view(torch.uint8).flatten() for tensor in found])
+
+
+class OnMachine(Machine):
+    """``linear_expand`` by the plan of a case."""
 
     def linear_expand(
         self,
@@ -141,18 +166,13 @@ def call_of(case: Case, scaling: float = 0.75):
 
 def hold(case: Case, **options: Any) -> Run:
     """The contract."""
-    machine = OnMachine(case, options)
-    verdict = contract.compare(call_of(case), machine, case.dtype)
-    assert verdict.why_broken is None, verdict.why_broken
-    assert machine.run is not None
-    return machine.run
+    return held(call_of(case), OnMachine(case, options), case.dtype, "y")
 
 
 def bits_of(case: Case, **options: Any) -> Tensor:
-    """y of a schedule, as integers."""
+    """y of a schedule, as bytes."""
 
     def cast(tensor: Tensor, other: torch.dtype = case.dtype) -> Tensor:
         return tensor.to(other)
 
-    y: Tensor = call_of(case)(OnMachine(case, options), cast)
-    return y.view(torch.int16)
+    return as_bits(call_of(case)(OnMachine(case, options), cast))

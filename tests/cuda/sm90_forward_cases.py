@@ -1,21 +1,20 @@
 """Calls of csrc/cuda/lora_linear_sm90.cu on the machine: a layer's forward, whose helpers make ``s``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from on_machine import Run, launched
-from sm90_cases import ARCH, BF16, F16, F32, SEED, pitched
+from sm90_cases import ARCH, BF16, F16, F32, SEED, Machine, Sizes, as_bits, held, pitched
 from torch import Tensor
 
 from lorafast import reference
+from lorafast.backends.cuda import wgmma
 from lorafast.core.problem import Layout, Layouts, Problem
-from lorafast.reference import contract
 from lorafast.reference.dropout import survivor_scale, threshold
 
 ADAPTERS = {"bf16": BF16, "fp16": F16, "fp32": F32}
 LAYOUTS = ("rows", "pitched", "unaligned", "across")
-COUNTERS = 4
 
 
 def unaligned(matrix: Tensor) -> Tensor:
@@ -34,18 +33,10 @@ def laid_out(matrix: Tensor, layout: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One ``lora_linear`` of a bfloat16 x. ``adapters``: their dtype; ``A``: the layout of lora_A, of
-    which lora_B's is the same; ``across``: W's columns are contiguous."""
+class Layer(Sizes):
+    """One ``lora_linear`` of a bfloat16 x. ``kind``: the dtype of adapters; ``A``: the layout of lora_A,
+    and of lora_B; ``across``: W's columns are contiguous."""
 
-    adapters: str
-    M: int
-    K: int
-    N: int
-    r: int
-    columns: int = 256
-    dropout_p: float = 0.0
-    bias: bool = False
     across: bool = False
     A: str = "rows"
     ctas: int = 3
@@ -53,22 +44,13 @@ class Layer:
     cluster: int = 1
 
     def __str__(self) -> str:
-        said = [self.adapters, f"{self.M}x{self.K}x{self.N}", f"r{self.r}", f"n{self.columns}"]
-        said += [f"p{self.dropout_p}"] * bool(self.dropout_p)
-        said += [name for name in ("bias", "across") if getattr(self, name)]
-        said += [self.A] * (self.A != "rows")
-        said += [f"h{self.helpers}of{self.ctas}"]
-        said += [f"c{self.cluster}"] * (self.cluster > 1)
-        return "-".join(said)
-
-    def draw(self, *size: int, salt: int = 0) -> Tensor:
-        """In float64."""
-        generator = torch.Generator().manual_seed(self.M + 7 * self.N + 31 * self.r + salt)
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        layout = f"-{self.A}" * (self.A != "rows")
+        pairs = "-c2" * (self.cluster > 1)
+        return f"{self.said('across')}{layout}-h{self.helpers}of{self.ctas}{pairs}"
 
     def problem(self) -> Problem:
         """As a plan gets it."""
-        adapters = ADAPTERS[self.adapters]
+        adapters = ADAPTERS[self.kind]
         weight = Layout(0, 16) if self.across else Layout.fresh(self.N, self.K, BF16)
         layouts = Layouts(
             x=Layout.fresh(self.M, self.K, BF16), weight=weight,
@@ -81,7 +63,7 @@ class Layer:
 
     def call(self, operations: Any, cast: Any) -> tuple[Tensor, Tensor]:
         """``lora_linear``, as ``contract.compare`` takes it."""
-        adapters = ADAPTERS[self.adapters]
+        adapters = ADAPTERS[self.kind]
         bias = cast(self.draw(self.N, salt=4)) if self.bias else None
         A, B = self.draw(self.r, self.K, salt=1) / self.K**0.5, self.draw(self.N, self.r, salt=2)
         x, weight = cast(self.draw(self.M, self.K)), cast(self.draw(self.N, self.K, salt=3))
@@ -91,13 +73,8 @@ class Layer:
         return y, s
 
 
-@dataclass
-class OnMachine:
-    """The layer in one launch; the last run is kept."""
-
-    case: Layer
-    options: dict[str, Any] = field(default_factory=dict)
-    run: Run | None = None
+class OnMachine(Machine):
+    """The layer in one launch."""
 
     def lora_linear(self, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
         """``y, s``, with the helpers that the case has."""
@@ -109,7 +86,7 @@ class OnMachine:
         )
         with launched(ARCH, **self.options) as run:
             y, s = torch.empty(case.M, case.N, dtype=BF16), torch.empty(case.M, case.r, dtype=BF16)
-            counters = torch.zeros(COUNTERS + -(-case.M // 128), dtype=torch.int32)
+            counters = torch.zeros(wgmma.COUNTERS + -(-case.M // 128), dtype=torch.int32)
             torch.ops.lorafast_cuda.lora_linear_sm90(
                 x, weight, lora_A, lora_B, scaling, bias, *mask, y, s, counters, case.columns, 2,
                 case.ctas, case.helpers, case.cluster,
@@ -129,17 +106,13 @@ class _Reference:
 
 def hold(case: Layer, **options: Any) -> Run:
     """The contract, of ``y`` and ``s``."""
-    machine = OnMachine(case, options)
-    verdict = contract.compare(
-        lambda operations, cast: case.call(_Reference if operations is reference else operations, cast),
-        machine, BF16,
-    )  # fmt: skip
-    assert verdict.why_broken is None, verdict.why_broken
-    assert machine.run is not None
-    return machine.run
+
+    def call(operations: Any, cast: Any) -> tuple[Tensor, Tensor]:
+        return case.call(_Reference if operations is reference else operations, cast)
+
+    return held(call, OnMachine(case, options), BF16, "y and s")
 
 
 def bits_of(case: Layer, **options: Any) -> Tensor:
-    """y and s of a schedule, as integers."""
-    found = case.call(OnMachine(case, options), lambda t, dtype=BF16: t.to(dtype))
-    return torch.cat([tensor.view(torch.int16).flatten() for tensor in found])
+    """y and s of a schedule, as bytes."""
+    return as_bits(*case.call(OnMachine(case, options), lambda t, dtype=BF16: t.to(dtype)))

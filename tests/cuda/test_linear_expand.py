@@ -399,7 +399,7 @@ class TestPlan:
             ({"format": "nf4"}, A100, "the weight is stored as nf4"),
             ({"r": 0}, A100, "r is 0, the fused linear_expand takes 1 to"),
             ({"K": 2**28}, L4, "the sums have 268435456 terms"),
-            ({"M": 2**36, "N": 2**20}, L4, "more than 2147483647 tiles"),
+            ({"M": 2**36, "N": 2**20}, L4, "more than 1073741824 tiles"),
             ({"layouts": Layouts(x=Layout(8))}, L4, "the rows of x aren't aligned to 16 bytes"),
             ({"layouts": Layouts(dy=Layout(8)), "transposed": True}, L4, "the rows of dy aren't"),
             (

@@ -223,11 +223,11 @@ GIVEN = {
     ("given", "said"),
     [
         ({"x": torch.ones(4, 16)}, "x has dtype Float, expected bfloat16 or float16"),
-        ({"weight": torch.ones(8, 16, dtype=F16)}, "weight or y has another dtype than x"),
+        ({"weight": torch.ones(8, 16, dtype=F16)}, "weight has dtype Half, expected BFloat16 beside x"),
         ({"s": torch.ones(4, 2)}, "s has dtype Float, expected bfloat16"),
         ({"lora_B": torch.ones(8, 3)}, "lora_B is 8 x 3, expected 8 x 2"),
         ({"bias": torch.ones(7)}, "expected a vector of 8"),
-        ({"columns": 64}, "columns is 64, expected 256 or 128"),
+        ({"columns": 64}, "columns is 64, expected 128 or 256"),
         ({"group": 0}, "group is 0"),
         ({"ctas": 0}, "ctas is 0"),
         ({"cluster": 3}, "cluster is 3, expected 1 or 2"),
@@ -236,6 +236,11 @@ GIVEN = {
         ({"x": torch.ones(4, 32, dtype=BF16)[:, ::2]}, "x has neighbours of a row 2 elements apart"),
         ({"x": torch.ones(4, 17, dtype=BF16)[:, 1:]}, "x has rows that don't begin at multiples"),
         ({"x": torch.ones(1, 16, dtype=BF16).expand(4, 16)}, "x has rows 0 elements apart"),
+        ({"x": torch.ones(64, dtype=BF16).as_strided((4, 16), (8, 1))}, "x has rows 8 .* at least 16"),
+        (
+            {"weight": torch.ones(128, dtype=BF16).as_strided((8, 16), (8, 1))},
+            "weight has rows 8 .* TMA reads none that overlap",
+        ),
         ({"weight": torch.ones(8, 20, dtype=BF16)[:, :16]}, "weight has rows that don't begin"),
         ({"weight": torch.ones(16, 32, dtype=BF16)[::2, ::2]}, "weight has strides 64 and 2"),
     ],
@@ -275,6 +280,9 @@ def test_other_architectures_are_refused(arch, has):
         least(arch)
 
 
+ROW = torch.ones(1, 64, dtype=BF16)
+
+
 class TestPlan:
     @pytest.mark.parametrize(
         ("M", "K", "N", "columns", "cluster", "ctas"),
@@ -309,14 +317,20 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"dtype": F32}, "the dtype is torch.float32, the kernels of wgmma have"),
-            ({"r": 0}, "the rank is 0, the kernels of wgmma take 1 to"),
-            ({"K": 0}, "x has no columns"),
+            ({"dtype": F32}, "x has dtype torch.float32, the GEMM by wgmma takes"),
+            ({"r": 0}, "r is 0, the GEMM by wgmma takes 1 to"),
+            ({"K": 0}, "the sums have 0 terms"),
             ({"format": "nf4"}, "the weight is stored as nf4"),
             ({"N": 4100}, "a row of y has 8200 bytes, TMA writes multiples of 16"),
             ({"layouts": Layouts(x=Layout(8))}, "the rows of x aren't aligned to 16 bytes"),
-            ({"layouts": Layouts(weight=Layout(2, 0))}, "the rows of the weight aren't aligned"),
-            ({"layouts": Layouts(x=Layout(16, 0, True))}, "too many of them or too long ones"),
+            ({"layouts": Layouts(weight=Layout(2, 0))}, "neither rows nor columns of the weight"),
+            ({"layouts": Layouts(x=Layout(16, 0, True))}, "or some that overlap"),
+            ({"layouts": Layouts(x=Layout.of(ROW.expand(64, 64)))}, "or some that overlap"),
+            (
+                {"layouts": Layouts(x=Layout.of(ROW.as_strided((4, 16), (8, 1))))},
+                "or some that overlap",
+            ),
+            ({"M": 2**20, "N": 2**28}, "more than 1073741824 tiles"),
         ],
     )
     def test_refusals(self, change, said):

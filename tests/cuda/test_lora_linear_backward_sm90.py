@@ -150,6 +150,15 @@ def arguments(changed):
         ({"dy": torch.ones(4, 16)}, "dy has dtype Float, expected bfloat16"),
         ({"dy": torch.ones(16, 4, dtype=BF16).t()}, "dy has neighbours of a row 4 elements apart"),
         ({"dy": torch.ones(4, 20, dtype=BF16)[:, :16]}, "dy has rows that don't begin"),
+        ({"dy": torch.ones(1, 16, dtype=BF16).expand(4, 16)}, "dy has rows 0 elements apart"),
+        (
+            {"x": torch.ones(64, dtype=BF16).as_strided((4, 8), (0, 1))},
+            "x has rows 0 elements apart",
+        ),
+        (
+            {"weight": torch.ones(16, 8, dtype=F16)},
+            "weight has dtype Half, expected BFloat16 beside dy",
+        ),
         ({"x": None}, "x is missing, which dA is made of"),
         ({"x": torch.ones(4, 8, dtype=F16)}, "x has dtype Half, expected bfloat16"),
         ({"x": torch.ones(4, 7, dtype=BF16)}, "x is 4 x 7, expected 4 x 8"),
@@ -164,15 +173,32 @@ def arguments(changed):
         ({"helpers": 2}, "helpers is 2, expected 1 to 1"),
         ({"rows_behind": 0}, "rows_ahead is 1 and rows_behind 0, expected 1"),
         ({"cluster": 3}, "cluster is 3, expected 1 or 2"),
-        ({"partials": torch.empty(8)}, "partials has 8 elements, expected 4096"),
-        ({"partials": None}, "partials has 0 elements, expected 4096"),
-        ({"counters": torch.zeros(15, dtype=torch.int32)}, "expected at least 16 int32"),
+        ({"partials": torch.empty(8)}, "partials has 8 elements of dtype Float, expected 4096"),
+        ({"partials": None}, "partials is None, expected 4096 elements"),
+        (
+            {"counters": torch.zeros(15, dtype=torch.int32)},
+            "counters has 15 elements of dtype Int, expected 16",
+        ),
         ({"dy": torch.ones(0, 16, dtype=BF16)}, "dy is 0 x 16 and dx 0 x 8, expected no zeros"),
     ],
 )
 def test_errors(changed, said):
     with launched(ARCH), pytest.raises(RuntimeError, match=said):
         torch.ops.lorafast_cuda.lora_linear_backward_sm90(**arguments(changed))
+
+
+def test_one_column_of_dy():
+    """The weight is a row, whose stride to the next may be any."""
+    given = {
+        "dy": torch.ones(4, 16, dtype=BF16)[:, :1], "weight": torch.ones(1, 8, dtype=BF16),
+        "lora_B": torch.ones(1, 2), "dB": torch.zeros(1, 2),
+    }  # fmt: skip
+    taken = arguments(given)
+    with launched(ARCH):
+        torch.ops.lorafast_cuda.lora_linear_backward_sm90(**taken)
+    assert (taken["dx"] == 3).all()
+    assert (taken["dA"] == 4).all()
+    assert (taken["dB"] == 4).all()
 
 
 def planned(*sizes, device=H100, changed=NONE):

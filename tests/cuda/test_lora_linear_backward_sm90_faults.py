@@ -1,19 +1,17 @@
 """Faults planted in the PTX of csrc/cuda/lora_linear_backward_sm90.cu, in what it has beside its GEMM's:
 each is caught, or gives other bits. Those of the GEMM are in test_sm90_faults.py.
-
-The machine may need the right schedule: forty are tried. ``pytest -s`` prints how each was caught.
 """
 
 import functools
 
 import pytest
-from on_machine import Fault, needs_nvcc, planted
+from on_machine import needs_nvcc
 from ptx.plant import EVERY, after, before, change, delay, drop
 from sm90_backward_cases import Case, bits_of, hold
+from sm90_faults import WAIT_FOR_BARRIER, Planting
 
 pytestmark = needs_nvcc
 
-SEEDS = range(40)
 CASES = {
     "long": Case("bf16", 300, 520, 520, 40, 3, 3, helpers=2, sms=3),
     "short": Case("bf16", 300, 256, 64, 40, 3, 3, helpers=1, sms=2),
@@ -25,8 +23,7 @@ CASES = {
 # factors, at first (0) by writers, then (1 to 3) by those who multiply for dA, then (4 to 6) for dB.
 BAR, ARRIVE, WAIT = r"bar\.sync", r"bar\.arrive", r"wgmma\.wait_group\.sync\.aligned"
 COPIES, PUBLISH, COUNTED = r"cp\.async\.wait_group", r"fence\.proxy\.async", r"atom\.add\.acq_rel"
-EXPECT, PARTS, TRY = r"mbarrier\.expect_tx\.relaxed", r"st\.global\.v4\.f32", r"mbarrier\.try_wait"
-WHOLE_WAIT = (TRY, "@over bra done", "bra again")
+EXPECT, PARTS = r"mbarrier\.expect_tx\.relaxed", r"st\.global\.v4\.f32"
 OF_DA, OF_DB = 2, 5
 
 
@@ -63,7 +60,7 @@ FAULTS = {
     "dA's products begin without a fence": ("long", after(ARRIVE, drop(r"wgmma\.fence"), OF_DA)),
     "bytes beside B aren't expected": ("long", drop(EXPECT)),
     "a stage is shared before it is empty": (
-        "long", [before(EXPECT, drop(line, -1)) for line in WHOLE_WAIT],
+        "long", [before(EXPECT, drop(line, -1)) for line in WAIT_FOR_BARRIER],
     ),
     "parts of dA aren't released": ("groups", relaxed((ARRIVE, 3), (PARTS, 0))),
     "parts of dB aren't released": ("groups", relaxed((ARRIVE, 6), (BAR, 0), (PARTS, 0))),
@@ -87,56 +84,20 @@ FAULTS = {
         "groups", before(r"cp\.async\.cg", drop(BAR, -1)),
     ),
     "mail is overwritten before the other CTA's loading thread has it": (
-        "pairs", [after(r"setmaxnreg\.inc", drop(line, 1)) for line in WHOLE_WAIT],
+        "pairs", [after(r"setmaxnreg\.inc", drop(line, 1)) for line in WAIT_FOR_BARRIER],
     ),
     "counters stay": ("groups", after(COUNTED, drop(r"st\.global\.u32", EVERY), -1)),
 }  # fmt: skip
-QUICK = 7
-"""Of so many faults one is planted in quick tests."""
+
+PLANTED = Planting("backward_sm90_kernel", CASES, FAULTS, bits_of, hold, quick=7)
 
 
-def residents(which, seed):
-    """CTAs that run at once."""
-    return CASES[which].cluster * (1 + seed % 3)
-
-
-def bits(which, **options):
-    """Of a case."""
-    return bits_of(CASES[which], **options)
-
-
-right = functools.cache(bits)
-"""Those of every schedule."""
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(name, marks=[] if i % QUICK == 0 else pytest.mark.slow)
-        for i, name in enumerate(FAULTS)
-    ],
-)
+@pytest.mark.parametrize("fault", PLANTED.parameters())
 def test_a_fault_is_caught(fault):
-    which, edit = FAULTS[fault]
-    edits = edit if isinstance(edit, list) else [edit]
-    expected, planting = right(which), planted("backward_sm90_kernel", *edits)
-    for seed in SEEDS:
-        try:
-            found = bits(which, seed=seed, resident=residents(which, seed), edit=planting)
-        except Fault as caught:
-            how = str(caught)
-        else:
-            if found.equal(expected):
-                continue
-            how = "other bits"
-        print(f"{fault}: seed {seed}: {how}")
-        return
-    pytest.fail("no schedule shows it")
+    PLANTED.catch(fault)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", CASES)
 def test_without_a_fault_it_passes(which):
-    hold(CASES[which])
-    for seed in SEEDS[::8]:
-        assert bits(which, seed=seed, resident=residents(which, seed)).equal(right(which))
+    PLANTED.check_without_faults(which)

@@ -166,7 +166,10 @@ GIVEN = {
         ({"lora_A": torch.ones(2, 24, dtype=BF16)}, "lora_A is 2 x 24, expected 2 x 16"),
         ({"helpers": 0}, "helpers is 0, expected 1 to 1"),
         ({"helpers": 2}, "helpers is 2, expected 1 to 1"),
-        ({"counters": torch.zeros(4, dtype=torch.int32)}, "expected at least 5 int32"),
+        (
+            {"counters": torch.zeros(4, dtype=torch.int32)},
+            "counters has 4 elements of dtype Int, expected 5",
+        ),
         ({"weight": torch.ones(16, 16, dtype=BF16)[::2, ::2]}, "weight is 8 x 8, expected 8 x 16"),
         ({"s": torch.ones(2, 4, dtype=BF16).t()}, "s is not contiguous"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed has 2 elements"),
@@ -298,10 +301,10 @@ class TestPlan:
     def test_a_mask_and_more_ranks_take_longer(self):
         def item(**changes):
             sizes = {"M": 8192, "K": 4096, "N": 4096, "r": 16}
-            layer = Layer(**{"adapters": "bf16", **sizes, **changes})
+            layer = Layer(**{"kind": "bf16", **sizes, **changes})
             return wgmma_layer.clocks_of_item(layer.problem(), 8, H100)
 
-        assert item() < item(adapters="fp32") < item(dropout_p=0.1) == item(dropout_p=0.5)
+        assert item() < item(kind="fp32") < item(dropout_p=0.1) == item(dropout_p=0.5)
         assert item(r=16) < item(r=64) < item(r=256)
 
     @pytest.mark.parametrize(("sms", "most"), [(1, 1), (2, 2), (3, 2)])
@@ -328,7 +331,7 @@ class TestPlan:
             ),
             ({"r": 257}, "the rank is 257, helpers make s of 1 to 256"),
             ({"M": 0}, "y is 0 x 64, there is nothing to compute"),
-            ({"layouts": Layouts(weight=Layout(0, 8))}, "the rows of the weight aren't aligned"),
+            ({"layouts": Layouts(weight=Layout(0, 8))}, "neither rows nor columns of the weight"),
             ({"layouts": Layouts(x=Layout(2))}, "the rows of x aren't aligned"),
             (
                 {"M": 8192, "K": 4096, "N": 1024, "dropout": True},

@@ -1,19 +1,16 @@
 """Faults planted in what helpers do in csrc/cuda/lora_linear_sm90.cu: each is caught, or changes bits.
 
-Those of the ring and of the tiles are in test_sm90_faults.py. The machine may need the right schedule:
-forty are tried. ``pytest -s`` prints how each was caught.
+Those of the ring and of the tiles are in test_sm90_faults.py.
 """
 
-import functools
-
 import pytest
-from on_machine import Fault, needs_nvcc, planted
+from on_machine import needs_nvcc
 from ptx.plant import EVERY, after, change, drop
+from sm90_faults import Planting, no_wait
 from sm90_forward_cases import Layer, bits_of, hold
 
 pytestmark = needs_nvcc
 
-SEEDS = range(40)
 CASES = {
     "plain": Layer("fp32", 140, 520, 136, 60, 128, bias=True, ctas=3, helpers=2),
     "dropped": Layer("bf16", 140, 520, 136, 16, 128, 0.3, ctas=3, helpers=2),
@@ -23,19 +20,8 @@ BAR, WAIT, ARRIVE = r"bar\.sync", r"wgmma\.wait_group\.sync\.aligned", r"mbarrie
 FENCE = r"fence\.proxy\.async"
 SIXTEEN_KB = r"(mov\.u32 \s*%r\d+), 16384;"
 
-
-def no_wait(nth):
-    """Without a wait, and what it would have acquired.
-
-    In the order of the text: 2 the grant of a stage of A, 5 a full stage of who multiplies; 12 of the
-    loading thread, an empty one.
-    """
-    return [
-        drop(statement, nth)
-        for statement in (r"mbarrier\.try_wait", r"@over bra done", r"bra again")
-    ]
-
-
+# Waits in the order of the text: 2 the grant of a stage of A, 5 a full stage of who multiplies; 12 of
+# the loading thread, an empty one.
 FAULTS = {
     "A is written without a grant": ("plain", no_wait(2)),
     "x is loaded before the stage is empty": ("plain", no_wait(12)),
@@ -74,47 +60,16 @@ FAULTS = {
         "pair", change(r"(mapa\.shared::cluster\.u32 .*), %r\d+;", r"\1, 0;", EVERY),
     ),
 }  # fmt: skip
-QUICK = 8
-"""Of so many faults one is planted in quick tests."""
 
-right = functools.cache(lambda which: bits_of(CASES[which]))
-"""y and s of every schedule."""
+PLANTED = Planting("sm90_kernel", CASES, FAULTS, bits_of, hold, quick=8)
 
 
-def found_by(which, seed, **options):
-    """Those of one."""
-    case = CASES[which]
-    return bits_of(case, seed=seed, resident=case.cluster * (1 + seed % 3), **options)
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(name, marks=[] if i % QUICK == 0 else pytest.mark.slow)
-        for i, name in enumerate(FAULTS)
-    ],
-)
+@pytest.mark.parametrize("fault", PLANTED.parameters())
 def test_a_fault_is_caught(fault):
-    which, edit = FAULTS[fault]
-    edits = edit if isinstance(edit, list) else [edit]
-    expected, planting = right(which), planted("sm90_kernel", *edits)
-    for seed in SEEDS:
-        try:
-            found = found_by(which, seed, edit=planting)
-        except Fault as caught:
-            how = str(caught)
-        else:
-            if found.equal(expected):
-                continue
-            how = "other bits"
-        print(f"{fault}: seed {seed}: {how}")
-        return
-    pytest.fail("no schedule shows it")
+    PLANTED.catch(fault)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", CASES)
 def test_without_a_fault_it_passes(which):
-    hold(CASES[which])
-    for seed in SEEDS[::8]:
-        assert found_by(which, seed).equal(right(which))
+    PLANTED.check_without_faults(which)

@@ -1,19 +1,15 @@
 """Faults planted in the PTX of the GEMMs of csrc/cuda/sm90.cuh: each is caught, or gives other bits.
 Those of helpers are in test_lora_linear_sm90_faults.py.
-
-The machine may need the right schedule: twenty are tried. ``pytest -s`` prints how each was caught.
 """
 
-import functools
-
 import pytest
-from on_machine import Fault, needs_nvcc, planted
+from on_machine import needs_nvcc
 from ptx.plant import EVERY, after, before, change, delay, drop, hoist
 from sm90_cases import Case, bits_of, hold
+from sm90_faults import Planting, no_wait
 
 pytestmark = needs_nvcc
 
-SEEDS = range(20)
 CASES = {
     "plain": Case("bf16", 200, 520, 136, 100, 128, bias=True, sms=2),
     "masked": Case("bf16", 70, 456, 264, 100, 128, dropout_p=0.3, sms=1),
@@ -29,19 +25,6 @@ BAR, WAIT, ARRIVE = r"bar\.sync", r"wgmma\.wait_group\.sync\.aligned", r"mbarrie
 MEET = r"barrier\.cluster\.(arrive|wait)"
 RELEASE, PUBLISH = r"mbarrier\.arrive\.shared::cluster", r"fence\.proxy\.async"
 SEED, ROW = r"ld\.global\.u64", r"cvt\.s64\.s32 \s*(%rd\d+), (%r\d+);"
-
-
-def no_wait(nth):
-    """Without a wait, and what it would have acquired.
-
-    In the order of the text: 0 a writer's mail, 1 its grant of a mask, 2 of ranks, 3 its next mail;
-    of who multiplies 4 mail, 5 the first K block, 6 others, 7 a mask, 8 ranks under it, 9 ranks, 10
-    next mail; of the loading thread 11 to post, 12 its mail, 13 to load, 14 to grant.
-    """
-    return [
-        drop(statement, nth)
-        for statement in (r"mbarrier\.try_wait", r"@over bra done", r"bra again")
-    ]
 
 
 def to_itself(nth):
@@ -61,6 +44,9 @@ def expects(count):
     return change(r"(mov\.u32 \s*%r\d+), 32768;", rf"\1, {count};", EVERY)
 
 
+# Waits in the order of the text: 0 a writer's mail, 1 its grant of a mask, 2 of ranks, 3 its next mail;
+# of who multiplies 4 mail, 5 the first K block, 6 others, 7 a mask, 8 ranks under it, 9 ranks, 10 next
+# mail; of the loading thread 11 to post, 12 its mail, 13 to load, 14 to grant.
 FAULTS = {
     "barriers are used before they are initialised": ("plain", [drop(MEET, 0)] * 2),
     "only its own warps know that barriers are initialised": (
@@ -159,42 +145,16 @@ FAULTS = {
     "the counters stay": ("plain", drop(r"st\.global\.u32")),
     "the last CTA acquires nothing": ("plain", change(r"add\.acq_rel", "add.release")),
 }
-QUICK = 3
-"""Of so many faults one is planted in quick tests."""
+
+PLANTED = Planting("sm90_kernel", CASES, FAULTS, bits_of, hold, quick=3)
 
 
-right = functools.cache(lambda which: bits_of(CASES[which]))
-"""Those of every schedule."""
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param(name, marks=[] if i % QUICK == 0 else pytest.mark.slow)
-        for i, name in enumerate(FAULTS)
-    ],
-)
+@pytest.mark.parametrize("fault", PLANTED.parameters())
 def test_a_fault_is_caught(fault):
-    which, edit = FAULTS[fault]
-    edits = edit if isinstance(edit, list) else [edit]
-    expected, planting = right(which), planted("sm90_kernel", *edits)
-    for seed in SEEDS:
-        try:
-            found = bits_of(CASES[which], seed=seed, resident=1 + seed % 3, edit=planting)
-        except Fault as caught:
-            how = str(caught)
-        else:
-            if found.equal(expected):
-                continue
-            how = "other bits"
-        print(f"{fault}: seed {seed}: {how}")
-        return
-    pytest.fail("no schedule shows it")
+    PLANTED.catch(fault)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", CASES)
 def test_without_a_fault_it_passes(which):
-    hold(CASES[which])
-    for seed in SEEDS[::4]:
-        assert bits_of(CASES[which], seed=seed, resident=1 + seed % 3).equal(right(which))
+    PLANTED.check_without_faults(which)

@@ -13,24 +13,26 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
+from lorafast.backends.cuda import gemm
+from lorafast.backends.cuda.gemm import Gemm, sizes_of
 from lorafast.backends.cuda.launch import NONE, Choices, Launch, mask_of
-from lorafast.backends.cuda.tables import LINEAR_EXPAND, GemmTile, row_of
+from lorafast.backends.cuda.tables import LINEAR_EXPAND, ROWS, GemmTile, row_of
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import DENSE, Problem
+from lorafast.core.problem import Problem
 from lorafast.kernels.common.counters import counters
 
 _OLDEST = 80
 _WGMMA = range(90, 120)
 """Compute capabilities whose tensor cores reach their speed by other instructions alone."""
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SINGLE = 128
 """Columns of the tiles that there are in float32."""
-_ROWS = 128
-"""Of a tile."""
-_MOST_RANKS = 2**20
-_MOST_K = 2**28
-_MOST_CTAS = 2**31 - 1
-_ALIGNED = 16
+_GEMM = Gemm(
+    "the fused linear_expand",
+    (torch.bfloat16, torch.float16, torch.float32),
+    (0, 2**28 - 1),
+    ROWS,
+    _SINGLE,
+)
 
 _AROUND = 1.2e-6
 """Seconds of a tile before and after its main loop, that another CTA of the SM may hide. Assumed."""
@@ -63,7 +65,7 @@ class Shares:
     @property
     def partials(self) -> int:
         """Elements of scratch memory."""
-        return self.tiles * self.splits * _ROWS * self.tile.columns if self.splits > 1 else 0
+        return self.tiles * self.splits * ROWS * self.tile.columns if self.splits > 1 else 0
 
 
 def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
@@ -72,11 +74,11 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     reason = why_refused(p, device)
     if reason is not None:
         return reason
-    N, shares = _sizes(p)[0], shares_of(p, device, fixed)
+    N, shares = sizes_of(p)[0], shares_of(p, device, fixed)
     cut = f", K in {shares.splits}" if shares.splits > 1 else ""
     return Launch(
         _run(p, N, shares),
-        f"linear_expand: {shares.down} x {shares.across} tiles of {_ROWS} x {shares.tile.columns}{cut}",
+        f"linear_expand: {shares.down} x {shares.across} tiles of {ROWS} x {shares.tile.columns}{cut}",
         2.0 * p.M * (p.K * p.N + N * p.r),
         moved(shares, p),
         choices={"fused": 1, "columns": shares.tile.columns, "splits": shares.splits},
@@ -87,45 +89,17 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
 def why_refused(p: Problem, device: Device) -> str | None:
     """Why the kernel can't serve a ``linear_expand``, a sentence, or None."""
     has = ".".join(map(str, divmod(device.capability, 10)))
-    N, depth = _sizes(p)
-    x, name = (p.layouts.dy, "dy") if p.transposed else (p.layouts.x, "x")
-    weight = p.layouts.weight
     if device.capability < _OLDEST:
-        return f"the fused linear_expand needs compute capability 8.0, this is {has}"
+        return f"{_GEMM.name} needs compute capability 8.0, this is {has}"
     if device.capability in _WGMMA:
+        return f"{_GEMM.name} multiplies by mma.sync, too slow for compute capability {has}"
+    reason = gemm.why_refused(p, _GEMM)
+    if reason is None and p.dtype is torch.float32 and not p.tf32:
         return (
-            f"the fused linear_expand multiplies by mma.sync, too slow for compute capability {has}"
+            f"{'dy' if p.transposed else 'x'} is in float32, which {_GEMM.name} rounds to TF32, and "
+            "PyTorch may not: torch.backends.cuda.matmul.allow_tf32 is False"
         )
-    if p.format != DENSE:
-        return f"the weight is stored as {p.format}, the fused linear_expand reads a dense one"
-    if p.dtype not in _DTYPES:
-        return f"{name} has dtype {p.dtype}, the fused linear_expand takes bfloat16, float16 and float32"
-    if p.dtype is torch.float32 and not p.tf32:
-        return (
-            f"{name} is in float32, which the fused linear_expand rounds to TF32, and PyTorch may not: "
-            "torch.backends.cuda.matmul.allow_tf32 is False"
-        )
-    if not 1 <= p.r < _MOST_RANKS:
-        return f"r is {p.r}, the fused linear_expand takes 1 to {_MOST_RANKS - 1}"
-    if depth >= _MOST_K:
-        return f"the sums have {depth} terms, in the fused linear_expand fewer than {_MOST_K}"
-    if -(-p.M // _ROWS) * -(-N // _SINGLE) > _MOST_CTAS:
-        return f"the result is {p.M} x {N}, more than {_MOST_CTAS} tiles"
-    if x.rows < _ALIGNED:
-        return (
-            f"the rows of {name} aren't aligned to 16 bytes, as the fused linear_expand reads them"
-        )
-    if max(weight.rows, weight.columns) < _ALIGNED:
-        return (
-            "neither rows nor columns of the weight are aligned to 16 bytes, as the fused "
-            "linear_expand reads them"
-        )
-    return None
-
-
-def _sizes(p: Problem) -> tuple[int, int]:
-    """Columns of the result, and terms of its sums."""
-    return (p.K, p.N) if p.transposed else (p.N, p.K)
+    return reason
 
 
 def shares_of(p: Problem, device: Device, fixed: Choices = NONE) -> Shares:
@@ -136,13 +110,13 @@ def shares_of(p: Problem, device: Device, fixed: Choices = NONE) -> Shares:
 
 
 def _possible(p: Problem, device: Device, fixed: Choices) -> Iterator[Shares]:
-    N, depth = _sizes(p)
+    N, depth = sizes_of(p)
     for tile in row_of(LINEAR_EXPAND, device.capability):
         if fixed.get("columns", tile.columns) != tile.columns:
             continue
         if p.dtype is torch.float32 and tile.columns != _SINGLE:
             continue
-        down, across = -(-p.M // _ROWS), -(-N // tile.columns)
+        down, across = -(-p.M // ROWS), -(-N // tile.columns)
         few = down * across < _FEW * device.sms or "splits" in fixed
         most = max(1, min(_MOST_SPLITS, depth // _LEAST_DEPTH)) if few else 1
         for splits in range(1, most + 1):
@@ -154,9 +128,9 @@ def _possible(p: Problem, device: Device, fixed: Choices) -> Iterator[Shares]:
 def seconds(shares: Shares, p: Problem, device: Device) -> float:
     """What the SM with the most tiles takes, or memory, whichever is longer."""
     tile, ctas = shares.tile, shares.tiles * shares.splits
-    elements = _ROWS * tile.columns
+    elements = ROWS * tile.columns
     rate = tile.rate * device.rate(p.dtype, p.tf32) / device.sms
-    main = 2.0 * elements * -(-_sizes(p)[1] // shares.splits) / rate
+    main = 2.0 * elements * -(-sizes_of(p)[1] // shares.splits) / rate
     around = (_AROUND + _MASK * elements * p.dropout) / tile.resident
     part = 4 * elements / _PARTS if shares.splits > 1 else 0.0
     busy = -(-ctas // device.sms) * (main + around + part) + shares.splits * part
@@ -166,7 +140,7 @@ def seconds(shares: Shares, p: Problem, device: Device) -> float:
 def moved(shares: Shares, p: Problem) -> float:
     """Bytes to and from memory: operands and the result once, parts twice."""
     large = (p.M * p.K + p.N * p.K + p.M * p.N) * p.dtype.itemsize
-    factors = p.M * wide(p.dtype).itemsize + _sizes(p)[0] * p.adapter_dtype.itemsize
+    factors = p.M * wide(p.dtype).itemsize + sizes_of(p)[0] * p.adapter_dtype.itemsize
     return float(large + factors * p.r + 8 * shares.partials)
 
 

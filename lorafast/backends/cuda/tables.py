@@ -98,6 +98,11 @@ SMALL = {
 }
 
 
+# ---- Fused GEMMs
+
+ROWS = 128
+"""Of a tile of y, in all of them."""
+
 # ---- linear_expand.py
 
 
@@ -128,20 +133,44 @@ LINEAR_EXPAND = {
 
 
 @dataclass(frozen=True)
-class Wgmma:
-    """``group``: row blocks whose tiles run together. Assumed, not measured: ``narrow``, what a column
-    of a tile of 128 takes, by one of a tile of 256; ``step``, the clocks of a K block of 64 in a tile of
-    256; ``helper_bytes``, those of x that a helper reads in a clock beside the GEMM; ``l2``, the bytes
-    that an SM gets from L2 in a clock while all ask (the 5,120 of the whole of A100's, for 132), and
-    ``l2_port`` alone."""
+class WgmmaTile:
+    """128 rows and ``columns`` of y, from a ring of ``stages`` K blocks in shared memory. ``clocks``: in
+    which tensor cores multiply a K block. Assumed, not measured, beyond what wide tiles must take: by
+    column a narrow one takes 1.1 of that."""
 
+    columns: int
+    stages: int
+    clocks: float
+
+
+@dataclass(frozen=True)
+class Wgmma:
+    """``tiles``, and ``clusters``: how many CTAs share what they load of W. ``depth``: elements of a K
+    block. ``group``: row blocks whose tiles run together. Assumed, not measured: ``helper_bytes``, those
+    of x that a helper reads in a clock beside the GEMM; ``l2``, the bytes that an SM gets from L2 in a
+    clock while all ask (the 5,120 of the whole of A100's, for 132), and ``l2_port`` alone."""
+
+    tiles: tuple[WgmmaTile, ...]
+    clusters: tuple[int, ...]
+    depth: int
     group: int
-    narrow: float
-    step: float
     helper_bytes: float
     l2: float
     l2_port: float
 
+    def columns(self) -> tuple[int, ...]:
+        """Of the tiles that there are."""
+        return tuple(tile.columns for tile in self.tiles)
 
-WGMMA = {90: Wgmma(group=16, narrow=1.1, step=1024.0, helper_bytes=36.0, l2=38.8, l2_port=64.0)}
+    def tile(self, columns: int) -> WgmmaTile:
+        """The one with so many."""
+        return next(tile for tile in self.tiles if tile.columns == columns)
+
+
+WGMMA = {
+    90: Wgmma(
+        tiles=(WgmmaTile(256, 4, 1024.0), WgmmaTile(128, 6, 1.1 * 512.0)), clusters=(2, 1), depth=64,
+        group=16, helper_bytes=36.0, l2=38.8, l2_port=64.0,
+    ),
+}  # fmt: skip
 """Of these architectures alone: no other has the instruction."""

@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
-from lorafast.backends.cuda import native
+from lorafast.backends.cuda import gemm, native
+from lorafast.backends.cuda.gemm import ALIGNED, Gemm, sizes_of
 from lorafast.backends.cuda.launch import NONE, Choices, Launch, mask_of
-from lorafast.backends.cuda.tables import WGMMA
+from lorafast.backends.cuda.tables import ROWS, WGMMA
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import DENSE, Layout, Problem
+from lorafast.core.problem import Layout, Problem
 from lorafast.kernels.common.counters import counters
 
-_DTYPES = (torch.bfloat16, torch.float16)
-_ADAPTERS = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_RANKS = 1 << 20
-ROWS = 128
-"""Of a tile of y."""
-COLUMNS = (256, 128)
-CLUSTERS = (2, 1)
+_GEMM = Gemm(
+    "the GEMM by wgmma", (torch.bfloat16, torch.float16), (1, 2**31 - 1), ROWS,
+    min(min(row.columns()) for row in WGMMA.values()),
+)  # fmt: skip
 _MOST_GROUP = 2**16 - 1
 _REACHED = 0.9
 """Of the rate of PyTorch's large GEMMs, while tiles are multiplied. Assumed, not measured."""
@@ -37,10 +35,7 @@ _AROUND = 3000.0
 _FLOPS = 4096
 """Of an SM in a clock, at the most."""
 COUNTERS = 4
-STEP = 64
-"""Of K."""
-TMA = 16
-"""Bytes of which the address of each row is a multiple that TMA reads or writes."""
+"""Of every launch; those of row blocks follow."""
 
 
 def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) -> Launch | str:
@@ -50,7 +45,7 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     reason = why_refused(p, device)
     if reason is not None:
         return reason
-    N, K = (p.K, p.N) if p.transposed else (p.N, p.K)
+    N, K = sizes_of(p)
     tile = tile_of(p.M, N, device, fixed)
     columns, cluster, ctas = tile.columns, tile.cluster, tile.ctas
     group = group_of(fixed, device)
@@ -92,9 +87,10 @@ def seconds_of(p: Problem, clocks: float, moved: float, device: Device) -> float
 def step_of(columns: int, cluster: int, ctas: int, device: Device) -> float:
     """Clocks of a K block: of tensor cores, or until L2 has brought it."""
     table = WGMMA[device.capability]
-    busy = table.step * columns / 256 * (table.narrow if columns == 128 else 1.0)
-    loaded = STEP * 2 * (ROWS + columns // cluster)
-    return max(busy, loaded / min(table.l2_port, table.l2 * device.sms / ctas))
+    loaded = table.depth * 2 * (ROWS + columns // cluster)
+    return max(
+        table.tile(columns).clocks, loaded / min(table.l2_port, table.l2 * device.sms / ctas)
+    )
 
 
 def why_refused(p: Problem, device: Device) -> str | None:
@@ -104,70 +100,55 @@ def why_refused(p: Problem, device: Device) -> str | None:
         return f"compute capability is {has}, the kernels of wgmma are for 9.0"
     if not native.has_wgmma():
         return "the native CUDA kernels were built without code for 90a, which wgmma needs"
-    if p.format != DENSE:
-        return f"the weight is stored as {p.format}, the kernels of wgmma read a dense one"
-    if p.dtype not in _DTYPES:
-        return f"the dtype is {p.dtype}, the kernels of wgmma have bfloat16 and float16"
-    if p.adapter_dtype not in _ADAPTERS:
-        return f"the adapter is {p.adapter_dtype}, the kernels have float16, bfloat16 and float32"
-    if not 1 <= p.r < _MOST_RANKS:
-        return f"the rank is {p.r}, the kernels of wgmma take 1 to {_MOST_RANKS - 1}"
-    N, K = (p.K, p.N) if p.transposed else (p.N, p.K)
-    if K == 0:
-        return "x has no columns, the kernels of wgmma need one"
+    reason = gemm.why_refused(p, _GEMM)
+    if reason is not None:
+        return reason
+    N, _ = sizes_of(p)
     x, weight = p.layouts.dy if p.transposed else p.layouts.x, p.layouts.weight
-    for name, at in (("x", x.rows), ("the weight", weight.rows or weight.columns)):
-        if at < TMA:
-            return f"the rows of {name} aren't aligned to {TMA} bytes, TMA reads those that are"
     written = Layout.fresh(p.M, N, p.dtype)
-    if written.rows < TMA and p.M > 1:
-        return f"a row of y has {N * p.dtype.itemsize} bytes, TMA writes multiples of {TMA}"
+    if written.rows < ALIGNED and p.M > 1:
+        return f"a row of y has {N * p.dtype.itemsize} bytes, TMA writes multiples of {ALIGNED}"
     if x.huge or weight.huge or written.huge:
-        return "a matrix has no rows, too many of them or too long ones for TMA"
+        return "a matrix has no rows, too many, too long ones for TMA, or some that overlap"
     return None
 
 
 @dataclass(frozen=True)
 class Tile:
     """Tiles of 128 rows and so many columns, on so many CTAs, of which ``cluster`` are one: tiles below
-    each other. ``rounds``: tiles of a CTA, of which a K block takes ``step`` clocks."""
+    each other. ``rounds``: tiles of a CTA, of which a K block of ``depth`` takes ``step`` clocks."""
 
     columns: int
     cluster: int
     ctas: int
     rounds: int
+    depth: int
     step: float
 
     def clocks(self, K: int) -> float:
         """Of all."""
-        return self.rounds * -(-K // STEP) * self.step
+        return self.rounds * -(-K // self.depth) * self.step
 
 
 def tile_of(M: int, N: int, device: Device, fixed: Choices = NONE) -> Tile:
     """The one that ends first: wide tiles and clusters of two load less, others can fill the chip
     better. What ``fixed`` says of it holds where it can be."""
-    found = []
-    for columns in among(COLUMNS, fixed.get("columns")):
-        for cluster in among(CLUSTERS, fixed.get("cluster")):
+    table, found = WGMMA[device.capability], []
+    for columns in among(table.columns(), fixed.get("columns")):
+        for cluster in among(table.clusters, fixed.get("cluster")):
             if cluster > device.sms:
                 continue
             tiles = -(-M // (ROWS * cluster)) * -(-N // columns)
             clusters = max(1, min(tiles, device.sms // cluster))
             ctas, rounds = cluster * clusters, -(-tiles // clusters)
-            found.append(
-                Tile(columns, cluster, ctas, rounds, step_of(columns, cluster, ctas, device))
-            )
+            step = step_of(columns, cluster, ctas, device)
+            found.append(Tile(columns, cluster, ctas, rounds, table.depth, step))
     return min(found, key=lambda tile: (tile.rounds * tile.step, tile.ctas))
 
 
 def among(known: tuple[int, ...], fixed: int | None) -> tuple[int, ...]:
     """What was chosen, if there is such a one, else all."""
     return known if fixed is None or fixed not in known else (fixed,)
-
-
-def columns_of(M: int, N: int, device: Device) -> int:
-    """Those of a tile."""
-    return tile_of(M, N, device).columns
 
 
 def _run(p: Problem, N: int, columns: int, group: int, ctas: int, cluster: int) -> Run:

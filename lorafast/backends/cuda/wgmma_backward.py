@@ -20,24 +20,20 @@ from torch import Tensor
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
 from lorafast.backends.cuda import wgmma
+from lorafast.backends.cuda.gemm import ALIGNED
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.skinny import plan_shrink_backward
-from lorafast.backends.cuda.tables import WGMMA
+from lorafast.backends.cuda.tables import ROWS, WGMMA
 from lorafast.backends.plan import Run
 from lorafast.core.problem import Layout, Problem
 from lorafast.kernels.common.counters import counters
 
-_ROWS, _COLUMNS = 128, 256
+_COLUMNS = 256
 """Of a tile of dx."""
 _STEP = 128
 """Columns of a step of a sum over rows."""
 _RANKS = (16, 32, 64)
 _MOST_ROWS = 2**16 - 1
-_MOST_GROUP = 2**16 - 1
-_TMA = 16
-"""Bytes of which the address of each row is a multiple that TMA reads or writes."""
-_COUNTERS = 4
-"""Beside those of row blocks and ranges."""
 _WARPS = 8
 _HELPERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 _ROWS_AHEAD = (1, 2, 4, 8)
@@ -75,20 +71,20 @@ def plan_lora_linear_backward(
     if reason is not None:
         return reason
     cut = best_cut(p, device, fixed)
-    group = max(1, min(fixed.get("group", WGMMA[device.capability].group), _MOST_GROUP))
+    group = wgmma.group_of(fixed, device)
     after: Launch | None = None
     if "dA" in p.wants and cut.rows_behind == 0:
         answer = plan_shrink_backward(_of_dA(p), device)
         if isinstance(answer, str):
             return answer
         after = answer
-    tiles = _blocks(p.M, _ROWS) * _blocks(p.K, _COLUMNS)
+    tiles = _blocks(p.M, ROWS) * _blocks(p.K, _COLUMNS)
     ctas = min(device.sms // cut.cluster * cut.cluster, tiles + cut.helpers)
     pairs = " in clusters of 2" if cut.cluster == 2 else ""
     ahead = "ds and dB" if "dB" in p.wants else "ds"
     behind = ", then dA" if "dA" in p.wants and after is None else ""
     line = (
-        f"lora_linear_backward: {ctas} CTAs{pairs} for {tiles} tiles of {_ROWS} x "
+        f"lora_linear_backward: {ctas} CTAs{pairs} for {tiles} tiles of {ROWS} x "
         f"{_COLUMNS}, wgmma, {cut.helpers} of them make {ahead} first{behind}"
     )
     moved = _moved(p, cut)
@@ -133,11 +129,9 @@ def why_not_in_one(p: Problem, device: Device) -> str | None:
         return f"dy is {p.M} x {p.N}, there is nothing to compute"
     if p.K == 0:
         return f"dx is {p.M} x {p.K}, there is nothing to compute"
-    if p.layouts.dy.rows < _TMA or p.layouts.dy.huge:
-        return f"the rows of dy aren't aligned to {_TMA} bytes, TMA reads those that are"
-    if "dA" in p.wants and (p.layouts.x.rows < _TMA or p.layouts.x.huge):
-        return f"the rows of x aren't aligned to {_TMA} bytes, TMA reads those that are"
-    if p.layouts.weight.rows < _TMA:
+    if "dA" in p.wants and (p.layouts.x.rows < ALIGNED or p.layouts.x.huge):
+        return f"the rows of x aren't aligned to {ALIGNED} bytes, or can't be described to TMA"
+    if p.layouts.weight.rows < ALIGNED:
         return "the weight's rows aren't contiguous, a backward by wgmma reads it along them"
     return wgmma.why_refused(p._replace(transposed=True), device)
 
@@ -167,7 +161,7 @@ def best_cut(p: Problem, device: Device, fixed: Choices = NONE) -> Cut:
         ahead = (fixed["rows_ahead"],)
     if "dA" in p.wants and 0 <= fixed.get("rows_behind", -1) <= _MOST_ROWS:
         behind = (fixed["rows_behind"],)
-    clusters: tuple[int, ...] = (1, 2) if device.sms > 1 else (1,)
+    clusters = tuple(n for n in sorted(WGMMA[device.capability].clusters) if n <= device.sms)
     if fixed.get("cluster") in clusters:
         clusters = (fixed["cluster"],)
     apart = _apart(p, device) * _CLOCK if "dA" in p.wants else 0.0
@@ -200,10 +194,10 @@ def _clocks(
     they are slower than the tiles.
     """
     table, ranks = WGMMA[device.capability], ranks_of(p.r)
-    down, across = _blocks(p.M, _ROWS * cluster) * cluster, _blocks(p.K, _COLUMNS)
+    down, across = _blocks(p.M, ROWS * cluster) * cluster, _blocks(p.K, _COLUMNS)
     fixed = {"columns": _COLUMNS, "cluster": cluster}
     step = wgmma.tile_of(p.M, p.K, device, fixed).step
-    tile = (_blocks(p.N, 64) + _blocks(p.r, 64)) * step
+    tile = (_blocks(p.N, table.depth) + _blocks(p.r, table.depth)) * step
     memory = device.bandwidth / _CLOCK  # bytes in a clock
     ahead = _item(p, device, ranks, rows_ahead, min(table.helper_bytes, memory / helpers))
     late = _blocks(_ahead(p, rows_ahead), helpers) * ahead
@@ -241,17 +235,19 @@ def _item(p: Problem, device: Device, ranks: int, rows: int, rate: float) -> flo
     of bfloat16."""
     steps = min(_blocks(p.N, _STEP), 256 // ranks)
     products = (1 + ("dB" in p.wants)) * 16 * _A_FACTOR * (2 if ranks == 64 else 1)
-    read = 2.0 * _ROWS * _STEP / rate
-    vectors = p.adapter_dtype is torch.bfloat16 and p.r % 8 == 0 and p.layouts.lora_B.rows >= _TMA
+    read = 2.0 * ROWS * _STEP / rate
+    vectors = (
+        p.adapter_dtype is torch.bfloat16 and p.r % 8 == 0 and p.layouts.lora_B.rows >= ALIGNED
+    )
     gathered = 0.0 if vectors else _blocks(_STEP * ranks // 8, 96) * _GATHERED
-    parts = 8.0 * (_ROWS * ranks * (_blocks(p.N, _STEP) > steps) + steps * _STEP * ranks / rows)
+    parts = 8.0 * (ROWS * ranks * (_blocks(p.N, _STEP) > steps) + steps * _STEP * ranks / rows)
     return rows * (steps * max(products, read, gathered) + parts / rate) + _END
 
 
 def _ahead(p: Problem, rows: int) -> int:
     """Items of helpers."""
     steps = _blocks(p.N, _STEP)
-    return _blocks(_blocks(p.M, _ROWS), rows) * _blocks(steps, 256 // ranks_of(p.r))
+    return _blocks(_blocks(p.M, ROWS), rows) * _blocks(steps, 256 // ranks_of(p.r))
 
 
 def _of_dA(p: Problem) -> Problem:
@@ -272,7 +268,7 @@ def ranks_of(r: int) -> int:
 
 def parts_of(p: Problem, cut: Cut) -> tuple[int, int, int]:
     """float32 of the parts of ds, of dB and of dA."""
-    ranks, down = ranks_of(p.r), _blocks(p.M, _ROWS)
+    ranks, down = ranks_of(p.r), _blocks(p.M, ROWS)
     along, across = _blocks(p.N, _STEP), _blocks(p.K, _STEP)
     ranges, block = _blocks(along, 256 // ranks), _STEP * ranks
     of_ds = ranges * down * block if ranges > 1 else 0
@@ -286,7 +282,7 @@ def counters_of(p: Problem) -> int:
     stored; the queue behind tiles."""
     steps = 256 // ranks_of(p.r)
     ranges = sum(_blocks(_blocks(n, _STEP), steps) for n in (p.N, p.K))
-    return _COUNTERS + (1 + _WARPS) * _blocks(p.M, _ROWS) + ranges + 1
+    return wgmma.COUNTERS + (1 + _WARPS) * _blocks(p.M, ROWS) + ranges + 1
 
 
 def _moved(p: Problem, cut: Cut) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
 from lorafast.backends.cuda import wgmma
 from lorafast.backends.cuda.launch import NONE, Choices, Launch, mask_of
-from lorafast.backends.cuda.tables import WGMMA
-from lorafast.backends.cuda.wgmma import CLUSTERS, COLUMNS, ROWS, STEP, among
+from lorafast.backends.cuda.tables import ROWS, WGMMA
+from lorafast.backends.cuda.wgmma import among
 from lorafast.backends.plan import Run
 from lorafast.core.problem import Problem
 from lorafast.kernels.common.counters import counters
@@ -74,8 +74,9 @@ def why_not_in_one(p: Problem, device: Device) -> str | None:
         return reason
     if p.dtype is not torch.bfloat16:
         return f"x is {p.dtype}, whose s is float32: helpers make one of bfloat16"
-    if p.r > max(COLUMNS):
-        return f"the rank is {p.r}, helpers make s of 1 to {max(COLUMNS)}"
+    widest = max(WGMMA[device.capability].columns())
+    if p.r > widest:
+        return f"the rank is {p.r}, helpers make s of 1 to {widest}"
     if p.M == 0 or p.N == 0:
         return f"y is {p.M} x {p.N}, there is nothing to compute"
     return None
@@ -95,8 +96,9 @@ class Helped:
 def helped(p: Problem, device: Device, fixed: Choices = NONE) -> Helped:
     """The helpers with which a layer ends first, by a model of the queues. What ``fixed`` says holds
     where it can be."""
-    wide = tuple(columns for columns in COLUMNS if columns >= p.r)  # A lies where a tile of W does
-    clusters = tuple(cluster for cluster in CLUSTERS if cluster <= device.sms)
+    table = WGMMA[device.capability]
+    wide = tuple(n for n in table.columns() if n >= p.r)  # A lies where a tile of W does
+    clusters = tuple(cluster for cluster in table.clusters if cluster <= device.sms)
     found = [
         (helpers, columns, cluster)
         for columns in among(wide, fixed.get("columns"))
@@ -122,11 +124,11 @@ def clocks_apart(M: int, K: int, N: int, device: Device) -> float:
 def clocks_of_item(p: Problem, helpers: int, device: Device) -> float:
     """Of a row block of s: the slowest of reading x from memory, of x and A through L2, of writing A
     beside x, of the mask."""
-    memory = device.bandwidth / _CLOCK / helpers
-    x, a = 2.0 * ROWS * STEP, float(p.r * STEP * p.adapter_dtype.itemsize)
-    read = max(x / memory, (x + a) / WGMMA[device.capability].helper_bytes)
+    table, memory = WGMMA[device.capability], device.bandwidth / _CLOCK / helpers
+    x, a = 2.0 * ROWS * table.depth, float(p.r * table.depth * p.adapter_dtype.itemsize)
+    read = max(x / memory, (x + a) / table.helper_bytes)
     batches = -(-p.r // _ASKED)
-    return -(-p.K // STEP) * max(read, batches * _LATENCY, _MASK * p.dropout)
+    return -(-p.K // table.depth) * max(read, batches * _LATENCY, _MASK * p.dropout)
 
 
 def _clocks_helped(p: Problem, helpers: int, columns: int, cluster: int, device: Device) -> float:
@@ -145,7 +147,9 @@ def _clocks_helped(p: Problem, helpers: int, columns: int, cluster: int, device:
 
 def _clocks_of(K: int, columns: int, cluster: int, device: Device) -> float:
     """Of a tile, while all SMs have one."""
-    return -(-K // STEP) * wgmma.step_of(columns, cluster, device.sms, device)
+    return -(-K // WGMMA[device.capability].depth) * wgmma.step_of(
+        columns, cluster, device.sms, device
+    )
 
 
 def _end(tiles: int, others: int, helpers: int, tile: float, late: float) -> float:
