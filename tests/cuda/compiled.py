@@ -5,7 +5,8 @@
 A line for each kernel and architecture of ``lorafast/_C_cuda.abi3.so``, or of another build; exit status
 1 if one spills. ``--write`` after a kernel has changed makes ``tests/cuda/compiled`` say what was found:
 a folder for each nvcc, since other versions make other code. ``--json`` records what a kernel needs at
-most on each architecture. Needs no GPU.
+most on each architecture, and of ``lorafast``'s own library how large it is and how long its build took.
+Needs no GPU.
 """
 
 import argparse
@@ -23,6 +24,12 @@ LIBRARY = ROOT / "lorafast" / "_C_cuda.abi3.so"
 FOLDER = Path(__file__).with_name("compiled")
 MOST_BYTES = 20_000_000
 """Of the library."""
+MOST_SECONDS = 720
+"""That processors work at the library's build: six minutes of two."""
+MOST_INSTANCES = 100
+"""Of kernels, of an architecture: one takes four seconds of a processor, for all of them."""
+OBJECTS = ROOT / "build" / "native" / "cuda"
+"""Where ``setup.py`` leaves them, each with the seconds that it took."""
 _WORD = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9.a-z_]*)")
 
 
@@ -50,6 +57,14 @@ def nvcc_of(library: Path) -> str | None:
     said = rb"(?:compiled by nvcc|Cuda compilation tools, release) (\d+\.\d+)"
     found = re.search(said, library.read_bytes())
     return found[1].decode() if found else None
+
+
+def seconds_of_build(objects: Path = OBJECTS) -> dict[str, float]:
+    """That processors worked at each source; none if there is an object of which that isn't known."""
+    paths = {path.stem: path.with_suffix(".seconds") for path in sorted(objects.glob("*.o"))}
+    if not all(path.is_file() for path in paths.values()):
+        return {}
+    return {name: float(path.read_text(encoding="utf-8")) for name, path in paths.items()}
 
 
 def kernels_of(library: Path) -> dict[str, list[Kernel]]:
@@ -163,17 +178,23 @@ def main(arguments: list[str] | None = None) -> int:
     if given.write:
         write(nvcc, made)
     if given.json:
-        _record(given.json, nvcc, made, complete=not wrong)
+        _record(given.json, given.library, nvcc, made, complete=not wrong)
     return int(wrong)
 
 
-def _record(path: Path, nvcc: str, made: dict[str, list[Kernel]], complete: bool) -> None:
+def _record(
+    path: Path, library: Path, nvcc: str, made: dict[str, list[Kernel]], complete: bool
+) -> None:
     import torch
     from lorafast.bench.common.record import Record
 
     command = ["python", "tests/cuda/compiled.py", *sys.argv[1:]]
     record = Record(torch.device("cpu"), command, path)
     record.add("nvcc", [{"nvcc": nvcc, **row} for row in summaries(made)])
+    seconds = seconds_of_build() if library.resolve() == LIBRARY else {}
+    if seconds:
+        took = {"seconds": sum(seconds.values()), "of": seconds}
+        record.add("build", [{"nvcc": nvcc, "bytes": library.stat().st_size, **took}])
     record.finish(complete=complete)
 
 

@@ -3,7 +3,7 @@
 A role is a generator that yields what it does, as the kernel's text has it; what it gets back are the
 numbers that it reads. A state is how far each role has come, and what barriers, stages and mail hold.
 CTAs of a cluster are numbered one after the other, the first is the leader. A stage has a part for
-each of them: what that CTA copies to it.
+each of them: what that CTA copies to it; and of helpers' items one that the CTA's own writers write.
 """
 
 import functools
@@ -16,6 +16,8 @@ Does = tuple[Any, ...]
 Role = Iterator[Does]
 END = -1
 MAIL = 2
+WRITTEN = "written"
+"""The part of an item's stage that is not copied."""
 
 
 class BrokenError(Exception):
@@ -34,6 +36,9 @@ class Protocol:
     rank_steps: int = 1
     consumers: int = 1
     helpers: int = 0
+    """Clusters."""
+    items: int = 1
+    """Sets of row blocks; the tiles' ones are taken in turn."""
     masked: bool = False
     broken: str = ""
 
@@ -44,7 +49,7 @@ class Protocol:
     # Roles of a CTA
 
     def loader(self) -> Role:
-        """Loads K blocks, grants rank blocks; the leader's takes tiles."""
+        """Loads K blocks, grants what is written; the leader's takes items and tiles."""
         at = itertools.count()
 
         def load(ranks: bool, what: int) -> Role:
@@ -55,24 +60,37 @@ class Protocol:
                 if ranks:
                     yield "arrive", "granted", i % self.stages
                 else:
-                    yield "expect", i % self.stages, (what, step)
+                    copies = 1 if self.broken == "expects its own" else self.cluster
+                    yield "expect", i % self.stages, copies, 1
                     for to in range(self.cluster):
                         yield "load", i % self.stages, (what, step), to
 
+        def load_item(what: int) -> Role:
+            """A block of x to this CTA alone. Who writes beside it arrives for both."""
+            for step in range(self.k_steps):
+                i = next(at)
+                stage = i % self.stages
+                grants: list[Does] = [("arrive", "granted", stage)]
+                copies = self.cluster if self.broken == "expects the other's x" else 1
+                comes = 1 if self.broken == "expects and arrives" else 0
+                loads: list[Does] = [
+                    ("expect", stage, copies, comes), ("load", stage, (what, step), None)
+                ]  # fmt: skip
+                if self.broken != "loads items unseen":
+                    yield "wait", "empty", stage, (i // self.stages & 1) ^ 1
+                early = self.broken == "grants before it expects"
+                yield from grants + loads if early else loads + grants
+
         leads = yield ("leads",)
-        helps = tiles = False
+        queues = self.draws() if leads else iter(())
+        drawn: Does | None = next(queues, None)
         for i in itertools.count():
             if leads:
-                if self.helpers and i == 0:
-                    helps = (yield ("take", "tickets")) < self.helpers
-                what = None
-                if helps and not tiles:
-                    item = yield "take", "items"
-                    what = END - 1 - item if item < self.tiles else None
-                if what is None:
-                    tiles = True
-                    tile = yield "take", "tiles"
-                    what = tile if tile < self.tiles else END
+                while drawn is not None and drawn[0] == "take":
+                    drawn = queues.send((yield drawn))
+                assert drawn is not None
+                _, what = drawn
+                drawn = next(queues, None)
                 if self.broken != "posts unseen":
                     yield "wait", "taken", i % MAIL, (i // MAIL & 1) ^ 1
                 for to in range(1 if self.broken == "posts to itself" else self.cluster):
@@ -83,15 +101,31 @@ class Protocol:
                 what = yield "mail", i % MAIL, i
             if what == END:
                 break
-            for ranks in (self.masked, not self.masked) if what >= 0 else (False,):
+            if what < 0:
+                yield from load_item(what)
+                continue
+            for ranks in (self.masked, not self.masked):
                 yield from load(ranks, what)
         if self.broken == "counted by the loader":
             yield ("finish",)
         yield from self.leave()
 
+    def draws(self) -> Iterator[Any]:
+        """What a leader takes from the queues, one ahead, and between, as "do", what comes of it."""
+        queues = [("tiles", self.tiles)]
+        if self.helpers and (yield "take", "tickets") < self.helpers:
+            queues.insert(self.broken == "takes tiles first", ("items", self.items))
+        for name, most in queues:
+            number = yield "take", name
+            while number < most:
+                ahead = yield "take", name
+                yield "do", number if name == "tiles" else END - 1 - number
+                number = ahead
+        yield "do", END
+
     def leave(self) -> Role:
-        """Nobody does before the whole cluster."""
-        if self.cluster > 1 and self.broken != "leaves alone":
+        """Nobody does before the whole cluster; nor before its CTA, where that has helped."""
+        if (self.cluster > 1 or self.helpers) and self.broken != "leaves alone":
             yield ("come",)
             yield ("met",)
 
@@ -100,7 +134,7 @@ class Protocol:
         yield "arrive", "taken", slot, None if self.broken == "takes for itself" else 0
 
     def writer(self) -> Role:
-        """Writes rank blocks, once s is there."""
+        """Writes rank blocks, once s is there, and items' factors."""
         at, grants = 0, [0] * self.stages
         for i in itertools.count():
             yield "wait", "posted", i % MAIL, i // MAIL & 1
@@ -117,17 +151,27 @@ class Protocol:
                         yield "wait", "granted", stage, grants[stage]
                         grants[stage] ^= 1
                     if self.helpers and step == 0:
-                        yield "see", tile
+                        yield "see", tile % self.items
                     yield "write", stage, (tile, self.k_steps + step)
                     yield "arrive", "full", stage
                     at += 1
                 at += self.k_steps if self.masked else 0
             else:
-                at += self.k_steps
+                for step in range(self.k_steps):
+                    stage = at % self.stages
+                    if self.broken != "writes ungranted":
+                        yield "wait", "granted", stage, grants[stage]
+                    grants[stage] ^= self.broken != "forgets a grant"
+                    yield "write", stage, (tile, step), WRITTEN
+                    yield "arrive", "full", stage
+                    at += 1
             yield from self.tell_taken(i % MAIL)
-        if self.broken != "counted by the loader":
-            yield ("finish",)
-        yield from self.leave()
+        # Who has helped is counted behind its cluster's last flag.
+        first: list[Role] = [iter([("finish",)]), self.leave()]
+        if self.broken == "counted by the loader":
+            del first[0]
+        for steps in reversed(first) if self.helpers else first:
+            yield from steps
 
     def consumer(self) -> Role:
         """Multiplies, a step behind the last one at the most."""
@@ -175,7 +219,7 @@ class Protocol:
 
     # States
 
-    @property
+    @functools.cached_property
     def roles(self) -> tuple[str, ...]:
         """Of a CTA."""
         return ("loader", "writer", *["consumer"] * self.consumers)
@@ -213,7 +257,7 @@ GETS = ("take", "mail", "leads")
 """Steps that give a number back."""
 AT_ONCE = {
     "wait": ("mail", "read", "write", "expect", "post"), "see": ("write",), "mail": ("come",),
-    "leads": ("wait",), "take": ("wait", "post"), "post": ("post",), "expect": ("load",),
+    "leads": ("wait", "take"), "take": ("wait", "post"), "post": ("post",), "expect": ("load",),
     "load": ("load",), "write": ("arrive",), "done": ("arrive",), "store": ("raise",),
     "finish": ("come",),
 }  # fmt: skip
@@ -351,45 +395,51 @@ class _State:
 
     # Stages
 
-    def part(self, cta: int, i: int, part: int) -> tuple[Any, str, int, int]:
+    def part(self, cta: int, i: int, part: Any) -> tuple[Any, str, int, int]:
         return self.cells.get(("stage", cta, i, part), (None, "there", 0, 0))
 
-    def fill(self, cta: int, i: int, part: int, token: Any, how: str) -> None:
-        was, state, begun, ended = self.part(cta, i, part)
-        if was is not None and (state != "there" or (begun, ended) != (self.p.consumers,) * 2):
-            raise BrokenError(f"stage {i} gets {token} while {was} is read")
+    def fill(self, cta: int, i: int, part: Any, token: Any, how: str) -> None:
+        """Over all that was there of something else, which must have been read."""
+        for other in (*range(self.p.cluster), WRITTEN):
+            was, state, begun, ended = self.part(cta, i, other)
+            if was is None or (was == token and other != part):
+                continue
+            if state != "there" or (begun, ended) != (self.p.consumers,) * 2:
+                raise BrokenError(f"stage {i} gets {token} while {was} is read")
+            del self.cells["stage", cta, i, other]
         self.cells["stage", cta, i, part] = (token, how, 0, 0)
 
-    def do_expect(self, cta: int, i: int, token: Any) -> None:
-        copies = 1 if self.p.broken == "expects its own" else self.p.cluster
+    def do_expect(self, cta: int, i: int, copies: int, comes: int) -> None:
         phases, come, due = self.barrier(cta, "full", i)
-        self.set_barrier(cta, "full", i, phases, come + 1, due + copies)
+        self.set_barrier(cta, "full", i, phases, come + comes, due + copies)
 
-    def do_load(self, cta: int, i: int, token: Any, to: int) -> None:
+    def do_load(self, cta: int, i: int, token: Any, to: int | None) -> None:
         part = cta % self.p.cluster
         self.fill(self.cta_of(cta, to), i, part, token, "under way")
 
-    def arrive_copy(self, cta: int, i: int, part: int) -> None:
+    def arrive_copy(self, cta: int, i: int, part: Any) -> None:
         token, _, begun, ended = self.part(cta, i, part)
         self.cells["stage", cta, i, part] = (token, "there", begun, ended)
         phases, come, due = self.barrier(cta, "full", i)
         self.set_barrier(cta, "full", i, phases, come, due - 1)
 
-    def do_write(self, cta: int, i: int, token: Any) -> None:
-        for part in range(self.p.cluster):
+    def do_write(self, cta: int, i: int, token: Any, *parts: Any) -> None:
+        for part in parts or range(self.p.cluster):
             self.fill(cta, i, part, token, "there")
 
     def do_read(self, cta: int, i: int, token: Any) -> None:
-        for part in range(self.p.cluster):
+        item = token[0] < 0
+        for part in (cta % self.p.cluster, WRITTEN) if item else range(self.p.cluster):
             was, state, begun, ended = self.part(cta, i, part)
             if was != token or state != "there":
                 raise BrokenError(f"stage {i} has {was}, {state}, where {token} is read")
             self.cells["stage", cta, i, part] = (was, state, begun + 1, ended)
 
     def do_done(self, cta: int, i: int) -> None:
-        for part in range(self.p.cluster):
+        for part in (*range(self.p.cluster), WRITTEN):
             was, state, begun, ended = self.part(cta, i, part)
-            self.cells["stage", cta, i, part] = (was, state, begun, ended + 1)
+            if was is not None:
+                self.cells["stage", cta, i, part] = (was, state, begun, ended + 1)
 
     # A cluster
 
@@ -422,17 +472,24 @@ class _State:
         self.cells["counter", name] = before + 1
         return int(before)
 
+    def block(self, cta: int, item: int) -> int:
+        """This CTA's row block of a set."""
+        return item * self.p.cluster + cta % self.p.cluster
+
     def do_store(self, cta: int, item: int) -> None:
-        self.cells["s", item] = self.cells.get(("s", item), 0) + 1
+        at = "s", self.block(cta, item)
+        self.cells[at] = self.cells.get(at, 0) + 1
 
     def do_raise(self, cta: int, item: int) -> None:
-        self.cells["counter", "flag", item] = self.cells.get(("counter", "flag", item), 0) + 1
+        at = "counter", "flag", self.block(cta, item)
+        self.cells[at] = self.cells.get(at, 0) + 1
 
     def do_see(self, cta: int, item: int) -> bool | None:
-        if self.cells.get(("counter", "flag", item), 0) < self.p.consumers:
+        block = self.block(cta, item)
+        if self.cells.get(("counter", "flag", block), 0) < self.p.consumers:
             return False
-        if self.cells.get(("s", item), 0) < self.p.consumers:
-            raise BrokenError(f"row block {item} of s is read before it is stored")
+        if self.cells.get(("s", block), 0) < self.p.consumers:
+            raise BrokenError(f"row block {block} of s is read before it is stored")
         return None
 
     def do_finish(self, cta: int) -> None:

@@ -1,5 +1,6 @@
 """What csrc/cuda compiles to: nothing spills, the table is true, the library is small."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -12,7 +13,19 @@ from ptx.nvcc import path as path_of_nvcc
 pytest.importorskip("triton")  # its cuobjdump
 
 import compiled
-from compiled import LIBRARY, MOST_BYTES, kernels_of, nvcc_of, summaries, write, written
+from compiled import (
+    FOLDER,
+    LIBRARY,
+    MOST_BYTES,
+    MOST_INSTANCES,
+    MOST_SECONDS,
+    kernels_of,
+    nvcc_of,
+    seconds_of_build,
+    summaries,
+    write,
+    written,
+)
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -36,6 +49,46 @@ def test_the_library_that_is_installed():
         if table is None:
             pytest.skip(f"tests/cuda/compiled has no table of nvcc {nvcc} for {arch}")
         assert kernels == table, "after a kernel has changed: python tests/cuda/compiled.py --write"
+
+
+@pytest.mark.slow
+def test_the_build_took_no_longer_than_it_may():
+    """Seconds of processors, not of a clock: a busy machine is as fast."""
+    seconds = seconds_of_build()
+    if not LIBRARY.is_file() or not seconds:
+        pytest.skip("the CUDA kernels are not built, or by a setup.py that did not time it")
+    assert {"shrink.cu", "linear_expand_sm90.cu"} <= set(seconds)
+    print({name: took for name, took in seconds.items() if took > 30})
+    assert sum(seconds.values()) < MOST_SECONDS
+
+
+def test_there_are_no_more_instances_than_may_be():
+    tables = sorted(FOLDER.glob("*/*.jsonl"))
+    assert tables
+    for table in tables:
+        assert len(table.read_text().splitlines()) <= MOST_INSTANCES, table.name
+
+
+def test_the_newest_record_is_of_a_small_and_short_build():
+    """What it lacks: ``python tests/cuda/compiled.py --json bench/results/nvcc-<day>.json``."""
+    results = Path(__file__).parents[2] / "bench" / "results"
+    runs = [json.loads(path.read_text()) for path in results.glob("nvcc-*.json")]
+    newest = max(runs, key=lambda run: run["started"])
+    if "build" not in newest:
+        pytest.skip("the newest record is of a build that was not timed")
+    (build,) = newest["build"]
+    assert build["bytes"] < MOST_BYTES
+    assert build["seconds"] < MOST_SECONDS
+
+
+def test_seconds_of_a_build(tmp_path):
+    assert seconds_of_build(tmp_path) == {}
+    for name, took in (("one.cu", 2.5), ("two.cpp", 0.25)):
+        (tmp_path / f"{name}.o").touch()
+        (tmp_path / f"{name}.seconds").write_text(str(took))
+    assert seconds_of_build(tmp_path) == {"one.cu": 2.5, "two.cpp": 0.25}
+    (tmp_path / "three.cu.o").touch()
+    assert seconds_of_build(tmp_path) == {}
 
 
 SPILLS = """

@@ -4,6 +4,7 @@ import pytest
 from ring_protocol import BrokenError, Protocol, check
 
 PAIR = {"ctas": 2, "cluster": 2}
+HELP = {**PAIR, "tiles": 2, "helpers": 1}
 RIGHT = {
     "two stages": Protocol(stages=2, tiles=3, k_steps=2),
     "under a mask": Protocol(stages=2, tiles=3, k_steps=2, masked=True),
@@ -17,6 +18,7 @@ LARGE = {
     "helpers": Protocol(stages=2, ctas=2, tiles=1, k_steps=2, helpers=1),
     "everyone helps": Protocol(stages=2, ctas=2, tiles=1, k_steps=2, helpers=2),
     "a cluster's tiles": Protocol(stages=2, **PAIR, tiles=3, k_steps=1),
+    "a cluster that helps": Protocol(stages=2, **HELP, k_steps=1),
     "a cluster under a mask": Protocol(stages=2, **PAIR, tiles=1, k_steps=1, masked=True),
 }
 
@@ -50,6 +52,15 @@ BROKEN = [
     Protocol(**PAIR, tiles=3, k_steps=1, broken="takes for itself"),
     Protocol(**PAIR, tiles=3, k_steps=1, broken="counts its own readers"),
     Protocol(**PAIR, tiles=1, k_steps=1, broken="leaves alone"),
+    Protocol(**HELP, k_steps=1, broken="grants before it expects"),
+    Protocol(**HELP, k_steps=1, broken="expects and arrives"),
+    Protocol(**HELP, k_steps=1, broken="expects the other's x"),
+    Protocol(**HELP, k_steps=3, broken="loads items unseen"),
+    Protocol(**HELP, k_steps=3, broken="writes ungranted"),
+    Protocol(**HELP, k_steps=3, broken="forgets a grant"),
+    Protocol(**HELP, k_steps=1, broken="takes tiles first"),
+    Protocol(**PAIR, tiles=1, k_steps=1, helpers=1, broken="raises early"),
+    Protocol(**HELP, k_steps=3, broken="tells itself"),
 ]
 
 

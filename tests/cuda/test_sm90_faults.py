@@ -44,8 +44,8 @@ def expects(count):
     return change(r"(mov\.u32 \s*%r\d+), 32768;", rf"\1, {count};", EVERY)
 
 
-# Waits in the order of the text: 0 a writer's mail, 1 its grant of a mask, 2 of ranks, 3 its next mail;
-# of who multiplies 4 mail, 5 the first K block, 6 others, 7 a mask, 8 ranks under it, 9 ranks, 10 next
+# Waits in the order of the text: 0 a writer's mail, 1 its grant of a mask, 2 of ranks, 3 its next mail,
+# 4 mail of who multiplies, 5 the first K block, 6 others, 7 a mask, 8 ranks under it, 9 ranks, 10 next
 # mail; of the loading thread 11 to post, 12 its mail, 13 to load, 14 to grant.
 FAULTS = {
     "barriers are used before they are initialised": ("plain", [drop(MEET, 0)] * 2),

@@ -40,7 +40,7 @@ from .executed import executed
 from .launch import Count
 
 KNOWN_IS_ENOUGH = "none"
-SMS = {80: 108, 86: 82, 90: 132}  # of the chips of RATES
+SMS = {75: 40, 80: 108, 86: 82, 90: 132}  # of the chips of RATES
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class Rates:
     issue: int = 4
     """Instructions of warps."""
     shared: int = 128
-    """Bytes of shared memory; one wavefront."""
+    """Bytes of shared memory, of which a wavefront has 128."""
 
 
 RATES = {
+    # T4, whose SM has 16 load/store units, half of what the others have.
+    75: Rates(tensor=512, memory=320 / 1.59 / 40, l2=64, shared=64),
     80: Rates(tensor=1024, memory=1555 / 1.41 / 108, l2=64),  # A100, 40 GB
     86: Rates(tensor=256, memory=936 / 1.70 / 82, l2=64),  # RTX 3090: half with float32 sums
     90: Rates(tensor=2048, memory=3350 / 1.83 / 132, l2=64),  # H100 SXM
@@ -114,7 +116,7 @@ class Amounts:
         return {
             "tensor": self.multiplies / rates.tensor,
             "issue": sum(self.issued.values()) / rates.issue,
-            "shared": self.wavefronts,
+            "shared": 128 * self.wavefronts / rates.shared,
             "memory": 32 * self.sectors / (rates.l2 if from_l2 else rates.memory),
         }
 
@@ -491,9 +493,11 @@ SMALL = (512, 576, 576)
 _IN_ONE = (*DECODED, SMALL)
 """Sizes whose forward is one launch of csrc/cuda. A tile of Triton's is counted as if x had its rows."""
 RANKS = (16, 64)
+TRITONS = (80, 86, 90)
+"""Architectures that Triton has code for."""
 
 
-def rows(capabilities: tuple[int, ...] = (80, 86, 90)) -> list[Row]:
+def rows(capabilities: tuple[int, ...] = TRITONS) -> list[Row]:
     """Of every Triton kernel at the sizes that matter to it, each once."""
     found = []
     for capability in capabilities:
@@ -517,11 +521,11 @@ def rows(capabilities: tuple[int, ...] = (80, 86, 90)) -> list[Row]:
 _FORWARD = (("shrink", ""), ("linear_expand", "forward"))
 
 
-def both(capabilities: tuple[int, ...] = (80, 86, 90)) -> tuple[list[Row], str | None]:
+def both(capabilities: tuple[int, ...] = (75, *TRITONS)) -> tuple[list[Row], str | None]:
     """Those rows and the ones of csrc/cuda, or a sentence that says why there are none."""
     from . import cuda_counts
 
-    found = rows(capabilities)
+    found = rows(tuple(c for c in capabilities if c in TRITONS))
     why_not = cuda_counts.why_no_cuda()
     if why_not is None:
         for capability in capabilities:

@@ -17,15 +17,16 @@ part scale:
   the same block of W. F(n) of n blocks is F(n₁) + (n − n₁)·(F(n₂) − F(n₁)) / (n₂ − n₁).
 
 A step of the main loop is the difference of two loops that are longer than the ring, and a long loop is
-a short one and steps. What lanes of a warp do apart is issued a few times more or less, as they happen
-to meet. No size here leaves a part of a tile over; one that does is refused.
+a short one and steps. Lanes of a warp that have parted meet as soon as they can, in a part as in the
+whole. No size here leaves a part of a tile over; one that does is refused.
 """
 
+import itertools
 from collections.abc import Callable
 
 from . import sm90_counts
-from .counts import DECODED, DECODED_SMALL, LAYERS, RANKS, SMALL, Row, what_matters
-from .cuda_launch import Subject, Sum, Whole, bare, planned, registers, whole_of, why_no_cuda
+from .counts import DECODED, DECODED_SMALL, LAYERS, RANKS, SMALL, Row, least, what_matters
+from .cuda_launch import F16, Subject, Sum, Whole, bare, planned, registers, whole_of, why_no_cuda
 
 __all__ = [
     "WIDE",
@@ -78,14 +79,19 @@ def _shrink(whole: Whole, along: str = "K", across: str = "M") -> Scaled:
     steps = _tiles(n[along], of[along])
     assert blocks == _tiles(n[across], of[across])
 
-    def walks(share: int) -> Sum:
-        """Of one block across."""
-        size = {along: share * shares * of[along], across: of[across]}
+    def walks(share: int, missing: int = 0) -> Sum:
+        """Of one block across; the last share lacks so many steps."""
+        size = {along: (share * shares - missing) * of[along], across: of[across]}
         return whole.part(**size, share=share)
 
-    one, step = _loop(n["share"], n["stages"], walks)
+    share, missing = n["share"], n["share"] * shares - steps
+    one, step = _loop(share, n["stages"], walks)
     step = step.times(1 / (shares * ranks))
-    missing = n["share"] * shares - steps  # of the last share
+    # A last share that is shorter than the ring may enter the loop by another branch.
+    last, short = share - missing, min(share, n["stages"] + 1)
+    if last < short:
+        one = one.plus(walks(short, short - last)).plus(walks(short), -1)
+        missing = share - short
     return one.times(blocks).plus(step, -missing * blocks * ranks), step, blocks * ranks * steps
 
 
@@ -225,6 +231,12 @@ def _decode_from_memory(whole: Whole, found: Sum) -> float:
     return streamed + 2.0 * M * (K + N)
 
 
+def _onto_from_memory(subject: Subject) -> float:
+    """Where y is read too; 0 elsewhere, where operands and results are all there is."""
+    M, _, N, _ = subject.sizes
+    return least(subject.operation, *subject.sizes) + 2.0 * M * N if subject.onto else 0.0
+
+
 def _mask_bits(whole: Whole) -> Scaled:
     rows = _tiles(whole.n["M"], whole.ctas)
     return whole.part(M=rows).times(whole.ctas), Sum(), 0
@@ -271,6 +283,8 @@ def row_of(whole: Whole) -> Row:
     each = steps / whole.ctas
     tile = found.times(1 / whole.ctas).plus(step, -each)
     ahead = 32 * (step["ahead"] or step["copied"] * (whole.n.get("stages", 1) - 1))
+    if subject.family == "skinny" and whole.n["stages"] == 1:  # the next tile, in registers
+        ahead = 2.0 * whole.n["block_m"] * whole.n["block_n"]
     decoded = subject.family == "decode"
     gemm = subject.family == "linear_expand"
     return Row(
@@ -278,7 +292,7 @@ def row_of(whole: Whole) -> Row:
         step.amounts, tile.amounts, Sum().amounts, each, whole.ctas,
         ahead * whole.ctas_of_an_sm, (subject.operation, subject.family) in _FROM_L2,
         whole.registers, backend="cuda",
-        from_memory=_decode_from_memory(whole, found) if decoded else 0.0,
+        from_memory=_decode_from_memory(whole, found) if decoded else _onto_from_memory(subject),
         stalls=whole.stalls(step["tensor"], whole.threads // 32) if gemm else {},
     )  # fmt: skip
 
@@ -291,8 +305,10 @@ def plain(subject: Subject, capability: int) -> Row:
     return rows_of(bare(whole))[0]
 
 
-def subjects() -> list[Subject]:
-    """Each kernel at the sizes that matter to it, once."""
+def subjects(capability: int = 80) -> list[Subject]:
+    """Each kernel at the sizes that matter to it, once; of 7.5 those that are served in float16."""
+    if capability < _BFLOAT16:
+        return _in_float16()
     found = {}
     for r in RANKS:
         for M, K, N in LAYERS:
@@ -323,10 +339,31 @@ def subjects() -> list[Subject]:
     return [*found.values(), *small, *decoded, *fused, *layers, mask]
 
 
+_BFLOAT16 = 80
+
+
+def _in_float16() -> list[Subject]:
+    found = {}
+    for r, (M, K, N) in itertools.product(RANKS, LAYERS):
+        for operation, family, variant, dropout in (
+            ("shrink", "skinny", "", False), ("shrink", "skinny", "", True),
+            ("expand", "small", "", False), ("expand", "small", "", True),
+            ("expand", "small", "onto", False), ("expand", "small", "onto", True),
+            ("expand_backward", "skinny", "", False),
+            ("shrink_backward", "skinny", "", False), ("shrink_backward", "skinny", "", True),
+        ):  # fmt: skip
+            if operation == "expand_backward" and r > 16:
+                continue  # two launches: it is planned as a shrink and a shrink_backward
+            key = operation, variant, dropout, what_matters(operation, M, K, N, r)
+            sizes = (M, K, N, r)
+            found.setdefault(key, Subject(operation, family, sizes, dropout, variant, F16))
+    return list(found.values())
+
+
 def rows(capability: int) -> list[Row]:
     """Of every kernel that serves a size; of a GEMM with a low-rank term also without it."""
     found: dict[tuple[object, ...], Row] = {}
-    for subject in subjects():
+    for subject in subjects(capability):
         whole = whole_of(subject, capability)
         if isinstance(whole, str):
             continue

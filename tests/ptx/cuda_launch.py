@@ -28,16 +28,17 @@ from lorafast.backends.cost import Device
 from lorafast.backends.cuda import planning
 from lorafast.backends.cuda.launch import NONE
 from lorafast.backends.cuda.launch import Launch as Planned
+from lorafast.core.dtypes import wide
 from lorafast.core.problem import Problem
 
 from . import nvcc
 from .counts import CLASSES, SMS, Amounts, amounts
 from .launch import Count, Ran
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 _DROPOUT = 0.05
-_THREADS_OF_AN_SM = {80: 2048, 86: 1536, 90: 2048}
-_SHARED_OF_AN_SM = {80: 164 << 10, 86: 100 << 10, 90: 228 << 10}
+_THREADS_OF_AN_SM = {75: 1024, 80: 2048, 86: 1536, 90: 2048}
+_SHARED_OF_AN_SM = {75: 64 << 10, 80: 164 << 10, 86: 100 << 10, 90: 228 << 10}
 _REGISTERS_OF_AN_SM = 1 << 16
 _CTA_TAKES = 1 << 10
 """Bytes of shared memory that the system takes for each CTA."""
@@ -57,6 +58,8 @@ SHAPES: dict[str, Callable[[dict[str, int]], tuple[int, ...]]] = {
 }
 """Of an operation's tensors, by the names in its schema."""
 _SCRATCH = ("partials", "scratch", "counters")
+_WIDE = ("s", "ds")
+"""Those that are of float32 beside float16."""
 
 
 def why_no_cuda() -> str | None:
@@ -186,11 +189,23 @@ class Subject:
     sizes: tuple[int, int, int, int]
     dropout: bool = False
     variant: str = ""
+    dtype: torch.dtype = BF16
 
     @property
     def name(self) -> str:
         """Of the operation, and what it is asked for."""
-        return " ".join(filter(None, (self.operation, self.variant, "dropout" * self.dropout)))
+        return f"{self.operation} {self.asked}".strip()
+
+    @property
+    def asked(self) -> str:
+        """The variant, the mask, and a dtype that is not bfloat16."""
+        words = self.variant, "dropout" * self.dropout, "float16" * (self.dtype == F16)
+        return " ".join(filter(None, words))
+
+    @property
+    def onto(self) -> bool:
+        """Whether ``expand`` adds to what is there."""
+        return self.variant == "onto"
 
     def problem(self) -> Problem:
         """As the family is asked."""
@@ -204,7 +219,7 @@ class Subject:
             self.operation, M,
             0 if self.operation in ("expand", "expand_backward") else K,
             0 if self.operation in ("shrink", "shrink_backward") else N,
-            r, BF16, BF16, torch.device("cpu"), transposed=self.transposed,
+            r, self.dtype, self.dtype, torch.device("cpu"), transposed=self.transposed,
             wants=wants.get(self.operation, ()), dropout=self.dropout,
         )  # fmt: skip
 
@@ -222,7 +237,10 @@ class Subject:
             "expand": "s lora_B", "lora_linear": "x weight lora_A lora_B",
             "linear_expand": "x weight s lora_B",
         }[self.operation].split()  # fmt: skip
-        given: list[Any] = [torch.empty(SHAPES[name](n), dtype=BF16) for name in names]
+        given: list[Any] = [
+            torch.empty(SHAPES[name](n), dtype=wide(self.dtype) if name in _WIDE else self.dtype)
+            for name in names
+        ]
         if self.transposed:
             given[1], given[3] = given[1].t().contiguous(), given[3].t().contiguous().t()
         if self.operation not in ("shrink", "shrink_backward"):
@@ -231,6 +249,8 @@ class Subject:
             given.append(None)
         if self.operation != "expand_backward":
             given += _mask(self.dropout)
+        if self.onto:
+            given += [None, torch.empty(M, N, dtype=self.dtype)]
         return tuple(given)
 
 
@@ -295,7 +315,8 @@ class Whole:
                         f"{argument.name} of {self.subject.name} has shape {list(value.shape)}"
                     )
                 info = argument.alias_info
-                make = torch.empty if info is not None and info.is_write else torch.zeros
+                is_made = info is not None and info.is_write and not self.subject.onto
+                make = torch.empty if is_made else torch.zeros
                 shape = SHAPES[argument.name](n)
                 turned = value.dim() == 2 and value.stride(0) == 1 != value.stride(1)
                 made = make(shape[::-1] if turned else shape, dtype=value.dtype)
@@ -318,8 +339,9 @@ class Whole:
         """Of the operation: what it is asked for."""
         subject = self.subject
         plain = "plain" if subject.operation == "linear_expand" and not subject.sizes[3] else ""
-        variant = "" if plain and subject.variant == "forward" else subject.variant
-        return " ".join(filter(None, (plain, variant, "dropout" * subject.dropout)))
+        forward = plain and subject.variant == "forward"
+        asked = dataclasses.replace(subject, variant="" if forward else subject.variant).asked
+        return f"{plain} {asked}".strip()
 
     def stalls(self, multiplied: float, warps: int) -> dict[str, float]:
         """Those that ptxas gives a warp of a GEMM, in a step in which so many warps multiply so
@@ -378,6 +400,7 @@ def _executed(whole: Whole, numbers: tuple[tuple[str, int], ...]) -> Sum:
     key = whole.capability, whole.kernel, shapes, values, absent
     if key not in _known:
         with launched(whole.capability, seed=2, resident=1, sms=SMS[whole.capability]) as run:
+            run.machine.lowest_first = True
             whole.func(*whole.call(dict(numbers)))
         (one,) = run.launches
         if (one.symbol, math.prod(one.block)) != (whole.kernel, whole.threads):

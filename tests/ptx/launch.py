@@ -56,6 +56,7 @@ class _Options(ctypes.Structure):
         ("most_silent", ctypes.c_uint64),
         ("trace_cta", ctypes.c_int),
         ("trace_thread", ctypes.c_int),
+        ("lowest_first", ctypes.c_bool),
     ]
 
 
@@ -224,6 +225,8 @@ class Machine:
     happen as ``late`` as waits allow, at ``random``, or as ``soon`` as they are asked for. A launch
     ends in a ``Fault`` after ``most_steps`` instructions of warps, or after ``most_silent`` in which
     nothing changes. ``shared_limit``: bytes of a CTA's shared memory, by ``.target`` unless given.
+    ``lowest_first``: lanes of a warp that have parted meet as soon as they can, whatever the seed, so
+    that counts are the program's; a group that spins lets none behind it go on.
     """
 
     def __init__(
@@ -234,6 +237,7 @@ class Machine:
         most_steps: int = 200_000_000,
         most_silent: int = 3_000_000,
         shared_limit: int | None = None,
+        lowest_first: bool = False,
     ) -> None:
         if not isinstance(seed, Integral) or not 0 <= seed < 1 << 64:
             raise ValueError(f"seed is {seed!r}, expected an integer from 0 to 2**64 - 1")
@@ -247,6 +251,7 @@ class Machine:
         if self.late not in LATE:
             raise ValueError(f"late is {late!r}, expected one of {', '.join(LATE)}")
         self.most_steps, self.most_silent, self.shared_limit = most_steps, most_silent, shared_limit
+        self.lowest_first = lowest_first
         self._handle = ctypes.c_void_p(_library().ptx_machine())
         self._kept: list[Any] = []
 
@@ -412,7 +417,7 @@ class Machine:
         cta, thread = trace or (-1, -1)
         return _Options(
             three(*grid), three(*block), three(*cluster), shared, self.seed, self.resident,
-            LATE.index(self.late), self.most_steps, self.most_silent, cta, thread,
+            LATE.index(self.late), self.most_steps, self.most_silent, cta, thread, self.lowest_first,
         )  # fmt: skip
 
 

@@ -118,8 +118,7 @@ std::unique_ptr<Program> read_program(const std::string& text);
 struct Region {
   // The last store to a byte in this launch.
   struct Stored {
-    uint64_t released = 0;  // when it became visible to other CTAs; NEVER as long as it is not
-    uint32_t cluster = 0;   // linear, plus one; 0: not stored to in this launch
+    uint32_t cluster = 0;  // linear, plus one; 0: not stored to in this launch
     uint32_t clock = 0;
     uint32_t line = 0;
     uint16_t agent = 0;
@@ -127,6 +126,7 @@ struct Region {
     uint8_t lane = 0;
     uint32_t epoch = 0;    // of the warp
     uint8_t by_async = 0;  // by the async proxy
+    uint8_t released = 0;  // to other clusters, by whomever
   };
   std::string name;
   uint8_t* data = nullptr;
@@ -141,7 +141,6 @@ struct Region {
 
   std::string element(uint64_t offset) const;  // "y[3, 17]"
 };
-constexpr uint64_t NEVER = ~uint64_t(0);
 
 // Windows of the generic address space. Global addresses are the host's own.
 constexpr uint64_t WINDOW = 0xffff000000000000;
@@ -213,10 +212,11 @@ struct Warp {
   std::vector<std::vector<uint32_t>> stack;  // by lane: where calls return to
   std::vector<uint8_t> local, scratch;       // by lane
   std::vector<uint8_t> local_undefined, scratch_undefined;
-  // What its lanes have accessed in shared memory since they last met.
+  // What its lanes have accessed in shared memory, or stored to global memory, since they last met.
   struct Access {
-    SharedMemory* memory;
-    uint32_t offset;
+    SharedMemory* memory;  // or
+    Region* region;
+    uint64_t offset;
     uint16_t bytes;
     uint8_t lane;
     bool writes;
@@ -347,6 +347,7 @@ struct Options {
   uint64_t most_steps;   // of warps
   uint64_t most_silent;  // steps in which nothing changes that another warp could see
   int trace_cta, trace_thread;
+  bool lowest_first;  // always, of the lanes of a warp that have parted
 };
 
 struct Machine {
@@ -367,7 +368,6 @@ struct Launch {
   Options options;
   std::vector<uint8_t> parameters;
   std::mt19937_64 random;
-  uint64_t time = 1;     // of what is visible between CTAs
   uint64_t steps = 0;    // of warps
   uint64_t changes = 0;  // bumped by whatever another warp could be waiting for
   uint64_t changed_at = 0;
@@ -443,6 +443,10 @@ struct Launch {
       const Warp& warp, const Region& region, uint64_t offset, uint32_t bytes, int lane, bool writes,
       int strong) const;
   void release_stores(Warp& warp, Mask lanes);
+  // Of all that a warp has seen, for others than its cluster's.
+  void tell(const Warp& warp, Times& times) const;
+  // What has come back of its own cluster's warps by way of others.
+  void learn(Warp& warp) const;
   uint8_t* strong_place(Step& step, int lane, uint64_t address, uint32_t bytes, Scope scope);
   std::string where(const Warp& warp, uint32_t pc, int lane) const;
   std::string standing() const;

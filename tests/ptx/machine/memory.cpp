@@ -77,6 +77,11 @@ Region& Launch::region(uint64_t address, uint32_t bytes, uint32_t alignment, int
   throw Fault(format("%s %u bytes at %#llx: %s", access, bytes, (unsigned long long)address, near.c_str()), lane);
 }
 
+// In the order of Times.
+static size_t warp_of(const Region::Stored& stored, const Cta& cta) {
+  return size_t(stored.cluster - 1) * cta.cluster->warps + stored.agent;
+}
+
 // Of an access, as Region::Stored keeps it; 0 is a weak one.
 static int strength(Scope scope) { return 1 + int(scope); }
 
@@ -95,7 +100,7 @@ void Launch::check_race(
                      (writes && current != nullptr && last.line == uint32_t(current->line));
     const bool ordered = own                    ? met
                          : last.cluster == mine ? clock.has_seen(last.agent, last.clock)
-                                                : clock.acquired.reach(last.cluster - 1, last.released);
+                                                : clock.acquired.reach(warp_of(last, *warp.cta), last.clock);
     if (ordered) continue;
     // PTX ISA, "Memory Consistency Model": morally strong operations, whose scopes include each other.
     const bool same_cta = last.cluster == mine && last.agent / warp.cta->warps.size() == warp.cta->rank;
@@ -105,7 +110,7 @@ void Launch::check_race(
     if (strong && last.strong) why = "in a scope that does not include it";
     else if (own) why = "with no __syncwarp between";
     else if (last.cluster == mine) why = "with no barrier between";
-    else if (last.released == NEVER) why = "and has not released";
+    else if (!last.released) why = "and has not released";
     else why = "and this warp has not acquired";
     throw Fault(
         format(
@@ -141,17 +146,21 @@ static void marks(
   stored.lane = lane;
   stored.epoch = by_async ? 0 : warp.met();
   stored.by_async = by_async;
-  // A fence and a relaxed store are a release together: of the store, too.
+  // A fence and a relaxed store are a release together: of the store, too, but of nothing between them.
   const bool released = strong >= strength(Scope::Gpu) && !warp.fence_released_on_gpu.empty();
-  stored.released = released ? launch.time : NEVER;
+  if (released) stored.clock = warp.fence_released_on_gpu[warp_of(stored, *warp.cta)];
+  stored.released = released;
   const auto first = region.stored.begin() + offset;
   const bool again = std::all_of(first, first + bytes, [&](const Region::Stored& before) {
     return before.cluster == stored.cluster && before.clock == clock && before.agent == stored.agent &&
-           before.lane == stored.lane && before.released == NEVER;
+           before.lane == stored.lane && !before.released;
   });
   std::fill_n(first, bytes, stored);
   if (!strong) launch.changed();
-  if (released || again) return;
+  if (released) return;
+  if (launch.program.lanes_release && !by_async)
+    warp.remember({nullptr, &region, offset, uint16_t(bytes), uint8_t(lane), true});
+  if (again) return;
   // A warp's neighbouring stores are one piece. What is asynchronous no lane has to wait for.
   auto& pieces = cluster.unreleased;
   if (!pieces.empty() && pieces.back().region == &region && pieces.back().agent == warp.agent &&
@@ -209,7 +218,6 @@ uint8_t* Launch::strong_place(Step& step, int lane, uint64_t address, uint32_t b
   const uint64_t offset = address - uint64_t(to.data);
   if (to.read_only) throw Fault("updates " + to.element(offset) + ", an input", lane);
   check_race(step.warp, to, offset, bytes, lane, true, strength(scope));
-  ++time;
   marks(*this, step.warp, step.instr.line, lane, to, offset, bytes, strength(scope), false);
   return to.data + offset;
 }
@@ -224,7 +232,7 @@ void Launch::read_async(Warp& warp, uint64_t address, uint32_t bytes, void* to, 
       if (last.cluster == 0 || last.by_async) continue;
       const bool fenced = last.cluster == warp.cta->cluster->linear + 1
                               ? warp.clock.has_fenced_in_global(last.agent, last.clock)
-                              : warp.clock.proxied.reach(last.cluster - 1, last.released);
+                              : warp.clock.proxied.reach(warp_of(last, *warp.cta), last.clock);
       if (!fenced)
         throw Fault(format(
             "reads, by the async proxy, %s, which line %u stores to, with no fence.proxy.async between",
@@ -250,7 +258,6 @@ uint8_t* Launch::atomic_async(Warp& warp, int line, uint64_t address, uint32_t b
   if (any_undefined(to, offset, bytes))
     throw Fault("updates " + to.element(offset) + ", which nobody has written");
   check_race(warp, to, offset, bytes, -1, true, strength(Scope::Gpu));
-  ++time;
   marks(*this, warp, line, 0, to, offset, bytes, strength(Scope::Gpu), true);
   changed();
   return to.data + offset;
@@ -258,7 +265,7 @@ uint8_t* Launch::atomic_async(Warp& warp, int line, uint64_t address, uint32_t b
 
 // ---- Order
 
-// Marks what the warp has stored and seen as released, from now on.
+// Marks what the warp has stored and seen as released.
 void Launch::release_stores(Warp& warp, Mask lanes) {
   Cluster& cluster = *warp.cta->cluster;
   auto& pieces = cluster.unreleased;
@@ -271,24 +278,36 @@ void Launch::release_stores(Warp& warp, Mask lanes) {
     const bool met = piece.agent != warp.agent || piece.epoch != warp.met();
     for (uint64_t i = piece.offset; i < piece.offset + piece.bytes; ++i) {
       Region::Stored& stored = piece.region->stored[i];
-      if (stored.cluster == cluster.linear + 1 && stored.agent == piece.agent && stored.clock == piece.clock &&
-          (met || lanes >> stored.lane & 1))
-        stored.released = std::min(stored.released, time);
+      if (stored.cluster == cluster.linear + 1 && stored.agent == piece.agent && stored.clock >= piece.clock &&
+          warp.clock.has_seen(stored.agent, stored.clock) && (met || lanes >> stored.lane & 1))
+        stored.released = true;
     }
     if (!met && piece.lanes & ~lanes) *kept++ = piece;
   }
   pieces.erase(kept, pieces.end());
 }
 
+void Launch::tell(const Warp& warp, Times& times) const {
+  const Cluster& cluster = *warp.cta->cluster;
+  times.join(warp.clock.acquired);
+  times.raise(size_t(cluster.linear) * cluster.warps, warp.clock.seen.data(), cluster.warps);
+}
+
+void Launch::learn(Warp& warp) const {
+  const Cluster& cluster = *warp.cta->cluster;
+  const size_t first = size_t(cluster.linear) * cluster.warps;
+  const Times& of = warp.clock.acquired;
+  for (size_t i = 0; i < size_t(cluster.warps) && first + i < of.size(); ++i)
+    warp.clock.seen[i] = std::max(warp.clock.seen[i], of[first + i]);
+}
+
 void Launch::release(Warp& warp, Scope scope, uint64_t address, Mask lanes) {
-  ++time;
   warp.cta->released[address].join(warp.clock);
   if (scope >= Scope::Cluster) warp.cta->cluster->released[address].join(warp.clock);
   ordered = true;
   if (scope >= Scope::Gpu) {
     release_stores(warp, lanes);
-    released_[address].join(warp.clock.acquired);
-    released_[address].raise(warp.cta->cluster->linear, time);
+    tell(warp, released_[address]);
   }
   tick(warp);
   warp.keep_back(lanes);
@@ -299,8 +318,16 @@ void Warp::keep_back(Mask lanes) {
   auto kept = accesses.begin();
   for (const Access& access : accesses) {
     if (lanes >> access.lane & 1) continue;
-    access.memory->postpone(agent, clock.seen[agent], access.offset, access.bytes, access.writes);
     *kept++ = access;
+    if (access.region == nullptr) {
+      access.memory->postpone(agent, clock.seen[agent], access.offset, access.bytes, access.writes);
+      continue;
+    }
+    for (uint64_t i = access.offset; i < access.offset + access.bytes; ++i) {
+      Region::Stored& stored = access.region->stored[i];
+      if (stored.cluster == cta->cluster->linear + 1 && stored.agent == agent && stored.lane == access.lane)
+        stored.clock = clock.seen[agent];
+    }
   }
   accesses.erase(kept, accesses.end());
 }
@@ -330,28 +357,31 @@ void Launch::acquire(Warp& warp, Scope scope, uint64_t address, Mask lanes) {
   warp.acquire_apart(lanes);
   join_at(warp.clock, warp.cta->released, address);
   if (scope >= Scope::Cluster) join_at(warp.clock, warp.cta->cluster->released, address);
-  if (scope >= Scope::Gpu) join_at(warp.clock.acquired, released_, address);
+  if (scope < Scope::Gpu) return;
+  join_at(warp.clock.acquired, released_, address);
+  learn(warp);
 }
 
 void Launch::fence_acquire(Warp& warp, Scope scope, Mask lanes, bool sc) {
-  const bool nothing = warp.to_acquire.seen.empty() && warp.to_acquire_on_gpu.empty();
+  const bool nothing =
+      warp.to_acquire.seen.empty() && warp.to_acquire_in_cluster.seen.empty() && warp.to_acquire_on_gpu.empty();
   ordered = true;
   if (nothing && (!sc || warp.clock.observed.empty())) return;
   warp.acquire_apart(lanes);
   warp.clock.join(warp.to_acquire);
   if (scope >= Scope::Cluster) warp.clock.join(warp.to_acquire_in_cluster);
-  if (scope >= Scope::Gpu) warp.clock.acquired.join(sc ? warp.clock.observed : warp.to_acquire_on_gpu);
+  if (scope < Scope::Gpu) return;
+  warp.clock.acquired.join(sc ? warp.clock.observed : warp.to_acquire_on_gpu);
+  learn(warp);
 }
 
 void Launch::fence_release(Warp& warp, Scope scope, Mask lanes, bool sc) {
-  ++time;
   ordered = true;
   warp.fence_released.join(warp.clock);
   if (scope >= Scope::Cluster) warp.fence_released_in_cluster.join(warp.clock);
   if (scope >= Scope::Gpu) {
     release_stores(warp, lanes);
-    warp.fence_released_on_gpu.join(warp.clock.acquired);
-    warp.fence_released_on_gpu.raise(warp.cta->cluster->linear, time);
+    tell(warp, warp.fence_released_on_gpu);
     if (sc) warp.clock.published.join(warp.fence_released_on_gpu);
   }
   tick(warp);
@@ -368,11 +398,7 @@ void Launch::relaxed_store(Warp& warp, Scope scope, uint64_t address) {
   if (warp.fence_released.seen.empty()) return;
   warp.cta->released[address].join(warp.fence_released);
   if (scope >= Scope::Cluster) warp.cta->cluster->released[address].join(warp.fence_released_in_cluster);
-  if (scope >= Scope::Gpu && !warp.fence_released_on_gpu.empty()) {
-    released_[address].join(warp.fence_released_on_gpu);
-    // The store itself, too.
-    released_[address].raise(warp.cta->cluster->linear, time);
-  }
+  if (scope >= Scope::Gpu) released_[address].join(warp.fence_released_on_gpu);
 }
 
 void Launch::relaxed_load(Warp& warp, Scope scope, uint64_t address) {

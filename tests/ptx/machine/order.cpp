@@ -11,9 +11,9 @@ void Times::join(const Times& other) {
   for (size_t i = 0; i < other.size(); ++i) (*this)[i] = std::max((*this)[i], other[i]);
 }
 
-void Times::raise(uint32_t cluster, uint64_t time) {
-  if (size() <= cluster) resize(cluster + 1);
-  (*this)[cluster] = std::max((*this)[cluster], time);
+void Times::raise(size_t first, const uint32_t* clocks, size_t count) {
+  if (size() < first + count) resize(first + count);
+  for (size_t i = 0; i < count; ++i) (*this)[first + i] = std::max((*this)[first + i], clocks[i]);
 }
 
 static void join_times(std::vector<uint32_t>& of, const std::vector<uint32_t>& other) {
@@ -231,7 +231,8 @@ bool SharedMemory::read(Step& step, int lane, uint32_t offset, uint32_t bytes, u
   note_read(warp.agent, warp.clock.seen[warp.agent], offset, bytes);
   for (uint32_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) read_line_[word] = step.instr.line;
   access_within(step, lane, offset, bytes, false, false);
-  if (step.launch.program.lanes_release) warp.remember({this, offset, uint16_t(bytes), uint8_t(lane), false});
+  if (step.launch.program.lanes_release)
+    warp.remember({this, nullptr, offset, uint16_t(bytes), uint8_t(lane), false});
   std::memcpy(to, &data_[offset], bytes);
   return undefined(offset, bytes);
 }
@@ -261,7 +262,8 @@ void SharedMemory::write(
   }
   const uint32_t time = warp.clock.seen[warp.agent];
   access_within(step, lane, offset, bytes, true, again);
-  if (step.launch.program.lanes_release) warp.remember({this, offset, uint16_t(bytes), uint8_t(lane), true});
+  if (step.launch.program.lanes_release)
+    warp.remember({this, nullptr, offset, uint16_t(bytes), uint8_t(lane), true});
   for (uint32_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) atomic_[word] = 0;
   for (uint32_t half = offset / 2; half <= (offset + bytes - 1) / 2; ++half)
     written_[half] = {time, uint32_t(step.instr.line), uint16_t(warp.agent), 0};

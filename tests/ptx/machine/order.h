@@ -11,11 +11,12 @@ namespace ptx {
 struct Step;
 struct Warp;
 
-// Launch times, by the linear number of a cluster; 0 of those beyond its end.
-struct Times : std::vector<uint64_t> {
+// A vector clock of all warps of a launch, those of a cluster one behind the other; 0 of those beyond its end.
+struct Times : std::vector<uint32_t> {
   void join(const Times& other);
-  void raise(uint32_t cluster, uint64_t time);
-  bool reach(uint32_t cluster, uint64_t time) const { return cluster < size() && (*this)[cluster] >= time; }
+  // At least `clocks`, of the warps from `first` on.
+  void raise(size_t first, const uint32_t* clocks, size_t count);
+  bool reach(size_t warp, uint32_t clock) const { return warp < size() && (*this)[warp] >= clock; }
 };
 
 // Vector clocks. Agents are the warps of a cluster, and for each mbarrier the copies that it counts. An
@@ -25,8 +26,9 @@ struct Clock {
   // The same for what a fence.proxy.async on the way has made visible to the async proxy, in shared memory and
   // in global.
   std::vector<uint32_t> fenced, fenced_in_global;
-  Times acquired;  // launch times up to which other clusters' released stores are visible
-  Times proxied;   // and visible to the async proxy
+  // What releases of .gpu and wider have told of the launch's warps, those of its own cluster too; and what of it
+  // is visible to the async proxy.
+  Times acquired, proxied;
   // What fence.sc has released, so that a relaxed store behind a barrier publishes it; what relaxed loads have
   // found, so that a fence.sc behind a barrier acquires it.
   Times published, observed;

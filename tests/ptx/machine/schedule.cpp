@@ -255,7 +255,8 @@ bool Launch::step(Warp& warp) {
     // starves behind one that spins.
     Mask left = warp.alive;
     bool done = false;
-    int skip = dice(OTHER_GROUP_ONE_IN) == 0 ? dice(__builtin_popcount(left)) : 0;
+    const bool another = !options.lowest_first && dice(OTHER_GROUP_ONE_IN) == 0;
+    int skip = another ? dice(__builtin_popcount(left)) : 0;
     while (left && !done) {
       uint32_t pc = ~0u;
       FOR_LANES(lane, left) pc = std::min(pc, warp.pcs[lane]);
