@@ -303,6 +303,16 @@ class TestPlan:
         assert launch.flops == 2 * M * N * (K + 16)
         assert launch.moved == 2 * (M * K + N * K + M * N + (M + N) * 16)
 
+    @pytest.mark.parametrize(("K", "least", "most"), [(256, 1.3, 3.0), (4096, 1.0, 1.02)])
+    def test_a_short_tile_waits_for_its_mask(self, K, least, most):
+        masked, plain = (
+            wgmma.plan_linear_expand(
+                Case("bf16", 8192, K, 4096, 16, dropout_p=p).problem(), device(132), {"cluster": 2}
+            ).seconds
+            for p in (0.1, 0.0)
+        )
+        assert least * plain < masked < most * plain
+
     @pytest.mark.parametrize("fixed", [{"cluster": 1}, {"cluster": 2, "columns": 128}])
     def test_its_choices(self, fixed):
         problem = Case("bf16", 8192, 4096, 4096, 16).problem()

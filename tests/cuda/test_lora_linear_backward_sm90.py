@@ -258,7 +258,7 @@ class TestPlan:
             ({"wants": ("dA", "dB")}, "dx isn't wanted, without it there is no GEMM"),
             ({"wants": ("dx", "dbias")}, "dbias is wanted, a backward by wgmma has dx, dA and dB"),
             ({"wants": ("dx", "dweight")}, "dweight is wanted"),
-            ({"dropout": True}, "there is dropout: dx's masked term would come first in a tile"),
+            ({"dropout": True}, "there is dropout, and beside helpers neither dx's term nor the x"),
             ({"dtype": F16}, "dy is torch.float16, helpers make ds and dB of bfloat16"),
             ({"r": 65}, "the rank is 65, helpers make ds and dB of 1 to 64"),
             ({"M": 0}, "dy is 0 x 64, there is nothing to compute"),

@@ -120,7 +120,7 @@ def why_not_in_one(p: Problem, device: Device) -> str | None:
         if name in p.wants:
             return f"{name} is wanted, a backward by wgmma has dx, dA and dB"
     if p.dropout:
-        return "there is dropout: dx's masked term would come first in a tile, which had to wait for ds"
+        return "there is dropout, and beside helpers neither dx's term nor the x of dA is masked"
     if p.dtype is not torch.bfloat16:
         return f"dy is {p.dtype}, helpers make ds and dB of bfloat16"
     if p.r > _RANKS[-1]:
