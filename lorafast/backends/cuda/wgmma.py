@@ -52,7 +52,7 @@ def plan_linear_expand(problem: Problem, device: Device, fixed: Choices = NONE) 
     tiles = -(-p.M // ROWS) * -(-N // columns)
     clocks = tile.clocks(K + p.r)
     if p.dropout:
-        clocks = max(clocks, tile.rounds * _BITS * columns / COLUMNS[0])
+        clocks = max(clocks, tile.rounds * _BITS * columns / 256)
     pairs = " in clusters of 2" if cluster == 2 else ""
     size = p.dtype.itemsize
     moved = float(
