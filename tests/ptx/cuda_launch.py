@@ -396,8 +396,8 @@ def _executed(whole: Whole, numbers: tuple[tuple[str, int], ...]) -> Sum:
     shapes = tuple(SHAPES[name](n) for name in used)
     values: tuple[float, ...] = tuple(n[a.name] for a, v in whole.arguments() if type(v) is int)
     values += tuple(v for _, v in whole.arguments() if type(v) is float)
-    absent = tuple(v is None for _, v in whole.arguments())
-    key = whole.capability, whole.kernel, shapes, values, absent
+    given = tuple(v if type(v) is bool else v is None for _, v in whole.arguments())
+    key = whole.capability, whole.kernel, shapes, values, given
     if key not in _known:
         with launched(whole.capability, seed=2, resident=1, sms=SMS[whole.capability]) as run:
             run.machine.lowest_first = True
