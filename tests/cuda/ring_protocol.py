@@ -40,11 +40,12 @@ class Protocol:
     items: int = 1
     """Sets of row blocks; the tiles' ones are taken in turn."""
     masked: bool = False
+    """Whether tiles have a mask: one more step that is written, before ranks."""
     broken: str = ""
 
     def steps(self, ranks: bool) -> int:
         """Of a tile's ring."""
-        return self.rank_steps if ranks else self.k_steps
+        return self.rank_steps + self.masked if ranks else self.k_steps
 
     # Roles of a CTA
 
@@ -104,7 +105,7 @@ class Protocol:
             if what < 0:
                 yield from load_item(what)
                 continue
-            for ranks in (self.masked, not self.masked):
+            for ranks in (False, True):
                 yield from load(ranks, what)
         if self.broken == "counted by the loader":
             yield ("finish",)
@@ -142,8 +143,8 @@ class Protocol:
             if tile == END:
                 break
             if tile >= 0:
-                at += 0 if self.masked else self.k_steps
-                for step in range(self.rank_steps):
+                at += self.k_steps
+                for step in range(self.steps(True)):
                     stage = at % self.stages
                     if self.broken == "waits for stages alone":
                         yield "wait", "empty", stage, (at // self.stages & 1) ^ 1
@@ -155,7 +156,6 @@ class Protocol:
                     yield "write", stage, (tile, self.k_steps + step)
                     yield "arrive", "full", stage
                     at += 1
-                at += self.k_steps if self.masked else 0
             else:
                 for step in range(self.k_steps):
                     stage = at % self.stages
@@ -183,19 +183,22 @@ class Protocol:
             if tile == END:
                 yield from self.leave()
                 return
-            kinds = (self.masked, not self.masked) if tile >= 0 else (False,)
-            for kind, ranks in enumerate(kinds):
+            for ranks in (False, True) if tile >= 0 else (False,):
                 for step in range(self.steps(ranks)):
                     stage = at % self.stages
                     if self.broken != "reads unseen":
                         yield "wait", "full", stage, at // self.stages & 1
                     yield "read", stage, (tile, step + self.k_steps * ranks)
+                    at += 1
+                    at_once = ranks and self.masked  # a mask before the K block that is held
+                    if at_once:
+                        yield from self.release(stage, ahead)
                     if held is not None:
                         yield from self.release(held, ahead)
-                    held, at = stage, at + 1
-                if held is not None and (kind == len(kinds) - 1 or (self.masked and ranks)):
-                    yield from self.release(held, 0)
-                    held = None
+                    held = None if at_once else stage
+            if held is not None:
+                yield from self.release(held, 0)
+                held = None
             if tile < 0:
                 item = END - 1 - tile
                 if self.broken == "raises early":

@@ -42,13 +42,13 @@ _TF32 = 80
 """The architecture from which there is TF32."""
 _WITHOUT_TF32 = {
     torch.float16: {
-        ("shrink", False): Counted(20, 110),
-        ("shrink", True): Counted(120, 110),
-        ("shrink_backward", False): Counted(20, 95),
-        ("shrink_backward", True): Counted(120, 95),
-        ("expand_backward", False): Counted(25, 190),
-        ("expand", False): Counted(30, 250),
-        ("expand", True): Counted(115, 250),
+        ("shrink", False): Counted(71, 200),
+        ("shrink", True): Counted(137, 200),
+        ("shrink_backward", False): Counted(63, 169),
+        ("shrink_backward", True): Counted(125, 169),
+        ("expand_backward", False): Counted(25, 458),
+        ("expand", False): Counted(0, 494),
+        ("expand", True): Counted(85, 494),
     },
     torch.float32: {
         ("shrink", False): Counted(200, 280),
