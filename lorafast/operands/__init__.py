@@ -13,10 +13,18 @@ from lorafast.core.problem import DENSE
 from lorafast.operands import dense as _dense
 from lorafast.operands import packed
 from lorafast.operands.dense import kept_transposed
+from lorafast.operands.eight_bit import FP8, Int8
+from lorafast.operands.four_bit import FP4, NF4
+from lorafast.operands.mxfp4 import MXFP4
 from lorafast.operands.operand import Operand
 
 __all__ = [
     "DENSE",
+    "FP4",
+    "FP8",
+    "MXFP4",
+    "NF4",
+    "Int8",
     "Operand",
     "Weight",
     "add_linear_",
@@ -198,3 +206,7 @@ def finished_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | 
     if isinstance(weight, Tensor):
         return packed.linear_if_packed(x, weight, bias)
     return weight.linear(x, bias)
+
+
+for _operand in (NF4, FP4, Int8, FP8, MXFP4):
+    register(_operand)

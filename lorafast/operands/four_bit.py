@@ -1,0 +1,151 @@
+"""The formats ``nf4`` and ``fp4``: codes of 4 bits with a scale a block, as bitsandbytes stores them.
+
+QLoRA (arXiv 2305.14314). Elements of W ``[N, K]`` are counted row by row, and so are blocks: one may
+straddle rows, and the last may be short. Element i is ``numbers[code i] · scale[i // block]`` in
+float32, rounded to the dtype of W. Two codes share a byte, the first of them its upper half. Scales are
+float32, or nested: ``scale[b] = nested_quant_map[absmax[b]] · nested_absmax[b // nested_block] +
+nested_offset``.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorafast.core import codebooks
+from lorafast.core.codebooks import codebook
+from lorafast.core.dtypes import FLOATS
+from lorafast.operands.operand import Operand
+
+_NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
+_NUMBERS = 256
+"""Of the nested type."""
+
+
+class FourBit(Operand):
+    """W ``[N, K]`` of 4-bit codes. What ``tensors`` has:
+
+    - ``weight``: the codes, ``⌈N·K / 2⌉`` bytes of any shape, of any dtype;
+    - ``absmax``: a scale each block, float32; or, nested, its code, uint8;
+    - nested alone: ``nested_absmax``, float32, a scale each ``nested_block`` scales;
+      ``nested_quant_map``, the 256 float32 numbers of the codes; ``nested_offset``, one float32.
+
+    Raises:
+        ValueError: the tensors don't fit; the message names the one, what it is, what was expected.
+    """
+
+    numbers: ClassVar[tuple[float, ...]]
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        block: int,
+        nested_block: int | None = None,
+    ) -> None:
+        if dtype not in FLOATS:
+            raise ValueError(f"weight is of {dtype}, expected a float dtype")
+        names = ("weight", "absmax", *(_NESTED if nested_block is not None else ()))
+        self._tensors = {name: tensors[name] for name in names}
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.block, self.nested_block = block, nested_block
+        self._check()
+        ending = "" if nested_block is None else f",{nested_block}"
+        name = str(dtype).removeprefix("torch.")
+        self.parameters = f"{shape[0]}x{shape[1]},{name},{block}{ending}"
+
+    def _check(self) -> None:
+        for name, block in (("block", self.block), ("nested_block", self.nested_block)):
+            if block is not None and block < 1:
+                raise ValueError(f"{name} is {block}, expected at least 1")
+        n, codes = self.shape.numel(), self._tensors["weight"]
+        if min(self.shape) < 0 or codes.nbytes != (n + 1) // 2:
+            raise ValueError(
+                f"weight has {codes.nbytes} bytes of codes, expected {(n + 1) // 2} for "
+                f"{self.shape[0]} x {self.shape[1]}"
+            )
+        if not codes.is_contiguous():
+            raise ValueError(f"weight has strides {codes.stride()}, expected contiguous codes")
+        blocks = -(-n // self.block)
+        nested = self.nested_block is not None
+        self._expect("absmax", torch.uint8 if nested else torch.float32, blocks)
+        if self.nested_block is not None:
+            self._expect("nested_absmax", torch.float32, -(-blocks // self.nested_block))
+            self._expect("nested_quant_map", torch.float32, _NUMBERS)
+            self._expect("nested_offset", torch.float32, 1)
+
+    def _expect(self, name: str, dtype: torch.dtype, count: int) -> None:
+        tensor = self._tensors[name]
+        if tensor.dtype is not dtype or tensor.numel() != count:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of {tensor.numel()} elements, expected {dtype} of {count}: "
+                f"the weight is {self.shape[0]} x {self.shape[1]} in blocks of {self.block}"
+            )
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """``weight``, ``absmax`` and, if they are nested, what these are made of."""
+        return self._tensors
+
+    @classmethod
+    def build(cls, tensors: Mapping[str, Tensor], parameters: str) -> "FourBit":
+        """From ``tensors()`` and ``parameters``, which is "NxK,dtype,block" and the nested block."""
+        try:
+            sizes, name, *blocks = parameters.split(",")
+            N, K = map(int, sizes.split("x"))
+            block, *nested = map(int, blocks)
+            dtype = getattr(torch, name)
+            (nested_block,) = nested or [None]
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"weight is said to be {parameters!r}, expected sizes, dtype and block, as "
+                "'4096x4096,bfloat16,64'"
+            ) from None
+        return cls(tensors, (N, K), dtype, block, nested_block)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows of W, dense."""
+        K = self.shape[1]
+        first, last = begin * K, end * K
+        codes = self._tensors["weight"].view(torch.uint8).reshape(-1)
+        codes = codes[first // 2 : (last + 1) // 2]
+        both = torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)
+        numbers = codebook(self.numbers, codes)[both[first % 2 :][: last - first].int()]
+        before = first % self.block
+        scales = self._scales(first // self.block, -(-last // self.block))
+        if before == 0 and (last - first) % self.block == 0:
+            numbers = (numbers.view(-1, self.block) * scales[:, None]).view(-1)
+        else:
+            numbers = numbers * scales.repeat_interleave(self.block)[before:][: last - first]
+        twin = numbers.to(self._stored_dtype()).to(self.dtype)
+        return twin.view(end - begin, K)
+
+    def _stored_dtype(self) -> torch.dtype:
+        """That which products are rounded to before ``to``'s."""
+        found = getattr(torch, self.parameters.split(",")[1])
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def _scales(self, begin: int, end: int) -> Tensor:
+        """Those of blocks ``begin`` to ``end``, float32."""
+        absmax = self._tensors["absmax"].reshape(-1)[begin:end]
+        if self.nested_block is None:
+            return absmax
+        of_blocks, numbers, offset = (self._tensors[name].reshape(-1) for name in _NESTED)
+        which = torch.arange(begin, end, device=absmax.device) // self.nested_block
+        return numbers[absmax.int()] * of_blocks[which] + offset
+
+
+class NF4(FourBit):
+    """4-bit NormalFloat."""
+
+    format = "nf4"
+    numbers = codebooks.NF4
+
+
+class FP4(FourBit):
+    """4-bit floats, as bitsandbytes has them."""
+
+    format = "fp4"
+    numbers = codebooks.FP4
