@@ -67,6 +67,22 @@ class EightBit(Operand):
                 f"the weight is {N} x {K}"
             )
 
+    @classmethod
+    def of(cls, weight: Tensor) -> "EightBit":
+        """The nearest to a weight ``[N, K]``; a row's greatest magnitude becomes the greatest code."""
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
+            )
+        rows = weight.detach().float()
+        greatest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
+        integers = cls.code_dtype is torch.int8
+        last = 127.0 if integers else torch.finfo(cls.code_dtype).max
+        scale = (greatest / last).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = rows / scale[:, None]
+        codes = codes.round().clamp(-last, last) if integers else codes.clamp(-last, last)
+        return cls({"weight": codes.to(cls.code_dtype), "scale": scale}, weight.dtype)
+
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, and ``scale`` or ``SCB``."""
         return self._tensors
@@ -94,19 +110,28 @@ class EightBit(Operand):
         if codes.dtype is not self.code_dtype:
             codes = codes.view(self.code_dtype)
         scaled = codes.float() * self._scales(begin, end)
-        return scaled.to(self._stored_dtype()).to(self.dtype)
+        return scaled.to(self.stored_dtype).to(self.dtype)
 
-    def _stored_dtype(self) -> torch.dtype:
-        """That which products are rounded to before ``to``'s."""
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What W is rounded to, whatever ``to`` has made ``dtype``."""
         found = getattr(torch, self.parameters.split(",")[0])
         assert isinstance(found, torch.dtype)
         return found
 
+    @property
+    def scale(self) -> Tensor:
+        """``scale`` or ``SCB``, float32."""
+        return self._tensors[self._name]
+
+    @property
+    def unit(self) -> float:
+        """What it is multiplied by."""
+        return 1.0 / 127.0 if self._name == "SCB" else 1.0
+
     def _scales(self, begin: int, end: int) -> Tensor:
         """Those of rows, as they multiply them."""
-        scale = self._tensors[self._name]
-        if self._name == "SCB":
-            scale = scale * (1.0 / 127.0)
+        scale = self.scale * self.unit
         if self.block is not None:
             rows, columns = self.block
             of_rows = torch.arange(begin, end, device=scale.device) // rows

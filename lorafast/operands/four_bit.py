@@ -18,7 +18,7 @@ from lorafast.core.codebooks import codebook
 from lorafast.core.dtypes import FLOATS
 from lorafast.operands.operand import Operand
 
-_NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
+NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
 _NUMBERS = 256
 """Of the nested type."""
 
@@ -47,7 +47,7 @@ class FourBit(Operand):
     ) -> None:
         if dtype not in FLOATS:
             raise ValueError(f"weight is of {dtype}, expected a float dtype")
-        names = ("weight", "absmax", *(_NESTED if nested_block is not None else ()))
+        names = ("weight", "absmax", *(NESTED if nested_block is not None else ()))
         self._tensors = {name: tensors[name] for name in names}
         self.shape, self.dtype = torch.Size(shape), dtype
         self.block, self.nested_block = block, nested_block
@@ -61,9 +61,10 @@ class FourBit(Operand):
             if block is not None and block < 1:
                 raise ValueError(f"{name} is {block}, expected at least 1")
         n, codes = self.shape.numel(), self._tensors["weight"]
-        if min(self.shape) < 0 or codes.nbytes != (n + 1) // 2:
+        found = codes.numel() * codes.element_size()  # nbytes may not be symbolic
+        if min(self.shape) < 0 or found != (n + 1) // 2:
             raise ValueError(
-                f"weight has {codes.nbytes} bytes of codes, expected {(n + 1) // 2} for "
+                f"weight has {found} bytes of codes, expected {(n + 1) // 2} for "
                 f"{self.shape[0]} x {self.shape[1]}"
             )
         if not codes.is_contiguous():
@@ -83,6 +84,41 @@ class FourBit(Operand):
                 f"{name} is {tensor.dtype} of {tensor.numel()} elements, expected {dtype} of {count}: "
                 f"the weight is {self.shape[0]} x {self.shape[1]} in blocks of {self.block}"
             )
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, block: int = 64, *, nested: bool = True, nested_block: int = 256
+    ) -> "FourBit":
+        """The nearest to a weight ``[N, K]``.
+
+        A block is divided by its greatest magnitude. ``nested``: their mean is taken off these, and they
+        are 8-bit codes in turn, by blocks of ``nested_block``.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
+            )
+        flat = weight.detach().reshape(-1)
+        numbers = codebook(cls.numbers, flat)
+        order = numbers.argsort()
+        found, absmax = _nearest(flat, numbers[order], block)
+        codes = order[found].to(torch.uint8)
+        if codes.numel() % 2:  # what is left over stands for 0
+            codes = torch.cat(
+                (codes, order[torch.searchsorted(numbers[order], 0.0)].to(torch.uint8)[None])
+            )
+        N, K = weight.shape
+        packed = codes[::2] << 4 | codes[1::2]
+        made = {"weight": packed.view(N, K // 2) if K % 2 == 0 else packed, "absmax": absmax}
+        if nested:
+            offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+            map_ = codebook(codebooks.dynamic(), flat)
+            of_scales, made["nested_absmax"] = _nearest(absmax - offset, map_, nested_block)
+            made |= {
+                "absmax": of_scales.to(torch.uint8), "nested_quant_map": map_.clone(),
+                "nested_offset": offset,
+            }  # fmt: skip
+        return cls(made, (N, K), weight.dtype, block, nested_block if nested else None)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, ``absmax`` and, if they are nested, what these are made of."""
@@ -118,11 +154,11 @@ class FourBit(Operand):
             numbers = (numbers.view(-1, self.block) * scales[:, None]).view(-1)
         else:
             numbers = numbers * scales.repeat_interleave(self.block)[before:][: last - first]
-        twin = numbers.to(self._stored_dtype()).to(self.dtype)
-        return twin.view(end - begin, K)
+        return numbers.to(self.stored_dtype).to(self.dtype).view(end - begin, K)
 
-    def _stored_dtype(self) -> torch.dtype:
-        """That which products are rounded to before ``to``'s."""
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What W is rounded to, whatever ``to`` has made ``dtype``."""
         found = getattr(torch, self.parameters.split(",")[1])
         assert isinstance(found, torch.dtype)
         return found
@@ -132,9 +168,30 @@ class FourBit(Operand):
         absmax = self._tensors["absmax"].reshape(-1)[begin:end]
         if self.nested_block is None:
             return absmax
-        of_blocks, numbers, offset = (self._tensors[name].reshape(-1) for name in _NESTED)
+        of_blocks, numbers, offset = (self._tensors[name].reshape(-1) for name in NESTED)
         which = torch.arange(begin, end, device=absmax.device) // self.nested_block
         return numbers[absmax.int()] * of_blocks[which] + offset
+
+
+_LEAST = 1e-38
+"""What a block of zeros is divided by."""
+
+
+def _nearest(values: Tensor, numbers: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The index, of ascending numbers, of the one that each value of a block is nearest to when that is
+    divided by its greatest magnitude; and that magnitude of each, float32."""
+    flat = values.float()
+    whole = flat.numel() // block * block
+    blocks = flat[:whole].view(-1, block)
+    absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)
+    divided = (blocks * (1.0 / absmax.clamp(min=_LEAST))[:, None]).clamp(-1, 1).view(-1)
+    rest = flat[whole:]
+    if rest.numel():  # a short block is divided, the others are multiplied
+        greatest = rest.abs().amax().clamp(min=_LEAST)
+        absmax = torch.cat((absmax, greatest[None]))
+        divided = torch.cat((divided, (rest / greatest).clamp(-1, 1)))
+    middles = (numbers[:-1] + numbers[1:]) / 2
+    return torch.bucketize(divided, middles), absmax
 
 
 class NF4(FourBit):

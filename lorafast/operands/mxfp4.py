@@ -66,12 +66,22 @@ class MXFP4(Operand):
             )
         return cls(tensors["blocks"], tensors["scales"], dtype)
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What W is rounded to, whatever ``to`` has made ``dtype``."""
+        found = getattr(torch, self.parameters)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def factors(self, begin: int, end: int) -> Tensor:
+        """The powers of two of rows, ``[end - begin, K / 32]`` float32."""
+        exponents = self.scales[begin:end].int()
+        ends = (exponents == 0).int() * _LEAST + (exponents == 255).int() * _QUIET
+        return ((exponents << 23) + ends).view(torch.float32)
+
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows of W, dense."""
         codes = self.blocks[begin:end].reshape(end - begin, -1)
         both = torch.stack((codes & 15, codes >> 4), dim=2).reshape(end - begin, -1, BLOCK)
-        exponents = self.scales[begin:end].int()
-        ends = (exponents == 0).int() * _LEAST + (exponents == 255).int() * _QUIET
-        factors = ((exponents << 23) + ends).view(torch.float32)
-        W = codebook(E2M1, codes)[both.int()] * factors[:, :, None]
-        return W.reshape(end - begin, self.shape[1]).to(self.dtype)
+        W = codebook(E2M1, codes)[both.int()] * self.factors(begin, end)[:, :, None]
+        return W.reshape(end - begin, self.shape[1]).to(self.stored_dtype).to(self.dtype)
