@@ -37,6 +37,7 @@ __all__ = [
     "formats",
     "is_packed",
     "kept_transposed",
+    "kind_of",
     "linear",
     "linear_transposed",
     "of_layer",
@@ -81,6 +82,11 @@ def formats() -> tuple[str, ...]:
 def format_of(weight: Weight) -> str:
     """The name of the format of ``weight``."""
     return weight.format if isinstance(weight, Operand) else DENSE
+
+
+def kind_of(format: str) -> type[Operand] | None:
+    """The class of the operands of a format; None for the dense one, and for one that isn't known."""
+    return _formats.get(format)
 
 
 def parameters_of(weight: Weight) -> str:

@@ -27,6 +27,7 @@ class EightBit(Operand):
     """
 
     code_dtype: ClassVar[torch.dtype]
+    keeps_dtypes = True
 
     def __init__(
         self,
@@ -81,7 +82,10 @@ class EightBit(Operand):
         scale = (greatest / last).clamp(min=torch.finfo(torch.float32).tiny)
         codes = rows / scale[:, None]
         codes = codes.round().clamp(-last, last) if integers else codes.clamp(-last, last)
-        return cls({"weight": codes.to(cls.code_dtype), "scale": scale}, weight.dtype)
+        codes = codes.to(cls.code_dtype)
+        if not integers:  # bytes, which nothing takes for numbers to be cast
+            codes = codes.view(torch.uint8)
+        return cls({"weight": codes, "scale": scale}, weight.dtype)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, and ``scale`` or ``SCB``."""
@@ -92,9 +96,9 @@ class EightBit(Operand):
         """From ``tensors()`` and ``parameters``, which is "dtype", and ",rows x columns" of a block."""
         try:
             name, *blocks = parameters.split(",")
-            (block,) = blocks or [None]
+            (block,) = blocks or ("",)
             dtype = getattr(torch, name)
-            sizes = None if block is None else tuple(map(int, block.split("x")))
+            sizes = tuple(map(int, block.split("x"))) if block else None
             if sizes is not None and len(sizes) != 2:
                 raise ValueError
         except (ValueError, AttributeError):

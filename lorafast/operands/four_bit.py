@@ -36,6 +36,7 @@ class FourBit(Operand):
     """
 
     numbers: ClassVar[tuple[float, ...]]
+    keeps_dtypes = True
 
     def __init__(
         self,
@@ -132,13 +133,14 @@ class FourBit(Operand):
             N, K = map(int, sizes.split("x"))
             block, *nested = map(int, blocks)
             dtype = getattr(torch, name)
-            (nested_block,) = nested or [None]
+            if len(nested) > 1:
+                raise ValueError
         except (ValueError, AttributeError):
             raise ValueError(
                 f"weight is said to be {parameters!r}, expected sizes, dtype and block, as "
                 "'4096x4096,bfloat16,64'"
             ) from None
-        return cls(tensors, (N, K), dtype, block, nested_block)
+        return cls(tensors, (N, K), dtype, block, nested[0] if nested else None)
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows of W, dense."""

@@ -30,6 +30,7 @@ class MXFP4(Operand):
     """
 
     format = "mxfp4"
+    keeps_dtypes = True
 
     def __init__(self, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         if dtype not in FLOATS:

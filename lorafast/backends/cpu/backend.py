@@ -12,8 +12,6 @@ SKINNY = 32
 """The rank up to which, in bfloat16, the native reductions beat oneDNN's: measured at 4 to 128."""
 MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
-QUANTIZED = ("nf4", "fp4", "int8", "fp8", "mxfp4")
-"""Formats that have native kernels here."""
 _SMALL = {torch.bfloat16: 1 << 16, torch.float32: 1 << 22}
 """Multiply-adds of the base GEMM below which, without a mask, three of PyTorch's calls cost less than
 one of ours in a ``Function``: measured between 2**15 and 2**18, and at 128 x 512 x 512."""
@@ -93,10 +91,11 @@ def _why_ahead(p: Problem) -> str | None:
     A layer is like its ``shrink``, or its backward's reductions: its base GEMM has left Python and the
     dispatcher cold, and each call more costs more than what another backend would gain.
     """
-    if p.format in QUANTIZED and (
-        "dx" in p.wants or p.operation in ("lora_linear", "linear_expand")
-    ):
-        return f"on a CPU over {p.format}, measured"
+    if p.operation in ("lora_linear", "linear_expand") or "dx" in p.wants:
+        from lorafast.backends.cpu import dequantize  # which needs the extension
+
+        if dequantize.serves_format(p.format):
+            return f"on a CPU over {p.format}, measured"
     if p.operation in LAYER_OPERATIONS:
         if p.operation == "lora_linear" and _is_small(p):
             return None

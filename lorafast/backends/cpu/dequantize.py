@@ -12,7 +12,7 @@ from torch import Tensor
 from lorafast import operands
 from lorafast.backends.cpu import native
 from lorafast.core.codebooks import E2M1, codebook
-from lorafast.operands import MXFP4, Operand, Weight
+from lorafast.operands import MXFP4, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import NESTED, FourBit
 from lorafast.operands.mxfp4 import BLOCK
@@ -28,14 +28,24 @@ _WHOLE = 32
 """Rows, or columns, that a part has a multiple of."""
 
 
-def serves(weight: Weight) -> bool:
-    """Whether there is a native kernel for the format of ``weight``, in its dtypes."""
-    return isinstance(weight, FourBit | EightBit | MXFP4) and {
-        weight.dtype, weight.stored_dtype
-    } <= _NUMBERS.keys()  # fmt: skip
+Quantized = FourBit | EightBit | MXFP4
+"""The operands that have native kernels here."""
 
 
-def part(weight: Operand, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
+def serves_format(name: str) -> bool:
+    """Whether there is a native kernel for a format."""
+    kind = operands.kind_of(name)
+    return kind is not None and issubclass(kind, Quantized)
+
+
+def served(weight: Weight) -> Quantized | None:
+    """The operand, if there is a native kernel for its format and its dtypes."""
+    if isinstance(weight, Quantized) and {weight.dtype, weight.stored_dtype} <= _NUMBERS.keys():
+        return weight
+    return None
+
+
+def part(weight: Quantized, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
     """W[rows, columns], the first and the last of each, into the first elements of ``out``, flat."""
     (top, bottom), (left, right) = rows, columns
     to = out[: (bottom - top) * (right - left)].view(bottom - top, right - left)
@@ -54,7 +64,6 @@ def part(weight: Operand, rows: tuple[int, int], columns: tuple[int, int], out: 
             stored, to,
         )  # fmt: skip
     else:
-        assert isinstance(weight, EightBit)
         _eight_bit(
             t["weight"], weight.scale, weight.unit, weight.code_dtype is torch.int8,
             *(weight.block or (0, 0)), top, left, stored, to,
@@ -64,34 +73,34 @@ def part(weight: Operand, rows: tuple[int, int], columns: tuple[int, int], out: 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """``x·Wᵀ + bias`` for ``x [M, K]``, by parts of rows of W."""
-    if not serves(weight):
+    quantized = served(weight)
+    if quantized is None:
         return operands.linear(x, weight, bias)
-    assert isinstance(weight, Operand)
-    N, K = weight.shape
-    memory, step = _workspace(N, K, weight.dtype)
+    N, K = quantized.shape
+    memory, step = _workspace(N, K, quantized.dtype)
     if step >= N:
-        return F.linear(x, part(weight, (0, N), (0, K), memory), bias)
+        return F.linear(x, part(quantized, (0, N), (0, K), memory), bias)
     y = x.new_empty((x.shape[0], N))
     for begin in range(0, N, step):
         end = min(begin + step, N)
-        W = part(weight, (begin, end), (0, K), memory)
+        W = part(quantized, (begin, end), (0, K), memory)
         y[:, begin:end] = F.linear(x, W, None if bias is None else bias[begin:end])
     return y
 
 
 def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
     """``dy·W`` for ``dy [M, N]``, by parts of columns of W: sums over rows are rounded once."""
-    if not serves(weight):
+    quantized = served(weight)
+    if quantized is None:
         return operands.linear_transposed(dy, weight)
-    assert isinstance(weight, Operand)
-    N, K = weight.shape
-    memory, step = _workspace(K, N, weight.dtype)
+    N, K = quantized.shape
+    memory, step = _workspace(K, N, quantized.dtype)
     if step >= K:
-        return dy @ part(weight, (0, N), (0, K), memory)
+        return dy @ part(quantized, (0, N), (0, K), memory)
     dx = dy.new_empty((dy.shape[0], K))
     for begin in range(0, K, step):
         end = min(begin + step, K)
-        dx[:, begin:end] = dy @ part(weight, (0, N), (begin, end), memory)
+        dx[:, begin:end] = dy @ part(quantized, (0, N), (begin, end), memory)
     return dx
 
 
