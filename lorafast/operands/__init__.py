@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.core.problem import DENSE
+from lorafast.operands import bitsandbytes, packed
 from lorafast.operands import dense as _dense
-from lorafast.operands import packed
 from lorafast.operands.dense import kept_transposed
 from lorafast.operands.eight_bit import FP8, Int8
 from lorafast.operands.four_bit import FP4, NF4
@@ -46,6 +46,7 @@ __all__ = [
     "row_blocks",
     "stored",
     "unregister",
+    "why_not_of_layer",
 ]
 
 Weight = Tensor | Operand
@@ -100,7 +101,12 @@ def of_layer(layer: nn.Module) -> Operand | None:
         found = operand.of_layer(layer)
         if found is not None:
             return found
-    return None
+    return bitsandbytes.weight_of(layer)
+
+
+def why_not_of_layer(layer: nn.Module) -> str | None:
+    """Why ``of_layer`` has no weight of a layer of another library that it knows, or None."""
+    return bitsandbytes.why_not(layer)
 
 
 def describe(weight: Weight) -> str:

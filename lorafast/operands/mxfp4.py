@@ -82,7 +82,8 @@ class MXFP4(Operand):
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows of W, dense."""
-        codes = self.blocks[begin:end].reshape(end - begin, -1)
-        both = torch.stack((codes & 15, codes >> 4), dim=2).reshape(end - begin, -1, BLOCK)
+        K = self.shape[1]
+        codes = self.blocks[begin:end].reshape(end - begin, K // 2)
+        both = torch.stack((codes & 15, codes >> 4), dim=2).reshape(-1, K // BLOCK, BLOCK)
         W = codebook(E2M1, codes)[both.int()] * self.factors(begin, end)[:, :, None]
-        return W.reshape(end - begin, self.shape[1]).to(self.stored_dtype).to(self.dtype)
+        return W.reshape(end - begin, K).to(self.stored_dtype).to(self.dtype)

@@ -1,4 +1,4 @@
-"""NF4 and FP4 in blocks, as bitsandbytes stores them (QLoRA, arXiv 2305.14314)."""
+"""W of what it is stored in: 4-bit codes in blocks, as of QLoRA (arXiv 2305.14314), and 8-bit codes."""
 
 import torch
 from torch import Tensor
@@ -27,3 +27,9 @@ def dequantize_four_bit(
     both = torch.stack((codes.reshape(-1) >> 4, codes.reshape(-1) & 15), dim=1)
     of_block = scales.repeat_interleave(block)[:n]
     return (numbers[both.reshape(-1)[:n].long()] * of_block).to(dtype).reshape(shape)
+
+
+def dequantize_eight_bit(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W = codes · scale`` in float32, rounded to ``dtype``: int8 or e4m3 ``[N, K]``, a scale as it is
+    broadcast."""
+    return (codes.float() * scale).to(dtype)
