@@ -222,7 +222,7 @@ def test_one_operation_has_one_name_in_every_room():
 
 
 BESIDE_OPERATIONS = {
-    "cpu": {"lora_linear"},
+    "cpu": {"lora_linear", "dequantize"},
     # Decoding is a file for one adapter or several; what launchers share, and whether they can run.
     # Hopper has GEMMs of its own.
     "cuda": {

@@ -1,4 +1,4 @@
-"""Formats that only the tests know: a weight stored as its negative, and one in two tensors."""
+"""Formats that tests go through: some of the package's, and two that only they know."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +96,8 @@ def _dense(weight: Tensor) -> Tensor:
 
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "dense": _dense,
+    "nf4": operands.NF4.of,
+    "fp8": operands.FP8.of,
     "negative": Negative.of,
     "scaled": Scaled.of,
 }

@@ -30,6 +30,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
       "lora_linear_backward_(Tensor(a!) dx, Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor s, "
       "float scaling, Tensor? seed, int threshold, float survivor_scale, Tensor(b!) ds, Tensor(c!) dA, "
       "Tensor(d!) dB) -> ()");
+  // csrc/cpu/dequantize.cpp
+  library.def(
+      "dequantize_four_bit(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+      "Tensor? nested_offset, Tensor numbers, int N, int K, int block, int nested_block, bool low_first, int row, "
+      "int column, int stored, Tensor(a!) out) -> ()");
+  library.def(
+      "dequantize_eight_bit(Tensor codes, Tensor scale, float unit, bool integers, int block_rows, "
+      "int block_columns, int row, int column, int stored, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
@@ -39,6 +47,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cpu::shrink_backward));
   library.impl("lora_linear_", TORCH_BOX(&lorafast::cpu::lora_linear_));
   library.impl("lora_linear_backward_", TORCH_BOX(&lorafast::cpu::lora_linear_backward_));
+  library.impl("dequantize_four_bit", TORCH_BOX(&lorafast::cpu::dequantize_four_bit));
+  library.impl("dequantize_eight_bit", TORCH_BOX(&lorafast::cpu::dequantize_eight_bit));
 }
 
 // The name of the instruction set in use, for lorafast info; "error: ..." if LORAFAST_CPU names none.

@@ -55,6 +55,16 @@ struct Microkernels {
   void (*keep)(
       int64_t row_index, int64_t first, int64_t cols, int64_t groups, uint64_t seed, uint32_t threshold,
       uint8_t* bits);
+
+  // to[i] = numbers[code first + i] * scales[(before + i) / block], rounded to `stored` and then in `dtype`. Two
+  // codes a byte, the first of them in its upper half, or with low_first in its lower one.
+  void (*four_bit)(
+      const uint8_t* codes, int64_t first, int64_t count, bool low_first, const float* numbers,
+      const float* scales, int64_t before, int64_t block, Dtype stored, Dtype dtype, void* to);
+
+  // to[i] = code i * scale, rounded to `stored` and then in `dtype`; codes are int8, or else e4m3.
+  void (*eight_bit)(
+      const uint8_t* codes, int64_t count, bool integers, float scale, Dtype stored, Dtype dtype, void* to);
 };
 
 // One for each microkernels_<set>.cpp; nullptr where the compiler couldn't make it.

@@ -225,6 +225,8 @@ void store(const float* from, Dtype dtype, int64_t count, void* to) {
   }
 }
 
+#include "microkernels_codes.h"
+
 // Philox on 8 calls at a time, a word of each in the low half of a 64-bit lane; what is above it is ignored.
 typedef uint64_t Longs __attribute__((vector_size(64), may_alias));
 constexpr int64_t kCalls = 8;
@@ -495,6 +497,7 @@ const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
 namespace {
 const Microkernels kTable = {
     LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask}, kPairsOfThisSet, load, store, keep,
+    four_bit, eight_bit,
 };
 }  // namespace
 const Microkernels* const LORAFAST_TABLE(LORAFAST_SET) = &kTable;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from lorafast import operands
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.nn import offload
 from lorafast.nn.plain import stock_class, why_not_carried, why_not_its_forward
@@ -23,6 +24,9 @@ _DISTRIBUTED = "torch.distributed."
 
 def why_not_linear(linear: nn.Module, taken: Collection[str]) -> str | None:
     """The reason for which a ``LoRALinear``, which has ``taken``, can't wrap ``linear``, or None."""
+    reason = operands.why_not_of_layer(linear)
+    if reason is not None:
+        return reason
     stock = stock_class(linear)
     if stock is None:
         return f"it is a {type(linear).__name__}, expected an nn.Linear"

@@ -130,6 +130,34 @@ class LoRAOperandLinear(LoRALinear):
             self._scaling, self.bias, self.dropout if self.training else 0.0,
         )  # fmt: skip
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoRAOperandLinear":
+        """Moves and casts; where a format keeps its tensors' dtypes, they are moved alone."""
+        weight = self.operand()
+        if isinstance(weight, Tensor) or not weight.keeps_dtypes:
+            super()._apply(fn, recurse)
+            return self
+        wanted = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+        places: dict[str, dict[str, Any]] = {
+            n: self._parameters if n in self._parameters else self._buffers
+            for n in self._stored_names
+        }
+        held = {name: place.pop(name) for name, place in places.items()}
+        try:
+            super()._apply(fn, recurse)
+            for name, tensor in held.items():
+                assert tensor is not None
+                moved = fn(tensor.detach())
+                if moved.dtype is not tensor.dtype:
+                    moved = tensor.detach().to(moved.device)
+                if isinstance(tensor, nn.Parameter):
+                    moved = nn.Parameter(moved, requires_grad=False)
+                held[name] = moved
+        finally:
+            for name, place in places.items():
+                place[name] = held[name]
+        self._description = operands.describe(weight.to(wanted))
+        return self
+
     def _stored(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._stored_names]
 

@@ -10,13 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.core.problem import DENSE
+from lorafast.operands import bitsandbytes, packed
 from lorafast.operands import dense as _dense
-from lorafast.operands import packed
 from lorafast.operands.dense import kept_transposed
+from lorafast.operands.eight_bit import FP8, Int8
+from lorafast.operands.four_bit import FP4, NF4
+from lorafast.operands.mxfp4 import MXFP4
 from lorafast.operands.operand import Operand
 
 __all__ = [
     "DENSE",
+    "FP4",
+    "FP8",
+    "MXFP4",
+    "NF4",
+    "Int8",
     "Operand",
     "Weight",
     "add_linear_",
@@ -29,6 +37,7 @@ __all__ = [
     "formats",
     "is_packed",
     "kept_transposed",
+    "kind_of",
     "linear",
     "linear_transposed",
     "of_layer",
@@ -37,6 +46,7 @@ __all__ = [
     "row_blocks",
     "stored",
     "unregister",
+    "why_not_of_layer",
 ]
 
 Weight = Tensor | Operand
@@ -75,6 +85,11 @@ def format_of(weight: Weight) -> str:
     return weight.format if isinstance(weight, Operand) else DENSE
 
 
+def kind_of(format: str) -> type[Operand] | None:
+    """The class of the operands of a format; None for the dense one, and for one that isn't known."""
+    return _formats.get(format)
+
+
 def parameters_of(weight: Weight) -> str:
     """What else it takes to read the tensors of ``weight``."""
     return weight.parameters if isinstance(weight, Operand) else ""
@@ -86,7 +101,12 @@ def of_layer(layer: nn.Module) -> Operand | None:
         found = operand.of_layer(layer)
         if found is not None:
             return found
-    return None
+    return bitsandbytes.weight_of(layer)
+
+
+def why_not_of_layer(layer: nn.Module) -> str | None:
+    """Why ``of_layer`` has no weight of a layer of another library that it knows, or None."""
+    return bitsandbytes.why_not(layer)
 
 
 def describe(weight: Weight) -> str:
@@ -198,3 +218,7 @@ def finished_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | 
     if isinstance(weight, Tensor):
         return packed.linear_if_packed(x, weight, bias)
     return weight.linear(x, bias)
+
+
+for _operand in (NF4, FP4, Int8, FP8, MXFP4):
+    register(_operand)

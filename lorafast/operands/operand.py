@@ -35,6 +35,9 @@ class Operand(ABC):
     shape: torch.Size
     dtype: torch.dtype
     parameters: str = ""
+    keeps_dtypes: ClassVar[bool] = False
+    """Whether its tensors stay as they are when their layer is cast: W is then multiplied in the layer's
+    new dtype."""
     cast: torch.dtype | None = None
     """What ``to`` has made ``dtype``, where that is not what ``build`` makes it."""
 

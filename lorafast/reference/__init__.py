@@ -1,6 +1,11 @@
 """What is right: each operation in plain PyTorch, readable, differentiable, in any float dtype."""
 
 from lorafast.core.dtypes import wide
+from lorafast.reference.dequantize import (
+    dequantize_eight_bit,
+    dequantize_four_bit,
+    scales_of,
+)
 from lorafast.reference.dora_linear import dora_linear
 from lorafast.reference.dropout import dropout, keep_mask, philox_4x32
 from lorafast.reference.expand import expand
@@ -20,6 +25,8 @@ from lorafast.reference.weight_norm import weight_norm
 
 __all__ = [
     "as_elements",
+    "dequantize_eight_bit",
+    "dequantize_four_bit",
     "dora_linear",
     "dropout",
     "expand",
@@ -34,6 +41,7 @@ __all__ = [
     "lora_linear",
     "members",
     "philox_4x32",
+    "scales_of",
     "shrink",
     "shrink_backward",
     "weight_norm",

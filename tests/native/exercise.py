@@ -11,7 +11,7 @@ import sys
 import torch
 from layouts import lay_out
 
-from lorafast import reference
+from lorafast import operands, reference
 from lorafast.backends.cpu import native
 from lorafast.reference import contract
 
@@ -20,6 +20,7 @@ if len(sys.argv) > 1:
 
     native.LIBRARY.path = Path(sys.argv[1])
 
+from lorafast.backends.cpu import dequantize
 from lorafast.ops.problems import on_backend
 
 cpu = on_backend("cpu")
@@ -63,6 +64,34 @@ def calls_of(M, K, N, r, dtype, layout, p, seed):
     }
 
 
+def weights(dtype):
+    """Quantized, of sizes that nothing divides; mxfp4's exponents reach to NaN."""
+    for N, K in ((5, 33), (37, 100), (64, 512), (3, 1030)):
+        W = torch.randn(N, K).to(dtype)
+        for kind in (operands.NF4, operands.FP4):
+            for block in (7, 64, 256):
+                yield from (kind.of(W, block, nested=nested) for nested in (False, True))
+        yield from (kind.of(W) for kind in (operands.Int8, operands.FP8))
+        every = torch.randint(0, 256, (N, K), dtype=torch.uint8)
+        scale = torch.rand(-(-N // 2), -(-K // 48))
+        yield operands.FP8({"weight": every, "scale": scale}, dtype, (2, 48))
+        exponents = torch.randint(0, 256, (N, -(-K // 32)), dtype=torch.uint8)
+        codes = torch.randint(0, 256, (N, 16 * exponents.shape[1]), dtype=torch.uint8)
+        yield operands.MXFP4(codes, exponents, dtype)
+
+
+def why_dequantized_wrongly(weight):
+    """A sentence if a part of a weight isn't to the bit as its format says."""
+    N, K = weight.shape
+    for rows, columns in (((0, N), (0, K)), ((N // 3, N), (1, K - 2)), ((1, N - 1), (K // 2, K))):
+        size = (rows[1] - rows[0]) * (columns[1] - columns[0])
+        found = dequantize.part(weight, rows, columns, torch.empty(size, dtype=weight.dtype))
+        expected = weight.rows(*rows)[:, slice(*columns)]
+        if not torch.equal(found.nan_to_num(7.0, 8.0, 9.0), expected.nan_to_num(7.0, 8.0, 9.0)):
+            return f"rows {rows} and columns {columns} of {weight} ({weight.parameters}) are wrong"
+    return None
+
+
 def main():
     """Exits with a sentence if a result is off."""
     torch.manual_seed(0)
@@ -78,6 +107,11 @@ def main():
             reason = contract.compare(call, cpu, dtype).why_broken
             if reason is not None:
                 sys.exit(f"{name} {shape} {dtype} {layout} p={p} is {reason}")
+    for dtype, cast in itertools.product(dtypes, dtypes):
+        for weight in weights(dtype):
+            reason = why_dequantized_wrongly(weight.to(cast))
+            if reason is not None:
+                sys.exit(reason)
     # The mask, bit for bit.
     M, K = 37, 1003
     x, one = torch.ones(M, K), torch.ones(M, 1)

@@ -91,6 +91,11 @@ def _why_ahead(p: Problem) -> str | None:
     A layer is like its ``shrink``, or its backward's reductions: its base GEMM has left Python and the
     dispatcher cold, and each call more costs more than what another backend would gain.
     """
+    if p.operation in ("lora_linear", "linear_expand") or "dx" in p.wants:
+        from lorafast.backends.cpu import dequantize  # which needs the extension
+
+        if dequantize.serves_format(p.format):
+            return f"on a CPU over {p.format}, measured"
     if p.operation in LAYER_OPERATIONS:
         if p.operation == "lora_linear" and _is_small(p):
             return None

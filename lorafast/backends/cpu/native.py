@@ -26,6 +26,8 @@ LIBRARY = Library(
         "shrink_backward",
         "lora_linear_",
         "lora_linear_backward_",
+        "dequantize_four_bit",
+        "dequantize_eight_bit",
     ),
     start=_capability,
 )

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from lorafast import operands
-from lorafast.backends.cpu import native
+from lorafast.backends.cpu import dequantize, native
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import WANTS
@@ -78,7 +77,7 @@ def linear_expand(
     seed: Tensor | None,
 ) -> Tensor:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``."""
-    return _add_expanded(operands.linear(x, weight, bias), s, lora_B, scaling, dropout_p, seed)
+    return _add_expanded(dequantize.linear(x, weight, bias), s, lora_B, scaling, dropout_p, seed)
 
 
 def linear_expand_transposed(
@@ -92,7 +91,7 @@ def linear_expand_transposed(
     seed: Tensor | None,
 ) -> Tensor:
     """``dx = dy·W + drop(scaling · ds·A)``."""
-    dx = operands.linear_transposed(dy, weight)
+    dx = dequantize.linear_transposed(dy, weight)
     return _add_expanded(dx, ds, lora_A_t, scaling, dropout_p, seed)
 
 
@@ -145,7 +144,7 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``shrink`` and ``linear_expand``: ``y`` and ``s``, the skinny products in one call."""
-    y = operands.linear(x, weight, bias)
+    y = dequantize.linear(x, weight, bias)
     s = _low_rank(x, lora_A.shape[0])
     _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
     return y, s
@@ -163,7 +162,7 @@ def lora_linear_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, None, Tensor, Tensor, None]:
     """``expand_backward``, ``shrink_backward`` and ``linear_expand``: ``dx``, ``dA``, ``dB``."""
-    dx = operands.linear_transposed(dy, weight)
+    dx = dequantize.linear_transposed(dy, weight)
     ds, dA, dB = (
         s.new_empty(s.shape),
         lora_A.new_empty(lora_A.shape),

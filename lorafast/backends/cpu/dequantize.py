@@ -1,0 +1,126 @@
+"""Parts of a quantized weight made dense by the native kernels, and the base products over such parts.
+
+A part fits the caches and is multiplied at once: W is never dense as a whole.
+"""
+
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafast import operands
+from lorafast.backends.cpu import native
+from lorafast.core.codebooks import E2M1, codebook
+from lorafast.operands import MXFP4, Weight
+from lorafast.operands.eight_bit import EightBit
+from lorafast.operands.four_bit import NESTED, FourBit
+from lorafast.operands.mxfp4 import BLOCK
+
+native.why_not_loaded()  # loads them
+_four_bit = torch.ops.lorafast_cpu.dequantize_four_bit.default
+_eight_bit = torch.ops.lorafast_cpu.dequantize_eight_bit.default
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of dtypes, as the kernels count them."""
+_PART = 4 << 20
+"""Bytes of a part, about. At 4096 x 4096 parts of 512 rows or columns were the fastest, in bfloat16."""
+_WHOLE = 32
+"""Rows, or columns, that a part has a multiple of."""
+
+
+Quantized = FourBit | EightBit | MXFP4
+"""The operands that have native kernels here."""
+
+
+def serves_format(name: str) -> bool:
+    """Whether there is a native kernel for a format."""
+    kind = operands.kind_of(name)
+    return kind is not None and issubclass(kind, Quantized)
+
+
+def served(weight: Weight) -> Quantized | None:
+    """The operand, if there is a native kernel for its format and its dtypes."""
+    if isinstance(weight, Quantized) and {weight.dtype, weight.stored_dtype} <= _NUMBERS.keys():
+        return weight
+    return None
+
+
+def part(weight: Quantized, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
+    """W[rows, columns], the first and the last of each, into the first elements of ``out``, flat."""
+    (top, bottom), (left, right) = rows, columns
+    to = out[: (bottom - top) * (right - left)].view(bottom - top, right - left)
+    stored = _NUMBERS[weight.stored_dtype]
+    t = weight.tensors()
+    if isinstance(weight, FourBit):
+        nested = [t.get(name) for name in NESTED]
+        _four_bit(
+            t["weight"], t["absmax"], *nested, codebook(weight.numbers, t["absmax"]), *weight.shape,
+            weight.block, weight.nested_block or 0, False, top, left, stored, to,
+        )  # fmt: skip
+    elif isinstance(weight, MXFP4):
+        numbers, factors = codebook(E2M1, t["blocks"]), weight.factors(0, weight.shape[0])
+        _four_bit(
+            t["blocks"], factors, None, None, None, numbers, *weight.shape, BLOCK, 0, True, top, left,
+            stored, to,
+        )  # fmt: skip
+    else:
+        _eight_bit(
+            t["weight"], weight.scale, weight.unit, weight.code_dtype is torch.int8,
+            *(weight.block or (0, 0)), top, left, stored, to,
+        )  # fmt: skip
+    return to
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """``x·Wᵀ + bias`` for ``x [M, K]``, by parts of rows of W."""
+    quantized = served(weight)
+    if quantized is None:
+        return operands.linear(x, weight, bias)
+    N, K = quantized.shape
+    memory, step = _workspace(N, K, quantized.dtype)
+    if step >= N:
+        return F.linear(x, part(quantized, (0, N), (0, K), memory), bias)
+    y = x.new_empty((x.shape[0], N))
+    for begin in range(0, N, step):
+        end = min(begin + step, N)
+        W = part(quantized, (begin, end), (0, K), memory)
+        y[:, begin:end] = F.linear(x, W, None if bias is None else bias[begin:end])
+    return y
+
+
+def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
+    """``dy·W`` for ``dy [M, N]``, by parts of columns of W: sums over rows are rounded once."""
+    quantized = served(weight)
+    if quantized is None:
+        return operands.linear_transposed(dy, weight)
+    N, K = quantized.shape
+    memory, step = _workspace(K, N, quantized.dtype)
+    if step >= K:
+        return dy @ part(quantized, (0, N), (0, K), memory)
+    dx = dy.new_empty((dy.shape[0], K))
+    for begin in range(0, K, step):
+        end = min(begin + step, K)
+        dx[:, begin:end] = dy @ part(quantized, (0, N), (begin, end), memory)
+    return dx
+
+
+class _Workspaces(threading.local):
+    """A thread's memory for parts, by dtype, as large as the largest that it has needed."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.dtype, Tensor] = {}
+
+
+_workspaces = _Workspaces()
+
+
+def _workspace(count: int, length: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Memory for a part, and how many of ``count`` rows or columns of that length it has."""
+    step = max(_PART // max(length * dtype.itemsize, 1) // _WHOLE * _WHOLE, _WHOLE)
+    needed = min(step, count) * length
+    memory = _workspaces.of.get(dtype)
+    if memory is None or memory.numel() < needed:
+        with torch.inference_mode(False):  # else no call outside of that mode could write it
+            memory = torch.empty(needed, dtype=dtype)
+        _workspaces.of[dtype] = memory
+    return memory, step

@@ -1,0 +1,114 @@
+"""The weights that layers of bitsandbytes hold, read where they lie.
+
+It is not imported here: whoever has a layer of it has done so.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafast.operands.eight_bit import Int8
+from lorafast.operands.four_bit import FP4, NF4, FourBit
+
+_FOUR_BIT: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
+
+
+def weight_of(layer: nn.Module) -> FourBit | Int8 | None:
+    """The weight of a ``Linear4bit`` or ``Linear8bitLt``, over the layer's own memory; None of another
+    layer, or of one that ``why_not`` has a reason against."""
+    if not _is(layer, "Linear4bit", "Linear8bitLt") or why_not(layer) is not None:
+        return None
+    return _four_bit(layer) if _is(layer, "Linear4bit") else _int8(layer)
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """The reason for which the weight of a layer of bitsandbytes can't be read, or None."""
+    if _is(layer, "Linear4bit"):
+        return _why_not_four_bit(layer)
+    return _why_not_int8(layer) if _is(layer, "Linear8bitLt") else None
+
+
+def _is(layer: nn.Module, *names: str) -> bool:
+    library = sys.modules.get("bitsandbytes.nn")
+    kinds = [getattr(library, name, None) for name in names] if library is not None else []
+    return isinstance(layer, tuple(kind for kind in kinds if isinstance(kind, type)))
+
+
+_NOT_YET = (
+    "bitsandbytes has not quantized its weight yet: it does when the layer is moved to a device"
+)
+
+
+def _why_not_four_bit(layer: Any) -> str | None:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return _NOT_YET
+    if getattr(state, "packing_format_for_cpu", False):
+        return (
+            "bitsandbytes has repacked its weight for inference on this CPU, which rounds the scales: "
+            "take it before its first call in eval mode"
+        )
+    if state.quant_type not in _FOUR_BIT:
+        return f"its quant_type is {state.quant_type!r}, expected {' or '.join(_FOUR_BIT)}"
+    expected = (layer.out_features, layer.in_features)
+    if tuple(state.shape) != expected:
+        return f"its weight was quantized as {list(state.shape)}, expected {list(expected)}"
+    numbers = torch.tensor(_FOUR_BIT[state.quant_type].numbers)
+    if not torch.equal(state.code.cpu(), numbers):
+        return f"its quant_map is not that of {state.quant_type}"
+    scales = [state.absmax] if state.state2 is None else [state.state2.absmax, state.offset]
+    if not all(bool(scale.isfinite().all()) for scale in scales):
+        return "a scale of its weight is NaN or infinite"
+    try:
+        _four_bit(layer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _four_bit(layer: Any) -> FourBit:
+    state = layer.weight.quant_state
+    tensors = {"weight": _plain(layer.weight), "absmax": state.absmax}
+    nested = None
+    if state.state2 is not None:
+        nested = state.state2.blocksize
+        tensors |= {
+            "nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code,
+            "nested_offset": state.offset,
+        }  # fmt: skip
+    N, K = state.shape
+    made = _FOUR_BIT[state.quant_type](tensors, (N, K), state.dtype, state.blocksize, nested)
+    if layer.compute_dtype is not None and layer.compute_type_is_set:
+        made = made.to(layer.compute_dtype)  # type: ignore[assignment]
+    return made
+
+
+def _why_not_int8(layer: Any) -> str | None:
+    if layer.state.has_fp16_weights:
+        return "its has_fp16_weights is True: it trains a 16-bit weight, which is quantized in each call"
+    codes, scales = _codes_of(layer)
+    if codes is None or scales is None:
+        return _NOT_YET
+    return None if bool(scales.isfinite().all()) else "a scale of its weight is NaN or infinite"
+
+
+def _int8(layer: Any) -> Int8:
+    codes, scales = _codes_of(layer)
+    assert codes is not None
+    assert scales is not None
+    dtype = torch.get_default_dtype() if layer.bias is None else layer.bias.dtype
+    made = Int8({"weight": _plain(codes), "SCB": scales}, torch.float32)
+    return made.to(dtype)  # type: ignore[return-value]
+
+
+def _codes_of(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """They go from the parameter to the layer's state in its first call."""
+    found = layer.weight if layer.weight.CB is not None else layer.state
+    return found.CB, found.SCB
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same memory, without a class of its own."""
+    return tensor.detach().as_subclass(Tensor)

@@ -1,0 +1,159 @@
+"""The formats ``int8`` and ``fp8``: a code of 8 bits each element, with scales.
+
+``W[n, k] = code[n, k] · scale``, in float32, rounded to the dtype of W. Scales are one for W, one each
+row, or one each block of rows and columns.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorafast.core.dtypes import FLOATS
+from lorafast.operands.operand import Operand
+
+
+class EightBit(Operand):
+    """W ``[N, K]`` of 8-bit codes. What ``tensors`` has:
+
+    - ``weight``: the codes ``[N, K]``, of ``code_dtype`` or as uint8;
+    - ``scale``: float32, ``[]`` or ``[1]`` of all of W, ``[N]`` or ``[N, 1]`` of rows, or
+      ``[⌈N / rows⌉, ⌈K / columns⌉]`` of blocks, which ``block`` says. int8 that bitsandbytes has made
+      has ``SCB [N]`` in its place, 127 times the scale.
+
+    Raises:
+        ValueError: the tensors don't fit; the message names the one, what it is, what was expected.
+    """
+
+    code_dtype: ClassVar[torch.dtype]
+    keeps_dtypes = True
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        block: tuple[int, int] | None = None,
+    ) -> None:
+        self._name = "SCB" if "SCB" in tensors and self.code_dtype is torch.int8 else "scale"
+        codes, scale = tensors["weight"], tensors[self._name]
+        self._tensors = {"weight": codes, self._name: scale}
+        if dtype not in FLOATS:
+            raise ValueError(f"weight is of {dtype}, expected a float dtype")
+        if codes.dtype not in (self.code_dtype, torch.uint8) or codes.dim() != 2:
+            raise ValueError(
+                f"weight is {codes.dtype} {list(codes.shape)}, expected {self.code_dtype} [N, K]"
+            )
+        self.shape, self.dtype, self.block = codes.shape, dtype, block
+        self._check(scale)
+        name = str(dtype).removeprefix("torch.")
+        self.parameters = name if block is None else f"{name},{block[0]}x{block[1]}"
+
+    def _check(self, scale: Tensor) -> None:
+        (N, K), block = self.shape, self.block
+        if scale.dtype is not torch.float32:
+            raise ValueError(f"{self._name} is {scale.dtype}, expected torch.float32")
+        if block is None:
+            fits = scale.numel() == 1 or scale.shape in ((N,), (N, 1))
+            expected = f"[], [{N}] or [{N}, 1]"
+        else:
+            rows, columns = block
+            if rows < 1 or columns < 1:
+                raise ValueError(f"block is {rows} x {columns}, expected at least 1 x 1")
+            shape = [-(-N // rows), -(-K // columns)]
+            fits, expected = list(scale.shape) == shape, f"{shape}, of blocks of {rows} x {columns}"
+        if not fits:
+            raise ValueError(
+                f"{self._name} has shape {list(scale.shape)}, expected {expected}: "
+                f"the weight is {N} x {K}"
+            )
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "EightBit":
+        """The nearest to a weight ``[N, K]``; a row's greatest magnitude becomes the greatest code."""
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
+            )
+        rows = weight.detach().float()
+        greatest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
+        integers = cls.code_dtype is torch.int8
+        last = 127.0 if integers else torch.finfo(cls.code_dtype).max
+        scale = (greatest / last).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = rows / scale[:, None]
+        codes = codes.round().clamp(-last, last) if integers else codes.clamp(-last, last)
+        codes = codes.to(cls.code_dtype)
+        if not integers:  # bytes, which nothing takes for numbers to be cast
+            codes = codes.view(torch.uint8)
+        return cls({"weight": codes, "scale": scale}, weight.dtype)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """``weight``, and ``scale`` or ``SCB``."""
+        return self._tensors
+
+    @classmethod
+    def build(cls, tensors: Mapping[str, Tensor], parameters: str) -> "EightBit":
+        """From ``tensors()`` and ``parameters``, which is "dtype", and ",rows x columns" of a block."""
+        try:
+            name, *blocks = parameters.split(",")
+            (block,) = blocks or ("",)
+            dtype = getattr(torch, name)
+            sizes = tuple(map(int, block.split("x"))) if block else None
+            if sizes is not None and len(sizes) != 2:
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"weight is said to be {parameters!r}, expected a dtype, as 'bfloat16', and a block, as "
+                "'bfloat16,128x128'"
+            ) from None
+        return cls(tensors, dtype, sizes and (sizes[0], sizes[1]))
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows of W, dense."""
+        codes = self._tensors["weight"][begin:end]
+        if codes.dtype is not self.code_dtype:
+            codes = codes.view(self.code_dtype)
+        scaled = codes.float() * self._scales(begin, end)
+        return scaled.to(self.stored_dtype).to(self.dtype)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What W is rounded to, whatever ``to`` has made ``dtype``."""
+        found = getattr(torch, self.parameters.split(",")[0])
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def scale(self) -> Tensor:
+        """``scale`` or ``SCB``, float32."""
+        return self._tensors[self._name]
+
+    @property
+    def unit(self) -> float:
+        """What it is multiplied by."""
+        return 1.0 / 127.0 if self._name == "SCB" else 1.0
+
+    def _scales(self, begin: int, end: int) -> Tensor:
+        """Those of rows, as they multiply them."""
+        scale = self.scale * self.unit
+        if self.block is not None:
+            rows, columns = self.block
+            of_rows = torch.arange(begin, end, device=scale.device) // rows
+            return scale[of_rows].repeat_interleave(columns, 1)[:, : self.shape[1]]
+        if scale.numel() == 1 != self.shape[0] or scale.dim() == 0:
+            return scale.reshape(1, 1)
+        return scale.reshape(-1, 1)[begin:end]
+
+
+class Int8(EightBit):
+    """8-bit integers."""
+
+    format = "int8"
+    code_dtype = torch.int8
+
+
+class FP8(EightBit):
+    """8-bit floats, e4m3 without infinities."""
+
+    format = "fp8"
+    code_dtype = torch.float8_e4m3fn

@@ -1,0 +1,210 @@
+"""The formats ``nf4`` and ``fp4``: codes of 4 bits with a scale a block, as bitsandbytes stores them.
+
+QLoRA (arXiv 2305.14314). Elements of W ``[N, K]`` are counted row by row, and so are blocks: one may
+straddle rows, and the last may be short. Element i is ``numbers[code i] · scale[i // block]`` in
+float32, rounded to the dtype of W. Two codes share a byte, the first of them its upper half. Scales are
+float32, or nested: ``scale[b] = nested_quant_map[absmax[b]] · nested_absmax[b // nested_block] +
+nested_offset``.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorafast.core import codebooks
+from lorafast.core.codebooks import codebook
+from lorafast.core.dtypes import FLOATS
+from lorafast.operands.operand import Operand
+
+NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
+_NUMBERS = 256
+"""Of the nested type."""
+
+
+class FourBit(Operand):
+    """W ``[N, K]`` of 4-bit codes. What ``tensors`` has:
+
+    - ``weight``: the codes, ``⌈N·K / 2⌉`` bytes of any shape, of any dtype;
+    - ``absmax``: a scale each block, float32; or, nested, its code, uint8;
+    - nested alone: ``nested_absmax``, float32, a scale each ``nested_block`` scales;
+      ``nested_quant_map``, the 256 float32 numbers of the codes; ``nested_offset``, one float32.
+
+    Raises:
+        ValueError: the tensors don't fit; the message names the one, what it is, what was expected.
+    """
+
+    numbers: ClassVar[tuple[float, ...]]
+    keeps_dtypes = True
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        block: int,
+        nested_block: int | None = None,
+    ) -> None:
+        if dtype not in FLOATS:
+            raise ValueError(f"weight is of {dtype}, expected a float dtype")
+        names = ("weight", "absmax", *(NESTED if nested_block is not None else ()))
+        self._tensors = {name: tensors[name] for name in names}
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.block, self.nested_block = block, nested_block
+        self._check()
+        ending = "" if nested_block is None else f",{nested_block}"
+        name = str(dtype).removeprefix("torch.")
+        self.parameters = f"{shape[0]}x{shape[1]},{name},{block}{ending}"
+
+    def _check(self) -> None:
+        for name, block in (("block", self.block), ("nested_block", self.nested_block)):
+            if block is not None and block < 1:
+                raise ValueError(f"{name} is {block}, expected at least 1")
+        n, codes = self.shape.numel(), self._tensors["weight"]
+        found = codes.numel() * codes.element_size()  # nbytes may not be symbolic
+        if min(self.shape) < 0 or found != (n + 1) // 2:
+            raise ValueError(
+                f"weight has {found} bytes of codes, expected {(n + 1) // 2} for "
+                f"{self.shape[0]} x {self.shape[1]}"
+            )
+        if not codes.is_contiguous():
+            raise ValueError(f"weight has strides {codes.stride()}, expected contiguous codes")
+        blocks = -(-n // self.block)
+        nested = self.nested_block is not None
+        self._expect("absmax", torch.uint8 if nested else torch.float32, blocks)
+        if self.nested_block is not None:
+            self._expect("nested_absmax", torch.float32, -(-blocks // self.nested_block))
+            self._expect("nested_quant_map", torch.float32, _NUMBERS)
+            self._expect("nested_offset", torch.float32, 1)
+
+    def _expect(self, name: str, dtype: torch.dtype, count: int) -> None:
+        tensor = self._tensors[name]
+        if tensor.dtype is not dtype or tensor.numel() != count:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of {tensor.numel()} elements, expected {dtype} of {count}: "
+                f"the weight is {self.shape[0]} x {self.shape[1]} in blocks of {self.block}"
+            )
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, block: int = 64, *, nested: bool = True, nested_block: int = 256
+    ) -> "FourBit":
+        """The nearest to a weight ``[N, K]``.
+
+        A block is divided by its greatest magnitude. ``nested``: their mean is taken off these, and they
+        are 8-bit codes in turn, by blocks of ``nested_block``.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
+            )
+        flat = weight.detach().reshape(-1)
+        numbers = codebook(cls.numbers, flat)
+        order = numbers.argsort()
+        found, absmax = _nearest(flat, numbers[order], block)
+        codes = order[found].to(torch.uint8)
+        if codes.numel() % 2:  # what is left over stands for 0
+            codes = torch.cat(
+                (codes, order[torch.searchsorted(numbers[order], 0.0)].to(torch.uint8)[None])
+            )
+        N, K = weight.shape
+        packed = codes[::2] << 4 | codes[1::2]
+        made = {"weight": packed.view(N, K // 2) if K % 2 == 0 else packed, "absmax": absmax}
+        if nested:
+            offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+            map_ = codebook(codebooks.dynamic(), flat)
+            of_scales, made["nested_absmax"] = _nearest(absmax - offset, map_, nested_block)
+            made |= {
+                "absmax": of_scales.to(torch.uint8), "nested_quant_map": map_.clone(),
+                "nested_offset": offset,
+            }  # fmt: skip
+        return cls(made, (N, K), weight.dtype, block, nested_block if nested else None)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """``weight``, ``absmax`` and, if they are nested, what these are made of."""
+        return self._tensors
+
+    @classmethod
+    def build(cls, tensors: Mapping[str, Tensor], parameters: str) -> "FourBit":
+        """From ``tensors()`` and ``parameters``, which is "NxK,dtype,block" and the nested block."""
+        try:
+            sizes, name, *blocks = parameters.split(",")
+            N, K = map(int, sizes.split("x"))
+            block, *nested = map(int, blocks)
+            dtype = getattr(torch, name)
+            if len(nested) > 1:
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"weight is said to be {parameters!r}, expected sizes, dtype and block, as "
+                "'4096x4096,bfloat16,64'"
+            ) from None
+        return cls(tensors, (N, K), dtype, block, nested[0] if nested else None)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows of W, dense."""
+        K = self.shape[1]
+        first, last = begin * K, end * K
+        codes = self._tensors["weight"].view(torch.uint8).reshape(-1)
+        codes = codes[first // 2 : (last + 1) // 2]
+        both = torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)
+        numbers = codebook(self.numbers, codes)[both[first % 2 :][: last - first].int()]
+        before = first % self.block
+        scales = self._scales(first // self.block, -(-last // self.block))
+        if before == 0 and (last - first) % self.block == 0:
+            numbers = (numbers.view(-1, self.block) * scales[:, None]).view(-1)
+        else:
+            numbers = numbers * scales.repeat_interleave(self.block)[before:][: last - first]
+        return numbers.to(self.stored_dtype).to(self.dtype).view(end - begin, K)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What W is rounded to, whatever ``to`` has made ``dtype``."""
+        found = getattr(torch, self.parameters.split(",")[1])
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def _scales(self, begin: int, end: int) -> Tensor:
+        """Those of blocks ``begin`` to ``end``, float32."""
+        absmax = self._tensors["absmax"].reshape(-1)[begin:end]
+        if self.nested_block is None:
+            return absmax
+        of_blocks, numbers, offset = (self._tensors[name].reshape(-1) for name in NESTED)
+        which = torch.arange(begin, end, device=absmax.device) // self.nested_block
+        return numbers[absmax.int()] * of_blocks[which] + offset
+
+
+_LEAST = 1e-38
+"""What a block of zeros is divided by."""
+
+
+def _nearest(values: Tensor, numbers: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The index, of ascending numbers, of the one that each value of a block is nearest to when that is
+    divided by its greatest magnitude; and that magnitude of each, float32."""
+    flat = values.float()
+    whole = flat.numel() // block * block
+    blocks = flat[:whole].view(-1, block)
+    absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)
+    divided = (blocks * (1.0 / absmax.clamp(min=_LEAST))[:, None]).clamp(-1, 1).view(-1)
+    rest = flat[whole:]
+    if rest.numel():  # a short block is divided, the others are multiplied
+        greatest = rest.abs().amax().clamp(min=_LEAST)
+        absmax = torch.cat((absmax, greatest[None]))
+        divided = torch.cat((divided, (rest / greatest).clamp(-1, 1)))
+    middles = (numbers[:-1] + numbers[1:]) / 2
+    return torch.bucketize(divided, middles), absmax
+
+
+class NF4(FourBit):
+    """4-bit NormalFloat."""
+
+    format = "nf4"
+    numbers = codebooks.NF4
+
+
+class FP4(FourBit):
+    """4-bit floats, as bitsandbytes has them."""
+
+    format = "fp4"
+    numbers = codebooks.FP4

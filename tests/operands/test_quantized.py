@@ -1,0 +1,234 @@
+"""The formats of quantized weights: their definition, what doesn't fit, and their native kernels."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafast import operands, reference
+from lorafast.backends.cpu import native
+from lorafast.core import codebooks
+from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FOUR_BIT = [NF4, FP4]
+
+
+def four_bit(kind, N, K, block=64, nested=False, dtype=torch.float32):
+    """Of random codes and scales."""
+    blocks = -(-N * K // block)
+    tensors = {"weight": torch.randint(0, 256, ((N * K + 1) // 2, 1), dtype=torch.uint8)}
+    if nested:
+        tensors |= {
+            "absmax": torch.randint(0, 256, (blocks,), dtype=torch.uint8),
+            "nested_absmax": torch.rand(-(-blocks // 256)),
+            "nested_quant_map": torch.tensor(codebooks.dynamic()),
+            "nested_offset": torch.tensor(1.3),
+        }
+    else:
+        tensors["absmax"] = torch.rand(blocks)
+    return kind(tensors, (N, K), dtype, block, 256 if nested else None)
+
+
+def eight_bit(N, K, dtype=torch.float32):
+    """One of each kind of scales."""
+    codes = torch.randint(0, 256, (N, K), dtype=torch.uint8)
+    integers, floats = codes.view(torch.int8), codes.view(torch.float8_e4m3fn)
+    by_block = torch.rand(-(-N // 128), -(-K // 128))
+    return [
+        Int8({"weight": integers, "SCB": torch.rand(N)}, dtype),
+        Int8({"weight": integers, "scale": torch.rand(N, 1)}, dtype),
+        FP8({"weight": floats, "scale": torch.rand(N)}, dtype),
+        FP8({"weight": codes, "scale": torch.rand(())}, dtype),
+        FP8({"weight": codes, "scale": by_block}, dtype, (128, 128)),
+    ]
+
+
+def mxfp4(N, K, dtype=torch.float32):
+    codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+    return MXFP4(codes, torch.randint(100, 140, (N, K // 32), dtype=torch.uint8), dtype)
+
+
+def same(found, expected):
+    """NaN where it is expected, else the same bits."""
+    assert found.dtype is expected.dtype
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [7, 32, 64, 4096])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (33, 101), (37, 100), (8, 96), (0, 4), (3, 0)])
+def test_four_bits_are_as_defined(kind, nested, dtype, block, shape):
+    """Odd sizes, rows that blocks straddle, a short last block."""
+    weight = four_bit(kind, *shape, block, nested, dtype)
+    t, numbers = weight.tensors(), torch.tensor(kind.numbers)
+    scales = t["absmax"]
+    if nested:
+        scales = reference.scales_of(
+            t["absmax"], t["nested_absmax"], t["nested_quant_map"], t["nested_offset"], 256
+        )
+    W = reference.dequantize_four_bit(t["weight"], scales, numbers, block, torch.Size(shape), dtype)
+    same(weight.dense(), W)
+    N = shape[0]
+    same(weight.rows(N // 3, N - N // 4), W[N // 3 : N - N // 4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eight_bits_are_as_defined(dtype):
+    N, K = 130, 261
+    scaled, by_row, floats, bytes_, by_block = eight_bit(N, K, dtype)
+    for weight in (scaled, by_row):
+        scale = weight.scale.reshape(-1, 1) * (1 / 127 if weight is scaled else 1)
+        same(
+            weight.dense(), reference.dequantize_eight_bit(weight.tensors()["weight"], scale, dtype)
+        )
+    codes = floats.tensors()["weight"]
+    same(floats.dense(), reference.dequantize_eight_bit(codes, floats.scale[:, None], dtype))
+    same(bytes_.dense(), reference.dequantize_eight_bit(codes, bytes_.scale, dtype))
+    wide = by_block.scale.repeat_interleave(128, 0)[:N].repeat_interleave(128, 1)[:, :K]
+    same(by_block.dense(), reference.dequantize_eight_bit(codes, wide, dtype))
+
+
+def test_mxfp4_is_as_defined():
+    """Every exponent, also the least, which isn't normal, and 255, which is NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(16).view(256, 16)
+    exponents = torch.arange(256, dtype=torch.uint8)[:, None]
+    found = MXFP4(codes, exponents, torch.float32).dense()
+    for row in range(255):
+        numbers = [codebooks.E2M1[half] for c in codes[row].tolist() for half in (c & 15, c >> 4)]
+        expected = torch.tensor(numbers, dtype=torch.float64) * 2.0 ** (row - 127)
+        assert torch.equal(found[row], expected.float()), row
+    assert found[255].isnan().all()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_the_nearest_code_is_found(kind, nested):
+    """No other code is nearer; zeros, a block of them too, stay zeros."""
+    W = torch.randn(37, 100)
+    W[3:6] = 0
+    weight = kind.of(W, 64, nested=False)
+    numbers = torch.tensor(kind.numbers)
+    scales = weight.tensors()["absmax"].repeat_interleave(64)[: W.numel()].view_as(W)
+    every = numbers[:, None, None] * scales
+    error = (weight.dense() - W).abs()
+    assert (error <= (every - W).abs().amin(0) * (1 + 1e-6) + 1e-12).all()
+    assert not weight.dense()[3:6].any()
+    if nested:
+        twice = kind.of(W, 64)
+        assert twice.nested_block == 256
+        torch.testing.assert_close(twice.dense(), weight.dense(), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", [Int8, FP8])
+def test_a_row_of_zeros_is_kept(kind):
+    W = torch.randn(5, 7)
+    W[2] = 0
+    found = kind.of(W).dense()
+    assert not found[2].any()
+    torch.testing.assert_close(found, W, rtol=0.07, atol=0.02)
+
+
+NF4_OF = {"weight": torch.zeros(8, dtype=torch.uint8), "absmax": torch.ones(1)}
+REFUSED = [
+    (NF4, NF4_OF | {"weight": torch.zeros(9, dtype=torch.uint8)}, "4x4,float32,64",
+     "weight has 9 bytes of codes, expected 8 for 4 x 4"),
+    (NF4, NF4_OF | {"absmax": torch.ones(2)}, "4x4,float32,64",
+     "absmax is torch.float32 of 2 elements, expected torch.float32 of 1"),
+    (NF4, NF4_OF | {"absmax": torch.ones(1).bfloat16()}, "4x4,float32,64",
+     "absmax is torch.bfloat16 of 1 elements, expected torch.float32 of 1"),
+    (NF4, NF4_OF, "4x4,float32,0", "block is 0, expected at least 1"),
+    (NF4, NF4_OF, "4x4,int8,64", "weight is of torch.int8, expected a float dtype"),
+    (NF4, NF4_OF, "4by4", "weight is said to be '4by4', expected sizes, dtype and block"),
+    (Int8, {"weight": torch.zeros(4, 4), "scale": torch.ones(4)}, "float32",
+     "weight is torch.float32 [4, 4], expected torch.int8 [N, K]"),
+    (Int8, {"weight": torch.zeros(4, 4, dtype=torch.int8), "scale": torch.ones(3)}, "float32",
+     "scale has shape [3], expected [], [4] or [4, 1]: the weight is 4 x 4"),
+    (FP8, {"weight": torch.zeros(4, 4, dtype=torch.uint8), "scale": torch.ones(4)}, "float32,2x2",
+     "scale has shape [4], expected [2, 2], of blocks of 2 x 2: the weight is 4 x 4"),
+    (FP8, {"weight": torch.zeros(4, 4, dtype=torch.uint8), "scale": torch.ones(4)}, "float32,2",
+     "weight is said to be 'float32,2', expected a dtype"),
+    (MXFP4, {"blocks": torch.zeros(4, 8, dtype=torch.uint8),
+             "scales": torch.zeros(4, 1, dtype=torch.uint8)}, "float32",
+     "blocks are torch.uint8 [4, 8], expected torch.uint8 [4, 16]: the scales are [4, 1]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "tensors", "parameters", "sentence"), REFUSED)
+def test_what_does_not_fit_is_refused(kind, tensors, parameters, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        kind.build(tensors, parameters)
+
+
+@pytest.mark.parametrize(
+    "missing", ["absmax", "nested_absmax", "nested_quant_map", "nested_offset"]
+)
+def test_half_a_state_is_refused(missing):
+    weight = four_bit(NF4, 4, 4, nested=True)
+    tensors = dict(weight.tensors())
+    description = operands.describe(weight).replace(f",{missing}", "")
+    del tensors[missing]
+    with pytest.raises(ValueError, match=f"and nf4 needs '{missing}'"):
+        operands.build(list(tensors.values()), description)
+
+
+@pytest.mark.skipif(native.why_not_loaded() is not None, reason=str(native.why_not_loaded()))
+class TestNative:
+    """Any part of W, to the bit as ``rows`` gives it; tests/native has the other instruction sets."""
+
+    @given(data=st.data())
+    def test_a_part(self, data):
+        from lorafast.backends.cpu import dequantize
+
+        dtype = data.draw(st.sampled_from(DTYPES))
+        cast = data.draw(st.sampled_from(DTYPES))
+        N, K = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300))
+        kind = data.draw(st.sampled_from(["nf4", "fp4", "eight", "mxfp4"]))
+        if kind == "eight":
+            weight = data.draw(st.sampled_from(range(5)).map(eight_bit(N, K, dtype).__getitem__))
+        elif kind == "mxfp4":
+            K = -(-K // 32) * 32
+            weight = mxfp4(N, K, dtype)
+        else:
+            block = data.draw(st.sampled_from([1, 7, 32, 64, 256]))
+            of = NF4 if kind == "nf4" else FP4
+            weight = four_bit(of, N, K, block, data.draw(st.booleans()), dtype)
+        weight = weight.to(cast)
+        top, left = data.draw(st.integers(0, N - 1)), data.draw(st.integers(0, K - 1))
+        bottom, right = data.draw(st.integers(top, N)), data.draw(st.integers(left, K))
+        out = torch.full((N * K + 1,), float("nan"), dtype=cast)
+        found = dequantize.part(weight, (top, bottom), (left, right), out)
+        same(found, weight.rows(top, bottom)[:, left:right])
+        assert out[(bottom - top) * (right - left) :].isnan().all()
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("kind", [NF4, FP8, Int8])
+    def test_a_product_in_parts_is_that_of_the_whole(self, monkeypatch, kind, transposed):
+        """Parts of 32 rows or columns, the last one of fewer; rounded once."""
+        from lorafast.backends.cpu import dequantize
+
+        monkeypatch.setattr(dequantize, "_PART", 1)
+        W = torch.randn(70, 101).double()
+        weight, x = kind.of(W.float()), torch.randn(3, 70 if transposed else 101)
+        bias = None if transposed else torch.randn(70)
+        dense = weight.dense().double()
+        if transposed:
+            found, expected = dequantize.linear_transposed(x, weight), x.double() @ dense
+        else:
+            found = dequantize.linear(x, weight, bias)
+            expected = x.double() @ dense.t() + bias.double()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+    def test_memory_serves_within_and_without_inference_mode(self):
+        from lorafast.backends.cpu import dequantize
+
+        dequantize._workspaces.of.clear()
+        weight, x = NF4.of(torch.randn(4, 8)), torch.randn(2, 8)
+        with torch.inference_mode():
+            first = dequantize.linear(x, weight, None)
+        assert torch.equal(dequantize.linear(x, weight, None), first)
