@@ -148,8 +148,8 @@ def test_turing_has_no_bfloat16_but_to_decode(on):
 
 
 def test_turing_takes_skinny_kernels_beside_pytorchs_gemm(on, monkeypatch):
-    """In float16, by the model: a layer's low-rank work takes less than half of what PyTorch's does. A
-    fused GEMM would save no more than a pass over y, and no layer is one launch."""
+    """In float16, by the model: a layer's low-rank work takes less than two thirds of PyTorch's. A fused
+    GEMM would save no more than a pass over y, and no layer is one launch."""
     monkeypatch.setattr(planning, "FAMILIES", REAL)
     on(T4)
     for r, adapter in itertools.product((16, 64), (torch.float16, torch.float32)):
@@ -157,11 +157,13 @@ def test_turing_takes_skinny_kernels_beside_pytorchs_gemm(on, monkeypatch):
         for operation in (*LAYER_OPERATIONS, *OPERATIONS):
             p = problem(operation, **given)
             chosen = registry.choose(p)
-            assert chosen.backend == "cuda", operation
+            # By itself ``expand`` is bound by shared memory there, at rank 64 longer than PyTorch takes.
+            expected = "aten" if (operation, r) == ("expand", 64) else "cuda"
+            assert chosen.backend == expected, operation
             if operation in LAYER_OPERATIONS:
                 frozen = cost.base_gemm(p, T4, accumulated=False).seconds
                 ours, others = chosen.seconds - frozen, registry.plan_of("aten", p).seconds - frozen
-                assert ours < others / 2
+                assert ours < others * 2 / 3
         hybrid = BACKEND.plan(problem("linear_expand", **given)).launches
         assert hybrid[0] == "PyTorch's GEMM"
         assert "added onto that" in hybrid[1]

@@ -243,7 +243,7 @@ def row_of(subject, arch):
     return subject.operation, subject.asked, arch, *subject.sizes
 
 
-CLOCKS = {80: 1.41e9, 86: 1.70e9, 90: 1.83e9}
+CLOCKS = {75: 1.59e9, 80: 1.41e9, 86: 1.70e9, 90: 1.83e9}
 """Of the cards whose rates the counts have."""
 
 
@@ -259,7 +259,7 @@ def served(arch):
     ``wgmma`` all others, and a layer may be one by one."""
     subjects = [
         (s, s.operation != "mask" and isinstance(cuda_counts.planned(s, card(arch)), str))
-        for s in cuda_counts.subjects()
+        for s in cuda_counts.subjects(arch)
     ]
     refused = {(s.family, s.operation) for s, is_refused in subjects if is_refused}
     small, in_one = ("small", "lora_linear"), ("wgmma", "lora_linear")
@@ -270,18 +270,15 @@ def served(arch):
 
 def test_the_newest_record_has_every_kernel():
     """What misses it: ``lorafast bench --executed --json bench/results/executed-<day>.json``."""
-    found = newest_record().keys()
     wanted = {row_of(s, arch) for arch in CLOCKS for s in served(arch)}
-    if any(key[2] == 75 for key in found):  # the first one that has sm_75 has all of it
-        wanted |= {row_of(s, 75) for s in cuda_counts.subjects(75)}
-    assert not wanted - found
+    assert not wanted - newest_record().keys()
 
 
 @pytest.mark.parametrize("arch", CLOCKS)
 def test_no_kernel_is_promised_to_take_less_than_was_counted(arch):
     record, checked = newest_record(), 0
     for subject in served(arch):
-        if subject.operation == "mask":
+        if subject.operation == "mask" or subject.onto:  # parts of a plan
             continue
         counted = record[row_of(subject, arch)]["launch_cycles"]
         p = subject.problem()
