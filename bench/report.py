@@ -488,7 +488,10 @@ def _gemms(rows: Sequence[executed.Row]) -> str:
         "*tensor-bound*: the share of a tile's clocks in which tensor cores multiply, by that "
         "timeline, a model of the CTA's warps (`tests/cuda/timeline.py`): instructions are "
         "counted, latencies assumed, nothing is timed. *idle most*: what tensor cores wait for "
-        "most, in clocks of a tile.",
+        "most, in clocks of a tile. A fused backward has the tile of dx. A masked dx that takes "
+        "other tiles than a plain one has nothing to be added to. Triton's tiles are in the table "
+        "before: they are the same for every layer of this K, so those of r = 64 and of 14336 "
+        "outputs aren't counted again.",
         markdown(["", "kernel", "layer", *executed.GEMM_HEADER[2:]], lines),
     ])  # fmt: skip
 

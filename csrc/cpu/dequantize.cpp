@@ -76,7 +76,9 @@ void dequantize_four_bit(
     int64_t column, int64_t stored, Tensor out) {
   const OneDevice device(kDevice, "codes", codes);
   check_output("out", out, out.size(0), out.size(1), device);
-  STD_TORCH_CHECK(N >= 0 && K >= 0 && block >= 1, "W is ", N, " x ", K, " in blocks of ", block);
+  STD_TORCH_CHECK(
+      N >= 0 && K >= 0 && (K == 0 || N <= INT64_MAX / K) && block >= 1 && block <= INT32_MAX, "W is ", N, " x ", K,
+      " in blocks of ", block, ", expected blocks of 1 to ", INT32_MAX);
   const Part part(out, row, column, N, K);
   const int64_t count = N * K, blocks = blocks_of(count, block);
   const uint8_t* const from = bytes_of("codes", codes, (count + 1) / 2, device);

@@ -1,10 +1,15 @@
 // The persistent GEMM of sm_90a, whose warps have work of their own: y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias, and,
 // where helpers make s beside it, s = x·Aᵀ.
 //
-// A CTA has three warpgroups. The first one's warp 0 loads x and W by TMA, of the tiles of y that its cluster takes
-// from a queue; the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All hand
-// over stages of a ring in shared memory: its steps are the K blocks of a tile and, in the same form, its rank
+// A CTA has three warpgroups. The first one's warp 0 loads x and W by TMA, of the tiles of y that its cluster takes from
+// a queue; the other three write the factors of the low-rank term. Two more multiply, 64 rows of the tile each. All
+// hand over stages of a ring in shared memory: its steps are the K blocks of a tile and, in the same form, its rank
 // blocks. They are the last steps, so that nothing waits for s.
+//
+// s and B go through shared memory, written by those three warps: adapters have any dtype and layout, which TMA can't
+// round or turn, and those who multiply have no registers to load s into. By counts the ring has no gap where ranks
+// follow (0.4 % of a tile at r = 16, K = 4096). The two that multiply aren't skewed: the ring of four stages holds no
+// lead that hides the whole epilogue of the other one, which is 1.4 % of such a tile.
 //
 // A mask falls on the low-rank term alone. Which elements are kept is made by those who write factors, while the tile
 // is multiplied, and is a step before its ranks. Those who multiply get products of ranks for 64 columns at a time, in
@@ -26,7 +31,7 @@ namespace lorafast::cuda {
 
 struct NoHelpers {
   static constexpr bool kAny = false;
-  static constexpr int kWriterRegisters = 56;  // multiples of 16
+  static constexpr int kWriterRegisters = 56;  // 8 more than a multiple of 16, so that both shares are of 8
   struct State {};
 
   template <class Cta>
@@ -65,8 +70,8 @@ struct Sm90Cta : Sm90Ring<kN> {
   using Base::Base, Base::bias, Base::empty, Base::full, Base::give_back, Base::granted, Base::grant, Base::lane;
   using Base::masked, Base::p, Base::rank, Base::read_mail, Base::release, Base::row_block, Base::shared;
   using Base::stage, Base::warp;
-  static constexpr int kTiles = kN / 8;  // of eight columns, of which a thread has four sums
-  static constexpr int kPieces = kN / 64;
+  static constexpr int kTiles = kN / 8;        // of eight columns, of which a thread has four sums
+  static constexpr int kSixtyFours = kN / 64;  // columns
   static constexpr bool kMasks = !Helpers::kAny;
   static constexpr int kMaskBytes = Tile::kM * kN / 8;
   static constexpr int kBegun = 10, kAll = kSm90Writers + 256;  // a barrier of threads: a tile's products begin
@@ -196,8 +201,10 @@ struct Sm90Cta : Sm90Ring<kN> {
     if constexpr (!Helpers::kAny) finish();
   }
 
-  // Making a mask takes issue slots. Those who store the last tile want them, unless the tile itself is short.
-  __device__ __forceinline__ bool makes_mask_later() const { return p.k_steps >= 16; }
+  // Making a mask takes issue slots, which those who store the last tile want. A short tile can't wait for that: a mask
+  // takes as long as nine K blocks.
+  static constexpr int kPatient = 16;
+  __device__ __forceinline__ bool makes_mask_later() const { return p.k_steps >= kPatient; }
 
   // Which elements of the tile are kept, in a stage of their own, which is granted when they are long there. Eight
   // rows of a half of 128 columns after each other: 16 bytes of a row are four words, one of each lane that has it.
@@ -329,10 +336,10 @@ struct Sm90Cta : Sm90Ring<kN> {
   // The same under a mask: products of 64 columns, of which those that are kept are added; meanwhile the next are made.
   __device__ __forceinline__ void add_masked_ranks(
       float (&d)[kTiles][4], Ring& ring, uint32_t& held, int half) const {
-    uint32_t keep[kPieces];
+    uint32_t keep[kSixtyFours];
     ptx::wait_at(full(ring), ring.parity);
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < kSixtyFours; ++i) {
       keep[i] = ptx::load_word_at(stage(ring) + 1024 * i + 4 * (128 * half + threadIdx.x % 128));
     }
     const float scale = __uint_as_float(ptx::load_word_at(stage(ring) + kMaskBytes));
@@ -354,13 +361,13 @@ struct Sm90Cta : Sm90Ring<kN> {
   // Of a step of ranks, which is released. kOne: `count` is 1.
   template <bool kOne>
   __device__ __forceinline__ void add_masked(
-      float (&d)[kTiles][4], const Ring& ring, int half, int count, const uint32_t (&keep)[kPieces],
+      float (&d)[kTiles][4], const Ring& ring, int half, int count, const uint32_t (&keep)[kSixtyFours],
       float scale) const {
     float e[2][8][4];
     multiply_piece<kOne>(e[0], ring, half, 0, count);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      if (piece + 1 < kPieces) {
+    for (int piece = 0; piece < kSixtyFours; ++piece) {
+      if (piece + 1 < kSixtyFours) {
         multiply_piece<kOne>(e[(piece + 1) % 2], ring, half, piece + 1, count);
         ptx::wait_for_products<1>();
       } else {
@@ -389,7 +396,7 @@ struct Sm90Cta : Sm90Ring<kN> {
     const uint32_t columns = stage(ring) + Tile::kX + piece * Tile::kHalf;
     const uint64_t a = ptx::describe_rows(stage(ring) + half * Tile::kHalf);
     const uint64_t b = kRanksAcross ? ptx::describe_columns<64>(columns) : ptx::describe_rows(columns);
-    ptx::begin_products();
+    ptx::begin_products();  // the sums were read by other instructions
     if constexpr (kOne) {
       ptx::multiply_add<Factor, kRanksAcross>(e, a, b, 0);
     } else {
@@ -411,7 +418,7 @@ struct Sm90Cta : Sm90Ring<kN> {
     const int row = (warp % 4) * 16 + (lane & 15), high = lane >> 4;  // whose address this lane gives
     const float* const added = bias(mail) + 2 * (lane % 4);
 #pragma unroll
-    for (int piece = 0; piece < kN / 64; ++piece) {
+    for (int piece = 0; piece < kSixtyFours; ++piece) {
       const uint32_t to = pieces + piece % 2 * Tile::kHalf;
       if (first) ptx::wait_until_read<1>();
       ptx::meet(1 + half, 128);
@@ -466,6 +473,7 @@ struct Sm90Cta : Sm90Ring<kN> {
   }
 
   __device__ __forceinline__ void run() const {
+    static_assert(Helpers::kWriterRegisters % 16 == 8, "setmaxnreg takes multiples of 8");
     this->init();
     if (warp < 4) {
       ptx::give_registers<Helpers::kWriterRegisters>();

@@ -52,7 +52,9 @@ inline void enter_sm90(const char* name, const OnDevice& on) {
 }
 
 // Whether rows of W [N, K] lie across k.
-inline bool lies_across(const MatrixView& weight) { return weight.column != 1 && weight.columns > 1; }
+inline bool lies_across(const MatrixView& weight) {
+  return weight.column != 1 && (weight.columns > 1 || weight.row == 1);  // of one column any stride may be said
+}
 
 // Of arguments that are checked, of which none is empty: x [M, K], weight [N, K], whose rows lie `across`, s [M, r],
 // lora_B [N, r]. Raises if TMA can't have them.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from lorafast.core.context import transforms_active
+
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -31,7 +33,7 @@ _on_device: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 def codebook(values: tuple[float, ...], codes: Tensor) -> Tensor:
     """The numbers as a float32 tensor where ``codes`` are; each call may give the same one."""
-    if is_fake(codes):
+    if torch.compiler.is_compiling() or transforms_active() or is_fake(codes):  # none to be kept
         return torch.tensor(values, dtype=torch.float32, device=codes.device)
     key = values, codes.device
     found = _on_device.get(key)
@@ -46,12 +48,12 @@ def codebook(values: tuple[float, ...], codes: Tensor) -> Tensor:
 def dynamic() -> tuple[float, ...]:
     """The signed 8-bit dynamic type (8-bit Approximations for Parallelism, arXiv 1511.04561), ascending.
 
-    0, 1, and ± the middles of the 2^i equal parts of [0.1, 1], times 10^(i - 6), for i from 0 to 6.
-    bitsandbytes quantizes with it what is left of the scales of blocks.
+    Its 256 numbers are 0, 1 and, for i from 0 to 6, the middles of 2^i equal parts of [0.1, 1] times
+    10^(i - 6), with both signs. bitsandbytes has nested scales in it.
     """
     found = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = (10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         found += middles + [-middle for middle in middles]
     return tuple(sorted(found))

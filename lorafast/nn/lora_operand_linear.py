@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast import operands
+from lorafast.core.context import autocast_enabled
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
@@ -25,7 +26,7 @@ def lora_linear_of(
     dropout_p: float,
 ) -> Tensor:
     """``lora_linear`` over the operand that is stored so: of torch.fx's nodes none is an operand."""
-    weight = operands.build(stored, description)
+    weight, bias = _fitted(x, stored, description, bias)
     return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p)
 
 
@@ -41,7 +42,7 @@ def dora_linear_of(
     dropout_p: float,
 ) -> Tensor:
     """``dora_linear`` over the operand that is stored so."""
-    weight = operands.build(stored, description)
+    weight, bias = _fitted(x, stored, description, bias)
     return dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p=dropout_p)
 
 
@@ -137,24 +138,20 @@ class LoRAOperandLinear(LoRALinear):
             super()._apply(fn, recurse)
             return self
         wanted = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
-        places: dict[str, dict[str, Any]] = {
-            n: self._parameters if n in self._parameters else self._buffers
-            for n in self._stored_names
-        }
-        held = {name: place.pop(name) for name, place in places.items()}
+        places: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+        before = [dict(place) for place in places]
+        for place in places:
+            for name in self._stored_names:
+                place.pop(name, None)
         try:
             super()._apply(fn, recurse)
-            for name, tensor in held.items():
-                assert tensor is not None
-                moved = fn(tensor.detach())
-                if moved.dtype is not tensor.dtype:
-                    moved = tensor.detach().to(moved.device)
-                if isinstance(tensor, nn.Parameter):
-                    moved = nn.Parameter(moved, requires_grad=False)
-                held[name] = moved
-        finally:
-            for name, place in places.items():
-                place[name] = held[name]
+        finally:  # each has its place again
+            for place, old in zip(places, before, strict=True):
+                place |= {name: place.pop(name, tensor) for name, tensor in old.items()}
+        for place in places:
+            for name in self._stored_names:
+                if name in place:
+                    place[name] = _moved(place[name], fn)
         self._description = operands.describe(weight.to(wanted))
         return self
 
@@ -192,6 +189,12 @@ class LoRAOperandLinear(LoRALinear):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any
     ) -> None:
+        errors: list[str] = others[-1]
+        reason = self._why_not_loaded(state_dict, prefix)
+        if reason is not None:
+            errors.append(f"{prefix[:-1] or 'the layer'} {reason}")
+            names = {prefix + name for name in self._stored_names}
+            state_dict = {key: value for key, value in state_dict.items() if key not in names}
         super()._load_from_state_dict(state_dict, prefix, *others, **more)
         if prefix + "weight" in state_dict and "weight" not in self._stored_names:
             error_msgs: list[str] = others[-1]
@@ -200,12 +203,55 @@ class LoRAOperandLinear(LoRALinear):
                 f"({', '.join(self._stored_names)}), and the checkpoint has a dense one"
             )
 
+    def _why_not_loaded(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """What a checkpoint stores in another way than this layer: copied it would be wrong."""
+        if isinstance(self.operand(), Operand) and any(
+            key.startswith(f"{prefix}weight.") for key in state_dict
+        ):
+            return (
+                f"stores its weight as {', '.join(self._stored_names)}, and the checkpoint as a layer "
+                "of bitsandbytes does: load it into that layer, then adapt it"
+            )
+        for name, tensor in zip(self._stored_names, self._stored(), strict=True):
+            given = state_dict.get(prefix + name)
+            held = tensor.dtype
+            if isinstance(given, Tensor) and given.is_floating_point() != held.is_floating_point:
+                return f"stores {name} as {held}, and the checkpoint as {given.dtype}"
+        return None
+
     def _format(self) -> str:
         return self._description.partition("|")[0]
 
     def extra_repr(self) -> str:
         """The arguments, and the format."""
         return f"{super().extra_repr()}, format={self._format()}"
+
+
+def _moved(tensor: Tensor, fn: Any) -> Tensor:
+    """What ``fn`` makes of a tensor but for its dtype; of a parameter the same one, where it can be."""
+    moved: Tensor = fn(tensor.detach())
+    if moved.dtype is not tensor.dtype:
+        moved = tensor.detach().to(moved.device)
+    if not isinstance(tensor, nn.Parameter):
+        return moved
+    if not torch._has_compatible_shallow_copy_type(tensor, moved):
+        return nn.Parameter(moved, requires_grad=False)
+    tensor.data = moved
+    return tensor
+
+
+def _fitted(
+    x: Tensor, stored: list[Tensor], description: str, bias: Tensor | None
+) -> tuple[Weight, Tensor | None]:
+    """The weight and the bias; of a format that keeps its tensors' dtypes, in the dtype of x."""
+    weight = operands.build(stored, description)
+    if isinstance(weight, Tensor) or not weight.keeps_dtypes or autocast_enabled(x):
+        return weight, bias
+    if x.dtype in FLOATS and x.dtype is not weight.dtype:
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype is not weight.dtype:
+        bias = bias.to(weight.dtype)
+    return weight, bias
 
 
 def why_not_held(weight: Any, bias: object) -> str | None:
@@ -239,6 +285,6 @@ def _why_unfit(weight: Operand, bias: object, device: torch.device) -> str | Non
     N = weight.shape[0]
     if bias.shape != (N,):
         return f"its bias has shape {list(bias.shape)}, expected [{N}]"
-    if bias.dtype is not weight.dtype:
+    if bias.dtype is not weight.dtype and not weight.keeps_dtypes:
         return f"its bias is {bias.dtype}, expected {weight.dtype}, the dtype of weight"
     return None if bias.device == device else f"its bias is on {bias.device}, expected {device}"

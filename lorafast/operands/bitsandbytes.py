@@ -25,9 +25,17 @@ def weight_of(layer: nn.Module) -> FourBit | Int8 | None:
 
 def why_not(layer: nn.Module) -> str | None:
     """The reason for which the weight of a layer of bitsandbytes can't be read, or None."""
-    if _is(layer, "Linear4bit"):
-        return _why_not_four_bit(layer)
-    return _why_not_int8(layer) if _is(layer, "Linear8bitLt") else None
+    for name, ask in (("Linear4bit", _why_not_four_bit), ("Linear8bitLt", _why_not_int8)):
+        if _is(layer, name):
+            return _why_not_stock(layer, name) or ask(layer)
+    return None
+
+
+def _why_not_stock(layer: nn.Module, name: str) -> str | None:
+    if type(layer).forward is not getattr(sys.modules["bitsandbytes.nn"], name).forward:
+        return f"its forward is not that of bitsandbytes' {name} ({type(layer).__name__})"
+    own = [*layer._buffers, *layer._modules]
+    return f"it has {', '.join(own)}, which a LoRALinear has no place for" if own else None
 
 
 def _is(layer: nn.Module, *names: str) -> bool:
@@ -55,7 +63,7 @@ def _why_not_four_bit(layer: Any) -> str | None:
     expected = (layer.out_features, layer.in_features)
     if tuple(state.shape) != expected:
         return f"its weight was quantized as {list(state.shape)}, expected {list(expected)}"
-    numbers = torch.tensor(_FOUR_BIT[state.quant_type].numbers)
+    numbers = torch.tensor(_FOUR_BIT[state.quant_type].numbers, dtype=torch.float32, device="cpu")
     if not torch.equal(state.code.cpu(), numbers):
         return f"its quant_map is not that of {state.quant_type}"
     scales = [state.absmax] if state.state2 is None else [state.state2.absmax, state.offset]
@@ -79,10 +87,7 @@ def _four_bit(layer: Any) -> FourBit:
             "nested_offset": state.offset,
         }  # fmt: skip
     N, K = state.shape
-    made = _FOUR_BIT[state.quant_type](tensors, (N, K), state.dtype, state.blocksize, nested)
-    if layer.compute_dtype is not None and layer.compute_type_is_set:
-        made = made.to(layer.compute_dtype)  # type: ignore[assignment]
-    return made
+    return _FOUR_BIT[state.quant_type](tensors, (N, K), state.dtype, state.blocksize, nested)
 
 
 def _why_not_int8(layer: Any) -> str | None:
@@ -105,7 +110,7 @@ def _int8(layer: Any) -> Int8:
 
 def _codes_of(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     """They go from the parameter to the layer's state in its first call."""
-    found = layer.weight if layer.weight.CB is not None else layer.state
+    found = layer.weight if getattr(layer.weight, "CB", None) is not None else layer.state
     return found.CB, found.SCB
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafast.core.dtypes import FLOATS
+from lorafast.operands.four_bit import MOST
 from lorafast.operands.operand import Operand
 
 
@@ -51,6 +52,9 @@ class EightBit(Operand):
 
     def _check(self, scale: Tensor) -> None:
         (N, K), block = self.shape, self.block
+        for name, tensor in self._tensors.items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous")
         if scale.dtype is not torch.float32:
             raise ValueError(f"{self._name} is {scale.dtype}, expected torch.float32")
         if block is None:
@@ -58,8 +62,8 @@ class EightBit(Operand):
             expected = f"[], [{N}] or [{N}, 1]"
         else:
             rows, columns = block
-            if rows < 1 or columns < 1:
-                raise ValueError(f"block is {rows} x {columns}, expected at least 1 x 1")
+            if not (1 <= rows <= MOST and 1 <= columns <= MOST):
+                raise ValueError(f"block is {rows} x {columns}, expected 1 to {MOST} each")
             shape = [-(-N // rows), -(-K // columns)]
             fits, expected = list(scale.shape) == shape, f"{shape}, of blocks of {rows} x {columns}"
         if not fits:
@@ -139,7 +143,8 @@ class EightBit(Operand):
         if self.block is not None:
             rows, columns = self.block
             of_rows = torch.arange(begin, end, device=scale.device) // rows
-            return scale[of_rows].repeat_interleave(columns, 1)[:, : self.shape[1]]
+            of_columns = torch.arange(self.shape[1], device=scale.device) // columns
+            return scale[of_rows[:, None], of_columns]
         if scale.numel() == 1 != self.shape[0] or scale.dim() == 0:
             return scale.reshape(1, 1)
         return scale.reshape(-1, 1)[begin:end]

@@ -21,6 +21,8 @@ from lorafast.operands.operand import Operand
 NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
 _NUMBERS = 256
 """Of the nested type."""
+MOST = 2**31 - 1
+"""Elements of a block."""
 
 
 class FourBit(Operand):
@@ -48,6 +50,8 @@ class FourBit(Operand):
     ) -> None:
         if dtype not in FLOATS:
             raise ValueError(f"weight is of {dtype}, expected a float dtype")
+        if len(shape) != 2:
+            raise ValueError(f"weight is said to have shape {list(shape)}, expected [N, K]")
         names = ("weight", "absmax", *(NESTED if nested_block is not None else ()))
         self._tensors = {name: tensors[name] for name in names}
         self.shape, self.dtype = torch.Size(shape), dtype
@@ -59,17 +63,19 @@ class FourBit(Operand):
 
     def _check(self) -> None:
         for name, block in (("block", self.block), ("nested_block", self.nested_block)):
-            if block is not None and block < 1:
-                raise ValueError(f"{name} is {block}, expected at least 1")
-        n, codes = self.shape.numel(), self._tensors["weight"]
+            if block is not None and not 1 <= block <= MOST:
+                raise ValueError(f"{name} is {block}, expected 1 to {MOST}")
+        # numel() of a shape may overflow.
+        n, codes = self.shape[0] * self.shape[1], self._tensors["weight"]
         found = codes.numel() * codes.element_size()  # nbytes may not be symbolic
         if min(self.shape) < 0 or found != (n + 1) // 2:
             raise ValueError(
                 f"weight has {found} bytes of codes, expected {(n + 1) // 2} for "
                 f"{self.shape[0]} x {self.shape[1]}"
             )
-        if not codes.is_contiguous():
-            raise ValueError(f"weight has strides {codes.stride()}, expected contiguous codes")
+        for name, tensor in self._tensors.items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tensor.stride()}, expected contiguous")
         blocks = -(-n // self.block)
         nested = self.nested_block is not None
         self._expect("absmax", torch.uint8 if nested else torch.float32, blocks)
@@ -99,6 +105,9 @@ class FourBit(Operand):
             raise ValueError(
                 f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
             )
+        for name, size in (("block", block), ("nested_block", nested_block)):
+            if not 1 <= size <= MOST:
+                raise ValueError(f"{name} is {size}, expected 1 to {MOST}")
         flat = weight.detach().reshape(-1)
         numbers = codebook(cls.numbers, flat)
         order = numbers.argsort()
@@ -155,7 +164,8 @@ class FourBit(Operand):
         if before == 0 and (last - first) % self.block == 0:
             numbers = (numbers.view(-1, self.block) * scales[:, None]).view(-1)
         else:
-            numbers = numbers * scales.repeat_interleave(self.block)[before:][: last - first]
+            which = torch.arange(before, before + last - first, device=codes.device) // self.block
+            numbers = numbers * scales[which]
         return numbers.to(self.stored_dtype).to(self.dtype).view(end - begin, K)
 
     @property

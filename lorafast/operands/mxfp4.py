@@ -49,6 +49,9 @@ class MXFP4(Operand):
                 f"blocks are {blocks.dtype} {list(blocks.shape)}, expected torch.uint8 [{N}, {K // 2}]: "
                 f"the scales are {list(scales.shape)}"
             )
+        for name, tensor in (("blocks", blocks), ("scales", scales)):
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} have strides {tensor.stride()}, expected contiguous")
         self.blocks, self.scales = blocks, scales
         self.shape, self.dtype = torch.Size((N, K)), dtype
         self.parameters = str(dtype).removeprefix("torch.")
@@ -84,6 +87,6 @@ class MXFP4(Operand):
         """Rows of W, dense."""
         K = self.shape[1]
         codes = self.blocks[begin:end].reshape(end - begin, K // 2)
-        both = torch.stack((codes & 15, codes >> 4), dim=2).reshape(-1, K // BLOCK, BLOCK)
+        both = torch.stack((codes & 15, codes >> 4), dim=2).reshape(end - begin, K // BLOCK, BLOCK)
         W = codebook(E2M1, codes)[both.int()] * self.factors(begin, end)[:, :, None]
         return W.reshape(end - begin, K).to(self.stored_dtype).to(self.dtype)

@@ -213,6 +213,18 @@ def test_two_launches_at_once(seed):
     assert not any(at.any() for at in own)
 
 
+def test_one_column_of_dy():
+    """dx of a layer with one output: the weight is a row, whose stride to the next may be any."""
+    dy, weight = torch.ones(4, 16, dtype=BF16)[:, :1], torch.ones(1, 8, dtype=BF16)
+    s, factor = torch.ones(4, 2, dtype=BF16), torch.ones(8, 2)
+    y, counters = torch.empty(4, 8, dtype=BF16), torch.zeros(4, dtype=torch.int32)
+    with launched(ARCH):
+        torch.ops.lorafast_cuda.linear_expand_sm90(
+            dy, weight.t(), s, factor, 1.0, None, None, 0, 1.0, y, counters, 128, 1, 1, 1
+        )
+    assert (y == 3).all()
+
+
 GIVEN = {
     "scaling": 1.0, "bias": None, "seed": None, "threshold": 0, "survivor_scale": 1.0,
     "columns": 256, "group": 1, "ctas": 1, "cluster": 1,

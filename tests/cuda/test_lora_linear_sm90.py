@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from on_machine import launched, needs_nvcc
+from side_by_side import SideBySide
 from sm90_cases import ARCH, BF16, F16, F32, SEED, device
 from sm90_forward_cases import LAYOUTS, Layer, OnMachine, bits_of, hold
 
@@ -103,6 +104,32 @@ def test_the_mask_is_the_references(p):
     scale = torch.tensor(survivor_scale(p)).bfloat16().double()
     sums = (kept * 2.0 ** torch.arange(8)).sum(-1).double() * scale
     assert s.equal(sums.bfloat16())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_two_launches_at_once(seed):
+    """On counters of their own."""
+    x, W, A = (torch.randn(n, 72).to(BF16) for n in (260, 136, 16))
+    B = torch.randn(136, 16)
+
+    def forward(x):
+        y, s = torch.empty(260, 136, dtype=BF16), torch.empty(260, 16, dtype=BF16)
+        counters = torch.zeros(wgmma.COUNTERS + 3, dtype=torch.int32)
+        torch.ops.lorafast_cuda.lora_linear_sm90(
+            x, W, A, B, 1.0, None, None, 0, 1.0, y, s, counters, 128, 2, 4, 2, 2
+        )
+        return y, s, counters
+
+    both, alone = (x, x.flip(0)), []
+    for given in both:
+        with launched(ARCH):
+            alone.append(forward(given))
+    with SideBySide(ARCH, seed, 2 * (1 + seed)):
+        found = [forward(given) for given in both]
+    for ours, expected in zip(found, alone, strict=True):
+        assert all(one.equal(two) for one, two in zip(ours, expected, strict=True))
+        assert not ours[2].any()
 
 
 SCHEDULED = Layer("fp32", 260, 72, 136, 16, 128, 0.1, bias=True, ctas=5, helpers=2)

@@ -48,6 +48,10 @@ def expects(count):
 # 4 mail of who multiplies, 5 the first K block, 6 others, 7 a mask, 8 ranks under it, 9 ranks, 10 next
 # mail; of the loading thread 11 to post, 12 its mail, 13 to load, 14 to grant.
 FAULTS = {
+    "who multiplies takes every turn of a stage for an even one": (
+        "plain",
+        change(r"(mbarrier\.try_wait\.parity[^;]*, )%r\d+;", r"\g<1>0;", 6),
+    ),
     "barriers are used before they are initialised": ("plain", [drop(MEET, 0)] * 2),
     "only its own warps know that barriers are initialised": (
         "pair",

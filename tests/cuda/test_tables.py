@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import timeline
 from launchers import CSRC
 
 from lorafast.backends.cuda import gemm, linear_expand, wgmma, wgmma_backward
@@ -42,6 +43,10 @@ def test_tiles_of_a_backward_by_wgmma():
     assert step == wgmma_backward._STEP
     (warps,) = numbers("sm90_gradients.cuh", r"int kColumns = \d+, kWarps = (\d+);")
     assert warps == wgmma_backward._WARPS
+
+
+def test_masks_that_wait_for_the_last_tile():
+    assert numbers("sm90.cuh", r"kPatient = (\d+);") == (timeline.PATIENT,)
 
 
 def test_counters_of_wgmma():

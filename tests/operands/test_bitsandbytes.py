@@ -118,7 +118,35 @@ def test_an_int8_layer_is_adapted_over_its_own_memory():
     assert torch.equal(low.base_weight(), rounded)
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_x_may_have_another_dtype_than_it_computes_in(compute, dtype):
+    plain = bnb.nn.Linear4bit(64, 48, quant_type="nf4", compute_dtype=compute).to("cpu")
+    x = torch.randn(5, 64).to(dtype)
+    expected = plain(x)
+    found = LoRALinear.from_linear(plain, r=4)(x)
+    assert found.dtype is expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+    plain = bnb.nn.Linear8bitLt(64, 48, bias=False, has_fp16_weights=False).to("cpu").train()
+    expected = plain(x)
+    found = LoRALinear.from_linear(plain, r=4)(x)
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+
+
 class TestRefused:
+    def test_a_forward_or_buffers_of_its_own(self):
+        class Doubled(bnb.nn.Linear4bit):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        plain = Doubled(64, 48).to("cpu")
+        with pytest.raises(TypeError, match="its forward is not that of bitsandbytes' Linear4bit"):
+            LoRALinear.from_linear(plain, r=4)
+        plain = layer()
+        plain.register_buffer("mask", torch.ones(1))
+        with pytest.raises(TypeError, match="it has mask, which a LoRALinear has no place for"):
+            LoRALinear.from_linear(plain, r=4)
+
     def test_not_quantized_yet(self):
         for plain in (
             bnb.nn.Linear4bit(64, 48),

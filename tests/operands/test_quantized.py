@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lorafast import operands, reference
 from lorafast.backends.cpu import native
 from lorafast.core import codebooks
+from lorafast.nn import LoRALinear
 from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -142,7 +143,7 @@ REFUSED = [
      "absmax is torch.float32 of 2 elements, expected torch.float32 of 1"),
     (NF4, NF4_OF | {"absmax": torch.ones(1).bfloat16()}, "4x4,float32,64",
      "absmax is torch.bfloat16 of 1 elements, expected torch.float32 of 1"),
-    (NF4, NF4_OF, "4x4,float32,0", "block is 0, expected at least 1"),
+    (NF4, NF4_OF, "4x4,float32,0", "block is 0, expected 1 to 2147483647"),
     (NF4, NF4_OF, "4x4,int8,64", "weight is of torch.int8, expected a float dtype"),
     (NF4, NF4_OF, "4by4", "weight is said to be '4by4', expected sizes, dtype and block"),
     (Int8, {"weight": torch.zeros(4, 4), "scale": torch.ones(4)}, "float32",
@@ -163,6 +164,88 @@ REFUSED = [
 def test_what_does_not_fit_is_refused(kind, tensors, parameters, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         kind.build(tensors, parameters)
+
+
+STRIDED = [
+    (NF4, {"weight": torch.zeros(16, dtype=torch.uint8)[::2], "absmax": torch.ones(1)},
+     "4x4,float32,64"),
+    (NF4, {"weight": torch.zeros(4096, dtype=torch.uint8), "absmax": torch.ones(1).expand(2)},
+     "2x4096,float32,4096"),
+    (Int8, {"weight": torch.zeros(4, 3, dtype=torch.int8).t(), "scale": torch.ones(3)}, "float32"),
+    (Int8, {"weight": torch.zeros(4, 3, dtype=torch.int8), "scale": torch.ones(1).expand(4)},
+     "float32"),
+    (MXFP4, {"blocks": torch.zeros(4, 16, dtype=torch.uint8),
+             "scales": torch.zeros(1, 1, dtype=torch.uint8).expand(4, 1)}, "float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "tensors", "parameters"), STRIDED)
+def test_what_is_not_contiguous_is_refused(kind, tensors, parameters):
+    with pytest.raises(ValueError, match=r"ha(s|ve) strides \(.*\), expected contiguous"):
+        kind.build(tensors, parameters)
+
+
+def test_sizes_that_overflow_are_refused():
+    tensors = {"weight": torch.empty(0, dtype=torch.uint8), "absmax": torch.empty(0)}
+    with pytest.raises(
+        ValueError, match="weight has 0 bytes of codes, expected 9223372036854775808"
+    ):
+        NF4(tensors, (2**32, 2**32), torch.float32, 64)
+    for block in (0, -1, 2**31):
+        with pytest.raises(ValueError, match=f"block is {block}, expected 1 to 2147483647"):
+            NF4.of(torch.ones(2, 2), block)
+
+
+@pytest.mark.parametrize("kind", [NF4, FP4, Int8, FP8])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_layer_is_compiled_whole(kind, use_dora):
+    layer = LoRALinear.from_operand(kind.of(torch.randn(8, 16)), 2, use_dora=use_dora)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_is_multiplied_in_the_dtype_of_x(dtype):
+    layer = LoRALinear.from_operand(NF4.of(torch.randn(8, 16)), 2, bias=torch.randn(8))
+    x = torch.randn(3, 16)
+    found = layer(x.to(dtype))
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), layer(x), rtol=0.03, atol=0.05)
+
+
+def test_a_cast_keeps_what_is_stored():
+    """Its tensors, their order, and which parameters are one."""
+    weight = NF4.of(torch.randn(8, 16))
+    codes = torch.nn.Parameter(weight.tensors()["weight"], requires_grad=False)
+    held = NF4({**weight.tensors(), "weight": codes}, (8, 16), torch.float32, 64, 256)
+    one, two = (LoRALinear.from_operand(held, 2) for _ in range(2))
+    model = torch.nn.Sequential(one, two)
+    names = [name for name, _ in one.named_parameters()]
+    before = weight.dense()
+    model.bfloat16().float()
+    assert [name for name, _ in one.named_parameters()] == names
+    assert one.weight is two.weight
+    assert torch.equal(one.base_weight(), before)
+
+
+OTHERS = [
+    ({"weight": torch.ones(4, 8)},
+     r"stores weight as torch\.int8, and the checkpoint as torch\.float32"),
+    ({"weight": torch.ones(16, 1, dtype=torch.uint8), "weight.absmax": torch.ones(1)},
+     "and the checkpoint as a layer of bitsandbytes does"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("given", "said"), OTHERS)
+def test_a_checkpoint_of_another_kind_changes_nothing(strict, given, said):
+    layer = LoRALinear.from_operand(Int8.of(torch.randn(4, 8)), 2)
+    before = layer.base_weight()
+    with pytest.raises(RuntimeError, match=said):
+        layer.load_state_dict(given, strict=strict)
+    assert torch.equal(layer.base_weight(), before)
 
 
 @pytest.mark.parametrize(

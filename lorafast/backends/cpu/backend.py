@@ -95,7 +95,7 @@ def _why_ahead(p: Problem) -> str | None:
         from lorafast.backends.cpu import dequantize  # which needs the extension
 
         if dequantize.serves_format(p.format):
-            return f"on a CPU over {p.format}, measured"
+            return f"it has kernels for {p.format}"
     if p.operation in LAYER_OPERATIONS:
         if p.operation == "lora_linear" and _is_small(p):
             return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorafast import operands
 from lorafast.backends.cpu import native
 from lorafast.core.codebooks import E2M1, codebook
-from lorafast.operands import MXFP4, Weight
+from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import NESTED, FourBit
 from lorafast.operands.mxfp4 import BLOCK
@@ -30,17 +30,20 @@ _WHOLE = 32
 
 Quantized = FourBit | EightBit | MXFP4
 """The operands that have native kernels here."""
+_KINDS = (NF4, FP4, Int8, FP8, MXFP4)
 
 
 def serves_format(name: str) -> bool:
     """Whether there is a native kernel for a format."""
-    kind = operands.kind_of(name)
-    return kind is not None and issubclass(kind, Quantized)
+    return operands.kind_of(name) in _KINDS
 
 
 def served(weight: Weight) -> Quantized | None:
     """The operand, if there is a native kernel for its format and its dtypes."""
-    if isinstance(weight, Quantized) and {weight.dtype, weight.stored_dtype} <= _NUMBERS.keys():
+    # A subclass may have rows of its own.
+    if not isinstance(weight, Quantized) or type(weight) not in _KINDS:
+        return None
+    if {weight.dtype, weight.stored_dtype} <= _NUMBERS.keys():
         return weight
     return None
 
