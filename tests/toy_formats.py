@@ -1,5 +1,6 @@
 """Formats that tests go through: some of the package's, and two that only they know."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -96,12 +97,13 @@ def _dense(weight: Tensor) -> Tensor:
 
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "dense": _dense,
-    "nf4": operands.NF4.of,
+    "nf4": functools.partial(operands.NF4.of, nested=False),
     "fp8": operands.FP8.of,
     "negative": Negative.of,
     "scaled": Scaled.of,
 }
-"""By name, what stores a dense weight so, if need be with a loss: ``held`` has what is left."""
+"""By name, what stores a dense weight so, if need be with a loss: ``held`` has what is left, of which no
+more is lost when it is stored again."""
 
 
 def held(format: str, weight: Tensor) -> Tensor:
