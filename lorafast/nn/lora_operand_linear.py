@@ -196,22 +196,17 @@ class LoRAOperandLinear(LoRALinear):
             names = {prefix + name for name in self._stored_names}
             state_dict = {key: value for key, value in state_dict.items() if key not in names}
         super()._load_from_state_dict(state_dict, prefix, *others, **more)
-        if prefix + "weight" in state_dict and "weight" not in self._stored_names:
-            error_msgs: list[str] = others[-1]
-            error_msgs.append(
-                f"{prefix[:-1] or 'the layer'} stores its weight as {self._format()} "
-                f"({', '.join(self._stored_names)}), and the checkpoint has a dense one"
-            )
 
     def _why_not_loaded(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """What a checkpoint stores in another way than this layer: copied it would be wrong."""
-        if isinstance(self.operand(), Operand) and any(
-            key.startswith(f"{prefix}weight.") for key in state_dict
-        ):
+        own = f"stores its weight as {self._format()} ({', '.join(self._stored_names)})"
+        if f"{prefix}weight.absmax" in state_dict:
             return (
-                f"stores its weight as {', '.join(self._stored_names)}, and the checkpoint as a layer "
-                "of bitsandbytes does: load it into that layer, then adapt it"
+                f"{own}, and the checkpoint is of a layer of bitsandbytes: load it into that layer, "
+                "then adapt it"
             )
+        if prefix + "weight" in state_dict and "weight" not in self._stored_names:
+            return f"{own}, and the checkpoint has a dense one"
         for name, tensor in zip(self._stored_names, self._stored(), strict=True):
             given = state_dict.get(prefix + name)
             held = tensor.dtype

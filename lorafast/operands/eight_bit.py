@@ -29,6 +29,8 @@ class EightBit(Operand):
 
     code_dtype: ClassVar[torch.dtype]
     keeps_dtypes = True
+    stored_dtype: torch.dtype
+    """What W is rounded to, whatever ``to`` has made ``dtype``."""
 
     def __init__(
         self,
@@ -45,7 +47,8 @@ class EightBit(Operand):
             raise ValueError(
                 f"weight is {codes.dtype} {list(codes.shape)}, expected {self.code_dtype} [N, K]"
             )
-        self.shape, self.dtype, self.block = codes.shape, dtype, block
+        self.shape, self.block = codes.shape, block
+        self.dtype = self.stored_dtype = dtype
         self._check(scale)
         name = str(dtype).removeprefix("torch.")
         self.parameters = name if block is None else f"{name},{block[0]}x{block[1]}"
@@ -119,13 +122,6 @@ class EightBit(Operand):
             codes = codes.view(self.code_dtype)
         scaled = codes.float() * self._scales(begin, end)
         return scaled.to(self.stored_dtype).to(self.dtype)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """What W is rounded to, whatever ``to`` has made ``dtype``."""
-        found = getattr(torch, self.parameters.split(",")[0])
-        assert isinstance(found, torch.dtype)
-        return found
 
     @property
     def scale(self) -> Tensor:

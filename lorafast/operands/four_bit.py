@@ -39,6 +39,8 @@ class FourBit(Operand):
 
     numbers: ClassVar[tuple[float, ...]]
     keeps_dtypes = True
+    stored_dtype: torch.dtype
+    """What W is rounded to, whatever ``to`` has made ``dtype``."""
 
     def __init__(
         self,
@@ -54,7 +56,8 @@ class FourBit(Operand):
             raise ValueError(f"weight is said to have shape {list(shape)}, expected [N, K]")
         names = ("weight", "absmax", *(NESTED if nested_block is not None else ()))
         self._tensors = {name: tensors[name] for name in names}
-        self.shape, self.dtype = torch.Size(shape), dtype
+        self.shape = torch.Size(shape)
+        self.dtype = self.stored_dtype = dtype
         self.block, self.nested_block = block, nested_block
         self._check()
         ending = "" if nested_block is None else f",{nested_block}"
@@ -167,13 +170,6 @@ class FourBit(Operand):
             which = torch.arange(before, before + last - first, device=codes.device) // self.block
             numbers = numbers * scales[which]
         return numbers.to(self.stored_dtype).to(self.dtype).view(end - begin, K)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """What W is rounded to, whatever ``to`` has made ``dtype``."""
-        found = getattr(torch, self.parameters.split(",")[1])
-        assert isinstance(found, torch.dtype)
-        return found
 
     def _scales(self, begin: int, end: int) -> Tensor:
         """Those of blocks ``begin`` to ``end``, float32."""

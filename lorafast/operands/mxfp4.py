@@ -31,6 +31,8 @@ class MXFP4(Operand):
 
     format = "mxfp4"
     keeps_dtypes = True
+    stored_dtype: torch.dtype
+    """What W is rounded to, whatever ``to`` has made ``dtype``."""
 
     def __init__(self, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         if dtype not in FLOATS:
@@ -53,7 +55,8 @@ class MXFP4(Operand):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name} have strides {tensor.stride()}, expected contiguous")
         self.blocks, self.scales = blocks, scales
-        self.shape, self.dtype = torch.Size((N, K)), dtype
+        self.shape = torch.Size((N, K))
+        self.dtype = self.stored_dtype = dtype
         self.parameters = str(dtype).removeprefix("torch.")
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -69,13 +72,6 @@ class MXFP4(Operand):
                 f"weight is said to be {parameters!r}, expected a dtype, as 'bfloat16'"
             )
         return cls(tensors["blocks"], tensors["scales"], dtype)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """What W is rounded to, whatever ``to`` has made ``dtype``."""
-        found = getattr(torch, self.parameters)
-        assert isinstance(found, torch.dtype)
-        return found
 
     def factors(self, begin: int, end: int) -> Tensor:
         """The powers of two of rows, ``[end - begin, K / 32]`` float32."""

@@ -234,7 +234,7 @@ OTHERS = [
     ({"weight": torch.ones(4, 8)},
      r"stores weight as torch\.int8, and the checkpoint as torch\.float32"),
     ({"weight": torch.ones(16, 1, dtype=torch.uint8), "weight.absmax": torch.ones(1)},
-     "and the checkpoint as a layer of bitsandbytes does"),
+     "and the checkpoint is of a layer of bitsandbytes"),
 ]  # fmt: skip
 
 

@@ -61,10 +61,10 @@ def part(weight: Quantized, rows: tuple[int, int], columns: tuple[int, int], out
             weight.block, weight.nested_block or 0, False, top, left, stored, to,
         )  # fmt: skip
     elif isinstance(weight, MXFP4):
-        numbers, factors = codebook(E2M1, t["blocks"]), weight.factors(0, weight.shape[0])
+        codes, factors = t["blocks"][top:bottom], weight.factors(top, bottom)
         _four_bit(
-            t["blocks"], factors, None, None, None, numbers, *weight.shape, BLOCK, 0, True, top, left,
-            stored, to,
+            codes, factors, None, None, None, codebook(E2M1, codes), bottom - top, weight.shape[1],
+            BLOCK, 0, True, 0, left, stored, to,
         )  # fmt: skip
     else:
         _eight_bit(
