@@ -1,0 +1,80 @@
+"""Memory that calls share, one after another: a weight made dense for one product at a time."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class _Workspace:
+    """Of one stream. Whoever launches something over it holds the lock until the last launch is in the
+    stream: in between another thread's would write the same bytes."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    memory: Tensor | None = None
+    used: bool = False
+
+
+_workspaces: dict[tuple[torch.device, int], _Workspace] = {}
+_adding = threading.Lock()
+
+
+@contextlib.contextmanager
+def borrowed(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """A contiguous matrix ``[rows, columns]`` without values, until the end of the block.
+
+    There is one piece of memory for each stream of a device, as large as the largest matrix so far. What
+    is launched within the block may go on reading it: the next to write it are launches of the same
+    stream. A second one within the block, and one that a CUDA graph records, is memory of its own.
+    """
+    if _is_recorded(device):
+        yield torch.empty((rows, columns), dtype=dtype, device=device)
+        return
+    space = _of(device)
+    with space.lock:
+        if space.used:
+            yield torch.empty((rows, columns), dtype=dtype, device=device)
+            return
+        space.used = True
+        try:
+            yield _matrix(space, rows, columns, dtype, device)
+        finally:
+            space.used = False
+
+
+def held() -> int:
+    """Bytes of all workspaces."""
+    return sum(w.memory.nbytes for w in tuple(_workspaces.values()) if w.memory is not None)
+
+
+def release() -> None:
+    """Gives the memory of all workspaces back to the allocators; the next call takes it anew."""
+    for space in tuple(_workspaces.values()):
+        with space.lock:
+            space.memory = None
+
+
+def _matrix(
+    space: _Workspace, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    needed = rows * columns * dtype.itemsize
+    if space.memory is None or space.memory.numel() < needed:
+        space.memory = None  # before the larger one is taken
+        with torch.inference_mode(False):  # else no call outside of that mode could write it
+            space.memory = torch.empty(needed, dtype=torch.uint8, device=device)
+    return space.memory[:needed].view(dtype).view(rows, columns)
+
+
+def _is_recorded(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _of(device: torch.device) -> _Workspace:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = device, stream
+    with _adding:
+        return _workspaces.setdefault(key, _Workspace())
