@@ -17,6 +17,7 @@ from lorafast.operands.eight_bit import FP8, Int8
 from lorafast.operands.four_bit import FP4, NF4
 from lorafast.operands.mxfp4 import MXFP4
 from lorafast.operands.operand import Operand
+from lorafast.operands.w8a8 import W8A8
 
 __all__ = [
     "DENSE",
@@ -24,9 +25,11 @@ __all__ = [
     "FP8",
     "MXFP4",
     "NF4",
+    "W8A8",
     "Int8",
     "Operand",
     "Weight",
+    "activations",
     "add_linear_",
     "add_linear_transposed_",
     "as_dense",
@@ -168,6 +171,14 @@ def as_dense(weight: Weight) -> Tensor:
     return weight.dense() if isinstance(weight, Operand) else weight
 
 
+def activations(x: Tensor, weight: Weight) -> Tensor:
+    """What ``weight`` multiplies in the place of x; differentiable, as if it were x."""
+    if not isinstance(weight, Operand):
+        return x
+    rounded = weight.activations(x)
+    return x if rounded is x else x + (rounded - x).detach()
+
+
 def row_blocks(weight: Weight, count: int) -> Iterator[Tensor]:
     """W's rows in about ``count`` blocks, dense, one by one; at least one, if need be without rows."""
     N = weight.shape[0]
@@ -220,5 +231,5 @@ def finished_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | 
     return weight.linear(x, bias)
 
 
-for _operand in (NF4, FP4, Int8, FP8, MXFP4):
+for _operand in (NF4, FP4, Int8, FP8, MXFP4, W8A8):
     register(_operand)

@@ -67,6 +67,11 @@ class Operand(ABC):
         """
         return None
 
+    def activations(self, x: Tensor) -> Tensor:
+        """What W multiplies in the forward in the place of ``x [..., K]``: x, unless the format rounds
+        it. Then ``linear`` does so too, and the backward is as if it didn't."""
+        return x
+
     def dense(self) -> Tensor:
         """W ``[N, K]``."""
         return self.rows(0, self.shape[0])

@@ -65,7 +65,9 @@ def grouped_lora_linear(
     if reason is not None:
         forced.check_plain_pytorch("grouped_lora_linear", reason)
         dense, elements = operands.as_dense(weight), reference.as_elements(x, known)
-        y = reference.grouped_lora_linear(elements, dense, lora_A, lora_B, scaling, known, bias)
+        y = reference.grouped_lora_linear(
+            elements, dense, lora_A, lora_B, scaling, known, bias, operands.activations(x, weight)
+        )
         return y.reshape(*x.shape[:-1], dense.shape[0])
     if compiling or watched():
         if not compiling:

@@ -95,7 +95,8 @@ def _reference(
     seed: Tensor | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    dense = operands.as_dense(operands.build(weight, format))
+    W = operands.build(weight, format)
+    dense, x = operands.as_dense(W), x if transposed else operands.activations(x, W)
     return reference.linear_expand(
         x, dense, s, lora_B, scaling, bias, dropout_p, seed, transposed=transposed
     )

@@ -191,8 +191,9 @@ def _surrounded(
         forced.check_plain_pytorch("lora_linear", reason)
         dense = operands.as_dense(weight)
         return reference.lora_linear(
-            x, dense, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed
-        )
+            x, dense, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, seed=seed,
+            activations=operands.activations(x, weight),
+        )  # fmt: skip
     if compiling:
         # A float of a custom operation is a constant: another value would be another graph.
         if lora_B.dtype in _HALVES:  # which would round the product

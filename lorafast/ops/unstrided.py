@@ -45,7 +45,8 @@ def lora_linear(
     dtype = wide(x.dtype)
     s = F.linear(dropped.to(dtype), lora_A.to(dtype))
     return (
-        F.linear(x, operands.as_dense(weight), bias) + F.linear(s, lora_B.to(dtype) * scaling)
+        F.linear(operands.activations(x, weight), operands.as_dense(weight), bias)
+        + F.linear(s, lora_B.to(dtype) * scaling)
     ).to(x.dtype)
 
 

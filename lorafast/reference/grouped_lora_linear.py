@@ -18,25 +18,32 @@ def grouped_lora_linear(
     scaling: float | Tensor,
     adapter_of: Sequence[int] | Tensor,
     bias: Tensor | None = None,
+    activations: Tensor | None = None,
 ) -> Tensor:
     """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` with ``g = adapter_of``.
 
     Shapes: ``x [..., K]``, ``weight [N, K]``, ``lora_A [n, r, K]``, ``lora_B [n, N, r]``,
     ``scaling [n]`` or a number, ``bias [N]`` → ``y [..., N]``. ``adapter_of``: integers from -1 (none)
     to ``n - 1``, a tensor of the leading dimensions of ``x`` or of the first of them, or a sequence of
-    the first.
+    the first. ``activations``: what W multiplies, if that is not x.
     """
     elements, N = as_elements(x, adapter_of), weight.shape[0]
+    multiplied = elements if activations is None else as_elements(activations, adapter_of)
     parts, order = [], []
     for g in range(-1, lora_A.shape[0]):
         index = members(adapter_of, g)
         if g < 0:
-            own = elements[index] @ weight.t()
+            own = multiplied[index] @ weight.t()
             parts.append((own if bias is None else own + bias).to(x.dtype))
         else:
             scale = scaling[g] if isinstance(scaling, Tensor) and scaling.dim() else scaling
             own = elements[index]
-            parts.append(lora_linear(own, weight, lora_A[g], lora_B[g], scale, bias))  # type: ignore[arg-type]
+            parts.append(
+                lora_linear(
+                    own, weight, lora_A[g], lora_B[g], scale, bias,  # type: ignore[arg-type]
+                    activations=multiplied[index],
+                )
+            )  # fmt: skip
         order.append(index)
     y = torch.cat(parts)[torch.cat(order).argsort()]
     return y.reshape(*x.shape[:-1], N)

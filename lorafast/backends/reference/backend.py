@@ -60,6 +60,7 @@ def _linear_expand(
     seed: Tensor | None,
 ) -> Tensor:
     dense = operands.as_dense(weight)
+    x = x if transposed else operands.activations(x, weight)
     return reference.linear_expand(
         x, dense, s, lora_B, scaling, bias, dropout_p, seed, transposed=transposed
     )

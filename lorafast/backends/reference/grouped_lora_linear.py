@@ -22,7 +22,9 @@ def grouped_lora_linear(
     """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` and ``s_i = x_i·A[g_i]ᵀ``."""
     adapter_of, dense = assignment.adapter_of, operands.as_dense(weight)
     elements = reference.as_elements(x, adapter_of)
-    y = reference.grouped_lora_linear(elements, dense, lora_A, lora_B, scaling, adapter_of, bias)
+    y = reference.grouped_lora_linear(
+        elements, dense, lora_A, lora_B, scaling, adapter_of, bias, operands.activations(x, weight)
+    )
     return y.reshape(x.shape[0], dense.shape[0]), reference.grouped_shrink(x, lora_A, adapter_of)
 
 
