@@ -3,7 +3,14 @@
 from lorafast import functional, nn, reference
 from lorafast.convert import adapt, load_adapter, merge, save_adapter, summary
 from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
-from lorafast.ops import BackendError, BackendStatus, allow_packing, backends, use_backend
+from lorafast.ops import (
+    BackendError,
+    BackendStatus,
+    allow_packing,
+    backends,
+    keep_dequantized,
+    use_backend,
+)
 
 __version__ = "0.1.0"
 
@@ -17,6 +24,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "keep_dequantized",
     "load_adapter",
     "merge",
     "nn",

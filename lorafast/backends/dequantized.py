@@ -111,6 +111,10 @@ def plan(problem: Problem, dequantize: Dequantize, product: Plan, line: str) -> 
     describes. The seconds are the product's: the caller adds what the launch takes."""
     if not reads_weight(problem):
         return product
+    if product.differentiable:
+        raise ValueError(
+            "the product is differentiable: PyTorch would keep W, whose memory is shared"
+        )
     N, K, dtype = problem.N, problem.K, problem.dtype
     position, run = _POSITION[problem.operation], product.run
     backward = problem.transposed or problem.operation == "lora_linear_backward"

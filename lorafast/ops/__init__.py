@@ -1,6 +1,7 @@
 """Each operation's contract: checks, registration, backward, choice of backend."""
 
 from lorafast.backends import BackendError, BackendStatus, backends
+from lorafast.backends.dequantized import keep_dequantized
 from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
 from lorafast.ops.dora_linear import dora_linear
@@ -25,6 +26,7 @@ __all__ = [
     "expand",
     "expand_backward",
     "grouped_lora_linear",
+    "keep_dequantized",
     "linear_expand",
     "lora_embedding",
     "lora_linear",
