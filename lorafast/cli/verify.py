@@ -1,10 +1,12 @@
 """Runs every operation on every backend that this machine has and compares with float64.
 
 A row passes if it keeps the package's one numerical contract (``lorafast/reference/contract.py``). The
-exit status is 1 if a row fails. What a backend refuses is said once, with its reason.
+exit status is 1 if a row fails. What a backend refuses is said once, with its reason. What reads the
+frozen weight is run over quantized ones too, which the reference takes as they are made dense.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lorafast
-from lorafast import ops
+from lorafast import operands, ops
 from lorafast.backends import forced, registry
 from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
@@ -24,6 +26,8 @@ from lorafast.reference import contract
 
 _SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (129, 96, 257, 40))
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FORMATS = (operands.DENSE, "nf4", "int8", "fp8")
+_READ_WEIGHT = ("lora_linear", "lora_linear_backward", "linear_expand", "dx")
 _LETTERS = "M, K, N, r"
 _NAMES = {"dx": "linear_expand"}
 """The operations of rows that bear another name."""
@@ -44,6 +48,7 @@ class _Row:
     backend: str
     operation: str
     dtype: str
+    format: str
     shape: tuple[int, ...]
     dropout_p: float
     verdict: contract.Verdict
@@ -82,28 +87,31 @@ def _verify(
     backend: str, dtypes: list[str], of: torch.device, refused: dict[str, str]
 ) -> Iterator[_Row]:
     """A row for each call that the backend serves; its first reason against each operation."""
-    for dtype in dtypes:
-        for shape in _SHAPES:
-            for dropout_p in (0.0, 0.25):
-                low = wide(_DTYPES[dtype])
-                for operation, call in _calls(shape, dropout_p, low, of).items():
-                    if _NAMES.get(operation, operation) not in registry.get(backend).operations:
-                        continue
-                    try:
-                        with forced.use_backend(backend):
-                            verdict = contract.compare(call, ops, _DTYPES[dtype])
-                    except BackendError as error:
-                        _, _, reason = str(error).partition(": ")
-                        refused.setdefault(operation, reason)
-                        continue
-                    yield _Row(backend, operation, dtype, shape, dropout_p, verdict)
+    cases = itertools.product(dtypes, _FORMATS, _SHAPES, (0.0, 0.25))
+    for dtype, format, shape, dropout_p in cases:
+        for operation, call in _calls(shape, dropout_p, _DTYPES[dtype], of, format).items():
+            if _NAMES.get(operation, operation) not in registry.get(backend).operations:
+                continue
+            try:
+                with forced.use_backend(backend):
+                    verdict = contract.compare(call, ops, _DTYPES[dtype])
+            except BackendError as error:
+                _, _, reason = str(error).partition(": ")
+                refused.setdefault(_label(operation, format), reason)
+                continue
+            yield _Row(backend, operation, dtype, format, shape, dropout_p, verdict)
+
+
+def _label(operation: str, format: str) -> str:
+    return operation if format == operands.DENSE else f"{operation} {format}"
 
 
 def _calls(
-    shape: tuple[int, ...], dropout_p: float, low: torch.dtype, of: torch.device
+    shape: tuple[int, ...], dropout_p: float, dtype: torch.dtype, of: torch.device, format: str
 ) -> dict[str, contract.Call]:
-    """Each operation as a call on the tensors of one layer, in float64; s and ds are ``low``."""
-    M, K, N, r = shape
+    """Each operation as a call on the tensors of one layer, in float64; s and ds are what products of
+    ``dtype`` leave. Over a weight that isn't dense those that read it."""
+    (M, K, N, r), low = shape, wide(dtype)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -112,10 +120,24 @@ def _calls(
     seed = torch.tensor([1234567890123456789], device=of) if dropout_p else None
     x, dy, s, ds = draw(M, K), draw(M, N), draw(M, r), draw(M, r)
     weight, lora_A, lora_B, bias = draw(N, K), draw(r, K), draw(N, r), draw(N)
+    kind: Any = operands.kind_of(format)
+    quantized = None if kind is None else kind.of(weight.to(dtype))
+
+    def frozen(run: Any, cast: Callable[..., Tensor]) -> Any:
+        """W for what is verified, and as the same numbers for what it is compared with."""
+        if quantized is None:
+            return cast(weight)
+        return quantized if run is ops else cast(quantized.dense())
 
     def layer(run: Any, cast: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
         y: Tensor = run.lora_linear(
-            leaves[0], cast(weight), *leaves[1:], 0.7, cast(bias), dropout_p=dropout_p, seed=seed
+            leaves[0],
+            frozen(run, cast),
+            *leaves[1:],
+            0.7,
+            cast(bias),
+            dropout_p=dropout_p,
+            seed=seed,
         )
         return y
 
@@ -132,7 +154,7 @@ def _calls(
         ),
         "dx": lambda run, cast: run.linear_expand(
             cast(dy),
-            cast(weight),
+            frozen(run, cast),
             cast(ds, low),
             cast(lora_A).t(),
             1.0,
@@ -149,11 +171,13 @@ def _calls(
         calls |= _grouped_calls(shape, draw, of)
     if not dropout_p:
         calls["linear_expand"] = lambda run, cast: run.linear_expand(
-            cast(x), cast(weight), cast(s, low), cast(lora_B), 0.7, cast(bias)
+            cast(x), frozen(run, cast), cast(s, low), cast(lora_B), 0.7, cast(bias)
         )
         calls["expand_backward"] = lambda run, cast: run.expand_backward(
             cast(dy), cast(s, low), cast(lora_B), 0.7
         )
+    if quantized is not None:
+        return {name: call for name, call in calls.items() if name in _READ_WEIGHT}
     return calls
 
 
@@ -188,12 +212,12 @@ def _print_table(rows: list[_Row]) -> None:
           f"{'error':>9} {'allowed':>9}")  # fmt: skip
     worst: dict[tuple[str, str, str], _Row] = {}
     for row in rows:
-        key = (row.backend, row.operation, row.dtype)
+        key = (row.backend, _label(row.operation, row.format), row.dtype)
         if key not in worst or row.verdict.severity > worst[key].verdict.severity:
             worst[key] = row
     for row in worst.values():
         place = f"{row.shape}" + (f" p={row.dropout_p}" if row.dropout_p else "")
         found = row.verdict
         failed = "" if found.why_broken is None else f"FAILED: {found.why_broken}"
-        print(f"{row.backend:<10} {row.operation:<28} {row.dtype:<5} {place:<30} "
+        print(f"{row.backend:<10} {_label(row.operation, row.format):<28} {row.dtype:<5} {place:<30} "
               f"{found.error:>9.1e} {found.allowed:>9.1e} {failed}")  # fmt: skip

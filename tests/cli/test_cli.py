@@ -44,6 +44,10 @@ def test_both_ways_to_call_it(command):
     assert process.stdout.startswith("lorafast ")
 
 
+QUANTIZED = 3
+"""Formats that what reads the weight is run over too."""
+
+
 def test_verify_passes_on_this_machine(capsys):
     assert main(["verify", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out
@@ -140,10 +144,30 @@ def test_verify_fails_on_a_wrong_backend(capsys, monkeypatch, wrong, sentence):
         registry.forget_plans()
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if "FAILED" in line]
-    # Alone, and in a layer's backward.
-    operations = ["lora_linear_backward", "shrink_backward"]
+    # Alone, and in a layer's backward, whatever its weight is stored as.
+    operations = ["lora_linear_backward", "shrink_backward"] + ["lora_linear_backward"] * QUANTIZED
     assert [line.split()[:2] for line in failed] == [["aten", name] for name in operations]
     assert f" FAILED: {sentence}" in failed[1]
+
+
+def test_verify_fails_on_a_quantized_weight_that_is_read_wrongly(capsys, monkeypatch):
+    """By the native kernels of a CPU: what the reference makes of it isn't theirs."""
+    if not registry.backends()["cpu"].usable:
+        pytest.skip("the native kernels are not built")
+    from lorafast.backends.cpu import dequantize
+
+    right = dequantize.part
+
+    def wrong(weight, *others):
+        made = right(weight, *others)
+        return made.neg_() if weight.format == "int8" else made
+
+    monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
+    monkeypatch.setattr(dequantize, "part", wrong)
+    assert main(["verify", "--dtype", "fp32"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    operations = ["lora_linear", "lora_linear_backward", "dx", "linear_expand"]
+    assert [line.split()[:3] for line in failed] == [["cpu", name, "int8"] for name in operations]
 
 
 def test_verify_fails_on_a_layer_that_is_wrong_though_its_operations_are_right(capsys, monkeypatch):
@@ -165,7 +189,8 @@ def test_verify_fails_on_a_layer_that_is_wrong_though_its_operations_are_right(c
     finally:
         registry.unregister("wrong")
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
-    assert [line.split()[:2] for line in failed] == [["wrong", name] for name in LAYER_OPERATIONS]
+    expected = [["wrong", name] for name in LAYER_OPERATIONS] * (1 + QUANTIZED)
+    assert [line.split()[:2] for line in failed] == expected
 
 
 def test_a_command_is_required():
