@@ -4,6 +4,7 @@ from lorafast.core.dtypes import wide
 from lorafast.reference.dequantize import (
     dequantize_eight_bit,
     dequantize_four_bit,
+    dequantize_mxfp4,
     scales_of,
 )
 from lorafast.reference.dora_linear import dora_linear
@@ -19,6 +20,11 @@ from lorafast.reference.grouped_lora_linear import (
 from lorafast.reference.linear_expand import linear_expand
 from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
+from lorafast.reference.quantize import (
+    quantize_eight_bit,
+    quantize_four_bit,
+    quantize_scales,
+)
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
 from lorafast.reference.weight_norm import weight_norm
@@ -27,6 +33,7 @@ __all__ = [
     "as_elements",
     "dequantize_eight_bit",
     "dequantize_four_bit",
+    "dequantize_mxfp4",
     "dora_linear",
     "dropout",
     "expand",
@@ -41,6 +48,9 @@ __all__ = [
     "lora_linear",
     "members",
     "philox_4x32",
+    "quantize_eight_bit",
+    "quantize_four_bit",
+    "quantize_scales",
     "scales_of",
     "shrink",
     "shrink_backward",

@@ -1,4 +1,5 @@
-"""W of what it is stored in: 4-bit codes in blocks, as of QLoRA (arXiv 2305.14314), and 8-bit codes."""
+"""W of what it is stored in: 4-bit codes in blocks, as of QLoRA (arXiv 2305.14314) and of OCP
+Microscaling Formats 1.0, and 8-bit codes."""
 
 import torch
 from torch import Tensor
@@ -33,3 +34,16 @@ def dequantize_eight_bit(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Te
     """``W = codes · scale`` in float32, rounded to ``dtype``: int8 or e4m3 ``[N, K]``, a scale as it is
     broadcast."""
     return (codes.float() * scale).to(dtype)
+
+
+def dequantize_mxfp4(
+    codes: Tensor, exponents: Tensor, numbers: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``W[n, k] = numbers[code] · 2^(exponents[n, k // 32] − 127)``, NaN where the exponent is 255.
+
+    ``codes [N, K / 2]``: bytes, two codes each, the first of them in the lower half; ``exponents
+    [N, K / 32]`` uint8; ``numbers [16]``.
+    """
+    both = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
+    powers = torch.where(exponents == 255, torch.nan, 2.0 ** (exponents.double() - 127))
+    return (numbers[both.long()] * powers.repeat_interleave(32, dim=1)).float().to(dtype)

@@ -105,6 +105,42 @@ def test_mxfp4_is_as_defined():
         expected = torch.tensor(numbers, dtype=torch.float64) * 2.0 ** (row - 127)
         assert torch.equal(found[row], expected.float()), row
     assert found[255].isnan().all()
+    defined = reference.dequantize_mxfp4(
+        codes, exponents, torch.tensor(codebooks.E2M1), torch.float32
+    )
+    same(found, defined)
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [7, 64, 4096])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (33, 101), (16, 64)])
+def test_four_bits_are_made_as_defined(kind, dtype, block, shape):
+    W = torch.randn(shape, dtype=dtype)
+    W[: shape[0] // 2, ::3] = 0
+    W[-1] = 0
+    codes, scales = reference.quantize_four_bit(W, torch.tensor(kind.numbers), block)
+    made = kind.of(W, block, nested=False).tensors()
+    assert torch.equal(made["weight"].reshape(-1), codes)
+    assert torch.equal(made["absmax"], scales)
+    t = kind.of(W, block, nested_block=5).tensors()
+    of_scales, nested, offset = reference.quantize_scales(
+        scales, torch.tensor(codebooks.dynamic()), 5
+    )
+    assert torch.equal(t["absmax"], of_scales)
+    assert torch.equal(t["nested_absmax"], nested)
+    assert torch.equal(t["nested_offset"], offset)
+
+
+@pytest.mark.parametrize("kind", [Int8, FP8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eight_bits_are_made_as_defined(kind, dtype):
+    W = torch.randn(33, 101, dtype=dtype) * 100
+    W[7] = 0
+    codes, scale = reference.quantize_eight_bit(W, kind.code_dtype)
+    made = kind.of(W).tensors()
+    assert torch.equal(made["weight"].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(made["scale"], scale)
 
 
 @pytest.mark.parametrize("nested", [False, True])
