@@ -9,7 +9,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-executed test-peft test-oldest-peft test-oldest-triton bench gpu docs lint types check clean
+.PHONY: help setup demo test test-all test-executed test-peft test-oldest-peft test-peft-own test-oldest-triton bench gpu docs lint types check clean
 
 help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all   run every test (11 minutes on two cores)"
 	@echo "make test-executed   run the GPU kernels' PTX on a CPU, every configuration"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
+	@echo "make test-peft-own   run PEFT's own tests of quantized layers over LoRA, with accelerate and without"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
 	@echo "make docs    README, docs/ and every public name as HTML in build/docs, to be browsed offline"
@@ -65,6 +66,18 @@ test-peft: $(READY) build/peft-$(PEFT)
 # The oldest release that lorafast[peft] takes.
 test-oldest-peft:
 	$(MAKE) test-peft PEFT=0.20.0
+
+# PEFT's own tests of quantized layers, which its source distribution alone has.
+PEFT_OWN ?= 0.21.2
+
+test-peft-own: $(READY) build/peft-tests-$(PEFT_OWN)
+	PEFT_TESTS=build/peft-tests-$(PEFT_OWN) HF_HUB_OFFLINE=1 $(PYTEST) tests/integrations/peft/test_own_tests.py $(ARGS)
+
+build/peft-tests-%:
+	rm -rf $@.part && mkdir -p $@.part
+	$(PY) -m pip download -q --no-deps --no-binary peft --no-build-isolation -d $@.part peft==$*
+	tar xzf $@.part/peft-$*.tar.gz -C $@.part --strip-components=1 peft-$*/tests
+	mv $@.part $@
 
 # The oldest Triton that a GPU machine has: with it too ptxas leaves every wgmma in flight.
 TRITON ?= 3.6.0

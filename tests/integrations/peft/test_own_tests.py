@@ -1,0 +1,107 @@
+"""PEFT's own tests of quantized layers, over LoRA, which they leave to GPUs; with ``accelerate`` and
+without.
+
+They are in PEFT's source distribution alone: ``make test-peft-own`` brings it. Their model is one of the
+same layers, small and random, where they load it from the network.
+"""
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import lorafast
+
+FOLDER = Path(os.environ.get("PEFT_TESTS", "build/absent"))
+THEIRS = (
+    "test_forward_changes_output",
+    "test_quantized_output_similar_to_non_quantized",
+    "test_merge_unmerge_unload",
+)
+CONFIGS = {
+    "lora": {"r": 8},
+    "rslora, bias": {"r": 4, "use_rslora": True, "lora_alpha": 16, "bias": "lora_only"},
+    "dora": {"r": 8, "use_dora": True},
+    "dropout": {"r": 8, "lora_dropout": 0.1},
+}
+BACKENDS = (
+    "bnb_8bit", "bnb_4bit", "torchao_int8_weight_only", "torchao_int8_dynamic_activation_int8"
+)  # fmt: skip
+MODEL = "peft-internal-testing/opt-125m"
+
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="PEFT's own tests are not here (make test-peft-own)"
+)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """Their module, imported as they import it."""
+    stub = types.ModuleType("datasets")  # which this test of theirs doesn't read
+    stub.load_dataset = None
+    sys.modules.setdefault("datasets", stub)
+    names = ("tests", "tests.testing_utils", "tests.test_quantization")
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(FOLDER.resolve()))
+    try:
+        yield importlib.import_module("tests.test_quantization")
+    finally:
+        sys.path.remove(str(FOLDER.resolve()))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+        if sys.modules["datasets"] is stub:
+            del sys.modules["datasets"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Where their model's name is a folder."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=64, ffn_dim=128, num_hidden_layers=12, num_attention_heads=4, vocab_size=96,
+        max_position_embeddings=32, word_embed_proj_dim=64, init_std=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hub")
+    OPTForCausalLM(config).save_pretrained(folder / MODEL)
+    return folder
+
+
+def backend(theirs, name):
+    found = {one.name: one for one in theirs.QUANTIZATION_BACKENDS}
+    if name not in found:
+        pytest.skip(f"PEFT finds no {name} here: its library is missing")
+    return found[name]
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["stock", "accelerated"])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("quantization", BACKENDS)
+def test_theirs(theirs, model, monkeypatch, quantization, name, config, accelerated):
+    monkeypatch.chdir(model)
+    served = []
+
+    def get_peft_model(model, config):
+        made = peft.get_peft_model(model, config)
+        if accelerated:
+            lorafast.accelerate(made, quiet=True)
+            served.extend(lorafast.explain(made).layers.values())
+        return made
+
+    monkeypatch.setattr(theirs, "get_peft_model", get_peft_model)
+    quant = backend(theirs, quantization)
+    options = dict(CONFIGS[config], target_modules=["q_proj", "v_proj"])
+    arguments = {"config_cls": peft.LoraConfig, "config_kwargs": options, "quant": quant}
+    arguments["dummy_input"] = torch.arange(10).view(1, -1)
+    torch.manual_seed(theirs.SEED)
+    getattr(theirs.TestQuantization(), name)(**arguments)
+    if accelerated:
+        assert served
