@@ -29,6 +29,7 @@ from lorafast.bench.layer.report import duration
 from lorafast.bench.operations.job import COPY, PRODUCT
 
 from lorafast.bench import accelerate, executed, layer, models, operations, traffic
+from lorafast.core.problem import DENSE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -120,7 +121,8 @@ def speed(results: Path) -> str:
             rows = [layer.Row.from_json(row) for row in run.get("layer", ())]
             for row in rows:
                 if row.which == "both":
-                    key = f"{_device(run)}, {row.problem.dtype}", row.problem.dropout_p
+                    kind_of_layer = f"{row.problem.dtype}{_base(row.problem)}"
+                    key = f"{_device(run)}, {kind_of_layer}", row.problem.dropout_p
                     groups.setdefault(key, []).append(row)
             commands.append(f"[{_device(run)}]({_relative(path, README)})")
     shown = [
@@ -254,8 +256,12 @@ def _layers(rows: Sequence[layer.Row]) -> str:
 
 def _describe(problem: Problem) -> str:
     shape = problem.shape
-    sizes = f"M={shape.M}, {shape.K} → {shape.N}, r={problem.r}, {problem.dtype}"
+    sizes = f"M={shape.M}, {shape.K} → {shape.N}, r={problem.r}, {problem.dtype}{_base(problem)}"
     return f"{shape.label}: {sizes}" if shape.label else sizes
+
+
+def _base(problem: Problem) -> str:
+    return "" if problem.base == DENSE else f", {problem.base} base"
 
 
 def _overhead(row: layer.Row | models.Row | accelerate.Row | None) -> str:

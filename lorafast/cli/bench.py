@@ -17,6 +17,7 @@ from lorafast.bench import executed, layer, traffic
 from lorafast.bench.accelerate import MODELS as PEFT_MODELS
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
+from lorafast.bench.common import bases
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
 from lorafast.bench.common.output import UnwritableError
 from lorafast.bench.common.problem import DTYPES, PASSES, Problem, why_too_large
@@ -35,6 +36,7 @@ from lorafast.cli.options import (
     rank,
     seconds,
 )
+from lorafast.operands import DENSE
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -113,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of.add_argument("--tokens", type=comma(positive), metavar="M", help="rows for named shapes")
     of.add_argument("--rank", type=comma(rank), default=[16], metavar="R", help="default: 16")
     of.add_argument("--dtype", type=comma(one_of(DTYPES)), help=f"of {', '.join(DTYPES)}")
+    of.add_argument(
+        "--base",
+        type=comma(one_of(bases.BASES)),
+        default=[DENSE],
+        help="format of the weight that layers adapt, against the frozen one of the same values, "
+        f"dense: of {', '.join(bases.BASES)} (default: {DENSE}; quantized ones in bf16)",
+    )
     of.add_argument(
         "--adapter-dtype", type=one_of(DTYPES), default="fp32", help="of A and B (default: fp32)"
     )
@@ -272,12 +281,18 @@ def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[P
         sizes, ranks = _sizes_and_ranks(word, arguments.rank)
         for shape in parse([sizes], arguments.tokens or defaults["tokens"], f"{SIZES}[,R]"):
             layers += [(shape, r) for r in ranks]
-    return [
-        Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p)
-        for dtype in arguments.dtype or defaults["dtype"]
+    found = [
+        Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p, base)
+        for base in arguments.base
+        for dtype in arguments.dtype or (defaults["dtype"] if base == DENSE else ["bf16"])
         for shape, r in layers
         for dropout_p in arguments.dropout
     ]
+    for problem in found:
+        reason = bases.why_not(problem.base, problem.shape.K)
+        if reason is not None:
+            raise ValueError(f"{problem}: {reason}")
+    return found
 
 
 def _sizes_and_ranks(word: str, ranks: list[int]) -> tuple[str, list[int]]:
