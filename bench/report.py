@@ -369,6 +369,8 @@ def _accelerated(rows: Sequence[accelerate.Row]) -> list[str]:
 
 def _traffic(path: Path, run: Run) -> str:
     rows = [traffic.Row.from_json(row) for row in run["traffic"]]
+    frozen = {row.problem: row.bytes for row in rows if row.contender == FROZEN}
+    quantized = any(row.problem.base != DENSE for row in rows)
     lines = [
         [
             _describe(row.problem) + f", {row.problem.adapter_dtype} adapter",
@@ -376,12 +378,14 @@ def _traffic(path: Path, run: Run) -> str:
             row.contender,
             f"{row.forward.launches} + {row.backward.launches}",
             f"{megabytes(row.forward.bytes)} + {megabytes(row.backward.bytes)}",
+            *([f"{row.bytes / frozen[row.problem]:.2f}"] if quantized else []),
             f"{row.bytes / row.least:.2f}",
         ]
         for row in rows
         if row.wrong is None and row.unavailable is None
     ]
-    header = ["layer", "dropout", "", "launches", "MB", "over the least"]
+    of_frozen = ["over the frozen"] if quantized else []
+    header = ["layer", "dropout", "", "launches", "MB", *of_frozen, "over the least"]
     riding = [
         f"{(row.bytes + row.ridden) / row.bytes:.2f}"
         for row in rows

@@ -36,11 +36,11 @@ def _mxfp4(weight: Tensor) -> Operand:
 
 
 _MAKERS: dict[str, Callable[[Tensor], Operand]] = {
-    "nf4": NF4.of,
-    "fp4": FP4.of,
-    "int8": _int8,
-    "fp8": FP8.of,
-    "mxfp4": _mxfp4,
+    NF4.format: NF4.of,
+    FP4.format: FP4.of,
+    Int8.format: _int8,
+    FP8.format: FP8.of,
+    MXFP4.format: _mxfp4,
 }
 BASES = (DENSE, *_MAKERS)
 """What ``base`` may be: NF4 and FP4 in blocks of 64 with nested scales, int8 and fp8 by row."""

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from lorafast.operands import FP4, NF4, Int8, Operand
 from lorafast.operands.four_bit import FourBit
 
-FLAGS = {"nf4": "is_loaded_in_4bit", "fp4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
+FLAGS = {
+    NF4.format: "is_loaded_in_4bit",
+    FP4.format: "is_loaded_in_4bit",
+    Int8.format: "is_loaded_in_8bit",
+}
 """The attribute of a model that tells PEFT of such layers, by format."""
 
 
