@@ -209,7 +209,9 @@ def _section(path: Path, run: Run) -> str:
         )
         parts.append(_calls(calls))
     steps = [models.Row(**row) for row in run.get("models", ())]
-    for _, step in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
+    for _, step in itertools.groupby(
+        steps, key=lambda row: (row.model, row.dtype, row.r, row.base)
+    ):
         parts += _models(list(step))
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
     for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
@@ -332,14 +334,18 @@ def _models(rows: Sequence[models.Row]) -> list[str]:
             _overhead(row),
             "" if row.time is None else f"{row.tokens / row.time.median:,.0f}",
             megabytes(row.peak_bytes),
+            *([megabytes(row.weights_bytes)] if first.base != DENSE else []),
         ]
         for row in rows
     ]
+    quantized = first.base != DENSE
+    base = f", {first.base} base (the frozen model's dense)" if quantized else ""
+    weights = ["weights MB"] if quantized else []
     return [
         f"A training step of a Llama of the sizes of {first.model} with random weights, "
-        f"{first.layers} of its {first.all_layers} blocks, {first.tokens} tokens, {first.dtype}, "
+        f"{first.layers} of its {first.all_layers} blocks, {first.tokens} tokens, {first.dtype}{base}, "
         f"r = {first.r} on every linear layer (memory without weights):",
-        markdown(["", "step", "overhead", "tokens/s", "peak MB"], lines),
+        markdown(["", "step", "overhead", "tokens/s", "peak MB", *weights], lines),
     ]
 
 

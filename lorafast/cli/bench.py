@@ -119,8 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=comma(one_of(bases.BASES)),
         default=[DENSE],
-        help="format of the weight that layers adapt, against the frozen one of the same values, "
-        f"dense: of {', '.join(bases.BASES)} (default: {DENSE}; quantized ones in bf16)",
+        help="format of the weights that layers and --models adapt, against the frozen ones of the "
+        f"same values, dense: of {', '.join(bases.BASES)} (default: {DENSE}; others in bf16)",
     )
     of.add_argument(
         "--adapter-dtype", type=one_of(DTYPES), default="fp32", help="of A and B (default: fp32)"
@@ -259,14 +259,13 @@ def _measure(
         executed.run(record=record)
     if arguments.call_overhead:
         run_call_overhead(arguments.against or ["peft"], device=device, record=record)
-    for name, r, dtype in itertools.product(
-        arguments.models, arguments.rank, arguments.dtype or defaults["dtype"]
-    ):
-        run_model(
-            MODELS[name], r, dtype, arguments.against or ["peft"], device=device, record=record,
-            tokens=arguments.tokens and arguments.tokens[0], layers=arguments.model_layers,
-            seconds=arguments.seconds,
-        )  # fmt: skip
+    for name, base, r in itertools.product(arguments.models, arguments.base, arguments.rank):
+        for dtype in _dtypes(arguments, base, defaults):
+            run_model(
+                MODELS[name], r, dtype, arguments.against or ["peft"], device=device, record=record,
+                tokens=arguments.tokens and arguments.tokens[0], layers=arguments.model_layers,
+                seconds=arguments.seconds, base=base,
+            )  # fmt: skip
 
     for r, dtype in itertools.product(arguments.rank, arguments.dtype or defaults["dtype"]):
         run_accelerated(
@@ -284,7 +283,7 @@ def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[P
     found = [
         Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p, base)
         for base in arguments.base
-        for dtype in arguments.dtype or (defaults["dtype"] if base == DENSE else ["bf16"])
+        for dtype in _dtypes(arguments, base, defaults)
         for shape, r in layers
         for dropout_p in arguments.dropout
     ]
@@ -293,6 +292,11 @@ def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[P
         if reason is not None:
             raise ValueError(f"{problem}: {reason}")
     return found
+
+
+def _dtypes(arguments: argparse.Namespace, base: str, defaults: dict[str, Any]) -> list[str]:
+    dtypes: list[str] = arguments.dtype or (defaults["dtype"] if base == DENSE else ["bf16"])
+    return dtypes
 
 
 def _sizes_and_ranks(word: str, ranks: list[int]) -> tuple[str, list[int]]:
