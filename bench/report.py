@@ -29,6 +29,7 @@ from lorafast.bench.layer.report import duration
 from lorafast.bench.operations.job import COPY, PRODUCT
 
 from lorafast.bench import accelerate, executed, layer, models, operations, traffic
+from lorafast.core.problem import DENSE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -120,7 +121,8 @@ def speed(results: Path) -> str:
             rows = [layer.Row.from_json(row) for row in run.get("layer", ())]
             for row in rows:
                 if row.which == "both":
-                    key = f"{_device(run)}, {row.problem.dtype}", row.problem.dropout_p
+                    kind_of_layer = f"{row.problem.dtype}{_base(row.problem)}"
+                    key = f"{_device(run)}, {kind_of_layer}", row.problem.dropout_p
                     groups.setdefault(key, []).append(row)
             commands.append(f"[{_device(run)}]({_relative(path, README)})")
     shown = [
@@ -207,7 +209,9 @@ def _section(path: Path, run: Run) -> str:
         )
         parts.append(_calls(calls))
     steps = [models.Row(**row) for row in run.get("models", ())]
-    for _, step in itertools.groupby(steps, key=lambda row: (row.model, row.dtype, row.r)):
+    for _, step in itertools.groupby(
+        steps, key=lambda row: (row.model, row.dtype, row.r, row.base)
+    ):
         parts += _models(list(step))
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
     for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
@@ -254,8 +258,12 @@ def _layers(rows: Sequence[layer.Row]) -> str:
 
 def _describe(problem: Problem) -> str:
     shape = problem.shape
-    sizes = f"M={shape.M}, {shape.K} → {shape.N}, r={problem.r}, {problem.dtype}"
+    sizes = f"M={shape.M}, {shape.K} → {shape.N}, r={problem.r}, {problem.dtype}{_base(problem)}"
     return f"{shape.label}: {sizes}" if shape.label else sizes
+
+
+def _base(problem: Problem) -> str:
+    return "" if problem.base == DENSE else f", {problem.base} base"
 
 
 def _overhead(row: layer.Row | models.Row | accelerate.Row | None) -> str:
@@ -326,14 +334,18 @@ def _models(rows: Sequence[models.Row]) -> list[str]:
             _overhead(row),
             "" if row.time is None else f"{row.tokens / row.time.median:,.0f}",
             megabytes(row.peak_bytes),
+            *([megabytes(row.weights_bytes)] if first.base != DENSE else []),
         ]
         for row in rows
     ]
+    quantized = first.base != DENSE
+    base = f", {first.base} base (the frozen model's dense)" if quantized else ""
+    weights = ["weights MB"] if quantized else []
     return [
         f"A training step of a Llama of the sizes of {first.model} with random weights, "
-        f"{first.layers} of its {first.all_layers} blocks, {first.tokens} tokens, {first.dtype}, "
+        f"{first.layers} of its {first.all_layers} blocks, {first.tokens} tokens, {first.dtype}{base}, "
         f"r = {first.r} on every linear layer (memory without weights):",
-        markdown(["", "step", "overhead", "tokens/s", "peak MB"], lines),
+        markdown(["", "step", "overhead", "tokens/s", "peak MB", *weights], lines),
     ]
 
 
@@ -363,6 +375,8 @@ def _accelerated(rows: Sequence[accelerate.Row]) -> list[str]:
 
 def _traffic(path: Path, run: Run) -> str:
     rows = [traffic.Row.from_json(row) for row in run["traffic"]]
+    frozen = {row.problem: row.bytes for row in rows if row.contender == FROZEN}
+    quantized = any(row.problem.base != DENSE for row in rows)
     lines = [
         [
             _describe(row.problem) + f", {row.problem.adapter_dtype} adapter",
@@ -370,12 +384,14 @@ def _traffic(path: Path, run: Run) -> str:
             row.contender,
             f"{row.forward.launches} + {row.backward.launches}",
             f"{megabytes(row.forward.bytes)} + {megabytes(row.backward.bytes)}",
+            *([f"{row.bytes / frozen[row.problem]:.2f}"] if quantized else []),
             f"{row.bytes / row.least:.2f}",
         ]
         for row in rows
         if row.wrong is None and row.unavailable is None
     ]
-    header = ["layer", "dropout", "", "launches", "MB", "over the least"]
+    of_frozen = ["over the frozen"] if quantized else []
+    header = ["layer", "dropout", "", "launches", "MB", *of_frozen, "over the least"]
     riding = [
         f"{(row.bytes + row.ridden) / row.bytes:.2f}"
         for row in rows

@@ -80,14 +80,15 @@ def expected(
 @contextmanager
 def _probing(contender: Contender, tensors: Tensors) -> Iterator[Tensor]:
     """W = 0, A = 1, B's first row ``1 / (SCALING · r)``: yields the dy under which ``ds·A = 1``."""
-    changed = (tensors.weight, *contender.parameters.values())
+    changed = (*tensors.frozen(), *contender.parameters.values())
     before = [tensor.detach().clone() for tensor in changed]
     lora_A, lora_B = contender.parameters["lora_A"], contender.parameters["lora_B"]
     dy = torch.zeros_like(tensors.dy[0])
     dy[:, 0] = 1.0
     try:
         with torch.no_grad():
-            tensors.weight.zero_()
+            for tensor in tensors.frozen():
+                tensor.zero_()
             lora_A.fill_(1.0)
             lora_B.zero_()[0] = 1 / (SCALING * lora_A.shape[0])
         yield dy

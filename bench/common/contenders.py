@@ -1,7 +1,8 @@
 """Who is compared: each contender is a layer over the same frozen weight and adapter.
 
 Add one by a function from the problem and its tensors to a ``Contender``, entered in ``BUILDERS``;
-it raises ``UnavailableError`` where this machine can't run it.
+it raises ``UnavailableError`` where this machine can't run it. Over a quantized weight the frozen layer
+has the same W dense, and PEFT adapts the layer of bitsandbytes over the same codes.
 """
 
 import contextlib
@@ -11,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lorafast.bench.common import bitsandbytes
 from lorafast.bench.common.problem import SCALING, Problem, Tensors
 from torch import Tensor, nn
 
 from lorafast.backends import forced, registry
+from lorafast.backends.plan import Refusal
 from lorafast.nn import LoRALinear
-from lorafast.ops.problems import why_not
+from lorafast.ops.problems import layer_problem, why_not
 from lorafast.reference.dropout import survivor_scale
 
 FROZEN = "frozen"
@@ -64,13 +67,15 @@ def _frozen(problem: Problem, tensors: Tensors) -> Contender:
 
 
 def _lora_linear(problem: Problem, tensors: Tensors) -> LoRALinear:
-    layer = LoRALinear.from_linear(
-        linear(tensors),
-        problem.r,
-        alpha=SCALING * problem.r,
-        dropout=problem.dropout_p,
-        adapter_dtype=tensors.lora_A.dtype,
-    )
+    options: dict[str, Any] = {
+        "alpha": SCALING * problem.r,
+        "dropout": problem.dropout_p,
+        "adapter_dtype": tensors.lora_A.dtype,
+    }
+    if tensors.operand is None:
+        layer = LoRALinear.from_linear(linear(tensors), problem.r, **options)
+    else:
+        layer = LoRALinear.from_operand(tensors.operand, problem.r, bias=tensors.bias, **options)
     with torch.no_grad():
         layer.lora_A.copy_(tensors.lora_A)
         layer.lora_B.copy_(tensors.lora_B)
@@ -79,7 +84,7 @@ def _lora_linear(problem: Problem, tensors: Tensors) -> LoRALinear:
 
 def _lorafast(problem: Problem, tensors: Tensors, *, backend: str = registry.AUTO) -> Contender:
     if backend != registry.AUTO:
-        reason = why_not(backend, tensors.weight)
+        reason = _why_not(backend, tensors)
         if reason is not None:
             raise UnavailableError(reason)
     layer = _lora_linear(problem, tensors)
@@ -93,6 +98,17 @@ def _lorafast(problem: Problem, tensors: Tensors, *, backend: str = registry.AUT
         else functools.partial(forced.use_backend, backend),
         survivor_scale(problem.dropout_p),
     )
+
+
+def _why_not(backend: str, tensors: Tensors) -> str | None:
+    if tensors.operand is None:
+        return why_not(backend, tensors.weight)
+    described = layer_problem(
+        tensors.x[0], tensors.operand, tensors.lora_A, tensors.lora_B, tensors.bias, False, ("y",),
+        layouts=True,
+    )  # fmt: skip
+    answer = registry.plan_of(backend, described)
+    return answer.reason if isinstance(answer, Refusal) else None
 
 
 def _packed(problem: Problem, tensors: Tensors) -> Contender:
@@ -126,11 +142,14 @@ def _peft(problem: Problem, tensors: Tensors) -> Contender:
     )
     # autocast_adapter_dtype makes float32 adapters; with it off they take the dtype of the weight.
     model = peft.get_peft_model(
-        nn.Sequential(linear(tensors)),
+        _peft_base(problem, tensors),
         config,
         autocast_adapter_dtype=tensors.lora_A.dtype != tensors.weight.dtype,
     )
     layer: Any = model.get_submodule("base_model.model.0").train()
+    if tensors.operand is not None:  # whose dtype, that of codes, says nothing to PEFT
+        layer.lora_A.to(tensors.lora_A.dtype)
+        layer.lora_B.to(tensors.lora_B.dtype)
     lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     if lora_A.dtype != tensors.lora_A.dtype:
         raise UnavailableError(f"PEFT makes {lora_A.dtype} adapters here")
@@ -143,6 +162,18 @@ def _peft(problem: Problem, tensors: Tensors) -> Contender:
         {"lora_A": lora_A, "lora_B": lora_B},
         survivor_scale=1 / (1 - problem.dropout_p) if problem.dropout_p < 1 else 0.0,
     )
+
+
+def _peft_base(problem: Problem, tensors: Tensors) -> nn.Module:
+    """A model of the one layer; of a quantized weight the layer is bitsandbytes'."""
+    if tensors.operand is None:
+        return nn.Sequential(linear(tensors))
+    reason = bitsandbytes.why_not(tensors.operand)
+    if reason is not None:
+        raise UnavailableError(reason)
+    model = nn.Sequential(bitsandbytes.layer_of(tensors.operand, tensors.bias))
+    setattr(model, bitsandbytes.FLAGS[problem.base], True)
+    return model
 
 
 def _compiled(problem: Problem, tensors: Tensors, *, of: Builder) -> Contender:

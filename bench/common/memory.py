@@ -7,9 +7,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lorafast.backends import workspace
+
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that ``forward`` keeps for its backward, each storage once, parameters not counted."""
+    """Bytes that ``forward`` keeps for its backward, each storage once, parameters not counted.
+
+    What an autograd function keeps in its context without ``save_for_backward``, as bitsandbytes'
+    int8 product does with x, isn't seen.
+    """
     kept: dict[int, tuple[int, Tensor]] = {}
     ours = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
@@ -34,7 +40,9 @@ def whole(device: torch.device) -> int:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that PyTorch's allocator held during ``call``, over what it held before."""
+    """The most bytes that PyTorch's allocator held during ``call``, over what it held before; memory
+    that layers share is given back first, so that it counts."""
+    workspace.release()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lorafast.bench.common import memory
+from lorafast.bench.common import bases, memory
 from lorafast.bench.common.shapes import Shape
 from torch import Tensor
 
+from lorafast.operands import DENSE, Operand
 from lorafast.reference import wide
 
 DTYPES = {
@@ -31,13 +32,17 @@ _MOST_SETS = 32
 
 @dataclass(frozen=True)
 class Problem:
-    """``dtype`` is that of x and W, ``adapter_dtype`` that of A and B: names in ``DTYPES``."""
+    """``dtype`` is that of x and W, ``adapter_dtype`` that of A and B: names in ``DTYPES``.
+
+    ``base`` is the format in which the adapted layer has W; the frozen layer has the same W dense.
+    """
 
     shape: Shape
     r: int
     dtype: str
     adapter_dtype: str
     dropout_p: float
+    base: str = DENSE
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Problem":
@@ -48,7 +53,8 @@ class Problem:
         """``minilm q,k,v,o  M=512 K=384 N=384  r=16  bf16 (fp32 adapter)  dropout 0.05``."""
         dropout = f"dropout {self.dropout_p:g}" if self.dropout_p else "no dropout"
         adapter = "" if self.adapter_dtype == self.dtype else f" ({self.adapter_dtype} adapter)"
-        return f"{self.shape}  r={self.r}  {self.dtype}{adapter}  {dropout}"
+        base = "" if self.base == DENSE else f" {self.base} base"
+        return f"{self.shape}  r={self.r}  {self.dtype}{adapter}{base}  {dropout}"
 
     @property
     def element_size(self) -> int:
@@ -74,14 +80,17 @@ class Problem:
         """Bytes moved if every operand of a pass is read or written exactly once.
 
         Forward: x, W, bias, A, B, y. Backward: dy, W, dx and, adapted, x, A, B, dA, dB. The thin
-        ``s [M, r]`` is written by the forward and read by the backward.
+        ``s [M, r]`` is written by the forward and read by the backward. Of a quantized W the adapted
+        layer reads codes and scales.
         """
         M, K, N = self.shape.M, self.shape.K, self.shape.N
         size, adapter_size = self.element_size, DTYPES[self.adapter_dtype].itemsize
         factors = self.r * (K + N) * adapter_size
         s = M * self.r * wide(DTYPES[self.dtype]).itemsize
-        forward = (M * K + K * N + M * N + (N if self.shape.bias else 0)) * size
-        backward = (M * N + K * N + M * K) * size
+        base = self.base if adapted else DENSE
+        W = bases.stored_bytes(N, K, DTYPES[self.dtype], base)
+        forward = (M * K + M * N + (N if self.shape.bias else 0)) * size + W
+        backward = (M * N + M * K) * size + W
         if adapted:
             forward += factors + s
             backward += M * K * size + 2 * factors + s
@@ -92,7 +101,11 @@ class Problem:
 
 @dataclass
 class Tensors:
-    """What every contender of a problem gets; ``weight`` and ``bias`` are shared by all of them."""
+    """What every contender of a problem gets; ``weight`` and ``bias`` are shared by all of them.
+
+    ``operand`` is the weight in the format of the problem's base, None of a dense one; ``weight`` is
+    then what it stands for.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -100,6 +113,12 @@ class Tensors:
     lora_B: Tensor
     x: list[Tensor]
     dy: list[Tensor]
+    operand: Operand | None = None
+
+    def frozen(self) -> list[Tensor]:
+        """All tensors that the weight is in; zeroed together they stand for W = 0."""
+        stored = () if self.operand is None else self.operand.tensors().values()
+        return [self.weight, *stored]
 
 
 def input_sets(problem: Problem) -> int:
@@ -113,7 +132,10 @@ def why_too_large(problem: Problem, device: torch.device) -> str | None:
     M, K, N, r = problem.shape.M, problem.shape.K, problem.shape.N, problem.r
     elements = K * N + input_sets(problem) * M * (K + N)
     adapter = r * (K + N) * DTYPES[problem.adapter_dtype].itemsize
-    needed, there = elements * problem.element_size + adapter, memory.whole(device)
+    codes = 0
+    if problem.base != DENSE:
+        codes = bases.stored_bytes(N, K, DTYPES[problem.dtype], problem.base)
+    needed, there = elements * problem.element_size + adapter + codes, memory.whole(device)
     if needed <= there:
         return None
     return f"{problem}: its tensors take {needed / 1e9:,.0f} GB, and {device} has {there / 1e9:,.0f} GB"
@@ -128,11 +150,14 @@ def draw(problem: Problem, device: torch.device, sets: int, seed: int = 0) -> Te
     def normal(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(size, generator=generator, device=device).mul_(scale).to(dtype)
 
+    weight = normal(N, K, scale=K**-0.5)
+    operand = bases.quantized(weight, problem.base)
     return Tensors(
-        weight=normal(N, K, scale=K**-0.5),
+        weight=weight if operand is None else operand.dense(),
         bias=normal(N) if problem.shape.bias else None,
         lora_A=normal(r, K, scale=K**-0.5, dtype=adapter_dtype),
         lora_B=normal(N, r, scale=r**-0.5 / SCALING, dtype=adapter_dtype),
         x=[normal(M, K) for _ in range(sets)],
         dy=[normal(M, N) for _ in range(sets)],
+        operand=operand,
     )

@@ -41,6 +41,7 @@ from lorafast.bench.models import run as run_model
 from lorafast.bench.operations import run as run_operations
 
 from lorafast.bench import layer, traffic, tune
+from lorafast.operands import FP8, NF4, Int8
 
 _SUMMARY = "Tests on the device, tunes, benchmarks, records."
 _ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +62,7 @@ class _Plan:
     table: list[Problem]
     square: Problem
     dropped: Problem
+    quantized: list[Problem]
     against: tuple[str, ...]
     swept: list[Problem]
     decoded: list[Problem]
@@ -86,8 +88,10 @@ def _plan_for_gpu(device: torch.device) -> _Plan:
     table = [Problem(shape, r, "bf16", "fp32", p) for shape, r in shapes for p in (0.0, 0.05)]
     return _Plan(
         device, table, square=table[0], dropped=table[1],
+        quantized=_over(table[:2], NF4.format) + _over(table[:1], Int8.format, FP8.format),
         against=("peft", "peft-compiled", *_BACKENDS, "frozen"),
-        swept=layer.sweep(table[0], "cuda"), decoded=_decoded(square, (1, 16)),
+        swept=layer.sweep(table[0], "cuda"),
+        decoded=_decoded(square, (1, 16)) + _over(_decoded(square, (1, 16)), NF4.format),
         decoded_by=("peft", *_BACKENDS),
         model="llama-8b", model_layers=None,
         tune_seconds=12.0, tokens=8192, peft_cases=CASES,
@@ -98,8 +102,10 @@ def _plan_for_rehearsal() -> _Plan:
     """The same stages on the CPU, kernels interpreted, so small that a minute or two does."""
     table = [Problem(Shape("tiny", 40, 48, 56), 4, "bf16", "fp32", p) for p in (0.0, 0.05)]
     other = Problem(Shape("tiny", 20, 48, 56), 8, "bf16", "fp32", 0.0)
+    whole = Shape("tiny", 40, 64, 56)  # rows of whole blocks, as bitsandbytes needs them on a CPU
+    quantized = _over([Problem(whole, 4, "bf16", "fp32", p) for p in (0.0, 0.05)], NF4.format)
     return _Plan(
-        torch.device("cpu"), table, square=table[0], dropped=table[1],
+        torch.device("cpu"), table, square=table[0], dropped=table[1], quantized=quantized,
         against=("peft", *_BACKENDS, "frozen"), swept=[table[0], other],
         # Without Triton: inference is timed by many calls, of which each takes the interpreter long.
         decoded=_decoded(table[0].shape, (1,)), decoded_by=("peft", "aten", "cuda"),
@@ -111,6 +117,11 @@ def _plan_for_rehearsal() -> _Plan:
 def _decoded(shape: Shape, Ms: Sequence[int]) -> list[Problem]:
     """The layer on so few rows as generation has."""
     return [Problem(replace(shape, M=M), 16, "bf16", "fp32", 0.0) for M in Ms]
+
+
+def _over(problems: Sequence[Problem], *bases: str) -> list[Problem]:
+    """The same layers over quantized weights."""
+    return [replace(problem, base=base) for base in bases for problem in problems]
 
 
 @dataclass
@@ -233,15 +244,19 @@ def _stages(
             plan.table, ["both"], plan.against,
             device=device, seconds=0.7, record=record, deadline=budget.until(0.75),
         )),
-        _Stage("sweep", 0.85, lambda: layer.run(
+        _Stage("quantized layers", 0.79, lambda: layer.run(
+            plan.quantized, ["both"], plan.against,
+            device=device, seconds=0.5, record=record, deadline=budget.until(0.79),
+        )),
+        _Stage("sweep", 0.87, lambda: layer.run(
             plan.swept, ["both"], ["peft", *_BACKENDS],
-            device=device, seconds=0.4, record=record, kind="sweep", deadline=budget.until(0.85),
+            device=device, seconds=0.4, record=record, kind="sweep", deadline=budget.until(0.87),
         )),
-        _Stage("decoding", 0.86, lambda: layer.run(
+        _Stage("decoding", 0.88, lambda: layer.run(
             plan.decoded, ["infer"], plan.decoded_by,
-            device=device, seconds=0.4, record=record, kind="decode", deadline=budget.until(0.86),
+            device=device, seconds=0.4, record=record, kind="decode", deadline=budget.until(0.88),
         )),
-        _Stage("call overhead", 0.88, lambda: run_call_overhead(
+        _Stage("call overhead", 0.89, lambda: run_call_overhead(
             ["peft"], device=device, record=record
         )),
         _Stage("model", 0.9, lambda: run_model(
@@ -253,7 +268,7 @@ def _stages(
             cases=plan.peft_cases,
         )),
         _Stage("traffic", 0.95, lambda: traffic.run(
-            both, ["peft", "aten", "triton"], record=record
+            [*both, *_over(both, NF4.format)], ["peft", "aten", "triton"], record=record
         )),
     ]  # fmt: skip
     return [stage for stage in stages if stage.name not in arguments.skip]

@@ -12,6 +12,7 @@ from lorafast.bench.common.problem import PASSES, Problem
 from lorafast.bench.layer.timing import Row
 
 from lorafast.core.files import write_whole
+from lorafast.core.problem import DENSE
 
 _SWEPT_M = {"cpu": (1, 8, 64, 512, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
 _SWEPT_R = {"cpu": (4, 16, 64, 256), "cuda": (4, 8, 16, 32, 64, 128, 256)}
@@ -131,15 +132,15 @@ def _draw(panels: Sequence[Panel], colours: dict[str, str]) -> Any:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     first = panels[0].rows[0]
     problem, shape = first.problem, first.problem.shape
+    base = "" if problem.base == DENSE else f", {problem.base} base"
     dropout = f", dropout {problem.dropout_p:g}" if problem.dropout_p else ""
-    figure.suptitle(
-        f"{shape.label} {shape.K} → {shape.N}, {problem.dtype}{dropout}: {PASSES[first.which]}".lstrip(),
-        color=colours["ink"],
-    )
+    layer = f"{shape.label} {shape.K} → {shape.N}, {problem.dtype}{base}{dropout}".lstrip()
+    figure.suptitle(f"{layer}: {PASSES[first.which]}", color=colours["ink"])
     axes = figure.subplots(1, len(panels), sharey=True)
+    dense = "" if problem.base == DENSE else f" {problem.dtype}"
     for ax, panel in zip(axes, panels, strict=True):
         _draw_panel(ax, panel, colours)
-    axes[0].set_ylabel("time / time of the frozen layer", color=colours["ink"])
+    axes[0].set_ylabel(f"time / time of the frozen{dense} layer", color=colours["ink"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), frameon=False,

@@ -8,8 +8,10 @@ from lorafast.bench.common.clock import clock_for
 from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
-from lorafast.bench.layer.report import HEADER, NOTES, format_rows
+from lorafast.bench.layer.report import BASE_NOTE, HEADER, NOTES, format_rows
 from lorafast.bench.layer.timing import Row, measure
+
+from lorafast.core.problem import DENSE
 
 
 def run(
@@ -40,4 +42,6 @@ def run(
         rows += found
         say(format_rows(found))
     say("\n" + NOTES)
+    if any(problem.base != DENSE for problem in problems):
+        say(BASE_NOTE)
     return rows

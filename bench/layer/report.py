@@ -15,6 +15,9 @@ NOTES = """\
 overhead: time over that of the frozen nn.Linear, median of single rounds; limit: what arithmetic allows
 TFLOP/s: the layer's own arithmetic over its time; GB/s: every operand moved once, over its time
 peak: allocated during the call; saved: kept by the forward for the backward (x included)"""
+BASE_NOTE = """\
+over a quantized base the frozen layer has the same weight dense; peft: over bitsandbytes' layer of the
+same codes, in training mode, in which they stay as they are"""
 
 
 def _aligned(first: str, cells: Sequence[str]) -> str:

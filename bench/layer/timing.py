@@ -130,7 +130,7 @@ def _memory(
 ) -> tuple[int, int]:
     """Bytes saved by a forward, and the peak of a call."""
     x = tensors.x[0].detach().requires_grad_()
-    owned: list[Tensor] = [tensors.weight, *contender.parameters.values()]
+    owned: list[Tensor] = [*tensors.frozen(), *contender.parameters.values()]
     saved = 0
     if which != "infer":
         with contender.context():

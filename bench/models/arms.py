@@ -3,12 +3,12 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lorafast.bench.common import memory
+from lorafast.bench.common import bases, bitsandbytes, memory
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.shapes import Model
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 import lorafast
 from lorafast.backends import forced
 from lorafast.nn import LoRALinear
+from lorafast.operands import DENSE, Operand
 from lorafast.ops.problems import why_not
 
+_HEAD = "lm_head"
 # Arithmetic of a frozen step that a model is cut to: about a second.
 _STEP_FLOPS = {"cpu": 60e9, "cuda": 100e12}
 
@@ -26,12 +28,14 @@ _STEP_FLOPS = {"cpu": 60e9, "cuda": 100e12}
 @dataclass(frozen=True)
 class Size:
     """How much of a model is built: blocks and vocabulary are cut by the same factor, so that every
-    part keeps its share of a step."""
+    part keeps its share of a step. ``base``: the format in which adapted layers have their weight.
+    """
 
     model: Model
     layers: int
     tokens: int
     dtype: str
+    base: str = DENSE
 
     @property
     def vocabulary(self) -> int:
@@ -45,14 +49,15 @@ class Size:
         return block * self.layers + self.vocabulary * self.model.hidden
 
 
-def fitting(model: Model, tokens: int, dtype: str, device: torch.device) -> Size:
+def fitting(model: Model, tokens: int, dtype: str, device: torch.device, base: str = DENSE) -> Size:
     """As many blocks as memory and about a second a step allow, at least one."""
     whole = Size(model, model.layers, tokens, dtype)
     per_layer = whole.parameters / model.layers
     # The weights and the float64 copy that results are checked against, in half of what is free.
     by_memory = _free_memory(device) / 2 / (per_layer * (DTYPES[dtype].itemsize + 8))
     by_time = _STEP_FLOPS[device.type] / (4 * per_layer * tokens)
-    return Size(model, max(min(int(by_memory), int(by_time), model.layers), 1), tokens, dtype)
+    layers = max(min(int(by_memory), int(by_time), model.layers), 1)
+    return Size(model, layers, tokens, dtype, base)
 
 
 def why_too_large(size: Size, device: torch.device) -> str | None:
@@ -108,6 +113,19 @@ def build(size: Size, device: torch.device) -> nn.Module:
         return built.to(DTYPES[size.dtype]).requires_grad_(False).train()
 
 
+def quantize(frozen: nn.Module, base: str) -> dict[str, Operand]:
+    """Every linear layer's weight in the format ``base``, by the layer's name, but for the head; of a
+    dense one none. The layers of ``frozen`` get what it stands for."""
+    found: dict[str, Operand] = {}
+    for name, layer in frozen.named_modules():
+        if type(layer) is nn.Linear and name != _HEAD:
+            operand = bases.quantized(layer.weight.data, base)
+            if operand is not None:
+                found[name] = operand
+                layer.weight.data.copy_(operand.dense())
+    return found
+
+
 @dataclass
 class Arm:
     """One contender: a model, its adapters by layer name as ``(lora_A, lora_B)``, an optimizer."""
@@ -118,6 +136,8 @@ class Arm:
     adapters: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     optimizer: torch.optim.Optimizer | None = None
+    weights_bytes: int = 0
+    """Of what it holds, adapters and all, its optimizer's state not."""
 
     def step(self, embeddings: Tensor, labels: Tensor) -> None:
         """Forward, loss, backward, optimizer; dx is computed down to the first layer by all arms."""
@@ -129,25 +149,33 @@ class Arm:
         embeddings.grad = None
 
 
-def make(name: str, frozen: nn.Module, r: int) -> Arm:
-    """The arm ``name``: a contender's name as in the layer table.
+def make(
+    name: str, frozen: nn.Module, r: int, operands: Mapping[str, Operand] | None = None
+) -> Arm:
+    """The arm ``name``: a contender's name as in the layer table; adapted layers have the weights of
+    ``operands`` (``quantize``), those that are there.
 
     Raises:
         UnavailableError: this machine can't run it.
     """
     plain = name.removesuffix("-compiled")
-    arm = _plain(plain, frozen, r)
+    arm = _plain(plain, frozen, r, operands or {})
     if plain != name:
         arm.name, arm.model = name, torch.compile(arm.model, dynamic=False)
     return arm
 
 
-def _plain(name: str, frozen: nn.Module, r: int) -> Arm:
+def _plain(name: str, frozen: nn.Module, r: int, operands: Mapping[str, Operand]) -> Arm:
     if name == FROZEN:
-        return Arm(name, frozen, _dtype(frozen))
+        return Arm(name, frozen, _dtype(frozen), weights_bytes=_bytes(frozen))
     # Copies of the modules, around the same parameters.
     model = copy.deepcopy(frozen, {id(p): p for p in frozen.parameters()})
-    arm = _peft(model, r) if name == "peft" else _lorafast(name, model, r)
+    if name == "peft":
+        _put_bitsandbytes(model, operands)
+        arm = _peft(model, r)
+    else:
+        arm = _lorafast(name, model, r, operands)
+    arm.weights_bytes = _bytes(model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in sorted(arm.adapters):
@@ -159,6 +187,28 @@ def _plain(name: str, frozen: nn.Module, r: int) -> Arm:
     trained = [tensor for pair in arm.adapters.values() for tensor in pair]
     arm.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     return arm
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        scales = [] if state is None else [state.absmax, state.offset]
+        if state is not None and state.state2 is not None:
+            scales += [state.state2.absmax, state.state2.code]
+        scales.append(getattr(tensor, "SCB", None))
+        tensors |= {t.data_ptr(): t for t in (tensor, *scales) if t is not None}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _put_bitsandbytes(model: nn.Module, operands: Mapping[str, Operand]) -> None:
+    for name, operand in operands.items():
+        reason = bitsandbytes.why_not(operand)
+        if reason is not None:
+            raise UnavailableError(reason)
+        bias: Any = model.get_submodule(name).bias
+        model.set_submodule(name, bitsandbytes.layer_of(operand, bias))
+        setattr(model, bitsandbytes.FLAGS[operand.format], True)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -186,13 +236,19 @@ def _peft(model: nn.Module, r: int) -> Arm:
             module.lora_B["default"].weight,
         )
         for module_name, module in adapted.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
+        if isinstance(module, peft.tuners.lora.LoraLayer)
     }
     return Arm("peft", adapted, _dtype(model), adapters)
 
 
-def _lorafast(name: str, model: nn.Module, r: int) -> Arm:
-    adapted = lorafast.adapt(model, r=r, alpha=SCALING * r, targets="all-linear")
+def _lorafast(name: str, model: nn.Module, r: int, operands: Mapping[str, Operand]) -> Arm:
+    for layer, operand in operands.items():
+        bias: Any = model.get_submodule(layer).bias
+        over = LoRALinear.from_operand(operand, r, bias=bias, alpha=SCALING * r)
+        model.set_submodule(layer, over.train())
+    adapted = (
+        model if operands else lorafast.adapt(model, r=r, alpha=SCALING * r, targets="all-linear")
+    )
     adapters: dict[str, tuple[Tensor, Tensor]] = {
         module_name: (module.lora_A, module.lora_B)
         for module_name, module in adapted.named_modules()

@@ -16,9 +16,10 @@ from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Model
 from lorafast.bench.common.table import megabytes, table, why_no_time
-from lorafast.bench.models.arms import Arm, Size, build, fitting, make, why_too_large
+from lorafast.bench.models.arms import Arm, Size, build, fitting, make, quantize, why_too_large
 from torch import Tensor, nn
 
+from lorafast.operands import DENSE
 from lorafast.reference import contract
 
 _TOKENS = {"cpu": 256, "cuda": 8192}
@@ -26,13 +27,14 @@ _SECONDS = {"cpu": 10.0, "cuda": 5.0}
 _SEQUENCE = 2048
 _CHECKED_TOKENS = 128
 _HEADER = (
-    "", "step", "middle half", "overhead", "middle half", "tokens/s", "peak MB",
+    "", "step", "middle half", "overhead", "middle half", "tokens/s", "peak MB", "weights MB",
 )  # fmt: skip
 
 
 @dataclass
 class Row(Timed):
-    """One arm; samples are seconds of a step, ``peak_bytes`` what a step allocates at most."""
+    """One arm; samples are seconds of a step, ``peak_bytes`` what a step allocates at most,
+    ``weights_bytes`` what the arm holds before it."""
 
     model: str
     layers: int
@@ -47,6 +49,8 @@ class Row(Timed):
     samples: list[float] = field(default_factory=list)
     frozen_samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    base: str = DENSE
+    weights_bytes: int | None = None
 
 
 def measure(
@@ -57,7 +61,7 @@ def measure(
     rows = {
         name: Row(
             size.model.name, size.layers, size.model.layers, size.vocabulary, size.tokens, r,
-            size.dtype, name,
+            size.dtype, name, base=size.base,
         )
         for name in names
     }  # fmt: skip
@@ -70,12 +74,14 @@ def measure(
         for row in rows.values():
             row.unavailable = str(error)
         return list(rows.values())
+    operands = quantize(frozen, size.base)
     embeddings, labels = _batch(size, device)
     arms = {}
     truth = _Truth(frozen, r, embeddings, labels)
     for name in progress(names, "arm"):
         try:
-            arm = make(name, frozen, r)
+            arm = make(name, frozen, r, operands)
+            rows[name].weights_bytes = arm.weights_bytes
             rows[name].wrong = truth.why_wrong(arm)
         except UnavailableError as error:
             rows[name].unavailable = str(error)
@@ -163,10 +169,14 @@ def run(
     tokens: int | None = None,
     layers: int | None = None,
     seconds: float | None = None,
+    base: str = DENSE,
 ) -> list[Row]:
     """The rows of a model, printed and kept in ``record``; ``layers`` None: as many as fit."""
     tokens = tokens or _TOKENS[device.type]
-    size = Size(model, layers, tokens, dtype) if layers else fitting(model, tokens, dtype, device)
+    if layers:
+        size = Size(model, layers, tokens, dtype, base)
+    else:
+        size = fitting(model, tokens, dtype, device, base)
     say(f"\n{describe(size, r)}")
     rows = measure(size, r, against, device=device, seconds=seconds or _SECONDS[device.type])
     record.add("models", rows)
@@ -176,10 +186,11 @@ def run(
 
 def describe(size: Size, r: int) -> str:
     """``Llama of the sizes of llama-8b, 8 of 32 blocks …``."""
+    base = "" if size.base == DENSE else f", {size.base} base (the frozen model's dense)"
     return (
         f"Llama of the sizes of {size.model.name}, random weights, {size.layers} of "
         f"{size.model.layers} blocks, vocabulary {size.vocabulary}: training step on {size.tokens} "
-        f"tokens, {size.dtype}, r={r} on every linear layer"
+        f"tokens, {size.dtype}{base}, r={r} on every linear layer"
     )
 
 
@@ -201,4 +212,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{overhead.low:.3f} – {overhead.high:.3f}",
         f"{row.tokens / time.median:,.0f}",
         megabytes(row.peak_bytes),
+        megabytes(row.weights_bytes),
     )

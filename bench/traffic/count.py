@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lorafast.bench.traffic import bitsandbytes
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,10 +59,14 @@ class _CountingMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        ours = implementation_of(func)
-        if ours is not None:
+        inner = implementation_of(func) or bitsandbytes.composition_of(func)
+        if inner is not None:
             with self:
-                return ours(*args, **kwargs)
+                return inner(*args, **kwargs)
+        with self:  # an operation made of others comes whole where autograd is behind
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **kwargs)
         if not func.is_view and func.overloadpacket not in _MOVES_NOTHING:
             read = sum(map(_bytes, _inputs(func, args, kwargs)))

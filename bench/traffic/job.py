@@ -5,22 +5,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lorafast.bench.common import bases
 from lorafast.bench.common.contenders import BUILDERS, FROZEN, Contender, UnavailableError
 from lorafast.bench.common.problem import DTYPES, Problem, Tensors
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.table import megabytes, table, why_no_time
-from lorafast.bench.traffic import interpret
+from lorafast.bench.traffic import bitsandbytes, interpret
 from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.launches import H200_SMS, Launch, standing_in
 
+from lorafast import operands
+from lorafast.operands import DENSE, Operand
+from lorafast.operands.four_bit import FourBit
+
 _HEADER = (
-    "", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of least", "requested",
+    "", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of frozen", "of least", "requested",
 )  # fmt: skip
 NOTES = """\
 MB: what every operation reads and writes, each tensor once; least: each operand of the layer once
 requested: what a Triton kernel's programs load and store, tiles that they share again each time
 lorafast, triton: as on an H200 on which nothing was tuned"""
+BASE_NOTE = """\
+over a quantized base the frozen layer has the same weight dense; lorafast and triton make W dense in one
+launch, which reads codes and scales once; peft: over bitsandbytes' layers, counted as it calls its GPU
+kernels; in int8 these round x to 8 bits too (threshold 0)"""
 
 
 @dataclass
@@ -67,13 +76,15 @@ def on_meta(problem: Problem) -> Tensors:
     def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
+    weight = empty(N, K)
     return Tensors(
-        weight=empty(N, K),
+        weight=weight,
         bias=empty(N) if problem.shape.bias else None,
         lora_A=empty(r, K, dtype=adapter_dtype),
         lora_B=empty(N, r, dtype=adapter_dtype),
         x=[empty(M, K)],
         dy=[empty(M, N)],
+        operand=bases.quantized(weight, problem.base),
     )
 
 
@@ -108,16 +119,28 @@ def measure(problem: Problem, against: Sequence[str], *, sms: int = H200_SMS) ->
         try:
             if name.endswith("-compiled"):
                 raise UnavailableError("its kernels are the compiler's, which aren't counted")
+            if name == "peft":
+                _refuse_own_kernels(problem)
             with standing_in(sms, noted.extend):
                 contender = BUILDERS[name](problem, tensors)
                 row.forward, row.backward = count(contender, tensors, noted)
         except UnavailableError as error:
             row.unavailable = str(error)
         if noted:
-            row.requested = sum(launch.loaded + launch.stored for launch in noted)
+            if not any(launch.of_codes for launch in noted):
+                row.requested = sum(launch.loaded + launch.stored for launch in noted)
             row.ridden = sum(launch.helped for launch in noted)
         rows.append(row)
     return rows
+
+
+def _refuse_own_kernels(problem: Problem) -> None:
+    four_bit = issubclass(operands.kind_of(problem.base) or Operand, FourBit)
+    if four_bit and problem.shape.M < bitsandbytes.FEWEST:
+        raise UnavailableError(
+            f"with fewer than {bitsandbytes.FEWEST} rows bitsandbytes may launch a kernel of its own, "
+            "which isn't counted"
+        )
 
 
 def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) -> list[Row]:
@@ -136,6 +159,8 @@ def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) 
         rows += found
         say(f"\n{problem}\n{format_rows(found)}")
     say("\n" + NOTES)
+    if any(problem.base != DENSE for problem in problems):
+        say(BASE_NOTE)
     if "triton" in against:
         say(f"triton: closed forms, {_describe(verdict)}")
     return rows
@@ -152,8 +177,8 @@ def _describe(verdict: interpret.Verdict) -> str:
 def format_rows(rows: Sequence[Row]) -> str:
     """A line for each contender."""
     remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
-    lines = [table(_HEADER, list(map(_line, rows)), remarks=remarks)]
     frozen = next((row.bytes for row in rows if row.contender == FROZEN), 0)
+    lines = [table(_HEADER, [_line(row, frozen) for row in rows], remarks=remarks)]
     lines += [_apart(row, frozen) for row in rows if row.ridden and frozen and row.wrong is None]
     return "\n".join(lines)
 
@@ -166,7 +191,7 @@ def _apart(row: Row, frozen: int) -> str:
     )
 
 
-def _line(row: Row) -> tuple[str, ...]:
+def _line(row: Row, frozen: int) -> tuple[str, ...]:
     name = f"  {row.contender}"
     if row.unavailable is not None or row.wrong is not None:
         return (name,)
@@ -177,6 +202,7 @@ def _line(row: Row) -> tuple[str, ...]:
         megabytes(row.forward.bytes),
         megabytes(row.backward.bytes),
         megabytes(row.bytes),
+        f"{row.bytes / frozen:.2f}" if frozen else "",
         f"{row.bytes / row.least:.2f} × {megabytes(row.least)}",
         "" if row.requested is None else megabytes(row.requested),
     )

@@ -10,7 +10,7 @@ Flags and counters, a few bytes, are left out.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,15 @@ from lorafast.kernels.common.plan import (
     ShrinkLaunch,
 )
 
-from lorafast.backends import cost, registry
+from lorafast import operands
+from lorafast.backends import cost, dequantized, registry
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal, Run
 from lorafast.backends.triton import Triton
 from lorafast.backends.triton.planning import HybridLaunch
 from lorafast.backends.triton.planning import Launch as Planned
-from lorafast.core.problem import Layout, Layouts, Problem
+from lorafast.core.problem import DENSE, Layout, Layouts, Problem
+from lorafast.operands import Weight
 from lorafast.reference import wide
 
 H200_SMS = 132
@@ -48,7 +50,8 @@ class Launch:
 
     ``helped`` of those read are what helpers read beside the GEMM's own tiles: they are counted once,
     but nothing makes sure that the cache still has them when the other comes. ``by_pytorch``: it is
-    PyTorch's own, of which nobody knows what its programs load and store.
+    PyTorch's own, of which nobody knows what its programs load and store. ``of_codes``: it makes a
+    quantized weight dense, and what its programs load and store isn't known.
     """
 
     read: int
@@ -57,6 +60,7 @@ class Launch:
     stored: int
     helped: int = 0
     by_pytorch: bool = False
+    of_codes: bool = False
 
 
 @functools.singledispatch
@@ -186,6 +190,12 @@ def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
     return [Launch(tiles.read + A, written, tiles.loaded + x + rows * A, written, x)]
 
 
+def dequantization(weight: Weight, W: torch.Tensor) -> Launch:
+    """Codes and scales read, W written; what programs load of scales again is not known here."""
+    stored = sum(tensor.nbytes for tensor in operands.stored(weight))
+    return Launch(stored, W.nbytes, 0, 0, of_codes=True)
+
+
 def _size(p: Problem) -> int:
     """Of an element of the activations."""
     return p.dtype.itemsize
@@ -220,11 +230,28 @@ class _Counted(Triton):
         return None
 
     def plan(self, problem: Problem) -> Plan | Refusal:
+        if problem.format != DENSE and dequantized.reads_weight(problem):
+            return self._of_codes(problem)
         M, K, N, dtype = problem.M, problem.K, problem.N, problem.dtype
         contiguous = Layouts(
             Layout.fresh(M, K, dtype), Layout.fresh(M, N, dtype), Layout.fresh(N, K, dtype)
         )
         return super().plan(problem._replace(layouts=contiguous))
+
+    def _of_codes(self, problem: Problem) -> Plan | Refusal:
+        """One launch makes W dense, then the plan over that."""
+        product = self.plan(dequantized.dense(problem))
+        if isinstance(product, Refusal):
+            return product
+        if product.seconds is not None:
+            device = cost.gpu_of(problem.device)
+            assert device is not None
+            made = problem.N * problem.K * problem.dtype.itemsize
+            product = replace(product, seconds=product.seconds + made / device.bandwidth)
+        return dequantized.plan(problem, self._dequantize, product, "W made dense")
+
+    def _dequantize(self, weight: Weight, W: torch.Tensor) -> None:
+        self._note([dequantization(weight, W)])
 
     def run_of(self, launch: Planned, problem: Problem) -> Run:
         moved = traffic_of(launch, problem)

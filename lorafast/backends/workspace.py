@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ class _Workspace:
 
 _workspaces: dict[tuple[torch.device, int], _Workspace] = {}
 _adding = threading.Lock()
+_elsewhere: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -52,10 +53,18 @@ def held() -> int:
 
 
 def release() -> None:
-    """Gives the memory of all workspaces back to the allocators; the next call takes it anew."""
+    """Gives the memory of all workspaces back to the allocators; the next call takes it anew. On a CPU
+    also the calling thread's memory for parts of weights."""
+    for other in _elsewhere:
+        other()
     for space in tuple(_workspaces.values()):
         with space.lock:
             space.memory = None
+
+
+def kept_elsewhere(release: Callable[[], None]) -> None:
+    """``release``, of memory that a backend keeps itself, is called with the function of that name."""
+    _elsewhere.append(release)
 
 
 def _matrix(

@@ -17,6 +17,7 @@ from lorafast.bench import executed, layer, traffic
 from lorafast.bench.accelerate import MODELS as PEFT_MODELS
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.call_overhead import run as run_call_overhead
+from lorafast.bench.common import bases
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
 from lorafast.bench.common.output import UnwritableError
 from lorafast.bench.common.problem import DTYPES, PASSES, Problem, why_too_large
@@ -35,6 +36,7 @@ from lorafast.cli.options import (
     rank,
     seconds,
 )
+from lorafast.operands import DENSE
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -113,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of.add_argument("--tokens", type=comma(positive), metavar="M", help="rows for named shapes")
     of.add_argument("--rank", type=comma(rank), default=[16], metavar="R", help="default: 16")
     of.add_argument("--dtype", type=comma(one_of(DTYPES)), help=f"of {', '.join(DTYPES)}")
+    of.add_argument(
+        "--base",
+        type=comma(one_of(bases.BASES)),
+        default=[DENSE],
+        help="format of the weights that layers and --models adapt, against the frozen ones of the "
+        f"same values, dense: of {', '.join(bases.BASES)} (default: {DENSE}; others in bf16)",
+    )
     of.add_argument(
         "--adapter-dtype", type=one_of(DTYPES), default="fp32", help="of A and B (default: fp32)"
     )
@@ -250,14 +259,13 @@ def _measure(
         executed.run(record=record)
     if arguments.call_overhead:
         run_call_overhead(arguments.against or ["peft"], device=device, record=record)
-    for name, r, dtype in itertools.product(
-        arguments.models, arguments.rank, arguments.dtype or defaults["dtype"]
-    ):
-        run_model(
-            MODELS[name], r, dtype, arguments.against or ["peft"], device=device, record=record,
-            tokens=arguments.tokens and arguments.tokens[0], layers=arguments.model_layers,
-            seconds=arguments.seconds,
-        )  # fmt: skip
+    for name, base, r in itertools.product(arguments.models, arguments.base, arguments.rank):
+        for dtype in _dtypes(arguments, base, defaults):
+            run_model(
+                MODELS[name], r, dtype, arguments.against or ["peft"], device=device, record=record,
+                tokens=arguments.tokens and arguments.tokens[0], layers=arguments.model_layers,
+                seconds=arguments.seconds, base=base,
+            )  # fmt: skip
 
     for r, dtype in itertools.product(arguments.rank, arguments.dtype or defaults["dtype"]):
         run_accelerated(
@@ -272,12 +280,23 @@ def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[P
         sizes, ranks = _sizes_and_ranks(word, arguments.rank)
         for shape in parse([sizes], arguments.tokens or defaults["tokens"], f"{SIZES}[,R]"):
             layers += [(shape, r) for r in ranks]
-    return [
-        Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p)
-        for dtype in arguments.dtype or defaults["dtype"]
+    found = [
+        Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p, base)
+        for base in arguments.base
+        for dtype in _dtypes(arguments, base, defaults)
         for shape, r in layers
         for dropout_p in arguments.dropout
     ]
+    for problem in found:
+        reason = bases.why_not(problem.base, problem.shape.K)
+        if reason is not None:
+            raise ValueError(f"{problem}: {reason}")
+    return found
+
+
+def _dtypes(arguments: argparse.Namespace, base: str, defaults: dict[str, Any]) -> list[str]:
+    dtypes: list[str] = arguments.dtype or (defaults["dtype"] if base == DENSE else ["bf16"])
+    return dtypes
 
 
 def _sizes_and_ranks(word: str, ranks: list[int]) -> tuple[str, list[int]]:

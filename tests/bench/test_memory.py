@@ -1,5 +1,11 @@
+import pytest
 import torch
+from lorafast.bench.common import bases, bitsandbytes
 from lorafast.bench.common.memory import peak_bytes, saved_bytes
+from torch import nn
+
+from lorafast.backends import workspace
+from lorafast.nn import LoRALinear
 
 CPU = torch.device("cpu")
 
@@ -25,3 +31,53 @@ def test_peak_is_what_is_held_at_once():
 
     assert peak_bytes(call, CPU) == 2 * 4 << 20
     assert peak_bytes(lambda: None, CPU) == 0
+
+
+SIZE, LAYERS, ROWS = 2048, 3, 4
+W_BYTES = 2 * SIZE * SIZE
+
+
+def weights(base):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(LAYERS):
+        W = torch.randn(SIZE, SIZE, generator=generator).mul_(SIZE**-0.5)
+        yield bases.quantized(W.bfloat16(), base)
+
+
+def peak_of_a_step(model):
+    x = torch.randn(ROWS, SIZE).bfloat16().requires_grad_()
+
+    def step():
+        model(x).sum().backward()
+        for tensor in (x, *model.parameters()):
+            tensor.grad = None
+
+    return peak_bytes(step, CPU)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
+def test_a_step_of_several_quantized_layers_takes_one_part_of_a_weight(base):
+    """Half a weight at most, beside activations and gradients, for all layers and both directions."""
+    model = nn.Sequential(*(LoRALinear.from_operand(weight, 4) for weight in weights(base)))
+    peak = peak_of_a_step(model)
+    rest = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    rest += 4 * (LAYERS + 2) * ROWS * SIZE * 2
+    assert peak <= W_BYTES // 2 + rest < W_BYTES
+    assert peak_of_a_step(model) == peak  # memory that layers share counts in each
+
+
+def test_over_bitsandbytes_a_step_takes_whole_weights():
+    """The measure sees one: bitsandbytes makes W dense in a fresh buffer."""
+    model = nn.Sequential(*(bitsandbytes.layer_of(weight, None) for weight in weights("nf4")))
+    assert peak_of_a_step(model) >= W_BYTES
+
+
+def test_workspaces_are_given_back():
+    layer = LoRALinear.from_operand(next(weights("nf4")), 4)
+    x = torch.randn(ROWS, SIZE).bfloat16()
+    layer(x)
+    released = peak_bytes(lambda: layer(x), CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace, "release", lambda: None)
+        held = peak_bytes(lambda: layer(x), CPU)
+    assert released - held >= W_BYTES // 4

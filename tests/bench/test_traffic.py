@@ -127,6 +127,100 @@ def test_how_much_more_triton_moves_than_the_frozen_layer(dropout_p, most, launc
     assert sum(traffic.launches for traffic in ours) <= launches
 
 
+OVER_NF4 = replace(PROBLEM, base="nf4")
+BLOCKS = N * K // 64
+CODES = N * K // 2
+NESTED = 4 * (BLOCKS // 256 + 256 + 1)
+"""Bytes of the scales of scales, of their numbers, and of the offset."""
+
+
+def test_peft_over_bitsandbytes():
+    """Each way: scales from their codes, plus the offset, W, the GEMM over it; y is cloned."""
+    forward, backward = traffic_of("peft", OVER_NF4)
+    plain_forward, plain_backward = traffic_of("peft")
+    scales = 4 * BLOCKS
+    read = (BLOCKS + NESTED - 4) + (scales + 4) + (CODES + scales)
+    written = scales + scales + W
+    assert forward.launches == plain_forward.launches + 3 + 1
+    assert forward.read == plain_forward.read + read + Y
+    assert forward.written == plain_forward.written + written + Y
+    assert backward.launches == plain_backward.launches + 3
+    assert backward.read == plain_backward.read + read
+    assert backward.written == plain_backward.written + written
+
+
+def test_peft_over_int8_rounds_x_too():
+    forward, backward = traffic_of("peft", replace(PROBLEM, base="int8"))
+    plain_forward, plain_backward = traffic_of("peft")
+    # x in float16, its codes and scales, their product in int32, y of it: in the place of one GEMM
+    read = X + X + (M * K + N * K) + (4 * M * N + 4 * M + 4 * N)
+    written = X + (M * K + 4 * M) + 4 * M * N + Y
+    assert forward.launches == plain_forward.launches + 3
+    assert forward.read == plain_forward.read - (X + W) + read
+    assert forward.written == plain_forward.written - Y + written
+    # W: codes copied, scales, both multiplied in place
+    assert backward.launches == plain_backward.launches + 3
+    assert backward.read == plain_backward.read + N * K + 4 * N + (W + 4 * N)
+    assert backward.written == plain_backward.written + W + 4 * N + W
+
+
+def test_peft_over_few_rows_is_not_counted():
+    few = replace(OVER_NF4, shape=replace(OVER_NF4.shape, M=1536))
+    (row,) = [row for row in measure(few, ["peft"]) if row.contender == "peft"]
+    assert row.unavailable.startswith("with fewer than 1537 rows bitsandbytes may launch a kernel")
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "fp8", "mxfp4"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
+def test_triton_makes_w_dense_in_one_launch(base, dropout_p):
+    from lorafast.bench.common.bases import stored_bytes
+
+    dense = replace(PROBLEM, dropout_p=dropout_p)
+    stored = stored_bytes(N, K, torch.bfloat16, base)
+    for plain, over in zip(
+        traffic_of("triton", dense), traffic_of("triton", replace(dense, base=base)), strict=True
+    ):
+        expected = Traffic(plain.launches, plain.read, plain.written)
+        expected.add(1, stored, W)
+        assert over == expected
+
+
+@pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("contender", ["triton", "lorafast"])
+def test_how_much_more_a_layer_over_nf4_moves_than_the_frozen_one(contender, adapter_dtype):
+    problem = replace(OVER_NF4, adapter_dtype=adapter_dtype)
+    frozen, ours, peft = (traffic_of(name, problem) for name in (FROZEN, contender, "peft"))
+    moved = [sum(traffic.bytes for traffic in of) for of in (frozen, ours, peft)]
+    assert moved[1] <= 1.75 * moved[0]
+    assert sum(traffic.launches for traffic in ours) <= 8
+    assert moved[2] > 4.8 * moved[0]
+    assert sum(traffic.launches for traffic in peft) >= 19
+
+
+def test_nothing_of_the_size_of_w_is_saved_over_codes():
+    tensors = on_meta(OVER_NF4)
+    saved = {}
+
+    def keep(tensor):
+        saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with launches.standing_in(132, lambda noted: None):
+        contender = BUILDERS["triton"](OVER_NF4, tensors)
+        x = tensors.x[0].detach().requires_grad_()
+        with contender.context(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            contender.layer(x)
+    own = {id(t.untyped_storage()) for t in (*tensors.frozen(), *contender.layer.parameters())}
+    assert sum(size for key, size in saved.items() if key not in own) == X + S
+
+
+def test_operations_made_of_others_are_counted_below_autograd():
+    x = torch.empty(8, 16, device="meta", dtype=torch.bfloat16)
+    with counting() as traffic, torch.inference_mode():
+        x.to(torch.float32)
+    assert traffic == Traffic(1, x.nbytes, 2 * x.nbytes)
+
+
 def test_what_is_saved_for_the_backward():
     """x and s, for any dropout: no mask, no dropped copy of x."""
     for dropout_p in (0.0, 0.05):

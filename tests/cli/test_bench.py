@@ -99,7 +99,7 @@ def test_traffic_needs_no_gpu(capsys):
     assert main(["bench", "--traffic", "--against", "peft,aten"]) == 0
     out = capsys.readouterr().out
     (frozen,) = {" ".join(s.split()) for s in out.splitlines() if s.startswith("  frozen")}
-    assert frozen == "frozen 1 1 168 168 336 1.00 × 336"
+    assert frozen == "frozen 1 1 168 168 336 1.00 1.00 × 336"
 
 
 def test_a_shape_may_have_a_rank_of_its_own(tmp_path):

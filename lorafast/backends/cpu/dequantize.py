@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import operands
+from lorafast.backends import workspace
 from lorafast.backends.cpu import native
 from lorafast.core.codebooks import E2M1, codebook
 from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8, Weight
@@ -115,6 +116,7 @@ class _Workspaces(threading.local):
 
 
 _workspaces = _Workspaces()
+workspace.kept_elsewhere(lambda: _workspaces.of.clear())
 
 
 def _workspace(count: int, length: int, dtype: torch.dtype) -> tuple[Tensor, int]:
