@@ -5,12 +5,13 @@ registered format. What is not about one format asks here.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafast.core.problem import DENSE
-from lorafast.operands import bitsandbytes, packed
+from lorafast.operands import bitsandbytes, finegrained_fp8, packed, torchao
 from lorafast.operands import dense as _dense
 from lorafast.operands.dense import kept_transposed
 from lorafast.operands.eight_bit import FP8, Int8
@@ -54,6 +55,8 @@ __all__ = [
 
 Weight = Tensor | Operand
 _formats: dict[str, type[Operand]] = {}
+_LIBRARIES: tuple[Any, ...] = (bitsandbytes, torchao, finegrained_fp8)
+"""Whose layers are read: each has ``weight_of`` and ``why_not``."""
 
 
 def register(operand: type[Operand]) -> type[Operand]:
@@ -104,12 +107,17 @@ def of_layer(layer: nn.Module) -> Operand | None:
         found = operand.of_layer(layer)
         if found is not None:
             return found
-    return bitsandbytes.weight_of(layer)
+    for library in _LIBRARIES:
+        read = library.weight_of(layer)
+        if read is not None:
+            return read
+    return None
 
 
 def why_not_of_layer(layer: nn.Module) -> str | None:
     """Why ``of_layer`` has no weight of a layer of another library that it knows, or None."""
-    return bitsandbytes.why_not(layer)
+    reasons = (library.why_not(layer) for library in _LIBRARIES)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def describe(weight: Weight) -> str:

@@ -20,14 +20,16 @@ class EightBit(Operand):
 
     - ``weight``: the codes ``[N, K]``, of ``code_dtype`` or as uint8;
     - ``scale``: float32, ``[]`` or ``[1]`` of all of W, ``[N]`` or ``[N, 1]`` of rows, or
-      ``[⌈N / rows⌉, ⌈K / columns⌉]`` of blocks, which ``block`` says. int8 that bitsandbytes has made
-      has ``SCB [N]`` in its place, 127 times the scale.
+      ``[⌈N / rows⌉, ⌈K / columns⌉]`` of blocks, which ``block`` says. A subclass may have other names
+      for it (``names``), as the libraries have that write it.
 
     Raises:
         ValueError: the tensors don't fit; the message names the one, what it is, what was expected.
     """
 
     code_dtype: ClassVar[torch.dtype]
+    names: ClassVar[Mapping[str, float]] = {"scale": 1.0}
+    """What the scales may be called, and what they are then multiplied by."""
     keeps_dtypes = True
     stored_dtype: torch.dtype
     """What W is rounded to, whatever ``to`` has made ``dtype``."""
@@ -38,7 +40,7 @@ class EightBit(Operand):
         dtype: torch.dtype,
         block: tuple[int, int] | None = None,
     ) -> None:
-        self._name = "SCB" if "SCB" in tensors and self.code_dtype is torch.int8 else "scale"
+        self._name = next((name for name in self.names if name in tensors), "scale")
         codes, scale = tensors["weight"], tensors[self._name]
         self._tensors = {"weight": codes, self._name: scale}
         if dtype not in FLOATS:
@@ -95,7 +97,7 @@ class EightBit(Operand):
         return cls({"weight": codes, "scale": scale}, weight.dtype)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """``weight``, and ``scale`` or ``SCB``."""
+        """``weight``, and ``scale`` or what else that is called."""
         return self._tensors
 
     @classmethod
@@ -125,13 +127,13 @@ class EightBit(Operand):
 
     @property
     def scale(self) -> Tensor:
-        """``scale`` or ``SCB``, float32."""
+        """The scales, float32."""
         return self._tensors[self._name]
 
     @property
     def unit(self) -> float:
-        """What it is multiplied by."""
-        return 1.0 / 127.0 if self._name == "SCB" else 1.0
+        """What they are multiplied by."""
+        return self.names[self._name]
 
     def _scales(self, begin: int, end: int) -> Tensor:
         """Those of rows, as they multiply them."""
@@ -147,14 +149,17 @@ class EightBit(Operand):
 
 
 class Int8(EightBit):
-    """8-bit integers."""
+    """8-bit integers. Those that bitsandbytes has made have ``SCB [N]``, 127 times the scale."""
 
     format = "int8"
     code_dtype = torch.int8
+    names: ClassVar[Mapping[str, float]] = {"SCB": 1.0 / 127.0, "scale": 1.0}
 
 
 class FP8(EightBit):
-    """8-bit floats, e4m3 without infinities."""
+    """8-bit floats, e4m3 without infinities. Checkpoints as DeepSeek's have ``weight_scale_inv``, which
+    is the scale."""
 
     format = "fp8"
     code_dtype = torch.float8_e4m3fn
+    names: ClassVar[Mapping[str, float]] = {"weight_scale_inv": 1.0, "scale": 1.0}
