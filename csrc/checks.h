@@ -68,18 +68,23 @@ inline void check_storage(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(end <= bytes, name, " has a storage of ", bytes, " bytes, expected at least ", end);
 }
 
-inline void check_matrix(
-    const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const OneDevice& device) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, " has ", tensor.dim(), " dimensions, expected a matrix");
-  STD_TORCH_CHECK(
-      tensor.size(0) == rows && tensor.size(1) == cols, name, " is ", tensor.size(0), " x ", tensor.size(1),
-      ", expected ", rows, " x ", cols);
+// A tensor that the kernels can read: where it is, its dtype, its memory.
+inline void check_float(const char* name, const Tensor& tensor, const OneDevice& device) {
   device.check(name, tensor);
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
       " has dtype ", torch::headeronly::toString(dtype), ", expected float32, bfloat16 or float16");
   check_storage(name, tensor);
+}
+
+inline void check_matrix(
+    const char* name, const Tensor& tensor, int64_t rows, int64_t cols, const OneDevice& device) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " has ", tensor.dim(), " dimensions, expected a matrix");
+  STD_TORCH_CHECK(
+      tensor.size(0) == rows && tensor.size(1) == cols, name, " is ", tensor.size(0), " x ", tensor.size(1),
+      ", expected ", rows, " x ", cols);
+  check_float(name, tensor, device);
 }
 
 inline void check_output(

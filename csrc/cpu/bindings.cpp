@@ -38,6 +38,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
   library.def(
       "dequantize_eight_bit(Tensor codes, Tensor scale, float unit, bool integers, int block_rows, "
       "int block_columns, int row, int column, int stored, Tensor(a!) out) -> ()");
+  // csrc/cpu/linear_expand.cpp
+  library.def(
+      "linear_four_bit(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
+      "Tensor? nested_offset, Tensor numbers, int N, int K, int block, int nested_block, bool low_first, "
+      "int stored, bool transposed, Tensor? bias, Tensor(a!) out) -> ()");
+  library.def(
+      "linear_eight_bit(Tensor x, Tensor codes, Tensor scale, float unit, bool integers, int block_rows, "
+      "int block_columns, int stored, bool transposed, Tensor? bias, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
@@ -49,6 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("lora_linear_backward_", TORCH_BOX(&lorafast::cpu::lora_linear_backward_));
   library.impl("dequantize_four_bit", TORCH_BOX(&lorafast::cpu::dequantize_four_bit));
   library.impl("dequantize_eight_bit", TORCH_BOX(&lorafast::cpu::dequantize_eight_bit));
+  library.impl("linear_four_bit", TORCH_BOX(&lorafast::cpu::linear_four_bit));
+  library.impl("linear_eight_bit", TORCH_BOX(&lorafast::cpu::linear_eight_bit));
 }
 
 // The name of the instruction set in use, for lorafast info; "error: ..." if LORAFAST_CPU names none.

@@ -16,6 +16,9 @@ constexpr int64_t kTileRows = 32;
 constexpr int64_t kTileCols = 512;
 constexpr int64_t kKeepRow = kTileCols / 8;
 
+// Columns of a tile that `dot` and `multiply` take at a time.
+constexpr int64_t kDotCols = 2 * kLanes;
+
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // Either both are float32, or a tile is bfloat16 as it lies in memory and the factors are pairs: two bfloat16
@@ -39,6 +42,18 @@ struct Products {
 
   // to[c] = keep[c] ? from[c] : 0
   void (*mask)(const Value* from, int64_t cols, const uint8_t* keep, Value* to);
+
+  // out[i][m][:] (+)= sum over c of tile[i][c] * x[m][c], a lane for every 16th c (in pairs, for every 16th pair)
+  // x [M, cols] with rows `ldx` apart, out [rows, M, kLanes]; cols is a multiple of kDotCols
+  void (*dot)(
+      const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Value* x, int64_t ldx, int64_t M,
+      float* out, bool add);
+
+  // out[m][c] (+)= sum over i of t[m][i] * tile[i][c]     t [M, rows], out [M, cols], rows `ldt` and `ldo` apart;
+  // rows is even, cols a multiple of kDotCols
+  void (*multiply)(
+      const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Value* t, int64_t ldt, int64_t M,
+      float* out, int64_t ldo, bool add);
 };
 
 struct Microkernels {

@@ -39,6 +39,25 @@ struct Table<kLowFirst, uint16_t> {
 
   Table(const Vector& values, Dtype dtype) : twice(_mm512_broadcast_i64x4((__m256i)halves_of(values, dtype))) {}
 
+#if defined(__AVX512BF16__)
+  // Of values that the processor's own instruction rounds rightly.
+  explicit Table(const Vector& values)
+      : twice(_mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh((__m512)values))) {}
+#endif
+
+  // Of 32 bytes.
+  void look_up_twice(const uint8_t* codes, uint16_t* to) const {
+    // Neighbours are interleaved within lanes of 128 bits: first the bytes go where that puts them in order.
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, order));
+    const __m512i low = _mm512_permutexvar_epi16(words, twice);  // reads 5 bits
+    const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), twice);
+    const __m512i a = kLowFirst ? low : high, b = kLowFirst ? high : low;
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+    _mm512_storeu_si512(to + 32, _mm512_unpackhi_epi16(a, b));
+  }
+
   void look_up(const uint8_t* codes, uint16_t* to) const {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     // Two lanes a byte, of which 5 bits are read.
@@ -143,12 +162,61 @@ struct Table {
 
 constexpr int64_t kLookup = 32;  // elements at a time
 
+inline bool is_within(float value, float least, float most) {
+  const float magnitude = value < 0 ? -value : value;
+  return magnitude == 0 || (magnitude >= least && magnitude <= most);
+}
+
+#if defined(__AVX512F__)
+// Whole blocks of a multiple of 64 elements, from an even one on; returns how many elements they have.
+template <bool kLowFirst>
+int64_t whole_blocks(
+    const uint8_t* codes, int64_t count, const Vector& numbers, const float* scales, int64_t block, Dtype stored,
+    Dtype dtype, uint16_t* to) {
+  const int64_t blocks = count / block;
+#if defined(__AVX512BF16__)
+  // Then no product is a denormal, infinite or NaN.
+  const __m512 sizes = _mm512_abs_ps((__m512)numbers);
+  const __mmask16 within = _mm512_cmp_ps_mask(sizes, _mm512_set1_ps(0x1p-20f), _CMP_GE_OQ) &
+                           _mm512_cmp_ps_mask(sizes, _mm512_set1_ps(0x1p20f), _CMP_LE_OQ);
+  const bool is_plain = dtype == Dtype::kBFloat16 && stored != Dtype::kFloat16 &&
+                        (within | _mm512_cmp_ps_mask(sizes, _mm512_setzero_ps(), _CMP_EQ_OQ)) == 0xFFFF;
+#endif
+  for (int64_t b = 0; b < blocks; ++b) {
+    const auto each = [&](const Table<kLowFirst, uint16_t>& table) {
+      for (int64_t i = 0; i < block; i += 2 * kLookup, codes += kLookup, to += 2 * kLookup)
+        table.look_up_twice(codes, to);
+    };
+#if defined(__AVX512BF16__)
+    if (is_plain && is_within(scales[b], 0x1p-100f, 0x1p100f)) {
+      each(Table<kLowFirst, uint16_t>(numbers * scales[b]));
+      continue;
+    }
+#endif
+    each(Table<kLowFirst, uint16_t>(rounded(numbers * scales[b], stored, dtype), dtype));
+  }
+  return blocks * block;
+}
+#endif
+
 template <bool kLowFirst, typename Word>
 void four_bit_of(
     const uint8_t* codes, int64_t first, int64_t count, const float* numbers, const float* scales, int64_t before,
     int64_t block, Dtype stored, Dtype dtype, Word* to) {
   const Vector of_codes = *reinterpret_cast<const Vector*>(numbers);
   for (const int64_t end = first + count; first < end; ++scales, before = 0) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Word) == sizeof(uint16_t)) {
+      if (before == 0 && first % 2 == 0 && block % (2 * kLookup) == 0 && end - first >= block) {
+        const int64_t made =
+            whole_blocks<kLowFirst>(codes + first / 2, end - first, of_codes, scales, block, stored, dtype, to);
+        first += made;
+        to += made;
+        scales += made / block;
+        if (first == end) return;
+      }
+    }
+#endif
     const int64_t left = block - before, some = left < end - first ? left : end - first;
     const Table<kLowFirst, Word> table(rounded(of_codes * *scales, stored, dtype), dtype);
     int64_t i = 0;
@@ -212,11 +280,55 @@ inline void store_exactly(const float* from, Dtype dtype, int64_t count, void* t
   }
 }
 
+#if defined(__AVX512BF16__)
+// int8 or e4m3 · scale in bfloat16, 32 at a time: how many elements are made. No product may be a denormal, which the
+// processor's own rounding takes for 0, nor may a NaN come of the scale.
+int64_t eight_bit_pairs(const uint8_t* codes, int64_t count, bool integers, float scale, uint16_t* to) {
+  if (!is_within(scale, 0x1p-100f, 0x1p100f)) return 0;
+  int64_t i = 0;
+  if (integers) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (; i + 32 <= count; i += 32) {
+      const __m128i* const from = reinterpret_cast<const __m128i*>(codes + i);
+      const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
+      const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + 1)));
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor));
+      _mm512_storeu_si512(to + i, reinterpret_cast<const __m512i&>(both));
+    }
+  } else {
+    // The bits of a float16 of 2^-8 times the value; float16 has denormals for those of e4m3.
+    const __m512 factor = _mm512_set1_ps(scale * 0x1p8f);
+    const __m512i sign_and_rest = _mm512_set1_epi16(static_cast<short>(0xBF80));
+    const __m512i nan = _mm512_set1_epi16(0x3F80);
+    for (; i + 32 <= count; i += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+      const __m512i shifted = _mm512_srai_epi16(_mm512_slli_epi16(_mm512_cvtepu8_epi16(bytes), 8), 1);
+      __m512i halves = _mm512_and_si512(shifted, sign_and_rest);
+      const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(halves, nan), nan);
+      halves = _mm512_mask_set1_epi16(halves, is_nan, 0x7E00);
+      const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+      const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, factor), _mm512_mul_ps(low, factor));
+      _mm512_storeu_si512(to + i, reinterpret_cast<const __m512i&>(both));
+    }
+  }
+  return i;
+}
+#endif
+
 void eight_bit(
     const uint8_t* codes, int64_t count, bool integers, float scale, Dtype stored, Dtype dtype, void* to) {
   float values[kSome];
   uint16_t halves[kSome];
   char* out = static_cast<char*>(to);
+#if defined(__AVX512BF16__)
+  if (dtype == Dtype::kBFloat16 && stored != Dtype::kFloat16) {
+    const int64_t made = eight_bit_pairs(codes, count, integers, scale, static_cast<uint16_t*>(to));
+    codes += made;
+    count -= made;
+    out += made * static_cast<int64_t>(sizeof(uint16_t));
+  }
+#endif
   for (int64_t done = 0; done < count; done += kSome) {
     const int64_t some = count - done < kSome ? count - done : kSome;
     const uint8_t* const from = codes + done;

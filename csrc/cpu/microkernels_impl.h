@@ -478,7 +478,15 @@ void mask_pairs(const uint16_t* from, int64_t cols, const uint8_t* keep, uint16_
   }
 }
 
-const Products<uint16_t, uint32_t> kPairs = {reduce_column_pairs, reduce_row_pairs, expand_pairs, mask_pairs};
+#endif
+
+#include "microkernels_products.h"
+
+#if defined(__AVX512BF16__)
+
+const Products<uint16_t, uint32_t> kPairs = {
+    reduce_column_pairs, reduce_row_pairs, expand_pairs, mask_pairs, dot_pairs, multiply_pairs,
+};
 const Products<uint16_t, uint32_t>* const kPairsOfThisSet = &kPairs;
 
 #else
@@ -496,8 +504,8 @@ const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
 
 namespace {
 const Microkernels kTable = {
-    LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask}, kPairsOfThisSet, load, store, keep,
-    four_bit, eight_bit,
+    LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask, dot, multiply}, kPairsOfThisSet, load,
+    store, keep, four_bit, eight_bit,
 };
 }  // namespace
 const Microkernels* const LORAFAST_TABLE(LORAFAST_SET) = &kTable;

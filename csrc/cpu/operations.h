@@ -45,4 +45,14 @@ void dequantize_eight_bit(
     const Tensor& codes, const Tensor& scale, double unit, bool integers, int64_t block_rows,
     int64_t block_columns, int64_t row, int64_t column, int64_t stored, Tensor out);
 
+void linear_four_bit(
+    const Tensor& x, const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
+    const std::optional<Tensor>& nested_quant_map, const std::optional<Tensor>& nested_offset,
+    const Tensor& numbers, int64_t N, int64_t K, int64_t block, int64_t nested_block, bool low_first,
+    int64_t stored, bool transposed, const std::optional<Tensor>& bias, Tensor out);
+
+void linear_eight_bit(
+    const Tensor& x, const Tensor& codes, const Tensor& scale, double unit, bool integers, int64_t block_rows,
+    int64_t block_columns, int64_t stored, bool transposed, const std::optional<Tensor>& bias, Tensor out);
+
 }  // namespace lorafast::cpu

@@ -92,6 +92,45 @@ def why_dequantized_wrongly(weight):
     return None
 
 
+def multiplied(N, K, dtype):
+    """Quantized weights of a size: blocks that rows straddle and whole ones, a NaN among the scales."""
+    W = torch.randn(N, K).to(dtype)
+    yield from (
+        operands.NF4.of(W, block, nested=nested) for block, nested in ((7, False), (64, True))
+    )
+    yield operands.FP4.of(W, 256, nested=False)
+    yield from (kind.of(W) for kind in (operands.Int8, operands.FP8))
+    every = torch.randint(0, 256, (N, K), dtype=torch.uint8)
+    yield operands.FP8({"weight": every, "scale": torch.rand(1, -(-K // 48))}, dtype, (N, 48))
+    exponents = torch.randint(120, 134, (N, -(-K // 32)), dtype=torch.uint8)
+    exponents[-1, -1] = 255
+    codes = torch.randint(0, 256, (N, 16 * exponents.shape[1]), dtype=torch.uint8)
+    yield operands.MXFP4(codes, exponents, dtype)
+
+
+def why_multiplied_wrongly(weight, M, layout):
+    """A sentence if a product straight from the codes breaks the contract, for y or for dx."""
+    dense = weight.dense()
+    for transposed in (False, True):
+        W = dense.t() if transposed else dense
+        x = lay_out(torch.randn(M, W.shape[1]).to(dense.dtype), layout)
+        bias = None if transposed else torch.randn(W.shape[0]).to(dense.dtype)
+        found = dequantize.of_few_rows(x, weight, bias, transposed)
+
+        def product(change, x=x, W=W, bias=bias):
+            return torch.nn.functional.linear(
+                change(x), change(W), None if bias is None else change(bias)
+            )
+
+        ref64, squares64 = product(torch.Tensor.double), product(lambda t: t.double().square())
+        bound = contract.bound(product(torch.Tensor.clone), ref64, squares64.sqrt())
+        reason = bound.verdict(found).why_broken
+        if reason is not None:
+            name = "dx" if transposed else "y"
+            return f"{name} of {M} rows, {layout}, of {weight} ({weight.parameters}) is {reason}"
+    return None
+
+
 def main():
     """Exits with a sentence if a result is off."""
     torch.manual_seed(0)
@@ -112,6 +151,16 @@ def main():
             reason = why_dequantized_wrongly(weight.to(cast))
             if reason is not None:
                 sys.exit(reason)
+    # 4200 columns are several tiles, 70 rows several of dx.
+    for dtype, cast, (N, K) in itertools.product(dtypes, dtypes, ((5, 33), (70, 544), (9, 4200))):
+        for weight in multiplied(N, K, dtype):
+            few = weight.to(cast)
+            for M, layout in ((1, "contiguous"), (3, "transposed"), (21, "one column expanded")):
+                if {dtype, cast} == {torch.bfloat16, torch.float16}:
+                    continue  # rounded twice, which no product does
+                reason = why_multiplied_wrongly(few, M, layout)
+                if reason is not None:
+                    sys.exit(reason)
     # The mask, bit for bit.
     M, K = 37, 1003
     x, one = torch.ones(M, K), torch.ones(M, 1)

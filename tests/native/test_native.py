@@ -271,6 +271,26 @@ def test_bad_arguments_are_named():
         kernels.shrink(x, lora_A, torch.zeros(2, dtype=torch.int64), 5, 1.0, s)
 
 
+def test_bad_arguments_of_products_of_codes_are_named():
+    from lorafast.backends.cpu import dequantize
+    from lorafast.operands import Int8
+
+    weight = Int8.of(torch.randn(10, 6))
+    x = torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match="x is 4 x 5, expected 4 x 6"):
+        dequantize.of_few_rows(x[:, :5], weight, None)
+    with pytest.raises(RuntimeError, match="x is 4 x 6, expected 4 x 10"):
+        dequantize.of_few_rows(x, weight, None, transposed=True)
+    with pytest.raises(
+        RuntimeError, match=r"bias has 1 dimensions and 9 elements, expected \[10\]"
+    ):
+        dequantize.of_few_rows(x, weight, torch.zeros(9))
+    with pytest.raises(RuntimeError, match="bias has dtype Double, expected float32"):
+        dequantize.of_few_rows(x, weight, torch.zeros(10).double())
+    with pytest.raises(RuntimeError, match="bias is given for dx, expected None"):
+        dequantize.of_few_rows(torch.randn(4, 10), weight, torch.zeros(6), transposed=True)
+
+
 def test_the_binary_needs_the_stable_abi_and_no_more():
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")

@@ -5,6 +5,7 @@ import torch
 
 import lorafast
 from lorafast.backends.cpu import native
+from lorafast.operands import FP4, FP8, NF4, Int8
 
 if native.why_not_loaded() is not None:
     pytest.skip(native.why_not_loaded(), allow_module_level=True)
@@ -21,7 +22,10 @@ ARGUMENTS = {
     ]
     for operation in native.LIBRARY.operations
 }
-CASES = [(op, name) for op, names in ARGUMENTS.items() for name in names if name in SHAPES]
+OF_DENSE = {
+    op: names for op, names in ARGUMENTS.items() if {*names} <= SHAPES.keys() | NUMBERS.keys()
+}
+CASES = [(op, name) for op, names in OF_DENSE.items() for name in names if name in SHAPES]
 
 
 def tensor(name):
@@ -40,6 +44,41 @@ def test_too_small_a_storage_is_refused(operation, name, left):
     sentence = rf"\b{name} has a storage of {left} bytes, expected at least {needed}"
     with pytest.raises(RuntimeError, match=sentence):
         run(*given.values())
+
+
+QUANTIZED = {
+    "nf4": lambda: NF4.of(torch.ones(64, 8), 8),
+    "plain fp4": lambda: FP4.of(torch.ones(64, 8), 8, nested=False),
+    "int8": lambda: Int8.of(torch.ones(64, 8)),
+    "fp8": lambda: FP8.of(torch.ones(64, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_weight_with_freed_memory_is_refused(kind):
+    from lorafast.backends.cpu import dequantize
+
+    out = torch.empty(64 * 8)
+    for name in QUANTIZED[kind]().tensors():
+        weight = QUANTIZED[kind]()
+        weight.tensors()[name].untyped_storage().resize_(0)
+        for run in (
+            lambda w: dequantize.part(w, (0, 64), (0, 8), out),
+            lambda w: dequantize.of_few_rows(torch.ones(2, 8), w, None),
+            lambda w: dequantize.of_few_rows(torch.ones(2, 64), w, None, transposed=True),
+        ):
+            with pytest.raises(RuntimeError, match="has a storage of 0 bytes, expected at least"):
+                run(weight)
+
+
+@pytest.mark.parametrize("freed", ["x", "bias"])
+def test_few_rows_with_freed_memory_are_refused(freed):
+    from lorafast.backends.cpu import dequantize
+
+    given = {"x": torch.ones(2, 8), "bias": torch.ones(64)}
+    given[freed].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{freed} has a storage of 0 bytes"):
+        dequantize.of_few_rows(given["x"], QUANTIZED["nf4"](), given["bias"])
 
 
 def test_a_view_needs_its_last_element_and_no_more():

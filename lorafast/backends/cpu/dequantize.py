@@ -1,9 +1,11 @@
 """Parts of a quantized weight made dense by the native kernels, and the base products over such parts.
 
-A part fits the caches and is multiplied at once: W is never dense as a whole.
+A part fits the caches and is multiplied at once: W is never dense as a whole. By few rows of x, tiles
+of W are multiplied where they are made, in one call.
 """
 
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +23,17 @@ from lorafast.operands.mxfp4 import BLOCK
 native.why_not_loaded()  # loads them
 _four_bit = torch.ops.lorafast_cpu.dequantize_four_bit.default
 _eight_bit = torch.ops.lorafast_cpu.dequantize_eight_bit.default
+_linear_four_bit = torch.ops.lorafast_cpu.linear_four_bit.default
+_linear_eight_bit = torch.ops.lorafast_cpu.linear_eight_bit.default
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of dtypes, as the kernels count them."""
 _PART = 4 << 20
 """Bytes of a part, about. At 4096 x 4096 parts of 512 rows or columns were the fastest, in bfloat16."""
 _WHOLE = 32
 """Rows, or columns, that a part has a multiple of."""
+_FEW = {True: 32, False: 4}
+"""Rows of x up to which a product straight from the codes is ahead, with the processor's own bfloat16
+product and without it."""
 
 
 Quantized = FourBit | EightBit | MXFP4
@@ -54,25 +61,64 @@ def part(weight: Quantized, rows: tuple[int, int], columns: tuple[int, int], out
     (top, bottom), (left, right) = rows, columns
     to = out[: (bottom - top) * (right - left)].view(bottom - top, right - left)
     stored = _NUMBERS[weight.stored_dtype]
-    t = weight.tensors()
-    if isinstance(weight, FourBit):
-        nested = [t.get(name) for name in NESTED]
-        _four_bit(
-            t["weight"], t["absmax"], *nested, codebook(weight.numbers, t["absmax"]), *weight.shape,
-            weight.block, weight.nested_block or 0, False, top, left, stored, to,
-        )  # fmt: skip
+    if isinstance(weight, EightBit):
+        _eight_bit(*_eight_bit_codes(weight), top, left, stored, to)
     elif isinstance(weight, MXFP4):
-        codes, factors = t["blocks"][top:bottom], weight.factors(top, bottom)
-        _four_bit(
-            codes, factors, None, None, None, codebook(E2M1, codes), bottom - top, weight.shape[1],
-            BLOCK, 0, True, 0, left, stored, to,
-        )  # fmt: skip
+        _four_bit(*_mxfp4_codes(weight, top, bottom), 0, left, stored, to)
     else:
-        _eight_bit(
-            t["weight"], weight.scale, weight.unit, weight.code_dtype is torch.int8,
-            *(weight.block or (0, 0)), top, left, stored, to,
-        )  # fmt: skip
+        _four_bit(*_four_bit_codes(weight), top, left, stored, to)
     return to
+
+
+def _four_bit_codes(weight: FourBit) -> tuple[Any, ...]:
+    """What the kernels read a weight from, up to ``low_first``."""
+    t = weight.tensors()
+    nested = [t.get(name) for name in NESTED]
+    return (
+        t["weight"], t["absmax"], *nested, codebook(weight.numbers, t["absmax"]), *weight.shape,
+        weight.block, weight.nested_block or 0, False,
+    )  # fmt: skip
+
+
+def _mxfp4_codes(weight: MXFP4, top: int, bottom: int) -> tuple[Any, ...]:
+    """The same, of rows ``top`` to ``bottom``."""
+    codes, factors = weight.blocks[top:bottom], weight.factors(top, bottom)
+    return (
+        codes, factors, None, None, None, codebook(E2M1, codes), bottom - top, weight.shape[1],
+        BLOCK, 0, True,
+    )  # fmt: skip
+
+
+def _eight_bit_codes(weight: EightBit) -> tuple[Any, ...]:
+    """What the kernels read a weight from, up to ``block_columns``."""
+    codes = weight.tensors()["weight"]
+    integers = weight.code_dtype is torch.int8
+    return codes, weight.scale, weight.unit, integers, *(weight.block or (0, 0))
+
+
+def of_few_rows(
+    x: Tensor, weight: Quantized, bias: Tensor | None, transposed: bool = False
+) -> Tensor:
+    """``x·Wᵀ + bias``, or transposed ``x·W``, straight from the codes: a tile of W at a time is made
+    dense and multiplied within the first cache of a core. Sums are float32, rounded once.
+    """
+    out = x.new_empty((x.shape[0], weight.shape[1 if transposed else 0]))
+    stored = weight.stored_dtype
+    ending = _NUMBERS[weight.dtype if stored is torch.float32 else stored], transposed, bias, out
+    if isinstance(weight, EightBit):
+        _linear_eight_bit(x, *_eight_bit_codes(weight), *ending)
+    elif isinstance(weight, MXFP4):
+        _linear_four_bit(x, *_mxfp4_codes(weight, 0, weight.shape[0]), *ending)
+    else:
+        _linear_four_bit(x, *_four_bit_codes(weight), *ending)
+    return out
+
+
+def _has_few_rows(x: Tensor, weight: Quantized) -> bool:
+    """Whether ``of_few_rows`` is ahead; it rounds W to one dtype alone."""
+    few = _FEW[native.multiplies_bfloat16() and x.dtype is torch.bfloat16]
+    once = weight.stored_dtype in (weight.dtype, torch.float32) or weight.dtype is torch.float32
+    return x.shape[0] <= few and once
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -80,6 +126,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     quantized = served(weight)
     if quantized is None:
         return operands.linear(x, weight, bias)
+    if _has_few_rows(x, quantized):
+        return of_few_rows(x, quantized, bias)
     N, K = quantized.shape
     memory, step = _workspace(N, K, quantized.dtype)
     if step >= N:
@@ -97,6 +145,8 @@ def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
     quantized = served(weight)
     if quantized is None:
         return operands.linear_transposed(dy, weight)
+    if _has_few_rows(dy, quantized):
+        return of_few_rows(dy, quantized, None, transposed=True)
     N, K = quantized.shape
     memory, step = _workspace(K, N, quantized.dtype)
     if step >= K:

@@ -28,6 +28,8 @@ LIBRARY = Library(
         "lora_linear_backward_",
         "dequantize_four_bit",
         "dequantize_eight_bit",
+        "linear_four_bit",
+        "linear_eight_bit",
     ),
     start=_capability,
 )

@@ -1,0 +1,194 @@
+// Part of microkernels_impl.h: products with few rows, by a tile of a weight that was made dense a moment ago.
+//
+// Sums stay in registers: R rows of the tile by C rows of x, or C rows of dy by kWide columns of the tile.
+
+// Adds sums of lanes to what is there, or writes them.
+inline __attribute__((always_inline)) void put(float* to, const Vector& sums, bool add) {
+  Vector& there = *reinterpret_cast<Vector*>(to);
+  there = add ? there + sums : sums;
+}
+
+// What a set's registers hold: kDot x kDot accumulators of kLanes floats.
+constexpr int kDot = LORAFAST_ROWS / 2;
+
+template <int R, int C>
+void dot_of(
+    const float* tile, int64_t ld, int64_t cols, const float* x, int64_t ldx, int64_t M, float* out, bool add) {
+  Vector sums[R][C];
+  LORAFAST_UNROLL
+  for (int i = 0; i < R; ++i)
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) sums[i][m] = Vector{};
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    Vector values[R];
+    LORAFAST_UNROLL
+    for (int i = 0; i < R; ++i) values[i] = *reinterpret_cast<const Vector*>(tile + i * ld + c);
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) {
+      const Vector factors = *reinterpret_cast<const Vector*>(x + m * ldx + c);
+      LORAFAST_UNROLL
+      for (int i = 0; i < R; ++i) sums[i][m] += values[i] * factors;
+    }
+  }
+  LORAFAST_UNROLL
+  for (int i = 0; i < R; ++i)
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) put(out + (i * M + m) * kLanes, sums[i][m], add);
+}
+
+template <int C>
+void dot_rows(
+    const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t M, float* out,
+    bool add) {
+  int64_t i = 0;
+  for (; i + kDot <= rows; i += kDot)
+    dot_of<kDot, C>(tile + i * ld, ld, cols, x, ldx, M, out + i * M * kLanes, add);
+  for (; i < rows; ++i) dot_of<1, C>(tile + i * ld, ld, cols, x, ldx, M, out + i * M * kLanes, add);
+}
+
+void dot(
+    const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* x, int64_t ldx, int64_t M, float* out,
+    bool add) {
+  int64_t m = 0;
+  for (; m + kDot <= M; m += kDot)
+    dot_rows<kDot>(tile, ld, rows, cols, x + m * ldx, ldx, M, out + m * kLanes, add);
+  for (; m < M; ++m) dot_rows<1>(tile, ld, rows, cols, x + m * ldx, ldx, M, out + m * kLanes, add);
+}
+
+template <int C>
+void multiply_of(
+    const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* t, int64_t ldt, float* out,
+    int64_t ldo, bool add) {
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    Vector sums[C];
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) sums[m] = Vector{};
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vector values = *reinterpret_cast<const Vector*>(tile + i * ld + c);
+      LORAFAST_UNROLL
+      for (int m = 0; m < C; ++m) sums[m] += t[m * ldt + i] * values;
+    }
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) put(out + m * ldo + c, sums[m], add);
+  }
+}
+
+void multiply(
+    const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* t, int64_t ldt, int64_t M, float* out,
+    int64_t ldo, bool add) {
+  int64_t m = 0;
+  for (; m + LORAFAST_ROWS <= M; m += LORAFAST_ROWS)
+    multiply_of<LORAFAST_ROWS>(tile, ld, rows, cols, t + m * ldt, ldt, out + m * ldo, ldo, add);
+  for (; m < M; ++m) multiply_of<1>(tile, ld, rows, cols, t + m * ldt, ldt, out + m * ldo, ldo, add);
+}
+
+#if defined(__AVX512BF16__)
+
+inline __attribute__((always_inline)) __m512bh pairs_at(const uint16_t* from) {
+  return reinterpret_cast<const __m512bh&>(static_cast<const __m512i&>(_mm512_loadu_si512(from)));
+}
+
+template <int R, int C>
+void dot_pairs_of(
+    const uint16_t* tile, int64_t ld, int64_t cols, const uint16_t* x, int64_t ldx, int64_t M, float* out,
+    bool add) {
+  __m512 sums[R][C];
+  LORAFAST_UNROLL
+  for (int i = 0; i < R; ++i)
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) sums[i][m] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+    __m512bh factors[C];
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) factors[m] = pairs_at(x + m * ldx + c);
+    LORAFAST_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const __m512bh values = pairs_at(tile + i * ld + c);
+      LORAFAST_UNROLL
+      for (int m = 0; m < C; ++m) sums[i][m] = _mm512_dpbf16_ps(sums[i][m], values, factors[m]);
+    }
+  }
+  LORAFAST_UNROLL
+  for (int i = 0; i < R; ++i)
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) put(out + (i * M + m) * kLanes, (Vector)sums[i][m], add);
+}
+
+// One row by one: four sums at a time, for a sum waits for the last.
+void dot_pairs_of_one(const uint16_t* tile, int64_t cols, const uint16_t* x, float* out, bool add) {
+  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= cols; c += 8 * kLanes)
+    LORAFAST_UNROLL
+    for (int v = 0; v < 4; ++v)
+      sums[v] = _mm512_dpbf16_ps(sums[v], pairs_at(tile + c + 2 * v * kLanes), pairs_at(x + c + 2 * v * kLanes));
+  for (; c < cols; c += 2 * kLanes) sums[0] = _mm512_dpbf16_ps(sums[0], pairs_at(tile + c), pairs_at(x + c));
+  put(out, (Vector)_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])), add);
+}
+
+template <int R, int C>
+void dot_pair_rows(
+    const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint16_t* x, int64_t ldx, int64_t M,
+    float* out, bool add) {
+  int64_t i = 0;
+  for (; i + R <= rows; i += R)
+    dot_pairs_of<R, C>(tile + i * ld, ld, cols, x, ldx, M, out + i * M * kLanes, add);
+  for (; i < rows; ++i) dot_pairs_of<1, C>(tile + i * ld, ld, cols, x, ldx, M, out + i * M * kLanes, add);
+}
+
+void dot_pairs(
+    const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint16_t* x, int64_t ldx, int64_t M,
+    float* out, bool add) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4)
+    dot_pair_rows<4, 4>(tile, ld, rows, cols, x + m * ldx, ldx, M, out + m * kLanes, add);
+  for (; m + 2 <= M; m += 2)
+    dot_pair_rows<8, 2>(tile, ld, rows, cols, x + m * ldx, ldx, M, out + m * kLanes, add);
+  for (; m < M; ++m)
+    for (int64_t i = 0; i < rows; ++i)
+      dot_pairs_of_one(tile + i * ld, cols, x + m * ldx, out + (i * M + m) * kLanes, add);
+}
+
+// Two rows at a time, their neighbours interleaved: within lanes of 128 bits, which the last step puts in order.
+template <int C>
+void multiply_pairs_of(
+    const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint16_t* t, int64_t ldt, float* out,
+    int64_t ldo, bool add) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+    __m512 sums[C][2];
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < rows; i += 2) {
+      const __m512i a = _mm512_loadu_si512(tile + i * ld + c), b = _mm512_loadu_si512(tile + (i + 1) * ld + c);
+      const __m512bh low = as_pairs(_mm512_unpacklo_epi16(a, b)), high = as_pairs(_mm512_unpackhi_epi16(a, b));
+      LORAFAST_UNROLL
+      for (int m = 0; m < C; ++m) {
+        int pair;
+        memcpy(&pair, t + m * ldt + i, sizeof(pair));
+        const __m512bh factor = as_pairs(_mm512_set1_epi32(pair));
+        sums[m][0] = _mm512_dpbf16_ps(sums[m][0], factor, low);
+        sums[m][1] = _mm512_dpbf16_ps(sums[m][1], factor, high);
+      }
+    }
+    LORAFAST_UNROLL
+    for (int m = 0; m < C; ++m) {
+      put(out + m * ldo + c, (Vector)_mm512_permutex2var_ps(sums[m][0], first, sums[m][1]), add);
+      put(out + m * ldo + c + kLanes, (Vector)_mm512_permutex2var_ps(sums[m][0], second, sums[m][1]), add);
+    }
+  }
+}
+
+void multiply_pairs(
+    const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint16_t* t, int64_t ldt, int64_t M,
+    float* out, int64_t ldo, bool add) {
+  int64_t m = 0;
+  for (; m + 8 <= M; m += 8)
+    multiply_pairs_of<8>(tile, ld, rows, cols, t + m * ldt, ldt, out + m * ldo, ldo, add);
+  for (; m + 4 <= M; m += 4)
+    multiply_pairs_of<4>(tile, ld, rows, cols, t + m * ldt, ldt, out + m * ldo, ldo, add);
+  for (; m < M; ++m) multiply_pairs_of<1>(tile, ld, rows, cols, t + m * ldt, ldt, out + m * ldo, ldo, add);
+}
+
+#endif
