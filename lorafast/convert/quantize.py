@@ -18,6 +18,7 @@ from lorafast.nn import QuantizedLinear, offload
 from lorafast.nn.adaptable import why_not_linear
 from lorafast.nn.checks import count
 from lorafast.nn.plain import carry, move_hooks, stock_class
+from lorafast.operands import FP8, W8A8
 
 _HEADS = ("lm_head",)
 
@@ -30,6 +31,7 @@ def quantize(
     exclude: Pattern | None = None,
     block: int | None = None,
     nested: bool | None = None,
+    activation: str | None = None,
 ) -> nn.Module:
     """Replaces linear layers of ``model`` by frozen ones whose weights are stored in ``format``.
 
@@ -46,6 +48,8 @@ def quantize(
         exclude: layers to leave out, given like ``targets``.
         block: of 4-bit formats, elements that share a scale; None is 64.
         nested: of 4-bit formats, whether scales are quantized in turn; None is True.
+        activation: of ``"fp8"`` alone, ``"fp8"``: x is rounded too, and multiplied in 8 bits
+            (``lorafast.operands.W8A8``), which changes what the model computes.
 
     Returns:
         ``model``.
@@ -59,6 +63,13 @@ def quantize(
         The model is unchanged then. If memory runs out on the way, the layers so far are quantized, and
         another call does the rest.
     """
+    if activation is not None:
+        if (format, activation) != (FP8.format, FP8.format):
+            raise ValueError(
+                f"activation is {activation!r} and format {format!r}, expected both to be 'fp8': no "
+                "other activations are rounded"
+            )
+        format = W8A8.format
     given = {"block": block, "nested": nested}
     options = {name: value for name, value in given.items() if value is not None}
     operands.quantize(torch.zeros((1, 1)), format, **options)  # refuses what doesn't fit

@@ -72,6 +72,10 @@ class Operand(ABC):
         it. Then ``linear`` does so too, and the backward is as if it didn't."""
         return x
 
+    def unrounded(self) -> "Operand":
+        """The same W, which multiplies x as it is: that of every derivative."""
+        return self
+
     def like(self, weight: Tensor) -> "Operand":
         """``weight [N, K]``, a float tensor, quantized as this one is: its blocks, its dtypes.
 

@@ -36,6 +36,11 @@ class W8A8(FP8):
         codes, scale = _rounded(x)
         return (codes.float() * scale).to(x.dtype)
 
+    def unrounded(self) -> FP8:
+        """The weight in ``fp8``."""
+        plain: FP8 = FP8(self._tensors, self.stored_dtype, self.block).to(self.dtype)  # type: ignore[assignment]
+        return plain
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x·Wᵀ + bias`` of the rounded x."""
         if not self._is_scaled(x):

@@ -73,7 +73,9 @@ def _multiplied(x: Tensor, W: Operand, bias: Tensor | None, transposed: bool) ->
 def _plain(x: Tensor, W: Operand, bias: Tensor | None, transposed: bool) -> Tensor:
     """By PyTorch's own calls."""
     dense = W.dense()
-    return F.linear(x, dense.t() if transposed else dense, bias)
+    if transposed:
+        return F.linear(x, dense.t(), bias)
+    return F.linear(operands.activations(x, W), dense, bias)
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -94,6 +96,7 @@ class _QuantizedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 stored = ctx.saved_tensors
                 W: Any = operands.build(stored, ctx.description)
+                W = W.unrounded()
                 with forced.use_backend(ctx.backend or registry.AUTO):
                     dx = _run(dy, W, None, not ctx.transposed)
             if ctx.needs_input_grad[2]:
@@ -163,12 +166,13 @@ def _registered_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     dx = dbias = None
     needs = ctx.needs_input_grad
     if needs[0]:
+        W: Any = operands.build(ctx.saved_tensors, ctx.description)
+        W = W.unrounded()
         if needs_plain_pytorch(torch.compiler.is_compiling()) is not None:
-            W: Any = operands.build(ctx.saved_tensors, ctx.description)
             dx = _plain(dy, W, None, not ctx.transposed)
         else:
             dx = torch.ops.lorafast.quantized_linear(
-                dy, list(ctx.saved_tensors), ctx.description, None, not ctx.transposed
+                dy, list(ctx.saved_tensors), operands.describe(W), None, not ctx.transposed
             )
     if ctx.has_bias and len(needs) > 3 and needs[3]:
         dbias = as_rows(dy).sum(0)

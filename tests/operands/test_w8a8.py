@@ -146,3 +146,57 @@ def test_kernels_of_fp8_refuse_it():
     x, weight, A, B, _ = draw(48, 64)
     with lorafast.use_backend("triton"), pytest.raises(BackendError, match="w8a8"):
         functional.lora_linear(x, weight, A, B, 0.5)
+
+
+class TestAQuantizedModel:
+    def make(self, dtype=torch.bfloat16):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(64, 48, dtype=dtype))
+        return lorafast.quantize(model, "fp8", activation="fp8"), model
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_frozen_layer_keeps_the_contract(self, dtype):
+        model, _ = self.make(dtype)
+        layer = model[0]
+        weight = layer.frozen_operand()
+        assert type(weight) is W8A8
+        x = torch.randn(M, 64, dtype=dtype, requires_grad=True)
+        y = model(x)
+        W, bias = weight.dense(), layer.bias
+        ref64 = by_hand(x, torch.float64) @ W.double().t() + bias.double()
+        eager = torch.nn.functional.linear(by_hand(x, dtype), W, bias)
+        assert contract.why_broken(y.detach(), eager, ref64) is None
+        dy = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        assert contract.why_broken(dx, dy @ W, dy.double() @ W.double()) is None
+
+    def test_derivatives_of_derivatives_are_not_rounded(self):
+        model, _ = self.make(torch.float32)
+        x, dy = torch.randn(M, 64, requires_grad=True), torch.randn(M, 48, requires_grad=True)
+        (dx,) = torch.autograd.grad(model(x), x, dy, create_graph=True)
+        g = torch.randn_like(dx)
+        (found,) = torch.autograd.grad(dx, dy, g)
+        W = model[0].dense_weight()
+        assert contract.why_broken(found, g @ W.t(), g.double() @ W.double().t()) is None
+
+    def test_it_compiles_is_mapped_and_adapted(self):
+        model, _ = self.make(torch.float32)
+        x = torch.randn(M, 64)
+        y = model(x)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        assert contract.why_broken(compiled, y, y.double()) is None
+        mapped = torch.func.vmap(model)(x[:, None])[:, 0]
+        assert contract.why_broken(mapped, y, y.double()) is None
+        lorafast.adapt(model, r=2)
+        assert type(operands.build(model[0]._stored(), model[0]._description)) is W8A8
+        assert contract.why_broken(model(x).detach(), y, y.double()) is None
+
+    @pytest.mark.parametrize(
+        ("format", "activation"), [("nf4", "fp8"), ("int8", "fp8"), ("fp8", "int8"), ("fp8", "")]
+    )
+    def test_no_other_activations_are_rounded(self, format, activation):
+        model = nn.Sequential(nn.Linear(4, 4))
+        with pytest.raises(ValueError, match=f"activation is '{activation}' and format '{format}'"):
+            lorafast.quantize(model, format, activation=activation)
+        assert type(model[0]) is nn.Linear
