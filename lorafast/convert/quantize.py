@@ -75,10 +75,10 @@ def quantize(
     operands.quantize(torch.zeros((1, 1)), format, **options)  # refuses what doesn't fit
     inner = _targets.unwrapped(model)
     _check_without_adapters(inner)
-    found = _find(inner, targets, exclude)
-    sharded = name_of_sharded(inner, found)
+    sharded = name_of_sharded(inner, set(inner.modules()))
     if sharded is not None:
         raise TypeError(f"{sharded} is sharded by FSDP, expected a whole model: quantize it before")
+    found = _find(inner, targets, exclude)
     while found:
         layer = next(iter(found))
         names = found.pop(layer)

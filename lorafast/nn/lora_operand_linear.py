@@ -1,6 +1,7 @@
 """``LoRAOperandLinear``: the ``LoRALinear`` of a weight that is not stored as one dense tensor."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,12 @@ from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
-from lorafast.nn.plain import move_hooks
+from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.stored_weight import StoredWeight, fitted
 from lorafast.operands import Operand
+
+if TYPE_CHECKING:
+    from lorafast.nn.quantized_linear import QuantizedLinear
 
 
 def lora_linear_of(
@@ -49,6 +53,21 @@ def dora_linear_of(
 # For torch.fx a call is one node, as one of nn.Linear is.
 torch.fx.wrap("dora_linear_of")
 torch.fx.wrap("lora_linear_of")
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """What quantizing a merged weight ``V = W + scaling · B·A`` to ``Q`` lost, as ratios of norms."""
+
+    error: float
+    """``‖Q − V‖ / ‖V‖`` (Frobenius)."""
+    of_update: float
+    """``‖Q − V‖ / ‖V − W‖``: from 1 on as much was lost as the adapter had learnt."""
+
+
+def _ratio(lost: Tensor, whole: Tensor) -> float:
+    """0 where nothing was lost, of nothing too."""
+    return float(lost / whole) if float(lost) else 0.0
 
 
 class LoRAOperandLinear(StoredWeight, LoRALinear):
@@ -132,6 +151,36 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, made dense."""
         return operands.as_dense(self.operand())
+
+    def to_quantized(self) -> tuple["QuantizedLinear", Requantized]:
+        """The merged weight, quantized again as the frozen one is, in a layer; and what that lost.
+
+        ``W + scaling · B·A`` is summed in float32, from which it is rounded once, to codes. This layer
+        stays as it is; the bias is shared.
+
+        Raises:
+            ValueError: as for ``merge()``; or nothing quantizes to the format; or ``forward`` was
+                replaced on this instance, by Accelerate too.
+        """
+        from lorafast.nn.quantized_linear import QuantizedLinear  # which may become such a layer
+
+        reason = why_not_its_forward(self, type(self))
+        if reason is None and offload.hooks_of(self):
+            reason = "Accelerate's hook serves its weight: remove it before quantizing again"
+        if reason is not None:
+            raise ValueError(reason)
+        weight = self.operand()
+        assert isinstance(weight, Operand)
+        with torch.inference_mode(False), torch.no_grad():
+            before = weight.to(torch.promote_types(weight.dtype, torch.float32)).dense()
+            self._check_mergeable(before, (self.out_features, self.in_features))
+            merged = self._with_delta(before, dim=1)
+            made = weight.like(merged)
+            again = made.to(merged.dtype).dense()
+            lost, update = (again - merged).norm(), (merged - before).norm()
+            found = Requantized(_ratio(lost, merged.norm()), _ratio(lost, update))
+            layer = QuantizedLinear.from_operand(made, self.bias)
+        return layer.train(self.training), found
 
     def reset_parameters(self) -> None:
         """Draws the adapter anew. The frozen tensors stay: only a checkpoint has values for them."""

@@ -107,6 +107,13 @@ class StoredWeight(nn.Module):
             held = tensor.dtype
             if isinstance(given, Tensor) and given.is_floating_point() != held.is_floating_point:
                 return f"stores {name} as {held}, and the checkpoint as {given.dtype}"
+            if isinstance(given, Tensor) and given.shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, and the checkpoint as {list(given.shape)}"
+                return f"stores {name} as {shapes}"
+        there = [name for name in self._stored_names if prefix + name in state_dict]
+        missing = [name for name in self._stored_names if name not in there]
+        if there and missing:
+            return f"{own}, and the checkpoint has {there[0]}, and no {missing[0]}"
         return None
 
     def _format(self) -> str:

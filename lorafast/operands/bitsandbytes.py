@@ -129,7 +129,7 @@ def int8_of(weight: Tensor) -> Int8:
     rows = weight.detach().float()
     greatest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
     codes = (rows * (127.0 / greatest.clamp(min=_LEAST))[:, None]).round().clamp(-127, 127)
-    made = Int8({"weight": codes.to(torch.int8), "SCB": greatest}, torch.float32)
+    made = Int8({"weight": codes.to(torch.int8).contiguous(), "SCB": greatest}, torch.float32)
     return made.to(weight.dtype)  # type: ignore[return-value]
 
 

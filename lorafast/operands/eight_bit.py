@@ -91,7 +91,7 @@ class EightBit(Operand):
         scale = (greatest / last).clamp(min=torch.finfo(torch.float32).tiny)
         codes = rows / scale[:, None]
         codes = codes.round().clamp(-last, last) if integers else codes.clamp(-last, last)
-        codes = codes.to(cls.code_dtype)
+        codes = codes.to(cls.code_dtype).contiguous()
         if not integers:  # bytes, which nothing takes for numbers to be cast
             codes = codes.view(torch.uint8)
         return cls({"weight": codes, "scale": scale}, weight.dtype)

@@ -162,6 +162,14 @@ def test_the_nearest_code_is_found(kind, nested):
         torch.testing.assert_close(twice.dense(), weight.dense(), rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("kind", [NF4, FP4, Int8, FP8])
+def test_a_weight_with_any_strides_is_quantized(kind):
+    W = torch.randn(6, 8)
+    found = kind.of(W.t().contiguous().t())
+    assert all(tensor.is_contiguous() for tensor in found.tensors().values())
+    assert torch.equal(found.dense(), kind.of(W).dense())
+
+
 @pytest.mark.parametrize("kind", [Int8, FP8])
 def test_a_row_of_zeros_is_kept(kind):
     W = torch.randn(5, 7)
