@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-    torch.int64: "i64", torch.int32: "i32",
+    torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _ALIGNED = [["tt.divisibility", 16]]

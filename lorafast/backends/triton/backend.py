@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafast.backends import composed
+from lorafast.backends import composed, dequantized
 from lorafast.backends.cost import Device, gpu_of, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem
@@ -28,8 +28,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Triton(Backend):
-    """Fused kernels for dense weights; a layer's forward in one launch where helpers pay, PyTorch's GEMM
-    onto what ``expand`` wrote where that is faster than the fused one.
+    """Fused kernels: a layer's forward in one launch where helpers pay, PyTorch's GEMM onto what
+    ``expand`` wrote where that is faster than the fused one. A quantized weight is made dense first, by
+    one launch.
 
     ``auto`` uses helpers by the model alone where nothing was tuned: they assume no order of programs
     and no residency, so a wrong model costs time and nothing else.
@@ -57,6 +58,8 @@ class Triton(Backend):
         from lorafast.backends.triton import cost, planning
         from lorafast.backends.triton.lines import lines
 
+        if problem.format != DENSE:
+            return self._of_dense(problem, device)
         launch: planning.Launch | str
         if problem.operation in LAYER_OPERATIONS:
             launch = cost.helped(problem, device, self._config)
@@ -72,6 +75,24 @@ class Triton(Backend):
             return replace(apart, launches=(*apart.launches, f"no helpers: {launch}"))
         plan = Plan(self.name, self.run_of(launch, problem), lines(launch))
         return priced(plan, problem)
+
+    def _of_dense(self, problem: Problem, device: Device) -> Plan | Refusal:
+        """The launches of the dense weight, behind one that makes it dense."""
+        from lorafast.backends.triton import cost, quantized
+
+        product = self.plan(dequantized.dense(problem))
+        if isinstance(product, Refusal) or not dequantized.reads_weight(problem):
+            return product
+        made = dequantized.plan(problem, quantized.dequantize, product, quantized.line(problem))
+        if product.seconds is None:
+            return made
+        first = cost.dequantized(problem, device)
+        return replace(
+            made,
+            seconds=product.seconds + first.seconds,
+            source=f"W made dense, modelled {first}; its products, {product.source}",
+            measured=False,
+        )
 
     def run_of(self, launch: "planning.Launch", problem: Problem) -> Run:
         """What launches it."""
@@ -174,6 +195,8 @@ def _why_refused(p: Problem, device: Device | None) -> str | None:
     if device.capability < _OLDEST:
         major, minor = divmod(device.capability, 10)
         return f"compute capability is {major}.{minor}, the kernels need 8.0"
-    if p.format != DENSE and p.operation in ("linear_expand", *LAYER_OPERATIONS):
-        return f"the kernels read dense weights; this one is stored as {p.format}"
+    if p.format != DENSE:
+        from lorafast.backends.triton import quantized
+
+        return quantized.why_not(p)
     return None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, record_of, work
-from lorafast.backends.triton import planning
+from lorafast.backends.triton import planning, quantized
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
@@ -75,6 +75,12 @@ def estimate(problem: Problem, device: Device) -> Estimate:
     if "dweight" in problem.wants:  # PyTorch's own
         found += base_gemm(problem._replace(transposed=True), device, accumulated=False)
     return found
+
+
+def dequantized(problem: Problem, device: Device) -> Estimate:
+    """What making a quantized weight dense takes: its codes are read, W is written."""
+    moved = problem.N * problem.K * (quantized.code_bytes(problem) + problem.dtype.itemsize)
+    return work(device, moved=moved, share=_SKINNY, host=LAUNCH_HOST)
 
 
 def helped(

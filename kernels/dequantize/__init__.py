@@ -1,0 +1,5 @@
+"""W of a quantized weight, dense."""
+
+from lorafast.kernels.dequantize.kernel import dequantize
+
+__all__ = ["dequantize"]

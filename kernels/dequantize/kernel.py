@@ -1,0 +1,213 @@
+"""W ``[N, K]`` of a quantized weight, dense, in one launch: to the bit what ``Operand.rows`` gives.
+
+W and its codes lie row by row, so both are read and written as one line of elements, whatever N and K
+are: each byte of codes once, 16 bytes of W a thread. A group of eight elements that shares its scale
+loads that once.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from lorafast.kernels.common.codes import (
+    block_scales,
+    e4m3_to_float,
+    four_bit_codes,
+    rounded,
+)
+from lorafast.kernels.common.launch import INTERPRETED, KEPT, capability, on_its_device
+from lorafast.kernels.common.start import Start, key_of
+from torch import Tensor
+
+from lorafast.core.codebooks import E2M1, codebook
+from lorafast.operands import MXFP4, Int8
+from lorafast.operands.eight_bit import EightBit
+from lorafast.operands.four_bit import NESTED, FourBit
+from lorafast.operands.mxfp4 import BLOCK
+
+PER_GROUP = 8
+"""Neighbouring elements that a thread makes at once: 16 bytes of 16 bits each."""
+GROUPS = 512
+"""That a program makes: four a thread."""
+CONVERTS_E4M3 = 89
+"""The compute capability from which chips convert e4m3."""
+OPTIONS: dict[str, object] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+"""Of the compiler. A nested scale is a product and a sum, each rounded: no fused multiply-add."""
+ONE, OF_ROWS, OF_BLOCKS = range(3)
+"""What an 8-bit weight has a scale of: all of W, each row, each block of rows and columns."""
+
+
+@triton.jit(do_not_specialize=[])
+def four_bit_kernel(
+    codes_ptr,
+    numbers_ptr,
+    scales_ptr,
+    map_ptr,
+    of_blocks_ptr,
+    offset_ptr,
+    w_ptr,
+    size,
+    code_bytes,
+    BLOCK: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    LOW_FIRST: tl.constexpr,
+    STORED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """``W[i] = numbers[code i] · scale[i // BLOCK]`` for GROUPS · PER_GROUP elements a program.
+
+    ``size``: elements of W; ``code_bytes``: of its codes.
+    """
+    BYTES: tl.constexpr = PER_GROUP // 2
+    # 64 bits: W may have more than 2**31 elements.
+    first_group = tl.program_id(0).to(tl.int64) * GROUPS
+    groups = first_group + tl.arange(0, GROUPS)
+    at = groups[:, None] * BYTES + tl.arange(0, BYTES)[None, :]  # [GROUPS, BYTES]
+    codes = tl.load(codes_ptr + at, mask=at < code_bytes, other=0)
+    numbers = tl.load(numbers_ptr + four_bit_codes(codes, LOW_FIRST))  # [GROUPS, PER_GROUP]
+    elements = groups[:, None] * PER_GROUP + tl.arange(0, PER_GROUP)[None, :]
+    if BLOCK % PER_GROUP == 0:
+        begin = groups * PER_GROUP
+        scales = block_scales(
+            scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, begin // BLOCK, begin < size, NESTED_BLOCK
+        )[:, None]  # fmt: skip
+    else:
+        scales = block_scales(
+            scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, elements // BLOCK, elements < size,
+            NESTED_BLOCK,
+        )  # fmt: skip
+    w = rounded(numbers * scales, STORED, w_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(w_ptr + elements, w, mask=elements < size)
+
+
+@triton.jit(do_not_specialize=["K", "scales_in_row"])
+def eight_bit_kernel(
+    codes_ptr,
+    scale_ptr,
+    w_ptr,
+    size,
+    K,
+    unit,
+    scales_in_row,
+    SCALES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIKE: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    STORED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """``W[i] = code i · (unit · scale)`` for GROUPS · PER_GROUP elements a program.
+
+    Codes are int8, or uint8 that are e4m3. SCALES is one of ``ONE``, ``OF_ROWS`` and ``OF_BLOCKS``;
+    blocks are ROWS × COLUMNS.
+    ALIKE: the elements of a group share their scale.
+    """
+    # 64 bits: W may have more than 2**31 elements.
+    first = tl.program_id(0).to(tl.int64) * (GROUPS * PER_GROUP)
+    groups = tl.arange(0, GROUPS)[:, None] * PER_GROUP  # [GROUPS, 1]
+    elements = groups + tl.arange(0, PER_GROUP)[None, :]  # [GROUPS, PER_GROUP]
+    inside = first + elements < size
+    codes = tl.load(codes_ptr + first + elements, mask=inside, other=0)
+    if codes_ptr.dtype.element_ty == tl.uint8:
+        numbers = e4m3_to_float(codes, HARDWARE)
+    else:
+        numbers = codes.to(tl.float32)
+    if SCALES == 0:
+        scales = tl.load(scale_ptr) * unit
+    else:
+        of = groups if ALIKE else elements
+        begin = first + of < size
+        # 32 bits from the row on in which the program begins.
+        row = first // K
+        length = tl.cast(K, tl.uint32)
+        past = (first - row * K).to(tl.uint32) + of.to(tl.uint32)
+        rows = row + past // length
+        if SCALES == 2:
+            rows = rows // ROWS * scales_in_row + past % length // COLUMNS
+        scales = tl.load(scale_ptr + rows, mask=begin, other=0.0) * unit
+    w = rounded(numbers * scales, STORED, w_ptr.dtype.element_ty, INTERPRETED)
+    tl.store(w_ptr + first + elements, w, mask=inside)
+
+
+def dequantize(weight: FourBit | EightBit | MXFP4, W: Tensor) -> None:
+    """Writes the weight into ``W [N, K]``, contiguous: float32, bfloat16 or float16.
+
+    Each element is rounded from float32 to the weight's ``stored_dtype``, one of these, then to W's.
+    """
+    _write(W, weight)
+
+
+@on_its_device
+def _write(W: Tensor, weight: FourBit | EightBit | MXFP4) -> None:
+    if not W.numel():
+        return
+    stored = str(weight.stored_dtype).removeprefix("torch.")
+    t = weight.tensors()
+    if isinstance(weight, EightBit):
+        codes = t["weight"].view(torch.int8 if isinstance(weight, Int8) else torch.uint8)
+        scale, block = weight.scale, weight.block
+        run = eight_bit(tuple(W.shape), _scales_of(weight), block or (1, 1), stored, capability(W))
+        run(codes, scale, W, weight.unit)
+    elif isinstance(weight, MXFP4):
+        codes = t["blocks"]
+        run = four_bit(W.numel(), BLOCK, None, True, stored)
+        run(codes, codebook(E2M1, codes), t["scales"], None, None, None, W)
+    else:
+        codes = t["weight"].view(torch.uint8)
+        run = four_bit(W.numel(), weight.block, weight.nested_block, False, stored)
+        nested = (t.get(name) for name in NESTED)
+        of_blocks, numbers, offset = nested
+        run(codes, codebook(weight.numbers, codes), t["absmax"], numbers, of_blocks, offset, W)
+
+
+def _scales_of(weight: EightBit) -> int:
+    if weight.block is not None:
+        return OF_BLOCKS
+    return ONE if weight.scale.numel() == 1 else OF_ROWS
+
+
+@functools.lru_cache(maxsize=KEPT)
+def four_bit(
+    size: int, block: int, nested_block: int | None, low_first: bool, stored: str
+) -> Callable[..., None]:
+    """What launches it: of ``codes, numbers, scales, map, of_blocks, offset, W``, where the three before
+    the last are those of nested scales, or None."""
+    start = Start(four_bit_kernel, (_programs(size),), OPTIONS)
+
+    def run(*tensors: Tensor | None) -> None:
+        start(
+            key_of(tensors=tensors), *tensors, size, (size + 1) // 2,
+            block, nested_block, low_first, stored, GROUPS, PER_GROUP, INTERPRETED,
+        )  # fmt: skip
+
+    return run
+
+
+@functools.lru_cache(maxsize=KEPT)
+def eight_bit(
+    shape: tuple[int, int], scales: int, block: tuple[int, int], stored: str, sm: int
+) -> Callable[[Tensor, Tensor, Tensor, float], None]:
+    """What launches it: of ``codes, scale, W, unit``."""
+    (N, K), (rows, columns) = shape, block
+    start = Start(eight_bit_kernel, (_programs(N * K),), OPTIONS)
+    alike = K % PER_GROUP == 0 and (scales != OF_BLOCKS or columns % PER_GROUP == 0)
+    hardware = sm >= CONVERTS_E4M3 and not INTERPRETED
+
+    def run(codes: Tensor, scale: Tensor, W: Tensor, unit: float) -> None:
+        start(
+            key_of(tensors=(codes, scale, W)), codes, scale, W, N * K, K, unit, -(-K // columns),
+            scales, rows, columns, alike, hardware, stored, GROUPS, PER_GROUP, INTERPRETED,
+        )  # fmt: skip
+
+    return run
+
+
+def _programs(size: int) -> int:
+    return -(-size // (GROUPS * PER_GROUP))
