@@ -1,7 +1,7 @@
 """LoRA layers that cost little over the frozen layer they adapt."""
 
 from lorafast import functional, nn, reference
-from lorafast.convert import adapt, load_adapter, merge, save_adapter, summary
+from lorafast.convert import adapt, load_adapter, merge, quantize, save_adapter, summary
 from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
 from lorafast.ops import BackendError, BackendStatus, allow_packing, backends, use_backend
 
@@ -20,6 +20,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "nn",
+    "quantize",
     "reference",
     "restore",
     "save_adapter",

@@ -182,6 +182,31 @@ def grouped_lora_linear(
         return ops.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
 
 
+def quantized_linear(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
+    """``y = x·Wᵀ + bias`` over a frozen weight of another format than dense.
+
+    Args:
+        x: ``[..., K]``, any number of leading dimensions, any strides.
+        weight: ``[N, K]``, an ``Operand`` (``lorafast.operands``) in the dtype of ``x``. No gradient
+            flows into it.
+        bias: ``[N]``, in the dtype of ``x``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. ``x`` and ``bias`` may require a gradient. Neither ``x``
+        nor W made dense is kept for the backward. Under autocast all are cast as ``F.linear`` would.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+        BackendError: the forced backend can't serve the call; the message says why.
+    """
+    if not (autocast_anywhere() and autocast_enabled(x)):
+        return ops.quantized_linear(x, weight, bias)
+    x, weight, bias = _cast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return ops.quantized_linear(x, weight, bias)
+
+
 def _under_autocast(
     x: Tensor,
     weight: Weight,

@@ -4,6 +4,7 @@ from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter_io import load_adapter, save_adapter
 from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
+from lorafast.convert.quantize import quantize
 from lorafast.convert.summary import AdapterRow, Summary, summary
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "adapt",
     "load_adapter",
     "merge",
+    "quantize",
     "save_adapter",
     "summary",
 ]

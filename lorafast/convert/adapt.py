@@ -1,6 +1,7 @@
 """``adapt``: layers of a model become adapted ones, in place."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -112,13 +113,18 @@ def put_in_place(model: nn.Module, layers: dict[str, AdapterLayer]) -> nn.Module
     """Puts adapted layers into the model and makes sure that the model calls them."""
     model = _targets.replace(model, dict(layers))
     save_adapters_too(model)
-    for module in model.modules():
-        # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the adapters.
-        if isinstance(module, nn.TransformerEncoderLayer) and adapted_layers(module):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
-            module.use_nested_tensor = False
+    avoid_fused_encoders(model, lambda module: bool(adapted_layers(module)))
     let_gradients_through(model)
     let_embeddings_resize(model)
     watch(model)
     return model
+
+
+def avoid_fused_encoders(model: nn.Module, holds: Callable[[nn.Module], bool]) -> None:
+    """Makes PyTorch's encoders call their layers where one ``holds`` a layer that was replaced."""
+    for module in model.modules():
+        # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the layers.
+        if isinstance(module, nn.TransformerEncoderLayer) and holds(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and holds(module):
+            module.use_nested_tensor = False

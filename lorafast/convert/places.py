@@ -77,15 +77,26 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> str | None:
-    """The reason for which the layer can't be adapted at its places in the model, or None."""
+def why_not_called(names: Iterable[str], model: nn.Module, verb: str) -> str | None:
+    """The reason for which the model would not call what replaces a layer at its places, or None.
+
+    ``verb``: what is to be done before.
+    """
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         if child == COMPILED:
-            return "torch.compile goes on calling the layer that it was given: adapt it before"
+            return f"torch.compile goes on calling the layer that it was given: {verb} it before"
         if any(child in children and reads(parent) for reads, children in _READ_BY_PARENT):
             return f"{type(parent).__name__} reads its weight without calling it"
+    return None
+
+
+def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> str | None:
+    """The reason for which the layer can't be adapted at its places in the model, or None."""
+    reason = why_not_called(names, model, "adapt")
+    if reason is not None:
+        return reason
     if has_peft_adapter(module):
         return "it has PEFT's adapter (lorafast.accelerate(model) makes that fast)"
     kind = kind_of(module)

@@ -4,5 +4,14 @@ from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.explain import Choice, Explanation, explain
 from lorafast.nn.lora_embedding import LoRAEmbedding
 from lorafast.nn.lora_linear import LoRALinear
+from lorafast.nn.quantized_linear import QuantizedLinear
 
-__all__ = ["AdapterLayer", "Choice", "Explanation", "LoRAEmbedding", "LoRALinear", "explain"]
+__all__ = [
+    "AdapterLayer",
+    "Choice",
+    "Explanation",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "QuantizedLinear",
+    "explain",
+]

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafast import operands
-from lorafast.core.context import autocast_enabled
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.plain import move_hooks
-from lorafast.operands import Operand, Weight
+from lorafast.nn.stored_weight import StoredWeight, fitted
+from lorafast.operands import Operand
 
 
 def lora_linear_of(
@@ -26,7 +26,7 @@ def lora_linear_of(
     dropout_p: float,
 ) -> Tensor:
     """``lora_linear`` over the operand that is stored so: of torch.fx's nodes none is an operand."""
-    weight, bias = _fitted(x, stored, description, bias)
+    weight, bias = fitted(x, stored, description, bias)
     return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p)
 
 
@@ -42,7 +42,7 @@ def dora_linear_of(
     dropout_p: float,
 ) -> Tensor:
     """``dora_linear`` over the operand that is stored so."""
-    weight, bias = _fitted(x, stored, description, bias)
+    weight, bias = fitted(x, stored, description, bias)
     return dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p=dropout_p)
 
 
@@ -51,16 +51,14 @@ torch.fx.wrap("dora_linear_of")
 torch.fx.wrap("lora_linear_of")
 
 
-class LoRAOperandLinear(LoRALinear):
+class LoRAOperandLinear(StoredWeight, LoRALinear):
     """A ``LoRALinear`` over an operand, whose tensors are its frozen parameters and buffers.
 
     They have the names that the format gives them, in the ``state_dict`` too: a checkpoint of the layer
-    without an adapter loads as it is, one with a dense weight doesn't. Each forward builds the operand
-    again from what the layer holds. All else is as in ``LoRALinear``, whose ``from_operand`` and
-    ``from_linear`` make it.
+    without an adapter loads as it is, and one of bitsandbytes' layer of the same format; one with a
+    dense weight doesn't. Each forward builds the operand again from what the layer holds. All else is
+    as in ``LoRALinear``, whose ``from_operand`` and ``from_linear`` make it.
     """
-
-    _description: str
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("a LoRAOperandLinear is made by LoRALinear.from_operand(weight, r)")
@@ -131,37 +129,6 @@ class LoRAOperandLinear(LoRALinear):
             self._scaling, self.bias, self.dropout if self.training else 0.0,
         )  # fmt: skip
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "LoRAOperandLinear":
-        """Moves and casts; where a format keeps its tensors' dtypes, they are moved alone."""
-        weight = self.operand()
-        if isinstance(weight, Tensor) or not weight.keeps_dtypes:
-            super()._apply(fn, recurse)
-            return self
-        wanted = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
-        places: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
-        before = [dict(place) for place in places]
-        for place in places:
-            for name in self._stored_names:
-                place.pop(name, None)
-        try:
-            super()._apply(fn, recurse)
-        finally:  # each has its place again
-            for place, old in zip(places, before, strict=True):
-                place |= {name: place.pop(name, tensor) for name, tensor in old.items()}
-        for place in places:
-            for name in self._stored_names:
-                if name in place:
-                    place[name] = _moved(place[name], fn)
-        self._description = operands.describe(weight.to(wanted))
-        return self
-
-    def _stored(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._stored_names]
-
-    def operand(self) -> Weight:
-        """The frozen weight as products take it, built from what the layer holds."""
-        return operands.build(self._stored(), self._description)
-
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, made dense."""
         return operands.as_dense(self.operand())
@@ -186,67 +153,9 @@ class LoRAOperandLinear(LoRALinear):
     def _packable(self) -> list[Tensor]:
         return [] if self._merged_weight is None else [self._merged_weight]
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any
-    ) -> None:
-        errors: list[str] = others[-1]
-        reason = self._why_not_loaded(state_dict, prefix)
-        if reason is not None:
-            errors.append(f"{prefix[:-1] or 'the layer'} {reason}")
-            names = {prefix + name for name in self._stored_names}
-            state_dict = {key: value for key, value in state_dict.items() if key not in names}
-        super()._load_from_state_dict(state_dict, prefix, *others, **more)
-
-    def _why_not_loaded(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """What a checkpoint stores in another way than this layer: copied it would be wrong."""
-        own = f"stores its weight as {self._format()} ({', '.join(self._stored_names)})"
-        if f"{prefix}weight.absmax" in state_dict:
-            return (
-                f"{own}, and the checkpoint is of a layer of bitsandbytes: load it into that layer, "
-                "then adapt it"
-            )
-        if prefix + "weight" in state_dict and "weight" not in self._stored_names:
-            return f"{own}, and the checkpoint has a dense one"
-        for name, tensor in zip(self._stored_names, self._stored(), strict=True):
-            given = state_dict.get(prefix + name)
-            held = tensor.dtype
-            if isinstance(given, Tensor) and given.is_floating_point() != held.is_floating_point:
-                return f"stores {name} as {held}, and the checkpoint as {given.dtype}"
-        return None
-
-    def _format(self) -> str:
-        return self._description.partition("|")[0]
-
     def extra_repr(self) -> str:
         """The arguments, and the format."""
         return f"{super().extra_repr()}, format={self._format()}"
-
-
-def _moved(tensor: Tensor, fn: Any) -> Tensor:
-    """What ``fn`` makes of a tensor but for its dtype; of a parameter the same one, where it can be."""
-    moved: Tensor = fn(tensor.detach())
-    if moved.dtype is not tensor.dtype:
-        moved = tensor.detach().to(moved.device)
-    if not isinstance(tensor, nn.Parameter):
-        return moved
-    if not torch._has_compatible_shallow_copy_type(tensor, moved):
-        return nn.Parameter(moved, requires_grad=False)
-    tensor.data = moved
-    return tensor
-
-
-def _fitted(
-    x: Tensor, stored: list[Tensor], description: str, bias: Tensor | None
-) -> tuple[Weight, Tensor | None]:
-    """The weight and the bias; of a format that keeps its tensors' dtypes, in the dtype of x."""
-    weight = operands.build(stored, description)
-    if isinstance(weight, Tensor) or not weight.keeps_dtypes or autocast_enabled(x):
-        return weight, bias
-    if x.dtype in FLOATS and x.dtype is not weight.dtype:
-        weight = weight.to(x.dtype)
-    if bias is not None and bias.dtype is not weight.dtype:
-        bias = bias.to(weight.dtype)
-    return weight, bias
 
 
 def why_not_held(weight: Any, bias: object) -> str | None:

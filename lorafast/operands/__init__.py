@@ -4,13 +4,14 @@ A weight is a tensor (format ``dense``, of which there may be a ``packed`` copy)
 registered format. What is not about one format asks here.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lorafast.core.problem import DENSE
-from lorafast.operands import bitsandbytes, packed
+from lorafast.operands import bitsandbytes, bitsandbytes_state, packed
 from lorafast.operands import dense as _dense
 from lorafast.operands.dense import kept_transposed
 from lorafast.operands.eight_bit import FP8, Int8
@@ -33,18 +34,23 @@ __all__ = [
     "build",
     "describe",
     "finished_linear",
+    "foreign_keys",
     "format_of",
     "formats",
     "is_packed",
+    "is_same_kind",
     "kept_transposed",
     "kind_of",
     "linear",
     "linear_transposed",
+    "of_foreign_state",
     "of_layer",
     "parameters_of",
+    "quantize",
     "register",
     "row_blocks",
     "stored",
+    "to_foreign_state",
     "unregister",
     "why_not_of_layer",
 ]
@@ -96,7 +102,14 @@ def parameters_of(weight: Weight) -> str:
 
 
 def of_layer(layer: nn.Module) -> Operand | None:
-    """The frozen weight of a layer that one of the formats claims, None if none does."""
+    """The frozen weight of a layer that one of the formats claims, None if none does.
+
+    A layer with a method ``frozen_operand`` says it itself.
+    """
+    says = getattr(type(layer), "frozen_operand", None)
+    if says is not None:
+        weight: Operand = says(layer)
+        return weight
     for operand in _formats.values():
         found = operand.of_layer(layer)
         if found is not None:
@@ -107,6 +120,62 @@ def of_layer(layer: nn.Module) -> Operand | None:
 def why_not_of_layer(layer: nn.Module) -> str | None:
     """Why ``of_layer`` has no weight of a layer of another library that it knows, or None."""
     return bitsandbytes.why_not(layer)
+
+
+def of_foreign_state(state: Mapping[str, Tensor]) -> Operand | None:
+    """The weight in a layer's state, if that has the keys of another library's layer; else None.
+
+    Raises:
+        ValueError: it has, and the weight doesn't fit; the message says what.
+    """
+    return bitsandbytes_state.from_state(state) if bitsandbytes_state.is_of_layer(state) else None
+
+
+def foreign_keys(state: Mapping[str, Tensor]) -> set[str]:
+    """The keys of such a state that are of the weight."""
+    if not bitsandbytes_state.is_of_layer(state):
+        return set()
+    return bitsandbytes_state.keys_of(state)
+
+
+def to_foreign_state(weight: Operand) -> dict[str, Tensor] | None:
+    """The weight in a layer's state as the library has it that defined the format; None if none has."""
+    return bitsandbytes_state.to_state(weight)
+
+
+def is_same_kind(one: Operand, other: Operand) -> bool:
+    """Whether their tensors stand for one another: they may be rounded to other dtypes."""
+    return (
+        type(one) is type(other)
+        and one.shape == other.shape
+        and one.tensors().keys() == other.tensors().keys()
+        and all(
+            t.numel() * t.element_size() == o.numel() * o.element_size()
+            for t, o in zip(one.tensors().values(), other.tensors().values(), strict=True)
+        )
+        and getattr(one, "block", None) == getattr(other, "block", None)
+        and getattr(one, "nested_block", None) == getattr(other, "nested_block", None)
+    )
+
+
+def quantize(weight: Tensor, format: str, **options: object) -> Operand:
+    """``weight [N, K]`` in a format; int8 as bitsandbytes has it.
+
+    Raises:
+        ValueError: nothing quantizes to the format, or it has not these options.
+    """
+    of = getattr(kind_of(format), "of", None)
+    known = [name for name in formats() if hasattr(kind_of(name), "of")]
+    if of is None:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(known)}")
+    if format == Int8.format:
+        of = bitsandbytes.int8_of
+    accepted = inspect.signature(of).parameters
+    for name, value in options.items():
+        if name not in accepted:
+            raise ValueError(f"{name} is {value!r}, and {format} has none: its scales are by row")
+    made: Operand = of(weight, **options)
+    return made
 
 
 def describe(weight: Weight) -> str:

@@ -94,6 +94,15 @@ class EightBit(Operand):
             codes = codes.view(torch.uint8)
         return cls({"weight": codes, "scale": scale}, weight.dtype)
 
+    def like(self, weight: Tensor) -> "EightBit":
+        """``weight`` with a scale each row, as this one must have; ``SCB`` if this has."""
+        if self.block is not None or self.scale.numel() != self.shape[0]:
+            raise ValueError(f"nothing quantizes to {self.format} but with a scale each row")
+        tensors = dict(self.of(weight).tensors())
+        scale = tensors.pop("scale")
+        tensors[self._name] = (scale / self.unit).reshape(self.scale.shape)
+        return type(self)(tensors, self.stored_dtype).to(self.dtype)  # type: ignore[return-value]
+
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, and ``scale`` or ``SCB``."""
         return self._tensors

@@ -133,6 +133,14 @@ class FourBit(Operand):
             }  # fmt: skip
         return cls(made, (N, K), weight.dtype, block, nested_block if nested else None)
 
+    def like(self, weight: Tensor) -> "FourBit":
+        """``weight`` in blocks of this one's size, nested if this is."""
+        nested = self.nested_block is not None
+        made = self.of(weight, self.block, nested=nested, nested_block=self.nested_block or 256)
+        N, K = made.shape
+        found = type(self)(made.tensors(), (N, K), self.stored_dtype, self.block, self.nested_block)
+        return found.to(self.dtype)  # type: ignore[return-value]
+
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, ``absmax`` and, if they are nested, what these are made of."""
         return self._tensors

@@ -67,6 +67,14 @@ class Operand(ABC):
         """
         return None
 
+    def like(self, weight: Tensor) -> "Operand":
+        """``weight [N, K]``, a float tensor, quantized as this one is: its blocks, its dtypes.
+
+        Raises:
+            ValueError: nothing quantizes to this format.
+        """
+        raise ValueError(f"nothing quantizes to {self.format}")
+
     def dense(self) -> Tensor:
         """W ``[N, K]``."""
         return self.rows(0, self.shape[0])

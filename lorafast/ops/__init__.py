@@ -11,6 +11,7 @@ from lorafast.ops.grouped_lora_linear import grouped_lora_linear
 from lorafast.ops.linear_expand import linear_expand
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
+from lorafast.ops.quantized_linear import quantized_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
 from lorafast.ops.weight_norm import weight_norm
@@ -28,6 +29,7 @@ __all__ = [
     "linear_expand",
     "lora_embedding",
     "lora_linear",
+    "quantized_linear",
     "shrink",
     "shrink_backward",
     "use_backend",

@@ -96,6 +96,19 @@ def _grouped_lora_linear_backward(
     return 2 * M * sum(size for name, size in products.items() if name in (*asked, "ds"))
 
 
+def _quantized_linear(
+    x: _Shape,
+    weight: Any,
+    format: str,
+    bias: Any = None,
+    transposed: bool = False,
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    return 2 * prod(x) * out_shape[-1]
+
+
 FORMULAS = {
     "shrink": _shrink,
     "expand": _expand,
@@ -106,6 +119,7 @@ FORMULAS = {
     "lora_linear_backward": _lora_linear_backward,
     "grouped_lora_linear": _grouped_lora_linear,
     "grouped_lora_linear_backward": _grouped_lora_linear_backward,
+    "quantized_linear": _quantized_linear,
 }
 
 

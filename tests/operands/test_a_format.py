@@ -645,5 +645,6 @@ def test_nothing_else_asks_how_a_weight_is_stored():
         "backends/triton/launching.py",
         "integrations/peft/rules.py",
         "nn/lora_operand_linear.py",  # the dtype of a bias beside it
+        "nn/stored_weight.py",  # so here
         "ops/checks.py",
     }

@@ -1,0 +1,149 @@
+"""``StoredWeight``: what layers over an operand have in common, whose tensors are the layer's own."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafast import operands
+from lorafast.core.context import autocast_enabled
+from lorafast.core.dtypes import FLOATS
+from lorafast.operands import Operand, Weight
+
+
+class StoredWeight(nn.Module):
+    """Holds the tensors of an operand by the names that its format gives them.
+
+    They move with the layer. Of a format that keeps its tensors' dtypes they are not cast: W is then
+    multiplied in the layer's dtype. A state of bitsandbytes' layer of the same format loads too.
+    """
+
+    _description: str
+    _stored_names: tuple[str, ...]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts; where a format keeps its tensors' dtypes, they are moved alone."""
+        weight = self.operand()
+        if isinstance(weight, Tensor) or not weight.keeps_dtypes:
+            super()._apply(fn, recurse)
+            return self
+        wanted = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+        places: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+        before = [dict(place) for place in places]
+        for place in places:
+            for name in self._stored_names:
+                place.pop(name, None)
+        try:
+            super()._apply(fn, recurse)
+        finally:  # each has its place again
+            for place, old in zip(places, before, strict=True):
+                place |= {name: place.pop(name, tensor) for name, tensor in old.items()}
+        for place in places:
+            for name in self._stored_names:
+                if name in place:
+                    place[name] = _moved(place[name], fn)
+        self._description = operands.describe(weight.to(wanted))
+        return self
+
+    def _stored(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._stored_names]
+
+    def operand(self) -> Weight:
+        """The frozen weight as products take it, built from what the layer holds."""
+        return operands.build(self._stored(), self._description)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any
+    ) -> None:
+        errors: list[str] = others[-1]
+        description = self._description
+        try:
+            state_dict, description = self._translated(state_dict, prefix)
+            reason = self._why_not_loaded(state_dict, prefix)
+        except ValueError as error:
+            own = f"stores its weight as {self._format()}"
+            reason = f"{own}, and the checkpoint is of a layer of bitsandbytes: {error}"
+        if reason is not None:
+            errors.append(f"{prefix[:-1] or 'the layer'} {reason}")
+            own = state_dict.keys() & {prefix + name for name in self._stored_names}
+            foreign = {
+                prefix + name for name in operands.foreign_keys(_without(state_dict, prefix))
+            }
+            state_dict = {k: v for k, v in state_dict.items() if k not in own | foreign}
+            description = self._description
+        self._description = description
+        super()._load_from_state_dict(state_dict, prefix, *others, **more)
+
+    def _translated(self, state_dict: dict[str, Any], prefix: str) -> tuple[dict[str, Any], str]:
+        """A state of bitsandbytes' layer as one of this layer, and the weight's description then.
+
+        Raises:
+            ValueError: it is of another format, or of none.
+        """
+        state = _without(state_dict, prefix)
+        found = operands.of_foreign_state(state)
+        if found is None:
+            return state_dict, self._description
+        mine = self.operand()
+        if isinstance(mine, Tensor) or not operands.is_same_kind(mine, found):
+            held = mine.dtype if isinstance(mine, Tensor) else _kind(mine)
+            raise ValueError(f"it is of {_kind(found)}, expected {held}")
+        kept = {prefix + name for name in operands.foreign_keys(state)}
+        translated = {key: value for key, value in state_dict.items() if key not in kept}
+        for name, tensor in found.tensors().items():
+            held = getattr(self, name)
+            if tensor.dtype is not held.dtype:  # the same bytes
+                tensor = tensor.reshape(-1).view(held.dtype)
+            translated[prefix + name] = tensor.reshape(held.shape)
+        return translated, operands.describe(found.to(mine.dtype))
+
+    def _why_not_loaded(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """What a checkpoint stores in another way than this layer: copied it would be wrong."""
+        own = f"stores its weight as {self._format()} ({', '.join(self._stored_names)})"
+        if prefix + "weight" in state_dict and "weight" not in self._stored_names:
+            return f"{own}, and the checkpoint has a dense one"
+        for name, tensor in zip(self._stored_names, self._stored(), strict=True):
+            given = state_dict.get(prefix + name)
+            held = tensor.dtype
+            if isinstance(given, Tensor) and given.is_floating_point() != held.is_floating_point:
+                return f"stores {name} as {held}, and the checkpoint as {given.dtype}"
+        return None
+
+    def _format(self) -> str:
+        return self._description.partition("|")[0]
+
+
+def _without(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The layer's part of a state, by its own keys."""
+    return {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def _kind(weight: Operand) -> str:
+    return f"{weight.format} ({weight.parameters})"
+
+
+def _moved(tensor: Tensor, fn: Any) -> Tensor:
+    """What ``fn`` makes of a tensor but for its dtype; of a parameter the same one, where it can be."""
+    moved: Tensor = fn(tensor.detach())
+    if moved.dtype is not tensor.dtype:
+        moved = tensor.detach().to(moved.device)
+    if not isinstance(tensor, nn.Parameter):
+        return moved
+    if not torch._has_compatible_shallow_copy_type(tensor, moved):
+        return nn.Parameter(moved, requires_grad=False)
+    tensor.data = moved
+    return tensor
+
+
+def fitted(
+    x: Tensor, stored: list[Tensor], description: str, bias: Tensor | None
+) -> tuple[Weight, Tensor | None]:
+    """The weight and the bias; of a format that keeps its tensors' dtypes, in the dtype of x."""
+    weight = operands.build(stored, description)
+    if isinstance(weight, Tensor) or not weight.keeps_dtypes or autocast_enabled(x):
+        return weight, bias
+    if x.dtype in FLOATS and x.dtype is not weight.dtype:
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype is not weight.dtype:
+        bias = bias.to(weight.dtype)
+    return weight, bias
