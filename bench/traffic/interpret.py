@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from lorafast.bench.common import bases
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem
 from lorafast.bench.traffic import launches
 from lorafast.bench.traffic.launches import H200_SMS, Launch
@@ -27,8 +28,9 @@ from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan
 from lorafast.backends.triton import Triton
 from lorafast.backends.triton import cost as model
-from lorafast.core.problem import LAYER_OPERATIONS, parts
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, parts
 from lorafast.core.problem import Problem as Call
+from lorafast.operands import Operand
 from lorafast.ops import problems
 from lorafast.reference import wide
 
@@ -41,11 +43,15 @@ _SPLIT = (599, 1097, 293)
 _HELPED = (2190, 72, 520)
 """M, K, N of enough tiles for helpers on ``_HELPED_SMS``, in rows that TMA can read."""
 _HELPED_SMS = 20
+_COLUMNS = 32
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """A problem small enough to interpret; with ``forward_only`` only what may have helpers is."""
+    """A problem small enough to interpret; with ``forward_only`` only what may have helpers is.
+
+    Where ``base`` isn't dense only what makes W dense is: the rest is as over a dense weight.
+    """
 
     M: int
     K: int
@@ -57,12 +63,25 @@ class Reduced:
     dropout: bool
     sms: int
     forward_only: bool = False
+    base: str = DENSE
 
 
 def reduce(problem: Problem) -> list[Reduced]:
-    """``problem`` at reduced sizes, none of which a block divides."""
+    """``problem`` at reduced sizes, none of which a block divides; a format's own blocks do, where it
+    has to be so."""
     shape = problem.shape
-    return [
+    made = []
+    if problem.base != DENSE:
+        # Never fewer, so that every number of the tables is read.
+        M, K, N = _SMALL
+        K -= K % _COLUMNS if bases.why_not(problem.base, K) is not None else 0
+        made.append(
+            Reduced(
+                M, K, N, problem.r, problem.dtype,
+                problem.adapter_dtype, shape.bias, False, H200_SMS, base=problem.base,
+            )
+        )  # fmt: skip
+    return made + [
         Reduced(
             min(shape.M, M), min(shape.K, K), min(shape.N, N), problem.r, problem.dtype,
             problem.adapter_dtype, shape.bias, bool(problem.dropout_p), sms, sms == _HELPED_SMS,
@@ -200,6 +219,20 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
     }  # fmt: skip
 
 
+def compare_dequantize(weight: Operand) -> str | None:
+    """None if the closed form says what was counted, else both; the weight gets other codes, so that
+    each of them occurs, and each of a nested scale's."""
+    for tensor in weight.tensors().values():
+        if tensor.dtype is torch.uint8:
+            every = torch.arange(tensor.numel(), dtype=torch.int32) % 256
+            tensor.copy_(every.to(torch.uint8).view(tensor.shape))
+    W = torch.empty(weight.shape, dtype=weight.dtype)
+    with _counting() as launched:
+        Triton().dequantize(weight, W)
+    counted, formula = [a.sums() for a in launched], [launches.dequantization(weight, W)]
+    return None if counted == formula else f"{counted}, by formula {formula}"
+
+
 def formula_of(call: Call, device: Device) -> list[Launch]:
     """What the call moves, by the closed forms."""
     if call.operation not in LAYER_OPERATIONS:
@@ -212,6 +245,11 @@ def formula_of(call: Call, device: Device) -> list[Launch]:
 
 def compare(reduced: Reduced) -> dict[str, str | None]:
     """For each operation: None if the closed form says what was counted, else both."""
+    if reduced.base != DENSE:
+        W = torch.ones((reduced.N, reduced.K), dtype=DTYPES[reduced.dtype])
+        weight = bases.quantized(W, reduced.base)
+        assert weight is not None
+        return {"dequantize": compare_dequantize(weight)}
     differences: dict[str, str | None] = {}
     with cost.pretending(launches.h200(reduced.sms)):
         for name, (call, tensors) in calls_of(reduced).items():

@@ -127,8 +127,7 @@ def measure(problem: Problem, against: Sequence[str], *, sms: int = H200_SMS) ->
         except UnavailableError as error:
             row.unavailable = str(error)
         if noted:
-            if not any(launch.of_codes for launch in noted):
-                row.requested = sum(launch.loaded + launch.stored for launch in noted)
+            row.requested = sum(launch.loaded + launch.stored for launch in noted)
             row.ridden = sum(launch.helped for launch in noted)
         rows.append(row)
     return rows

@@ -10,7 +10,7 @@ Flags and counters, a few bytes, are left out.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,19 +24,27 @@ from lorafast.kernels.common.plan import (
 )
 
 from lorafast import operands
-from lorafast.backends import cost, dequantized, registry
+from lorafast.backends import cost, registry
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal, Run
 from lorafast.backends.triton import Triton
 from lorafast.backends.triton.planning import HybridLaunch
 from lorafast.backends.triton.planning import Launch as Planned
-from lorafast.core.problem import DENSE, Layout, Layouts, Problem
-from lorafast.operands import Weight
+from lorafast.core.problem import Layout, Layouts, Problem
+from lorafast.operands import MXFP4, Weight
+from lorafast.operands.eight_bit import EightBit
+from lorafast.operands.four_bit import FourBit
 from lorafast.reference import wide
 
 H200_SMS = 132
 _SEED = 8
 _PARTIAL = 4
+_NUMBER = 4
+"""Of a number that codes stand for, and of a scale."""
+_NUMBERS = 16 * _NUMBER
+# As kernels/dequantize/kernel.py has them, which only Triton imports: elements that a thread makes at
+# once, and such groups of a program. The interpreter's counts hold them to that.
+PER_GROUP, GROUPS = 8, 512
 
 
 def h200(sms: int = H200_SMS) -> Device:
@@ -50,8 +58,7 @@ class Launch:
 
     ``helped`` of those read are what helpers read beside the GEMM's own tiles: they are counted once,
     but nothing makes sure that the cache still has them when the other comes. ``by_pytorch``: it is
-    PyTorch's own, of which nobody knows what its programs load and store. ``of_codes``: it makes a
-    quantized weight dense, and what its programs load and store isn't known.
+    PyTorch's own, of which nobody knows what its programs load and store.
     """
 
     read: int
@@ -60,7 +67,6 @@ class Launch:
     stored: int
     helped: int = 0
     by_pytorch: bool = False
-    of_codes: bool = False
 
 
 @functools.singledispatch
@@ -191,9 +197,35 @@ def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
 
 
 def dequantization(weight: Weight, W: torch.Tensor) -> Launch:
-    """Codes and scales read, W written; what programs load of scales again is not known here."""
+    """Every program reads its own codes, and for each of them a number of the 16 where they are of 4
+    bits. A group's scale is loaded once, an element's where a group may have several; nested, with its
+    number, its factor and the offset."""
+    programs = _blocks(W.numel(), GROUPS * PER_GROUP)
     stored = sum(tensor.nbytes for tensor in operands.stored(weight))
-    return Launch(stored, W.nbytes, 0, 0, of_codes=True)
+    if isinstance(weight, EightBit):
+        loaded = W.numel() + _scales_loaded(weight, W, programs)
+        return Launch(stored, W.nbytes, loaded, W.nbytes)
+    assert isinstance(weight, FourBit | MXFP4)
+    lanes = programs * GROUPS * PER_GROUP
+    loaded = _blocks(W.numel(), 2) + _NUMBER * lanes + _scales_loaded(weight, W, programs)
+    return Launch(stored + _NUMBERS, W.nbytes, loaded, W.nbytes)
+
+
+def _scales_loaded(weight: FourBit | EightBit | MXFP4, W: torch.Tensor, programs: int) -> int:
+    groups, K = _blocks(W.numel(), PER_GROUP), W.shape[1]
+    if isinstance(weight, MXFP4):
+        return groups
+    if isinstance(weight, EightBit):
+        if weight.block is None and weight.scale.numel() == 1:
+            return programs * _NUMBER
+        alike = K % PER_GROUP == 0 and (weight.block is None or weight.block[1] % PER_GROUP == 0)
+        return _NUMBER * (groups if alike else W.numel())
+    alike = weight.block % PER_GROUP == 0
+    inside = groups if alike else W.numel()
+    if weight.nested_block is None:
+        return _NUMBER * inside
+    lanes = programs * GROUPS * (1 if alike else PER_GROUP)
+    return inside + _NUMBER * (lanes + inside + programs)
 
 
 def _size(p: Problem) -> int:
@@ -230,27 +262,13 @@ class _Counted(Triton):
         return None
 
     def plan(self, problem: Problem) -> Plan | Refusal:
-        if problem.format != DENSE and dequantized.reads_weight(problem):
-            return self._of_codes(problem)
         M, K, N, dtype = problem.M, problem.K, problem.N, problem.dtype
         contiguous = Layouts(
             Layout.fresh(M, K, dtype), Layout.fresh(M, N, dtype), Layout.fresh(N, K, dtype)
         )
         return super().plan(problem._replace(layouts=contiguous))
 
-    def _of_codes(self, problem: Problem) -> Plan | Refusal:
-        """One launch makes W dense, then the plan over that."""
-        product = self.plan(dequantized.dense(problem))
-        if isinstance(product, Refusal):
-            return product
-        if product.seconds is not None:
-            device = cost.gpu_of(problem.device)
-            assert device is not None
-            made = problem.N * problem.K * problem.dtype.itemsize
-            product = replace(product, seconds=product.seconds + made / device.bandwidth)
-        return dequantized.plan(problem, self._dequantize, product, "W made dense")
-
-    def _dequantize(self, weight: Weight, W: torch.Tensor) -> None:
+    def dequantize(self, weight: Weight, W: torch.Tensor) -> None:
         self._note([dequantization(weight, W)])
 
     def run_of(self, launch: Planned, problem: Problem) -> Run:

@@ -16,6 +16,7 @@ from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.job import on_meta
 
 from lorafast.backends.triton import cost as model
+from lorafast.operands import FP8, NF4
 
 M, K, N, r = 8192, 4096, 4096, 16
 PROBLEM = Problem(Shape("", M, K, N), r, "bf16", "bf16", 0.0)
@@ -181,7 +182,8 @@ def test_triton_makes_w_dense_in_one_launch(base, dropout_p):
         traffic_of("triton", dense), traffic_of("triton", replace(dense, base=base)), strict=True
     ):
         expected = Traffic(plain.launches, plain.read, plain.written)
-        expected.add(1, stored, W)
+        numbers = 4 * 16 if base.endswith("4") else 0  # that codes of 4 bits stand for
+        expected.add(1, stored + numbers, W)
         assert over == expected
 
 
@@ -351,6 +353,41 @@ def test_the_reduced_sizes_reach_every_path(r, dtype):
         assert planned(reduced, "shrink_backward").split is expected
     if dtype == "bf16":
         assert isinstance(planned(helped, "lora_linear"), str) is (r > 16)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("base", ["nf4", "fp4", "int8", "fp8", "mxfp4"])
+def test_the_closed_form_of_dequantization_says_what_the_interpreter_counts(base, dtype):
+    problem = Problem(Shape("", 8, 64, 16), 4, dtype, "fp32", 0.0, base)
+    reduced = interpret.reduce(problem)[0]
+    assert (reduced.N, reduced.K, reduced.base) == (293, 288 if base == "mxfp4" else 297, base)
+    assert interpret.compare(reduced) == {"dequantize": None}
+
+
+def fp8(rows, columns, scale, block=None):
+    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+    return FP8({"weight": codes, "scale": torch.ones(scale)}, torch.bfloat16, block)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        NF4.of(torch.ones(256, 264), nested=False),
+        NF4.of(torch.ones(256, 264), 100),
+        NF4.of(torch.ones(255, 263), 100, nested=False),
+        fp8(100, 80, []), fp8(101, 83, [101]), fp8(101, 80, [101, 1]),
+        fp8(300, 264, [3, 3], (128, 128)), fp8(100, 83, [34, 17], (3, 5)),
+    ],
+    ids=lambda weight: f"{weight.format}-{weight.parameters}-{list(weight.shape)}",
+)  # fmt: skip
+def test_the_closed_form_holds_for_other_blocks_and_scales(weight):
+    assert interpret.compare_dequantize(weight) is None
+
+
+def test_a_wrong_closed_form_of_dequantization_is_found(monkeypatch):
+    monkeypatch.setattr(launches, "GROUPS", 256)
+    problem = replace(PROBLEM, base="nf4")
+    assert "by formula" in interpret.compare(interpret.reduce(problem)[0])["dequantize"]
 
 
 @pytest.mark.slow

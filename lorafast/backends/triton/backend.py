@@ -19,6 +19,7 @@ from lorafast.kernels import tables
 from lorafast.kernels.common import configs
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.tables import tuned
+from lorafast.operands import Weight
 
 if TYPE_CHECKING:
     from lorafast.backends.triton import planning
@@ -83,7 +84,7 @@ class Triton(Backend):
         product = self.plan(dequantized.dense(problem))
         if isinstance(product, Refusal) or not dequantized.reads_weight(problem):
             return product
-        made = dequantized.plan(problem, quantized.dequantize, product, quantized.line(problem))
+        made = dequantized.plan(problem, self.dequantize, product, quantized.line(problem))
         if product.seconds is None:
             return made
         first = cost.dequantized(problem, device)
@@ -93,6 +94,12 @@ class Triton(Backend):
             source=f"W made dense, modelled {first}; its products, {product.source}",
             measured=False,
         )
+
+    def dequantize(self, weight: Weight, W: torch.Tensor) -> None:
+        """Launches what makes W dense."""
+        from lorafast.backends.triton import quantized
+
+        quantized.dequantize(weight, W)
 
     def run_of(self, launch: "planning.Launch", problem: Problem) -> Run:
         """What launches it."""
