@@ -15,6 +15,8 @@ from lorafast import operands
 logging.disable(logging.WARNING)  # it says what it lacks on this machine
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
+# Looks at methods, which tests replace.
+pytest.importorskip("lorafast.integrations.peft.bnb")
 logging.disable(logging.NOTSET)
 
 K, N = 64, 96

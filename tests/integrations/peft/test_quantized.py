@@ -47,9 +47,6 @@ def served_by_peft(monkeypatch):
                 calls.append(self)
             return _forward(self, *args, **kwargs)
 
-        lorafast.accelerate(
-            peft_model("nf4"), quiet=True
-        )  # known by now: tests replace its methods
         monkeypatch.setattr(cls, "forward", forward)
     return calls
 
