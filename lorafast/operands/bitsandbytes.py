@@ -23,6 +23,16 @@ def weight_of(layer: nn.Module) -> FourBit | Int8 | None:
     return _four_bit(layer) if _is(layer, "Linear4bit") else _int8(layer)
 
 
+def is_four_bit(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a ``Linear4bit``."""
+    return _is(layer, "Linear4bit")
+
+
+def is_eight_bit(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a ``Linear8bitLt``."""
+    return _is(layer, "Linear8bitLt")
+
+
 def why_not(layer: nn.Module) -> str | None:
     """The reason for which the weight of a layer of bitsandbytes can't be read, or None."""
     for name, ask in (("Linear4bit", _why_not_four_bit), ("Linear8bitLt", _why_not_int8)):
@@ -93,14 +103,20 @@ def _four_bit(layer: Any) -> FourBit:
 def _why_not_int8(layer: Any) -> str | None:
     if layer.state.has_fp16_weights:
         return "its has_fp16_weights is True: it trains a 16-bit weight, which is quantized in each call"
-    codes, scales = _codes_of(layer)
+    codes, scales = codes_of(layer)
     if codes is None or scales is None:
         return _NOT_YET
-    return None if bool(scales.isfinite().all()) else "a scale of its weight is NaN or infinite"
+    if not bool(scales.isfinite().all()):
+        return "a scale of its weight is NaN or infinite"
+    try:
+        _int8(layer)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _int8(layer: Any) -> Int8:
-    codes, scales = _codes_of(layer)
+    codes, scales = codes_of(layer)
     assert codes is not None
     assert scales is not None
     dtype = torch.get_default_dtype() if layer.bias is None else layer.bias.dtype
@@ -108,8 +124,8 @@ def _int8(layer: Any) -> Int8:
     return made.to(dtype)  # type: ignore[return-value]
 
 
-def _codes_of(layer: Any) -> tuple[Tensor | None, Tensor | None]:
-    """They go from the parameter to the layer's state in its first call."""
+def codes_of(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Codes and scales of a ``Linear8bitLt``, moved to its state by its first call."""
     found = layer.weight if getattr(layer.weight, "CB", None) is not None else layer.state
     return found.CB, found.SCB
 

@@ -7,7 +7,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafast.operands import kept_transposed
+from lorafast.integrations.peft import quantized
+from lorafast.operands import Weight, kept_transposed
 
 
 class Adapter(NamedTuple):
@@ -56,7 +57,9 @@ def settled(lora_B: Tensor, scaling: Any) -> tuple[Tensor, float]:
     return lora_B, float(scaling)
 
 
-def weight_of(base: nn.Module) -> Tensor:
+def weight_of(base: nn.Module) -> Weight:
     """The weight ``[N, K]`` of a base layer; a view for ``Conv1D``, which keeps it transposed."""
+    if quantized.is_one(base):
+        return quantized.weight_of(base)
     weight: Any = base._parameters["weight"]
     return kept_transposed(weight) if type(base) is Conv1D else weight

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lorafast import functional
 from lorafast.integrations.peft.adapters import Adapter
+from lorafast.operands import Weight
 from lorafast.ops import weight_norm
 
 __all__ = ["dora_linear", "weight_norm"]
@@ -12,7 +13,7 @@ __all__ = ["dora_linear", "weight_norm"]
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     adapter: Adapter,
     magnitude: Tensor,
     bias: Tensor | None,

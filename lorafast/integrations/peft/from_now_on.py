@@ -12,7 +12,7 @@ from typing import Any
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
-from lorafast.integrations.peft.layers import FAST
+from lorafast.integrations.peft.layers import fast_of
 
 _PLACE = "_create_new_module"
 
@@ -108,8 +108,10 @@ def _making_fast(before: Any) -> Any:
     @functools.wraps(before)
     def create(*args: Any, **kwargs: Any) -> nn.Module:
         module: nn.Module = before(*args, **kwargs)
-        if type(module) in FAST and (_everywhere or _innermost() is not None):
-            module.__class__ = FAST[type(module)]
+        if _everywhere or _innermost() is not None:
+            fast = fast_of(type(module))
+            if fast is not None:
+                module.__class__ = fast
         return module
 
     return create

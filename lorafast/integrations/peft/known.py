@@ -13,18 +13,20 @@ import ast
 import functools
 import hashlib
 import inspect
+import sys
 from types import FunctionType
 from typing import Any
 
 import peft
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 
 VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
-"""The releases whose methods are known, for where there is no source, as in a frozen program."""
+"""The releases of PEFT whose methods are known, for where there is no source, as in a frozen program."""
 
-_READ = {
+READ = {
     "_check_forward_args": "60bf418e1477d373",
     "active_adapter": "25831eb2e7c6599a",
     "active_adapters": "18fd4c3b499d7ea1",
@@ -34,7 +36,14 @@ _READ = {
 }
 METHODS: dict[str, dict[Any, dict[str, str]]] = {
     "linear": {
-        Linear: _READ
+        Linear: READ
+        | {
+            "forward": "f94cca207fd041ce",
+            "_cast_input_dtype": "accb7f5ac617a435",
+        },
+    },
+    "torchao linear": {
+        TorchaoLoraLinear: READ
         | {
             "forward": "f94cca207fd041ce",
             "_cast_input_dtype": "accb7f5ac617a435",
@@ -50,7 +59,7 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
         },
     },
     "embedding": {
-        Embedding: _READ
+        Embedding: READ
         | {
             "forward": "34c603801c0903d3",
             "_embed": "7c974e09c43b8b6b",
@@ -66,8 +75,10 @@ _UNCOMPARED = ("annotation", "returns", "type_params", "type_comment", "kind")
 @functools.cache
 def why_changed(kind: str) -> str | None:
     """The reason for which this release of PEFT serves a kind of layer or call itself, or None."""
-    changed = [name for name, same in _compared(kind).items() if not same]
-    return f"PEFT {peft.__version__} has another {', '.join(changed)}" if changed else None
+    changed = _changed(kind)
+    if not changed:
+        return None
+    return " and ".join(f"{release} has another {', '.join(n)}" for release, n in changed.items())
 
 
 def changes() -> str | None:
@@ -75,21 +86,32 @@ def changes() -> str | None:
     kinds = [kind for kind in METHODS if why_changed(kind) is not None]
     if not kinds:
         return None
-    names = dict.fromkeys(n for kind in kinds for n, same in _compared(kind).items() if not same)
+    changed: dict[str, list[str]] = {}
+    for kind in kinds:
+        for release, names in _changed(kind).items():
+            changed.setdefault(release, []).extend(names)
+    others = " and ".join(
+        f"{release} has another {', '.join(dict.fromkeys(names))}"
+        for release, names in changed.items()
+    )
     return (
-        f"PEFT {peft.__version__} has another {', '.join(names)} than lorafast knows, so that PEFT "
-        f"serves itself: {', '.join(kinds)} (a lorafast that knows this release makes them fast)"
+        f"{others} than lorafast knows, so that PEFT serves itself: {', '.join(kinds)} (a lorafast "
+        "that knows this release makes them fast)"
     )
 
 
-def _compared(kind: str) -> dict[str, bool]:
-    """Whether each method is the known one, by its name."""
-    found = {}
+def _changed(kind: str) -> dict[str, list[str]]:
+    """The methods that aren't the known ones, by the release that they are of."""
+    found: dict[str, list[str]] = {}
     for owner, methods in METHODS[kind].items():
+        package = owner.__module__.partition(".")[0]
+        version = getattr(sys.modules.get(package), "__version__", "")
+        ours = package == peft.__name__
         for name, known in methods.items():
             now = digest(owner, name)
-            same = peft.__version__ in VERSIONS if now is None else now == known
-            found[f"{owner.__name__}.{name}"] = same
+            if now != known and not (now is None and ours and version in VERSIONS):
+                release = f"{'PEFT' if ours else package} {version}"
+                found.setdefault(release, []).append(f"{owner.__name__}.{name}")
     return found
 
 

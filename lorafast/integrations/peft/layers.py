@@ -7,12 +7,15 @@ package isn't installed, and what it loads is PEFT's layer.
 
 import copy
 import copyreg
+import importlib
 from typing import Any, ClassVar
 
 from peft.tuners.lora import layer as stock
+from peft.tuners.lora import torchao
 from torch import Tensor
 
 from lorafast.integrations.peft import embedding, known, linear
+from lorafast.integrations.peft.quantized import forget_stale
 
 
 class _Fast:
@@ -36,15 +39,32 @@ class _Fast:
         return copied
 
 
-class Linear(_Fast, stock.Linear):
-    """LoRA over ``nn.Linear`` or ``Conv1D``; ``linear`` says what is computed."""
+class FastLinear(_Fast):
+    """LoRA over a linear layer, dense or quantized; ``linear`` says what is computed."""
 
-    _stock = stock.Linear
+    mixed_changed: ClassVar[str | None] = known.why_changed("mixed batch")
+    """Why PEFT serves its mixed batches whatever they are, or None."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``y = x·Wᵀ + Σ scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` over the active adapters."""
         y = linear.forward(self, x, args, kwargs)
-        return stock.Linear.forward(self, x, *args, **kwargs) if y is None else y
+        if y is not None:
+            return y
+        forget_stale(self._modules["base_layer"])  # type: ignore[attr-defined]
+        served: Tensor = self._stock.forward(self, x, *args, **kwargs)
+        return served
+
+
+class Linear(FastLinear, stock.Linear):
+    """LoRA over ``nn.Linear`` or ``Conv1D``."""
+
+    _stock = stock.Linear
+
+
+class TorchaoLoraLinear(FastLinear, torchao.TorchaoLoraLinear):
+    """LoRA over a tensor of torchao's."""
+
+    _stock = torchao.TorchaoLoraLinear
 
 
 class Embedding(_Fast, stock.Embedding):
@@ -58,12 +78,30 @@ class Embedding(_Fast, stock.Embedding):
         return stock.Embedding.forward(self, x, *args, **kwargs) if y is None else y
 
 
-LAYERS: dict[Any, str] = {stock.Linear: "linear", stock.Embedding: "embedding"}
-"""PEFT's classes that are stood in for, and their kind."""
-
-FAST = {
-    fast._stock: fast
-    for fast in (Linear, Embedding)
-    if known.why_changed(LAYERS[fast._stock]) is None
+LAYERS: dict[Any, str] = {
+    stock.Linear: "linear",
+    torchao.TorchaoLoraLinear: "torchao linear",
+    stock.Embedding: "embedding",
 }
+"""PEFT's classes that are stood in for, and their kind. Those over bitsandbytes' layers are added when
+there is one: they import it."""
+
+FAST: dict[Any, Any] = {}
 """PEFT's class → the fast one."""
+
+
+def add(*classes: Any) -> None:
+    """Makes fast classes known, but those whose methods this release has changed."""
+    for fast in classes:
+        if known.why_changed(LAYERS[fast._stock]) is None:
+            FAST[fast._stock] = fast
+
+
+def fast_of(kind: Any) -> Any:
+    """The fast class that stands in for a class of PEFT's, or None."""
+    if kind.__module__ == "peft.tuners.lora.bnb":
+        importlib.import_module("lorafast.integrations.peft.bnb")
+    return FAST.get(kind)
+
+
+add(Linear, TorchaoLoraLinear, Embedding)

@@ -3,17 +3,17 @@
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from lorafast import functional
-from lorafast.integrations.peft import dora, mixed, rules
+from lorafast.integrations.peft import dora, mixed, quantized, rules
 from lorafast.integrations.peft.adapters import Adapter, active, settled, weight_of
+from lorafast.integrations.peft.quantized import Frozen
+from lorafast.operands import Operand, Weight
+from lorafast.ops.dora_linear import frozen_linear
 
 
-def forward(
-    layer: Linear, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's output, or None where PEFT serves the call itself."""
     if args:
         return None
@@ -26,6 +26,19 @@ def forward(
     weight, bias = weight_of(base), base._parameters["bias"]
     if rules.why_stock_input(layer, adapters, weight, x) is not None:
         return None
+    if not isinstance(weight, Operand):
+        return _one_pass(layer, x, weight, adapters, bias)
+    frozen = quantized.frozen(base, x)
+    if rules.why_stock_apart(layer, adapters, frozen) is not None:
+        return None
+    if frozen.apart:
+        return _apart(x, frozen, adapters)
+    return _one_pass(layer, x, frozen.weight, adapters, frozen.bias).to(frozen.result)
+
+
+def _one_pass(
+    layer: Any, x: Tensor, weight: Weight, adapters: list[Adapter], bias: Tensor | None
+) -> Tensor:
     first = adapters[0]
     if first.name in layer.lora_variant:
         magnitude = layer.lora_magnitude_vector[first.name].weight
@@ -33,7 +46,20 @@ def forward(
     return lora_linear(x, weight, adapters, bias)
 
 
-def lora_linear(x: Tensor, weight: Tensor, adapters: list[Adapter], bias: Tensor | None) -> Tensor:
+def _apart(x: Tensor, frozen: Frozen, adapters: list[Adapter]) -> Tensor:
+    """The base layer in the dtype that it computes in, the adapters in theirs, as PEFT has them."""
+    y = frozen_linear(x.to(frozen.weight.dtype), frozen.weight, frozen.bias).to(x.dtype)
+    return _added(y, x, adapters)
+
+
+def _added(y: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
+    """``y`` and what each of some adapters makes of ``x``, by PyTorch's own calls."""
+    for _, A, B, dropout, s in adapters:
+        y = (y + B(A(dropout(x.to(A.weight.dtype)))) * s).to(y.dtype)
+    return y
+
+
+def lora_linear(x: Tensor, weight: Weight, adapters: list[Adapter], bias: Tensor | None) -> Tensor:
     """``x·Wᵀ + Σ scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` in one pass.
 
     Several adapters are one: A's stacked, B's side by side. Where each drops elements of its own, the
@@ -48,9 +74,7 @@ def lora_linear(x: Tensor, weight: Tensor, adapters: list[Adapter], bias: Tensor
     if added is not None:
         bias = (added if bias is None else bias + added).to(weight.dtype)
     y = functional.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p)
-    for _, A, B, dropout, s in apart:
-        y = (y + B(A(dropout(x.to(A.weight.dtype)))) * s).to(y.dtype)
-    return y
+    return _added(y, x, apart)
 
 
 def _as_one(first: Adapter, others: list[Adapter]) -> tuple[Tensor, Tensor, float, Tensor | None]:

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from lorafast import functional
 from lorafast.core.transfer import on_device
-from lorafast.integrations.peft import rules
+from lorafast.integrations.peft import quantized, rules
 from lorafast.integrations.peft.adapters import Adapter, named, weight_of
+from lorafast.operands import Operand
 
 
-def forward(layer: Linear, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+def forward(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's output, or None where PEFT serves the call itself."""
-    if rules.why_stock_mixed(layer, x, kwargs) is not None:
+    if rules.why_stock_mixed(layer, layer.mixed_changed, x, kwargs) is not None:
         return None
     rows: list[str] = kwargs["adapter_names"]
     adapters = named(layer, dict.fromkeys(rows))
@@ -30,14 +30,20 @@ def forward(layer: Linear, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     weight, bias = weight_of(base), base._parameters["bias"]
     if rules.why_stock_input(layer, adapters, weight, x) is not None:
         return None
+    result = None
+    if isinstance(weight, Operand):
+        frozen = quantized.frozen(base, x)
+        if frozen.apart:
+            return None
+        weight, bias, result = frozen.weight, frozen.bias, frozen.result
     index = {adapter.name: i for i, adapter in enumerate(adapters)}
     adapter_of = [index.get(name, -1) for name in rows]
     lora_A, lora_B = _stacked(adapters)
     scaling = _scaling(adapters, x.device)
     y = functional.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
-    if all(adapter.lora_B.bias is None for adapter in adapters):
-        return y
-    return _with_lora_bias(y, adapters, adapter_of)
+    if any(adapter.lora_B.bias is not None for adapter in adapters):
+        y = _with_lora_bias(y, adapters, adapter_of)
+    return y if result is None else y.to(result)
 
 
 def _stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor]:

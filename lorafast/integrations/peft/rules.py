@@ -17,8 +17,10 @@ from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
 from lorafast.core.context import autocast_enabled
-from lorafast.integrations.peft import known
+from lorafast.integrations.peft import known, quantized
 from lorafast.integrations.peft.adapters import Adapter
+from lorafast.integrations.peft.quantized import Frozen
+from lorafast.operands import Operand, Weight
 
 _PLAIN = (Tensor, nn.Parameter)
 _LINEAR: dict[Any, str] = {
@@ -27,7 +29,7 @@ _LINEAR: dict[Any, str] = {
 }
 """The base layers that are served, and the module in which their forward is defined."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DORA_CHANGED, _MIXED_CHANGED = known.why_changed("dora"), known.why_changed("mixed batch")
+_DORA_CHANGED = known.why_changed("dora")
 INACTIVE = "none of its adapters is active"
 _SPARSE = "its input is sparse or nested"
 
@@ -58,16 +60,10 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     reason = _why_stock(layer, adapters)
     if reason is not None:
         return reason
-    base = layer._modules["base_layer"]
-    if type(base) not in _LINEAR:
-        return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
-    for kind in (type(base), nn.Linear):
-        forward = kind.forward
-        if forward.__module__ != _LINEAR[kind] or hasattr(forward, "__wrapped__"):
-            return f"the forward of {kind.__qualname__} was replaced"
-    reason = _why_not_plain(base) or _why_no_bias(base) or _why_parallel(base)
+    base: nn.Module = layer._modules["base_layer"]  # type: ignore[assignment]
+    reason = _why_not_base(base)
     if reason is not None:
-        return f"its base layer {reason}"
+        return reason
     for adapter in adapters:
         variant = layer.lora_variant.get(adapter.name)
         if variant is not None:
@@ -76,6 +72,20 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def _why_not_base(base: nn.Module) -> str | None:
+    if quantized.is_one(base):
+        reason = _why_called(base) or _why_no_bias(base) or _why_parallel(base)
+        return quantized.why_not(base) if reason is None else f"its base layer {reason}"
+    if type(base) not in _LINEAR:
+        return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
+    for kind in (type(base), nn.Linear):
+        forward = kind.forward
+        if forward.__module__ != _LINEAR[kind] or hasattr(forward, "__wrapped__"):
+            return f"the forward of {kind.__qualname__} was replaced"
+    reason = _why_not_plain(base) or _why_no_bias(base) or _why_parallel(base)
+    return reason and f"its base layer {reason}"
 
 
 def _why_not_adapter(adapter: Adapter) -> str | None:
@@ -159,7 +169,7 @@ def _why_parallel(base: nn.Module) -> str | None:
 
 
 def why_stock_input(
-    layer: LoraLayer, adapters: list[Adapter], weight: Tensor, x: Any
+    layer: LoraLayer, adapters: list[Adapter], weight: Weight, x: Any
 ) -> str | None:
     """Why a ``lora.Linear`` is left to PEFT for this input; ``weight [N, K]``."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
@@ -176,14 +186,20 @@ def why_stock_input(
         return f"its input is {dtype}, its adapters are {adapter_dtype}"
     if weight.device != device:
         return f"its input is on {device}, its weight on {weight.device}"
-    bias = layer._modules["base_layer"]._parameters["bias"]
-    if weight.dtype not in _FLOATS or (bias is not None and bias.dtype is not weight.dtype):
-        return f"its weight is {weight.dtype}, its bias {None if bias is None else bias.dtype}"
-    if not autocast_enabled(x):
-        if weight.dtype is not dtype:
-            return f"its input is {dtype}, its weight {weight.dtype}"
-        if adapter_dtype is not dtype and not layer.cast_input_dtype_enabled:
-            return f"its input is {dtype} and must not be cast to {adapter_dtype}"
+    base: nn.Module = layer._modules["base_layer"]  # type: ignore[assignment]
+    reason = (
+        quantized.why_not_input(base, x)
+        if isinstance(weight, Operand)
+        else _why_not_dtypes(weight, base._parameters["bias"], x)
+    )
+    if reason is not None:
+        return reason
+    if (
+        adapter_dtype is not dtype
+        and not layer.cast_input_dtype_enabled
+        and not autocast_enabled(x)
+    ):
+        return f"its input is {dtype} and must not be cast to {adapter_dtype}"
     for name, lora_A, lora_B, *_ in adapters:
         A: Any = lora_A._parameters["weight"]
         B: Any = lora_B._parameters["weight"]
@@ -201,10 +217,30 @@ def why_stock_input(
     return None
 
 
-def why_stock_mixed(layer: LoraLayer, x: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why a mixed batch is left to PEFT; ``kwargs`` are those of the call."""
-    if _MIXED_CHANGED is not None:
-        return _MIXED_CHANGED
+def _why_not_dtypes(weight: Tensor, bias: Tensor | None, x: Tensor) -> str | None:
+    if weight.dtype not in _FLOATS or (bias is not None and bias.dtype is not weight.dtype):
+        return f"its weight is {weight.dtype}, its bias {None if bias is None else bias.dtype}"
+    if weight.dtype is not x.dtype and not autocast_enabled(x):
+        return f"its input is {x.dtype}, its weight {weight.dtype}"
+    return None
+
+
+def why_stock_apart(layer: LoraLayer, adapters: list[Adapter], frozen: Frozen) -> str | None:
+    """Why a layer whose product has another dtype than its input is left to PEFT; None of others."""
+    if frozen.apart and adapters[0].name in layer.lora_variant:
+        return (
+            f"DoRA whose base layer computes in {frozen.weight.dtype}, its input in another dtype"
+        )
+    return None
+
+
+def why_stock_mixed(
+    layer: LoraLayer, changed: str | None, x: Any, kwargs: dict[str, Any]
+) -> str | None:
+    """Why a mixed batch is left to PEFT; ``kwargs`` are those of the call, and ``changed`` is what
+    ``known`` has against the layer's method for it."""
+    if changed is not None:
+        return changed
     unknown = kwargs.keys() - {"adapter_names"}
     if unknown:
         return f"an argument that isn't known here: {', '.join(sorted(unknown))}"

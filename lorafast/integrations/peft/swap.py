@@ -13,23 +13,27 @@ from torch import nn
 from lorafast.convert.targets import COMPILED, why_not_here
 from lorafast.integrations.peft import embedding, known, rules
 from lorafast.integrations.peft.adapters import active
-from lorafast.integrations.peft.layers import FAST, LAYERS, Embedding, Linear
+from lorafast.integrations.peft.layers import FAST, LAYERS, Embedding, FastLinear, fast_of
+
+
+def warn_of_changes() -> None:
+    """Says once what this release of PEFT has changed, if anything."""
+    _warn(known.changes())
 
 
 @functools.cache
-def warn_of_changes() -> None:
-    """Says once what this release of PEFT has changed, if anything."""
-    sentence = known.changes()
+def _warn(sentence: str | None) -> None:
     if sentence is not None:
-        warnings.warn(sentence, stacklevel=4)
+        warnings.warn(sentence, stacklevel=5)
 
 
 def accelerate(model: nn.Module, *, quiet: bool = False) -> nn.Module:
     """Serves the LoRA layers of ``model`` fast from now on; says in a line how many."""
-    warn_of_changes()
     for module in model.modules():
-        if type(module) in FAST and "forward" not in module.__dict__:
-            module.__class__ = FAST[type(module)]
+        fast = fast_of(type(module))
+        if fast is not None and "forward" not in module.__dict__:
+            module.__class__ = fast
+    warn_of_changes()
     served = explain(model)
     if not quiet:
         print(f"lorafast: {served.summary}")
@@ -99,6 +103,15 @@ class Served:
     __repr__ = __str__
 
 
+_ELSEWHERE = {
+    "peft.tuners.lora.gptq": "GPTQ's packed integers, which its own kernels alone read here",
+    "peft.tuners.lora.awq": "AWQ's packed integers, which its own kernels alone read here",
+    "peft.tuners.lora.hqq": "HQQ's packed integers, which its own layer alone reads here",
+    "peft.tuners.lora.eetq": "EETQ's 8-bit integers in its kernels' layout, which they alone read here",
+    "peft.tuners.lora.aqlm": "AQLM's codes of codebooks, which its own kernels alone read here",
+    "peft.tuners.lora.inc": "Intel Neural Compressor's float8, which its own layer alone reads here",
+}
+"""Quantized layers that are left to PEFT, by the module that PEFT has for them."""
 _UNCALLED = "never called, for "
 _NAMED = 3
 
@@ -147,21 +160,23 @@ def _calls_its_class(module: nn.Module) -> bool:
 
 def _why_stock(module: nn.Module) -> str | None:
     kind = type(module)
-    if kind in FAST:
+    if fast_of(kind) is not None:
         if "forward" in module.__dict__:
             return (
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    if isinstance(module, (Linear, Embedding)) and not _calls_its_class(module):
+    if isinstance(module, (FastLinear, Embedding)) and not _calls_its_class(module):
         return "its forward was replaced after it was made fast"
-    if isinstance(module, Linear):
+    if isinstance(module, FastLinear):
         return rules.why_stock_linear(module, active(module))
     if isinstance(module, Embedding):
         return rules.why_stock_embedding(module, embedding.active(module))
     changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
     if changed is not None:
         return changed
+    if kind.__module__ in _ELSEWHERE:
+        return f"its weight is stored as {_ELSEWHERE[kind.__module__]}"
     if isinstance(module, LoraLayer):
         return f"a {kind.__qualname__} layer, for which there is no faster way here"
     return f"{kind.__module__}.{kind.__qualname__} is not LoRA"

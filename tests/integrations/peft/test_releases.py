@@ -118,9 +118,9 @@ def test_a_property_that_is_read_was_changed(fresh, monkeypatch):
     monkeypatch.setattr(BaseTunerLayer, "merged", property(lambda self: self.merged_adapters != []))
     for kind, owner in (("linear", "Linear"), ("embedding", "Embedding")):
         assert known.why_changed(kind) == f"PEFT {peft.__version__} has another {owner}.merged"
-    assert known.changes().endswith(
-        "linear, embedding (a lorafast that knows this release makes them fast)"
-    )
+    sentence = known.changes()
+    assert "so that PEFT serves itself: linear, torchao linear, embedding" in sentence
+    assert sentence.endswith(" (a lorafast that knows this release makes them fast)")
 
 
 @pytest.mark.slow
