@@ -8,7 +8,6 @@ from cards import CUDA, Device, problem
 from codes_cases import BF16, F16, F32, drawn
 from on_machine import launched, needs_nvcc
 
-from lorafast import reference
 from lorafast.backends import dequantized
 from lorafast.backends.cuda import Cuda, native
 from lorafast.backends.cuda import backend as module
