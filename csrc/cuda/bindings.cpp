@@ -7,6 +7,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   // csrc/cuda/mask.cu
   library.def("mask(Tensor seed, int threshold, int K, Tensor(a!) bits) -> ()");
 
+  // csrc/cuda/dequantize.cu
+  library.def(
+      "dequantize_four_bit(Tensor codes, Tensor scales, Tensor? of_scales, Tensor? numbers_of_scales, "
+      "Tensor? offset, Tensor numbers, int block, int nested_block, bool low_first, int stored, Tensor(a!) out) "
+      "-> ()");
+  library.def(
+      "dequantize_eight_bit(Tensor codes, Tensor scale, float unit, bool integers, int block_rows, "
+      "int block_columns, int stored, Tensor(a!) out) -> ()");
+
   // csrc/cuda/expand.cu
   library.def(
       "expand(Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, int threshold, "
@@ -79,6 +88,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
 // A tensor of any device gets as far as the checks.
 STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("mask", TORCH_BOX(&lorafast::cuda::mask));
+  library.impl("dequantize_four_bit", TORCH_BOX(&lorafast::cuda::dequantize_four_bit));
+  library.impl("dequantize_eight_bit", TORCH_BOX(&lorafast::cuda::dequantize_eight_bit));
   library.impl("expand", TORCH_BOX(&lorafast::cuda::expand));
   library.impl("linear_expand", TORCH_BOX(&lorafast::cuda::linear_expand));
   library.impl("lora_linear", TORCH_BOX(&lorafast::cuda::lora_linear));

@@ -9,6 +9,21 @@ namespace lorafast::cuda {
 // Bits beyond K are 0.
 void mask(const Tensor& seed, int64_t threshold, int64_t K, Tensor bits);
 
+// dequantize.cu. out [N, K] = W of 4-bit codes, ceil(N·K / 2) bytes of any dtype by `numbers` [16], in blocks: scales are
+// float32, or bytes that are nested (of_scales, numbers_of_scales [256], offset [1]) or exponents of 2. W is rounded to
+// `stored` (0 float32, 1 bfloat16, 2 float16), then to out's dtype. The first of two codes is the upper half of its byte,
+// or the lower one (`low_first`).
+void dequantize_four_bit(
+    const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& of_scales,
+    const std::optional<Tensor>& numbers_of_scales, const std::optional<Tensor>& offset, const Tensor& numbers,
+    int64_t block, int64_t nested_block, bool low_first, int64_t stored, Tensor out);
+
+// The same of 8-bit codes, integers or e4m3; `scale`, times `unit`, is one, one each row, or, where block_rows isn't 0,
+// one each block of rows and columns.
+void dequantize_eight_bit(
+    const Tensor& codes, const Tensor& scale, double unit, bool integers, int64_t block_rows,
+    int64_t block_columns, int64_t stored, Tensor out);
+
 // expand.cu. y [M, N] = drop(scaling · s·Bᵀ) + bias, or in float16 that and what y has, if it is `onto` that. A CTA has
 // 32 · column_warps columns, and goes through row_blocks blocks of 256 / column_warps rows.
 void expand(

@@ -21,7 +21,9 @@ from lorafast.operands import Weight
 Dequantize = Callable[[Weight, Tensor], None]
 """Writes W into a contiguous matrix ``[N, K]`` of its dtype."""
 
-_POSITION = {"linear_expand": 1, "lora_linear": 1, "lora_linear_backward": 2}
+_POSITION = {
+    "linear_expand": 1, "lora_linear": 1, "lora_linear_backward": 2, "grouped_lora_linear": 1,
+}  # fmt: skip
 """Of the weight, among what a plan's ``run`` takes."""
 
 

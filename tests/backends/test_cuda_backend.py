@@ -114,7 +114,7 @@ def test_the_backend_is_asked_for_a_mixed_batch_and_not_for_its_backward(on):
         ({"plain": False}, "an input is a tensor subclass or on another device"),
         ({"device": torch.device("meta")}, "the inputs are on meta, the kernels run on CUDA"),
         ({"device": torch.device("cpu")}, "the inputs are on cpu, the kernels run on CUDA"),
-        ({"format": "nf4"}, "the kernels read dense weights; this one is stored as nf4"),
+        ({"format": "other"}, "the weight is stored as other, the kernels read dense ones and nf4"),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """Every tensor of every operation on another device than the rest: a sentence that names it."""
 
+import codes_cases
 import linear_expand_cases
 import pytest
 import sm90_backward_cases
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafast.backends.cuda import linear_expand, small, wgmma, wgmma_layer
+from lorafast.backends.cuda.dequantize import dequantize
 from lorafast.backends.cuda.mask import mask
 
 pytestmark = needs_nvcc
@@ -99,7 +101,14 @@ def a_hopper_layers_backward():
     case.launch().run(*given, 1.0, 0.0, None)
 
 
+def a_dequantized(name):
+    weight = codes_cases.drawn(name, 8, 64)
+    dequantize(weight, torch.empty(weight.shape, dtype=weight.dtype))
+
+
 CALLS = {
+    "dequantize_four_bit": lambda: a_dequantized("nf4"),
+    "dequantize_eight_bit": lambda: a_dequantized("fp8-blocks"),
     "mask": lambda: mask(SEED, 5, 9, 16),
     "expand": an_expand,
     "linear_expand": a_cut_gemm,
@@ -126,9 +135,10 @@ def test_these_are_all_operations():
 
 @pytest.mark.parametrize("operation", CALLS)
 def test_a_device_that_is_too_old(operation):
-    """Its code would trap, after which a process has no CUDA any more. Mask and decoding serve it."""
+    """Its code would trap, after which a process has no CUDA any more. The mask, decoding and
+    dequantizing serve it."""
     launchers()
-    if operation == "mask" or "decode" in operation:
+    if operation == "mask" or "decode" in operation or "dequantize" in operation:
         with launched(75) as run:
             CALLS[operation]()
         assert len(run.launches) == 1

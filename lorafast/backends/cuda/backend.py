@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from lorafast.backends import composed
+from lorafast.backends import composed, dequantized
 from lorafast.backends.cost import Device, Estimate, gpu_of, priced
-from lorafast.backends.cuda import cost, native, planning
+from lorafast.backends.cuda import cost, dequantize, native, planning
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.backends.plan import Backend, Plan, Refusal
-from lorafast.core.problem import LAYER_OPERATIONS, Problem
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem
 
 
 class Cuda(Backend):
@@ -42,6 +42,8 @@ class Cuda(Backend):
         if reason is not None:
             return Refusal(self.name, reason)
         assert device is not None
+        if p.format != DENSE and dequantized.reads_weight(p):
+            return self._over_codes(p, device)
         if p.operation in planning.WHOLE or p.operation in LAYER_OPERATIONS:
             return self._layer(p, device)
         launch = cost.launch_of(p, device, self._fixed)
@@ -49,6 +51,27 @@ class Cuda(Backend):
             return Refusal(self.name, launch)
         lines = launch.lines if isinstance(launch, Hybrid) else (launch.line,)
         return priced(Plan(self.name, launch.run, lines), p, device)
+
+    def _over_codes(self, p: Problem, device: Device) -> Plan | Refusal:
+        """By a launch that reads codes if a family has one and that is faster, else by the plan of a
+        dense weight behind a launch that makes W dense."""
+        whole = None
+        launch = cost.fastest(p, device, self._fixed) if p.operation in planning.WHOLE else None
+        if launch is not None:
+            whole = Plan(self.name, launch.run, (launch.line,))
+            whole = _modelled(whole, cost.of(launch, p, device))
+        dense = self.plan(dequantized.dense(p))
+        if isinstance(dense, Refusal):
+            return whole or dense
+        apart = dequantized.plan(p, dequantize.dequantize, dense, dequantize.line(p))
+        seconds = (dense.seconds or 0.0) + dequantize.seconds(p, device)
+        if whole is not None and (whole.seconds or 0.0) <= seconds:
+            return whole
+        source = (
+            f"no record: modelled {dequantize.seconds(p, device) * 1e6:,.0f} µs to make W dense"
+        )
+        source += f", then {dense.source}"
+        return replace(apart, seconds=seconds, source=source, measured=False)
 
     def _layer(self, p: Problem, device: Device) -> Plan | Refusal:
         """In one launch if a family can and that is faster, else its operations one by one."""

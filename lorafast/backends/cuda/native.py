@@ -23,6 +23,8 @@ def _start(path: Path) -> None:
 
 
 OPERATIONS = (
+    "dequantize_eight_bit",
+    "dequantize_four_bit",
     "expand",
     "expand_backward",
     "grouped_lora_linear_decode",

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lorafast import operands
+from lorafast.backends import dequantized
 from lorafast.backends.cost import Device, record_of
 from lorafast.backends.cuda import (
     decode,
+    dequantize,
     linear_expand,
     skinny,
     small,
@@ -27,8 +29,6 @@ from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import (
     DENSE,
-    GROUPED_OPERATIONS,
-    LAYER_OPERATIONS,
     WANTS,
     Layout,
     Problem,
@@ -58,7 +58,6 @@ FAMILIES: dict[str, tuple[Planner, ...]] = {
 _OLDEST, _OLDEST_IN_BFLOAT16 = 75, 80
 """Families may need more, and those of whole layers less in bfloat16."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_READ_W = ("linear_expand", *LAYER_OPERATIONS, *GROUPED_OPERATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +93,8 @@ def why_refused(p: Problem, device: Device | None) -> str | None:
         return "an input is a tensor subclass or on another device: the kernels read plain tensors"
     if device is None:
         return f"the inputs are on {p.device}, the kernels run on CUDA devices"
-    if p.format != DENSE and p.operation in _READ_W:
-        return f"the kernels read dense weights; this one is stored as {p.format}"
+    if p.format != DENSE and dequantized.reads_weight(p):
+        return dequantize.why_refused(p)
     return None
 
 
