@@ -74,3 +74,21 @@ def rounded(W, STORED: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.conste
     elif STORED == "float16":
         W = cast(W, tl.float16, INTERPRETED)
     return cast(W, dtype, INTERPRETED)
+
+
+@triton.jit
+def number_at(numbers_ptr, codes, INTERPRETED: tl.constexpr):
+    """``numbers[codes]``, of a loop whose other loads are pipelined: these are not to be, they hit the
+    cache, so the compiler doesn't see that they are loads."""
+    if INTERPRETED:
+        found = tl.load(numbers_ptr + codes)
+    else:
+        found = tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];",
+            "=f,l",
+            [numbers_ptr + codes],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return found

@@ -7,6 +7,7 @@ loads that once.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from lorafast.kernels.common.start import Start, key_of
 from torch import Tensor
 
 from lorafast.core.codebooks import E2M1, codebook
-from lorafast.operands import MXFP4, Int8
+from lorafast.operands import MXFP4, Int8, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import NESTED, FourBit
 from lorafast.operands.mxfp4 import BLOCK
@@ -35,8 +36,6 @@ CONVERTS_E4M3 = 89
 """The compute capability from which chips convert e4m3."""
 OPTIONS: dict[str, object] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 """Of the compiler. A nested scale is a product and a sum, each rounded: no fused multiply-add."""
-ONE, OF_ROWS, OF_BLOCKS = range(3)
-"""What an 8-bit weight has a scale of: all of W, each row, each block of rows and columns."""
 
 
 @triton.jit(do_not_specialize=[])
@@ -93,7 +92,6 @@ def eight_bit_kernel(
     K,
     unit,
     scales_in_row,
-    SCALES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALIKE: tl.constexpr,
@@ -105,8 +103,8 @@ def eight_bit_kernel(
 ):
     """``W[i] = code i · (unit · scale)`` for GROUPS · PER_GROUP elements a program.
 
-    Codes are int8, or uint8 that are e4m3. SCALES is one of ``ONE``, ``OF_ROWS`` and ``OF_BLOCKS``;
-    blocks are ROWS × COLUMNS.
+    Codes are int8, or uint8 that are e4m3. A scale is of ROWS × COLUMNS elements, with no
+    COLUMNS of whole rows, with no ROWS of all.
     ALIKE: the elements of a group share their scale.
     """
     # 64 bits: W may have more than 2**31 elements.
@@ -119,7 +117,7 @@ def eight_bit_kernel(
         numbers = e4m3_to_float(codes, HARDWARE)
     else:
         numbers = codes.to(tl.float32)
-    if SCALES == 0:
+    if ROWS == 0:
         scales = tl.load(scale_ptr) * unit
     else:
         of = groups if ALIKE else elements
@@ -129,14 +127,14 @@ def eight_bit_kernel(
         length = tl.cast(K, tl.uint32)
         past = (first - row * K).to(tl.uint32) + of.to(tl.uint32)
         rows = row + past // length
-        if SCALES == 2:
+        if COLUMNS > 0:
             rows = rows // ROWS * scales_in_row + past % length // COLUMNS
         scales = tl.load(scale_ptr + rows, mask=begin, other=0.0) * unit
     w = rounded(numbers * scales, STORED, w_ptr.dtype.element_ty, INTERPRETED)
     tl.store(w_ptr + first + elements, w, mask=inside)
 
 
-def dequantize(weight: FourBit | EightBit | MXFP4, W: Tensor) -> None:
+def dequantize(weight: Weight, W: Tensor) -> None:
     """Writes the weight into ``W [N, K]``, contiguous: float32, bfloat16 or float16.
 
     Each element is rounded from float32 to the weight's ``stored_dtype``, one of these, then to W's.
@@ -145,32 +143,60 @@ def dequantize(weight: FourBit | EightBit | MXFP4, W: Tensor) -> None:
 
 
 @on_its_device
-def _write(W: Tensor, weight: FourBit | EightBit | MXFP4) -> None:
+def _write(W: Tensor, weight: Weight) -> None:
     if not W.numel():
         return
+    w = stored_in(weight)
+    codes, numbers, scales, *nested = w.tensors
+    rows, columns = w.block
+    if numbers is None:
+        run = eight_bit(tuple(W.shape), rows, columns, w.stored, capability(W))
+        run(codes, scales, W, w.unit)
+    else:
+        made = four_bit(W.numel(), columns, w.nested_block, w.low_first, w.stored)
+        made(codes, numbers, scales, *nested, W)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as kernels take it.
+
+    - ``tensors``: codes; their numbers, None of 8-bit ones; scales; and of nested ones their map, the
+      scales of their blocks and the offset, or None;
+    - ``block``: the rows and columns that a scale is of, (1, 0) of whole rows, (0, 0) of all; of 4-bit
+      codes the elements, as columns;
+    - ``stored``: the name of the dtype that W is rounded to first.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    block: tuple[int, int]
+    stored: str
+    nested_block: int | None = None
+    low_first: bool = False
+    unit: float = 1.0
+    scales_in_row: int = 0
+
+
+def stored_in(weight: Weight) -> Stored:
+    """What kernels take of a quantized weight."""
+    assert isinstance(weight, FourBit | EightBit | MXFP4)
     stored = str(weight.stored_dtype).removeprefix("torch.")
     t = weight.tensors()
     if isinstance(weight, EightBit):
         codes = t["weight"].view(torch.int8 if isinstance(weight, Int8) else torch.uint8)
-        scale, block = weight.scale, weight.block
-        run = eight_bit(tuple(W.shape), _scales_of(weight), block or (1, 1), stored, capability(W))
-        run(codes, scale, W, weight.unit)
-    elif isinstance(weight, MXFP4):
+        block, in_row = weight.block or (int(weight.scale.numel() != 1), 0), 0
+        if weight.block is not None:
+            in_row = weight.scale.shape[1]
+        tensors = (codes, None, weight.scale, None, None, None)
+        return Stored(tensors, block, stored, unit=weight.unit, scales_in_row=in_row)
+    if isinstance(weight, MXFP4):
         codes = t["blocks"]
-        run = four_bit(W.numel(), BLOCK, None, True, stored)
-        run(codes, codebook(E2M1, codes), t["scales"], None, None, None, W)
-    else:
-        codes = t["weight"].view(torch.uint8)
-        run = four_bit(W.numel(), weight.block, weight.nested_block, False, stored)
-        nested = (t.get(name) for name in NESTED)
-        of_blocks, numbers, offset = nested
-        run(codes, codebook(weight.numbers, codes), t["absmax"], numbers, of_blocks, offset, W)
-
-
-def _scales_of(weight: EightBit) -> int:
-    if weight.block is not None:
-        return OF_BLOCKS
-    return ONE if weight.scale.numel() == 1 else OF_ROWS
+        tensors = (codes, codebook(E2M1, codes), t["scales"], None, None, None)
+        return Stored(tensors, (1, BLOCK), stored, low_first=True)
+    codes = t["weight"].view(torch.uint8)
+    of_blocks, numbers, offset = (t.get(name) for name in NESTED)
+    tensors = (codes, codebook(weight.numbers, codes), t["absmax"], numbers, of_blocks, offset)
+    return Stored(tensors, (1, weight.block), stored, weight.nested_block)
 
 
 @functools.lru_cache(maxsize=KEPT)
@@ -192,18 +218,19 @@ def four_bit(
 
 @functools.lru_cache(maxsize=KEPT)
 def eight_bit(
-    shape: tuple[int, int], scales: int, block: tuple[int, int], stored: str, sm: int
+    shape: tuple[int, int], rows: int, columns: int, stored: str, sm: int
 ) -> Callable[[Tensor, Tensor, Tensor, float], None]:
     """What launches it: of ``codes, scale, W, unit``."""
-    (N, K), (rows, columns) = shape, block
+    N, K = shape
     start = Start(eight_bit_kernel, (_programs(N * K),), OPTIONS)
-    alike = K % PER_GROUP == 0 and (scales != OF_BLOCKS or columns % PER_GROUP == 0)
+    alike = K % PER_GROUP == 0 and columns % PER_GROUP == 0
+    in_row = -(-K // columns) if columns else 0
     hardware = sm >= CONVERTS_E4M3 and not INTERPRETED
 
     def run(codes: Tensor, scale: Tensor, W: Tensor, unit: float) -> None:
         start(
-            key_of(tensors=(codes, scale, W)), codes, scale, W, N * K, K, unit, -(-K // columns),
-            scales, rows, columns, alike, hardware, stored, GROUPS, PER_GROUP, INTERPRETED,
+            key_of(tensors=(codes, scale, W)), codes, scale, W, N * K, K, unit, in_row,
+            rows, columns, alike, hardware, stored, GROUPS, PER_GROUP, INTERPRETED,
         )  # fmt: skip
 
     return run

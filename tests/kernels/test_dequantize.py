@@ -47,11 +47,23 @@ def test_over_several_programs(device, kind, dtype):
     assert W.view(-1)[weight.numel() :].isnan().all()
 
 
+@pytest.fixture
+def made_dense(monkeypatch):
+    """No product reads codes, however few rows there are."""
+    monkeypatch.setattr(quantized, "shares_scales", lambda p, group: False)
+    registry.forget_plans()
+    yield
+    registry.forget_plans()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_a_layer_forward_and_backward(device, poisoned, kind, dtype, dropout_p):
+@pytest.mark.parametrize("route", ["by the model", "made_dense"])
+def test_a_layer_forward_and_backward(request, device, poisoned, kind, dtype, dropout_p, route):
     """All results, by the contract."""
+    if route == "made_dense":
+        request.getfixturevalue(route)
     skip_unless_usable("triton")
     N, K, M, r = 45, 96, 19, 7
     weight = draw(kind, N, K, torch.bfloat16, device).to(dtype)
@@ -78,7 +90,7 @@ def test_a_layer_forward_and_backward(device, poisoned, kind, dtype, dropout_p):
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(monkeypatch, made_dense):
     """The weights that were made dense."""
     seen = []
     own = quantized.dequantize
@@ -167,6 +179,22 @@ def test_its_time_is_that_of_the_dense_one_and_of_reading_codes(device):
     assert made.seconds > dense.seconds
     assert made.launches[0].startswith("dequantize: ")
     assert made.launches[1:] == dense.launches
+
+
+@pytest.mark.parametrize(("rows", "of_codes"), [(1, True), (16, True), (256, False), (4096, False)])
+def test_few_rows_are_multiplied_by_codes(device, rows, of_codes):
+    skip_unless_usable("triton")
+    weight = draw("nf4 nested", 4096, 4096, torch.bfloat16, device)
+    x, A, B = (
+        torch.randn(s, device=device).bfloat16() for s in ((rows, 4096), (8, 4096), (4096, 8))
+    )
+    with pretending(H200):
+        problem = layer_problem(x, weight, A, B, None, False, ("y", "s"), layouts=True)
+        made = registry.plan_of("triton", problem)
+    assert not isinstance(made, Refusal)
+    assert any("W read as codes" in line for line in made.launches) is of_codes
+    assert any("dequantize" in line for line in made.launches) is not of_codes
+    assert made.seconds > 0
 
 
 def test_a_weight_stored_in_float64_is_refused(device):

@@ -14,7 +14,7 @@ import torch
 from lorafast.backends import composed, dequantized
 from lorafast.backends.cost import Device, gpu_of, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem, parts
 from lorafast.kernels import tables
 from lorafast.kernels.common import configs
 from lorafast.kernels.common.configs import LaunchConfig
@@ -31,7 +31,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Triton(Backend):
     """Fused kernels: a layer's forward in one launch where helpers pay, PyTorch's GEMM onto what
     ``expand`` wrote where that is faster than the fused one. A quantized weight is made dense first, by
-    one launch.
+    one launch, or for few rows read as its codes.
 
     ``auto`` uses helpers by the model alone where nothing was tuned: they assume no order of programs
     and no residency, so a wrong model costs time and nothing else.
@@ -60,7 +60,7 @@ class Triton(Backend):
         from lorafast.backends.triton.lines import lines
 
         if problem.format != DENSE:
-            return self._of_dense(problem, device)
+            return self._of_codes(problem, device) or self._of_dense(problem, device)
         launch: planning.Launch | str
         if problem.operation in LAYER_OPERATIONS:
             launch = cost.helped(problem, device, self._config)
@@ -76,6 +76,27 @@ class Triton(Backend):
             return replace(apart, launches=(*apart.launches, f"no helpers: {launch}"))
         plan = Plan(self.name, self.run_of(launch, problem), lines(launch))
         return priced(plan, problem)
+
+    def _of_codes(self, problem: Problem, device: Device) -> Plan | Refusal | None:
+        """Launches of which one reads the weight's codes, None where that doesn't pay."""
+        from lorafast.backends.triton import cost
+        from lorafast.backends.triton.lines import lines
+
+        if problem.operation in LAYER_OPERATIONS:
+            if not dequantized.reads_weight(problem):
+                return None
+            product = next(p for p in parts(problem) if p.operation == "linear_expand")
+            if cost.reads_codes(product, device) is None:
+                return None
+            return composed.plan_or_refusal(problem, self.plan)
+        launch = cost.reads_codes(problem, device)
+        if launch is None:
+            return None
+        plan = Plan(self.name, self.run_of(launch, problem), lines(launch))
+        if gpu_of(problem.device) is None:
+            return plan
+        found = cost.codes(launch, problem, device)
+        return replace(plan, seconds=found.seconds, source=f"no record: modelled {found}")
 
     def _of_dense(self, problem: Problem, device: Device) -> Plan | Refusal:
         """The launches of the dense weight, behind one that makes it dense."""

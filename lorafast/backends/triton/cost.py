@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lorafast.backends.cost import LAUNCH_SECONDS, Device, Estimate, base_gemm, record_of, work
+from lorafast.backends.dequantized import dense as of_dense
 from lorafast.backends.triton import planning, quantized
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
@@ -24,6 +25,7 @@ from lorafast.kernels.common.plan import (
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
+from lorafast.kernels.linear_expand.plan import CodesLaunch
 from lorafast.kernels.tables.find import nearest_architecture
 
 LAUNCH_HOST = 8e-6
@@ -57,6 +59,11 @@ _MASKED_GEMM = 1.19
 is made before the main loop, and executing both counts 0.6 of the cycles beside it. Not timed since."""
 _RANK_BLOCK = 0.05
 """More time for every block of the rank after the first. Measured as above."""
+_NUMBERS = 1.2e10
+"""Numbers that an SM makes of codes in a second, beside a GEMM: eight a clock of 1.5 GHz, which the
+instructions of a loop allow. Not measured."""
+_FEW_ROWS_GEMM = 0.3
+"""Of the rate of a GEMM, in tiles of few rows that wait for W's numbers. Not measured."""
 _NOT_BACKWARD = "measured on an H100, they make a backward slower"
 """486 µs at best over helpers, rounds and tiles, where it is 442 one by one; sizes as above."""
 _PARTIAL = 4
@@ -81,6 +88,21 @@ def dequantized(problem: Problem, device: Device) -> Estimate:
     """What making a quantized weight dense takes: its codes are read, W is written."""
     moved = problem.N * problem.K * (quantized.code_bytes(problem) + problem.dtype.itemsize)
     return work(device, moved=moved, share=_SKINNY, host=LAUNCH_HOST)
+
+
+def reads_codes(problem: Problem, device: Device) -> CodesLaunch | None:
+    """The launch of a ``linear_expand`` that reads a quantized weight's codes, where by the model it
+    takes less time than making W dense does."""
+    launch = planning.plan_codes(problem, device)
+    if isinstance(launch, str):
+        return None
+    dense = dequantized(problem, device) + estimate(of_dense(problem), device)
+    return launch if _of(launch, problem, device).seconds < dense.seconds else None
+
+
+def codes(launch: CodesLaunch, problem: Problem, device: Device) -> Estimate:
+    """What that launch takes."""
+    return _of(launch, problem, device)
 
 
 def helped(
@@ -230,6 +252,21 @@ def _linear_expand(launch: LinearExpandLaunch, p: Problem, device: Device) -> Es
     return work(
         device, flops=flops, rate=rate * share, moved=moved, share=share, host=host, remark=remark
     )
+
+
+@_of.register
+def _codes(launch: CodesLaunch, p: Problem, device: Device) -> Estimate:
+    """Codes are read once, their numbers are made for each row block, before they are multiplied."""
+    size = p.dtype.itemsize
+    moved = p.N * p.K * quantized.code_bytes(p) + float(p.M * p.K + p.M * p.N) * size
+    moved += _partials(launch.splits, launch.M * launch.N)
+    rows = launch.row_blocks * launch.config.block_m
+    flops = 2.0 * rows * p.K * p.N
+    seconds = launch.row_blocks * p.N * p.K / (_NUMBERS * device.sms)
+    seconds += flops / (_gemm_rate(p, device) * _FEW_ROWS_GEMM)
+    found = work(device, moved=moved, share=_SKINNY, host=LAUNCH_HOST)
+    slower = max(found.device, seconds + LAUNCH_SECONDS)
+    return replace(found, device=slower, flops=2.0 * p.M * p.K * p.N)
 
 
 @_of.register

@@ -17,7 +17,9 @@ from lorafast.kernels.common.plan import (
 )
 from lorafast.kernels.expand import kernel as expand
 from lorafast.kernels.expand_backward import kernel as expand_backward
+from lorafast.kernels.linear_expand import codes
 from lorafast.kernels.linear_expand import kernel as linear_expand
+from lorafast.kernels.linear_expand.plan import CodesLaunch
 from lorafast.kernels.lora_linear import forward
 from lorafast.kernels.shrink import kernel as shrink
 from lorafast.kernels.shrink_backward import kernel as shrink_backward
@@ -38,6 +40,8 @@ def run_of(launch: Launch, p: Problem) -> Run:
         return expand_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, ShrinkBackwardLaunch):
         return shrink_backward.launcher(launch, p.adapter_dtype)
+    if isinstance(launch, CodesLaunch):
+        return codes.launcher(launch)
     return forward.launcher(launch)
 
 

@@ -9,6 +9,7 @@ from lorafast.kernels.common.plan import (
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
+from lorafast.kernels.linear_expand.plan import CodesLaunch
 
 
 def lines(launch: Launch) -> tuple[str, ...]:
@@ -32,6 +33,10 @@ def lines(launch: Launch) -> tuple[str, ...]:
         return made, f"sum_partials: ds from {launch.grid[0]} column groups"
     if isinstance(launch, LinearExpandLaunch):
         return (f"linear_expand: {_gemm(launch)}",)
+    if isinstance(launch, CodesLaunch):
+        grid, tiles = launch.tiles * launch.splits, _tiles(launch.config, "mnk")
+        cut = _cut(launch.splits, "K")
+        return (f"linear_expand: grid {grid}, {tiles}{cut}, W read as codes",)
     helpers = launch.helpers
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"

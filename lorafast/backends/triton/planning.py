@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorafast.backends.cost import Device, key_of, record_of
+from lorafast.backends.triton import quantized
 from lorafast.core.problem import Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common.configs import LaunchConfig
@@ -33,6 +34,7 @@ from lorafast.kernels.common.plan import (
     skinny_precision_of,
     tma_fits,
 )
+from lorafast.kernels.linear_expand.plan import GROUP, MOST_ROWS, CodesLaunch, codes_launch
 from lorafast.kernels.tables.find import GEMMS
 
 
@@ -60,6 +62,7 @@ Launch = (
     | ExpandBackwardLaunch
     | ShrinkBackwardLaunch
     | LoraLinearLaunch
+    | CodesLaunch
 )
 
 
@@ -141,6 +144,21 @@ def plan_hybrid(
     if own is None or not own.hybrid:
         own = hybrid_rule_of(p, device)
     return HybridLaunch(plan_expand(as_expand(p), device, own), p.transposed)
+
+
+def plan_codes(p: Problem, device: Device) -> CodesLaunch | str:
+    """A ``linear_expand`` that reads a quantized weight's codes, or why it can't."""
+    if p.dropout:
+        return "its mask is made by the launch that reads W dense"
+    if not 0 < p.M <= MOST_ROWS:
+        return f"there are {p.M} rows, it is for up to {MOST_ROWS}"
+    if not quantized.shares_scales(p, GROUP):
+        return f"rows or scales of W don't come in groups of {GROUP}"
+    K, N = (p.N, p.K) if p.transposed else (p.K, p.N)
+    return codes_launch(
+        p.M, K, N, p.r, sms=device.sms, dtype=p.dtype, precision=precision(p),
+        transposed=p.transposed, bias=p.bias,
+    )  # fmt: skip
 
 
 def hybrid_rule_of(p: Problem, device: Device) -> LaunchConfig:

@@ -31,6 +31,21 @@ def code_bytes(p: Problem) -> float:
     return 1.0 if kind is not None and issubclass(kind, EightBit) else 0.5
 
 
+def shares_scales(p: Problem, group: int) -> bool:
+    """Whether groups of so many neighbours in a row of W have one scale each, which products can read.
+
+    Those of MXFP4 they can't: bytes that several warps keep in shared memory, each of its own accord.
+    """
+    kind = operands.kind_of(p.format)
+    assert kind is not None
+    if p.K % group or issubclass(kind, MXFP4):
+        return False
+    words = p.format_parameters.split(",")
+    if issubclass(kind, EightBit):
+        return len(words) == 1 or int(words[1].split("x")[1]) % group == 0
+    return int(words[2]) % group == 0
+
+
 def line(p: Problem) -> str:
     """The launch that makes W dense, in a line."""
     return f"dequantize: W of its {p.format} codes, in memory that layers share"
