@@ -225,8 +225,10 @@ def test_one_operation_has_one_name_in_every_room():
 BESIDE_OPERATIONS = {
     "cpu": {"lora_linear", "dequantize"},
     # Decoding is a file for one adapter or several; what launchers share, and whether they can run.
-    # Hopper has GEMMs of its own.
+    # Hopper has GEMMs of its own. Quantized weights are made dense, their arguments checked in one place.
     "cuda": {
+        "codes",
+        "dequantize",
         "lora_linear",
         "lora_linear_backward",
         "lora_linear_sm90",

@@ -223,7 +223,7 @@ def _why_refused(p: Problem, device: Device | None) -> str | None:
     if device.capability < _OLDEST:
         major, minor = divmod(device.capability, 10)
         return f"compute capability is {major}.{minor}, the kernels need 8.0"
-    if p.format != DENSE:
+    if p.format != DENSE and dequantized.reads_weight(p):
         from lorafast.backends.triton import quantized
 
         return quantized.why_not(p)
