@@ -225,7 +225,7 @@ def test_one_operation_has_one_name_in_every_room():
 BESIDE_OPERATIONS = {
     "cpu": {"lora_linear", "dequantize"},
     # Decoding is a file for one adapter or several; what launchers share, and whether they can run.
-    # Hopper has GEMMs of its own. Quantized weights are made dense, their arguments checked in one place.
+    # Hopper has GEMMs of its own. What says what codes are is checked in a file of its own.
     "cuda": {
         "codes",
         "dequantize",

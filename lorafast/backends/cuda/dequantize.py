@@ -7,7 +7,7 @@ from lorafast import operands
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
 from lorafast.core.codebooks import E2M1, codebook
 from lorafast.core.problem import Problem
-from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8, Operand, Weight
+from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import NESTED, FourBit
 from lorafast.operands.mxfp4 import BLOCK
@@ -92,7 +92,7 @@ def of_eight_bit(weight: Weight) -> tuple[object, ...]:
         TypeError: the weight has no codes that the kernels read.
     """
     if not isinstance(weight, EightBit):
-        kind = weight.format if isinstance(weight, Operand) else "dense"
+        kind = operands.format_of(weight)
         raise TypeError(f"weight is {kind}, expected a format that the kernels make dense")
     return (
         weight.tensors()["weight"], weight.scale, weight.unit, weight.code_dtype is torch.int8,
