@@ -154,4 +154,5 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     """The tensor as a parameter without a gradient, itself if it is one."""
     if not isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=False)
-    return tensor.requires_grad_(False)
+    tensor.requires_grad_(False)
+    return tensor

@@ -61,8 +61,8 @@ class StoredWeight(nn.Module):
             state_dict, description = self._translated(state_dict, prefix)
             reason = self._why_not_loaded(state_dict, prefix)
         except ValueError as error:
-            own = f"stores its weight as {self._format()}"
-            reason = f"{own}, and the checkpoint is of a layer of bitsandbytes: {error}"
+            how = f"stores its weight as {self._format()}"
+            reason = f"{how}, and the checkpoint is of a layer of bitsandbytes: {error}"
         if reason is not None:
             errors.append(f"{prefix[:-1] or 'the layer'} {reason}")
             own = state_dict.keys() & {prefix + name for name in self._stored_names}
