@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+_Unreadable = pickle.UnpicklingError
+
 
 class Trained(Protocol):
     """An arm of a comparison: a model of which some parameters are trained, and what was measured."""
@@ -60,7 +62,7 @@ class State:
             step, random, kept = content["step"], content["random"], content["arms"]
         except FileNotFoundError:
             return 0
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, _Unreadable):
             print(f"{self.path} can't be read as the state of a run: it starts anew.")
             return 0
         for arm, of_arm in zip(arms, kept, strict=True):
