@@ -18,9 +18,9 @@ _FOUR_BIT: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
 def weight_of(layer: nn.Module) -> FourBit | Int8 | None:
     """The weight of a ``Linear4bit`` or ``Linear8bitLt``, over the layer's own memory; None of another
     layer, or of one that ``why_not`` has a reason against."""
-    if not _is(layer, "Linear4bit", "Linear8bitLt") or why_not(layer) is not None:
+    if not (is_four_bit(layer) or is_eight_bit(layer)) or why_not(layer) is not None:
         return None
-    return _four_bit(layer) if _is(layer, "Linear4bit") else _int8(layer)
+    return _four_bit(layer) if is_four_bit(layer) else _int8(layer)
 
 
 def is_four_bit(layer: nn.Module) -> bool:
@@ -48,10 +48,9 @@ def _why_not_stock(layer: nn.Module, name: str) -> str | None:
     return f"it has {', '.join(own)}, which a LoRALinear has no place for" if own else None
 
 
-def _is(layer: nn.Module, *names: str) -> bool:
-    library = sys.modules.get("bitsandbytes.nn")
-    kinds = [getattr(library, name, None) for name in names] if library is not None else []
-    return isinstance(layer, tuple(kind for kind in kinds if isinstance(kind, type)))
+def _is(layer: nn.Module, name: str) -> bool:
+    kind = getattr(sys.modules.get("bitsandbytes.nn"), name, None)
+    return isinstance(kind, type) and isinstance(layer, kind)
 
 
 _NOT_YET = (

@@ -60,7 +60,7 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     reason = _why_stock(layer, adapters)
     if reason is not None:
         return reason
-    base: nn.Module = layer._modules["base_layer"]  # type: ignore[assignment]
+    base: nn.Module = layer._modules["base_layer"]
     reason = _why_not_base(base)
     if reason is not None:
         return reason
@@ -186,7 +186,7 @@ def why_stock_input(
         return f"its input is {dtype}, its adapters are {adapter_dtype}"
     if weight.device != device:
         return f"its input is on {device}, its weight on {weight.device}"
-    base: nn.Module = layer._modules["base_layer"]  # type: ignore[assignment]
+    base: nn.Module = layer._modules["base_layer"]
     reason = (
         quantized.why_not_input(base, x)
         if isinstance(weight, Operand)
