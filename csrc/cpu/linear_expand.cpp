@@ -104,21 +104,22 @@ void multiply_columns(const Microkernels& kernels, const Matrix& dy, const Codes
   const int64_t share = blocks_of(K, static_cast<int64_t>(torch::stable::get_num_threads()));
   const int64_t most =
       std::min(kColumns, std::max(kLeastColumns, std::min(up(share, kDotCols), kSums / M / kDotCols * kDotCols)));
+  const int64_t ld = most + kDotCols;
   const Rows<Value> from(kernels, dy, 2);
   torch::stable::parallel_for(0, blocks_of(K, most), 1, [&](int64_t begin, int64_t end) {
     const auto tile = scratch<Value>(kRowsOfDx * kLd);
-    const auto sums = scratch<float>(M * most);
+    const auto sums = scratch<float>(M * ld);
     std::vector<float> scales;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t column = block * most, columns = std::min(most, K - column), padded = up(columns, kDotCols);
-      std::fill_n(sums.get(), N == 0 ? M * most : 0, 0.0f);
+      std::fill_n(sums.get(), N == 0 ? M * ld : 0, 0.0f);
       for (int64_t row = 0; row < N; row += kRowsOfDx) {
         const int64_t rows = std::min(kRowsOfDx, N - row), even = up(rows, 2);
         load_tile(kernels, codes, row, rows, column, columns, even, padded, scales, tile.get());
         products<Value>(kernels).multiply(
-            tile.get(), kLd, even, padded, from.data + row, from.ld, M, sums.get(), most, row > 0);
+            tile.get(), kLd, even, padded, from.data + row, from.ld, M, sums.get(), ld, row > 0);
       }
-      for (int64_t m = 0; m < M; ++m) kernels.store(&sums[m * most], dx.dtype, columns, dx.at(m, column));
+      for (int64_t m = 0; m < M; ++m) kernels.store(&sums[m * ld], dx.dtype, columns, dx.at(m, column));
     }
   });
 }

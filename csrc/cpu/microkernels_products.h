@@ -2,12 +2,6 @@
 //
 // Sums stay in registers: R rows of the tile by C rows of x, or C rows of dy by kWide columns of the tile.
 
-// Adds sums of lanes to what is there, or writes them.
-inline __attribute__((always_inline)) void put(float* to, const Vector& sums, bool add) {
-  Vector& there = *reinterpret_cast<Vector*>(to);
-  there = add ? there + sums : sums;
-}
-
 // What a set's registers hold: kDot x kDot accumulators of kLanes floats.
 constexpr int kDot = LORAFAST_ROWS / 2;
 
@@ -33,7 +27,10 @@ void dot_of(
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i)
     LORAFAST_UNROLL
-    for (int m = 0; m < C; ++m) put(out + (i * M + m) * kLanes, sums[i][m], add);
+    for (int m = 0; m < C; ++m) {
+      Vector& to = *reinterpret_cast<Vector*>(out + (i * M + m) * kLanes);
+      to = add ? to + sums[i][m] : sums[i][m];
+    }
 }
 
 template <int C>
@@ -69,7 +66,10 @@ void multiply_of(
       for (int m = 0; m < C; ++m) sums[m] += t[m * ldt + i] * values;
     }
     LORAFAST_UNROLL
-    for (int m = 0; m < C; ++m) put(out + m * ldo + c, sums[m], add);
+    for (int m = 0; m < C; ++m) {
+      Vector& to = *reinterpret_cast<Vector*>(out + m * ldo + c);
+      to = add ? to + sums[m] : sums[m];
+    }
   }
 }
 
@@ -86,6 +86,11 @@ void multiply(
 
 inline __attribute__((always_inline)) __m512bh pairs_at(const uint16_t* from) {
   return reinterpret_cast<const __m512bh&>(static_cast<const __m512i&>(_mm512_loadu_si512(from)));
+}
+
+// Adds sums of lanes to what is there, or writes them.
+inline __attribute__((always_inline)) void put(float* to, __m512 sums, bool add) {
+  _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sums) : sums);
 }
 
 template <int R, int C>
@@ -111,7 +116,7 @@ void dot_pairs_of(
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i)
     LORAFAST_UNROLL
-    for (int m = 0; m < C; ++m) put(out + (i * M + m) * kLanes, (Vector)sums[i][m], add);
+    for (int m = 0; m < C; ++m) put(out + (i * M + m) * kLanes, sums[i][m], add);
 }
 
 // One row by one: four sums at a time, for a sum waits for the last.
@@ -123,7 +128,7 @@ void dot_pairs_of_one(const uint16_t* tile, int64_t cols, const uint16_t* x, flo
     for (int v = 0; v < 4; ++v)
       sums[v] = _mm512_dpbf16_ps(sums[v], pairs_at(tile + c + 2 * v * kLanes), pairs_at(x + c + 2 * v * kLanes));
   for (; c < cols; c += 2 * kLanes) sums[0] = _mm512_dpbf16_ps(sums[0], pairs_at(tile + c), pairs_at(x + c));
-  put(out, (Vector)_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])), add);
+  put(out, _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])), add);
 }
 
 template <int R, int C>
@@ -174,8 +179,8 @@ void multiply_pairs_of(
     }
     LORAFAST_UNROLL
     for (int m = 0; m < C; ++m) {
-      put(out + m * ldo + c, (Vector)_mm512_permutex2var_ps(sums[m][0], first, sums[m][1]), add);
-      put(out + m * ldo + c + kLanes, (Vector)_mm512_permutex2var_ps(sums[m][0], second, sums[m][1]), add);
+      put(out + m * ldo + c, _mm512_permutex2var_ps(sums[m][0], first, sums[m][1]), add);
+      put(out + m * ldo + c + kLanes, _mm512_permutex2var_ps(sums[m][0], second, sums[m][1]), add);
     }
   }
 }

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,6 @@ class _Workspace:
 
 _workspaces: dict[tuple[torch.device, int], _Workspace] = {}
 _adding = threading.Lock()
-_elsewhere: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -30,13 +29,17 @@ def borrowed(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
 
     There is one piece of memory for each stream of a device, as large as the largest matrix so far. What
     is launched within the block may go on reading it: the next to write it are launches of the same
-    stream. A second one within the block, and one that a CUDA graph records, is memory of its own.
+    stream. A second one within the block, and one that a CUDA graph records, is memory of its own. So is
+    one of another thread on a CPU, whose products end within their blocks: waiting would take as long.
     """
     if _is_recorded(device):
         yield torch.empty((rows, columns), dtype=dtype, device=device)
         return
     space = _of(device)
-    with space.lock:
+    if not space.lock.acquire(blocking=device.type == "cuda"):
+        yield torch.empty((rows, columns), dtype=dtype, device=device)
+        return
+    try:
         if space.used:
             yield torch.empty((rows, columns), dtype=dtype, device=device)
             return
@@ -45,6 +48,8 @@ def borrowed(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
             yield _matrix(space, rows, columns, dtype, device)
         finally:
             space.used = False
+    finally:
+        space.lock.release()
 
 
 def held() -> int:
@@ -53,18 +58,10 @@ def held() -> int:
 
 
 def release() -> None:
-    """Gives the memory of all workspaces back to the allocators; the next call takes it anew. On a CPU
-    also the calling thread's memory for parts of weights."""
-    for other in _elsewhere:
-        other()
+    """Gives the memory of all workspaces back to the allocators; the next call takes it anew."""
     for space in tuple(_workspaces.values()):
         with space.lock:
             space.memory = None
-
-
-def kept_elsewhere(release: Callable[[], None]) -> None:
-    """``release``, of memory that a backend keeps itself, is called with the function of that name."""
-    _elsewhere.append(release)
 
 
 def _matrix(

@@ -1,6 +1,7 @@
 """Weights made dense for one product at a time: the memory they share, and what checkpointing keeps."""
 
 import threading
+import types
 
 import pytest
 import torch
@@ -179,15 +180,39 @@ class TestWorkspace:
         with workspace.borrowed(4, 3, torch.float32, CPU) as two:
             assert two.data_ptr() == address
 
-    def test_another_thread_waits_until_it_is_free(self):
+    def test_another_thread_on_a_cpu_has_memory_of_its_own(self):
         seen = []
 
         def other():
             with workspace.borrowed(4, 3, torch.float32, CPU) as W:
-                seen.append(W.clone())
-                W.fill_(2.0)
+                seen.append(W.data_ptr())
 
         with workspace.borrowed(4, 3, torch.float32, CPU) as W:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            assert seen != [W.data_ptr()]
+        other()
+        assert seen[1] == W.data_ptr()
+
+    def test_another_thread_on_a_gpu_waits_until_it_is_free(self, monkeypatch):
+        """As one would on a GPU that isn't here: its stream is the same for all threads."""
+        gpu = torch.device("cuda", 0)
+        empty = torch.empty
+        monkeypatch.setattr(workspace, "_is_recorded", lambda device: False)
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7)
+        )
+        monkeypatch.setattr(
+            torch, "empty", lambda *size, device, **options: empty(*size, **options)
+        )
+        seen = []
+
+        def other():
+            with workspace.borrowed(4, 3, torch.float32, gpu) as W:
+                seen.append(W.clone())
+
+        with workspace.borrowed(4, 3, torch.float32, gpu) as W:
             thread = threading.Thread(target=other)
             thread.start()
             thread.join(0.2)
@@ -195,6 +220,7 @@ class TestWorkspace:
             W.fill_(1.0)
         thread.join()
         assert (seen[0] == 1.0).all()
+        workspace._workspaces.pop((gpu, 7))
 
     def test_it_serves_within_and_without_inference_mode(self):
         workspace.release()

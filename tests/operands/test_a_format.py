@@ -125,7 +125,8 @@ class TestServed:
         if backend == "cpu":
             from lorafast.backends.cpu import dequantize
 
-            monkeypatch.setattr(dequantize, "_FEW", {True: 0, False: 0})
+            none = dict.fromkeys(dequantize._FEW, (0, 0))
+            monkeypatch.setattr(dequantize, "_FEW", none)
         if device.type != "cpu" and backend == "cpu":
             pytest.skip("the native kernels are for the CPU")
         t = p.tensors(device)

@@ -340,7 +340,7 @@ class TestNative:
         from lorafast.backends.cpu import dequantize
 
         monkeypatch.setattr(dequantize, "_PART", 1)
-        monkeypatch.setattr(dequantize, "_FEW", {True: 0, False: 0})
+        monkeypatch.setattr(dequantize, "_FEW", {torch.float32: (-1, -1)})
         W = torch.randn(70, 101).double()
         weight, x = kind.of(W.float()), torch.randn(3, 70 if transposed else 101)
         bias = None if transposed else torch.randn(70)
@@ -353,10 +353,11 @@ class TestNative:
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
     def test_memory_serves_within_and_without_inference_mode(self, monkeypatch):
+        from lorafast.backends import workspace
         from lorafast.backends.cpu import dequantize
 
-        monkeypatch.setattr(dequantize, "_FEW", {True: 0, False: 0})
-        dequantize._workspaces.of.clear()
+        monkeypatch.setattr(dequantize, "_FEW", {torch.float32: (-1, -1)})
+        workspace.release()
         weight, x = NF4.of(torch.randn(4, 8)), torch.randn(2, 8)
         with torch.inference_mode():
             first = dequantize.linear(x, weight, None)

@@ -1,10 +1,9 @@
 """Parts of a quantized weight made dense by the native kernels, and the base products over such parts.
 
-A part fits the caches and is multiplied at once: W is never dense as a whole. By few rows of x, tiles
-of W are multiplied where they are made, in one call.
+By few rows of x, tiles of W are multiplied where they are made, in one call. By more, a part is made
+dense in memory that all layers share, and multiplied by oneDNN or MKL.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -27,13 +26,15 @@ _linear_four_bit = torch.ops.lorafast_cpu.linear_four_bit.default
 _linear_eight_bit = torch.ops.lorafast_cpu.linear_eight_bit.default
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of dtypes, as the kernels count them."""
-_PART = 4 << 20
-"""Bytes of a part, about. At 4096 x 4096 parts of 512 rows or columns were the fastest, in bfloat16."""
+_PART = 32 << 20
+"""Bytes of a part, about. At 4096 x 4096 all of W was the fastest, in bfloat16: by parts of 4 MB, y
+took up to a twentieth longer, and dx up to a quarter."""
 _WHOLE = 32
 """Rows, or columns, that a part has a multiple of."""
-_FEW = {True: 32, False: 4}
-"""Rows of x up to which a product straight from the codes is ahead, with the processor's own bfloat16
-product and without it."""
+_FEW = {torch.bfloat16: (64, 48), torch.float32: (128, 128), torch.float16: (128, 512)}
+"""Rows of x, and of dy, up to which a product straight from the codes is ahead of making W dense:
+measured at 4096 x 4096 with AVX-512 and, for bfloat16, the processor's own product. PyTorch's dy·W is
+slow in float16."""
 
 
 Quantized = FourBit | EightBit | MXFP4
@@ -114,11 +115,12 @@ def of_few_rows(
     return out
 
 
-def _has_few_rows(x: Tensor, weight: Quantized) -> bool:
+def _has_few_rows(x: Tensor, weight: Quantized, transposed: bool = False) -> bool:
     """Whether ``of_few_rows`` is ahead; it rounds W to one dtype alone."""
-    few = _FEW[native.multiplies_bfloat16() and x.dtype is torch.bfloat16]
-    once = weight.stored_dtype in (weight.dtype, torch.float32) or weight.dtype is torch.float32
-    return x.shape[0] <= few and once
+    dtype = x.dtype
+    has = native.multiplies_bfloat16() if dtype is torch.bfloat16 else native.has_avx512()
+    once = weight.stored_dtype in (dtype, torch.float32) or dtype is torch.float32
+    return has and once and x.shape[0] <= _FEW[dtype][transposed]
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -129,15 +131,17 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if _has_few_rows(x, quantized):
         return of_few_rows(x, quantized, bias)
     N, K = quantized.shape
-    memory, step = _workspace(N, K, quantized.dtype)
-    if step >= N:
-        return F.linear(x, part(quantized, (0, N), (0, K), memory), bias)
-    y = x.new_empty((x.shape[0], N))
-    for begin in range(0, N, step):
-        end = min(begin + step, N)
-        W = part(quantized, (begin, end), (0, K), memory)
-        y[:, begin:end] = F.linear(x, W, None if bias is None else bias[begin:end])
-    return y
+    step = _count(N, K, quantized.dtype)
+    with workspace.borrowed(step, K, quantized.dtype, x.device) as memory:
+        to = memory.view(-1)
+        if step == N:
+            return F.linear(x, part(quantized, (0, N), (0, K), to), bias)
+        y = x.new_empty((x.shape[0], N))
+        for begin in range(0, N, step):
+            end = min(begin + step, N)
+            W = part(quantized, (begin, end), (0, K), to)
+            y[:, begin:end] = F.linear(x, W, None if bias is None else bias[begin:end])
+        return y
 
 
 def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
@@ -145,37 +149,21 @@ def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
     quantized = served(weight)
     if quantized is None:
         return operands.linear_transposed(dy, weight)
-    if _has_few_rows(dy, quantized):
+    if _has_few_rows(dy, quantized, transposed=True):
         return of_few_rows(dy, quantized, None, transposed=True)
     N, K = quantized.shape
-    memory, step = _workspace(K, N, quantized.dtype)
-    if step >= K:
-        return dy @ part(quantized, (0, N), (0, K), memory)
-    dx = dy.new_empty((dy.shape[0], K))
-    for begin in range(0, K, step):
-        end = min(begin + step, K)
-        dx[:, begin:end] = dy @ part(quantized, (0, N), (begin, end), memory)
-    return dx
+    step = _count(K, N, quantized.dtype)
+    with workspace.borrowed(N, step, quantized.dtype, dy.device) as memory:
+        to = memory.view(-1)
+        if step == K:
+            return dy @ part(quantized, (0, N), (0, K), to)
+        dx = dy.new_empty((dy.shape[0], K))
+        for begin in range(0, K, step):
+            end = min(begin + step, K)
+            dx[:, begin:end] = dy @ part(quantized, (0, N), (begin, end), to)
+        return dx
 
 
-class _Workspaces(threading.local):
-    """A thread's memory for parts, by dtype, as large as the largest that it has needed."""
-
-    def __init__(self) -> None:
-        self.of: dict[torch.dtype, Tensor] = {}
-
-
-_workspaces = _Workspaces()
-workspace.kept_elsewhere(lambda: _workspaces.of.clear())
-
-
-def _workspace(count: int, length: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Memory for a part, and how many of ``count`` rows or columns of that length it has."""
-    step = max(_PART // max(length * dtype.itemsize, 1) // _WHOLE * _WHOLE, _WHOLE)
-    needed = min(step, count) * length
-    memory = _workspaces.of.get(dtype)
-    if memory is None or memory.numel() < needed:
-        with torch.inference_mode(False):  # else no call outside of that mode could write it
-            memory = torch.empty(needed, dtype=dtype)
-        _workspaces.of[dtype] = memory
-    return memory, step
+def _count(most: int, length: int, dtype: torch.dtype) -> int:
+    """How many of so many rows or columns of that length a part has."""
+    return min(max(_PART // max(length * dtype.itemsize, 1) // _WHOLE * _WHOLE, _WHOLE), most)
