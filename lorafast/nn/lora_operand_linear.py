@@ -1,22 +1,19 @@
 """``LoRAOperandLinear``: the ``LoRALinear`` of a weight that is not stored as one dense tensor."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafast import operands
-from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.plain import move_hooks, why_not_its_forward
-from lorafast.nn.stored_weight import StoredWeight, fitted
+from lorafast.nn.quantized_linear import QuantizedLinear
+from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
-
-if TYPE_CHECKING:
-    from lorafast.nn.quantized_linear import QuantizedLinear
 
 
 def lora_linear_of(
@@ -152,7 +149,7 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         """W as ``[out_features, in_features]``, made dense."""
         return operands.as_dense(self.operand())
 
-    def to_quantized(self) -> tuple["QuantizedLinear", Requantized]:
+    def to_quantized(self) -> tuple[QuantizedLinear, Requantized]:
         """The merged weight, quantized again as the frozen one is, in a layer; and what that lost.
 
         ``W + scaling · B·A`` is summed in float32, from which it is rounded once, to codes. This layer
@@ -162,8 +159,6 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
             ValueError: as for ``merge()``; or nothing quantizes to the format; or ``forward`` was
                 replaced on this instance, by Accelerate too.
         """
-        from lorafast.nn.quantized_linear import QuantizedLinear  # which may become such a layer
-
         reason = why_not_its_forward(self, type(self))
         if reason is None and offload.hooks_of(self):
             reason = "Accelerate's hook serves its weight: remove it before quantizing again"
@@ -208,36 +203,5 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
 
 
 def why_not_held(weight: Any, bias: object) -> str | None:
-    """The reason for which no layer can hold ``weight`` and ``bias``, or None if one can."""
-    if not isinstance(weight, Operand):
-        kind = type(weight).__name__
-        return f"it is a {kind}, expected an operand (LoRALinear.from_linear takes a layer)"
-    if weight.format not in operands.formats():
-        return f"its format {weight.format!r} is not registered (lorafast.operands.register)"
-    for name, tensor in weight.tensors().items():
-        taken = name in LoRAOperandLinear.taken_names()
-        if not name.isidentifier() or (taken and name != "weight"):
-            return (
-                f"it is stored in {name!r}, expected a name that a LoRALinear has no other use for"
-            )
-        if not isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-            return f"its {name} requires a gradient, expected a frozen tensor"
-    shape, devices = weight.shape, {tensor.device for tensor in weight.tensors().values()}
-    if len(devices) != 1:
-        return f"its tensors are on {' and '.join(sorted(map(str, devices)))}, expected one device"
-    if len(shape) != 2:
-        return f"it has shape {list(shape)}, expected [out_features, in_features]"
-    if weight.dtype not in FLOATS:
-        return f"it is multiplied in {weight.dtype}, expected {FLOAT_NAMES}"
-    return None if bias is None else _why_unfit(weight, bias, *devices)
-
-
-def _why_unfit(weight: Operand, bias: object, device: torch.device) -> str | None:
-    if not isinstance(bias, Tensor):
-        return f"its bias is a {type(bias).__name__}, expected a tensor"
-    N = weight.shape[0]
-    if bias.shape != (N,):
-        return f"its bias has shape {list(bias.shape)}, expected [{N}]"
-    if bias.dtype is not weight.dtype and not weight.keeps_dtypes:
-        return f"its bias is {bias.dtype}, expected {weight.dtype}, the dtype of weight"
-    return None if bias.device == device else f"its bias is on {bias.device}, expected {device}"
+    """The reason for which no ``LoRAOperandLinear`` can hold ``weight`` and ``bias``, or None."""
+    return why_not_stored(weight, bias, LoRAOperandLinear.taken_names())

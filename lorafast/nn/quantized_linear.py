@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lorafast import operands
 from lorafast.functional import quantized_linear
-from lorafast.nn.lora_operand_linear import why_not_held
-from lorafast.nn.stored_weight import StoredWeight, fitted
+from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
 
 
@@ -70,7 +69,9 @@ class QuantizedLinear(StoredWeight):
         Raises:
             TypeError: no layer can hold them; the message says why.
         """
-        reason = why_not_held(weight, bias)
+        reason = why_not_stored(
+            weight, bias, frozenset(dir(cls)) | {"bias", "in_features", "out_features"}
+        )
         if reason is not None:
             raise TypeError(f"weight can't be held: {reason}")
         layer = cls.__new__(cls)

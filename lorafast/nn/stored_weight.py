@@ -1,5 +1,6 @@
 """``StoredWeight``: what layers over an operand have in common, whose tensors are the layer's own."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from lorafast import operands
 from lorafast.core.context import autocast_enabled
-from lorafast.core.dtypes import FLOATS
+from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.operands import Operand, Weight
 
 
@@ -154,3 +155,41 @@ def fitted(
     if bias is not None and bias.dtype is not weight.dtype:
         bias = bias.to(weight.dtype)
     return weight, bias
+
+
+def why_not_stored(weight: Any, bias: object, taken: Collection[str]) -> str | None:
+    """The reason for which no layer can hold ``weight`` and ``bias``, or None if one can.
+
+    ``taken``: names that a layer has another use for, but ``weight``.
+    """
+    if not isinstance(weight, Operand):
+        kind = type(weight).__name__
+        return f"it is a {kind}, expected an operand (LoRALinear.from_linear takes a layer)"
+    if weight.format not in operands.formats():
+        return f"its format {weight.format!r} is not registered (lorafast.operands.register)"
+    for name, tensor in weight.tensors().items():
+        if not name.isidentifier() or (name in taken and name != "weight"):
+            return (
+                f"it is stored in {name!r}, expected a name that a LoRALinear has no other use for"
+            )
+        if not isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            return f"its {name} requires a gradient, expected a frozen tensor"
+    shape, devices = weight.shape, {tensor.device for tensor in weight.tensors().values()}
+    if len(devices) != 1:
+        return f"its tensors are on {' and '.join(sorted(map(str, devices)))}, expected one device"
+    if len(shape) != 2:
+        return f"it has shape {list(shape)}, expected [out_features, in_features]"
+    if weight.dtype not in FLOATS:
+        return f"it is multiplied in {weight.dtype}, expected {FLOAT_NAMES}"
+    return None if bias is None else _why_unfit(weight, bias, *devices)
+
+
+def _why_unfit(weight: Operand, bias: object, device: torch.device) -> str | None:
+    if not isinstance(bias, Tensor):
+        return f"its bias is a {type(bias).__name__}, expected a tensor"
+    N = weight.shape[0]
+    if bias.shape != (N,):
+        return f"its bias has shape {list(bias.shape)}, expected [{N}]"
+    if bias.dtype is not weight.dtype and not weight.keeps_dtypes:
+        return f"its bias is {bias.dtype}, expected {weight.dtype}, the dtype of weight"
+    return None if bias.device == device else f"its bias is on {bias.device}, expected {device}"

@@ -653,7 +653,6 @@ def test_nothing_else_asks_how_a_weight_is_stored():
         "backends/triton/launching.py",
         "integrations/peft/quantized.py",  # whether it is the tensor that was read
         "integrations/peft/rules.py",
-        "nn/lora_operand_linear.py",  # the dtype of a bias beside it
-        "nn/stored_weight.py",  # so here
+        "nn/stored_weight.py",  # the dtype of a bias beside it
         "ops/checks.py",
     }
