@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-_Unreadable = pickle.UnpicklingError
+_UNREADABLE = (
+    OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class Trained(Protocol):
@@ -62,7 +64,7 @@ class State:
             step, random, kept = content["step"], content["random"], content["arms"]
         except FileNotFoundError:
             return 0
-        except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, _Unreadable):
+        except _UNREADABLE:
             print(f"{self.path} can't be read as the state of a run: it starts anew.")
             return 0
         for arm, of_arm in zip(arms, kept, strict=True):

@@ -57,12 +57,13 @@ def _four_bit(operand: FourBit) -> nn.Module:
         code=torch.tensor(operand.numbers, device=operand.device), quant_type=operand.format,
         **nested,
     )  # fmt: skip
-    made: nn.Module = Linear4bit(K, N, bias=False, compute_dtype=operand.dtype, device="meta")
+    made: Any = Linear4bit(K, N, bias=False, compute_dtype=operand.dtype, device="meta")
     made.weight = Params4bit(
         t["weight"].view(-1, 1), quant_state=state, blocksize=operand.block,
         quant_type=operand.format, compress_statistics=bool(nested), bnb_quantized=True, module=made,
     )  # fmt: skip
-    return made
+    layer: nn.Module = made
+    return layer
 
 
 def _int8(operand: Operand) -> nn.Module:
