@@ -191,5 +191,4 @@ def _state(base: Any) -> tuple[tuple[object, ...], tuple[object, ...]]:
 def _address(tensor: Tensor) -> int:
     """Without asking the tensor's class, which takes ten times as long."""
     with torch._C.DisableTorchFunctionSubclass():
-        address = tensor.data_ptr()
-    return address
+        return tensor.data_ptr()
