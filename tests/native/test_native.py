@@ -271,6 +271,26 @@ def test_bad_arguments_are_named():
         kernels.shrink(x, lora_A, torch.zeros(2, dtype=torch.int64), 5, 1.0, s)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_of_codes_have_the_same_bits_with_more_threads(dtype):
+    from lorafast.backends.cpu import dequantize
+    from lorafast.operands import NF4
+
+    weight = NF4.of(torch.randn(530, 1700).to(dtype))  # dx in stripes of other widths
+    x, dy = torch.randn(7, 1700).to(dtype), torch.randn(7, 530).to(dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = dequantize.of_few_rows(x, weight, None)
+            found.append((y, dequantize.of_few_rows(dy, weight, None, transposed=True)))
+    finally:
+        torch.set_num_threads(before)
+    for y, dx in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(dx, found[0][1])
+
+
 def test_bad_arguments_of_products_of_codes_are_named():
     from lorafast.backends.cpu import dequantize
     from lorafast.operands import Int8
