@@ -59,7 +59,7 @@ class Triton(Backend):
         from lorafast.backends.triton import cost, planning
         from lorafast.backends.triton.lines import lines
 
-        if problem.format != DENSE:
+        if _reads_codes(problem):
             return self._of_codes(problem, device) or self._of_dense(problem, device)
         launch: planning.Launch | str
         if problem.operation in LAYER_OPERATIONS:
@@ -103,7 +103,7 @@ class Triton(Backend):
         from lorafast.backends.triton import cost, quantized
 
         product = self.plan(dequantized.dense(problem))
-        if isinstance(product, Refusal) or not dequantized.reads_weight(problem):
+        if isinstance(product, Refusal):
             return product
         made = dequantized.plan(problem, self.dequantize, product, quantized.line(problem))
         if product.seconds is None:
@@ -211,6 +211,10 @@ def interpreter() -> Device:
     )
 
 
+def _reads_codes(p: Problem) -> bool:
+    return p.format != DENSE and dequantized.reads_weight(p)
+
+
 def _why_refused(p: Problem, device: Device | None) -> str | None:
     if p.dtype not in _DTYPES:
         return f"the dtype is {p.dtype}, the kernels have float16, bfloat16 and float32"
@@ -223,7 +227,7 @@ def _why_refused(p: Problem, device: Device | None) -> str | None:
     if device.capability < _OLDEST:
         major, minor = divmod(device.capability, 10)
         return f"compute capability is {major}.{minor}, the kernels need 8.0"
-    if p.format != DENSE and dequantized.reads_weight(p):
+    if _reads_codes(p):
         from lorafast.backends.triton import quantized
 
         return quantized.why_not(p)

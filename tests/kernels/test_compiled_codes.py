@@ -1,0 +1,79 @@
+"""What reads codes, compiled for every architecture: nothing spills, and accesses are wide."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lorafast.kernels.common.configs import SHARED_MEMORY
+from lorafast.kernels.common.launch import INTERPRETED
+from lorafast.kernels.dequantize import dequantize
+from lorafast.kernels.linear_expand import codes
+from lorafast.kernels.linear_expand.plan import codes_launch
+from machine_code import _compile
+from recorded import launches_of
+
+from lorafast.operands import FP8, NF4, Int8
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.executed,
+    pytest.mark.skipif(INTERPRETED, reason="needs a process without TRITON_INTERPRET"),
+]
+N = K = 4096
+
+
+def empty(*size, dtype=torch.uint8):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def weight_of(kind, dtype):
+    scale = empty(N, dtype=torch.float32)
+    if kind == "int8":
+        return Int8({"weight": empty(N, K, dtype=torch.int8), "scale": scale}, dtype)
+    if kind == "fp8":
+        return FP8({"weight": empty(N, K), "scale": scale}, dtype)
+    blocks = N * K // 64
+    tensors = {
+        "weight": empty(N * K // 2, 1),
+        "absmax": empty(blocks),
+        "nested_absmax": empty(blocks // 256, dtype=torch.float32),
+        "nested_quant_map": empty(256, dtype=torch.float32),
+        "nested_offset": empty(dtype=torch.float32),
+    }
+    return NF4(tensors, (N, K), dtype, 64, 256)
+
+
+def machine_of(capability, call):
+    (launch,) = launches_of(capability, call)
+    machine = _compile(launch, capability)
+    assert (machine.spills, machine.local, machine.serialized) == (0, 0, False)
+    assert machine.shared <= SHARED_MEMORY[capability]
+    return machine.instructions
+
+
+architectures = pytest.mark.parametrize("capability", SHARED_MEMORY, ids="sm_{}".format)
+kinds = pytest.mark.parametrize("kind", ["nf4 nested", "int8", "fp8"])
+
+
+@architectures
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_dequantize(kind, dtype, capability):
+    weight, W = weight_of(kind, dtype), empty(N, K, dtype=dtype)
+    assert "STG.128" in machine_of(capability, lambda: dequantize(weight, W))
+
+
+@architectures
+@kinds
+@pytest.mark.parametrize("M", [16, 64, 128])
+@pytest.mark.parametrize("transposed", [False, True], ids=["y", "dx"])
+def test_a_product_that_reads_codes(kind, M, transposed, capability):
+    """Its codes are copied to shared memory ahead of their use."""
+    launch = codes_launch(
+        M, K, N, 16, sms=132, dtype=torch.bfloat16, precision="ieee", transposed=transposed
+    )
+    x, s, B = (empty(*size, dtype=torch.bfloat16) for size in ((M, K), (M, 16), (N, 16)))
+    weight = weight_of(kind, torch.bfloat16)
+    has = machine_of(capability, lambda: codes.launcher(launch)(x, weight, s, B, 0.5))
+    assert "LDGSTS.128" in has
