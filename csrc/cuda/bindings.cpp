@@ -88,12 +88,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
   library.def(
       "lora_linear_decode_four_bit(Tensor x, int N, Tensor codes, Tensor scales, Tensor? of_scales, "
       "Tensor? numbers_of_scales, Tensor? offset, Tensor numbers, int block, int nested_block, bool low_first, "
-      "int stored, Tensor lora_A, Tensor lora_B, float scaling, Tensor? scaling_of, Tensor? adapter_of, "
+      "int stored, Tensor lora_A, Tensor lora_B, float one_scaling, Tensor? scaling, Tensor? adapter_of, "
       "Tensor? bias, int helpers, Tensor(a!)? partials, Tensor(b!)? counters, Tensor(c!) y, Tensor(d!)? s) -> ()");
   library.def(
       "lora_linear_decode_eight_bit(Tensor x, int N, Tensor codes, Tensor scale, float unit, bool integers, "
-      "int block_rows, int block_columns, int stored, Tensor lora_A, Tensor lora_B, float scaling, "
-      "Tensor? scaling_of, Tensor? adapter_of, Tensor? bias, int helpers, Tensor(a!)? partials, "
+      "int block_rows, int block_columns, int stored, Tensor lora_A, Tensor lora_B, float one_scaling, "
+      "Tensor? scaling, Tensor? adapter_of, Tensor? bias, int helpers, Tensor(a!)? partials, "
       "Tensor(b!)? counters, Tensor(c!) y, Tensor(d!)? s) -> ()");
 }
 
