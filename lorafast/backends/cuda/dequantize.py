@@ -15,7 +15,7 @@ from lorafast.operands.mxfp4 import BLOCK
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 0}
 """Of dtypes, as the kernels count them. What is rounded to float64 is as it was, in float32."""
 _KINDS = (NF4, FP4, Int8, FP8, MXFP4)
-_EIGHT_BIT = ("int8", "fp8")
+_EIGHT_BIT = (Int8.format, FP8.format)
 _MOST = 2**31
 _SHARE = 0.7
 """Of the bandwidth, assumed: as for skinny operations, nothing was measured."""
@@ -107,7 +107,7 @@ def of_eight_bit(weight: Weight) -> tuple[object, ...]:
         TypeError: the weight has no codes that the kernels read.
     """
     if not isinstance(weight, EightBit):
-        kind = weight.format if isinstance(weight, Operand) else "dense"
+        kind = weight.format if isinstance(weight, Operand) else operands.DENSE
         raise TypeError(f"weight is {kind}, expected a format that the kernels make dense")
     return (
         weight.tensors()["weight"], weight.scale, weight.unit, weight.code_dtype is torch.int8,
