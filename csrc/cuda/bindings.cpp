@@ -83,6 +83,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cuda, library) {
       "grouped_lora_linear_decode(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scaling, "
       "Tensor adapter_of, Tensor? bias, int helpers, Tensor(a!)? partials, Tensor(b!)? counters, Tensor(c!) y, "
       "Tensor(d!)? s) -> ()");
+
+  // csrc/cuda/decode_codes.cu
+  library.def(
+      "lora_linear_decode_four_bit(Tensor x, int N, Tensor codes, Tensor scales, Tensor? of_scales, "
+      "Tensor? numbers_of_scales, Tensor? offset, Tensor numbers, int block, int nested_block, bool low_first, "
+      "int stored, Tensor lora_A, Tensor lora_B, float one_scaling, Tensor? scaling, Tensor? adapter_of, "
+      "Tensor? bias, int helpers, Tensor(a!)? partials, Tensor(b!)? counters, Tensor(c!) y, Tensor(d!)? s) -> ()");
+  library.def(
+      "lora_linear_decode_eight_bit(Tensor x, int N, Tensor codes, Tensor scale, float unit, bool integers, "
+      "int block_rows, int block_columns, int stored, Tensor lora_A, Tensor lora_B, float one_scaling, "
+      "Tensor? scaling, Tensor? adapter_of, Tensor? bias, int helpers, Tensor(a!)? partials, "
+      "Tensor(b!)? counters, Tensor(c!) y, Tensor(d!)? s) -> ()");
 }
 
 // A tensor of any device gets as far as the checks.
@@ -101,5 +113,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cuda, CompositeExplicitAutograd, library) {
   library.impl("expand_backward", TORCH_BOX(&lorafast::cuda::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cuda::shrink_backward));
   library.impl("lora_linear_decode", TORCH_BOX(&lorafast::cuda::lora_linear_decode));
+  library.impl("lora_linear_decode_four_bit", TORCH_BOX(&lorafast::cuda::lora_linear_decode_four_bit));
+  library.impl("lora_linear_decode_eight_bit", TORCH_BOX(&lorafast::cuda::lora_linear_decode_eight_bit));
   library.impl("grouped_lora_linear_decode", TORCH_BOX(&lorafast::cuda::grouped_lora_linear_decode));
 }

@@ -53,8 +53,11 @@ struct Stack {
   }
 };
 
-struct Params {
-  Matrix x, weight;
+// Weight: a Matrix, or what else has rows(first, count) and a BaseStream that takes them.
+template <class Weight>
+struct ParamsOf {
+  Matrix x;
+  Weight weight;
   Stack lora_A, lora_B;
   int64_t adapter_count;
   const int64_t* adapter_of;  // of each `rows_an_element` rows of x, -1 for none; null: all have adapter 0
@@ -81,6 +84,7 @@ struct Batch {
 };
 
 // By the first warp.
+template <class Params>
 __device__ __forceinline__ void find_adapters(Batch& batch, const Params& p) {
   const int lane = ptx::again(threadIdx.x);
   int64_t g = -1;
@@ -105,6 +109,7 @@ struct Items {
   static constexpr int kRanks = rows_of(TOKENS);
   int blocks, count;
 
+  template <class Params>
   __device__ __forceinline__ Items(const Params& p, int distinct) {
     blocks = (p.r + kRanks - 1) / kRanks;
     count = distinct * blocks;
@@ -116,6 +121,7 @@ struct Shares {
   int each;   // shares of an item
   int steps;  // of kBlock elements, in a share
 
+  template <class Params>
   __device__ __forceinline__ Shares(const Params& p, int items) {
     const int all = static_cast<int>((p.K + kBlock - 1) / kBlock);
     const int wanted = items > 0 && p.helpers > items ? p.helpers / items : 1;
@@ -136,11 +142,17 @@ template <class T, class R, int TOKENS, bool APART>
 using Stream = FmaStream<T, R, TOKENS, APART>;
 #endif
 
-template <class T, int TOKENS>
+// What multiplies x by W.
+template <class T, int TOKENS, class Weight>
+struct BaseStream {
+  using Type = Stream<T, T, TOKENS, false>;
+};
+
+template <class T, int TOKENS, class Weight>
 class Layer {
  public:
   static constexpr int kRows = rows_of(TOKENS), kTiles = TOKENS / 8;
-  using Base = Stream<T, T, TOKENS, false>;
+  using Base = typename BaseStream<T, TOKENS, Weight>::Type;
   using Spill = typename Base::Spill;
 
   struct Shared {
@@ -150,7 +162,7 @@ class Layer {
   };
 
   // `own_s`: s of this CTA, where there are no helpers.
-  __device__ __forceinline__ Layer(const Params& p, Shared& shared, float* own_s)
+  __device__ __forceinline__ Layer(const ParamsOf<Weight>& p, Shared& shared, float* own_s)
       : p(p), shared_(shared), s_(p.helpers > 0 ? p.partials : own_s) {}
 
   __device__ __forceinline__ void run() {
@@ -287,7 +299,7 @@ class Layer {
 
   template <class R>
   __device__ __forceinline__ Rows ranks(const Items<TOKENS>& items, int item, int first) const {
-    const Matrix A = p.lora_A.of<R>(shared_.batch.adapter[item / items.blocks]);
+    const Matrix A = p.lora_A.template of<R>(shared_.batch.adapter[item / items.blocks]);
     return A.rows(item % items.blocks * kRows + first, p.r);
   }
 
@@ -355,7 +367,7 @@ class Layer {
   __device__ __forceinline__ void fetch_of(int block) const {
     const int i = threadIdx.x / 32, slot = i / chunks(), k = i % chunks() * 32 + threadIdx.x % 4 * 8;
     if (k >= p.r) return;
-    const Rows rows = p.lora_B.of<R>(shared_.batch.adapter[slot]).rows(first_row(block), p.N);
+    const Rows rows = p.lora_B.template of<R>(shared_.batch.adapter[slot]).rows(first_row(block), p.N);
 #pragma unroll
     for (int row = 0; row < kRows; row += 8) ptx::fetch(rows.at<R>(row + threadIdx.x % 32 / 4, k));
   }
@@ -372,7 +384,7 @@ class Layer {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     for (int i = threadIdx.x / 32; i < shared_.batch.distinct * chunks(); i += kWarps) {
       const int slot = i / chunks(), k = i % chunks() * 32 + 8 * t;
-      const Matrix B = p.lora_B.of<R>(shared_.batch.adapter[slot]);
+      const Matrix B = p.lora_B.template of<R>(shared_.batch.adapter[slot]);
       const Rows rows = B.rows(first_row(block), p.N);
       float s[kTiles][8] = {};
 #pragma unroll
@@ -433,7 +445,7 @@ class Layer {
 
   template <class R>
   __device__ __forceinline__ float dot(int64_t row, int slot, const float* s) const {
-    const Matrix B = p.lora_B.of<R>(shared_.batch.adapter[slot]);
+    const Matrix B = p.lora_B.template of<R>(shared_.batch.adapter[slot]);
     const R* from = static_cast<const R*>(B.data) + row * B.row;
     float total = 0.0f;
 #pragma unroll 4
@@ -465,7 +477,7 @@ class Layer {
     p.counters[kTickets] = p.counters[kFinished] = p.counters[kReady] = 0;
   }
 
-  const Params& p;
+  const ParamsOf<Weight>& p;
   Shared& shared_;
   float* const s_;  // [TOKENS, pitch] of float32
 };
@@ -476,10 +488,10 @@ constexpr int kResident = kTensorCores<T> && TOKENS == 8 ? 2 : 1;
 
 template <class T, int TOKENS>
 __global__ void __launch_bounds__(kThreads, (kResident<T, TOKENS>))
-    decode_kernel(const __grid_constant__ Params p) {
-  __shared__ typename Layer<T, TOKENS>::Shared shared;
+    decode_kernel(const __grid_constant__ ParamsOf<Matrix> p) {
+  __shared__ typename Layer<T, TOKENS, Matrix>::Shared shared;
   extern __shared__ __align__(16) float own_s[];
-  Layer<T, TOKENS>(p, shared, own_s).run();
+  Layer<T, TOKENS, Matrix>(p, shared, own_s).run();
 }
 
 }  // namespace lorafast::cuda::decode

@@ -223,18 +223,55 @@ __device__ __forceinline__ void multiply_rows(
   }
 }
 
+// Sums of 16 · ROW_TILES rows with tiles of 8 tokens, as mma has them: of (tile of rows, tile of tokens) rows are
+// 16·tile + g (elements 0, 1) and + 8 (2, 3), tokens 8·tile + 2t + 0, 1.
+template <int TOKENS, int ROW_TILES>
+struct MmaSums {
+  static constexpr int kParts = kWarps, kTiles = TOKENS / 8, kRowTiles = ROW_TILES, kRows = 16 * kRowTiles;
+  using Sums = float[kRowTiles][kTiles][4];
+  using Spill = Spilled<TOKENS, kParts>;
+
+  // The first tile of rows goes behind the others: loops over them needn't be unrolled.
+  static __device__ __forceinline__ void next_rows(Sums& sums) {
+#pragma unroll
+    for (int part = 0; part < kTiles; ++part) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float first = sums[0][part][e];
+#pragma unroll
+        for (int tile = 1; tile < kRowTiles; ++tile) sums[tile - 1][part][e] = sums[tile][part][e];
+        sums[kRowTiles - 1][part][e] = first;
+      }
+    }
+  }
+
+  // As rows `first` and so on.
+  static __device__ __forceinline__ void spill(const Sums& sums, float* to, int first = 0) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+      for (int part = 0; part < kTiles; ++part) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          to[Spill::index(warp, 8 * part + 2 * t + i % 2, first + 16 * tile + 8 * (i / 2) + g)] =
+              sums[tile][part][i];
+        }
+      }
+    }
+  }
+};
+
 // A matrix of R beside x of T. A warp takes 32 elements along K of every kBlock. Tensor cores cut off bits of long sums;
 // short ones are added up APART where all bits of float32 count.
 template <class T, class R, int TOKENS, bool APART>
-class MmaStream {
+class MmaStream : public MmaSums<TOKENS, sizeof(R) == sizeof(T) ? TOKENS / 8 : 1> {
+  // As many tiles of rows as of tokens, but where registers are short.
+  using Own = MmaSums<TOKENS, sizeof(R) == sizeof(T) ? TOKENS / 8 : 1>;
+
  public:
-  static constexpr int kParts = kWarps;
-  // Tiles of 8 tokens, and of 16 rows: as many, but where registers are short.
-  static constexpr int kTiles = TOKENS / 8, kRowTiles = sizeof(R) == sizeof(T) ? kTiles : 1,
-                       kRows = 16 * kRowTiles;
-  // (tile of rows, tile of tokens): rows are 16·tile + g (elements 0, 1) and + 8 (2, 3), tokens 8·tile + 2t + 0, 1.
-  using Sums = float[kRowTiles][kTiles][4];
-  using Spill = Spilled<TOKENS, kParts>;
+  using Own::kRowTiles, Own::kTiles, Own::next_rows;
+  using typename Own::Sums;
 
   __device__ __forceinline__ void start(const Rows& rows, const Rows& x, int64_t begin, int64_t end) {
     const int lane = threadIdx.x % 32, g = lane / 4;
@@ -314,36 +351,6 @@ class MmaStream {
         }
         multiply_apart(sums[0], low, high, tokens);
         next_rows(sums);
-      }
-    }
-  }
-
-  // The first tile of rows goes behind the others: loops over them needn't be unrolled.
-  static __device__ __forceinline__ void next_rows(Sums& sums) {
-#pragma unroll
-    for (int part = 0; part < kTiles; ++part) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float first = sums[0][part][e];
-#pragma unroll
-        for (int tile = 1; tile < kRowTiles; ++tile) sums[tile - 1][part][e] = sums[tile][part][e];
-        sums[kRowTiles - 1][part][e] = first;
-      }
-    }
-  }
-
-  // As rows `first` and so on.
-  __device__ __forceinline__ void spill(const Sums& sums, float* to, int first = 0) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-      for (int part = 0; part < kTiles; ++part) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          to[Spill::index(warp, 8 * part + 2 * t + i % 2, first + 16 * tile + 8 * (i / 2) + g)] =
-              sums[tile][part][i];
-        }
       }
     }
   }

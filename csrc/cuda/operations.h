@@ -127,4 +127,23 @@ void grouped_lora_linear_decode(
     const Tensor& adapter_of, const std::optional<Tensor>& bias, int64_t helpers, std::optional<Tensor> partials,
     std::optional<Tensor> counters, Tensor y, std::optional<Tensor> s);
 
+// decode_codes.cu: both of these over W [N, K] of codes, which dequantize_four_bit takes: x of 16 bits, its rows and the
+// codes aligned to 16 bytes, no 16 bytes of the codes of a row with two scales. With one adapter there is `scaling`;
+// scaling_of [n] and adapter_of [E] are of several. From sm_80 on.
+void lora_linear_decode_four_bit(
+    const Tensor& x, int64_t N, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& of_scales,
+    const std::optional<Tensor>& numbers_of_scales, const std::optional<Tensor>& offset, const Tensor& numbers,
+    int64_t block, int64_t nested_block, bool low_first, int64_t stored, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling, const std::optional<Tensor>& scaling_of,
+    const std::optional<Tensor>& adapter_of, const std::optional<Tensor>& bias, int64_t helpers,
+    std::optional<Tensor> partials, std::optional<Tensor> counters, Tensor y, std::optional<Tensor> s);
+
+// The same of what dequantize_eight_bit takes.
+void lora_linear_decode_eight_bit(
+    const Tensor& x, int64_t N, const Tensor& codes, const Tensor& scale, double unit, bool integers,
+    int64_t block_rows, int64_t block_columns, int64_t stored, const Tensor& lora_A, const Tensor& lora_B,
+    double scaling, const std::optional<Tensor>& scaling_of, const std::optional<Tensor>& adapter_of,
+    const std::optional<Tensor>& bias, int64_t helpers, std::optional<Tensor> partials,
+    std::optional<Tensor> counters, Tensor y, std::optional<Tensor> s);
+
 }  // namespace lorafast::cuda

@@ -35,7 +35,10 @@ def four_bit(
 
 
 def eight_bit(kind: type, N: int, K: int, dtype=BF16, scales="rows", seed=0) -> Operand:
-    """Random codes of int8 or e4m3; ``scales``: one, rows, SCB, or a block as (rows, columns)."""
+    """Random codes of int8 or e4m3, none of them NaN.
+
+    ``scales``: one, rows, SCB, or a block as (rows, columns).
+    """
     rng, codes = _generator(seed), bytes_drawn(N, K, seed=seed)
     name, block = "scale", None
     if scales == "one":
@@ -47,6 +50,8 @@ def eight_bit(kind: type, N: int, K: int, dtype=BF16, scales="rows", seed=0) -> 
         shape = -(-N // block[0]), -(-K // block[1])
     if kind is Int8:
         codes = codes.view(torch.int8)
+    else:
+        codes[codes % 128 == 127] = 126
     return kind({"weight": codes, name: torch.randn(shape, generator=rng)}, dtype, block)
 
 

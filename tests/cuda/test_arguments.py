@@ -13,9 +13,11 @@ from skinny_cases import Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafast.backends.cuda import linear_expand, small, wgmma, wgmma_layer
+from lorafast.backends.cuda import decode, linear_expand, small, wgmma, wgmma_layer
 from lorafast.backends.cuda.dequantize import dequantize
 from lorafast.backends.cuda.mask import mask
+from lorafast.core.assignment import Assignment
+from lorafast.core.problem import Problem
 
 pytestmark = needs_nvcc
 
@@ -106,7 +108,22 @@ def a_dequantized(name):
     dequantize(weight, torch.empty(weight.shape, dtype=weight.dtype))
 
 
+def a_decode_step_over_codes(name):
+    weight = codes_cases.drawn(name, 16, 64)
+    layer = drawn(3, 64, 16, 9, adapter_of=[1, 0, -1])
+    problem = Problem(
+        "grouped_lora_linear", 3, 64, 16, 9, layer.x.dtype, layer.x.dtype, layer.x.device,
+        weight.format, wants=("y", "s"), bias=True, adapters=4,
+        format_parameters=weight.parameters,
+    )  # fmt: skip
+    run = decode._grouped_lora_linear(problem, decode._Shares(16, 1, 2, 1000, 9))
+    matrices = layer.x, weight, layer.lora_A, layer.lora_B, layer.scaling
+    run(*matrices, Assignment([1, 0, -1]), layer.bias)
+
+
 CALLS = {
+    "lora_linear_decode_four_bit": lambda: a_decode_step_over_codes("nf4"),
+    "lora_linear_decode_eight_bit": lambda: a_decode_step_over_codes("int8"),
     "dequantize_four_bit": lambda: a_dequantized("nf4"),
     "dequantize_eight_bit": lambda: a_dequantized("fp8-blocks"),
     "mask": lambda: mask(SEED, 5, 9, 16),
@@ -138,7 +155,8 @@ def test_a_device_that_is_too_old(operation):
     """Its code would trap, after which a process has no CUDA any more. The mask, decoding and
     dequantizing serve it."""
     launchers()
-    if operation == "mask" or "decode" in operation or "dequantize" in operation:
+    serve = "mask", "dequantize_four_bit", "dequantize_eight_bit"
+    if operation in serve or operation.endswith("lora_linear_decode"):
         with launched(75) as run:
             CALLS[operation]()
         assert len(run.launches) == 1

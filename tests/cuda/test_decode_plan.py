@@ -104,7 +104,7 @@ SERVED = Problem("lora_linear", 4, 512, 256, 16, BF16, BF16, CPU, wants=("y",))
     [
         ({"M": 17}, "x has 17 rows, the kernel for decoding takes at most 16"),
         ({"dropout": True}, "there is dropout, the kernel for decoding has none"),
-        ({"format": "nf4"}, "the weight is nf4, the kernel for decoding reads dense ones"),
+        ({"format": "other"}, "the weight is stored as other, the kernels read dense ones"),
         ({"dtype": torch.float64}, "x is torch.float64, the kernel"),
         ({"adapter_dtype": F16}, "the adapters are torch.float16, expected torch.bfloat16 or"),
         ({"r": 0}, "the rank is 0, the kernel for decoding takes 1 to 1048575"),

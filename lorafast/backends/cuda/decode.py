@@ -1,8 +1,10 @@
-"""``csrc/cuda/decode.cu``: a layer of at most 16 rows in one launch, as generation with adapters has it.
+"""``csrc/cuda/decode.cu``, ``decode_codes.cu``: a layer of at most 16 rows in one launch, as generation
+with adapters has it.
 
 The kernel reads W once, and a CTA has 16 rows of it for up to 8 rows of x, else 32. ``s`` is made by
 helpers, the CTAs that start first, while the others read W. Where s of helpers would come later than
-all of A can be loaded, each CTA makes its own.
+all of A can be loaded, each CTA makes its own. Of a quantized weight it reads the codes, and makes
+numbers of them in registers.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafast.backends.cost import Device
+from lorafast.backends.cuda import dequantize
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.tables import DECODE, DecodeRow, row_of
 from lorafast.backends.plan import Run
@@ -44,6 +47,8 @@ many adapters a batch has is known to the device alone: helpers that find nothin
 before the CTAs behind them start."""
 _ADDED_UP = 3
 """More of them where helpers share K: a part, its count, all parts read."""
+_OLDEST_OF_CODES = 80
+_ALIGNED = 16
 _COUNTERS = 3
 """Beside one for each helper."""
 
@@ -88,7 +93,9 @@ def why_refused(p: Problem, device: Device) -> str | None:
     if p.dropout:
         return "there is dropout, the kernel for decoding has none"
     if p.format != DENSE:
-        return f"the weight is {p.format}, the kernel for decoding reads dense ones"
+        reason = _why_not_codes(p, device)
+        if reason is not None:
+            return reason
     if p.dtype not in _DTYPES:
         return f"x is {p.dtype}, the kernel for decoding takes bfloat16, float16 and float32"
     if p.adapter_dtype not in (p.dtype, torch.float32):
@@ -103,6 +110,29 @@ def why_refused(p: Problem, device: Device) -> str | None:
         return f"the weight is {p.N} x {p.K}, the kernel for decoding needs elements"
     if p.layouts.weight.rows == 0:
         return "the weight's rows aren't contiguous, the kernel for decoding reads it along them"
+    return None
+
+
+def _why_not_codes(p: Problem, device: Device) -> str | None:
+    """A sentence if the kernel can't read the codes of a quantized weight, else None."""
+    reason = dequantize.why_refused(p)
+    if reason is not None:
+        return reason
+    if p.dtype.itemsize != 2:
+        return f"x is {p.dtype}, over codes the kernel for decoding takes bfloat16 and float16"
+    if device.capability < _OLDEST_OF_CODES:
+        return (
+            f"{device.name} is sm_{device.capability}, over codes the kernels need sm_80 or later"
+        )
+    if p.layouts.x.rows < _ALIGNED:
+        return "the rows of x aren't aligned to 16 bytes, over codes the kernel for decoding needs that"
+    at_once = dequantize.codes_at_once(p)
+    block = dequantize.block_of(p)
+    if p.K % at_once or block % at_once:
+        return (
+            f"rows have {p.K} elements and blocks {block or 'none'}, over codes of {p.format} the "
+            f"kernel for decoding takes multiples of {at_once}"
+        )
     return None
 
 
@@ -154,7 +184,7 @@ def late_seconds(
     ready = row.load + each / speed + trips * row.trip
     if -(-(ctas + helpers) // room) > -(-ctas // room):  # some start when helpers have ended
         return ready
-    W = p.dtype.itemsize * p.K * -(-p.N // ctas)
+    W = _bytes_of_element(p) * p.K * -(-p.N // ctas)
     return max(0.0, ready - (row.load + _at_once(p, device, ctas) * W / speed))
 
 
@@ -169,6 +199,11 @@ def _at_once(p: Problem, device: Device, ctas: int) -> int:
     return min(_resident(p, row_of(DECODE, device.capability)), -(-ctas // device.sms))
 
 
+def _bytes_of_element(p: Problem) -> float:
+    """Of W."""
+    return p.dtype.itemsize if p.format == DENSE else dequantize.bytes_of_codes(p)
+
+
 def _bytes_of_A(p: Problem) -> int:
     adapters = max(1, min(p.M, p.adapters)) if p.adapters else 1
     return adapters * p.r * p.K * p.adapter_dtype.itemsize
@@ -177,7 +212,7 @@ def _bytes_of_A(p: Problem) -> int:
 def _lora_linear(p: Problem, shares: _Shares) -> Run:
     M, N, r, dtype, low = p.M, p.N, p.r, p.dtype, wide(p.dtype)
     helpers, want_s = shares.helpers, "s" in p.wants
-    partials, flags = shares.partials, shares.counters
+    partials, flags, quantized = shares.partials, shares.counters, p.format != DENSE
 
     def run(
         x: Tensor,
@@ -196,6 +231,12 @@ def _lora_linear(p: Problem, shares: _Shares) -> Run:
         if helpers:
             scratch = torch.empty(partials, dtype=torch.float32, device=place)
             zeros = counters(x, flags)
+        if quantized:
+            _over_codes(
+                x, weight, lora_A, lora_B, float(scaling), None, None, bias, helpers, scratch, zeros,
+                y, s,
+            )  # fmt: skip
+            return y, s
         torch.ops.lorafast_cuda.lora_linear_decode.default(
             x, weight, lora_A, lora_B, scaling, bias, helpers, scratch, zeros, y, s
         )
@@ -207,7 +248,7 @@ def _lora_linear(p: Problem, shares: _Shares) -> Run:
 def _grouped_lora_linear(p: Problem, shares: _Shares) -> Run:
     M, N, r, dtype, low = p.M, p.N, p.r, p.dtype, wide(p.dtype)
     helpers, want_s = shares.helpers, "s" in p.wants
-    partials, flags = shares.partials, shares.counters
+    partials, flags, quantized = shares.partials, shares.counters, p.format != DENSE
 
     def run(
         x: Tensor,
@@ -230,12 +271,32 @@ def _grouped_lora_linear(p: Problem, shares: _Shares) -> Run:
         if scaling.dtype is not torch.float32:
             scaling = scaling.float()
         adapter_of = assignment.made(_indices, place)
+        if quantized:
+            _over_codes(
+                x, weight, lora_A, lora_B, 0.0, scaling, adapter_of, bias, helpers, scratch, zeros, y, s
+            )  # fmt: skip
+            return y, s
         torch.ops.lorafast_cuda.grouped_lora_linear_decode.default(
             x, weight, lora_A, lora_B, scaling, adapter_of, bias, helpers, scratch, zeros, y, s
         )
         return y, s
 
     return run
+
+
+def _over_codes(x: Tensor, weight: Weight, *rest: object) -> None:
+    """The launch over what a quantized weight is stored in. Codes that aren't aligned to 16 bytes, a
+    part of a larger buffer, are copied first."""
+    operations, arguments = torch.ops.lorafast_cuda, dequantize.of_four_bit(weight)
+    name = operations.lora_linear_decode_four_bit.default
+    if arguments is None:
+        arguments = dequantize.of_eight_bit(weight)
+        name = operations.lora_linear_decode_eight_bit.default
+    codes = arguments[0]
+    assert isinstance(codes, Tensor)
+    if codes.data_ptr() % _ALIGNED:
+        arguments = (codes.clone(), *arguments[1:])
+    name(x, weight.shape[0], *arguments, *rest)
 
 
 def _indices(assignment: Assignment, device: torch.device) -> Tensor:
@@ -249,7 +310,8 @@ def _launch(name: str, run: Run, p: Problem, shares: _Shares) -> Launch:
     # Of several adapters each row may have its own. What CTAs load again of A and x comes from L2.
     A = _bytes_of_A(p)
     moved = (
-        size * (p.N * p.K + p.M * (p.K + p.N) + p.N * p.bias)
+        _bytes_of_element(p) * p.N * p.K
+        + size * (p.M * (p.K + p.N) + p.N * p.bias)
         + A
         + A // p.K * p.N
         + wide(p.dtype).itemsize * p.M * p.r * ("s" in p.wants)
@@ -258,9 +320,10 @@ def _launch(name: str, run: Run, p: Problem, shares: _Shares) -> Launch:
     of_s = f"{shares.helpers} CTAs more make s" if shares.helpers else "each makes its own s"
     aligned = min(p.layouts.weight.rows, p.layouts.x.rows) == 16
     by = "" if aligned else ", element by element: rows aren't aligned to 16 bytes"
+    of = "" if p.format == DENSE else f" in {p.format}"
     return Launch(
         run,
-        f"{name} {p.M} x {p.K} -> {p.N}: {shares.ctas} CTAs of {shares.rows} rows of W, {of_s}{by}",
+        f"{name} {p.M} x {p.K} -> {p.N}: {shares.ctas} CTAs of {shares.rows} rows of W{of}, {of_s}{by}",
         2.0 * p.M * (p.N * p.K + p.r * (p.K + p.N)),
         float(moved),
         choices={"helpers": shares.helpers},

@@ -49,6 +49,21 @@ def bytes_of_codes(p: Problem) -> float:
     return 1.0 if p.format in _EIGHT_BIT else 0.5 + _BYTES_OF_SCALES
 
 
+def codes_at_once(p: Problem) -> int:
+    """Of 16 bytes."""
+    return 16 if p.format in _EIGHT_BIT else 32
+
+
+def block_of(p: Problem) -> int:
+    """Elements along a row that share a scale, 0 where all of a row do: by ``format_parameters``."""
+    if p.format == MXFP4.format:
+        return BLOCK
+    words = p.format_parameters.split(",")
+    if p.format in _EIGHT_BIT:  # dtype[,rows x columns]
+        return int(words[1].partition("x")[2]) if len(words) > 1 else 0
+    return int(words[2])  # N x K,dtype,block[,nested block]
+
+
 def seconds(p: Problem, device: Device) -> float:
     """Of the launch, which memory binds."""
     return moved(p) / device.bandwidth / _SHARE + LAUNCH_SECONDS

@@ -34,6 +34,8 @@ OPERATIONS = (
     "lora_linear_backward",
     "lora_linear_backward_sm90",
     "lora_linear_decode",
+    "lora_linear_decode_eight_bit",
+    "lora_linear_decode_four_bit",
     "lora_linear_sm90",
     "mask",
     "shrink",
