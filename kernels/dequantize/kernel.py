@@ -150,6 +150,8 @@ def _write(W: Tensor, weight: Weight) -> None:
     codes, numbers, scales, *nested = w.tensors
     rows, columns = w.block
     if numbers is None:
+        assert codes is not None
+        assert scales is not None
         run = eight_bit(tuple(W.shape), rows, columns, w.stored, capability(W))
         run(codes, scales, W, w.unit)
     else:
@@ -182,6 +184,7 @@ def stored_in(weight: Weight) -> Stored:
     assert isinstance(weight, FourBit | EightBit | MXFP4)
     stored = str(weight.stored_dtype).removeprefix("torch.")
     t = weight.tensors()
+    tensors: tuple[Tensor | None, ...]
     if isinstance(weight, EightBit):
         codes = t["weight"].view(torch.int8 if isinstance(weight, Int8) else torch.uint8)
         block, in_row = weight.block or (int(weight.scale.numel() != 1), 0), 0

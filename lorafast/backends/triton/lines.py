@@ -34,9 +34,9 @@ def lines(launch: Launch) -> tuple[str, ...]:
     if isinstance(launch, LinearExpandLaunch):
         return (f"linear_expand: {_gemm(launch)}",)
     if isinstance(launch, CodesLaunch):
-        grid, tiles = launch.tiles * launch.splits, _tiles(launch.config, "mnk")
+        programs, tiles = launch.tiles * launch.splits, _tiles(launch.config, "mnk")
         cut = _cut(launch.splits, "K")
-        return (f"linear_expand: grid {grid}, {tiles}{cut}, W read as codes",)
+        return (f"linear_expand: grid {programs}, {tiles}{cut}, W read as codes",)
     helpers = launch.helpers
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"
