@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +27,21 @@ _POSITION = {
 """Of the weight, among what a plan's ``run`` takes."""
 
 
+class _Kept(NamedTuple):
+    """W made dense, and what it was made of: held, so that nothing else has its addresses meanwhile."""
+
+    W: Tensor
+    stored: list[Tensor]
+    versions: list[int]
+
+
 class _Keeping:
     """Weights made dense while a forward is computed again, until its backward takes them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._most = 0
-        self._kept: dict[Hashable, Tensor] = {}
+        self._kept: dict[Hashable, _Kept] = {}
 
     def allow(self, most: int) -> int:
         """Keeps up to so many bytes from now on; returns what was allowed before."""
@@ -48,24 +56,27 @@ class _Keeping:
         if not self._most or torch._C._current_graph_task_id() == _NO_BACKWARD:
             return False
         with self._lock:
-            return sum(W.nbytes for W in self._kept.values()) + nbytes <= self._most
+            return sum(kept.W.nbytes for kept in self._kept.values()) + nbytes <= self._most
 
     def keep(self, weight: Weight, W: Tensor) -> None:
         """Until ``taken``, or until nothing is allowed any more."""
+        stored = operands.stored(weight)
         with self._lock:
-            self._kept[_key(weight, W.dtype)] = W
+            self._kept[_key(weight, W.dtype)] = _Kept(W, stored, [t._version for t in stored])
 
     def taken(self, weight: Weight, dtype: torch.dtype) -> Tensor | None:
         """What is kept of the weight, which is forgotten here; None if nothing is."""
         if not self._kept:
             return None
         with self._lock:
-            return self._kept.pop(_key(weight, dtype), None)
+            kept = self._kept.pop(_key(weight, dtype), None)
+        if kept is None or kept.versions != [t._version for t in kept.stored]:
+            return None
+        return kept.W
 
 
 def _key(weight: Weight, dtype: torch.dtype) -> Hashable:
-    task = torch._C._current_graph_task_id()
-    return task, dtype, *(t.data_ptr() for t in operands.stored(weight))
+    return dtype, operands.describe(weight), *(t.data_ptr() for t in operands.stored(weight))
 
 
 _NO_BACKWARD = -1

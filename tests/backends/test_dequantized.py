@@ -100,25 +100,39 @@ def test_a_plan_says_what_it_launches(backend):
     assert lines[0] == "dequantize"
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("most", [None, 4 * N * K, 2 * 4 * N * K])
-def test_under_checkpointing_w_is_made_once_a_layer(backend, most):
+def test_under_checkpointing_w_is_made_once_a_layer(backend, most, reentrant):
     """Or as often as without, where there is room for less."""
     layers = nn.Sequential(make_layer(), make_layer(sizes=(K, N)))
     x = torch.randn(M, K, requires_grad=True)
     expected = torch.autograd.grad(layers(x).square().sum(), x)[0]
     backend.made.clear()
-    y = checkpoint(layers, x, use_reentrant=False).square().sum()
+    y = checkpoint(layers, x, use_reentrant=reentrant).square().sum()
     assert len(backend.made) == 2
     if most is None:
-        (dx,) = torch.autograd.grad(y, x)
+        y.backward()
     else:
         with lorafast.keep_dequantized(most):
-            (dx,) = torch.autograd.grad(y, x)
+            y.backward()
             assert not dequantized._keeping._kept
-    assert torch.equal(dx, expected)
+    assert torch.equal(x.grad, expected)
     # Twice in the forward; then again, and for dx of each layer that wasn't kept.
     kept = 0 if most is None else most // (4 * N * K)
     assert len(backend.made) == 2 + 2 + (2 - kept)
+
+
+def test_what_is_kept_is_not_used_once_the_weight_has_changed(backend):
+    weight = NF4.of(torch.randn(N, K))
+    keeping = dequantized._Keeping()
+    keeping.allow(1 << 20)
+    keeping.keep(weight, weight.dense())
+    weight.tensors()["weight"].zero_()
+    assert keeping.taken(weight, torch.float32) is None
+    keeping.keep(weight, W := weight.dense())
+    assert keeping.taken(NF4.of(torch.randn(N, K)), torch.float32) is None
+    assert keeping.taken(weight.to(torch.bfloat16), torch.bfloat16) is None
+    assert keeping.taken(weight, torch.float32) is W
 
 
 def test_nothing_is_kept_after_the_block(backend):
