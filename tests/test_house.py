@@ -228,6 +228,7 @@ BESIDE_OPERATIONS = {
     # Hopper has GEMMs of its own. What says what codes are is checked in a file of its own.
     "cuda": {
         "codes",
+        "decode_codes",
         "dequantize",
         "lora_linear",
         "lora_linear_backward",

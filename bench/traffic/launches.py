@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lorafast.bench.common.contenders import UnavailableError
+from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -105,6 +107,11 @@ def _expand(launch: ExpandLaunch, p: Problem) -> list[Launch]:
     seed = _SEED if launch.dropout else 0
     loaded = cols * s + groups * B + launch.grid[1] * (bias + cols * seed)
     return [Launch(s + B + bias + seed, y, loaded, y)]
+
+
+@traffic_of.register
+def _codes(launch: CodesLaunch, p: Problem) -> list[Launch]:
+    raise UnavailableError("with so few rows its product reads codes, which has no closed form yet")
 
 
 @traffic_of.register

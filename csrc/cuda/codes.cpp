@@ -57,10 +57,11 @@ FourBit codes_of(const FourBitTensors& given, int64_t N, int64_t K, int64_t stor
   }
   made.scales = bytes_of("scales", given.scales, blocks, device);
   made.kind = given.of_scales.has_value() ? Scales::nested : Scales::exponents;
+  STD_TORCH_CHECK(
+      given.numbers_of_scales.has_value() == given.of_scales.has_value() &&
+          given.offset.has_value() == given.of_scales.has_value(),
+      "of numbers_of_scales, of_scales and offset one is None beside another");
   if (made.kind == Scales::nested) {
-    STD_TORCH_CHECK(
-        given.numbers_of_scales.has_value() && given.offset.has_value(),
-        "numbers_of_scales or offset is None beside of_scales");
     made.nested_block = divisor("nested_block", given.nested_block);
     made.of_scales = floats_of("of_scales", *given.of_scales, blocks_of(blocks, given.nested_block), device);
     made.numbers_of_scales = floats_of("numbers_of_scales", *given.numbers_of_scales, 256, device);

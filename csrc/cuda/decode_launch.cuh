@@ -49,6 +49,9 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype
 
 inline void check_adapters(const Adapters& of, const Tensor& x, int64_t N, const OneDevice& device) {
   const int64_t K = x.size(1);
+  STD_TORCH_CHECK(
+      of.adapter_of.has_value() == of.scaling_of.has_value(),
+      "scaling and adapter_of of several adapters are given together, or neither is");
   if (of.adapter_of.has_value()) {
     STD_TORCH_CHECK(of.lora_A.dim() == 3, "lora_A has ", of.lora_A.dim(), " dimensions, expected 3");
     const int64_t n = of.lora_A.size(0), r = of.lora_A.size(1);

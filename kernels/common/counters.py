@@ -15,10 +15,11 @@ gets memory of its graph, with a memset before each replay.
 """
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+
+from lorafast.core.device_memory import lasting
 
 _SLAB = 1 << 20  # int32 in a slab; a launch takes about 100
 _MOST_SLABS = 8  # for each device: a program that captures for ever must not fill the memory
@@ -98,20 +99,8 @@ def _take(device: torch.device, count: int) -> Tensor | None:
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:
-    """Zeros in the device's default memory pool, ready for every stream.
-
-    Another thread allocates them. Allocations of this thread may go to a pool that is freed later: that
-    of a graph, of compiled code that warms up, or of ``torch.cuda.use_mem_pool``.
-    """
-
-    def make() -> Tensor:
-        with torch.cuda.device(device):
-            made = torch.zeros(count, dtype=torch.int32, device=device)
-            torch.cuda.current_stream(device).synchronize()
-        return made
-
-    with ThreadPoolExecutor(1, "lorafast counters") as thread:
-        return thread.submit(make).result()
+    """Zeros in the device's default memory pool, ready for every stream."""
+    return lasting(lambda: torch.zeros(count, dtype=torch.int32, device=device), device)
 
 
 def _stream(device: torch.device) -> int:

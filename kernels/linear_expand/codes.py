@@ -20,12 +20,12 @@ from lorafast.kernels.common.codes import (
     number_at,
     rounded,
 )
+from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.counters import counters
 from lorafast.kernels.common.device import arrive, dot, sum_blocks
 from lorafast.kernels.common.launch import INTERPRETED, KEPT, capability, on_its_device
 from lorafast.kernels.common.start import Start, key_of
 from lorafast.kernels.dequantize.kernel import CONVERTS_E4M3, stored_in
-from lorafast.kernels.linear_expand.plan import CodesLaunch
 from lorafast.kernels.linear_expand.tile import add_low_rank, finish
 from torch import Tensor
 
@@ -210,7 +210,9 @@ def launcher(launch: CodesLaunch) -> Callable[..., Tensor]:
     """What launches it: of ``x, weight, s, lora_B, scaling, bias, dropout_p, seed``, the last three
     optional, and without a mask."""
     c, M, K, N, r = launch.config, launch.M, launch.K, launch.N, launch.r
-    start = Start(codes_linear_expand_kernel, (launch.tiles * launch.splits,), c.options)
+    # Each step of a scale is rounded, as ``rows`` does: no product is fused with the sum after it.
+    options = {**c.options, "enable_fp_fusion": False}
+    start = Start(codes_linear_expand_kernel, (launch.tiles * launch.splits,), options)
 
     @on_its_device
     def run(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorafast.core.device_memory import lasting
+
 
 @dataclass
 class _Workspace:
@@ -15,6 +17,7 @@ class _Workspace:
     stream: in between another thread's would write the same bytes."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
+    stream: torch.Stream | None = None
     memory: Tensor | None = None
     used: bool = False
 
@@ -61,7 +64,14 @@ def release() -> None:
     """Gives the memory of all workspaces back to the allocators; the next call takes it anew."""
     for space in tuple(_workspaces.values()):
         with space.lock:
-            space.memory = None
+            _drop(space)
+
+
+def _drop(space: _Workspace) -> None:
+    """Gives its memory back, once its stream is done with it."""
+    if space.memory is not None and space.stream is not None:
+        space.memory.record_stream(space.stream)
+    space.memory = None
 
 
 def _matrix(
@@ -69,9 +79,10 @@ def _matrix(
 ) -> Tensor:
     needed = rows * columns * dtype.itemsize
     if space.memory is None or space.memory.numel() < needed:
-        space.memory = None  # before the larger one is taken
-        with torch.inference_mode(False):  # else no call outside of that mode could write it
-            space.memory = torch.empty(needed, dtype=torch.uint8, device=device)
+        _drop(space)  # before the larger one is taken
+        space.memory = lasting(
+            lambda: torch.empty(needed, dtype=torch.uint8, device=device), device
+        )
     return space.memory[:needed].view(dtype).view(rows, columns)
 
 
@@ -80,7 +91,7 @@ def _is_recorded(device: torch.device) -> bool:
 
 
 def _of(device: torch.device) -> _Workspace:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = device, stream
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    key = device, 0 if stream is None else stream.cuda_stream
     with _adding:
-        return _workspaces.setdefault(key, _Workspace())
+        return _workspaces.setdefault(key, _Workspace(stream=stream))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from lorafast.core.context import transforms_active
+from lorafast.core.device_memory import lasting
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -38,9 +39,9 @@ def codebook(values: tuple[float, ...], codes: Tensor) -> Tensor:
     key = values, codes.device
     found = _on_device.get(key)
     if found is None:
-        with torch.inference_mode(False):  # such a tensor could be saved for no backward
-            found = torch.tensor(values, dtype=torch.float32, device=codes.device)
-        _on_device[key] = found
+        found = _on_device[key] = lasting(
+            lambda: torch.tensor(values, dtype=torch.float32, device=codes.device), codes.device
+        )
     return found
 
 

@@ -32,6 +32,6 @@ def lora_linear(
     if dropout_p > 0.0 and seed is None:
         raise ValueError("seed is None: dropout needs an int64 tensor of one element")
     s = shrink(rows, lora_A, dropout_p, seed)
-    multiplied = rows if activations is None else activations.view(rows.shape)
+    multiplied = rows if activations is None else activations.reshape(rows.shape)
     y = linear_expand(multiplied, weight, s, lora_B, scaling, bias)
     return y.view(*x.shape[:-1], N)

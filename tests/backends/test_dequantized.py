@@ -217,6 +217,7 @@ class TestWorkspace:
         monkeypatch.setattr(
             torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7)
         )
+        monkeypatch.setattr(workspace, "lasting", lambda make, device: make())
         monkeypatch.setattr(
             torch, "empty", lambda *size, device, **options: empty(*size, **options)
         )

@@ -177,7 +177,7 @@ class TestRefused:
             ({0: torch.zeros(7, dtype=torch.uint8)}, "codes has 7 bytes"),
             ({1: torch.zeros(7)}, "scales has 7 elements of dtype Float, expected 8"),
             ({1: torch.zeros(7, dtype=torch.uint8)}, "scales has 7 bytes"),
-            ({3: None}, "numbers_of_scales or offset is None beside of_scales"),
+            ({3: None}, "of numbers_of_scales, of_scales and offset one is None beside another"),
             ({5: torch.zeros(15)}, "numbers has 15 elements"),
             ({6: 0}, "block is 0, expected 1 to 2147483647"),
             ({7: 0}, "nested_block is 0, expected 1 to"),

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from lorafast.kernels.common.codes_plan import GROUP, CodesLaunch, codes_launch
 from lorafast.kernels.common.configs import INTERPRETER_SMS
 from lorafast.kernels.common.plan import precision_of
 from lorafast.kernels.linear_expand import codes
-from lorafast.kernels.linear_expand.plan import GROUP, CodesLaunch, codes_launch
 from quantized_weights import KINDS, draw
 
 from lorafast import reference

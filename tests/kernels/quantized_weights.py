@@ -23,7 +23,7 @@ def _four_bit(kind, N, K, dtype, block=64, nested_block=None):
     return kind(tensors, (N, K), dtype, block, nested_block)
 
 
-def _eight_bit(kind, N, K, dtype, scale, block=None):
+def _eight_bit(kind, N, K, dtype, scale, block=None, name="scale"):
     codes = _bytes(N, K)
     if kind is Int8:
         codes = codes.view(torch.int8)
@@ -31,7 +31,6 @@ def _eight_bit(kind, N, K, dtype, scale, block=None):
         codes = codes.view(torch.float8_e4m3fn)
     else:
         codes[codes & 127 == 127] = 0  # no NaN: products are looked at, too
-    name = "SCB" if kind is Int8 and K % 2 else "scale"
     return kind({"weight": codes, name: scale}, dtype, block)
 
 
@@ -42,6 +41,9 @@ KINDS = {
     "fp4 nested in blocks of 100": lambda N, K, dtype: _four_bit(FP4, N, K, dtype, 100, 3),
     "nf4 in blocks of 4096": lambda N, K, dtype: _four_bit(NF4, N, K, dtype, 4096),
     "int8 by row": lambda N, K, dtype: _eight_bit(Int8, N, K, dtype, torch.rand(N)),
+    "int8 of bitsandbytes": lambda N, K, dtype: _eight_bit(
+        Int8, N, K, dtype, 127 * torch.rand(N), name="SCB"
+    ),
     "fp8": lambda N, K, dtype: _eight_bit(FP8, N, K, dtype, torch.rand(())),
     "fp8 by row": lambda N, K, dtype: _eight_bit(FP8, N, K, dtype, torch.rand(N, 1)),
     "fp8 in blocks": lambda N, K, dtype: _eight_bit(

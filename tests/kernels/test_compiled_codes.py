@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from lorafast.kernels.common.codes_plan import codes_launch
 from lorafast.kernels.common.configs import SHARED_MEMORY
 from lorafast.kernels.common.launch import INTERPRETED
 from lorafast.kernels.dequantize import dequantize
 from lorafast.kernels.linear_expand import codes
-from lorafast.kernels.linear_expand.plan import codes_launch
 from machine_code import _compile
 from recorded import launches_of
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from lorafast.backends import composed, dequantized
-from lorafast.backends.cost import Device, Estimate, gpu_of, priced
+from lorafast.backends.cost import Device, Estimate, base_gemm, gpu_of, priced
 from lorafast.backends.cuda import cost, dequantize, native, planning
 from lorafast.backends.cuda.launch import NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
@@ -44,6 +44,10 @@ class Cuda(Backend):
         assert device is not None
         if p.format != DENSE and dequantized.reads_weight(p):
             return self._over_codes(p, device)
+        if p.operation == "linear_expand" and not p.r and p.format == DENSE:
+            found = base_gemm(p, device, accumulated=False)
+            run = planning.gemm_alone(p.transposed)
+            return Plan(self.name, run, ("PyTorch's GEMM",), found.seconds, f"modelled {found}")
         if p.operation in planning.WHOLE or p.operation in LAYER_OPERATIONS:
             return self._layer(p, device)
         launch = cost.launch_of(p, device, self._fixed)

@@ -177,6 +177,27 @@ def as_expand(p: Problem) -> Problem:
     )  # fmt: skip
 
 
+def gemm_alone(transposed: bool) -> Run:
+    """``y = x·Wᵀ + bias``, or transposed ``x·W``: without ranks there is no other term."""
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        s: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        if not transposed:
+            return operands.linear(x, weight, bias)
+        y = operands.linear_transposed(x, weight)
+        return y if bias is None else y.add_(bias)
+
+    return run
+
+
 def _after_gemm(expand: Run, transposed: bool) -> Run:
     """``y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias``: the second term onto the others, which are rounded."""
 

@@ -16,6 +16,7 @@ from lorafast.backends.triton import planning, quantized
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
+from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
@@ -25,7 +26,6 @@ from lorafast.kernels.common.plan import (
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
-from lorafast.kernels.linear_expand.plan import CodesLaunch
 from lorafast.kernels.tables.find import nearest_architecture
 
 LAUNCH_HOST = 8e-6

@@ -8,6 +8,7 @@ from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.problem import Problem
+from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -19,7 +20,6 @@ from lorafast.kernels.expand import kernel as expand
 from lorafast.kernels.expand_backward import kernel as expand_backward
 from lorafast.kernels.linear_expand import codes
 from lorafast.kernels.linear_expand import kernel as linear_expand
-from lorafast.kernels.linear_expand.plan import CodesLaunch
 from lorafast.kernels.lora_linear import forward
 from lorafast.kernels.shrink import kernel as shrink
 from lorafast.kernels.shrink_backward import kernel as shrink_backward

@@ -1,6 +1,7 @@
 """What a launch is, in a line for ``explain``."""
 
 from lorafast.backends.triton.planning import HybridLaunch, Launch
+from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
@@ -9,7 +10,6 @@ from lorafast.kernels.common.plan import (
     ShrinkBackwardLaunch,
     ShrinkLaunch,
 )
-from lorafast.kernels.linear_expand.plan import CodesLaunch
 
 
 def lines(launch: Launch) -> tuple[str, ...]:

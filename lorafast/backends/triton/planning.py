@@ -15,6 +15,7 @@ from lorafast.backends.cost import Device, key_of, record_of
 from lorafast.backends.triton import quantized
 from lorafast.core.problem import Problem
 from lorafast.kernels import tables
+from lorafast.kernels.common.codes_plan import GROUP, MOST_ROWS, CodesLaunch, codes_launch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
@@ -34,7 +35,6 @@ from lorafast.kernels.common.plan import (
     skinny_precision_of,
     tma_fits,
 )
-from lorafast.kernels.linear_expand.plan import GROUP, MOST_ROWS, CodesLaunch, codes_launch
 from lorafast.kernels.tables.find import GEMMS
 
 

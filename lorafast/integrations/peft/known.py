@@ -26,6 +26,9 @@ from peft.tuners.lora.variants import DoraLinearVariant
 VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
 """The releases of PEFT whose methods are known, for where there is no source, as in a frozen program."""
 
+OTHERS = {"bitsandbytes": ("0.50.0",)}
+"""Those of other packages, whose layers PEFT's are over."""
+
 READ = {
     "_check_forward_args": "60bf418e1477d373",
     "active_adapter": "25831eb2e7c6599a",
@@ -106,11 +109,11 @@ def _changed(kind: str) -> dict[str, list[str]]:
     for owner, methods in METHODS[kind].items():
         package = owner.__module__.partition(".")[0]
         version = getattr(sys.modules.get(package), "__version__", "")
-        ours = package == peft.__name__
+        listed = VERSIONS if package == peft.__name__ else OTHERS.get(package, ())
         for name, known in methods.items():
             now = digest(owner, name)
-            if now != known and not (now is None and ours and version in VERSIONS):
-                release = f"{'PEFT' if ours else package} {version}"
+            if now != known and not (now is None and version in listed):
+                release = f"{'PEFT' if package == peft.__name__ else package} {version}"
                 found.setdefault(release, []).append(f"{owner.__name__}.{name}")
     return found
 
