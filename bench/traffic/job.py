@@ -29,7 +29,8 @@ lorafast, triton: as on an H200 on which nothing was tuned"""
 BASE_NOTE = """\
 over a quantized base the frozen layer has the same weight dense; lorafast and triton make W dense in one
 launch, which reads codes and scales once, but with few rows, where nothing is counted; peft: over
-bitsandbytes' layers, counted as it calls its GPU kernels; in int8 these round x to 8 bits too (threshold 0)"""
+bitsandbytes' layers, counted as it calls its GPU kernels; in int8 these round x to 8 bits too
+(threshold 0)"""
 
 
 @dataclass

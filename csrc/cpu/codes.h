@@ -66,7 +66,8 @@ class FourBit {
     numbers_ = floats_of("numbers", numbers, 16, device);
     if (nested_absmax.has_value()) {
       STD_TORCH_CHECK(
-          nested_quant_map.has_value() && nested_offset.has_value() && nested_block >= 1,
+          nested_quant_map.has_value() && nested_offset.has_value() && nested_block >= 1 &&
+              nested_block <= INT32_MAX,
           "nested_quant_map or nested_offset is None, or nested_block ", nested_block, ", beside nested_absmax");
       nested_.codes = bytes_of("absmax", absmax, blocks, device);
       nested_.scales = floats_of("nested_absmax", *nested_absmax, blocks_of(blocks, nested_block), device);
@@ -118,7 +119,8 @@ class EightBit {
     codes_ = bytes_of("codes", codes, N * K, device);
     const bool of_blocks = block_rows > 0, one = !of_blocks && scale.numel() == 1;
     STD_TORCH_CHECK(
-        !of_blocks || block_columns >= 1, "a block has ", block_rows, " x ", block_columns, " elements");
+        !of_blocks || (block_columns >= 1 && std::max(block_rows, block_columns) <= INT32_MAX), "a block has ",
+        block_rows, " x ", block_columns, " elements, expected up to ", INT32_MAX, " each way");
     across_ = of_blocks ? blocks_of(K, block_columns) : 1;
     width_ = of_blocks ? block_columns : std::max<int64_t>(K, 1);
     height_ = of_blocks ? block_rows : one ? std::max<int64_t>(N, 1) : 1;

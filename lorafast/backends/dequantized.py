@@ -52,11 +52,16 @@ class _Keeping:
             return before
 
     def wants(self, nbytes: int) -> bool:
-        """Whether a weight of that size, made dense now, should be kept."""
+        """Whether a weight of that size, made dense now, should be kept; makes room for it."""
         if not self._most or torch._C._current_graph_task_id() == _NO_BACKWARD:
             return False
         with self._lock:
-            return sum(kept.W.nbytes for kept in self._kept.values()) + nbytes <= self._most
+            if nbytes > self._most:
+                return False
+            # What came first is taken last, if at all: dx of a first layer may not be asked for.
+            while sum(kept.W.nbytes for kept in self._kept.values()) + nbytes > self._most:
+                del self._kept[next(iter(self._kept))]
+            return True
 
     def keep(self, weight: Weight, W: Tensor) -> None:
         """Until ``taken``, or until nothing is allowed any more."""
@@ -76,7 +81,10 @@ class _Keeping:
 
 
 def _key(weight: Weight, dtype: torch.dtype) -> Hashable:
-    return dtype, operands.describe(weight), *(t.data_ptr() for t in operands.stored(weight))
+    stored = operands.stored(weight)
+    # The memory of a storage may be freed while a tensor holds it, as FSDP does.
+    places = ((t.untyped_storage()._cdata, t.data_ptr()) for t in stored)
+    return dtype, operands.describe(weight), *places
 
 
 _NO_BACKWARD = -1

@@ -13,6 +13,7 @@ from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import adapted_layers
 from lorafast.convert.places import has_peft_adapter, why_not_called
 from lorafast.convert.targets import ALL_LINEAR, Pattern, matches
+from lorafast.core.dtypes import FLOATS
 from lorafast.core.problem import PLAIN
 from lorafast.nn import QuantizedLinear, offload
 from lorafast.nn.adaptable import why_not_linear
@@ -183,8 +184,8 @@ def _all_linear(model: nn.Module, kept: dict[nn.Module, list[str]]) -> dict[nn.M
             refused.setdefault(reason, []).append(names[0] or "the model")
     if refused:
         reasons = [f"{_targets.some(names)}: {reason}" for reason, names in refused.items()]
-        if not found and len(kept) == 1:
-            raise TypeError(f"nothing can be quantized: {reasons[0]}")
+        if not found:
+            raise TypeError(f"nothing can be quantized: {'; '.join(reasons)}")
         warnings.warn("left as they are: " + "; ".join(reasons), stacklevel=4)
     if not found:
         raise ValueError(
@@ -208,6 +209,14 @@ def _why_not(model: nn.Module, layer: nn.Module, names: list[str]) -> str | None
         return f"its weight is a {type(weight).__name__}, expected a plain tensor"
     if weight.is_meta:
         return "its weight is on the device meta, which holds no values: load the model first"
+    bias = layer._parameters["bias"]
+    if bias is not None:
+        columns = weight.shape[0] if isinstance(layer, nn.Linear) else weight.shape[1]
+        if bias.shape != (columns,) or bias.device != weight.device or bias.dtype not in FLOATS:
+            return (
+                f"its bias is {bias.dtype} {list(bias.shape)} on {bias.device}, expected a float of "
+                f"[{columns}] on {weight.device}"
+            )
     if weight.grad is not None:
         return "its weight has a gradient, and a quantized one is not trained: clear it first"
     bad = count(~weight.isfinite())

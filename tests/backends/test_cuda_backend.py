@@ -422,6 +422,27 @@ def test_linear_expand_is_expand_and_pytorchs_gemm(dtype, dropout_p, transposed)
     assert contract.compare(call, run, dtype).why_broken is None
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("format", ["dense", "nf4"])
+@pytest.mark.parametrize("device", [A100, L4, H200], ids=lambda device: device.name)
+def test_without_ranks_there_is_the_gemm_alone(on, device, format, transposed):
+    """As a frozen layer over a quantized weight asks for it."""
+    on(device)
+    more = {} if format == "dense" else {"format_parameters": "4096x4096,bfloat16,64"}
+    p = problem("linear_expand", r=0, transposed=transposed, format=format, bias=True, **more)
+    plan = BACKEND.plan(p)
+    assert plan.launches[-1] == "PyTorch's GEMM"
+    assert plan.seconds > 0
+    if format != "dense":
+        return
+    x, weight = torch.randn(5, 6, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
+    bias = torch.randn(6 if transposed else 7, dtype=torch.float64)
+    if transposed:
+        x = torch.randn(5, 7, dtype=torch.float64)
+    y = plan.run(x, weight, x.new_empty(5, 0), weight.new_empty(7, 0), 1.0, bias, 0.0, None)
+    torch.testing.assert_close(y, (x @ weight if transposed else x @ weight.t()) + bias)
+
+
 def test_linear_expand_says_its_launches_and_counts_them(on):
     on(H200)
     plain = problem("linear_expand")

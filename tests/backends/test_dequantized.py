@@ -122,6 +122,32 @@ def test_under_checkpointing_w_is_made_once_a_layer(backend, most, reentrant):
     assert len(backend.made) == 2 + 2 + (2 - kept)
 
 
+def test_what_is_never_taken_makes_room():
+    keeping, nbytes = dequantized._Keeping(), 4 * N * K
+    keeping.allow(2 * nbytes)
+    weights = [NF4.of(torch.randn(N, K)) for _ in range(3)]
+    made = []
+
+    class Recomputes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            for weight in weights:
+                made.append(keeping.wants(nbytes))
+                keeping.keep(weight, weight.dense())
+            made.append(keeping.wants(3 * nbytes))
+            return dy
+
+    assert not keeping.wants(nbytes), "nothing is computed again"
+    Recomputes.apply(torch.ones(1, requires_grad=True)).backward()
+    assert made == [True, True, True, False]
+    taken = [keeping.taken(weight, torch.float32) is not None for weight in weights]
+    assert taken == [False, True, True]
+
+
 def test_what_is_kept_is_not_used_once_the_weight_has_changed(backend):
     weight = NF4.of(torch.randn(N, K))
     keeping = dequantized._Keeping()

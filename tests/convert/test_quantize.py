@@ -214,6 +214,28 @@ class TestRefused:
             lorafast.quantize(model, **options)
         assert snapshot(model) == before
 
+    @pytest.mark.parametrize(
+        ("bias", "said"),
+        [
+            (torch.zeros(3), r"down can't be quantized: its bias is torch.float32 \[3\] on cpu"),
+            (torch.zeros(8, device="meta"), "on meta, expected a float"),
+            (torch.zeros(8, dtype=torch.complex64), "its bias is torch.complex64"),
+        ],
+        ids=["size", "device", "dtype"],
+    )
+    def test_a_bias_that_does_not_fit(self, bias, said):
+        model = Net()
+        model.down.bias = nn.Parameter(bias)
+        before = snapshot(model)
+        with pytest.raises(TypeError, match=said):
+            lorafast.quantize(model, targets=["up", "down"])
+        assert snapshot(model) == before
+
+    def test_what_hinders_all_layers_is_said(self):
+        model = Net().to("meta")
+        with pytest.raises(TypeError, match=r"nothing can be quantized: .*the device meta"):
+            lorafast.quantize(model)
+
     def test_adapters(self):
         model = lorafast.adapt(Net(), 4, ["up"])
         before = snapshot(model)

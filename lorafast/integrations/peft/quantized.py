@@ -37,6 +37,8 @@ class _Read(NamedTuple):
     cast: dict[torch.dtype, Operand]
 
 
+_DENSE_INT8 = ("cpu", "xpu")
+"""Devices on which bitsandbytes trains by W made dense."""
 _reads: weakref.WeakKeyDictionary[nn.Module, _Read] = weakref.WeakKeyDictionary()
 
 
@@ -72,6 +74,11 @@ def weight_of(base: nn.Module) -> Operand:
 def why_not_input(base: nn.Module, x: Tensor) -> str | None:
     """Why a quantized layer is left to PEFT for an input of floats, or None."""
     autocast = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else None
+    if bitsandbytes.is_eight_bit(base) and x.device.type not in _DENSE_INT8:
+        return (
+            f"on {x.device.type} bitsandbytes rounds the input of its int8 base layer to 8 bits, in "
+            "training too"
+        )
     if torchao.is_one(base):
         stored = base._parameters["weight"]
         assert stored is not None
@@ -147,6 +154,8 @@ def _read_now(base: nn.Module) -> tuple[Operand | None, str | None]:
     weight = None if reason is not None else operands.of_layer(base)
     if weight is None:
         return None, reason or "its weight can't be read"
+    if any(tensor.is_inference() for tensor in operands.stored(weight)):
+        return None, "it was made in inference mode, and can't be kept for a backward"
     try:
         _ = weight.device
     except ValueError as error:

@@ -397,3 +397,21 @@ def test_another_bitsandbytes_is_left_to_peft(monkeypatch):
         assert "PEFT serves itself: 4-bit linear (" in known.changes()
     finally:
         known.why_changed.cache_clear()
+
+
+def test_int8_is_served_where_it_is_trained_by_its_dense_weight():
+    """On a GPU bitsandbytes rounds the input too, which is another function."""
+    base = layer_of(peft_model("int8")).base_layer
+    assert quantized.why_not_input(base, torch.ones(1, K)) is None
+    reason = quantized.why_not_input(base, torch.ones(1, K, device="meta"))
+    assert "bitsandbytes rounds the input of its int8 base layer" in reason
+
+
+def test_a_weight_made_in_inference_mode_is_left_to_peft():
+    """Autograd keeps no such tensor, and bitsandbytes keeps it elsewhere."""
+    with torch.inference_mode():
+        model = peft_model("nf4")
+    lorafast.accelerate(model, quiet=True)
+    reasons = set(lorafast.explain(model).layers.values())
+    assert len(reasons) == 1
+    assert "it was made in inference mode" in reasons.pop()
