@@ -48,6 +48,7 @@ def block_scales(
     blocks,
     inside,
     NESTED_BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """The float32 scales of ``blocks``, of any shape.
 
@@ -58,7 +59,18 @@ def block_scales(
     if map_ptr is not None:
         numbers = tl.load(map_ptr + stored.to(tl.int32))
         of_blocks = tl.load(of_blocks_ptr + blocks // NESTED_BLOCK, mask=inside, other=0.0)
-        found = numbers * of_blocks + tl.load(offset_ptr)
+        if INTERPRETED:
+            products = numbers * of_blocks
+        else:  # what names its rounding isn't fused with the sum
+            products = tl.inline_asm_elementwise(
+                "mul.rn.f32 $0, $1, $2;",
+                "=f,f,f",
+                [numbers, of_blocks],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        found = products + tl.load(offset_ptr)
     elif scales_ptr.dtype.element_ty == tl.uint8:
         found = power_of_two(stored)
     else:

@@ -49,7 +49,7 @@ def codes_launch(
     bias: bool = False,
     config: LaunchConfig | None = None,
 ) -> CodesLaunch:
-    """Tiles by the rows, of one width: few rows leave time to make numbers, not to multiply."""
+    """Tiles by the rows: few rows leave time to make numbers, not to multiply."""
     c = config or _tiles(M, dtype)
     tiles = -(-M // c.block_m) * -(-N // c.block_n)
     splits = split_k(2 * sms, tiles, -(-K // c.block_k))
@@ -60,4 +60,5 @@ def _tiles(M: int, dtype: torch.dtype) -> LaunchConfig:
     if dtype.itemsize == 4:
         return LaunchConfig(16 if M <= 16 else 32, 64, 32, 16, num_warps=4, num_stages=2)
     rows = next((rows for rows in (16, 32, 64) if rows >= M), 128)
-    return LaunchConfig(rows, 64, 64, 16, num_warps=4 if rows < 128 else 8, num_stages=3)
+    columns = 32 if rows == 16 else 64  # more programs where there are fewest, and nothing spills
+    return LaunchConfig(rows, columns, 64, 16, num_warps=4 if rows < 128 else 8, num_stages=3)

@@ -72,12 +72,13 @@ def four_bit_kernel(
     if BLOCK % PER_GROUP == 0:
         begin = groups * PER_GROUP
         scales = block_scales(
-            scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, begin // BLOCK, begin < size, NESTED_BLOCK
+            scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, begin // BLOCK, begin < size, NESTED_BLOCK,
+            INTERPRETED,
         )[:, None]  # fmt: skip
     else:
         scales = block_scales(
             scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, elements // BLOCK, elements < size,
-            NESTED_BLOCK,
+            NESTED_BLOCK, INTERPRETED,
         )  # fmt: skip
     w = rounded(numbers * scales, STORED, w_ptr.dtype.element_ty, INTERPRETED)
     tl.store(w_ptr + elements, w, mask=elements < size)

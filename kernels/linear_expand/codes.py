@@ -79,7 +79,14 @@ def _tile_of_w(
         numbers = number_at(numbers_ptr, four_bit_codes(codes, LOW_FIRST), INTERPRETED)
         blocks = (begin + firsts[None, :]) // BLOCK_COLS
         scales = block_scales(
-            scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, blocks, inside, NESTED_BLOCK
+            scales_ptr,
+            map_ptr,
+            of_blocks_ptr,
+            offset_ptr,
+            blocks,
+            inside,
+            NESTED_BLOCK,
+            INTERPRETED,
         )
     else:
         at = first_col + tl.arange(0, TILE_COLS)
@@ -210,9 +217,7 @@ def launcher(launch: CodesLaunch) -> Callable[..., Tensor]:
     """What launches it: of ``x, weight, s, lora_B, scaling, bias, dropout_p, seed``, the last three
     optional, and without a mask."""
     c, M, K, N, r = launch.config, launch.M, launch.K, launch.N, launch.r
-    # Each step of a scale is rounded, as ``rows`` does: no product is fused with the sum after it.
-    options = {**c.options, "enable_fp_fusion": False}
-    start = Start(codes_linear_expand_kernel, (launch.tiles * launch.splits,), options)
+    start = Start(codes_linear_expand_kernel, (launch.tiles * launch.splits,), c.options)
 
     @on_its_device
     def run(
