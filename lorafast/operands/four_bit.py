@@ -25,6 +25,23 @@ MOST = 2**31 - 1
 """Elements of a block."""
 
 
+def check_block(name: str, size: object) -> None:
+    """Whether a block may have so many elements.
+
+    Raises:
+        ValueError: it is no int, nor is it a bool or a float that equals one, or it is out of range.
+    """
+    if type(size) is not int:
+        raise ValueError(f"{name} is {size!r}, expected an int from 1 to {MOST}")
+    if not 1 <= size <= MOST:
+        raise ValueError(f"{name} is {shortened(size)}, expected 1 to {MOST}")
+
+
+def shortened(number: int) -> str:
+    """An integer as text, without the digits of one that has hundreds."""
+    return str(number) if number.bit_length() <= 128 else f"of {number.bit_length()} bits"
+
+
 class FourBit(Operand):
     """W ``[N, K]`` of 4-bit codes. What ``tensors`` has:
 
@@ -65,9 +82,9 @@ class FourBit(Operand):
         self.parameters = f"{shape[0]}x{shape[1]},{name},{block}{ending}"
 
     def _check(self) -> None:
-        for name, block in (("block", self.block), ("nested_block", self.nested_block)):
-            if block is not None and not 1 <= block <= MOST:
-                raise ValueError(f"{name} is {block}, expected 1 to {MOST}")
+        check_block("block", self.block)
+        if self.nested_block is not None:
+            check_block("nested_block", self.nested_block)
         # numel() of a shape may overflow.
         n, codes = self.shape[0] * self.shape[1], self._tensors["weight"]
         found = codes.numel() * codes.element_size()  # nbytes may not be symbolic
@@ -103,14 +120,18 @@ class FourBit(Operand):
 
         A block is divided by its greatest magnitude. ``nested``: their mean is taken off these, and they
         are 8-bit codes in turn, by blocks of ``nested_block``.
+
+        Raises:
+            ValueError: ``weight`` is no float matrix, or an option is not what it must be.
         """
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(
                 f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
             )
-        for name, size in (("block", block), ("nested_block", nested_block)):
-            if not 1 <= size <= MOST:
-                raise ValueError(f"{name} is {size}, expected 1 to {MOST}")
+        check_block("block", block)
+        check_block("nested_block", nested_block)
+        if type(nested) is not bool:
+            raise ValueError(f"nested is {nested!r}, expected True or False")
         flat = weight.detach().reshape(-1)
         numbers = codebook(cls.numbers, flat)
         order = numbers.argsort()

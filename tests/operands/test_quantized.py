@@ -240,6 +240,41 @@ def test_sizes_that_overflow_are_refused():
             NF4.of(torch.ones(2, 2), block)
 
 
+NOT_OPTIONS = [
+    ({"block": True}, "block is True, expected an int from 1 to 2147483647"),
+    ({"block": "64"}, "block is '64', expected an int from"),
+    ({"block": 64.0}, "block is 64.0, expected an int from"),
+    ({"block": None}, "block is None, expected an int from"),
+    ({"block": 10**5000}, "block is of 16610 bits, expected 1 to 2147483647"),
+    ({"nested_block": True}, "nested_block is True, expected an int from"),
+    ({"nested_block": "256"}, "nested_block is '256', expected an int from"),
+    ({"nested_block": 256.0}, "nested_block is 256.0, expected an int from"),
+    ({"nested_block": 0}, "nested_block is 0, expected 1 to 2147483647"),
+    ({"nested": 1}, "nested is 1, expected True or False"),
+    ({"nested": "no"}, "nested is 'no', expected True or False"),
+    ({"nested": None}, "nested is None, expected True or False"),
+]
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize(("options", "sentence"), NOT_OPTIONS)
+def test_options_are_of_their_types(kind, options, sentence):
+    """Before anything is quantized: a weight without memory has no values."""
+    for W in (torch.ones(4, 4), torch.empty(4, 4, device="meta")):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            operands.quantize(W, kind.format, **options)
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize("value", [True, "64", 64.0])
+def test_blocks_of_an_operand_are_integers(kind, value):
+    t = four_bit(kind, 4, 4, nested=True).tensors()
+    with pytest.raises(ValueError, match=re.escape(f"block is {value!r}, expected an int from")):
+        kind(t, (4, 4), torch.float32, value, 256)
+    with pytest.raises(ValueError, match=re.escape(f"nested_block is {value!r}, expected an int")):
+        kind(t, (4, 4), torch.float32, 64, value)
+
+
 @pytest.mark.parametrize("kind", [NF4, FP4, Int8, FP8])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_layer_is_compiled_whole(kind, use_dora):
