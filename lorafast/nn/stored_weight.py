@@ -10,6 +10,7 @@ from lorafast import operands
 from lorafast.core.context import autocast_enabled
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.operands import Operand, Weight
+from lorafast.operands.operand import not_finite
 
 
 class StoredWeight(nn.Module):
@@ -104,13 +105,21 @@ class StoredWeight(nn.Module):
         if prefix + "weight" in state_dict and "weight" not in self._stored_names:
             return f"{own}, and the checkpoint has a dense one"
         for name, tensor in zip(self._stored_names, self._stored(), strict=True):
-            given = state_dict.get(prefix + name)
+            found = state_dict.get(prefix + name)
             held = tensor.dtype
-            if isinstance(given, Tensor) and given.is_floating_point() != held.is_floating_point:
-                return f"stores {name} as {held}, and the checkpoint as {given.dtype}"
-            if isinstance(given, Tensor) and given.shape != tensor.shape:
-                shapes = f"{list(tensor.shape)}, and the checkpoint as {list(given.shape)}"
+            if isinstance(found, Tensor) and found.is_floating_point() != held.is_floating_point:
+                return f"stores {name} as {held}, and the checkpoint as {found.dtype}"
+            if isinstance(found, Tensor) and found.shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, and the checkpoint as {list(found.shape)}"
                 return f"stores {name} as {shapes}"
+        # The first tensor has the codes, which may be any floats.
+        given = {name: state_dict.get(prefix + name) for name in self._stored_names[1:]}
+        unfit = not_finite({n: t for n, t in given.items() if isinstance(t, Tensor)})
+        if unfit is not None:
+            return (
+                f"stores its weight as {self._format()}, and {unfit} of the checkpoint is NaN or "
+                "infinite somewhere, expected finite scales"
+            )
         there = [name for name in self._stored_names if prefix + name in state_dict]
         missing = [name for name in self._stored_names if name not in there]
         if there and missing:

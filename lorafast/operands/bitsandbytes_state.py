@@ -18,7 +18,7 @@ from lorafast.core.codebooks import codebook
 from lorafast.core.problem import PLAIN
 from lorafast.operands.eight_bit import Int8
 from lorafast.operands.four_bit import FP4, NF4, FourBit
-from lorafast.operands.operand import Operand
+from lorafast.operands.operand import Operand, check_finite
 
 _KINDS: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
 _PACKED = "weight.quant_state.bitsandbytes__"
@@ -106,7 +106,7 @@ def _int8_from(state: Mapping[str, Tensor]) -> Int8:
     if layout is not None and (layout.numel() != 1 or int(layout) != 0):
         raise ValueError(f"weight_format is {layout.tolist()}, expected 0: by rows")
     weight = Int8({"weight": state["weight"], "SCB": state["SCB"]}, torch.float32)
-    _check_finite("SCB", state["SCB"])
+    check_finite({"SCB": state["SCB"]})
     return weight
 
 
@@ -136,8 +136,7 @@ def _four_bit_from(state: Mapping[str, Tensor]) -> FourBit:
         raise ValueError(f"dtype is {said.get('dtype')!r}, expected the name of a dtype")
     nested_block = _integer(said, "nested_blocksize") if nested else None
     weight = _KINDS[kind](tensors, (N, K), dtype, block, nested_block)
-    for name in ("nested_absmax", "nested_offset") if nested else ("absmax",):
-        _check_finite(name, tensors[name])
+    check_finite({name: tensor for name, tensor in tensors.items() if name != "weight"})
     return weight
 
 
@@ -206,8 +205,3 @@ def _integer(said: Mapping[str, Any], name: str) -> int:
     if type(value) is not int:
         raise ValueError(f"{name} is {value!r}, expected an integer")
     return value
-
-
-def _check_finite(name: str, scales: Tensor) -> None:
-    if not scales.is_meta and not bool(scales.isfinite().all()):
-        raise ValueError(f"{name} is NaN or infinite somewhere, expected finite scales")

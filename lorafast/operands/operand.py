@@ -180,3 +180,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         if not bool(wide.isfinite().all()):
             return name
     return None
+
+
+def check_finite(scales: Mapping[str, Tensor]) -> None:
+    """That ``not_finite`` finds none.
+
+    Raises:
+        ValueError: it does; the message names the tensor.
+    """
+    name = not_finite(scales)
+    if name is not None:
+        raise ValueError(f"{name} is NaN or infinite somewhere, expected finite scales")

@@ -416,6 +416,13 @@ BAD = {
     "negative shape": (changed(shape=[-24, -40]), r"shape is \[-24, -40\], expected"),
     "NaN": (replaced("weight.nested_absmax", lambda t: t * float("nan")), "is NaN or infinite"),
     "infinite": (replaced("weight.nested_absmax", lambda t: t / 0), "is NaN or infinite"),
+    "a quant_map of scales with NaN": (
+        replaced("weight.nested_quant_map", lambda t: t * float("nan")),
+        "nested_quant_map is NaN or infinite somewhere",
+    ),
+    "an infinite quant_map of scales": (
+        replaced("weight.nested_quant_map", lambda t: t / 0), "nested_quant_map is NaN or infinite",
+    ),
     "infinite offset": (changed(nested_offset=float("inf")), "nested_offset is inf, expected"),
     "unknown quant_type": (renamed, "bitsandbytes__nf3, expected one of"),
     "another quant_type": (changed(quant_type="fp4"), "quant_type is 'fp4', expected 'nf4'"),
@@ -517,3 +524,33 @@ def test_half_a_state_by_its_own_names_changes_nothing(change, said):
         with pytest.raises(RuntimeError, match=said):
             made.load_state_dict(state, strict=strict)
     assert torch.equal(made.dense_weight(), before)
+
+
+OWN_SCALES = [
+    ("fp8", "scale"), ("int8", "SCB"), ("nf4", "nested_absmax"), ("nf4", "nested_quant_map"),
+    ("nf4", "nested_offset"), ("fp4", "nested_absmax"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("format", "name"), OWN_SCALES)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_scales_by_its_own_names_are_finite(format, name, value, adapted):
+    made, other = layer(format), layer(format)
+    state = {n: t.clone() for n, t in other.frozen_operand().tensors().items()}
+    state[name].view(-1)[0] = value
+    made = LoRALinear.from_linear(made, 4) if adapted else made
+    before = {n: t.clone() for n, t in made.operand().tensors().items()}
+    with pytest.raises(RuntimeError, match=f"{name} (of the checkpoint )?is NaN or infinite"):
+        made.load_state_dict(state, strict=False)
+    after = made.operand().tensors()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_codes_that_are_no_numbers_as_floats_are_codes():
+    """Of bytes that say NaN to whoever takes them for bfloat16."""
+    plain = NF4.of(torch.randn(24, 40))
+    tensors = {**plain.tensors(), "weight": torch.full((240,), float("nan"), dtype=torch.bfloat16)}
+    weight = NF4(tensors, (24, 40), torch.float32, 64, 256)
+    made = QuantizedLinear.from_operand(weight)
+    assert made.load_state_dict(weight.tensors()) == ([], [])
