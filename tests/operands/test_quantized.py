@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lorafast import operands, reference
 from lorafast.backends.cpu import native
 from lorafast.core import codebooks
 from lorafast.nn import LoRALinear
 from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8
+from lorafast.operands import four_bit as four_bit_module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FOUR_BIT = [NF4, FP4]
@@ -130,6 +133,46 @@ def test_four_bits_are_made_as_defined(kind, dtype, block, shape):
     assert torch.equal(t["absmax"], of_scales)
     assert torch.equal(t["nested_absmax"], nested)
     assert torch.equal(t["nested_offset"], offset)
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 10])
+@pytest.mark.parametrize("block", [1, 7, 64, 4096])
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (33, 101), (64, 128)])
+def test_chunks_change_no_bit(kind, chunk, block, shape, monkeypatch):
+    W = torch.randn(shape)
+    whole = kind.of(W, block, nested_block=5).tensors()
+    monkeypatch.setattr(four_bit_module, "_CHUNK", chunk)
+    found = kind.of(W, block, nested_block=5).tensors()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+class Greatest(TorchDispatchMode):
+    """Bytes of the greatest memory that a result of any operation has, but for some that were there."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.there, self.nbytes = there.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() != self.there:
+                    self.nbytes = max(self.nbytes, storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+def test_memory_is_of_a_chunk(dtype, nested, monkeypatch):
+    """Nothing else is made that is larger than the codes."""
+    monkeypatch.setattr(four_bit_module, "_CHUNK", 1 << 10)
+    W = torch.randn(64, 1024).to(dtype)
+    with Greatest(W) as greatest:
+        made = NF4.of(W, nested=nested)
+    assert greatest.nbytes == made.tensors()["weight"].nbytes
 
 
 @pytest.mark.parametrize("kind", [Int8, FP8])
