@@ -119,8 +119,8 @@ class FourBit(Operand):
         """The nearest to a weight ``[N, K]``.
 
         A block is divided by its greatest magnitude. ``nested``: their mean is taken off these, and they
-        are 8-bit codes in turn, by blocks of ``nested_block``. Memory beyond what is returned is that of a
-        chunk of a million elements, and a copy of a ``weight`` that is not contiguous.
+        are 8-bit codes in turn, by blocks of ``nested_block``. Memory beyond what is returned is that of
+        a chunk of a million elements, and a copy of a ``weight`` that is not contiguous.
 
         Raises:
             ValueError: ``weight`` is no float matrix, or an option is not what it must be.
