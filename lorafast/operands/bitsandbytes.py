@@ -171,21 +171,3 @@ def codes_of(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 def _plain(tensor: Tensor) -> Tensor:
     """The same memory, without a class of its own."""
     return tensor.detach().as_subclass(Tensor)
-
-
-def int8_of(weight: Tensor) -> Int8:
-    """The nearest to a weight ``[N, K]``, with ``SCB``: codes as ``Linear8bitLt`` makes them, whose
-    zeros for a row of zeros are kept."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
-        )
-    rows = weight.detach().float()
-    greatest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
-    codes = (rows * (127.0 / greatest.clamp(min=_LEAST))[:, None]).round().clamp(-127, 127)
-    made = Int8({"weight": codes.to(torch.int8).contiguous(), "SCB": greatest}, torch.float32)
-    return made.to(weight.dtype)  # type: ignore[return-value]
-
-
-_LEAST = 1e-38
-"""What a row of zeros is divided by."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorafast import use_backend
+from lorafast import operands, use_backend
 from lorafast.functional import quantized_linear
 from lorafast.nn import LoRALinear, QuantizedLinear
 from lorafast.operands import FP8, MXFP4, NF4, Int8
@@ -261,6 +261,29 @@ class TestAdapted:
         again = layer(format)
         assert again.load_state_dict(frozen) == ([], [])
         assert torch.equal(again.dense_weight(), plain.dense_weight())
+
+    @in_each
+    def test_an_adapter_that_changes_nothing_leaves_the_codes(self, format):
+        """Also of nested scales, which quantizing again would not find again."""
+        plain = layer(format, 70, 65, dtype=torch.bfloat16)
+        before = plain.frozen_operand()
+        made = LoRALinear.from_linear(plain, 4)
+        again, lost = made.to_quantized()
+        assert (lost.error, lost.of_update) == (0.0, 0.0)
+        found = again.frozen_operand()
+        assert (found.dtype, found.parameters) == (before.dtype, before.parameters)
+        for name, tensor in before.tensors().items():
+            assert torch.equal(found.tensors()[name], tensor)
+            assert found.tensors()[name].data_ptr() != tensor.data_ptr()
+
+    def test_int8_is_quantized_again_as_quantize_does(self):
+        made = LoRALinear.from_linear(layer("int8", 70, 65), 4)
+        nn.init.normal_(made.lora_B)
+        again, _ = made.to_quantized()
+        merged = made.operand().dense() + made.delta_weight()
+        expected = operands.quantize(merged, "int8").tensors()
+        assert torch.equal(again.weight, expected["weight"])
+        assert torch.equal(again.SCB, expected["SCB"])
 
 
 def of_its_own(format, N, K, dtype, **options):

@@ -186,6 +186,35 @@ def test_eight_bits_are_made_as_defined(kind, dtype):
     assert torch.equal(made["scale"], scale)
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_like_is_as_quantize(format, dtype):
+    """To the bit: merging and quantizing again is quantizing the merged weight."""
+    W = torch.randn(130, 261).to(dtype)
+    W[7] = 0
+    made = operands.quantize(torch.randn(130, 261).to(dtype), format)
+    found, expected = made.like(W), operands.quantize(W, format)
+    assert found.tensors().keys() == expected.tensors().keys() == made.tensors().keys()
+    assert all(torch.equal(found.tensors()[n], t) for n, t in expected.tensors().items())
+    assert (found.dtype, found.parameters) == (expected.dtype, expected.parameters)
+
+
+def test_like_keeps_the_kind_of_scales():
+    W = torch.randn(6, 8)
+    for scale in (torch.ones(6), torch.ones(6, 1)):
+        codes = torch.zeros(6, 8, dtype=torch.int8)
+        for made in (
+            Int8({"weight": codes, "scale": scale}, torch.float32),
+            FP8({"weight": codes.view(torch.uint8), "weight_scale_inv": scale}, torch.float32),
+        ):
+            found = made.like(W).tensors()
+            assert found.keys() == made.tensors().keys()
+            expected = made.of(W).tensors()
+            assert torch.equal(found["weight"], expected["weight"])
+            (name,) = found.keys() - {"weight"}
+            assert torch.equal(found[name], expected["scale"].view_as(scale))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", FOUR_BIT)
 def test_the_nearest_code_is_found(kind, nested):
