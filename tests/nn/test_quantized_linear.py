@@ -447,6 +447,26 @@ BAD = {
         replaced("weight.nested_quant_map", lambda t: t / 0), "nested_quant_map is NaN or infinite",
     ),
     "infinite offset": (changed(nested_offset=float("inf")), "nested_offset is inf, expected"),
+    "an offset of 400 digits": (
+        changed(nested_offset=10**400), "nested_offset is of 1329 bits, expected a finite float32"
+    ),
+    "an offset that no float32 is": (
+        changed(nested_offset=1e39), r"nested_offset is 1e\+39, expected a finite float32",
+    ),
+    "an offset that rounds to infinity": (
+        changed(nested_offset=float(2**128 - 2**102)), "nested_offset is 3.40.*, expected a finite"
+    ),
+    "an offset that is NaN": (changed(nested_offset=float("nan")), "nested_offset is nan, expected"),
+    "an offset of text": (changed(nested_offset="1" * 999), r"nested_offset is '1{79}\.\.\., exp"),
+    "a block of 400 digits": (
+        changed(blocksize=10**400), "block is of 1329 bits, expected 1 to 2147483647"
+    ),
+    "a nested block of 400 digits": (
+        changed(nested_blocksize=-(10**400)), "nested_block is of 1329 bits, expected 1 to"
+    ),
+    "a shape of 400 digits": (
+        changed(shape=[10**400, 40]), "shape is of 1329 bits x 40, expected sizes below"
+    ),
     "unknown quant_type": (renamed, "bitsandbytes__nf3, expected one of"),
     "another quant_type": (changed(quant_type="fp4"), "quant_type is 'fp4', expected 'nf4'"),
     "another quant_map": (
@@ -517,6 +537,18 @@ def test_no_layer_is_made_of_a_bad_state(name):
         (replaced("SCB", lambda t: t[:-1]), r"SCB has shape \[23\]"),
         (replaced("SCB", lambda t: t / 0), "SCB is NaN or infinite"),
         (replaced("weight_format", lambda t: t + 1), "weight_format is 1, expected 0: by rows"),
+        (
+            replaced("weight_format", lambda t: torch.tensor(float("nan"))),
+            "weight_format is nan, expected 0: by rows",
+        ),
+        (
+            replaced("weight_format", lambda t: torch.tensor(0.5)),
+            "weight_format is 0.5, expected 0",
+        ),
+        (
+            replaced("weight_format", lambda t: torch.zeros(99)),
+            r"weight_format is torch.float32 \[99\], expected 0: by rows",
+        ),
         (replaced("weight", lambda t: t.float()), "weight is torch.float32"),
     ],
 )
@@ -547,6 +579,21 @@ def test_half_a_state_by_its_own_names_changes_nothing(change, said):
         with pytest.raises(RuntimeError, match=said):
             made.load_state_dict(state, strict=strict)
     assert torch.equal(made.dense_weight(), before)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        ("no tensor", "bias is a str, expected a tensor"),
+        (torch.zeros(24, dtype=torch.int64), "bias is torch.int64, expected float"),
+        (torch.zeros(23), r"its bias has shape \[23\], expected \[24\]"),
+    ],
+)
+def test_no_layer_is_made_of_a_bad_bias(format, bias, said):
+    state = dict(layer(format).state_dict()) | {"bias": bias}
+    with pytest.raises(ValueError, match=said):
+        QuantizedLinear.from_state(state)
 
 
 OWN_SCALES = [
