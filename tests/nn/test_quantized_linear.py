@@ -624,3 +624,54 @@ def test_codes_that_are_no_numbers_as_floats_are_codes():
     weight = NF4(tensors, (24, 40), torch.float32, 64, 256)
     made = QuantizedLinear.from_operand(weight)
     assert made.load_state_dict(weight.tensors()) == ([], [])
+
+
+def in_codes_of(dtype):
+    """An fp8 layer that has codes so."""
+    t = layer("fp8").frozen_operand().tensors()
+    return QuantizedLinear.from_operand(
+        FP8({"weight": t["weight"].view(dtype), "scale": t["scale"]}, torch.float32),
+        torch.randn(24),
+    )
+
+
+BYTES = (torch.uint8, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("given", BYTES, ids=str)
+@pytest.mark.parametrize("held", BYTES, ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_codes_of_fp8_load_as_bytes_and_as_numbers(given, held, assign, adapted):
+    plain, made = in_codes_of(given), in_codes_of(held)
+    state = dict(plain.state_dict())
+    assert state["weight"].dtype is given
+    made = LoRALinear.from_linear(made, 4) if adapted else made
+    found = made.load_state_dict(state, strict=not adapted, assign=assign)
+    assert not found.unexpected_keys
+    assert made.weight.dtype is held
+    assert torch.equal(made.operand().dense(), plain.dense_weight())
+    assert state["weight"].dtype is given
+
+
+@pytest.mark.parametrize("held", BYTES, ids=str)
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float8_e5m2, torch.int8], ids=str)
+def test_codes_are_not_converted(held, given):
+    made = in_codes_of(held)
+    before = made.dense_weight()
+    state = dict(made.state_dict()) | {"weight": torch.ones(24, 40).to(given)}
+    with pytest.raises(
+        RuntimeError, match=f"stores weight as {held}, and the checkpoint as {given}"
+    ):
+        made.load_state_dict(state)
+    assert torch.equal(made.dense_weight(), before)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_refused_is_not_called_missing(format):
+    made = nn.Sequential(layer(format), nn.Linear(24, 2))
+    with pytest.raises(RuntimeError, match=r"stores (its )?weight as") as caught:
+        made.load_state_dict({"0.weight": torch.ones(24, 40), "0.bias": torch.ones(24)})
+    said = str(caught.value)
+    assert '"1.weight", "1.bias"' in said
+    assert '"0.' not in said
