@@ -16,12 +16,6 @@ _BLOCK = 32
 """Columns that share an exponent."""
 
 
-def _int8(weight: Tensor) -> Operand:
-    """As bitsandbytes stores it: its scales are 127 times ours."""
-    t = Int8.of(weight).tensors()
-    return Int8({"weight": t["weight"], "SCB": t["scale"] * 127.0}, torch.float32).to(weight.dtype)
-
-
 def _mxfp4(weight: Tensor) -> Operand:
     """Random codes about as large as ``weight [N, K]`` is where its rows are of norm 1: nothing here
     rounds to this format."""
@@ -38,7 +32,7 @@ def _mxfp4(weight: Tensor) -> Operand:
 _MAKERS: dict[str, Callable[[Tensor], Operand]] = {
     NF4.format: NF4.of,
     FP4.format: FP4.of,
-    Int8.format: _int8,
+    Int8.format: Int8.with_scb,
     FP8.format: FP8.of,
     MXFP4.format: _mxfp4,
 }

@@ -62,6 +62,11 @@ class Requantized:
     """``‖Q − V‖ / ‖V − W‖``: from 1 on as much was lost as the adapter had learnt."""
 
 
+def _copied(weight: Operand) -> Operand:
+    copies = {name: tensor.detach().clone() for name, tensor in weight.tensors().items()}
+    return type(weight).build(copies, weight.parameters).to(weight.dtype)
+
+
 def _ratio(lost: Tensor, whole: Tensor) -> float:
     """0 where nothing was lost, of nothing too."""
     return float(lost / whole) if float(lost) else 0.0
@@ -152,8 +157,8 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
     def to_quantized(self) -> tuple[QuantizedLinear, Requantized]:
         """The merged weight, quantized again as the frozen one is, in a layer; and what that lost.
 
-        ``W + scaling · B·A`` is summed in float32, from which it is rounded once, to codes. This layer
-        stays as it is; the bias is shared.
+        ``W + scaling · B·A`` is summed in float32, from which it is rounded once, to codes; where the
+        sum is W, its codes stay. This layer stays as it is; the bias is shared.
 
         Raises:
             ValueError: as for ``merge()``; or nothing quantizes to the format; or ``forward`` was
@@ -171,6 +176,8 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
             self._check_mergeable(before, (self.out_features, self.in_features))
             merged = self._with_delta(before, dim=1)
             made = weight.like(merged)
+            if torch.equal(merged, before):  # whose codes are then the nearest to it
+                made = _copied(weight)
             again = made.to(merged.dtype).dense()
             lost, update = (again - merged).norm(), (merged - before).norm()
             found = Requantized(_ratio(lost, merged.norm()), _ratio(lost, update))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast import operands
+from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.functional import quantized_linear
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
@@ -101,6 +102,10 @@ class QuantizedLinear(StoredWeight):
         if weight is None:
             raise ValueError(f"the state has no quantized layer {prefix!r} of bitsandbytes' keys")
         bias = own.get("bias")
+        if bias is not None and not isinstance(bias, Tensor):
+            raise ValueError(f"bias is a {type(bias).__name__}, expected a tensor")
+        if bias is not None and bias.dtype not in FLOATS:
+            raise ValueError(f"bias is {bias.dtype}, expected {FLOAT_NAMES}")
         if bias is not None and isinstance(weight, operands.Int8):
             weight = weight.to(bias.dtype)
         try:

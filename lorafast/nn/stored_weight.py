@@ -10,6 +10,7 @@ from lorafast import operands
 from lorafast.core.context import autocast_enabled
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.operands import Operand, Weight
+from lorafast.operands.operand import not_finite
 
 
 class StoredWeight(nn.Module):
@@ -60,6 +61,7 @@ class StoredWeight(nn.Module):
         description = self._description
         try:
             state_dict, description = self._translated(state_dict, prefix)
+            state_dict = self._viewed(state_dict, prefix)
             reason = self._why_not_loaded(state_dict, prefix)
         except ValueError as error:
             how = f"stores its weight as {self._format()}"
@@ -73,7 +75,22 @@ class StoredWeight(nn.Module):
             state_dict = {k: v for k, v in state_dict.items() if k not in own | foreign}
             description = self._description
         self._description = description
-        super()._load_from_state_dict(state_dict, prefix, *others, **more)
+        metadata, strict, missing, *rest = others
+        lacking: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, lacking, *rest, **more)
+        # What is refused is there.
+        refused = set() if reason is None else {prefix + name for name in self._stored_names}
+        missing += [key for key in lacking if key not in refused]
+
+    def _viewed(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A state whose 8-bit codes are bytes where this layer has numbers, or the other way round, as
+        this layer has them."""
+        key = prefix + self._stored_names[0]
+        found, held = state_dict.get(key), self._stored()[0].dtype
+        alike = {getattr(operands.kind_of(self._format()), "code_dtype", held), torch.uint8}
+        if not isinstance(found, Tensor) or found.dtype is held or {found.dtype, held} != alike:
+            return state_dict
+        return state_dict | {key: found.view(held)}
 
     def _translated(self, state_dict: dict[str, Any], prefix: str) -> tuple[dict[str, Any], str]:
         """A state of bitsandbytes' layer as one of this layer, and the weight's description then.
@@ -104,13 +121,21 @@ class StoredWeight(nn.Module):
         if prefix + "weight" in state_dict and "weight" not in self._stored_names:
             return f"{own}, and the checkpoint has a dense one"
         for name, tensor in zip(self._stored_names, self._stored(), strict=True):
-            given = state_dict.get(prefix + name)
+            found = state_dict.get(prefix + name)
             held = tensor.dtype
-            if isinstance(given, Tensor) and given.is_floating_point() != held.is_floating_point:
-                return f"stores {name} as {held}, and the checkpoint as {given.dtype}"
-            if isinstance(given, Tensor) and given.shape != tensor.shape:
-                shapes = f"{list(tensor.shape)}, and the checkpoint as {list(given.shape)}"
+            if isinstance(found, Tensor) and _is_other(found.dtype, held):
+                return f"stores {name} as {held}, and the checkpoint as {found.dtype}"
+            if isinstance(found, Tensor) and found.shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, and the checkpoint as {list(found.shape)}"
                 return f"stores {name} as {shapes}"
+        # The first tensor has the codes, which may be any floats.
+        given = {name: state_dict.get(prefix + name) for name in self._stored_names[1:]}
+        unfit = not_finite({n: t for n, t in given.items() if isinstance(t, Tensor)})
+        if unfit is not None:
+            return (
+                f"stores its weight as {self._format()}, and {unfit} of the checkpoint is NaN or "
+                "infinite somewhere, expected finite scales"
+            )
         there = [name for name in self._stored_names if prefix + name in state_dict]
         missing = [name for name in self._stored_names if name not in there]
         if there and missing:
@@ -124,6 +149,13 @@ class StoredWeight(nn.Module):
 def _without(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The layer's part of a state, by its own keys."""
     return {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def _is_other(given: torch.dtype, held: torch.dtype) -> bool:
+    """Whether a copy would be of other numbers: codes in one byte are not converted."""
+    if held.itemsize == 1:
+        return given is not held
+    return given.is_floating_point != held.is_floating_point
 
 
 def _kind(weight: Operand) -> str:

@@ -186,7 +186,7 @@ def quantize(weight: Tensor, format: str, **options: object) -> Operand:
     if of is None:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(known)}")
     if format == Int8.format:
-        of = bitsandbytes.int8_of
+        of = Int8.with_scb
     accepted = inspect.signature(of).parameters
     for name, value in options.items():
         if name not in accepted:

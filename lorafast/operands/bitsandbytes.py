@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorafast.operands.eight_bit import Int8
 from lorafast.operands.four_bit import FP4, NF4, FourBit
+from lorafast.operands.operand import not_finite
 
 _FOUR_BIT: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
 
@@ -69,20 +70,53 @@ def _why_not_four_bit(layer: Any) -> str | None:
         )
     if state.quant_type not in _FOUR_BIT:
         return f"its quant_type is {state.quant_type!r}, expected {' or '.join(_FOUR_BIT)}"
+    reason = _why_not_whole(state)
+    if reason is not None:
+        return reason
     expected = (layer.out_features, layer.in_features)
     if tuple(state.shape) != expected:
         return f"its weight was quantized as {list(state.shape)}, expected {list(expected)}"
     numbers = torch.tensor(_FOUR_BIT[state.quant_type].numbers, dtype=torch.float32, device="cpu")
-    if not torch.equal(state.code.cpu(), numbers):
+    if not torch.equal(state.code.cpu().float(), numbers):
         return f"its quant_map is not that of {state.quant_type}"
-    scales = [state.absmax] if state.state2 is None else [state.state2.absmax, state.offset]
-    if not all(bool(scale.isfinite().all()) for scale in scales):
-        return "a scale of its weight is NaN or infinite"
+    unfit = not_finite(_scales_of(state))
+    if unfit is not None:
+        return f"a scale of its weight is NaN or infinite (quant_state.{unfit})"
     try:
         _four_bit(layer)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _scales_of(state: Any) -> dict[str, Any]:
+    """What a quant_state makes scales of, by the names it has there."""
+    if state.state2 is None:
+        return {"absmax": state.absmax}
+    return {
+        "absmax": state.absmax, "offset": state.offset, "state2.absmax": state.state2.absmax,
+        "state2.code": state.state2.code,
+    }  # fmt: skip
+
+
+def _why_not_whole(state: Any) -> str | None:
+    """What a quant_state lacks, or None."""
+    for name, part in {"code": state.code, **_scales_of(state)}.items():
+        if not isinstance(part, Tensor):
+            return f"its quant_state.{name} is {_said(part)}, expected a tensor"
+        if part.is_meta:
+            return f"its quant_state.{name} is on the meta device: load it first"
+    if not isinstance(state.shape, list | tuple):
+        return f"its quant_state.shape is {_said(state.shape)}, expected two sizes"
+    if state.state2 is not None and type(state.state2.blocksize) is not int:
+        return (
+            f"its quant_state.state2.blocksize is {_said(state.state2.blocksize)}, expected an int"
+        )
+    return None
+
+
+def _said(part: object) -> str:
+    return "None" if part is None else f"a {type(part).__name__}"
 
 
 def _four_bit(layer: Any) -> FourBit:
@@ -102,11 +136,16 @@ def _four_bit(layer: Any) -> FourBit:
 def _why_not_int8(layer: Any) -> str | None:
     if layer.state.has_fp16_weights:
         return "its has_fp16_weights is True: it trains a 16-bit weight, which is quantized in each call"
-    codes, scales = codes_of(layer)
-    if codes is None or scales is None:
+    parts = dict(zip(("CB", "SCB"), codes_of(layer), strict=True))
+    if all(part is None for part in parts.values()):
         return _NOT_YET
-    if not bool(scales.isfinite().all()):
-        return "a scale of its weight is NaN or infinite"
+    for name, part in parts.items():
+        if not isinstance(part, Tensor):
+            return f"its {name} is {_said(part)}, expected a tensor"
+        if part.is_meta:
+            return f"its {name} is on the meta device: load it first"
+    if not_finite({"SCB": parts["SCB"]}) is not None:  # type: ignore[dict-item]
+        return "a scale of its weight is NaN or infinite (SCB)"
     try:
         _int8(layer)
     except ValueError as error:
@@ -126,27 +165,9 @@ def _int8(layer: Any) -> Int8:
 def codes_of(layer: Any) -> tuple[Tensor | None, Tensor | None]:
     """Codes and scales of a ``Linear8bitLt``, moved to its state by its first call."""
     found = layer.weight if getattr(layer.weight, "CB", None) is not None else layer.state
-    return found.CB, found.SCB
+    return getattr(found, "CB", None), getattr(found, "SCB", None)
 
 
 def _plain(tensor: Tensor) -> Tensor:
     """The same memory, without a class of its own."""
     return tensor.detach().as_subclass(Tensor)
-
-
-def int8_of(weight: Tensor) -> Int8:
-    """The nearest to a weight ``[N, K]``, with ``SCB``: codes as ``Linear8bitLt`` makes them, whose
-    zeros for a row of zeros are kept."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
-        )
-    rows = weight.detach().float()
-    greatest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
-    codes = (rows * (127.0 / greatest.clamp(min=_LEAST))[:, None]).round().clamp(-127, 127)
-    made = Int8({"weight": codes.to(torch.int8).contiguous(), "SCB": greatest}, torch.float32)
-    return made.to(weight.dtype)  # type: ignore[return-value]
-
-
-_LEAST = 1e-38
-"""What a row of zeros is divided by."""

@@ -7,7 +7,6 @@ JSON as bytes, of the shape, the dtype, the block sizes and the nested offset. A
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +16,16 @@ from torch import Tensor
 from lorafast.core.codebooks import codebook
 from lorafast.core.problem import PLAIN
 from lorafast.operands.eight_bit import Int8
-from lorafast.operands.four_bit import FP4, NF4, FourBit
-from lorafast.operands.operand import Operand
+from lorafast.operands.four_bit import FP4, NF4, FourBit, shortened
+from lorafast.operands.operand import Operand, check_finite
 
 _KINDS: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
 _PACKED = "weight.quant_state.bitsandbytes__"
 _MOST_BYTES = 1 << 16
 """Of the JSON; that of a layer takes some 200."""
+_MOST_TEXT = 80
+_MOST_SIZE = 2**63
+_MOST_OFFSET = torch.finfo(torch.float32).max
 _FOUR_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -103,10 +105,11 @@ def _int8_from(state: Mapping[str, Tensor]) -> Int8:
     if "SCB" not in state:
         raise ValueError("the state has no SCB, the scales of its weight")
     layout = state.get("weight_format")
-    if layout is not None and (layout.numel() != 1 or int(layout) != 0):
-        raise ValueError(f"weight_format is {layout.tolist()}, expected 0: by rows")
+    if layout is not None and not layout.is_meta and (layout.numel() != 1 or layout.item() != 0):
+        given = layout.item() if layout.numel() == 1 else f"{layout.dtype} {list(layout.shape)}"
+        raise ValueError(f"weight_format is {given}, expected 0: by rows")
     weight = Int8({"weight": state["weight"], "SCB": state["SCB"]}, torch.float32)
-    _check_finite("SCB", state["SCB"])
+    check_finite({"SCB": state["SCB"]})
     return weight
 
 
@@ -133,11 +136,10 @@ def _four_bit_from(state: Mapping[str, Tensor]) -> FourBit:
     (N, K), block = _sizes(said), _integer(said, "blocksize")
     dtype = getattr(torch, str(said.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype is {said.get('dtype')!r}, expected the name of a dtype")
+        raise ValueError(f"dtype is {_text(said.get('dtype'))}, expected the name of a dtype")
     nested_block = _integer(said, "nested_blocksize") if nested else None
     weight = _KINDS[kind](tensors, (N, K), dtype, block, nested_block)
-    for name in ("nested_absmax", "nested_offset") if nested else ("absmax",):
-        _check_finite(name, tensors[name])
+    check_finite({name: tensor for name, tensor in tensors.items() if name != "weight"})
     return weight
 
 
@@ -152,14 +154,13 @@ def _nested_from(state: Mapping[str, Tensor], said: Mapping[str, Any]) -> dict[s
     if missing:
         raise ValueError(f"the state has {there[0]}, and no {missing[0]}: nested scales need both")
     offset = said["nested_offset"]
-    if (
-        isinstance(offset, bool)
-        or not isinstance(offset, (int, float))
-        or not math.isfinite(offset)
-    ):
-        raise ValueError(f"nested_offset is {offset!r}, expected a finite number")
+    if isinstance(offset, bool) or not isinstance(offset, int | float):
+        raise ValueError(f"nested_offset is {_text(offset)}, expected a finite float32")
+    if not abs(offset) <= _MOST_OFFSET:  # NaN neither
+        given = shortened(offset) if isinstance(offset, int) else offset
+        raise ValueError(f"nested_offset is {given}, expected a finite float32")
     if said["nested_dtype"] != "float32":
-        raise ValueError(f"nested_dtype is {said['nested_dtype']!r}, expected 'float32'")
+        raise ValueError(f"nested_dtype is {_text(said['nested_dtype'])}, expected 'float32'")
     absmax, numbers = (state[name] for name in in_state)
     made = torch.tensor(float(offset), dtype=torch.float32, device=absmax.device)
     return {"nested_absmax": absmax, "nested_quant_map": numbers, "nested_offset": made}
@@ -185,7 +186,7 @@ def _said(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{packed[0]} is no JSON: {type(error).__name__}") from error
     if not isinstance(said, dict) or said.get("quant_type") != kind:
         given = said.get("quant_type") if isinstance(said, dict) else said
-        raise ValueError(f"quant_type is {given!r}, expected {kind!r}, as {packed[0]} says")
+        raise ValueError(f"quant_type is {_text(given)}, expected {kind!r}, as {packed[0]} says")
     return kind, said
 
 
@@ -193,21 +194,28 @@ def _expected() -> str:
     return " or ".join(_PACKED + kind for kind in _KINDS)
 
 
+def _text(value: object) -> str:
+    """What a JSON says, in some words of a message."""
+    try:
+        said = repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        return f"a {type(value).__name__}"
+    return said if len(said) <= _MOST_TEXT else f"{said[:_MOST_TEXT]}..."
+
+
 def _sizes(said: Mapping[str, Any]) -> tuple[int, int]:
     shape = said.get("shape")
     whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
     if not isinstance(shape, list) or not whole or len(shape) != 2:
-        raise ValueError(f"shape is {shape!r}, expected [out_features, in_features]")
+        raise ValueError(f"shape is {_text(shape)}, expected [out_features, in_features]")
+    if max(shape) >= _MOST_SIZE:
+        sizes = " x ".join(map(shortened, shape))
+        raise ValueError(f"shape is {sizes}, expected sizes below 2^63")
     return shape[0], shape[1]
 
 
 def _integer(said: Mapping[str, Any], name: str) -> int:
     value = said.get(name)
     if type(value) is not int:
-        raise ValueError(f"{name} is {value!r}, expected an integer")
+        raise ValueError(f"{name} is {_text(value)}, expected an integer")
     return value
-
-
-def _check_finite(name: str, scales: Tensor) -> None:
-    if not scales.is_meta and not bool(scales.isfinite().all()):
-        raise ValueError(f"{name} is NaN or infinite somewhere, expected finite scales")

@@ -80,12 +80,7 @@ class EightBit(Operand):
     @classmethod
     def of(cls, weight: Tensor) -> "EightBit":
         """The nearest to a weight ``[N, K]``; a row's greatest magnitude becomes the greatest code."""
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(
-                f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
-            )
-        rows = weight.detach().float()
-        greatest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])
+        rows, greatest = _rows_of(weight)
         integers = cls.code_dtype is torch.int8
         last = 127.0 if integers else torch.finfo(cls.code_dtype).max
         scale = (greatest / last).clamp(min=torch.finfo(torch.float32).tiny)
@@ -100,10 +95,15 @@ class EightBit(Operand):
         """``weight`` with a scale each row, as this one must have; ``SCB`` if this has."""
         if self.block is not None or self.scale.numel() != self.shape[0]:
             raise ValueError(f"nothing quantizes to {self.format} but with a scale each row")
-        tensors = dict(self.of(weight).tensors())
-        scale = tensors.pop("scale")
-        tensors[self._name] = (scale / self.unit).reshape(self.scale.shape)
+        tensors = dict(self._made_of(weight).tensors())
+        tensors[self._name] = tensors.pop(next(n for n in self.names if n in tensors)).reshape(
+            self.scale.shape
+        )
         return type(self)(tensors, self.stored_dtype).to(self.dtype)  # type: ignore[return-value]
+
+    def _made_of(self, weight: Tensor) -> "EightBit":
+        """``weight`` with scales in the unit of this one's."""
+        return self.of(weight)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, and ``scale`` or what else that is called."""
@@ -164,6 +164,18 @@ class Int8(EightBit):
     code_dtype = torch.int8
     names: ClassVar[Mapping[str, float]] = {"SCB": 1.0 / 127.0, "scale": 1.0}
 
+    @classmethod
+    def with_scb(cls, weight: Tensor) -> "Int8":
+        """The nearest to a weight ``[N, K]``, with ``SCB``: codes as bitsandbytes' ``Linear8bitLt``
+        makes them, whose zeros for a row of zeros are kept."""
+        rows, greatest = _rows_of(weight)
+        codes = (rows * (127.0 / greatest.clamp(min=_LEAST))[:, None]).round().clamp(-127, 127)
+        made = cls({"weight": codes.to(torch.int8).contiguous(), "SCB": greatest}, torch.float32)
+        return made.to(weight.dtype)  # type: ignore[return-value]
+
+    def _made_of(self, weight: Tensor) -> EightBit:
+        return self.with_scb(weight) if self._name == "SCB" else self.of(weight)
+
 
 class FP8(EightBit):
     """8-bit floats, e4m3 without infinities. Checkpoints as DeepSeek's have ``weight_scale_inv``, which
@@ -172,3 +184,17 @@ class FP8(EightBit):
     format = "fp8"
     code_dtype = torch.float8_e4m3fn
     names: ClassVar[Mapping[str, float]] = {"weight_scale_inv": 1.0, "scale": 1.0}
+
+
+_LEAST = 1e-38
+"""What a row of zeros is divided by."""
+
+
+def _rows_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a weight ``[N, K]`` and the greatest magnitude of each, float32."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
+        )
+    rows = weight.detach().float()
+    return rows, rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])

@@ -13,6 +13,7 @@ from torch import nn
 
 from lorafast.core.dtypes import FLOATS
 from lorafast.operands.eight_bit import FP8
+from lorafast.operands.operand import not_finite
 
 _SCALE = "weight_scale_inv"
 _BLOCK = (128, 128)
@@ -46,8 +47,8 @@ def why_not(layer: nn.Module) -> str | None:
         return f"its weight has shape {list(read.shape)}, expected {expected}"
     if read.scale.is_meta:
         return "its weight is on the meta device: load it first"
-    finite = bool(read.scale.isfinite().all())
-    return None if finite else "a scale of its weight is NaN or infinite"
+    unfit = not_finite({_SCALE: read.scale})
+    return None if unfit is None else "a scale of its weight is NaN or infinite"
 
 
 def _is_one(layer: nn.Module) -> bool:

@@ -7,7 +7,7 @@ float32, or nested: ``scale[b] = nested_quant_map[absmax[b]] · nested_absmax[b 
 nested_offset``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -23,6 +23,23 @@ _NUMBERS = 256
 """Of the nested type."""
 MOST = 2**31 - 1
 """Elements of a block."""
+
+
+def check_block(name: str, size: object) -> None:
+    """Whether a block may have so many elements.
+
+    Raises:
+        ValueError: it is no int, nor is it a bool or a float that equals one, or it is out of range.
+    """
+    if type(size) is not int:
+        raise ValueError(f"{name} is {size!r}, expected an int from 1 to {MOST}")
+    if not 1 <= size <= MOST:
+        raise ValueError(f"{name} is {shortened(size)}, expected 1 to {MOST}")
+
+
+def shortened(number: int) -> str:
+    """An integer as text, without the digits of one that has hundreds."""
+    return str(number) if number.bit_length() <= 128 else f"of {number.bit_length()} bits"
 
 
 class FourBit(Operand):
@@ -65,9 +82,9 @@ class FourBit(Operand):
         self.parameters = f"{shape[0]}x{shape[1]},{name},{block}{ending}"
 
     def _check(self) -> None:
-        for name, block in (("block", self.block), ("nested_block", self.nested_block)):
-            if block is not None and not 1 <= block <= MOST:
-                raise ValueError(f"{name} is {block}, expected 1 to {MOST}")
+        check_block("block", self.block)
+        if self.nested_block is not None:
+            check_block("nested_block", self.nested_block)
         # numel() of a shape may overflow.
         n, codes = self.shape[0] * self.shape[1], self._tensors["weight"]
         found = codes.numel() * codes.element_size()  # nbytes may not be symbolic
@@ -102,34 +119,46 @@ class FourBit(Operand):
         """The nearest to a weight ``[N, K]``.
 
         A block is divided by its greatest magnitude. ``nested``: their mean is taken off these, and they
-        are 8-bit codes in turn, by blocks of ``nested_block``.
+        are 8-bit codes in turn, by blocks of ``nested_block``. Memory beyond what is returned is that of
+        a chunk of a million elements, and a copy of a ``weight`` that is not contiguous.
+
+        Raises:
+            ValueError: ``weight`` is no float matrix, or an option is not what it must be.
         """
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(
                 f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
             )
-        for name, size in (("block", block), ("nested_block", nested_block)):
-            if not 1 <= size <= MOST:
-                raise ValueError(f"{name} is {size}, expected 1 to {MOST}")
+        check_block("block", block)
+        check_block("nested_block", nested_block)
+        if type(nested) is not bool:
+            raise ValueError(f"nested is {nested!r}, expected True or False")
         flat = weight.detach().reshape(-1)
+        (N, K), n = weight.shape, flat.numel()
         numbers = codebook(cls.numbers, flat)
         order = numbers.argsort()
-        found, absmax = _nearest(flat, numbers[order], block)
-        codes = order[found].to(torch.uint8)
-        if codes.numel() % 2:  # what is left over stands for 0
-            codes = torch.cat(
-                (codes, order[torch.searchsorted(numbers[order], 0.0)].to(torch.uint8)[None])
-            )
-        N, K = weight.shape
-        packed = codes[::2] << 4 | codes[1::2]
+        ascending, codes_of = numbers[order], order.to(torch.uint8)
+        packed = flat.new_empty((n + 1) // 2, dtype=torch.uint8)
+        absmax = flat.new_empty(-(-n // block), dtype=torch.float32)
+        for begin, found, scales in _nearest(flat, ascending, block):
+            codes = codes_of[found]
+            if codes.numel() % 2:  # the last one: what is left over stands for 0
+                codes = torch.cat((codes, codes_of[torch.searchsorted(ascending, 0.0)][None]))
+            packed[begin // 2 :][: codes.numel() // 2] = codes[::2] << 4 | codes[1::2]
+            absmax[begin // block :][: scales.numel()] = scales
         made = {"weight": packed.view(N, K // 2) if K % 2 == 0 else packed, "absmax": absmax}
         if nested:
             offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
             map_ = codebook(codebooks.dynamic(), flat)
-            of_scales, made["nested_absmax"] = _nearest(absmax - offset, map_, nested_block)
+            left = absmax - offset
+            of_scales = torch.empty_like(absmax, dtype=torch.uint8)
+            nested_absmax = absmax.new_empty(-(-absmax.numel() // nested_block))
+            for begin, found, scales in _nearest(left, map_, nested_block):
+                of_scales[begin:][: found.numel()] = found
+                nested_absmax[begin // nested_block :][: scales.numel()] = scales
             made |= {
-                "absmax": of_scales.to(torch.uint8), "nested_quant_map": map_.clone(),
-                "nested_offset": offset,
+                "absmax": of_scales, "nested_absmax": nested_absmax,
+                "nested_quant_map": map_.clone(), "nested_offset": offset,
             }  # fmt: skip
         return cls(made, (N, K), weight.dtype, block, nested_block if nested else None)
 
@@ -193,21 +222,30 @@ _LEAST = 1e-38
 """What a block of zeros is divided by."""
 
 
-def _nearest(values: Tensor, numbers: Tensor, block: int) -> tuple[Tensor, Tensor]:
+_CHUNK = 1 << 20
+"""Elements that are quantized at once, or two blocks, where these have more."""
+
+
+def _nearest(flat: Tensor, numbers: Tensor, block: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The index, of ascending numbers, of the one that each value of a block is nearest to when that is
-    divided by its greatest magnitude; and that magnitude of each, float32."""
-    flat = values.float()
-    whole = flat.numel() // block * block
-    blocks = flat[:whole].view(-1, block)
-    absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)
-    divided = (blocks * (1.0 / absmax.clamp(min=_LEAST))[:, None]).clamp(-1, 1).view(-1)
-    rest = flat[whole:]
-    if rest.numel():  # a short block is divided, the others are multiplied
-        greatest = rest.abs().amax().clamp(min=_LEAST)
-        absmax = torch.cat((absmax, greatest[None]))
-        divided = torch.cat((divided, (rest / greatest).clamp(-1, 1)))
+    divided by its greatest magnitude, int32; and that magnitude of each, float32.
+
+    By chunks of an even number of whole blocks, the last may be short: where each begins, and the two.
+    """
     middles = (numbers[:-1] + numbers[1:]) / 2
-    return torch.bucketize(divided, middles), absmax
+    step = max(_CHUNK // (2 * block), 1) * 2 * block
+    for begin in range(0, flat.numel(), step):
+        values = flat[begin : begin + step].float()
+        whole = values.numel() // block * block
+        blocks = values[:whole].view(-1, block)
+        absmax = blocks.abs().amax(1) if whole else values.new_empty(0)
+        divided = (blocks * (1.0 / absmax.clamp(min=_LEAST))[:, None]).clamp_(-1, 1).view(-1)
+        rest = values[whole:]
+        if rest.numel():  # a short block is divided, the others are multiplied
+            greatest = rest.abs().amax().clamp(min=_LEAST)
+            absmax = torch.cat((absmax, greatest[None]))
+            divided = torch.cat((divided, (rest / greatest).clamp_(-1, 1)))
+        yield begin, torch.bucketize(divided, middles, out_int32=True), absmax
 
 
 class NF4(FourBit):

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 _TILE_BYTES = 1 << 26
 """Rows are made dense in pieces of about this size."""
@@ -166,3 +167,27 @@ class Operand(ABC):
     def __repr__(self) -> str:
         shape = list(self.shape)
         return f"{type(self).__name__}(format={self.format}, shape={shape}, dtype={self.dtype})"
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that is NaN or infinite somewhere; None if none is, as far as there are
+    values. To be given scales and tables of floats: bytes of codes may be any float."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta or is_fake(tensor):
+            continue
+        # An 8-bit float has no isfinite of its own everywhere.
+        wide = tensor.float() if tensor.itemsize == 1 else tensor
+        if not bool(wide.isfinite().all()):
+            return name
+    return None
+
+
+def check_finite(scales: Mapping[str, Tensor]) -> None:
+    """That ``not_finite`` finds none.
+
+    Raises:
+        ValueError: it does; the message names the tensor.
+    """
+    name = not_finite(scales)
+    if name is not None:
+        raise ValueError(f"{name} is NaN or infinite somewhere, expected finite scales")

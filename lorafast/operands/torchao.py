@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lorafast.operands.eight_bit import FP8, EightBit, Int8
+from lorafast.operands.operand import not_finite
 
 FLOATS8, INTEGERS8 = "Float8Tensor", "Int8Tensor"
 """The classes of torchao that are read, by name."""
@@ -75,8 +76,8 @@ def _why_not_read(kind: str, weight: Any) -> str | None:
         read = _read(weight)
     except ValueError as error:
         return str(error)
-    finite = bool(read.scale.isfinite().all())
-    return None if finite else "a scale of its weight is NaN or infinite"
+    unfit = not_finite({"scale": read.scale})
+    return None if unfit is None else "a scale of its weight is NaN or infinite"
 
 
 def _read(weight: Any) -> EightBit:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorafast import use_backend
+from lorafast import operands, use_backend
 from lorafast.functional import quantized_linear
 from lorafast.nn import LoRALinear, QuantizedLinear
 from lorafast.operands import FP8, MXFP4, NF4, Int8
@@ -262,6 +262,29 @@ class TestAdapted:
         assert again.load_state_dict(frozen) == ([], [])
         assert torch.equal(again.dense_weight(), plain.dense_weight())
 
+    @in_each
+    def test_an_adapter_that_changes_nothing_leaves_the_codes(self, format):
+        """Also of nested scales, which quantizing again would not find again."""
+        plain = layer(format, 70, 65, dtype=torch.bfloat16)
+        before = plain.frozen_operand()
+        made = LoRALinear.from_linear(plain, 4)
+        again, lost = made.to_quantized()
+        assert (lost.error, lost.of_update) == (0.0, 0.0)
+        found = again.frozen_operand()
+        assert (found.dtype, found.parameters) == (before.dtype, before.parameters)
+        for name, tensor in before.tensors().items():
+            assert torch.equal(found.tensors()[name], tensor)
+            assert found.tensors()[name].data_ptr() != tensor.data_ptr()
+
+    def test_int8_is_quantized_again_as_quantize_does(self):
+        made = LoRALinear.from_linear(layer("int8", 70, 65), 4)
+        nn.init.normal_(made.lora_B)
+        again, _ = made.to_quantized()
+        merged = made.operand().dense() + made.delta_weight()
+        expected = operands.quantize(merged, "int8").tensors()
+        assert torch.equal(again.weight, expected["weight"])
+        assert torch.equal(again.SCB, expected["SCB"])
+
 
 def of_its_own(format, N, K, dtype, **options):
     """bitsandbytes' layer."""
@@ -416,7 +439,34 @@ BAD = {
     "negative shape": (changed(shape=[-24, -40]), r"shape is \[-24, -40\], expected"),
     "NaN": (replaced("weight.nested_absmax", lambda t: t * float("nan")), "is NaN or infinite"),
     "infinite": (replaced("weight.nested_absmax", lambda t: t / 0), "is NaN or infinite"),
+    "a quant_map of scales with NaN": (
+        replaced("weight.nested_quant_map", lambda t: t * float("nan")),
+        "nested_quant_map is NaN or infinite somewhere",
+    ),
+    "an infinite quant_map of scales": (
+        replaced("weight.nested_quant_map", lambda t: t / 0), "nested_quant_map is NaN or infinite",
+    ),
     "infinite offset": (changed(nested_offset=float("inf")), "nested_offset is inf, expected"),
+    "an offset of 400 digits": (
+        changed(nested_offset=10**400), "nested_offset is of 1329 bits, expected a finite float32"
+    ),
+    "an offset that no float32 is": (
+        changed(nested_offset=1e39), r"nested_offset is 1e\+39, expected a finite float32",
+    ),
+    "an offset that rounds to infinity": (
+        changed(nested_offset=float(2**128 - 2**102)), "nested_offset is 3.40.*, expected a finite"
+    ),
+    "an offset that is NaN": (changed(nested_offset=float("nan")), "nested_offset is nan, expected"),
+    "an offset of text": (changed(nested_offset="1" * 999), r"nested_offset is '1{79}\.\.\., exp"),
+    "a block of 400 digits": (
+        changed(blocksize=10**400), "block is of 1329 bits, expected 1 to 2147483647"
+    ),
+    "a nested block of 400 digits": (
+        changed(nested_blocksize=-(10**400)), "nested_block is of 1329 bits, expected 1 to"
+    ),
+    "a shape of 400 digits": (
+        changed(shape=[10**400, 40]), "shape is of 1329 bits x 40, expected sizes below"
+    ),
     "unknown quant_type": (renamed, "bitsandbytes__nf3, expected one of"),
     "another quant_type": (changed(quant_type="fp4"), "quant_type is 'fp4', expected 'nf4'"),
     "another quant_map": (
@@ -487,6 +537,18 @@ def test_no_layer_is_made_of_a_bad_state(name):
         (replaced("SCB", lambda t: t[:-1]), r"SCB has shape \[23\]"),
         (replaced("SCB", lambda t: t / 0), "SCB is NaN or infinite"),
         (replaced("weight_format", lambda t: t + 1), "weight_format is 1, expected 0: by rows"),
+        (
+            replaced("weight_format", lambda t: torch.tensor(float("nan"))),
+            "weight_format is nan, expected 0: by rows",
+        ),
+        (
+            replaced("weight_format", lambda t: torch.tensor(0.5)),
+            "weight_format is 0.5, expected 0",
+        ),
+        (
+            replaced("weight_format", lambda t: torch.zeros(99)),
+            r"weight_format is torch.float32 \[99\], expected 0: by rows",
+        ),
         (replaced("weight", lambda t: t.float()), "weight is torch.float32"),
     ],
 )
@@ -517,3 +579,99 @@ def test_half_a_state_by_its_own_names_changes_nothing(change, said):
         with pytest.raises(RuntimeError, match=said):
             made.load_state_dict(state, strict=strict)
     assert torch.equal(made.dense_weight(), before)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        ("no tensor", "bias is a str, expected a tensor"),
+        (torch.zeros(24, dtype=torch.int64), "bias is torch.int64, expected float"),
+        (torch.zeros(23), r"its bias has shape \[23\], expected \[24\]"),
+    ],
+)
+def test_no_layer_is_made_of_a_bad_bias(format, bias, said):
+    state = dict(layer(format).state_dict()) | {"bias": bias}
+    with pytest.raises(ValueError, match=said):
+        QuantizedLinear.from_state(state)
+
+
+OWN_SCALES = [
+    ("fp8", "scale"), ("int8", "SCB"), ("nf4", "nested_absmax"), ("nf4", "nested_quant_map"),
+    ("nf4", "nested_offset"), ("fp4", "nested_absmax"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("format", "name"), OWN_SCALES)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_scales_by_its_own_names_are_finite(format, name, value, adapted):
+    made, other = layer(format), layer(format)
+    state = {n: t.clone() for n, t in other.frozen_operand().tensors().items()}
+    state[name].view(-1)[0] = value
+    made = LoRALinear.from_linear(made, 4) if adapted else made
+    before = {n: t.clone() for n, t in made.operand().tensors().items()}
+    with pytest.raises(RuntimeError, match=f"{name} (of the checkpoint )?is NaN or infinite"):
+        made.load_state_dict(state, strict=False)
+    after = made.operand().tensors()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_codes_that_are_no_numbers_as_floats_are_codes():
+    """Of bytes that say NaN to whoever takes them for bfloat16."""
+    plain = NF4.of(torch.randn(24, 40))
+    tensors = {**plain.tensors(), "weight": torch.full((240,), float("nan"), dtype=torch.bfloat16)}
+    weight = NF4(tensors, (24, 40), torch.float32, 64, 256)
+    made = QuantizedLinear.from_operand(weight)
+    assert made.load_state_dict(weight.tensors()) == ([], [])
+
+
+def in_codes_of(dtype):
+    """An fp8 layer that has codes so."""
+    t = layer("fp8").frozen_operand().tensors()
+    return QuantizedLinear.from_operand(
+        FP8({"weight": t["weight"].view(dtype), "scale": t["scale"]}, torch.float32),
+        torch.randn(24),
+    )
+
+
+BYTES = (torch.uint8, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("given", BYTES, ids=str)
+@pytest.mark.parametrize("held", BYTES, ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_codes_of_fp8_load_as_bytes_and_as_numbers(given, held, assign, adapted):
+    plain, made = in_codes_of(given), in_codes_of(held)
+    state = dict(plain.state_dict())
+    assert state["weight"].dtype is given
+    made = LoRALinear.from_linear(made, 4) if adapted else made
+    found = made.load_state_dict(state, strict=not adapted, assign=assign)
+    assert not found.unexpected_keys
+    assert made.weight.dtype is held
+    assert torch.equal(made.operand().dense(), plain.dense_weight())
+    assert state["weight"].dtype is given
+
+
+@pytest.mark.parametrize("held", BYTES, ids=str)
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float8_e5m2, torch.int8], ids=str)
+def test_codes_are_not_converted(held, given):
+    made = in_codes_of(held)
+    before = made.dense_weight()
+    state = dict(made.state_dict()) | {"weight": torch.ones(24, 40).to(given)}
+    with pytest.raises(
+        RuntimeError, match=f"stores weight as {held}, and the checkpoint as {given}"
+    ):
+        made.load_state_dict(state)
+    assert torch.equal(made.dense_weight(), before)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_refused_is_not_called_missing(format):
+    made = nn.Sequential(layer(format), nn.Linear(24, 2))
+    with pytest.raises(RuntimeError, match=r"stores (its )?weight as") as caught:
+        made.load_state_dict({"0.weight": torch.ones(24, 40), "0.bias": torch.ones(24)})
+    said = str(caught.value)
+    assert '"1.weight", "1.bias"' in said
+    assert '"0.' not in said

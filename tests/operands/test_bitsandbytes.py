@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -175,6 +176,59 @@ class TestRefused:
         plain.weight.quant_state.absmax[3] = value
         with pytest.raises(TypeError, match="a scale of its weight is NaN or infinite"):
             LoRALinear.from_linear(plain, r=4)
+
+    @pytest.mark.parametrize("part", ["absmax", "code", "shape", "offset", "state2.absmax",
+                                      "state2.code", "state2.blocksize"])  # fmt: skip
+    def test_a_part_that_is_missing(self, part):
+        plain = layer()
+        *of, name = part.split(".")
+        state = plain.weight.quant_state
+        setattr(state.state2 if of else state, name, None)
+        reason = operands.why_not_of_layer(plain)
+        assert reason.startswith(f"its quant_state.{part} is None, expected ")
+        assert operands.of_layer(plain) is None
+        with pytest.raises(TypeError, match=re.escape(reason)):
+            LoRALinear.from_linear(plain, r=4)
+
+    def test_scales_that_are_missing_without_nesting(self):
+        plain = layer(nested=False)
+        plain.weight.quant_state.absmax = None
+        reason = operands.why_not_of_layer(plain)
+        assert reason == "its quant_state.absmax is None, expected a tensor"
+
+    @pytest.mark.parametrize("called", [False, True])
+    @pytest.mark.parametrize("part", ["CB", "SCB"])
+    def test_a_part_of_int8_that_is_missing(self, part, called):
+        """Before its first call, which moves them, and after."""
+        plain = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False).to("cpu").train()
+        if called:
+            plain(torch.randn(2, 64))
+        held = plain.state if plain.weight.CB is None else plain.weight
+        setattr(held, part, None)
+        # Codes that aren't with the weight are looked for where the first call puts them.
+        lost = part == "CB" and held is plain.weight
+        reason = operands.why_not_of_layer(plain)
+        assert reason.startswith(
+            "bitsandbytes has not quantized" if lost else f"its {part} is None, expected a tensor"
+        )
+        assert operands.of_layer(plain) is None
+
+    def test_a_part_without_values(self):
+        plain = layer()
+        plain.weight.quant_state.absmax = plain.weight.quant_state.absmax.to("meta")
+        assert "quant_state.absmax is on the meta device" in operands.why_not_of_layer(plain)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("part", ["offset", "state2.absmax", "state2.code"])
+    def test_a_nested_scale_that_is_no_number(self, part, value):
+        plain = layer()
+        state, name = plain.weight.quant_state, part.split(".")[-1]
+        owner = state if name == part else state.state2
+        broken = getattr(owner, name).clone()
+        broken.view(-1)[0] = value
+        setattr(owner, name, broken)
+        reason = operands.why_not_of_layer(plain)
+        assert reason == f"a scale of its weight is NaN or infinite (quant_state.{part})"
 
     def test_another_type_or_map(self):
         plain = layer()

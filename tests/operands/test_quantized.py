@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lorafast import operands, reference
 from lorafast.backends.cpu import native
 from lorafast.core import codebooks
 from lorafast.nn import LoRALinear
 from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8
+from lorafast.operands import four_bit as four_bit_module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FOUR_BIT = [NF4, FP4]
@@ -132,6 +135,46 @@ def test_four_bits_are_made_as_defined(kind, dtype, block, shape):
     assert torch.equal(t["nested_offset"], offset)
 
 
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 10])
+@pytest.mark.parametrize("block", [1, 7, 64, 4096])
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (33, 101), (64, 128)])
+def test_chunks_change_no_bit(kind, chunk, block, shape, monkeypatch):
+    W = torch.randn(shape)
+    whole = kind.of(W, block, nested_block=5).tensors()
+    monkeypatch.setattr(four_bit_module, "_CHUNK", chunk)
+    found = kind.of(W, block, nested_block=5).tensors()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+class Greatest(TorchDispatchMode):
+    """Bytes of the greatest memory that a result of any operation has, but for some that were there."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.there, self.nbytes = there.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() != self.there:
+                    self.nbytes = max(self.nbytes, storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [False, True])
+def test_memory_is_of_a_chunk(dtype, nested, monkeypatch):
+    """Nothing else is made that is larger than the codes."""
+    monkeypatch.setattr(four_bit_module, "_CHUNK", 1 << 10)
+    W = torch.randn(64, 1024).to(dtype)
+    with Greatest(W) as greatest:
+        made = NF4.of(W, nested=nested)
+    assert greatest.nbytes == made.tensors()["weight"].nbytes
+
+
 @pytest.mark.parametrize("kind", [Int8, FP8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_eight_bits_are_made_as_defined(kind, dtype):
@@ -141,6 +184,35 @@ def test_eight_bits_are_made_as_defined(kind, dtype):
     made = kind.of(W).tensors()
     assert torch.equal(made["weight"].view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(made["scale"], scale)
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_like_is_as_quantize(format, dtype):
+    """To the bit: merging and quantizing again is quantizing the merged weight."""
+    W = torch.randn(130, 261).to(dtype)
+    W[7] = 0
+    made = operands.quantize(torch.randn(130, 261).to(dtype), format)
+    found, expected = made.like(W), operands.quantize(W, format)
+    assert found.tensors().keys() == expected.tensors().keys() == made.tensors().keys()
+    assert all(torch.equal(found.tensors()[n], t) for n, t in expected.tensors().items())
+    assert (found.dtype, found.parameters) == (expected.dtype, expected.parameters)
+
+
+def test_like_keeps_the_kind_of_scales():
+    W = torch.randn(6, 8)
+    for scale in (torch.ones(6), torch.ones(6, 1)):
+        codes = torch.zeros(6, 8, dtype=torch.int8)
+        for made in (
+            Int8({"weight": codes, "scale": scale}, torch.float32),
+            FP8({"weight": codes.view(torch.uint8), "weight_scale_inv": scale}, torch.float32),
+        ):
+            found = made.like(W).tensors()
+            assert found.keys() == made.tensors().keys()
+            expected = made.of(W).tensors()
+            assert torch.equal(found["weight"], expected["weight"])
+            (name,) = found.keys() - {"weight"}
+            assert torch.equal(found[name], expected["scale"].view_as(scale))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -238,6 +310,41 @@ def test_sizes_that_overflow_are_refused():
     for block in (0, -1, 2**31):
         with pytest.raises(ValueError, match=f"block is {block}, expected 1 to 2147483647"):
             NF4.of(torch.ones(2, 2), block)
+
+
+NOT_OPTIONS = [
+    ({"block": True}, "block is True, expected an int from 1 to 2147483647"),
+    ({"block": "64"}, "block is '64', expected an int from"),
+    ({"block": 64.0}, "block is 64.0, expected an int from"),
+    ({"block": None}, "block is None, expected an int from"),
+    ({"block": 10**5000}, "block is of 16610 bits, expected 1 to 2147483647"),
+    ({"nested_block": True}, "nested_block is True, expected an int from"),
+    ({"nested_block": "256"}, "nested_block is '256', expected an int from"),
+    ({"nested_block": 256.0}, "nested_block is 256.0, expected an int from"),
+    ({"nested_block": 0}, "nested_block is 0, expected 1 to 2147483647"),
+    ({"nested": 1}, "nested is 1, expected True or False"),
+    ({"nested": "no"}, "nested is 'no', expected True or False"),
+    ({"nested": None}, "nested is None, expected True or False"),
+]
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize(("options", "sentence"), NOT_OPTIONS)
+def test_options_are_of_their_types(kind, options, sentence):
+    """Before anything is quantized: a weight without memory has no values."""
+    for W in (torch.ones(4, 4), torch.empty(4, 4, device="meta")):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            operands.quantize(W, kind.format, **options)
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize("value", [True, "64", 64.0])
+def test_blocks_of_an_operand_are_integers(kind, value):
+    t = four_bit(kind, 4, 4, nested=True).tensors()
+    with pytest.raises(ValueError, match=re.escape(f"block is {value!r}, expected an int from")):
+        kind(t, (4, 4), torch.float32, value, 256)
+    with pytest.raises(ValueError, match=re.escape(f"nested_block is {value!r}, expected an int")):
+        kind(t, (4, 4), torch.float32, 64, value)
 
 
 @pytest.mark.parametrize("kind", [NF4, FP4, Int8, FP8])
