@@ -182,7 +182,9 @@ FORMATS = {path.stem for path in (ROOT / "lorafast" / "operands").glob("*.py")} 
 FORMATS_ELSEWHERE = {
     "lorafast/core/problem.py": {"dense"},  # that of a plain tensor, which a problem has by default
     "bench/common/machine.py": {"bitsandbytes"},  # the package, whose version is noted
-    "lorafast/integrations/peft/known.py": {"bitsandbytes"},  # the package, whose releases are known
+    "lorafast/integrations/peft/known.py": {
+        "bitsandbytes"
+    },  # the package, whose releases are known
     "lorafast/convert/places.py": {"dense"},  # the name of a layer in other people's models
 }
 
