@@ -119,8 +119,8 @@ class FourBit(Operand):
         """The nearest to a weight ``[N, K]``.
 
         A block is divided by its greatest magnitude. ``nested``: their mean is taken off these, and they
-        are 8-bit codes in turn, by blocks of ``nested_block``. Memory beyond what is returned is that of
-        a chunk of a million elements, and a copy of a ``weight`` that is not contiguous.
+        are 8-bit codes in turn, by blocks of ``nested_block``. Memory beyond what is returned, twice, is
+        that of a chunk of a million elements, and a copy of a ``weight`` that is not contiguous.
 
         Raises:
             ValueError: ``weight`` is no float matrix, or an option is not what it must be.
@@ -134,30 +134,30 @@ class FourBit(Operand):
         if type(nested) is not bool:
             raise ValueError(f"nested is {nested!r}, expected True or False")
         flat = weight.detach().reshape(-1)
-        (N, K), n = weight.shape, flat.numel()
+        N, K = weight.shape
         numbers = codebook(cls.numbers, flat)
         order = numbers.argsort()
         ascending, codes_of = numbers[order], order.to(torch.uint8)
-        packed = flat.new_empty((n + 1) // 2, dtype=torch.uint8)
-        absmax = flat.new_empty(-(-n // block), dtype=torch.float32)
-        for begin, found, scales in _nearest(flat, ascending, block):
+        # Nothing is written in place: a mode or a transform may have kept it.
+        every_code, every_scale = [codes_of[:0]], [numbers[:0]]
+        for found, scales in _nearest(flat, ascending, block):
             codes = codes_of[found]
             if codes.numel() % 2:  # the last one: what is left over stands for 0
                 codes = torch.cat((codes, codes_of[torch.searchsorted(ascending, 0.0)][None]))
-            packed[begin // 2 :][: codes.numel() // 2] = codes[::2] << 4 | codes[1::2]
-            absmax[begin // block :][: scales.numel()] = scales
+            every_code.append(codes[::2] << 4 | codes[1::2])
+            every_scale.append(scales)
+        packed, absmax = torch.cat(every_code), torch.cat(every_scale)
         made = {"weight": packed.view(N, K // 2) if K % 2 == 0 else packed, "absmax": absmax}
         if nested:
             offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
             map_ = codebook(codebooks.dynamic(), flat)
             left = absmax - offset
-            of_scales = torch.empty_like(absmax, dtype=torch.uint8)
-            nested_absmax = absmax.new_empty(-(-absmax.numel() // nested_block))
-            for begin, found, scales in _nearest(left, map_, nested_block):
-                of_scales[begin:][: found.numel()] = found
-                nested_absmax[begin // nested_block :][: scales.numel()] = scales
+            every_code, every_scale = [codes_of[:0]], [numbers[:0]]
+            for found, scales in _nearest(left, map_, nested_block):
+                every_code.append(found.to(torch.uint8))
+                every_scale.append(scales)
             made |= {
-                "absmax": of_scales, "nested_absmax": nested_absmax,
+                "absmax": torch.cat(every_code), "nested_absmax": torch.cat(every_scale),
                 "nested_quant_map": map_.clone(), "nested_offset": offset,
             }  # fmt: skip
         return cls(made, (N, K), weight.dtype, block, nested_block if nested else None)
@@ -226,11 +226,11 @@ _CHUNK = 1 << 20
 """Elements that are quantized at once, or two blocks, where these have more."""
 
 
-def _nearest(flat: Tensor, numbers: Tensor, block: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _nearest(flat: Tensor, numbers: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The index, of ascending numbers, of the one that each value of a block is nearest to when that is
     divided by its greatest magnitude, int32; and that magnitude of each, float32.
 
-    By chunks of an even number of whole blocks, the last may be short: where each begins, and the two.
+    By chunks of an even number of whole blocks; the last may be short.
     """
     middles = (numbers[:-1] + numbers[1:]) / 2
     step = max(_CHUNK // (2 * block), 1) * 2 * block
@@ -239,13 +239,13 @@ def _nearest(flat: Tensor, numbers: Tensor, block: int) -> Iterator[tuple[int, T
         whole = values.numel() // block * block
         blocks = values[:whole].view(-1, block)
         absmax = blocks.abs().amax(1) if whole else values.new_empty(0)
-        divided = (blocks * (1.0 / absmax.clamp(min=_LEAST))[:, None]).clamp_(-1, 1).view(-1)
+        divided = (blocks * (1.0 / absmax.clamp(min=_LEAST))[:, None]).clamp(-1, 1).view(-1)
         rest = values[whole:]
         if rest.numel():  # a short block is divided, the others are multiplied
             greatest = rest.abs().amax().clamp(min=_LEAST)
             absmax = torch.cat((absmax, greatest[None]))
-            divided = torch.cat((divided, (rest / greatest).clamp_(-1, 1)))
-        yield begin, torch.bucketize(divided, middles, out_int32=True), absmax
+            divided = torch.cat((divided, (rest / greatest).clamp(-1, 1)))
+        yield torch.bucketize(divided, middles, out_int32=True), absmax
 
 
 class NF4(FourBit):

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from lorafast.kernels.common import counters as module
 from lorafast.kernels.common.counters import counters
 
+from lorafast.core import device_memory
+
 DEVICES = [torch.device("cuda", index) for index in range(2)]
 
 
@@ -185,6 +187,7 @@ def test_slabs_are_made_by_a_thread_of_their_own(monkeypatch):
         zeros=zeros,
     )
     monkeypatch.setattr(module, "torch", fake)
+    monkeypatch.setattr(device_memory, "torch", fake)
     assert module._zeros(DEVICES[1], 5).tolist() == [0] * 5
     assert by[0] is not threading.current_thread()
     assert seen == [DEVICES[1]]  # other streams may use it at once
@@ -202,6 +205,7 @@ def test_the_error_of_that_thread_is_raised(monkeypatch):
         zeros=zeros,
     )
     monkeypatch.setattr(module, "torch", fake)
+    monkeypatch.setattr(device_memory, "torch", fake)
     with pytest.raises(torch.OutOfMemoryError, match="no more"):
         module._zeros(DEVICES[0], 5)
 

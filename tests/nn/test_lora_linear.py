@@ -243,7 +243,7 @@ class TestStateDict:
     def test_half_a_checkpoint_is_refused(self, format, missing):
         state = layer(format=format).state_dict()
         del state[missing]
-        with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"'):
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{missing}"|, and no {missing}'):
             layer(format=format).load_state_dict(state)
 
     def test_a_plain_checkpoint_into_a_parametrized_adapter_names_what_is_missing(self):
