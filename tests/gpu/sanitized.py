@@ -14,6 +14,8 @@ from lorafast.kernels.common import plan
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import Helpers
 from lorafast.kernels.lora_linear import lora_linear as with_config
+from quantized_weights import KINDS
+from quantized_weights import draw as draw_weight
 
 import lorafast
 from lorafast import ops
@@ -28,10 +30,12 @@ def main() -> None:
     """Runs the kernels; the sanitizer sets the exit status."""
     device = torch.device("cuda")
     operations("triton", device)
+    quantized("triton", device)
     with_helpers(device)
     reason = lorafast.backends()["cuda"].reason
     if reason is None:
         operations("cuda", device)
+        quantized("cuda", device)
         of_few_rows(device)
         whatever_may_be_launched(device)
     torch.cuda.synchronize()
@@ -57,6 +61,18 @@ def operations(backend: str, device: torch.device) -> None:
                 ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
                 ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
                 ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
+
+
+def quantized(backend: str, device: torch.device) -> None:
+    """Layers over codes of every format: read by the products, or made dense."""
+    K, N, r = 96, 201, 3
+    for kind in KINDS:
+        for M in (1, 16, 40, 300):
+            weight = draw_weight(kind, N, K, torch.bfloat16, device)
+            x = torch.randn(M, K).to(device, torch.bfloat16).requires_grad_()
+            lora_A, lora_B = torch.randn(r, K).to(device), torch.randn(N, r).to(device)
+            with forced.use_backend(backend):
+                lora_linear(x, weight, lora_A, lora_B, 0.7).sum().backward()
 
 
 def of_few_rows(device: torch.device) -> None:

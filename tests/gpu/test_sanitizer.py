@@ -21,7 +21,8 @@ def test_compute_sanitizer(tool):
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
     # Without PyTorch's cache every tensor is an allocation of its own, whose end is watched.
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    folders = str(ROOT), str(ROOT / "tests" / "kernels"), os.environ.get("PYTHONPATH")
+    path = os.pathsep.join(filter(None, folders))
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     # PyTorch asks the driver for functions that may not be there: not our errors.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
