@@ -1,5 +1,7 @@
 #include "device.h"
 
+#include <dlfcn.h>
+
 #include <map>
 #include <mutex>
 #include <utility>
@@ -13,12 +15,39 @@ namespace lorafast::cuda {
 
 const DeviceType kDevice = DeviceType::LORAFAST_TENSORS_ON;
 
+// Of PyTorch's CUDA library, which isn't linked: the CPU build, which has none, can compile this too.
+// Tests have their own.
+#pragma weak aoti_torch_get_current_cuda_stream
+
+namespace {
+
+using CurrentStream = decltype(&aoti_torch_get_current_cuda_stream);
+
+// Python has loaded that library for itself alone: its symbols must be asked for by its name.
+CurrentStream find_current_stream() {
+  if (aoti_torch_get_current_cuda_stream != nullptr) return aoti_torch_get_current_cuda_stream;
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+  return reinterpret_cast<CurrentStream>(found);
+}
+
+CurrentStream current_stream() {
+  static const CurrentStream found = find_current_stream();
+  STD_TORCH_CHECK(
+      found != nullptr,
+      "PyTorch's CUDA library isn't loaded, or has no aoti_torch_get_current_cuda_stream, as from PyTorch 2.10");
+  return found;
+}
+
+}  // namespace
+
 OnDevice::OnDevice(const OneDevice& device) : index_(static_cast<int>(device.index())) {
+  const CurrentStream stream_of = current_stream();
   DeviceGuardHandle guard = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index_, &guard));
   guard_ = guard;
   void* stream = nullptr;
-  const auto error = aoti_torch_get_current_cuda_stream(index_, &stream);
+  const auto error = stream_of(index_, &stream);
   if (error != 0) (void)aoti_torch_delete_device_guard(guard);  // no destructor will
   TORCH_ERROR_CODE_CHECK(error);
   stream_ = static_cast<cudaStream_t>(stream);
