@@ -135,8 +135,12 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint4& low, const 
     ptx::multiply_bf16(c, first, x.x, x.y);
     ptx::multiply_bf16(c, second, x.z, x.w);
   } else {
-    ptx::multiply_f16(c, first, x.x, x.y);
-    ptx::multiply_f16(c, second, x.z, x.w);
+    // s stays in float32: tensor cores cut sums off each time they add to them, so these are apart.
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    ptx::multiply_f16(part, first, x.x, x.y);
+    ptx::multiply_f16(part, second, x.z, x.w);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += part[i];
   }
 }
 

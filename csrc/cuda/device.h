@@ -50,17 +50,18 @@ int capability_of(const char* name, const OnDevice& on);
 // Raises if the device's compute capability is less than `oldest`, as 80, or more than `newest`.
 void check_capability(const char* name, int oldest, const OnDevice& on, int newest = 1000);
 
-// Launches a kernel whose only parameter is a struct, in clusters of `cluster` CTAs along x. For devices older than
+// Launches a kernel whose only parameter is a struct, in clusters of `cluster` CTAs along x, which may be of one: what
+// only clusters may do (st.async) is an illegal instruction where the launch has none, 0. For devices older than
 // `kOldest` the kernel is code that traps, after which CUDA serves the process no more: they are refused.
 template <int kOldest = 80, class Params>
 void launch(
     const char* name, void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared, const OnDevice& on,
-    const std::common_type_t<Params>& params, unsigned cluster = 1) {
+    const std::common_type_t<Params>& params, unsigned cluster = 0) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if constexpr (kOldest > kOldestOfAll) check_capability(name, kOldest, on);
   if (shared > kSharedAlways) allow_shared(function, shared, on);
   void* arguments[] = {const_cast<Params*>(&params)};
-  if (cluster == 1) {
+  if (cluster == 0) {
     check_started(name, cudaLaunchKernel(function, grid, dim3(threads), arguments, shared, on.stream()));
   } else {
     cudaLaunchAttribute clusters = {};

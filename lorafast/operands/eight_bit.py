@@ -83,7 +83,9 @@ class EightBit(Operand):
         rows, greatest = _rows_of(weight)
         integers = cls.code_dtype is torch.int8
         last = 127.0 if integers else torch.finfo(cls.code_dtype).max
-        scale = (greatest / last).clamp(min=torch.finfo(torch.float32).tiny)
+        # By a tensor: on a GPU PyTorch divides by a number as it multiplies by its inverse.
+        scale = greatest / torch.full_like(greatest, last)
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         codes = rows / scale[:, None]
         codes = codes.round().clamp(-last, last) if integers else codes.clamp(-last, last)
         codes = codes.to(cls.code_dtype).contiguous()

@@ -123,7 +123,8 @@ def test_a_large_gemm_is_bound_by_arithmetic_and_a_pass_by_bandwidth():
     arithmetic = gemm.flops / (H200.flops * of_cublas)
     assert gemm.device == pytest.approx(arithmetic + cost.LAUNCH_SECONDS)
     shrink = estimate_of("triton", problem("shrink"), H200)
-    assert shrink.device == pytest.approx(shrink.bytes / H200.bandwidth / 0.85 + 3e-6)
+    reached = H200.bandwidth * model._SKINNY["shrink"]
+    assert shrink.device == pytest.approx(shrink.bytes / reached + cost.LAUNCH_SECONDS)
 
 
 def test_time_is_the_devices_or_the_hosts_whichever_is_longer():
@@ -219,7 +220,7 @@ def test_what_saves_a_pass_goes_to_triton_and_the_bare_gemm_to_cublas():
         problem("shrink", dropout=True),
         problem("shrink_backward", dropout=True),
     ):
-        assert price("triton", p, H200).seconds < 0.8 * price("aten", p, H200).seconds
+        assert price("triton", p, H200).seconds < 0.85 * price("aten", p, H200).seconds
     p = problem("shrink")
     assert price("triton", p, H200).seconds == pytest.approx(
         price("aten", p, H200).seconds, rel=0.1

@@ -157,9 +157,7 @@ def test_turing_takes_skinny_kernels_beside_pytorchs_gemm(on, monkeypatch):
         for operation in (*LAYER_OPERATIONS, *OPERATIONS):
             p = problem(operation, **given)
             chosen = registry.choose(p)
-            # By itself ``expand`` is bound by shared memory there, at rank 64 longer than PyTorch takes.
-            expected = "aten" if (operation, r) == ("expand", 64) else "cuda"
-            assert chosen.backend == expected, operation
+            assert chosen.backend == "cuda", operation
             if operation in LAYER_OPERATIONS:
                 frozen = cost.base_gemm(p, T4, accumulated=False).seconds
                 ours, others = chosen.seconds - frozen, registry.plan_of("aten", p).seconds - frozen
@@ -529,17 +527,18 @@ def test_more_of_anything_never_costs_less(operation, families, monkeypatch):
 def test_what_is_bound_by_bandwidth_costs_its_bytes_and_host_time_is_that_of_our_call():
     many, few = (model.estimate(problem("shrink", M=M), H200) for M in (65536, 1))
     assert many.device == pytest.approx(
-        many.bytes / H200.bandwidth / model._SKINNY + cost.LAUNCH_SECONDS
+        many.bytes / H200.bandwidth / model._MEASURED["shrink"] + cost.LAUNCH_SECONDS
     )
     assert many.seconds == many.device > many.host
     assert few.seconds == few.host == model.CALL_HOST
-    assert "clocks counted, shares assumed, not measured" in str(few)
+    assert "clocks counted, shares measured on an H200" in str(few)
 
 
 def test_no_share_is_above_what_tritons_kernels_were_measured_to_reach():
     from lorafast.backends.triton import cost as tritons
 
-    assert model._SKINNY < 0.9 * tritons._SKINNY
+    for operation, share in model._MEASURED.items():
+        assert share < tritons._SKINNY[operation]
     assert model._WHOLE < 1.0  # that of GEMMs which read W
     for operation, share in model._RATE.items():
         assert share <= tritons._SKINNY_RATE[operation]
@@ -608,8 +607,12 @@ def test_by_the_families_themselves_a_decode_step_is_one_launch_and_a_batch_is_n
     assert [line.partition(":")[0] for line in lines[:3]] == [
         "shrink on cuda", "linear_expand on cuda", "linear_expand on cuda",
     ]  # fmt: skip
-    helped = BACKEND.plan(batch._replace(adapter_dtype=torch.bfloat16)).launches
-    assert re.fullmatch(r"lora_linear: 132 CTAs in .*, wgmma, \d+ of them shrink first", *helped)
+    helpers = planning.launches_of(batch, H200)[
+        -1
+    ]  # measured to be slower, so tune alone may take it
+    assert re.fullmatch(
+        r"lora_linear: 132 CTAs in .*, wgmma, \d+ of them shrink first", helpers.line
+    )
     small = BACKEND.plan(problem("lora_linear", M=64, K=256, N=256))
     assert small.launches[0].startswith("lora_linear: ")
     mixed = problem("grouped_lora_linear", M=8, adapters=4, wants=("y",))

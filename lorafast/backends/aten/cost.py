@@ -1,7 +1,8 @@
 """What PyTorch's own calls take on a GPU: a model of ``operations``, call by call.
 
 cuBLAS is the yardstick of GEMMs. What its skinny ones reach, and what a mask takes, was measured on an
-H100 (M = 8192, K = N = 4096, r = 16 to 128); that both reach less where rows are not aligned is assumed.
+H100 and an H200 (M = 8192, K = N = 4096, r = 16 to 128); that both reach less where rows are not aligned
+is assumed.
 """
 
 import torch
@@ -20,7 +21,7 @@ from lorafast.backends.dropout import bits_on
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import LAYER_OPERATIONS, WEIGHT_NORM, Layout, Problem, parts
 
-_SKINNY = 0.85
+_SKINNY = 0.72
 """Of the bandwidth, for a GEMM of 16-bit elements that is as thin as the rank, and for copies."""
 _SKINNY_WIDE = 0.6
 """The same for wider elements."""

@@ -1,7 +1,8 @@
 """What the Triton kernels take on a GPU: a model of their launches.
 
-sm_90's GEMM, the rates of high ranks and what a mask takes were measured on an H100 (M = 8192, K = N =
-4096, bf16, Triton 3.6); elsewhere they are assumed to be the same, as are the other shares. Published
+sm_90's GEMM, the shares of bandwidth, the rates of high ranks and what a mask takes were measured on an
+H100 and an H200 (M = 8192, K = N = 4096, bf16, Triton 3.6); elsewhere they are assumed to be the same.
+Published
 GEMMs in Triton-like languages reach 84 to 97 % of cuBLAS; on sm_100 the accumulator goes through
 registers twice a tile.
 """
@@ -41,9 +42,11 @@ _TF32_GEMM = 0.5
 """Of cuBLAS: the rules for 32-bit elements have small tiles."""
 _FLOAT32 = 0.3
 """Of the float32 rate: Triton's dot without tensor cores."""
-_SKINNY = 0.85
-"""Of the bandwidth."""
-_SKINNY_RATE = {"shrink": 0.22, "shrink_backward": 0.16, "expand_backward": 0.12, "expand": 0.3}
+_SKINNY = {"shrink": 0.67, "expand": 0.72, "shrink_backward": 0.75, "expand_backward": 0.6}
+"""Of the bandwidth. Measured as above."""
+_DEQUANTIZE = 0.85
+"""Of the bandwidth, for a pass that makes W dense. Measured on an H200: 0.84 at 14336 x 4096."""
+_SKINNY_RATE = {"shrink": 0.2, "shrink_backward": 0.18, "expand_backward": 0.22, "expand": 0.18}
 """Of the rate of 16-bit GEMMs, where the rank is so high that it counts. Measured as above, as are the
 next two."""
 _WIDE_RATE = 0.024
@@ -52,12 +55,13 @@ _THREE_TF32 = {"shrink": 0.07, "shrink_backward": 0.035}
 """The same for float32, of which a product is three in TF32."""
 _BY_ELEMENT = 0.25
 """Of either where rows aren't aligned: the loads of the loop are one element wide, and not pipelined."""
-_MASK_BYTES = 0.7
-"""What making a mask costs per element, in bytes moved in that time: some 100 instructions for eight,
-most of them beside the loads. Measured as above."""
+_MASKED_NUMBERS = 6.5e9
+"""Numbers under a mask that an SM goes through in a second, whatever its memory: 42 µs for ``shrink`` on
+an H100 and on an H200, of which one reads as many without a mask in 36 µs and the other in 27."""
 _MASKED_GEMM = 1.19
-"""Times a GEMM whose low-rank term is masked. Measured as above while its epilogue made the mask; now it
-is made before the main loop, and executing both counts 0.6 of the cycles beside it. Not timed since."""
+"""Times a GEMM whose low-rank term is masked. Measured on an H100 while its epilogue made the mask; now
+it is made before the main loop, and executing both counts 0.6 of the cycles beside it. Not timed
+since."""
 _RANK_BLOCK = 0.05
 """More time for every block of the rank after the first. Measured as above."""
 _NUMBERS = 1.2e10
@@ -88,7 +92,7 @@ def estimate(problem: Problem, device: Device) -> Estimate:
 def dequantized(problem: Problem, device: Device) -> Estimate:
     """What making a quantized weight dense takes: its codes are read, W is written."""
     moved = problem.N * problem.K * (quantized.code_bytes(problem) + problem.dtype.itemsize)
-    return work(device, moved=moved, share=_SKINNY, host=LAUNCH_HOST)
+    return work(device, moved=moved, share=_DEQUANTIZE, host=LAUNCH_HOST)
 
 
 def reads_codes(problem: Problem, device: Device) -> CodesLaunch | None:
@@ -172,19 +176,18 @@ def _shrink(launch: ShrinkLaunch, p: Problem, device: Device) -> Estimate:
     moved = float(ranks * p.M * p.K * p.dtype.itemsize) + p.r * p.K * p.adapter_dtype.itemsize
     moved += s * wide(p.dtype).itemsize + _partials(count, s)
     found = _skinny("shrink", p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K)
-    return found + _mask(p, ranks * p.M * p.K, device)
+    return _masked(found, p, ranks * p.M * p.K, device)
 
 
 @_of.register
 def _expand(launch: ExpandLaunch, p: Problem, device: Device) -> Estimate:
-    """y is written once; s and B, which are read again and again, come from the cache. The mask is made
-    while other programs write."""
+    """y is written once; s and B, which are read again and again, come from the cache."""
     y = launch.M * launch.N
     moved = float(y * p.dtype.itemsize) + launch.M * launch.r * wide(p.dtype).itemsize
     moved += launch.N * launch.r * p.adapter_dtype.itemsize
     fresh = Layout.fresh(launch.M, launch.N, p.dtype)
     found = _skinny("expand", p, device, 2.0 * y * launch.r, moved, "y", fresh, launch.N)
-    return replace(found, device=max(found.device, _mask(p, y, device).device))
+    return _masked(found, p, y, device)
 
 
 @_of.register
@@ -201,7 +204,7 @@ def _shrink_backward(launch: ShrinkBackwardLaunch, p: Problem, device: Device) -
     found = _skinny(
         "shrink_backward", p, device, 2.0 * p.M * p.K * p.r, moved, "x", p.layouts.x, p.K
     )
-    return found + _mask(p, ranks * p.M * p.K, device)
+    return _masked(found, p, ranks * p.M * p.K, device)
 
 
 @_of.register
@@ -279,7 +282,7 @@ def _codes(launch: CodesLaunch, p: Problem, device: Device) -> Estimate:
     flops = 2.0 * rows * p.K * p.N
     seconds = launch.row_blocks * p.N * p.K / (_NUMBERS * device.sms)
     seconds += flops / (_gemm_rate(p, device) * _FEW_ROWS_GEMM)
-    found = work(device, moved=moved, share=_SKINNY, host=LAUNCH_HOST)
+    found = work(device, moved=moved, share=_DEQUANTIZE, host=LAUNCH_HOST)
     slower = max(found.device, seconds + LAUNCH_SECONDS)
     return replace(found, device=slower, flops=2.0 * p.M * p.K * p.N)
 
@@ -306,9 +309,9 @@ def _skinny(
     launches: int = 1,
 ) -> Estimate:
     """A pass over the matrix ``name``, whose rows have ``length`` elements."""
-    share, remark = _SKINNY, ""
+    share, remark = _SKINNY[kernel], ""
     if not _aligned(layout, length):
-        share, remark = _SKINNY * _BY_ELEMENT, _said(name)
+        share, remark = share * _BY_ELEMENT, _said(name)
     if p.dtype.itemsize == 4 and not p.tf32:
         thirds = _THREE_TF32.get(kernel)
         rate = device.flops * thirds if thirds else device.float32_flops * _FLOAT32
@@ -329,10 +332,12 @@ def _gemm_rate(p: Problem, device: Device) -> float:
     return rate * (_TF32_GEMM if p.tf32 else _FLOAT32)
 
 
-def _mask(p: Problem, elements: int, device: Device) -> Estimate:
-    if not p.dropout or not elements:
-        return Estimate()
-    return Estimate(device=elements * _MASK_BYTES / device.bandwidth)
+def _masked(found: Estimate, p: Problem, elements: int, device: Device) -> Estimate:
+    """The same under the problem's mask of so many elements, which is made beside the loads."""
+    if not p.dropout:
+        return found
+    seconds = elements / (_MASKED_NUMBERS * device.sms) + found.launches * LAUNCH_SECONDS
+    return replace(found, device=max(found.device, seconds))
 
 
 def _partials(count: int, size: int) -> float:
