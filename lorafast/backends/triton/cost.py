@@ -235,14 +235,20 @@ def _expand_backward(launch: ExpandBackwardLaunch, p: Problem, device: Device) -
 
 @_of.register
 def _weight_norm(launch: WeightNormLaunch, p: Problem, device: Device) -> Estimate:
-    """W once; A, which every program reads, comes from the cache. Not measured."""
+    """W once, at the rates of ``shrink``; A, which every program reads, comes from the cache. Not
+    measured."""
     W, low = p.N * p.K, (p.N + p.K) * p.r
     rate = device.flops * _THREE_TF32["shrink"]
     if p.adapter_dtype.itemsize == 2:
         rate = device.flops * _SKINNY_RATE["shrink"]
     moved = float(W * p.dtype.itemsize + low * p.adapter_dtype.itemsize)
     return work(
-        device, flops=2.0 * p.r * W, rate=rate, moved=moved, share=_SKINNY, host=LAUNCH_HOST
+        device,
+        flops=2.0 * p.r * W,
+        rate=rate,
+        moved=moved,
+        share=_SKINNY["shrink"],
+        host=LAUNCH_HOST,
     )
 
 
