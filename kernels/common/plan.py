@@ -187,8 +187,10 @@ def weight_norm_launch(N: int, K: int, r: int, *, sms: int) -> WeightNormLaunch:
     spill: found by compiling."""
     block_n = 32 if _blocks(N, 32) >= sms else 16
     block_r = next((block for block in (16, 32, 64) if r <= block), 32)
-    block_k = 128 if block_n == 16 and r <= 32 else 64
-    stages = 6 if block_n == 32 and block_r <= 32 else 4
+    block_k = 64
+    if block_n == 16 and r <= 64:
+        block_k = 128 if r <= 32 else 32
+    stages = 6 if block_k * block_r <= 2048 else 4  # of shared memory there is least on sm_86
     c = LaunchConfig(16, block_n, block_k, block_r, num_warps=4, num_stages=stages)
     return WeightNormLaunch(c, N, K, r, _blocks(N, block_n), _blocks(r, block_r))
 

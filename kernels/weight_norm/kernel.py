@@ -105,7 +105,8 @@ def weight_norm_kernel(
                 b_tile = _rows_of_b(b, rows, of_block, N, r, WIDE)
                 update = dot(b_tile, a_tile, update, "tf32x3", INTERPRETED)
         changed = w_tile.to(tl.float32) + s * update
-        squares += changed * changed
+        # Beyond K an infinite B has made NaN of zeros.
+        squares += tl.where((columns < K)[None, :], changed * changed, 0.0)
     norm = tl.sqrt_rn(tl.sum(squares, 1))
     # Not a maximum, which would hide NaN.
     norm = tl.where(norm < LEAST, LEAST, norm)

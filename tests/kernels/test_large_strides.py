@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from lorafast.kernels.weight_norm import weight_norm
 from small_tiles import on_kernels
 
 from lorafast import reference
@@ -52,6 +53,16 @@ def test_expand(far_apart, device):
         given = s if factor is lora_B else s[:, :2]
         expected = reference.expand(given, factor, 0.5, dtype=torch.float16)
         assert_same(on_kernels().expand(given, factor, 0.5, dtype=torch.float16), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["weight", "lora_A", "lora_B"])
+def test_weight_norm(far_apart, device, far, transposed):
+    sizes = ((24, 2), (2, 2), (24, 2)) if transposed else ((2, 24), (2, 24), (2, 2))
+    given = [draw(*size, device=device) for size in sizes]
+    rows, columns = sizes[far]
+    given[far] = far_apart(rows).t() if columns == 2 and transposed else far_apart(columns)
+    assert_same(weight_norm(*given, 0.5), reference.weight_norm(*given, 0.5))
 
 
 @pytest.mark.parametrize("far", ["x", "weight", "weight transposed"])
