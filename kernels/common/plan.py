@@ -183,15 +183,13 @@ class WeightNormLaunch:
 
 
 def weight_norm_launch(N: int, K: int, r: int, *, sms: int) -> WeightNormLaunch:
-    """With more rows a CTA A is read less often, as long as CTAs fill the SMs. Larger tiles would
-    spill: found by compiling."""
+    """With more rows a CTA A is read less often, as long as CTAs fill the SMs. Longer tiles would
+    spill, and so would fewer warps beside more ranks: found by compiling."""
     block_n = 32 if _blocks(N, 32) >= sms else 16
     block_r = next((block for block in (16, 32, 64) if r <= block), 32)
-    block_k = 64
-    if block_n == 16 and r <= 64:
-        block_k = 128 if r <= 32 else 32
-    stages = 6 if block_k * block_r <= 2048 else 4  # of shared memory there is least on sm_86
-    c = LaunchConfig(16, block_n, block_k, block_r, num_warps=4, num_stages=stages)
+    warps = 4 if block_r == 16 else 8
+    stages = 4 if block_r == 64 else 6  # of which sm_86 has no shared memory for more
+    c = LaunchConfig(16, block_n, 64, block_r, warps, stages)
     return WeightNormLaunch(c, N, K, r, _blocks(N, block_n), _blocks(r, block_r))
 
 

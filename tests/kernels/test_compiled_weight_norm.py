@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="needs a process without TRITON_INTERPRET"),
 ]
 F32, BF16 = torch.float32, torch.bfloat16
-K = 4096
 
 
 def empty(*size, dtype):
@@ -39,15 +38,27 @@ def empty(*size, dtype):
     ids=str,
 )
 def test_compiles_to_fast_code(dtypes, r, N, capability):
-    of_W, of_A, of_B = dtypes
-    weight, lora_A = empty(N, K, dtype=of_W), empty(r, K, dtype=of_A)
-    lora_B = empty(N, r, dtype=of_B)
+    machine, launch = compiled(capability, dtypes, N, 4096, r)
+    assert "HMMA" in machine.instructions
+    assert ("LDGSTS.128" in machine.instructions) is (launch.rank_blocks == 1)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90], ids="sm_{}".format)
+@pytest.mark.parametrize(
+    ("dtypes", "r"), [((BF16, F32, F32), 64), ((F32, F32, F32), 17), ((F32, F32, F32), 65)], ids=str
+)
+def test_of_rows_that_are_not_aligned(dtypes, r, capability):
+    """Loads are one element wide, and their addresses take registers."""
+    compiled(capability, dtypes, 8192, 4100, r)
+
+
+def compiled(capability, dtypes, N, K, r):
+    """Without spills, within shared memory."""
+    sizes = ((N, K), (r, K), (N, r))
+    given = [empty(*size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
     launch = weight_norm_launch(N, K, r, sms=132)
-    (launched,) = launches_of(
-        capability, lambda: kernel.launcher(launch)(weight, lora_A, lora_B, 0.5)
-    )
+    (launched,) = launches_of(capability, lambda: kernel.launcher(launch)(*given, 0.5))
     machine = _compile(launched, capability)
     assert (machine.spills, machine.local) == (0, 0)
     assert machine.shared <= SHARED_MEMORY[capability]
-    assert "HMMA" in machine.instructions
-    assert ("LDGSTS.128" in machine.instructions) is (launch.rank_blocks == 1)
+    return machine, launch

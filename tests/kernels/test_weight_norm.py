@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from helpers import DTYPES, skip_unless_usable
 from layouts import LAYOUTS, lay_out
+from lorafast.kernels.common.start import Start
 from lorafast.kernels.weight_norm import kernel, weight_norm
 from norms import assert_right, drawn
 from quantized_weights import KINDS, draw
@@ -92,6 +93,30 @@ class TestBackend:
             for _ in range(2):
                 assert_right(ops.weight_norm(*given, 0.5), *given, 0.5)
         assert len(started) == 2
+
+    @pytest.mark.parametrize("gradients", [False, True], ids=["no gradients", "gradients"])
+    def test_what_a_layer_launches(self, device, monkeypatch, gradients):
+        """The norm once, and the layer's own launches; PyTorch divides the magnitude and scales y."""
+        skip_unless_usable("triton")
+        started = []
+        own = Start.__call__
+
+        def starting(self, *arguments):
+            started.append(self._kernel.__name__)
+            own(self, *arguments)
+
+        monkeypatch.setattr(Start, "__call__", starting)
+        weight, lora_A, lora_B = drawn(40, 70, 3, (torch.bfloat16, *[torch.float32] * 2), device)
+        x = torch.randn(5, 70, device=device).bfloat16()
+        magnitude = torch.randn(40, device=device)
+        for tensor in (x, lora_A, lora_B, magnitude):
+            tensor.requires_grad_(gradients)
+        with lorafast.use_backend("triton"):
+            y = lorafast.functional.dora_linear(x, weight, lora_A, lora_B, magnitude, 0.5)
+            assert started[0] == "weight_norm_kernel"
+            if gradients:
+                y.sum().backward()
+        assert started.count("weight_norm_kernel") == 1
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_quantized_weight_is_made_dense_first(self, device, kind):

@@ -9,6 +9,7 @@ from peft_twins import K, N, assert_equal, peft_model, twins
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafast
+from lorafast.backends import registry
 from lorafast.integrations.peft.dora import weight_norm
 
 
@@ -44,6 +45,22 @@ def test_a_row_that_the_adapter_nearly_cancels(left):
 
 def test_no_row_is_an_empty_sum():
     assert weight_norm(torch.empty(0, K), torch.randn(2, K), torch.empty(0, 2), 1.0).shape == (0,)
+
+
+def test_the_norm_is_taken_by_the_backend(monkeypatch):
+    """Once for a call of the layer, of PEFT's own tensors."""
+    asked = []
+    own = registry.choose
+
+    def choosing(problem, backend=None):
+        asked.append(problem.operation)
+        return own(problem, backend)
+
+    monkeypatch.setattr(registry, "choose", choosing)
+    registry.forget_plans()
+    model = lorafast.accelerate(peft_model(use_dora=True), quiet=True)
+    model(torch.randn(6, K)).sum().backward()
+    assert asked.count("weight_norm") == 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
