@@ -57,6 +57,7 @@ class _Options(ctypes.Structure):
         ("trace_cta", ctypes.c_int),
         ("trace_thread", ctypes.c_int),
         ("lowest_first", ctypes.c_bool),
+        ("in_clusters", ctypes.c_bool),
     ]
 
 
@@ -407,6 +408,7 @@ class Machine:
             limits.three(f"{name}: {what}", sizes)
             for what, sizes in (("grid", grid), ("block", block))
         )
+        in_clusters = cluster is not None
         cluster = limits.cluster_of(laid_out, cluster)
         limit = self.shared_limit or limits.shared_limit(laid_out.target)
         if why := limits.why_not(laid_out, grid, block, cluster, shared, limit):
@@ -418,6 +420,7 @@ class Machine:
         return _Options(
             three(*grid), three(*block), three(*cluster), shared, self.seed, self.resident,
             LATE.index(self.late), self.most_steps, self.most_silent, cta, thread, self.lowest_first,
+            in_clusters,
         )  # fmt: skip
 
 
