@@ -167,6 +167,32 @@ class LoraLinearLaunch:
     shrink: LaunchConfig
 
 
+@dataclass(frozen=True)
+class WeightNormLaunch:
+    """A pass over W ``[N, K]`` by ``programs`` CTAs of ``block_n`` rows each.
+
+    ``rank_blocks``: of one, B is kept; several are looped over, and B is read again for each block of K.
+    """
+
+    config: LaunchConfig
+    N: int
+    K: int
+    r: int
+    programs: int
+    rank_blocks: int
+
+
+def weight_norm_launch(N: int, K: int, r: int, *, sms: int) -> WeightNormLaunch:
+    """With more rows a CTA A is read less often, as long as CTAs fill the SMs. Larger tiles would
+    spill: found by compiling."""
+    block_n = 32 if _blocks(N, 32) >= sms else 16
+    block_r = next((block for block in (16, 32, 64) if r <= block), 32)
+    block_k = 128 if block_n == 16 and r <= 32 else 64
+    stages = 6 if block_n == 32 and block_r <= 32 else 4
+    c = LaunchConfig(16, block_n, block_k, block_r, num_warps=4, num_stages=stages)
+    return WeightNormLaunch(c, N, K, r, _blocks(N, block_n), _blocks(r, block_r))
+
+
 def shrink_launch(
     c: LaunchConfig, M: int, K: int, r: int, *, sms: int, precision: str, dropout: bool
 ) -> ShrinkLaunch:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafast import operands
 from lorafast.backends import workspace
 from lorafast.backends.plan import Plan
-from lorafast.core.problem import DENSE, Layout, Problem
+from lorafast.core.problem import DENSE, WEIGHT_NORM, Layout, Problem
 from lorafast.operands import Weight
 
 Dequantize = Callable[[Weight, Tensor], None]
@@ -23,6 +23,7 @@ Dequantize = Callable[[Weight, Tensor], None]
 
 _POSITION = {
     "linear_expand": 1, "lora_linear": 1, "lora_linear_backward": 2, "grouped_lora_linear": 1,
+    WEIGHT_NORM: 0,
 }  # fmt: skip
 """Of the weight, among what a plan's ``run`` takes."""
 
@@ -139,6 +140,8 @@ def plan(problem: Problem, dequantize: Dequantize, product: Plan, line: str) -> 
     N, K, dtype = problem.N, problem.K, problem.dtype
     position, run = _POSITION[problem.operation], product.run
     backward = problem.transposed or problem.operation == "lora_linear_backward"
+    # The norm is a forward's, which dx doesn't take again.
+    keeps = not backward and problem.operation != WEIGHT_NORM
 
     def of_dense(*arguments: Any) -> Any:
         weight, before, behind = (
@@ -149,7 +152,7 @@ def plan(problem: Problem, dequantize: Dequantize, product: Plan, line: str) -> 
         W = _keeping.taken(weight, dtype) if backward else None
         if W is not None:
             return run(*before, W, *behind)
-        if not backward and _keeping.wants(N * K * dtype.itemsize):
+        if keeps and _keeping.wants(N * K * dtype.itemsize):
             W = torch.empty((N, K), dtype=dtype, device=weight.device)
             dequantize(weight, W)
             _keeping.keep(weight, W)

@@ -33,7 +33,10 @@ class Plan:
     - ``grouped_lora_linear``: ``x, weight, lora_A, lora_B, scaling, assignment, bias`` and returns ``y``
       and ``s``, in the order of x with zeros where there is no adapter, None if it isn't wanted;
     - ``grouped_lora_linear_backward``: ``dy, x, weight, lora_A, lora_B, s, scaling, assignment`` and
-      returns ``dx, dweight, dA, dB, dscaling, dbias``, under the same conditions.
+      returns ``dx, dweight, dA, dB, dscaling, dbias``, under the same conditions;
+    - ``weight_norm``: ``weight, lora_A, lora_B, scaling``, the last a number or a tensor of one, and
+      returns the norms ``[N]`` in float32 (float64 of a float64 weight), through which no gradient
+      flows.
 
     ``weight`` is an operand (``lorafast.operands``) of the problem's format, ``x`` and ``dy`` are
     matrices of the problem's shapes. Of several adapters, ``lora_A [n, r, K]``, ``lora_B [n, N, r]`` and

@@ -15,6 +15,9 @@ LAYER_OPERATIONS = ("lora_linear", "lora_linear_backward")
 GROUPED_OPERATIONS = ("grouped_lora_linear", "grouped_lora_linear_backward")
 """Those of a layer of several adapters, of which each element of a batch has one or none."""
 
+WEIGHT_NORM = "weight_norm"
+"""DoRA's norm of each row of ``W + scaling · B·A``, an operation beside those of a layer."""
+
 DENSE = "dense"
 """The format of a weight that is a plain tensor, and of an operation that reads none."""
 
@@ -82,11 +85,13 @@ class Problem(NamedTuple):
     """All that the choice of a backend and of its launches may depend on.
 
     Sizes are the layer's, ``x [M, K]`` and ``weight [N, K]``; one that the operation doesn't have is 0:
-    ``shrink`` and ``shrink_backward`` have no N, ``expand`` and ``expand_backward`` have no K.
+    ``shrink`` and ``shrink_backward`` have no N, ``expand`` and ``expand_backward`` have no K,
+    ``weight_norm`` has no M.
 
-    - ``operation``: one of ``OPERATIONS``, ``LAYER_OPERATIONS`` or ``GROUPED_OPERATIONS``;
+    - ``operation``: one of ``OPERATIONS``, ``LAYER_OPERATIONS`` or ``GROUPED_OPERATIONS``, or
+      ``WEIGHT_NORM``;
     - ``dtype``: of x, y, dy and dx, and of the weight as it is multiplied; ``adapter_dtype``: of A, B
-      and their gradients;
+      and their gradients, of two dtypes the one that both are promoted to;
     - ``format``: how the weight is stored, a name of ``lorafast.operands``; ``format_parameters``: what
       else it takes to read it;
     - ``transposed``: of ``linear_expand``: it multiplies by W, not by Wᵀ, as dx does;

@@ -1,12 +1,12 @@
 """The DoRA linear layer, made of ``lora_linear``: what is scaled, what is dropped, in which dtype."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.operands import Weight
 from lorafast.ops.dropout import dropout
 from lorafast.ops.lora_linear import lora_linear
+from lorafast.ops.scaled import scaled
 
 
 def dora_linear(
@@ -29,13 +29,12 @@ def dora_linear(
     """
     if not dropout_p:
         y = lora_linear(x, weight, lora_A, lora_B, scaling)
-        scaled = y * scale if bias is None else torch.addcmul(bias, y, scale)
-        return scaled.to(y.dtype)
+        return scaled(y, scale, bias)
     scaled_B = scale.unsqueeze(1) * lora_B
     A = lora_A.to(scaled_B.dtype)
     y = lora_linear(x, weight, A, scaled_B, scaling, bias, dropout_p, seed)
     frozen = frozen_linear(dropout(x, dropout_p, seed), weight)
-    return torch.addcmul(y, frozen, scale - 1).to(y.dtype)
+    return scaled(frozen, scale - 1, y)
 
 
 def around_float16(

@@ -13,7 +13,7 @@ from lorafast.backends import forced, registry
 from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.core.dtypes import wide
 from lorafast.core.errors import BackendError
-from lorafast.core.problem import WANTS, Layout, Layouts, Problem, is_plain
+from lorafast.core.problem import WANTS, WEIGHT_NORM, Layout, Layouts, Problem, is_plain
 from lorafast.operands import Weight
 
 FROZEN = ("dx", "dA", "dB")
@@ -166,6 +166,20 @@ def _problem(
 def _weight_layout(weight: Weight) -> Layout:
     """How the weight lies in memory; of one that is not dense its format knows."""
     return Layout.of(weight) if isinstance(weight, Tensor) else Layout()
+
+
+def weight_norm_problem(
+    weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> Problem:
+    """``‖W + scaling · B·A‖`` of each row. What reads W doesn't depend on how it lies in memory."""
+    (N, K), r = weight.shape, lora_A.shape[0]
+    others = (scaling,) if isinstance(scaling, Tensor) else ()
+    return Problem(
+        WEIGHT_NORM, 0, K, N, r, weight.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype),
+        weight.device, operands.format_of(weight),
+        plain=is_plain(*operands.stored(weight), lora_A, lora_B, *others),
+        format_parameters=operands.parameters_of(weight),
+    )  # fmt: skip
 
 
 def layer_problem(

@@ -1,68 +1,67 @@
-"""``‖W + scaling · B·A‖`` of each row, DoRA's norm, without a matrix of the weight's size.
+"""``‖W + scaling · B·A‖`` of each row, DoRA's norm: found, planned and run.
 
-The norm of row j needs neither ``B·A`` nor its sum with W, N × K each:
-
-    ‖W_j + s·B_j·A‖² = ‖W_j‖² + 2s · B_j·(W·Aᵀ)_j + s² · B_j·(A·Aᵀ)·B_jᵀ
-
-from ``W·Aᵀ [N, r]`` and ``A·Aᵀ [r, r]``. Where the adapter cancels nearly all of a row the sum loses
-digits: with a hundredth of the row's norm left, about four.
-
-``‖W‖²`` is not kept between calls: W may change where PyTorch counts no change (``weight.data += …``, as
-PEFT merges), only a pass over W could tell, and a pass over W is what it would save. Measured at
-2048 × 2048 on two cores: 0.3 ms in float32 and 0.8 in bfloat16, beside the 28 and 10 ms of the product
-with 512 rows. Of a quantized weight it would save no more: ``W·Aᵀ`` reads the same rows, made dense, and
-changes in every step.
+No gradient flows through it, so eager code needs no ``autograd.Function`` around a plan. Compiled code,
+transforms and modes see PyTorch's own operations.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafast import operands
-from lorafast.core.dtypes import LEAST_NORM
+from lorafast.backends import forced, registry
+from lorafast.backends import weight_norm as pytorch
+from lorafast.backends.plan import Run
+from lorafast.core.context import alone, needs_plain_pytorch, watched
+from lorafast.core.problem import WEIGHT_NORM
+from lorafast.core.sms import carveout
 from lorafast.operands import Weight
+from lorafast.ops.calls import like_of
+from lorafast.ops.problems import weight_norm_problem
 
-_BLOCKS = 16
-"""What isn't float32 is squared and multiplied in a float32 copy, of a block of W's rows at a time: on a
-CPU one that stays in the cache."""
-_BLOCK_BYTES = 1 << 26
-"""Of that copy on a GPU, where every block is four launches more: on an H100 sixteen for each layer of a
-small model took most of its time."""
+_KEPT = 4096
+_runs: dict[tuple[object, ...], Run] = {}
+registry.when_forgotten(_runs.clear)
 
 
-@torch.no_grad()
 def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     """``‖W + scaling · B·A‖`` of each row.
 
     Shapes: ``weight [N, K]``, a tensor or an operand of another format, ``lora_A [r, K]``,
-    ``lora_B [N, r]`` → ``[N]`` in float32 (float64 of a float64 weight), at least ``LEAST_NORM``. No
-    gradient flows through it.
+    ``lora_B [N, r]`` → ``[N]`` in float32 (float64 of a float64 weight), at least ``LEAST_NORM``.
+    ``scaling``: a number, or a tensor of one, whose value the host doesn't ask for. No gradient flows
+    through it.
+
+    A forced backend that has no such operation leaves it to the fastest one that has.
+
+    Raises:
+        BackendError: the forced backend has it, and can't serve the call.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    A, B = lora_A.detach().to(dtype), lora_B.detach().to(dtype)
-    of_weight, with_A = _of_weight(weight, A)
-    squared = of_weight + ((B * with_A).sum(1) * (2 * scaling))
-    squared = squared + ((B @ (A @ A.t())) * B).sum(1) * (scaling * scaling)
-    # Where the adapter cancels a row, what is left is rounding, which must not be negative or zero.
-    rounding = torch.finfo(dtype).eps * of_weight
-    return torch.maximum(squared, rounding).clamp_min(LEAST_NORM**2).sqrt()
+    norm: Tensor
+    compiling = torch.compiler.is_compiling()
+    if compiling or (not alone() and (needs_plain_pytorch() is not None or watched())):
+        return pytorch.weight_norm(weight, lora_A, lora_B, scaling)
+    backend = forced.forced()
+    if backend is not None and WEIGHT_NORM not in registry.get(backend).operations:
+        backend = None
+    others = (lora_A, lora_B, scaling) if isinstance(scaling, Tensor) else (lora_A, lora_B)
+    key = (
+        backend, carveout(), like_of(weight, lora_A, lora_B, None), type(scaling),
+        *[t.device for t in (*operands.stored(weight), *others)],
+    )  # fmt: skip
+    run = _runs.get(key)
+    if run is None:
+        run = _planned(key, backend, weight, lora_A, lora_B, scaling)
+    norm = run(weight, lora_A, lora_B, scaling)
+    return norm
 
 
-def _blocks(weight: Weight, dtype: torch.dtype) -> int:
-    """Into how many blocks of rows ``weight`` is cut, to be copied in ``dtype``."""
-    if weight.device.type == "cpu":
-        return _BLOCKS
-    N, K = weight.shape
-    return max(-(-N * K * dtype.itemsize // _BLOCK_BYTES), 1)
-
-
-def _of_weight(weight: Weight, lora_A: Tensor) -> tuple[Tensor, Tensor]:
-    """``‖W_j‖²`` of each row and ``W·Aᵀ [N, r]``, in the dtype of A."""
-    whole = isinstance(weight, Tensor) and weight.dtype.itemsize >= lora_A.dtype.itemsize
-    squares, products = [], []
-    for rows in operands.row_blocks(weight, 1 if whole else _blocks(weight, lora_A.dtype)):
-        wide = rows.detach().to(lora_A.dtype)
-        squares.append(torch.linalg.vector_norm(wide, dim=1).square())
-        products.append(torch.mm(wide, lora_A.t()))
-    if len(squares) == 1:
-        return squares[0], products[0]
-    return torch.cat(squares), torch.cat(products)
+def _planned(key: tuple[object, ...], backend: str | None, *arguments: Any) -> Run:
+    before = registry.times_forgotten()
+    run = registry.choose(weight_norm_problem(*arguments), backend).run
+    if before == registry.times_forgotten():
+        if len(_runs) >= _KEPT:
+            _runs.clear()
+        _runs[key] = run
+    return run

@@ -16,7 +16,7 @@ class Counted(TorchDispatchMode):
     products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.products += function is torch.ops.aten.mm.default
+        self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         return function(*args, **(kwargs or {}))
 
 

@@ -6,7 +6,8 @@ from lorafast.backends import composed, cost
 from lorafast.backends.aten import grouped_lora_linear as grouped
 from lorafast.backends.aten import operations
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, Problem
+from lorafast.backends.weight_norm import weight_norm
+from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, WEIGHT_NORM, Problem
 from lorafast.operands import DENSE
 
 SMALL = 1 << 22
@@ -22,7 +23,7 @@ class Aten(Backend):
     """PyTorch's own calls in their best order; any tensors, dtypes, devices and formats."""
 
     name = "aten"
-    operations = Backend.operations | frozenset(GROUPED_OPERATIONS)
+    operations = Backend.operations | frozenset((*GROUPED_OPERATIONS, WEIGHT_NORM))
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """A small layer in few calls that PyTorch differentiates, another operation by operation."""
@@ -85,6 +86,8 @@ def _grouped(p: Problem) -> Plan:
 def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
     if p.operation == "shrink":
         return operations.shrink, ("one product",)
+    if p.operation == WEIGHT_NORM:
+        return weight_norm, ("products of W, A and B with A, and sums of squares",)
     if p.operation == "expand":
         return operations.expand(p.dtype), ("one product",)
     if p.operation == "expand_backward":

@@ -5,6 +5,8 @@ H100 and an H200 (M = 8192, K = N = 4096, r = 16 to 128); that both reach less w
 is assumed.
 """
 
+import torch
+
 from lorafast.backends.cost import (
     CALL_SECONDS,
     FLOAT32,
@@ -17,7 +19,7 @@ from lorafast.backends.cost import (
 )
 from lorafast.backends.dropout import bits_on
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
+from lorafast.core.problem import LAYER_OPERATIONS, WEIGHT_NORM, Layout, Problem, parts
 
 _SKINNY = 0.72
 """Of the bandwidth, for a GEMM of 16-bit elements that is as thin as the rank, and for copies."""
@@ -28,6 +30,10 @@ _MASK_LAUNCHES, _MASK_BYTES = 138, 225
 _BIT_MASK_LAUNCHES, _BIT_MASK_BYTES = 6, 12.8
 """The same where a kernel makes the bits: counted, and 0.7 for the kernel's arithmetic, which is that of
 the other kernels that make a mask."""
+_NORM_LAUNCHES = 10
+"""Launches of DoRA's norm beside those that read W: counted."""
+_PARTIAL = 4
+"""Bytes of a float32."""
 
 
 def estimate(problem: Problem, device: Device) -> Estimate:
@@ -93,12 +99,26 @@ def _low_rank(p: Problem, columns: int, device: Device) -> Estimate:
     return _cast(p, factor, device) + low + _mask(p, columns, device)
 
 
+def _weight_norm(p: Problem, device: Device) -> Estimate:
+    """W in float32, for its norm and its product with A; the rest is as small as A and B."""
+    W, size, low = p.N * p.K, p.dtype.itemsize, (p.N + p.K) * p.r
+    found = work(device, launches=_NORM_LAUNCHES)
+    if size < _PARTIAL:
+        found += work(device, moved=W * (size + _PARTIAL), share=_SKINNY)
+    found += work(device, moved=W * _PARTIAL, share=_SKINNY)
+    rate = device.rate(torch.float32, p.tf32) * FLOAT32
+    return found + work(
+        device, flops=2.0 * p.r * W, rate=rate, moved=(W + low) * _PARTIAL, share=_SKINNY_WIDE
+    )
+
+
 _OPERATIONS = {
     "shrink": _shrink,
     "expand": _expand,
     "linear_expand": _linear_expand,
     "expand_backward": _expand_backward,
     "shrink_backward": _shrink_backward,
+    WEIGHT_NORM: _weight_norm,
 }
 
 

@@ -9,7 +9,7 @@ from lorafast import operands, reference
 from lorafast.backends import composed
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.backends.reference import grouped_lora_linear as grouped
-from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, Problem
+from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, WEIGHT_NORM, Problem
 from lorafast.operands import Weight
 
 
@@ -18,7 +18,7 @@ class Reference(Backend):
 
     name = "reference"
     plain_pytorch = True
-    operations = Backend.operations | frozenset(GROUPED_OPERATIONS)
+    operations = Backend.operations | frozenset((*GROUPED_OPERATIONS, WEIGHT_NORM))
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """One plain PyTorch expression each."""
@@ -43,6 +43,8 @@ def _operation(problem: Problem) -> Run:
         return partial(reference.expand, dtype=problem.dtype)
     if problem.operation == "linear_expand":
         return partial(_linear_expand, problem.transposed)
+    if problem.operation == WEIGHT_NORM:
+        return _weight_norm
     if problem.operation == "expand_backward":
         return partial(_expand_backward, problem.wants, problem.adapter_dtype)
     return partial(_shrink_backward, problem.adapter_dtype)
@@ -64,6 +66,10 @@ def _linear_expand(
     return reference.linear_expand(
         x, dense, s, lora_B, scaling, bias, dropout_p, seed, transposed=transposed
     )
+
+
+def _weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return reference.weight_norm(operands.as_dense(weight), lora_A, lora_B, scaling)
 
 
 def _expand_backward(

@@ -14,7 +14,7 @@ import torch
 from lorafast.backends import composed, dequantized
 from lorafast.backends.cost import Device, gpu_of, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem, parts
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, WEIGHT_NORM, Problem, parts
 from lorafast.kernels import tables
 from lorafast.kernels.common import configs
 from lorafast.kernels.common.configs import LaunchConfig
@@ -38,6 +38,7 @@ class Triton(Backend):
     """
 
     name = "triton"
+    operations = Backend.operations | {WEIGHT_NORM}
 
     def __init__(self, config: LaunchConfig | None = None) -> None:
         """``config``: what every call is launched with, instead of what was measured or ships."""
@@ -82,6 +83,8 @@ class Triton(Backend):
         from lorafast.backends.triton import cost
         from lorafast.backends.triton.lines import lines
 
+        if problem.operation == WEIGHT_NORM:
+            return None
         if problem.operation in LAYER_OPERATIONS:
             if not dequantized.reads_weight(problem):
                 return None

@@ -16,7 +16,7 @@ from lorafast.backends.dequantized import dense as of_dense
 from lorafast.backends.triton import planning, quantized
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import LAYER_OPERATIONS, Layout, Problem, parts
+from lorafast.core.problem import LAYER_OPERATIONS, WEIGHT_NORM, Layout, Problem, parts
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.plan import (
@@ -26,6 +26,7 @@ from lorafast.kernels.common.plan import (
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
+    WeightNormLaunch,
 )
 from lorafast.kernels.tables.find import nearest_architecture
 
@@ -157,6 +158,7 @@ PLANNED: dict[str, Callable[[Problem, Device, LaunchConfig | None], Launch]] = {
     "linear_expand": gemm,
     "expand_backward": planning.plan_expand_backward,
     "shrink_backward": planning.plan_shrink_backward,
+    WEIGHT_NORM: planning.plan_weight_norm,
 }
 
 
@@ -228,6 +230,19 @@ def _expand_backward(launch: ExpandBackwardLaunch, p: Problem, device: Device) -
         p.layouts.dy,
         p.N,
         launches,
+    )
+
+
+@_of.register
+def _weight_norm(launch: WeightNormLaunch, p: Problem, device: Device) -> Estimate:
+    """W once; A, which every program reads, comes from the cache. Not measured."""
+    W, low = p.N * p.K, (p.N + p.K) * p.r
+    rate = device.flops * _THREE_TF32["shrink"]
+    if p.adapter_dtype.itemsize == 2:
+        rate = device.flops * _SKINNY_RATE["shrink"]
+    moved = float(W * p.dtype.itemsize + low * p.adapter_dtype.itemsize)
+    return work(
+        device, flops=2.0 * p.r * W, rate=rate, moved=moved, share=_SKINNY, host=LAUNCH_HOST
     )
 
 

@@ -15,6 +15,7 @@ from lorafast.kernels.common.plan import (
     LinearExpandLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
+    WeightNormLaunch,
 )
 from lorafast.kernels.expand import kernel as expand
 from lorafast.kernels.expand_backward import kernel as expand_backward
@@ -23,6 +24,7 @@ from lorafast.kernels.linear_expand import kernel as linear_expand
 from lorafast.kernels.lora_linear import forward
 from lorafast.kernels.shrink import kernel as shrink
 from lorafast.kernels.shrink_backward import kernel as shrink_backward
+from lorafast.kernels.weight_norm import kernel as weight_norm
 
 
 def run_of(launch: Launch, p: Problem) -> Run:
@@ -42,6 +44,8 @@ def run_of(launch: Launch, p: Problem) -> Run:
         return shrink_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, CodesLaunch):
         return codes.launcher(launch)
+    if isinstance(launch, WeightNormLaunch):
+        return weight_norm.launcher(launch)
     return forward.launcher(launch)
 
 

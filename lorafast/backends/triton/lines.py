@@ -9,6 +9,7 @@ from lorafast.kernels.common.plan import (
     LinearExpandLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
+    WeightNormLaunch,
 )
 
 
@@ -37,6 +38,9 @@ def lines(launch: Launch) -> tuple[str, ...]:
         programs, tiles = launch.tiles * launch.splits, _tiles(launch.config, "mnk")
         cut = _cut(launch.splits, "K")
         return (f"linear_expand: grid {programs}, {tiles}{cut}, W read as codes",)
+    if isinstance(launch, WeightNormLaunch):
+        tiles = _tiles(launch.config, "nk")
+        return (f"weight_norm: grid {launch.programs}, {tiles}, pointers",)
     helpers = launch.helpers
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"

@@ -24,6 +24,7 @@ from lorafast.kernels.common.plan import (
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
+    WeightNormLaunch,
     expand_backward_launch,
     expand_launch,
     linear_expand_launch,
@@ -34,6 +35,7 @@ from lorafast.kernels.common.plan import (
     shrink_launch,
     skinny_precision_of,
     tma_fits,
+    weight_norm_launch,
 )
 from lorafast.kernels.tables.find import GEMMS
 
@@ -63,6 +65,7 @@ Launch = (
     | ShrinkBackwardLaunch
     | LoraLinearLaunch
     | CodesLaunch
+    | WeightNormLaunch
 )
 
 
@@ -118,6 +121,13 @@ def plan_shrink_backward(
     return shrink_backward_launch(
         c, p.M, p.K, p.r, sms=device.sms, precision=skinny_precision(p), dropout=p.dropout
     )
+
+
+def plan_weight_norm(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> WeightNormLaunch:
+    """One pass over W. It has one rule for all devices, whatever ``config`` says."""
+    return weight_norm_launch(p.N, p.K, p.r, sms=device.sms)
 
 
 def plan_linear_expand(

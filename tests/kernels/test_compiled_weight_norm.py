@@ -1,0 +1,53 @@
+"""DoRA's norm, compiled for every architecture: nothing spills, W comes ahead of its use."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lorafast.kernels.common.configs import SHARED_MEMORY
+from lorafast.kernels.common.launch import INTERPRETED
+from lorafast.kernels.common.plan import weight_norm_launch
+from lorafast.kernels.weight_norm import kernel
+from machine_code import _compile
+from recorded import launches_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.executed,
+    pytest.mark.skipif(INTERPRETED, reason="needs a process without TRITON_INTERPRET"),
+]
+F32, BF16 = torch.float32, torch.bfloat16
+K = 4096
+
+
+def empty(*size, dtype):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize("N", [1024, 8192])
+@pytest.mark.parametrize(
+    ("dtypes", "r"),
+    [
+        ((BF16, F32, F32), 16),
+        ((BF16, F32, F32), 64),
+        ((BF16, F32, F32), 256),
+        ((BF16, BF16, BF16), 16),
+        ((F32, F32, F32), 32),
+    ],
+    ids=str,
+)
+def test_compiles_to_fast_code(dtypes, r, N, capability):
+    of_W, of_A, of_B = dtypes
+    weight, lora_A = empty(N, K, dtype=of_W), empty(r, K, dtype=of_A)
+    lora_B = empty(N, r, dtype=of_B)
+    launch = weight_norm_launch(N, K, r, sms=132)
+    (launched,) = launches_of(
+        capability, lambda: kernel.launcher(launch)(weight, lora_A, lora_B, 0.5)
+    )
+    machine = _compile(launched, capability)
+    assert (machine.spills, machine.local) == (0, 0)
+    assert machine.shared <= SHARED_MEMORY[capability]
+    assert "HMMA" in machine.instructions
+    assert ("LDGSTS.128" in machine.instructions) is (launch.rank_blocks == 1)
