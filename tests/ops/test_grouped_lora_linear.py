@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from circumstances import MEMORY, WORK, assert_same_bits
-from helpers import DTYPES, assert_contract, stacked
+from helpers import DTYPES, assert_contract, covering, stacked
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -610,10 +610,17 @@ def test_exported_it_runs_on_pytorch_alone():
 
 
 @pytest.mark.parametrize(
-    ("backend", "format"), [("reference", "dense"), *(("aten", format) for format in FORMATS)]
+    ("path", "served", "grad"),
+    covering(
+        PATHS,
+        [("reference", "dense"), *(("aten", format) for format in FORMATS)],
+        [(), ("x", "lora_A", "scaling")],
+    ),
+    indirect=["path"],
+    ids=str,
 )
-@pytest.mark.parametrize("grad", [(), ("x", "lora_A", "scaling")], ids=["no-grad", "grad"])
-def test_opcheck(path, backend, format, grad):
+def test_opcheck(path, served, grad):
+    backend, format = served
     t = draw(grad=grad)
     weight = FORMATS[format](t["weight"])
     stored = operands.stored(weight), operands.describe(weight)

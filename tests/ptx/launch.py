@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -102,10 +102,15 @@ class Count:
 class Ran:
     """What a launch did."""
 
-    counts: tuple[Count, ...]
     steps: int
     """Instructions issued by all warps."""
     trace: str
+    _count: Callable[[], tuple[Count, ...]] = field(repr=False)
+
+    @functools.cached_property
+    def counts(self) -> tuple[Count, ...]:
+        """Of every instruction."""
+        return self._count()
 
     def issued(self, prefix: str = "") -> int:
         """Instructions issued whose opcode begins with ``prefix``."""
@@ -132,7 +137,8 @@ class Program:
         """The kernel's."""
         return self.layout.name
 
-    def code(self) -> list[tuple[int, str]]:
+    @functools.cached_property
+    def code(self) -> tuple[tuple[int, str], ...]:
         """Line and opcode of every instruction."""
         library = _library()
         found = []
@@ -140,7 +146,7 @@ class Program:
             line, opcode = ctypes.c_int(), ctypes.create_string_buffer(256)
             library.ptx_code(ctypes.c_void_p(self._handle), index, ctypes.byref(line), opcode, 256)
             found.append((line.value, opcode.value.decode()))
-        return found
+        return tuple(found)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
@@ -370,12 +376,16 @@ class Machine:
             raise fault
         if code:
             raise UnknownInstruction(message.value.decode())
-        found = []
-        for i, (line, opcode) in enumerate(program.code()):
-            numbers = (getattr(counts[i], name) for name, _ in _Count._fields_)
-            of_warps = tuple(by_warp[i * warps : (i + 1) * warps])
-            found.append(Count(line, opcode, *numbers, of_warps))
-        return Ran(tuple(found), steps.value, traced.value.decode())
+
+        def count() -> tuple[Count, ...]:
+            found = []
+            for i, (line, opcode) in enumerate(program.code):
+                numbers = (getattr(counts[i], name) for name, _ in _Count._fields_)
+                of_warps = tuple(by_warp[i * warps : (i + 1) * warps])
+                found.append(Count(line, opcode, *numbers, of_warps))
+            return tuple(found)
+
+        return Ran(steps.value, traced.value.decode(), count)
 
     @staticmethod
     def _with_source(message: str, laid_out: Layout) -> str:
