@@ -242,7 +242,12 @@ def _weight_norm(launch: WeightNormLaunch, p: Problem, device: Device) -> Estima
         rate = device.flops * _SKINNY_RATE["shrink"]
     moved = float(W * p.dtype.itemsize + low * p.adapter_dtype.itemsize)
     return work(
-        device, flops=2.0 * p.r * W, rate=rate, moved=moved, share=_SKINNY, host=LAUNCH_HOST
+        device,
+        flops=2.0 * p.r * W,
+        rate=rate,
+        moved=moved,
+        share=_SKINNY["shrink"],
+        host=LAUNCH_HOST,
     )
 
 
