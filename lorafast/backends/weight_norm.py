@@ -38,12 +38,14 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float |
     gradient flows through it.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = lora_A.detach().to(dtype), lora_B.detach().to(dtype)
     if isinstance(scaling, Tensor):
-        scaling = scaling.detach()  # no tangent flows through either
-    A, B = lora_A.detach().to(dtype), lora_B.detach().to(dtype) * scaling
+        B, scaling = B * scaling.detach(), 1.0
+    elif torch.compiler.is_compiling():  # a number that may be symbolic
+        B, scaling = B * scaling, 1.0
     of_weight, with_A = _of_weight(weight, A)
     # [N, r]: what B is multiplied by, once for both terms.
-    beside_B = torch.addmm(with_A, B, A @ A.t(), beta=2)
+    beside_B = torch.addmm(with_A, B, A @ A.t(), beta=2 * scaling, alpha=scaling * scaling)
     squared = of_weight + (B * beside_B).sum(1)
     # Where the adapter cancels a row, what is left is rounding, which must not be negative or zero.
     rounding = torch.finfo(dtype).eps * of_weight

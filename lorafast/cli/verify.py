@@ -21,13 +21,14 @@ from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
 from lorafast.core.dtypes import wide
 from lorafast.core.errors import BackendError
+from lorafast.core.problem import WEIGHT_NORM
 from lorafast.ops.problems import why_not
 from lorafast.reference import contract
 
 _SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (129, 96, 257, 40))
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FORMATS = (operands.DENSE, "nf4", "int8", "fp8")
-_READ_WEIGHT = ("lora_linear", "lora_linear_backward", "linear_expand", "dx")
+_READ_WEIGHT = ("lora_linear", "lora_linear_backward", "linear_expand", "dx", WEIGHT_NORM)
 _LETTERS = "M, K, N, r"
 _NAMES = {"dx": "linear_expand"}
 """The operations of rows that bear another name."""
@@ -175,6 +176,9 @@ def _calls(
         )
         calls["expand_backward"] = lambda run, cast: run.expand_backward(
             cast(dy), cast(s, low), cast(lora_B), 0.7
+        )
+        calls[WEIGHT_NORM] = lambda run, cast: run.weight_norm(
+            frozen(run, cast), cast(lora_A), cast(lora_B), 0.7
         )
     if quantized is not None:
         return {name: call for name, call in calls.items() if name in _READ_WEIGHT}

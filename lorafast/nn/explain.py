@@ -10,6 +10,7 @@ from lorafast.core.problem import Problem
 from lorafast.nn import offload
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.lora_linear import LoRALinear
+from lorafast.ops.weight_norm import plan_of
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,17 @@ def _choices(layer: AdapterLayer, x: Tensor | None) -> tuple[Choice, ...]:
         second = _choice(backward, _choose(backward))
     remark = _packed(layer, forward)
     if layer.use_dora:
-        remark += ", within DoRA, whose norm and scale PyTorch computes"
+        remark += f", within DoRA, whose norm is computed by {_norm(layer)}"
     return _choice(forward, chosen, remark), second
+
+
+def _norm(layer: AdapterLayer) -> str:
+    assert isinstance(layer, LoRALinear)
+    try:
+        plan = plan_of(layer.operand(), layer.lora_A, layer.lora_B)
+    except BackendError as error:
+        return f"none: {error}"
+    return f"{plan.backend} ({', '.join(plan.launches)})"
 
 
 def _choose(problem: Problem) -> Plan | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorafast import operands
 from lorafast.backends import forced, registry
 from lorafast.backends import weight_norm as pytorch
-from lorafast.backends.plan import Run
+from lorafast.backends.plan import Plan, Run
 from lorafast.core.context import alone, needs_plain_pytorch, watched
 from lorafast.core.problem import WEIGHT_NORM
 from lorafast.core.sms import carveout
@@ -42,9 +42,7 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float |
     compiling = torch.compiler.is_compiling()
     if compiling or (not alone() and (needs_plain_pytorch() is not None or watched())):
         return pytorch.weight_norm(weight, lora_A, lora_B, scaling)
-    backend = forced.forced()
-    if backend is not None and WEIGHT_NORM not in registry.get(backend).operations:
-        backend = None
+    backend = _backend()
     others = (lora_A, lora_B, scaling) if isinstance(scaling, Tensor) else (lora_A, lora_B)
     key = (
         backend, carveout(), like_of(weight, lora_A, lora_B, None), type(scaling),
@@ -55,6 +53,20 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float |
         run = _planned(key, backend, weight, lora_A, lora_B, scaling)
     norm = run(weight, lora_A, lora_B, scaling)
     return norm
+
+
+def plan_of(weight: Weight, lora_A: Tensor, lora_B: Tensor) -> Plan:
+    """The plan by which eager code takes the norm.
+
+    Raises:
+        BackendError: the forced backend has the operation, and can't serve it.
+    """
+    return registry.choose(weight_norm_problem(weight, lora_A, lora_B, 1.0), _backend())
+
+
+def _backend() -> str | None:
+    name = forced.forced()
+    return name if name is None or WEIGHT_NORM in registry.get(name).operations else None
 
 
 def _planned(key: tuple[object, ...], backend: str | None, *arguments: Any) -> Run:

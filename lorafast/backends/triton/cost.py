@@ -235,7 +235,8 @@ def _expand_backward(launch: ExpandBackwardLaunch, p: Problem, device: Device) -
 
 @_of.register
 def _weight_norm(launch: WeightNormLaunch, p: Problem, device: Device) -> Estimate:
-    """W once; A, which every program reads, comes from the cache. Not measured."""
+    """W once, at the rates of ``shrink``; A, which every program reads, comes from the cache. Not
+    measured."""
     W, low = p.N * p.K, (p.N + p.K) * p.r
     rate = device.flops * _THREE_TF32["shrink"]
     if p.adapter_dtype.itemsize == 2:
