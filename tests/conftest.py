@@ -15,7 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 from hypothesis import HealthCheck, settings
-from interpreter import replace_once_a_launch
+from interpreter import remember_types, replace_once_a_launch
 from toy_formats import registered
 
 from lorafast.backends import registry
@@ -23,6 +23,7 @@ from lorafast.backends.aten import backend as aten
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     replace_once_a_launch()
+    remember_types()
 
 settings.register_profile(
     "repeatable",

@@ -1,8 +1,10 @@
 """What several test files share: random problems, the check of the contract, what a backend needs."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +99,35 @@ def assert_contract(
 ) -> None:
     verdict = contract.compare(call, operations, dtype, rounded_to)
     assert verdict.why_broken is None, verdict.why_broken
+
+
+def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Choices of a value of each axis in which every two values of two axes meet: where no path takes
+    three to tell, they find what all choices do, and are few. The same ones each time."""
+    pairs = itertools.combinations(range(len(axes)), 2)
+    left = {
+        (i, a, j, b): None
+        for i, j in pairs
+        for a, b in itertools.product(range(len(axes[i])), range(len(axes[j])))
+    }
+
+    def met(place: int, value: int, chosen: dict[int, int]) -> int:
+        ends = (sorted([(place, value), other]) for other in chosen.items())
+        return sum((*one, *two) in left for one, two in ends)
+
+    found = []
+    while left:
+        i, a, j, b = next(iter(left))
+        chosen = {i: a, j: b}
+        for k in range(len(axes)):
+            if k not in chosen:
+                # Of equals the one that comes next in turn.
+                turn = [(len(found) + n) % len(axes[k]) for n in range(len(axes[k]))]
+                chosen[k] = max(turn, key=lambda value, k=k: met(k, value, chosen))
+        for one, two in itertools.combinations(sorted(chosen.items()), 2):
+            left.pop((*one, *two), None)
+        found.append(tuple(axis[chosen[k]] for k, axis in enumerate(axes)))
+    return sorted(found, key=lambda row: [axis.index(v) for axis, v in zip(axes, row, strict=True)])
 
 
 def skip_unless_usable(backend: str) -> None:

@@ -240,9 +240,9 @@ def _stages(
             [plan.square], device=device, seconds=plan.tune_seconds, record=record,
             deadline=budget.until(0.6),
         )),
-        _Stage("layers", 0.75, lambda: layer.run(
+        _Stage("layers", 0.7, lambda: layer.run(
             plan.table, ["both"], plan.against,
-            device=device, seconds=0.7, record=record, deadline=budget.until(0.75),
+            device=device, seconds=0.7, record=record, deadline=budget.until(0.7),
         )),
         _Stage("quantized layers", 0.79, lambda: layer.run(
             plan.quantized, ["both"], plan.against,

@@ -179,11 +179,6 @@ struct Sm90Ring {
   // The leader's alone.
   __device__ __forceinline__ void post(const Mail& mail, const Sm90Work& work) const {
     ptx::wait_at(taken(mail), mail.parity ^ 1);
-    if (p.cluster == 1) {
-      *reinterpret_cast<int2*>(memory + Tile::kMail + 8 * mail.at) = make_int2(work.row, work.column);
-      ptx::arrive_at(posted(mail));
-      return;
-    }
     const uint32_t slot = shared + Tile::kMail + 8 * mail.at;
 #pragma unroll 1
     for (int to = 0; to < p.cluster; ++to) {

@@ -48,7 +48,14 @@ QUANTIZED = 3
 """Formats that what reads the weight is run over too."""
 
 
-def test_verify_passes_on_this_machine(capsys):
+FEW = ((1, 1, 1, 1), (5, 33, 17, 3))
+
+
+@pytest.mark.parametrize(
+    "shapes", [FEW, pytest.param(verify._SHAPES, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_verify_passes_on_this_machine(capsys, monkeypatch, shapes):
+    monkeypatch.setattr(verify, "_SHAPES", shapes)
     assert main(["verify", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^\d+ passed, 0 failed$", out, re.M)

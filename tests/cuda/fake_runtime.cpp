@@ -65,6 +65,7 @@ Launcher launcher = nullptr;
 Encoder encoder = nullptr;
 cudaError_t last_error = cudaSuccess;
 int guards = 0, last_guarded = 0;
+const dim3 kNoCluster(0, 0, 0);  // what a launch has that says none
 
 cudaError_t done(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -228,18 +229,18 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
 
 cudaError_t __cudaLaunchKernel(
     cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
-  return launch("cudaLaunchKernel", kernel, grid, block, dim3(), arguments, shared, stream);
+  return launch("cudaLaunchKernel", kernel, grid, block, kNoCluster, arguments, shared, stream);
 }
 
 // The runtime
 
 cudaError_t cudaLaunchKernel(
     const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
-  return launch("cudaLaunchKernel", function, grid, block, dim3(), arguments, shared, stream);
+  return launch("cudaLaunchKernel", function, grid, block, kNoCluster, arguments, shared, stream);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
-  dim3 cluster;
+  dim3 cluster = kNoCluster;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     switch (attribute.id) {

@@ -60,6 +60,7 @@ class Launched:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     cluster: tuple[int, int, int]
+    """Zeros where the launch says nothing of clusters."""
     shared: int
     """Bytes of dynamic shared memory."""
     stream: int
@@ -213,7 +214,7 @@ class Run:
             packed[param.offset : param.offset + param.size] = value
         grid, block, cluster = map(tuple, (launch.grid, launch.block, launch.cluster))
         _check_cluster(name, cluster, self.arch, launch)
-        asked = None if cluster == (1, 1, 1) else cluster
+        asked = None if cluster == (0, 0, 0) else cluster
         try:
             ran = self.machine.start(
                 program, grid, block, bytes(packed), cluster=asked, shared=launch.shared

@@ -261,8 +261,13 @@ def test_strides_beyond_2_to_the_31(transposed):
     assert bits(found[0]).equal(bits(found[1]))
 
 
-@pytest.mark.parametrize("variant", ["forward", "dx"])
-@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize(
+    ("columns", "variant"),
+    [
+        (128, "dx"), (256, "forward"),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((128, "forward"), (256, "dx"))),
+    ],
+)  # fmt: skip
 def test_what_a_tile_takes(columns, variant, monkeypatch):
     """Tensor cores bound it; no banks collide; x and W come once a tile; beside a plain GEMM's the
     low-rank term is little. A mask is instructions, beside which the SM's other CTA multiplies."""

@@ -2,11 +2,15 @@
 
 import ctypes
 import re
+import subprocess
+import sys
 
 import pytest
 from launchers import CSRC, FAKE_RUNTIME, FAKE_STREAM, HOST_FLAGS, _Device, _linked, launchers
 from on_machine import needs_nvcc
 from ptx import nvcc
+
+from lorafast.backends.cuda import native
 
 pytestmark = needs_nvcc
 
@@ -121,3 +125,17 @@ def test_compressed_code_needs_a_newer_driver(driver, said):
 def test_no_error_is_left_behind(why_unusable):
     assert why_unusable(cudaFuncGetAttributes=NO_IMAGE)
     assert launchers().library.fake_last_error() == 0
+
+
+def test_the_library_needs_no_symbol_of_pytorchs_cuda_library():
+    """Which Python loads for itself alone: its symbols are in nobody's scope, with CUDA or without."""
+    if not native.LIBRARY.path.is_file():
+        pytest.skip("the CUDA kernels are not built")
+    load = """
+import ctypes, os
+from lorafast.backends.cuda.native import LIBRARY
+ctypes.CDLL(str(LIBRARY.path), mode=os.RTLD_NOW)
+assert LIBRARY.why_not_loaded() is None, LIBRARY.why_not_loaded()
+"""  # in a process of its own: here the tests' operations have its names
+    ran = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

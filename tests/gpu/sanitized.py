@@ -61,6 +61,7 @@ def operations(backend: str, device: torch.device) -> None:
                 ds, _ = ops.expand_backward(dy, s, lora_B, 0.7)
                 ops.shrink_backward(ds, x, dropout_p, seed, torch.float32)
                 ops.linear_expand(dy, weight.t(), ds, lora_A.t(), 1.0, None, dropout_p, seed)
+            ops.weight_norm(weight, lora_A, lora_B, 0.7)
 
 
 def quantized(backend: str, device: torch.device) -> None:

@@ -4,8 +4,8 @@
 
 A line for each configuration and variant; exit status 1 if one spills, is too large for the chip, lacks
 the instructions that it should be made of, or reads with narrow accesses. Needs no GPU; must not run
-with ``TRITON_INTERPRET`` set. What ``tests/kernels/compiled`` knows is not compiled again, but for a
-sixteenth drawn by lot (``--all``: all of it); ``--write`` after a kernel or a table has changed makes
+with ``TRITON_INTERPRET`` set. What ``tests/kernels/compiled`` knows is not compiled again, but for one
+of 64 drawn by lot (``--all``: all of it); ``--write`` after a kernel or a table has changed makes
 those files say what was found. ``--serialized`` asks only whether ``ptxas`` serializes a ``wgmma``: for
 a Triton that the tables aren't made with. ``--json`` records what a kernel needs at most on each
 architecture.
@@ -263,7 +263,7 @@ def main(words: list[str] | None = None) -> int:
         # instruction is asked for by name.
         kinds = [kind for kind in _KINDS if kind != "fp16" or capability == 90]
         found = []
-        known = Known(capability, None if arguments.all else "")
+        known = Known(capability, None if arguments.all else ())
         for checked in check_all(capability, kinds, known):
             if arguments.serialized:
                 checked.violations[:] = [v for v in checked.violations if v == SERIALIZED]

@@ -1,7 +1,11 @@
 """What reads codes, compiled for every architecture: nothing spills, and accesses are wide."""
 
+import itertools
+import os
+
 import pytest
 import torch
+from helpers import covering
 
 pytest.importorskip("triton")
 
@@ -52,24 +56,30 @@ def machine_of(capability, call):
     return machine.instructions
 
 
-architectures = pytest.mark.parametrize("capability", SHARED_MEMORY, ids="sm_{}".format)
-kinds = pytest.mark.parametrize("kind", ["nf4 nested", "int8", "fp8"])
+KINDS = ("nf4 nested", "int8", "fp8")
+EVERY = os.environ.get("EXECUTE") == "all"
+choices = itertools.product if EVERY else covering
+"""Each compilation takes two seconds: ``make test-executed`` asks for all of them."""
 
 
-@architectures
-@kinds
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_dequantize(kind, dtype, capability):
+@pytest.mark.parametrize(
+    ("capability", "kind", "dtype"),
+    choices(list(SHARED_MEMORY), KINDS, (torch.bfloat16, torch.float32)),
+    ids=str,
+)
+def test_dequantize(capability, kind, dtype):
     weight, W = weight_of(kind, dtype), empty(N, K, dtype=dtype)
     assert "STG.128" in machine_of(capability, lambda: dequantize(weight, W))
 
 
-@architectures
-@kinds
-@pytest.mark.parametrize("M", [16, 64, 128])
-@pytest.mark.parametrize("transposed", [False, True], ids=["y", "dx"])
-def test_a_product_that_reads_codes(kind, M, transposed, capability):
+@pytest.mark.parametrize(
+    ("capability", "kind", "M", "product"),
+    choices(list(SHARED_MEMORY), KINDS, (16, 64, 128), ("y", "dx")),
+    ids=str,
+)
+def test_a_product_that_reads_codes(capability, kind, M, product):
     """Its codes are copied to shared memory ahead of their use."""
+    transposed = product == "dx"
     launch = codes_launch(
         M, K, N, 16, sms=132, dtype=torch.bfloat16, precision="ieee", transposed=transposed
     )

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from helpers import skip_unless_usable
+from helpers import covering, skip_unless_usable
 from lorafast.kernels.dequantize import dequantize
 from quantized_weights import KINDS, draw, same
 
@@ -56,10 +56,11 @@ def made_dense(monkeypatch):
     registry.forget_plans()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("route", ["by the model", "made_dense"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "dropout_p", "route"),
+    covering(list(KINDS), DTYPES, (0.0, 0.3), ("by the model", "made_dense")),
+    ids=str,
+)
 def test_a_layer_forward_and_backward(request, device, poisoned, kind, dtype, dropout_p, route):
     """All results, by the contract."""
     if route == "made_dense":

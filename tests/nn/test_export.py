@@ -129,8 +129,14 @@ def test_a_script_of_float16_is_rounded_once():
     assert y.isfinite().all()
 
 
-@CASES
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def each(second, quick):
+    """``CASES`` with a flag each; those that aren't ``quick`` are a second look."""
+    cases = [(*case, flag) for flag in (False, True) for case in CASES.args[1]]
+    marked = [pytest.param(*c, marks=[pytest.mark.slow] * (c not in quick)) for c in cases]
+    return pytest.mark.parametrize(("kind", "rows", second), marked)
+
+
+@each("strict", [(nn.Linear, 3, False), (nn.Linear, 300, True), (NegativeLinear, 3, False)])
 def test_torch_export(strict, kind, rows, tmp_path, without_lorafast):
     model, x = adapted(kind), torch.randn(rows, 96)
     rows_vary = {"input": {0: torch.export.Dim.DYNAMIC}}
@@ -145,9 +151,8 @@ def test_torch_export(strict, kind, rows, tmp_path, without_lorafast):
     close(found, model(x))
 
 
-@CASES
+@each("dynamo", [(nn.Linear, 300, False), (nn.Linear, 3, True), (NegativeLinear, 3, True)])
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_onnx(dynamo, kind, rows, tmp_path):
     onnx = pytest.importorskip("onnx")
     if dynamo:

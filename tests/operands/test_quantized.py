@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import covering
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,11 +63,16 @@ def same(found, expected):
     assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
 
 
-@pytest.mark.parametrize("kind", FOUR_BIT)
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block", [7, 32, 64, 4096])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (33, 101), (37, 100), (8, 96), (0, 4), (3, 0)])
+@pytest.mark.parametrize(
+    ("kind", "nested", "dtype", "block", "shape"),
+    covering(
+        list(FOUR_BIT),
+        (False, True),
+        DTYPES,
+        (7, 32, 64, 4096),
+        ((1, 1), (5, 3), (33, 101), (37, 100), (8, 96), (0, 4), (3, 0)),
+    ),
+)
 def test_four_bits_are_as_defined(kind, nested, dtype, block, shape):
     """Odd sizes, rows that blocks straddle, a short last block."""
     weight = four_bit(kind, *shape, block, nested, dtype)

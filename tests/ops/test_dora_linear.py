@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import DTYPES, skip_unless_usable
+from helpers import DTYPES, covering, skip_unless_usable
 from layouts import LAYOUTS, lay_out
 from torch import func
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,10 +123,11 @@ class TestTheFormula:
             reference.dora_linear(*(t[n] for n in NAMES[:5]), SCALING, dropout_p=0.5)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("adapter_dtype", [torch.float32, None], ids=["fp32 adapters", "same"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "adapter_dtype", "dropout_p"),
+    covering(BACKENDS, DTYPES, (torch.float32, None), (0.0, 0.3, 1.0)),
+    ids=str,
+)
 def test_every_gradient_on_every_backend(poisoned, backend, dtype, adapter_dtype, dropout_p):
     skip_unless_usable(backend)
     if dropout_p and "expand" not in registry.get(backend).operations:
@@ -356,19 +357,13 @@ class TestCompiled:
     def _fresh(self):
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("format", ["dense", "scaled"])
-    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
     @pytest.mark.parametrize(
-        ("dtype", "adapter_dtype"),
-        [
-            (torch.float32, torch.float32),
-            (torch.bfloat16, torch.float32),
-            (torch.float16, torch.float32),
-        ],
+        ("format", "dropout_p", "dtype"),
+        covering(("dense", "scaled"), (0.0, 0.3), (torch.float32, torch.bfloat16, torch.float16)),
         ids=str,
     )
-    def test_one_graph_and_every_gradient(self, format, dtype, adapter_dtype, dropout_p):
-        t, dy = draw(dtype, adapter_dtype), torch.randn(M, N).to(dtype)
+    def test_one_graph_and_every_gradient(self, format, dropout_p, dtype):
+        t, dy = draw(dtype, torch.float32), torch.randn(M, N).to(dtype)
         names = NAMES if format == "dense" else [name for name in NAMES if name != "weight"]
         compiled = torch.compile(dora_linear, fullgraph=True, backend="aot_eager")
 

@@ -34,7 +34,8 @@ def expand_of(p, t, factor="lora_B"):
 @pytest.mark.parametrize("factor", ["lora_B", "lora_A"])
 def test_it_keeps_the_contract(poisoned, device, backend, factor, p):
     skip_unless_usable(backend)
-    calls = [expand_of(p, t, factor) for t in several(p, device)]
+    drawn = several(p, device, most=4 if backend == "triton" else 32)
+    calls = [expand_of(p, t, factor) for t in drawn]
     assert_contract(
         lambda run, cast: torch.stack([call(run, cast) for call in calls]),
         on_backend(backend),

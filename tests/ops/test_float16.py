@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import skip_unless_usable
+from helpers import covering, skip_unless_usable
 from torch import nn
 from toy_formats import FORMATS, held
 
@@ -84,10 +84,11 @@ def assert_as_exact_as_peft(found, t, dropout_p):
     assert reason is None, reason
 
 
-@pytest.mark.parametrize(("backend", "format"), SERVED)
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_float32_adapters(backend, format, situation, dropout_p):
+@pytest.mark.parametrize(
+    ("served", "situation", "dropout_p"), covering(SERVED, list(SITUATIONS), (0.0, 0.3)), ids=str
+)
+def test_float32_adapters(served, situation, dropout_p):
+    backend, format = served
     skip_unless_usable(backend)
     t = draw(situation, torch.float32)
     if backend == "triton" and t["x"].shape[0] > 1000:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from circumstances import MEMORY, WORK, assert_same_bits
-from helpers import DTYPES, assert_contract, stacked
+from helpers import DTYPES, assert_contract, covering, stacked
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -37,13 +37,20 @@ WITHOUT_X = [
     for some in (("lora_B",), ("scaling",), ("lora_B", "scaling"))
     for bias in ((), ("bias",))
 ]
-# Quick tests have one, two, all but one and all, and those that differ in what is kept.
-SUBSETS = [
-    pytest.param(s, marks=[pytest.mark.slow] * (n in (3, 4) and s not in WITHOUT_X))
-    for n in range(1, 7)
-    for s in itertools.combinations(NAMES, n)
-]
+SUBSETS = [s for n in range(1, 7) for s in itertools.combinations(NAMES, n)]
 PATHS = ("host", "device")
+
+
+def over_paths(subsets):
+    """``path`` and ``grad``. Quick tests have one, two, all but one and all, and those that differ in
+    what is kept, and the paths take turns."""
+    cases = []
+    for i, grad in enumerate(subsets):
+        slow = len(grad) in (3, 4) and grad not in WITHOUT_X
+        for path in PATHS:
+            marks = [pytest.mark.slow] * (slow or path != PATHS[i % 2])
+            cases.append(pytest.param(path, grad, marks=marks, id=f"{path}-{'+'.join(grad)}"))
+    return pytest.mark.parametrize(("path", "grad"), cases, indirect=["path"])
 
 
 @pytest.fixture(params=PATHS)
@@ -89,7 +96,7 @@ def assert_near(found, expected):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("grad", SUBSETS, ids="+".join)
+@over_paths(SUBSETS)
 def test_gradcheck(path, grad):
     small = {"x": (5, 2, 3), "weight": (4, 3), "lora_A": (3, 1, 3), "lora_B": (3, 4, 1)}
     t = draw(grad=grad, **small, scaling=(3,), bias=(4,))
@@ -610,10 +617,17 @@ def test_exported_it_runs_on_pytorch_alone():
 
 
 @pytest.mark.parametrize(
-    ("backend", "format"), [("reference", "dense"), *(("aten", format) for format in FORMATS)]
+    ("path", "served", "grad"),
+    covering(
+        PATHS,
+        [("reference", "dense"), *(("aten", format) for format in FORMATS)],
+        [(), ("x", "lora_A", "scaling")],
+    ),
+    indirect=["path"],
+    ids=str,
 )
-@pytest.mark.parametrize("grad", [(), ("x", "lora_A", "scaling")], ids=["no-grad", "grad"])
-def test_opcheck(path, backend, format, grad):
+def test_opcheck(path, served, grad):
+    backend, format = served
     t = draw(grad=grad)
     weight = FORMATS[format](t["weight"])
     stored = operands.stored(weight), operands.describe(weight)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import skip_unless_usable
+from helpers import covering, skip_unless_usable
 from toy_formats import FORMATS
 
 import lorafast
@@ -14,7 +14,7 @@ from lorafast.core.problem import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("toy_formats")
 
-M, K, N, r = 5, 12, 7, 3
+M, K, N, r = 4, 6, 5, 2
 SEED = torch.tensor([42])
 
 
@@ -62,10 +62,11 @@ CASES = [
 in_every_format = pytest.mark.parametrize(("operation", "format"), CASES)
 
 
-@in_every_format
-@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
-def test_opcheck(operation, format, backend, grad):
+@pytest.mark.parametrize(
+    ("case", "backend", "grad"), covering(CASES, ("reference", "aten", "triton"), (True, False))
+)
+def test_opcheck(case, backend, grad):
+    operation, format = case
     skip_unless_usable(backend)
     if format != "dense" or operation not in registry.get(backend).operations:
         backend = {"triton": "cpu"}.get(backend, backend)  # its kernels read dense weights

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DTYPES, Problem, assert_contract, skip_unless_usable
+from helpers import DTYPES, Problem, assert_contract, covering, skip_unless_usable
 from toy_formats import FORMATS
 
 import lorafast
@@ -118,8 +118,11 @@ def skip_unless_planned(operation):
         pytest.skip(f"it has no {operation}")
 
 
-@pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("on_backend", "case", "value"),
+    covering(list(lorafast.backends()), list(CASES), list(VALUES)),
+    indirect=["on_backend"],
+)
 def test_which_elements_a_value_reaches(on_backend, poisoned, device, case, value):
     op, name, place = CASES[case]
     skip_unless_planned(op)

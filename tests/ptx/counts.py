@@ -11,6 +11,7 @@ Triton's kernels, and where nvcc is those of csrc/cuda (``cuda_counts``), whose 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -80,6 +81,7 @@ _CLASSES = (
 CLASSES = tuple(name for name, _ in _CLASSES)
 
 
+@functools.cache
 def class_of(opcode: str) -> str:
     """The class of an instruction."""
     return next(name for name, pattern in _CLASSES if re.match(pattern, opcode))

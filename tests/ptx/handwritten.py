@@ -77,13 +77,13 @@ def launch(
     grid: int = 1,
     seed: int = 0,
     late: str | None = None,
-    cluster: int = 1,
+    cluster: int | None = 1,
     resident: int = 4,
 ) -> Ran:
-    """Executes a kernel that `kernel` made."""
+    """Executes a kernel that `kernel` made. Without a `cluster` the launch says nothing of any."""
     machine = Machine(seed=seed, late=late, resident=resident, most_silent=50_000)
     program = Program.from_text(text, "kernel")
-    return machine.launch(program, (grid,), (threads,), arguments, cluster=(cluster,))
+    return machine.launch(program, (grid,), (threads,), arguments, cluster=cluster and (cluster,))
 
 
 def fault_of(act: Callable[[], object]) -> str | None:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -57,6 +57,7 @@ class _Options(ctypes.Structure):
         ("trace_cta", ctypes.c_int),
         ("trace_thread", ctypes.c_int),
         ("lowest_first", ctypes.c_bool),
+        ("in_clusters", ctypes.c_bool),
     ]
 
 
@@ -101,10 +102,15 @@ class Count:
 class Ran:
     """What a launch did."""
 
-    counts: tuple[Count, ...]
     steps: int
     """Instructions issued by all warps."""
     trace: str
+    _count: Callable[[], tuple[Count, ...]] = field(repr=False)
+
+    @functools.cached_property
+    def counts(self) -> tuple[Count, ...]:
+        """Of every instruction."""
+        return self._count()
 
     def issued(self, prefix: str = "") -> int:
         """Instructions issued whose opcode begins with ``prefix``."""
@@ -131,7 +137,8 @@ class Program:
         """The kernel's."""
         return self.layout.name
 
-    def code(self) -> list[tuple[int, str]]:
+    @functools.cached_property
+    def code(self) -> tuple[tuple[int, str], ...]:
         """Line and opcode of every instruction."""
         library = _library()
         found = []
@@ -139,7 +146,7 @@ class Program:
             line, opcode = ctypes.c_int(), ctypes.create_string_buffer(256)
             library.ptx_code(ctypes.c_void_p(self._handle), index, ctypes.byref(line), opcode, 256)
             found.append((line.value, opcode.value.decode()))
-        return found
+        return tuple(found)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
@@ -369,12 +376,16 @@ class Machine:
             raise fault
         if code:
             raise UnknownInstruction(message.value.decode())
-        found = []
-        for i, (line, opcode) in enumerate(program.code()):
-            numbers = (getattr(counts[i], name) for name, _ in _Count._fields_)
-            of_warps = tuple(by_warp[i * warps : (i + 1) * warps])
-            found.append(Count(line, opcode, *numbers, of_warps))
-        return Ran(tuple(found), steps.value, traced.value.decode())
+
+        def count() -> tuple[Count, ...]:
+            found = []
+            for i, (line, opcode) in enumerate(program.code):
+                numbers = (getattr(counts[i], name) for name, _ in _Count._fields_)
+                of_warps = tuple(by_warp[i * warps : (i + 1) * warps])
+                found.append(Count(line, opcode, *numbers, of_warps))
+            return tuple(found)
+
+        return Ran(steps.value, traced.value.decode(), count)
 
     @staticmethod
     def _with_source(message: str, laid_out: Layout) -> str:
@@ -407,6 +418,7 @@ class Machine:
             limits.three(f"{name}: {what}", sizes)
             for what, sizes in (("grid", grid), ("block", block))
         )
+        in_clusters = cluster is not None
         cluster = limits.cluster_of(laid_out, cluster)
         limit = self.shared_limit or limits.shared_limit(laid_out.target)
         if why := limits.why_not(laid_out, grid, block, cluster, shared, limit):
@@ -418,6 +430,7 @@ class Machine:
         return _Options(
             three(*grid), three(*block), three(*cluster), shared, self.seed, self.resident,
             LATE.index(self.late), self.most_steps, self.most_silent, cta, thread, self.lowest_first,
+            in_clusters,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -20,27 +21,27 @@ class Format:
     exponent_bits: int
     mantissa_bits: int
 
-    @property
+    @cached_property
     def bits(self):
         return 1 + self.exponent_bits + self.mantissa_bits
 
-    @property
+    @cached_property
     def dtype(self):
         return np.dtype(f"u{-(-self.bits // 8)}")
 
-    @property
+    @cached_property
     def bias(self):
         return (1 << self.exponent_bits - 1) - 1
 
-    @property
+    @cached_property
     def sign(self):
         return 1 << self.bits - 1
 
-    @property
+    @cached_property
     def infinity(self):
         return (1 << self.exponent_bits) - 1 << self.mantissa_bits
 
-    @property
+    @cached_property
     def nan(self):
         """The canonical one; a double may be any."""
         return self.sign - 1

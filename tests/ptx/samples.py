@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,23 +17,23 @@ class Kind:
 
     name: str
 
-    @property
+    @cached_property
     def bits(self):
         return 1 if self.name == "pred" else int(self.name[1:])
 
-    @property
+    @cached_property
     def signed(self):
         return self.name[0] == "s"
 
-    @property
+    @cached_property
     def least(self):
         return -(1 << self.bits - 1) if self.signed else 0
 
-    @property
+    @cached_property
     def most(self):
         return (1 << self.bits - self.signed) - 1
 
-    @property
+    @cached_property
     def dtype(self):
         if self.name == "pred":
             return np.dtype(bool)
@@ -61,12 +62,12 @@ class Float(Format):
     top: str = "infinity"
     """What the largest exponent holds: "infinity" and NaNs, one "nan", or "numbers"."""
 
-    @property
+    @cached_property
     def largest(self):
         """The pattern of the largest number."""
         return {"infinity": self.infinity, "nan": self.sign - 1, "numbers": self.sign}[self.top] - 1
 
-    @property
+    @cached_property
     def one(self):
         return self.bias << self.mantissa_bits
 
@@ -84,10 +85,8 @@ class Float(Format):
         """As a double, which holds every number of these types."""
         magnitude = bits & self.sign - 1
         sign = -1.0 if bits & self.sign else 1.0
-        if self.is_nan(bits):
-            return math.nan
         if magnitude > self.largest:
-            return sign * math.inf
+            return math.nan if self.is_nan(bits) else sign * math.inf
         exponent, mantissa = divmod(magnitude, 1 << self.mantissa_bits)
         if exponent:
             mantissa += 1 << self.mantissa_bits

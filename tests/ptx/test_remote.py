@@ -84,6 +84,25 @@ def test_remote_stores_that_nobody_waits_for(wait):
     assert all(re.search(why, f) for f in found if f)
 
 
+@pytest.mark.parametrize("op", ["st.async", "red.async.relaxed.cluster"])
+def test_remote_stores_need_a_launch_in_clusters_be_they_of_one_cta(op):
+    """As an H200 does: without, they are an illegal instruction."""
+    kind = "u32" if op == "st.async" else "add.u32"
+    body = f"""
+        mov.u32 %r0, smem; setp.eq.u32 %p0, %tid, 0;
+        @%p0 mbarrier.init.shared::cta.b64 [%r0], 1;
+        @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r0], 4;
+        add.u32 %r1, %r0, 64; st.shared.u32 [%r1], 0; bar.sync 0; mov.u32 %r5, 7;
+        @%p0 {op}.{TELLS}.{kind} [%r1], %r5, [%r0];
+        {WAIT}
+        ld.shared.u32 %r6, [%r1]; @%p0 st.global.u32 [%y], %r6;"""
+    y = np.zeros(1, np.uint32)
+    launch(kernel(body, "y"), [Out("y", y)], threads=32, cluster=1)
+    assert y[0] == 7
+    with pytest.raises(Fault, match="stores to a cluster, and the launch has none"):
+        launch(kernel(body, "y"), [Out("y", y)], threads=32, cluster=None)
+
+
 def test_remote_stores_tell_an_mbarrier_of_the_same_cta():
     store = next(iter(STORES)).replace("[%r4]", "[%r0]")
     with pytest.raises(Fault, match=r"stores to CTA \d and tells an mbarrier of CTA \d"):

@@ -15,8 +15,8 @@ class Cuda(Backend):
     """Decoding and small layers in one launch, skinny operations and masks, GEMMs with the low-rank term
     in their accumulator, or PyTorch's onto what ``expand`` wrote.
 
-    The kernels were executed on a machine for PTX and have not run on a GPU: until ``lorafast tune`` has
-    measured them, ``auto`` takes them where the model says so, by shares that are assumed.
+    The kernels were tested on an H200, and executed on a machine for PTX: until ``lorafast tune`` has
+    measured them, ``auto`` takes them where the model says so, by shares that were measured there.
 
     ``fixed``: the choices of every launch, in place of what is tuned and modelled.
     """

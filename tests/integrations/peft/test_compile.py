@@ -24,6 +24,9 @@ KINDS = {
 }
 
 
+QUICK = [("linear", "float"), ("three adapters", "tensor"), ("dora", "float")]
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
@@ -62,8 +65,14 @@ def test_inductor():
     torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("kind", ["linear", "lora_bias", "three adapters", "dora", "conv1d"])
-@pytest.mark.parametrize("scaling", ["float", "tensor"])
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        pytest.param(kind, scaling, marks=[pytest.mark.slow] * ((kind, scaling) not in QUICK))
+        for kind in ("linear", "lora_bias", "three adapters", "dora", "conv1d")
+        for scaling in ("float", "tensor")
+    ],
+)
 def test_no_new_graph_for_another_scaling(kind, scaling):
     model = fast_model(**KINDS[kind])
     layer = model.base_model.model.layer

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("peft")
 
+from helpers import covering
 from peft.tuners.lora.layer import Embedding, Linear
 from peft_twins import TOKENS, K, N, assert_equal, peft_model, twins
 
@@ -46,10 +47,10 @@ def rows(dtype, *leading, size=K):
     return torch.randn(*leading, size).to(dtype)
 
 
-@pytest.mark.parametrize("adapters", [1, 2, 3], ids="{} active".format)
-@pytest.mark.parametrize("dropout", [0.0, 0.4], ids="dropout {}".format)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "dtype", "dropout", "adapters"),
+    covering(list(LAYERS), list(DTYPES), (0.0, 0.4), (1, 2, 3)),
+)
 def test_linear(layer, dtype, dropout, adapters):
     dtype, upcast = DTYPES[dtype]
     kind, bias, lora_bias = LAYERS[layer]

@@ -10,6 +10,7 @@ from torch import func, nn
 pytest.importorskip("peft")
 
 import peft_twins
+from helpers import covering
 from peft_twins import assert_equal, assert_near, peft_model, twins
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +29,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=[False, True], ids=["few rows", "many rows"])
+@pytest.fixture(params=["few rows", "many rows"])
 def sizes(request, monkeypatch):
     """Layers that go through the fewest calls, and those that don't."""
-    K, N, rows = (256, 240, 300) if request.param else (24, 40, 6)
+    K, N, rows = (256, 240, 300) if request.param == "many rows" else (24, 40, 6)
     monkeypatch.setattr(peft_twins, "K", K)
     monkeypatch.setattr(peft_twins, "N", N)
     return K, N, rows
@@ -144,8 +145,11 @@ def ensemble(f, p, x):
     return func.vmap(func.grad(f), in_dims=(0, None))(stacked, x)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name", "sizes"),
+    covering(list(KINDS), list(TRANSFORMS), ("few rows", "many rows")),
+    indirect=["sizes"],
+)
 def test_transforms(kind, name, sizes):
     if (name, kind) == ("ensemble", "mixed batch"):
         pytest.skip("stock PEFT changes its result in place, which vmap forbids")
@@ -153,15 +157,17 @@ def test_transforms(kind, name, sizes):
     compare(pair, x, lambda m, x: TRANSFORMS[name](loss_of(m), trained(m), x))
 
 
-COMPILED = [
-    *(("jvp", kind) for kind in ("linear", "dora", "embedding", "mixed batch")),
+QUICK = [("jvp", "linear"), ("grad", "dora"), ("grad", "embedding"), ("ensemble", "linear")]
+MORE = [
+    *(("jvp", kind) for kind in ("dora", "embedding", "mixed batch")),
     ("jacfwd", "linear"),
-    *(("grad", kind) for kind in ("linear", "three adapters", "dora", "embedding")),
-    ("ensemble", "linear"),
+    *(("grad", kind) for kind in ("linear", "three adapters")),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), COMPILED)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
 def test_compiled_transforms(name, kind):
     torch._dynamo.reset()
     pair, x, _ = case(kind, (peft_twins.K, peft_twins.N, 300))

@@ -348,6 +348,7 @@ struct Options {
   uint64_t most_silent;  // steps in which nothing changes that another warp could see
   int trace_cta, trace_thread;
   bool lowest_first;  // always, of the lanes of a warp that have parted
+  bool in_clusters;   // the launch says so, be they of one CTA
 };
 
 struct Machine {

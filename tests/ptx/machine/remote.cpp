@@ -67,6 +67,9 @@ struct Reduce : Remote {
 template <class Kind>
 Outcome remote(Step& step) {
   const Instr& instr = step.instr;
+  // The ISA doesn't say so. On an H200 it was "an illegal instruction", and none in a cluster of one CTA.
+  if (step.launch.program.cluster[0] == 0 && !step.launch.options.in_clusters)
+    throw Fault("stores to a cluster, and the launch has none");
   const uint32_t bytes = instr.data[BYTES], count = instr.data[COUNT], size = bytes * count;
   const Space space = Space(instr.data[SPACE]);
   const Places places(step, step.op(0), space), barriers(step, step.op(2), space);

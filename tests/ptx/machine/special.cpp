@@ -50,7 +50,7 @@ uint64_t zero(const Step&, int) { return 0; }
 uint64_t cluster_ctarank(const Step& step, int) { return step.cta.rank; }
 uint64_t cluster_nctarank(const Step& step, int) { return step.cta.cluster->ctas.size(); }
 uint64_t is_explicit_cluster(const Step& step, int) {
-  return step.launch.program.cluster[0] != 0 || step.cta.cluster->ctas.size() > 1;
+  return step.launch.program.cluster[0] != 0 || step.launch.options.in_clusters;
 }
 
 uint64_t laneid(const Step&, int lane) { return lane; }
