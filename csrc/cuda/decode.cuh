@@ -178,12 +178,15 @@ class Layer {
       clear(sums);
       if (!again) {
         if (threadIdx.x < 32) find_adapters(shared_.batch, p);
-        if (p.helpers > 0) look_for_helpers();
+        if (!Base::kBusy && p.helpers > 0) look_for_helpers();
+      }
+      if constexpr (Base::kBusy) stream.share();
+      if (Base::kBusy || !again) {
         __syncthreads();
       }
       const Items<TOKENS> items(p, shared_.batch.distinct);
       if (!shrinks) {
-        stream.run(sums);
+        multiply(stream, sums, block, again);
         // The last loads of W are in flight: time to wait for s.
         if (again || have_started() || all_have_started()) {
           if constexpr (kTensorCores<T>) wait_to_expand(items, block);
@@ -195,8 +198,10 @@ class Layer {
       if (block < 0) return finish();
     }
     const Items<TOKENS> items(p, shared_.batch.distinct);
-    stream.drain(sums);
-    Base::rest(sums, p.weight.rows(first_row(ptx::again(block)), p.N), x, 0, p.K);
+    if constexpr (!Base::kBusy) {
+      stream.drain(sums);
+      Base::rest(sums, p.weight.rows(first_row(ptx::again(block)), p.N), x, 0, p.K);
+    }
     if constexpr (kTensorCores<T>) expand(sums, items, block);
     stream.spill(sums, shared_.sums);
     __syncthreads();
@@ -211,6 +216,20 @@ class Layer {
     float* all = reinterpret_cast<float*>(&sums);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(sums) / sizeof(float)); ++i) all[i] = 0.0f;
+  }
+
+  // By W, until its last loads are in flight; where that keeps a CTA busy (kBusy), all of it. Then B comes closer and
+  // helpers are looked for meanwhile.
+  __device__ __forceinline__ void multiply(Base& stream, typename Base::Sums& sums, int block, bool again) {
+    if constexpr (Base::kBusy) {
+      fetch(block);
+      stream.run(sums, [&] {
+        if (!again) look_for_helpers();
+      });
+      if (!again) __syncthreads();
+    } else {
+      stream.run(sums);
+    }
   }
 
   // ---- s
@@ -355,10 +374,20 @@ class Layer {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   // On tensor cores a warp takes 32 ranks of one adapter at a time. Its rows of B come closer while it waits.
   __device__ __forceinline__ void wait_to_expand(const Items<TOKENS>& items, int block) const {
-    if (static_cast<int>(threadIdx.x / 32) >= shared_.batch.distinct * chunks()) return;
+    if (!expands()) return;
+    if constexpr (!Base::kBusy) fetch(block);
+    wait_for_s(items);
+  }
+
+  // Whether this warp has ranks.
+  __device__ __forceinline__ bool expands() const {
+    return static_cast<int>(threadIdx.x / 32) < shared_.batch.distinct * chunks();
+  }
+
+  __device__ __forceinline__ void fetch(int block) const {
+    if (!expands()) return;
     if (p.adapters == DtypeOf<T>::value) fetch_of<T>(block);
     else fetch_of<float>(block);
-    wait_for_s(items);
   }
 
   __device__ __forceinline__ int chunks() const { return (p.r + 31) / 32; }
