@@ -222,7 +222,7 @@ class Layer {
   // helpers are looked for meanwhile.
   __device__ __forceinline__ void multiply(Base& stream, typename Base::Sums& sums, int block, bool again) {
     if constexpr (Base::kBusy) {
-      fetch(block);
+      this->fetch(block);  // there is none for sm_75
       stream.run(sums, [&] {
         if (!again) look_for_helpers();
       });
