@@ -144,8 +144,9 @@ def four_bit_numbers(numbers_ptr, codes, LOW_FIRST: tl.constexpr, INTERPRETED: t
 
 @triton.jit
 def int8_to_float(codes, NEIGHBOURS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """int8 → float32: with 128 behind the exponent of 2^23 it is that much more, and that takes a logical
-    operation and a sum. A conversion has a quarter of their rate.
+    """int8 → float32: with 128 behind the exponent of 2^23 it is that much more.
+
+    That takes a logical operation and a sum. A conversion has a quarter of their rate.
 
     NEIGHBOURS: a thread has codes as they lie in memory, four in a word, of which a permutation of bytes
     makes each float.

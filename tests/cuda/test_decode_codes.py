@@ -8,7 +8,7 @@ from decode_cases import drawn as drawn_layer
 from on_machine import Fault, launched, needs_nvcc, planted
 from ptx.plant import EVERY, change
 
-from lorafast.backends.cuda import decode
+from lorafast.backends.cuda import cost, decode
 from lorafast.backends.cuda import launch as launches
 from lorafast.core.assignment import Assignment
 from lorafast.core.problem import Layout
@@ -156,6 +156,21 @@ class TestExecuted:
                 sum(c.bytes for c in loads) == codes + A + B == 32 * sum(c.sectors for c in loads)
             )
 
+    @pytest.mark.parametrize("M", [1, 16])
+    @pytest.mark.parametrize("of", ["nf4", "int8", "fp8-one"])
+    def test_what_a_number_takes(self, of, M):
+        """Of PTX at most 8.1 instructions of a lane, with all of a step around it; what a CTA takes once
+        is no part of that. By as many ``auto`` reckons."""
+
+        def lanes(N, K):
+            weight = drawn(of, N, K)
+            ran, _, _ = run(weight, layer_over(weight, M, 16), 1, 90, want_s=False, resident=8)
+            return sum(count.lanes for one in ran.ran() for count in one.counts)
+
+        rows, more = lanes(96, 1024) - lanes(32, 1024), lanes(96, 2048) - lanes(32, 2048)
+        each = (more - rows) / (64 * 1024)
+        assert decode._INSTRUCTIONS - 1 < each < 8.1
+
     @pytest.mark.parametrize("fault", FAULTS)
     def test_planted(self, fault):
         weight = drawn("nf4", 20, 2048)
@@ -198,6 +213,15 @@ class TestRefused:
         assert isinstance(launch, launches.Launch)
         assert "rows of W in nf4" in launch.line
         assert 4096 * 4096 * 0.5 < launch.moved < 4096 * 4096 * 0.7
+
+    def test_numbers_take_longer_than_memory(self):
+        """At few rows; longest where e4m3 isn't converted by hardware."""
+        p = self.asked(drawn("nf4", 4096, 4096), 16)
+        launch = decode.plan_lora_linear(p, H200)
+        assert cost.of(launch, p, H200).device > 1.5 * launch.moved / H200.bandwidth
+        fp8 = self.asked(drawn("fp8-one", 4096, 4096), 16)
+        assert decode.seconds_of_numbers(fp8, H200) == decode.seconds_of_numbers(p, H200)
+        assert decode.seconds_of_numbers(fp8, A100) > 1.5 * decode.seconds_of_numbers(p, A100)
 
     @needs_nvcc
     def test_the_launcher(self):
