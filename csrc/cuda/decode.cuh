@@ -3,11 +3,12 @@
 // or, where each row has an adapter of its own or none, y_i = x_i·Wᵀ + scaling[g]·(x_i·A[g]ᵀ)·B[g]ᵀ + bias.
 //
 // Reading W takes the time. A CTA has a block of rows of W and streams them through its registers (decode_streams.cuh).
-// A is rows of a matrix like any other: helpers stream blocks of its rows, for
-// shares of K where there are few, and count what is done. The others look at the count when their last loads of W are
-// in flight. Helpers are the first CTAs of the grid, and a device commonly starts them first; what each of them does says
-// the ticket that it draws. A CTA that would wait while tickets are left, draws them itself and begins with W again. So
-// whoever waits, waits for CTAs that run, which wait for nobody.
+// A is rows of a matrix like any other: helpers stream blocks of its rows, for shares of K where there are few, and
+// count what is done. The others look at the count when their last loads of W are in flight, or, where W is codes and
+// its numbers take longer than its loads, when all of it is multiplied. Helpers are the first CTAs of the grid, and a
+// device commonly starts them first; what each of them does says the ticket that it draws. A CTA that would wait while
+// tickets are left, draws them itself and begins with W again. So whoever waits, waits for CTAs that run, which wait
+// for nobody.
 //
 // Where A is so small that loading it takes each CTA less time than s would come late, each computes s for itself:
 // there are no helpers (lorafast/backends/cuda/decode.py decides). CTAs of a cluster could have a part of A each: four of

@@ -53,7 +53,7 @@ _COUNTERS = 3
 """Beside one for each helper."""
 _INSTRUCTIONS = 7
 """Of sm_90 for an element of a quantized W: 6 in 4 bits, 7 in 8 bits, with all of a step around them."""
-_SOFTWARE_E4M3, _CONVERTS_E4M3 = 12, 89
+_SOFTWARE_E4M3, _CONVERTS_E4M3 = 14, 89
 """The same of e4m3 on chips that don't convert it, and the architecture from which they do."""
 _LANES = 128
 """That an SM issues for in a clock."""
