@@ -45,7 +45,7 @@ __device__ __forceinline__ float rounded(float w, Dtype stored) {
 // Codes of 4 bits, two a byte, by a table of 16 numbers; scales of blocks: float32, or 8-bit codes with scales of their
 // own (`nested`), or exponents of 2.
 struct FourBit {
-  static constexpr int kBits = 4, kNumbers = 16;
+  static constexpr int kBits = 4, kNumbers = 16, kScaleNumbers = 256;
 
   const uint8_t* codes;
   const float* numbers;
@@ -70,16 +70,23 @@ struct FourBit {
     return {kind == Scales::nested ? __ldg(of_scales + nested_block.quotient(of)) : 0.0f, code};
   }
 
-  // Both roundings of a nested scale are the definition's.
-  __device__ __forceinline__ float finish(const Asked& asked) const {
+  __device__ __forceinline__ float finish(const Asked& asked) const { return finish(asked, nullptr); }
+
+  // `at_hand`: the 256 numbers that codes of nested scales are of, and the offset, if they are at hand. Both roundings
+  // of a nested scale are the definition's.
+  __device__ __forceinline__ float finish(const Asked& asked, const float* at_hand) const {
     if (kind == Scales::plain) return asked.number;
     if (kind == Scales::nested) {
-      return __fadd_rn(__fmul_rn(__ldg(numbers_of_scales + asked.code), asked.number), __ldg(offset));
+      const float number = at_hand == nullptr ? __ldg(numbers_of_scales + asked.code) : at_hand[asked.code];
+      const float more = at_hand == nullptr ? __ldg(offset) : at_hand[kScaleNumbers];
+      return __fadd_rn(__fmul_rn(number, asked.number), more);
     }
     // 2^-127 is not normal, 255 is NaN.
     const uint32_t ends = asked.code == 0 ? 1u << 22 : asked.code == 255 ? 1u << 22 : 0u;
     return __uint_as_float((asked.code << 23) | ends);
   }
+
+  __device__ __forceinline__ bool varies_in_rows() const { return true; }
 
   __device__ __forceinline__ uint32_t code(int64_t i) const {
     const uint32_t byte = __ldg(codes + i / 2), first = low_first ? 0u : 4u;
@@ -103,7 +110,7 @@ struct FourBit {
 // Codes of 8 bits: integers, or floats e4m3 without infinities; a scale of W, of each row, or of blocks of rows and
 // columns, each times `unit`.
 struct EightBit {
-  static constexpr int kBits = 8, kNumbers = 0;
+  static constexpr int kBits = 8, kNumbers = 0, kScaleNumbers = 0;
 
   const uint8_t* codes;
   const float* scales;
@@ -130,12 +137,18 @@ struct EightBit {
   }
 
   __device__ __forceinline__ float finish(const Asked& asked) const { return __fmul_rn(asked.number, unit); }
+  __device__ __forceinline__ float finish(const Asked& asked, const float*) const { return finish(asked); }
+  __device__ __forceinline__ bool varies_in_rows() const { return kind == Scales::blocks; }
 
   __device__ __forceinline__ uint32_t code(int64_t i) const { return __ldg(codes + i); }
   __device__ __forceinline__ uint32_t in_order(uint32_t word) const { return word; }
 
   __device__ __forceinline__ float number(uint32_t code, const float*) const {
     if (integers) return static_cast<float>(static_cast<int32_t>(code << 24) >> 24);
+    return float_of(code);
+  }
+
+  static __device__ __forceinline__ float float_of(uint32_t code) {
     // The bits of e4m3 at their place in float32, whose exponents are 120 more: subnormal ones come right too.
     const float small = __uint_as_float(((code & 0x80u) << 24) | ((code & 0x7Fu) << 20));
     const float value = small * 0x1p120f;
@@ -144,6 +157,29 @@ struct EightBit {
 
   __device__ __forceinline__ float number_of(uint32_t word, int j, const float* table) const {
     return number((word >> (8 * j)) & 0xFFu, table);
+  }
+
+  // The four numbers of a word. An integer and 128, behind the exponent of 2^23, is that much more.
+  static __device__ __forceinline__ void integers_of(float (&to)[4], uint32_t word) {
+    const uint32_t more = word ^ 0x80808080u;
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) {
+      to[j] = __uint_as_float(ptx::permute(more, 0x4B000000u, 0x7540u + j)) - 8388736.0f;
+    }
+  }
+
+  static __device__ __forceinline__ void floats_of(float (&to)[4], uint32_t word) {
+#if __CUDA_ARCH__ >= 890
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t halves = ptx::to_halves(j == 0 ? word : word >> 16);
+      const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&halves));
+      to[j] = two.x, to[j + 1] = two.y;
+    }
+#else
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j] = float_of((word >> (8 * j)) & 0xFFu);
+#endif
   }
 #endif
 };

@@ -3,11 +3,12 @@
 // or, where each row has an adapter of its own or none, y_i = x_i·Wᵀ + scaling[g]·(x_i·A[g]ᵀ)·B[g]ᵀ + bias.
 //
 // Reading W takes the time. A CTA has a block of rows of W and streams them through its registers (decode_streams.cuh).
-// A is rows of a matrix like any other: helpers stream blocks of its rows, for
-// shares of K where there are few, and count what is done. The others look at the count when their last loads of W are
-// in flight. Helpers are the first CTAs of the grid, and a device commonly starts them first; what each of them does says
-// the ticket that it draws. A CTA that would wait while tickets are left, draws them itself and begins with W again. So
-// whoever waits, waits for CTAs that run, which wait for nobody.
+// A is rows of a matrix like any other: helpers stream blocks of its rows, for shares of K where there are few, and
+// count what is done. The others look at the count when their last loads of W are in flight, or, where W is codes and
+// its numbers take longer than its loads, when all of it is multiplied. Helpers are the first CTAs of the grid, and a
+// device commonly starts them first; what each of them does says the ticket that it draws. A CTA that would wait while
+// tickets are left, draws them itself and begins with W again. So whoever waits, waits for CTAs that run, which wait
+// for nobody.
 //
 // Where A is so small that loading it takes each CTA less time than s would come late, each computes s for itself:
 // there are no helpers (lorafast/backends/cuda/decode.py decides). CTAs of a cluster could have a part of A each: four of
@@ -178,12 +179,15 @@ class Layer {
       clear(sums);
       if (!again) {
         if (threadIdx.x < 32) find_adapters(shared_.batch, p);
-        if (p.helpers > 0) look_for_helpers();
+        if (!Base::kBusy && p.helpers > 0) look_for_helpers();
+      }
+      if constexpr (Base::kBusy) stream.share();
+      if (Base::kBusy || !again) {
         __syncthreads();
       }
       const Items<TOKENS> items(p, shared_.batch.distinct);
       if (!shrinks) {
-        stream.run(sums);
+        multiply(stream, sums, block, again);
         // The last loads of W are in flight: time to wait for s.
         if (again || have_started() || all_have_started()) {
           if constexpr (kTensorCores<T>) wait_to_expand(items, block);
@@ -195,8 +199,10 @@ class Layer {
       if (block < 0) return finish();
     }
     const Items<TOKENS> items(p, shared_.batch.distinct);
-    stream.drain(sums);
-    Base::rest(sums, p.weight.rows(first_row(ptx::again(block)), p.N), x, 0, p.K);
+    if constexpr (!Base::kBusy) {
+      stream.drain(sums);
+      Base::rest(sums, p.weight.rows(first_row(ptx::again(block)), p.N), x, 0, p.K);
+    }
     if constexpr (kTensorCores<T>) expand(sums, items, block);
     stream.spill(sums, shared_.sums);
     __syncthreads();
@@ -211,6 +217,20 @@ class Layer {
     float* all = reinterpret_cast<float*>(&sums);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(sums) / sizeof(float)); ++i) all[i] = 0.0f;
+  }
+
+  // By W, until its last loads are in flight; where that keeps a CTA busy (kBusy), all of it. Then B comes closer and
+  // helpers are looked for meanwhile.
+  __device__ __forceinline__ void multiply(Base& stream, typename Base::Sums& sums, int block, bool again) {
+    if constexpr (Base::kBusy) {
+      this->fetch(block);  // there is none for sm_75
+      stream.run(sums, [&] {
+        if (!again) look_for_helpers();
+      });
+      if (!again) __syncthreads();
+    } else {
+      stream.run(sums);
+    }
   }
 
   // ---- s
@@ -355,10 +375,20 @@ class Layer {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   // On tensor cores a warp takes 32 ranks of one adapter at a time. Its rows of B come closer while it waits.
   __device__ __forceinline__ void wait_to_expand(const Items<TOKENS>& items, int block) const {
-    if (static_cast<int>(threadIdx.x / 32) >= shared_.batch.distinct * chunks()) return;
+    if (!expands()) return;
+    if constexpr (!Base::kBusy) fetch(block);
+    wait_for_s(items);
+  }
+
+  // Whether this warp has ranks.
+  __device__ __forceinline__ bool expands() const {
+    return static_cast<int>(threadIdx.x / 32) < shared_.batch.distinct * chunks();
+  }
+
+  __device__ __forceinline__ void fetch(int block) const {
+    if (!expands()) return;
     if (p.adapters == DtypeOf<T>::value) fetch_of<T>(block);
     else fetch_of<float>(block);
-    wait_for_s(items);
   }
 
   __device__ __forceinline__ int chunks() const { return (p.r + 31) / 32; }

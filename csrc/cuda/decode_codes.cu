@@ -38,7 +38,8 @@ void decode_layer(
     if constexpr (sizeof(T) == 2) {
       auto* const kernel =
           grid.tokens == 8 ? decode::decode_codes_kernel<T, 8, Codes> : decode::decode_codes_kernel<T, 16, Codes>;
-      launch<kOldest>(name, kernel, dim3(grid.ctas), decode::kThreads, grid.own_s, on, p);
+      const size_t shared = 16 * (grid.tokens == 8 ? decode::kRing<8> : decode::kRing<16>)+grid.own_s;
+      launch<kOldest>(name, kernel, dim3(grid.ctas), decode::kThreads, shared, on, p);
     }
   });
 }

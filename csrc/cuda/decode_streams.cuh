@@ -231,6 +231,7 @@ __device__ __forceinline__ void multiply_rows(
 // 16·tile + g (elements 0, 1) and + 8 (2, 3), tokens 8·tile + 2t + 0, 1.
 template <int TOKENS, int ROW_TILES>
 struct MmaSums {
+  static constexpr bool kBusy = false;
   static constexpr int kParts = kWarps, kTiles = TOKENS / 8, kRowTiles = ROW_TILES, kRows = 16 * kRowTiles;
   using Sums = float[kRowTiles][kTiles][4];
   using Spill = Spilled<TOKENS, kParts>;
@@ -432,6 +433,7 @@ class FmaStream {
   static constexpr int kOwn = 4, kGroups = rows_of(TOKENS) / kOwn;  // rows of a warp, and warps that have others
 
  public:
+  static constexpr bool kBusy = false;
   static constexpr int kRows = rows_of(TOKENS), kParts = kWarps / kGroups;
   using Sums = float[kOwn][TOKENS];
   using Spill = Spilled<TOKENS, kParts>;

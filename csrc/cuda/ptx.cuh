@@ -28,6 +28,14 @@ __device__ __forceinline__ int again(int x) {
   return same;
 }
 
+// The same of a pointer: it is kept in a register, where it would be computed again for each use.
+template <class P>
+__device__ __forceinline__ P* kept(P* x) {
+  uint64_t same;
+  asm volatile("mov.b64 %0, %1;" : "=l"(same) : "l"(x));
+  return reinterpret_cast<P*>(same);
+}
+
 // threadIdx.x, asked for again where it would be kept in a register all the while.
 __device__ __forceinline__ int thread_again() {
   int thread;
@@ -45,6 +53,24 @@ __device__ __forceinline__ uint2 multiply_wide(uint32_t a, uint32_t b) {
       : "=r"(words.x), "=r"(words.y)
       : "r"(a), "r"(b));
   return words;
+}
+
+// Data Movement: prmt. Four of the eight bytes of b:a, by a number each in a half-byte of `by`; with 8 more the highest
+// bit of a byte, eight times.
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t by) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(by));
+  return bytes;
+}
+
+// Data Movement: cvt of two e4m3, the lower half of a word, to two float16, which have all of their numbers. From sm_89
+// on.
+__device__ __forceinline__ uint32_t to_halves(uint32_t two) {
+  uint32_t halves;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}"
+      : "=r"(halves)
+      : "r"(two));
+  return halves;
 }
 
 // Data Movement: cvt.rna.tf32.f32. The nearest number of TF32, of two the one that is further from 0. From sm_80 on.

@@ -89,18 +89,84 @@ def rounded(W, STORED: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.conste
 
 
 @triton.jit
-def number_at(numbers_ptr, codes, INTERPRETED: tl.constexpr):
-    """``numbers[codes]``, of a loop whose other loads are pipelined: these are not to be, they hit the
-    cache, so the compiler doesn't see that they are loads."""
+def four_bit_numbers(numbers_ptr, codes, LOW_FIRST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The numbers of two codes a byte: uint8 ``[rows, bytes]`` → float32 ``[rows, 2 · bytes]``.
+
+    Each lane has number ``lane % 16`` of the table, and a code is the lane that a shuffle asks: the bit
+    above it may be anything, so a shift and a shuffle are all that a number takes.
+    """
     if INTERPRETED:
-        found = tl.load(numbers_ptr + codes)
+        found = tl.load(numbers_ptr + four_bit_codes(codes, LOW_FIRST))
     else:
-        found = tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];",
+        own = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 lane;
+            .reg .b64 at;
+            mov.u32 lane, %laneid;
+            and.b32 lane, lane, 15;
+            mad.wide.u32 at, lane, 4, $1;
+            ld.global.nc.f32 $0, [at];
+            }""",
             "=f,l",
-            [numbers_ptr + codes],
+            [numbers_ptr],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
         )
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 at<7>;
+            shr.u32 at0, $8, 4;
+            shr.u32 at1, $8, 8;
+            shr.u32 at2, $8, 12;
+            shr.u32 at3, $8, 16;
+            shr.u32 at4, $8, 20;
+            shr.u32 at5, $8, 24;
+            shr.u32 at6, $8, 28;
+            shfl.sync.idx.b32 $0, $9, $8, 31, 0xffffffff;
+            shfl.sync.idx.b32 $4, $9, at0, 31, 0xffffffff;
+            shfl.sync.idx.b32 $1, $9, at1, 31, 0xffffffff;
+            shfl.sync.idx.b32 $5, $9, at2, 31, 0xffffffff;
+            shfl.sync.idx.b32 $2, $9, at3, 31, 0xffffffff;
+            shfl.sync.idx.b32 $6, $9, at4, 31, 0xffffffff;
+            shfl.sync.idx.b32 $3, $9, at5, 31, 0xffffffff;
+            shfl.sync.idx.b32 $7, $9, at6, 31, 0xffffffff;
+            }""",
+            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,f,f,f,f",
+            [codes, own],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=4,
+        )
+        found = tl.interleave(low, high) if LOW_FIRST else tl.interleave(high, low)
     return found
+
+
+@triton.jit
+def int8_to_float(codes, NEIGHBOURS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """int8 → float32: with 128 behind the exponent of 2^23 it is that much more.
+
+    That takes a logical operation and a sum. A conversion has a quarter of their rate.
+
+    NEIGHBOURS: a thread has codes as they lie in memory, four in a word, of which a permutation of bytes
+    makes each float.
+    """
+    if NEIGHBOURS and not INTERPRETED:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 more;
+            xor.b32 more, $4, 0x80808080;
+            prmt.b32 $0, more, 0x4B000000, 0x7540;
+            prmt.b32 $1, more, 0x4B000000, 0x7541;
+            prmt.b32 $2, more, 0x4B000000, 0x7542;
+            prmt.b32 $3, more, 0x4B000000, 0x7543;
+            }""",
+            "=&r,=&r,=&r,=&r,r",
+            [codes],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        found = (codes.to(tl.uint8, bitcast=True).to(tl.uint32) ^ 0x80) | 0x4B000000
+    return found.to(tl.float32, bitcast=True) - 8388736.0

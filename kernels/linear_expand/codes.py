@@ -16,8 +16,8 @@ from lorafast.kernels.common.bundles import Matrix, Vector
 from lorafast.kernels.common.codes import (
     block_scales,
     e4m3_to_float,
-    four_bit_codes,
-    number_at,
+    four_bit_numbers,
+    int8_to_float,
     rounded,
 )
 from lorafast.kernels.common.codes_plan import CodesLaunch
@@ -55,11 +55,13 @@ def _tile_of_w(
     HARDWARE: tl.constexpr,
     GROUP: tl.constexpr,
     STORED: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
     dtype: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """``W[first_row:, first_col:]``, [TILE_ROWS, TILE_COLS], 0 beyond W ``[rows_of_w, cols_of_w]``.
 
+    NEIGHBOURS: whether threads have neighbours of a row, as ``int8_to_float`` has it.
     Scale (i, j) is of BLOCK_ROWS × BLOCK_COLS elements, 0 of them for all; GROUP neighbours in a row
     have one scale, and a row is a multiple of that.
     """
@@ -76,7 +78,7 @@ def _tile_of_w(
             mask=(rows < rows_of_w)[:, None] & (at < cols_of_w // 2)[None, :],
             other=0,
         )  # [TILE_ROWS, TILE_COLS / 2]
-        numbers = number_at(numbers_ptr, four_bit_codes(codes, LOW_FIRST), INTERPRETED)
+        numbers = four_bit_numbers(numbers_ptr, codes, LOW_FIRST, INTERPRETED)
         blocks = (begin + firsts[None, :]) // BLOCK_COLS
         scales = block_scales(
             scales_ptr,
@@ -98,7 +100,7 @@ def _tile_of_w(
         if codes_ptr.dtype.element_ty == tl.uint8:
             numbers = e4m3_to_float(codes, HARDWARE)
         else:
-            numbers = codes.to(tl.float32)
+            numbers = int8_to_float(codes, NEIGHBOURS, INTERPRETED)
         if BLOCK_ROWS == 0:
             blocks = rows[:, None] * 0 + firsts[None, :] * 0
         elif BLOCK_COLS == 0:
@@ -183,7 +185,7 @@ def codes_linear_expand_kernel(
                 codes_ptr, numbers_ptr, scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, unit,
                 scales_in_row, block * BLOCK_K, col_block * BLOCK_N, K, N, BLOCK_K, BLOCK_N,
                 BLOCK_ROWS, BLOCK_COLS, NESTED_BLOCK, LOW_FIRST, HARDWARE, GROUP, STORED,
-                x_ptr.dtype.element_ty, INTERPRETED,
+                False, x_ptr.dtype.element_ty, INTERPRETED,
             )  # fmt: skip
         else:
             w_tile = tl.trans(
@@ -191,7 +193,7 @@ def codes_linear_expand_kernel(
                     codes_ptr, numbers_ptr, scales_ptr, map_ptr, of_blocks_ptr, offset_ptr, unit,
                     scales_in_row, col_block * BLOCK_N, block * BLOCK_K, N, K, BLOCK_N, BLOCK_K,
                     BLOCK_ROWS, BLOCK_COLS, NESTED_BLOCK, LOW_FIRST, HARDWARE, GROUP, STORED,
-                    x_ptr.dtype.element_ty, INTERPRETED,
+                    True, x_ptr.dtype.element_ty, INTERPRETED,
                 )
             )  # fmt: skip
         acc = dot(x_tile, w_tile, acc, PRECISION, INTERPRETED)

@@ -8,7 +8,7 @@ from decode_cases import drawn as drawn_layer
 from on_machine import Fault, launched, needs_nvcc, planted
 from ptx.plant import EVERY, change
 
-from lorafast.backends.cuda import decode
+from lorafast.backends.cuda import cost, decode
 from lorafast.backends.cuda import launch as launches
 from lorafast.core.assignment import Assignment
 from lorafast.core.problem import Layout
@@ -16,6 +16,8 @@ from lorafast.operands import FP8, NF4, Int8
 from lorafast.reference import contract
 
 KERNEL = "decode_codes_kernel"
+ONCE = ("ld.global.nc.L1::no_allocate.v4.u32", "cp.async.cg.shared.global")
+"""What loads matrices; of them the second W."""
 
 
 def run(weight, layer, helpers=2, arch=80, want_s=True, **options):
@@ -76,7 +78,9 @@ def name(case):
 
 
 FAULTS = {
-    "halves of bytes in the other order": change(r"252645135", "-252645136", EVERY),
+    "halves of bytes in the other order": change(r"16465", "20800", EVERY),
+    "upper bytes of other numbers": change(r"30001", "30051", EVERY),
+    "numbers 8 to 15 for 0 to 7": change(r"40332", "0", EVERY),
     "scales of other blocks": change(r"shr\.s64", "shl.b64", EVERY),
 }
 
@@ -142,7 +146,7 @@ class TestExecuted:
             weight = drawn(of, 64, 2048)
             ran, _, _ = run(weight, layer_over(weight, 1, 16), 0)
             (one,) = ran.ran()
-            loads = [c for c in one.counts if c.opcode == "ld.global.nc.L1::no_allocate.v4.u32"]
+            loads = [c for c in one.counts if c.opcode in ONCE]
             codes, A, B = (
                 64 * 2048 // per,
                 4 * 16 * 2048 * 2,
@@ -151,6 +155,21 @@ class TestExecuted:
             assert (
                 sum(c.bytes for c in loads) == codes + A + B == 32 * sum(c.sectors for c in loads)
             )
+
+    @pytest.mark.parametrize("M", [1, 16])
+    @pytest.mark.parametrize("of", ["nf4", "int8", "fp8-one"])
+    def test_what_a_number_takes(self, of, M):
+        """Of PTX at most 8.1 instructions of a lane, with all of a step around it; what a CTA takes once
+        is no part of that. By as many ``auto`` reckons."""
+
+        def lanes(N, K):
+            weight = drawn(of, N, K)
+            ran, _, _ = run(weight, layer_over(weight, M, 16), 1, 90, want_s=False, resident=8)
+            return sum(count.lanes for one in ran.ran() for count in one.counts)
+
+        rows, more = lanes(96, 1024) - lanes(32, 1024), lanes(96, 2048) - lanes(32, 2048)
+        each = (more - rows) / (64 * 1024)
+        assert decode._INSTRUCTIONS - 1 < each < 8.1
 
     @pytest.mark.parametrize("fault", FAULTS)
     def test_planted(self, fault):
@@ -194,6 +213,15 @@ class TestRefused:
         assert isinstance(launch, launches.Launch)
         assert "rows of W in nf4" in launch.line
         assert 4096 * 4096 * 0.5 < launch.moved < 4096 * 4096 * 0.7
+
+    def test_numbers_take_longer_than_memory(self):
+        """At few rows; longest where e4m3 isn't converted by hardware."""
+        p = self.asked(drawn("nf4", 4096, 4096), 16)
+        launch = decode.plan_lora_linear(p, H200)
+        assert cost.of(launch, p, H200).device > 1.5 * launch.moved / H200.bandwidth
+        fp8 = self.asked(drawn("fp8-one", 4096, 4096), 16)
+        assert decode.seconds_of_numbers(fp8, H200) == decode.seconds_of_numbers(p, H200)
+        assert decode.seconds_of_numbers(fp8, A100) > 1.5 * decode.seconds_of_numbers(p, A100)
 
     @needs_nvcc
     def test_the_launcher(self):

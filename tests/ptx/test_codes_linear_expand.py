@@ -42,7 +42,7 @@ def test_each_way_of_storing_a_weight(kind, transposed, arch):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("transposed", [False, True], ids=["y", "dx"])
 def test_k_in_shares(transposed, arch):
-    N, K = (544, 64) if transposed else (64, 544)
+    N, K = (1088, 64) if transposed else (64, 2112)
     product = Product("nf4 nested", 3, N, K, 5, torch.bfloat16, transposed, sms=8)
     assert product.launch.splits > 1
     check(arch, product, seeds=range(3))

@@ -7,11 +7,11 @@ elsewhere.
 """
 
 from lorafast.backends.cost import LAUNCH_SECONDS, MARGIN, Device, Estimate, base_gemm
-from lorafast.backends.cuda import clocks, planning
+from lorafast.backends.cuda import clocks, decode, planning
 from lorafast.backends.cuda.launch import CALL_HOST, NONE, Choices, Launch
 from lorafast.backends.cuda.planning import Hybrid
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem, parts
 
 _LAUNCH_HOST = 3e-6
 """Of each launch more within one operation: the driver's share."""
@@ -37,6 +37,9 @@ _RANKS = 16
 """A tile has a multiple of so many."""
 _DECODING = 0.5
 """Of the rate of products: its tiles are thin, and half as many rows of x may fill them."""
+_ISSUED = 0.5
+"""Of the instructions that schedulers could issue, where numbers are made of codes: Triton's product is
+modelled by the same share."""
 _LARGE = {
     "shrink": ("x",),
     "shrink_backward": ("x",),
@@ -102,6 +105,8 @@ def _of_kernels(launch: Launch, p: Problem, device: Device) -> Estimate:
     share = _UNALIGNED if narrow else 1.0
     if p.operation in planning.WHOLE:  # decoding
         busy = launch.flops / device.rate(p.dtype, tf32=False) / _DECODING
+        if p.format != DENSE:
+            busy = max(busy, decode.seconds_of_numbers(p, device) / _ISSUED)
         moved = launch.moved / device.bandwidth / _WHOLE
     else:
         reached, busy = _SKINNY, clocks.seconds(p, device)

@@ -22,7 +22,7 @@ from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, Problem
 from lorafast.core.transfer import on_device
 from lorafast.kernels.common.counters import counters
-from lorafast.operands import Weight
+from lorafast.operands import FP8, Weight
 
 MOST_ROWS = 16
 _MOST_RANKS = 1 << 20
@@ -51,6 +51,14 @@ _OLDEST_OF_CODES = 80
 _ALIGNED = 16
 _COUNTERS = 3
 """Beside one for each helper."""
+_INSTRUCTIONS = 7
+"""Of sm_90 for an element of a quantized W: 6 in 4 bits, 7 in 8 bits, with all of a step around them."""
+_SOFTWARE_E4M3, _CONVERTS_E4M3 = 14, 89
+"""The same of e4m3 on chips that don't convert it, and the architecture from which they do."""
+_LANES = 128
+"""That an SM issues for in a clock."""
+_L2_A_CLOCK = 32
+"""Bytes, by which ``DecodeRow.l2`` says the clock."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,14 @@ def late_seconds(
         return ready
     W = _bytes_of_element(p) * p.K * -(-p.N // ctas)
     return max(0.0, ready - (row.load + _at_once(p, device, ctas) * W / speed))
+
+
+def seconds_of_numbers(p: Problem, device: Device) -> float:
+    """In which schedulers issue what a quantized W takes, if they issue all the time."""
+    clock = row_of(DECODE, device.capability).l2 / _L2_A_CLOCK
+    by_software = p.format == FP8.format and device.capability < _CONVERTS_E4M3
+    instructions = _SOFTWARE_E4M3 if by_software else _INSTRUCTIONS
+    return p.N * p.K * instructions / (_LANES * clock * device.sms)
 
 
 def _resident(p: Problem, row: DecodeRow) -> int:
