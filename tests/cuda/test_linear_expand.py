@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cards import A100, H200, L4, T4, problem
+from helpers import covering
 from layouts import LAYOUTS, lay_out
 from linear_expand_cases import TILES, Case, OnMachine, bits, hold, padded
 from linear_expand_counts import plain
@@ -36,16 +37,18 @@ QUICK = [
 ]
 MORE = [
     Case(kind, M, K, N, r, transposed, p, bias, columns, splits, arch)
-    for kind in HALVES
-    for arch in (80, 90)
-    for M, K, N, r, transposed, p, bias, columns, splits in (
-        (257, 129, 129, 1, False, 0.0, True, 128, 1),
-        (129, 264, 513, 3, True, 0.5, False, 256, 1),
-        (64, 64, 64, 17, True, 0.1, True, 128, 2),
-        (31, 33, 31, 256, False, 0.0, False, 256, 1),
-        (200, 1000, 96, 64, False, 0.1, False, 128, 4),
-        (140, 640, 270, 130, True, 0.0, False, 256, 3),
-        (3, 8, 8, 16, True, 1.0, False, 128, 1),
+    for kind, arch, (M, K, N, r, transposed, p, bias, columns, splits) in covering(
+        list(HALVES),
+        (80, 90),
+        (
+            (257, 129, 129, 1, False, 0.0, True, 128, 1),
+            (129, 264, 513, 3, True, 0.5, False, 256, 1),
+            (64, 64, 64, 17, True, 0.1, True, 128, 2),
+            (31, 33, 31, 256, False, 0.0, False, 256, 1),
+            (200, 1000, 96, 64, False, 0.1, False, 128, 4),
+            (140, 640, 270, 130, True, 0.0, False, 256, 3),
+            (3, 8, 8, 16, True, 1.0, False, 128, 1),
+        ),
     )
 ]  # fmt: skip
 OTHERS = [

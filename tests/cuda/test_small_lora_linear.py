@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import covering
 from layouts import LAYOUTS
 from on_machine import Fault, launched, needs_nvcc, planted
 from ptx.plant import EVERY, change, drop
@@ -53,12 +54,14 @@ QUICK = [
 ]
 MORE = [
     Case(kind, M, K, N, r, p, bias, arch=arch, columns=columns, stages=stages)
-    for kind in KINDS
-    for arch in (80, 90)
-    for M, K, N, r, p, bias, columns, stages in (
-        (130, 264, 200, 16, 0.0, True, 64, 3), (64, 64, 64, 64, 0.1, False, 64, 2),
-        (1, 24, 1, 1, 0.0, True, 32, 4), (63, 129, 31, 17, 0.5, True, 32, 3),
-        (100, 384, 96, 32, 0.0, False, 32, 3), (67, 1000, 24, 8, 0.1, True, 64, 4),
+    for kind, arch, (M, K, N, r, p, bias, columns, stages) in covering(
+        list(KINDS),
+        (80, 90),
+        (
+            (130, 264, 200, 16, 0.0, True, 64, 3), (64, 64, 64, 64, 0.1, False, 64, 2),
+            (1, 24, 1, 1, 0.0, True, 32, 4), (63, 129, 31, 17, 0.5, True, 32, 3),
+            (100, 384, 96, 32, 0.0, False, 32, 3), (67, 1000, 24, 8, 0.1, True, 64, 4),
+        ),
     )
 ]  # fmt: skip
 OTHERS = [

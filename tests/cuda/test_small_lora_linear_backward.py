@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import covering
 from layouts import LAYOUTS
 from on_machine import Fault, launched, needs_nvcc, planted
 from ptx.plant import EVERY, after, before, change, drop
@@ -67,11 +68,14 @@ QUICK = [
 ]
 MORE = [
     Case(kind, M, K, N, r, p, arch=arch, columns=columns, stages=stages)
-    for kind in KINDS
-    for arch in (80, 90)
-    for M, K, N, r, p, columns, stages in (
-        (130, 264, 200, 16, 0.0, 64, 3), (64, 64, 64, 64, 0.1, 64, 2), (1, 24, 1, 1, 0.0, 32, 4),
-        (63, 129, 31, 17, 0.5, 32, 3), (100, 96, 384, 32, 0.0, 32, 3), (267, 24, 67, 8, 0.1, 64, 4),
+    for kind, arch, (M, K, N, r, p, columns, stages) in covering(
+        list(KINDS),
+        (80, 90),
+        (
+            (130, 264, 200, 16, 0.0, 64, 3), (64, 64, 64, 64, 0.1, 64, 2),
+            (1, 24, 1, 1, 0.0, 32, 4), (63, 129, 31, 17, 0.5, 32, 3),
+            (100, 96, 384, 32, 0.0, 32, 3), (267, 24, 67, 8, 0.1, 64, 4),
+        ),
     )
 ]  # fmt: skip
 OTHERS = [

@@ -110,18 +110,20 @@ def multiplied(N, K, dtype):
 
 
 def why_multiplied_wrongly(weight, M, layout):
-    """A sentence if a product straight from the codes breaks the contract, for y or for dx."""
+    """A sentence if products straight from the codes break the contract, for y or for dx. Several of few
+    elements, whose error is luck, are held to it together."""
     dense = weight.dense()
     for transposed in (False, True):
         W = dense.t() if transposed else dense
-        x = lay_out(torch.randn(M, W.shape[1]).to(dense.dtype), layout)
+        several = min(-(-256 // (M * min(W.shape))), 32)
+        drawn = torch.randn(several, M, W.shape[1]).to(dense.dtype)
+        xs = [lay_out(x, layout) for x in drawn]
         bias = None if transposed else torch.randn(W.shape[0]).to(dense.dtype)
-        found = dequantize.of_few_rows(x, weight, bias, transposed)
+        found = torch.stack([dequantize.of_few_rows(x, weight, bias, transposed) for x in xs])
 
-        def product(change, x=x, W=W, bias=bias):
-            return torch.nn.functional.linear(
-                change(x), change(W), None if bias is None else change(bias)
-            )
+        def product(change, xs=xs, W=W, bias=bias):
+            b = None if bias is None else change(bias)
+            return torch.stack([torch.nn.functional.linear(change(x), change(W), b) for x in xs])
 
         ref64, squares64 = product(torch.Tensor.double), product(lambda t: t.double().square())
         bound = contract.bound(product(torch.Tensor.clone), ref64, squares64.sqrt())
@@ -139,21 +141,23 @@ def main():
     seed = torch.tensor([-(2**62) + 99])
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     layouts = ("contiguous", "transposed", "every other column", "one column expanded")
-    for shape, (dtype, layout, p) in itertools.product(
-        SHAPES, covering(dtypes, layouts, (0.0, 0.3))
-    ):
-        # Under the sanitizers kernels take ten times as long.
-        if len(sys.argv) > 1 and shape == SHAPES[-1] and layout != "contiguous":
-            continue
+    each = (dtypes, layouts, (0.0, 0.3))
+    if len(sys.argv) > 1:  # under the sanitizers kernels take ten times as long
+        chosen = covering(SHAPES, *each)
+    else:
+        chosen = [(shape, *others) for shape in SHAPES for others in covering(*each)]
+    for shape, dtype, layout, p in chosen:
         for name, call in calls_of(*shape, dtype, layout, p, seed).items():
             reason = contract.compare(call, cpu, dtype).why_broken
             if reason is not None:
                 sys.exit(f"{name} {shape} {dtype} {layout} p={p} is {reason}")
+    torch.manual_seed(1)
     for dtype, cast in itertools.product(dtypes, dtypes):
         for weight in weights(dtype):
             reason = why_dequantized_wrongly(weight.to(cast))
             if reason is not None:
                 sys.exit(reason)
+    torch.manual_seed(2)
     # 4200 columns are several tiles, 70 rows several of dx.
     for dtype, cast, (N, K) in itertools.product(dtypes, dtypes, ((5, 33), (70, 544), (9, 4200))):
         for weight in multiplied(N, K, dtype):

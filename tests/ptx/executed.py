@@ -152,7 +152,8 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     if key not in _compiled:
         target = GPUTarget("cuda", arch, WARP)
         try:
-            made = triton.compile(launch.source(), target=target, options=dict(launch.options))
+            with _no_machine_code():
+                made = triton.compile(launch.source(), target=target, options=dict(launch.options))
         except RuntimeError as error:
             name, why = launch.kernel.__name__, str(error).strip().split("\n")[0]
             raise ValueError(f"Triton makes no PTX of {name} for arch={arch}: {why}") from error
@@ -164,6 +165,23 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
             getattr(of, "num_ctas", 1), getattr(of, "tensordesc_meta", None),
         )  # fmt: skip
     return _compiled[key]
+
+
+@contextmanager
+def _no_machine_code() -> Iterator[None]:
+    """Within it Triton compiles to PTX and keeps that apart: nobody executes what ptxas makes of it."""
+
+    def inspect(backend: Any = None, stages: Any = None, *given: Any) -> tuple[str, str] | None:
+        if stages is None:
+            return "PTX alone", "PTX alone"  # in the keys of what Triton keeps
+        stages["cubin"] = lambda ptx, metadata: b""
+        return None
+
+    runtime = triton.knobs.runtime
+    with runtime.scope():
+        if hasattr(runtime, "add_stages_inspection_hook"):
+            runtime.add_stages_inspection_hook = inspect
+        yield
 
 
 def _threads(ptx: str) -> int:
