@@ -127,15 +127,18 @@ struct Spilled {
 
 // c += a·b over 32 elements along K. A lane has rows g and g + 8 of the matrix (`low`, `high`) and row g of x, of each
 // its elements 8t to 8t + 7. Which two elements of K meet in an mma doesn't matter, if a and b agree: the first one
-// takes elements 0 to 3 of each lane, the second one 4 to 7, and nothing has to be moved.
-template <class T>
+// takes elements 0 to 3 of each lane, the second one 4 to 7, and nothing has to be moved. APART: s beside float16 stays
+// in float32, and tensor cores cut a sum off each time they add to it, so these have sums of their own.
+template <class T, bool APART = false>
 __device__ __forceinline__ void multiply(float (&c)[4], const uint4& low, const uint4& high, const uint4& x) {
   const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
   if constexpr (DtypeOf<T>::value == Dtype::bfloat16) {
     ptx::multiply_bf16(c, first, x.x, x.y);
     ptx::multiply_bf16(c, second, x.z, x.w);
+  } else if constexpr (!APART) {
+    ptx::multiply_f16(c, first, x.x, x.y);
+    ptx::multiply_f16(c, second, x.z, x.w);
   } else {
-    // s stays in float32: tensor cores cut sums off each time they add to them, so these are apart.
     float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     ptx::multiply_f16(part, first, x.x, x.y);
     ptx::multiply_f16(part, second, x.z, x.w);
@@ -209,7 +212,7 @@ __device__ __forceinline__ void multiply_rows(
     const uint4 (&x)[TILES][1]) {
   if constexpr (sizeof(R) == sizeof(T)) {
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) multiply<T>(c[tile], low[0], high[0], x[tile][0]);
+    for (int tile = 0; tile < TILES; ++tile) multiply<T, true>(c[tile], low[0], high[0], x[tile][0]);
   } else {
     float rows[2][8];
     unpack_8<R>(rows[0], low);
@@ -217,7 +220,7 @@ __device__ __forceinline__ void multiply_rows(
     if constexpr (DtypeOf<T>::value == Dtype::bfloat16) {
       const uint4 packed[2] = {pack_bf16(rows[0]), pack_bf16(rows[1])};
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) multiply<T>(c[tile], packed[0], packed[1], x[tile][0]);
+      for (int tile = 0; tile < TILES; ++tile) multiply<T, true>(c[tile], packed[0], packed[1], x[tile][0]);
     } else {
       float tokens[TILES][8];
 #pragma unroll

@@ -67,12 +67,17 @@ def seconds_of_build(objects: Path = OBJECTS) -> dict[str, float]:
     return {name: float(path.read_text(encoding="utf-8")) for name, path in paths.items()}
 
 
-def kernels_of(library: Path) -> dict[str, list[Kernel]]:
-    """By architecture, as ``sm_90a``, in the order of their names."""
-    from machine_code import CUOBJDUMP, instructions_of
+def architectures_of(library: Path) -> list[str]:
+    """Those that it has machine code for, as ``sm_90a``."""
+    return list(dict.fromkeys(re.findall(r"^arch = (\S+)", _dumped(library, "-res-usage"), re.M)))
 
-    command = [str(CUOBJDUMP), "-res-usage", "-sass", str(library)]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+def kernels_of(library: Path, arch: str = "") -> dict[str, list[Kernel]]:
+    """By architecture, all or one, in the order of their names. Each takes some ten seconds."""
+    from machine_code import instructions_of
+
+    one = ("-arch", arch) if arch else ()
+    lines = _dumped(library, "-res-usage", "-sass", *one).splitlines()
     needs: dict[tuple[str, str], dict[str, int]] = {}
     words: dict[tuple[str, str], list[str]] = {}
     arch = symbol = ""
@@ -105,6 +110,13 @@ def kernels_of(library: Path) -> dict[str, list[Kernel]]:
             )
         )
     return made
+
+
+def _dumped(library: Path, *options: str) -> str:
+    from machine_code import CUOBJDUMP
+
+    command = [str(CUOBJDUMP), *options, str(library)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _demangled(symbols: list[str]) -> dict[str, str]:
