@@ -4,8 +4,9 @@
     python bench/report.py --check    # exit status 1 if a section and the records disagree
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
-shown, of ``inference-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*``
-the newest one. No figure is typed by hand.
+shown, or of a device that has none the newest one, of which it is said; of ``inference-*``,
+``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the newest one. No figure
+is typed by hand.
 """
 
 import argparse
@@ -40,6 +41,7 @@ T = TypeVar("T")
 _REMARKS = {"infer": ", again and again, so that code, and weights that fit, are in the cache"}
 _DEVICES = ("gpu", "cpu")
 _SHOWN = {"lorafast": "lorafast", "peft": "PEFT", "peft-compiled": "PEFT, compiled"}
+_BROKE_OFF = "The run broke off: this is what it had measured."
 _NO_GPU = "No run on a GPU is recorded yet."
 
 
@@ -86,12 +88,14 @@ class Section:
 
 
 def newest(results: Path, kind: str) -> dict[Path, Run]:
-    """The newest complete run of a kind, of ``gpu`` and ``cpu`` that of each device."""
+    """The newest complete run of a kind, of ``gpu`` and ``cpu`` that of each device, which may have one
+    alone that broke off."""
     found: dict[str, tuple[Path, Run]] = {}
     runs = [(path, read(path)) for path in sorted(results.glob(f"{kind}-*.json"))]
     for path, run in sorted(runs, key=lambda one: one[1]["started"]):
-        if run["complete"]:
-            found[run["machine"]["device"] if kind in _DEVICES else kind] = path, run
+        of = run["machine"]["device"] if kind in _DEVICES else kind
+        if run["complete"] or (kind in _DEVICES and not (of in found and found[of][1]["complete"])):
+            found[of] = path, run
     return dict(found.values())
 
 
@@ -189,11 +193,17 @@ def _section(path: Path, run: Run) -> str:
         f"{machine['commit'] or 'unknown'}, {run['started'][:10]} ([record]({_relative(path)})):",
         f"```sh\n{_command(run)}\n```",
     ]
+    if not run["complete"]:
+        parts.append(_BROKE_OFF)
     parts += [_tests(row) for row in run.get("tests", ())]
     layers = [layer.Row.from_json(row) for row in run.get("layer", ())]
     for which in dict.fromkeys(row.which for row in layers):
         parts.append(f"{PASSES[which].capitalize()}{_REMARKS.get(which, '')}:")
         parts.append(_layers([row for row in layers if row.which == which]))
+    decoded = [layer.Row.from_json(row) for row in run.get("decode", ())]
+    if decoded:
+        parts.append("A decode step, in inference mode:")
+        parts.append(_layers(decoded))
     picture = path.with_suffix(".png")
     if picture.is_file():
         parts.append(_picture(picture))

@@ -171,7 +171,8 @@ class LoraLinearLaunch:
 class WeightNormLaunch:
     """A pass over W ``[N, K]`` by ``programs`` CTAs of ``block_n`` rows each.
 
-    ``rank_blocks``: of one, B is kept; several are looped over, and B is read again for each block of K.
+    ``rank_blocks``: of one or two, B is kept; more are looped over, and B is read again for each block
+    of K.
     """
 
     config: LaunchConfig
@@ -184,11 +185,13 @@ class WeightNormLaunch:
 
 def weight_norm_launch(N: int, K: int, r: int, *, sms: int) -> WeightNormLaunch:
     """With more rows a CTA A is read less often, as long as CTAs fill the SMs. Longer tiles would
-    spill, and so would fewer warps beside more ranks: found by compiling."""
+    spill, and so would fewer warps beside more ranks: found by compiling. Of 64 ranks in one product
+    tensor cores, which cut off, lost a thirtieth more than the contract allows on an H200."""
     block_n = 32 if _blocks(N, 32) >= sms else 16
-    block_r = next((block for block in (16, 32, 64) if r <= block), 32)
-    warps = 4 if block_r == 16 else 8
-    stages = 4 if block_r == 64 else 6  # of which sm_86 has no shared memory for more
+    block_r = 16 if r <= 16 else 32
+    few = block_n == 16 and 32 < r <= 64
+    warps = 4 if block_r == 16 or few else 8
+    stages = 3 if few else 6 if r <= 32 else 4  # of which sm_86 has no shared memory for more
     c = LaunchConfig(16, block_n, 64, block_r, warps, stages)
     return WeightNormLaunch(c, N, K, r, _blocks(N, block_n), _blocks(r, block_r))
 

@@ -72,7 +72,8 @@ def weight_norm_kernel(
     """Program i takes BLOCK_N rows, and all of their columns.
 
     ``scaling`` is a number, or where SCALING_IS_TENSOR the address of one. A and B of one 16-bit dtype
-    are multiplied as they are, else in float32.
+    are multiplied as they are, else in float32. Blocks of ranks have sums of their own, since tensor
+    cores cut a sum off whenever they add to it.
     """
     w = Matrix(w_ptr, stride_wn, stride_wk)
     a = Matrix(a_ptr, stride_ar, stride_ak)
@@ -84,8 +85,10 @@ def weight_norm_kernel(
         w.ptr + rows.to(tl.int64)[:, None] * w.stride_row
     )  # [BLOCK_N, 1], 64 bits as N·K may need
     s = tl.load(scaling).to(tl.float32) if SCALING_IS_TENSOR else scaling
-    if RANK_BLOCKS == 1:
+    if RANK_BLOCKS <= 2:
         b_tile = _rows_of_b(b, rows, ranks, N, r, WIDE)
+    if RANK_BLOCKS == 2:
+        b_behind = _rows_of_b(b, rows, BLOCK_R + ranks, N, r, WIDE)
     squares = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         columns = k + tl.arange(0, BLOCK_K)
@@ -95,15 +98,20 @@ def weight_norm_kernel(
             other=0.0,
         )  # [BLOCK_N, BLOCK_K]
         update = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        if RANK_BLOCKS == 1:
+        if RANK_BLOCKS <= 2:
             a_tile = _columns_of_a(a, ranks, columns, K, r, WIDE)
             update = dot(b_tile, a_tile, update, "tf32x3", INTERPRETED)
+            if RANK_BLOCKS == 2:
+                a_tile = _columns_of_a(a, BLOCK_R + ranks, columns, K, r, WIDE)
+                part = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+                update += dot(b_behind, a_tile, part, "tf32x3", INTERPRETED)
         else:
             for i in tl.range(RANK_BLOCKS, num_stages=1):
                 of_block = i * BLOCK_R + ranks
                 a_tile = _columns_of_a(a, of_block, columns, K, r, WIDE)
                 b_tile = _rows_of_b(b, rows, of_block, N, r, WIDE)
-                update = dot(b_tile, a_tile, update, "tf32x3", INTERPRETED)
+                part = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+                update += dot(b_tile, a_tile, part, "tf32x3", INTERPRETED)
         changed = w_tile.to(tl.float32) + s * update
         # Beyond K an infinite B has made NaN of zeros.
         squares += tl.where((columns < K)[None, :], changed * changed, 0.0)

@@ -40,7 +40,7 @@ def empty(*size, dtype):
 def test_compiles_to_fast_code(dtypes, r, N, capability):
     machine, launch = compiled(capability, dtypes, N, 4096, r)
     assert "HMMA" in machine.instructions
-    assert ("LDGSTS.128" in machine.instructions) is (launch.rank_blocks == 1)
+    assert ("LDGSTS.128" in machine.instructions) is (launch.rank_blocks <= 2)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90], ids="sm_{}".format)
