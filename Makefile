@@ -63,7 +63,7 @@ test-peft: $(READY) build/peft-$(PEFT)
 	PYTHONPATH=build/peft-$(PEFT) $(PY) -c 'import peft; assert peft.__version__ == "$(PEFT)", peft'
 	PYTHONPATH=build/peft-$(PEFT) $(PYTEST) tests/integrations/peft $(ARGS)
 
-# The oldest release that lorafast[peft] takes: what a change needs first. A second look is the newest's.
+# The oldest release that lorafast[peft] takes, without the slow tests: the newest release has those.
 test-oldest-peft:
 	$(MAKE) test-peft PEFT=0.20.0 ARGS='-m "not slow" $(ARGS)'
 

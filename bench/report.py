@@ -88,13 +88,14 @@ class Section:
 
 
 def newest(results: Path, kind: str) -> dict[Path, Run]:
-    """The newest complete run of a kind, of ``gpu`` and ``cpu`` that of each device, which may have one
-    alone that broke off."""
+    """The newest complete run of a kind, of ``gpu`` and ``cpu`` that of each device. A device without
+    one has the newest that broke off, if layers were measured in it."""
     found: dict[str, tuple[Path, Run]] = {}
     runs = [(path, read(path)) for path in sorted(results.glob(f"{kind}-*.json"))]
     for path, run in sorted(runs, key=lambda one: one[1]["started"]):
         of = run["machine"]["device"] if kind in _DEVICES else kind
-        if run["complete"] or (kind in _DEVICES and not (of in found and found[of][1]["complete"])):
+        broke_off = kind in _DEVICES and bool(run.get("layer"))
+        if run["complete"] or (broke_off and not (of in found and found[of][1]["complete"])):
             found[of] = path, run
     return dict(found.values())
 
@@ -128,7 +129,8 @@ def speed(results: Path) -> str:
                     kind_of_layer = f"{row.problem.dtype}{_base(row.problem)}"
                     key = f"{_device(run)}, {kind_of_layer}", row.problem.dropout_p
                     groups.setdefault(key, []).append(row)
-            commands.append(f"[{_device(run)}]({_relative(path, README)})")
+            whole = "" if run["complete"] else " (broke off)"
+            commands.append(f"[{_device(run)}]({_relative(path, README)}){whole}")
     shown = [
         name for name in _SHOWN if any(r.contender == name for g in groups.values() for r in g)
     ]

@@ -93,7 +93,8 @@ def four_bit_numbers(numbers_ptr, codes, LOW_FIRST: tl.constexpr, INTERPRETED: t
     """The numbers of two codes a byte: uint8 ``[rows, bytes]`` → float32 ``[rows, 2 · bytes]``.
 
     Each lane has number ``lane % 16`` of the table, and a code is the lane that a shuffle asks: the bit
-    above it may be anything, so a shift and a shuffle are all that a number takes.
+    above it may be anything, so a shift and a shuffle are all that a number takes. All lanes of a warp
+    must come here together.
     """
     if INTERPRETED:
         found = tl.load(numbers_ptr + four_bit_codes(codes, LOW_FIRST))

@@ -52,9 +52,8 @@ def codes_launch(
     """Tiles by the rows: few rows leave time to make numbers, not to multiply."""
     c = config or _tiles(M, dtype, transposed)
     tiles = -(-M // c.block_m) * -(-N // c.block_n)
-    programs = (
-        4 if c.block_m == 16 and dtype.itemsize == 2 else 2
-    )  # of an SM: partial sums grow with M
+    # Of an SM: partial sums grow with M.
+    programs = 4 if c.block_m == 16 and dtype.itemsize == 2 else 2
     splits = split_k(programs * sms, tiles, -(-K // c.block_k))
     return CodesLaunch(c, M, K, N, r, tiles, splits, transposed, GROUP, precision, bias)
 

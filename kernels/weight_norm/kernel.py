@@ -81,9 +81,8 @@ def weight_norm_kernel(
     WIDE: tl.constexpr = a_ptr.dtype.element_ty != b_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    w_rows = (
-        w.ptr + rows.to(tl.int64)[:, None] * w.stride_row
-    )  # [BLOCK_N, 1], 64 bits as N·K may need
+    # [BLOCK_N, 1], in the 64 bits that N·K may need.
+    w_rows = w.ptr + rows.to(tl.int64)[:, None] * w.stride_row
     s = tl.load(scaling).to(tl.float32) if SCALING_IS_TENSOR else scaling
     if RANK_BLOCKS <= 2:
         b_tile = _rows_of_b(b, rows, ranks, N, r, WIDE)

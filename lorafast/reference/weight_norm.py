@@ -6,7 +6,7 @@ from torch import Tensor
 from lorafast.core.dtypes import LEAST_NORM
 
 
-def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     """``‖W + scaling · B·A‖`` of each row, by which DoRA divides (Liu et al., "DoRA", 2024).
 
     Shapes: ``weight [N, K]``, ``lora_A [r, K]``, ``lora_B [N, r]`` → ``[N]``, in float32 (float64 of a

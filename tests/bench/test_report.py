@@ -149,8 +149,8 @@ def test_of_a_device_without_a_complete_run_the_newest_is_shown_and_it_is_said(
     record("gpu-b", [{"lorafast": 1.375}], day=3, complete=False)
     assert re.findall(r"\*\*([\d.]+)\*\*", report.speed(tmp_path)) == ["1.38"]
     assert report.performance(tmp_path).count("The run broke off") == 1
-    record("gpu-c", [{"lorafast": 1.25}], day=1)
-    assert re.findall(r"\*\*([\d.]+)\*\*", report.speed(tmp_path)) == ["1.25"]
+    record("gpu-c", [{"lorafast": 1.125}], day=1)
+    assert re.findall(r"\*\*([\d.]+)\*\*", report.speed(tmp_path)) == ["1.12"]
     assert "broke off" not in report.performance(tmp_path)
 
 

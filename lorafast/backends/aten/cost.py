@@ -32,8 +32,7 @@ _BIT_MASK_LAUNCHES, _BIT_MASK_BYTES = 6, 12.8
 the other kernels that make a mask."""
 _NORM_LAUNCHES = 10
 """Launches of DoRA's norm beside those that read W: counted."""
-_PARTIAL = 4
-"""Bytes of a float32."""
+_FLOAT32_BYTES = 4
 
 
 def estimate(problem: Problem, device: Device) -> Estimate:
@@ -103,12 +102,12 @@ def _weight_norm(p: Problem, device: Device) -> Estimate:
     """W in float32, for its norm and its product with A; the rest is as small as A and B."""
     W, size, low = p.N * p.K, p.dtype.itemsize, (p.N + p.K) * p.r
     found = work(device, launches=_NORM_LAUNCHES)
-    if size < _PARTIAL:
-        found += work(device, moved=W * (size + _PARTIAL), share=_SKINNY)
-    found += work(device, moved=W * _PARTIAL, share=_SKINNY)
+    if size < _FLOAT32_BYTES:
+        found += work(device, moved=W * (size + _FLOAT32_BYTES), share=_SKINNY)
+    found += work(device, moved=W * _FLOAT32_BYTES, share=_SKINNY)
     rate = device.rate(torch.float32, p.tf32) * FLOAT32
     return found + work(
-        device, flops=2.0 * p.r * W, rate=rate, moved=(W + low) * _PARTIAL, share=_SKINNY_WIDE
+        device, flops=2.0 * p.r * W, rate=rate, moved=(W + low) * _FLOAT32_BYTES, share=_SKINNY_WIDE
     )
 
 

@@ -16,7 +16,7 @@ class Cuda(Backend):
     in their accumulator, or PyTorch's onto what ``expand`` wrote.
 
     The kernels were tested on an H200, and executed on a machine for PTX: until ``lorafast tune`` has
-    measured them, ``auto`` takes them where the model says so, by shares that were measured there.
+    measured them, ``auto`` takes them where the model says so.
 
     ``fixed``: the choices of every launch, in place of what is tuned and modelled.
     """

@@ -68,7 +68,7 @@ def _linear_expand(
     )
 
 
-def _weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def _weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     return reference.weight_norm(operands.as_dense(weight), lora_A, lora_B, scaling)
 
 
