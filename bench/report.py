@@ -118,7 +118,8 @@ def state(results: Path) -> str:
 
 
 def speed(results: Path) -> str:
-    """A line for each device, dtype and dropout: the overhead over all layers that were measured."""
+    """A line for each device, dtype and dropout: the overhead over all layers that were measured. Of
+    quantized weights those that PEFT adapts too: the others are on the page of ``performance``."""
     groups: dict[tuple[str, float], list[layer.Row]] = {}
     commands = []
     for kind in _DEVICES:
@@ -138,6 +139,7 @@ def speed(results: Path) -> str:
         [device, f"{dropout:g}", str(len(_unique(row.problem for row in rows)))]
         + [_range(row for row in rows if row.contender == name) for name in shown]
         for (device, dropout), rows in groups.items()
+        if rows[0].problem.base == DENSE or any(r.contender == "peft" and r.samples for r in rows)
     ]
     header = ["", "dropout", "layers", *(_SHOWN[name] for name in shown)]
     return f"{markdown(header, lines)}\n\nRecords: {', '.join(commands)}."

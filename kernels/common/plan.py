@@ -185,8 +185,8 @@ class WeightNormLaunch:
 
 def weight_norm_launch(N: int, K: int, r: int, *, sms: int) -> WeightNormLaunch:
     """With more rows a CTA A is read less often, as long as CTAs fill the SMs. Longer tiles would
-    spill, and so would fewer warps beside more ranks: found by compiling. A product has at most 32 ranks:
-    with 64 an H200's tensor cores, which cut sums off, were 3 % further off than the contract allows."""
+    spill, and so would fewer warps beside more ranks: found by compiling. A product has few ranks: of 64
+    tensor cores, which cut sums off, were 3 % further off than the contract allows, on an H200."""
     block_n = 32 if _blocks(N, 32) >= sms else 16
     block_r = 16 if r <= 16 else 32
     few = block_n == 16 and 32 < r <= 64
