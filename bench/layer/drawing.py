@@ -149,6 +149,11 @@ def _draw(panels: Sequence[Panel], colours: dict[str, str]) -> Any:
     return figure
 
 
+def _short(number: int) -> str:
+    """4k for 4096: neighbours on an axis of powers of two have room for no more."""
+    return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else f"{number:,}"
+
+
 def _draw_panel(ax: Any, panel: Panel, colours: dict[str, str]) -> None:
     for contender in dict.fromkeys(row.contender for row in panel.rows):
         of_contender = [row for row in panel.rows if row.contender == contender]
@@ -174,7 +179,7 @@ def _draw_panel(ax: Any, panel: Panel, colours: dict[str, str]) -> None:
     ax.axhline(1.0, color=colours["grid"], linewidth=1)
     ax.set_xscale("log", base=2)
     ticks = sorted({panel.at(row) for row in panel.rows})
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    ax.set_xticks(ticks, [_short(tick) for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel(panel.label, color=colours["ink"])
     ax.set_title(panel.title, color=colours["ink"], fontsize="medium")
