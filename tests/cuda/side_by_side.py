@@ -42,8 +42,7 @@ class SideBySide(Run):
         symbol = launch.kernel.decode()
         (parameter,) = _program(of.ptx_of(symbol, self.arch), symbol).layout.params
         packed = ctypes.string_at(launch.arguments[0], parameter.size)
-        cluster = max(1, launch.cluster[0])
-        how = (tuple(launch.grid), tuple(launch.block), launch.shared, cluster)
+        how = (tuple(launch.grid), tuple(launch.block), launch.shared, launch.cluster[0])
         self._asked.append((symbol, how, packed))
 
     def __enter__(self) -> "SideBySide":
@@ -69,10 +68,12 @@ class SideBySide(Run):
             kind = (InOut if cleared else Out) if at.written else In
             self.machine.region(kind(at.name, at.tensor))
             self._unwritten += [at] * (kind is Out)
-        program = _program(in_one(launchers().ptx_of(symbol, self.arch), symbol, cluster), symbol)
+        program = _program(
+            in_one(launchers().ptx_of(symbol, self.arch), symbol, max(cluster, 1)), symbol
+        )
         size = program.layout.params_size // 2
         packed = first.ljust(size, b"\0") + second.ljust(size, b"\0")
-        asked = (cluster, 1, 1) if cluster > 1 else None
+        asked = (cluster, 1, 1) if cluster else None
         self.machine.start(program, (2 * x, y, z), block, packed, cluster=asked, shared=shared)
         self.check_written()
 
