@@ -42,7 +42,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --di
 
 # The PTX of the Triton kernels is executed in a process of its own, which doesn't interpret them. Tests
 # that are chosen with ARGS are those of the first process: make test-executed ARGS=… chooses others.
-EXECUTED := TRITON_INTERPRET=0 $(PYTEST) tests/ptx tests/kernels/test_compiled_codes.py
+EXECUTED := TRITON_INTERPRET=0 $(PYTEST) tests/ptx $(wildcard tests/kernels/test_compiled_*.py)
 
 test: $(READY)
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(PYTEST) -m "not slow" $(ARGS)
