@@ -1,6 +1,6 @@
 // What lorafast/_C_cpu offers, and which file serves it. Outputs are the caller's: written, never read
-// (but for y and dx where a name ends in _: added to). A mask is (seed, threshold, survivor_scale) as in
-// lorafast/reference/dropout.py; without a seed there is none.
+// (but for y and dx where a name ends in _: added to); whole layers return theirs. A mask is (seed, threshold,
+// survivor_scale) as in lorafast/reference/dropout.py; without a seed there is none.
 #include <exception>
 #include <string>
 
@@ -23,6 +23,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
       "shrink_backward(Tensor ds, Tensor x, Tensor? seed, int threshold, float survivor_scale, "
       "Tensor(a!) dA) -> ()");
   // csrc/cpu/lora_linear.cpp
+  library.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
+      "Tensor? seed, int threshold, float survivor_scale) -> (Tensor, Tensor)");
+  library.def(
+      "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, "
+      "float scaling, Tensor? seed, int threshold, float survivor_scale) -> (Tensor, Tensor, Tensor)");
   library.def(
       "lora_linear_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling, Tensor? seed, "
       "int threshold, float survivor_scale, Tensor(b!) s) -> ()");
@@ -53,6 +59,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("expand_", TORCH_BOX(&lorafast::cpu::expand_));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cpu::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cpu::shrink_backward));
+  library.impl("lora_linear", TORCH_BOX(&lorafast::cpu::lora_linear));
+  library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cpu::lora_linear_backward));
   library.impl("lora_linear_", TORCH_BOX(&lorafast::cpu::lora_linear_));
   library.impl("lora_linear_backward_", TORCH_BOX(&lorafast::cpu::lora_linear_backward_));
   library.impl("dequantize_four_bit", TORCH_BOX(&lorafast::cpu::dequantize_four_bit));

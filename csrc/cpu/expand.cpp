@@ -1,48 +1,30 @@
 // y += drop(scaling · s·Bᵀ), in place: y [M, N], s [M, r], lora_B [N, r]. Threads share out row blocks.
 #include "operations.h"
-#include "pack.h"
+#include "skinny.h"
 
 namespace lorafast::cpu {
 
 constexpr int64_t kFewBlocks = 16;
 
 void add_expanded(
-    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling,
-    const std::optional<Dropout>& dropout) {
+    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling, const std::optional<Dropout>& dropout,
+    const std::optional<Matrix>& bias, bool add) {
   const int64_t M = y.rows, N = y.cols, r = lora_B.cols;
-  if (M == 0 || N == 0 || r == 0) return;
+  if (M == 0 || N == 0 || (r == 0 && add && !bias)) return;
   const Microkernels& kernels = microkernels();
-  const float scale = static_cast<float>(scaling) * (dropout ? dropout->scale : 1.0f);
+  // Few rows are shared out by columns too.
+  const int64_t row_blocks = blocks_of(M, kTileRows);
+  const int64_t stripes = row_blocks < kFewBlocks ? blocks_of(N, kTileCols) : 1;
+  const int64_t stripe_cols = stripes > 1 ? kTileCols : N;
 
   choose_products(kernels, y, [&](auto value) {
     using Value = decltype(value);
-    const auto factors = pack_for<Value>(kernels, transposed(lora_B));
-    const int64_t ranks = blocks_of(r, kPer<Value>);
-    // Few rows are shared out by columns too: every tile is computed by itself, so the bits stay the same.
-    const int64_t row_blocks = blocks_of(M, kTileRows),
-                  stripes = row_blocks < kFewBlocks ? blocks_of(N, kTileCols) : 1;
-    const int64_t stripe_cols = stripes > 1 ? kTileCols : N;
+    const Expand<Value> all(kernels, y, s, lora_B, scaling, dropout, bias, add);
     torch::stable::parallel_for(0, row_blocks * stripes, 1, [&](int64_t begin, int64_t end) {
-      Tiles<Value> tiles(kernels, y);
-      std::vector<Factor<Value>> rows_of_s(kTileRows * ranks, 0);
-      uint8_t keep[kTileRows * kKeepRow];
+      typename Expand<Value>::Thread thread(all);
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t row = unit / stripes * kTileRows, rows = std::min(kTileRows, M - row);
-        const int64_t first = unit % stripes * stripe_cols, last = std::min(first + stripe_cols, N);
-        for (int64_t i = 0; i < rows; ++i) {
-          if constexpr (kPaired<Value>)
-            s.copy_row(kernels, row + i, 0, r, reinterpret_cast<uint16_t*>(&rows_of_s[i * ranks]));
-          else s.load_row(kernels, row + i, 0, r, &rows_of_s[i * ranks]);
-        }
-        for (int64_t col = first; col < last; col += kTileCols) {
-          const int64_t cols = std::min(kTileCols, last - col);
-          if (dropout) dropout->keep(kernels, row, rows, col, cols, N, keep);
-          const auto tile = tiles.at(row, rows, col, cols);
-          products<Value>(kernels).expand(
-              tile.data, tile.ld, rows, tile.cols, rows_of_s.data(), ranks, &factors[col * ranks], scale,
-              dropout ? keep : nullptr);
-          tiles.put_back(tile, row, rows, col, cols);
-        }
+        const int64_t row = unit / stripes * kTileRows, first = unit % stripes * stripe_cols;
+        all.block(thread, row, std::min(kTileRows, M - row), first, std::min(first + stripe_cols, N));
       }
     });
   });

@@ -1,7 +1,7 @@
 // ds = scaling · dy·B and dB = scaling · dyᵀ·s, dy read once for both:
 // dy [M, N], s [M, r], lora_B [N, r] → ds [M, r], dB [N, r].
 #include "operations.h"
-#include "reduce_rows.h"
+#include "skinny.h"
 
 namespace lorafast::cpu {
 
@@ -19,51 +19,29 @@ void expand_backward(
     return clear(dB);
   }
   const Microkernels& kernels = microkernels();
-  const Matrix from(dy), to(ds);
-  const auto scale = static_cast<float>(scaling);
-  const int64_t rank_blocks = blocks_of(r, kLanes), row_blocks = blocks_of(M, kTileRows);
-  const int64_t block_sums = rank_blocks * kTileRows * kLanes;
-  RowSums sums_of_rows(M, r, N);
-  // [stripe][row block]: as store_ranks takes them
-  const int64_t stripes = std::max<int64_t>(sums_of_rows.stripes, 1);
-  std::vector<float> sums_of_columns(stripes * row_blocks * block_sums, 0.0f);
+  const Matrix from(dy);
 
   choose_products(kernels, from, [&](auto value) {
     using Value = decltype(value);
-    const auto factors = pack_for<Value>(kernels, Matrix(lora_B));
-    const auto rows_of_s = pack_for<Value>(kernels, Matrix(s));
-    const int64_t packed_rows = blocks_of(M, kPer<Value>);
-    torch::stable::parallel_for(0, sums_of_rows.units(), 1, [&](int64_t begin, int64_t end) {
+    const ExpandBackward<Value> all(kernels, from, Matrix(s), Matrix(lora_B), scaling, Matrix(ds));
+    const int64_t row_blocks = blocks_of(M, kTileRows), stripe_sums = row_blocks * all.block_sums();
+    std::vector<float> over_columns(all.sums.stripes * stripe_sums, 0.0f);
+    torch::stable::parallel_for(0, all.sums.units(), 1, [&](int64_t begin, int64_t end) {
       Tiles<Value> tiles(kernels, from);
       for (int64_t index = begin; index < end; ++index) {
-        const RowSums::Unit unit = sums_of_rows.unit(index);
-        for (int64_t row = unit.first; row < unit.last; row += kTileRows) {
-          const int64_t rows = std::min(kTileRows, unit.last - row);
-          const auto tile = tiles.at(row, rows, unit.col, unit.cols);
-          float* sums = &sums_of_columns[(unit.stripe * row_blocks + row / kTileRows) * block_sums];
-          for (int64_t j = 0; j < rank_blocks; ++j) {
-            products<Value>(kernels).reduce_columns(
-                tile.data, tile.ld, rows, unit.cols, &factors[(j * N + unit.col) / kPer<Value> * kLanes],
-                sums + j * kTileRows * kLanes);
-            products<Value>(kernels).reduce_rows(
-                tile.data, tile.ld, rows, tile.cols, &rows_of_s[kLanes * (j * packed_rows + row / kPer<Value>)],
-                sums_of_rows.of(unit.chunk, j, unit.col), row > unit.first);
-          }
-        }
+        const RowSums::Unit unit = all.sums.unit(index);
+        all.unit(
+            tiles, unit, &over_columns[unit.stripe * stripe_sums + unit.first / kTileRows * all.block_sums()]);
       }
     });
+    torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = block * kTileRows;
+        all.store(&over_columns[block * all.block_sums()], stripe_sums, row, std::min(kTileRows, M - row));
+      }
+    });
+    all.sums.add_up(kernels, transposed(Matrix(dB)), static_cast<float>(scaling));
   });
-
-  torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      float* sums = &sums_of_columns[block * block_sums];
-      for (int64_t stripe = 1; stripe < stripes; ++stripe)
-        for (int64_t i = 0; i < block_sums; ++i) sums[i] += sums[stripe * row_blocks * block_sums + i];
-      const int64_t row = block * kTileRows;
-      store_ranks(kernels, sums, scale, to, row, std::min(kTileRows, M - row));
-    }
-  });
-  sums_of_rows.add_up(kernels, transposed(Matrix(dB)), scale);
 }
 
 }  // namespace lorafast::cpu

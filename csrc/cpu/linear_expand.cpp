@@ -132,16 +132,8 @@ void multiply(
   const int64_t M = x.size(0), length = transposed ? codes.N : codes.K, width = transposed ? codes.K : codes.N;
   check_matrix("x", x, M, length, device);
   check_output("out", out, M, width, device);
-  std::optional<Matrix> added;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(!transposed, "bias is given for dx, expected None");
-    STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->size(0) == width, "bias has ", bias->dim(), " dimensions and ", bias->numel(),
-        " elements, expected [", width, "]");
-    check_float("bias", *bias, device);
-    added.emplace(
-        const_cast<void*>(bias->const_data_ptr()), dtype_of(*bias), 1, width, bias->numel(), bias->stride(0));
-  }
+  STD_TORCH_CHECK(!transposed || !bias.has_value(), "bias is given for dx, expected None");
+  const std::optional<Matrix> added = row_of_bias(bias, width, device);
   if (out.numel() == 0) return;
   const Microkernels& kernels = microkernels();
   const Matrix from(x), to(out);

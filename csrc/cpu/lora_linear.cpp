@@ -1,30 +1,240 @@
-// The skinny products of a layer's forward in one call, added to its base GEMM, and those of its backward.
-// They are short: a call of its own for each would cost a large part of it in Python and the dispatcher, whose
-// code is cold after the base GEMM.
+// A layer's forward in one call, and its backward: the base GEMM of oneDNN or MKL, and the skinny products.
+// These are short: a call of its own for each would cost a large part of it in Python and the dispatcher, whose
+// code is cold after the base GEMM. Where there are rows for every thread, a thread does all products of its
+// rows, and waits for the others once.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "operations.h"
+#include "skinny.h"
 
 namespace lorafast::cpu {
+namespace {
 
-// s = drop(x)·Aᵀ and y += scaling · s·Bᵀ
+// Whether so many parts keep all threads busy.
+bool occupy(int64_t parts) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return parts % threads == 0 || parts >= 4 * threads;
+}
+
+template <typename Value>
+void forward_of_rows(
+    const Microkernels& kernels, const Matrix& y, const Matrix& x, const Matrix& lora_A, const Matrix& lora_B,
+    double scaling, const std::optional<Dropout>& dropout, const Matrix& s, const std::optional<Matrix>& bias,
+    bool add) {
+  const Shrink<Value> shrink(kernels, x, lora_A, dropout, s);
+  const Expand<Value> expand(kernels, y, s, lora_B, scaling, std::nullopt, bias, add);
+  torch::stable::parallel_for(0, blocks_of(x.rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
+    typename Shrink<Value>::Thread of_shrink(shrink);
+    typename Expand<Value>::Thread of_expand(expand);
+    for (int64_t row = begin * kTileRows; row < std::min(end * kTileRows, x.rows); row += kTileRows) {
+      const int64_t rows = std::min(kTileRows, x.rows - row);
+      shrink.block(of_shrink, row, rows);
+      expand.block(of_expand, row, rows, 0, y.cols);
+    }
+  });
+}
+
+template <typename Value>
+void backward_of_chunks(
+    const Microkernels& kernels, const Matrix& dx, const Matrix& dy, const Matrix& x, const Matrix& lora_A,
+    const Matrix& lora_B, const Matrix& s, double scaling, const std::optional<Dropout>& dropout, const Matrix& ds,
+    const Matrix& dA, const Matrix& dB, bool add) {
+  const ExpandBackward<Value> expand_backward(kernels, dy, s, lora_B, scaling, ds);
+  const ShrinkBackward<Value> shrink_backward(kernels, ds, x, dropout);
+  const Expand<Value> expand(kernels, dx, ds, transposed(lora_A), 1.0, dropout, std::nullopt, add);
+  const RowSums &of_dB = expand_backward.sums, &of_dA = shrink_backward.sums;
+  const int64_t block_sums = expand_backward.block_sums();
+  const int64_t stripe_sums = blocks_of(of_dB.chunk_rows, kTileRows) * block_sums;
+  torch::stable::parallel_for(0, of_dB.chunks, 1, [&](int64_t begin, int64_t end) {
+    Tiles<Value> tiles_of_dy(kernels, dy), tiles_of_x(kernels, x);
+    typename Expand<Value>::Thread of_expand(expand);
+    std::vector<float> over_columns(of_dB.stripes * stripe_sums);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      std::fill(over_columns.begin(), over_columns.end(), 0.0f);
+      for (int64_t stripe = 0; stripe < of_dB.stripes; ++stripe)
+        expand_backward.unit(tiles_of_dy, of_dB.unit(chunk, stripe), &over_columns[stripe * stripe_sums]);
+      const RowSums::Unit rows = of_dA.unit(chunk, 0);
+      float* sums = over_columns.data();
+      for (int64_t row = rows.first; row < rows.last; row += kTileRows, sums += block_sums)
+        expand_backward.store(sums, stripe_sums, row, std::min(kTileRows, rows.last - row));
+      const auto factors = shrink_backward.factors(rows);
+      for (int64_t stripe = 0; stripe < of_dA.stripes; ++stripe) {
+        const RowSums::Unit unit = of_dA.unit(chunk, stripe);
+        for (int64_t row = unit.first; row < unit.last; row += kTileRows) {
+          const int64_t count = std::min(kTileRows, unit.last - row);
+          shrink_backward.tile(tiles_of_x, factors.get(), unit, row, count);
+          expand.take(of_expand, row, count);
+          expand.tile(of_expand, row, count, unit.col, unit.cols, tiles_of_x.keep());  // the mask of x
+        }
+      }
+    }
+  });
+  const int64_t segments = of_dB.segments();
+  torch::stable::parallel_for(0, segments + of_dA.segments(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i < segments) of_dB.add_up_segment(kernels, transposed(dB), static_cast<float>(scaling), i);
+      else of_dA.add_up_segment(kernels, dA, dropout ? dropout->scale : 1.0f, i - segments);
+    }
+  });
+}
+
+// Whether the same products read all of them.
+bool alike(const Microkernels& kernels, const Matrix& first, const Matrix& second) {
+  bool pairs[2];
+  const Matrix* const matrices[2] = {&first, &second};
+  for (int i = 0; i < 2; ++i)
+    choose_products(kernels, *matrices[i], [&](auto value) { pairs[i] = kPaired<decltype(value)>; });
+  return pairs[0] == pairs[1];
+}
+
+// s = drop(x)·Aᵀ and y = (y +) scaling · s·Bᵀ + bias
+void forward(
+    Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor& s,
+    const std::optional<Tensor>& bias, bool add) {
+  const int64_t M = x.size(0), K = x.size(1), N = y.size(1), r = lora_A.size(0);
+  const OneDevice device(kDevice, "x", x);
+  check_matrix("x", x, M, K, device);
+  check_matrix("lora_A", lora_A, r, K, device);
+  check_matrix("lora_B", lora_B, N, r, device);
+  check_output("y", y, M, N, device);
+  check_output("s", s, M, r, device);
+  check_seed(seed, threshold, device);
+  const std::optional<Matrix> of_bias = row_of_bias(bias, N, device);
+  const Microkernels& kernels = microkernels();
+  const bool empty = M == 0 || K == 0 || N == 0 || r == 0;
+  if (empty || !occupy(blocks_of(M, kTileRows)) || !alike(kernels, Matrix(x), Matrix(y))) {
+    shrink(x, lora_A, seed, threshold, survivor_scale, s);
+    return add_expanded(Matrix(y), Matrix(s), Matrix(lora_B), scaling, std::nullopt, of_bias, add);
+  }
+  choose_products(kernels, Matrix(x), [&](auto value) {
+    forward_of_rows<decltype(value)>(
+        kernels, Matrix(y), Matrix(x), Matrix(lora_A), Matrix(lora_B), scaling,
+        Dropout::of(seed, threshold, survivor_scale), Matrix(s), of_bias, add);
+  });
+}
+
+// ds = scaling · dy·B, dB = scaling · dyᵀ·s, dA = dsᵀ·drop(x) and dx = (dx +) drop(ds·A)
+void backward(
+    Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& s,
+    double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor& ds,
+    Tensor& dA, Tensor& dB, bool add) {
+  const int64_t M = dy.size(0), N = dy.size(1), K = x.size(1), r = lora_B.size(1);
+  const OneDevice device(kDevice, "dx", dx);
+  check_output("dx", dx, M, K, device);
+  check_matrix("dy", dy, M, N, device);
+  check_matrix("x", x, M, K, device);
+  check_matrix("lora_A", lora_A, r, K, device);
+  check_matrix("lora_B", lora_B, N, r, device);
+  check_matrix("s", s, M, r, device);
+  check_output("ds", ds, M, r, device);
+  check_output("dA", dA, r, K, device);
+  check_output("dB", dB, N, r, device);
+  check_seed(seed, threshold, device);
+  const auto dropout = Dropout::of(seed, threshold, survivor_scale);
+  const Microkernels& kernels = microkernels();
+  const bool empty = M == 0 || K == 0 || N == 0 || r == 0;
+  const bool one = alike(kernels, Matrix(x), Matrix(dx)) && alike(kernels, Matrix(x), Matrix(dy));
+  if (empty || !one || !occupy(RowSums::chunks_of(M))) {
+    expand_backward(dy, s, lora_B, scaling, ds, dB);
+    shrink_backward(ds, x, seed, threshold, survivor_scale, dA);
+    return add_expanded(Matrix(dx), Matrix(ds), transposed(Matrix(lora_A)), 1.0, dropout, std::nullopt, add);
+  }
+  choose_products(kernels, Matrix(x), [&](auto value) {
+    backward_of_chunks<decltype(value)>(
+        kernels, Matrix(dx), Matrix(dy), Matrix(x), Matrix(lora_A), Matrix(lora_B), Matrix(s), scaling, dropout,
+        Matrix(ds), Matrix(dA), Matrix(dB), add);
+  });
+}
+
+// Memory for a result, like `like` but for its size.
+Tensor empty(int64_t rows, int64_t cols, const Tensor& like, bool wide = false) {
+  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(cols, 1), 1};
+  int32_t dtype = aoti_torch_dtype_float32();
+  if (!wide) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+Tensor transpose_of(const Tensor& weight) {
+  const int64_t sizes[] = {weight.size(1), weight.size(0)}, strides[] = {weight.stride(1), weight.stride(0)};
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 2, sizes, strides, 0, &made));
+  return Tensor(made);
+}
+
+// out = a·b + added, a bias or the output itself
+void gemm(Tensor& out, const std::optional<Tensor>& added, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(
+      added ? aoti_torch_cpu_addmm_out(out.get(), added->get(), a.get(), b.get(), 1.0, 1.0)
+            : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// Whether the base GEMM, [rows, depth] by [depth, cols], comes last, onto the low-rank product. MKL adds to float32
+// for nothing, where it adds what it has summed: not with few rows or columns, nor all of a long sum at once.
+// oneDNN's halves take a pass more, which they take for a bias too: that is in memory first, here as in the frozen
+// layer. Measured at 512 x 384 x 384 and 2048 x 1024 x 1024. Either way zeros in lora_B change no bit.
+bool gemm_adds(ScalarType dtype, int64_t rows, int64_t cols, int64_t depth, bool with_bias) {
+  return rows >= 16 && cols >= 16 && (dtype == ScalarType::Float ? depth <= 1024 : with_bias);
+}
+
+}  // namespace
+
 void lora_linear_(
     Tensor y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor s) {
-  shrink(x, lora_A, seed, threshold, survivor_scale, s);
-  expand_(y, s, lora_B, scaling, std::nullopt, 0, 1.0);
+  forward(y, x, lora_A, lora_B, scaling, seed, threshold, survivor_scale, s, std::nullopt, true);
 }
 
-// ds = scaling · dy·B, dB = scaling · dyᵀ·s, dA = dsᵀ·drop(x) and dx += drop(ds·A)
 void lora_linear_backward_(
     Tensor dx, const Tensor& dy, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& s,
     double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor ds,
     Tensor dA, Tensor dB) {
-  expand_backward(dy, s, lora_B, scaling, ds, dB);
-  shrink_backward(ds, x, seed, threshold, survivor_scale, dA);
-  const OneDevice device(kDevice, "dx", dx);
-  check_output("dx", dx, x.size(0), x.size(1), device);
-  check_matrix("lora_A", lora_A, ds.size(1), x.size(1), device);
-  add_expanded(
-      Matrix(dx), Matrix(ds), transposed(Matrix(lora_A)), 1.0, Dropout::of(seed, threshold, survivor_scale));
+  backward(dx, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, true);
+}
+
+// y = x·Wᵀ + scaling · s·Bᵀ + bias and s = drop(x)·Aᵀ
+std::tuple<Tensor, Tensor> lora_linear(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed, int64_t threshold,
+    double survivor_scale) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = lora_A.size(0);
+  const OneDevice device(kDevice, "x", x);
+  check_matrix("x", x, M, K, device);
+  check_matrix("weight", weight, N, K, device);
+  Tensor y = empty(M, N, x), s = empty(M, r, x, x.scalar_type() == ScalarType::Half);
+  const auto skinny = [&](const std::optional<Tensor>& added, bool add) {
+    forward(y, x, lora_A, lora_B, scaling, seed, threshold, survivor_scale, s, added, add);
+  };
+  if (gemm_adds(x.scalar_type(), M, N, K, bias.has_value())) {
+    skinny(bias, false);
+    gemm(y, y, x, transpose_of(weight));
+  } else {
+    row_of_bias(bias, N, device);  // checks it
+    gemm(y, bias, x, transpose_of(weight));
+    skinny(std::nullopt, true);
+  }
+  return {y, s};
+}
+
+// ds = scaling · dy·B, dx = dy·W + drop(ds·A), dA = dsᵀ·drop(x) and dB = scaling · dyᵀ·s
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& s, double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale) {
+  const int64_t M = dy.size(0), N = dy.size(1), K = weight.size(1), r = s.size(1);
+  const OneDevice device(kDevice, "dy", dy);
+  check_matrix("dy", dy, M, N, device);
+  check_matrix("weight", weight, N, K, device);
+  Tensor dx = empty(M, K, dy), ds = empty(M, r, s), dA = empty(r, K, lora_A), dB = empty(N, r, lora_B);
+  const bool adds = gemm_adds(dy.scalar_type(), M, K, N, false);
+  if (!adds) gemm(dx, std::nullopt, dy, weight);
+  backward(dx, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, !adds);
+  if (adds) gemm(dx, dx, dy, weight);
+  return {dx, dA, dB};
 }
 
 }  // namespace lorafast::cpu

@@ -57,6 +57,14 @@ struct Matrix {
     return data + (row * row_stride + col * col_stride) * size_of(dtype);
   }
 
+  // The rows [first, last), a view.
+  Matrix rows_from(int64_t first, int64_t last) const {
+    Matrix part = *this;
+    part.data = at(first, 0);
+    part.rows = last - first;
+    return part;
+  }
+
   // to[i] = the elements (row, first + i), i < count
   void load_row(const Microkernels& kernels, int64_t row, int64_t first, int64_t count, float* to) const {
     if (col_stride == 1) {
@@ -95,6 +103,16 @@ inline Matrix transposed(Matrix matrix) {
   std::swap(matrix.rows, matrix.cols);
   std::swap(matrix.row_stride, matrix.col_stride);
   return matrix;
+}
+
+// bias [N] as one row.
+inline std::optional<Matrix> row_of_bias(const std::optional<Tensor>& bias, int64_t N, const OneDevice& device) {
+  if (!bias.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == N, "bias has ", bias->dim(), " dimensions and ", bias->numel(),
+      " elements, expected [", N, "]");
+  check_float("bias", *bias, device);
+  return Matrix(const_cast<void*>(bias->const_data_ptr()), dtype_of(*bias), 1, N, N, bias->stride(0));
 }
 
 // The mask that falls on a matrix, a function of (seed, row, column).
@@ -175,8 +193,8 @@ class Tiles {
     const Tile<Value> from = at(row, rows, col, cols);
     if (!dropout) return from;
     const Tile<Value> tile = {scratch_.get(), kTileCols, from.cols};
-    uint8_t keep[kKeepRow];
     for (int64_t i = 0; i < rows; ++i) {
+      uint8_t* keep = keep_ + i * kKeepRow;
       const Value* next = from.data + (i + 1) * from.ld;  // comes while the mask is made
       for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(Value))) __builtin_prefetch(next + c);
       dropout->keep(kernels_, row + i, 1, col, cols, x_.cols, keep);
@@ -184,6 +202,9 @@ class Tiles {
     }
     return tile;
   }
+
+  // The mask of the tile that at() masked last.
+  const uint8_t* keep() const { return keep_; }
 
   // Writes back what at() copied.
   void put_back(const Tile<Value>& tile, int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -201,6 +222,7 @@ class Tiles {
   const Microkernels& kernels_;
   const Matrix& x_;
   std::unique_ptr<Value[]> scratch_;
+  uint8_t keep_[kTileRows * kKeepRow];
 };
 
 // Rows of sums over rank blocks, [rank_blocks][kTileRows][kLanes], times scale, into rows of a matrix [M, r].

@@ -26,19 +26,23 @@ enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 // Then t has half as many rows (or ranks, in expand), rounded up.
 template <typename Value, typename Factor>
 struct Products {
-  // out[i][:] += sum over c of tile[i][c] * t[c][:]             t [cols, kLanes], out [rows, kLanes]
-  void (*reduce_columns)(const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* t, float* out);
+  // out[b][i][:] += sum over c of tile[i][c] * t[b][c][:] for `blocks` blocks of kLanes ranks
+  // t [cols, kLanes], out [rows, kLanes], blocks of them `t_step` and `out_step` elements apart
+  void (*reduce_columns)(
+      const Value* tile, int64_t ld, int64_t rows, int64_t cols, int64_t blocks, const Factor* t, int64_t t_step,
+      float* out, int64_t out_step);
 
   // out[c / kLanes][j][c % kLanes] (+)= sum over i of t[i][j] * tile[i][c]    t [rows, kLanes]; out is added
   // to, or with `add` false written
   void (*reduce_rows)(
       const Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* t, float* out, bool add);
 
-  // tile[i][c] += keep[i][c] * scale * sum over j < r of s[i][j] * t[c / kLanes][j][c % kLanes]
-  // s [rows, r], t [cols / kLanes, r, kLanes]; in pairs r counts pairs; keep nullptr: all ones
+  // tile[i][c] = (tile[i][c] +) bias[c] + keep[i][c] * scale * sum over j < r of s[i][j] * t[c / kLanes][j][c % kLanes]
+  // s [rows, r], t [cols / kLanes, r, kLanes]; in pairs r counts pairs; keep nullptr: all ones; bias nullptr: zeros;
+  // with `add` false the tile is written, not read
   void (*expand)(
       Value* tile, int64_t ld, int64_t rows, int64_t cols, const Factor* s, int64_t r, const Factor* t,
-      float scale, const uint8_t* keep);
+      float scale, const uint8_t* keep, const float* bias, bool add);
 
   // to[c] = keep[c] ? from[c] : 0
   void (*mask)(const Value* from, int64_t cols, const uint8_t* keep, Value* to);

@@ -52,11 +52,14 @@ void reduce_columns_of(const float* tile, int64_t ld, int64_t cols, const float*
 }
 
 void reduce_columns(
-    const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* t, float* out) {
-  int64_t i = 0;
-  for (; i + LORAFAST_ROWS <= rows; i += LORAFAST_ROWS)
-    reduce_columns_of<LORAFAST_ROWS>(tile + i * ld, ld, cols, t, out + i * kLanes);
-  for (; i < rows; ++i) reduce_columns_of<1>(tile + i * ld, ld, cols, t, out + i * kLanes);
+    const float* tile, int64_t ld, int64_t rows, int64_t cols, int64_t blocks, const float* t, int64_t t_step,
+    float* out, int64_t out_step) {
+  for (int64_t b = 0; b < blocks; ++b, t += t_step, out += out_step) {
+    int64_t i = 0;
+    for (; i + LORAFAST_ROWS <= rows; i += LORAFAST_ROWS)
+      reduce_columns_of<LORAFAST_ROWS>(tile + i * ld, ld, cols, t, out + i * kLanes);
+    for (; i < rows; ++i) reduce_columns_of<1>(tile + i * ld, ld, cols, t, out + i * kLanes);
+  }
 }
 
 // Ranks [0, LORAFAST_ROWS) of t and out, kLanes columns: their sums stay in registers down the rows.
@@ -98,7 +101,8 @@ inline Words lanes_of(const uint8_t* bits) {
 
 template <int R>
 void expand_of(
-    float* tile, int64_t ld, const float* s, int64_t r, const float* t, float scale, const uint8_t* keep) {
+    float* tile, int64_t ld, const float* s, int64_t r, const float* t, float scale, const uint8_t* keep,
+    const float* bias, bool add) {
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i) __builtin_prefetch(tile + i * ld + 3 * kLanes);
   Vector sums[R];
@@ -112,21 +116,26 @@ void expand_of(
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i) {
     if (keep) sums[i] = (Vector)((Words)sums[i] & lanes_of(keep + i * kKeepRow));
-    *reinterpret_cast<Vector*>(tile + i * ld) += scale * sums[i];
+    Vector& to = *reinterpret_cast<Vector*>(tile + i * ld);
+    Vector before = bias ? *reinterpret_cast<const Vector*>(bias) : Vector{};
+    if (add) before += to;
+    to = before + scale * sums[i];  // rounded once
   }
 }
 
 void expand(
     float* tile, int64_t ld, int64_t rows, int64_t cols, const float* s, int64_t r, const float* t, float scale,
-    const uint8_t* keep) {
+    const uint8_t* keep, const float* bias, bool add) {
   for (int64_t c = 0; c < cols; c += kLanes) {
     const uint8_t* bits = keep ? keep + c / 8 : nullptr;
+    const float* of_bias = bias ? bias + c : nullptr;
     int64_t i = 0;
     for (; i + LORAFAST_ROWS <= rows; i += LORAFAST_ROWS)
       expand_of<LORAFAST_ROWS>(
-          tile + i * ld + c, ld, s + i * r, r, t + c * r, scale, keep ? bits + i * kKeepRow : nullptr);
+          tile + i * ld + c, ld, s + i * r, r, t + c * r, scale, keep ? bits + i * kKeepRow : nullptr, of_bias, add);
     for (; i < rows; ++i)
-      expand_of<1>(tile + i * ld + c, ld, s + i * r, r, t + c * r, scale, keep ? bits + i * kKeepRow : nullptr);
+      expand_of<1>(
+          tile + i * ld + c, ld, s + i * r, r, t + c * r, scale, keep ? bits + i * kKeepRow : nullptr, of_bias, add);
   }
 }
 
@@ -324,35 +333,60 @@ void keep(
 
 inline __m512bh as_pairs(__m512i bits) { return reinterpret_cast<const __m512bh&>(bits); }
 
-template <int R>
+// R rows, B blocks of ranks: each pair is spread over the lanes once for all of them.
+template <int R, int B>
 void reduce_column_pairs_of(
-    const uint16_t* tile, int64_t ld, int64_t cols, const uint32_t* t, float* out) {
-  __m512 sums[R];
+    const uint16_t* tile, int64_t ld, int64_t cols, const uint32_t* t, int64_t t_step, float* out,
+    int64_t out_step) {
+  __m512 sums[R][B];
   LORAFAST_UNROLL
-  for (int i = 0; i < R; ++i) sums[i] = _mm512_setzero_ps();
+  for (int i = 0; i < R; ++i)
+    LORAFAST_UNROLL
+    for (int b = 0; b < B; ++b) sums[i][b] = _mm512_setzero_ps();
   for (int64_t c = 0; c < cols; c += 2) {
     if (c % 32 == 0)
       LORAFAST_UNROLL
       for (int i = 0; i < R; ++i) __builtin_prefetch(tile + (i + R) * ld + c, 0, 2);
-    const __m512bh factors = as_pairs(_mm512_loadu_si512(t + c / 2 * kLanes));
+    __m512bh factors[B];
+    LORAFAST_UNROLL
+    for (int b = 0; b < B; ++b) factors[b] = as_pairs(_mm512_loadu_si512(t + b * t_step + c / 2 * kLanes));
     LORAFAST_UNROLL
     for (int i = 0; i < R; ++i) {
-      int pair;
-      memcpy(&pair, tile + i * ld + c, sizeof(pair));
-      sums[i] = _mm512_dpbf16_ps(sums[i], as_pairs(_mm512_set1_epi32(pair)), factors);
+      int two;
+      memcpy(&two, tile + i * ld + c, sizeof(two));
+      const __m512bh pair = as_pairs(_mm512_set1_epi32(two));
+      LORAFAST_UNROLL
+      for (int b = 0; b < B; ++b) sums[i][b] = _mm512_dpbf16_ps(sums[i][b], pair, factors[b]);
     }
   }
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i)
-    _mm512_storeu_ps(out + i * kLanes, _mm512_add_ps(_mm512_loadu_ps(out + i * kLanes), sums[i]));
+    LORAFAST_UNROLL
+    for (int b = 0; b < B; ++b) {
+      float* to = out + b * out_step + i * kLanes;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sums[i][b]));
+    }
+}
+
+template <int B>
+void reduce_column_pairs_by(
+    const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* t, int64_t t_step, float* out,
+    int64_t out_step) {
+  int64_t i = 0;
+  for (; i + LORAFAST_ROWS <= rows; i += LORAFAST_ROWS)
+    reduce_column_pairs_of<LORAFAST_ROWS, B>(tile + i * ld, ld, cols, t, t_step, out + i * kLanes, out_step);
+  for (; i < rows; ++i)
+    reduce_column_pairs_of<1, B>(tile + i * ld, ld, cols, t, t_step, out + i * kLanes, out_step);
 }
 
 void reduce_column_pairs(
-    const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* t, float* out) {
-  int64_t i = 0;
-  for (; i + LORAFAST_ROWS <= rows; i += LORAFAST_ROWS)
-    reduce_column_pairs_of<LORAFAST_ROWS>(tile + i * ld, ld, cols, t, out + i * kLanes);
-  for (; i < rows; ++i) reduce_column_pairs_of<1>(tile + i * ld, ld, cols, t, out + i * kLanes);
+    const uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, int64_t blocks, const uint32_t* t,
+    int64_t t_step, float* out, int64_t out_step) {
+  int64_t b = 0;
+  for (; b + 2 <= blocks; b += 2)
+    reduce_column_pairs_by<2>(tile, ld, rows, cols, t + b * t_step, t_step, out + b * out_step, out_step);
+  if (b < blocks)
+    reduce_column_pairs_by<1>(tile, ld, rows, cols, t + b * t_step, t_step, out + b * out_step, out_step);
 }
 
 const uint16_t kNoRow[kLanes] = {};
@@ -410,10 +444,10 @@ void reduce_row_pairs(
 }
 
 // R rows, C blocks of columns.
-template <int R, int C>
+template <int R, int C, bool Add>
 void expand_pairs_of(
     uint16_t* tile, int64_t ld, const uint32_t* s, int64_t pairs, const uint32_t* t, float scale,
-    const uint8_t* keep) {
+    const uint8_t* keep, const float* bias) {
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i) __builtin_prefetch(tile + i * ld + 3 * C * kLanes);
   __m512 sums[R][C];
@@ -433,6 +467,9 @@ void expand_pairs_of(
     }
   }
   const __m512 factor = _mm512_set1_ps(scale);
+  __m512 biases[C];
+  LORAFAST_UNROLL
+  for (int v = 0; v < C; ++v) biases[v] = bias ? _mm512_loadu_ps(bias + v * kLanes) : _mm512_setzero_ps();
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i)
     LORAFAST_UNROLL
@@ -440,34 +477,47 @@ void expand_pairs_of(
       __mmask16 kept = 0xFFFF;
       if (keep) memcpy(&kept, keep + i * kKeepRow + v * (kLanes / 8), sizeof(kept));
       uint16_t* to = tile + i * ld + v * kLanes;
-      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(to));
-      const __m512 before = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+      __m512 before = biases[v];
+      if constexpr (Add) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(to));
+        const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+        before = _mm512_add_ps(before, _mm512_castsi512_ps(bits));
+      }
       const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mask3_fmadd_ps(sums[i][v], factor, before, kept));
       memcpy(to, &rounded, sizeof(rounded));
     }
 }
 
-template <int R>
+template <int R, bool Add>
 void expand_pair_rows(
     uint16_t* tile, int64_t ld, int64_t cols, const uint32_t* s, int64_t pairs, const uint32_t* t, float scale,
-    const uint8_t* keep) {
+    const uint8_t* keep, const float* bias) {
   int64_t c = 0;
   for (; c + 2 * kLanes <= cols; c += 2 * kLanes)
-    expand_pairs_of<R, 2>(tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr);
+    expand_pairs_of<R, 2, Add>(
+        tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr, bias ? bias + c : nullptr);
   for (; c < cols; c += kLanes)
-    expand_pairs_of<R, 1>(tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr);
+    expand_pairs_of<R, 1, Add>(
+        tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr, bias ? bias + c : nullptr);
+}
+
+template <bool Add>
+void expand_all_pairs(
+    uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* s, int64_t pairs, const uint32_t* t,
+    float scale, const uint8_t* keep, const float* bias) {
+  int64_t i = 0;
+  for (; i + LORAFAST_ROWS <= rows; i += LORAFAST_ROWS)
+    expand_pair_rows<LORAFAST_ROWS, Add>(
+        tile + i * ld, ld, cols, s + i * pairs, pairs, t, scale, keep ? keep + i * kKeepRow : nullptr, bias);
+  for (; i < rows; ++i)
+    expand_pair_rows<1, Add>(
+        tile + i * ld, ld, cols, s + i * pairs, pairs, t, scale, keep ? keep + i * kKeepRow : nullptr, bias);
 }
 
 void expand_pairs(
     uint16_t* tile, int64_t ld, int64_t rows, int64_t cols, const uint32_t* s, int64_t pairs, const uint32_t* t,
-    float scale, const uint8_t* keep) {
-  int64_t i = 0;
-  for (; i + LORAFAST_ROWS <= rows; i += LORAFAST_ROWS)
-    expand_pair_rows<LORAFAST_ROWS>(
-        tile + i * ld, ld, cols, s + i * pairs, pairs, t, scale, keep ? keep + i * kKeepRow : nullptr);
-  for (; i < rows; ++i)
-    expand_pair_rows<1>(
-        tile + i * ld, ld, cols, s + i * pairs, pairs, t, scale, keep ? keep + i * kKeepRow : nullptr);
+    float scale, const uint8_t* keep, const float* bias, bool add) {
+  (add ? expand_all_pairs<true> : expand_all_pairs<false>)(tile, ld, rows, cols, s, pairs, t, scale, keep, bias);
 }
 
 void mask_pairs(const uint16_t* from, int64_t cols, const uint8_t* keep, uint16_t* to) {

@@ -1,6 +1,8 @@
 // The operations that bindings.cpp lists, a file each.
 #pragma once
 
+#include <tuple>
+
 #include "matrix.h"
 
 namespace lorafast::cpu {
@@ -15,9 +17,10 @@ void expand_(
     Tensor y, const Tensor& s, const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed,
     int64_t threshold, double survivor_scale);
 
-// The body of expand_, for y and lora_B as views.
+// The body of expand_, for y and lora_B as views; bias [1, N]. With `add` false y is written, not read.
 void add_expanded(
-    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling, const std::optional<Dropout>& dropout);
+    const Matrix& y, const Matrix& s, const Matrix& lora_B, double scaling, const std::optional<Dropout>& dropout,
+    const std::optional<Matrix>& bias = std::nullopt, bool add = true);
 
 void expand_backward(
     const Tensor& dy, const Tensor& s, const Tensor& lora_B, double scaling, Tensor ds, Tensor dB);
@@ -25,6 +28,15 @@ void expand_backward(
 void shrink_backward(
     const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
     Tensor dA);
+
+std::tuple<Tensor, Tensor> lora_linear(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed, int64_t threshold,
+    double survivor_scale);
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& s, double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale);
 
 void lora_linear_(
     Tensor y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,

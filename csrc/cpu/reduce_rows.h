@@ -11,8 +11,8 @@ namespace lorafast::cpu {
 class RowSums {
  public:
   RowSums(int64_t M, int64_t r, int64_t cols)
-      : chunk_rows(std::max(kFewestRows, blocks_of(blocks_of(M, kMostChunks), kTileRows) * kTileRows)),
-        chunks(blocks_of(M, chunk_rows)),
+      : chunk_rows(chunk_rows_of(M)),
+        chunks(chunks_of(M)),
         stripes(blocks_of(cols, kTileCols)),
         rows_(M),
         all_cols_(cols),
@@ -20,57 +20,66 @@ class RowSums {
         cols_(padded(cols)),
         partials_(scratch<float>(chunks * rank_blocks_ * kLanes * cols_)) {}
 
+  static int64_t chunks_of(int64_t M) { return blocks_of(M, chunk_rows_of(M)); }
+
   struct Unit {
     int64_t chunk, first, last;  // rows [first, last)
     int64_t stripe, col, cols;   // columns [col, col + cols)
   };
   int64_t units() const { return chunks * stripes; }
-  Unit unit(int64_t index) const {
-    const int64_t stripe = index / chunks, chunk = index % chunks;
+  Unit unit(int64_t index) const { return unit(index % chunks, index / chunks); }
+  Unit unit(int64_t chunk, int64_t stripe) const {
     const int64_t col = stripe * kTileCols, first = chunk * chunk_rows;
     return {chunk, first, std::min(first + chunk_rows, rows_), stripe, col, std::min(kTileCols, all_cols_ - col)};
   }
 
   // Rank block j of a chunk's partial sums from column `col` on: [.][kLanes ranks][kLanes columns], not cleared.
-  float* of(int64_t chunk, int64_t j, int64_t col) {
+  float* of(int64_t chunk, int64_t j, int64_t col) const {
     return &partials_[((chunk * rank_blocks_ + j) * cols_ + col) * kLanes];
   }
 
   // to = scale · the sum of all chunks, [r, cols]; ranks or columns are neighbours in memory
-  void add_up(const Microkernels& kernels, const Matrix& to, float scale) {
-    const int64_t r = to.rows, ranks = rank_blocks_ * kLanes;
-    torch::stable::parallel_for(0, blocks_of(to.cols, kSegment), 1, [&](int64_t begin, int64_t end) {
-      const bool by_rank = to.col_stride == 1;
-      const int64_t rank_step = by_rank ? kSegment : 1, col_step = by_rank ? 1 : ranks;
-      auto lines = scratch<float>(ranks * kSegment);
-      for (int64_t segment = begin; segment < end; ++segment) {
-        const int64_t first = segment * kSegment, count = std::min(kSegment, to.cols - first);
-        for (int64_t j = 0; j < rank_blocks_; ++j)
-          for (int64_t c = 0; c < count; c += kLanes) {
-            float sums[kLanes * kLanes] = {};
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-              const float* partial = of(chunk, j, first + c);
-              for (int64_t i = 0; i < kLanes * kLanes; ++i) sums[i] += partial[i];
-            }
-            for (int64_t rank = 0; rank < kLanes; ++rank)
-              for (int64_t lane = 0; lane < kLanes; ++lane)
-                lines[(j * kLanes + rank) * rank_step + (c + lane) * col_step] =
-                    scale * sums[rank * kLanes + lane];
-          }
-        if (by_rank) {
-          for (int64_t rank = 0; rank < r; ++rank)
-            kernels.store(&lines[rank * kSegment], to.dtype, count, to.at(rank, first));
-        } else {
-          for (int64_t c = 0; c < count; ++c) kernels.store(&lines[c * ranks], to.dtype, r, to.at(0, first + c));
-        }
-      }
+  void add_up(const Microkernels& kernels, const Matrix& to, float scale) const {
+    torch::stable::parallel_for(0, segments(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t segment = begin; segment < end; ++segment) add_up_segment(kernels, to, scale, segment);
     });
   }
 
-  static constexpr int64_t kFewestRows = 8 * kTileRows, kMostChunks = 16;
+  // The same in parts.
+  int64_t segments() const { return blocks_of(all_cols_, kSegment); }
+  void add_up_segment(const Microkernels& kernels, const Matrix& to, float scale, int64_t segment) const {
+    const int64_t r = to.rows, ranks = rank_blocks_ * kLanes;
+    const bool by_rank = to.col_stride == 1;
+    const int64_t rank_step = by_rank ? kSegment : 1, col_step = by_rank ? 1 : ranks;
+    const auto lines = scratch<float>(ranks * kSegment);
+    const int64_t first = segment * kSegment, count = std::min(kSegment, to.cols - first);
+    for (int64_t j = 0; j < rank_blocks_; ++j)
+      for (int64_t c = 0; c < count; c += kLanes) {
+        float sums[kLanes * kLanes] = {};
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          const float* partial = of(chunk, j, first + c);
+          for (int64_t i = 0; i < kLanes * kLanes; ++i) sums[i] += partial[i];
+        }
+        for (int64_t rank = 0; rank < kLanes; ++rank)
+          for (int64_t lane = 0; lane < kLanes; ++lane)
+            lines[(j * kLanes + rank) * rank_step + (c + lane) * col_step] = scale * sums[rank * kLanes + lane];
+      }
+    if (by_rank) {
+      for (int64_t rank = 0; rank < r; ++rank)
+        kernels.store(&lines[rank * kSegment], to.dtype, count, to.at(rank, first));
+    } else {
+      for (int64_t c = 0; c < count; ++c) kernels.store(&lines[c * ranks], to.dtype, r, to.at(0, first + c));
+    }
+  }
+
   const int64_t chunk_rows, chunks, stripes;
 
  private:
+  static constexpr int64_t kFewestRows = 8 * kTileRows, kMostChunks = 16;
+  static int64_t chunk_rows_of(int64_t M) {
+    return std::max(kFewestRows, blocks_of(blocks_of(M, kMostChunks), kTileRows) * kTileRows);
+  }
+
   int64_t rows_, all_cols_, rank_blocks_, cols_;
   std::unique_ptr<float[]> partials_;
 };

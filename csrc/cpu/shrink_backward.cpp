@@ -1,6 +1,6 @@
 // dA = dsᵀ·drop(x): ds [M, r], x [M, K] → dA [r, K].
 #include "operations.h"
-#include "reduce_rows.h"
+#include "skinny.h"
 
 namespace lorafast::cpu {
 
@@ -17,29 +17,21 @@ void shrink_backward(
   const Microkernels& kernels = microkernels();
   const auto dropout = Dropout::of(seed, threshold, survivor_scale);
   const Matrix from(x);
-  const int64_t rank_blocks = blocks_of(r, kLanes);
-  RowSums sums(M, r, K);
 
   choose_products(kernels, from, [&](auto value) {
     using Value = decltype(value);
-    const auto factors = pack_for<Value>(kernels, Matrix(ds));
-    const int64_t packed_rows = blocks_of(M, kPer<Value>);
-    torch::stable::parallel_for(0, sums.units(), 1, [&](int64_t begin, int64_t end) {
+    const ShrinkBackward<Value> all(kernels, Matrix(ds), from, dropout);
+    torch::stable::parallel_for(0, all.sums.units(), 1, [&](int64_t begin, int64_t end) {
       Tiles<Value> tiles(kernels, from);
       for (int64_t index = begin; index < end; ++index) {
-        const RowSums::Unit unit = sums.unit(index);
-        for (int64_t row = unit.first; row < unit.last; row += kTileRows) {
-          const int64_t rows = std::min(kTileRows, unit.last - row);
-          const auto tile = tiles.at(row, rows, unit.col, unit.cols, dropout);
-          for (int64_t j = 0; j < rank_blocks; ++j)
-            products<Value>(kernels).reduce_rows(
-                tile.data, tile.ld, rows, tile.cols, &factors[kLanes * (j * packed_rows + row / kPer<Value>)],
-                sums.of(unit.chunk, j, unit.col), row > unit.first);
-        }
+        const RowSums::Unit unit = all.sums.unit(index);
+        const auto factors = all.factors(unit);
+        for (int64_t row = unit.first; row < unit.last; row += kTileRows)
+          all.tile(tiles, factors.get(), unit, row, std::min(kTileRows, unit.last - row));
       }
     });
+    all.sums.add_up(kernels, Matrix(dA), dropout ? dropout->scale : 1.0f);
   });
-  sums.add_up(kernels, Matrix(dA), dropout ? dropout->scale : 1.0f);
 }
 
 }  // namespace lorafast::cpu

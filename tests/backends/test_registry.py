@@ -367,9 +367,9 @@ class TestAutomaticChoiceOnACPU:
         def forward(M, r, dtype, dropout=False):
             return chosen("lora_linear", M=M, r=r, dtype=dtype, dropout=dropout)
 
-        assert forward(4, 32, torch.bfloat16) == "cpu"
-        assert forward(4, 33, torch.bfloat16) == "aten + cpu"
-        assert forward(4, 33, torch.bfloat16, dropout=True) == "cpu"
+        assert forward(4, 64, torch.bfloat16) == "cpu"
+        assert forward(4, 65, torch.bfloat16) == "aten + cpu"
+        assert forward(4, 65, torch.bfloat16, dropout=True) == "cpu"
         assert forward(127, 4, torch.float32) == "aten"
         assert forward(128, 4, torch.float32) == "cpu"
         double = problem("lora_linear", M=128, dtype=torch.float64)
@@ -381,7 +381,7 @@ class TestAutomaticChoiceOnACPU:
         assert chosen("shrink", device=torch.device("meta")) == "aten"
 
     def test_explain_knows_mask_and_rank(self):
-        layer = LoRALinear(80, 80, 40, dropout=0.1, dtype=torch.bfloat16)
+        layer = LoRALinear(80, 80, 65, dropout=0.1, dtype=torch.bfloat16)
         found = {c.backend for c in lorafast.explain(layer).layers["(module)"]}
         assert found == {"cpu"}
         forward, backward = lorafast.explain(layer.eval()).layers["(module)"]

@@ -9,6 +9,7 @@ import itertools
 import sys
 
 import torch
+from circumstances import on_threads
 from helpers import covering
 from layouts import lay_out
 
@@ -63,6 +64,35 @@ def calls_of(M, K, N, r, dtype, layout, p, seed):
             cast(ds, low), lay(cast(x)), p, seed
         ),
     }
+
+
+def why_together_differ(M, K, N, r, dtype, layout, p, seed):
+    """A sentence if the skinny products of a layer in one call, which threads share out otherwise, don't
+    have the bits of a call each."""
+    ops, low = torch.ops.lorafast_cpu, reference.wide(dtype)
+    mask = (seed, round(p * 65536), 1.5) if p else (None, 0, 1.0)
+    x, dy = (lay_out(torch.randn(M, n).to(dtype), layout) for n in (K, N))
+    A, B = torch.randn(r, K).to(dtype), torch.randn(N, r).to(dtype)
+    y, dx = torch.randn(M, N).to(dtype), torch.randn(M, K).to(dtype)
+
+    def outputs():
+        s, ds = (torch.empty(M, r, dtype=low) for _ in "sd")
+        return y.clone(), s, dx.clone(), ds, torch.empty_like(A), torch.empty_like(B)
+
+    expected, found = outputs(), outputs()
+    Y, s, dX, ds, dA, dB = expected
+    ops.shrink(x, A, *mask, s)
+    ops.expand_(Y, s, B, 0.7, None, 0, 1.0)
+    ops.expand_backward(dy, s, B, 0.7, ds, dB)
+    ops.shrink_backward(ds, x, *mask, dA)
+    ops.expand_(dX, ds, A.t(), 1.0, *mask)
+    Y, s, dX, ds, dA, dB = found
+    ops.lora_linear_(Y, x, A, B, 0.7, *mask, s)
+    ops.lora_linear_backward_(dX, dy, x, A, B, s, 0.7, *mask, ds, dA, dB)
+    for name, one, other in zip(("y", "s", "dx", "ds", "dA", "dB"), expected, found, strict=True):
+        if not torch.equal(one, other):
+            return f"{name} of a layer's products in one call has other bits than by itself"
+    return None
 
 
 def weights(dtype):
@@ -151,6 +181,11 @@ def main():
             reason = contract.compare(call, cpu, dtype).why_broken
             if reason is not None:
                 sys.exit(f"{name} {shape} {dtype} {layout} p={p} is {reason}")
+        for threads in (1, 2):
+            with on_threads(threads):
+                reason = why_together_differ(*shape, dtype, layout, p, seed)
+            if reason is not None:
+                sys.exit(f"{reason}: {shape} {dtype} {layout} p={p}, {threads} threads")
     torch.manual_seed(1)
     for dtype, cast in itertools.product(dtypes, dtypes):
         for weight in weights(dtype):

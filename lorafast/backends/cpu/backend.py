@@ -5,11 +5,13 @@ import torch
 from lorafast.backends import composed
 from lorafast.backends.cpu import native
 from lorafast.backends.plan import Backend, Plan, Refusal
-from lorafast.core.problem import LAYER_OPERATIONS, Problem, parts
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem, parts
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SKINNY = 32
 """The rank up to which, in bfloat16, the native reductions beat oneDNN's: measured at 4 to 128."""
+SKINNY_LAYER = 64
+"""The same of a layer, whose skinny products are one call: measured at 16 to 128."""
 MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
 _SMALL = {torch.bfloat16: 1 << 16, torch.float32: 1 << 22}
@@ -39,11 +41,14 @@ class Cpu(Backend):
         p = problem
         ahead = _why_ahead(p)
         if p.operation == "lora_linear":
-            return Plan(self.name, run.lora_linear, _FORWARD, ahead=ahead)
+            forward = run.dense_lora_linear if p.format == DENSE else run.lora_linear
+            return Plan(self.name, forward, _FORWARD, ahead=ahead)
         if p.operation == "lora_linear_backward":
             if p.wants != ("dx", "dA", "dB"):
                 return composed.plan_or_refusal(problem, self.plan)
-            return Plan(self.name, run.lora_linear_backward, _BACKWARD, ahead=ahead)
+            dense = p.format == DENSE
+            backward = run.dense_lora_linear_backward if dense else run.lora_linear_backward
+            return Plan(self.name, backward, _BACKWARD, ahead=ahead)
         if p.operation == "shrink":
             return Plan(self.name, run.shrink, ("shrink",), ahead=ahead)
         if p.operation == "expand":
@@ -64,7 +69,7 @@ class Cpu(Backend):
             return [("native CPU kernels", reason)]
         rules = ["with dropout"]
         if native.multiplies_bfloat16():
-            rules.append(f"in bfloat16 up to rank {SKINNY}")
+            rules.append(f"in bfloat16 up to rank {SKINNY}, a layer up to {SKINNY_LAYER}")
         if native.has_avx512():
             rules.append(f"in float32 from {MANY} rows")
         return [("native CPU kernels", f"{native.capability()}, ahead {', '.join(rules)}")]
@@ -100,7 +105,14 @@ def _why_ahead(p: Problem) -> str | None:
         if p.operation == "lora_linear" and _is_small(p):
             return None
         first = next((q for q in parts(p) if q.operation != "linear_expand"), None)
-        return None if first is None else _why_ahead(first._replace(dropout=p.dropout))
+        if first is None:
+            return None
+        return _why_skinny_ahead(first._replace(dropout=p.dropout), SKINNY_LAYER)
+    return _why_skinny_ahead(p, SKINNY)
+
+
+def _why_skinny_ahead(p: Problem, most: int) -> str | None:
+    """The same for a skinny product, of a layer or not, in bfloat16 up to rank ``most``."""
     if p.dropout:
         return "on a CPU with dropout, measured"
     if p.operation == "expand":  # which PyTorch writes in one pass, and these onto zeros
@@ -108,8 +120,8 @@ def _why_ahead(p: Problem) -> str | None:
     if p.dtype is torch.bfloat16 and native.multiplies_bfloat16():
         if p.operation == "linear_expand":
             return "on a CPU in bfloat16, measured"
-        if p.r <= SKINNY:
-            return f"on a CPU in bfloat16 up to rank {SKINNY}, measured"
+        if p.r <= most:
+            return f"on a CPU in bfloat16 up to rank {most}, measured"
     elif p.dtype is torch.float32 and p.M >= MANY and native.has_avx512():
         return f"on a CPU in float32 from {MANY} rows, measured"
     return None

@@ -24,6 +24,8 @@ LIBRARY = Library(
         "expand_",
         "expand_backward",
         "shrink_backward",
+        "lora_linear",
+        "lora_linear_backward",
         "lora_linear_",
         "lora_linear_backward_",
         "dequantize_four_bit",

@@ -1,4 +1,7 @@
-"""The native CPU kernels of ``csrc/cpu/`` for the skinny products; the base GEMM is the operand's."""
+"""The native CPU kernels of ``csrc/cpu/``: the skinny products, and layers over a dense W whole.
+
+The base GEMM of another operand is the operand's own.
+"""
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ _shrink = _kernels.shrink.default
 _expand_ = _kernels.expand_.default
 _expand_backward = _kernels.expand_backward.default
 _shrink_backward = _kernels.shrink_backward.default
+_lora_linear = _kernels.lora_linear.default
+_lora_linear_backward = _kernels.lora_linear_backward.default
 _lora_linear_ = _kernels.lora_linear_.default
 _lora_linear_backward_ = _kernels.lora_linear_backward_.default
 
@@ -131,6 +136,40 @@ def shrink_backward(dtype: torch.dtype) -> Run:
         return dA
 
     return run
+
+
+def dense_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``lora_linear`` over a dense W, the base GEMM in the same call."""
+    if not dropout_p:  # cold code costs a small layer more than warm code says
+        return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), None, 0, 1.0)  # type: ignore[no-any-return]
+    mask = _mask(dropout_p, seed)
+    return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), *mask)  # type: ignore[no-any-return]
+
+
+def dense_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, None, Tensor, Tensor, None]:
+    """``lora_linear_backward`` over a dense W, the base GEMM in the same call."""
+    mask = _mask(dropout_p, seed)
+    dx, dA, dB = _lora_linear_backward(dy, x, weight, lora_A, lora_B, s, float(scaling), *mask)
+    return dx, None, dA, dB, None
 
 
 def lora_linear(
