@@ -14,6 +14,7 @@ from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
+from lorafast.ops.siblings import Sibling
 
 
 def lora_linear_of(
@@ -138,7 +139,9 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self._aside:
-            return self._forward_aside(x)
+            aside = self._forward_aside(x)
+            if aside is not None:
+                return aside
         return lora_linear_of(
             x, self._stored(), self._description, self.lora_A, self.lora_B, self._scaling, self.bias,
             self.dropout if self.training else 0.0,
@@ -149,6 +152,10 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
             x, self._stored(), self._description, self.lora_A, self.lora_B, self.lora_magnitude,
             self._scaling, self.bias, self.dropout if self.training else 0.0,
         )  # fmt: skip
+
+    def sibling(self) -> Sibling | None:
+        """None: over a weight that is not dense it is served alone."""
+        return None
 
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, made dense."""
