@@ -13,7 +13,7 @@ y, one element of memory large, brings it the dy of each that was asked for.
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -116,6 +116,11 @@ def can_share(x: Tensor) -> bool:
     )
 
 
+def is_recorded() -> bool:
+    """Whether hooks see what is saved for a backward, as checkpointing's do, which computes it again."""
+    return _top_hooks(False) is not None
+
+
 def _surroundings(x: Tensor) -> tuple[object, ...]:
     """What must be the same for another call to share ``x``, beside its version."""
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
@@ -130,13 +135,15 @@ class Shared:
     It holds ``x`` weakly. Where gradients are needed, a y's node in autograd's graph holds it.
     """
 
-    def __init__(self, x: Tensor, by_key: Mapping[Hashable, Sibling]) -> None:
+    def __init__(self, x: Tensor, by_key: Mapping[int, Sibling]) -> None:
         self._x = weakref.ref(x)
         self._version = x._version
         self._surroundings = _surroundings(x)
         self.siblings = siblings = tuple(by_key.values())
         self._versions = [one.version() for one in siblings]
-        self._left = {id(key): index for index, key in enumerate(by_key)}
+        self.keys = tuple(by_key)
+        self.left = {key: index for index, key in enumerate(by_key)}
+        """Those that haven't taken their y."""
         self._is_over = False
         self.backend = forced.forced()
         self.s: Tensor
@@ -156,27 +163,22 @@ class Shared:
             and not self._is_over
         )
 
-    def has(self, key: Hashable, sibling: Sibling) -> bool:
+    def has(self, key: int, sibling: Sibling) -> bool:
         """Whether the y of ``key`` can be taken, whose tensors are those of ``sibling`` now."""
-        index = self._left.get(id(key))
+        index = self.left.get(key)
         return index is not None and self._versions[index] == sibling.version()
 
     def end(self) -> None:
         """A backward has run: what comes later belongs to another."""
         self._is_over = True
 
-    def take(self, key: Hashable, x: Tensor) -> Tensor:
+    def take(self, key: int, x: Tensor) -> Tensor:
         """``y [..., N]`` of ``key``."""
-        index = self._left.pop(id(key))
+        index = self.left.pop(key)
         if not self.has_graph:
             return self.y(index, x)
         y: Tensor = _Take.apply(self._stand_ins[index], x.detach(), self, index)
         return y
-
-    @property
-    def is_used_up(self) -> bool:
-        """Whether every y was taken."""
-        return not self._left
 
     def shrink(self, x: Tensor) -> Tensor:
         """Makes ``s [M, Σr]``; the A's side by side, ``[Σr, K]``."""

@@ -112,6 +112,18 @@ def test_another_x_for_some(made):
     assert made == [3, 3]
 
 
+def test_what_is_left_is_made_no_more(made):
+    """In cross attention q has an x of its own."""
+    fused, plain = pair()
+    for _ in range(4):
+        assert_same_numbers(fused, plain, forward, x_of(), x_of(seed=2))
+    assert made == [3, 3, 3, 3, 2, 2]
+    made.clear()
+    for _ in range(siblings._TRIED_AGAIN):
+        assert_same_numbers(fused, plain, forward, x_of(), x_of(seed=2))
+    assert set(made) == {2, 3}
+
+
 def test_one_is_never_called(made):
     assert_same_numbers(*pair(), lambda m, x: m.k(x) + m.v(x) ** 2, x_of())
     assert made == [3]

@@ -37,9 +37,10 @@ def drawn(M=(5, 9), K=21, seed=0):
 
 def shared(x, siblings, order=None):
     """Every y, taken in an order."""
-    one = Shared(x, siblings)
-    taken = {name: one.take(name, x) for name in order or siblings}
-    assert one.is_used_up or order is not None
+    keys = dict(zip(siblings, range(len(siblings)), strict=True))
+    one = Shared(x, {keys[name]: sibling for name, sibling in siblings.items()})
+    taken = {name: one.take(keys[name], x) for name in order or siblings}
+    assert not one.left or order is not None
     return taken
 
 
