@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorafast.core.context import without_autocast
 from lorafast.ops.siblings import Shared, Sibling, can_share, is_recorded
 
 _ENOUGH = 2
@@ -54,12 +55,13 @@ class Siblings:
         own = layer.sibling()
         if own is None:
             return None
-        shared = None if self._shared is None else self._shared()
-        if shared is None or not shared.is_of(x):
-            shared = self._share(place, own, x)
-        if shared is None or not shared.has(place, own):
-            return None
-        y = shared.take(place, x)
+        with without_autocast(x):
+            shared = None if self._shared is None else self._shared()
+            if shared is None or not shared.is_of(x):
+                shared = self._share(place, own, x)
+            if shared is None or not shared.has(place, own):
+                return None
+            y = shared.take(place, x)
         if not shared.left:
             self._shared = self._kept = None
         return y

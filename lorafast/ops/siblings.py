@@ -96,14 +96,14 @@ def _owner(t: Tensor) -> Tensor:
     return t if t._base is None else t._base
 
 
-FEWEST_ROWS, FEWEST_ELEMENTS = 256, 1 << 18
+FEWEST_ROWS, FEWEST_ELEMENTS = 512, 1 << 19
 """Of x, from which sharing it pays: with fewer, putting A's side by side and the longer way through
 Python cost more. Measured on a CPU with AVX-512."""
 
 
 def can_share(x: Tensor) -> bool:
-    """Whether layers may share ``x`` here: in eager code that nothing surrounds, autocast neither, and
-    with so many rows that it pays."""
+    """Whether layers may share ``x`` here: in eager code that nothing surrounds, not even an autocast
+    that would cast ``x``, and with so many rows that it pays."""
     return (
         not torch.compiler.is_compiling()
         and alone()
@@ -112,7 +112,7 @@ def can_share(x: Tensor) -> bool:
         and not x.is_inference()  # whose changes PyTorch doesn't count
         and x.dim() > 0
         and x.numel() >= max(FEWEST_ELEMENTS, FEWEST_ROWS * x.shape[-1], 1)
-        and not autocast_enabled(x)
+        and (not autocast_enabled(x) or torch.get_autocast_dtype(x.device.type) is x.dtype)
     )
 
 
