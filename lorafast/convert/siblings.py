@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lorafast.nn import LoRALinear
+from lorafast.convert.kinds import adapted_layers
+from lorafast.nn import AdapterLayer
 from lorafast.nn.siblings import tie
 
 NONE_FOUND = (
-    "fuse is 'siblings', and the source of no module shows adapted layers that it calls with the same "
-    "x, as self.q(x) and self.k(x): the layers are served one by one"
+    "fuse is 'siblings', and the source of no module shows LoRA layers over dense weights that it calls "
+    "with the same x, as in self.q(x) and self.k(x): the layers are served one by one"
 )
 _Values = frozenset[int]
 
@@ -30,7 +31,7 @@ def fuse(model: nn.Module) -> list[list[str]]:
     found = []
     for prefix, module in list(model.named_modules()):
         for paths in shared_calls(type(module)):
-            layers: dict[nn.Module, str] = {}
+            layers: dict[AdapterLayer, str] = {}
             for path in paths:
                 layer = _child(module, path)
                 if layer is not None and layer._siblings is None:
@@ -46,18 +47,18 @@ def fuse(model: nn.Module) -> list[list[str]]:
 
 def separate(model: nn.Module) -> bool:
     """Undoes ``fuse``; whether there were siblings."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m._siblings is not None]
+    layers = [layer for layer in adapted_layers(model).values() if layer._siblings is not None]
     for layer in layers:
         layer.set_siblings(None)
     return bool(layers)
 
 
-def _child(module: nn.Module, path: str) -> LoRALinear | None:
+def _child(module: nn.Module, path: str) -> AdapterLayer | None:
     try:
         child = module.get_submodule(path)
     except AttributeError:
         return None
-    return child if isinstance(child, LoRALinear) else None
+    return child if isinstance(child, AdapterLayer) and child.shares_x else None
 
 
 def shared_calls(kind: type[nn.Module]) -> list[list[str]]:

@@ -63,6 +63,8 @@ class AdapterLayer(nn.Module):
     _use_dora = False
     _aside = False
     """Whether the forward is another than the plain adapter's: merged, DoRA, or one of siblings."""
+    shares_x: ClassVar[bool] = False
+    """Whether its forward can share x with others' (``sibling``)."""
     _siblings: tuple[Siblings, int] | None = None
     """The layers that are called with the same x, and this one's place among them."""
     lora_magnitude: nn.Parameter

@@ -75,6 +75,7 @@ class LoRALinear(AdapterLayer):
     }
     watched_parameter = "lora_B"
     operation = "lora_linear"
+    shares_x = True
     own_names = AdapterLayer.own_names | {"_memory", "_description"}
 
     weight: nn.Parameter

@@ -14,7 +14,6 @@ from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
-from lorafast.ops.siblings import Sibling
 
 
 def lora_linear_of(
@@ -81,6 +80,8 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
     dense weight doesn't. Each forward builds the operand again from what the layer holds. All else is
     as in ``LoRALinear``, whose ``from_operand`` and ``from_linear`` make it.
     """
+
+    shares_x = False
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("a LoRAOperandLinear is made by LoRALinear.from_operand(weight, r)")
@@ -152,10 +153,6 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
             x, self._stored(), self._description, self.lora_A, self.lora_B, self.lora_magnitude,
             self._scaling, self.bias, self.dropout if self.training else 0.0,
         )  # fmt: skip
-
-    def sibling(self) -> Sibling | None:
-        """None: over a weight that is not dense it is served alone."""
-        return None
 
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, made dense."""

@@ -195,6 +195,15 @@ def test_another_word(model):
 def test_a_second_adapt_leaves_siblings_together(model):
     lorafast.adapt(model, 2, [*QKV, *GATED], fuse="siblings")
     before = groups(model)
-    with pytest.warns(UserWarning, match="fuse is 'siblings', and the source of no module shows"):
+    with pytest.warns(
+        UserWarning, match="fuse is 'siblings', and the source of no module shows LoRA"
+    ):
         lorafast.adapt(model, 2, ["o_proj"], fuse="siblings")
     assert groups(model) == before
+
+
+def test_quantized_layers_are_alone(model):
+    lorafast.quantize(model.float(), "int8")
+    with pytest.warns(UserWarning, match="LoRA layers over dense weights"):
+        lorafast.adapt(model, 2, fuse="siblings")
+    assert groups(model) == []
