@@ -147,8 +147,11 @@ class _Reader:
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         pairs = [(target, value)]
-        both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-        if both and len(target.elts) == len(value.elts):
+        if (
+            isinstance(target, ast.Tuple)
+            and isinstance(value, ast.Tuple)
+            and len(target.elts) == len(value.elts)
+        ):
             pairs = list(zip(target.elts, value.elts, strict=True))
         found = [(to, self._value(of)) for to, of in pairs]
         for to, values in found:

@@ -262,33 +262,71 @@ class _Siblings(torch.autograd.Function):
         shared = ctx.shared()
         if shared is not None:
             shared.end()
-        x, lora_A, s, *tensors = unpacked(ctx)
-        count = len(ctx.siblings)
-        Ws, As, Bs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        parts = [None] * count if s is None else columns(s, ctx.siblings)
-        given = [
-            _Given(i, dy, Ws[i], As[i], Bs[i], parts[i], ctx.siblings[i], ctx.needs[i])
-            for i, dy in enumerate(dys)
-            if dy is not None
-        ]
         compiling = torch.compiler.is_compiling()
-        fast = not (compiling or torch.is_grad_enabled()) and alone()
-        dx, dAs, dBs = None, [None] * count, [None] * count
-        if given and fast and not any(is_batched(one.dy) for one in given):
-            with without_autocast(given[0].dy):
-                dx = _together(ctx, given, x, lora_A, dAs, dBs)
-        else:
-            for one in given:
-                part, _, dAs[one.index], dBs[one.index], *_ = _alone(ctx, one, x, compiling)
-                if part is not None:
-                    dx = part if dx is None else dx + part
-        return None, dx, *[None] * count, *dAs, *dBs
+        some = [dy for dy in dys if dy is not None]
+        if (
+            not some
+            or compiling
+            or torch.is_grad_enabled()
+            or not alone()
+            or any(map(is_batched, some))
+        ):
+            return None, *_one_by_one(ctx, dys, compiling)
+        with without_autocast(some[0]):
+            return None, *together(ctx, dys)
+
+
+_Gradients = tuple[Tensor | None, ...]
+"""Of ``x``, every W, every A and every B."""
+
+
+def together(ctx: Any, dys: Sequence[Tensor | None]) -> _Gradients:
+    """The backward of the node ``ctx``, whose ``dys`` were asked for in part or all, by kernels."""
+    x, lora_A, given = _given(ctx, dys)
+    need_dx, count = ctx.needs[0][0], len(ctx.siblings)
+    dAs: list[Tensor | None] = [None] * count
+    dBs: list[Tensor | None] = [None] * count
+    reduced: dict[int, Tensor] = {}
+    for one in given:
+        _, _, need_dA, need_dB, *_ = one.needs
+        wants = tuple(w for w, need in (("ds", need_dx or need_dA), ("dB", need_dB)) if need)
+        if wants:
+            ds, dBs[one.place], _ = _expand_backward(ctx, one, wants)
+            if ds is not None:
+                reduced[one.place] = ds
+    trained = [one for one in given if one.needs[2]]
+    if trained:
+        assert x is not None
+        ds = _side_by_side([reduced[one.place] for one in trained])
+        for one, dA in zip(trained, _shrink_backward(ctx, trained, ds, as_rows(x)), strict=True):
+            dAs[one.place] = dA
+    dx = None
+    if need_dx:
+        assert lora_A is not None
+        if len(given) < count:
+            lora_A = torch.cat([one.lora_A for one in given if one.lora_A is not None])
+        dx = _input_gradient(ctx, given, [reduced[one.place] for one in given], lora_A)
+    return dx, *[None] * count, *dAs, *dBs
+
+
+def _one_by_one(ctx: Any, dys: Sequence[Tensor | None], compiling: bool) -> _Gradients:
+    """The same as layers by themselves have it: differentiable, seen by modes, in batches."""
+    x, _, given = _given(ctx, dys)
+    count = len(ctx.siblings)
+    dx: Tensor | None = None
+    dAs: list[Tensor | None] = [None] * count
+    dBs: list[Tensor | None] = [None] * count
+    for one in given:
+        part, _, dAs[one.place], dBs[one.place], *_ = _alone(ctx, one, x, compiling)
+        if part is not None:
+            dx = part if dx is None else dx + part
+    return dx, *[None] * count, *dAs, *dBs
 
 
 class _Given(NamedTuple):
     """A sibling whose dy has come, and what was saved for it."""
 
-    index: int
+    place: int
     dy: Tensor
     weight: Tensor | None
     lora_A: Tensor | None
@@ -298,43 +336,33 @@ class _Given(NamedTuple):
     needs: tuple[bool, ...]
 
 
-def _together(
-    ctx: Any,
-    given: list[_Given],
-    x: Tensor | None,
-    lora_A: Tensor | None,
-    dAs: list[Any],
-    dBs: list[Any],
-) -> Tensor | None:
-    """dx, with the gradients of adapters put into the lists."""
-    need_dx = given[0].needs[0]
-    reduced: dict[int, Tensor] = {}
-    for one in given:
-        _, _, need_dA, need_dB, *_ = one.needs
-        wants = tuple(w for w, need in (("ds", need_dx or need_dA), ("dB", need_dB)) if need)
-        if wants:
-            ds, dBs[one.index], _ = _expand_backward(ctx, one, wants)
-            if ds is not None:
-                reduced[one.index] = ds
-    trained = [one for one in given if one.needs[2]]
-    if trained:
-        assert x is not None
-        rows, ds = as_rows(x), _side_by_side([reduced[one.index] for one in trained])
-        dtype = trained[0].sibling.lora_A.dtype
-        run = _planned(
-            ("shrink_backward", dtype), ctx.backend, (ds, rows),
-            lambda: shrink_backward_problem(ds, rows, 0.0, None, dtype),
-        )  # fmt: skip
-        dA = run(ds, rows, 0.0, None)
-        ranks = [one.sibling.lora_A.shape[0] for one in trained]
-        for one, part in zip(trained, dA.split(ranks), strict=True):
-            dAs[one.index] = part
-    if not need_dx:
-        return None
-    assert lora_A is not None
-    if len(given) < len(ctx.siblings):
-        lora_A = torch.cat([one.lora_A for one in given if one.lora_A is not None])
-    return _input_gradient(ctx, given, [reduced[one.index] for one in given], lora_A)
+def _given(
+    ctx: Any, dys: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None, list[_Given]]:
+    """``x``, the A's side by side, and the siblings whose dy has come."""
+    x, lora_A, s, *tensors = unpacked(ctx)
+    count = len(ctx.siblings)
+    Ws, As, Bs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+    parts = [None] * count if s is None else columns(s, ctx.siblings)
+    given = [
+        _Given(i, dy, Ws[i], As[i], Bs[i], parts[i], ctx.siblings[i], ctx.needs[i])
+        for i, dy in enumerate(dys)
+        if dy is not None
+    ]
+    return x, lora_A, given
+
+
+def _shrink_backward(
+    ctx: Any, trained: list[_Given], ds: Tensor, rows: Tensor
+) -> tuple[Tensor, ...]:
+    """``dA`` of each."""
+    dtype = trained[0].sibling.lora_A.dtype
+    run = _planned(
+        ("shrink_backward", dtype), ctx.backend, (ds, rows),
+        lambda: shrink_backward_problem(ds, rows, 0.0, None, dtype),
+    )  # fmt: skip
+    dA: Tensor = run(ds, rows, 0.0, None)
+    return dA.split([one.sibling.lora_A.shape[0] for one in trained])
 
 
 def _expand_backward(ctx: Any, one: _Given, wants: tuple[str, ...]) -> Any:
