@@ -150,7 +150,7 @@ class Shared:
         tensors = [getattr(one, name) for name in _TENSORS for one in siblings]
         self.has_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
         if self.has_graph:
-            self._stand_ins = _Siblings.apply(self, x, *tensors)
+            self._stand_ins: tuple[Tensor, ...] = _Siblings.apply(self, x, *tensors)
         else:
             self.shrink(x)
 
@@ -169,15 +169,20 @@ class Shared:
         return index is not None and self._versions[index] == sibling.version()
 
     def end(self) -> None:
-        """A backward has run: what comes later belongs to another."""
+        """Nobody takes from it any more: every y was taken, or a backward has run."""
         self._is_over = True
+        self._stand_ins = ()
+        self.s = self.s.new_empty(0)
 
     def take(self, key: int, x: Tensor) -> Tensor:
         """``y [..., N]`` of ``key``."""
         index = self.left.pop(key)
-        if not self.has_graph:
-            return self.y(index, x)
-        y: Tensor = _Take.apply(self._stand_ins[index], x.detach(), self, index)
+        if self.has_graph:
+            y: Tensor = _Take.apply(self._stand_ins[index], x.detach(), self, index)
+        else:
+            y = self.y(index, x)
+        if not self.left:
+            self.end()
         return y
 
     def shrink(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from circumstances import fresh_memory_holds_nan
 from helpers import assert_contract, skip_unless_usable
 
 import lorafast
@@ -180,6 +181,15 @@ def test_what_is_kept_must_not_change(place):
         leaves[place].add_(1)
     with pytest.raises(RuntimeError, match="changed in place after a LoRA layer had kept it"):
         torch.autograd.grad(y, leaves)
+
+
+def test_uninitialised_memory_holds_nan():
+    """Of the stand-ins too, which nobody reads."""
+    with fresh_memory_holds_nan():
+        leaves, layers = leaves_of()
+        ys = from_leaves(layers)(*leaves)
+        found = torch.autograd.grad([y.sum() for y in ys], leaves)
+    assert all(t.isfinite().all() for t in (*ys, *found))
 
 
 def test_x_is_kept_once():
