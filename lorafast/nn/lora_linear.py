@@ -494,6 +494,8 @@ class LoRALinear(AdapterLayer):
             parts.append("use_dora=True")
         if self.merged:
             parts.append("merged=True")
+        if self._siblings is not None:
+            parts.append(f"siblings={len(self._siblings[0])}")
         if any(packed.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)

@@ -41,6 +41,10 @@ class Siblings:
     def __reduce__(self) -> tuple[type["Siblings"], tuple[int]]:
         return Siblings, (len(self._layers),)
 
+    def __len__(self) -> int:
+        """Places."""
+        return len(self._layers)
+
     def join(self, place: int, layer: Any) -> bool:
         """Gives ``layer`` a place; False if another has it."""
         if self._at(place) not in (None, layer):

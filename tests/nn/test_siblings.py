@@ -95,8 +95,11 @@ def forward(model, *inputs):
 
 
 def test_siblings_share_x(made):
-    assert_same_numbers(*pair(), forward, x_of())
+    fused, plain = pair()
+    assert_same_numbers(fused, plain, forward, x_of())
     assert made == [3]
+    assert "siblings=3" in repr(fused.k)
+    assert "siblings" not in repr(plain.k)
 
 
 def test_without_gradients(made):

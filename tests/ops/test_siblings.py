@@ -1,87 +1,22 @@
 """Layers that share x: the contract, the bits of layers by themselves, gradients, what is kept."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from circumstances import fresh_memory_holds_nan
-from helpers import assert_contract, skip_unless_usable
+from helpers import assert_contract, covering, skip_unless_usable
+from sibling_layers import DTYPES, SHAPES, by_reference, by_themselves, drawn, shared, step
 
 import lorafast
 from lorafast import ops, reference
-from lorafast.ops.siblings import Shared, Sibling
+from lorafast.ops.siblings import Sibling
 
-SHAPES = {"q": (19, 3, 0.5), "k": (7, 16, 2.0), "v": (12, 5, 1.0)}
-"""N, r and scaling of each sibling."""
-DTYPES = {
-    "float32": (torch.float32, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.float32),
-    "float16": (torch.float16, torch.float32),
-}
+ORDERS = {"all": None, "k is never called": ("v", "q")}
 
 
-def drawn(M=(5, 9), K=21, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    layers = {
-        name: SimpleNamespace(
-            W=draw(N, K), A=draw(r, K), B=draw(N, r), bias=draw(N), dy=draw(*M, N)
-        )
-        for name, (N, r, _) in SHAPES.items()
-    }
-    layers["k"].bias = None
-    return draw(*M, K), layers
-
-
-def shared(x, siblings, order=None):
-    """Every y, taken in an order."""
-    keys = dict(zip(siblings, range(len(siblings)), strict=True))
-    one = Shared(x, {keys[name]: sibling for name, sibling in siblings.items()})
-    taken = {name: one.take(keys[name], x) for name in order or siblings}
-    assert not one.left or order is not None
-    return taken
-
-
-def by_themselves(x, siblings, order=None):
-    return {
-        name: ops.lora_linear(x, s.weight, s.lora_A, s.lora_B, s.scaling, s.bias)
-        for name, s in siblings.items()
-        if order is None or name in order
-    }
-
-
-def by_reference(x, siblings, order=None):
-    return {
-        name: reference.lora_linear(x, s.weight, s.lora_A, s.lora_B, s.scaling, s.bias)
-        for name, s in siblings.items()
-        if order is None or name in order
-    }
-
-
-def step(run, x, layers, dtype, adapter_dtype, order=None, cast=None, frozen=(), need_dx=True):
-    """Outputs and gradients by name."""
-    cast = cast or (lambda tensor, other=dtype: tensor.to(other))
-    x = cast(x).requires_grad_(need_dx)
-    siblings, leaves = {}, {"x": x} if need_dx else {}
-    for name, one in layers.items():
-        A, B = cast(one.A, adapter_dtype), cast(one.B, adapter_dtype)
-        for half, tensor in (("A", A), ("B", B)):
-            if f"{name}.{half}" not in frozen:
-                leaves[f"{name}.{half}"] = tensor.requires_grad_()
-        bias = None if one.bias is None else cast(one.bias)
-        siblings[name] = Sibling(cast(one.W), A, B, SHAPES[name][2], bias)
-    ys = run(x, siblings, order)
-    dys = [cast(layers[name].dy) for name in ys]
-    found = torch.autograd.grad(list(ys.values()), list(leaves.values()), dys, allow_unused=True)
-    return ys | {f"d{name}": t for name, t in zip(leaves, found, strict=True) if t is not None}
-
-
-@pytest.mark.parametrize("order", [None, ("v", "q")], ids=["all", "k is never called"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["auto", "cpu", "aten", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "order"),
+    covering(("auto", "cpu", "aten", "reference", "triton"), tuple(DTYPES), tuple(ORDERS)),
+)
 def test_contract(backend, dtype, order):
     skip_unless_usable("aten" if backend == "auto" else backend)
     x, layers = drawn()
@@ -90,7 +25,7 @@ def test_contract(backend, dtype, order):
         plain = operations is reference
         with lorafast.use_backend("auto" if plain else backend):
             run = by_reference if plain else shared
-            found = step(run, x, layers, *DTYPES[dtype], order=order, cast=cast)
+            found = step(run, x, layers, *DTYPES[dtype], order=ORDERS[order], cast=cast)
         return tuple(found[name] for name in sorted(found))
 
     assert_contract(call, ops, DTYPES[dtype][0], DTYPES[dtype][0])
@@ -98,7 +33,7 @@ def test_contract(backend, dtype, order):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_are_those_of_layers_by_themselves(dtype):
-    """On the native kernels, each of whose sums is made alone, but for dx, which is summed elsewhere."""
+    """On the native kernels, whose sums don't depend on the rank, but for dx, which is one sum more."""
     skip_unless_usable("cpu")
     x, layers = drawn(M=(70,), K=100)
     with lorafast.use_backend("cpu"):
