@@ -31,7 +31,8 @@ def test_contract(backend, dtype, device):
     try:
         assert_contract(call, ops, DTYPES[dtype][0], DTYPES[dtype][0])
     except lorafast.BackendError as error:
-        assert backend == "cuda", error
+        if backend != "cuda":
+            raise
         pytest.skip(str(error))
 
 
