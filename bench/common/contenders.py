@@ -23,6 +23,8 @@ from lorafast.ops.problems import layer_problem, why_not
 from lorafast.reference.dropout import survivor_scale
 
 FROZEN = "frozen"
+SIBLINGS = "lorafast-siblings"
+"""Of whole models: ``adapt`` with ``fuse="siblings"``."""
 
 
 class UnavailableError(RuntimeError):
@@ -183,11 +185,16 @@ def _compiled(problem: Problem, tensors: Tensors, *, of: Builder) -> Contender:
     return contender
 
 
+def _siblings(problem: Problem, tensors: Tensors) -> Contender:
+    raise UnavailableError("one layer has no siblings to share x with: --models has them")
+
+
 BUILDERS: dict[str, Builder] = {
     FROZEN: _frozen,
     "lorafast": _lorafast,
     "lorafast-compiled": functools.partial(_compiled, of=_lorafast),
     "lorafast-packed": _packed,
+    SIBLINGS: _siblings,
     "peft": _peft,
     "peft-compiled": functools.partial(_compiled, of=_peft),
     **{name: functools.partial(_lorafast, backend=name) for name in registry.names()},

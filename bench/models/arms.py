@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lorafast.bench.common import bases, bitsandbytes, memory
-from lorafast.bench.common.contenders import FROZEN, UnavailableError
+from lorafast.bench.common.contenders import FROZEN, SIBLINGS, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.shapes import Model
 from torch import Tensor, nn
@@ -246,15 +246,18 @@ def _lorafast(name: str, model: nn.Module, r: int, operands: Mapping[str, Operan
         bias: Any = model.get_submodule(layer).bias
         over = LoRALinear.from_operand(operand, r, bias=bias, alpha=SCALING * r)
         model.set_submodule(layer, over.train())
-    adapted = (
-        model if operands else lorafast.adapt(model, r=r, alpha=SCALING * r, targets="all-linear")
-    )
+    if operands and name == SIBLINGS:
+        raise UnavailableError("siblings share x over dense weights alone")
+    adapted = model
+    if not operands:
+        fuse = "siblings" if name == SIBLINGS else None
+        adapted = lorafast.adapt(model, r, alpha=SCALING * r, targets="all-linear", fuse=fuse)
     adapters: dict[str, tuple[Tensor, Tensor]] = {
         module_name: (module.lora_A, module.lora_B)
         for module_name, module in adapted.named_modules()
         if isinstance(module, LoRALinear)
     }
-    if name == "lorafast":
+    if name in ("lorafast", SIBLINGS):
         return Arm(name, adapted, _dtype(model), adapters)
     weight = next(model.parameters())
     reason = why_not(name, weight)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from lorafast.bench.common import bases
-from lorafast.bench.common.contenders import BUILDERS, FROZEN, Contender, UnavailableError
+from lorafast.bench.common.contenders import BUILDERS, FROZEN, SIBLINGS, Contender, UnavailableError
 from lorafast.bench.common.problem import DTYPES, Problem, Tensors
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.table import megabytes, table, why_no_time
-from lorafast.bench.traffic import bitsandbytes, interpret
+from lorafast.bench.traffic import bitsandbytes, interpret, siblings
 from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.launches import H200_SMS, Launch, standing_in
 
@@ -151,13 +151,18 @@ def run(problems: Sequence[Problem], against: Sequence[str], *, record: Record) 
         say("holding the closed forms of the Triton kernels against the interpreter")
         verdict = interpret.check(problems)
     for problem in progress(problems, "problem"):
-        found = measure(problem, against)
+        found = measure(problem, [name for name in against if name != SIBLINGS])
         for row in found:
             if row.contender == "triton":
                 row.wrong, row.unchecked = verdict.wrong, verdict.unchecked
         record.add("traffic", found)
         rows += found
         say(f"\n{problem}\n{format_rows(found)}")
+    if SIBLINGS in against:
+        for name, sizes, problem in siblings.groups_of(problems):
+            group = siblings.measure(name, sizes, problem)
+            record.add("siblings", group)
+            say(siblings.format_rows(group))
     say("\n" + NOTES)
     if any(problem.base != DENSE for problem in problems):
         say(BASE_NOTE)

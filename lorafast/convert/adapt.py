@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lorafast.convert import siblings
 from lorafast.convert import targets as _targets
 from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
@@ -31,6 +32,7 @@ def adapt(
     exclude: Pattern | None = None,
     freeze: bool = True,
     adapter_dtype: torch.dtype | None = None,
+    fuse: str | None = None,
 ) -> nn.Module:
     """Replaces layers of ``model`` by adapted ones that share their weights.
 
@@ -57,19 +59,25 @@ def adapt(
             or left out, by either.
         freeze: freeze every other parameter of the model too; adapters it has already stay trainable.
         adapter_dtype: as for ``LoRALinear``.
+        fuse: ``"siblings"`` lets LoRA layers that a module calls with the same x (q, k and v; gate and
+            up) share one pass over x in the forward and one in the backward, and one gradient of x that
+            all add to: see ``docs/guide.md``. ``lorafast.restore(model)`` undoes it. A warning says so
+            if there are none.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: a name or regex matches no layer, the model has PEFT's adapters (which
-            ``accelerate`` is for), or ``r``, ``alpha`` or ``dropout`` doesn't fit. The model is
-            unchanged.
+            ``accelerate`` is for), or ``r``, ``alpha``, ``dropout`` or ``fuse`` doesn't fit. The model
+            is unchanged.
         TypeError: a layer that was asked for can't be adapted, or FSDP has sharded it. The model is
             unchanged. With ``"all-linear"`` a layer that can't be adapted is left as it is, and a
             warning names it, as it does convolutions and stacked experts that hold a quarter of the
             parameters or more.
     """
+    if fuse not in (None, "siblings"):
+        raise ValueError(f"fuse is {fuse!r}, expected 'siblings' or None")
     inner = _targets.unwrapped(model)
     layers: dict[str, AdapterLayer] = {}
     found = _targets.find(inner, targets, exclude)
@@ -98,6 +106,8 @@ def adapt(
         sentence = large_share(adapted)
         if sentence is not None:
             warnings.warn(sentence, stacklevel=2)
+    if fuse is not None and not siblings.fuse(adapted):
+        warnings.warn(siblings.NONE_FOUND, stacklevel=2)
     return model if adapted is inner else adapted
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
 
+from lorafast.convert import siblings
 from lorafast.nn import explain as explain_own
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,11 +59,14 @@ def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | No
 def restore(model: Model | None = None) -> Model | None:
     """Undoes ``accelerate``: ``model`` has PEFT's own layers again; without it, PEFT makes its own.
 
-    A block of ``accelerated`` lasts until it ends.
+    Layers that ``adapt(..., fuse="siblings")`` made siblings are each by themselves again. A block of
+    ``accelerated`` lasts until it ends.
 
     Raises:
         ValueError: a layer has been given another class since, as FSDP does to what it shards.
     """
+    if model is not None and siblings.separate(model) and "peft" not in sys.modules:
+        return model
     swap, from_now_on = _rooms()
     if model is None:
         from_now_on.end_everywhere()

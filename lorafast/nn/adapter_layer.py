@@ -20,6 +20,8 @@ from lorafast.nn.checks import (
     count,
 )
 from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
+from lorafast.nn.siblings import Siblings
+from lorafast.ops.siblings import Sibling
 
 _HALF = (torch.float16, torch.bfloat16)
 _PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
@@ -43,7 +45,7 @@ class AdapterLayer(nn.Module):
     own_names: ClassVar[frozenset[str]] = frozenset(
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
-            "_plain_class", "_stored_names", "_use_dora", "_aside",
+            "_plain_class", "_stored_names", "_use_dora", "_aside", "_siblings",
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
@@ -60,7 +62,11 @@ class AdapterLayer(nn.Module):
     merged = False
     _use_dora = False
     _aside = False
-    """Whether the forward is another than the plain adapter's: merged, or DoRA."""
+    """Whether the forward is another than the plain adapter's: merged, DoRA, or one of siblings."""
+    shares_x: ClassVar[bool] = False
+    """Whether its forward can share x with others' (``sibling``)."""
+    _siblings: tuple[Siblings, int] | None = None
+    """The layers that are called with the same x, and this one's place among them."""
     lora_magnitude: nn.Parameter
     _merged_weight: Tensor | None
     _plain_class: type[nn.Module]
@@ -281,7 +287,7 @@ class AdapterLayer(nn.Module):
         # Pickles of the time when these four were plain attributes.
         renamed = {f"_{name}": state[name] for name in _PROPERTIES if name in state}
         super().__setstate__({k: v for k, v in state.items() if k not in _PROPERTIES} | renamed)
-        self._set_merged(self.merged)
+        self.set_siblings(self._siblings)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -325,7 +331,18 @@ class AdapterLayer(nn.Module):
 
     def _set_merged(self, merged: bool) -> None:
         self.merged = merged
-        self._aside = merged or self._use_dora
+        self._aside = merged or self._use_dora or self._siblings is not None
+
+    def set_siblings(self, siblings: tuple[Siblings, int] | None) -> None:
+        """Lets it share x with others, if no other layer has its place among them, or with none."""
+        if siblings is not None and not siblings[0].join(siblings[1], self):
+            siblings = None
+        self._siblings = siblings
+        self._set_merged(self.merged)
+
+    def sibling(self) -> Sibling | None:
+        """Its tensors, where its forward can share x with others' as it is now."""
+        return None
 
     def _with_delta(self, weight: Tensor, dim: int) -> Tensor:
         """``W + scaling · B·A`` in the dtype of ``weight``; of DoRA its norms over ``dim`` are m.

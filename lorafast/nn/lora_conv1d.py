@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lorafast.functional import lora_linear
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.operands import kept_transposed
+from lorafast.ops.siblings import Sibling
 
 # For torch.fx a call is one node, as one of nn.Linear is.
 torch.fx.wrap("lora_linear")
@@ -26,7 +27,9 @@ class LoRAConv1D(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self._aside:
-            return self._forward_aside(x)
+            aside = self._forward_aside(x)
+            if aside is not None:
+                return aside
         p = self._parameters
         try:
             weight, bias, lora_A, lora_B = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
@@ -35,6 +38,11 @@ class LoRAConv1D(LoRALinear):
         dropout_p = self.dropout if self.training else 0.0
         W = kept_transposed(weight)  # type: ignore[arg-type]
         return lora_linear(x, W, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+
+    def sibling(self) -> Sibling | None:
+        """As of a ``LoRALinear``, with a view of the weight."""
+        found = super().sibling()
+        return None if found is None else found._replace(weight=kept_transposed(found.weight))
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen ones as ``Conv1D`` does."""

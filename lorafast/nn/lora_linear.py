@@ -21,6 +21,7 @@ from lorafast.nn.problems import linear_problems
 from lorafast.nn.scripted import ScriptedDoRALinear, ScriptedLoRALinear
 from lorafast.operands import Operand, Weight, packed
 from lorafast.ops.calls import Memory
+from lorafast.ops.siblings import Sibling
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of nn.Linear is.
@@ -74,6 +75,7 @@ class LoRALinear(AdapterLayer):
     }
     watched_parameter = "lora_B"
     operation = "lora_linear"
+    shares_x = True
     own_names = AdapterLayer.own_names | {"_memory", "_description"}
 
     weight: nn.Parameter
@@ -279,7 +281,9 @@ class LoRALinear(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self._aside:
-            return self._forward_aside(x)
+            aside = self._forward_aside(x)
+            if aside is not None:
+                return aside
         p: Any = self._parameters
         try:
             # Four times nn.Module.__getattr__ is a fifth of a small layer's forward.
@@ -294,8 +298,26 @@ class LoRALinear(AdapterLayer):
             )
         return lora_linear(x, weight, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)
 
-    def _forward_aside(self, x: Tensor) -> Tensor:
-        return self._forward_merged(x) if self.merged else self._forward_dora(x)
+    def _forward_aside(self, x: Tensor) -> Tensor | None:
+        """What it is aside for; None if x is not shared with siblings, nor anything else."""
+        if self.merged:
+            return self._forward_merged(x)
+        if self._use_dora:
+            return self._forward_dora(x)
+        if torch.compiler.is_compiling() or self._siblings is None:
+            return None
+        siblings, place = self._siblings
+        return siblings.forward(place, self, x)
+
+    def sibling(self) -> Sibling | None:
+        """Its tensors, if it is neither merged nor DoRA's and drops nothing: each layer has its mask."""
+        if self.merged or self._use_dora or (self.dropout and self.training):
+            return None
+        p: Any = self._parameters
+        try:
+            return Sibling(p["weight"], p["lora_A"], p["lora_B"], self._scaling, p["bias"])
+        except KeyError:  # a parametrization or a wrapper computes one of them
+            return None
 
     def _forward_dora(self, x: Tensor) -> Tensor:
         return dora_linear(
@@ -472,6 +494,8 @@ class LoRALinear(AdapterLayer):
             parts.append("use_dora=True")
         if self.merged:
             parts.append("merged=True")
+        if self._siblings is not None:
+            parts.append(f"siblings={len(self._siblings[0])}")
         if any(packed.is_packed(weight) for weight in self._packable()):
             parts.append("packed=True")
         return ", ".join(parts)

@@ -81,6 +81,8 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
     as in ``LoRALinear``, whose ``from_operand`` and ``from_linear`` make it.
     """
 
+    shares_x = False
+
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError("a LoRAOperandLinear is made by LoRALinear.from_operand(weight, r)")
 
@@ -138,7 +140,9 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` → ``[..., out_features]``."""
         if self._aside:
-            return self._forward_aside(x)
+            aside = self._forward_aside(x)
+            if aside is not None:
+                return aside
         return lora_linear_of(
             x, self._stored(), self._description, self.lora_A, self.lora_B, self._scaling, self.bias,
             self.dropout if self.training else 0.0,

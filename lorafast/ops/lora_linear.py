@@ -53,7 +53,7 @@ _WANTS = WANTS["lora_linear_backward"]
 _ARGUMENTS = 8
 
 
-def _in_shape_of(x: Tensor, y: Tensor) -> Tensor:
+def in_shape_of(x: Tensor, y: Tensor) -> Tensor:
     """``y [M, N]`` with the leading dimensions of ``x``."""
     # Not a view: autograd forbids to change in place what a Function returns as one.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
@@ -166,7 +166,7 @@ def _forward(
         y, s = call.run(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
         return y, s
     y, s = call.run(as_rows(x), weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return _in_shape_of(x, y), s
+    return in_shape_of(x, y), s
 
 
 def _surrounded(
@@ -231,8 +231,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], s: Tensor, needs: tuple[bool, ...])
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
     """``x``, ``weight``, ``lora_A``, ``lora_B``, ``s`` and ``seed``, those that ``_save`` kept."""
+    x, lora_A, lora_B, s, seed, *stored = unpacked(ctx)
+    weight = operands.build(stored, ctx.description) if stored else None
+    return x, weight, lora_A, lora_B, s, seed
+
+
+def unpacked(ctx: Any) -> tuple[Any, ...]:
+    """What a layer saved for its backward."""
     try:
-        x, lora_A, lora_B, s, seed, *stored = ctx.saved_tensors
+        saved: tuple[Any, ...] = ctx.saved_tensors
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
@@ -241,8 +248,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
             "backward: write x = x + layer(x), not x += layer(x), and step the optimizer only after "
             "the backward"
         ) from error
-    weight = operands.build(stored, ctx.description) if stored else None
-    return x, weight, lora_A, lora_B, s, seed
+    return saved
 
 
 def _wants(needs: tuple[bool, ...]) -> tuple[str, ...]:
@@ -338,7 +344,7 @@ def _registered_runs(
     return runs | ({"expand_backward": expand_backward} if first else {})
 
 
-_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -351,20 +357,24 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        needs = ctx.needs_input_grad[1:]
-        if torch.compiler.is_compiling():  # compiled autograd, which traces this
-            return None, *_observed_backward(ctx, dy, _wants(needs))
-        if autocast_enabled(dy):
-            with without_autocast(dy):
-                return None, *_eager_backward(ctx, dy, needs)
-        return None, *_eager_backward(ctx, dy, needs)
+        return None, *layer_backward(ctx, dy, ctx.needs_input_grad[1:])
+
+
+def layer_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
+    """The gradients that are needed, in the order of the forward's arguments."""
+    if torch.compiler.is_compiling():  # compiled autograd, which traces this
+        return _observed_backward(ctx, dy, _wants(needs))
+    if autocast_enabled(dy):
+        with without_autocast(dy):
+            return _eager_backward(ctx, dy, needs)
+    return _eager_backward(ctx, dy, needs)
 
 
 def _eager_backward(ctx: Any, dy: Tensor, needs: tuple[bool, ...]) -> Gradients:
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy, _wants(needs))
     call: Call = ctx.call
-    plain = _is_batched(dy)  # is_grads_batched, which no kernel knows
+    plain = is_batched(dy)  # is_grads_batched, which no kernel knows
     if not plain and not alone():
         with forced.use_backend(call.backend or registry.AUTO):
             # Of what began after the forward: its tangents, its batches.
@@ -427,7 +437,7 @@ def _registered_run(
     rows, dropout, wants = as_rows(x), bool(dropout_p), WANTS["lora_linear"]
     problem = layer_problem(rows, W, lora_A, lora_B, bias, dropout, wants, layouts=True)
     y, s = planned(problem)(rows, W, lora_A, lora_B, scaling, bias, dropout_p, seed)
-    return y if x.dim() == 2 else _in_shape_of(x, y), s
+    return y if x.dim() == 2 else in_shape_of(x, y), s
 
 
 def _registered_fake(

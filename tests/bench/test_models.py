@@ -7,12 +7,13 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from lorafast.bench.common.bases import stored_bytes
-from lorafast.bench.common.contenders import FROZEN
+from lorafast.bench.common.contenders import FROZEN, SIBLINGS
 from lorafast.bench.common.shapes import MODELS, Model
 from lorafast.bench.models import arms, job
 from lorafast.bench.models.arms import Size, fitting
 
 from lorafast.bench import models
+from lorafast.ops import siblings
 
 CPU = torch.device("cpu")
 TINY = Model("tiny", 32, 4, 2, 8, 48, layers=4, vocabulary=512)
@@ -40,9 +41,12 @@ def measured(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_arm_computes_the_same_step(measured, dtype):
-    rows = measured(["peft", "aten", "reference"], dtype)
-    assert [row.contender for row in rows] == [FROZEN, "lorafast", "peft", "aten", "reference"]
+def test_every_arm_computes_the_same_step(measured, dtype, monkeypatch):
+    monkeypatch.setattr(siblings, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(siblings, "FEWEST_ELEMENTS", 1)
+    others = ["peft", "aten", "reference", SIBLINGS]
+    rows = measured(others, dtype)
+    assert [row.contender for row in rows] == [FROZEN, "lorafast", *others]
     for row in rows:
         assert row.wrong is None
         assert row.unavailable is None

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lorafast.bench.common.contenders import BUILDERS, FROZEN
+from lorafast.bench.common.contenders import BUILDERS, FROZEN, SIBLINGS
 from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Shape
@@ -38,6 +38,29 @@ def test_frozen_layer():
     assert forward == Traffic(1, X + W, Y)
     assert backward == Traffic(1, DY + W, DX)
     assert round((forward.bytes + backward.bytes) / 1e6) == 336
+
+
+def test_siblings(tmp_path):
+    problem = Problem(Shape("llama-8b k,v", M, K, 1024), r, "bf16", "fp32", 0.0)
+    record = Record(torch.device("cpu"), path=tmp_path / "record.json")
+    run([problem], [SIBLINGS], record=record)
+    rows = record.rows("siblings")
+    qkv = {row["contender"]: row for row in rows if row["group"] == "llama-8b q,k,v"}
+    assert list(qkv) == [FROZEN, "lorafast", SIBLINGS]
+    Ws, Ys = W + W // 2, Y + Y // 2  # k's and v's are a quarter of q's
+    assert qkv[FROZEN]["forward"] == {"launches": 3, "read": 3 * X + Ws, "written": Ys}
+    # two sums of three gradients of x
+    read, written = Ys + Ws + 4 * DX, 5 * DX
+    assert qkv[FROZEN]["backward"] == {"launches": 5, "read": read, "written": written}
+    total = {
+        name: sum(row[way][to] for way in ("forward", "backward") for to in ("read", "written"))
+        for name, row in qkv.items()
+    }
+    # two passes over x each way; of the sums, what is read beside a GEMM's result
+    assert total["lorafast"] - total[SIBLINGS] > 4 * X
+    # in the backward one pass over x and dy more than the frozen layers have, and no sums
+    backward = qkv[SIBLINGS]["backward"]
+    assert backward["read"] + backward["written"] < read + written + 2 * X
 
 
 def test_peft():

@@ -1,0 +1,114 @@
+"""``Siblings``: layers that a module calls with the same x, and what they share of it."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lorafast.core.context import without_autocast
+from lorafast.ops.siblings import Shared, Sibling, can_share, is_recorded
+
+_ENOUGH = 2
+"""Times in a row that a layer leaves its part, after which none is made for it."""
+_TRIED_AGAIN = 32
+"""Of so many times one is for all of them, whatever they left before."""
+
+
+class Siblings:
+    """LoRA layers of one parent which it calls with the same x, in any order: q, k and v; gate and up.
+
+    The first that is called with an x makes what all of them need of it; each of the others takes its
+    part when it is called with the same tensor, unchanged. A layer that is called with another x is
+    served as if it were alone, and so is a call that can't share: see ``ops.siblings.can_share``.
+
+    It holds its layers weakly. A copy or a pickle of it has places for as many, which the layers that
+    are copied with it take.
+    """
+
+    __slots__ = ("__weakref__", "_kept", "_last", "_layers", "_missed", "_opened", "_shared")
+
+    def __init__(self, count: int) -> None:
+        self._layers: list[weakref.ref[Any] | None] = [None] * count
+        self._shared: weakref.ref[Shared] | None = None
+        self._kept: Shared | None = None
+        self._last: tuple[tuple[int, ...], dict[int, int]] = ((), {})
+        """For whom something was made last, and who of them has left it so far."""
+        self._opened = 0
+        self._missed: dict[tuple[int, int], int] = {}
+        """How often in a row the second place left what the first had made for it."""
+
+    def __reduce__(self) -> tuple[type["Siblings"], tuple[int]]:
+        return Siblings, (len(self._layers),)
+
+    def __len__(self) -> int:
+        """Places."""
+        return len(self._layers)
+
+    def join(self, place: int, layer: Any) -> bool:
+        """Gives ``layer`` a place; False if another has it."""
+        if self._at(place) not in (None, layer):
+            return False
+        self._layers[place] = weakref.ref(layer)
+        return True
+
+    def forward(self, place: int, layer: Any, x: Tensor) -> Tensor | None:
+        """``layer(x)`` by what the siblings share of ``x``; None if it is to be served alone."""
+        if self._at(place) is not layer or not can_share(x):
+            return None
+        own = layer.sibling()
+        if own is None:
+            return None
+        with without_autocast(x):
+            shared = None if self._shared is None else self._shared()
+            if shared is None or not shared.is_of(x):
+                shared = self._share(place, own, x)
+            if shared is None or not shared.has(place, own):
+                return None
+            y = shared.take(place, x)
+        if not shared.left:
+            self._shared = self._kept = None
+        return y
+
+    def _at(self, place: int) -> Any:
+        there = self._layers[place]
+        return None if there is None else there()
+
+    def _share(self, place: int, own: Sibling, x: Tensor) -> Shared | None:
+        """What is shared of ``x`` by the layer at ``place`` and those of the others that fit it."""
+        self._shared = self._kept = None
+        self._learn()
+        if not own.fits(x, own):
+            return None
+        self._opened += 1
+        # What is computed again in a backward must be shared by the same layers then.
+        all_of_them = is_recorded() or self._opened % _TRIED_AGAIN == 0
+        found = {place: own}
+        for other in range(len(self._layers)):
+            layer = self._at(other)
+            likely = all_of_them or self._missed.get((place, other), 0) < _ENOUGH
+            its = layer.sibling() if layer is not None and other != place and likely else None
+            if its is not None and its.fits(x, own):
+                found[other] = its
+        if len(found) < 2:
+            return None
+        shared = Shared(x, found)
+        self._shared, self._last = weakref.ref(shared), (shared.keys, shared.left)
+        # Where there is a graph, the nodes of y hold it, and nothing else keeps what they saved.
+        self._kept = None if shared.has_graph else shared
+        return shared
+
+    def _learn(self) -> None:
+        """Who took what was made last: in cross attention k and v leave what q has made."""
+        keys, left = self._last
+        self._last = (), {}
+        for other in keys[1:]:
+            missed = self._missed.get((keys[0], other), 0) + 1
+            self._missed[keys[0], other] = missed if other in left else 0
+
+
+def tie(layers: Sequence[Any]) -> None:
+    """Makes siblings of ``layers``, which belong to no others."""
+    group = Siblings(len(layers))
+    for place, layer in enumerate(layers):
+        layer.set_siblings((group, place))
