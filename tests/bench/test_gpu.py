@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 from lorafast.bench.gpu.__main__ import main
@@ -35,7 +36,8 @@ def test_without_a_gpu_it_says_so_in_one_line():
 @pytest.mark.slow
 def test_every_stage_runs(tmp_path):
     pytest.importorskip("triton")
-    process = run("--rehearse", "--skip", "tests", "--minutes", "5", LORAFAST_OUT=str(tmp_path))
+    more = {"LORAFAST_OUT": str(tmp_path), **interpreter.of_a_process()}
+    process = run("--rehearse", "--skip", "tests", "--minutes", "5", **more)
     assert process.returncode == 0, process.stdout + process.stderr
     (path,) = tmp_path.glob("rehearsal-*.json")
     record = json.loads(path.read_text())

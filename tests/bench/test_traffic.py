@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import interpreter
 import pytest
 import torch
 
@@ -414,7 +415,9 @@ def test_a_wrong_closed_form_of_dequantization_is_found(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_check_runs_in_a_process_of_its_own():
+def test_the_check_runs_in_a_process_of_its_own(monkeypatch):
+    for name, value in interpreter.of_a_process().items():
+        monkeypatch.setenv(name, value)
     assert interpret.check([PROBLEM]) == interpret.Verdict()
 
 

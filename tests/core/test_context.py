@@ -357,13 +357,11 @@ def test_transforms(transform, compiled, rows, format):
     x, W, A, B = (torch.randn(size, dtype=torch.float64) for size in sizes)
     W = held(format, W)
 
-    def run(function):
-        def go(x, A):
-            return transform(lambda x, A: function(x, W, A, B), x, A)
+    def go(x, A):
+        return transform(lambda x, A: layer(x, W, A, B, format=format), x, A)
 
-        return (torch.compile(go, backend="aot_eager") if compiled else go)(x, A)
-
-    torch.testing.assert_close(run(functools.partial(layer, format=format)), run(plain))
+    found = (torch.compile(go, backend="aot_eager") if compiled else go)(x, A)
+    torch.testing.assert_close(found, transform(lambda x, A: plain(x, W, A, B), x, A))
 
 
 # ----- second derivatives and what may change before a backward

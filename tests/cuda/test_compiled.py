@@ -34,21 +34,21 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @pytest.mark.slow
 def test_the_library_that_is_installed():
-    """One test, since reading its machine code takes long: that for sm_80, for sm_90a and for one of the
-    others, drawn by lot."""
+    """One test, since reading its machine code takes long: that for sm_90a and for one of the others,
+    drawn by lot. A build with -Werror has none that spills."""
     if not LIBRARY.is_file():
         pytest.skip("the CUDA kernels are not built")
     newest = max(p.stat().st_mtime for p in (*CSRC.glob("*"), *(CSRC / "cuda").glob("*")))
     if LIBRARY.stat().st_mtime < newest:
         pytest.skip("the CUDA kernels were built before csrc/cuda was changed: make setup")
     assert LIBRARY.stat().st_size < MOST_BYTES
-    others = [arch for arch in architectures_of(LIBRARY) if arch not in ("sm_80", "sm_90a")]
+    others = [arch for arch in architectures_of(LIBRARY) if arch != "sm_90a"]
     made = {}
-    for arch in ("sm_80", "sm_90a", *random.sample(others, min(len(others), 1))):
+    for arch in ("sm_90a", random.choice(others)):
         made |= kernels_of(LIBRARY, arch)
     assert [f"{arch} {k}" for arch, kernels in made.items() for k in kernels if k.spills] == []
     names = {arch: [kernel.name for kernel in kernels] for arch, kernels in made.items()}
-    assert all(found == names["sm_80"] for found in names.values())
+    assert all(found == names["sm_90a"] for found in names.values())
     nvcc = nvcc_of(LIBRARY)
     for arch, kernels in made.items():
         table = written(nvcc, arch)

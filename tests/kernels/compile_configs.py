@@ -5,7 +5,7 @@
 A line for each configuration and variant; exit status 1 if one spills, is too large for the chip, lacks
 the instructions that it should be made of, or reads with narrow accesses. Needs no GPU; must not run
 with ``TRITON_INTERPRET`` set. What ``tests/kernels/compiled`` knows is not compiled again, but for one
-of 64 drawn by lot (``--all``: all of it); ``--write`` after a kernel or a table has changed makes
+of 128 drawn by lot (``--all``: all of it); ``--write`` after a kernel or a table has changed makes
 those files say what was found. ``--serialized`` asks only whether ``ptxas`` serializes a ``wgmma``: for
 a Triton that the tables aren't made with. ``--json`` records what a kernel needs at most on each
 architecture.

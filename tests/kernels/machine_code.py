@@ -3,7 +3,7 @@
 ``compiled/triton-*/sm_*.jsonl`` holds, a line a variant, what every configuration that ships compiled to
 with that Triton. A line counts only for the very source, constants, options and Triton that its key is
 the hash of, so whatever changed is compiled again; and each run compiles a few known ones again, one of
-64 drawn by lot, to see that the lines are true.
+128 drawn by lot, to see that the lines are true.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ class Known:
     """The lines for one architecture, and what this run made of them.
 
     ``again`` are the first digits of keys that are compiled whether known or not; all with None. Unless
-    they are given they are drawn: four pairs of digits.
+    they are given they are drawn: two pairs of digits.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Known:
         self._capability = capability
         self._path = folder / f"sm_{capability}.jsonl"
         self._again = (
-            tuple(f"{n:02x}" for n in random.sample(range(256), 4)) if again == () else again
+            tuple(f"{n:02x}" for n in random.sample(range(256), 2)) if again == () else again
         )
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
         self._before = {line["key"]: _machine(line) for line in map(json.loads, lines)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 import random
 
@@ -202,7 +203,7 @@ def test_the_mask_is_the_references_bit_for_bit(arch, bias):
     assert torch.equal(y != 0, keep_mask(M, N, 0.3, seed))
 
 
-ALWAYS_WHOLE = (80, 90)
+IN_PAIRS = (80, 90)
 LIKE_SM_80 = (86, 89)
 """Triton makes the same PTX for them."""
 
@@ -211,21 +212,55 @@ def same_on_sm_80(case):
     return dataclasses.replace(case, arch=80)
 
 
+def in_pairs(cases):
+    """Of the cases some, by lot, in which each configuration meets each kind and each variant, and each
+    kind each variant: what three of them do together is what two do."""
+
+    def pairs(case):
+        looped = case.operation == "linear_expand" and case.r > 16  # over blocks of the rank
+        variant = case.operation, case.dropout_p, case.transposed, case.asked, looped
+        return set(itertools.combinations((case.config, case.kind, variant), 2))
+
+    left, met, taken = random.sample(cases, len(cases)), set(), []
+    while left:
+        case = max(left, key=lambda case: len(pairs(case) - met))
+        met |= pairs(case)
+        taken.append(case)
+        left = [case for case in left if not pairs(case) <= met]
+    return taken
+
+
+def quarter(cases):
+    """A quarter of each configuration's cases, by lot; of each at least one."""
+    by_config = {}
+    for case in cases:
+        by_config.setdefault(case.config, []).append(case)
+    return [case for own in by_config.values() for case in random.sample(own, -(-len(own) // 4))]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_each_configuration_is_in_every_lot(arch):
+    cases = list(shipped(arch))
+    assert {(c.config, c.kind) for c in in_pairs(cases)} == {(c.config, c.kind) for c in cases}
+    assert {c.config for c in quarter(cases)} == {c.config for c in cases}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("operation", ["shrink", "expand", "linear_expand", "expand_backward",
                                        "shrink_backward", "lora_linear"])  # fmt: skip
 def test_every_configuration_that_ships(operation, arch):
-    """In every variant that a layer launches of it, one schedule each. Of some architectures a quarter
-    drawn by lot; all, in two schedules, with EXECUTE=all, which make test-executed sets."""
+    """Of sm_80 and sm_90 in pairs of what it is launched with, of the others in a quarter of it, one
+    schedule each; in every variant that a layer launches, in two schedules, with EXECUTE=all, which make
+    test-executed sets."""
     everything = os.environ.get("EXECUTE") == "all"
     known = set() if arch not in LIKE_SM_80 else {same_on_sm_80(case) for case in shipped(80)}
     cases = [
         case for case in shipped(arch)
         if case.operation == operation and same_on_sm_80(case) not in known
     ]  # fmt: skip
-    if arch not in ALWAYS_WHOLE and not everything:
-        cases = random.sample(cases, -(-len(cases) // 4))
+    if not everything:
+        cases = in_pairs(cases) if arch in IN_PAIRS else quarter(cases)
     for i, case in enumerate(cases):
         print(case)  # shown with a failure
         check(case, seeds=(0, 1) if everything else (i % 2,))

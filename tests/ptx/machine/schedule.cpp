@@ -16,7 +16,7 @@ constexpr int LONGEST_TURN = 64;         // steps of a warp before another one's
 constexpr int DELIVER_ONE_IN = 4;        // turns between random deliveries
 constexpr int OTHER_GROUP_ONE_IN = 16;   // steps of a warp's lowest group before a step of any
 constexpr size_t MOST_TRACE = 15 << 20;  // bytes; launch.py has room for them
-constexpr uint64_t IDLE_STEPS = 20000;   // without a change: those who spin wait for a delivery
+constexpr uint64_t IDLE_STEPS = 5000;    // without a change: those who spin wait for a delivery
 
 }  // namespace
 
