@@ -28,9 +28,9 @@ requested: what a Triton kernel's programs load and store, tiles that they share
 lorafast, triton: as on an H200 on which nothing was tuned"""
 BASE_NOTE = """\
 over a quantized base the frozen layer has the same weight dense; lorafast and triton make W dense in one
-launch, which reads codes and scales once, but with few rows, where nothing is counted; peft: over
-bitsandbytes' layers, counted as it calls its GPU kernels; in int8 these round x to 8 bits too
-(threshold 0)"""
+launch, which reads codes and scales once, or with few rows have a product that reads them itself (the
+CUDA C++ kernels, which serve up to 16 rows in one launch, aren't counted); peft: over bitsandbytes'
+layers, counted as it calls its GPU kernels; in int8 these round x to 8 bits too (threshold 0)"""
 
 
 @dataclass

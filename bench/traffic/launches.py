@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lorafast.bench.common.contenders import UnavailableError
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
@@ -107,11 +106,6 @@ def _expand(launch: ExpandLaunch, p: Problem) -> list[Launch]:
     seed = _SEED if launch.dropout else 0
     loaded = cols * s + groups * B + launch.grid[1] * (bias + cols * seed)
     return [Launch(s + B + bias + seed, y, loaded, y)]
-
-
-@traffic_of.register
-def _codes(launch: CodesLaunch, p: Problem) -> list[Launch]:
-    raise UnavailableError("with so few rows its product reads codes, which has no closed form yet")
 
 
 @traffic_of.register
@@ -235,6 +229,53 @@ def _scales_loaded(weight: FourBit | EightBit | MXFP4, W: torch.Tensor, programs
     return inside + _NUMBER * (lanes + inside + programs)
 
 
+def codes_product(launch: CodesLaunch, p: Problem, weight: Weight) -> Launch:
+    """Every column block reads x, every row block reads W's codes, B and the bias; of groups of
+    neighbours with one scale each reads that. The last program of a tile reads s and the partial sums.
+
+    Numbers that codes of 4 bits stand for are exchanged between threads, each of which has loaded one:
+    that is left out, as flags are. The interpreter looks each of them up: ``looked_up``.
+    """
+    assert isinstance(weight, FourBit | EightBit)
+    rows, cols, calls = _tiles_of_w(launch)
+    x, s, y = launch.M * launch.K * _size(p), _low(p, launch.M), launch.M * launch.N * _size(p)
+    by_cols = launch.N * p.r * _adapter(p) + (launch.N * _size(p) if launch.bias else 0)
+    partials = _partials(launch.splits, launch.M * launch.N)
+    elements = launch.K * launch.N
+    groups = elements // launch.group
+    stored = sum(tensor.nbytes for tensor in operands.stored(weight))
+    if isinstance(weight, EightBit):
+        loaded = elements + _NUMBER * groups
+    else:
+        stored += _NUMBERS
+        loaded = elements // 2 + _NUMBER * groups
+        if weight.nested_block is not None:
+            # A code and a factor each group, a number each lane of a tile, the offset each tile.
+            lanes = launch.config.block_n * launch.config.block_k // launch.group
+            loaded += groups + calls * _NUMBER * (lanes + 1)
+    return Launch(
+        x + s + stored + by_cols + partials,
+        y + partials,
+        cols * (x + s) + rows * (loaded + by_cols) + partials,
+        y + partials,
+    )
+
+
+def looked_up(launch: CodesLaunch, weight: Weight) -> int:
+    """Bytes of the numbers that the interpreter looks up in a ``codes_product``, one each code."""
+    if isinstance(weight, EightBit):
+        return 0
+    rows, _, calls = _tiles_of_w(launch)
+    return rows * calls * launch.config.block_n * launch.config.block_k * _NUMBER
+
+
+def _tiles_of_w(launch: CodesLaunch) -> tuple[int, int, int]:
+    """Row blocks and column blocks of y, and tiles of W that a row block reads."""
+    c = launch.config
+    cols = _blocks(launch.N, c.block_n)
+    return launch.row_blocks, cols, cols * _blocks(launch.K, c.block_k)
+
+
 def _size(p: Problem) -> int:
     """Of an element of the activations."""
     return p.dtype.itemsize
@@ -279,11 +320,22 @@ class _Counted(Triton):
         self._note([dequantization(weight, W)])
 
     def run_of(self, launch: Planned, problem: Problem) -> Run:
+        if isinstance(launch, CodesLaunch):
+            return self._of_product(launch, problem)
         moved = traffic_of(launch, problem)
 
         def run(first: torch.Tensor, *_: Any) -> Any:
             self._note(moved)
             return _results(problem, first)
+
+        return run
+
+    def _of_product(self, launch: CodesLaunch, problem: Problem) -> Run:
+        """How many scales there are, the weight alone knows."""
+
+        def run(x: torch.Tensor, weight: Weight, *_: Any) -> Any:
+            self._note([codes_product(launch, problem, weight)])
+            return _results(problem, x)
 
         return run
 

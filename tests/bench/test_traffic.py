@@ -187,6 +187,23 @@ def test_triton_makes_w_dense_in_one_launch(base, dropout_p):
         assert over == expected
 
 
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_with_few_rows_products_read_codes(base):
+    """Codes in the place of W, and partial sums where K is cut: into 4 shares in y, into 8 in dx."""
+    dense = replace(PROBLEM, shape=replace(PROBLEM.shape, M=16))
+    stored = CODES + BLOCKS + NESTED + 4 * 16 if base == "nf4" else N * K + 4 * N
+    for shares, plain, over in zip(
+        (4, 8),
+        traffic_of("triton", dense),
+        traffic_of("triton", replace(dense, base=base)),
+        strict=True,
+    ):
+        partials = shares * 4 * 16 * N
+        assert over.launches == plain.launches
+        assert over.read == plain.read - W + stored + partials
+        assert over.written == plain.written + partials
+
+
 @pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("contender", ["triton", "lorafast"])
 def test_how_much_more_a_layer_over_nf4_moves_than_the_frozen_one(contender, adapter_dtype):
@@ -382,6 +399,41 @@ def fp8(rows, columns, scale, block=None):
 )  # fmt: skip
 def test_the_closed_form_holds_for_other_blocks_and_scales(weight):
     assert interpret.compare_dequantize(weight) is None
+
+
+# Rows, rank, dtype, SMs: tiles of few rows and of many, ranks in several blocks, K cut and not.
+@pytest.mark.parametrize(
+    ("base", "rows", "rank", "dtype", "sms"),
+    [
+        ("nf4", 3, 16, "bf16", 132),
+        ("fp4", 199, 40, "bf16", 132),
+        ("int8", 16, 40, "fp32", 1),
+        ("fp8", 40, 3, "fp16", 132),
+    ],
+)  # fmt: skip
+def test_the_closed_form_of_products_over_codes_says_what_the_interpreter_counts(
+    base, rows, rank, dtype, sms
+):
+    reduced = interpret.Reduced(rows, 288, 293, rank, dtype, "fp32", True, False, sms, base=base)
+    assert interpret.compare(reduced) == {
+        "dequantize": None, "linear_expand over codes": None, "dx over codes": None,
+    }  # fmt: skip
+
+
+def test_products_over_codes_are_compared_where_a_problem_has_them():
+    few = Problem(Shape("", 16, 64, 64), 4, "bf16", "fp32", 0.0, "nf4")
+    reduced = [made for made in interpret.reduce(few) if made.base == "nf4"]
+    assert [(made.M, made.K) for made in reduced] == [(16, 297), (16, 288)]
+    many = replace(few, shape=replace(few.shape, M=257))
+    assert [made.K for made in interpret.reduce(many) if made.base == "nf4"] == [297]
+
+
+def test_a_wrong_closed_form_of_a_product_over_codes_is_found(monkeypatch):
+    monkeypatch.setattr(launches, "looked_up", lambda launch, weight: 0)
+    reduced = interpret.Reduced(16, 288, 64, 4, "bf16", "fp32", False, False, 132, base="nf4")
+    differences = interpret.compare(reduced)
+    assert "by formula" in differences["dx over codes"]
+    assert differences["dequantize"] is None
 
 
 def test_a_wrong_closed_form_of_dequantization_is_found(monkeypatch):
