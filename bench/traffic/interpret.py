@@ -214,6 +214,10 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
             problems.linear_expand_problem(dy, weight, s, lora_A.t(), None, p, seed, True),
             (dy, weight, s, lora_A.t(), 1.0, None, p, seed),
         ),
+        "weight_norm": (
+            problems.weight_norm_problem(weight, lora_A, lora_B, SCALING),
+            (weight, lora_A, lora_B, SCALING),
+        ),
         "lora_linear": (layer, (x, weight, lora_A, lora_B, SCALING, bias, p, seed)),
         "lora_linear_backward": (
             problems.backward_problem(layer, problems.FROZEN, dy, layouts=True),

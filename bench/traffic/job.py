@@ -122,6 +122,7 @@ def measure(problem: Problem, against: Sequence[str], *, sms: int = H200_SMS) ->
                 raise UnavailableError("its kernels are the compiler's, which aren't counted")
             if name == "peft":
                 _refuse_own_kernels(problem)
+                _refuse_copies(problem)
             with standing_in(sms, noted.extend):
                 contender = BUILDERS[name](problem, tensors)
                 row.forward, row.backward = count(contender, tensors, noted)
@@ -135,11 +136,21 @@ def measure(problem: Problem, against: Sequence[str], *, sms: int = H200_SMS) ->
 
 
 def _refuse_own_kernels(problem: Problem) -> None:
-    four_bit = issubclass(operands.kind_of(problem.base) or Operand, FourBit)
-    if four_bit and problem.shape.M < bitsandbytes.FEWEST:
+    if _is_four_bit(problem) and problem.shape.M < bitsandbytes.FEWEST:
         raise UnavailableError(
             f"with fewer than {bitsandbytes.FEWEST} rows bitsandbytes may launch a kernel of its own, "
             "which isn't counted"
+        )
+
+
+def _is_four_bit(problem: Problem) -> bool:
+    return issubclass(operands.kind_of(problem.base) or Operand, FourBit)
+
+
+def _refuse_copies(problem: Problem) -> None:
+    if problem.use_dora and _is_four_bit(problem):
+        raise UnavailableError(
+            "for DoRA it copies a layer of bitsandbytes, which has no values here to be copied"
         )
 
 

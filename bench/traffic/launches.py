@@ -22,6 +22,7 @@ from lorafast.kernels.common.plan import (
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
+    WeightNormLaunch,
 )
 
 from lorafast import operands
@@ -31,7 +32,7 @@ from lorafast.backends.plan import Plan, Refusal, Run
 from lorafast.backends.triton import Triton
 from lorafast.backends.triton.planning import HybridLaunch
 from lorafast.backends.triton.planning import Launch as Planned
-from lorafast.core.problem import Layout, Layouts, Problem
+from lorafast.core.problem import WEIGHT_NORM, Layout, Layouts, Problem
 from lorafast.operands import MXFP4, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import FourBit
@@ -197,6 +198,16 @@ def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
     return [Launch(tiles.read + A, written, tiles.loaded + x + rows * A, written, x)]
 
 
+@traffic_of.register
+def _weight_norm(launch: WeightNormLaunch, p: Problem) -> list[Launch]:
+    """Every program reads A, and its rows of W and B: of more than two rank blocks those of B for each
+    block of K. ``scaling`` is a number, which no program loads."""
+    W, A, B = p.N * p.K * _size(p), p.r * p.K * _adapter(p), p.N * p.r * _adapter(p)
+    norm = p.N * _NUMBER
+    times = _blocks(p.K, launch.config.block_k) if launch.rank_blocks > 2 else 1
+    return [Launch(W + A + B, norm, W + launch.programs * A + times * B, norm)]
+
+
 def dequantization(weight: Weight, W: torch.Tensor) -> Launch:
     """Every program reads its own codes, and for each of them a number of the 16 where they are of 4
     bits. A group's scale is loaded once, an element's where a group may have several; nested, with its
@@ -353,13 +364,17 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
         "dA": lambda: empty(p.r, p.K, dtype=adapter),
         "dB": lambda: empty(p.N, p.r, dtype=adapter),
         "dbias": lambda: empty(p.N),
+        "norm": lambda: empty(p.N, dtype=torch.float32),
     }
     if p.operation == "lora_linear":
         return made["y"](), made["s"]()
     if p.operation == "expand_backward":
         return tuple(made[name]() if name in p.wants else None for name in ("ds", "dB", "dbias"))
     product = "dx" if p.transposed else "y"
-    only = {"shrink": "s", "expand": "y", "shrink_backward": "dA", "linear_expand": product}
+    only = {
+        "shrink": "s", "expand": "y", "shrink_backward": "dA", "linear_expand": product,
+        WEIGHT_NORM: "norm",
+    }  # fmt: skip
     return made[only[p.operation]]()
 
 

@@ -128,6 +128,41 @@ def test_how_much_more_triton_moves_than_the_frozen_layer(dropout_p, most, launc
     assert sum(traffic.launches for traffic in ours) <= launches
 
 
+DORA = replace(PROBLEM, use_dora=True)
+ROW = 4 * N
+"""Bytes of the norm, and of the scale; the magnitude, in bf16, has half of that."""
+
+
+def test_triton_of_dora():
+    """Forward: the norm in one launch, the scale, the layer, y scaled. Backward, beside the layer's: dy
+    scaled, dy ⊙ y in float32 and its sum, and rows."""
+    plain, dora = traffic_of("triton"), traffic_of("triton", DORA)
+    read = (W + A + B) + (ROW // 2 + ROW) + (Y + ROW)
+    written = ROW + ROW + Y
+    assert dora[0] == Traffic(
+        plain[0].launches + 3, plain[0].read + read, plain[0].written + written
+    )
+    more = dora[1].bytes - plain[1].bytes
+    assert 0 < more - (2 * DY + (DY + Y + 2 * DY) + 2 * DY) <= 10 * ROW
+
+
+def test_what_dora_moves_beside_pefts():
+    """PEFT makes B·A and its sum with W, and with float32 adapters copies of x and y."""
+    problem = replace(DORA, adapter_dtype="fp32")
+    frozen, ours, peft = (traffic_of(name, problem) for name in (FROZEN, "triton", "peft"))
+    moved = [sum(traffic.bytes for traffic in of) for of in (frozen, ours, peft)]
+    assert moved[1] < 4 * moved[0]
+    assert moved[2] > 5 * moved[1]
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "int8"])
+def test_rows_of_dora_are_printed(base):
+    few = replace(DORA, shape=replace(DORA.shape, M=16), base=base)
+    rows = {row.contender: row for row in measure(few, ["triton", "aten"])}
+    assert all(row.unavailable is None and row.bytes for row in rows.values())
+    assert "r=16  DoRA  bf16" in str(few)
+
+
 OVER_NF4 = replace(PROBLEM, base="nf4")
 BLOCKS = N * K // 64
 CODES = N * K // 2
@@ -319,7 +354,7 @@ PROBLEMS = [
 def test_closed_forms_say_what_the_interpreter_counts(problem):
     names = [
         "shrink", "expand", "linear_expand", "expand_backward", "ds", "shrink_backward", "dx",
-        "lora_linear", "lora_linear_backward",
+        "weight_norm", "lora_linear", "lora_linear_backward",
     ]  # fmt: skip
     if problem.bias:
         names += ["dB and dbias", "ds, dB and dbias"]
