@@ -272,7 +272,8 @@ def _layers(rows: Sequence[layer.Row]) -> str:
 
 def _describe(problem: Problem) -> str:
     shape = problem.shape
-    sizes = f"M={shape.M}, {shape.K} → {shape.N}, r={problem.r}, {problem.dtype}{_base(problem)}"
+    r = f"r={problem.r}{', DoRA' * problem.use_dora}"
+    sizes = f"M={shape.M}, {shape.K} → {shape.N}, {r}, {problem.dtype}{_base(problem)}"
     return f"{shape.label}: {sizes}" if shape.label else sizes
 
 

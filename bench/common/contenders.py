@@ -73,6 +73,7 @@ def _lora_linear(problem: Problem, tensors: Tensors) -> LoRALinear:
         "alpha": SCALING * problem.r,
         "dropout": problem.dropout_p,
         "adapter_dtype": tensors.lora_A.dtype,
+        "use_dora": problem.use_dora,
     }
     if tensors.operand is None:
         layer = LoRALinear.from_linear(linear(tensors), problem.r, **options)
@@ -93,7 +94,7 @@ def _lorafast(problem: Problem, tensors: Tensors, *, backend: str = registry.AUT
     return Contender(
         "lorafast" if backend == registry.AUTO else backend,
         layer,
-        {"lora_A": layer.lora_A, "lora_B": layer.lora_B},
+        dict(layer.adapter_parameters()),
         # Unforced, as a user calls it: a context manager more would count on a tiny layer.
         contextlib.nullcontext
         if backend == registry.AUTO
@@ -141,6 +142,7 @@ def _peft(problem: Problem, tensors: Tensors) -> Contender:
         lora_alpha=SCALING * problem.r,  # an int by its hint alone
         lora_dropout=problem.dropout_p,
         target_modules=["0"],
+        use_dora=problem.use_dora,
     )
     # autocast_adapter_dtype makes float32 adapters; with it off they take the dtype of the weight.
     model = peft.get_peft_model(

@@ -35,6 +35,7 @@ class Problem:
     """``dtype`` is that of x and W, ``adapter_dtype`` that of A and B: names in ``DTYPES``.
 
     ``base`` is the format in which the adapted layer has W; the frozen layer has the same W dense.
+    ``use_dora``: the adapter is DoRA's, and its magnitude as A and B are; it is counted, not timed.
     """
 
     shape: Shape
@@ -43,6 +44,7 @@ class Problem:
     adapter_dtype: str
     dropout_p: float
     base: str = DENSE
+    use_dora: bool = False
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Problem":
@@ -54,7 +56,8 @@ class Problem:
         dropout = f"dropout {self.dropout_p:g}" if self.dropout_p else "no dropout"
         adapter = "" if self.adapter_dtype == self.dtype else f" ({self.adapter_dtype} adapter)"
         base = "" if self.base == DENSE else f" {self.base} base"
-        return f"{self.shape}  r={self.r}  {self.dtype}{adapter}{base}  {dropout}"
+        dora = "  DoRA" if self.use_dora else ""
+        return f"{self.shape}  r={self.r}{dora}  {self.dtype}{adapter}{base}  {dropout}"
 
     @property
     def element_size(self) -> int:
@@ -81,7 +84,7 @@ class Problem:
 
         Forward: x, W, bias, A, B, y. Backward: dy, W, dx and, adapted, x, A, B, dA, dB. The thin
         ``s [M, r]`` is written by the forward and read by the backward. Of a quantized W the adapted
-        layer reads codes and scales.
+        layer reads codes and scales. DoRA reads its magnitude in both, and writes its gradient.
         """
         M, K, N = self.shape.M, self.shape.K, self.shape.N
         size, adapter_size = self.element_size, DTYPES[self.adapter_dtype].itemsize
@@ -92,8 +95,9 @@ class Problem:
         forward = (M * K + M * N + (N if self.shape.bias else 0)) * size + W
         backward = (M * N + M * K) * size + W
         if adapted:
-            forward += factors + s
-            backward += M * K * size + 2 * factors + s
+            magnitude = N * adapter_size if self.use_dora else 0
+            forward += factors + s + magnitude
+            backward += M * K * size + 2 * (factors + magnitude) + s
         return {
             "fwd": forward, "infer": forward, "bwd": backward, "both": forward + backward,
         }[which]  # fmt: skip

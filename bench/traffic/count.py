@@ -2,13 +2,14 @@
 
 Every operation that isn't a view is one launch that reads its input tensors and writes its outputs,
 each once; what it changes in place counts once each way. Allocations move nothing. As on a GPU: a
-dropout is PyTorch's one fused operation.
+dropout is PyTorch's one fused operation, and DoRA's scale goes over a large output in one pass.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorafast.ops import scaled
 from lorafast.ops.registration import implementation_of
 
 _aten = torch.ops.aten
@@ -26,8 +28,8 @@ _MOVES_NOTHING = {
     _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided,
     _aten._unsafe_view,
 }  # fmt: skip
-# Their first argument is written, whatever it held.
-_OVERWRITES = {_aten.copy_, _aten.zero_, _aten.fill_}
+# Of their first argument they read no value: they write it, or what is like it.
+_READS_NO_SELF = {_aten.copy_, _aten.zero_, _aten.fill_, _aten.new_zeros, _aten.zeros_like}
 
 
 @dataclass
@@ -79,7 +81,7 @@ def _inputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
     arguments = func._schema.arguments
     named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
     unread = {argument.name for argument in arguments if argument.is_out}
-    if named.get("beta") == 0 or func.overloadpacket in _OVERWRITES:
+    if named.get("beta") == 0 or func.overloadpacket in _READS_NO_SELF:
         unread.add("self")
     for name, value in named.items():
         if name not in unread:
@@ -111,5 +113,10 @@ def _fused_dropout(
 def counting() -> Iterator[Traffic]:
     """Counts what runs within the block (on meta tensors, so nothing is computed)."""
     traffic = Traffic()
-    with _FusedDropout(), _CountingMode(traffic):
+    with _scaled_as_on_a_gpu(), _FusedDropout(), _CountingMode(traffic):
         yield traffic
+
+
+def _scaled_as_on_a_gpu() -> AbstractContextManager[Any]:
+    """Elsewhere, and where a mode is open as here, ``scaled`` is operations of PyTorch's."""
+    return mock.patch.multiple(scaled, alone=lambda: True, _pays=scaled._pays_on_a_gpu)

@@ -22,11 +22,12 @@ from lorafast.bench.common import bases
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem
 from lorafast.bench.traffic import launches
 from lorafast.bench.traffic.launches import H200_SMS, Launch
+from lorafast.kernels.common.codes_plan import MOST_ROWS
 
 from lorafast.backends import cost
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan
-from lorafast.backends.triton import Triton
+from lorafast.backends.triton import Triton, planning
 from lorafast.backends.triton import cost as model
 from lorafast.core.problem import DENSE, LAYER_OPERATIONS, parts
 from lorafast.core.problem import Problem as Call
@@ -50,7 +51,7 @@ _COLUMNS = 32
 class Reduced:
     """A problem small enough to interpret; with ``forward_only`` only what may have helpers is.
 
-    Where ``base`` isn't dense only what makes W dense is: the rest is as over a dense weight.
+    Where ``base`` isn't dense only what reads codes is: the rest is as over a dense weight.
     """
 
     M: int
@@ -74,13 +75,16 @@ def reduce(problem: Problem) -> list[Reduced]:
     if problem.base != DENSE:
         # Never fewer, so that every number of the tables is read.
         M, K, N = _SMALL
-        K -= K % _COLUMNS if bases.why_not(problem.base, K) is not None else 0
-        made.append(
+        whole = K - K % _COLUMNS
+        K = whole if bases.why_not(problem.base, K) is not None else K
+        made = [
             Reduced(
-                M, K, N, problem.r, problem.dtype,
+                min(shape.M, M), columns, N, problem.r, problem.dtype,
                 problem.adapter_dtype, shape.bias, False, H200_SMS, base=problem.base,
             )
-        )  # fmt: skip
+            # Products read codes whose rows are whole groups, and of few rows of x.
+            for columns in dict.fromkeys((K, whole if shape.M <= MOST_ROWS else K))
+        ]  # fmt: skip
     return made + [
         Reduced(
             min(shape.M, M), min(shape.K, K), min(shape.N, N), problem.r, problem.dtype,
@@ -210,6 +214,10 @@ def calls_of(reduced: Reduced) -> dict[str, tuple[Call, tuple[Any, ...]]]:
             problems.linear_expand_problem(dy, weight, s, lora_A.t(), None, p, seed, True),
             (dy, weight, s, lora_A.t(), 1.0, None, p, seed),
         ),
+        "weight_norm": (
+            problems.weight_norm_problem(weight, lora_A, lora_B, SCALING),
+            (weight, lora_A, lora_B, SCALING),
+        ),
         "lora_linear": (layer, (x, weight, lora_A, lora_B, SCALING, bias, p, seed)),
         "lora_linear_backward": (
             problems.backward_problem(layer, problems.FROZEN, dy, layouts=True),
@@ -233,6 +241,39 @@ def compare_dequantize(weight: Operand) -> str | None:
     return None if counted == formula else f"{counted}, by formula {formula}"
 
 
+def compare_products(reduced: Reduced, weight: Operand) -> dict[str, str | None]:
+    """The same of the products that read codes, y and dx, where one can."""
+    M, K, N, r = reduced.M, reduced.K, reduced.N, reduced.r
+    dtype, adapter = DTYPES[reduced.dtype], DTYPES[reduced.adapter_dtype]
+    s = torch.ones((M, r), dtype=wide(dtype))
+    bias = torch.ones(N, dtype=dtype) if reduced.bias else None
+    device = cost.gpu_of(weight.device)
+    assert device is not None
+    differences: dict[str, str | None] = {}
+    for name, (read, written), added in (
+        ("linear_expand over codes", (K, N), bias),
+        ("dx over codes", (N, K), None),
+    ):
+        x = torch.ones((M, read), dtype=dtype)
+        factor = torch.ones((written, r), dtype=adapter)
+        call = problems.linear_expand_problem(
+            x, weight, s, factor, added, 0.0, None, name == "dx over codes"
+        )
+        launch = planning.plan_codes(call, device)
+        if isinstance(launch, str):
+            continue
+        from lorafast.backends.triton import launching  # which imports Triton
+
+        with _counting() as launched:
+            launching.run_of(launch, call)(x, weight, s, factor, SCALING, added)
+        counted = [accesses.sums() for accesses in launched]
+        product = launches.codes_product(launch, call, weight)
+        looked_up = launches.looked_up(launch, weight)
+        formula = [replace(product, loaded=product.loaded + looked_up)]
+        differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
+    return differences
+
+
 def formula_of(call: Call, device: Device) -> list[Launch]:
     """What the call moves, by the closed forms."""
     if call.operation not in LAYER_OPERATIONS:
@@ -249,7 +290,10 @@ def compare(reduced: Reduced) -> dict[str, str | None]:
         W = torch.ones((reduced.N, reduced.K), dtype=DTYPES[reduced.dtype])
         weight = bases.quantized(W, reduced.base)
         assert weight is not None
-        return {"dequantize": compare_dequantize(weight)}
+        with cost.pretending(launches.h200(reduced.sms)):
+            # In this order: the first gives the weight its codes.
+            made_dense = compare_dequantize(weight)
+            return {"dequantize": made_dense, **compare_products(reduced, weight)}
     differences: dict[str, str | None] = {}
     with cost.pretending(launches.h200(reduced.sms)):
         for name, (call, tensors) in calls_of(reduced).items():

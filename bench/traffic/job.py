@@ -28,9 +28,9 @@ requested: what a Triton kernel's programs load and store, tiles that they share
 lorafast, triton: as on an H200 on which nothing was tuned"""
 BASE_NOTE = """\
 over a quantized base the frozen layer has the same weight dense; lorafast and triton make W dense in one
-launch, which reads codes and scales once, but with few rows, where nothing is counted; peft: over
-bitsandbytes' layers, counted as it calls its GPU kernels; in int8 these round x to 8 bits too
-(threshold 0)"""
+launch, which reads codes and scales once, or with few rows have a product that reads them itself (the
+CUDA C++ kernels, which serve up to 16 rows in one launch, aren't counted); peft: over bitsandbytes'
+layers, counted as it calls its GPU kernels; in int8 these round x to 8 bits too (threshold 0)"""
 
 
 @dataclass
@@ -122,6 +122,7 @@ def measure(problem: Problem, against: Sequence[str], *, sms: int = H200_SMS) ->
                 raise UnavailableError("its kernels are the compiler's, which aren't counted")
             if name == "peft":
                 _refuse_own_kernels(problem)
+                _refuse_copies(problem)
             with standing_in(sms, noted.extend):
                 contender = BUILDERS[name](problem, tensors)
                 row.forward, row.backward = count(contender, tensors, noted)
@@ -135,11 +136,21 @@ def measure(problem: Problem, against: Sequence[str], *, sms: int = H200_SMS) ->
 
 
 def _refuse_own_kernels(problem: Problem) -> None:
-    four_bit = issubclass(operands.kind_of(problem.base) or Operand, FourBit)
-    if four_bit and problem.shape.M < bitsandbytes.FEWEST:
+    if _is_four_bit(problem) and problem.shape.M < bitsandbytes.FEWEST:
         raise UnavailableError(
             f"with fewer than {bitsandbytes.FEWEST} rows bitsandbytes may launch a kernel of its own, "
             "which isn't counted"
+        )
+
+
+def _is_four_bit(problem: Problem) -> bool:
+    return issubclass(operands.kind_of(problem.base) or Operand, FourBit)
+
+
+def _refuse_copies(problem: Problem) -> None:
+    if problem.use_dora and _is_four_bit(problem):
+        raise UnavailableError(
+            "for DoRA it copies a layer of bitsandbytes, which has no values here to be copied"
         )
 
 

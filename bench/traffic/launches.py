@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lorafast.bench.common.contenders import UnavailableError
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
@@ -23,6 +22,7 @@ from lorafast.kernels.common.plan import (
     LoraLinearLaunch,
     ShrinkBackwardLaunch,
     ShrinkLaunch,
+    WeightNormLaunch,
 )
 
 from lorafast import operands
@@ -32,7 +32,7 @@ from lorafast.backends.plan import Plan, Refusal, Run
 from lorafast.backends.triton import Triton
 from lorafast.backends.triton.planning import HybridLaunch
 from lorafast.backends.triton.planning import Launch as Planned
-from lorafast.core.problem import Layout, Layouts, Problem
+from lorafast.core.problem import WEIGHT_NORM, Layout, Layouts, Problem
 from lorafast.operands import MXFP4, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import FourBit
@@ -107,11 +107,6 @@ def _expand(launch: ExpandLaunch, p: Problem) -> list[Launch]:
     seed = _SEED if launch.dropout else 0
     loaded = cols * s + groups * B + launch.grid[1] * (bias + cols * seed)
     return [Launch(s + B + bias + seed, y, loaded, y)]
-
-
-@traffic_of.register
-def _codes(launch: CodesLaunch, p: Problem) -> list[Launch]:
-    raise UnavailableError("with so few rows its product reads codes, which has no closed form yet")
 
 
 @traffic_of.register
@@ -203,6 +198,16 @@ def _lora_linear(launch: LoraLinearLaunch, p: Problem) -> list[Launch]:
     return [Launch(tiles.read + A, written, tiles.loaded + x + rows * A, written, x)]
 
 
+@traffic_of.register
+def _weight_norm(launch: WeightNormLaunch, p: Problem) -> list[Launch]:
+    """Every program reads A, and its rows of W and B: of more than two rank blocks those of B for each
+    block of K. ``scaling`` is a number, which no program loads."""
+    W, A, B = p.N * p.K * _size(p), p.r * p.K * _adapter(p), p.N * p.r * _adapter(p)
+    norm = p.N * _NUMBER
+    times = _blocks(p.K, launch.config.block_k) if launch.rank_blocks > 2 else 1
+    return [Launch(W + A + B, norm, W + launch.programs * A + times * B, norm)]
+
+
 def dequantization(weight: Weight, W: torch.Tensor) -> Launch:
     """Every program reads its own codes, and for each of them a number of the 16 where they are of 4
     bits. A group's scale is loaded once, an element's where a group may have several; nested, with its
@@ -233,6 +238,53 @@ def _scales_loaded(weight: FourBit | EightBit | MXFP4, W: torch.Tensor, programs
         return _NUMBER * inside
     lanes = programs * GROUPS * (1 if alike else PER_GROUP)
     return inside + _NUMBER * (lanes + inside + programs)
+
+
+def codes_product(launch: CodesLaunch, p: Problem, weight: Weight) -> Launch:
+    """Every column block reads x, every row block reads W's codes, B and the bias; of groups of
+    neighbours with one scale each reads that. The last program of a tile reads s and the partial sums.
+
+    Numbers that codes of 4 bits stand for are exchanged between threads, each of which has loaded one:
+    that is left out, as flags are. The interpreter looks each of them up: ``looked_up``.
+    """
+    assert isinstance(weight, FourBit | EightBit)
+    rows, cols, calls = _tiles_of_w(launch)
+    x, s, y = launch.M * launch.K * _size(p), _low(p, launch.M), launch.M * launch.N * _size(p)
+    by_cols = launch.N * p.r * _adapter(p) + (launch.N * _size(p) if launch.bias else 0)
+    partials = _partials(launch.splits, launch.M * launch.N)
+    elements = launch.K * launch.N
+    groups = elements // launch.group
+    stored = sum(tensor.nbytes for tensor in operands.stored(weight))
+    if isinstance(weight, EightBit):
+        loaded = elements + _NUMBER * groups
+    else:
+        stored += _NUMBERS
+        loaded = elements // 2 + _NUMBER * groups
+        if weight.nested_block is not None:
+            # A code and a factor each group, a number each lane of a tile, the offset each tile.
+            lanes = launch.config.block_n * launch.config.block_k // launch.group
+            loaded += groups + calls * _NUMBER * (lanes + 1)
+    return Launch(
+        x + s + stored + by_cols + partials,
+        y + partials,
+        cols * (x + s) + rows * (loaded + by_cols) + partials,
+        y + partials,
+    )
+
+
+def looked_up(launch: CodesLaunch, weight: Weight) -> int:
+    """Bytes of the numbers that the interpreter looks up in a ``codes_product``, one each code."""
+    if isinstance(weight, EightBit):
+        return 0
+    rows, _, calls = _tiles_of_w(launch)
+    return rows * calls * launch.config.block_n * launch.config.block_k * _NUMBER
+
+
+def _tiles_of_w(launch: CodesLaunch) -> tuple[int, int, int]:
+    """Row blocks and column blocks of y, and tiles of W that a row block reads."""
+    c = launch.config
+    cols = _blocks(launch.N, c.block_n)
+    return launch.row_blocks, cols, cols * _blocks(launch.K, c.block_k)
 
 
 def _size(p: Problem) -> int:
@@ -279,11 +331,22 @@ class _Counted(Triton):
         self._note([dequantization(weight, W)])
 
     def run_of(self, launch: Planned, problem: Problem) -> Run:
+        if isinstance(launch, CodesLaunch):
+            return self._of_product(launch, problem)
         moved = traffic_of(launch, problem)
 
         def run(first: torch.Tensor, *_: Any) -> Any:
             self._note(moved)
             return _results(problem, first)
+
+        return run
+
+    def _of_product(self, launch: CodesLaunch, problem: Problem) -> Run:
+        """How many scales there are, the weight alone knows."""
+
+        def run(x: torch.Tensor, weight: Weight, *_: Any) -> Any:
+            self._note([codes_product(launch, problem, weight)])
+            return _results(problem, x)
 
         return run
 
@@ -301,13 +364,17 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
         "dA": lambda: empty(p.r, p.K, dtype=adapter),
         "dB": lambda: empty(p.N, p.r, dtype=adapter),
         "dbias": lambda: empty(p.N),
+        "norm": lambda: empty(p.N, dtype=torch.float32),
     }
     if p.operation == "lora_linear":
         return made["y"](), made["s"]()
     if p.operation == "expand_backward":
         return tuple(made[name]() if name in p.wants else None for name in ("ds", "dB", "dbias"))
     product = "dx" if p.transposed else "y"
-    only = {"shrink": "s", "expand": "y", "shrink_backward": "dA", "linear_expand": product}
+    only = {
+        "shrink": "s", "expand": "y", "shrink_backward": "dA", "linear_expand": product,
+        WEIGHT_NORM: "norm",
+    }  # fmt: skip
     return made[only[p.operation]]()
 
 

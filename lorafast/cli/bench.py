@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dropout", type=comma(probability), default=[0.0, 0.05], help="default: 0,0.05"
     )
     of.add_argument(
+        "--dora", action="store_true", help="DoRA's adapters, of layers that --traffic counts"
+    )
+    of.add_argument(
         "--pass",
         dest="passes",
         type=comma(one_of(PASSES)),
@@ -162,7 +166,12 @@ def run(arguments: argparse.Namespace) -> int:
         if of.type == "cuda":
             torch.cuda.set_device(of)  # events belong to the current one
         problems = _problems(arguments, _DEFAULTS[of.type])
-        counted = _problems(arguments, _TRAFFIC_DEFAULTS)
+        counted = [
+            replace(problem, use_dora=arguments.dora)
+            for problem in _problems(arguments, _TRAFFIC_DEFAULTS)
+        ]
+        if arguments.dora and (not arguments.traffic or _times_layers(arguments)):
+            raise ValueError("--dora is counted, not timed: give --traffic, and not --layers")
         if arguments.executed:
             executed.check()
         if _times_layers(arguments):

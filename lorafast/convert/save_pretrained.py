@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lorafast.convert.kinds import adapted_layers, adapter_parameters
+from lorafast.nn import bitsandbytes_keys
 
 _lock = threading.Lock()
 
@@ -50,7 +51,9 @@ def _with_adapters(stock: Callable[..., Any]) -> Callable[..., Any]:
         if given.get("is_main_process", True):
             # First, so that what is pushed to the hub has it.
             _save_beside(given["self"], Path(given["save_directory"]))
-        return stock(*args, **kwargs)
+        # As from_pretrained reads a model that bitsandbytes has quantized.
+        with bitsandbytes_keys():
+            return stock(*args, **kwargs)
 
     save_pretrained._saves_adapters = True  # type: ignore[attr-defined]
     return save_pretrained

@@ -5,6 +5,7 @@ from lorafast.nn.explain import Choice, Explanation, explain
 from lorafast.nn.lora_embedding import LoRAEmbedding
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.quantized_linear import QuantizedLinear
+from lorafast.nn.stored_weight import bitsandbytes_keys
 
 __all__ = [
     "AdapterLayer",
@@ -13,5 +14,6 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "QuantizedLinear",
+    "bitsandbytes_keys",
     "explain",
 ]

@@ -270,7 +270,8 @@ class LoRAEmbedding(AdapterLayer):
     def _delta_weight(self) -> Tensor:
         dtype = torch.promote_types(self.lora_embedding_A.dtype, torch.float32)
         A, B = self.lora_embedding_A.to(dtype), self.lora_embedding_B.to(dtype)
-        return self._scaling * (A.t() @ B.t())
+        with without_autocast(A):
+            return self._scaling * (A.t() @ B.t())
 
     def merged_weight(self) -> Tensor:
         """``W + scaling · (B·A)ᵀ``, ``[num_embeddings, embedding_dim]``, in the dtype of ``weight``.

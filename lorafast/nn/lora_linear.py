@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafast import operands, ops
-from lorafast.core.context import autocast_anywhere
+from lorafast.core.context import autocast_anywhere, without_autocast
 from lorafast.core.problem import Problem
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
@@ -268,7 +268,8 @@ class LoRALinear(AdapterLayer):
         self._reset_magnitude()
 
     def _weight_norm(self) -> Tensor:
-        return ops.weight_norm(self.operand(), self.lora_A, self.lora_B, self._scaling)
+        with without_autocast(self.lora_A):
+            return ops.weight_norm(self.operand(), self.lora_A, self.lora_B, self._scaling)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen ones as ``nn.Linear`` does."""
@@ -350,7 +351,8 @@ class LoRALinear(AdapterLayer):
 
     def _delta_weight(self) -> Tensor:
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self._scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        with without_autocast(self.lora_A):
+            return self._scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     def merged_weight(self) -> Tensor:
         """``W + scaling · B·A``, ``[out_features, in_features]``, rounded to the dtype of ``weight``.

@@ -75,10 +75,11 @@ def _ratio(lost: Tensor, whole: Tensor) -> float:
 class LoRAOperandLinear(StoredWeight, LoRALinear):
     """A ``LoRALinear`` over an operand, whose tensors are its frozen parameters and buffers.
 
-    They have the names that the format gives them, in the ``state_dict`` too: a checkpoint of the layer
-    without an adapter loads as it is, and one of bitsandbytes' layer of the same format; one with a
-    dense weight doesn't. Each forward builds the operand again from what the layer holds. All else is
-    as in ``LoRALinear``, whose ``from_operand`` and ``from_linear`` make it.
+    They have the names that the format gives them, in the ``state_dict`` too, unless
+    ``bitsandbytes_keys`` asks for bitsandbytes'. A checkpoint of the layer without an adapter loads as
+    it is, and one of bitsandbytes' layer of the same format; one with a dense weight doesn't. Each
+    forward builds the operand again from what the layer holds. All else is as in ``LoRALinear``, whose
+    ``from_operand`` and ``from_linear`` make it.
     """
 
     shares_x = False

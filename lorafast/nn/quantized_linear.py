@@ -38,9 +38,12 @@ class QuantizedLinear(StoredWeight):
     keys of bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``, and theirs load here. Other formats, and
     weights that are sharded, have the names that the format gives its tensors, which load too.
 
+    ``bitsandbytes_keys(False)`` saves those names of every format.
+
     ``lorafast.adapt`` and ``LoRALinear.from_linear`` wrap it.
     """
 
+    _foreign_keys = True
     in_features: int
     out_features: int
     bias: nn.Parameter | None
@@ -134,18 +137,6 @@ class QuantizedLinear(StoredWeight):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = operands.to_foreign_state(self.frozen_operand())
-        if state is None:
-            return
-        for name in self._stored_names:
-            destination.pop(prefix + name, None)
-        for name, tensor in state.items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def extra_repr(self) -> str:
         """Sizes and format."""

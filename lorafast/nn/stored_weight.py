@@ -1,7 +1,9 @@
 """``StoredWeight``: what layers over an operand have in common, whose tensors are the layer's own."""
 
-from collections.abc import Collection
-from typing import Any
+import contextlib
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,25 @@ from lorafast.core.context import autocast_enabled
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.operands import Operand, Weight
 from lorafast.operands.operand import not_finite
+
+_wanted: ContextVar[bool | None] = ContextVar("bitsandbytes_keys", default=None)
+
+
+@contextlib.contextmanager
+def bitsandbytes_keys(wanted: bool = True) -> Iterator[None]:
+    """Within the block, ``state_dict()`` of quantized layers, frozen and adapted, has the keys of
+    bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``; with ``wanted`` False, the names of their tensors.
+
+    Of formats that bitsandbytes has: other weights, and sharded ones, keep the names of their tensors.
+    Adapters' parameters have theirs. Outside a block a ``QuantizedLinear`` has bitsandbytes' keys and an
+    adapted layer the names of its tensors: what finds tensors by the keys of a state, as Accelerate's
+    offloading and ``torch.distributed.checkpoint`` do, finds these alone. Both load into both.
+    """
+    before = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
 
 
 class StoredWeight(nn.Module):
@@ -22,6 +43,8 @@ class StoredWeight(nn.Module):
 
     _description: str
     _stored_names: tuple[str, ...]
+    _foreign_keys: ClassVar[bool] = False
+    """Whether a state has bitsandbytes' keys where ``bitsandbytes_keys`` doesn't say."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves and casts; where a format keeps its tensors' dtypes, they are moved alone."""
@@ -53,6 +76,22 @@ class StoredWeight(nn.Module):
     def operand(self) -> Weight:
         """The frozen weight as products take it, built from what the layer holds."""
         return operands.build(self._stored(), self._description)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        wanted = _wanted.get()
+        if not (self._foreign_keys if wanted is None else wanted):
+            return
+        weight = self.operand()
+        state = operands.to_foreign_state(weight) if isinstance(weight, Operand) else None
+        if state is None:
+            return
+        for name in self._stored_names:
+            destination.pop(prefix + name, None)
+        for name, tensor in state.items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any

@@ -109,6 +109,12 @@ def _quantized_linear(
     return 2 * prod(x) * out_shape[-1]
 
 
+def _weight_norm(lora_A: _Shape, lora_B: _Shape, *_: Any, **__: Any) -> int:
+    """W·Aᵀ, A·Aᵀ, and B times that."""
+    N, (r, K) = lora_B[0], lora_A
+    return 2 * r * (N * K + r * K + N * r)
+
+
 FORMULAS = {
     "shrink": _shrink,
     "expand": _expand,
@@ -120,6 +126,7 @@ FORMULAS = {
     "grouped_lora_linear": _grouped_lora_linear,
     "grouped_lora_linear_backward": _grouped_lora_linear_backward,
     "quantized_linear": _quantized_linear,
+    "weight_norm": _weight_norm,
 }
 
 

@@ -83,6 +83,11 @@ def register_autograd(
     )
 
 
+def pass_no_gradient(name: str) -> None:
+    """What ``lorafast::name`` returns requires none, whatever its arguments do."""
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def differentiate_by_reference(name: str, reference: Callable[..., Any]) -> None:
     """The backward of ``lorafast::name`` is that of its reference, run again: right, any number of
     times, and not fast. ``lora_linear`` has a backward of its own and never comes here."""

@@ -37,8 +37,13 @@ def scaled(y: Tensor, scale: Tensor, beside: Tensor | None = None) -> Tensor:
 
 def _pays(y: Tensor, scale: Tensor) -> bool:
     """Whether the ``autograd.Function`` saves more than it takes."""
+    return y.is_cuda and _pays_on_a_gpu(y, scale)
+
+
+def _pays_on_a_gpu(y: Tensor, scale: Tensor) -> bool:
+    """The same there."""
     wider = torch.promote_types(y.dtype, scale.dtype) is not y.dtype
-    return y.is_cuda and y.numel() >= _LARGE and wider
+    return wider and y.numel() >= _LARGE
 
 
 def _plain(y: Tensor, scale: Tensor, beside: Tensor | None) -> Tensor:

@@ -281,7 +281,7 @@ def test_float32_is_rounded_as_pytorch_does_and_float16s_factors_always():
         ({"adapter_dtype": torch.float64}, "the adapter is torch.float64, the kernels have"),
         ({"plain": False}, "an input is a tensor subclass or on another device"),
         ({"device": torch.device("meta")}, "the inputs are on meta"),
-        ({"format": "other"}, "the kernels read dense weights; this one is stored as other"),
+        ({"format": "other"}, "the weight is stored as other, the kernels read dense ones and nf4"),
     ],
     ids=str,
 )

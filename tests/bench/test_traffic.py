@@ -152,6 +152,41 @@ def test_how_much_more_triton_moves_than_the_frozen_layer(dropout_p, most, launc
     assert sum(traffic.launches for traffic in ours) <= launches
 
 
+DORA = replace(PROBLEM, use_dora=True)
+ROW = 4 * N
+"""Bytes of the norm, and of the scale; the magnitude, in bf16, has half of that."""
+
+
+def test_triton_of_dora():
+    """Forward: the norm in one launch, the scale, the layer, y scaled. Backward, beside the layer's: dy
+    scaled, dy ⊙ y in float32 and its sum, and rows."""
+    plain, dora = traffic_of("triton"), traffic_of("triton", DORA)
+    read = (W + A + B) + (ROW // 2 + ROW) + (Y + ROW)
+    written = ROW + ROW + Y
+    assert dora[0] == Traffic(
+        plain[0].launches + 3, plain[0].read + read, plain[0].written + written
+    )
+    more = dora[1].bytes - plain[1].bytes
+    assert 0 < more - (2 * DY + (DY + Y + 2 * DY) + 2 * DY) <= 10 * ROW
+
+
+def test_what_dora_moves_beside_pefts():
+    """PEFT makes B·A and its sum with W, and with float32 adapters copies of x and y."""
+    problem = replace(DORA, adapter_dtype="fp32")
+    frozen, ours, peft = (traffic_of(name, problem) for name in (FROZEN, "triton", "peft"))
+    moved = [sum(traffic.bytes for traffic in of) for of in (frozen, ours, peft)]
+    assert moved[1] < 4 * moved[0]
+    assert moved[2] > 5 * moved[1]
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "int8"])
+def test_rows_of_dora_are_printed(base):
+    few = replace(DORA, shape=replace(DORA.shape, M=16), base=base)
+    rows = {row.contender: row for row in measure(few, ["triton", "aten"])}
+    assert all(row.unavailable is None and row.bytes for row in rows.values())
+    assert "r=16  DoRA  bf16" in str(few)
+
+
 OVER_NF4 = replace(PROBLEM, base="nf4")
 BLOCKS = N * K // 64
 CODES = N * K // 2
@@ -209,6 +244,23 @@ def test_triton_makes_w_dense_in_one_launch(base, dropout_p):
         numbers = 4 * 16 if base.endswith("4") else 0  # that codes of 4 bits stand for
         expected.add(1, stored + numbers, W)
         assert over == expected
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_with_few_rows_products_read_codes(base):
+    """Codes in the place of W, and partial sums where K is cut: into 4 shares in y, into 8 in dx."""
+    dense = replace(PROBLEM, shape=replace(PROBLEM.shape, M=16))
+    stored = CODES + BLOCKS + NESTED + 4 * 16 if base == "nf4" else N * K + 4 * N
+    for shares, plain, over in zip(
+        (4, 8),
+        traffic_of("triton", dense),
+        traffic_of("triton", replace(dense, base=base)),
+        strict=True,
+    ):
+        partials = shares * 4 * 16 * N
+        assert over.launches == plain.launches
+        assert over.read == plain.read - W + stored + partials
+        assert over.written == plain.written + partials
 
 
 @pytest.mark.parametrize("adapter_dtype", ["bf16", "fp32"])
@@ -326,7 +378,7 @@ PROBLEMS = [
 def test_closed_forms_say_what_the_interpreter_counts(problem):
     names = [
         "shrink", "expand", "linear_expand", "expand_backward", "ds", "shrink_backward", "dx",
-        "lora_linear", "lora_linear_backward",
+        "weight_norm", "lora_linear", "lora_linear_backward",
     ]  # fmt: skip
     if problem.bias:
         names += ["dB and dbias", "ds, dB and dbias"]
@@ -406,6 +458,41 @@ def fp8(rows, columns, scale, block=None):
 )  # fmt: skip
 def test_the_closed_form_holds_for_other_blocks_and_scales(weight):
     assert interpret.compare_dequantize(weight) is None
+
+
+# Rows, rank, dtype, SMs: tiles of few rows and of many, ranks in several blocks, K cut and not.
+@pytest.mark.parametrize(
+    ("base", "rows", "rank", "dtype", "sms"),
+    [
+        ("nf4", 3, 16, "bf16", 132),
+        ("fp4", 199, 40, "bf16", 132),
+        ("int8", 16, 40, "fp32", 1),
+        ("fp8", 40, 3, "fp16", 132),
+    ],
+)  # fmt: skip
+def test_the_closed_form_of_products_over_codes_says_what_the_interpreter_counts(
+    base, rows, rank, dtype, sms
+):
+    reduced = interpret.Reduced(rows, 288, 293, rank, dtype, "fp32", True, False, sms, base=base)
+    assert interpret.compare(reduced) == {
+        "dequantize": None, "linear_expand over codes": None, "dx over codes": None,
+    }  # fmt: skip
+
+
+def test_products_over_codes_are_compared_where_a_problem_has_them():
+    few = Problem(Shape("", 16, 64, 64), 4, "bf16", "fp32", 0.0, "nf4")
+    reduced = [made for made in interpret.reduce(few) if made.base == "nf4"]
+    assert [(made.M, made.K) for made in reduced] == [(16, 297), (16, 288)]
+    many = replace(few, shape=replace(few.shape, M=257))
+    assert [made.K for made in interpret.reduce(many) if made.base == "nf4"] == [297]
+
+
+def test_a_wrong_closed_form_of_a_product_over_codes_is_found(monkeypatch):
+    monkeypatch.setattr(launches, "looked_up", lambda launch, weight: 0)
+    reduced = interpret.Reduced(16, 288, 64, 4, "bf16", "fp32", False, False, 132, base="nf4")
+    differences = interpret.compare(reduced)
+    assert "by formula" in differences["dx over codes"]
+    assert differences["dequantize"] is None
 
 
 def test_a_wrong_closed_form_of_dequantization_is_found(monkeypatch):

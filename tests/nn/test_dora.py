@@ -325,6 +325,15 @@ def test_fx_has_a_node_for_it(make, x):
     same(traced(x), model(x))
 
 
+def test_autocast_changes_neither_the_norm_nor_what_is_merged():
+    made = layer(dtype=torch.float32)
+    calls = (made._weight_norm, made.delta_weight, made.merged_weight)
+    expected = [call() for call in calls]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [call() for call in calls]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_compiled_without_a_graph_break(x):
     made = layer()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")

@@ -329,9 +329,10 @@ class TestDoRA:
 
     def test_autocast_changes_nothing(self):
         made = dora(dtype=torch.float32)
-        expected = made(TOKENS)
+        expected, merged = made(TOKENS), made.merged_weight()
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(made(TOKENS), expected)
+            assert torch.equal(made.merged_weight(), merged)
             fresh = LoRAEmbedding.from_embedding(nn.Embedding(9, 5), 3, use_dora=True)
         assert torch.equal(fresh(TOKENS), fresh.weight[TOKENS])
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafast import operands, use_backend
 from lorafast.functional import quantized_linear
-from lorafast.nn import LoRALinear, QuantizedLinear
+from lorafast.nn import LoRALinear, QuantizedLinear, bitsandbytes_keys
 from lorafast.operands import FP8, MXFP4, NF4, Int8
 from lorafast.reference import contract
 
@@ -383,6 +383,76 @@ class TestStates:
             made = QuantizedLinear.from_linear(plain, "int8")
             assert torch.equal(made.SCB, scales)
             assert torch.equal(made.weight, codes)
+
+    @in_each
+    def test_keys_of_an_adapted_layer(self, format):
+        """The names of its tensors, by which others find these; bitsandbytes' on request."""
+        adapted = LoRALinear.from_linear(layer(format), 4, use_dora=True)
+        names = {name for name, _ in (*adapted.named_parameters(), *adapted.named_buffers())}
+        adapter = {"lora_A", "lora_B", "lora_magnitude"}
+        assert adapted.state_dict().keys() == names
+        with bitsandbytes_keys():
+            assert adapted.state_dict().keys() == names_of(format) | adapter
+            with bitsandbytes_keys(False):
+                assert adapted.state_dict().keys() == names
+                assert layer(format).state_dict().keys() == names - adapter
+
+    @in_each
+    @pytest.mark.parametrize("foreign", [False, True])
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_an_adapted_layer_loads_either(self, format, foreign, assign):
+        one, other = (LoRALinear.from_linear(layer(format), 4) for _ in range(2))
+        nn.init.normal_(one.lora_B)
+        with bitsandbytes_keys(foreign):
+            assert other.load_state_dict(one.state_dict(), assign=assign) == ([], [])
+        x = torch.randn(3, 40)
+        assert torch.equal(other(x), one(x))
+
+    @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_layer_of_its_that_is_adapted_saves_what_it_was(self, format, nested):
+        options = {} if format == "int8" else {"compress_statistics": nested}
+        its = of_its_own(format, 24, 40, torch.bfloat16, **options)
+        expected = {name: tensor.clone() for name, tensor in its.state_dict().items()}
+        adapted = LoRALinear.from_linear(its, 4)
+        nn.init.normal_(adapted.lora_B)
+        with bitsandbytes_keys():
+            found = adapted.state_dict()
+        for name in ("lora_A", "lora_B"):
+            del found[name]
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype is tensor.dtype
+            if "quant_state" in name:
+                ours, theirs = (json.loads(bytes(s[name].tolist())) for s in (found, expected))
+                assert ours == theirs
+            else:
+                assert torch.equal(found[name], tensor), name
+
+    def test_its_int8_layer_loads_the_state_of_an_adapted_one(self):
+        its = of_its_own("int8", 24, 40, torch.float32)
+        plain = layer("int8")
+        adapted = LoRALinear.from_linear(plain, 4)
+        with bitsandbytes_keys():
+            found = its.load_state_dict(adapted.state_dict(), strict=False)
+        assert found == ([], ["lora_A", "lora_B"])
+        codes, scales = (its.state_dict()[name] for name in ("weight", "SCB"))
+        assert torch.equal(codes, plain.weight)
+        assert torch.equal(scales, plain.SCB)
+
+    def test_a_distributed_checkpoint_has_the_names_of_tensors(self):
+        from torch.distributed.checkpoint.state_dict import (
+            get_model_state_dict,
+            set_model_state_dict,
+        )
+
+        model, other = (
+            nn.Sequential(layer(), LoRALinear.from_linear(layer("nf4", 8, 24), 4)) for _ in range(2)
+        )
+        with bitsandbytes_keys(False):
+            set_model_state_dict(other, get_model_state_dict(model))
+        x = torch.randn(3, 40)
+        assert torch.equal(other(x), model(x))
 
     def test_from_meta(self):
         state = layer().state_dict()

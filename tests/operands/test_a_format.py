@@ -182,7 +182,7 @@ class TestServed:
     def test_not_by_kernels_that_read_dense_weights(self, format, operation):
         skip_unless_usable("triton")
         x, weight, A, B, bias = draw(format)
-        sentence = f"the kernels read dense weights; this one is stored as {format}"
+        sentence = f"the weight is stored as {format}, the kernels read dense ones and nf4"
         calls = {
             "lora_linear": lambda: lora_linear(x, weight, A, B, 1.0, bias),
             "linear_expand": lambda: lorafast.ops.linear_expand(
@@ -443,7 +443,7 @@ class TestLayer:
         native = f"lora_linear: cpu (it has kernels for {format})"
         assert f"the product of {format}, and the low-rank one" in text or native in text
         if lorafast.backends()["triton"].usable and format in ("negative", "scaled"):
-            assert f"the kernels read dense weights; this one is stored as {format}" in text
+            assert f"the weight is stored as {format}, the kernels read dense ones and nf4" in text
 
     @in_each
     def test_warm_up(self, format):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from toy_formats import FORMATS, held
 
-from lorafast import ops, reference
+from lorafast import operands, ops, reference
+from lorafast.backends import weight_norm
 from lorafast.core.dtypes import LEAST_NORM
 
 pytestmark = pytest.mark.usefixtures("toy_formats")
@@ -13,10 +15,11 @@ K, N = 24, 40
 
 
 class Counted(TorchDispatchMode):
-    products = 0
+    products = norms = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.norms += function is torch.ops.lorafast.weight_norm.default
         return function(*args, **(kwargs or {}))
 
 
@@ -74,5 +77,57 @@ def test_on_a_gpu_a_weight_is_cut_for_its_memory_alone(size, blocks):
     weight = torch.empty(N, K, dtype=torch.bfloat16, device="meta")
     lora_A, lora_B = torch.empty(4, K, device="meta"), torch.empty(N, 4, device="meta")
     with Counted() as counted:
-        ops.weight_norm(weight, lora_A, lora_B, 0.5)
+        weight_norm.weight_norm(weight, lora_A, lora_B, 0.5)
     assert counted.products == blocks + 2  # W·Aᵀ of each, A·Aᵀ, B times that
+
+
+@pytest.mark.parametrize("factor", [None, torch.tensor(0.7)], ids=["number", "tensor"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_opcheck(format, factor):
+    weight = FORMATS[format](torch.randn(N, K))
+    given = (torch.randn(5, K, requires_grad=True), torch.randn(N, 5, requires_grad=True))
+    stored, described = operands.stored(weight), operands.describe(weight)
+    operation = torch.ops.lorafast.weight_norm.default
+    torch.library.opcheck(operation, (*given, stored, described, 0.7, factor))
+    found = operation(*given, stored, described, 0.7, factor)
+    assert torch.equal(found, ops.weight_norm(weight, *given, 0.7 if factor is None else factor))
+    assert not found.requires_grad
+
+
+def test_the_registered_operation_refuses_what_does_not_fit():
+    weight, lora_A, lora_B = torch.randn(N, K), torch.randn(5, K + 1), torch.randn(N, 5)
+    with pytest.raises(ValueError, match="lora_A has shape"):
+        torch.ops.lorafast.weight_norm(lora_A, lora_B, [weight], "dense", 0.5)
+
+
+def test_a_mode_sees_one_operation_whose_flops_are_counted():
+    tensors = torch.randn(N, K), torch.randn(5, K), torch.randn(N, 5)
+    with Counted() as counted, FlopCounterMode(display=False) as flops:
+        ops.weight_norm(*tensors, 0.5)
+    assert counted.norms == 1
+    assert flops.get_total_flops() == 2 * 5 * (N * K + 5 * K + N * 5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_compiled_it_is_one_call(format):
+    """No gradient flows through it there either, and another scaling makes no other graph."""
+    torch._dynamo.reset()
+    targets = []
+
+    def kept(graph, inputs):
+        targets.append([n.target for n in graph.graph.nodes if n.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(ops.weight_norm, fullgraph=True, backend=kept)
+    weight = FORMATS[format](torch.randn(N, K))
+    given = (torch.randn(5, K, requires_grad=True), torch.randn(N, 5, requires_grad=True))
+    for scaling in (0.5, 0.7, -1.5):
+        found = compiled(weight, *given, scaling)
+        doubled = [t.double() for t in (operands.as_dense(weight), *given)]
+        exact = reference.weight_norm(*doubled, scaling)
+        assert (found - exact).norm() <= 2 * eps(torch.float32) * exact.norm()
+        assert not found.requires_grad
+    assert len(targets) == 2  # the second makes a variable of the scaling
+    for called in targets:
+        assert called.count(torch.ops.lorafast.weight_norm) == 1
+        assert not {torch.mm, torch.addmm, torch.linalg.vector_norm} & set(called)

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorafast.backends import composed
+from lorafast.backends import composed, kernel_formats
 from lorafast.backends.cpu import native
 from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem, parts
@@ -96,11 +96,9 @@ def _why_ahead(p: Problem) -> str | None:
     A layer is like its ``shrink``, or its backward's reductions: its base GEMM has left Python and the
     dispatcher cold, and each call more costs more than what another backend would gain.
     """
-    if p.operation in ("lora_linear", "linear_expand") or "dx" in p.wants:
-        from lorafast.backends.cpu import dequantize  # which needs the extension
-
-        if dequantize.serves_format(p.format):
-            return f"it has kernels for {p.format}"
+    reads_weight = p.operation in ("lora_linear", "linear_expand") or "dx" in p.wants
+    if reads_weight and kernel_formats.why_not(p.format) is None:
+        return f"it has kernels for {p.format}"
     if p.operation in LAYER_OPERATIONS:
         if p.operation == "lora_linear" and _is_small(p):
             return None

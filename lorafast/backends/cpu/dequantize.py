@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import operands
-from lorafast.backends import workspace
+from lorafast.backends import kernel_formats, workspace
 from lorafast.backends.cpu import native
+from lorafast.backends.kernel_formats import Coded
 from lorafast.core.codebooks import E2M1, codebook
-from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8, Weight
+from lorafast.operands import MXFP4, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import NESTED, FourBit
 from lorafast.operands.mxfp4 import BLOCK
@@ -37,27 +38,15 @@ measured at 4096 x 4096 with AVX-512 and, for bfloat16, the processor's own prod
 slow in float16."""
 
 
-Quantized = FourBit | EightBit | MXFP4
-"""The operands that have native kernels here."""
-_KINDS = (NF4, FP4, Int8, FP8, MXFP4)
-
-
-def serves_format(name: str) -> bool:
-    """Whether there is a native kernel for a format."""
-    return operands.kind_of(name) in _KINDS
-
-
-def served(weight: Weight) -> Quantized | None:
+def served(weight: Weight) -> Coded | None:
     """The operand, if there is a native kernel for its format and its dtypes."""
-    # A subclass may have rows of its own.
-    if not isinstance(weight, Quantized) or type(weight) not in _KINDS:
+    coded = kernel_formats.coded(weight)
+    if coded is None or not {coded.dtype, coded.stored_dtype} <= _NUMBERS.keys():
         return None
-    if {weight.dtype, weight.stored_dtype} <= _NUMBERS.keys():
-        return weight
-    return None
+    return coded
 
 
-def part(weight: Quantized, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
+def part(weight: Coded, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> Tensor:
     """W[rows, columns], the first and the last of each, into the first elements of ``out``, flat."""
     (top, bottom), (left, right) = rows, columns
     to = out[: (bottom - top) * (right - left)].view(bottom - top, right - left)
@@ -97,9 +86,7 @@ def _eight_bit_codes(weight: EightBit) -> tuple[Any, ...]:
     return codes, weight.scale, weight.unit, integers, *(weight.block or (0, 0))
 
 
-def of_few_rows(
-    x: Tensor, weight: Quantized, bias: Tensor | None, transposed: bool = False
-) -> Tensor:
+def of_few_rows(x: Tensor, weight: Coded, bias: Tensor | None, transposed: bool = False) -> Tensor:
     """``x·Wᵀ + bias``, or transposed ``x·W``, straight from the codes: a tile of W at a time is made
     dense and multiplied within the first cache of a core. Sums are float32, rounded once.
     """
@@ -115,7 +102,7 @@ def of_few_rows(
     return out
 
 
-def _has_few_rows(x: Tensor, weight: Quantized, transposed: bool = False) -> bool:
+def _has_few_rows(x: Tensor, weight: Coded, transposed: bool = False) -> bool:
     """Whether ``of_few_rows`` is ahead; it rounds W to one dtype alone."""
     dtype = x.dtype
     has = native.multiplies_bfloat16() if dtype is torch.bfloat16 else native.has_avx512()

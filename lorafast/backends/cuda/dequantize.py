@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from lorafast import operands
+from lorafast.backends import kernel_formats
 from lorafast.backends.cost import LAUNCH_SECONDS, Device
 from lorafast.core.codebooks import E2M1, codebook
 from lorafast.core.problem import Problem
-from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8, Weight
+from lorafast.operands import FP8, MXFP4, Int8, Weight
 from lorafast.operands.eight_bit import EightBit
 from lorafast.operands.four_bit import NESTED, FourBit
 from lorafast.operands.mxfp4 import BLOCK
 
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 0}
 """Of dtypes, as the kernels count them. What is rounded to float64 is as it was, in float32."""
-_KINDS = (NF4, FP4, Int8, FP8, MXFP4)
 _EIGHT_BIT = (Int8.format, FP8.format)
 _MOST = 2**31
 _SHARE = 0.75
@@ -25,10 +25,9 @@ _BYTES_OF_SCALES = 0.07
 
 def why_refused(p: Problem) -> str | None:
     """A sentence if no kernel makes the problem's weight dense, else None."""
-    kind = operands.kind_of(p.format)
-    if kind not in _KINDS:
-        names = ", ".join(served.format for served in _KINDS)
-        return f"the weight is stored as {p.format}, the kernels read dense ones and {names}"
+    reason = kernel_formats.why_not(p.format)
+    if reason is not None:
+        return reason
     if p.format in _EIGHT_BIT and p.K >= _MOST:
         return f"the weight has {p.K} columns of {p.format}, expected fewer than 2**31"
     return None

@@ -3,19 +3,19 @@
 from torch import Tensor
 
 from lorafast import operands
+from lorafast.backends import kernel_formats
 from lorafast.core.problem import Problem
-from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8, Weight
+from lorafast.operands import MXFP4, Weight
 from lorafast.operands.eight_bit import EightBit
-from lorafast.operands.four_bit import FourBit
 
-_KINDS: tuple[type, ...] = (NF4, FP4, Int8, FP8, MXFP4)
 _STORED = ("float16", "bfloat16", "float32")
 
 
 def why_not(p: Problem) -> str | None:
     """Why the kernels can't read the weight, which isn't dense, or None."""
-    if operands.kind_of(p.format) not in _KINDS:
-        return f"the kernels read dense weights; this one is stored as {p.format}"
+    reason = kernel_formats.why_not(p.format)
+    if reason is not None:
+        return reason
     words = p.format_parameters.split(",")
     if not any(name in words for name in _STORED):
         return (
@@ -55,8 +55,8 @@ def dequantize(weight: Weight, W: Tensor) -> None:
     """Writes W of a quantized weight into ``W [N, K]``."""
     from lorafast.kernels.dequantize.kernel import dequantize as write
 
-    if type(weight) in _KINDS:
-        assert isinstance(weight, FourBit | EightBit | MXFP4)
-        write(weight, W)
-    else:  # a subclass may have rows of its own
+    coded = kernel_formats.coded(weight)
+    if coded is None:
         W.copy_(operands.as_dense(weight))
+    else:
+        write(coded, W)

@@ -285,3 +285,18 @@ def test_a_run_that_is_off_is_noticed():
     exact, stock = curve(in_float64()), curve(reader())
     off = curve(reader(alpha=16.01))
     assert "are off by" in why_apart(off, stock, exact, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapted_model_is_saved_as_bitsandbytes_is_loaded(checkpoint, tmp_path, kind):
+    """By ``from_pretrained``: layers of bitsandbytes, codes and scales to the bit, and the adapter."""
+    model = lorafast.adapt(Life(checkpoint, kind).base(), 3, TARGETS)
+    layer = model.model.layers[0].self_attn.q_proj
+    nn.init.normal_(layer.lora_B)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu", dtype=torch.float32)
+    found = again.model.layers[0].self_attn.q_proj
+    assert torch.equal(found.lora_B["default"].weight, layer.lora_B)
+    expected = layer.operand().tensors()
+    for name, tensor in operands.of_layer(found.base_layer).tensors().items():
+        assert torch.equal(tensor.reshape(-1), expected[name].reshape(-1)), name
