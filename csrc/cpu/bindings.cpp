@@ -1,5 +1,5 @@
 // What lorafast/_C_cpu offers, and which file serves it. Outputs are the caller's: written, never read
-// (but for y and dx where a name ends in _: added to); whole layers return theirs. A mask is (seed, threshold,
+// (but for y and dx where a name ends in _: added to); what has a base GEMM returns its own. A mask is (seed, threshold,
 // survivor_scale) as in lorafast/reference/dropout.py; without a seed there is none.
 #include <exception>
 #include <string>
@@ -46,6 +46,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
       "int block_columns, int row, int column, int stored, Tensor(a!) out) -> ()");
   // csrc/cpu/linear_expand.cpp
   library.def(
+      "linear_expand(Tensor x, Tensor weight, Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, "
+      "int threshold, float survivor_scale) -> Tensor");
+  library.def(
       "linear_four_bit(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
       "Tensor? nested_offset, Tensor numbers, int N, int K, int block, int nested_block, bool low_first, "
       "int stored, bool transposed, Tensor? bias, Tensor(a!) out) -> ()");
@@ -65,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("lora_linear_backward_", TORCH_BOX(&lorafast::cpu::lora_linear_backward_));
   library.impl("dequantize_four_bit", TORCH_BOX(&lorafast::cpu::dequantize_four_bit));
   library.impl("dequantize_eight_bit", TORCH_BOX(&lorafast::cpu::dequantize_eight_bit));
+  library.impl("linear_expand", TORCH_BOX(&lorafast::cpu::linear_expand));
   library.impl("linear_four_bit", TORCH_BOX(&lorafast::cpu::linear_four_bit));
   library.impl("linear_eight_bit", TORCH_BOX(&lorafast::cpu::linear_eight_bit));
 }

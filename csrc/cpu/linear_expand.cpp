@@ -1,6 +1,8 @@
-// The base GEMM of a quantized weight W [N, K] for few rows, straight from its codes: y = x·Wᵀ + bias, or
-// dx = dy·W. A tile of W is made dense in a core's first cache and multiplied there; sums are float32 and rounded
-// once. The adapter's term is expand's, added to the result.
+// linear_expand of a dense weight: a base GEMM of oneDNN or MKL, and expand before or after it. And the base GEMM of
+// a quantized weight W [N, K] for few rows, straight from its codes: y = x·Wᵀ + bias, or dx = dy·W. A tile of W is
+// made dense in a core's first cache and multiplied there; sums are float32 and rounded once. The adapter's term is
+// expand's, added to the result.
+#include "base_gemm.h"
 #include "codes.h"
 
 namespace lorafast::cpu {
@@ -166,6 +168,34 @@ void linear_eight_bit(
   const OneDevice device(kDevice, "x", x);
   const EightBit weight(codes, scale, unit, integers, block_rows, block_columns, stored, device);
   multiply(weight, x, transposed, bias, out, device);
+}
+
+// y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias of a dense W, any strides
+Tensor linear_expand(
+    const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold,
+    double survivor_scale) {
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = s.size(1);
+  const OneDevice device(kDevice, "x", x);
+  check_matrix("x", x, M, K, device);
+  check_matrix("weight", weight, N, K, device);
+  check_matrix("s", s, M, r, device);
+  check_matrix("lora_B", lora_B, N, r, device);
+  check_seed(seed, threshold, device);
+  const std::optional<Matrix> added = row_of_bias(bias, N, device);
+  Tensor y = empty(M, N, x);
+  const auto expand = [&](const std::optional<Matrix>& bias_too, bool add) {
+    const auto dropout = Dropout::of(seed, threshold, survivor_scale);
+    add_expanded(Matrix(y), Matrix(s), Matrix(lora_B), scaling, dropout, bias_too, add);
+  };
+  if (gemm_adds(x.scalar_type(), M, N, K, bias.has_value())) {
+    expand(added, false);
+    gemm(y, y, x, transpose_of(weight));
+  } else {
+    gemm(y, bias, x, transpose_of(weight));
+    expand(std::nullopt, true);
+  }
+  return y;
 }
 
 }  // namespace lorafast::cpu

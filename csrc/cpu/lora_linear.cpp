@@ -2,8 +2,7 @@
 // These are short: a call of its own for each would cost a large part of it in Python and the dispatcher, whose
 // code is cold after the base GEMM. Where there are rows for every thread, a thread does all products of its
 // rows, and waits for the others once.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+#include "base_gemm.h"
 #include "operations.h"
 #include "skinny.h"
 
@@ -145,41 +144,6 @@ void backward(
         kernels, Matrix(dx), Matrix(dy), Matrix(x), Matrix(lora_A), Matrix(lora_B), Matrix(s), scaling, dropout,
         Matrix(ds), Matrix(dA), Matrix(dB), add);
   });
-}
-
-// Memory for a result, like `like` but for its size.
-Tensor empty(int64_t rows, int64_t cols, const Tensor& like, bool wide = false) {
-  const int64_t sizes[] = {rows, cols}, strides[] = {std::max<int64_t>(cols, 1), 1};
-  int32_t dtype = aoti_torch_dtype_float32();
-  if (!wide) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  }
-  AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
-
-Tensor transpose_of(const Tensor& weight) {
-  const int64_t sizes[] = {weight.size(1), weight.size(0)}, strides[] = {weight.stride(1), weight.stride(0)};
-  AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(weight.get(), 2, sizes, strides, 0, &made));
-  return Tensor(made);
-}
-
-// out = a·b + added, a bias or the output itself
-void gemm(Tensor& out, const std::optional<Tensor>& added, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(
-      added ? aoti_torch_cpu_addmm_out(out.get(), added->get(), a.get(), b.get(), 1.0, 1.0)
-            : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
-// Whether the base GEMM, [rows, depth] by [depth, cols], comes last, onto the low-rank product. MKL adds to float32
-// for nothing, where it adds what it has summed: not with few rows or columns, nor all of a long sum at once.
-// oneDNN's halves take a pass more, which they take for a bias too: that is in memory first, here as in the frozen
-// layer. Measured at 512 x 384 x 384 and 2048 x 1024 x 1024. Either way zeros in lora_B change no bit.
-bool gemm_adds(ScalarType dtype, int64_t rows, int64_t cols, int64_t depth, bool with_bias) {
-  return rows >= 16 && cols >= 16 && (dtype == ScalarType::Float ? depth <= 1024 : with_bias);
 }
 
 }  // namespace

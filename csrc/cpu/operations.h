@@ -29,6 +29,11 @@ void shrink_backward(
     const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
     Tensor dA);
 
+Tensor linear_expand(
+    const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold,
+    double survivor_scale);
+
 std::tuple<Tensor, Tensor> lora_linear(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
     const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed, int64_t threshold,

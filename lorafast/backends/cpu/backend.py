@@ -59,8 +59,15 @@ class Cpu(Backend):
         if p.operation == "shrink_backward":
             made = run.shrink_backward(p.adapter_dtype)
             return Plan(self.name, made, ("shrink_backward",), ahead=ahead)
-        product = run.linear_expand_transposed if p.transposed else run.linear_expand
-        return Plan(self.name, product, ("the base GEMM, then expand onto it",), ahead=ahead)
+        if p.format == DENSE:
+            product = (
+                run.dense_linear_expand_transposed if p.transposed else run.dense_linear_expand
+            )
+        else:
+            product = run.linear_expand_transposed if p.transposed else run.linear_expand
+        return Plan(
+            self.name, product, ("the base GEMM and expand, one onto the other",), ahead=ahead
+        )
 
     def describe(self) -> list[tuple[str, str]]:
         """The instruction set, and when ``auto`` takes these kernels."""

@@ -24,6 +24,7 @@ LIBRARY = Library(
         "expand_",
         "expand_backward",
         "shrink_backward",
+        "linear_expand",
         "lora_linear",
         "lora_linear_backward",
         "lora_linear_",

@@ -20,6 +20,7 @@ _shrink = _kernels.shrink.default
 _expand_ = _kernels.expand_.default
 _expand_backward = _kernels.expand_backward.default
 _shrink_backward = _kernels.shrink_backward.default
+_linear_expand = _kernels.linear_expand.default
 _lora_linear = _kernels.lora_linear.default
 _lora_linear_backward = _kernels.lora_linear_backward.default
 _lora_linear_ = _kernels.lora_linear_.default
@@ -69,6 +70,35 @@ def _add_expanded(
     """``y += drop(scaling · s·Bᵀ)``, rounded once."""
     _expand_(y, s, lora_B, float(scaling), *_mask(dropout_p, seed))
     return y
+
+
+def dense_linear_expand(
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``linear_expand`` of a dense W, the base GEMM in the same call."""
+    mask = _mask(dropout_p, seed)
+    return _linear_expand(x, weight, s, lora_B, float(scaling), bias, *mask)  # type: ignore[no-any-return]
+
+
+def dense_linear_expand_transposed(
+    dy: Tensor,
+    weight: Tensor,
+    ds: Tensor,
+    lora_A_t: Tensor,
+    scaling: float,
+    bias: None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """``linear_expand_transposed`` of a dense W, the base GEMM in the same call."""
+    return dense_linear_expand(dy, weight.t(), ds, lora_A_t, scaling, bias, dropout_p, seed)
 
 
 def linear_expand(
