@@ -89,10 +89,10 @@ class Triton(Backend):
             if not dequantized.reads_weight(problem):
                 return None
             product = next(p for p in parts(problem) if p.operation == "linear_expand")
-            if cost.reads_codes(product, device) is None:
+            if cost.reads_codes(product, device, self._config) is None:
                 return None
             return composed.plan_or_refusal(problem, self.plan)
-        launch = cost.reads_codes(problem, device)
+        launch = cost.reads_codes(problem, device, self._config)
         if launch is None:
             return None
         plan = Plan(self.name, self.run_of(launch, problem), lines(launch))

@@ -94,10 +94,12 @@ def dequantized(problem: Problem, device: Device) -> Estimate:
     return work(device, moved=moved, share=_DEQUANTIZE, host=LAUNCH_HOST)
 
 
-def reads_codes(problem: Problem, device: Device) -> CodesLaunch | None:
+def reads_codes(
+    problem: Problem, device: Device, config: LaunchConfig | None = None
+) -> CodesLaunch | None:
     """The launch of a ``linear_expand`` that reads a quantized weight's codes, where by the model it
     takes less time than making W dense does."""
-    launch = planning.plan_codes(problem, device)
+    launch = planning.plan_codes(problem, device, config)
     if isinstance(launch, str):
         return None
     dense = dequantized(problem, device) + estimate(of_dense(problem), device)

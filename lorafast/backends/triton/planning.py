@@ -156,18 +156,24 @@ def plan_hybrid(
     return HybridLaunch(plan_expand(as_expand(p), device, own), p.transposed)
 
 
-def plan_codes(p: Problem, device: Device) -> CodesLaunch | str:
-    """A ``linear_expand`` that reads a quantized weight's codes, or why it can't."""
+def plan_codes(p: Problem, device: Device, config: LaunchConfig | None = None) -> CodesLaunch | str:
+    """A ``linear_expand`` that reads a quantized weight's codes, or why it can't. A ``config`` that is
+    hybrid is another's, and says nothing."""
     if p.dropout:
         return "its mask is made by the launch that reads W dense"
     if not 0 < p.M <= MOST_ROWS:
         return f"there are {p.M} rows, it is for up to {MOST_ROWS}"
     if not quantized.shares_scales(p, GROUP):
         return f"rows or scales of W don't come in groups of {GROUP}"
+    own = None if config is None or config.hybrid else config
+    if own is not None:
+        along = own.block_n if p.transposed else own.block_k
+        if along % GROUP:
+            return f"its tiles have {along} columns of W, and scales come in groups of {GROUP}"
     K, N = (p.N, p.K) if p.transposed else (p.K, p.N)
     return codes_launch(
         p.M, K, N, p.r, sms=device.sms, dtype=p.dtype, precision=precision(p),
-        transposed=p.transposed, bias=p.bias,
+        transposed=p.transposed, bias=p.bias, config=own,
     )  # fmt: skip
 
 
