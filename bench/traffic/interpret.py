@@ -237,7 +237,7 @@ def formula_of(call: Call, device: Device) -> list[Launch]:
     """What the call moves, by the closed forms."""
     if call.operation not in LAYER_OPERATIONS:
         return launches.traffic_of(model.PLANNED[call.operation](call, device, None), call)
-    together = model.helped(call, device)
+    together = model.in_one_launch(call, device)
     if not isinstance(together, str):
         return launches.traffic_of(together, call)
     return [launch for part in parts(call) for launch in formula_of(part, device)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lorafast.bench.common.contenders import UnavailableError
 from lorafast.kernels.common.codes_plan import CodesLaunch
+from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -109,9 +110,30 @@ def _expand(launch: ExpandLaunch, p: Problem) -> list[Launch]:
     return [Launch(s + B + bias + seed, y, loaded, y)]
 
 
+_OF_CODES = "with so few rows its product reads codes, which has no closed form yet"
+
+
 @traffic_of.register
 def _codes(launch: CodesLaunch, p: Problem) -> list[Launch]:
-    raise UnavailableError("with so few rows its product reads codes, which has no closed form yet")
+    raise UnavailableError(_OF_CODES)
+
+
+@traffic_of.register
+def _decode(launch: DecodeLaunch, p: Problem) -> list[Launch]:
+    """Every tile reads x and s, which helpers make of x and A in shares, or of them its own s."""
+    if launch.group:
+        raise UnavailableError(_OF_CODES)
+    x, s, y = p.M * p.K * _size(p), _low(p, p.M), p.M * p.N * _size(p)
+    A, by_cols = p.r * p.K * _adapter(p), p.N * (p.K * _size(p) + p.r * _adapter(p))
+    if launch.bias:
+        by_cols += p.N * _size(p)
+    partials = _partials(launch.splits, p.M * p.N) + launch.shares * p.M * p.r * _PARTIAL
+    skinny, written = launch.rank_blocks * x + A, y + s + partials
+    if launch.shares:
+        loaded, read = skinny + launch.tiles * s, x + A + s + by_cols + partials
+    else:
+        loaded, read = launch.tiles * skinny, x + A + by_cols + partials
+    return [Launch(read, written, launch.tiles * x + by_cols + loaded + partials, written)]
 
 
 @traffic_of.register

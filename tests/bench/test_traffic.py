@@ -290,6 +290,8 @@ PROBLEMS = [
         (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
         (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
         (2190, 72, 520, 16, "bf16", "fp32", True, False, 20),  # helpers
+        (5, 2064, 40, 20, "bf16", "fp32", True, False, 4),  # one launch, with helpers
+        (5, 96, 40, 20, "fp16", "fp32", False, False, 132),  # and without
     )
 ]
 
@@ -309,6 +311,13 @@ def test_closed_forms_say_what_the_interpreter_counts(problem):
     if problem.forward_only:
         names = ["lora_linear"]
     assert interpret.compare(problem) == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize(("problem", "shares"), [(PROBLEMS[-2], 8), (PROBLEMS[-1], 0)], ids=str)
+def test_few_rows_are_one_launch(problem, shares):
+    call, _ = interpret.calls_of(problem)["lora_linear"]
+    launch = model.in_one_launch(call, launches.h200(problem.sms))
+    assert (launch.shares, launch.splits) == (shares, 2 if shares else 1)
 
 
 def test_a_wrong_closed_form_is_found(monkeypatch):
@@ -346,7 +355,7 @@ def test_the_reduced_sizes_reach_every_path(r, dtype):
         device = launches.h200(reduced.sms)
         if name in model.PLANNED:
             return model.PLANNED[name](call, device, None)
-        return model.helped(call, device)
+        return model.in_one_launch(call, device)
 
     for reduced, expected in ((small, False), (split, True)):
         assert planned(reduced, "shrink").split is expected
