@@ -77,7 +77,7 @@ def _help(
     M,
     K,
     r,
-    tiles,
+    users,
     BLOCK_R: tl.constexpr,
     SHARES: tl.constexpr,
     HELPER_K: tl.constexpr,
@@ -102,7 +102,7 @@ def _help(
         tl.store(s_ptr + offsets, cast(total, s_ptr.dtype.element_ty, INTERPRETED), mask=inside)
         tl.store(counters_ptr + ARRIVED + rank_block, 0)
         arrive(counters_ptr + READY)
-        _clear_when_last(counters_ptr, tl.cdiv(r, BLOCK_R) + tiles)
+        _clear_when_last(counters_ptr, users)
 
 
 @triton.jit
@@ -166,6 +166,8 @@ def _add_low_rank(
     N,
     K,
     r,
+    rank_blocks,
+    users,
     scaling,
     BLOCK_R: tl.constexpr,
     SHARES: tl.constexpr,
@@ -178,7 +180,6 @@ def _add_low_rank(
     """``acc + s·(scaling · B)ᵀ``, ``s`` of the helpers or the tile's own; without helpers the first tile
     writes it."""
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    rank_blocks = tl.cdiv(r, BLOCK_R)
     if SHARES > 0:
         there = _blocks_there(counters_ptr, rank_blocks)
     b_cols = b.ptr + cols.to(tl.int64)[None, :] * b.stride_row  # [1, BLOCK_N]
@@ -208,11 +209,11 @@ def _add_low_rank(
         b_tile = cast(b_tile.to(tl.float32) * scaling, dtype, INTERPRETED)
         acc = dot(s, b_tile, acc, PRECISION, INTERPRETED)
     if SHARES > 0:
-        _clear_when_last(counters_ptr, rank_blocks + tl.cdiv(N, cols.shape[0]))
+        _clear_when_last(counters_ptr, users)
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "splits", "scales_in_row"])
+@triton.jit(do_not_specialize=["M", "rank_blocks", "users", "splits", "scales_in_row"])
 def lora_linear_decode_kernel(
     x_ptr,
     w_ptr,
@@ -233,6 +234,8 @@ def lora_linear_decode_kernel(
     N,
     K,
     r,
+    rank_blocks,
+    users,
     splits,
     scales_in_row,
     unit,
@@ -266,20 +269,20 @@ def lora_linear_decode_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """First the helpers, SHARES for each block of the rank; then program p has share p % splits of tile
-    p // splits. GROUP is 0 of a dense W, SHARES where there are no helpers."""
+    p // splits. GROUP is 0 of a dense W, SHARES where there are no helpers; ``users`` look at the first
+    two counters."""
     x = Matrix(x_ptr, stride_xm, stride_xk)
     a = Matrix(a_ptr, stride_ar, stride_ak)
     b = Matrix(b_ptr, stride_bn, stride_br)
     bias = Vector(bias_ptr, stride_bias) if bias_ptr is not None else None
     rows = tl.arange(0, BLOCK_M)
     program = tl.program_id(0)
-    rank_blocks = tl.cdiv(r, BLOCK_R)
     helpers = rank_blocks * SHARES
     if SHARES > 0:
-        tiles = tl.cdiv(N, BLOCK_N)
-        if program < helpers:
+        is_helper = program < helpers
+        if is_helper:
             _help(
-                program, x, a, s_ptr, shares_ptr, counters_ptr, rows, M, K, r, tiles,
+                program, x, a, s_ptr, shares_ptr, counters_ptr, rows, M, K, r, users,
                 BLOCK_R, SHARES, HELPER_K, HELPER_STAGES, SKINNY, INTERPRETED,
             )  # fmt: skip
     if program >= helpers:
@@ -317,7 +320,8 @@ def lora_linear_decode_kernel(
             if APART:
                 acc = scale_columns(acc, scales_ptr, unit, cols, N, False, BLOCK_ROWS)
             acc = _add_low_rank(
-                acc, x, a, s_ptr, b, counters_ptr, rows, cols, tile, M, N, K, r, scaling,
+                acc, x, a, s_ptr, b, counters_ptr, rows, cols, tile, M, N, K, r,
+                rank_blocks, users, scaling,
                 BLOCK_R, SHARES, HELPER_K, HELPER_STAGES, PRECISION, SKINNY, INTERPRETED,
             )  # fmt: skip
             finish(acc, y_ptr, bias, 0, tile * BLOCK_N, M, N, 1, False, INTERPRETED)
@@ -368,9 +372,9 @@ def launcher(launch: DecodeLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
         )  # fmt: skip
         start(
             key_of(strides, constants, in_row, tensors=(x, *tensors, lora_A, lora_B, bias)),
-            x, *tensors, y, lora_A, s, lora_B, bias, shares, partials, zeros, M, N, K, r, launch.splits,
-            in_row, unit, float(scaling), *strides, *blocks, *constants, launch.precision,
-            launch.skinny, INTERPRETED,
+            x, *tensors, y, lora_A, s, lora_B, bias, shares, partials, zeros, M, N, K, r,
+            launch.rank_blocks, launch.rank_blocks + launch.tiles, launch.splits, in_row, unit,
+            float(scaling), *strides, *blocks, *constants, launch.precision, launch.skinny, INTERPRETED,
         )  # fmt: skip
         return y, s
 
