@@ -31,6 +31,12 @@ class CodesLaunch:
     bias: bool
 
     @property
+    def folds(self) -> bool:
+        """Whether scales of rows of W are better multiplied into dy than into W: a tile of dy has few
+        rows beside W's columns. Executed at M = 64, as many cost more instructions than they save."""
+        return 4 * self.config.block_m <= self.config.block_n
+
+    @property
     def row_blocks(self) -> int:
         """How often W's numbers are made."""
         return -(-self.M // self.config.block_m)

@@ -109,10 +109,11 @@ def codes_linear_expand_kernel(
         finish(acc, y_ptr, bias, row_block, col_block * BLOCK_N, M, N, 1, False, INTERPRETED)
 
 
-def constants_of(w: Stored, x: Tensor, group: int) -> tuple[Hashable, ...]:
-    """The compile-time constants of a product of ``x`` that reads codes, from BLOCK_ROWS to APART."""
+def constants_of(w: Stored, x: Tensor, group: int, rows_apart: bool = True) -> tuple[Hashable, ...]:
+    """The compile-time constants of a product of ``x`` that reads codes, from BLOCK_ROWS to APART;
+    ``rows_apart``: whether scales of rows of W may be left out of the main loop."""
     hardware = capability(x) >= CONVERTS_E4M3 and not INTERPRETED
-    apart = scales_apart(w.block, w.stored, x.dtype)
+    apart = scales_apart(w.block, w.stored, x.dtype) and (rows_apart or not w.block[0])
     return (*w.block, w.nested_block, w.low_first, hardware, group, w.stored, apart)
 
 
@@ -145,7 +146,7 @@ def launcher(launch: CodesLaunch) -> Callable[..., Tensor]:
         strides = (
             *x.stride(), *s.stride(), *lora_B.stride(), None if bias is None else bias.stride(0),
         )  # fmt: skip
-        blocks = constants_of(w, x, launch.group)
+        blocks = constants_of(w, x, launch.group, not launch.transposed or launch.folds)
         start(
             key_of(strides, blocks, w.scales_in_row, tensors=(x, *w.tensors, s, lora_B, bias)),
             x, *w.tensors, y, s, lora_B, bias, partials, used, M, N, K, r, launch.splits,

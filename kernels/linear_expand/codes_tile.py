@@ -3,7 +3,8 @@
 A tile of W becomes numbers in registers, rounded as ``Operand.rows`` rounds them, and is multiplied at
 once. Where a scale is of a whole row of W, or of all of it, codes are multiplied as the integers or
 8-bit floats that they are, which every dtype holds exactly. Their scale follows: in y it multiplies the
-sum, in dx the tile of dy. So W isn't rounded at all; ``scales_apart`` says where the contract allows it.
+sum, in dx the tile of dy, where that has few rows. So W isn't rounded at all; ``scales_apart`` says
+where the contract allows it.
 """
 
 import triton
