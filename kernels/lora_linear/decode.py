@@ -213,7 +213,7 @@ def _add_low_rank(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "rank_blocks", "users", "splits", "scales_in_row"])
+@triton.jit(do_not_specialize=["M", "rank_blocks", "users", "scales_in_row"])
 def lora_linear_decode_kernel(
     x_ptr,
     w_ptr,
@@ -236,7 +236,6 @@ def lora_linear_decode_kernel(
     r,
     rank_blocks,
     users,
-    splits,
     scales_in_row,
     unit,
     scaling,
@@ -253,6 +252,7 @@ def lora_linear_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
     SHARES: tl.constexpr,
     HELPER_K: tl.constexpr,
     HELPER_STAGES: tl.constexpr,
@@ -268,8 +268,8 @@ def lora_linear_decode_kernel(
     SKINNY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """First the helpers, SHARES for each block of the rank; then program p has share p % splits of tile
-    p // splits. GROUP is 0 of a dense W, SHARES where there are no helpers; ``users`` look at the first
+    """First the helpers, SHARES for each block of the rank; then program p has share p % SPLITS of tile
+    p // SPLITS. GROUP is 0 of a dense W, SHARES where there are no helpers; ``users`` look at the first
     two counters."""
     x = Matrix(x_ptr, stride_xm, stride_xk)
     a = Matrix(a_ptr, stride_ar, stride_ak)
@@ -286,11 +286,11 @@ def lora_linear_decode_kernel(
                 BLOCK_R, SHARES, HELPER_K, HELPER_STAGES, SKINNY, INTERPRETED,
             )  # fmt: skip
     if program >= helpers:
-        tile = (program - helpers) // splits
-        share = (program - helpers) % splits
+        tile = (program - helpers) // SPLITS
+        share = (program - helpers) % SPLITS
         k_blocks = tl.cdiv(K, BLOCK_K)
-        begin = k_blocks * share // splits
-        end = k_blocks * (share + 1) // splits
+        begin = k_blocks * share // SPLITS
+        end = k_blocks * (share + 1) // SPLITS
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if GROUP > 0:
@@ -312,9 +312,9 @@ def lora_linear_decode_kernel(
             size = tl.cast(M, tl.int64) * N
             counter = counters_ptr + ARRIVED + (rank_blocks if SHARES > 0 else 0) + tile
             tl.store(partials_ptr + share * size + offsets, acc, mask=inside)
-            last = arrive(counter) == splits - 1
+            last = arrive(counter) == SPLITS - 1
             if last:
-                acc = sum_blocks(partials_ptr, offsets, inside, size, splits)
+                acc = sum_blocks(partials_ptr, offsets, inside, size, SPLITS)
                 tl.store(counter, 0)
         if last:
             if APART:
@@ -333,7 +333,8 @@ def launcher(launch: DecodeLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
     c, M, K, N, r = launch.config, launch.M, launch.K, launch.N, launch.r
     start = Start(lora_linear_decode_kernel, (launch.programs,), c.options)
     blocks = (
-        c.block_m, c.block_n, c.block_k, c.block_r, launch.shares, launch.helper_k, HELPER_STAGES,
+        c.block_m, c.block_n, c.block_k, c.block_r, launch.splits, launch.shares, launch.helper_k,
+        HELPER_STAGES,
     )  # fmt: skip
     used = 2 + launch.tiles + (launch.rank_blocks if launch.shares else 0)
 
@@ -373,8 +374,8 @@ def launcher(launch: DecodeLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
         start(
             key_of(strides, constants, in_row, tensors=(x, *tensors, lora_A, lora_B, bias)),
             x, *tensors, y, lora_A, s, lora_B, bias, shares, partials, zeros, M, N, K, r,
-            launch.rank_blocks, launch.rank_blocks + launch.tiles, launch.splits, in_row, unit,
-            float(scaling), *strides, *blocks, *constants, launch.precision, launch.skinny, INTERPRETED,
+            launch.rank_blocks, launch.rank_blocks + launch.tiles, in_row, unit, float(scaling),
+            *strides, *blocks, *constants, launch.precision, launch.skinny, INTERPRETED,
         )  # fmt: skip
         return y, s
 
