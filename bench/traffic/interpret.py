@@ -249,6 +249,8 @@ def compare_products(reduced: Reduced, weight: Operand) -> dict[str, str | None]
     bias = torch.ones(N, dtype=dtype) if reduced.bias else None
     device = cost.gpu_of(weight.device)
     assert device is not None
+    from lorafast.backends.triton import launching  # which imports Triton
+
     differences: dict[str, str | None] = {}
     for name, (read, written), added in (
         ("linear_expand over codes", (K, N), bias),
@@ -262,8 +264,6 @@ def compare_products(reduced: Reduced, weight: Operand) -> dict[str, str | None]
         launch = planning.plan_codes(call, device)
         if isinstance(launch, str):
             continue
-        from lorafast.backends.triton import launching  # which imports Triton
-
         with _counting() as launched:
             launching.run_of(launch, call)(x, weight, s, factor, SCALING, added)
         counted = [accesses.sums() for accesses in launched]
@@ -271,6 +271,21 @@ def compare_products(reduced: Reduced, weight: Operand) -> dict[str, str | None]
         looked_up = launches.looked_up(launch, weight)
         formula = [replace(product, loaded=product.loaded + looked_up)]
         differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
+    x, A, B = (
+        torch.ones(size, dtype=d)
+        for size, d in (((M, K), dtype), ((r, K), adapter), ((N, r), adapter))
+    )
+    layer = problems.layer_problem(x, weight, A, B, bias, False, ("y", "s"), layouts=True)
+    decode = planning.plan_decode(layer, device)
+    if not isinstance(decode, str):
+        with _counting() as launched:
+            launching.run_of(decode, layer)(x, weight, A, B, SCALING, bias, 0.0, None)
+        counted = [accesses.sums() for accesses in launched]
+        whole = launches.codes_decoding(decode, layer, weight)
+        looked_up = launches.looked_up(decode, weight)
+        formula = [replace(whole, loaded=whole.loaded + looked_up)]
+        same = counted == formula
+        differences["lora_linear over codes"] = None if same else f"{counted}, by formula {formula}"
     return differences
 
 
@@ -278,7 +293,7 @@ def formula_of(call: Call, device: Device) -> list[Launch]:
     """What the call moves, by the closed forms."""
     if call.operation not in LAYER_OPERATIONS:
         return launches.traffic_of(model.PLANNED[call.operation](call, device, None), call)
-    together = model.helped(call, device)
+    together = model.in_one_launch(call, device)
     if not isinstance(together, str):
         return launches.traffic_of(together, call)
     return [launch for part in parts(call) for launch in formula_of(part, device)]

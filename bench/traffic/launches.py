@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lorafast.kernels.common.codes_plan import CodesLaunch
+from lorafast.kernels.common.codes_plan import CodesLaunch, scales_apart
+from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -107,6 +108,28 @@ def _expand(launch: ExpandLaunch, p: Problem) -> list[Launch]:
     seed = _SEED if launch.dropout else 0
     loaded = cols * s + groups * B + launch.grid[1] * (bias + cols * seed)
     return [Launch(s + B + bias + seed, y, loaded, y)]
+
+
+@traffic_of.register
+def _decode(launch: DecodeLaunch, p: Problem) -> list[Launch]:
+    W = p.N * p.K * _size(p)
+    return [_decoding(launch, p, W, W)]
+
+
+def _decoding(launch: DecodeLaunch, p: Problem, stored: int, loaded: int) -> Launch:
+    """Every tile reads x and s, which helpers make of x and A in shares, or of them its own s; and W,
+    which is ``stored`` in so many bytes and loaded by so many."""
+    x, s, y = p.M * p.K * _size(p), _low(p, p.M), p.M * p.N * _size(p)
+    A, by_cols = p.r * p.K * _adapter(p), p.N * p.r * _adapter(p)
+    if launch.bias:
+        by_cols += p.N * _size(p)
+    partials = _partials(launch.splits, p.M * p.N) + launch.shares * p.M * p.r * _PARTIAL
+    skinny, written = launch.rank_blocks * x + A, y + s + partials
+    if launch.shares:
+        of_s, read = skinny + launch.tiles * s, x + A + s + stored + by_cols + partials
+    else:
+        of_s, read = launch.tiles * skinny, x + A + stored + by_cols + partials
+    return Launch(read, written, launch.tiles * x + loaded + by_cols + of_s + partials, written)
 
 
 @traffic_of.register
@@ -241,50 +264,71 @@ def _scales_loaded(weight: FourBit | EightBit | MXFP4, W: torch.Tensor, programs
 
 
 def codes_product(launch: CodesLaunch, p: Problem, weight: Weight) -> Launch:
-    """Every column block reads x, every row block reads W's codes, B and the bias; of groups of
-    neighbours with one scale each reads that. The last program of a tile reads s and the partial sums.
+    """Every column block reads x, every row block reads W's codes, B and the bias. The last program of a
+    tile reads s and the partial sums."""
+    x, s, y = launch.M * launch.K * _size(p), _low(p, launch.M), launch.M * launch.N * _size(p)
+    by_cols = launch.N * p.r * _adapter(p) + (launch.N * _size(p) if launch.bias else 0)
+    partials = _partials(launch.splits, launch.M * launch.N)
+    apart = launch.transposed and launch.folds
+    stored, loaded = _codes(launch, p, weight, launch.transposed, apart)
+    return Launch(
+        x + s + stored + by_cols + partials,
+        y + partials,
+        _tiles_of_w(launch)[0] * (x + s) + launch.row_blocks * (loaded + by_cols) + partials,
+        y + partials,
+    )
+
+
+def codes_decoding(launch: DecodeLaunch, p: Problem, weight: Weight) -> Launch:
+    """A layer's forward of few rows over codes."""
+    return _decoding(launch, p, *_codes(launch, p, weight, False, False))
+
+
+def _codes(
+    launch: CodesLaunch | DecodeLaunch, p: Problem, weight: Weight, transposed: bool, folds: bool
+) -> tuple[int, int]:
+    """Bytes of W as it is stored, and what one block of rows loads of it: codes, and of groups of
+    neighbours with one scale each reads that. Scales that are left out of the main loop are read for
+    each column of y, or folded into dy for each row of W in every tile.
 
     Numbers that codes of 4 bits stand for are exchanged between threads, each of which has loaded one:
     that is left out, as flags are. The interpreter looks each of them up: ``looked_up``.
     """
     assert isinstance(weight, FourBit | EightBit)
-    rows, cols, calls = _tiles_of_w(launch)
-    x, s, y = launch.M * launch.K * _size(p), _low(p, launch.M), launch.M * launch.N * _size(p)
-    by_cols = launch.N * p.r * _adapter(p) + (launch.N * _size(p) if launch.bias else 0)
-    partials = _partials(launch.splits, launch.M * launch.N)
+    cols, calls = _tiles_of_w(launch)
     elements = launch.K * launch.N
     groups = elements // launch.group
     stored = sum(tensor.nbytes for tensor in operands.stored(weight))
     if isinstance(weight, EightBit):
-        loaded = elements + _NUMBER * groups
-    else:
-        stored += _NUMBERS
-        loaded = elements // 2 + _NUMBER * groups
-        if weight.nested_block is not None:
-            # A code and a factor each group, a number each lane of a tile, the offset each tile.
-            lanes = launch.config.block_n * launch.config.block_k // launch.group
-            loaded += groups + calls * _NUMBER * (lanes + 1)
-    return Launch(
-        x + s + stored + by_cols + partials,
-        y + partials,
-        cols * (x + s) + rows * (loaded + by_cols) + partials,
-        y + partials,
-    )
+        by_rows = weight.scale.numel() > 1
+        name = str(weight.stored_dtype).removeprefix("torch.")
+        apart = weight.block is None and scales_apart((int(by_rows), 0), name, p.dtype)
+        if not apart or (by_rows and transposed and not folds):
+            return stored, elements + _NUMBER * groups
+        scales = cols * launch.K if by_rows and transposed else launch.N
+        return stored, elements + _NUMBER * scales
+    loaded = elements // 2 + _NUMBER * groups
+    if weight.nested_block is not None:
+        # A code and a factor each group, a number each lane of a tile, the offset each tile.
+        lanes = launch.config.block_n * launch.config.block_k // launch.group
+        loaded += groups + calls * _NUMBER * (lanes + 1)
+    return stored + _NUMBERS, loaded
 
 
-def looked_up(launch: CodesLaunch, weight: Weight) -> int:
-    """Bytes of the numbers that the interpreter looks up in a ``codes_product``, one each code."""
+def looked_up(launch: CodesLaunch | DecodeLaunch, weight: Weight) -> int:
+    """Bytes of the numbers that the interpreter looks up in a product over codes, one each code."""
     if isinstance(weight, EightBit):
         return 0
-    rows, _, calls = _tiles_of_w(launch)
+    rows = 1 if isinstance(launch, DecodeLaunch) else launch.row_blocks
+    calls = _tiles_of_w(launch)[1]
     return rows * calls * launch.config.block_n * launch.config.block_k * _NUMBER
 
 
-def _tiles_of_w(launch: CodesLaunch) -> tuple[int, int, int]:
-    """Row blocks and column blocks of y, and tiles of W that a row block reads."""
+def _tiles_of_w(launch: CodesLaunch | DecodeLaunch) -> tuple[int, int]:
+    """Column blocks of y, and tiles of W that a row block reads."""
     c = launch.config
     cols = _blocks(launch.N, c.block_n)
-    return launch.row_blocks, cols, cols * _blocks(launch.K, c.block_k)
+    return cols, cols * _blocks(launch.K, c.block_k)
 
 
 def _size(p: Problem) -> int:
@@ -331,8 +375,8 @@ class _Counted(Triton):
         self._note([dequantization(weight, W)])
 
     def run_of(self, launch: Planned, problem: Problem) -> Run:
-        if isinstance(launch, CodesLaunch):
-            return self._of_product(launch, problem)
+        if isinstance(launch, CodesLaunch) or (isinstance(launch, DecodeLaunch) and launch.group):
+            return self._over_codes(launch, problem)
         moved = traffic_of(launch, problem)
 
         def run(first: torch.Tensor, *_: Any) -> Any:
@@ -341,11 +385,14 @@ class _Counted(Triton):
 
         return run
 
-    def _of_product(self, launch: CodesLaunch, problem: Problem) -> Run:
+    def _over_codes(self, launch: CodesLaunch | DecodeLaunch, problem: Problem) -> Run:
         """How many scales there are, the weight alone knows."""
 
         def run(x: torch.Tensor, weight: Weight, *_: Any) -> Any:
-            self._note([codes_product(launch, problem, weight)])
+            if isinstance(launch, DecodeLaunch):
+                self._note([codes_decoding(launch, problem, weight)])
+            else:
+                self._note([codes_product(launch, problem, weight)])
             return _results(problem, x)
 
         return run

@@ -31,6 +31,12 @@ class CodesLaunch:
     bias: bool
 
     @property
+    def folds(self) -> bool:
+        """Whether scales of rows of W are better multiplied into dy than into W: a tile of dy has few
+        rows beside W's columns. Executed at M = 64, as many cost more instructions than they save."""
+        return 4 * self.config.block_m <= self.config.block_n
+
+    @property
     def row_blocks(self) -> int:
         """How often W's numbers are made."""
         return -(-self.M // self.config.block_m)
@@ -69,3 +75,14 @@ def _tiles(M: int, dtype: torch.dtype, transposed: bool) -> LaunchConfig:
         return LaunchConfig(128, 64, 64, 16, num_warps=8, num_stages=3)
     columns, depth = (32, 256) if rows == 16 and not transposed else (64, 128)
     return LaunchConfig(rows, columns, depth, 16, num_warps=4, num_stages=3)
+
+
+def scales_apart(block: tuple[int, int], stored: str, dtype: torch.dtype) -> bool:
+    """Whether a product in ``dtype`` leaves the scales of W out of its main loop.
+
+    They must be of rows or of all of W, ``block``'s columns 0. W isn't rounded then, which the contract
+    allows where W is rounded to ``dtype``, be it in two steps. float16 has too short a range: dy times a
+    scale may be 0 in it.
+    """
+    name = str(dtype).removeprefix("torch.")
+    return block[1] == 0 and name != "float16" and stored in (name, "float32")

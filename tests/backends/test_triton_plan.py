@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from lorafast.kernels.common.configs import OPERATIONS, LaunchConfig
 from lorafast.kernels.common.plan import LoraLinearLaunch
 
-from lorafast.backends import cost, registry
+from lorafast.backends import composed, cost, registry
 from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan, Refusal
 from lorafast.backends.triton import Triton, backend, planning
@@ -467,3 +467,52 @@ def test_a_tensor_that_contradicts_its_plan_raises():
         plan.run(
             x, torch.randn(48, 64), torch.randn(24, 4), torch.randn(48, 4), 1.0, None, 0.0, None
         )
+
+
+def of_nf4(block=64, **others):
+    """A layer's forward over NF4."""
+    return problem(format="nf4", format_parameters=f"4096x4096,bfloat16,{block}", **others)
+
+
+@pytest.mark.parametrize("p", [problem(M=16, N=1024), of_nf4(M=1), of_nf4(M=16)], ids=str)
+def test_few_rows_are_one_launch_where_the_model_has_it_faster(on, p):
+    on(H200)
+    plan = TRITON.plan(p)
+    (line,) = plan.launches
+    assert line.startswith("lora_linear: grid ")
+    assert line.endswith("; 8 programs make s")
+    assert ("W read as codes" in line) is (p.format != "dense")
+    launch = model.decoded(p, H200)
+    assert plan.seconds == model._of(launch, p, H200).seconds
+    apart = composed.plan_or_refusal(p, TRITON.plan)
+    assert plan.seconds < apart.seconds
+
+
+def test_a_large_dense_weight_is_read_by_the_gemm():
+    """Whose rate is measured; that of the launch for few rows isn't, and launches count for less."""
+    p = problem(M=1, N=14336)
+    assert not isinstance(planning.plan_decode(p, H200), str)
+    assert model.decoded(p, H200) is None
+
+
+def test_a_forced_configuration_is_that_of_operations():
+    config = LaunchConfig(16, 32, 64, 16, 4, 2)
+    assert model.decoded(of_nf4(M=1), H200) is not None
+    assert model.decoded(of_nf4(M=1), H200, config) is None
+
+
+@pytest.mark.parametrize(
+    ("p", "reason"),
+    [
+        (problem(M=17), "there are 17 rows"),
+        (problem(M=0), "there are 0 rows"),
+        (problem(M=1, dropout=True), "there is dropout"),
+        (problem(M=1, r=257), "the rank is 257"),
+        (problem(M=1, r=0), "nothing to compute"),
+        (problem(M=1, K=4100), "aligned to 16 bytes"),
+        (of_nf4(M=1, block=100), "groups of 32"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_why_few_rows_are_not_one_launch(p, reason):
+    assert reason in planning.plan_decode(p, H200)

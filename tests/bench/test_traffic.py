@@ -248,11 +248,12 @@ def test_triton_makes_w_dense_in_one_launch(base, dropout_p):
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_with_few_rows_products_read_codes(base):
-    """Codes in the place of W, and partial sums where K is cut: into 4 shares in y, into 8 in dx."""
+    """Codes in the place of W. K is cut, into as many shares in y of both, which are one launch; in dx
+    over codes alone, into 8, whose partial sums are written and read."""
     dense = replace(PROBLEM, shape=replace(PROBLEM.shape, M=16))
     stored = CODES + BLOCKS + NESTED + 4 * 16 if base == "nf4" else N * K + 4 * N
     for shares, plain, over in zip(
-        (4, 8),
+        (0, 8),
         traffic_of("triton", dense),
         traffic_of("triton", replace(dense, base=base)),
         strict=True,
@@ -366,6 +367,8 @@ PROBLEMS = [
         (70, 1000, 30, 3, "fp16", "fp32", False, False, 132),
         (300, 40, 600, 300, "bf16", "fp32", False, True, 132),
         (2190, 72, 520, 16, "bf16", "fp32", True, False, 20),  # helpers
+        (5, 2064, 40, 20, "bf16", "fp32", True, False, 4),  # one launch, with helpers
+        (5, 96, 40, 20, "fp16", "fp32", False, False, 132),  # and without
     )
 ]
 
@@ -385,6 +388,13 @@ def test_closed_forms_say_what_the_interpreter_counts(problem):
     if problem.forward_only:
         names = ["lora_linear"]
     assert interpret.compare(problem) == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize(("problem", "shares"), [(PROBLEMS[-2], 8), (PROBLEMS[-1], 0)], ids=str)
+def test_few_rows_are_one_launch(problem, shares):
+    call, _ = interpret.calls_of(problem)["lora_linear"]
+    launch = model.in_one_launch(call, launches.h200(problem.sms))
+    assert (launch.shares, launch.splits) == (shares, 2 if shares else 1)
 
 
 def test_a_wrong_closed_form_is_found(monkeypatch):
@@ -422,7 +432,7 @@ def test_the_reduced_sizes_reach_every_path(r, dtype):
         device = launches.h200(reduced.sms)
         if name in model.PLANNED:
             return model.PLANNED[name](call, device, None)
-        return model.helped(call, device)
+        return model.in_one_launch(call, device)
 
     for reduced, expected in ((small, False), (split, True)):
         assert planned(reduced, "shrink").split is expected
@@ -468,14 +478,16 @@ def test_the_closed_form_holds_for_other_blocks_and_scales(weight):
         ("fp4", 199, 40, "bf16", 132),
         ("int8", 16, 40, "fp32", 1),
         ("fp8", 40, 3, "fp16", 132),
+        ("fp8", 16, 3, "bf16", 132),
     ],
 )  # fmt: skip
 def test_the_closed_form_of_products_over_codes_says_what_the_interpreter_counts(
     base, rows, rank, dtype, sms
 ):
     reduced = interpret.Reduced(rows, 288, 293, rank, dtype, "fp32", True, False, sms, base=base)
+    few = {"lora_linear over codes": None} if rows <= 16 else {}
     assert interpret.compare(reduced) == {
-        "dequantize": None, "linear_expand over codes": None, "dx over codes": None,
+        "dequantize": None, "linear_expand over codes": None, "dx over codes": None, **few,
     }  # fmt: skip
 
 

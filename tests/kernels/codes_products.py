@@ -20,7 +20,8 @@ BLOCKED = "fp8 in wide blocks"
 READ.append(BLOCKED)
 
 
-def _weight(kind, N, K, stored, device):
+def weight_of(kind, N, K, stored, device):
+    """As ``draw``, of ``BLOCKED`` too."""
     from lorafast.operands import FP8
 
     if kind != BLOCKED:
@@ -42,6 +43,8 @@ class Product:
     dtype: torch.dtype
     transposed: bool = False
     sms: int = INTERPRETER_SMS
+    stored: torch.dtype = torch.bfloat16
+    """What W is rounded to first."""
 
     @property
     def launch(self) -> CodesLaunch:
@@ -52,10 +55,13 @@ class Product:
             bias=not self.transposed,
         )  # fmt: skip
 
-    def check(self, device: torch.device, run=lambda call: call()) -> torch.Tensor:
-        """Holds the result to the contract, and returns it. ``run`` calls the launcher."""
+    def check(
+        self, device: torch.device, run=lambda call: call(), edit=lambda weight: weight
+    ) -> torch.Tensor:
+        """Holds the result to the contract, and returns it. ``run`` calls the launcher, ``edit`` makes
+        another weight of the one that is drawn."""
         torch.manual_seed(5)
-        weight = _weight(self.kind, self.N, self.K, torch.bfloat16, device).to(self.dtype)
+        weight = edit(weight_of(self.kind, self.N, self.K, self.stored, device)).to(self.dtype)
         launch = self.launch
         x = torch.randn(self.M, launch.K, device=device).to(self.dtype)
         s = torch.randn(self.M, self.r, device=device).to(wide(self.dtype))

@@ -1,4 +1,5 @@
-"""What reads codes, compiled for every architecture: nothing spills, and accesses are wide."""
+"""What reads codes, compiled for every architecture: nothing spills, and accesses are wide. So of a
+layer of few rows in one launch, whose weight may be dense."""
 
 import itertools
 import os
@@ -11,9 +12,12 @@ pytest.importorskip("triton")
 
 from lorafast.kernels.common.codes_plan import codes_launch
 from lorafast.kernels.common.configs import SHARED_MEMORY
+from lorafast.kernels.common.decode_plan import decode_launch
 from lorafast.kernels.common.launch import INTERPRETED
+from lorafast.kernels.common.plan import precision_of, skinny_precision_of
 from lorafast.kernels.dequantize import dequantize
 from lorafast.kernels.linear_expand import codes
+from lorafast.kernels.lora_linear import decode
 from machine_code import _compile
 from recorded import launches_of
 
@@ -31,7 +35,7 @@ def empty(*size, dtype=torch.uint8):
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def weight_of(kind, dtype):
+def weight_of(kind, dtype, K=K):
     scale = empty(N, dtype=torch.float32)
     if kind == "int8":
         return Int8({"weight": empty(N, K, dtype=torch.int8), "scale": scale}, dtype)
@@ -87,3 +91,37 @@ def test_a_product_that_reads_codes(capability, kind, M, product):
     weight = weight_of(kind, torch.bfloat16)
     has = machine_of(capability, lambda: codes.launcher(launch)(x, weight, s, B, 0.5))
     assert "LDGSTS.128" in has
+
+
+DECODED = {"nf4 nested": 4, "int8": 8, "fp8": 8, "dense": None}
+"""Bits of an element of W, as many as x has of a dense one."""
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "dtype", "r", "K"),
+    choices(
+        list(SHARED_MEMORY), list(DECODED), (torch.bfloat16, torch.float16, torch.float32),
+        (16, 40), (512, K),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_a_layer_of_few_rows(capability, kind, dtype, r, K):
+    """With helpers, and where K is short without; in 16 bits four programs have an SM's registers.
+
+    To run more programs at once ptxas puts up to two words on the stack in some of these, which are
+    stored once: more would be a spill.
+    """
+    launch = decode_launch(
+        16, K, N, r, sms=132, dtype=dtype, bits=DECODED[kind] or 8 * dtype.itemsize,
+        precision=precision_of(dtype, False), skinny=skinny_precision_of(dtype, False),
+    )  # fmt: skip
+    assert bool(launch.shares) is (K * launch.rank_blocks > 1024)
+    x, A, B = (empty(*size, dtype=dtype) for size in ((16, K), (r, K), (N, r)))
+    weight = empty(N, K, dtype=dtype) if kind == "dense" else weight_of(kind, dtype, K)
+    (found,) = launches_of(capability, lambda: decode.launcher(launch)(x, weight, A, B, 0.5))
+    machine = _compile(found, capability)
+    assert machine.stack <= 8
+    assert (machine.local, machine.serialized) == (0, False)
+    assert machine.shared <= SHARED_MEMORY[capability]
+    assert "LDGSTS.128" in machine.instructions
+    assert machine.registers <= (128 if dtype.itemsize == 2 else 255)

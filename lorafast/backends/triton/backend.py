@@ -29,9 +29,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Triton(Backend):
-    """Fused kernels: a layer's forward in one launch where helpers pay, PyTorch's GEMM onto what
-    ``expand`` wrote where that is faster than the fused one. A quantized weight is made dense first, by
-    one launch, or for few rows read as its codes.
+    """Fused kernels: a layer's forward in one launch where helpers pay, or where rows are few; PyTorch's
+    GEMM onto what ``expand`` wrote where that is faster than the fused one. A quantized weight is made
+    dense first, by one launch, or for few rows read as its codes.
 
     ``auto`` uses helpers by the model alone where nothing was tuned: they assume no order of programs
     and no residency, so a wrong model costs time and nothing else.
@@ -64,7 +64,7 @@ class Triton(Backend):
             return self._of_codes(problem, device) or self._of_dense(problem, device)
         launch: planning.Launch | str
         if problem.operation in LAYER_OPERATIONS:
-            launch = cost.helped(problem, device, self._config)
+            launch = cost.in_one_launch(problem, device, self._config)
         else:
             launch = cost.PLANNED[problem.operation](problem, device, self._config)
         if isinstance(launch, str):
@@ -85,21 +85,29 @@ class Triton(Backend):
 
         if problem.operation == WEIGHT_NORM:
             return None
+        launch: planning.CodesLaunch | planning.DecodeLaunch | None
         if problem.operation in LAYER_OPERATIONS:
-            if not dequantized.reads_weight(problem):
-                return None
-            product = next(p for p in parts(problem) if p.operation == "linear_expand")
-            if cost.reads_codes(product, device) is None:
-                return None
-            return composed.plan_or_refusal(problem, self.plan)
-        launch = cost.reads_codes(problem, device)
+            launch = cost.decoded(problem, device, self._config)
+        else:
+            launch = cost.reads_codes(problem, device, self._config)
         if launch is None:
-            return None
+            return self._with_codes(problem, device)
         plan = Plan(self.name, self.run_of(launch, problem), lines(launch))
         if gpu_of(problem.device) is None:
             return plan
-        found = cost.codes(launch, problem, device)
+        found = cost.of_codes(launch, problem, device)
         return replace(plan, seconds=found.seconds, source=f"no record: modelled {found}")
+
+    def _with_codes(self, problem: Problem, device: Device) -> Plan | Refusal | None:
+        """A layer's operations one by one, the one that reads W reads its codes, where that pays."""
+        from lorafast.backends.triton import cost
+
+        if problem.operation not in LAYER_OPERATIONS or not dequantized.reads_weight(problem):
+            return None
+        product = next(p for p in parts(problem) if p.operation == "linear_expand")
+        if cost.reads_codes(product, device, self._config) is None:
+            return None
+        return composed.plan_or_refusal(problem, self.plan)
 
     def _of_dense(self, problem: Problem, device: Device) -> Plan | Refusal:
         """The launches of the dense weight, behind one that makes it dense."""

@@ -15,9 +15,10 @@ from lorafast.backends.dequantized import dense as of_dense
 from lorafast.backends.triton import planning, quantized
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import LAYER_OPERATIONS, WEIGHT_NORM, Layout, Problem, parts
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, WEIGHT_NORM, Layout, Problem, parts
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -68,6 +69,11 @@ _NUMBERS = {0.5: 0.7e10, 1.0: 1.5e10}
 with nested scales and 13 for int8 and fp8, measured on an H200 (16 rows, K = N = 4096)."""
 _FEW_ROWS_GEMM = 0.3
 """Of the rate of a GEMM, in tiles of few rows that wait for W's numbers. Not measured."""
+_DECODED = 0.5
+"""Of the bandwidth, where one launch of few rows reads a dense W. Not measured, and so low that what was
+measured of PyTorch's GEMMs gives way to it for launches alone."""
+_OWN_STEP = 3e-7
+"""Of a tile that makes its own ``s``, whose loads come from L2. Assumed."""
 _NOT_BACKWARD = "measured on an H100, they make a backward slower"
 """486 µs at best over helpers, rounds and tiles, where it is 442 one by one; sizes as above."""
 _PARTIAL = 4
@@ -79,7 +85,7 @@ def estimate(problem: Problem, device: Device) -> Estimate:
     """What the problem takes on ``device``."""
     if problem.operation not in LAYER_OPERATIONS:
         return _of(PLANNED[problem.operation](problem, device, None), problem, device)
-    launch = helped(problem, device)
+    launch = in_one_launch(problem, device)
     if not isinstance(launch, str):
         return _of(launch, problem, device)
     found = _one_by_one(problem, device)
@@ -94,19 +100,55 @@ def dequantized(problem: Problem, device: Device) -> Estimate:
     return work(device, moved=moved, share=_DEQUANTIZE, host=LAUNCH_HOST)
 
 
-def reads_codes(problem: Problem, device: Device) -> CodesLaunch | None:
+def reads_codes(
+    problem: Problem, device: Device, config: LaunchConfig | None = None
+) -> CodesLaunch | None:
     """The launch of a ``linear_expand`` that reads a quantized weight's codes, where by the model it
     takes less time than making W dense does."""
-    launch = planning.plan_codes(problem, device)
+    launch = planning.plan_codes(problem, device, config)
     if isinstance(launch, str):
         return None
     dense = dequantized(problem, device) + estimate(of_dense(problem), device)
     return launch if _of(launch, problem, device).seconds < dense.seconds else None
 
 
-def codes(launch: CodesLaunch, problem: Problem, device: Device) -> Estimate:
-    """What that launch takes."""
+def of_codes(launch: CodesLaunch | DecodeLaunch, problem: Problem, device: Device) -> Estimate:
+    """What a launch over codes takes."""
     return _of(launch, problem, device)
+
+
+def in_one_launch(
+    problem: Problem, device: Device, config: LaunchConfig | None = None
+) -> DecodeLaunch | LoraLinearLaunch | str:
+    """The launch that serves a layer's forward alone, or why there is none, as ``helped`` says it."""
+    return decoded(problem, device, config) or helped(problem, device, config)
+
+
+def decoded(
+    problem: Problem, device: Device, config: LaunchConfig | None = None
+) -> DecodeLaunch | None:
+    """The launch of a layer's forward of few rows, over a dense weight or codes, where by the model it
+    takes less time than the operations one by one. By a ``config``, which is that of a GEMM, they are
+    asked for."""
+    if problem.operation != "lora_linear" or config is not None:
+        return None
+    record = record_of(problem, device.name)
+    if record is not None and record.config is not None:
+        return None
+    launch = planning.plan_decode(problem, device)
+    if isinstance(launch, str):
+        return None
+    if problem.format == DENSE:
+        apart = _one_by_one(problem, device)
+    else:
+        shrink, product = parts(problem)
+        reads = reads_codes(product, device)
+        if reads is None:
+            apart = dequantized(product, device) + estimate(of_dense(product), device)
+        else:
+            apart = _of(reads, product, device)
+        apart += estimate(shrink, device)
+    return launch if _of(launch, problem, device).seconds < apart.seconds else None
 
 
 def helped(
@@ -277,14 +319,37 @@ def _codes(launch: CodesLaunch, p: Problem, device: Device) -> Estimate:
     size = p.dtype.itemsize
     moved = p.N * p.K * quantized.code_bytes(p) + float(p.M * p.K + p.M * p.N) * size
     moved += _partials(launch.splits, launch.M * launch.N)
-    rows = launch.row_blocks * launch.config.block_m
-    flops = 2.0 * rows * p.K * p.N
-    rate = _NUMBERS[quantized.code_bytes(p)] * device.sms
-    seconds = launch.row_blocks * p.N * p.K / rate
-    seconds += flops / (_gemm_rate(p, device) * _FEW_ROWS_GEMM)
     found = work(device, moved=moved, share=_DEQUANTIZE, host=LAUNCH_HOST)
+    seconds = _few_rows(p, launch.row_blocks, launch.config.block_m, device)
     slower = max(found.device, seconds + LAUNCH_SECONDS)
     return replace(found, device=slower, flops=2.0 * p.M * p.K * p.N)
+
+
+def _few_rows(p: Problem, row_blocks: int, block_m: int, device: Device) -> float:
+    """Seconds of the SMs for a product over codes or a dense W: numbers are made, then multiplied."""
+    seconds = 2.0 * row_blocks * block_m * p.K * p.N / (_gemm_rate(p, device) * _FEW_ROWS_GEMM)
+    if p.format != DENSE:
+        seconds += row_blocks * p.N * p.K / (_NUMBERS[quantized.code_bytes(p)] * device.sms)
+    return seconds
+
+
+@_of.register
+def _decode(launch: DecodeLaunch, p: Problem, device: Device) -> Estimate:
+    """W is read once, codes as ``_codes`` has it. Helpers are done before the tiles are; without them
+    each tile goes through A."""
+    size, adapter, s = p.dtype.itemsize, p.adapter_dtype.itemsize, p.M * p.r
+    dense = p.format == DENSE
+    moved = p.N * p.K * (size if dense else quantized.code_bytes(p))
+    moved += float((p.M * p.K + p.M * p.N) * size + p.r * (p.K + p.N) * adapter)
+    moved += s * wide(p.dtype).itemsize + 2.0 * _PARTIAL * launch.shares * s
+    moved += _partials(launch.splits, p.M * p.N)
+    share = _DECODED if dense else _DEQUANTIZE
+    found = work(device, moved=moved, share=share, host=LAUNCH_HOST)
+    seconds = _few_rows(p, 1, launch.config.block_m, device)
+    slower = max(found.device, seconds + LAUNCH_SECONDS)
+    if not launch.shares:
+        slower += -(-p.K // launch.helper_k) * launch.rank_blocks * _OWN_STEP
+    return replace(found, device=slower, flops=2.0 * p.M * (p.K * p.N + p.r * (p.K + p.N)))
 
 
 @_of.register

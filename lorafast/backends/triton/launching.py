@@ -9,6 +9,7 @@ from lorafast.backends.plan import Run
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.problem import Problem
 from lorafast.kernels.common.codes_plan import CodesLaunch
+from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -21,7 +22,7 @@ from lorafast.kernels.expand import kernel as expand
 from lorafast.kernels.expand_backward import kernel as expand_backward
 from lorafast.kernels.linear_expand import codes
 from lorafast.kernels.linear_expand import kernel as linear_expand
-from lorafast.kernels.lora_linear import forward
+from lorafast.kernels.lora_linear import decode, forward
 from lorafast.kernels.shrink import kernel as shrink
 from lorafast.kernels.shrink_backward import kernel as shrink_backward
 from lorafast.kernels.weight_norm import kernel as weight_norm
@@ -44,6 +45,8 @@ def run_of(launch: Launch, p: Problem) -> Run:
         return shrink_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, CodesLaunch):
         return codes.launcher(launch)
+    if isinstance(launch, DecodeLaunch):
+        return decode.launcher(launch)
     if isinstance(launch, WeightNormLaunch):
         return weight_norm.launcher(launch)
     return forward.launcher(launch)

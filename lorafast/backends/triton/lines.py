@@ -3,6 +3,7 @@
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -38,6 +39,13 @@ def lines(launch: Launch) -> tuple[str, ...]:
         programs, tiles = launch.tiles * launch.splits, _tiles(launch.config, "mnk")
         cut = _cut(launch.splits, "K")
         return (f"linear_expand: grid {programs}, {tiles}{cut}, W read as codes",)
+    if isinstance(launch, DecodeLaunch):
+        cut, tiles = _cut(launch.splits, "K"), _tiles(launch.config, "mnk")
+        codes = ", W read as codes" if launch.group else ""
+        made = (
+            f"{launch.helpers} programs make s" if launch.helpers else "each tile makes its own s"
+        )
+        return (f"lora_linear: grid {launch.programs}, {tiles}{cut}{codes}; {made}",)
     if isinstance(launch, WeightNormLaunch):
         tiles = _tiles(launch.config, "nk")
         return (f"weight_norm: grid {launch.programs}, {tiles}, pointers",)

@@ -13,10 +13,12 @@ import torch
 
 from lorafast.backends.cost import Device, key_of, record_of
 from lorafast.backends.triton import quantized
-from lorafast.core.problem import Problem
+from lorafast.core.problem import DENSE, Problem
 from lorafast.kernels import tables
 from lorafast.kernels.common.codes_plan import GROUP, MOST_ROWS, CodesLaunch, codes_launch
 from lorafast.kernels.common.configs import LaunchConfig
+from lorafast.kernels.common.decode_plan import MOST_RANKS, DecodeLaunch, decode_launch
+from lorafast.kernels.common.decode_plan import MOST_ROWS as MOST_DECODED
 from lorafast.kernels.common.plan import (
     ExpandBackwardLaunch,
     ExpandLaunch,
@@ -65,6 +67,7 @@ Launch = (
     | ShrinkBackwardLaunch
     | LoraLinearLaunch
     | CodesLaunch
+    | DecodeLaunch
     | WeightNormLaunch
 )
 
@@ -156,18 +159,48 @@ def plan_hybrid(
     return HybridLaunch(plan_expand(as_expand(p), device, own), p.transposed)
 
 
-def plan_codes(p: Problem, device: Device) -> CodesLaunch | str:
-    """A ``linear_expand`` that reads a quantized weight's codes, or why it can't."""
+def plan_codes(p: Problem, device: Device, config: LaunchConfig | None = None) -> CodesLaunch | str:
+    """A ``linear_expand`` that reads a quantized weight's codes, or why it can't. A ``config`` that is
+    hybrid is another's, and says nothing."""
     if p.dropout:
         return "its mask is made by the launch that reads W dense"
     if not 0 < p.M <= MOST_ROWS:
         return f"there are {p.M} rows, it is for up to {MOST_ROWS}"
     if not quantized.shares_scales(p, GROUP):
         return f"rows or scales of W don't come in groups of {GROUP}"
+    own = None if config is None or config.hybrid else config
+    if own is not None:
+        along = own.block_n if p.transposed else own.block_k
+        if along % GROUP:
+            return f"its tiles have {along} columns of W, and scales come in groups of {GROUP}"
     K, N = (p.N, p.K) if p.transposed else (p.K, p.N)
     return codes_launch(
         p.M, K, N, p.r, sms=device.sms, dtype=p.dtype, precision=precision(p),
-        transposed=p.transposed, bias=p.bias,
+        transposed=p.transposed, bias=p.bias, config=own,
+    )  # fmt: skip
+
+
+def plan_decode(p: Problem, device: Device) -> DecodeLaunch | str:
+    """A layer's forward of few rows in one launch, W dense or read as codes, or why there is none."""
+    if not 0 < p.M <= MOST_DECODED:
+        return f"there are {p.M} rows, a launch for decoding is for up to {MOST_DECODED}"
+    if p.dropout:
+        return "there is dropout, a launch for decoding has none"
+    if min(p.K, p.N, p.r) < 1:
+        return "there is nothing to compute"
+    if p.r > MOST_RANKS:
+        return f"the rank is {p.r}, a launch for decoding takes up to {MOST_RANKS}"
+    if p.format == DENSE:
+        if p.layouts.weight.rows < 16 or p.K % 16:
+            return "the rows of W aren't contiguous and aligned to 16 bytes"
+        bits = 8 * p.dtype.itemsize
+    else:
+        if not quantized.shares_scales(p, GROUP):
+            return f"rows or scales of W don't come in groups of {GROUP}"
+        bits = int(8 * quantized.code_bytes(p))
+    return decode_launch(
+        p.M, p.K, p.N, p.r, sms=device.sms, dtype=p.dtype, bits=bits, precision=precision(p),
+        skinny=skinny_precision(p), bias=p.bias,
     )  # fmt: skip
 
 
