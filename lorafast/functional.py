@@ -346,7 +346,7 @@ def lora_conv(
         if magnitude is None:
             y = ops.lora_conv(batch, weight, lora_A, lora_B, scaling, bias, geometry, p, seed)
         else:
-            norm = ops.weight_norm(*_filters(uncast, lora_A, lora_B), scaling)
+            norm = ops.weight_norm(*filters(uncast, lora_A, lora_B), scaling)
             y = ops.dora_conv(
                 batch, weight, lora_A, lora_B, magnitude.reshape(-1) / norm, scaling, bias, geometry,
                 p, seed,
@@ -354,7 +354,7 @@ def lora_conv(
     return y.squeeze(0) if single else y
 
 
-def _filters(*kernels: Tensor) -> tuple[Tensor, ...]:
+def filters(*kernels: Tensor) -> tuple[Tensor, ...]:
     """Kernels as matrices of a row for each filter, in the order in which the first lies in memory."""
     if kernels[0].movedim(1, -1).is_contiguous():
         kernels = tuple(kernel.movedim(1, -1) for kernel in kernels)
