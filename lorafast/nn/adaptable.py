@@ -82,8 +82,8 @@ def _why_not_padded(conv: Any) -> str | None:
         )
     if conv.padding == "same" and any(one != 1 for one in conv.dilation):
         return (
-            f"its dilation is {conv.dilation} with padding 'same', and PEFT's lora_A has no dilation, so "
-            "that what it trains is not what it merges"
+            f"its dilation is {conv.dilation} with padding 'same', and PEFT's lora_A has no dilation, "
+            "so that what it trains is not what it merges"
         )
     return None
 

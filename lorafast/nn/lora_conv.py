@@ -157,7 +157,7 @@ class LoRAConv(AdapterLayer):
             raise ValueError(f"r is {r}, expected a multiple of the groups of {plain}")
         if use_dora and plain.groups > 1:
             raise ValueError(
-                f"use_dora is True, expected False over groups: B·A is no change of the weight of {plain}"
+                f"use_dora is True, expected False for {plain}: B·A is no change of a weight in groups"
             )
         self.weight, self.bias = plain.weight, plain.bias
         self._add_adapter(self.weight.dtype, offload.device_of(plain, self.weight), adapter_dtype)
@@ -240,8 +240,8 @@ class LoRAConv(AdapterLayer):
         """
         if self.groups > 1:
             raise ValueError(
-                f"it is a convolution in {self.groups} groups, whose filters don't see all channels that "
-                "lora_A sees"
+                f"it is a convolution in {self.groups} groups, whose filters don't see all the channels "
+                "that lora_A sees"
             )
         self._check_mergeable(
             self.weight, (self.out_features, self.in_features, *self.lora_A.shape[2:])
@@ -294,7 +294,7 @@ class LoRAConv(AdapterLayer):
 
 
 class LoRAConv1d(LoRAConv):
-    """``LoRAConv2d`` in one dimension: ``[batch, C, length]``. (GPT-2's ``Conv1D`` is a linear layer.)"""
+    """``LoRAConv2d`` in one dimension: ``[batch, C, length]``. GPT-2's ``Conv1D`` is a linear layer."""
 
     stock = nn.Conv1d
     _plain_class: type[nn.Module] = nn.Conv1d
