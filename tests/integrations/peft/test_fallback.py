@@ -26,6 +26,7 @@ from peft_twins import (
 from torch import nn
 
 import lorafast
+from lorafast.integrations.peft import layers as fast_layers
 
 
 class Scaled(nn.Linear):
@@ -316,22 +317,25 @@ def test_dropout_of_dora_follows_the_layer():
         torch.testing.assert_close(*found)
 
 
-def test_layers_of_other_types_stay_as_they_are():
+def test_layers_of_other_types_stay_as_they_are(monkeypatch):
+    for known in (fast_layers.FAST, fast_layers.LAYERS):
+        monkeypatch.delitem(known, stock_layers.Conv2d)
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.MultiheadAttention(4, 2)
+            self.conv = nn.Conv2d(3, 4, 3)
             self.linear = nn.Linear(5, 6)
 
         def forward(self, x):
-            return self.conv(x, x, x)[0].sum() + self.linear.weight.sum()
+            return self.conv(x).sum() + self.linear.weight.sum()
 
     model = get_peft_model(Net(), LoraConfig(target_modules=["conv", "linear"]))
     lorafast.accelerate(model, quiet=True)
     found = lorafast.explain(model)
     assert found.layers["base_model.model.linear"] is None
-    assert "a MultiheadAttention layer" in found.layers["base_model.model.conv"]
-    assert type(model.base_model.model.conv) is stock_layers.MultiheadAttention
+    assert "a Conv2d layer" in found.layers["base_model.model.conv"]
+    assert type(model.base_model.model.conv) is stock_layers.Conv2d
     assert found.summary == (
         "1 of 2 adapter layers are fast, 1 PEFT's own (lorafast.explain(model) says why)"
     )
