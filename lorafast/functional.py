@@ -11,7 +11,14 @@ from lorafast.core.context import autocast_anywhere, autocast_enabled, without_a
 from lorafast.operands import Operand, Weight
 from lorafast.ops.checks import check_dora_linear, check_lora_linear, check_probability
 from lorafast.ops.dora_linear import around_float16
-from lorafast.ops.lora_conv_checks import check_lora_conv, check_magnitude, geometry_of
+from lorafast.ops.lora_conv_checks import (
+    check_lora_conv,
+    check_magnitude,
+    geometry_of,
+    key_of,
+    known_geometry,
+    remember,
+)
 
 _SEEDS = 2**63 - 1
 
@@ -334,10 +341,16 @@ def lora_conv(
     uncast = weight
     if autocast_anywhere() and autocast_enabled(x):
         x, weight, bias = _cast(x, weight, bias)
-    padded, geometry = geometry_of(x, weight, stride, padding, dilation, groups)
-    single = padded.dim() == weight.dim() - 1
-    batch = padded.unsqueeze(0) if single else padded
-    check_lora_conv(batch, weight, lora_A, lora_B, scaling, bias, geometry, dropout_p)
+    windows = stride, padding, dilation, groups
+    key = key_of((x, weight, lora_A, lora_B), bias, scaling, windows, dropout_p)
+    geometry, batch, single = known_geometry(key), x, False
+    if geometry is None:
+        padded, geometry = geometry_of(x, weight, stride, padding, dilation, groups)
+        single = padded.dim() == weight.dim() - 1
+        batch = padded.unsqueeze(0) if single else padded
+        check_lora_conv(batch, weight, lora_A, lora_B, scaling, bias, geometry, dropout_p)
+        if batch is x:
+            remember(key, geometry)
     if magnitude is not None:
         check_magnitude(magnitude, weight, geometry)
     p = dropout_p if training else 0.0

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.core.convolution import Geometry
+from lorafast.core.problem import is_plain
 from lorafast.ops.checks import (
     check_device,
     check_float,
@@ -17,6 +19,9 @@ from lorafast.ops.checks import (
     has_rows,
 )
 
+_KEPT = 4096
+_known: dict[tuple[object, ...], Geometry] = {}
+"""The geometry of calls whose arguments fitted, by all that the checks ask."""
 _SIZES = {3: "length", 4: "height, width", 5: "depth, height, width"}
 
 
@@ -105,6 +110,45 @@ def check_rank_of_groups(name: str, r: int, groups: int) -> None:
             f"the rank r of {name} is {r}, expected a multiple of groups, {groups}: B has a part of the "
             "rank for each group"
         )
+
+
+def known_geometry(key: tuple[object, ...] | None) -> Geometry | None:
+    """The geometry of a call like one that fitted before, or None."""
+    return None if key is None else _known.get(key)
+
+
+def remember(key: tuple[object, ...] | None, geometry: Geometry) -> None:
+    """The arguments fitted."""
+    if key is not None:
+        if len(_known) >= _KEPT:
+            _known.clear()
+        _known[key] = geometry
+
+
+def key_of(
+    tensors: tuple[Tensor, ...],
+    bias: Tensor | None,
+    scaling: object,
+    windows: tuple[Any, ...],
+    dropout_p: float,
+) -> tuple[object, ...] | None:
+    """What the checks of a call ask; None of tensors of other classes and in compiled code.
+
+    ``windows``: stride, padding, dilation and groups as they were given.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    given = tensors if bias is None else (*tensors, bias)
+    try:
+        if not is_plain(*given):
+            return None
+        key = (
+            *[(t.shape, t.dtype) for t in given], bias is None, type(scaling), windows, dropout_p,
+        )  # fmt: skip
+        hash(key)
+    except (AttributeError, RuntimeError, TypeError):
+        return None  # no tensors, nested ones, or windows as a list
+    return key
 
 
 def geometry_of(
