@@ -367,8 +367,8 @@ def lora_conv(
     return y.squeeze(0) if single else y
 
 
-def filters(*kernels: Tensor) -> tuple[Tensor, ...]:
+def filters(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Kernels as matrices of a row for each filter, in the order in which the first lies in memory."""
-    if kernels[0].movedim(1, -1).is_contiguous():
-        kernels = tuple(kernel.movedim(1, -1) for kernel in kernels)
-    return tuple(kernel.flatten(1) for kernel in kernels)
+    if weight.movedim(1, -1).is_contiguous():
+        weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
+    return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)

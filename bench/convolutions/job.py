@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from lorafast.bench.common import memory
@@ -166,13 +167,13 @@ def measure(
     shape = (size.batch, 3, size.side, size.side)
     images = torch.randn(shape).to(device, DTYPES[dtype], memory_format=of)
     labels = torch.randint(100, (size.batch,)).to(device)
-    frozen = Network(size.widths).to(device, DTYPES[dtype], memory_format=of)
+    frozen = _laid_out(Network(size.widths).to(device, DTYPES[dtype]), of)
     frozen = calibrated(frozen, images).requires_grad_(False)
     arms: dict[str, nn.Module] = {}
     bounds: dict[str, contract.Bound] | None = None
     for name in progress(ARMS, "arm"):
         try:
-            network = _make(name, frozen, r).to(memory_format=of)
+            network = _laid_out(_make(name, frozen, r), of)
             if name == "lorafast":
                 plain = _plain(network)
                 exact = _results(copy.deepcopy(plain).double(), images.double(), labels)
@@ -195,6 +196,16 @@ def measure(
         rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
         rows[name].peak_bytes = memory.peak_bytes(steps[name], device)
     return list(rows.values())
+
+
+_N = TypeVar("_N", bound=nn.Module)
+
+
+def _laid_out(network: _N, memory_format: torch.memory_format) -> _N:
+    """The network with its kernels in this format."""
+    move: Any = network.to
+    move(memory_format=memory_format)
+    return network
 
 
 def _turn(step: Callable[[], None]) -> Turn:

@@ -61,7 +61,7 @@ def why_not_convolution(conv: nn.Module, taken: Collection[str]) -> str | None:
     if stock is None:
         return f"it is a {type(conv).__name__}, expected an nn.Conv1d, nn.Conv2d or nn.Conv3d"
     module: Any = conv
-    if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():
         return f"it is a {type(conv).__name__} whose shape is not known yet: run it once first"
     if type(module)._conv_forward is not stock._conv_forward:
         return f"its class {type(conv).__name__} convolves in its own way"

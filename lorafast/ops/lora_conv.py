@@ -54,11 +54,11 @@ def lora_conv(
         return y.movedim(-1, 1)
     compiling = torch.compiler.is_compiling()
     if compiling or not alone() or not is_plain(x, weight, lora_A, lora_B, bias):
-        y = _surrounded(
+        found = _surrounded(
             compiling, x, weight, lora_A, lora_B, scaling, bias, geometry, dropout_p, seed
         )
-        if y is not None:
-            return y
+        if found is not None:
+            return found
     adapter = Adapter(lora_A, lora_B, float(scaling), geometry, dropout_p, seed)
     if torch.is_grad_enabled():
         return _apply(x, weight, lora_A, lora_B, bias, adapter)

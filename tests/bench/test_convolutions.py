@@ -7,7 +7,7 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.convolutions import job
 
 CPU = torch.device("cpu")
-SIZE = job.Size(4, 64, (4, 8, 8, 8))
+SIZE = job.Size(4, 64, (16, 16, 24, 24))
 
 
 def test_every_arm_is_checked_and_timed(tmp_path):
