@@ -1,4 +1,4 @@
-"""Times a training step of a convolutional network, after checking its logits and gradients.
+"""Times a training step of a convolutional network, after checking its layers and their gradients.
 
 Adapters on every convolution but the stem's, and a trained head, in lorafast and in PEFT; beside them
 the frozen network, where a gradient flows to where the adapters begin; the head alone; and full
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafast
-from lorafast.nn import LoRAConv
 from lorafast.reference import contract
 
 ARMS = (FROZEN, "head", "lorafast", "peft", "accelerated", "full")
@@ -125,30 +124,54 @@ def _step(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> Call
     return step
 
 
-def _results(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The logits, and the adapters' gradients in one vector."""
-    network.zero_grad()
-    logits: Tensor = network(images)
-    F.cross_entropy(logits.float(), labels).backward()
-    gradients = [
-        p.grad for n, p in network.named_parameters() if "lora_" in n and p.grad is not None
-    ]
-    found = {
-        "logits": logits.detach(),
-        "adapter gradients": torch.cat([g.flatten() for g in gradients]),
-    }
-    network.zero_grad()
+def _inputs(frozen: Network, images: Tensor) -> dict[str, Tensor]:
+    """What each convolution that gets an adapter is given for two of the images."""
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for name in convolutions(frozen):
+
+        def keep(module: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
+            found[name] = given[0].detach().clone()
+
+        hooks.append(frozen.get_submodule(name).register_forward_pre_hook(keep))
+    with torch.no_grad():
+        frozen(images[:2])
+    for hook in hooks:
+        hook.remove()
     return found
 
 
-def _plain(adapted: nn.Module) -> nn.Module:
-    """The same network in PyTorch's own calls."""
-    network = copy.deepcopy(adapted)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, LoRAConv):
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, Plain(module))
-    return network
+def _results(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """A layer's output and gradients, of A and B in this order."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    factors = [p for name, p in layer.named_parameters() if "lora_" in name]
+    y: Tensor = layer(x)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
+    gradients = torch.autograd.grad(y, [x, *factors], dy.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=True))}
+
+
+def _bounds(network: nn.Module, inputs: dict[str, Tensor]) -> dict[str, dict[str, contract.Bound]]:
+    """What the contract asks of each layer: whole networks of ReLUs are no measure, for where one is
+    near 0 a rounding decides on a gradient."""
+    found = {}
+    for name, x in inputs.items():
+        layer: Any = network.get_submodule(name)
+        plain = Plain(layer)
+        exact = _results(copy.deepcopy(plain).double(), x.double())
+        found[name] = contract.bounds(_results(plain, x), exact, dtype=x.dtype)
+    return found
+
+
+def _why_wrong(
+    network: nn.Module, inputs: dict[str, Tensor], bounds: dict[str, dict[str, contract.Bound]]
+) -> str | None:
+    """The first layer whose output or gradients are wrong, or None."""
+    for name, x in inputs.items():
+        reason = contract.why_any_broken(_results(network.get_submodule(name), x), bounds[name])
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
 
 
 def measure(
@@ -170,18 +193,15 @@ def measure(
     frozen = _laid_out(Network(size.widths).to(device, DTYPES[dtype]), of)
     frozen = calibrated(frozen, images).requires_grad_(False)
     arms: dict[str, nn.Module] = {}
-    bounds: dict[str, contract.Bound] | None = None
+    inputs = _inputs(frozen, images)
+    bounds: dict[str, dict[str, contract.Bound]] = {}
     for name in progress(ARMS, "arm"):
         try:
             network = _laid_out(_make(name, frozen, r), of)
             if name == "lorafast":
-                plain = _plain(network)
-                exact = _results(copy.deepcopy(plain).double(), images.double(), labels)
-                eager = _results(plain, images, labels)
-                bounds = contract.bounds(eager, exact, dtype=DTYPES[dtype])
-            if name in _ADAPTED and bounds is not None:
-                found = _results(network, images, labels)
-                rows[name].wrong = contract.why_any_broken(found, bounds)
+                bounds = _bounds(network, inputs)
+            if name in _ADAPTED:
+                rows[name].wrong = _why_wrong(network, inputs, bounds)
         except UnavailableError as error:
             rows[name].unavailable = str(error)
             continue

@@ -6,8 +6,10 @@ import torch
 from lorafast.bench.common.record import Record
 from lorafast.bench.convolutions import job
 
+from lorafast.nn import LoRAConv
+
 CPU = torch.device("cpu")
-SIZE = job.Size(4, 64, (16, 16, 24, 24))
+SIZE = job.Size(4, 64, (4, 6, 8, 8))
 
 
 def test_every_arm_is_checked_and_timed(tmp_path):
@@ -20,7 +22,7 @@ def test_every_arm_is_checked_and_timed(tmp_path):
 
 
 def test_what_is_wrong_has_no_time(monkeypatch):
-    forward = job.LoRAConv.forward
+    forward = LoRAConv.forward
 
     def without_scaling(self, x):
         before, self._scaling = self._scaling, self._scaling / 2
@@ -28,7 +30,7 @@ def test_what_is_wrong_has_no_time(monkeypatch):
         self._scaling = before
         return y
 
-    monkeypatch.setattr(job.LoRAConv, "forward", without_scaling)
+    monkeypatch.setattr(LoRAConv, "forward", without_scaling)
     rows = {r.contender: r for r in job.measure(SIZE, 2, "fp32", device=CPU, seconds=0.01)}
     assert rows["lorafast"].samples == []
     assert "WRONG" in job.format_rows([rows["lorafast"]])
