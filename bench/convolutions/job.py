@@ -146,8 +146,9 @@ def _results(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     factors = [p for name, p in layer.named_parameters() if "lora_" in name]
     y: Tensor = layer(x)
-    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
-    gradients = torch.autograd.grad(y, [x, *factors], dy.to(y.dtype))
+    generator = torch.Generator().manual_seed(3)
+    dy = torch.randn(y.shape, generator=generator).to(y)
+    gradients = torch.autograd.grad(y, [x, *factors], dy)
     return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=True))}
 
 

@@ -9,12 +9,12 @@ from lorafast.bench.convolutions import job
 from lorafast.nn import LoRAConv
 
 CPU = torch.device("cpu")
-SIZE = job.Size(4, 64, (4, 6, 8, 8))
+SIZE = job.Size(4, 64, (16, 16, 24, 24))
 
 
 def test_every_arm_is_checked_and_timed(tmp_path):
     record = Record(CPU, ["test"], tmp_path / "run.json")
-    rows = job.run(2, "fp32", device=CPU, record=record, size=SIZE, seconds=0.01)
+    rows = job.run(8, "fp32", device=CPU, record=record, size=SIZE, seconds=0.01)
     assert [row.contender for row in rows] == 2 * list(job.ARMS)
     assert [(row.wrong, row.unavailable) for row in rows] == [(None, None)] * len(rows)
     assert all(len(row.samples) >= 5 and row.peak_bytes > 0 for row in rows)
@@ -31,7 +31,7 @@ def test_what_is_wrong_has_no_time(monkeypatch):
         return y
 
     monkeypatch.setattr(LoRAConv, "forward", without_scaling)
-    rows = {r.contender: r for r in job.measure(SIZE, 2, "fp32", device=CPU, seconds=0.01)}
+    rows = {r.contender: r for r in job.measure(SIZE, 8, "fp32", device=CPU, seconds=0.01)}
     assert rows["lorafast"].samples == []
     assert "WRONG" in job.format_rows([rows["lorafast"]])
     assert rows["peft"].wrong is None
