@@ -11,6 +11,14 @@ from lorafast.core.context import autocast_anywhere, autocast_enabled, without_a
 from lorafast.operands import Operand, Weight
 from lorafast.ops.checks import check_dora_linear, check_lora_linear, check_probability
 from lorafast.ops.dora_linear import around_float16
+from lorafast.ops.lora_conv_checks import (
+    check_lora_conv,
+    check_magnitude,
+    geometry_of,
+    key_of,
+    known_geometry,
+    remember,
+)
 
 _SEEDS = 2**63 - 1
 
@@ -275,3 +283,92 @@ def lora_embedding(
         IndexError: a token is none of the V (PyTorch's; on a GPU, its assertion).
     """
     return ops.lora_embedding(tokens, weight, lora_A, lora_B, scaling, padding_idx)
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    magnitude: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``y = conv(x, W) + scaling · conv(conv(drop(x), A), B) + bias``, the LoRA convolution in one, two
+    or three dimensions, as PEFT has it (Hu et al., 2021, over a kernel).
+
+    A convolves all channels to r with the windows of W; B is a product at each position. PyTorch's own
+    calls convolve, whatever backend is forced, and y has the memory format that they give it. The
+    low-rank term is added in place. A 1 x 1 convolution with stride 1 of a channels-last ``x`` is
+    ``lora_linear`` over its positions, without a copy. On a CPU, in float32 and float64 and without
+    dropout, W + scaling·B·A is made and convolves where that costs less.
+
+    Args:
+        x: ``[batch, C, *size]`` or ``[C, *size]``, with one to three spatial dimensions.
+        weight: ``[N, C / groups, *kernel]``, in the dtype of ``x``.
+        lora_A: ``[r, C, *kernel]``; ``r`` a positive multiple of ``groups``.
+        lora_B: ``[N, r / groups, 1, …]``, in the dtype of ``lora_A``, which may differ from that of
+            ``x``.
+        scaling: a number, ``alpha / r`` or ``alpha / sqrt(r)``.
+        bias: ``[N]``, in the dtype of ``x``.
+        stride, padding, dilation, groups: as for ``F.conv2d``; those of A too, but ``groups``.
+        magnitude: ``N`` numbers, which make it DoRA (Liu et al., 2024): ``y = magnitude / ‖W + scaling ·
+            B·A‖ ⊙ (conv(x, W) + scaling · conv(conv(x, A), B)) + bias``, with the norm of each output
+            channel's filter, which has no gradient. With dropout the frozen layer sees x, the change
+            that DoRA makes to it what is left of x, as in PEFT. For ``groups`` 1.
+        dropout_p: probability with which an element of ``x`` is dropped on its way into the low-rank
+            product; applied if ``training``. The mask is that of ``lora_linear`` for x as a matrix of
+            positions (batch first) and channels.
+
+    Returns:
+        ``y [batch, N, *size of y]`` in the dtype of ``x``. Every tensor argument may require a
+        gradient. Kept for the backward are ``x`` if ``lora_A`` or ``weight`` needs one, and ``s``, r
+        channels, if ``lora_B`` does. Under autocast ``x``, ``weight`` and ``bias`` are cast as
+        ``F.conv2d`` would.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what was
+            expected.
+        BackendError: the forced backend can't serve ``ds`` and ``dB``; the message says why.
+    """
+    uncast = weight
+    if autocast_anywhere() and autocast_enabled(x):
+        x, weight, bias = _cast(x, weight, bias)
+    windows = stride, padding, dilation, groups
+    key = key_of((x, weight, lora_A, lora_B), bias, scaling, windows, dropout_p)
+    geometry, batch, single = known_geometry(key), x, False
+    if geometry is None:
+        padded, geometry = geometry_of(x, weight, stride, padding, dilation, groups)
+        single = padded.dim() == weight.dim() - 1
+        batch = padded.unsqueeze(0) if single else padded
+        check_lora_conv(batch, weight, lora_A, lora_B, scaling, bias, geometry, dropout_p)
+        if batch is x:
+            remember(key, geometry)
+    if magnitude is not None:
+        check_magnitude(magnitude, weight, geometry)
+    p = dropout_p if training else 0.0
+    seed = torch.randint(_SEEDS, (1,), device=x.device) if p else None
+    with without_autocast(x):
+        if magnitude is None:
+            y = ops.lora_conv(batch, weight, lora_A, lora_B, scaling, bias, geometry, p, seed)
+        else:
+            norm = ops.weight_norm(*filters(uncast, lora_A, lora_B), scaling)
+            y = ops.dora_conv(
+                batch, weight, lora_A, lora_B, magnitude.reshape(-1) / norm, scaling, bias, geometry,
+                p, seed,
+            )  # fmt: skip
+    return y.squeeze(0) if single else y
+
+
+def filters(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernels as matrices of a row for each filter, in the order in which the first lies in memory."""
+    if weight.movedim(1, -1).is_contiguous():
+        weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
+    return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)

@@ -25,6 +25,7 @@ from lorafast.bench.common.problem import DTYPES, PASSES, Problem, why_too_large
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import LARGEST_RANK, MODELS, SIZES, parse, size
 from lorafast.bench.compare import compare
+from lorafast.bench.convolutions import run as run_convolutions
 from lorafast.bench.models import run as run_model
 from lorafast.cli import terminal
 from lorafast.cli.options import (
@@ -104,6 +105,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="training and evaluation steps of models with PEFT's adapters, stock and accelerated: "
         + ", ".join(PEFT_MODELS),
+    )
+
+    what.add_argument(
+        "--convolutions",
+        action="store_true",
+        help="training steps of a network of ResNet-18's shape: adapters of ours and of PEFT's, the "
+        "frozen network, full fine-tuning",
     )
 
     of = parser.add_argument_group("of what")
@@ -211,7 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _times_layers(arguments: argparse.Namespace) -> bool:
     others = (
         arguments.traffic, arguments.executed, arguments.call_overhead, arguments.models,
-        arguments.accelerate,
+        arguments.accelerate, arguments.convolutions,
     )  # fmt: skip
     return arguments.layers or arguments.plot is not None or not any(others)
 
@@ -280,6 +288,8 @@ def _measure(
         run_accelerated(
             arguments.accelerate, r, dtype, device=device, record=record, seconds=arguments.seconds
         )
+        if arguments.convolutions:
+            run_convolutions(r, dtype, device=device, record=record, seconds=arguments.seconds)
 
 
 def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[Problem]:

@@ -312,7 +312,7 @@ def _check_adapter(
             )
     if any(device.type == "meta" for device in devices):
         raise ValueError(_NO_MEMORY.format(name))
-    shapes = kind.layer.shapes_of(*sizes, r, config.use_dora)
+    shapes = kind.layer.shapes_over(module, sizes, r, config.use_dora)
     if there and there.keys() != shapes.keys():
         how = "with" if module.use_dora else "without"
         raise ValueError(

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafast.nn import AdapterLayer, LoRAEmbedding, LoRALinear
+from lorafast.nn import AdapterLayer, LoRAConv, LoRAEmbedding, LoRALinear
+from lorafast.nn.adaptable import is_convolution
 from lorafast.nn.plain import features, frozen_tensor, is_linear
 
 
@@ -44,6 +45,14 @@ KINDS = (
         plain="nn.Embedding",
         wraps=lambda module: isinstance(module, nn.Embedding),
         features=lambda plain: tuple(plain.weight.shape),
+        frozen_tensor=lambda plain: plain.weight,
+        in_all_linear=False,
+    ),
+    Kind(
+        layer=LoRAConv,
+        plain="convolution",
+        wraps=is_convolution,
+        features=lambda plain: (plain.in_channels, plain.out_channels),
         frozen_tensor=lambda plain: plain.weight,
         in_all_linear=False,
     ),

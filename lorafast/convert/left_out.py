@@ -58,9 +58,10 @@ def large_share(model: nn.Module, trained: bool = False) -> str | None:
     parameters = sum(one.parameters for one in missed)
     if parameters < _LARGE_SHARE * total:
         return None
+    fast = "; lorafast.accelerate then makes PEFT's linear layers and convolutions fast"
     return (
         f"{100 * parameters / total:.0f} % of the parameters are in layers that 'all-linear' doesn't "
-        f"reach: {'; '.join(map(str, missed))}; lorafast.accelerate then makes PEFT's linear layers fast"
+        f"reach: {'; '.join(map(str, missed))}{fast if any(one.peft for one in missed) else ''}"
     )
 
 

@@ -38,7 +38,7 @@ def _reads_head(parent: nn.Module) -> bool:
 # which children those are. Transformers', but where another library is named.
 _READ_BY_PARENT: tuple[tuple[Callable[[nn.Module], bool], tuple[str, ...]], ...] = (
     (lambda parent: isinstance(parent, nn.MultiheadAttention), ("out_proj",)),  # PyTorch
-    (_is_mamba, ("x_proj", "dt_proj", "out_proj")),
+    (_is_mamba, ("x_proj", "dt_proj", "out_proj", "conv1d")),
     (_named("WavLMAttention"), ("q_proj", "k_proj", "v_proj", "out_proj")),
     (_named("TDNNLayer"), ("kernel",)),  # x-vector heads of wav2vec 2.0 and its kin
     (_named("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap"), ("k_proj",)),

@@ -2,6 +2,7 @@
 
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.explain import Choice, Explanation, explain
+from lorafast.nn.lora_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lorafast.nn.lora_embedding import LoRAEmbedding
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.quantized_linear import QuantizedLinear
@@ -11,6 +12,10 @@ __all__ = [
     "AdapterLayer",
     "Choice",
     "Explanation",
+    "LoRAConv",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
     "LoRAEmbedding",
     "LoRALinear",
     "QuantizedLinear",

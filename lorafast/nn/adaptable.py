@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,47 @@ def why_not_embedding(embedding: nn.Module, taken: Collection[str]) -> str | Non
     if embedding.scale_grad_by_freq:
         return "its scale_grad_by_freq is True, which the adapter's gradients don't follow"
     return _why_not_stock(embedding, nn.Embedding, ("weight",), taken, "LoRAEmbedding")
+
+
+_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether ``module`` is an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``."""
+    return isinstance(module, _CONVOLUTIONS)
+
+
+def why_not_convolution(conv: nn.Module, taken: Collection[str]) -> str | None:
+    """The reason for which a ``LoRAConv``, which has ``taken``, can't wrap ``conv``, or None."""
+    stock = next((kind for kind in _CONVOLUTIONS if isinstance(conv, kind)), None)
+    if stock is None:
+        return f"it is a {type(conv).__name__}, expected an nn.Conv1d, nn.Conv2d or nn.Conv3d"
+    module: Any = conv
+    if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():
+        return f"it is a {type(conv).__name__} whose shape is not known yet: run it once first"
+    if type(module)._conv_forward is not stock._conv_forward:
+        return f"its class {type(conv).__name__} convolves in its own way"
+    return _why_not_padded(module) or _why_not_stock(
+        conv, stock, ("weight", "bias"), taken, "LoRAConv"
+    )
+
+
+def _why_not_padded(conv: Any) -> str | None:
+    """PEFT gives A the numbers of ``padding`` alone: what it computes is then not what it merges."""
+    if all(size == 1 for size in conv.kernel_size) and conv.padding in ("same", "valid"):
+        return None
+    pads = conv.padding != "valid" if isinstance(conv.padding, str) else any(conv.padding)
+    if pads and conv.padding_mode != "zeros":
+        return (
+            f"its padding_mode is {conv.padding_mode!r}, and PEFT pads with zeros for lora_A, so that "
+            "what it trains is not what it merges"
+        )
+    if conv.padding == "same" and any(one != 1 for one in conv.dilation):
+        return (
+            f"its dilation is {conv.dilation} with padding 'same', and PEFT's lora_A has no dilation, "
+            "so that what it trains is not what it merges"
+        )
+    return None
 
 
 def scales_output(embedding: nn.Module) -> bool:

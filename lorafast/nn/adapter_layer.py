@@ -110,11 +110,18 @@ class AdapterLayer(nn.Module):
         """The reason for which ``of_plain`` refuses ``plain``, or None."""
 
     @staticmethod
-    @abstractmethod
     def shapes_of(
         in_features: int, out_features: int, r: int, use_dora: bool = False
     ) -> dict[str, tuple[int, ...]]:
         """The adapter's parameters and their shapes, in the order of the ``state_dict``."""
+        raise NotImplementedError("its shapes depend on more than two sizes: see shapes_over")
+
+    @classmethod
+    def shapes_over(
+        cls, layer: nn.Module, sizes: tuple[int, int], r: int, use_dora: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """The same over a layer, plain or adapted, of these ``in_features`` and ``out_features``."""
+        return cls.shapes_of(*sizes, r, use_dora)
 
     @abstractmethod
     def reset_adapter(self) -> None:
@@ -134,7 +141,8 @@ class AdapterLayer(nn.Module):
 
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters of this layer's adapter, and the shapes that they have unsharded."""
-        return self.shapes_of(self.in_features, self.out_features, self._r, self.use_dora)
+        sizes = (self.in_features, self.out_features)
+        return self.shapes_over(self, sizes, self._r, self.use_dora)
 
     def adapter_parameters(self) -> dict[str, Tensor]:
         """The parameters of the adapter by name."""
@@ -298,7 +306,7 @@ class AdapterLayer(nn.Module):
     @abstractmethod
     def _delta_weight(self) -> Tensor: ...
 
-    def _check_mergeable(self, weight: Tensor, shape: tuple[int, int]) -> None:
+    def _check_mergeable(self, weight: Tensor, shape: tuple[int, ...]) -> None:
         for name, tensor in ({"weight": weight} | self.adapter_parameters()).items():
             check_mergeable(name, tensor)
         if weight.shape != shape:
@@ -321,8 +329,12 @@ class AdapterLayer(nn.Module):
         """
         # A weight made in inference mode would refuse every later training step.
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
-            self._merged_weight = self.merged_weight().contiguous()
+            self._merged_weight = self._laid_out(self.merged_weight())
         self._set_merged(True)
+
+    def _laid_out(self, merged: Tensor) -> Tensor:
+        """The merged weight as a forward reads it fastest."""
+        return merged.contiguous()
 
     def unmerge(self) -> None:
         """Undoes ``merge()``, exactly."""
@@ -344,8 +356,12 @@ class AdapterLayer(nn.Module):
         """Its tensors, where its forward can share x with others' as it is now."""
         return None
 
-    def _with_delta(self, weight: Tensor, dim: int) -> Tensor:
+    def _with_delta(
+        self, weight: Tensor, dim: int | tuple[int, ...], magnitude: Tensor | None = None
+    ) -> Tensor:
         """``W + scaling · B·A`` in the dtype of ``weight``; of DoRA its norms over ``dim`` are m.
+
+        ``magnitude``: m in the shape of those norms, where it isn't one ``dim`` that they lack.
 
         Raises:
             ValueError: an element of it is beyond that dtype.
@@ -353,7 +369,10 @@ class AdapterLayer(nn.Module):
         delta = self._delta_weight()
         merged, formula = weight.to(delta.dtype) + delta, "W + scaling · B·A"
         if self._use_dora:
-            m = self.lora_magnitude.to(merged.dtype).unsqueeze(dim)
+            if magnitude is None:
+                assert isinstance(dim, int)
+                magnitude = self.lora_magnitude.unsqueeze(dim)
+            m = magnitude.to(merged.dtype)
             norm = torch.linalg.vector_norm(merged, dim=dim, keepdim=True)
             merged = m / norm.clamp_min(LEAST_NORM) * merged
             formula = f"m · ({formula}) / ‖…‖"

@@ -4,12 +4,14 @@ from lorafast.backends import BackendError, BackendStatus, backends
 from lorafast.backends.dequantized import keep_dequantized
 from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
+from lorafast.ops.dora_conv import dora_conv
 from lorafast.ops.dora_linear import dora_linear
 from lorafast.ops.dropout import dropout
 from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.grouped_lora_linear import grouped_lora_linear
 from lorafast.ops.linear_expand import linear_expand
+from lorafast.ops.lora_conv import lora_conv
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.quantized_linear import quantized_linear
@@ -22,6 +24,7 @@ __all__ = [
     "BackendStatus",
     "allow_packing",
     "backends",
+    "dora_conv",
     "dora_linear",
     "dropout",
     "expand",
@@ -29,6 +32,7 @@ __all__ = [
     "grouped_lora_linear",
     "keep_dequantized",
     "linear_expand",
+    "lora_conv",
     "lora_embedding",
     "lora_linear",
     "quantized_linear",

@@ -96,6 +96,32 @@ def _grouped_lora_linear_backward(
     return 2 * M * sum(size for name, size in products.items() if name in (*asked, "ds"))
 
 
+def _lora_conv(
+    x: _Shape, weight: _Shape, lora_A: _Shape, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    y, s = out_shape
+    groups = lora_A[1] // weight[1]
+    # For each element of y a filter of W and of B, for each of s one of A.
+    return 2 * (prod(y) * (prod(weight[1:]) + s[1] // groups) + prod(s) * prod(lora_A[1:]))
+
+
+def _lora_conv_backward(
+    dy: _Shape,
+    x: _Shape,
+    weight: _Shape,
+    lora_A: _Shape,
+    lora_B: _Shape,
+    s: _Shape,
+    *_: Any,
+    out_shape: Any = None,
+    **__: Any,
+) -> int:
+    dx, dweight, dA, dB, _ = (prod(shape) > 0 for shape in out_shape)
+    of_W, of_A, of_B = prod(dy) * prod(weight[1:]), prod(s) * prod(lora_A[1:]), prod(dy) * lora_B[1]
+    ds = dx or dA
+    return 2 * (of_W * (dx + dweight) + of_A * (dx + dA) + of_B * (ds + dB))
+
+
 def _quantized_linear(
     x: _Shape,
     weight: Any,
@@ -125,6 +151,8 @@ FORMULAS = {
     "lora_linear_backward": _lora_linear_backward,
     "grouped_lora_linear": _grouped_lora_linear,
     "grouped_lora_linear_backward": _grouped_lora_linear_backward,
+    "lora_conv": _lora_conv,
+    "lora_conv_backward": _lora_conv_backward,
     "quantized_linear": _quantized_linear,
     "weight_norm": _weight_norm,
 }

@@ -18,6 +18,7 @@ from lorafast.reference.grouped_lora_linear import (
     members,
 )
 from lorafast.reference.linear_expand import linear_expand
+from lorafast.reference.lora_conv import conv_shrink, lora_conv, lora_conv_backward
 from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
 from lorafast.reference.quantize import (
@@ -31,6 +32,7 @@ from lorafast.reference.weight_norm import weight_norm
 
 __all__ = [
     "as_elements",
+    "conv_shrink",
     "dequantize_eight_bit",
     "dequantize_four_bit",
     "dequantize_mxfp4",
@@ -44,6 +46,8 @@ __all__ = [
     "grouped_shrink",
     "keep_mask",
     "linear_expand",
+    "lora_conv",
+    "lora_conv_backward",
     "lora_embedding",
     "lora_linear",
     "members",

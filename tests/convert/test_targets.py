@@ -303,15 +303,17 @@ def test_loading_into_a_layer_of_peft_s_is_refused(make_net, unchanged, tmp_path
         lorafast.load_adapter(net, tmp_path)
 
 
-def test_a_regex_that_matches_convolutions_says_so(unchanged):
-    model = nn.ModuleDict({"conv": nn.Sequential(nn.Conv2d(3, 3, 3)), "fc": nn.Linear(3, 3)})
-    sentence = r"targets is 'conv\.\*', and conv\.0 is a Conv2d, expected an nn\.Linear"
+def test_a_regex_that_matches_transposed_convolutions_says_so(unchanged):
+    model = nn.ModuleDict(
+        {"conv": nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), "fc": nn.Linear(3, 3)}
+    )
+    sentence = r"targets is 'conv\.\*', and conv\.0 is a ConvTranspose2d, expected an nn\.Linear"
     with unchanged(model), pytest.raises(ValueError, match=sentence):
         lorafast.adapt(model, 2, "conv.*")
 
 
 def test_a_linear_layer_is_suggested_before_any_other():
-    model = nn.ModuleDict({"up_projj": nn.Conv1d(3, 3, 1), "up_proj": nn.Linear(3, 3)})
+    model = nn.ModuleDict({"up_projj": nn.ConvTranspose1d(3, 3, 1), "up_proj": nn.Linear(3, 3)})
     with pytest.raises(ValueError, match=r"did you mean 'up_proj'\?"):
         lorafast.adapt(model, 2, ["up_prjj"])
 

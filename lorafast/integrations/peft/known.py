@@ -18,10 +18,10 @@ from types import FunctionType
 from typing import Any
 
 import peft
-from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.dora import DoraLinearLayer, _DoraConvNdLayer
+from peft.tuners.lora.layer import Embedding, Linear, _ConvNd
 from peft.tuners.lora.torchao import TorchaoLoraLinear
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 
 VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
 """The releases of PEFT whose methods are known, for where there is no source, as in a frozen program."""
@@ -67,6 +67,21 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
             "forward": "34c603801c0903d3",
             "_embed": "7c974e09c43b8b6b",
             "_get_embed_scale": "469409799a5d1201",
+        },
+    },
+    "convolution": {
+        _ConvNd: READ
+        | {
+            "forward": "516d81ab491c5459",
+            "_cast_input_dtype": "accb7f5ac617a435",
+        },
+    },
+    "convolution's dora": {
+        _DoraConvNdVariant: {"forward": "c59fc34a5011602b"},
+        _DoraConvNdLayer: {
+            "forward": "7bc90c75f9749f7c",
+            "get_weight_norm": "26464254ff059ed5",
+            "get_lora_weight": "c8990d995a309ad6",
         },
     },
 }

@@ -14,7 +14,7 @@ from peft.tuners.lora import layer as stock
 from peft.tuners.lora import torchao
 from torch import Tensor
 
-from lorafast.integrations.peft import embedding, known, linear
+from lorafast.integrations.peft import conv, embedding, known, linear
 from lorafast.integrations.peft.quantized import forget_stale
 
 
@@ -78,10 +78,43 @@ class Embedding(_Fast, stock.Embedding):
         return stock.Embedding.forward(self, x, *args, **kwargs) if y is None else y
 
 
+class FastConv(_Fast):
+    """LoRA over a convolution; ``conv`` says what is computed."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``y = conv(x, W) + Σ scaling · conv(conv(drop(x), A), B) + bias`` over the active adapters."""
+        y = conv.forward(self, x, args, kwargs)
+        if y is not None:
+            return y
+        served: Tensor = self._stock.forward(self, x, *args, **kwargs)
+        return served
+
+
+class Conv1d(FastConv, stock.Conv1d):
+    """LoRA over ``nn.Conv1d``."""
+
+    _stock = stock.Conv1d
+
+
+class Conv2d(FastConv, stock.Conv2d):
+    """LoRA over ``nn.Conv2d``."""
+
+    _stock = stock.Conv2d
+
+
+class Conv3d(FastConv, stock.Conv3d):
+    """LoRA over ``nn.Conv3d``."""
+
+    _stock = stock.Conv3d
+
+
 LAYERS: dict[Any, str] = {
     stock.Linear: "linear",
     torchao.TorchaoLoraLinear: "torchao linear",
     stock.Embedding: "embedding",
+    stock.Conv1d: "convolution",
+    stock.Conv2d: "convolution",
+    stock.Conv3d: "convolution",
 }
 """PEFT's classes that are stood in for, and their kind. Those over bitsandbytes' layers are added when
 there is one: they import it."""
@@ -104,4 +137,4 @@ def fast_of(kind: Any) -> Any:
     return FAST.get(kind)
 
 
-add(Linear, TorchaoLoraLinear, Embedding)
+add(Linear, TorchaoLoraLinear, Embedding, Conv1d, Conv2d, Conv3d)

@@ -28,13 +28,13 @@ _LINEAR: dict[Any, str] = {
     Conv1D: "transformers.pytorch_utils",
 }
 """The base layers that are served, and the module in which their forward is defined."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DORA_CHANGED = known.why_changed("dora")
 INACTIVE = "none of its adapters is active"
 _SPARSE = "its input is sparse or nested"
 
 
-def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
+def why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
     """Why ``layer`` with these adapters is left to PEFT, whatever its kind and input."""
     if layer._disable_adapters:
         return "its adapters are disabled"
@@ -57,7 +57,7 @@ def _why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
 
 def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     """Why a ``lora.Linear`` is left to PEFT, whatever its input."""
-    reason = _why_stock(layer, adapters)
+    reason = why_stock(layer, adapters)
     if reason is not None:
         return reason
     base: nn.Module = layer._modules["base_layer"]
@@ -76,7 +76,7 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
 
 def _why_not_base(base: nn.Module) -> str | None:
     if quantized.is_one(base):
-        reason = _why_called(base) or _why_no_bias(base) or _why_parallel(base)
+        reason = why_called(base) or _why_no_bias(base) or _why_parallel(base)
         return quantized.why_not(base) if reason is None else f"its base layer {reason}"
     if type(base) not in _LINEAR:
         return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
@@ -84,7 +84,7 @@ def _why_not_base(base: nn.Module) -> str | None:
         forward = kind.forward
         if forward.__module__ != _LINEAR[kind] or hasattr(forward, "__wrapped__"):
             return f"the forward of {kind.__qualname__} was replaced"
-    reason = _why_not_plain(base) or _why_no_bias(base) or _why_parallel(base)
+    reason = why_not_read(base)
     return reason and f"its base layer {reason}"
 
 
@@ -99,10 +99,10 @@ def _why_not_adapter(adapter: Adapter) -> str | None:
     if type(dropout) is nn.Dropout and (dropout.inplace or type(dropout.p) not in (float, int)):
         return f"the dropout of adapter {name!r} changes its input, or has a probability of its own kind"
     reason = (
-        _why_not_plain(lora_A)
-        or _why_not_plain(lora_B)
+        why_not_plain(lora_A)
+        or why_not_plain(lora_B)
         or _why_no_bias(lora_B)
-        or _why_called(dropout)
+        or why_called(dropout)
     )
     return reason and f"adapter {name!r} {reason}"
 
@@ -119,11 +119,11 @@ def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: i
     magnitude = layer.lora_magnitude_vector[adapter.name]
     if type(magnitude) is not DoraLinearLayer:
         return f"the magnitude of adapter {adapter.name!r} is a {_type(magnitude)}"
-    reason = _why_not_plain(magnitude)
+    reason = why_not_plain(magnitude)
     return reason and f"the magnitude of adapter {adapter.name!r} {reason}"
 
 
-def _why_not_plain(module: nn.Module) -> str | None:
+def why_not_plain(module: nn.Module) -> str | None:
     """Why the parameters of ``module`` can't be read in place of calling it."""
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -138,14 +138,19 @@ def _why_not_plain(module: nn.Module) -> str | None:
             return "is on the meta device"
         if parameter.layout is not torch.strided:
             return f"is {parameter.layout}"
-    return _why_called(module)
+    return why_called(module)
+
+
+def why_not_read(module: nn.Module) -> str | None:
+    """Why the weight and the bias of ``module`` can't be read in place of calling it."""
+    return why_not_plain(module) or _why_no_bias(module) or _why_parallel(module)
 
 
 def _why_no_bias(module: nn.Module) -> str | None:
     return None if "bias" in module._parameters else "has no bias of its own, not even None"
 
 
-def _why_called(module: nn.Module) -> str | None:
+def why_called(module: nn.Module) -> str | None:
     """Why a call of ``module`` can't be left out: somebody would miss it."""
     if (
         module._forward_hooks
@@ -182,7 +187,7 @@ def why_stock_input(
     first = adapters[0].lora_A._parameters["weight"]
     assert first is not None
     dtype, adapter_dtype, device = x.dtype, first.dtype, x.device
-    if dtype not in _FLOATS or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
+    if dtype not in FLOATS or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
         return f"its input is {dtype}, its adapters are {adapter_dtype}"
     if weight.device != device:
         return f"its input is on {device}, its weight on {weight.device}"
@@ -218,7 +223,7 @@ def why_stock_input(
 
 
 def _why_not_dtypes(weight: Tensor, bias: Tensor | None, x: Tensor) -> str | None:
-    if weight.dtype not in _FLOATS or (bias is not None and bias.dtype is not weight.dtype):
+    if weight.dtype not in FLOATS or (bias is not None and bias.dtype is not weight.dtype):
         return f"its weight is {weight.dtype}, its bias {None if bias is None else bias.dtype}"
     if weight.dtype is not x.dtype and not autocast_enabled(x):
         return f"its input is {x.dtype}, its weight {weight.dtype}"
@@ -260,13 +265,13 @@ def why_stock_mixed(
 
 def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> str | None:
     """Why a ``lora.Embedding`` is left to PEFT, for the input ``x`` if that is given."""
-    reason = _why_stock(layer, names)
+    reason = why_stock(layer, names)
     if reason is not None:
         return reason
     base = layer._modules["base_layer"]
     if type(base) is not nn.Embedding:
         return f"its base layer is a {_type(base)}, not exactly an nn.Embedding"
-    reason = _why_not_plain(base) or _why_parallel(base)
+    reason = why_not_plain(base) or _why_parallel(base)
     if reason is not None:
         return f"its base layer {reason}"
     if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
@@ -296,7 +301,7 @@ def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | Non
     r = lora_A.shape[0]
     if lora_A.shape != (r, weight.shape[0]) or lora_B.shape != (weight.shape[1], r):
         return f"has the shapes {list(lora_A.shape)} and {list(lora_B.shape)}"
-    if not {weight.dtype, lora_A.dtype, lora_B.dtype} <= set(_FLOATS):
+    if not {weight.dtype, lora_A.dtype, lora_B.dtype} <= set(FLOATS):
         return f"is {lora_A.dtype}, the weight {weight.dtype}"
     if not weight.device == lora_A.device == lora_B.device:
         return f"is on {lora_A.device}, the weight on {weight.device}"

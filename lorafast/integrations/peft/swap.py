@@ -11,9 +11,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafast.convert.targets import COMPILED, why_not_here
-from lorafast.integrations.peft import embedding, known, rules
+from lorafast.integrations.peft import conv_rules, embedding, known, rules
 from lorafast.integrations.peft.adapters import active
-from lorafast.integrations.peft.layers import FAST, LAYERS, Embedding, FastLinear, fast_of
+from lorafast.integrations.peft.layers import (
+    FAST,
+    LAYERS,
+    Embedding,
+    FastConv,
+    FastLinear,
+    fast_of,
+)
 
 
 def warn_of_changes() -> None:
@@ -166,12 +173,15 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    if isinstance(module, (FastLinear, Embedding)) and not _calls_its_class(module):
+    if isinstance(module, (FastLinear, Embedding, FastConv)) and not _calls_its_class(module):
         return "its forward was replaced after it was made fast"
     if isinstance(module, FastLinear):
         return rules.why_stock_linear(module, active(module))
     if isinstance(module, Embedding):
         return rules.why_stock_embedding(module, embedding.active(module))
+    if isinstance(module, FastConv):
+        conv: Any = module
+        return conv_rules.why_stock_conv(conv, active(conv))
     changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
     if changed is not None:
         return changed

@@ -14,7 +14,8 @@ def served_by_peft(monkeypatch):
     from peft.tuners.lora import layer as stock_layers
 
     calls = []
-    for cls in (stock_layers.Linear, stock_layers.Embedding):
+    convolutions = (stock_layers.Conv1d, stock_layers.Conv2d, stock_layers.Conv3d)
+    for cls in (stock_layers.Linear, stock_layers.Embedding, *convolutions):
 
         def forward(self, *args, _forward=cls.forward, **kwargs):
             if type(self).__module__.startswith("lorafast"):

@@ -26,6 +26,7 @@ from peft_twins import (
 from torch import nn
 
 import lorafast
+from lorafast.integrations.peft import layers as fast_layers
 
 
 class Scaled(nn.Linear):
@@ -316,7 +317,10 @@ def test_dropout_of_dora_follows_the_layer():
         torch.testing.assert_close(*found)
 
 
-def test_layers_of_other_types_stay_as_they_are():
+def test_layers_of_other_types_stay_as_they_are(monkeypatch):
+    for known in (fast_layers.FAST, fast_layers.LAYERS):
+        monkeypatch.delitem(known, stock_layers.Conv2d)
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

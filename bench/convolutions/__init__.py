@@ -1,0 +1,5 @@
+"""A convolutional network's training step: adapters, PEFT's, the frozen network, full fine-tuning."""
+
+from lorafast.bench.convolutions.job import ARMS, Row, Size, measure, run
+
+__all__ = ["ARMS", "Row", "Size", "measure", "run"]

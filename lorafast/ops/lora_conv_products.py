@@ -1,0 +1,224 @@
+"""The products of a LoRA convolution: the convolutions by PyTorch, what A and B add in place.
+
+y and its gradient are read as the matrices that they are in memory: [batch · positions, channels] of a
+channels-last tensor, [channels, positions] for each element of the batch of another.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafast.core.convolution import Geometry, convolve
+from lorafast.core.dtypes import wide
+from lorafast.ops.dropout import dropout
+from lorafast.ops.problems import expand_backward_problem, planned
+
+WANTS = ("dx", "dweight", "dA", "dB", "dbias")
+_EXACT = (torch.float32, torch.float64)
+# A pass over W costs a CPU about as much as 2 of y, or 1/5 of the two over dx and its convolution.
+_FORWARD, _BACKWARD = 2, 5
+
+
+class Adapter(NamedTuple):
+    """What a convolution's adapter is, and the mask of its input."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    geometry: Geometry
+    dropout_p: float
+    seed: Tensor | None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, keep_s: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``y`` and, where it is kept or made, ``s [batch, r, *size of y]``."""
+    if _merging_is_exact(x, weight, adapter) and _pays_forward(x, weight, adapter, keep_s):
+        y = convolve(x, merged(weight, adapter), bias, adapter.geometry)
+        return y, shrink(x, adapter) if keep_s else None
+    y = convolve(x, weight, bias, adapter.geometry)
+    s = shrink(x, adapter)
+    _add_expanded(y, s, adapter)
+    return y, s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    s: Tensor | None,
+    adapter: Adapter,
+    wants: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``WANTS``, those not in ``wants`` None.
+
+    ``x`` is read for ``dA`` and ``dweight`` alone; for ``dx`` its size and strides count.
+    """
+    dx = dweight = dA = ds = dleft = None
+    merge = (
+        "dx" in wants
+        and "dweight" not in wants
+        and weight is not None
+        and _merging_is_exact(x, weight, adapter)
+        and _pays_backward(x, weight)
+    )
+    for_ds = "dA" in wants or ("dx" in wants and not merge)
+    ds, dB = _expand_backward(dy, s, adapter, for_ds, "dB" in wants)
+    if ds is not None:
+        low = wide(x.dtype)
+        left = _drop(x, adapter).to(low) if "dA" in wants else x.to(low)
+        needed = ("dx" in wants and not merge, "dA" in wants)
+        dleft, dA = _gradients(ds, left, adapter.lora_A.to(low), adapter.geometry.of_A(), needed)
+    if "dx" in wants or "dweight" in wants:
+        assert weight is not None
+        W = merged(weight, adapter) if merge else weight
+        needed = ("dx" in wants, "dweight" in wants)
+        dx, dweight = _gradients(dy, x, W, adapter.geometry, needed)
+    if dleft is not None:
+        assert dx is not None
+        dx.add_(_drop(dleft, adapter))
+    dA = None if dA is None else dA.to(adapter.lora_A.dtype)
+    dbias = dy.sum((0, *range(2, dy.dim()))) if "dbias" in wants else None
+    return dx, dweight, dA, dB, dbias
+
+
+def shrink(x: Tensor, adapter: Adapter) -> Tensor:
+    """``s = conv(drop(x), A)`` in the dtype of ``x``, float32 of float16."""
+    low = wide(x.dtype)
+    left = _drop(x, adapter).to(low)
+    return convolve(left, adapter.lora_A.to(low), None, adapter.geometry.of_A())
+
+
+def merged(weight: Tensor, adapter: Adapter) -> Tensor:
+    """``W + scaling · B·A`` in the dtype and the memory format of ``weight``."""
+    N, r = adapter.lora_B.shape[:2]
+    A, B = adapter.lora_A.to(weight.dtype), adapter.lora_B.to(weight.dtype).reshape(N, r)
+    last = weight.movedim(1, -1)
+    if not weight.is_contiguous() and last.is_contiguous():
+        W, A = last.view(N, -1), A.movedim(1, -1).reshape(r, -1)
+    else:
+        W, A = weight.reshape(N, -1), A.reshape(r, -1)
+    changed = torch.addmm(W, B, A, alpha=adapter.scaling)
+    if not (weight.is_contiguous() or last.is_contiguous()):
+        return changed.view(weight.shape)
+    return changed.as_strided(
+        weight.shape, weight.stride()
+    )  # those of sizes 1 too: they are a format
+
+
+def _merging_is_exact(x: Tensor, weight: Tensor, adapter: Adapter) -> bool:
+    """Whether ``W + scaling · B·A`` loses no more than the sum of two outputs does.
+
+    In float32 a convolution with the sum is as exact as the sum of two convolutions. In 16 bits, and in
+    float32 that the convolution rounds to fewer, small updates would vanish. It is measured on CPUs.
+    """
+    if adapter.geometry.groups > 1 or adapter.dropout_p or x.dtype not in _EXACT or not x.is_cpu:
+        return False
+    if x.dtype is torch.float64:
+        return True
+    mkldnn: Any = torch.backends.mkldnn  # whose attributes are made at run time
+    return mkldnn.conv.fp32_precision not in ("tf32", "bf16")
+
+
+def _pays_forward(x: Tensor, weight: Tensor, adapter: Adapter, keep_s: bool) -> bool:
+    """Whether a pass over W is cheaper than one over y, or than s too where nothing else needs it."""
+    positions = x.shape[0]
+    for size, stride in zip(x.shape[2:], adapter.geometry.stride, strict=True):
+        positions *= -(-size // stride)
+    per_output = weight.numel() // max(weight.shape[0], 1)
+    return positions >= (_FORWARD * per_output if keep_s else weight.shape[0])
+
+
+def _pays_backward(x: Tensor, weight: Tensor) -> bool:
+    """Whether a pass over W is cheaper than a second convolution to dx and its addition."""
+    positions = x.numel() // max(x.shape[1], 1)
+    return _BACKWARD * positions >= weight.numel() // max(weight.shape[1], 1)
+
+
+def _add_expanded(y: Tensor, s: Tensor, adapter: Adapter) -> None:
+    """``y += scaling · B·s`` in one pass over y."""
+    groups = adapter.geometry.groups
+    N = y.shape[1]
+    B = adapter.lora_B.to(s.dtype).reshape(groups, N // groups, -1)
+    last = y.movedim(1, -1)
+    if last.is_contiguous():
+        rows, s_rows = last.view(-1, N), s.movedim(1, -1).reshape(-1, s.shape[1])
+        if groups == 1 and s.dtype is y.dtype:
+            rows.addmm_(s_rows, B[0].t(), alpha=adapter.scaling)
+            return
+        grouped = s_rows.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, M, r / groups]
+        product = torch.bmm(grouped, B.transpose(1, 2)).transpose(0, 1)
+        rows.view(-1, groups, N // groups).add_(product, alpha=adapter.scaling)
+        return
+    batch = y.shape[0]
+    s = s.reshape(batch, groups, s.shape[1] // groups, s.shape[2:].numel())
+    if groups == 1 and s.dtype is y.dtype and y.is_contiguous():
+        y.view(batch, N, s.shape[3]).baddbmm_(
+            B.expand(batch, -1, -1), s.squeeze(1), alpha=adapter.scaling
+        )
+        return
+    product = torch.matmul(B, s)  # [batch, groups, N / groups, positions]
+    y.add_(product.view(y.shape), alpha=adapter.scaling)
+
+
+def _expand_backward(
+    dy: Tensor, s: Tensor | None, adapter: Adapter, for_ds: bool, for_dB: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``ds [batch, r, *size of y]`` and ``dB``, what is asked for of them."""
+    if not (for_ds or for_dB):
+        return None, None
+    groups, (N, per_group) = adapter.geometry.groups, adapter.lora_B.shape[:2]
+    last = dy.movedim(1, -1)
+    if groups == 1 and (last.is_contiguous() or dy.dtype not in _EXACT):
+        rows = last.reshape(-1, N)
+        s_rows = s.movedim(1, -1).reshape(-1, per_group) if s is not None else None
+        B = adapter.lora_B.reshape(N, per_group)
+        wants = tuple(name for name, asked in (("ds", for_ds), ("dB", for_dB)) if asked)
+        problem = expand_backward_problem(rows, s_rows, B, wants, B.dtype)
+        ds, dB, _ = planned(problem)(rows, s_rows, B, adapter.scaling)
+        ds = None if ds is None else ds.view(*last.shape[:-1], per_group).movedim(-1, 1)
+        return ds, None if dB is None else dB.view(adapter.lora_B.shape)
+    return _expand_backward_by_element(dy, s, adapter, for_ds, for_dB)
+
+
+def _expand_backward_by_element(
+    dy: Tensor, s: Tensor | None, adapter: Adapter, for_ds: bool, for_dB: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same by a product for each element of the batch and each group, in float32 at least."""
+    groups, (N, per_group) = adapter.geometry.groups, adapter.lora_B.shape[:2]
+    low, dtype = wide(dy.dtype), torch.promote_types(dy.dtype, torch.float32)
+    batch, positions = dy.shape[0], dy.shape[2:].numel()
+    of_dy = dy.reshape(batch, groups, N // groups, positions).to(dtype)
+    ds = dB = None
+    if for_ds:
+        B = adapter.lora_B.to(low).to(dtype).reshape(groups, N // groups, per_group)
+        product = torch.matmul(B.transpose(1, 2) * adapter.scaling, of_dy)
+        ds = product.view(batch, groups * per_group, *dy.shape[2:]).to(low)
+    if for_dB:
+        assert s is not None
+        of_s = s.reshape(batch, groups, per_group, positions).to(dtype)
+        product = torch.matmul(of_dy, of_s.transpose(2, 3)).sum(0) * adapter.scaling
+        dB = product.to(adapter.lora_B.dtype).view(adapter.lora_B.shape)
+    return ds, dB
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of ``conv(x, W)`` in ``x`` and in W, those that are needed."""
+    stride, padding, dilation, groups = geometry
+    none = [0] * len(stride)
+    convolution_backward: Any = torch.ops.aten.convolution_backward
+    dx, dweight, _ = convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, none, groups, [*needed, False]
+    )  # fmt: skip
+    return dx, dweight
+
+
+def _drop(x: Tensor, adapter: Adapter) -> Tensor:
+    """``drop(x)``, channels last where there is a mask."""
+    if not adapter.dropout_p:
+        return x
+    return dropout(x.movedim(1, -1), adapter.dropout_p, adapter.seed).movedim(-1, 1)
