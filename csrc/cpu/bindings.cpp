@@ -46,8 +46,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
       "int block_columns, int row, int column, int stored, Tensor(a!) out) -> ()");
   // csrc/cpu/linear_expand.cpp
   library.def(
-      "linear_expand(Tensor x, Tensor weight, Tensor s, Tensor lora_B, float scaling, Tensor? bias, Tensor? seed, "
-      "int threshold, float survivor_scale) -> Tensor");
+      "linear_expand(Tensor x, Tensor weight, bool transposed, Tensor s, Tensor lora_B, float scaling, Tensor? "
+      "bias, "
+      "Tensor? seed, int threshold, float survivor_scale) -> Tensor");
   library.def(
       "linear_four_bit(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
       "Tensor? nested_offset, Tensor numbers, int N, int K, int block, int nested_block, bool low_first, "

@@ -170,19 +170,20 @@ void linear_eight_bit(
   multiply(weight, x, transposed, bias, out, device);
 }
 
-// y = x·Wᵀ + drop(scaling · s·Bᵀ) + bias of a dense W, any strides
+// y = x·op(W) + drop(scaling · s·Bᵀ) + bias of a dense W, any strides, transposed unless dx is asked for
 Tensor linear_expand(
-    const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
+    const Tensor& x, const Tensor& weight, bool transposed, const Tensor& s, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold,
     double survivor_scale) {
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = s.size(1);
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(transposed ? 1 : 0), r = s.size(1);
   const OneDevice device(kDevice, "x", x);
   check_matrix("x", x, M, K, device);
-  check_matrix("weight", weight, N, K, device);
+  check_matrix("weight", weight, transposed ? K : N, transposed ? N : K, device);
   check_matrix("s", s, M, r, device);
   check_matrix("lora_B", lora_B, N, r, device);
   check_seed(seed, threshold, device);
   const std::optional<Matrix> added = row_of_bias(bias, N, device);
+  const Tensor W = transposed ? weight : transpose_of(weight);
   Tensor y = empty(M, N, x);
   const auto expand = [&](const std::optional<Matrix>& bias_too, bool add) {
     const auto dropout = Dropout::of(seed, threshold, survivor_scale);
@@ -190,9 +191,9 @@ Tensor linear_expand(
   };
   if (gemm_adds(x.scalar_type(), M, N, K, bias.has_value())) {
     expand(added, false);
-    gemm(y, y, x, transpose_of(weight));
+    gemm(y, y, x, W);
   } else {
-    gemm(y, bias, x, transpose_of(weight));
+    gemm(y, bias, x, W);
     expand(std::nullopt, true);
   }
   return y;

@@ -30,7 +30,7 @@ void shrink_backward(
     Tensor dA);
 
 Tensor linear_expand(
-    const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B, double scaling,
+    const Tensor& x, const Tensor& weight, bool transposed, const Tensor& s, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold,
     double survivor_scale);
 

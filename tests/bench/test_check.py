@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from lorafast.bench.common import check
-from lorafast.bench.common.contenders import BUILDERS, Contender, UnavailableError
+from lorafast.bench.common.contenders import BUILDERS, SIBLINGS, Contender, UnavailableError
 from lorafast.bench.common.problem import SCALING, Problem, draw
 from lorafast.bench.common.shapes import Shape
 from torch import nn
@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 @pytest.mark.parametrize(
     "name",
-    sorted(set(BUILDERS) - {"peft-compiled", "lorafast-compiled", "cuda"}),  # which a CPU can't run
+    # Without those that a CPU can't run, or that are no single layer's.
+    sorted(set(BUILDERS) - {"peft-compiled", "lorafast-compiled", "cuda", SIBLINGS}),
 )
 def test_every_contender_is_right(name, problem):
     tensors = draw(problem, CPU, 1)

@@ -16,6 +16,7 @@ from toy_formats import FORMATS, Negative, NegativeLinear, Scaled
 import lorafast
 from lorafast import operands
 from lorafast.backends import Refusal, registry
+from lorafast.backends.cpu import native
 from lorafast.functional import lora_linear
 from lorafast.nn import LoRALinear
 from lorafast.operands import Operand, operand
@@ -113,12 +114,25 @@ class TestDescription:
         assert repr(draw("negative")[1]) == expected
 
 
+@pytest.fixture
+def base_gemm_first(monkeypatch):
+    """The native kernels add to the base GEMM of a dense weight too, never the other way round."""
+    if native.why_not_loaded() is None:
+        from lorafast.backends.cpu import operations
+
+        for name in ("lora_linear", "lora_linear_backward"):
+            monkeypatch.setattr(operations, f"dense_{name}", getattr(operations, name))
+        registry.forget_plans()
+    yield
+    registry.forget_plans()
+
+
 class TestServed:
     @given(p=problems())
     @in_each
     @pytest.mark.parametrize("backend", ["reference", "cpu"])
     def test_to_the_bits_as_the_dense_weight(
-        self, device, poisoned, monkeypatch, backend, format, p
+        self, device, poisoned, monkeypatch, base_gemm_first, backend, format, p
     ):
         """Where the base product is PyTorch's own over the whole of W, as it is not of few rows."""
         skip_unless_usable(backend)

@@ -6,6 +6,7 @@ The base GEMM of another operand is the operand's own.
 import torch
 from torch import Tensor
 
+from lorafast import operands
 from lorafast.backends.cpu import dequantize, native
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
@@ -82,9 +83,12 @@ def dense_linear_expand(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """``linear_expand`` of a dense W, the base GEMM in the same call."""
+    """``linear_expand`` of a dense W, the base GEMM in the same call if it isn't a packed copy's."""
+    y = operands.finished_linear(x, weight, bias)
+    if y is not None:
+        return _add_expanded(y, s, lora_B, scaling, dropout_p, seed)
     mask = _mask(dropout_p, seed)
-    return _linear_expand(x, weight, s, lora_B, float(scaling), bias, *mask)  # type: ignore[no-any-return]
+    return _linear_expand(x, weight, False, s, lora_B, float(scaling), bias, *mask)  # type: ignore[no-any-return]
 
 
 def dense_linear_expand_transposed(
@@ -98,7 +102,8 @@ def dense_linear_expand_transposed(
     seed: Tensor | None,
 ) -> Tensor:
     """``linear_expand_transposed`` of a dense W, the base GEMM in the same call."""
-    return dense_linear_expand(dy, weight.t(), ds, lora_A_t, scaling, bias, dropout_p, seed)
+    mask = _mask(dropout_p, seed)
+    return _linear_expand(dy, weight, True, ds, lora_A_t, float(scaling), None, *mask)  # type: ignore[no-any-return]
 
 
 def linear_expand(
@@ -168,6 +173,20 @@ def shrink_backward(dtype: torch.dtype) -> Run:
     return run
 
 
+def _with_low_rank(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: tuple[Tensor | None, int, float],
+) -> tuple[Tensor, Tensor]:
+    """``y += scaling · s·Bᵀ`` with ``s = drop(x)·Aᵀ``; both."""
+    s = _low_rank(x, lora_A.shape[0])
+    _lora_linear_(y, x, lora_A, lora_B, float(scaling), *mask, s)
+    return y, s
+
+
 def dense_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -178,11 +197,12 @@ def dense_lora_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``lora_linear`` over a dense W, the base GEMM in the same call."""
-    if not dropout_p:  # cold code costs a small layer more than warm code says
-        return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), None, 0, 1.0)  # type: ignore[no-any-return]
+    """``lora_linear`` over a dense W, the base GEMM in the same call if it isn't a packed copy's."""
     mask = _mask(dropout_p, seed)
-    return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), *mask)  # type: ignore[no-any-return]
+    y = operands.finished_linear(x, weight, bias)
+    if y is None:
+        return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), *mask)  # type: ignore[no-any-return]
+    return _with_low_rank(y, x, lora_A, lora_B, scaling, mask)
 
 
 def dense_lora_linear_backward(
@@ -214,9 +234,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """``shrink`` and ``linear_expand``: ``y`` and ``s``, the skinny products in one call."""
     y = dequantize.linear(x, weight, bias)
-    s = _low_rank(x, lora_A.shape[0])
-    _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
-    return y, s
+    return _with_low_rank(y, x, lora_A, lora_B, scaling, _mask(dropout_p, seed))
 
 
 def lora_linear_backward(
