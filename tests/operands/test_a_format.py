@@ -665,8 +665,11 @@ def test_nothing_else_asks_how_a_weight_is_stored():
         "backends/cuda/linear_expand.py",
         "backends/cuda/wgmma.py",
         "backends/triton/launching.py",
+        "integrations/peft/conv_rules.py",  # a convolution's is dense
         "integrations/peft/quantized.py",  # whether it is the tensor that was read
         "integrations/peft/rules.py",
         "nn/stored_weight.py",  # the dtype of a bias beside it
         "ops/checks.py",
+        "ops/lora_conv_products.py",
+        "ops/siblings.py",  # of dense ones, which alone share x
     }
