@@ -306,7 +306,7 @@ def lora_conv(
 
     A convolves all channels to r with the windows of W; B is a product at each position. PyTorch's own
     calls convolve, whatever backend is forced, and y has the memory format that they give it. The
-    low-rank term is added in place. A 1 x 1 convolution with stride 1 of a channels-last ``x`` is
+    low-rank term is added in place. A 1 x 1 convolution with stride 1 of channels-last images is
     ``lora_linear`` over its positions, without a copy. On a CPU, in float32 and float64 and without
     dropout, W + scaling·B·A is made and convolves where that costs less.
 

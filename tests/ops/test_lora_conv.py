@@ -138,6 +138,20 @@ def test_it_is_what_PyTorchs_layers_compute(merge, case, last, merged):
     torch.testing.assert_close(without, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "size", [(3,), (1,), (3, 2), (1, 3), (1, 1), (2, 3, 2), (1, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_pointwise_convolution_keeps_the_memory_format_of_the_plain_one(channels, size, dtype):
+    ones = [1] * len(size)
+    W, A = torch.randn(4, channels, *ones, dtype=dtype), torch.randn(2, channels, *ones)
+    last = torch.randn(2, *size, channels, dtype=dtype).movedim(-1, 1)
+    for x in (last, last.contiguous()):
+        y = lora_conv(x, W, A, torch.randn(4, 2, *ones), 0.5)
+        assert y.stride() == CONVOLUTIONS[len(size)](x, W).stride()
+
+
 @pytest.mark.parametrize(
     ("case", "grad"), [*(("2d", s) for s in SUBSETS), ("2d in groups", NAMES)], ids=str
 )
