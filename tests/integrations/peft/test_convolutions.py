@@ -86,7 +86,6 @@ OPTIONS = {
             list(LAYERS), list(OPTIONS), DTYPES, (False, True)
         )
         if not (case == "groups" and name in ("two", "dora"))
-        and not (case == "2d, no bias" and name == "lora_bias")
     ],
 )  # fmt: skip
 def test_the_same_numbers_and_gradients(served_by_peft, case, options, dtype, last):
@@ -97,10 +96,14 @@ def test_the_same_numbers_and_gradients(served_by_peft, case, options, dtype, la
     assert not served_by_peft
 
 
-@pytest.mark.parametrize("case", ["2d", "pointwise"])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("2d", {}), ("pointwise", {}), ("2d, no bias", {"lora_bias": True})],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_adapters_over_16_bits(served_by_peft, case, dtype):
-    model = peft_model(case)
+def test_float32_adapters_over_16_bits(served_by_peft, case, options, dtype):
+    model = peft_model(case, **options)
     model.base_model.model[0].base_layer.to(dtype)
     x, dy = drawn(case, dtype, last=True)
     assert_equal(twins(model), x, dy, dtype)
