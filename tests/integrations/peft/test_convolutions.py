@@ -20,6 +20,7 @@ LAYERS = {
     "2d": (lambda: nn.Conv2d(6, 8, 3, padding="same"), (3, 6, 7, 5)),
     "2d, no bias": (lambda: nn.Conv2d(6, 8, (3, 2), 2, padding=(1, 0), bias=False), (3, 6, 7, 5)),
     "pointwise": (lambda: nn.Conv2d(6, 8, 1, dilation=3), (3, 6, 7, 5)),
+    "one axis": (lambda: nn.Conv2d(6, 8, (1, 3), padding="same", dilation=(2, 1)), (3, 6, 7, 5)),
     "groups": (lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2), (3, 6, 7, 5)),
     "3d": (lambda: nn.Conv3d(3, 4, (1, 3, 2)), (2, 3, 2, 5, 4)),
 }
@@ -136,6 +137,11 @@ LEFT = {
         None,
     ),
     "dilation": ("its dilation is", lambda: nn.Conv2d(6, 8, 3, padding="same", dilation=2), None),
+    "strided dilation": (
+        "its dilation is",
+        lambda: nn.Conv2d(6, 8, (3, 1), stride=5, dilation=(2, 1)),
+        None,
+    ),
     "hooks": ("has hooks", None, lambda layer: hooked(layer.base_layer)),
     "hooks of A": ("'default' has hooks", None, lambda layer: hooked(layer.lora_A["default"])),
     "disabled": ("are disabled", None, lambda layer: layer.enable_adapters(False)),
