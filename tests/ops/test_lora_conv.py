@@ -148,7 +148,7 @@ def test_a_pointwise_convolution_keeps_the_memory_format_of_the_plain_one(channe
     ones = [1] * len(size)
     W, A = torch.randn(4, channels, *ones, dtype=dtype), torch.randn(2, channels, *ones)
     last = torch.randn(2, *size, channels, dtype=dtype).movedim(-1, 1)
-    for x in (last, last.contiguous()):
+    for x in (last, last.clone(memory_format=torch.contiguous_format)):
         y = lora_conv(x, W, A, torch.randn(4, 2, *ones), 0.5)
         assert y.stride() == CONVOLUTIONS[len(size)](x, W).stride()
 
