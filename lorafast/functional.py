@@ -9,7 +9,12 @@ from torch import Tensor
 from lorafast import ops
 from lorafast.core.context import autocast_anywhere, autocast_enabled, without_autocast
 from lorafast.operands import Operand, Weight
-from lorafast.ops.checks import check_dora_linear, check_lora_linear, check_probability
+from lorafast.ops.checks import (
+    check_dora_linear,
+    check_float,
+    check_lora_linear,
+    check_probability,
+)
 from lorafast.ops.dora_linear import around_float16
 from lorafast.ops.lora_conv_checks import (
     check_lora_conv,
@@ -306,9 +311,9 @@ def lora_conv(
 
     A convolves all channels to r with the windows of W; B is a product at each position. PyTorch's own
     calls convolve, whatever backend is forced, and y has the memory format that they give it. The
-    low-rank term is added in place. A 1 x 1 convolution with stride 1 of a channels-last ``x`` is
+    low-rank term is added in place. A 1 x 1 convolution with stride 1 of channels-last images is
     ``lora_linear`` over its positions, without a copy. On a CPU, in float32 and float64 and without
-    dropout, W + scaling·B·A is made and convolves where that costs less.
+    dropout, W + scaling·B·A is made and convolves where W is small beside y and x by a rule of sizes.
 
     Args:
         x: ``[batch, C, *size]`` or ``[C, *size]``, with one to three spatial dimensions.
@@ -330,7 +335,8 @@ def lora_conv(
     Returns:
         ``y [batch, N, *size of y]`` in the dtype of ``x``. Every tensor argument may require a
         gradient. Kept for the backward are ``x`` if ``lora_A`` or ``weight`` needs one, and ``s``, r
-        channels, if ``lora_B`` does. Under autocast ``x``, ``weight`` and ``bias`` are cast as
+        channels, if ``lora_B`` does; with a ``magnitude`` that needs one y before its scale too, or
+        with dropout ``conv(drop(x), W)``. Under autocast ``x``, ``weight`` and ``bias`` are cast as
         ``F.conv2d`` would.
 
     Raises:
@@ -338,6 +344,7 @@ def lora_conv(
             expected.
         BackendError: the forced backend can't serve ``ds`` and ``dB``; the message says why.
     """
+    check_float("x", x)
     uncast = weight
     if autocast_anywhere() and autocast_enabled(x):
         x, weight, bias = _cast(x, weight, bias)

@@ -65,13 +65,22 @@ def why_not_convolution(conv: nn.Module, taken: Collection[str]) -> str | None:
         return f"it is a {type(conv).__name__} whose shape is not known yet: run it once first"
     if type(module)._conv_forward is not stock._conv_forward:
         return f"its class {type(conv).__name__} convolves in its own way"
-    return _why_not_padded(module) or _why_not_stock(
+    return why_not_windows(module) or _why_not_stock(
         conv, stock, ("weight", "bias"), taken, "LoRAConv"
     )
 
 
-def _why_not_padded(conv: Any) -> str | None:
-    """PEFT gives A the numbers of ``padding`` alone: what it computes is then not what it merges."""
+def why_not_windows(conv: Any) -> str | None:
+    """The reason for which A can't have the windows of ``conv`` in PEFT, or None if it can.
+
+    PEFT gives A the stride and the numbers of ``padding`` alone: with a padding mode, or a dilation
+    along an axis of the kernel, what it trains is not what it merges.
+    """
+    if any(d != 1 and k != 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        return (
+            f"its dilation is {conv.dilation} over a kernel of {conv.kernel_size}, and PEFT's lora_A "
+            "has none, so that what it trains is not what it merges"
+        )
     if all(size == 1 for size in conv.kernel_size) and conv.padding in ("same", "valid"):
         return None
     pads = conv.padding != "valid" if isinstance(conv.padding, str) else any(conv.padding)
@@ -79,11 +88,6 @@ def _why_not_padded(conv: Any) -> str | None:
         return (
             f"its padding_mode is {conv.padding_mode!r}, and PEFT pads with zeros for lora_A, so that "
             "what it trains is not what it merges"
-        )
-    if conv.padding == "same" and any(one != 1 for one in conv.dilation):
-        return (
-            f"its dilation is {conv.dilation} with padding 'same', and PEFT's lora_A has no dilation, "
-            "so that what it trains is not what it merges"
         )
     return None
 

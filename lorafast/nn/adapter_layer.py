@@ -52,6 +52,8 @@ class AdapterLayer(nn.Module):
 
     operation: ClassVar[str] = ""
     """What its forward is called in every room."""
+    served_by: ClassVar[str] = "PyTorch's own calls, on every backend"
+    """What computes it where ``problems`` names none: a reason for ``explain``."""
 
     _build: Callable[..., None]
     """``_build(plain, r, **options)`` takes the frozen tensors of ``plain`` and adds an adapter."""

@@ -89,7 +89,7 @@ def _choices(layer: AdapterLayer, x: Tensor | None) -> tuple[Choice, ...]:
         operations = [problem.operation for problem in problems] or [layer.operation]
         return tuple(Choice(operation, None, merged, (), {}) for operation in operations)
     if not problems:
-        return (Choice(layer.operation, None, "PyTorch's own calls, on every backend", (), {}),)
+        return (Choice(layer.operation, None, layer.served_by, (), {}),)
     forward, backward = problems
     chosen = _choose(forward)
     if chosen is not None and chosen.differentiable:

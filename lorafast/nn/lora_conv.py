@@ -31,6 +31,11 @@ class LoRAConv(AdapterLayer):
     }
     watched_parameter = "lora_B"
     operation = "lora_conv"
+    served_by = (
+        "PyTorch's convolutions, but a 1 x 1 one of channels-last images is the operation lora_linear, "
+        "and ds and dB of channels-last or 16-bit ones without groups are expand_backward, of the "
+        "backends that serve those"
+    )
     stock: ClassVar[Any] = nn.Conv2d
     """The plain layer of as many dimensions."""
 
@@ -101,18 +106,23 @@ class LoRAConv(AdapterLayer):
         Arguments as for the class.
 
         Raises:
-            TypeError: ``conv`` is not a plain ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, pads
-                otherwise than an adapter of PEFT's does, has what would be lost, or a dtype is not one
-                of float16, bfloat16, float32 and float64. ``conv`` is unchanged.
+            TypeError: ``conv`` is not a plain ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``, or has
+                other dimensions than the class, pads or dilates otherwise than an adapter of PEFT's
+                does, has what would be lost, or a dtype is not one of float16, bfloat16, float32 and
+                float64. ``conv`` is unchanged.
             ValueError: another argument doesn't fit: r is no multiple of its groups, DoRA is asked for
                 over groups. ``conv`` is unchanged.
         """
         reason = cls.why_not_adaptable(conv)
         if reason is not None:
             raise TypeError(f"conv can't be adapted: {reason}")
-        of_stock = next(
-            c for c in (LoRAConv1d, LoRAConv2d, LoRAConv3d) if isinstance(conv, c.stock)
-        )
+        kinds = LoRAConv1d, LoRAConv2d, LoRAConv3d
+        of_stock = next(kind for kind in kinds if isinstance(conv, kind.stock))
+        if issubclass(cls, kinds) and not issubclass(cls, of_stock):
+            raise TypeError(
+                f"conv can't be adapted: it is a {type(conv).__name__}, expected an "
+                f"nn.{cls.stock.__name__} for a {cls.__name__}"
+            )
         made = cls if issubclass(cls, of_stock) else of_stock
         return made._around(
             conv, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, use_dora=use_dora,
@@ -312,7 +322,8 @@ class LoRAConv2d(LoRAConv):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for
-            ``nn.Conv2d``. It pads with zeros: PEFT pads so for A whatever ``padding_mode`` W has.
+            ``nn.Conv2d``. It pads with zeros, and dilates only along axes where the kernel is 1: so
+            PEFT does for A, whatever ``padding_mode`` and dilation W has.
         r: rank of the adapter, a positive multiple of ``groups``.
         alpha: ``scaling`` is ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora`` (Kalajdzievski,
             2023); None stands for ``r``, a scaling of 1, where PEFT's default ``lora_alpha`` is 8.

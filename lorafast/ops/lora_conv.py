@@ -1,8 +1,9 @@
 """The LoRA convolution: one backward formula, registered for tracing and wrapped for eager.
 
-The convolutions are PyTorch's, whatever backend is forced. A 1 x 1 convolution of a channels-last input
-is a ``lora_linear`` over its positions, without a copy. In any other, ``ds`` and ``dB`` of a
-channels-last ``dy`` are the operation ``expand_backward`` of whatever backend serves it. Under
+The convolutions are PyTorch's, whatever backend is forced. A 1 x 1 convolution of channels-last images
+is a ``lora_linear`` over their positions, without a copy. In any other without groups,
+``ds`` and ``dB`` of a channels-last or 16-bit ``dy`` are the operation ``expand_backward`` of whatever
+backend serves it. Under
 ``torch.func`` transforms, in forward mode, in exported programs and for subclasses of tensors a call is
 the reference, which PyTorch differentiates, batches and exports itself.
 """
@@ -66,10 +67,17 @@ def lora_conv(
 
 
 def is_linear(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether the convolution is a linear layer over rows that x has in memory: 1 x 1, channels last."""
+    """Whether the convolution is a linear layer over rows that x has in memory, and y too: 1 x 1,
+    channels last.
+
+    In one dimension there is no such format, in three it depends on the dtype whether a CPU's y has
+    it, and an x that is contiguous too counts as that.
+    """
     stride, padding, _, groups = geometry
     return (
         groups == 1
+        and weight.dim() == 4
+        and not x.is_contiguous()
         and all(size == 1 for size in weight.shape[2:])
         and all(one == 1 for one in stride)
         and not any(padding)

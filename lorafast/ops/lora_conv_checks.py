@@ -91,13 +91,18 @@ def check_magnitude(magnitude: Tensor, weight: Tensor, geometry: Geometry) -> No
 
 
 def check_kernel(weight: Tensor) -> None:
-    """``weight`` must be that of a convolution in one to three dimensions."""
+    """``weight`` must be that of a convolution in one to three dimensions, to one channel or more."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is a {type(weight).__name__}, expected a tensor")
     if weight.dim() not in _SIZES:
         raise ValueError(
             f"weight has shape {list(weight.shape)}, expected [out_channels, in_channels / groups, "
             "*kernel] with a kernel of one to three dimensions"
+        )
+    if 0 in (weight.shape[0], *weight.shape[2:]):
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, expected at least one output channel and a kernel "
+            "of at least 1"
         )
 
 
@@ -134,7 +139,8 @@ def key_of(
 ) -> tuple[object, ...] | None:
     """What the checks of a call ask; None of tensors of other classes and in compiled code.
 
-    ``windows``: stride, padding, dilation and groups as they were given.
+    ``windows``: stride, padding, dilation and groups as they were given; as text, which tells 1 from
+    1.0 and True.
     """
     if torch.compiler.is_compiling():
         return None
@@ -143,11 +149,11 @@ def key_of(
         if not is_plain(*given):
             return None
         key = (
-            *[(t.shape, t.dtype) for t in given], bias is None, type(scaling), windows, dropout_p,
+            *[(t.shape, t.dtype) for t in given], bias is None, type(scaling), repr(windows), dropout_p,
         )  # fmt: skip
         hash(key)
     except (AttributeError, RuntimeError, TypeError):
-        return None  # no tensors, nested ones, or windows as a list
+        return None  # no tensors, or nested ones
     return key
 
 
@@ -189,7 +195,9 @@ def _numbers(name: str, value: Any, n: int, least: int) -> tuple[int, ...]:
     numbers = (value,) * n if isinstance(value, int) else value
     try:
         numbers = tuple(numbers)
-        fits = all(isinstance(one, int) and one >= least for one in numbers)
+        fits = all(
+            isinstance(one, int) and not isinstance(one, bool) and one >= least for one in numbers
+        )
     except TypeError:
         fits = False
     if fits and len(numbers) == 1:

@@ -68,7 +68,10 @@ def backward(
     ds, dB = _expand_backward(dy, s, adapter, for_ds, "dB" in wants)
     if ds is not None:
         low = wide(x.dtype)
-        left = _drop(x, adapter).to(low) if "dA" in wants else x.to(low)
+        if "dA" in wants:
+            left = _drop(x, adapter).to(low)
+        else:  # which is not read
+            left = x if x.dtype is low else torch.empty_like(x, dtype=low)
         needed = ("dx" in wants and not merge, "dA" in wants)
         dleft, dA = _gradients(ds, left, adapter.lora_A.to(low), adapter.geometry.of_A(), needed)
     if "dx" in wants or "dweight" in wants:
@@ -138,7 +141,8 @@ def _pays_backward(x: Tensor, weight: Tensor) -> bool:
 
 
 def _add_expanded(y: Tensor, s: Tensor, adapter: Adapter) -> None:
-    """``y += scaling · B·s`` in one pass over y."""
+    """``y += scaling · B·s``: in one pass over y where y is of the dtype of s and has a memory format,
+    by a product beside it elsewhere, as in float16, whose s is float32."""
     groups = adapter.geometry.groups
     N = y.shape[1]
     B = adapter.lora_B.to(s.dtype).reshape(groups, N // groups, -1)
@@ -148,16 +152,19 @@ def _add_expanded(y: Tensor, s: Tensor, adapter: Adapter) -> None:
         if groups == 1 and s.dtype is y.dtype:
             rows.addmm_(s_rows, B[0].t(), alpha=adapter.scaling)
             return
+        parts = rows.view(-1, groups, N // groups).transpose(0, 1)  # [groups, M, N / groups]
         grouped = s_rows.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, M, r / groups]
-        product = torch.bmm(grouped, B.transpose(1, 2)).transpose(0, 1)
-        rows.view(-1, groups, N // groups).add_(product, alpha=adapter.scaling)
+        if s.dtype is y.dtype:
+            parts.baddbmm_(grouped, B.transpose(1, 2), alpha=adapter.scaling)
+        else:
+            parts.add_(torch.bmm(grouped, B.transpose(1, 2)), alpha=adapter.scaling)
         return
     batch = y.shape[0]
     s = s.reshape(batch, groups, s.shape[1] // groups, s.shape[2:].numel())
-    if groups == 1 and s.dtype is y.dtype and y.is_contiguous():
-        y.view(batch, N, s.shape[3]).baddbmm_(
-            B.expand(batch, -1, -1), s.squeeze(1), alpha=adapter.scaling
-        )
+    if s.dtype is y.dtype and y.is_contiguous():
+        every_B = B.expand(batch, -1, -1, -1).flatten(0, 1)  # a view without groups
+        parts = y.view(batch * groups, N // groups, s.shape[3])
+        parts.baddbmm_(every_B, s.flatten(0, 1), alpha=adapter.scaling)
         return
     product = torch.matmul(B, s)  # [batch, groups, N / groups, positions]
     y.add_(product.view(y.shape), alpha=adapter.scaling)

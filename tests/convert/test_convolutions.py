@@ -175,13 +175,16 @@ class Own(nn.Conv2d):
         (nn.Conv2d(4, 4, 3, groups=4), {}, ValueError, "a multiple of the groups of Conv2d"),
         (nn.Conv2d(4, 4, 3, groups=2), {"use_dora": True}, ValueError, "is True, expected False for"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), {}, TypeError, "mode is 'circular'"),
-        (nn.Conv2d(4, 4, 3, padding="same", dilation=2), {}, TypeError, r"\(2, 2\) with padding 's"),
+        (nn.Conv2d(4, 4, 3, padding="same", dilation=2), {}, TypeError, r"\(2, 2\) over a kernel"),
+        (nn.Conv2d(4, 4, 3, stride=4, dilation=2), {}, TypeError, r"\(2, 2\) over a kernel"),
+        (nn.Conv2d(4, 4, (3, 1), dilation=(2, 1)), {}, TypeError, r"\(2, 1\) over a kernel of \(3, 1"),
         (Own(4, 4, 3), {}, TypeError, "Own convolves in its own way"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), {}, TypeError, "parametrization"),
         (nn.LazyConv2d(4, 3), {}, TypeError, "whose shape is not known yet"),
         (nn.ConvTranspose2d(4, 4, 3), {}, ValueError, "expected an nn.Linear or nn.Embedding or"),
     ],
-    ids=["groups", "DoRA", "padding_mode", "dilation", "forward", "parametrized", "lazy", "transposed"],
+    ids=["groups", "DoRA", "padding_mode", "dilation", "strided", "one axis", "forward", "parametrized",
+         "lazy", "transposed"],
 )  # fmt: skip
 def test_refusals_leave_the_model(plain, options, error, sentence):
     model = nn.ModuleDict({"first": nn.Linear(3, 3), "conv": copy.deepcopy(plain)})
@@ -197,6 +200,42 @@ def test_what_needs_no_padding_may_have_any_mode():
     layer = LoRAConv.from_conv(nn.Conv2d(4, 4, 1, padding_mode="reflect"), 2)
     x = torch.randn(1, 4, 3, 3)
     assert torch.equal(layer(x), layer.to_plain()(x))
+
+
+def test_a_dilation_that_reaches_nothing_is_that_of_PEFT(tmp_path):
+    def make():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(4, 4, (1, 3), padding="same", dilation=(2, 1)))
+
+    theirs = draw(peft.get_peft_model(make(), config(["0"])))
+    theirs.save_pretrained(tmp_path)
+    ours = lorafast.load_adapter(make(), tmp_path)
+    x = torch.randn(1, 4, 5, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+    lorafast.merge(ours)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_file_over_a_dilation_that_PEFT_lacks_is_refused(tmp_path):
+    def make():
+        return nn.Sequential(nn.Conv2d(6, 8, 3, stride=4, dilation=2))
+
+    theirs = peft.get_peft_model(make(), config(["0"]))
+    assert theirs(torch.randn(1, 6, 10, 10)).shape == (1, 8, 2, 2)  # PEFT's A, undilated
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises((TypeError, ValueError), match=r"its dilation is \(2, 2\)"):
+        lorafast.load_adapter(make(), tmp_path)
+
+
+def test_a_class_wraps_convolutions_of_its_dimensions():
+    with pytest.raises(TypeError, match=r"it is a Conv1d, expected an nn\.Conv2d for a LoRAConv2d"):
+        LoRAConv2d.from_conv(nn.Conv1d(2, 4, 3), 2)
+
+
+def test_explain_names_the_operations_of_backends(make):
+    (choice,) = lorafast.explain(lorafast.adapt(make(), 2, ["point"])).layers["point"]
+    assert "lora_linear" in choice.reason
+    assert "expand_backward" in choice.reason
 
 
 def test_a_convolution_in_groups_is_not_merged(make, x):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_contract, covering
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lorafast
@@ -138,6 +139,20 @@ def test_it_is_what_PyTorchs_layers_compute(merge, case, last, merged):
     torch.testing.assert_close(without, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "size", [(3,), (1,), (3, 2), (1, 3), (1, 1), (2, 3, 2), (1, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_pointwise_convolution_keeps_the_memory_format_of_the_plain_one(channels, size, dtype):
+    ones = [1] * len(size)
+    W, A = torch.randn(4, channels, *ones, dtype=dtype), torch.randn(2, channels, *ones)
+    last = torch.randn(2, *size, channels, dtype=dtype).movedim(-1, 1)
+    for x in (last, last.clone(memory_format=torch.contiguous_format)):
+        y = lora_conv(x, W, A, torch.randn(4, 2, *ones), 0.5)
+        assert y.stride() == CONVOLUTIONS[len(size)](x, W).stride()
+
+
 @pytest.mark.parametrize(
     ("case", "grad"), [*(("2d", s) for s in SUBSETS), ("2d in groups", NAMES)], ids=str
 )
@@ -172,6 +187,43 @@ def test_what_it_keeps_for_the_backward():
     batch, _, size, _, r, *_ = CASES["2d"]
     own = [tuple(t[name].shape) for name in ("x", "lora_A", "lora_B")]
     assert sorted(kept) == sorted([*own, (batch, r, *size)])
+
+
+class Made(TorchDispatchMode):
+    """The operations whose output has a shape, and that output's memory."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.numel, self.found = shape.numel(), []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and made.numel() == self.numel:
+            self.found.append((operation.overloadpacket, made.untyped_storage().data_ptr()))
+        return made
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["2d", "2d in groups"])
+def test_the_low_rank_term_is_added_without_a_second_y(merge, case, dtype, last):
+    merge(False)
+    x, W, A, B, b = draw(case, dtype, last=last, grad=()).values()
+    geometry = Geometry(*CASES[case][6:])
+    A, B = A[:2], B[:, : 2 // geometry.groups]  # so that s is smaller than y
+    adapter = lora_conv_products.Adapter(A, B, 0.5, geometry, 0.0, None)
+    with Made(F.conv2d(x, W, b, **options(case)).shape) as made:
+        y, _ = lora_conv_products.forward(x, W, b, adapter, keep_s=False)
+    assert {memory for _, memory in made.found} == {y.untyped_storage().data_ptr()}
+
+
+def test_dx_alone_of_float16_copies_no_x():
+    x, W, A, B, _ = draw("2d", torch.float16, grad=()).values()
+    adapter = lora_conv_products.Adapter(A, B, 0.5, Geometry(*CASES["2d"][6:]), 0.0, None)
+    dy = torch.randn_like(F.conv2d(x, W, **options("2d")))
+    with Made(x.shape) as made:
+        lora_conv_products.backward(dy, x, W, None, adapter, ("dx",))
+    assert torch.ops.aten._to_copy not in [operation for operation, _ in made.found]
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -347,6 +399,11 @@ def test_under_transforms_in_forward_mode_and_under_modes():
         ({"x": torch.ones(2, 6, 9, 7, dtype=torch.int64)}, "x is torch.int64, expected float16"),
         ({"padding": -1}, "padding is -1, expected 2 integers of at least 0"),
         ({"stride": (1, 1, 1)}, "stride is (1, 1, 1), expected 2 integers of at least 1"),
+        ({"padding": True}, "padding is True, expected 2 integers of at least 0"),
+        ({"stride": (1.0, 1)}, "stride is (1.0, 1), expected 2 integers of at least 1"),
+        ({"x": [1]}, "x is a list, expected a tensor"),
+        ({"weight": torch.randn(0, 6, 3, 3), "lora_B": torch.randn(0, 3, 1, 1), "bias": None},
+         "weight has shape [0, 6, 3, 3], expected at least one output channel"),
         ({"padding": "full"}, "padding is 'full', expected 'same', 'valid' or numbers"),
         ({"groups": 0}, "groups is 0, expected an integer of at least 1"),
         ({"dropout_p": 1.5}, "dropout_p is 1.5, expected a probability"),
@@ -357,6 +414,7 @@ def test_under_transforms_in_forward_mode_and_under_modes():
 )  # fmt: skip
 def test_what_does_not_fit_is_said_in_a_sentence(change, message):
     t = draw("2d", torch.float32, grad=())
+    lora_conv(**t, scaling=0.5, **options("2d"))  # a call that fitted changes no answer
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         lora_conv(**t | {"scaling": 0.5} | options("2d") | change)
 

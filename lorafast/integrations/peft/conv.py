@@ -19,12 +19,13 @@ def forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     base = layer._modules["base_layer"]
     parameters = base._parameters
-    lora_A, lora_B, scaling, bias = _as_one(adapters, parameters["bias"])
+    weight = parameters["weight"]
+    lora_A, lora_B, scaling, bias = _as_one(adapters, parameters["bias"], weight.dtype)
     first, magnitude = adapters[0], None
     if first.name in layer.lora_variant:
         magnitude = layer.lora_magnitude_vector[first.name].weight
     return functional.lora_conv(
-        x, parameters["weight"], lora_A, lora_B, scaling, bias, stride=base.stride,
+        x, weight, lora_A, lora_B, scaling, bias, stride=base.stride,
         padding=base.padding, dilation=base.dilation, groups=base.groups, magnitude=magnitude,
         # Of DoRA PEFT asks the layer beside the dropout.
         dropout_p=first.dropout_p, training=magnitude is None or layer.training,
@@ -32,13 +33,12 @@ def forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _as_one(
-    adapters: list[Adapter], bias: Tensor | None
+    adapters: list[Adapter], bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, float, Tensor | None]:
-    """A, B, scaling and bias of the sum: A's stacked, B's side by side."""
+    """A, B, scaling and bias, in ``dtype``, of the sum: A's stacked, B's side by side."""
     for adapter in adapters:
         own = adapter.lora_B._parameters["bias"]
         if own is not None:
-            dtype = own.dtype if bias is None else bias.dtype
             added = own * adapter.scaling
             bias = (added if bias is None else bias + added).to(dtype)
     first, *others = adapters

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorafast.core.context import autocast_enabled
 from lorafast.integrations.peft import known, rules
 from lorafast.integrations.peft.adapters import Adapter
+from lorafast.nn.adaptable import why_not_windows
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _VARIANTS = (DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
@@ -50,12 +51,7 @@ def _why_not_base(base: Any) -> str | None:
     reason = rules.why_not_read(base)
     if reason is not None:
         return f"its base layer {reason}"
-    pads = base.padding != "valid" if isinstance(base.padding, str) else any(base.padding)
-    if pads and base.padding_mode != "zeros":
-        return f"its padding_mode is {base.padding_mode!r}, and PEFT pads with zeros for lora_A"
-    if any(d != 1 and k != 1 for d, k in zip(base.dilation, base.kernel_size, strict=True)):
-        return f"its dilation is {base.dilation}, and PEFT's lora_A has none"
-    return None
+    return why_not_windows(base)
 
 
 def _why_not_adapter(layer: LoraLayer, adapter: Adapter, base: Any) -> str | None:

@@ -20,6 +20,7 @@ LAYERS = {
     "2d": (lambda: nn.Conv2d(6, 8, 3, padding="same"), (3, 6, 7, 5)),
     "2d, no bias": (lambda: nn.Conv2d(6, 8, (3, 2), 2, padding=(1, 0), bias=False), (3, 6, 7, 5)),
     "pointwise": (lambda: nn.Conv2d(6, 8, 1, dilation=3), (3, 6, 7, 5)),
+    "one axis": (lambda: nn.Conv2d(6, 8, (1, 3), padding="same", dilation=(2, 1)), (3, 6, 7, 5)),
     "groups": (lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2), (3, 6, 7, 5)),
     "3d": (lambda: nn.Conv3d(3, 4, (1, 3, 2)), (2, 3, 2, 5, 4)),
 }
@@ -86,7 +87,6 @@ OPTIONS = {
             list(LAYERS), list(OPTIONS), DTYPES, (False, True)
         )
         if not (case == "groups" and name in ("two", "dora"))
-        and not (case == "2d, no bias" and name == "lora_bias")
     ],
 )  # fmt: skip
 def test_the_same_numbers_and_gradients(served_by_peft, case, options, dtype, last):
@@ -97,10 +97,14 @@ def test_the_same_numbers_and_gradients(served_by_peft, case, options, dtype, la
     assert not served_by_peft
 
 
-@pytest.mark.parametrize("case", ["2d", "pointwise"])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("2d", {}), ("pointwise", {}), ("2d, no bias", {"lora_bias": True})],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_adapters_over_16_bits(served_by_peft, case, dtype):
-    model = peft_model(case)
+def test_float32_adapters_over_16_bits(served_by_peft, case, options, dtype):
+    model = peft_model(case, **options)
     model.base_model.model[0].base_layer.to(dtype)
     x, dy = drawn(case, dtype, last=True)
     assert_equal(twins(model), x, dy, dtype)
@@ -133,6 +137,11 @@ LEFT = {
         None,
     ),
     "dilation": ("its dilation is", lambda: nn.Conv2d(6, 8, 3, padding="same", dilation=2), None),
+    "strided dilation": (
+        "its dilation is",
+        lambda: nn.Conv2d(6, 8, (3, 1), stride=5, dilation=(2, 1)),
+        None,
+    ),
     "hooks": ("has hooks", None, lambda layer: hooked(layer.base_layer)),
     "hooks of A": ("'default' has hooks", None, lambda layer: hooked(layer.lora_A["default"])),
     "disabled": ("are disabled", None, lambda layer: layer.enable_adapters(False)),
