@@ -3,6 +3,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "../checks.h"
 
 namespace lorafast::cpu {

@@ -88,7 +88,7 @@ def dense_linear_expand(
     if y is not None:
         return _add_expanded(y, s, lora_B, scaling, dropout_p, seed)
     mask = _mask(dropout_p, seed)
-    return _linear_expand(x, weight, False, s, lora_B, float(scaling), bias, *mask)  # type: ignore[no-any-return]
+    return _linear_expand(x, weight, False, s, lora_B, float(scaling), bias, *mask)
 
 
 def dense_linear_expand_transposed(
@@ -103,7 +103,7 @@ def dense_linear_expand_transposed(
 ) -> Tensor:
     """``linear_expand_transposed`` of a dense W, the base GEMM in the same call."""
     mask = _mask(dropout_p, seed)
-    return _linear_expand(dy, weight, True, ds, lora_A_t, float(scaling), None, *mask)  # type: ignore[no-any-return]
+    return _linear_expand(dy, weight, True, ds, lora_A_t, float(scaling), None, *mask)
 
 
 def linear_expand(
@@ -201,7 +201,7 @@ def dense_lora_linear(
     mask = _mask(dropout_p, seed)
     y = operands.finished_linear(x, weight, bias)
     if y is None:
-        return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), *mask)  # type: ignore[no-any-return]
+        return _lora_linear(x, weight, bias, lora_A, lora_B, float(scaling), *mask)
     return _with_low_rank(y, x, lora_A, lora_B, scaling, mask)
 
 
