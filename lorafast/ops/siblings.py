@@ -57,9 +57,7 @@ class Sibling(NamedTuple):
     def fits(self, x: Tensor, like: "Sibling") -> bool:
         """Whether it can share ``x [..., K]`` with ``like``, and needs gradients where that does."""
         W, A, B, scaling, bias = self
-        if not all(
-            t is None or (type(t) in PLAIN and t.device == x.device) for t in (W, A, B, bias)
-        ):
+        if not all(t is None or (_is_plain(t) and t.device == x.device) for t in (W, A, B, bias)):
             return False
         return (
             W.dim() == A.dim() == B.dim() == 2
@@ -97,7 +95,11 @@ class Sibling(NamedTuple):
 
 def _version(t: Tensor) -> tuple[object, ...]:
     """Without what ``t.data`` is told in place: PyTorch doesn't count that."""
-    return id(_owner(t)), t._version, t.data_ptr(), t.requires_grad
+    return id(_owner(t)), t._version, t.data_ptr() if _is_plain(t) else None, t.requires_grad
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in PLAIN and t.layout is torch.strided
 
 
 def _owner(t: Tensor) -> Tensor:
@@ -119,8 +121,7 @@ def can_share(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and alone()
-        and type(x) in PLAIN
-        and x.layout is torch.strided
+        and _is_plain(x)
         and not x.is_inference()  # whose changes PyTorch doesn't count
         and x.dim() > 0
         and x.numel() >= max(FEWEST_ELEMENTS, FEWEST_ROWS * x.shape[-1], 1)
