@@ -62,7 +62,7 @@ def adapt(
         fuse: ``"siblings"`` lets LoRA layers that a module calls with the same x (q, k and v; gate and
             up) share one pass over x in the forward and one in the backward, and one gradient of x that
             all add to: see ``docs/guide.md``. ``lorafast.restore(model)`` undoes it. A warning says so
-            if there are none.
+            if no layer of the model has siblings.
 
     Returns:
         ``model``.
@@ -106,8 +106,10 @@ def adapt(
         sentence = large_share(adapted)
         if sentence is not None:
             warnings.warn(sentence, stacklevel=2)
-    if fuse is not None and not siblings.fuse(adapted):
-        warnings.warn(siblings.NONE_FOUND, stacklevel=2)
+    if fuse is not None:
+        siblings.fuse(adapted)
+        if not siblings.has_siblings(adapted):
+            warnings.warn(siblings.NONE_FOUND, stacklevel=2)
     return model if adapted is inner else adapted
 
 

@@ -45,6 +45,11 @@ def fuse(model: nn.Module) -> list[list[str]]:
     return found
 
 
+def has_siblings(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` has siblings, by this call of ``fuse`` or one before."""
+    return any(layer._siblings is not None for layer in adapted_layers(model).values())
+
+
 def separate(model: nn.Module) -> bool:
     """Undoes ``fuse``; whether there were siblings."""
     layers = [layer for layer in adapted_layers(model).values() if layer._siblings is not None]

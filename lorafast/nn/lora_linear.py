@@ -316,7 +316,8 @@ class LoRALinear(AdapterLayer):
             return None
         p: Any = self._parameters
         try:
-            return Sibling(p["weight"], p["lora_A"], p["lora_B"], self._scaling, p["bias"])
+            bias = p["bias"] if "bias" in p else self.__dict__["bias"]  # where it is a plain None
+            return Sibling(p["weight"], p["lora_A"], p["lora_B"], self._scaling, bias)
         except KeyError:  # a parametrization or a wrapper computes one of them
             return None
 

@@ -12,7 +12,7 @@ from lorafast.ops.siblings import Shared, Sibling, can_share, is_recorded
 _ENOUGH = 2
 """Times in a row that a layer leaves its part, after which none is made for it."""
 _TRIED_AGAIN = 32
-"""Of so many times one is for all of them, whatever they left before."""
+"""Of so many times that a layer is the first, one is for all of them, whatever they left before."""
 
 
 class Siblings:
@@ -21,6 +21,10 @@ class Siblings:
     The first that is called with an x makes what all of them need of it; each of the others takes its
     part when it is called with the same tensor, unchanged. A layer that is called with another x is
     served as if it were alone, and so is a call that can't share: see ``ops.siblings.can_share``.
+    A layer that comes a second time with the same x begins anew.
+
+    A change of ``x`` or ``lora_A`` that PyTorch doesn't count, as ``lora_A.data.mul_(2)``, can't be seen
+    between the calls of two siblings: the second takes what was made before it.
 
     It holds its layers weakly. A copy or a pickle of it has places for as many, which the layers that
     are copied with it take.
@@ -34,7 +38,8 @@ class Siblings:
         self._kept: Shared | None = None
         self._last: tuple[tuple[int, ...], dict[int, int]] = ((), {})
         """For whom something was made last, and who of them has left it so far."""
-        self._opened = 0
+        self._opened = [0] * count
+        """How often each place was the first that an x came to."""
         self._missed: dict[tuple[int, int], int] = {}
         """How often in a row the second place left what the first had made for it."""
 
@@ -54,14 +59,15 @@ class Siblings:
 
     def forward(self, place: int, layer: Any, x: Tensor) -> Tensor | None:
         """``layer(x)`` by what the siblings share of ``x``; None if it is to be served alone."""
-        if self._at(place) is not layer or not can_share(x):
-            return None
-        own = layer.sibling()
+        able = can_share(x)
+        own = layer.sibling() if able and self._at(place) is layer else None
         if own is None:
+            if not able or self._has_part(place):
+                self._shared = self._kept = None
             return None
         with without_autocast(x):
             shared = None if self._shared is None else self._shared()
-            if shared is None or not shared.is_of(x):
+            if shared is None or not shared.is_of(x) or shared.was_taken(place):
                 shared = self._share(place, own, x)
             if shared is None or not shared.has(place, own):
                 return None
@@ -69,6 +75,11 @@ class Siblings:
         if not shared.left:
             self._shared = self._kept = None
         return y
+
+    def _has_part(self, place: int) -> bool:
+        """Whether what is shared was made for the layer at ``place`` too, taken or not."""
+        shared = None if self._shared is None else self._shared()
+        return shared is not None and place in shared.keys
 
     def _at(self, place: int) -> Any:
         there = self._layers[place]
@@ -80,9 +91,9 @@ class Siblings:
         self._learn()
         if not own.fits(x, own):
             return None
-        self._opened += 1
+        self._opened[place] += 1
         # What is computed again in a backward must be shared by the same layers then.
-        all_of_them = is_recorded() or self._opened % _TRIED_AGAIN == 0
+        all_of_them = is_recorded() or self._opened[place] % _TRIED_AGAIN == 0
         found = {place: own}
         for other in range(len(self._layers)):
             layer = self._at(other)

@@ -57,9 +57,7 @@ class Sibling(NamedTuple):
     def fits(self, x: Tensor, like: "Sibling") -> bool:
         """Whether it can share ``x [..., K]`` with ``like``, and needs gradients where that does."""
         W, A, B, scaling, bias = self
-        if not all(
-            t is None or (type(t) in PLAIN and t.device == x.device) for t in (W, A, B, bias)
-        ):
+        if not all(t is None or (_is_plain(t) and t.device == x.device) for t in (W, A, B, bias)):
             return False
         return (
             W.dim() == A.dim() == B.dim() == 2
@@ -73,7 +71,11 @@ class Sibling(NamedTuple):
             and (bias is None or (bias.shape == W.shape[:1] and bias.dtype is x.dtype))
             and type(scaling) in (float, int)
             and (not torch.is_grad_enabled() or self._needs_as(x, like))
+            and (x.device.type not in SHARED_WITH_A_BACKWARD or self._has_backward(x))
         )
+
+    def _has_backward(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or self._is_trained())
 
     def _needs_as(self, x: Tensor, like: "Sibling") -> bool:
         """Whether its frozen tensors are frozen, and its y requires a gradient where that of ``like``
@@ -86,9 +88,18 @@ class Sibling(NamedTuple):
         return self.lora_A.requires_grad or self.lora_B.requires_grad
 
     def version(self) -> tuple[object, ...]:
-        """What other values would have otherwise."""
+        """What other values, or other gradients to compute, would have otherwise."""
         tensors = (self.weight, self.lora_A, self.lora_B, self.bias)
-        return self.scaling, *[None if t is None else (id(_owner(t)), t._version) for t in tensors]
+        return self.scaling, *[None if t is None else _version(t) for t in tensors]
+
+
+def _version(t: Tensor) -> tuple[object, ...]:
+    """Without what ``t.data`` is told in place: PyTorch doesn't count that."""
+    return id(_owner(t)), t._version, t.data_ptr() if _is_plain(t) else None, t.requires_grad
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in PLAIN and t.layout is torch.strided
 
 
 def _owner(t: Tensor) -> Tensor:
@@ -98,7 +109,10 @@ def _owner(t: Tensor) -> Tensor:
 
 FEWEST_ROWS, FEWEST_ELEMENTS = 512, 1 << 19
 """Of x, from which sharing it pays: with fewer, putting A's side by side and the longer way through
-Python cost more. Measured on a CPU with AVX-512."""
+Python cost more. Measured on a CPU with AVX-512; on GPUs not timed, where only bytes were counted."""
+
+SHARED_WITH_A_BACKWARD = frozenset(("cuda",))
+"""Devices on which sharing pays by its backward alone: a layer's forward may be one launch there."""
 
 
 def can_share(x: Tensor) -> bool:
@@ -107,8 +121,7 @@ def can_share(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and alone()
-        and type(x) in PLAIN
-        and x.layout is torch.strided
+        and _is_plain(x)
         and not x.is_inference()  # whose changes PyTorch doesn't count
         and x.dim() > 0
         and x.numel() >= max(FEWEST_ELEMENTS, FEWEST_ROWS * x.shape[-1], 1)
@@ -126,7 +139,15 @@ def _surroundings(x: Tensor) -> tuple[object, ...]:
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
     # Checkpointing computes again what was called within it, and no other call.
     hooks = _top_hooks(False) if torch.is_grad_enabled() else None
-    return torch.is_grad_enabled(), threading.get_ident(), stream, hooks, forced.forced()
+    return (
+        torch.is_grad_enabled(),
+        x.requires_grad,
+        (x.data_ptr(), x.shape, x.stride()),  # which x.data = other changes without a new version
+        threading.get_ident(),
+        stream,
+        hooks,
+        forced.forced(),
+    )
 
 
 class Shared:
@@ -152,7 +173,8 @@ class Shared:
         if self.has_graph:
             self._stand_ins: tuple[Tensor, ...] = _Siblings.apply(self, x, *tensors)
         else:
-            self.shrink(x)
+            with torch.no_grad():
+                self.shrink(x)
 
     def is_of(self, x: Tensor) -> bool:
         """Whether it is the ``x`` that is shared, unchanged, and all around it is as it was."""
@@ -162,6 +184,10 @@ class Shared:
             and self._surroundings == _surroundings(x)
             and not self._is_over
         )
+
+    def was_taken(self, key: int) -> bool:
+        """Whether ``key`` has taken its y: when it is called again, another step may have begun."""
+        return key in self.keys and key not in self.left
 
     def has(self, key: int, sibling: Sibling) -> bool:
         """Whether the y of ``key`` can be taken, whose tensors are those of ``sibling`` now."""
@@ -180,7 +206,8 @@ class Shared:
         if self.has_graph:
             y: Tensor = _Take.apply(self._stand_ins[index], x.detach(), self, index)
         else:
-            y = self.y(index, x)
+            with torch.no_grad():
+                y = self.y(index, x)
         if not self.left:
             self.end()
         return y
@@ -345,7 +372,7 @@ def _given(
     ctx: Any, dys: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None, list[_Given]]:
     """``x``, the A's side by side, and the siblings whose dy has come."""
-    x, lora_A, s, *tensors = unpacked(ctx)
+    x, lora_A, s, *tensors = _unpacked(ctx)
     count = len(ctx.siblings)
     Ws, As, Bs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
     parts = [None] * count if s is None else columns(s, ctx.siblings)
@@ -357,17 +384,39 @@ def _given(
     return x, lora_A, given
 
 
+def _unpacked(ctx: Any) -> tuple[Any, ...]:
+    """What the siblings saved for their one backward; errors that say so."""
+    try:
+        return unpacked(ctx)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise RuntimeError(
+                "siblings (fuse='siblings') have one backward for all of them, and it has run: a "
+                "backward through one frees what the others need. Pass retain_graph=True, or add the "
+                "losses"
+            ) from error
+        if "changed in place" in str(error):
+            raise RuntimeError(
+                f"{error}. The layer has siblings (fuse='siblings'): what it kept is of all of them, of "
+                "those that were not called too"
+            ) from error
+        raise
+
+
 def _shrink_backward(
     ctx: Any, trained: list[_Given], ds: Tensor, rows: Tensor
 ) -> tuple[Tensor, ...]:
-    """``dA`` of each."""
+    """``dA`` of each, in memory of its own: it becomes a parameter's gradient."""
     dtype = trained[0].sibling.lora_A.dtype
     run = _planned(
         ("shrink_backward", dtype), ctx.backend, (ds, rows),
         lambda: shrink_backward_problem(ds, rows, 0.0, None, dtype),
     )  # fmt: skip
     dA: Tensor = run(ds, rows, 0.0, None)
-    return dA.split([one.sibling.lora_A.shape[0] for one in trained])
+    if len(trained) == 1:
+        return (dA,)
+    parts = dA.split([one.sibling.lora_A.shape[0] for one in trained])
+    return tuple(part.clone() for part in parts)
 
 
 def _expand_backward(ctx: Any, one: _Given, wants: tuple[str, ...]) -> Any:
