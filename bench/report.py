@@ -5,7 +5,7 @@
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
 shown, or of a device that has none the newest one, of which it is said; of ``inference-*``,
-``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the newest one. No figure
+``quantized-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the newest one. No figure
 is typed by hand.
 """
 
@@ -161,6 +161,7 @@ def performance(results: Path) -> str:
     parts = []
     kinds = (
         ("gpu", "", _section), ("cpu", "", _section), ("inference", "Inference: ", _section),
+        ("quantized", "Quantized weights: ", _section),
         ("accelerate", "PEFT's models: ", _section), ("traffic", "", _traffic),
         ("executed", "", _executed), ("compiled", "", _compiled),
         ("nvcc", "", _nvcc),
