@@ -1,9 +1,10 @@
 """What the machine code of a launch is made of, compiled now or known from before.
 
 ``compiled/triton-*/sm_*.jsonl`` holds, a line a variant, what every configuration that ships compiled to
-with that Triton. A line counts only for the very source, constants, options and Triton that its key is
-the hash of, so whatever changed is compiled again; and each run compiles a few known ones again, one of
-128 drawn by lot, to see that the lines are true.
+with that Triton; the folders beside these files hold what each ``test_compiled_*.py`` compiles. A line
+counts only for the very source, constants, options and Triton that its key is the hash of, so whatever
+changed is compiled again; and each run compiles a few known ones again, one of 128 drawn by lot, to see
+that the lines are true.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-_FOLDER = (
+FOLDER = (
     Path(__file__).with_name("compiled") / f"triton-{'.'.join(triton.__version__.split('.')[:2])}"
 )
 _KEY_DIGITS = 16
@@ -53,7 +54,7 @@ class Known:
     """
 
     def __init__(
-        self, capability: int, again: str | tuple[str, ...] | None = (), folder: Path = _FOLDER
+        self, capability: int, again: str | tuple[str, ...] | None = (), folder: Path = FOLDER
     ) -> None:
         self._capability = capability
         self._path = folder / f"sm_{capability}.jsonl"

@@ -18,7 +18,6 @@ from lorafast.kernels.common.plan import precision_of, skinny_precision_of
 from lorafast.kernels.dequantize import dequantize
 from lorafast.kernels.linear_expand import codes
 from lorafast.kernels.lora_linear import decode
-from machine_code import _compile
 from recorded import launches_of
 
 from lorafast.operands import FP8, NF4, Int8
@@ -52,9 +51,9 @@ def weight_of(kind, dtype, K=K):
     return NF4(tensors, (N, K), dtype, 64, 256)
 
 
-def machine_of(capability, call):
+def instructions_of(machine_of, capability, call):
     (launch,) = launches_of(capability, call)
-    machine = _compile(launch, capability)
+    machine = machine_of(launch, capability)
     assert (machine.spills, machine.local, machine.serialized) == (0, 0, False)
     assert machine.shared <= SHARED_MEMORY[capability]
     return machine.instructions
@@ -63,7 +62,7 @@ def machine_of(capability, call):
 KINDS = ("nf4 nested", "int8", "fp8")
 EVERY = os.environ.get("EXECUTE") == "all"
 choices = itertools.product if EVERY else covering
-"""Each compilation takes two seconds: ``make test-executed`` asks for all of them."""
+"""What isn't known takes a second or two: ``make test-executed`` asks for all, compiled anew."""
 
 
 @pytest.mark.parametrize(
@@ -71,9 +70,10 @@ choices = itertools.product if EVERY else covering
     choices(list(SHARED_MEMORY), KINDS, (torch.bfloat16, torch.float32)),
     ids=str,
 )
-def test_dequantize(capability, kind, dtype):
+def test_dequantize(machine_of, capability, kind, dtype):
     weight, W = weight_of(kind, dtype), empty(N, K, dtype=dtype)
-    assert "STG.128" in machine_of(capability, lambda: dequantize(weight, W))
+    has = instructions_of(machine_of, capability, lambda: dequantize(weight, W))
+    assert "STG.128" in has
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_dequantize(capability, kind, dtype):
     choices(list(SHARED_MEMORY), KINDS, (16, 64, 128), ("y", "dx")),
     ids=str,
 )
-def test_a_product_that_reads_codes(capability, kind, M, product):
+def test_a_product_that_reads_codes(machine_of, capability, kind, M, product):
     """Its codes are copied to shared memory ahead of their use."""
     transposed = product == "dx"
     launch = codes_launch(
@@ -89,7 +89,8 @@ def test_a_product_that_reads_codes(capability, kind, M, product):
     )
     x, s, B = (empty(*size, dtype=torch.bfloat16) for size in ((M, K), (M, 16), (N, 16)))
     weight = weight_of(kind, torch.bfloat16)
-    has = machine_of(capability, lambda: codes.launcher(launch)(x, weight, s, B, 0.5))
+    call = codes.launcher(launch)
+    has = instructions_of(machine_of, capability, lambda: call(x, weight, s, B, 0.5))
     assert "LDGSTS.128" in has
 
 
@@ -105,7 +106,7 @@ DECODED = {"nf4 nested": 4, "int8": 8, "fp8": 8, "dense": None}
     ),
     ids=str,
 )  # fmt: skip
-def test_a_layer_of_few_rows(capability, kind, dtype, r, K):
+def test_a_layer_of_few_rows(machine_of, capability, kind, dtype, r, K):
     """With helpers, and where K is short without; in 16 bits four programs have an SM's registers.
 
     To run more programs at once ptxas puts up to two words on the stack in some of these, which are
@@ -119,7 +120,7 @@ def test_a_layer_of_few_rows(capability, kind, dtype, r, K):
     x, A, B = (empty(*size, dtype=dtype) for size in ((16, K), (r, K), (N, r)))
     weight = empty(N, K, dtype=dtype) if kind == "dense" else weight_of(kind, dtype, K)
     (found,) = launches_of(capability, lambda: decode.launcher(launch)(x, weight, A, B, 0.5))
-    machine = _compile(found, capability)
+    machine = machine_of(found, capability)
     assert machine.stack <= 8
     assert (machine.local, machine.serialized) == (0, False)
     assert machine.shared <= SHARED_MEMORY[capability]

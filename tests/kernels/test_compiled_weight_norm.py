@@ -9,7 +9,6 @@ from lorafast.kernels.common.configs import SHARED_MEMORY
 from lorafast.kernels.common.launch import INTERPRETED
 from lorafast.kernels.common.plan import weight_norm_launch
 from lorafast.kernels.weight_norm import kernel
-from machine_code import _compile
 from recorded import launches_of
 
 pytestmark = [
@@ -37,8 +36,8 @@ def empty(*size, dtype):
     ],
     ids=str,
 )
-def test_compiles_to_fast_code(dtypes, r, N, capability):
-    machine, launch = compiled(capability, dtypes, N, 4096, r)
+def test_compiles_to_fast_code(machine_of, dtypes, r, N, capability):
+    machine, launch = compiled(machine_of, capability, dtypes, N, 4096, r)
     assert "HMMA" in machine.instructions
     assert ("LDGSTS.128" in machine.instructions) is (launch.rank_blocks <= 2)
 
@@ -47,18 +46,18 @@ def test_compiles_to_fast_code(dtypes, r, N, capability):
 @pytest.mark.parametrize(
     ("dtypes", "r"), [((BF16, F32, F32), 64), ((F32, F32, F32), 17), ((F32, F32, F32), 65)], ids=str
 )
-def test_of_rows_that_are_not_aligned(dtypes, r, capability):
+def test_of_rows_that_are_not_aligned(machine_of, dtypes, r, capability):
     """Loads are one element wide, and their addresses take registers."""
-    compiled(capability, dtypes, 8192, 4100, r)
+    compiled(machine_of, capability, dtypes, 8192, 4100, r)
 
 
-def compiled(capability, dtypes, N, K, r):
+def compiled(machine_of, capability, dtypes, N, K, r):
     """Without spills, within shared memory."""
     sizes = ((N, K), (r, K), (N, r))
     given = [empty(*size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
     launch = weight_norm_launch(N, K, r, sms=132)
     (launched,) = launches_of(capability, lambda: kernel.launcher(launch)(*given, 0.5))
-    machine = _compile(launched, capability)
+    machine = machine_of(launched, capability)
     assert (machine.spills, machine.local) == (0, 0)
     assert machine.shared <= SHARED_MEMORY[capability]
     return machine, launch
