@@ -5,8 +5,8 @@
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
 shown, or of a device that has none the newest one, of which it is said; of ``inference-*``,
-``quantized-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the newest
-one. No figure is typed by hand.
+``quantized-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the
+newest one. No figure is typed by hand.
 """
 
 import argparse
