@@ -15,6 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 from interpreter import remember_types, replace_once_a_launch
 from toy_formats import registered
 
@@ -35,6 +36,11 @@ settings.register_profile(
 settings.register_profile("quick", settings.get_profile("repeatable"), max_examples=20)
 settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Hypothesis draws numbers that it reads in the modules imported so far, so what a test draws would
+# depend on the tests before it: not in a repeatable run.
+_NO_CONSTANTS = providers.Constants()
+providers._get_local_constants = lambda: _NO_CONSTANTS
 
 
 @pytest.fixture(autouse=True)
