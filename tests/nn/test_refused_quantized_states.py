@@ -1,4 +1,4 @@
-"""States of quantized layers that are refused, and leave a layer as it was; fp8 codes of either dtype."""
+"""States of quantized layers that are refused, and leave a layer as it was; fp8 codes in two dtypes."""
 
 import json
 
