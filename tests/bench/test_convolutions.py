@@ -12,6 +12,7 @@ CPU = torch.device("cpu")
 SIZE = job.Size(4, 64, (16, 16, 24, 24))
 
 
+@pytest.mark.slow
 def test_every_arm_is_checked_and_timed(tmp_path):
     record = Record(CPU, ["test"], tmp_path / "run.json")
     rows = job.run(8, "fp32", device=CPU, record=record, size=SIZE, seconds=0.01)

@@ -234,6 +234,7 @@ def test_a_device_stays_one():
     assert after.st_ino == before.st_ino
 
 
+@pytest.mark.slow
 def test_the_record_may_follow_the_table_on_stdout(tmp_path):
     out = tmp_path / "out.txt"
     command = lorafast_command("bench", *TINY, "--against", "frozen", "--json", "/dev/stdout")

@@ -400,6 +400,7 @@ def _check_sharded(format, low):
     alone.load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_sharded_by_fsdp_it_trains_as_in_one_process():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_on_each_rank, (2, os.path.join(folder, "rendezvous")), nprocs=2)

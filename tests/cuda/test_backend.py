@@ -130,7 +130,7 @@ def test_pytorchs_dropout_reads_the_kernels_mask(monkeypatch):
     assert torch.equal(found, reference.dropout(x, 0.3, seed))
 
 
-@pytest.mark.parametrize("arch", [75, 90])
+@pytest.mark.parametrize("arch", [75, pytest.param(90, marks=pytest.mark.slow)])
 def test_a_decode_step_of_a_mixed_batch(monkeypatch, arch):
     """By the plan of ``grouped_lora_linear``, which turns the assignment into indices."""
     monkeypatch.setattr(module, "gpu_of", lambda device: DEVICES.get(arch, T4))

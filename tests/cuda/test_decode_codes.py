@@ -87,7 +87,11 @@ FAULTS = {
 
 @needs_nvcc
 class TestExecuted:
-    @pytest.mark.parametrize("case", CASES, ids=name)
+    @pytest.mark.parametrize(
+        "case",
+        [c if c[1] == 80 else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+        ids=name,
+    )
     def test_cases(self, case):
         of, arch, M, K, N, r, helpers, dtype, adapters = case
         weight = drawn(of, N, K, dtype, seed=M)

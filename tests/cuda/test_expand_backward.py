@@ -81,7 +81,7 @@ def test_other_architectures(arch):
     check(case(130, 264, 40, arch=arch))
 
 
-@pytest.mark.parametrize("arch", [86, 120])
+@pytest.mark.parametrize("arch", [86, pytest.param(120, marks=pytest.mark.slow)])
 def test_a_tile_that_would_fill_shared_memory(arch):
     """Of 64 ranks of float16 it has all that a CTA may have, and the kernel has 16 bytes of its own."""
     check(case(40, 140, 64, dtype=F16, arch=arch))

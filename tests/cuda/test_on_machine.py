@@ -71,6 +71,7 @@ class TestWhatIsRight:
         assert (launch.grid, launch.block, launch.cluster) == ((1, 1, 1), (256, 1, 1), (0, 0, 0))
         assert launch.ran.issued("st.global") > 0
 
+    @pytest.mark.slow
     def test_arguments_of_several_sizes(self, copy):
         copy(ARGUMENTS)
         assert torch.equal(copy.y, 2 * copy.x - 3)

@@ -39,6 +39,7 @@ def hold_the_aims(of):
         assert found.bound >= LEAST_BUSY, (assumed, found)
 
 
+@pytest.mark.slow
 def test_a_forward_adds_little_to_a_tile_that_tensor_cores_bound():
     hold_the_aims(whole())
 

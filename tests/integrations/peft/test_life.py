@@ -213,6 +213,7 @@ def test_gradient_checkpointing(life, reentrant, dropout):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_trainer(tmp_path, checkpointing):
     """A few steps of transformers' Trainer: the losses of stock PEFT."""

@@ -269,6 +269,7 @@ def why_apart(found, stock, exact, dtype):
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=str)
 def test_a_training_run_follows_pefts(compute):
     """Step by step as near to float64's losses as PEFT's own are."""

@@ -198,6 +198,7 @@ def test_a_pickle_holds_PEFTs_layer(protocol):
     torch.testing.assert_close(loaded(x), accelerated.base_model.model.up(x))
 
 
+@pytest.mark.slow
 def test_torch_save_of_a_whole_model_loads_without_lorafast(tmp_path):
     layer = lorafast.accelerate(peft_model(), quiet=True).base_model.model.layer
     x = torch.randn(3, K)

@@ -55,6 +55,7 @@ def assert_close(one, other):
     assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callbacks", [[], [SaveAdapter()]], ids=["", "callback"])
 def test_a_checkpoint_has_the_adapter_and_is_resumed_from(tmp_path, callbacks):
     model = adapted()
