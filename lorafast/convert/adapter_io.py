@@ -253,8 +253,11 @@ def _by_layer(tensors: dict[str, Tensor]) -> tuple[Adapters, dict[str, Tensor]]:
 
 
 def _adapter_key(key: str) -> tuple[str, str] | None:
-    """The layer and the parameter that a tensor of the file is; None if it is no adapter's."""
-    for ending, parameter in PEFT_NAMES.items():
+    """The layer and the parameter that a tensor of the file is; None if it is no adapter's.
+
+    Of two endings the longer one counts: an attention's ``out_proj`` is no layer of its own.
+    """
+    for ending, parameter in sorted(PEFT_NAMES.items(), key=lambda one: -len(one[0])):
         if key.endswith(f".{ending}"):
             return key.removesuffix(f".{ending}"), parameter
     return None
