@@ -94,21 +94,29 @@ def multihead_attention(
         without N for inputs without it, or None.
 
     Raises:
-        TypeError, ValueError: an argument doesn't fit.
+        ValueError: an argument doesn't fit.
     """
-    E = in_proj.weight.shape[1]
-    _check_inputs(query, key, value, E)
+    E, H = in_proj.weight.shape[1], heads.num_heads
+    reason = why_not_inputs(
+        query, key, value, key_padding_mask, attn_mask, is_causal, E, heads
+    )  # fmt: skip
+    if reason is not None:
+        raise ValueError(reason)
     batched = query.dim() == 3
     batch_first = heads.batch_first and batched
     N, L, S = _sizes(query, key, batch_first)
-    masks = _check_masks(query, key_padding_mask, attn_mask, is_causal, (N, heads.num_heads, L, S))
     kept = is_causal and key_padding_mask is None and not need_weights
     q, k, v = (
-        _by_heads(one if batched else one.unsqueeze(1), heads.num_heads, batch_first)
+        _by_heads(one if batched else one.unsqueeze(1), H, batch_first)
         for one in _projected(query, key, value, in_proj, E)
     )
     k, v, added = _longer(k, v, heads)
-    mask = None if kept else _merged(*masks, added)
+    mask = None
+    if not kept:
+        by_head = attn_mask is not None and attn_mask.dim() == 3
+        padding = _added(key_padding_mask, query.dtype, N, 1, 1, S)
+        mask = _added(attn_mask, query.dtype, *((N, H) if by_head else (1, 1)), L, S)
+        mask = _merged(padding, mask, added)
     if need_weights:
         o, weights = _with_weights(q, k, v, mask, heads.dropout_p)
     else:
@@ -183,19 +191,44 @@ def _with_weights(
     return torch.bmm(weights, v).view(N, H, L, D), weights.view(N, H, L, -1)
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, E: int) -> None:
+def why_not_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    E: int,
+    heads: Heads,
+) -> str | None:
+    """What of a call of ``multihead_attention`` doesn't fit the layer or the rest, or None."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.is_nested:
-            raise ValueError(f"{name} is nested, expected a padded tensor and a key_padding_mask")
+            return f"{name} is nested, expected a padded tensor and a key_padding_mask"
         if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != E:
             expected = "two or three" if x is query else f"{query.dim()}"
-            raise ValueError(
+            return (
                 f"{name} has shape {list(x.shape)}, expected {expected} dimensions, the last of {E}"
             )
     if key.shape != value.shape:
-        raise ValueError(
-            f"value has shape {list(value.shape)}, expected that of key, {list(key.shape)}"
-        )
+        return f"value has shape {list(value.shape)}, expected that of key, {list(key.shape)}"
+    N, L, S = _sizes(query, key, heads.batch_first)
+    if query.dim() == 3 and key.shape[0 if heads.batch_first else 1] != N:
+        return f"key has shape {list(key.shape)}, expected a batch of {N}, as query has"
+    if is_causal and attn_mask is None:
+        return "is_causal is True, expected the causal mask as attn_mask beside it"
+    for name, mask, shapes in (
+        ("key_padding_mask", key_padding_mask, ((N, S),) if query.dim() == 3 else ((S,),)),
+        ("attn_mask", attn_mask, ((L, S), (N * heads.num_heads, L, S))),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            return f"{name} is {mask.dtype}, expected torch.bool or floats"
+        if tuple(mask.shape) not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            return f"{name} has shape {list(mask.shape)}, expected {expected}"
+    return None
 
 
 def _sizes(query: Tensor, key: Tensor, batch_first: bool) -> tuple[int, int, int]:
@@ -203,45 +236,13 @@ def _sizes(query: Tensor, key: Tensor, batch_first: bool) -> tuple[int, int, int
     if query.dim() == 2:
         return 1, query.shape[0], key.shape[0]
     batch, length = (0, 1) if batch_first else (1, 0)
-    if key.shape[batch] != query.shape[batch]:
-        raise ValueError(
-            f"key has a batch of {key.shape[batch]}, expected {query.shape[batch]}, as query has"
-        )
     return query.shape[batch], query.shape[length], key.shape[length]
 
 
-def _check_masks(
-    query: Tensor,
-    padding: Tensor | None,
-    mask: Tensor | None,
-    is_causal: bool,
-    sizes: tuple[int, int, int, int],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both as floats to be added, ``[N, 1, 1, S]`` and ``[1 or N, 1 or H, L, S]``."""
-    N, H, L, S = sizes
-    if is_causal and mask is None:
-        raise ValueError("is_causal is True, expected the causal mask as attn_mask beside it")
-    for name, one, shapes in (
-        ("key_padding_mask", padding, ((N, S),) if query.dim() == 3 else ((S,),)),
-        ("attn_mask", mask, ((L, S), (N * H, L, S))),
-    ):
-        if one is None:
-            continue
-        if one.dtype != torch.bool and not one.is_floating_point():
-            raise TypeError(f"{name} is {one.dtype}, expected torch.bool or floats")
-        if tuple(one.shape) not in shapes:
-            expected = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} has shape {list(one.shape)}, expected {expected}")
-    padding, mask = (_added(one, query.dtype) for one in (padding, mask))
-    if padding is not None:
-        padding = padding.reshape(N, 1, 1, S)
-    if mask is not None:
-        mask = mask.reshape(-1, H, L, S) if mask.dim() == 3 else mask.reshape(1, 1, L, S)
-    return padding, mask
-
-
-def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _added(mask: Tensor | None, dtype: torch.dtype, *sizes: int) -> Tensor | None:
     """What is added to the scores: ``-inf`` where a mask of truth values is True."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+    return mask.reshape(sizes)

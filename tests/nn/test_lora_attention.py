@@ -368,7 +368,7 @@ def test_inputs_that_are_refused():
         r"query has shape \[5, 2, 11\], expected two or three dimensions": (x[..., :11], x, x),
         r"key has shape \[5, 12\], expected 3 dimensions, the last of 12": (x, x[:, 0], x),
         r"value has shape \[4, 2, 12\], expected that of key, \[5, 2, 12\]": (x, x, x[:4]),
-        "key has a batch of 1, expected 2": (x, x[:, :1], x[:, :1]),
+        r"key has shape \[5, 1, 12\], expected a batch of 2, as query has": (x, x[:, :1], x[:, :1]),
         "query is nested": (torch.nested.nested_tensor([x[:, 0], x[:3, 1]]), x, x),
     }
     for reason, arguments in calls.items():
@@ -387,6 +387,6 @@ def test_inputs_that_are_refused():
         with pytest.raises(ValueError, match=reason):
             layer(x, x, x, **given)
     with pytest.raises(
-        TypeError, match=r"attn_mask is torch\.int64, expected torch\.bool or floats"
+        ValueError, match=r"attn_mask is torch\.int64, expected torch\.bool or floats"
     ):
         layer(x, x, x, attn_mask=torch.zeros(L, L, dtype=torch.int64))
