@@ -1,8 +1,8 @@
 """Times a training step of a network of self-attention, after checking its layers and their gradients.
 
-Adapters on every attention, and a trained head, in lorafast and in PEFT; beside them the frozen network,
-where a gradient flows to the first block; and full fine-tuning. A step is forward, backward and AdamW
-over what is trained.
+Adapters on every attention, and a trained head, in lorafast and in PEFT; beside them the frozen network
+and full fine-tuning. The input requires a gradient in all, as that of blocks in a larger network does. A
+step is forward, backward and AdamW over what is trained.
 """
 
 import copy
@@ -35,7 +35,7 @@ _HEADER = ("", "step", "middle half", "over frozen", "middle half", "peak MB")
 
 @dataclass(frozen=True)
 class Size:
-    """A step: inputs ``[batch, tokens, width]`` through so many blocks. ViT-B's width and tokens."""
+    """A step: inputs ``[tokens, batch, width]`` through so many blocks. ViT-B's width and tokens."""
 
     batch: int = 8
     tokens: int = 197
@@ -92,15 +92,13 @@ def _make(name: str, frozen: Network, r: int) -> nn.Module:
     return network.train()
 
 
-def _step(name: str, network: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
+def _step(network: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
     trained = [p for p in network.parameters() if p.requires_grad]
     # A learning rate of zero: a step costs the same and the networks stay as they were checked.
     optimizer = torch.optim.AdamW(trained, lr=0.0, foreach=True)
 
     def step() -> None:
-        # In the frozen arm a gradient flows to where the adapters of others begin.
-        given = x.detach().requires_grad_() if name == FROZEN else x
-        F.cross_entropy(network(given).float(), labels).backward()
+        F.cross_entropy(network(x.detach().requires_grad_()).float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -133,11 +131,11 @@ def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: fl
     sizes = (size.batch, size.tokens, size.width, size.blocks)
     rows = {name: Row(*sizes, r, dtype, name) for name in ARMS}
     torch.manual_seed(0)
-    x = torch.randn(size.batch, size.tokens, size.width).to(device, DTYPES[dtype])
+    x = torch.randn(size.tokens, size.batch, size.width).to(device, DTYPES[dtype])
     labels = torch.randint(100, (size.batch,)).to(device)
     frozen = Network(size.width, size.blocks).to(device, DTYPES[dtype]).requires_grad_(False)
     arms: dict[str, nn.Module] = {}
-    few = x[:_CHECKED]
+    few = x[:, :_CHECKED].contiguous()
     bounds = _bounds(_make("lorafast", frozen, r), few)
     for name in progress(ARMS, "arm"):
         try:
@@ -151,7 +149,7 @@ def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: fl
             rows[name].wrong = raised(error)
         if rows[name].wrong is None:
             arms[name] = network
-    steps = {name: _step(name, network, x, labels) for name, network in arms.items()}
+    steps = {name: _step(network, x, labels) for name, network in arms.items()}
     turns = {name: _turn(step) for name, step in steps.items()}
     samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=100)
     for name, times in samples.items():

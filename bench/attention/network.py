@@ -18,17 +18,21 @@ class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, max(width // _HEAD, 1), batch_first=True)
+        self.attention = nn.MultiheadAttention(width, max(width // _HEAD, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, tokens, width]`` → the same."""
+        """``[tokens, batch, width]`` → the same."""
         normed = self.norm(x)
         y: Tensor = self.attention(normed, normed, normed, need_weights=False)[0]
         return x + y
 
 
 class Network(nn.Module):
-    """``[batch, tokens, width]`` → logits: blocks of self-attention alone, then a linear head."""
+    """``[tokens, batch, width]`` → logits: blocks of self-attention alone, then a linear head.
+
+    Not ``batch_first``: of a frozen weight PyTorch multiplies a transposed input batch by batch, so
+    that the frozen network would be slower than the one that is trained whole.
+    """
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
@@ -37,7 +41,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean over the tokens is classified."""
-        logits: Tensor = self.head(self.blocks(x).mean(1))
+        logits: Tensor = self.head(self.blocks(x).mean(0))
         return logits
 
 
@@ -49,12 +53,12 @@ class Plain(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, tokens, width]`` → the same."""
+        """``[tokens, batch, width]`` → the same."""
         of, out = self.layer, self.layer.out_proj
         y = F.linear(x, of.in_proj_weight, of.in_proj_bias)
         y = y + of.scaling * F.linear(F.linear(x, of.lora_A), of.lora_B)
-        q, k, v = (one.unflatten(-1, (of.num_heads, -1)).transpose(1, 2) for one in y.chunk(3, -1))
-        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        by_heads = y.unflatten(-1, (3, of.num_heads, -1)).permute(2, 1, 3, 0, 4)
+        o = F.scaled_dot_product_attention(*by_heads).permute(2, 0, 1, 3).flatten(2)
         low_rank = F.linear(F.linear(o, of.out_lora_A), of.out_lora_B)
         return F.linear(o, out.weight, out.bias) + OUT_PROJ_TIMES * of.scaling * low_rank
 
