@@ -17,6 +17,7 @@ import torch
 from lorafast.bench import executed, layer, traffic
 from lorafast.bench.accelerate import MODELS as PEFT_MODELS
 from lorafast.bench.accelerate import run as run_accelerated
+from lorafast.bench.attention import run as run_attention
 from lorafast.bench.call_overhead import run as run_call_overhead
 from lorafast.bench.common import bases
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
@@ -111,6 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--convolutions",
         action="store_true",
         help="training steps of a network of ResNet-18's shape: adapters of ours and of PEFT's, the "
+        "frozen network, full fine-tuning",
+    )
+    what.add_argument(
+        "--attention",
+        action="store_true",
+        help="training steps of a stack of nn.MultiheadAttention: adapters of ours and of PEFT's, the "
         "frozen network, full fine-tuning",
     )
 
@@ -219,7 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _times_layers(arguments: argparse.Namespace) -> bool:
     others = (
         arguments.traffic, arguments.executed, arguments.call_overhead, arguments.models,
-        arguments.accelerate, arguments.convolutions,
+        arguments.accelerate, arguments.convolutions, arguments.attention,
     )  # fmt: skip
     return arguments.layers or arguments.plot is not None or not any(others)
 
@@ -290,6 +297,8 @@ def _measure(
         )
         if arguments.convolutions:
             run_convolutions(r, dtype, device=device, record=record, seconds=arguments.seconds)
+        if arguments.attention:
+            run_attention(r, dtype, device=device, record=record, seconds=arguments.seconds)
 
 
 def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[Problem]:

@@ -36,8 +36,8 @@ def adapt(
 ) -> nn.Module:
     """Replaces layers of ``model`` by adapted ones that share their weights.
 
-    A linear layer becomes a ``LoRALinear``, an ``nn.Embedding`` that ``targets`` names a
-    ``LoRAEmbedding``.
+    A linear layer becomes a ``LoRALinear``. What ``targets`` names by itself becomes a
+    ``LoRAEmbedding``, a ``LoRAConv2d`` and so on, or a ``LoRAMultiheadAttention``.
 
     A warning after the first backward names adapters that got no gradient where others did. Reentrant
     checkpointing trains the adapters of Transformers' models; one of your own must give it an input

@@ -217,7 +217,7 @@ def load_adapter(
     safetensors()
     inner = unwrapped(model)
     config, tensors = read_pair(Path(folder), parse_config)
-    adapters, others = _by_layer(tensors)
+    adapters, others = _by_layer(tensors, dict(inner.named_modules(remove_duplicate=False)))
     _check_layers(inner, config, adapters)
     base = _check_others(inner, config, others, adapters)
     put_into(inner, config, adapters, base, is_trainable)
@@ -228,11 +228,13 @@ Adapters = dict[str, dict[str, Tensor]]
 """Adapters' parameters by the names of their layers."""
 
 
-def _by_layer(tensors: dict[str, Tensor]) -> tuple[Adapters, dict[str, Tensor]]:
-    """The adapters in the file, and all other tensors by their name in the model."""
+def _by_layer(
+    tensors: dict[str, Tensor], modules: Container[str]
+) -> tuple[Adapters, dict[str, Tensor]]:
+    """The adapters in the file for a model of these modules, and all other tensors by their name."""
     adapters: Adapters = {}
     others = {}
-    found = {key: _adapter_key(key) for key in tensors}
+    found = {key: _adapter_key(key, modules) for key in tensors}
     if not any(found.values()):
         names = ", ".join(map(repr, sorted(tensors)[:3])) or "none"
         ending = next(iter(PEFT_NAMES))
@@ -252,12 +254,18 @@ def _by_layer(tensors: dict[str, Tensor]) -> tuple[Adapters, dict[str, Tensor]]:
     return adapters, others
 
 
-def _adapter_key(key: str) -> tuple[str, str] | None:
-    """The layer and the parameter that a tensor of the file is; None if it is no adapter's."""
-    for ending, parameter in PEFT_NAMES.items():
-        if key.endswith(f".{ending}"):
-            return key.removesuffix(f".{ending}"), parameter
-    return None
+def _adapter_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
+    """The layer and the parameter that a tensor of the file is; None if it is no adapter's.
+
+    ``<layer>.base_layer.out_proj.lora_A.weight`` is an attention's, or that of such a layer.
+    """
+    found = [
+        (key.removesuffix(f".{ending}"), parameter)
+        for ending, parameter in PEFT_NAMES.items()
+        if key.endswith(f".{ending}")
+    ]
+    there = [one for one in found if one[0].removeprefix(PREFIX) in modules]
+    return next(iter(there or found), None)
 
 
 def _check_layers(model: nn.Module, config: AdapterConfig, adapters: Adapters) -> None:

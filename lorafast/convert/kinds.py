@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafast.nn import AdapterLayer, LoRAConv, LoRAEmbedding, LoRALinear
+from lorafast.nn import AdapterLayer, LoRAConv, LoRAEmbedding, LoRALinear, LoRAMultiheadAttention
 from lorafast.nn.adaptable import is_convolution
 from lorafast.nn.plain import features, frozen_tensor, is_linear
 
@@ -54,6 +54,14 @@ KINDS = (
         wraps=is_convolution,
         features=lambda plain: (plain.in_channels, plain.out_channels),
         frozen_tensor=lambda plain: plain.weight,
+        in_all_linear=False,
+    ),
+    Kind(
+        layer=LoRAMultiheadAttention,
+        plain="nn.MultiheadAttention",
+        wraps=lambda module: isinstance(module, nn.MultiheadAttention),
+        features=lambda plain: (plain.embed_dim, 3 * plain.embed_dim),
+        frozen_tensor=lambda plain: plain.in_proj_weight,
         in_all_linear=False,
     ),
 )

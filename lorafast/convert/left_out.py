@@ -100,7 +100,7 @@ def _count(layers: list[tuple[nn.Module, list[nn.Parameter]]]) -> LeftOut:
 
 
 def _peft_setting(module: nn.Module) -> str:
-    if isinstance(module, (*_CONVOLUTIONS, nn.Embedding, nn.MultiheadAttention)):
+    if isinstance(module, (*_CONVOLUTIONS, nn.Embedding)):
         return _BY_MODULE
     return _BY_PARAMETER if _is_stacked(module) else ""
 

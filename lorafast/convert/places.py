@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from lorafast.convert.kinds import PLAIN, kind_of
+from lorafast.nn import LoRAMultiheadAttention
 
 # What torch.compile calls the module that it wraps.
 COMPILED = "_orig_mod"
@@ -37,7 +38,10 @@ def _reads_head(parent: nn.Module) -> bool:
 # Parents that read the weight of a child without calling it, always or in one of their modes, and
 # which children those are. Transformers', but where another library is named.
 _READ_BY_PARENT: tuple[tuple[Callable[[nn.Module], bool], tuple[str, ...]], ...] = (
-    (lambda parent: isinstance(parent, nn.MultiheadAttention), ("out_proj",)),  # PyTorch
+    (  # PyTorch
+        lambda parent: isinstance(parent, (nn.MultiheadAttention, LoRAMultiheadAttention)),
+        ("out_proj",),
+    ),
     (_is_mamba, ("x_proj", "dt_proj", "out_proj", "conv1d")),
     (_named("WavLMAttention"), ("q_proj", "k_proj", "v_proj", "out_proj")),
     (_named("TDNNLayer"), ("kernel",)),  # x-vector heads of wav2vec 2.0 and its kin

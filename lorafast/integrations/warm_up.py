@@ -58,12 +58,19 @@ def _run(layer: Any, rows: int) -> None:
     x = _input(layer, rows)
     trained = [p for p in parameters.values() if p.requires_grad]
     if not (trained and torch.is_grad_enabled()):
-        torch.func.functional_call(layer, parameters, (x,))
+        _called(layer, parameters, x)
         return
     if x.is_floating_point():
         trained.append(x.requires_grad_())
-    y = torch.func.functional_call(layer, parameters, (x,))
+    y = _called(layer, parameters, x)
     torch.autograd.grad(y, trained, torch.zeros_like(y), allow_unused=True)
+
+
+def _called(layer: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    arguments = layer.example_arguments(x) if isinstance(layer, AdapterLayer) else (x,)
+    y = torch.func.functional_call(layer, parameters, arguments)
+    first: Tensor = y[0] if isinstance(y, tuple) else y
+    return first
 
 
 def _input(layer: Any, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.explain import Choice, Explanation, explain
+from lorafast.nn.lora_attention import LoRAMultiheadAttention
 from lorafast.nn.lora_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lorafast.nn.lora_embedding import LoRAEmbedding
 from lorafast.nn.lora_linear import LoRALinear
@@ -18,6 +19,7 @@ __all__ = [
     "LoRAConv3d",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAMultiheadAttention",
     "QuantizedLinear",
     "bitsandbytes_keys",
     "explain",

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,31 @@ def why_not_windows(conv: Any) -> str | None:
     return None
 
 
+def why_not_attention(attention: nn.Module, taken: Collection[str]) -> str | None:
+    """The reason for which a ``LoRAMultiheadAttention``, which has ``taken``, can't wrap it, or None."""
+    if not isinstance(attention, nn.MultiheadAttention):
+        return f"it is a {type(attention).__name__}, expected an nn.MultiheadAttention"
+    if not attention._qkv_same_embed_dim:
+        return (
+            f"its kdim is {attention.kdim} and its vdim {attention.vdim}, expected its embed_dim, "
+            f"{attention.embed_dim}: PEFT has no adapter over weights of q, k and v by themselves"
+        )
+    tensors = ("in_proj_weight", "in_proj_bias")
+    others = set(taken) - {"dropout", "out_proj", "_qkv_same_embed_dim"}
+    reason = _why_not_stock(
+        attention, nn.MultiheadAttention, tensors, others, "LoRAMultiheadAttention"
+    )
+    if reason is not None:
+        return reason
+    out_proj: nn.Module = attention.out_proj
+    reason = why_not_linear(out_proj, ())
+    if reason is not None:
+        return f"its out_proj can't be: {reason}"
+    if offload.hooks_of(attention) or offload.hooks_of(out_proj):
+        return "Accelerate's hook serves its tensors: adapt the model before it is dispatched"
+    return None
+
+
 def scales_output(embedding: nn.Module) -> bool:
     """Whether it is an ``nn.Embedding`` whose forward multiplies by its ``embed_scale``, as Gemma's."""
     own, *others = [kind for kind in type(embedding).__mro__ if "forward" in vars(kind)]
@@ -107,7 +132,7 @@ def scales_output(embedding: nn.Module) -> bool:
 def _why_not_stock(
     module: nn.Module,
     stock: type[nn.Module],
-    tensors: Collection[str],
+    tensors: Sequence[str],
     taken: Collection[str],
     wrapper: str,
 ) -> str | None:
@@ -122,10 +147,10 @@ def _why_not_stock(
     for name in tensors:
         if name not in module._parameters:
             return f"its {name} is computed by a parametrization: remove that first"
-    dense = module._parameters["weight"]
+    dense = module._parameters[tensors[0]]
     assert dense is not None
     if dense.dtype not in FLOATS:
-        return f"its weight is {dense.dtype}, expected {FLOAT_NAMES}"
+        return f"its {tensors[0]} is {dense.dtype}, expected {FLOAT_NAMES}"
     return _why_not_plain(dense) or why_not_carried(
         module, stock, set(taken) - set(tensors), wrapper
     )

@@ -72,6 +72,10 @@ class AdapterLayer(nn.Module):
     lora_magnitude: nn.Parameter
     _merged_weight: Tensor | None
     _plain_class: type[nn.Module]
+    weight_name: ClassVar[str] = "weight"
+    """What the plain layer calls the weight that ``merged_weight`` is one of."""
+    parts: ClassVar[tuple[str, ...]] = ("",)
+    """What ``problems`` are of, two for each, where that is more than one frozen weight."""
     _stored_names: tuple[str, ...] = ("weight",)
     """Of the tensors that the frozen weight is stored in."""
 
@@ -140,6 +144,10 @@ class AdapterLayer(nn.Module):
     @abstractmethod
     def example_input(self, rows: int) -> Tensor:
         """An input of so many rows, such as a forward gets."""
+
+    def example_arguments(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What a forward is called with for the input ``x``."""
+        return (x,)
 
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters of this layer's adapter, and the shapes that they have unsharded."""
@@ -378,6 +386,11 @@ class AdapterLayer(nn.Module):
             norm = torch.linalg.vector_norm(merged, dim=dim, keepdim=True)
             merged = m / norm.clamp_min(LEAST_NORM) * merged
             formula = f"m · ({formula}) / ‖…‖"
+        return self._rounded(merged, weight, formula)
+
+    @staticmethod
+    def _rounded(merged: Tensor, weight: Tensor, formula: str) -> Tensor:
+        """``merged`` in the dtype of ``weight``; ``ValueError`` if an element is beyond it."""
         merged = merged.to(weight.dtype)
         spoilt = count(weight.isfinite() & ~merged.isfinite())
         if spoilt:
@@ -419,7 +432,7 @@ class AdapterLayer(nn.Module):
         """A plain layer of this weight, of the class that was wrapped, with all else that it had."""
         plain = self._plain_class.__new__(self._plain_class)
         nn.Module.__init__(plain)
-        plain.weight = weight
+        setattr(plain, self.weight_name, weight)
         self._fill(plain)
         but = self.own_names | self.peft_names.keys() | {"parametrizations", *self._stored_names}
         carry(self, plain, but=but)

@@ -1,6 +1,6 @@
 """``explain``: the plan of a module's layers, and why not another backend."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -86,11 +86,23 @@ def _choices(layer: AdapterLayer, x: Tensor | None) -> tuple[Choice, ...]:
     problems = layer.problems(x)
     if layer.merged:
         merged = "the layer is merged: a plain one's call"
-        operations = [problem.operation for problem in problems] or [layer.operation]
-        return tuple(Choice(operation, None, merged, (), {}) for operation in operations)
+        named = [_named(one.operation, layer.parts[i // 2]) for i, one in enumerate(problems)]
+        return tuple(Choice(name, None, merged, (), {}) for name in named or [layer.operation])
     if not problems:
         return (Choice(layer.operation, None, layer.served_by, (), {}),)
-    forward, backward = problems
+    pairs = zip(layer.parts, problems[::2], problems[1::2], strict=True)
+    return tuple(
+        replace(choice, operation=_named(choice.operation, part))
+        for part, *pair in pairs
+        for choice in _both(layer, *pair)
+    )
+
+
+def _named(operation: str, part: str) -> str:
+    return f"{operation} of {part}" if part else operation
+
+
+def _both(layer: AdapterLayer, forward: Problem, backward: Problem) -> tuple[Choice, Choice]:
     chosen = _choose(forward)
     if chosen is not None and chosen.differentiable:
         second = Choice(

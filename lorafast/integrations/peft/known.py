@@ -19,7 +19,7 @@ from typing import Any
 
 import peft
 from peft.tuners.lora.dora import DoraLinearLayer, _DoraConvNdLayer
-from peft.tuners.lora.layer import Embedding, Linear, _ConvNd
+from peft.tuners.lora.layer import Embedding, Linear, MultiheadAttention, _ConvNd
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 
@@ -74,6 +74,22 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
         | {
             "forward": "516d81ab491c5459",
             "_cast_input_dtype": "accb7f5ac617a435",
+        },
+    },
+    "attention": {
+        MultiheadAttention: READ
+        | {
+            "_check_forward_args": "523eb0858eed7c71",
+            "forward": "a2cf38ed3623017f",
+            "merge": "f3a48428c8af1345",
+            "unmerge": "95e25061d614d923",
+            "get_delta_weight": "78add85aff16a6f1",
+        },
+        # Of out_proj, which the merge calls.
+        Linear: {
+            "merge": "16dec8ab59929377",
+            "unmerge": "56ccbcac0b1afbbe",
+            "get_delta_weight": "b7e3f6ce4adfdc61",
         },
     },
     "convolution's dora": {

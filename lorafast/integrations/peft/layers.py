@@ -14,7 +14,7 @@ from peft.tuners.lora import layer as stock
 from peft.tuners.lora import torchao
 from torch import Tensor
 
-from lorafast.integrations.peft import conv, embedding, known, linear
+from lorafast.integrations.peft import attention, conv, embedding, known, linear
 from lorafast.integrations.peft.quantized import forget_stale
 
 
@@ -108,6 +108,25 @@ class Conv3d(FastConv, stock.Conv3d):
     _stock = stock.Conv3d
 
 
+class MultiheadAttention(_Fast, stock.MultiheadAttention):
+    """LoRA over ``nn.MultiheadAttention`` and its ``out_proj``; ``attention`` says what is computed."""
+
+    _stock = stock.MultiheadAttention
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False: else PyTorch's encoders hand ``in_proj_weight`` to a fused kernel, past the adapter."""
+        return False
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> attention.Result:
+        """The arguments of ``nn.MultiheadAttention``; its output, and the attention weights or None."""
+        found = attention.forward(self, query, args, kwargs)
+        if found is not None:
+            return found
+        served: attention.Result = stock.MultiheadAttention.forward(self, query, *args, **kwargs)
+        return served
+
+
 LAYERS: dict[Any, str] = {
     stock.Linear: "linear",
     torchao.TorchaoLoraLinear: "torchao linear",
@@ -115,6 +134,7 @@ LAYERS: dict[Any, str] = {
     stock.Conv1d: "convolution",
     stock.Conv2d: "convolution",
     stock.Conv3d: "convolution",
+    stock.MultiheadAttention: "attention",
 }
 """PEFT's classes that are stood in for, and their kind. Those over bitsandbytes' layers are added when
 there is one: they import it."""
@@ -137,4 +157,4 @@ def fast_of(kind: Any) -> Any:
     return FAST.get(kind)
 
 
-add(Linear, TorchaoLoraLinear, Embedding, Conv1d, Conv2d, Conv3d)
+add(Linear, TorchaoLoraLinear, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention)

@@ -68,7 +68,7 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
         variant = layer.lora_variant.get(adapter.name)
         if variant is not None:
             reason = _why_not_variant(layer, adapter, variant, len(adapters))
-        reason = reason or _why_not_adapter(adapter)
+        reason = reason or why_not_adapter(adapter)
         if reason is not None:
             return reason
     return None
@@ -88,7 +88,8 @@ def _why_not_base(base: nn.Module) -> str | None:
     return reason and f"its base layer {reason}"
 
 
-def _why_not_adapter(adapter: Adapter) -> str | None:
+def why_not_adapter(adapter: Adapter) -> str | None:
+    """Why an adapter of two linear layers can't be read in place of calling them."""
     name, lora_A, lora_B, dropout, scaling = adapter
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"adapter {name!r} is made of {_type(lora_A)} and {_type(lora_B)}"

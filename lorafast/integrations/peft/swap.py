@@ -6,12 +6,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.lora import layer as stock
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafast.convert.targets import COMPILED, why_not_here
-from lorafast.integrations.peft import conv_rules, embedding, known, rules
+from lorafast.integrations.peft import attention_rules, conv_rules, embedding, known, rules
 from lorafast.integrations.peft.adapters import active
 from lorafast.integrations.peft.layers import (
     FAST,
@@ -19,6 +20,7 @@ from lorafast.integrations.peft.layers import (
     Embedding,
     FastConv,
     FastLinear,
+    MultiheadAttention,
     fast_of,
 )
 
@@ -140,11 +142,19 @@ def explain(model: nn.Module) -> Served:
     layers = {
         name or "(module)": _why_uncalled(name, model) or _why_stock(module)
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        if isinstance(module, BaseTunerLayer) and not _is_part(name, model)
     }
     if not layers:
         raise ValueError("the model has none of PEFT's adapter layers")
     return Served(layers)
+
+
+def _is_part(name: str, model: nn.Module) -> bool:
+    """Whether it is the ``out_proj`` of an attention that PEFT has adapted, whose adapters read it."""
+    around, _, last = name.rpartition(".base_layer.")
+    if last != "out_proj":
+        around, _, last = ("", "", name.removeprefix("base_layer."))
+    return last == "out_proj" and isinstance(model.get_submodule(around), stock.MultiheadAttention)
 
 
 def _why_uncalled(name: str, model: nn.Module) -> str | None:
@@ -173,7 +183,8 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    if isinstance(module, (FastLinear, Embedding, FastConv)) and not _calls_its_class(module):
+    fast = (FastLinear, Embedding, FastConv, MultiheadAttention)
+    if isinstance(module, fast) and not _calls_its_class(module):
         return "its forward was replaced after it was made fast"
     if isinstance(module, FastLinear):
         return rules.why_stock_linear(module, active(module))
@@ -182,6 +193,8 @@ def _why_stock(module: nn.Module) -> str | None:
     if isinstance(module, FastConv):
         conv: Any = module
         return conv_rules.why_stock_conv(conv, active(conv))
+    if isinstance(module, MultiheadAttention):
+        return attention_rules.why_stock_attention(module, active(module))
     changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
     if changed is not None:
         return changed

@@ -15,7 +15,8 @@ def served_by_peft(monkeypatch):
 
     calls = []
     convolutions = (stock_layers.Conv1d, stock_layers.Conv2d, stock_layers.Conv3d)
-    for cls in (stock_layers.Linear, stock_layers.Embedding, *convolutions):
+    others = (stock_layers.Embedding, stock_layers.MultiheadAttention)
+    for cls in (stock_layers.Linear, *others, *convolutions):
 
         def forward(self, *args, _forward=cls.forward, **kwargs):
             if type(self).__module__.startswith("lorafast"):

@@ -1,0 +1,211 @@
+"""Times a training step of a network of self-attention, after checking its layers and their gradients.
+
+Adapters on every attention, and a trained head, in lorafast and in PEFT; beside them the frozen network
+and full fine-tuning. The input requires a gradient in all, as that of blocks in a larger network does. A
+step is forward, backward and AdamW over what is trained.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from lorafast.bench.attention.network import Network, Plain, factors, results
+from lorafast.bench.common import memory
+from lorafast.bench.common.check import raised
+from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
+from lorafast.bench.common.contenders import FROZEN, UnavailableError
+from lorafast.bench.common.problem import DTYPES, SCALING
+from lorafast.bench.common.progress import progress, say
+from lorafast.bench.common.record import Record
+from lorafast.bench.common.table import megabytes, table, why_no_time
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorafast
+from lorafast.reference import contract
+
+ARMS = (FROZEN, "lorafast", "peft", "accelerated", "full")
+_ADAPTED = ("lorafast", "peft", "accelerated")
+_SECONDS = 20.0
+_CHECKED = 2
+_HEADER = ("", "step", "middle half", "over frozen", "middle half", "peak MB")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A step: inputs ``[tokens, batch, width]`` through so many blocks. ViT-B's width and tokens."""
+
+    batch: int = 8
+    tokens: int = 197
+    width: int = 768
+    blocks: int = 4
+
+
+@dataclass
+class Row(Timed):
+    """One arm; samples are seconds of a step, ``peak_bytes`` what a step allocates at most."""
+
+    batch: int
+    tokens: int
+    width: int
+    blocks: int
+    r: int
+    dtype: str
+    contender: str
+    wrong: str | None = None
+    unavailable: str | None = None
+    samples: list[float] = field(default_factory=list)
+    frozen_samples: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+def _draw(network: nn.Module) -> None:
+    """The same values for the adapters of every arm."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for block in network.blocks:  # type: ignore[union-attr]
+            for p in factors(block.attention).values():
+                drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.copy_(drawn * (0.1 / p.shape[1] ** 0.5))
+
+
+def _make(name: str, frozen: Network, r: int) -> nn.Module:
+    network: nn.Module = copy.deepcopy(frozen)
+    if name == "lorafast":
+        lorafast.adapt(network, r, ["attention"], alpha=SCALING * r)
+    elif name in _ADAPTED:
+        try:
+            import peft
+        except ImportError as error:
+            raise UnavailableError("peft is not installed") from error
+        config = peft.LoraConfig(r=r, lora_alpha=int(SCALING * r), target_modules=["attention"])
+        network = peft.inject_adapter_in_model(config, network)
+        if name == "accelerated":
+            lorafast.accelerate(network, quiet=True)
+    else:
+        network.requires_grad_(name == "full")
+    if name in _ADAPTED:
+        _draw(network)
+    network.head.requires_grad_()  # type: ignore[operator, union-attr]
+    return network.train()
+
+
+def _step(network: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], None]:
+    trained = [p for p in network.parameters() if p.requires_grad]
+    # A learning rate of zero: a step costs the same and the networks stay as they were checked.
+    optimizer = torch.optim.AdamW(trained, lr=0.0, foreach=True)
+
+    def step() -> None:
+        F.cross_entropy(network(x.detach().requires_grad_()).float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _bounds(network: nn.Module, x: Tensor) -> list[dict[str, contract.Bound]]:
+    """What the contract asks of each block's attention, of an input like the network's."""
+    found = []
+    for block in network.blocks:  # type: ignore[union-attr]
+        plain = Plain(block.attention)
+        exact = results(copy.deepcopy(plain).double(), x.double())
+        found.append(contract.bounds(results(plain, x), exact, dtype=x.dtype))
+    return found
+
+
+def _why_wrong(
+    network: nn.Module, x: Tensor, bounds: list[dict[str, contract.Bound]]
+) -> str | None:
+    """The first layer whose output or gradients are wrong, or None."""
+    for i, (block, of) in enumerate(zip(network.blocks, bounds, strict=True)):  # type: ignore[arg-type]
+        reason = contract.why_any_broken(results(block.attention, x), of)
+        if reason is not None:
+            return f"attention of block {i}: {reason}"
+    return None
+
+
+def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: float) -> list[Row]:
+    """The rows of all arms."""
+    sizes = (size.batch, size.tokens, size.width, size.blocks)
+    rows = {name: Row(*sizes, r, dtype, name) for name in ARMS}
+    torch.manual_seed(0)
+    x = torch.randn(size.tokens, size.batch, size.width).to(device, DTYPES[dtype])
+    labels = torch.randint(100, (size.batch,)).to(device)
+    frozen = Network(size.width, size.blocks).to(device, DTYPES[dtype]).requires_grad_(False)
+    arms: dict[str, nn.Module] = {}
+    few = x[:, :_CHECKED].contiguous()
+    bounds = _bounds(_make("lorafast", frozen, r), few)
+    for name in progress(ARMS, "arm"):
+        try:
+            network = _make(name, frozen, r)
+            if name in _ADAPTED:
+                rows[name].wrong = _why_wrong(network, few, bounds)
+        except UnavailableError as error:
+            rows[name].unavailable = str(error)
+            continue
+        except Exception as error:  # it is the arm's, reported with it, and the others go on
+            rows[name].wrong = raised(error)
+        if rows[name].wrong is None:
+            arms[name] = network
+    steps = {name: _step(network, x, labels) for name, network in arms.items()}
+    turns = {name: _turn(step) for name, step in steps.items()}
+    samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=100)
+    for name, times in samples.items():
+        rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
+        rows[name].peak_bytes = memory.peak_bytes(steps[name], device)
+    return list(rows.values())
+
+
+def _turn(step: Callable[[], None]) -> Turn:
+    @contextmanager
+    def turn(index: int) -> Iterator[Call]:
+        yield step
+
+    return turn
+
+
+def run(
+    r: int,
+    dtype: str,
+    *,
+    device: torch.device,
+    record: Record,
+    size: Size | None = None,
+    seconds: float | None = None,
+) -> list[Row]:
+    """All arms, printed and kept in ``record``."""
+    rows = measure(size or Size(), r, dtype, device=device, seconds=seconds or _SECONDS)
+    say(f"\n{describe(rows[0])}")
+    say(format_rows(rows))
+    record.add("attention", rows)
+    return rows
+
+
+def describe(row: Row) -> str:
+    """``4 blocks of self-attention …``."""
+    return (
+        f"{row.blocks} blocks of nn.MultiheadAttention, width {row.width}, random weights: training "
+        f"step of {row.batch} x {row.tokens} tokens, {row.dtype}, r={row.r}, head trained"
+    )
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """A line for each arm."""
+    remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
+    return table(_HEADER, list(map(_cells, rows)), remarks=remarks)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    time, overhead = row.time, row.overhead
+    if time is None or overhead is None:
+        return (f"  {row.contender}",)
+    return (
+        f"  {row.contender}",
+        f"{time.median * 1e3:.4g} ms",
+        f"{time.low * 1e3:.4g} – {time.high * 1e3:.4g} ms",
+        f"{overhead.median:.3f}",
+        f"{overhead.low:.3f} – {overhead.high:.3f}",
+        megabytes(row.peak_bytes),
+    )
