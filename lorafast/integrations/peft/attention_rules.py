@@ -65,7 +65,7 @@ def _why_not_base(base: Any) -> str | None:
 
 
 def _why_not_out_proj(plain: nn.Module) -> str | None:
-    if not isinstance(plain, nn.Linear) or plain.forward.__func__ is not nn.Linear.forward:
+    if not isinstance(plain, nn.Linear) or type(plain).forward is not nn.Linear.forward:
         return f"is a {type(plain).__qualname__}"
     return rules.why_not_read(plain)
 
