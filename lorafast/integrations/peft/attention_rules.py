@@ -76,6 +76,8 @@ def _why_not_factors(base: Any, first: Adapter, other: Adapter) -> str | None:
     out = base._modules["out_proj"]._modules["base_layer"]
     if weight.shape != (3 * E, E) or out.weight.shape != (E, E):
         return f"its weights have the shapes {list(weight.shape)} and {list(out.weight.shape)}"
+    if weight.requires_grad or out.weight.requires_grad:
+        return "its weights are trained, which PEFT's merge cuts off"
     for adapter, rows in ((first, 3 * E), (other, E)):
         A, B = adapter.lora_A.weight, adapter.lora_B.weight
         r = A.shape[0]
