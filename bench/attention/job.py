@@ -88,7 +88,7 @@ def _make(name: str, frozen: Network, r: int) -> nn.Module:
         network.requires_grad_(name == "full")
     if name in _ADAPTED:
         _draw(network)
-    network.head.requires_grad_()  # type: ignore[operator, union-attr]
+    network.head.requires_grad_()
     return network.train()
 
 

@@ -73,7 +73,7 @@ class LoRAMultiheadAttention(AdapterLayer):
         "out_lora_B": "base_layer.out_proj.lora_B.weight",
     }
     watched_parameter = "lora_B"
-    operation = "lora_attention"
+    operation = "lora_linear"
     parts = ("in_proj", "out_proj")
     own_names = AdapterLayer.own_names | {
         "_merged_out_weight", "_qkv_same_embed_dim", "attention_dropout", "out_proj",

@@ -65,7 +65,7 @@ def _why_not_base(base: Any) -> str | None:
 
 
 def _why_not_out_proj(plain: nn.Module) -> str | None:
-    if not isinstance(plain, nn.Linear) or plain.forward.__func__ is not nn.Linear.forward:
+    if not isinstance(plain, nn.Linear) or type(plain).forward is not nn.Linear.forward:
         return f"is a {type(plain).__qualname__}"
     return rules.why_not_read(plain)
 
@@ -76,6 +76,8 @@ def _why_not_factors(base: Any, first: Adapter, other: Adapter) -> str | None:
     out = base._modules["out_proj"]._modules["base_layer"]
     if weight.shape != (3 * E, E) or out.weight.shape != (E, E):
         return f"its weights have the shapes {list(weight.shape)} and {list(out.weight.shape)}"
+    if weight.requires_grad or out.weight.requires_grad:
+        return "its weights are trained, which PEFT's merge cuts off"
     for adapter, rows in ((first, 3 * E), (other, E)):
         A, B = adapter.lora_A.weight, adapter.lora_B.weight
         r = A.shape[0]

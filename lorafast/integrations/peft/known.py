@@ -81,15 +81,9 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
         | {
             "_check_forward_args": "523eb0858eed7c71",
             "forward": "a2cf38ed3623017f",
+            # Which adds the change of out_proj twice.
             "merge": "f3a48428c8af1345",
             "unmerge": "95e25061d614d923",
-            "get_delta_weight": "78add85aff16a6f1",
-        },
-        # Of out_proj, which the merge calls.
-        Linear: {
-            "merge": "16dec8ab59929377",
-            "unmerge": "56ccbcac0b1afbbe",
-            "get_delta_weight": "b7e3f6ce4adfdc61",
         },
     },
     "convolution's dora": {

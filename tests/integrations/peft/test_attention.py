@@ -162,6 +162,11 @@ LEFT = {
         {},
         lambda layer: layer.base_layer.out_proj.enable_adapters(False),
     ),
+    "trained": (
+        "its weights are trained",
+        {},
+        lambda layer: layer.base_layer.out_proj.base_layer.requires_grad_(),
+    ),
     "class": (
         "not exactly an nn.MultiheadAttention",
         {},
