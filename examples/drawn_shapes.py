@@ -67,7 +67,7 @@ OUTLINED = Style(
         Shape("star of 5", 5, 0.5, 0.8),
         Shape("star of 7", 7, 0.45, 0.9),
     ),
-    outlined=True, strokes=2, noise=0.15,
+    outlined=True, strokes=1, noise=0.15,
 )  # fmt: skip
 
 

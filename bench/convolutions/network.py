@@ -86,6 +86,7 @@ def calibrated(network: Network, images: Tensor) -> Network:
     """With running statistics of these images, in evaluation mode, where norms are frozen scales."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
             module.momentum = None  # the mean of all batches
     network.train()
     with torch.no_grad():
