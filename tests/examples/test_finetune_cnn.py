@@ -54,7 +54,9 @@ def test_a_run_from_end_to_end(tmp_path):
     )
     # It has checked that lorafast follows PEFT and that PEFT loads what lorafast saved.
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The same curve: every step is within 0.0001" in " ".join(done.stdout.split())
+    assert "3 steps in float64: lorafast's and PEFT's loss differ by" in " ".join(
+        done.stdout.split()
+    )
     assert "the outputs agree" in " ".join(done.stdout.split())
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"demo_cnn.png", "demo_cnn_adapter"}
