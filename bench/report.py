@@ -5,8 +5,8 @@
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
 shown, or of a device that has none the newest one, of which it is said; of ``inference-*``,
-``quantized-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the
-newest one. No figure is typed by hand.
+``quantized-*``, ``convolutions-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and
+``nvcc-*`` the newest one. No figure is typed by hand.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from lorafast.bench.common.table import markdown, megabytes, why_no_time
 from lorafast.bench.layer.report import duration
 from lorafast.bench.operations.job import COPY, PRODUCT
 
-from lorafast.bench import accelerate, executed, layer, models, operations, traffic
+from lorafast.bench import accelerate, convolutions, executed, layer, models, operations, traffic
 from lorafast.core.problem import DENSE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +162,7 @@ def performance(results: Path) -> str:
     kinds = (
         ("gpu", "", _section), ("cpu", "", _section), ("inference", "Inference: ", _section),
         ("quantized", "Quantized weights: ", _section),
+        ("convolutions", "Convolutions: ", _section),
         ("accelerate", "PEFT's models: ", _section), ("traffic", "", _traffic),
         ("executed", "", _executed), ("compiled", "", _compiled),
         ("nvcc", "", _nvcc),
@@ -228,6 +229,7 @@ def _section(path: Path, run: Run) -> str:
         steps, key=lambda row: (row.model, row.dtype, row.r, row.base)
     ):
         parts += _models(list(step))
+    parts += convolutions.paragraphs(rows_of(run, "convolutions", convolutions.Row, path))
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
     for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
         parts += _accelerated(list(of_peft))

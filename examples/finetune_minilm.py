@@ -29,24 +29,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import math
 import os
 import random
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
-from quantized_base import QUANTIZED, evaluate, give_to_bitsandbytes, quantize, weights_bytes
-from resuming import State
 from stdlib_texts import Example, load_texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,12 +50,28 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures me
 try:
     import peft
     import torch
-    import torch.nn.functional as F
     import transformers
+    from comparing import (
+        LOSS_TOLERANCE,
+        SMOOTHING,
+        Arm,
+        Batch,
+        accuracy,
+        bounded_int,
+        check_in_peft,
+        check_loss_curves,
+        draw_losses,
+        loss_differences,
+        peak_bytes,
+        say,
+        table,
+        train,
+    )
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from quantized_base import QUANTIZED, give_to_bitsandbytes, quantize, weights_bytes
+    from resuming import State
     from torch import Tensor, nn
-    from tqdm import tqdm
 
     import lorafast
 except ImportError as error:
@@ -79,10 +89,6 @@ ALPHA_PER_RANK = 2
 LORA_LR = 1e-3
 HEAD_WITH_LORA_LR = 5e-3
 HEAD_ONLY_LR = 2e-2
-SMOOTHING = 15
-SAVED_EVERY = 10
-LOSS_TOLERANCE = 1e-4
-LOGIT_TOLERANCE = 1e-4
 MEMORY_NOTE = (
     "* weights: the whole model's, of which the embeddings are 47 MB in float32. Peak memory: of one "
     "training step on the longest batch, as PyTorch's allocator counts it: activations, gradients, "
@@ -95,13 +101,6 @@ MEMORY_NOTE = (
 class Encoded:
     ids: list[int]
     label: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
 
 
 class Batcher:
@@ -118,11 +117,8 @@ class Batcher:
     def collate(self, encoded: list[Encoded]) -> Batch:
         padded = self.tokenizer.pad({"input_ids": [e.ids for e in encoded]}, return_tensors="pt")
         labels = torch.tensor([e.label for e in encoded])
-        return Batch(
-            padded["input_ids"].to(self.device),
-            padded["attention_mask"].to(self.device),
-            labels.to(self.device),
-        )
+        inputs = (padded["input_ids"].to(self.device), padded["attention_mask"].to(self.device))
+        return Batch(inputs, labels.to(self.device))
 
     def shuffled(self, encoded: list[Encoded], size: int, steps: int, seed: int) -> list[Batch]:
         """Return `steps` batches of epoch after epoch, each epoch in its own order."""
@@ -157,21 +153,6 @@ class SentenceClassifier(nn.Module):
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0].float()
         mask = attention_mask.unsqueeze(-1)
         return self.classifier((hidden * mask).sum(1) / mask.sum(1))
-
-
-@dataclass
-class Arm:
-    """One way to train the model, and what was measured of it."""
-
-    name: str
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    accuracy: float = math.nan
-    peak_bytes: int = 0
-    weights_bytes: int = 0
-    adapter_bytes: int = 0
 
 
 def make_arm(name: str, model: nn.Module, device: torch.device) -> Arm:
@@ -224,86 +205,6 @@ def copy_lora_a(source: nn.Module, target: nn.Module) -> int:
     return copied
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """A short warm-up, then a straight line to zero."""
-    warmup = max(1, steps // 15)
-    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-
-def train_step(arm: Arm, batch: Batch) -> float:
-    arm.optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(arm.model(batch.input_ids, batch.attention_mask), batch.labels)
-    loss.backward()
-    arm.optimizer.step()
-    return loss.item()
-
-
-def train(arms: list[Arm], batches: list[Batch], state: State) -> None:
-    """Train all arms on the same batches, taking turns, the first place going round."""
-    done = state.load(arms)
-    if done:
-        print(f"Going on after step {done}, from {state.path}.")
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(
-            arm.optimizer, partial(learning_rate_factor, steps=len(batches)), last_epoch=done - 1
-        )
-        for arm in arms
-    ]
-    progress = tqdm(
-        batches[done:], desc=f"training {len(arms)} arms", unit="step", dynamic_ncols=True,
-        initial=done, total=len(batches),
-    )  # fmt: skip
-    for step, batch in enumerate(progress, done):
-        first = step % len(arms)
-        for arm in arms[first:] + arms[:first]:
-            start = time.perf_counter()
-            arm.losses.append(train_step(arm, batch))
-            arm.seconds.append(time.perf_counter() - start)
-        for scheduler in schedulers:
-            scheduler.step()
-        if (step + 1) % SAVED_EVERY == 0 or step + 1 == len(batches):
-            state.save(step + 1, arms)
-        progress.set_postfix({arm.name: f"{arm.losses[-1]:.4f}" for arm in arms})
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: list[Batch]) -> float:
-    evaluate(model)
-    hits = sum(
-        int((model(b.input_ids, b.attention_mask).argmax(1) == b.labels).sum()) for b in batches
-    )
-    return hits / sum(len(b.labels) for b in batches)
-
-
-def peak_bytes(arm: Arm, batch: Batch) -> int:
-    """Return what one step allocates at its peak, plus the optimizer's state, without weights."""
-    arm.model.train()
-    state = [value for values in arm.optimizer.state.values() for value in values.values()]
-    state_bytes = sum(value.nbytes for value in state if isinstance(value, Tensor))
-    arm.optimizer.zero_grad(set_to_none=True)
-    # The schedule has brought the learning rate to zero: this step changes no weight.
-    if batch.labels.is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        train_step(arm, batch)
-        return torch.cuda.max_memory_allocated() - before + state_bytes
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        train_step(arm, batch)
-    return profiled_peak(profile) + state_bytes
-
-
-def profiled_peak(profile: torch.profiler.profile) -> int:
-    """Return the peak of the bytes that PyTorch's CPU allocator held since the profile began."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text(encoding="utf-8"))
-    changes = [e for e in trace["traceEvents"] if e.get("name") == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
-    return max(accumulate(event["args"]["Bytes"] for event in changes))
-
-
 def file_bytes(folder: Path) -> int:
     return (folder / "adapter_model.safetensors").stat().st_size
 
@@ -323,22 +224,7 @@ def save_adapters(arms: list[Arm], folder: Path) -> None:
                 arm.adapter_bytes = sum(p.nbytes for p in arm.model.parameters() if p.requires_grad)
 
 
-@torch.no_grad()
-def largest_difference(a: nn.Module, b: nn.Module, batches: list[Batch]) -> float:
-    """Return the largest difference between the logits of two models."""
-    evaluate(a)
-    evaluate(b)
-    return max(
-        float((a(x.input_ids, x.attention_mask) - b(x.input_ids, x.attention_mask)).abs().max())
-        for x in batches
-    )
-
-
-def loss_differences(arm: Arm, reference: Arm) -> list[float]:
-    return [abs(x - y) for x, y in zip(arm.losses, reference.losses, strict=True)]
-
-
-def table(arms: list[Arm]) -> str:
+def results(arms: list[Arm]) -> str:
     rows = [
         ["", "test", "mean loss", "time", "weights", "peak", "adapter"],
         ["", "accuracy", "diff. to PEFT", "per step", "*", "memory *", "size"],
@@ -356,22 +242,7 @@ def table(arms: list[Arm]) -> str:
                 f"{arm.adapter_bytes / 1e6:.2f} MB",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "   ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(2, "-" * len(lines[0]))
-    return "\n".join(lines)
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Return the running mean over SMOOTHING steps, fewer at both ends."""
-    half = SMOOTHING // 2
-    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return table(rows, header=2)
 
 
 def draw_gaps(axes: Axes, gaps: list[float], tolerance: float | None) -> None:
@@ -419,10 +290,7 @@ def draw(arms: list[Arm], path: Path, subtitle: str, tolerance: float | None) ->
         (head_arm, "#009E73", 2.0, "-"),
     ]
     for arm, color, width, line in styles:
-        steps = range(1, len(arm.losses) + 1)
-        label = f"{arm.name} (test accuracy {arm.accuracy:.3f})"
-        top.plot(steps, arm.losses, color=color, alpha=0.22, linewidth=width * 0.6)
-        top.plot(steps, smoothed(arm.losses), line, color=color, linewidth=width, label=label)
+        draw_losses(top, arm, color, width, line)
     top.set_ylabel("training loss (cross-entropy)")
     top.set_title(f"Fine-tuning all-MiniLM-L6-v2\n{subtitle}", fontsize=11)
     top.legend(frameon=False, title=f"running mean of {SMOOTHING} steps; faint: every step")
@@ -443,10 +311,6 @@ def model_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
-def say(text: str) -> None:
-    print(textwrap.fill(text, width=96, break_long_words=False, break_on_hyphens=False))
-
-
 def describe(train_set: list[Example], test_set: list[Example], areas: list[str]) -> None:
     """Print what the data are, and what a guess would score."""
     modules = len({e.module for e in train_set + test_set})
@@ -457,19 +321,6 @@ def describe(train_set: list[Example], test_set: list[Example], areas: list[str]
         f"in both sets. {len(areas)} areas: {', '.join(areas)}. Always guessing the same area "
         f"scores {guess:.3f}."
     )
-
-
-def bounded_int(low: int, high: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"must be at most {high}, not {value}")
-        return value
-
-    parse.__name__ = "integer"  # the name argparse gives the type in its messages
-    return parse
 
 
 def probability(text: str) -> float:
@@ -555,22 +406,11 @@ def make_arms(new_model: Callable[[int], nn.Module], args: argparse.Namespace) -
     return [make_arm(name, model, torch.device(args.device)) for name, model in models.items()]
 
 
-def check_loss_curves(fast_arm: Arm, peft_arm: Arm, args: argparse.Namespace) -> list[str]:
-    """Print how far the two LoRA curves are apart; return a sentence if it is too far."""
-    worst = max(loss_differences(fast_arm, peft_arm), key=lambda gap: (math.isnan(gap), gap))
-    found = f"Largest difference between lorafast's and PEFT's loss at any step: {worst:.1e}."
+def why_not_equal(args: argparse.Namespace) -> str | None:
+    """Return why lorafast's and PEFT's loss curves can't be equal, or None."""
     if args.dropout:
-        say(f"{found} Not checked: their dropout masks differ, the curves are close, not equal.")
-    elif args.dtype != "float32":
-        say(f"{found} Not checked: {args.dtype} rounds coarsely, the curves are close, not equal.")
-    elif not worst <= LOSS_TOLERANCE:
-        say(f"{found} More than {LOSS_TOLERANCE:g}.")
-        return [
-            f"lorafast must follow PEFT's loss curve within {LOSS_TOLERANCE:g}, not {worst:.1e}"
-        ]
-    else:
-        say(f"{found} The same curve: every step is within {LOSS_TOLERANCE:g}.")
-    return []
+        return "their dropout masks differ"
+    return None if args.dtype == "float32" else f"{args.dtype} rounds coarsely"
 
 
 def check_accuracy(arms: list[Arm], default: bool) -> list[str]:
@@ -583,24 +423,6 @@ def check_accuracy(arms: list[Arm], default: bool) -> list[str]:
     say(f"LoRA does not beat the frozen model with only a head here: {scores}.")
     if default:
         return [f"with the default settings LoRA must beat the head alone: {scores}"]
-    return []
-
-
-def check_in_peft(
-    arm: Arm, fresh: nn.Module, adapter: Path, batches: list[Batch], dtype: str
-) -> list[str]:
-    """Load the saved adapter with PEFT on a fresh model and compare the outputs."""
-    device = batches[0].labels.device
-    loaded = peft.PeftModel.from_pretrained(fresh, adapter, torch_device=str(device)).to(device)
-    worst = largest_difference(arm.model, loaded, batches)
-    found = f"{adapter}: saved by lorafast in PEFT's format, loaded by PEFT on a fresh model"
-    if dtype != "float32":
-        say(f"{found}. Largest logit difference {worst:.1e}; checked in float32 only.")
-    elif not worst <= LOGIT_TOLERANCE:
-        say(f"{found}: the outputs DISAGREE, largest logit difference {worst:.1e}.")
-        return [f"PEFT's outputs with lorafast's adapter differ by {worst:.1e}"]
-    else:
-        say(f"{found}: the outputs agree, largest logit difference {worst:.1e}.")
     return []
 
 
@@ -621,22 +443,23 @@ def main() -> int:
     options = {name: value for name, value in vars(args).items() if name != "out"}
     state = State(args.out / "demo.state", options | {"torch": torch.__version__})
     train(arms, batches, state)
-    largest = max(batches, key=lambda batch: batch.input_ids.numel())
+    largest = max(batches, key=lambda batch: batch.inputs[0].numel())
     for arm in arms:
+        arm.model.train()
         arm.peak_bytes = peak_bytes(arm, largest)
         arm.accuracy = accuracy(arm.model, test_batches)
     ending = "" if args.base == "dense" else f"_{args.base}"
     adapter, picture = args.out / f"demo_adapter{ending}", args.out / f"demo{ending}.png"
     save_adapters(arms, adapter)
-    checked = args.dtype == "float32" and not args.dropout
+    why_not = why_not_equal(args)
     base = "" if args.base == "dense" else f", {args.base} base"
     subtitle = f"rank {args.rank}, {args.dtype}{base}, {args.steps} steps of {args.batch} texts"
-    draw(arms, picture, subtitle, LOSS_TOLERANCE if checked else None)
+    draw(arms, picture, subtitle, LOSS_TOLERANCE if why_not is None else None)
 
-    print(f"\n{table(arms)}")
+    print(f"\n{results(arms)}")
     say(MEMORY_NOTE)
     print()
-    failed = check_loss_curves(arms[1], arms[0], args) + check_accuracy(arms, default)
+    failed = check_loss_curves(arms[1], arms[0], why_not) + check_accuracy(arms, default)
     # Another seed, another head: the trained one must come from the file.
     fresh = for_peft(new_model(args.seed + 1), args)
     failed += check_in_peft(arms[1], fresh, adapter, test_batches[::4], args.dtype)

@@ -34,7 +34,7 @@ class _Block(nn.Module):
 class Network(nn.Module):
     """A stem, eight blocks of two convolutions, a linear head; ``widths`` are the stages' channels."""
 
-    def __init__(self, widths: tuple[int, ...] = _WIDTHS) -> None:
+    def __init__(self, widths: tuple[int, ...] = _WIDTHS, classes: int = _CLASSES) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 7, 2, 3, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(),
@@ -47,7 +47,7 @@ class Network(nn.Module):
                 blocks.append(_Block(before, width, 2 if stage and not i else 1))
                 before = width
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(before, _CLASSES)
+        self.head = nn.Linear(before, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, 3, H, W]`` → logits."""
@@ -86,6 +86,7 @@ def calibrated(network: Network, images: Tensor) -> Network:
     """With running statistics of these images, in evaluation mode, where norms are frozen scales."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
             module.momentum = None  # the mean of all batches
     network.train()
     with torch.no_grad():

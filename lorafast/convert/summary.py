@@ -7,6 +7,7 @@ from torch import nn
 from lorafast.convert.first_backward import waits_for_gradient
 from lorafast.convert.kinds import adapted_layers, adapter_parameters
 from lorafast.convert.left_out import LeftOut, left_out
+from lorafast.nn import siblings
 
 # alpha where a LoraConfig gives none.
 _PEFT_ALPHA = 8
@@ -28,10 +29,14 @@ class AdapterRow:
     """A backward reached other adapters of the model, and none has reached this one so far."""
     remark: str = ""
     """What kind of layer it is, where it isn't a plain ``LoRALinear``."""
+    siblings: tuple[str, ...] = ()
+    """The layers that it shares x with (``adapt(..., fuse="siblings")``)."""
 
     def _remarks(self) -> str:
         state = "merged" if self.merged else "no gradient so far" if self.no_gradient else ""
-        return "".join(f"  {one}" for one in (self.remark, state) if one)
+        _, *others = siblings.short((self.name, *self.siblings))
+        shares = f"shares x with {', '.join(others)}" if others else ""
+        return "".join(f"  {one}" for one in (self.remark, shares, state) if one)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,12 @@ def summary(model: nn.Module) -> Summary:
 
     Shared parameters count once.
     """
+    layers = adapted_layers(model)
+    others = {
+        name: tuple(other for other in group if other != name)
+        for group in siblings.groups(layers)
+        for name in group
+    }
     rows = tuple(
         AdapterRow(
             name=name or "(model)",
@@ -85,8 +96,9 @@ def summary(model: nn.Module) -> Summary:
             merged=layer.merged,
             no_gradient=waits_for_gradient(layer),
             remark=layer.summary_remark(),
+            siblings=others.get(name, ()),
         )
-        for name, layer in adapted_layers(model).items()
+        for name, layer in layers.items()
     )
     parameters = list(model.parameters())
     return Summary(

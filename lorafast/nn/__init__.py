@@ -1,7 +1,7 @@
 """Drop-in modules, and the account of which backend serves them."""
 
 from lorafast.nn.adapter_layer import AdapterLayer
-from lorafast.nn.explain import Choice, Explanation, explain
+from lorafast.nn.explain import Choice, Explanation, Sharing, explain
 from lorafast.nn.lora_attention import LoRAMultiheadAttention
 from lorafast.nn.lora_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lorafast.nn.lora_embedding import LoRAEmbedding
@@ -21,6 +21,7 @@ __all__ = [
     "LoRALinear",
     "LoRAMultiheadAttention",
     "QuantizedLinear",
+    "Sharing",
     "bitsandbytes_keys",
     "explain",
 ]

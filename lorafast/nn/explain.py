@@ -1,16 +1,21 @@
 """``explain``: the plan of a module's layers, and why not another backend."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from lorafast import operands
 from lorafast.backends import BackendError, Plan, Refusal, forced, registry
 from lorafast.core.problem import Problem
-from lorafast.nn import offload
+from lorafast.nn import offload, siblings
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.lora_linear import LoRALinear
+from lorafast.nn.problems import shared_problems, why_not_shared
 from lorafast.ops.weight_norm import plan_of
+
+_OTHERWISE = ", where a call shares x with no sibling"
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,50 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The choices for each adapted layer; prints as text, equal layers together."""
+class Sharing:
+    """Layers that a module calls with the same x (``adapt(..., fuse="siblings")``): what serves them
+    together, and for which of them that is not so, with the reason."""
 
-    layers: dict[str, tuple[Choice, ...]]
+    layers: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    alone: dict[str, str]
 
     def __str__(self) -> str:
-        groups: dict[str, list[str]] = {}
-        for name, choices in self.layers.items():
-            groups.setdefault(_describe_all(choices), []).append(name)
-        return "\n".join(f"{_names(names)}\n{description}" for description, names in groups.items())
+        names = dict(zip(self.layers, siblings.short(self.layers), strict=True))
+        together = [names[name] for name in self.layers if name not in self.alone]
+        lines = [f"  {names[name]} by itself: {reason}" for name, reason in self.alone.items()]
+        if self.choices:
+            lines.insert(0, f"  together: {', '.join(together)}")
+            lines.append(_describe_all(self.choices))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choices for each adapted layer, and for those that share x; prints as text, equal layers
+    together."""
+
+    layers: dict[str, tuple[Choice, ...]]
+    sharing: tuple[Sharing, ...] = ()
+
+    def __str__(self) -> str:
+        shared = _alike((f"{', '.join(one.layers)} share x", str(one)) for one in self.sharing)
+        layers = _alike((name, _describe_all(choices)) for name, choices in self.layers.items())
+        return "\n".join(
+            f"{_names(names)}\n{description}"
+            for found in (shared, layers)
+            for description, names in found.items()
+        )
 
     __repr__ = __str__
+
+
+def _alike(described: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names by what is said of them."""
+    found: dict[str, list[str]] = {}
+    for name, description in described:
+        found.setdefault(description, []).append(name)
+    return found
 
 
 def _names(names: list[str]) -> str:
@@ -61,7 +98,10 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
 
     It speaks of an eager training step with gradients of x, A and B: ``lora_linear`` is the forward,
     ``lora_linear_backward`` the backward. Under ``torch.no_grad`` the forward is that of inference. What
-    PyTorch's own calls serve has no backend.
+    PyTorch's own calls serve has no backend. Of layers that share x it says what serves them together:
+    one ``shrink`` and one ``shrink_backward`` of all their ranks, a ``linear_expand`` and an
+    ``expand_backward`` for each, and dx in one buffer; and what serves a call of each that shares
+    nothing.
 
     ``x`` is an input such as a layer would get; only its device, dtype and number of rows count.
     Without it the weight's are assumed, and many rows.
@@ -69,17 +109,39 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     Raises:
         ValueError: ``module`` has no adapted layer.
     """
+    adapted = {
+        name: layer for name, layer in module.named_modules() if isinstance(layer, AdapterLayer)
+    }
     layers = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, AdapterLayer):
-            with offload.present(layer):
-                layers[name or "(module)"] = _choices(layer, x)
+    for name, layer in adapted.items():
+        with offload.present(layer):
+            layers[name or "(module)"] = _choices(layer, x)
+    sharing = tuple(_sharing(group, x) for group in siblings.groups(adapted))
+    for one in sharing:
+        for name in one.layers:
+            if name not in one.alone:
+                layers[name] = tuple(
+                    replace(choice, reason=choice.reason + _OTHERWISE) for choice in layers[name]
+                )
     if not layers:
         raise ValueError(
             "the module has no LoRALinear or other adapted layer to explain: lorafast.adapt(model) "
             "makes them (a model with PEFT's adapters needs none: lorafast.accelerate(model))"
         )
-    return Explanation(layers)
+    return Explanation(layers, sharing)
+
+
+def _sharing(group: Mapping[str, Any], x: Tensor | None) -> Sharing:
+    alone = why_not_shared(group, x)
+    together = [layer for name, layer in group.items() if name not in alone]
+    problems = shared_problems(together, x) if together else ()
+    choices = [_choice(problem, _choose(problem)) for problem in problems]
+    return Sharing(tuple(group), tuple(_without_repeats(choices)), alone)
+
+
+def _without_repeats(choices: Sequence[Choice]) -> list[Choice]:
+    """Siblings of one shape have one choice."""
+    return [one for i, one in enumerate(choices) if one not in choices[:i]]
 
 
 def _choices(layer: AdapterLayer, x: Tensor | None) -> tuple[Choice, ...]:

@@ -15,6 +15,7 @@ from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_convolution
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.checks import check_dtype, check_probability
+from lorafast.nn.scripted import ScriptedDoRAConv, ScriptedLoRAConv
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of a convolution is.
@@ -270,12 +271,10 @@ class LoRAConv(AdapterLayer):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in this layer's place."""
-        if not self.merged:
-            raise ValueError(
-                f"a {type(self).__name__} can't be scripted: merge it first, or export the model "
-                "(torch.export)"
-            )
-        return self.to_plain()
+        if self.merged:
+            return self.to_plain()
+        scripted = ScriptedDoRAConv(self) if self._use_dora else ScriptedLoRAConv(self)
+        return scripted.train(self.training)
 
     def extra_repr(self) -> str:
         """The constructor's arguments, as in PyTorch's convolutions."""

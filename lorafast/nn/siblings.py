@@ -1,7 +1,7 @@
 """``Siblings``: layers that a module calls with the same x, and what they share of it."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -123,3 +123,23 @@ def tie(layers: Sequence[Any]) -> None:
     group = Siblings(len(layers))
     for place, layer in enumerate(layers):
         layer.set_siblings((group, place))
+
+
+def groups(named: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of the named layers that are siblings of one another, by name and in their places."""
+    found: dict[Siblings, list[tuple[int, str, Any]]] = {}
+    for name, layer in named.items():
+        if layer._siblings is not None:
+            group, place = layer._siblings
+            found.setdefault(group, []).append((place, name, layer))
+    placed = [sorted(group, key=lambda one: one[0]) for group in found.values()]
+    return [{name: layer for _, name, layer in group} for group in placed if len(group) > 1]
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """``q`` and ``k`` of ``block.q`` and ``block.k``: the names without the parents of all of them."""
+    paths = [name.split(".") for name in names]
+    shared = next(
+        (i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0
+    )
+    return [".".join(path[shared:]) for path in paths]

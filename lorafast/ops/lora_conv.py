@@ -19,7 +19,7 @@ from lorafast.core.context import alone, needs_plain_pytorch, watched, without_a
 from lorafast.core.convolution import Geometry, convolve
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import is_plain
-from lorafast.ops import flops
+from lorafast.ops import flops, unstrided
 from lorafast.ops.checks import check_dropout
 from lorafast.ops.lora_conv_checks import check_lora_conv
 from lorafast.ops.lora_conv_products import WANTS, Adapter, backward, forward
@@ -107,6 +107,10 @@ def _surrounded(
             return None
     if reason is not None:
         forced.check_plain_pytorch("lora_conv", reason)
+        if dropout_p and seed is not None and unstrided.is_sharded(x):
+            return unstrided.lora_conv(
+                x, weight, lora_A, lora_B, scaling, bias, geometry, dropout_p, seed
+            )
         return reference.lora_conv(
             x,
             weight,

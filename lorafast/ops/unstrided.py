@@ -1,4 +1,4 @@
-"""The layer as PyTorch's own calls of ``F.linear``, for inputs whose rows the kernels can't read.
+"""Layers as PyTorch's own calls of ``F.linear``, for inputs whose rows the kernels can't read.
 
 Sparse, nested and oneDNN tensors, and DTensors with dropout: whatever ``F.linear`` does with them, this
 does. In the low-rank term float16 is float32, as in every backend.
@@ -14,6 +14,7 @@ from torch import Tensor
 from lorafast import operands
 from lorafast.backends import forced
 from lorafast.backends.dropout import keep_mask
+from lorafast.core.convolution import Geometry, convolve
 from lorafast.core.dtypes import wide
 from lorafast.operands import Weight
 from lorafast.ops.checks import describe_layout
@@ -48,6 +49,26 @@ def lora_linear(
         F.linear(operands.activations(x, weight), operands.as_dense(weight), bias)
         + F.linear(s, lora_B.to(dtype) * scaling)
     ).to(x.dtype)
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    geometry: Geometry,
+    dropout_p: float,
+    seed: Tensor,
+) -> Tensor:
+    """``y = conv(x, W) + scaling · conv(conv(drop(x), A), B) + bias`` of a DTensor with dropout."""
+    left = drop_sharded(x.movedim(1, -1), dropout_p, seed).movedim(-1, 1)
+    s = convolve(left, lora_A.to(left.dtype), None, geometry.of_A())
+    n = len(geometry.stride)
+    pointwise = Geometry((1,) * n, (0,) * n, (1,) * n, geometry.groups)
+    low_rank = convolve(s, lora_B.to(left.dtype) * scaling, None, pointwise)
+    return (convolve(x, weight, bias, geometry) + low_rank).to(x.dtype)
 
 
 def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

@@ -174,6 +174,40 @@ def test_operations_and_tests_of_a_record_are_shown(report, record, tmp_path):
     assert "| torch.mm |  | 4 ms | 0.0025 |  |" in rendered
 
 
+def test_a_record_of_convolutions_is_shown(report, record, tmp_path):
+    row = {
+        "batch": 16, "side": 96, "r": 8, "dtype": "fp32", "channels_last": True,
+        "contender": "frozen", "wrong": None, "unavailable": None, "samples": [0.1],
+        "frozen_samples": [0.1], "peak_bytes": 50_000_000,
+    }  # fmt: skip
+    rows = [
+        row, row | {"contender": "lorafast", "samples": [0.1125]},
+        row | {"contender": "peft", "samples": [], "unavailable": "peft is not installed"},
+    ]  # fmt: skip
+    record("convolutions-old", [], day=1, convolutions=[row])
+    record(
+        "convolutions-new",
+        [],
+        day=2,
+        convolutions=rows + [r | {"channels_last": False} for r in rows],
+    )
+    performance = report.performance(tmp_path)
+    _, section = performance.split("## Convolutions: NVIDIA H100\n\n")
+    assert "[record](convolutions-new.json)" in section
+    last, first = section.split("ResNet-18's shape")[1:]
+    for part, order in ((last, "channels last"), (first, "channels first")):
+        assert f"16 images of 96 x 96, fp32, {order}, r=8" in part
+        cells = [
+            [c.strip() for c in line.split("|")[1:-1]] for line in part.splitlines() if "|" in line
+        ]
+        assert cells[0] == ["", "step", "over frozen", "peak MB"]
+        assert cells[2:] == [
+            ["frozen", "100 ms", "**1.000** (1.000 – 1.000)", "50"],
+            ["lorafast", "112 ms", "**1.125** (1.125 – 1.125)", "50"],
+            ["peft", "not run: peft is not installed", "", ""],
+        ]
+
+
 @pytest.mark.parametrize(
     ("recorded", "typed"),
     [

@@ -9,6 +9,7 @@ from torch import nn
 
 import lorafast
 from lorafast.nn import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRALinear
+from lorafast.reference import contract
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("safetensors.torch")
@@ -267,3 +268,40 @@ def test_a_training_step_is_PEFT_s(make, x, targets, use_dora):
             torch.testing.assert_close(getattr(getattr(ours, layer), kind).grad, p.grad, msg=name)
             checked += 1
     assert checked == len(targets) * (3 if use_dora else 2)
+
+
+WINDOWS = {
+    "1d": (nn.Conv1d(4, 6, 3, 2, 1), {}),
+    "groups": (nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False), {}),
+    "odd same": (nn.Conv2d(4, 6, (2, 4), padding="same"), {}),
+    "valid": (nn.Conv2d(4, 6, (1, 3), padding="valid", dilation=(2, 1)), {}),
+    "3d": (nn.Conv3d(4, 6, (1, 2, 3), padding=(0, 1, 0)), {}),
+    "DoRA": (nn.Conv2d(4, 6, (2, 3), padding="same"), {"use_dora": True}),
+    "DoRA 1d": (nn.Conv1d(4, 6, 3, 2, 1), {"use_dora": True}),
+}
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_script_and_its_gradients(windows):
+    plain, options = WINDOWS[windows]
+    layer = draw(LoRAConv.from_conv(copy.deepcopy(plain).double(), 2, **options))
+    script = torch.jit.script(layer)
+    batch = torch.randn(2, 4, *(5,) * (plain.weight.dim() - 2), dtype=torch.float64)
+    torch.testing.assert_close(script(batch[0]), layer(batch[0]))
+    found = []
+    for one in (script, layer):
+        x = batch.clone().requires_grad_()
+        layer.zero_grad()
+        y = one(x)
+        y.square().sum().backward()
+        found.append({name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad, "y": y})
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, msg=name)
+    layer.dropout = 0.5
+    assert not torch.equal(torch.jit.script(layer.train())(batch), layer.eval()(batch))
+    layer.half()
+    half = batch.half()
+    exact = copy.deepcopy(layer).double()(half.double())
+    as_exact = contract.bounds({"y": layer(half)}, {"y": exact}, dtype=torch.float16)
+    assert contract.why_any_broken({"y": torch.jit.script(layer)(half)}, as_exact) is None

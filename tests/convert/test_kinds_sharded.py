@@ -1,10 +1,12 @@
 """Adapters of every kind in a model that FSDP2 shards: trained, saved, loaded, merged, begun on meta."""
 
 import copy
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,6 +34,29 @@ class Tokens(nn.Module):
         return self.up(self.embed(x))
 
 
+class Filters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.down = nn.Conv1d(4, 6, 3, padding=1)
+        self.point = nn.Conv2d(6, 5, 1, bias=False)
+
+    def forward(self, x):
+        x = torch.tanh(self.down(self.embed(x).movedim(-1, 1)))
+        return self.point(x.unsqueeze(-2).contiguous(memory_format=torch.channels_last))
+
+
+def of_convolutions():
+    return lorafast.adapt(Filters(), 2, ["down", "point"])
+
+
+def of_dora_convolutions():
+    return lorafast.adapt(Filters(), 2, ["down", "point"], use_dora=True)
+
+
+BASES = {of_convolutions: Filters, of_dora_convolutions: Filters}
+
+
 def of_embeddings():
     return lorafast.adapt(Tokens(), 2, ["embed", "up"])
 
@@ -44,7 +69,9 @@ def of_both():
     return lorafast.adapt(Tokens(), 2, ["embed", "up"], use_dora=True)
 
 
-KINDS = pytest.mark.parametrize("make", [of_embeddings, of_dora, of_both])
+KINDS = pytest.mark.parametrize(
+    "make", [of_embeddings, of_dora, of_both, of_convolutions, of_dora_convolutions]
+)
 
 
 def whole(tensor):
@@ -98,7 +125,7 @@ def test_one_layer_is_merged(mesh, draw_adapters, make):
 
 @KINDS
 def test_begun_on_meta(mesh, make):
-    plain = Tokens()
+    plain = BASES.get(make, Tokens)()
     with torch.device("meta"):
         model = make()
     fully_shard(model, mesh=mesh)
@@ -110,3 +137,40 @@ def test_begun_on_meta(mesh, make):
     state = {name: distribute_tensor(t, mesh) for name, t in plain.state_dict().items()}
     assert model.load_state_dict(state) == ([], [])
     torch.testing.assert_close(model(TOKENS), plain(TOKENS))
+
+
+def _train_on_each_rank(rank, world, file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    for make in (of_convolutions, of_dora_convolutions):
+        torch.manual_seed(0)
+        model = make()
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p)
+        single = copy.deepcopy(model)
+        for module in (model.down, model.point, model):
+            fully_shard(module, mesh=mesh)
+        optimizers = [
+            torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+            for net in (model, single)
+        ]
+        for _ in range(2):
+            # Each rank has one row of the batch, and FSDP takes the mean of their gradients.
+            for net, rows in ((model, TOKENS[rank : rank + 1]), (single, TOKENS)):
+                net(rows).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        expected = dict(single.named_parameters())
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(whole(parameter), expected[name], msg=f"{make} {name}")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that ends by itself
+
+
+@pytest.mark.slow
+def test_convolutions_train_on_two_ranks(tmp_path):
+    mp.spawn(_train_on_each_rank, (2, str(tmp_path / "rendezvous")), nprocs=2)

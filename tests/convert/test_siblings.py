@@ -206,3 +206,54 @@ def test_quantized_layers_are_alone(model):
     with pytest.warns(UserWarning, match="LoRA layers over dense weights"):
         lorafast.adapt(model, 2, fuse="siblings")
     assert groups(model) == []
+
+
+def test_summary_says_who_shares_x(model):
+    lorafast.adapt(model, 2, fuse="siblings")
+    rows = {row.name.rpartition(".")[2]: row for row in lorafast.summary(model).layers}
+    prefix = "model.layers.0.self_attn."
+    assert rows["k_proj"].siblings == (f"{prefix}q_proj", f"{prefix}v_proj")
+    assert rows["o_proj"].siblings == ()
+    lines = str(lorafast.summary(model)).splitlines()
+    assert [line.partition("  shares x with ")[2] for line in lines if "shares x" in line] == [
+        "k_proj, v_proj", "q_proj, v_proj", "q_proj, k_proj", "up_proj", "gate_proj"
+    ]  # fmt: skip
+    assert "shares x" not in str(lorafast.summary(lorafast.restore(model)))
+
+
+def test_explain_says_who_shares_x_and_how_they_are_served(model):
+    lorafast.adapt(model, 2, fuse="siblings")
+    found = lorafast.explain(model)
+    qkv, gated = found.sharing
+    assert [name.rpartition(".")[2] for name in qkv.layers] == QKV
+    assert qkv.alone == gated.alone == {}
+    operations = {choice.operation for choice in qkv.choices}
+    assert operations == {"shrink", "linear_expand", "expand_backward", "shrink_backward"}
+    for name, choices in found.layers.items():
+        shared = name in (*qkv.layers, *gated.layers)
+        assert ["shares x with no sibling" in one.reason for one in choices] == [shared] * 2, name
+    assert "self_attn.v_proj share x" in str(found)
+    with torch.no_grad():
+        qkv, _ = lorafast.explain(model).sharing
+    assert {choice.operation for choice in qkv.choices} == {"shrink", "linear_expand"}
+    assert lorafast.explain(lorafast.restore(model)).sharing == ()
+
+
+def test_explain_says_why_x_is_not_shared(model):
+    lorafast.adapt(model, 2, fuse="siblings")
+    attention = model.model.layers[0].self_attn
+    (few,) = lorafast.explain(attention, torch.zeros(7, 16).double()).sharing
+    assert list(few.alone) == QKV
+    assert few.choices == ()
+    assert "x has 7 rows of 16" in str(few)
+    attention.k_proj.merge()
+    (two,) = lorafast.explain(attention).sharing
+    assert two.alone == {"k_proj": "it is merged"}
+    assert "together: q_proj, v_proj" in str(two)
+    attention.q_proj.dropout = 0.5
+    (none,) = lorafast.explain(attention.train()).sharing
+    assert none.alone["q_proj"] == "its dropout has a mask of its own"
+    assert none.alone["v_proj"] == "no other shares x"
+    assert none.choices == ()
+    (other,) = lorafast.explain(attention.eval(), torch.zeros(1, 16).expand(40_000, 16)).sharing
+    assert "other dtypes" in other.alone["q_proj"]

@@ -13,7 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lorafast
+from lorafast.backends import registry
+from lorafast.core.problem import Layout
 from lorafast.nn import LoRALinear, siblings
+from lorafast.nn.problems import shared_problems
 from lorafast.ops import siblings as shared_op
 from lorafast.reference import contract
 
@@ -503,3 +506,27 @@ def test_views_of_weights(made):
     siblings.tie(layers)
     torch.testing.assert_close([layer(x) for layer in layers], expected)
     assert made == [2]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_explain_asks_backends_what_a_step_asks(grad, monkeypatch):
+    fused, _ = pair()
+    asked, choose = [], registry.choose
+
+    def noted(problem, name):
+        asked.append(problem)
+        return choose(problem, name)
+
+    shared_op._runs.clear()
+    monkeypatch.setattr(shared_op.registry, "choose", noted)
+    x = x_of(64, 5)
+    with torch.set_grad_enabled(grad):
+        y = fused(x)
+        if grad:
+            y.sum().backward()
+        described = shared_problems([fused.q, fused.k, fused.v], x)
+    fresh = Layout.of(torch.empty(2, 12, dtype=x.dtype))  # here each dy is a part of one tensor
+    asked = {p._replace(layouts=p.layouts._replace(dy=fresh)) for p in asked}
+    assert asked == {p._replace(layouts=p.layouts._replace(dy=fresh)) for p in described}
+    assert [p.operation for p in described].count("linear_expand") == 3 + grad
+    assert {p.r for p in described if "shrink" in p.operation} == {9}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lorafast import reference
-from lorafast.functional import dora_linear, lora_linear
+from lorafast.functional import dora_linear, lora_conv, lora_linear
 
 P = 0.3
 NAMES = ("y", "dx", "dA", "dB", "dmagnitude")
@@ -56,9 +56,45 @@ def _on_each_rank(rank, world, file):
                 for name, one, two in zip(NAMES, found, expected, strict=True):
                     message = f"DoRA: {name} {of_x} {of_weight} {p}"
                     torch.testing.assert_close(one.full_tensor(), two, msg=message)
+    _convolutions(rank, mesh)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may abort a process that ends by itself
+
+
+def _convolutions(rank, mesh):
+    """PyTorch shards a convolution's batch; A and B are whole on every rank."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    x, W, A, B = (
+        torch.randn(s).double() for s in ((4, 6, 5, 5), (8, 6, 3, 3), (2, 6, 3, 3), (8, 2, 1, 1))
+    )
+    m = torch.rand(8).double() + 0.5
+    for of_x in (Replicate(), Shard(0)):
+        for magnitude, p in ((None, 0.0), (None, P), (m, 0.0), (m, P)):
+            whole, shards = [], []
+            for t in (x, A, B, *[m] * (magnitude is not None)):
+                whole.append(t.clone().requires_grad_())
+                placement = of_x if t is x else Replicate()
+                shards.append(distribute_tensor(t, mesh, [placement]).requires_grad_())
+            found = _convolved(
+                shards, distribute_tensor(W, mesh, [Replicate()]), seed=7 + rank, dropout_p=p
+            )
+            expected = _convolved(whole, W, seed=7, dropout_p=p)
+            for name, one, two in zip(NAMES, found, expected, strict=False):
+                message = f"conv: {name} {of_x} {magnitude is not None} {p}"
+                torch.testing.assert_close(one.full_tensor(), two, msg=message)
+
+
+def _convolved(trained, W, *, seed, dropout_p):
+    """The output and the gradients of x, A, B and the magnitude, if there is one."""
+    torch.manual_seed(seed)
+    x, A, B, *m = trained
+    y = lora_conv(
+        x, W, A, B, 0.5, padding=1, magnitude=m[0] if m else None, dropout_p=dropout_p
+    )  # fmt: skip
+    return y, *torch.autograd.grad(y.square().sum(), trained)
 
 
 @pytest.mark.slow
