@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorafast.backends import convolution
 from lorafast.core.convolution import Geometry, convolve
 from lorafast.core.dtypes import wide
 from lorafast.ops.dropout import dropout
@@ -73,12 +74,13 @@ def backward(
         else:  # which is not read
             left = x if x.dtype is low else torch.empty_like(x, dtype=low)
         needed = ("dx" in wants and not merge, "dA" in wants)
-        dleft, dA = _gradients(ds, left, adapter.lora_A.to(low), adapter.geometry.of_A(), needed)
+        A = adapter.lora_A.to(low)
+        dleft, dA = convolution.conv_shrink_backward(ds, left, A, adapter.geometry, needed)
     if "dx" in wants or "dweight" in wants:
         assert weight is not None
         W = merged(weight, adapter) if merge else weight
         needed = ("dx" in wants, "dweight" in wants)
-        dx, dweight = _gradients(dy, x, W, adapter.geometry, needed)
+        dx, dweight = convolution.gradients(dy, x, W, adapter.geometry, needed)
     if dleft is not None:
         assert dx is not None
         dx.add_(_drop(dleft, adapter))
@@ -91,7 +93,7 @@ def shrink(x: Tensor, adapter: Adapter) -> Tensor:
     """``s = conv(drop(x), A)`` in the dtype of ``x``, float32 of float16."""
     low = wide(x.dtype)
     left = _drop(x, adapter).to(low)
-    return convolve(left, adapter.lora_A.to(low), None, adapter.geometry.of_A())
+    return convolution.conv_shrink(left, adapter.lora_A.to(low), adapter.geometry)
 
 
 def merged(weight: Tensor, adapter: Adapter) -> Tensor:
@@ -209,19 +211,6 @@ def _expand_backward_by_element(
         product = torch.matmul(of_dy, of_s.transpose(2, 3)).sum(0) * adapter.scaling
         dB = product.to(adapter.lora_B.dtype).view(adapter.lora_B.shape)
     return ds, dB
-
-
-def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of ``conv(x, W)`` in ``x`` and in W, those that are needed."""
-    stride, padding, dilation, groups = geometry
-    none = [0] * len(stride)
-    convolution_backward: Any = torch.ops.aten.convolution_backward
-    dx, dweight, _ = convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, none, groups, [*needed, False]
-    )  # fmt: skip
-    return dx, dweight
 
 
 def _drop(x: Tensor, adapter: Adapter) -> Tensor:

@@ -29,6 +29,8 @@ LIBRARY = Library(
         "lora_linear_backward",
         "lora_linear_",
         "lora_linear_backward_",
+        "conv_shrink",
+        "conv_shrink_backward",
         "dequantize_four_bit",
         "dequantize_eight_bit",
         "linear_four_bit",

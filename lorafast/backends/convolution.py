@@ -1,0 +1,73 @@
+"""``s = conv(x, A)`` and its gradient in A: by PyTorch, or by kernels that a backend has for its device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafast.backends import forced
+from lorafast.core.convolution import Geometry, convolve
+
+
+class Kernels(NamedTuple):
+    """Two functions, ``conv_shrink(x, lora_A, geometry)`` and ``conv_shrink_backward(ds, x, lora_A,
+    geometry)``, and what says of their arguments ``(x, lora_A)`` whether each is the faster one."""
+
+    conv_shrink: Callable[[Tensor, Tensor, Geometry], Tensor]
+    conv_shrink_backward: Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]
+    shrinks: Callable[[Tensor, Tensor], bool]
+    shrinks_backward: Callable[[Tensor, Tensor], bool]
+
+
+_kernels: dict[str, tuple[str, Callable[[], Kernels | None]]] = {}
+
+
+def serve_by(device_type: str, backend: str, kernels: Callable[[], Kernels | None]) -> None:
+    """Lets ``kernels`` serve devices of this type where ``backend`` or none is forced: it gives None
+    where there are none, and is asked in every call."""
+    _kernels[device_type] = backend, kernels
+
+
+def conv_shrink(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
+    """``s = conv(x, A)``, ``[batch, r, *size of y]``, of ``x`` and A in one dtype."""
+    kernels = _of(x)
+    if kernels is not None and kernels.shrinks(x, lora_A):
+        return kernels.conv_shrink(x, lora_A, geometry.of_A())
+    return convolve(x, lora_A, None, geometry.of_A())
+
+
+def conv_shrink_backward(
+    ds: Tensor, x: Tensor, lora_A: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``s = conv(x, A)`` in ``x`` and in A, those that are needed.
+
+    ``x`` is read for that in A alone; for the other its size and strides count.
+    """
+    geometry, of_x, of_A = geometry.of_A(), *needed
+    kernels = _of(x)
+    if of_A and kernels is not None and kernels.shrinks_backward(x, lora_A):
+        dx = gradients(ds, x, lora_A, geometry, (True, False))[0] if of_x else None
+        return dx, kernels.conv_shrink_backward(ds, x, lora_A, geometry)
+    return gradients(ds, x, lora_A, geometry, needed)
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of ``conv(x, W)`` in ``x`` and in W, those that are needed, by PyTorch."""
+    stride, padding, dilation, groups = geometry
+    none = [0] * len(stride)
+    convolution_backward: Any = torch.ops.aten.convolution_backward
+    dx, dweight, _ = convolution_backward(
+        dy, x, weight, None, stride, padding, dilation, False, none, groups, [*needed, False]
+    )  # fmt: skip
+    return dx, dweight
+
+
+def _of(x: Tensor) -> Kernels | None:
+    """The kernels that may serve ``x``."""
+    served = _kernels.get(x.device.type)
+    if served is None or forced.forced() not in (None, served[0]):
+        return None
+    return served[1]()
