@@ -1,4 +1,4 @@
-"""``s = conv(x, A)`` and its gradient in A: by PyTorch, or by kernels that a backend has for its device."""
+"""``s = conv(x, A)`` and its gradient in A: by PyTorch, or by kernels of a backend for its device."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -16,6 +16,7 @@ from lorafast import ops
 from lorafast.core.convolution import Geometry
 from lorafast.functional import lora_conv
 from lorafast.ops import lora_conv_products
+from lorafast.reference import contract
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}
@@ -23,6 +24,7 @@ LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_la
 CASES = {
     "1d": (3, 5, (11,), 7, 3, (3,), (2,), (1,), (1,), 1),
     "2d": (2, 6, (9, 7), 4, 3, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "2d of 32 channels": (2, 32, (9, 7), 24, 3, (3, 3), (2, 1), (1, 2), (1, 2), 1),
     "2d strided": (3, 4, (8, 9), 6, 1, (3, 2), (2, 3), (1, 0), (1, 1), 1),
     "2d dilated": (2, 3, (9, 9), 5, 2, (3, 3), (1, 1), (2, 1), (2, 1), 1),
     "2d in groups": (2, 6, (5, 6), 4, 4, (3, 3), (1, 1), (1, 1), (1, 1), 2),
@@ -233,6 +235,34 @@ def test_a_fresh_adapter_changes_no_bit(merge, merged):
     zero = torch.zeros_like(t["lora_B"])
     y = lora_conv(t["x"], t["weight"], t["lora_A"], zero, 2.0, t["bias"], **options("2d"))
     assert torch.equal(y, F.conv2d(t["x"], t["weight"], t["bias"], **options("2d")))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("case", ["2d", "2d of 32 channels"])
+def test_a_tiny_update_of_a_large_weight_is_within_the_contract(merge, case, merged):
+    merge(merged)
+    t = draw(case, torch.float32, last=True, grad=NAMES[:4])
+    with torch.no_grad():
+        t["weight"] *= 1e3
+        t["lora_B"] *= 1e-4
+
+    def results(function, cast):
+        leaves = {name: cast(leaf.detach()) for name, leaf in t.items()}
+        leaves = {name: leaf.requires_grad_(name in NAMES[:4]) for name, leaf in leaves.items()}
+        y = function(leaves)
+        return {"y": y.detach(), **gradients(y, leaves)}
+
+    def layer(leaves):
+        return lora_conv(*[leaves[n] for n in NAMES[:4]], 0.5, leaves["bias"], **options(case))
+
+    def plain(leaves):
+        return formula(case, **leaves)
+
+    found = results(layer, torch.Tensor.clone)
+    bounds = contract.bounds(
+        results(plain, torch.Tensor.clone), results(plain, torch.Tensor.double)
+    )
+    assert contract.why_any_broken(found, bounds) is None
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
