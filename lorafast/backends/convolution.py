@@ -11,13 +11,19 @@ from lorafast.core.convolution import Geometry, convolve
 
 
 class Kernels(NamedTuple):
-    """Two functions, ``conv_shrink(x, lora_A, geometry)`` and ``conv_shrink_backward(ds, x, lora_A,
-    geometry)``, and what says of their arguments ``(x, lora_A)`` whether each is the faster one."""
+    """Three functions, and what says whether each is the fastest for such arguments.
+
+    ``conv_shrink(x, lora_A, geometry)``, ``conv_shrink_backward(ds, x, lora_A, geometry)`` and
+    ``lora_conv_backward(dy, x, s, lora_A, lora_B, scaling, geometry)``, which gives ds, dA and dB;
+    ``shrinks(x, lora_A)``, ``shrinks_backward(x, lora_A)`` and ``together(dy, x, s, lora_A, lora_B)``.
+    """
 
     conv_shrink: Callable[[Tensor, Tensor, Geometry], Tensor]
     conv_shrink_backward: Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]
+    lora_conv_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     shrinks: Callable[[Tensor, Tensor], bool]
     shrinks_backward: Callable[[Tensor, Tensor], bool]
+    together: Callable[..., bool]
 
 
 _kernels: dict[str, tuple[str, Callable[[], Kernels | None]]] = {}
@@ -50,6 +56,26 @@ def conv_shrink_backward(
         dx = gradients(ds, x, lora_A, geometry, (True, False))[0] if of_x else None
         return dx, kernels.conv_shrink_backward(ds, x, lora_A, geometry)
     return gradients(ds, x, lora_A, geometry, needed)
+
+
+def lora_conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``ds``, ``dA`` and ``dB`` in one call; None where nothing has that.
+
+    ds = scaling · conv(dy, Bᵀ), dB = scaling · Σ dy ⊗ s, and dA of ``s = conv(x, A)`` given ds, with
+    ``lora_B [N, r, 1, …]``. A is not read.
+    """
+    kernels = _of(x)
+    if kernels is None or not kernels.together(dy, x, s, lora_A, lora_B):
+        return None
+    return kernels.lora_conv_backward(dy, x, s, lora_A, lora_B, scaling, geometry.of_A())
 
 
 def gradients(

@@ -57,7 +57,7 @@ def backward(
 
     ``x`` is read for ``dA`` and ``dweight`` alone; for ``dx`` its size and strides count.
     """
-    dx = dweight = dA = ds = dleft = None
+    dx = dweight = None
     merge = (
         "dx" in wants
         and "dweight" not in wants
@@ -65,17 +65,8 @@ def backward(
         and _merging_is_exact(x, weight, adapter)
         and _pays_backward(x, weight)
     )
-    for_ds = "dA" in wants or ("dx" in wants and not merge)
-    ds, dB = _expand_backward(dy, s, adapter, for_ds, "dB" in wants)
-    if ds is not None:
-        low = wide(x.dtype)
-        if "dA" in wants:
-            left = _drop(x, adapter).to(low)
-        else:  # which is not read
-            left = x if x.dtype is low else torch.empty_like(x, dtype=low)
-        needed = ("dx" in wants and not merge, "dA" in wants)
-        A = adapter.lora_A.to(low)
-        dleft, dA = convolution.conv_shrink_backward(ds, left, A, adapter.geometry, needed)
+    low_dx = "dx" in wants and not merge
+    dleft, dA, dB = _adapter_gradients(dy, x, s, adapter, low_dx, "dA" in wants, "dB" in wants)
     if "dx" in wants or "dweight" in wants:
         assert weight is not None
         W = merged(weight, adapter) if merge else weight
@@ -87,6 +78,38 @@ def backward(
     dA = None if dA is None else dA.to(adapter.lora_A.dtype)
     dbias = dy.sum((0, *range(2, dy.dim()))) if "dbias" in wants else None
     return dx, dweight, dA, dB, dbias
+
+
+def _adapter_gradients(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor | None,
+    adapter: Adapter,
+    for_dx: bool,
+    for_dA: bool,
+    for_dB: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The low-rank part of ``dx`` before its mask, ``dA`` and ``dB``, what is asked for of them."""
+    geometry, low = adapter.geometry, wide(x.dtype)
+    A = adapter.lora_A.to(low)
+    if for_dA:
+        left = _drop(x, adapter).to(low)
+    else:  # which is not read
+        left = x if x.dtype is low else torch.empty_like(x, dtype=low)
+    if for_dA and for_dB and geometry.groups == 1:
+        assert s is not None
+        together = convolution.lora_conv_backward(
+            dy, left, s, A, adapter.lora_B, adapter.scaling, geometry
+        )
+        if together is not None:
+            ds, dA, dB = together
+            if not for_dx:
+                return None, dA, dB
+            return convolution.conv_shrink_backward(ds, left, A, geometry, (True, False))[0], dA, dB
+    ds, dB = _expand_backward(dy, s, adapter, for_dx or for_dA, for_dB)
+    if ds is None:
+        return None, None, dB
+    return *convolution.conv_shrink_backward(ds, left, A, geometry, (for_dx, for_dA)), dB
 
 
 def shrink(x: Tensor, adapter: Adapter) -> Tensor:

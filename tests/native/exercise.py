@@ -207,7 +207,36 @@ def why_convolved_wrongly(batch, C, size, r, kernel, *numbers):
         reason = bound.verdict(found[0]).why_broken
         if reason is not None:
             return f"{name} is {reason}"
+    if C % 16 == 0 and r <= 8:
+        return why_together_wrong(x, A, ds, geometry, kernels)
     return None
+
+
+def why_together_wrong(x, A, s, geometry, kernels):
+    """A sentence if ds, dA and dB of a convolution in one call break the contract."""
+    r, N = s.shape[1], 48
+    s, B = s.movedim(1, -1).contiguous().movedim(-1, 1), torch.randn(N, r, 1, 1)
+    dy = torch.randn(s.shape[0], *s.shape[2:], N).movedim(-1, 1)
+    pointwise = Geometry((1, 1), (0, 0), (1, 1), 1)
+
+    def expected(cast):
+        of_s = convolution.gradients(cast(dy), cast(s), cast(B), pointwise, (True, True))
+        ds, dB = (0.5 * t for t in of_s)
+        return ds, convolution.gradients(ds, cast(x), cast(A), geometry, (False, True))[1], dB
+
+    def named(outputs):
+        return dict(zip(("ds", "dA", "dB"), outputs, strict=True))
+
+    found = []
+    for threads in (1, 2):
+        with on_threads(threads):
+            found.append(kernels.lora_conv_backward(dy, x, s, A, B, 0.5, geometry))
+    if not all(map(torch.equal, *found)):
+        return "ds, dA or dB has other bits with two threads than with one"
+    squares = named(t.sqrt() for t in expected(lambda t: t.double().square()))
+    exact = named(expected(torch.Tensor.double))
+    bounds = contract.bounds(named(expected(torch.Tensor.clone)), exact, squares)
+    return contract.why_any_broken(named(found[0]), bounds)
 
 
 def main():

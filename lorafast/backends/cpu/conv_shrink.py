@@ -23,7 +23,10 @@ def kernels() -> Kernels | None:
     """None where the extension can't be loaded."""
     if native.why_not_loaded() is not None:
         return None
-    return Kernels(_conv_shrink, _conv_shrink_backward, _shrinks, _shrinks_backward)
+    return Kernels(
+        _conv_shrink, _conv_shrink_backward, _lora_conv_backward, _shrinks, _shrinks_backward,
+        _together,
+    )  # fmt: skip
 
 
 def _shrinks(x: Tensor, lora_A: Tensor) -> bool:
@@ -32,14 +35,29 @@ def _shrinks(x: Tensor, lora_A: Tensor) -> bool:
         and lora_A.dtype is torch.float32
         and x.dim() == 4
         and lora_A.shape[0] <= _MOST_RANKS
-        and x.stride(1) == 1
-        and not x.is_contiguous()
-        and x.movedim(1, -1).is_contiguous()
+        and _is_last(x)
     )
+
+
+def _is_last(x: Tensor) -> bool:
+    """Channels last, and not contiguous too."""
+    return x.stride(1) == 1 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _shrinks_backward(x: Tensor, lora_A: Tensor) -> bool:
     return x.shape[1] % _LANES == 0 and _shrinks(x, lora_A)
+
+
+def _together(dy: Tensor, x: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    return (
+        dy.dtype is torch.float32
+        and s.dtype is torch.float32
+        and dy.shape[1] % _LANES == 0
+        and lora_B.is_contiguous()
+        and _shrinks_backward(x, lora_A)
+        and _is_last(dy)
+        and s.movedim(1, -1).is_contiguous()
+    )
 
 
 def _conv_shrink(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
@@ -60,6 +78,25 @@ def _conv_shrink_backward(ds: Tensor, x: Tensor, lora_A: Tensor, geometry: Geome
     ds, x = ds.movedim(1, -1).contiguous(), x.movedim(1, -1)
     torch.ops.lorafast_cpu.conv_shrink_backward(ds, x, *_numbers(geometry), dA)
     return dA.movedim(-1, 1)
+
+
+def _lora_conv_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dA = x.new_empty((lora_A.shape[0], *lora_A.shape[2:], lora_A.shape[1]))
+    dB, s = lora_B.new_empty(lora_B.shape), s.movedim(1, -1)
+    ds = s.new_empty(s.shape)
+    torch.ops.lorafast_cpu.lora_conv_backward(
+        dy.movedim(1, -1), x.movedim(1, -1), s, lora_B.flatten(1), scaling, *_numbers(geometry), ds,
+        dA, dB.flatten(1),
+    )  # fmt: skip
+    return ds.movedim(-1, 1), dA.movedim(-1, 1), dB
 
 
 def _numbers(geometry: Geometry) -> tuple[int, ...]:
