@@ -1,4 +1,4 @@
-"""The products of a LoRA convolution: the convolutions by PyTorch, what A and B add in place.
+"""The products of a LoRA convolution: what A and B add is added in place.
 
 y and its gradient are read as the matrices that they are in memory: [batch · positions, channels] of a
 channels-last tensor, [channels, positions] for each element of the batch of another.
@@ -102,14 +102,17 @@ def _adapter_gradients(
             dy, left, s, A, adapter.lora_B, adapter.scaling, geometry
         )
         if together is not None:
-            ds, dA, dB = together
+            found_ds, dA, dB = together
             if not for_dx:
                 return None, dA, dB
-            return convolution.conv_shrink_backward(ds, left, A, geometry, (True, False))[0], dA, dB
-    ds, dB = _expand_backward(dy, s, adapter, for_dx or for_dA, for_dB)
+            needed = True, False
+            dleft, _ = convolution.conv_shrink_backward(found_ds, left, A, geometry, needed)
+            return dleft, dA, dB
+    ds, some_dB = _expand_backward(dy, s, adapter, for_dx or for_dA, for_dB)
     if ds is None:
-        return None, None, dB
-    return *convolution.conv_shrink_backward(ds, left, A, geometry, (for_dx, for_dA)), dB
+        return None, None, some_dB
+    of_s = convolution.conv_shrink_backward(ds, left, A, geometry, (for_dx, for_dA))
+    return *of_s, some_dB
 
 
 def shrink(x: Tensor, adapter: Adapter) -> Tensor:

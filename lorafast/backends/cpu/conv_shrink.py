@@ -15,7 +15,9 @@ from lorafast.core.convolution import Geometry
 
 _LANES = 16
 _MOST_RANKS = 8
-"""Measured at ranks 4 to 64, with the sizes of ResNet-18: above, oneDNN's convolution is as fast."""
+"""Measured at ranks 4 to 64 with the sizes of ResNet-18 on two cores of a Zen 4: up to rank 8 ``s`` and
+``dA`` take 0.55 of the time of oneDNN's. From 16 on, without a lane to spare, both take about as long,
+and rows of few channels cost more here."""
 
 
 @functools.cache
@@ -50,8 +52,7 @@ def _shrinks_backward(x: Tensor, lora_A: Tensor) -> bool:
 
 def _together(dy: Tensor, x: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     return (
-        dy.dtype is torch.float32
-        and s.dtype is torch.float32
+        dy.dtype is s.dtype is lora_B.dtype is torch.float32
         and dy.shape[1] % _LANES == 0
         and lora_B.is_contiguous()
         and _shrinks_backward(x, lora_A)
