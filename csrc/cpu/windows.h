@@ -49,6 +49,9 @@ class Windows {
 
  private:
   static int64_t outputs(int64_t size, int64_t kernel, Axis axis) {
+    STD_TORCH_CHECK(
+        axis.stride > 0 && axis.padding >= 0 && axis.dilation > 0, "stride, padding and dilation are ",
+        axis.stride, ", ", axis.padding, ", ", axis.dilation, ", expected at least 1, 0 and 1");
     return (size + 2 * axis.padding - axis.dilation * (kernel - 1) - 1) / axis.stride + 1;
   }
 
