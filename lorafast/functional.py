@@ -310,8 +310,9 @@ def lora_conv(
     or three dimensions, as PEFT has it (Hu et al., 2021, over a kernel).
 
     A convolves all channels to r with the windows of W; B is a product at each position. PyTorch's own
-    calls convolve, whatever backend is forced, and y has the memory format that they give it. The
-    low-rank term is added in place. A 1 x 1 convolution with stride 1 of channels-last images is
+    calls convolve with W, whatever backend is forced, and y has the memory format that they give it. The
+    low-rank term is added in place. Of channels-last images in float32 on a CPU native kernels convolve
+    with A at ranks up to 8. A 1 x 1 convolution with stride 1 of channels-last images is
     ``lora_linear`` over its positions, without a copy. On a CPU, in float32 and float64 and without
     dropout, W + scaling·B·A is made and convolves where W is small beside y and x by a rule of sizes.
 

@@ -227,7 +227,13 @@ def test_one_operation_has_one_name_in_every_room():
 
 
 BESIDE_OPERATIONS = {
-    "cpu": {"lora_linear", "dequantize"},
+    "cpu": {
+        "lora_linear",
+        "dequantize",
+        "conv_shrink",
+        "conv_shrink_backward",
+        "lora_conv_backward",
+    },
     # Decoding is a file for one adapter or several; what launchers share, and whether they can run.
     # Hopper has GEMMs of its own. What says what codes are is checked in a file of its own.
     "cuda": {

@@ -22,6 +22,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
   library.def(
       "shrink_backward(Tensor ds, Tensor x, Tensor? seed, int threshold, float survivor_scale, "
       "Tensor(a!) dA) -> ()");
+  // csrc/cpu/conv_shrink.cpp
+  library.def(
+      "conv_shrink(Tensor x, Tensor lora_A, int stride_h, int stride_w, int padding_h, int padding_w, "
+      "int dilation_h, int dilation_w, Tensor(a!) s) -> ()");
+  // csrc/cpu/conv_shrink_backward.cpp
+  library.def(
+      "conv_shrink_backward(Tensor ds, Tensor x, int stride_h, int stride_w, int padding_h, int padding_w, "
+      "int dilation_h, int dilation_w, Tensor(a!) dA) -> ()");
+  // csrc/cpu/lora_conv_backward.cpp
+  library.def(
+      "lora_conv_backward(Tensor dy, Tensor x, Tensor s, Tensor lora_B, float scaling, int stride_h, int "
+      "stride_w, "
+      "int padding_h, int padding_w, int dilation_h, int dilation_w, Tensor(a!) ds, Tensor(b!) dA, Tensor(c!) dB) "
+      "-> ()");
   // csrc/cpu/lora_linear.cpp
   library.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
@@ -63,6 +77,9 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("expand_", TORCH_BOX(&lorafast::cpu::expand_));
   library.impl("expand_backward", TORCH_BOX(&lorafast::cpu::expand_backward));
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cpu::shrink_backward));
+  library.impl("conv_shrink", TORCH_BOX(&lorafast::cpu::conv_shrink));
+  library.impl("conv_shrink_backward", TORCH_BOX(&lorafast::cpu::conv_shrink_backward));
+  library.impl("lora_conv_backward", TORCH_BOX(&lorafast::cpu::lora_conv_backward));
   library.impl("lora_linear", TORCH_BOX(&lorafast::cpu::lora_linear));
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cpu::lora_linear_backward));
   library.impl("lora_linear_", TORCH_BOX(&lorafast::cpu::lora_linear_));

@@ -16,6 +16,9 @@ constexpr int64_t kTileRows = 32;
 constexpr int64_t kTileCols = 512;
 constexpr int64_t kKeepRow = kTileCols / 8;
 
+// What gather_columns and gather_rows take a multiple of.
+constexpr int64_t kGatheredRows = 4, kGatheredRanks = 8;
+
 // Columns of a tile that `dot` and `multiply` take at a time.
 constexpr int64_t kDotCols = 2 * kLanes;
 
@@ -64,6 +67,16 @@ struct Microkernels {
   const char* name;
   Products<float, float> floats;
   const Products<uint16_t, uint32_t>* pairs;  // nullptr where the processor has no such product
+
+  // to[i][:] += sum over c of rows[i][c] * t[c][:], i < count, a multiple of kGatheredRows; t [cols, kLanes]
+  // With `paired` t is [cols / 2, kLanes / 2 ranks, 2]: a rank has a lane for the even and one for the odd columns.
+  void (*gather_columns)(
+      const float* const* rows, int64_t count, int64_t cols, bool paired, const float* t, float* const* to);
+
+  // out[c / kLanes][j][c % kLanes] += sum over i < count of t[i][j] * rows[i][c]
+  // out [cols / kLanes, ranks, kLanes]; cols is a multiple of kLanes, ranks one of kGatheredRanks
+  void (*gather_rows)(
+      const float* const* rows, int64_t count, int64_t cols, const float* const* t, int64_t ranks, float* out);
 
   // to[i] = from[i], from another dtype or into it, rounded to nearest even
   void (*load)(const void* from, Dtype dtype, int64_t count, float* to);

@@ -530,6 +530,7 @@ void mask_pairs(const uint16_t* from, int64_t cols, const uint8_t* keep, uint16_
 
 #endif
 
+#include "microkernels_gathered.h"
 #include "microkernels_products.h"
 
 #if defined(__AVX512BF16__)
@@ -554,8 +555,8 @@ const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
 
 namespace {
 const Microkernels kTable = {
-    LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask, dot, multiply}, kPairsOfThisSet, load,
-    store, keep, four_bit, eight_bit,
+    LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask, dot, multiply}, kPairsOfThisSet,
+    gather_columns, gather_rows, load, store, keep, four_bit, eight_bit,
 };
 }  // namespace
 const Microkernels* const LORAFAST_TABLE(LORAFAST_SET) = &kTable;

@@ -29,6 +29,19 @@ void shrink_backward(
     const Tensor& ds, const Tensor& x, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
     Tensor dA);
 
+void conv_shrink(
+    const Tensor& x, const Tensor& lora_A, int64_t stride_h, int64_t stride_w, int64_t padding_h,
+    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, Tensor s);
+
+void conv_shrink_backward(
+    const Tensor& ds, const Tensor& x, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+    int64_t dilation_h, int64_t dilation_w, Tensor dA);
+
+void lora_conv_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& s, const Tensor& lora_B, double scaling, int64_t stride_h,
+    int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, Tensor ds,
+    Tensor dA, Tensor dB);
+
 Tensor linear_expand(
     const Tensor& x, const Tensor& weight, bool transposed, const Tensor& s, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& seed, int64_t threshold,

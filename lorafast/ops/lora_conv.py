@@ -1,9 +1,9 @@
 """The LoRA convolution: one backward formula, registered for tracing and wrapped for eager.
 
-The convolutions are PyTorch's, whatever backend is forced. A 1 x 1 convolution of channels-last images
-is a ``lora_linear`` over their positions, without a copy. In any other without groups,
-``ds`` and ``dB`` of a channels-last or 16-bit ``dy`` are the operation ``expand_backward`` of whatever
-backend serves it. Under
+The convolutions with W are PyTorch's, whatever backend is forced; those with A may be a backend's own,
+``backends/convolution.py``. A 1 x 1 convolution of channels-last images is a ``lora_linear`` over their
+positions, without a copy. In any other without groups, ``ds`` and ``dB`` of a channels-last or 16-bit
+``dy`` come with ``dA``, or are the operation ``expand_backward`` of whatever backend serves it. Under
 ``torch.func`` transforms, in forward mode, in exported programs and for subclasses of tensors a call is
 the reference, which PyTorch differentiates, batches and exports itself.
 """

@@ -1,4 +1,4 @@
-"""The products of a LoRA convolution: the convolutions by PyTorch, what A and B add in place.
+"""The products of a LoRA convolution: what A and B add is added in place.
 
 y and its gradient are read as the matrices that they are in memory: [batch · positions, channels] of a
 channels-last tensor, [channels, positions] for each element of the batch of another.
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorafast.backends import convolution
 from lorafast.core.convolution import Geometry, convolve
 from lorafast.core.dtypes import wide
 from lorafast.ops.dropout import dropout
@@ -56,7 +57,7 @@ def backward(
 
     ``x`` is read for ``dA`` and ``dweight`` alone; for ``dx`` its size and strides count.
     """
-    dx = dweight = dA = ds = dleft = None
+    dx = dweight = None
     merge = (
         "dx" in wants
         and "dweight" not in wants
@@ -64,21 +65,13 @@ def backward(
         and _merging_is_exact(x, weight, adapter)
         and _pays_backward(x, weight)
     )
-    for_ds = "dA" in wants or ("dx" in wants and not merge)
-    ds, dB = _expand_backward(dy, s, adapter, for_ds, "dB" in wants)
-    if ds is not None:
-        low = wide(x.dtype)
-        if "dA" in wants:
-            left = _drop(x, adapter).to(low)
-        else:  # which is not read
-            left = x if x.dtype is low else torch.empty_like(x, dtype=low)
-        needed = ("dx" in wants and not merge, "dA" in wants)
-        dleft, dA = _gradients(ds, left, adapter.lora_A.to(low), adapter.geometry.of_A(), needed)
+    low_dx = "dx" in wants and not merge
+    dleft, dA, dB = _adapter_gradients(dy, x, s, adapter, low_dx, "dA" in wants, "dB" in wants)
     if "dx" in wants or "dweight" in wants:
         assert weight is not None
         W = merged(weight, adapter) if merge else weight
         needed = ("dx" in wants, "dweight" in wants)
-        dx, dweight = _gradients(dy, x, W, adapter.geometry, needed)
+        dx, dweight = convolution.gradients(dy, x, W, adapter.geometry, needed)
     if dleft is not None:
         assert dx is not None
         dx.add_(_drop(dleft, adapter))
@@ -87,11 +80,46 @@ def backward(
     return dx, dweight, dA, dB, dbias
 
 
+def _adapter_gradients(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor | None,
+    adapter: Adapter,
+    for_dx: bool,
+    for_dA: bool,
+    for_dB: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The low-rank part of ``dx`` before its mask, ``dA`` and ``dB``, what is asked for of them."""
+    geometry, low = adapter.geometry, wide(x.dtype)
+    A = adapter.lora_A.to(low)
+    if for_dA:
+        left = _drop(x, adapter).to(low)
+    else:  # which is not read
+        left = x if x.dtype is low else torch.empty_like(x, dtype=low)
+    if for_dA and for_dB and geometry.groups == 1:
+        assert s is not None
+        together = convolution.lora_conv_backward(
+            dy, left, s, A, adapter.lora_B, adapter.scaling, geometry
+        )
+        if together is not None:
+            found_ds, dA, dB = together
+            if not for_dx:
+                return None, dA, dB
+            needed = True, False
+            dleft, _ = convolution.conv_shrink_backward(found_ds, left, A, geometry, needed)
+            return dleft, dA, dB
+    ds, some_dB = _expand_backward(dy, s, adapter, for_dx or for_dA, for_dB)
+    if ds is None:
+        return None, None, some_dB
+    of_s = convolution.conv_shrink_backward(ds, left, A, geometry, (for_dx, for_dA))
+    return *of_s, some_dB
+
+
 def shrink(x: Tensor, adapter: Adapter) -> Tensor:
     """``s = conv(drop(x), A)`` in the dtype of ``x``, float32 of float16."""
     low = wide(x.dtype)
     left = _drop(x, adapter).to(low)
-    return convolve(left, adapter.lora_A.to(low), None, adapter.geometry.of_A())
+    return convolution.conv_shrink(left, adapter.lora_A.to(low), adapter.geometry)
 
 
 def merged(weight: Tensor, adapter: Adapter) -> Tensor:
@@ -209,19 +237,6 @@ def _expand_backward_by_element(
         product = torch.matmul(of_dy, of_s.transpose(2, 3)).sum(0) * adapter.scaling
         dB = product.to(adapter.lora_B.dtype).view(adapter.lora_B.shape)
     return ds, dB
-
-
-def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needed: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of ``conv(x, W)`` in ``x`` and in W, those that are needed."""
-    stride, padding, dilation, groups = geometry
-    none = [0] * len(stride)
-    convolution_backward: Any = torch.ops.aten.convolution_backward
-    dx, dweight, _ = convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, none, groups, [*needed, False]
-    )  # fmt: skip
-    return dx, dweight
 
 
 def _drop(x: Tensor, adapter: Adapter) -> Tensor:

@@ -14,7 +14,9 @@ from helpers import covering
 from layouts import lay_out
 
 from lorafast import operands, reference
-from lorafast.backends.cpu import native
+from lorafast.backends import convolution
+from lorafast.backends.cpu import conv_shrink, native
+from lorafast.core.convolution import Geometry, convolve
 from lorafast.reference import contract
 
 if len(sys.argv) > 1:
@@ -37,6 +39,17 @@ SHAPES = (
     (33, 520, 1030, 17),
     (131, 1056, 48, 40),
     (530, 544, 560, 18),  # several chunks of rows and stripes of columns
+)
+
+# batch, C, size, r, kernel, stride, padding, dilation
+IMAGES = (
+    (2, 6, (5, 7), 3, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (3, 5, (4, 9), 8, (2, 3), (2, 3), (0, 2), (1, 1)),
+    (1, 16, (1, 1), 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 48, (9, 8), 5, (3, 2), (2, 1), (2, 3), (2, 3)),
+    (2, 80, (7, 7), 17, (3, 3), (1, 2), (1, 1), (1, 1)),
+    (3, 144, (13, 11), 8, (1, 1), (2, 2), (0, 0), (1, 1)),
+    (5, 32, (17, 13), 20, (3, 3), (1, 1), (4, 4), (1, 1)),  # windows that see nothing of x
 )
 
 
@@ -164,6 +177,68 @@ def why_multiplied_wrongly(weight, M, layout):
     return None
 
 
+def why_convolved_wrongly(batch, C, size, r, kernel, *numbers):
+    """A sentence if ``conv(x, A)`` or its gradient in A breaks the contract, or has other bits with two
+    threads than with one."""
+    geometry = Geometry(*numbers, 1)
+    x = torch.randn(batch, *size, C).movedim(-1, 1)
+    A = torch.randn(r, C, *kernel)
+
+    def right(cast):
+        return convolve(cast(x), cast(A), None, geometry)
+
+    def gradient(cast):
+        return convolution.gradients(cast(ds), cast(x), cast(A), geometry, (False, True))[1]
+
+    ds = torch.randn_like(right(torch.Tensor.clone))
+    kernels = conv_shrink.kernels()
+    made = {"s": (right, lambda: kernels.conv_shrink(x, A, geometry))}
+    if C % 16 == 0:
+        made["dA"] = gradient, lambda: kernels.conv_shrink_backward(ds, x, A, geometry)
+    for name, (expected, call) in made.items():
+        found = []
+        for threads in (1, 2):
+            with on_threads(threads):
+                found.append(call())
+        if not torch.equal(*found):
+            return f"{name} has other bits with two threads than with one"
+        ref64, squares64 = expected(torch.Tensor.double), expected(lambda t: t.double().square())
+        bound = contract.bound(expected(torch.Tensor.clone), ref64, squares64.sqrt())
+        reason = bound.verdict(found[0]).why_broken
+        if reason is not None:
+            return f"{name} is {reason}"
+    if C % 16 == 0 and r <= 8:
+        return why_together_wrong(x, A, ds, geometry, kernels)
+    return None
+
+
+def why_together_wrong(x, A, s, geometry, kernels):
+    """A sentence if ds, dA and dB of a convolution in one call break the contract."""
+    r, N = s.shape[1], 48
+    s, B = s.movedim(1, -1).contiguous().movedim(-1, 1), torch.randn(N, r, 1, 1)
+    dy = torch.randn(s.shape[0], *s.shape[2:], N).movedim(-1, 1)
+    pointwise = Geometry((1, 1), (0, 0), (1, 1), 1)
+
+    def expected(cast):
+        of_s = convolution.gradients(cast(dy), cast(s), cast(B), pointwise, (True, True))
+        ds, dB = (0.5 * t for t in of_s)
+        return ds, convolution.gradients(ds, cast(x), cast(A), geometry, (False, True))[1], dB
+
+    def named(outputs):
+        return dict(zip(("ds", "dA", "dB"), outputs, strict=True))
+
+    found = []
+    for threads in (1, 2):
+        with on_threads(threads):
+            found.append(kernels.lora_conv_backward(dy, x, s, A, B, 0.5, geometry))
+    if not all(map(torch.equal, *found)):
+        return "ds, dA or dB has other bits with two threads than with one"
+    squares = named(t.sqrt() for t in expected(lambda t: t.double().square()))
+    exact = named(expected(torch.Tensor.double))
+    bounds = contract.bounds(named(expected(torch.Tensor.clone)), exact, squares)
+    return contract.why_any_broken(named(found[0]), bounds)
+
+
 def main():
     """Exits with a sentence if a result is off."""
     torch.manual_seed(0)
@@ -204,6 +279,11 @@ def main():
                 reason = why_multiplied_wrongly(few, M, layout)
                 if reason is not None:
                     sys.exit(reason)
+    torch.manual_seed(3)
+    for images in IMAGES:
+        reason = why_convolved_wrongly(*images)
+        if reason is not None:
+            sys.exit(f"{reason}: images {images}")
     # The mask, bit for bit.
     M, K = 37, 1003
     x, one = torch.ones(M, K), torch.ones(M, 1)

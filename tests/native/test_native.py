@@ -271,6 +271,24 @@ def test_bad_arguments_are_named():
         kernels.shrink(x, lora_A, torch.zeros(2, dtype=torch.int64), 5, 1.0, s)
 
 
+def test_bad_arguments_of_convolutions_are_named():
+    kernels, numbers = torch.ops.lorafast_cpu, (1, 1, 0, 0, 1, 1)
+    x, lora_A, s = torch.randn(2, 5, 4, 17), torch.randn(3, 2, 2, 17), torch.empty(2, 4, 3, 3)
+    with pytest.raises(RuntimeError, match="s is 4 in dimension 1, expected 5"):
+        kernels.conv_shrink(x, lora_A[:, :1].contiguous(), *numbers, s)
+    with pytest.raises(RuntimeError, match="stride, padding and dilation are 0, 0, 1"):
+        kernels.conv_shrink(x, lora_A, 0, *numbers[1:], s)
+    with pytest.raises(RuntimeError, match="x is not a contiguous float32 tensor"):
+        kernels.conv_shrink(x.movedim(-1, 1), lora_A, *numbers, s)
+    with pytest.raises(RuntimeError, match="lora_A is 16 in dimension 3, expected 17"):
+        kernels.conv_shrink(x, lora_A[..., :16].contiguous(), *numbers, s)
+    with pytest.raises(RuntimeError, match="x has 17 channels, expected a multiple of 16"):
+        kernels.conv_shrink_backward(s, x, *numbers, lora_A)
+    dy, B = torch.randn(2, 4, 3, 20), torch.randn(20, 3)
+    with pytest.raises(RuntimeError, match="dy has 20 channels and x 17, expected multiples of 16"):
+        kernels.lora_conv_backward(dy, x, s, B, 1.0, *numbers, s, lora_A, B)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_products_of_codes_have_the_same_bits_with_more_threads(dtype):
     from lorafast.backends.cpu import dequantize

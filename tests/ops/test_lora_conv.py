@@ -16,6 +16,7 @@ from lorafast import ops
 from lorafast.core.convolution import Geometry
 from lorafast.functional import lora_conv
 from lorafast.ops import lora_conv_products
+from lorafast.reference import contract
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}
@@ -23,6 +24,7 @@ LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_la
 CASES = {
     "1d": (3, 5, (11,), 7, 3, (3,), (2,), (1,), (1,), 1),
     "2d": (2, 6, (9, 7), 4, 3, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "2d of 32 channels": (2, 32, (9, 7), 24, 3, (3, 3), (2, 1), (1, 2), (1, 2), 1),
     "2d strided": (3, 4, (8, 9), 6, 1, (3, 2), (2, 3), (1, 0), (1, 1), 1),
     "2d dilated": (2, 3, (9, 9), 5, 2, (3, 3), (1, 1), (2, 1), (2, 1), 1),
     "2d in groups": (2, 6, (5, 6), 4, 4, (3, 3), (1, 1), (1, 1), (1, 1), 2),
@@ -235,6 +237,56 @@ def test_a_fresh_adapter_changes_no_bit(merge, merged):
     assert torch.equal(y, F.conv2d(t["x"], t["weight"], t["bias"], **options("2d")))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_adapters_of_another_dtype_than_float32_images(merge, dtype):
+    merge(False)
+    t = draw("2d of 32 channels", torch.float32, last=True, grad=NAMES[:4])
+    for name in ("lora_A", "lora_B"):
+        t[name] = t[name].detach().to(dtype).requires_grad_()
+    y = lora_conv(*[t[n] for n in NAMES[:4]], 0.5, t["bias"], **options("2d of 32 channels"))
+
+    def plain(dtype):
+        leaves = {n: leaf.detach().to(dtype).requires_grad_(n != "bias") for n, leaf in t.items()}
+        y = formula("2d of 32 channels", **leaves)
+        return {"y": y.detach(), **gradients(y, leaves)}
+
+    found = {"y": y.detach(), **gradients(y, t)}
+    eager, exact = plain(torch.float32), plain(torch.float64)
+    for name, tensor in found.items():
+        like = eager[name].to(t[name].dtype if name in t else torch.float32)
+        eps_of = torch.bfloat16 if like.dtype is torch.bfloat16 else torch.float32
+        bound = contract.bound(like, exact[name], dtype=eps_of)
+        assert bound.verdict(tensor).why_broken is None, name
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("case", ["2d", "2d of 32 channels"])
+def test_a_tiny_update_of_a_large_weight_is_within_the_contract(merge, case, merged):
+    merge(merged)
+    t = draw(case, torch.float32, last=True, grad=NAMES[:4])
+    with torch.no_grad():
+        t["weight"] *= 1e3
+        t["lora_B"] *= 1e-4
+
+    def results(function, cast):
+        leaves = {name: cast(leaf.detach()) for name, leaf in t.items()}
+        leaves = {name: leaf.requires_grad_(name in NAMES[:4]) for name, leaf in leaves.items()}
+        y = function(leaves)
+        return {"y": y.detach(), **gradients(y, leaves)}
+
+    def layer(leaves):
+        return lora_conv(*[leaves[n] for n in NAMES[:4]], 0.5, leaves["bias"], **options(case))
+
+    def plain(leaves):
+        return formula(case, **leaves)
+
+    found = results(layer, torch.Tensor.clone)
+    bounds = contract.bounds(
+        results(plain, torch.Tensor.clone), results(plain, torch.Tensor.double)
+    )
+    assert contract.why_any_broken(found, bounds) is None
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("case", ["2d", "2d in groups", "2d pointwise"])
 def test_an_empty_batch(case, last):
@@ -348,9 +400,9 @@ def test_compiled_in_one_graph(fresh_dynamo, case, last, dropout_p):
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("case", ["2d", "2d in groups", "3d"])
+@pytest.mark.parametrize("case", ["2d", "2d of 32 channels", "2d in groups", "3d"])
 def test_the_registered_operation(case, last):
-    t = draw(case, last=last)
+    t = draw(case, torch.float32 if case == "2d of 32 channels" else torch.float64, last=last)
     given = [t[n] for n in NAMES[:4]]
     torch.library.opcheck(
         torch.ops.lorafast.lora_conv.default, (*given, 0.5, t["bias"], *CASES[case][6:])
