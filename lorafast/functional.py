@@ -311,8 +311,8 @@ def lora_conv(
 
     A convolves all channels to r with the windows of W; B is a product at each position. PyTorch's own
     calls convolve with W, whatever backend is forced, and y has the memory format that they give it. The
-    low-rank term is added in place. Of channels-last images in float32 on a CPU native kernels convolve
-    with A at ranks up to 8. A 1 x 1 convolution with stride 1 of channels-last images is
+    low-rank term is added in place. Of channels-last images in float32 on a CPU with AVX-512 native
+    kernels convolve with A at ranks up to 8. A 1 x 1 convolution of stride 1 of channels-last images is
     ``lora_linear`` over its positions, without a copy. On a CPU, in float32 and float64 and without
     dropout, W + scaling·B·A is made and convolves where W is small beside y and x by a rule of sizes.
 

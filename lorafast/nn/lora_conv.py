@@ -34,7 +34,7 @@ class LoRAConv(AdapterLayer):
     operation = "lora_conv"
     served_by = (
         "PyTorch's convolutions, but a 1 x 1 one of channels-last images is the operation lora_linear, "
-        "that with A of float32 channels-last images on a CPU is native at ranks up to 8, and ds and dB "
+        "that with A of float32 channels-last images on a CPU with AVX-512 may be native, and ds and dB "
         "of channels-last or 16-bit ones without groups are expand_backward, of the backends that serve "
         "those"
     )

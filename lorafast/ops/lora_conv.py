@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorafast import reference
-from lorafast.backends import forced
+from lorafast.backends import forced, registry
 from lorafast.core.context import alone, needs_plain_pytorch, watched, without_autocast
 from lorafast.core.convolution import Geometry, convolve
 from lorafast.core.dtypes import wide
@@ -152,6 +152,7 @@ def _save(
     ctx.lora_A = lora_A  # not its values: what a second derivative is for
     ctx.scaling, ctx.geometry, ctx.dropout_p = adapter[2:5]
     ctx.of_x = x.shape, x.movedim(1, -1).is_contiguous()
+    ctx.backend = forced.forced()
 
 
 def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
@@ -249,7 +250,11 @@ def _eager_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> dict[str, A
     assert lora_A is not None
     assert lora_B is not None
     adapter = Adapter(lora_A, lora_B, ctx.scaling, ctx.geometry, ctx.dropout_p, seed)
-    found = backward(dy, x, weight, s, adapter, wants)
+    if forced.forced() == ctx.backend:
+        found = backward(dy, x, weight, s, adapter, wants)
+    else:
+        with forced.use_backend(ctx.backend or registry.AUTO):
+            found = backward(dy, x, weight, s, adapter, wants)
     return dict(zip(WANTS, found, strict=True))
 
 

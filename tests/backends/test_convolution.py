@@ -62,3 +62,13 @@ def test_without_kernels_PyTorch_convolves(monkeypatch):
     monkeypatch.setitem(convolution._kernels, "cpu", ("cpu", lambda: None))
     s = convolution.conv_shrink(x, A, GEOMETRY)
     assert torch.equal(s, convolve(x, A, None, GEOMETRY))
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+def test_a_backward_runs_on_the_backend_of_its_forward(served, backend):
+    lora_A, lora_B = A.clone().requires_grad_(), torch.randn(7, 3, 1, 1, requires_grad=True)
+    with lorafast.use_backend(backend):
+        y = lorafast.functional.lora_conv(x, torch.randn(7, 4, 3, 2), lora_A, lora_B, 0.5)
+    with lorafast.use_backend("auto" if backend == "aten" else "aten"):
+        y.sum().backward()
+    assert served == ([] if backend == "aten" else ["s", "dA"])

@@ -16,14 +16,21 @@ from lorafast.core.convolution import Geometry
 _LANES = 16
 _MOST_RANKS = 8
 """Measured at ranks 4 to 64 with the sizes of ResNet-18 on two cores of a Zen 4: up to rank 8 ``s`` and
-``dA`` take 0.55 of the time of oneDNN's. From 16 on, without a lane to spare, both take about as long,
-and rows of few channels cost more here."""
+``dA`` take 0.55 of the time of oneDNN's. From 16 on, without a lane to spare, both take about as
+long."""
+_HALF = 4
+"""Up to so many ranks oneDNN's convolution fills a quarter of its channels, and fewer of ``x`` pay."""
+
+
+def _least_channels(r: int) -> int:
+    """Of ``x``: rows of fewer cost more here, measured from 3 to 32 channels."""
+    return 16 if r <= _HALF else 24
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """None where the extension can't be loaded."""
-    if native.why_not_loaded() is not None:
+    """None where the extension can't be loaded, or without AVX-512, where oneDNN is faster."""
+    if native.why_not_loaded() is not None or not native.has_avx512():
         return None
     return Kernels(
         _conv_shrink, _conv_shrink_backward, _lora_conv_backward, _shrinks, _shrinks_backward,
@@ -32,6 +39,10 @@ def kernels() -> Kernels | None:
 
 
 def _shrinks(x: Tensor, lora_A: Tensor) -> bool:
+    return x.shape[1] >= _least_channels(lora_A.shape[0]) and _fit(x, lora_A)
+
+
+def _fit(x: Tensor, lora_A: Tensor) -> bool:
     return (
         x.dtype is torch.float32
         and lora_A.dtype is torch.float32
@@ -47,7 +58,7 @@ def _is_last(x: Tensor) -> bool:
 
 
 def _shrinks_backward(x: Tensor, lora_A: Tensor) -> bool:
-    return x.shape[1] % _LANES == 0 and _shrinks(x, lora_A)
+    return x.shape[1] % _LANES == 0 and _fit(x, lora_A)
 
 
 def _together(dy: Tensor, x: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
