@@ -41,19 +41,20 @@ def assigned(adapter_of: Sequence[int], counts: Counts, x: Tensor) -> Assignment
     if torch.compiler.is_compiling():
         one_each = torch.tensor(adapter_of, dtype=torch.int64, device=x.device).unsqueeze(1)
         return torch.where(_mask(counts, x), one_each, -1).view(x.shape[:-1])
+    what = tuple(adapter_of), counts, tokens_of(x)
     stream = None
     if x.is_cuda:
         if torch.cuda.is_current_stream_capturing():  # what is made here is the graph's own
-            return _assigned.__wrapped__(tuple(adapter_of), counts, tokens_of(x), x.device, None)
+            return _assigned.__wrapped__(*what, ())
         stream = torch.cuda.current_stream(x.device).cuda_stream
-    return _assigned(tuple(adapter_of), counts, tokens_of(x), x.device, stream)
+    return _assigned(*what, (x.device, stream, torch.is_inference_mode_enabled()))
 
 
 @functools.lru_cache(maxsize=4)
 def _assigned(
-    adapter_of: tuple[int, ...], counts: Counts, T: int, device: torch.device, stream: int | None
+    adapter_of: tuple[int, ...], counts: Counts, T: int, kept_for: tuple[Any, ...]
 ) -> Assignment:
-    """``device`` and ``stream`` are those of what is kept in it."""
+    """``kept_for``: the device, the stream and the mode of the tensors that calls keep in it."""
     if all(count in (0, T) for count in counts):
         return Assignment([g if c else -1 for g, c in zip(adapter_of, counts, strict=True)])
     rows: list[int] = []

@@ -176,6 +176,17 @@ def test_the_map_is_made_once_for_all_layers(monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["", "dropout"])
+def test_training_after_inference_mode(dropout, served_by_peft):
+    """Whose tensors can't be kept for a backward."""
+    pair = twins(peft_model(lora_dropout=dropout, **INVOKED))
+    x, dy, offsets = torch.randn(2, 9, K), torch.randn(2, 9, N), [4, 8]
+    with torch.inference_mode():
+        pair.fast(x, alora_offsets=offsets)
+    assert_equal(pair, x, dy, torch.float32, alora_offsets=offsets)
+    assert served_by_peft == []
+
+
 def language_model(**options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
