@@ -1,13 +1,15 @@
-"""Counts the calls of layers in PEFT's own LoRA tests: those served fast, and those left to PEFT, by reason.
+"""Counts the calls of layers in PEFT's own LoRA tests: served fast, or left to PEFT, by reason.
 
     make build/peft-tests-0.21.2
     python tests/integrations/peft/own_calls.py build/peft-tests-0.21.2
 
-``--stock`` runs the same tests without ``accelerate``. Other options are pytest's. Where their tests load a decoder from the network, it is one of the same architecture, small and random; what needs more of
+``--stock`` runs the same tests without ``accelerate``; other options are pytest's. A decoder that their
+tests load from the network is here one of the same architecture, small and random. What needs more of
 the network fails in both runs, and its calls aren't counted.
 """
 
 import argparse
+import dataclasses
 import importlib.machinery
 import importlib.util
 import inspect
@@ -20,9 +22,14 @@ from collections import Counter
 from pathlib import Path
 
 FILES = (
-    "test_custom_models", "test_decoder_models", "test_initialization", "test_lora_variants",
-    "test_low_level_api", "test_mixed", "test_target_parameters", "test_tuners_utils",
+    "test_arrow", "test_bdlora", "test_custom_models", "test_decoder_models", "test_initialization",
+    "test_lora_conversion", "test_lora_variants", "test_low_level_api", "test_target_parameters",
+    "test_trainable_tokens", "test_velora",
 )  # fmt: skip
+OTHERS = (
+    "adalora", "delora", "glora", "gralora", "randlora", "tinylora", "unilora", "vblora", "xlora"
+)  # fmt: skip
+"""Methods of PEFT's that are not LoRA, whose names have its name."""
 SPECIFIC = (
     (r"'[^']*'", "…"),
     (r"\[[-\d, ]*\]", "[…]"),
@@ -190,9 +197,14 @@ def main():
         for name in ("datasets", "diffusers"):
             if importlib.util.find_spec(name) is None:
                 sys.modules[name] = _Absent(name)
+        if importlib.util.find_spec("attr") is None:
+            sys.modules["attr"] = _Absent("attr")
+            sys.modules["attr"].dataclass = dataclasses.dataclass
         os.chdir(hub)
+        Path("pytest.ini").write_text("[pytest]\n")
         pytest.main(
-            ["-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", "-k", "lora",
+            ["-c", "pytest.ini", "-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore",
+             "-k", " and not ".join(["lora", *OTHERS]),
              "--rootdir", str(root), "--import-mode=importlib", "-o", "consider_namespace_packages=true",
              *of_pytest, *[str(root / "tests" / f"{name}.py") for name in options.files]],
             plugins=[calls],
