@@ -18,6 +18,14 @@ def data(dtype):
     return torch.randn(3, 5, K).to(dtype), torch.randn(3, 5, N)
 
 
+def raises(model, x, names, offsets):
+    try:
+        model(x, adapter_names=names, alora_offsets=offsets)
+    except (IndexError, RuntimeError):
+        return True
+    return False
+
+
 def left_to_peft(monkeypatch, model):
     """A list that gets the layer when its own forward is called."""
     calls, kind = [], type(layer_of(model))._stock
@@ -78,8 +86,7 @@ def test_a_mixed_batch_over_bitsandbytes(others, monkeypatch):
         else:
             pair.fast(x, adapter_names=["other"] * 3, alora_offsets=OFFSETS)
             assert served_by_peft == []
-            with pytest.raises((IndexError, RuntimeError)):
-                for _ in range(2):
-                    pair.fast(x, **arguments)
-                    arguments["adapter_names"] = ["default", "other", "other"]
+            orders = ["other", "default", "default"], ["default", "other", "other"]
+            raised = [raises(pair.fast, x, names, [1, 2, None]) for names in orders]
+            assert any(raised)  # by the order of a set
     assert bool(served_by_peft) is (others == "aLoRA")
