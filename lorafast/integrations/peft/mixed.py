@@ -41,9 +41,10 @@ def forward(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
             return None
         weight, bias, result = frozen.weight, frozen.bias, frozen.result
     index = {adapter.name: i for i, adapter in enumerate(adapters)}
-    adapter_of: list[int] | Assignment | Tensor = [index.get(name, -1) for name in rows]
+    of_element = [index.get(name, -1) for name in rows]
+    adapter_of: list[int] | Assignment | Tensor = of_element
     if any(rules.is_alora(layer, adapter.name) for adapter in adapters):
-        adapter_of = _activated(layer, rows, adapter_of, x, offsets)
+        adapter_of = _activated(layer, rows, of_element, x, offsets)
     lora_A, lora_B = _stacked(adapters)
     scaling = _scaling(adapters, x.device)
     y = functional.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
