@@ -98,6 +98,9 @@ class Calls:
 
         return counted
 
+    def pytest_collection_finish(self):
+        sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = _Known()
+
     def pytest_runtest_setup(self):
         self.now.clear()
 
@@ -145,34 +148,42 @@ def _below(kind):
 def save_models(folder):
     """Small decoders, where a name that the tests load is a folder."""
     import torch
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-        OPTConfig,
-        OPTForCausalLM,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    shared = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 511}
+    like_gpt = {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512}
+    like_llama = {
+        "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    }  # fmt: skip
+    opt = {
+        "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "max_position_embeddings": 100, "word_embed_proj_dim": 16,
+    }  # fmt: skip
     torch.manual_seed(0)
-    vocabulary = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 511}
-    opt = OPTConfig(
-        hidden_size=16, ffn_dim=32, num_hidden_layers=5, num_attention_heads=4,
-        max_position_embeddings=100, word_embed_proj_dim=16, **vocabulary,
-    )  # fmt: skip
-    gpt2 = GPT2Config(n_embd=32, n_layer=5, n_head=4, n_positions=512, **vocabulary)
-    llama = LlamaConfig(
-        hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, **vocabulary,
-    )  # fmt: skip
-    for name, model in (
-        ("peft-internal-testing/tiny-random-OPTForCausalLM", OPTForCausalLM(opt)),
-        ("hf-internal-testing/tiny-random-OPTForCausalLM", OPTForCausalLM(opt)),
-        ("peft-internal-testing/tiny-random-GPT2LMHeadModel", GPT2LMHeadModel(gpt2)),
-        ("hf-internal-testing/tiny-random-gpt2", GPT2LMHeadModel(gpt2)),
-        ("trl-internal-testing/tiny-random-LlamaForCausalLM", LlamaForCausalLM(llama)),
+    for name, kind, sizes in (
+        ("peft-internal-testing/tiny-random-OPTForCausalLM", "opt", opt),
+        ("hf-internal-testing/tiny-random-OPTForCausalLM", "opt", opt),
+        ("peft-internal-testing/tiny-random-GPT2LMHeadModel", "gpt2", like_gpt),
+        ("hf-internal-testing/tiny-random-gpt2", "gpt2", like_gpt),
+        ("peft-internal-testing/tiny-random-GPTJForCausalLM", "gptj", like_gpt | {"rotary_dim": 4}),
+        ("trl-internal-testing/tiny-random-LlamaForCausalLM", "llama", like_llama),
+        ("peft-internal-testing/tiny-dummy-qwen2", "qwen2", like_llama),
+        ("hf-internal-testing/tiny-random-MistralForCausalLM", "mistral", like_llama),
+        ("hf-internal-testing/tiny-random-Gemma3ForCausalLM", "gemma3_text", like_llama),
     ):
-        model.save_pretrained(folder / name)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **shared))
+        made.save_pretrained(folder / name)
+
+
+class _Known(dict):
+    """Their record of models that were loaded: all were, so that none is asked for again."""
+
+    def __contains__(self, name):
+        return True
+
+    def __missing__(self, name):
+        return 0
 
 
 def main():
