@@ -1,7 +1,7 @@
 """Counts the calls of layers in PEFT's own LoRA tests: served fast, or left to PEFT, by reason.
 
-    make build/peft-tests-0.21.2
-    python tests/integrations/peft/own_calls.py build/peft-tests-0.21.2
+    make count-peft-own
+    make count-peft-own ARGS=--stock
 
 ``--stock`` runs the same tests without ``accelerate``; other options are pytest's. A decoder that their
 tests load from the network is here one of the same architecture, small and random. What needs more of
