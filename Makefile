@@ -9,7 +9,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-all test-executed test-peft test-oldest-peft test-peft-own test-oldest-triton bench gpu docs lint types check clean
+.PHONY: help setup demo test test-all test-executed test-peft test-oldest-peft test-peft-own count-peft-own test-oldest-triton bench gpu docs lint types check clean
 
 help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-executed   run the GPU kernels' PTX on a CPU, every configuration"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make test-peft-own   run PEFT's own tests of quantized layers over LoRA, with accelerate and without"
+	@echo "make count-peft-own   count the calls in PEFT's own LoRA tests, fast and by reason (10 minutes)"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
 	@echo "make docs    README, docs/ and every public name as HTML in build/docs, to be browsed offline"
@@ -72,6 +73,9 @@ PEFT_OWN ?= 0.21.2
 
 test-peft-own: $(READY) build/peft-tests-$(PEFT_OWN)
 	PEFT_TESTS=build/peft-tests-$(PEFT_OWN) HF_HUB_OFFLINE=1 $(PYTEST) tests/integrations/peft/test_own_tests.py $(ARGS)
+
+count-peft-own: $(READY) build/peft-tests-$(PEFT_OWN)
+	$(PY) tests/integrations/peft/own_calls.py build/peft-tests-$(PEFT_OWN) $(ARGS)
 
 build/peft-tests-%:
 	rm -rf $@.part && mkdir -p $@.part

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lorafast import ops
+from lorafast.core.assignment import Assignment
 from lorafast.core.context import autocast_anywhere, autocast_enabled, without_autocast
 from lorafast.operands import Operand, Weight
 from lorafast.ops.checks import (
@@ -145,7 +146,7 @@ def grouped_lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float | Tensor,
-    adapter_of: Sequence[int] | int | Tensor,
+    adapter_of: Sequence[int] | int | Tensor | Assignment,
     bias: Tensor | None = None,
 ) -> Tensor:
     """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` with ``g = adapter_of``: each
@@ -173,6 +174,8 @@ def grouped_lora_linear(
               operations, and the host doesn't wait for it. Up to a quarter more rows than there are go
               through the low-rank products, for the groups must hold any assignment. CUDA graphs take
               this one. (A device of another kind is waited for, and the host groups.)
+            - An ``Assignment`` (``lorafast.core.assignment``) of either: what one call makes of it
+              serves those of other layers, on the same device and stream.
         bias: ``[N]``, in the dtype of ``x``.
 
     Returns:

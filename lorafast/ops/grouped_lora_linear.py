@@ -38,7 +38,7 @@ from lorafast.ops.checks import (
 from lorafast.ops.problems import allows_tf32, as_rows, planned
 from lorafast.ops.registration import register, register_autograd
 
-AdapterOf = Sequence[int] | int | Tensor
+AdapterOf = Sequence[int] | int | Tensor | Assignment
 Gradients = tuple[Any, ...]
 """``dx``, ``dweight``, ``dA``, ``dB``, ``dscaling``, ``dbias``."""
 
@@ -64,22 +64,23 @@ def grouped_lora_linear(
     reason = needs_plain_pytorch(compiling)
     if reason is not None:
         forced.check_plain_pytorch("grouped_lora_linear", reason)
-        dense, elements = operands.as_dense(weight), reference.as_elements(x, known)
+        found = known.adapter_of if isinstance(known, Assignment) else known
+        dense, elements = operands.as_dense(weight), reference.as_elements(x, found)
         y = reference.grouped_lora_linear(
-            elements, dense, lora_A, lora_B, scaling, known, bias, operands.activations(x, weight)
+            elements, dense, lora_A, lora_B, scaling, found, bias, operands.activations(x, weight)
         )
         return y.reshape(*x.shape[:-1], dense.shape[0])
     if compiling or watched():
         if not compiling:
             flops.tell_counters()
-        tensor = known if isinstance(known, Tensor) else torch.tensor(known, dtype=torch.int64)
+        tensor = _as_tensor(known, x)
         y = torch.ops.lorafast.grouped_lora_linear(
             x, operands.stored(weight), operands.describe(weight), lora_A, lora_B, scaling, tensor,
             bias,
         )[0]  # fmt: skip
         return y
-    assignment = Assignment(known)
-    _check_range(assignment, lora_A.shape[0])
+    assignment = known if isinstance(known, Assignment) else Assignment(known)
+    assignment.made(_check_range, lora_A.shape[0])
     arguments = (x, weight, lora_A, lora_B, scaling, bias)
     backend = forced.forced()
     if torch.is_grad_enabled():
@@ -147,10 +148,27 @@ def _each_scaling(scaling: float | Tensor, x: Tensor, lora_A: Tensor) -> Tensor:
     return torch.full((n,), scaling, dtype=dtype, device=x.device)
 
 
-def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | Tensor:
-    """The indices of ``E`` elements: a list, which was checked, or a tensor ``[E]``, whose values were
-    not looked at."""
+def _as_tensor(known: list[int] | Tensor | Assignment, x: Tensor) -> Tensor:
+    """``adapter_of`` in the shape that it was given in, as the registered operation takes it."""
+    if isinstance(known, Assignment):
+        known = known.adapter_of
+    tensor = known if isinstance(known, Tensor) else torch.tensor(known, dtype=torch.int64)
     leading = x.shape[:-1]
+    return tensor.view(leading) if tensor.shape[0] == leading.numel() else tensor
+
+
+def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | Tensor | Assignment:
+    """The indices of ``E`` elements: a list, which was checked, a tensor ``[E]`` or an assignment, whose
+    values were not looked at."""
+    leading = x.shape[:-1]
+    if isinstance(adapter_of, Assignment):
+        if adapter_of.elements not in (leading.numel(), *leading[:1]):
+            raise ValueError(
+                f"adapter_of is of {adapter_of.elements} elements, and x has shape {list(x.shape)}"
+            )
+        if isinstance(adapter_of.adapter_of, Tensor):
+            _check_place(adapter_of.adapter_of, x)
+        return adapter_of
     if isinstance(adapter_of, Tensor):
         if not has_rows(adapter_of):
             raise TypeError(
@@ -164,10 +182,7 @@ def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | T
                 f"adapter_of has shape {list(adapter_of.shape)}, expected {list(leading)}{first}: x has "
                 f"shape {list(x.shape)}"
             )
-        if adapter_of.device != x.device and adapter_of.device.type != "cpu":
-            raise ValueError(
-                f"adapter_of is on {adapter_of.device}, expected {x.device}, where x is, or the CPU"
-            )
+        _check_place(adapter_of, x)
         return adapter_of.reshape(-1)
     if isinstance(adapter_of, int) and not leading:
         adapter_of = (adapter_of,)
@@ -186,6 +201,13 @@ def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | T
             f"adapter_of has {len(found)} indices, expected {expected}: x has shape {list(x.shape)}"
         )
     return found
+
+
+def _check_place(adapter_of: Tensor, x: Tensor) -> None:
+    if adapter_of.device != x.device and adapter_of.device.type != "cpu":
+        raise ValueError(
+            f"adapter_of is on {adapter_of.device}, expected {x.device}, where x is, or the CPU"
+        )
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

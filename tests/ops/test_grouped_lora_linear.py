@@ -22,6 +22,7 @@ from toy_formats import FORMATS, held
 
 import lorafast
 from lorafast import operands, reference
+from lorafast.backends.grouping import Grouping
 from lorafast.core import assignment
 from lorafast.functional import grouped_lora_linear, lora_linear
 
@@ -580,6 +581,30 @@ def test_compiled_it_is_one_graph_with_the_gradients_of_eager(path, scaling, wit
     assert_near({"y": y} | gradients(y, t), {"y": expected} | gradients(expected, t))
 
 
+def test_compiled_with_an_adapter_a_row():
+    t, adapter_of = draw(grad=NAMES), torch.randint(-1, n, (E, T))
+    y, expected = compiled(run)(t, adapter_of), run(t, adapter_of)
+    assert_near({"y": y} | gradients(y, t), {"y": expected} | gradients(expected, t))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["elements", "rows"])
+def test_an_assignment_serves_several_calls(path, rows, monkeypatch):
+    """As the same indices do, grouped once, whatever serves the call."""
+    t, adapter_of = draw(grad=NAMES), torch.randint(-1, n, (E, T)) if rows else ADAPTER_OF
+    given = assignment.Assignment(adapter_of)
+    expected = run(t, adapter_of)
+    expected = {"y": expected} | gradients(expected, t)
+    for _ in range(2):
+        y = run(t, given)
+        assert_near({"y": y} | gradients(y, t), expected)
+    assert sum(isinstance(made, Grouping) for made in given._made.values()) == 1
+    with lorafast.use_backend("reference"):
+        torch.testing.assert_close(run(t, given), expected["y"])
+    with torch.no_grad():
+        batched = torch.func.vmap(lambda x: run(t | {"x": x}, given))(t["x"].unsqueeze(0))
+    torch.testing.assert_close(batched[0], expected["y"])
+
+
 @pytest.mark.slow
 def test_inductor(path):
     t, adapter_of = draw(grad=NAMES), given_as(path, ADAPTER_OF)
@@ -775,6 +800,8 @@ INDICES = {
         torch.tensor([[0, 9]] * 7),
         "adapter_of holds 9 at 1, expected -1 (none) to 3",
     ),
+    "assignment": (assignment.Assignment([0] * 6), "adapter_of is of 6 elements, and x has shape [7"),
+    "assignment, too large": (assignment.Assignment([4] * 7), "adapter_of holds 4 at 0, expected -1"),
     "device": (torch.zeros(7, device="meta").int(), "adapter_of is on meta, expected cpu, where x is"),
 }  # fmt: skip
 

@@ -21,7 +21,11 @@ import peft
 from peft.tuners.lora.dora import DoraLinearLayer, _DoraConvNdLayer
 from peft.tuners.lora.layer import Embedding, Linear, MultiheadAttention, _ConvNd
 from peft.tuners.lora.torchao import TorchaoLoraLinear
-from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
+from peft.tuners.lora.variants import (
+    ALoraLinearVariant,
+    DoraLinearVariant,
+    _DoraConvNdVariant,
+)
 
 VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
 """The releases of PEFT whose methods are known, for where there is no source, as in a frozen program."""
@@ -53,6 +57,7 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
         },
     },
     "mixed batch": {Linear: {"_mixed_batch_forward": "00663609a8d200e3"}},
+    "alora": {ALoraLinearVariant: {"forward": "ad5e89f66b680a17"}},
     "dora": {
         DoraLinearVariant: {"forward": "c59fc34a5011602b"},
         DoraLinearLayer: {

@@ -1,12 +1,14 @@
 """LoRA over a linear layer: which of PEFT's calls are served fast, and how."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import functional
-from lorafast.integrations.peft import dora, mixed, quantized, rules
+from lorafast.integrations.peft import alora, dora, mixed, quantized, rules
 from lorafast.integrations.peft.adapters import Adapter, active, settled, weight_of
 from lorafast.integrations.peft.quantized import Frozen
 from lorafast.operands import Operand, Weight
@@ -17,8 +19,13 @@ def forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     """The layer's output, or None where PEFT serves the call itself."""
     if args:
         return None
+    offsets = None
     if kwargs:
-        return mixed.forward(layer, x, kwargs) if "adapter_names" in kwargs else None
+        if "adapter_names" in kwargs:
+            return mixed.forward(layer, x, kwargs)
+        if kwargs.keys() != {"alora_offsets"}:
+            return None
+        offsets = kwargs["alora_offsets"]
     adapters = active(layer)
     if rules.why_stock_linear(layer, adapters) is not None:
         return None
@@ -26,30 +33,80 @@ def forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     weight, bias = weight_of(base), base._parameters["bias"]
     if rules.why_stock_input(layer, adapters, weight, x) is not None:
         return None
+    if rules.why_stock_alora(layer, adapters, x, offsets) is not None:
+        return None
     if not isinstance(weight, Operand):
-        return _one_pass(layer, x, weight, adapters, bias)
+        return _one_pass(layer, x, weight, adapters, bias, offsets)
     frozen = quantized.frozen(base, x)
     if rules.why_stock_apart(layer, adapters, frozen) is not None:
         return None
     if frozen.apart:
-        return _apart(x, frozen, adapters)
-    return _one_pass(layer, x, frozen.weight, adapters, frozen.bias).to(frozen.result)
+        return _apart(layer, x, frozen, adapters, offsets)
+    y = _one_pass(layer, x, frozen.weight, adapters, frozen.bias, offsets)
+    return y.to(frozen.result)
 
 
 def _one_pass(
-    layer: Any, x: Tensor, weight: Weight, adapters: list[Adapter], bias: Tensor | None
+    layer: Any,
+    x: Tensor,
+    weight: Weight,
+    adapters: list[Adapter],
+    bias: Tensor | None,
+    offsets: Sequence[Any] | None,
 ) -> Tensor:
     first = adapters[0]
+    if any(rules.is_alora(layer, adapter.name) for adapter in adapters):
+        return _activated(layer, x, weight, adapters, bias, offsets)
     if first.name in layer.lora_variant:
         magnitude = layer.lora_magnitude_vector[first.name].weight
         return dora.dora_linear(x, weight, first, magnitude, bias, layer.training)
     return lora_linear(x, weight, adapters, bias)
 
 
-def _apart(x: Tensor, frozen: Frozen, adapters: list[Adapter]) -> Tensor:
+def _activated(
+    layer: Any,
+    x: Tensor,
+    weight: Weight,
+    adapters: list[Adapter],
+    bias: Tensor | None,
+    offsets: Sequence[Any] | None,
+) -> Tensor:
+    """The layer of which some adapters are aLoRA: over the last tokens of each sequence alone.
+
+    The grouped operation has no dropout, and one adapter a row: else those rows are added apart.
+    """
+    counts, T = alora.counts_of(offsets, x), alora.tokens_of(x)
+    if all(count == T for count in counts):
+        return lora_linear(x, weight, adapters, bias)
+    own, others = _by_kind(layer, adapters)
+    if others:
+        return alora.added(lora_linear(x, weight, others, bias), x, own, counts)
+    if any(adapter.dropout_p for adapter in own):
+        if isinstance(weight, Operand):
+            return alora.added(functional.quantized_linear(x, weight, bias), x, own, counts)
+        return alora.added(F.linear(x, weight, bias), x, own, counts)
+    assignment = alora.assigned((0,) * len(counts), counts, x)
+    lora_A, lora_B, scaling, added = _as_one(own[0], own[1:])
+    y = functional.grouped_lora_linear(
+        x, weight, lora_A.unsqueeze(0), lora_B.unsqueeze(0), scaling, assignment, bias
+    )
+    return y if added is None else alora.with_bias(y, added, assignment)
+
+
+def _by_kind(layer: Any, adapters: list[Adapter]) -> tuple[list[Adapter], list[Adapter]]:
+    """Those of aLoRA, and the others."""
+    own = [adapter for adapter in adapters if rules.is_alora(layer, adapter.name)]
+    return own, [adapter for adapter in adapters if adapter not in own]
+
+
+def _apart(
+    layer: Any, x: Tensor, frozen: Frozen, adapters: list[Adapter], offsets: Sequence[Any] | None
+) -> Tensor:
     """The base layer in the dtype that it computes in, the adapters in theirs, as PEFT has them."""
     y = frozen_linear(x.to(frozen.weight.dtype), frozen.weight, frozen.bias).to(x.dtype)
-    return _added(y, x, adapters)
+    own, others = _by_kind(layer, adapters)
+    y = _added(y, x, others)
+    return alora.added(y, x, own, alora.counts_of(offsets, x)) if own else y
 
 
 def _added(y: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import functional
+from lorafast.core.assignment import Assignment
 from lorafast.core.transfer import on_device
-from lorafast.integrations.peft import quantized, rules
+from lorafast.integrations.peft import alora, quantized, rules
 from lorafast.integrations.peft.adapters import Adapter, named, weight_of
 from lorafast.operands import Operand
 
@@ -30,6 +31,9 @@ def forward(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     weight, bias = weight_of(base), base._parameters["bias"]
     if rules.why_stock_input(layer, adapters, weight, x) is not None:
         return None
+    offsets = kwargs.get("alora_offsets")
+    if rules.why_stock_alora(layer, adapters, x, offsets) is not None:
+        return None
     result = None
     if isinstance(weight, Operand):
         frozen = quantized.frozen(base, x)
@@ -37,13 +41,32 @@ def forward(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
             return None
         weight, bias, result = frozen.weight, frozen.bias, frozen.result
     index = {adapter.name: i for i, adapter in enumerate(adapters)}
-    adapter_of = [index.get(name, -1) for name in rows]
+    of_element = [index.get(name, -1) for name in rows]
+    adapter_of: list[int] | Assignment | Tensor = of_element
+    if any(rules.is_alora(layer, adapter.name) for adapter in adapters):
+        adapter_of = _activated(layer, rows, of_element, x, offsets)
     lora_A, lora_B = _stacked(adapters)
     scaling = _scaling(adapters, x.device)
     y = functional.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
     if any(adapter.lora_B.bias is not None for adapter in adapters):
-        y = _with_lora_bias(y, adapters, adapter_of)
+        if isinstance(adapter_of, list):
+            y = _with_lora_bias(y, adapters, adapter_of)
+        else:
+            for g, (_, _, lora_B, _, scale) in enumerate(adapters):
+                if lora_B.bias is not None:
+                    y = alora.with_bias(y, lora_B.bias * scale, adapter_of, g)
     return y if result is None else y.to(result)
+
+
+def _activated(
+    layer: Any, rows: list[str], adapter_of: list[int], x: Tensor, offsets: Sequence[Any] | None
+) -> Assignment | Tensor:
+    """Where adapters of aLoRA have the last tokens of their elements, and the others have all."""
+    every, T = alora.counts_of(offsets, x), alora.tokens_of(x)
+    counts = (
+        count if rules.is_alora(layer, name) else T for name, count in zip(rows, every, strict=True)
+    )
+    return alora.assigned(adapter_of, tuple(counts), x)
 
 
 def _stacked(adapters: list[Adapter]) -> tuple[Tensor, Tensor]:

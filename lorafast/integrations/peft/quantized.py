@@ -46,7 +46,12 @@ def is_one(base: nn.Module) -> bool:
     """Whether ``base`` is a layer of bitsandbytes, or an ``nn.Linear`` over a tensor of torchao's."""
     if type(base) is nn.Linear and type(base._parameters.get("weight")) is nn.Parameter:
         return False
-    return bitsandbytes.is_four_bit(base) or bitsandbytes.is_eight_bit(base) or torchao.is_one(base)
+    return of_bitsandbytes(base) or torchao.is_one(base)
+
+
+def of_bitsandbytes(base: nn.Module) -> bool:
+    """Whether ``base`` is a layer of bitsandbytes."""
+    return bitsandbytes.is_four_bit(base) or bitsandbytes.is_eight_bit(base)
 
 
 def why_not(base: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
@@ -30,6 +30,7 @@ _LINEAR: dict[Any, str] = {
 """The base layers that are served, and the module in which their forward is defined."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DORA_CHANGED = known.why_changed("dora")
+_ALORA_CHANGED = known.why_changed("alora")
 INACTIVE = "none of its adapters is active"
 _SPARSE = "its input is sparse or nested"
 
@@ -109,6 +110,8 @@ def why_not_adapter(adapter: Adapter) -> str | None:
 
 
 def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: int) -> str | None:
+    if type(variant) is ALoraLinearVariant:
+        return _ALORA_CHANGED
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter.name!r} is of another kind: {type(variant).__name__}"
     if _DORA_CHANGED is not None:
@@ -122,6 +125,16 @@ def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: i
         return f"the magnitude of adapter {adapter.name!r} is a {_type(magnitude)}"
     reason = why_not_plain(magnitude)
     return reason and f"the magnitude of adapter {adapter.name!r} {reason}"
+
+
+def is_alora(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter of the layer is one of aLoRA."""
+    return type(layer.lora_variant.get(name)) is ALoraLinearVariant
+
+
+def is_dora(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter of the layer is one of DoRA."""
+    return type(layer.lora_variant.get(name)) is DoraLinearVariant
 
 
 def why_not_plain(module: nn.Module) -> str | None:
@@ -216,7 +229,7 @@ def why_stock_input(
             return f"adapter {name!r} is not {adapter_dtype} throughout, as the first one"
         if A.device != device or B.device != device:
             return f"its input is on {device}, adapter {name!r} is elsewhere"
-    if adapters[0].name in layer.lora_variant:
+    if is_dora(layer, adapters[0].name):
         magnitude = layer.lora_magnitude_vector[adapters[0].name].weight
         if x.dim() < 2 or magnitude.shape != (N,) or magnitude.device != device:
             return "DoRA of a single row, or with a magnitude of another shape or device"
@@ -233,10 +246,28 @@ def _why_not_dtypes(weight: Tensor, bias: Tensor | None, x: Tensor) -> str | Non
 
 def why_stock_apart(layer: LoraLayer, adapters: list[Adapter], frozen: Frozen) -> str | None:
     """Why a layer whose product has another dtype than its input is left to PEFT; None of others."""
-    if frozen.apart and adapters[0].name in layer.lora_variant:
+    if frozen.apart and is_dora(layer, adapters[0].name):
         return (
             f"DoRA whose base layer computes in {frozen.weight.dtype}, its input in another dtype"
         )
+    return None
+
+
+def why_stock_alora(
+    layer: LoraLayer, adapters: list[Adapter], x: Tensor, offsets: Any
+) -> str | None:
+    """Why a layer with adapters of aLoRA is left to PEFT for this input; None of others.
+
+    ``offsets`` are what PEFT calls ``alora_offsets``.
+    """
+    if not any(is_alora(layer, adapter.name) for adapter in adapters):
+        return None
+    if x.dim() not in (2, 3):
+        return f"its input has shape {list(x.shape)}, and aLoRA is of [B, T, K] or [B, K]"
+    if offsets is None:
+        return None
+    if type(offsets) not in (list, tuple) or len(offsets) != len(x):
+        return f"alora_offsets is a {type(offsets).__name__}, or not one for each of {len(x)}"
     return None
 
 
@@ -247,7 +278,7 @@ def why_stock_mixed(
     ``known`` has against the layer's method for it."""
     if changed is not None:
         return changed
-    unknown = kwargs.keys() - {"adapter_names"}
+    unknown = kwargs.keys() - {"adapter_names", "alora_offsets"}
     if unknown:
         return f"an argument that isn't known here: {', '.join(sorted(unknown))}"
     rows = kwargs["adapter_names"]
@@ -256,11 +287,16 @@ def why_stock_mixed(
     if x.is_nested or x.dim() < 2 or len(rows) != len(x):
         return f"{len(rows)} adapter_names, and the input is nested, a row or of another length"
     for name in dict.fromkeys(rows):
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and not is_alora(layer, name):
             return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
         dropout = layer.lora_dropout._modules.get(name)
         if type(dropout) is nn.Dropout and dropout.training:
             return f"adapter {name!r} of a mixed batch has dropout in training"
+    several = sum(is_alora(layer, name) for name in dict.fromkeys(rows)) > 1
+    if several and quantized.of_bitsandbytes(layer._modules["base_layer"]):
+        return (
+            "over bitsandbytes PEFT takes another adapter's alora_offsets for all but one of them"
+        )
     return None
 
 

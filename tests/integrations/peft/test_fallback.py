@@ -173,9 +173,13 @@ def sparse_weight(layer):
     layer.base_layer.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=False)
 
 
-@change("adapter 'default' is of another kind: ALoraLinearVariant")
-def activated_lora(layer):
-    layer.lora_variant["default"] = ALoraLinearVariant()
+class OwnVariant(ALoraLinearVariant):
+    """Not exactly aLoRA."""
+
+
+@change("adapter 'default' is of another kind: OwnVariant")
+def another_variant(layer):
+    layer.lora_variant["default"] = OwnVariant()
 
 
 @pytest.mark.parametrize("name", CHANGES)

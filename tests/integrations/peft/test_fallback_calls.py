@@ -10,7 +10,6 @@ from peft_twins import TOKENS, K, N, OwnTensor, assert_same, layer_of, peft_mode
 import lorafast
 
 INPUTS = {
-    "an argument that isn't known": (lambda: torch.randn(5, K), {"alora_offsets": None}),
     "a subclass of Tensor": (lambda: torch.randn(5, K).as_subclass(OwnTensor), {}),
 }
 

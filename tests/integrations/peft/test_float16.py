@@ -7,6 +7,7 @@ pytest.importorskip("peft")
 
 from peft_twins import TOKENS, K, N, assert_equal, peft_model, twins
 
+pytestmark = pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
 ROWS = ["default", "__base__", "other1", "other2", "other1"]
 CASES = {
     "linear": {},
@@ -18,6 +19,8 @@ CASES = {
     "embedding": {"kind": "embedding"},
     "embedding, two adapters": {"kind": "embedding", "adapters": 2},
     "mixed batch": {"adapters": 3},
+    "alora": {"alora_invocation_tokens": [1]},
+    "alora, dropout": {"alora_invocation_tokens": [1], "lora_dropout": 0.3},
 }
 
 
@@ -32,7 +35,9 @@ def made(case, factor):
     tokens = "embedding" in case
     x = torch.randint(TOKENS, (5, 4)) if tokens else torch.randn(5, 4, K).half()
     mixed = case == "mixed batch"
-    pair = twins(model.eval() if mixed else model, ["default"] if "dropout" in case else [])
+    pair = twins(model.eval() if mixed else model, ["default"] if case == "dora, dropout" else [])
+    if "alora" in case:
+        return pair, x, {"alora_offsets": [1, None, 4, 2, 0]}
     return pair, x, {"adapter_names": ROWS} if mixed else {}
 
 
