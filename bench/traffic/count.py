@@ -70,10 +70,29 @@ class _CountingMode(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         out = func(*args, **kwargs)
+        if func.overloadpacket is _aten.convolution_backward:
+            self._count_gradients(args, out)
+            return _in_the_format_of(out[0], args[1]), *out[1:]
+        if func.overloadpacket is _aten.convolution:
+            out = _in_the_format_of(out, args[0])
         if not func.is_view and func.overloadpacket not in _MOVES_NOTHING:
             read = sum(map(_bytes, _inputs(func, args, kwargs)))
             self._traffic.add(1, read, sum(map(_bytes, tree_leaves(out))))
         return out
+
+    def _count_gradients(self, args: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+        """Of a convolution: one launch for each, which reads dy and the other factor."""
+        dy, x, weight = args[:3]
+        for gradient, factor in zip(out, (weight, x, None), strict=True):
+            if gradient is not None:
+                self._traffic.add(1, _bytes(dy) + _bytes(factor), _bytes(gradient))
+
+
+def _in_the_format_of(out: Tensor | None, x: Tensor) -> Tensor | None:
+    """What a convolution gives on a GPU is channels last where ``x`` is; without a device it isn't."""
+    if out is None or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return out
+    return torch.empty_like(out, memory_format=torch.channels_last)
 
 
 def _inputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:

@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--convolutions",
         action="store_true",
         help="training steps of a network of ResNet-18's shape: adapters of ours and of PEFT's, the "
-        "frozen network, full fine-tuning",
+        "frozen network, full fine-tuning; with --traffic bytes and launches of its layers instead",
     )
     what.add_argument(
         "--attention",
@@ -279,6 +279,9 @@ def _measure(
         )  # fmt: skip
     if arguments.traffic:
         traffic.run(counted, arguments.against or _TRAFFIC_DEFAULTS["against"], record=record)
+        if arguments.convolutions:
+            dtypes = arguments.dtype or _TRAFFIC_DEFAULTS["dtype"]
+            traffic.convolutions.run(arguments.rank, dtypes, arguments.adapter_dtype, record=record)
     if arguments.executed:
         executed.run(record=record)
     if arguments.call_overhead:
@@ -295,7 +298,7 @@ def _measure(
         run_accelerated(
             arguments.accelerate, r, dtype, device=device, record=record, seconds=arguments.seconds
         )
-        if arguments.convolutions:
+        if arguments.convolutions and not arguments.traffic:
             run_convolutions(r, dtype, device=device, record=record, seconds=arguments.seconds)
         if arguments.attention:
             run_attention(r, dtype, device=device, record=record, seconds=arguments.seconds)

@@ -12,7 +12,7 @@ from lorafast.bench.common.contenders import BUILDERS, FROZEN, SIBLINGS
 from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Shape
-from lorafast.bench.traffic import interpret, launches, measure, run
+from lorafast.bench.traffic import convolutions, interpret, launches, measure, run
 from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.job import on_meta
 
@@ -39,6 +39,28 @@ def test_frozen_layer():
     assert forward == Traffic(1, X + W, Y)
     assert backward == Traffic(1, DY + W, DX)
     assert round((forward.bytes + backward.bytes) / 1e6) == 336
+
+
+def test_convolutions():
+    """3 x 3 in float32: s, y and its term; ds and dB; dA; dx of both, one onto the other."""
+    C, N, rank, size = 64, 128, 8, 4 * 32 * 28 * 28  # of a channel of y
+    shape = convolutions.Shape(C, N, 56, stride=2)
+    frozen, ours, pefts = convolutions.measure(shape, rank, "fp32", "fp32")
+    W, X, Y, S, A, B = 36 * C * N, 4 * size * C, size * N, size * rank, 36 * C * rank, 4 * N * rank
+    assert frozen.forward == Traffic(1, X + W, Y)
+    assert frozen.backward == Traffic(1, Y + W, X)
+    assert ours.forward == Traffic(3, 2 * X + W + A + Y + S + B, 2 * Y + S)
+    # Beside these come the parts of dB, one for each of so many rows of dy, and their sum.
+    least = (Y + S + B) + (S + B) + (S + X) + A + (S + A) + X + (Y + W) + X + 2 * X + X
+    assert least < ours.backward.bytes < least + 2 * (size // 4 // 32) * B
+    assert ours.backward.launches == 7
+    assert frozen.bytes < ours.bytes < 0.8 * pefts.bytes
+
+
+def test_convolutions_in_bf16():
+    for shape in convolutions.SHAPES:
+        frozen, ours, pefts = convolutions.measure(shape, 8, "bf16", "fp32")
+        assert frozen.bytes < ours.bytes < 0.5 * pefts.bytes
 
 
 def test_siblings(tmp_path):

@@ -1,0 +1,171 @@
+"""Counts convolutions: the frozen one, adapted by lorafast, and by PEFT."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from lorafast.bench.common.contenders import FROZEN
+from lorafast.bench.common.problem import DTYPES, SCALING
+from lorafast.bench.common.progress import say
+from lorafast.bench.common.record import Record
+from lorafast.bench.common.table import megabytes, table
+from lorafast.bench.traffic.count import Traffic, counting
+from lorafast.bench.traffic.launches import H200_SMS, Launch, standing_in
+from torch import nn
+
+from lorafast.nn import LoRAConv2d
+
+_HEADER = ("", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of frozen")
+NOTES = """\
+MB: what every operation reads and writes, each tensor once, a convolution's too; channels last, as on an
+H200 on which nothing was tuned: the convolutions are PyTorch's, expand_backward is Triton's"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution of ``[batch, C, side, side]`` to N channels, with sides of ``side`` / stride."""
+
+    C: int
+    N: int
+    side: int
+    kernel: int = 3
+    stride: int = 1
+    batch: int = 32
+
+    def __str__(self) -> str:
+        stride = f" / {self.stride}" if self.stride > 1 else ""
+        image = f"{self.batch} x {self.C} x {self.side}²"
+        return f"{self.kernel} x {self.kernel}{stride}, {image} → {self.N}"
+
+
+SHAPES = (
+    Shape(64, 64, 56),
+    Shape(64, 128, 56, stride=2),
+    Shape(64, 128, 56, kernel=1, stride=2),
+    Shape(128, 128, 28),
+    Shape(256, 256, 14),
+    Shape(512, 512, 7),
+    Shape(256, 64, 56, kernel=1),
+)
+"""Those of ResNet-18 at 224 x 224, and a 1 x 1 one of ResNet-50."""
+
+
+@dataclass
+class Row:
+    """One contender's traffic on one convolution, in bytes."""
+
+    shape: Shape
+    r: int
+    dtype: str
+    adapter_dtype: str
+    contender: str
+    forward: Traffic = field(default_factory=Traffic)
+    backward: Traffic = field(default_factory=Traffic)
+
+    @property
+    def bytes(self) -> int:
+        """Forward and backward, read and written."""
+        return self.forward.bytes + self.backward.bytes
+
+
+def _frozen(conv: nn.Conv2d, r: int, adapter_dtype: torch.dtype) -> nn.Module:
+    return conv
+
+
+def _lorafast(conv: nn.Conv2d, r: int, adapter_dtype: torch.dtype) -> nn.Module:
+    return LoRAConv2d.from_conv(conv, r, alpha=SCALING * r, adapter_dtype=adapter_dtype)
+
+
+def _peft(conv: nn.Conv2d, r: int, adapter_dtype: torch.dtype) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=SCALING * r, target_modules=["0"])
+    model = get_peft_model(
+        nn.Sequential(conv), config, autocast_adapter_dtype=adapter_dtype is torch.float32
+    )
+    layer: nn.Module = model.base_model.model[0]
+    return layer
+
+
+_BUILDERS: dict[str, Callable[[nn.Conv2d, int, torch.dtype], nn.Module]] = {
+    FROZEN: _frozen,
+    "lorafast": _lorafast,
+    "peft": _peft,
+}
+
+
+def measure(
+    shape: Shape,
+    r: int,
+    dtype: str,
+    adapter_dtype: str,
+    contenders: Iterable[str] = _BUILDERS,
+    *,
+    sms: int = H200_SMS,
+) -> list[Row]:
+    """Rows of the contenders for a forward and a backward with dx, dA and dB."""
+    rows = []
+    for name in contenders:
+        conv = nn.Conv2d(
+            shape.C, shape.N, shape.kernel, shape.stride, shape.kernel // 2, bias=False,
+            device="meta", dtype=DTYPES[dtype],
+        )  # fmt: skip
+        conv.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer = _BUILDERS[name](conv, r, DTYPES[adapter_dtype])
+        x = torch.empty(
+            (shape.batch, shape.side, shape.side, shape.C), dtype=DTYPES[dtype], device="meta"
+        )
+        x = x.movedim(-1, 1).requires_grad_()
+        noted: list[Launch] = []
+        row = Row(shape, r, dtype, adapter_dtype, name)
+        with standing_in(sms, noted.extend):
+            with counting() as row.forward:
+                y = layer(x)
+            of_forward = len(noted)
+            dy = torch.empty_like(y)
+            with counting() as row.backward:
+                y.backward(dy)
+        for traffic, launches in (
+            (row.forward, noted[:of_forward]),
+            (row.backward, noted[of_forward:]),
+        ):
+            for launch in launches:
+                traffic.add(1, launch.read, launch.written)
+        rows.append(row)
+    return rows
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """A line for each contender."""
+    frozen = rows[0].bytes
+    lines = [
+        (
+            f"  {row.contender}",
+            str(row.forward.launches),
+            str(row.backward.launches),
+            megabytes(row.forward.bytes),
+            megabytes(row.backward.bytes),
+            megabytes(row.bytes),
+            f"{row.bytes / frozen:.2f}",
+        )
+        for row in rows
+    ]
+    first = rows[0]
+    title = f"{first.shape}: r={first.r}, {first.dtype}, {first.adapter_dtype} adapters"
+    return f"\n{title}\n{table(_HEADER, lines)}"
+
+
+def run(
+    ranks: Sequence[int], dtypes: Sequence[str], adapter_dtype: str, *, record: Record
+) -> list[Row]:
+    """The rows of all shapes, printed and kept in ``record``."""
+    rows: list[Row] = []
+    for shape in SHAPES:
+        for r in ranks:
+            for dtype in dtypes:
+                found = measure(shape, r, dtype, adapter_dtype)
+                record.add("traffic_convolutions", found)
+                rows += found
+                say(format_rows(found))
+    say("\n" + NOTES)
+    return rows
