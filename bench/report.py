@@ -425,8 +425,13 @@ def _traffic(path: Path, run: Run) -> str:
         "Counted, not timed: launches and device-memory traffic of a forward and a backward on a GPU "
         "(`lorafast bench --traffic`, the same on every machine; "
         f"[record]({_relative(path)})). *The least* moves every operand once.{ridden}\n\n"
-        + markdown(header, lines)
+        + "\n\n".join([markdown(header, lines), *_of_convolutions(run)])
     )
+
+
+def _of_convolutions(run: Run) -> list[str]:
+    rows = [traffic.convolutions.Row.from_json(row) for row in run.get("traffic_convolutions", ())]
+    return traffic.convolutions.paragraphs(rows)
 
 
 def _executed(path: Path, run: Run) -> str:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lorafast.bench.common.contenders import FROZEN
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.table import megabytes, table
+from lorafast.bench.common.table import markdown, megabytes, table
 from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.launches import H200_SMS, Launch, standing_in
 from torch import nn
@@ -61,6 +62,12 @@ class Row:
     contender: str
     forward: Traffic = field(default_factory=Traffic)
     backward: Traffic = field(default_factory=Traffic)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Row":
+        """Back from ``dataclasses.asdict``."""
+        counts = {name: Traffic(**fields[name]) for name in ("forward", "backward")}
+        return cls(**fields | counts | {"shape": Shape(**fields["shape"])})
 
     @property
     def bytes(self) -> int:
@@ -153,6 +160,23 @@ def format_rows(rows: Sequence[Row]) -> str:
     first = rows[0]
     title = f"{first.shape}: r={first.r}, {first.dtype}, {first.adapter_dtype} adapters"
     return f"\n{title}\n{table(_HEADER, lines)}"
+
+
+def paragraphs(rows: Sequence[Row]) -> list[str]:
+    """What a record says of convolutions: a table, a line for each contender; nothing without rows."""
+    frozen = {(row.shape, row.r, row.dtype): row.bytes for row in rows if row.contender == FROZEN}
+    lines = [
+        [
+            f"{row.shape}, r={row.r}, {row.dtype}, {row.adapter_dtype} adapter",
+            row.contender,
+            f"{row.forward.launches} + {row.backward.launches}",
+            f"{megabytes(row.forward.bytes)} + {megabytes(row.backward.bytes)}",
+            f"{row.bytes / frozen[row.shape, row.r, row.dtype]:.2f}",
+        ]
+        for row in rows
+    ]
+    header = ["convolution, channels last", "", "launches", "MB", "over the frozen"]
+    return [markdown(header, lines)] if lines else []
 
 
 def run(
