@@ -5,7 +5,7 @@
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
 shown, or of a device that has none the newest one, of which it is said; of ``inference-*``,
-``quantized-*``, ``convolutions-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and
+``quantized-*``, ``networks-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and
 ``nvcc-*`` the newest one. No figure is typed by hand.
 """
 
@@ -25,11 +25,21 @@ from lorafast.bench.common.clock import Summary
 from lorafast.bench.common.contenders import FROZEN
 from lorafast.bench.common.problem import PASSES, Problem
 from lorafast.bench.common.record import read, rows_of
+from lorafast.bench.common.steps import paragraphs
 from lorafast.bench.common.table import markdown, megabytes, why_no_time
 from lorafast.bench.layer.report import duration
 from lorafast.bench.operations.job import COPY, PRODUCT
 
-from lorafast.bench import accelerate, convolutions, executed, layer, models, operations, traffic
+from lorafast.bench import (
+    accelerate,
+    attention,
+    convolutions,
+    executed,
+    layer,
+    models,
+    operations,
+    traffic,
+)  # fmt: skip
 from lorafast.core.problem import DENSE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +172,7 @@ def performance(results: Path) -> str:
     kinds = (
         ("gpu", "", _section), ("cpu", "", _section), ("inference", "Inference: ", _section),
         ("quantized", "Quantized weights: ", _section),
-        ("convolutions", "Convolutions: ", _section),
+        ("networks", "Convolutions and attention: ", _section),
         ("accelerate", "PEFT's models: ", _section), ("traffic", "", _traffic),
         ("executed", "", _executed), ("compiled", "", _compiled),
         ("nvcc", "", _nvcc),
@@ -229,7 +239,9 @@ def _section(path: Path, run: Run) -> str:
         steps, key=lambda row: (row.model, row.dtype, row.r, row.base)
     ):
         parts += _models(list(step))
-    parts += convolutions.paragraphs(rows_of(run, "convolutions", convolutions.Row, path))
+    for kind in (convolutions, attention):
+        name = kind.__name__.rpartition(".")[2]
+        parts += paragraphs(rows_of(run, name, kind.Row, path), kind.describe)
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
     for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
         parts += _accelerated(list(of_peft))

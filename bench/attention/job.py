@@ -6,20 +6,19 @@ step is forward, backward and AdamW over what is trained.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from lorafast.bench.attention.network import Network, Plain, factors, results
 from lorafast.bench.common import memory
 from lorafast.bench.common.check import raised
-from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
+from lorafast.bench.common.clock import clock_for, interleave
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.table import megabytes, table, why_no_time
+from lorafast.bench.common.steps import Arm, format_rows, turn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +29,6 @@ ARMS = (FROZEN, "lorafast", "peft", "accelerated", "full")
 _ADAPTED = ("lorafast", "peft", "accelerated")
 _SECONDS = 20.0
 _CHECKED = 2
-_HEADER = ("", "step", "middle half", "over frozen", "middle half", "peak MB")
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Size:
 
 
 @dataclass
-class Row(Timed):
-    """One arm; samples are seconds of a step, ``peak_bytes`` what a step allocates at most."""
+class Row(Arm):
+    """One arm of a network."""
 
     batch: int
     tokens: int
@@ -53,12 +51,6 @@ class Row(Timed):
     blocks: int
     r: int
     dtype: str
-    contender: str
-    wrong: str | None = None
-    unavailable: str | None = None
-    samples: list[float] = field(default_factory=list)
-    frozen_samples: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
 
 
 def _draw(network: nn.Module) -> None:
@@ -129,7 +121,7 @@ def _why_wrong(
 def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: float) -> list[Row]:
     """The rows of all arms."""
     sizes = (size.batch, size.tokens, size.width, size.blocks)
-    rows = {name: Row(*sizes, r, dtype, name) for name in ARMS}
+    rows = {name: Row(*sizes, r, dtype, contender=name) for name in ARMS}
     torch.manual_seed(0)
     x = torch.randn(size.tokens, size.batch, size.width).to(device, DTYPES[dtype])
     labels = torch.randint(100, (size.batch,)).to(device)
@@ -150,20 +142,12 @@ def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: fl
         if rows[name].wrong is None:
             arms[name] = network
     steps = {name: _step(network, x, labels) for name, network in arms.items()}
-    turns = {name: _turn(step) for name, step in steps.items()}
+    turns = {name: turn(step) for name, step in steps.items()}
     samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=100)
     for name, times in samples.items():
         rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
         rows[name].peak_bytes = memory.peak_bytes(steps[name], device)
     return list(rows.values())
-
-
-def _turn(step: Callable[[], None]) -> Turn:
-    @contextmanager
-    def turn(index: int) -> Iterator[Call]:
-        yield step
-
-    return turn
 
 
 def run(
@@ -188,24 +172,4 @@ def describe(row: Row) -> str:
     return (
         f"{row.blocks} blocks of nn.MultiheadAttention, width {row.width}, random weights: training "
         f"step of {row.batch} x {row.tokens} tokens, {row.dtype}, r={row.r}, head trained"
-    )
-
-
-def format_rows(rows: Sequence[Row]) -> str:
-    """A line for each arm."""
-    remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
-    return table(_HEADER, list(map(_cells, rows)), remarks=remarks)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    time, overhead = row.time, row.overhead
-    if time is None or overhead is None:
-        return (f"  {row.contender}",)
-    return (
-        f"  {row.contender}",
-        f"{time.median * 1e3:.4g} ms",
-        f"{time.low * 1e3:.4g} – {time.high * 1e3:.4g} ms",
-        f"{overhead.median:.3f}",
-        f"{overhead.low:.3f} – {overhead.high:.3f}",
-        megabytes(row.peak_bytes),
     )

@@ -1,6 +1,5 @@
 """A convolutional network's training step: adapters, PEFT's, the frozen network, full fine-tuning."""
 
-from lorafast.bench.convolutions.job import ARMS, Row, Size, measure, run
-from lorafast.bench.convolutions.report import paragraphs
+from lorafast.bench.convolutions.job import ARMS, Row, Size, describe, measure, run
 
-__all__ = ["ARMS", "Row", "Size", "measure", "paragraphs", "run"]
+__all__ = ["ARMS", "Row", "Size", "describe", "measure", "run"]

@@ -7,20 +7,19 @@ trained.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from lorafast.bench.common import memory
 from lorafast.bench.common.check import raised
-from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
+from lorafast.bench.common.clock import clock_for, interleave
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.table import megabytes, table, why_no_time
+from lorafast.bench.common.steps import Arm, format_rows, turn
 from lorafast.bench.convolutions.network import Network, Plain, calibrated, convolutions
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +30,6 @@ from lorafast.reference import contract
 ARMS = (FROZEN, "head", "lorafast", "peft", "accelerated", "full")
 _ADAPTED = ("lorafast", "peft", "accelerated")
 _SECONDS = 20.0
-_HEADER = ("", "step", "middle half", "over frozen", "middle half", "peak MB")
 
 
 @dataclass(frozen=True)
@@ -44,20 +42,14 @@ class Size:
 
 
 @dataclass
-class Row(Timed):
-    """One arm; samples are seconds of a step, ``peak_bytes`` what a step allocates at most."""
+class Row(Arm):
+    """One arm of a network."""
 
     batch: int
     side: int
     r: int
     dtype: str
     channels_last: bool
-    contender: str
-    wrong: str | None = None
-    unavailable: str | None = None
-    samples: list[float] = field(default_factory=list)
-    frozen_samples: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
 
 
 def _draw(network: nn.Module) -> None:
@@ -185,7 +177,8 @@ def measure(
     channels_last: bool = True,
 ) -> list[Row]:
     """The rows of all arms."""
-    rows = {n: Row(size.batch, size.side, r, dtype, channels_last, n) for n in ARMS}
+    sizes = (size.batch, size.side)
+    rows = {n: Row(*sizes, r, dtype, channels_last, contender=n) for n in ARMS}
     of = torch.channels_last if channels_last else torch.contiguous_format
     torch.manual_seed(0)
     shape = (size.batch, 3, size.side, size.side)
@@ -211,7 +204,7 @@ def measure(
         if rows[name].wrong is None:
             arms[name] = network
     steps = {name: _step(name, network, images, labels) for name, network in arms.items()}
-    turns = {name: _turn(step) for name, step in steps.items()}
+    turns = {name: turn(step) for name, step in steps.items()}
     samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=100)
     for name, times in samples.items():
         rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
@@ -227,14 +220,6 @@ def _laid_out(network: _N, memory_format: torch.memory_format) -> _N:
     move: Any = network.to
     move(memory_format=memory_format)
     return network
-
-
-def _turn(step: Callable[[], None]) -> Turn:
-    @contextmanager
-    def turn(index: int) -> Iterator[Call]:
-        yield step
-
-    return turn
 
 
 def run(
@@ -266,24 +251,4 @@ def describe(row: Row) -> str:
     return (
         f"ResNet-18's shape, random weights: training step of {row.batch} images of {row.side} x "
         f"{row.side}, {row.dtype}, {order}, r={row.r} on every convolution but the stem's, head trained"
-    )
-
-
-def format_rows(rows: Sequence[Row]) -> str:
-    """A line for each arm."""
-    remarks = [why_no_time(row.wrong, row.unavailable) for row in rows]
-    return table(_HEADER, list(map(_cells, rows)), remarks=remarks)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    time, overhead = row.time, row.overhead
-    if time is None or overhead is None:
-        return (f"  {row.contender}",)
-    return (
-        f"  {row.contender}",
-        f"{time.median * 1e3:.4g} ms",
-        f"{time.low * 1e3:.4g} – {time.high * 1e3:.4g} ms",
-        f"{overhead.median:.3f}",
-        f"{overhead.low:.3f} – {overhead.high:.3f}",
-        megabytes(row.peak_bytes),
     )

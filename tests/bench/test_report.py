@@ -174,7 +174,7 @@ def test_operations_and_tests_of_a_record_are_shown(report, record, tmp_path):
     assert "| torch.mm |  | 4 ms | 0.0025 |  |" in rendered
 
 
-def test_a_record_of_convolutions_is_shown(report, record, tmp_path):
+def test_a_record_of_networks_is_shown(report, record, tmp_path):
     row = {
         "batch": 16, "side": 96, "r": 8, "dtype": "fp32", "channels_last": True,
         "contender": "frozen", "wrong": None, "unavailable": None, "samples": [0.1],
@@ -184,16 +184,20 @@ def test_a_record_of_convolutions_is_shown(report, record, tmp_path):
         row, row | {"contender": "lorafast", "samples": [0.1125]},
         row | {"contender": "peft", "samples": [], "unavailable": "peft is not installed"},
     ]  # fmt: skip
-    record("convolutions-old", [], day=1, convolutions=[row])
+    attention = [
+        {name: value for name, value in row.items() if name not in ("side", "channels_last")}
+        | {"tokens": 197, "width": 768, "blocks": 4}
+    ]
+    record("networks-old", [], day=1, convolutions=[row])
     record(
-        "convolutions-new",
-        [],
-        day=2,
+        "networks-new", [], day=2, attention=attention,
         convolutions=rows + [r | {"channels_last": False} for r in rows],
-    )
+    )  # fmt: skip
     performance = report.performance(tmp_path)
-    _, section = performance.split("## Convolutions: NVIDIA H100\n\n")
-    assert "[record](convolutions-new.json)" in section
+    _, section = performance.split("## Convolutions and attention: NVIDIA H100\n\n")
+    assert "[record](networks-new.json)" in section
+    section, of_attention = section.split("4 blocks of nn.MultiheadAttention, width 768")
+    assert "| frozen | 100 ms | **1.000** (1.000 – 1.000) | 50 |" in of_attention
     last, first = section.split("ResNet-18's shape")[1:]
     for part, order in ((last, "channels last"), (first, "channels first")):
         assert f"16 images of 96 x 96, fp32, {order}, r=8" in part
