@@ -63,6 +63,9 @@ class LoRAMultiheadAttention(AdapterLayer):
         adapter_dtype: dtype of the adapters. None means that dtype, but float32 if it is float16 or
             bfloat16.
 
+    Accelerate's offloading serves it where ``preload_module_classes`` names this class: ``out_proj`` is
+    never called, so that a hook of its own would never bring its values in.
+
     The A's start Kaiming-uniform with ``a = sqrt(5)`` and the B's zero, as in PEFT: a fresh adapter
     changes nothing. There is no DoRA over attention, as in PEFT.
 
