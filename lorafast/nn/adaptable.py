@@ -113,7 +113,10 @@ def why_not_attention(attention: nn.Module, taken: Collection[str]) -> str | Non
     if reason is not None:
         return f"its out_proj can't be: {reason}"
     if offload.hooks_of(attention) or offload.hooks_of(out_proj):
-        return "Accelerate's hook serves its tensors: adapt the model before it is dispatched"
+        return (
+            "Accelerate's hook serves its tensors: adapt the model before it is dispatched, and "
+            'dispatch it with preload_module_classes=["LoRAMultiheadAttention"]'
+        )
     return None
 
 

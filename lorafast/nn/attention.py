@@ -2,6 +2,7 @@
 between and beside its projections."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.functional import lora_linear
-
-# For torch.fx a call is one node, as one of nn.Linear is.
-torch.fx.wrap("lora_linear")
 
 
 class Projection(NamedTuple):
@@ -87,7 +85,8 @@ def multihead_attention(
             floats to be added.
         need_weights: return the attention weights too, which costs the fused attention.
         average_attn_weights: their mean over the heads.
-        is_causal: ``attn_mask`` is the causal mask.
+        is_causal: ``attn_mask`` is the causal mask. As in PyTorch, without ``key_padding_mask`` and
+            ``need_weights`` it isn't read then, and may have any size.
 
     Returns:
         The output, in the shape of ``query``, and the weights ``[N, L, S]`` or ``[N, num_heads, L, S]``,
@@ -98,14 +97,14 @@ def multihead_attention(
     """
     E, H = in_proj.weight.shape[1], heads.num_heads
     reason = why_not_inputs(
-        query, key, value, key_padding_mask, attn_mask, is_causal, E, heads
-    )  # fmt: skip
+        query, key, value, key_padding_mask, attn_mask, is_causal, E, heads, need_weights
+    )
     if reason is not None:
         raise ValueError(reason)
     batched = query.dim() == 3
     batch_first = heads.batch_first and batched
     N, L, S = _sizes(query, key, batch_first)
-    kept = is_causal and key_padding_mask is None and not need_weights
+    kept = _is_hint_alone(key_padding_mask, is_causal, need_weights)
     q, k, v = (
         _by_heads(one if batched else one.unsqueeze(1), H, batch_first)
         for one in _projected(query, key, value, in_proj, E)
@@ -176,8 +175,9 @@ def _with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """``o [N, H, L, D]`` and the weights ``[N, H, L, S]``, as PyTorch's own calls make them."""
-    N, H, L, D = q.shape
-    q, k, v = (one.reshape(N * H, -1, D) for one in (q, k, v))
+    (N, H, L, D), S = q.shape, k.shape[2]
+    q = q.reshape(N * H, L, D)
+    k, v = (one.reshape(N * H, S, D) for one in (k, v))
     q = q * math.sqrt(1.0 / D)
     if mask is None:
         weights = torch.bmm(q, k.transpose(1, 2))
@@ -188,7 +188,7 @@ def _with_weights(
     weights = F.softmax(weights, dim=-1)
     if dropout_p > 0.0:
         weights = F.dropout(weights, p=dropout_p)
-    return torch.bmm(weights, v).view(N, H, L, D), weights.view(N, H, L, -1)
+    return torch.bmm(weights, v).view(N, H, L, D), weights.view(N, H, L, S)
 
 
 def why_not_inputs(
@@ -200,6 +200,7 @@ def why_not_inputs(
     is_causal: bool,
     E: int,
     heads: Heads,
+    need_weights: bool = True,
 ) -> str | None:
     """What of a call of ``multihead_attention`` doesn't fit the layer or the rest, or None."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -210,7 +211,7 @@ def why_not_inputs(
             return (
                 f"{name} has shape {list(x.shape)}, expected {expected} dimensions, the last of {E}"
             )
-    if key.shape != value.shape:
+    if not _is_of(value, key.shape):
         return f"value has shape {list(value.shape)}, expected that of key, {list(key.shape)}"
     N, L, S = _sizes(query, key, heads.batch_first)
     if query.dim() == 3 and key.shape[0 if heads.batch_first else 1] != N:
@@ -225,10 +226,24 @@ def why_not_inputs(
             continue
         if mask.dtype != torch.bool and not mask.is_floating_point():
             return f"{name} is {mask.dtype}, expected torch.bool or floats"
-        if tuple(mask.shape) not in shapes:
+        if name == "attn_mask" and _is_hint_alone(key_padding_mask, is_causal, need_weights):
+            continue
+        if not any(_is_of(mask, shape) for shape in shapes):
             expected = " or ".join(str(list(shape)) for shape in shapes)
             return f"{name} has shape {list(mask.shape)}, expected {expected}"
     return None
+
+
+def _is_hint_alone(key_padding_mask: Tensor | None, is_causal: bool, need_weights: bool) -> bool:
+    """Whether ``is_causal`` is passed on in place of ``attn_mask``."""
+    return is_causal and key_padding_mask is None and not need_weights
+
+
+def _is_of(x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether ``x`` has this shape; for ``torch.compile`` one of a symbol is never ``in`` a tuple."""
+    return x.dim() == len(shape) and all(
+        size == expected for size, expected in zip(x.shape, shape, strict=True)
+    )
 
 
 def _sizes(query: Tensor, key: Tensor, batch_first: bool) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lorafast.core.context import without_autocast
 from lorafast.core.problem import Problem
+from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_attention
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.attention import Heads, Projection, multihead_attention
@@ -15,6 +16,9 @@ from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.plain import carry
 from lorafast.nn.problems import linear_problems
 from lorafast.ops.unstrided import is_sharded
+
+# For torch.fx a call is one node, as one of nn.MultiheadAttention is.
+torch.fx.wrap("multihead_attention")
 
 OUT_PROJ_TIMES = 2
 """How often PEFT adds the change of ``out_proj``, in a forward and in ``merge_and_unload``."""
@@ -58,6 +62,9 @@ class LoRAMultiheadAttention(AdapterLayer):
         dtype: dtype of the frozen parameters: float16, bfloat16, float32 or float64.
         adapter_dtype: dtype of the adapters. None means that dtype, but float32 if it is float16 or
             bfloat16.
+
+    Accelerate's offloading serves it where ``preload_module_classes`` names this class: ``out_proj`` is
+    never called, so that a hook of its own would never bring its values in.
 
     The A's start Kaiming-uniform with ``a = sqrt(5)`` and the B's zero, as in PEFT: a fresh adapter
     changes nothing. There is no DoRA over attention, as in PEFT.
@@ -344,7 +351,7 @@ class LoRAMultiheadAttention(AdapterLayer):
 
     def merge(self) -> None:
         """From now on computes with two weights, made once; see ``AdapterLayer.merge``."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), offload.present(self):
             out = self.merged_out_weight()
         super().merge()
         self._merged_out_weight = out

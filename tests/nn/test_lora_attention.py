@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lorafast.nn import LoRAMultiheadAttention
+from lorafast.nn.attention import multihead_attention
 from lorafast.reference import contract
 from lorafast.reference.dropout import dropout as masked
 
@@ -261,6 +262,103 @@ def test_compiled_whole_checkpointed_copied_and_pickled():
             torch.testing.assert_close(found[name], one, msg=lambda m, n=name: f"{n}: {m}")
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x, x, x, **padding)[0], expected["y0"])
+
+
+@pytest.mark.parametrize("warmed", ["sizes seen", "maybe dynamic"])
+@pytest.mark.parametrize("mask", ["padding", "bool", "causal"])
+def test_compiled_with_dynamic_sizes_before_a_mask_has_any(mask, warmed):
+    torch._dynamo.reset()
+    layer = made(batch_first=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+
+    def drawn(length):
+        return torch.randn(N, length, E, dtype=torch.float64)
+
+    if warmed == "sizes seen":
+        for length in (L + 1, L + 2):
+            one = drawn(length)
+            compiled(one, one, one)
+    x = drawn(L)
+    if warmed == "maybe dynamic":
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+    arguments = masks(mask, "batch", L)
+    for found, expected in zip(
+        compiled(x, x, x, **arguments), layer(x, x, x, **arguments), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["adapter", "merged"])
+def test_a_call_is_one_node_of_fx(merged):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = made(batch_first=True, add_bias_kv=True)
+
+        def forward(self, x, padding):
+            y, weights = self.attn(x, x, x, key_padding_mask=padding)
+            return y.sum() + weights.square().sum()
+
+    model = Net()
+    if merged:
+        model.attn.merge()
+    x = torch.randn(N, L, E, dtype=torch.float64, requires_grad=True)
+    padding = masks("padding", "batch", L)["key_padding_mask"]
+    traced = torch.fx.symbolic_trace(model)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert calls.count(multihead_attention) == 1
+    found, expected = traced(x, padding), model(x, padding)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))
+    if not merged:
+        traced(x, padding).backward()
+        trained = {name for name, p in traced.named_parameters() if p.grad is not None}
+        assert trained == {f"attn.{name}" for name in ADAPTER}
+
+
+@pytest.mark.parametrize(
+    ("empty", "mask", "weights", "added"),
+    covering(
+        ["batch", "query", "keys", "self"],
+        ["none", "padding", "bool", "heads"],
+        list(WEIGHTS),
+        [False, True],
+    ),
+)
+def test_empty_inputs(empty, mask, weights, added):
+    batch, queries, keys = {
+        "batch": (0, L, S), "query": (N, 0, S), "keys": (N, L, 0), "self": (N, 0, 0),
+    }[empty]  # fmt: skip
+    layer = made(batch_first=True, add_bias_kv=added)
+    query, key = (torch.randn(batch, n, E, dtype=torch.float64) for n in (queries, keys))
+    given = {
+        "none": {},
+        "padding": {"key_padding_mask": torch.zeros(batch, keys, dtype=torch.bool)},
+        "bool": {"attn_mask": torch.zeros(queries, keys, dtype=torch.bool)},
+        "heads": {"attn_mask": torch.zeros(batch * HEADS, queries, keys, dtype=torch.bool)},
+    }[mask]
+    found = layer(query, key, key, **given | WEIGHTS[weights])
+    given |= WEIGHTS[weights] | {"need_weights": True}  # else PyTorch refuses some of the masks
+    expected = layer.to_plain()(query, key, key, **given)
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[0].shape == (batch, queries, E)
+    if weights != "output":
+        torch.testing.assert_close(found[1], expected[1])
+
+
+def test_a_causal_hint_stands_in_for_a_mask_of_any_size():
+    layer = made(batch_first=True)
+    plain = layer.to_plain()
+    x = torch.randn(N, L, E, dtype=torch.float64, requires_grad=True)
+    big = torch.ones(L + 4, L + 4, dtype=torch.bool).triu(1)
+    given = {"attn_mask": big, "is_causal": True, "need_weights": False}
+    torch.testing.assert_close(layer(x, x, x, **given), plain(x, x, x, **given))
+    for read in (
+        {"need_weights": True}, {"is_causal": False},
+        {"key_padding_mask": torch.zeros(N, L, dtype=torch.bool)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"attn_mask has shape \[9, 9\], expected \[5, 5\]"):
+            layer(x, x, x, **given | read)
 
 
 def test_it_shares_what_it_wraps_and_gives_it_back():

@@ -50,6 +50,47 @@ def assert_offloaded(net):
         assert layer._hf_hook.offload
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.attn = nn.MultiheadAttention(6, 2, dtype=torch.float64).requires_grad_(False)
+
+    def forward(self, x):
+        return self.attn(x, x, x)[0]
+
+
+def test_attention_offloaded_after_adapting():
+    net = lorafast.adapt(Attending(), 2, ["attn"])
+    with torch.no_grad():
+        for parameter in net.attn.adapter_parameters().values():
+            parameter.normal_()
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    expected = net(x).detach()
+    accelerate.cpu_offload(net, preload_module_classes=["LoRAMultiheadAttention"])
+
+    def assert_away():
+        assert net.attn.in_proj_weight.is_meta
+        assert net.attn.out_proj.weight.is_meta
+
+    torch.testing.assert_close(net(x), expected)
+    net.attn.merge()
+    assert_away()
+    torch.testing.assert_close(net(x), expected)
+    net.attn.unmerge()
+    torch.testing.assert_close(net(x), expected)
+    assert_away()
+    torch.testing.assert_close(lorafast.merge(net)(x), expected)
+
+
+def test_attention_that_is_offloaded_already_is_refused():
+    net = accelerate.cpu_offload(Attending(), preload_module_classes=["MultiheadAttention"])
+    with pytest.raises(
+        TypeError, match=r'with preload_module_classes=\["LoRAMultiheadAttention"\]'
+    ):
+        lorafast.adapt(net, 2, ["attn"])
+
+
 class TestOffloadedAfterAdapting:
     def test_forward_backward_and_merging(self, offload, x):
         net = adapted(model())
