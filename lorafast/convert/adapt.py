@@ -1,12 +1,11 @@
 """``adapt``: layers of a model become adapted ones, in place."""
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from lorafast.convert import siblings
+from lorafast.convert import encoders, siblings
 from lorafast.convert import targets as _targets
 from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
@@ -125,18 +124,8 @@ def put_in_place(model: nn.Module, layers: dict[str, AdapterLayer]) -> nn.Module
     """Puts adapted layers into the model and makes sure that the model calls them."""
     model = _targets.replace(model, dict(layers))
     save_adapters_too(model)
-    avoid_fused_encoders(model, lambda module: bool(adapted_layers(module)))
+    encoders.avoid_fused(model, lambda module: bool(adapted_layers(module)))
     let_gradients_through(model)
     let_embeddings_resize(model)
     watch(model)
     return model
-
-
-def avoid_fused_encoders(model: nn.Module, holds: Callable[[nn.Module], bool]) -> None:
-    """Makes PyTorch's encoders call their layers where one ``holds`` a layer that was replaced."""
-    for module in model.modules():
-        # In inference PyTorch's encoder hands the bare weights to one fused kernel, past the layers.
-        if isinstance(module, nn.TransformerEncoderLayer) and holds(module):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and holds(module):
-            module.use_nested_tensor = False

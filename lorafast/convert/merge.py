@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from lorafast.convert import checkpointing, resizing
+from lorafast.convert import checkpointing, encoders, resizing
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import adapted_layers
 from lorafast.convert.places import embeddings_of
@@ -75,7 +75,9 @@ def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
         move_hooks(layer, plain)
     checkpointing.undo(model)
     resizing.undo(model)
-    return replace(model, {name: merged[layer] for name, layer in layers.items()})
+    model = replace(model, {name: merged[layer] for name, layer in layers.items()})
+    encoders.undo(model)
+    return model
 
 
 def _loss(lost: dict[str, Requantized]) -> str:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lorafast import operands
+from lorafast.convert import encoders
 from lorafast.convert import targets as _targets
-from lorafast.convert.adapt import avoid_fused_encoders
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import adapted_layers
 from lorafast.convert.places import has_peft_adapter, why_not_called
@@ -86,7 +86,7 @@ def quantize(
         made = _quantized(layer, format, options)
         del layer  # whose weight goes, if nobody else holds it
         replaced = _targets.replace(inner, dict.fromkeys(names, made))
-    avoid_fused_encoders(inner, _holds)
+    encoders.avoid_fused(inner, _holds)
     return model if replaced is inner else replaced
 
 

@@ -32,7 +32,7 @@ def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
     for count in counts:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"rows has {count!r}, expected whole numbers of at least 1")
-    layers = [layer for layer in module.modules() if isinstance(layer, _kinds())]
+    layers = _layers(module)
     if not layers:
         raise ValueError(
             "the module has no adapted layer to warm up: lorafast.adapt(model) or "
@@ -44,13 +44,28 @@ def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
                 _run(layer, count)
 
 
-def _kinds() -> tuple[type, ...]:
-    """The classes of adapted layers, PEFT's if those are in use."""
+def _layers(module: nn.Module) -> list[Any]:
+    """The adapted layers of ``module``, PEFT's too if those are in use."""
     peft = sys.modules.get("lorafast.integrations.peft.layers")
-    return (AdapterLayer,) if peft is None else (AdapterLayer, peft.Linear)
+    modules: list[Any] = list(module.modules())
+    if peft is None:
+        return [one for one in modules if isinstance(one, AdapterLayer)]
+    attentions = [one for one in modules if isinstance(one, peft.MultiheadAttention._stock)]
+    read = {one.get_base_layer().out_proj for one in attentions}  # and never called
+    kinds = (AdapterLayer, peft.Linear, peft.MultiheadAttention)
+    return [one for one in modules if isinstance(one, kinds) and one not in read]
+
+
+def _is_left(layer: Any) -> bool:
+    """Whether an attention of PEFT's is left to PEFT, which merges into its weights in a forward."""
+    from lorafast.integrations.peft import adapters, attention_rules
+
+    return attention_rules.why_stock_attention(layer, adapters.active(layer)) is not None
 
 
 def _run(layer: Any, rows: int) -> None:
+    if _is_attention(layer) and _is_left(layer):
+        return
     # Stand-ins, for a gradient that reaches a parameter is seen by its hooks.
     parameters = {
         name: p.detach().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()
@@ -67,7 +82,12 @@ def _run(layer: Any, rows: int) -> None:
 
 
 def _called(layer: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    arguments = layer.example_arguments(x) if isinstance(layer, AdapterLayer) else (x,)
+    arguments: Any = (x,)
+    if isinstance(layer, AdapterLayer):
+        arguments = layer.example_arguments(x)
+    elif _is_attention(layer):
+        x = x.unsqueeze(1 if layer.batch_first else 0)  # sequences of one token
+        arguments = (x, x, x, None, False)  # without the attention's weights
     y = torch.func.functional_call(layer, parameters, arguments)
     first: Tensor = y[0] if isinstance(y, tuple) else y
     return first
@@ -77,8 +97,16 @@ def _input(layer: Any, rows: int) -> Tensor:
     if isinstance(layer, AdapterLayer):
         return layer.example_input(rows)
     base = layer.get_base_layer()
-    device = offload.device_of(base, base.weight)
-    return torch.zeros((rows, layer.in_features), dtype=base.weight.dtype, device=device)
+    attention = _is_attention(layer)
+    weight = base.in_proj_weight if attention else base.weight
+    width = layer.embed_dim if attention else layer.in_features
+    device = offload.device_of(base, weight)
+    return torch.zeros((rows, width), dtype=weight.dtype, device=device)
+
+
+def _is_attention(layer: Any) -> bool:
+    """Whether it is an attention of PEFT's."""
+    return hasattr(layer, "num_heads") and not isinstance(layer, AdapterLayer)
 
 
 @contextlib.contextmanager

@@ -205,7 +205,11 @@ def why_not_inputs(
     """What of a call of ``multihead_attention`` doesn't fit the layer or the rest, or None."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.is_nested:
-            return f"{name} is nested, expected a padded tensor and a key_padding_mask"
+            return (
+                f"{name} is nested, expected a padded tensor and a key_padding_mask: of an "
+                "nn.TransformerEncoder set use_nested_tensor to False, or make it with "
+                "enable_nested_tensor=False"
+            )
         if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != E:
             expected = "two or three" if x is query else f"{query.dim()}"
             return (

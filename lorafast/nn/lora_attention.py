@@ -47,6 +47,10 @@ class LoRAMultiheadAttention(AdapterLayer):
     ``nn.MultiheadAttention``, whose fused kernel for inference is not called. PyTorch's encoder layers
     don't call theirs either: they ask for ``_qkv_same_embed_dim``, which is False.
 
+    Nested tensors are refused. An ``nn.TransformerEncoder`` makes them of padded inputs in inference;
+    ``lorafast.adapt`` sets its ``use_nested_tensor`` to False. Where this layer is put into one by hand,
+    do the same, or make the encoder with ``enable_nested_tensor=False``.
+
     Args:
         embed_dim, num_heads, bias, add_bias_kv, add_zero_attn, batch_first: as for the plain layer.
             ``kdim`` and ``vdim`` are ``embed_dim``: over others PEFT has no adapter.

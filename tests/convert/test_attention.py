@@ -134,6 +134,26 @@ def test_the_fast_path_of_an_encoder_does_not_bypass_the_adapters(stacked, draw_
         torch.testing.assert_close(model.eval()(x, src_key_padding_mask=padding), expected)
 
 
+def test_merging_gives_an_encoder_its_fast_path_back():
+    def fused(model):
+        layers = [layer.activation_relu_or_gelu for layer in model.layers]
+        return [model.use_nested_tensor, *layers]
+
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 7, activation="gelu", batch_first=True), 2
+    )
+    lorafast.adapt(lorafast.adapt(model, 2, ["0.self_attn"]), 2, ["0.linear1"])
+    assert fused(model) == [False, 0, 2]
+    assert fused(lorafast.merge(copy.deepcopy(model))) == [True, 2, 2]
+    lorafast.quantize(lorafast.merge(model), targets=["1.linear1"])
+    assert fused(model) == [False, 2, 0]
+    lorafast.merge(lorafast.adapt(model, 2, ["0.linear2"]))
+    assert fused(model) == [False, 2, 0]  # something is quantized still
+    lorafast.merge(lorafast.adapt(model, 2, ["1.linear1"]))
+    assert fused(model) == [True, 2, 2]
+    assert not any("before" in name for module in model.modules() for name in vars(module))
+
+
 def test_out_proj_is_no_layer_of_its_own(make):
     model = lorafast.adapt(make(), 2, ["own"])
     for again in (model, make()):

@@ -92,6 +92,36 @@ def test_layers_of_peft_are_warmed_up():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_attention_of_peft_is_warmed_up(monkeypatch):
+    peft = pytest.importorskip("peft")
+    from lorafast.nn import attention
+
+    def attention_of(adapters):
+        config = peft.LoraConfig(r=4, target_modules=["0"])
+        model = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(12, 2)), config)
+        for name in adapters:
+            model.add_adapter(name, config)
+        model.base_model.set_adapter(["default", *adapters])
+        return lorafast.accelerate(model, quiet=True)
+
+    called = []
+    real = attention.lora_linear
+
+    def noted(x, weight, *rest, **options):
+        called.append((x.shape[:-1].numel(), weight.shape[0]))
+        return real(x, weight, *rest, **options)
+
+    monkeypatch.setattr(attention, "lora_linear", noted)
+    model = attention_of([])
+    lorafast.warm_up(model, ROWS)
+    assert called == [(rows, out) for rows in ROWS for out in (3 * 12, 12)]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    left = attention_of(["other"])  # to PEFT, which would merge into the stand-ins
+    stock = peft.tuners.lora.layer.MultiheadAttention
+    monkeypatch.setattr(stock, "forward", lambda *call, **named: pytest.fail("called"))
+    lorafast.warm_up(left, ROWS)
+
+
 @pytest.mark.parametrize("rows", [[0], [-1], [1.0], [True], ["8"]], ids=str)
 def test_a_number_of_rows_that_is_none_is_said(rows):
     with pytest.raises(ValueError, match="expected whole numbers of at least 1"):

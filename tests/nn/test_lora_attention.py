@@ -467,7 +467,11 @@ def test_inputs_that_are_refused():
         r"key has shape \[5, 12\], expected 3 dimensions, the last of 12": (x, x[:, 0], x),
         r"value has shape \[4, 2, 12\], expected that of key, \[5, 2, 12\]": (x, x, x[:4]),
         r"key has shape \[5, 1, 12\], expected a batch of 2, as query has": (x, x[:, :1], x[:, :1]),
-        "query is nested": (torch.nested.nested_tensor([x[:, 0], x[:3, 1]]), x, x),
+        "query is nested.* set use_nested_tensor to False, or make it with enable": (
+            torch.nested.nested_tensor([x[:, 0], x[:3, 1]]),
+            x,
+            x,
+        ),
     }
     for reason, arguments in calls.items():
         with pytest.raises(ValueError, match=reason):

@@ -28,6 +28,8 @@ def forward(
     given |= kwargs
     if given.keys() - set(ARGUMENTS) or not given.keys() >= {"key", "value"}:
         return None
+    if _is_nested(layer, query, given):
+        return _padded(layer, query)
     adapters = active(layer)
     if attention_rules.why_stock_attention(layer, adapters) is not None:
         return None
@@ -44,6 +46,34 @@ def forward(
         **given,
     )
     return y.to(query.dtype), None if weights is None else weights.to(query.dtype)
+
+
+def _is_nested(layer: Any, query: Any, given: dict[str, Any]) -> bool:
+    """Whether it is self-attention over a nested tensor, as ``nn.TransformerEncoder`` calls it.
+
+    Outside inference PyTorch refuses it, and an encoder makes one there too: it knows of no adapter.
+    """
+    return (
+        type(query) is Tensor
+        and query.is_nested
+        and query.layout is torch.strided
+        and query.dim() == 3
+        and layer._modules["base_layer"].batch_first
+        and given["key"] is query
+        and given["value"] is query
+        and given.get("key_padding_mask") is None
+        and given.get("attn_mask") is None
+        and not given.get("need_weights", True)
+    )
+
+
+def _padded(layer: Any, query: Tensor) -> Result:
+    """The result for a nested tensor, by way of a padded one."""
+    kept = torch.ones_like(query).to_padded_tensor(0.0)[..., 0] != 0
+    x = query.to_padded_tensor(0.0)
+    padding = ~kept & kept.any(dim=1, keepdim=True)  # lest a sequence of nothing is NaN
+    y, _ = type(layer).forward(layer, x, x, x, padding, need_weights=False)
+    return torch._nested_tensor_from_mask(y, kept, mask_check=False), None
 
 
 def heads_of(base: Any) -> Heads:
@@ -76,7 +106,8 @@ def _projections(base: Any, adapter: Any) -> tuple[Projection, Projection]:
 
 
 def _seen(tensor: Tensor, share: float) -> Tensor:
-    """The same values, of whose gradient a share comes through; exact for a share of a half."""
+    """The same values, of whose gradient a share comes through; exact for finite values."""
     if not (tensor.requires_grad and torch.is_grad_enabled()):
         return tensor
-    return tensor * share + tensor.detach() * (1 - share)
+    values = tensor.detach()
+    return values + (tensor - values) * share

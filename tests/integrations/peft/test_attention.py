@@ -13,6 +13,7 @@ from peft_twins import assert_near, hooked
 from torch import nn
 
 import lorafast
+from lorafast.integrations.peft.attention import _seen
 
 E, N, L, S = 12, 3, 5, 4
 DTYPES = (torch.float32, torch.bfloat16)
@@ -248,3 +249,35 @@ def test_pytorchs_encoders_call_it(stacked):
     with torch.no_grad():
         found = model.eval()(x, src_key_padding_mask=padding)
     torch.testing.assert_close(found[~padding], expected[~padding])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_padding_in_eval_with_gradients(served_by_peft):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, 2, 7, batch_first=True), 2)
+    settings = {"target_modules": ["self_attn"], "init_lora_weights": False}
+    torch.manual_seed(1)
+    model = accelerated(get_peft_model(model, LoraConfig(r=2, **settings)).eval())
+    x = torch.randn(3, L, E)
+    padding = torch.arange(L) >= torch.tensor([[L], [L - 2], [0]])
+    found = []
+    for nested in (True, False):
+        model.base_model.model.use_nested_tensor = nested
+        y = model(x, src_key_padding_mask=padding)[~padding]
+        model.zero_grad()
+        (y * torch.arange(E)).sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"y": y} | grads)
+    assert len(found[0]) == 1 + 2 * 4
+    torch.testing.assert_close(*found)
+    merged = model.merge_and_unload()(x, src_key_padding_mask=padding)[~padding]
+    torch.testing.assert_close(found[0]["y"], merged)
+    assert not served_by_peft
+
+
+def test_a_share_of_the_gradient_and_the_same_values():
+    values = torch.tensor([6e-8, 1.8e-7, 3e-7, 6.02e-6, -0.3, 65504], dtype=torch.float16)
+    parameter = values.clone().requires_grad_()
+    seen = _seen(parameter, 0.5)
+    assert torch.equal(seen, values)
+    seen.sum().backward()
+    assert torch.equal(parameter.grad, torch.full_like(values, 0.5))
