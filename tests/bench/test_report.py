@@ -207,7 +207,7 @@ def test_a_record_of_networks_is_shown(report, record, tmp_path):
         assert cells[0] == ["", "step", "over frozen", "peak MB"]
         assert cells[2:] == [
             ["frozen", "100 ms", "**1.000** (1.000 – 1.000)", "50"],
-            ["lorafast", "112 ms", "**1.125** (1.125 – 1.125)", "50"],
+            ["lorafast", "112.5 ms", "**1.125** (1.125 – 1.125)", "50"],
             ["peft", "not run: peft is not installed", "", ""],
         ]
 
