@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafast.convert import encoders
 from lorafast.convert.targets import replace
 from lorafast.nn.plain import move_hooks
 
@@ -37,6 +38,7 @@ class Undo:
     def undo(self) -> None:
         """Puts everything back."""
         replace(self._model, self.replaced)
+        encoders.undo(self._model)
         for plain, layer in self.made.items():
             move_hooks(layer, plain)
         for target, value in self._values:

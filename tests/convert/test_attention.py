@@ -1,6 +1,7 @@
 """Adapted attention in a model: files with PEFT both ways, merging, encoders, refusals."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_the_fast_path_of_an_encoder_does_not_bypass_the_adapters(stacked, draw_
         torch.testing.assert_close(model.eval()(x, src_key_padding_mask=padding), expected)
 
 
-def test_merging_gives_an_encoder_its_fast_path_back():
+def test_merging_gives_an_encoder_its_fast_path_back(monkeypatch):
     def fused(model):
         layers = [layer.activation_relu_or_gelu for layer in model.layers]
         return [model.use_nested_tensor, *layers]
@@ -142,6 +143,12 @@ def test_merging_gives_an_encoder_its_fast_path_back():
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 7, activation="gelu", batch_first=True), 2
     )
+    with monkeypatch.context() as patched:
+        room = importlib.import_module("lorafast.convert.adapt")
+        patched.setattr(room, "watch", lambda model: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lorafast.adapt(model, 2, ["self_attn"])
+    assert fused(model) == [True, 2, 2]
     lorafast.adapt(lorafast.adapt(model, 2, ["0.self_attn"]), 2, ["0.linear1"])
     assert fused(model) == [False, 0, 2]
     assert fused(lorafast.merge(copy.deepcopy(model))) == [True, 2, 2]
