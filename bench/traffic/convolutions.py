@@ -1,7 +1,7 @@
 """Counts convolutions: the frozen one, adapted by lorafast, and by PEFT."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,14 +9,15 @@ from lorafast.bench.common.contenders import FROZEN
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.table import markdown, megabytes, table
-from lorafast.bench.traffic.count import Traffic, counting
-from lorafast.bench.traffic.launches import H200_SMS, Launch, standing_in
-from torch import nn
+from lorafast.bench.common.table import markdown, megabytes
+from lorafast.bench.traffic import counted
+from lorafast.bench.traffic.count import Traffic
+from lorafast.bench.traffic.counted import Counted
+from lorafast.bench.traffic.launches import H200_SMS
+from torch import Tensor, nn
 
 from lorafast.nn import LoRAConv2d
 
-_HEADER = ("", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of frozen")
 NOTES = """\
 MB: what every operation reads and writes, each tensor once, a convolution's too; channels last, as on an
 H200 on which nothing was tuned: the convolutions are PyTorch's, expand_backward is Triton's"""
@@ -52,27 +53,19 @@ SHAPES = (
 
 
 @dataclass
-class Row:
+class Row(Counted):
     """One contender's traffic on one convolution, in bytes."""
 
     shape: Shape
     r: int
     dtype: str
     adapter_dtype: str
-    contender: str
-    forward: Traffic = field(default_factory=Traffic)
-    backward: Traffic = field(default_factory=Traffic)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Row":
         """Back from ``dataclasses.asdict``."""
         counts = {name: Traffic(**fields[name]) for name in ("forward", "backward")}
         return cls(**fields | counts | {"shape": Shape(**fields["shape"])})
-
-    @property
-    def bytes(self) -> int:
-        """Forward and backward, read and written."""
-        return self.forward.bytes + self.backward.bytes
 
 
 def _frozen(conv: nn.Conv2d, r: int, adapter_dtype: torch.dtype) -> nn.Module:
@@ -110,56 +103,32 @@ def measure(
     *,
     sms: int = H200_SMS,
 ) -> list[Row]:
-    """Rows of the contenders for a forward and a backward with dx, dA and dB."""
-    rows = []
-    for name in contenders:
-        conv = nn.Conv2d(
-            shape.C, shape.N, shape.kernel, shape.stride, shape.kernel // 2, bias=False,
-            device="meta", dtype=DTYPES[dtype],
-        )  # fmt: skip
-        conv.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        layer = _BUILDERS[name](conv, r, DTYPES[adapter_dtype])
-        x = torch.empty(
-            (shape.batch, shape.side, shape.side, shape.C), dtype=DTYPES[dtype], device="meta"
-        )
-        x = x.movedim(-1, 1).requires_grad_()
-        noted: list[Launch] = []
-        row = Row(shape, r, dtype, adapter_dtype, name)
-        with standing_in(sms, noted.extend):
-            with counting() as row.forward:
-                y = layer(x)
-            of_forward = len(noted)
-            dy = torch.empty_like(y)
-            with counting() as row.backward:
-                y.backward(dy)
-        for traffic, launches in (
-            (row.forward, noted[:of_forward]),
-            (row.backward, noted[of_forward:]),
-        ):
-            for launch in launches:
-                traffic.add(1, launch.read, launch.written)
-        rows.append(row)
+    """Rows of the contenders for a forward and a backward with dx, dA and dB; as on so many ``sms``."""
+    rows = [Row(shape, r, dtype, adapter_dtype, contender=name) for name in contenders]
+    for row in rows:
+        _count(row, sms)
     return rows
+
+
+def _count(row: Row, sms: int) -> None:
+    shape, dtype = row.shape, DTYPES[row.dtype]
+    conv = nn.Conv2d(
+        shape.C, shape.N, shape.kernel, shape.stride, shape.kernel // 2, bias=False, device="meta",
+        dtype=dtype,
+    )  # fmt: skip
+    conv.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layer = _BUILDERS[row.contender](conv, row.r, DTYPES[row.adapter_dtype])
+    x = torch.empty((shape.batch, shape.side, shape.side, shape.C), dtype=dtype, device="meta")
+    x = x.movedim(-1, 1).requires_grad_()
+    ys: list[Tensor] = []
+    row.count(sms, lambda: ys.append(layer(x)), lambda: ys[0].backward(torch.empty_like(ys[0])))
 
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A line for each contender."""
-    frozen = rows[0].bytes
-    lines = [
-        (
-            f"  {row.contender}",
-            str(row.forward.launches),
-            str(row.backward.launches),
-            megabytes(row.forward.bytes),
-            megabytes(row.backward.bytes),
-            megabytes(row.bytes),
-            f"{row.bytes / frozen:.2f}",
-        )
-        for row in rows
-    ]
     first = rows[0]
     title = f"{first.shape}: r={first.r}, {first.dtype}, {first.adapter_dtype} adapters"
-    return f"\n{title}\n{table(_HEADER, lines)}"
+    return counted.format_rows(title, rows)
 
 
 def paragraphs(rows: Sequence[Row]) -> list[str]:

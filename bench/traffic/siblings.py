@@ -1,7 +1,7 @@
 """Counts layers that share x (q, k, v; gate, up): the frozen ones, adapted one by one, and siblings."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from lorafast.bench.common.contenders import FROZEN, SIBLINGS
 from lorafast.bench.common.problem import DTYPES, SCALING, Problem
 from lorafast.bench.common.shapes import MODELS
-from lorafast.bench.common.table import megabytes, table
-from lorafast.bench.traffic.count import Traffic, counting
-from lorafast.bench.traffic.launches import H200_SMS, Launch, standing_in
+from lorafast.bench.traffic import counted
+from lorafast.bench.traffic.counted import Counted
+from lorafast.bench.traffic.launches import H200_SMS
 from torch import Tensor
 
 from lorafast import ops
@@ -19,11 +19,10 @@ from lorafast.operands import DENSE
 from lorafast.ops.siblings import Shared, Sibling, together
 
 GROUPS = (("q", "k", "v"), ("gate", "up"))
-_HEADER = ("", "launches fwd", "bwd", "MB fwd", "bwd", "both", "of frozen")
 
 
 @dataclass
-class Row:
+class Row(Counted):
     """The traffic of a group's forward and backward, sums of its gradients of x among it, in bytes."""
 
     group: str
@@ -31,14 +30,6 @@ class Row:
     r: int
     dtype: str
     adapter_dtype: str
-    contender: str
-    forward: Traffic = field(default_factory=Traffic)
-    backward: Traffic = field(default_factory=Traffic)
-
-    @property
-    def bytes(self) -> int:
-        """Forward and backward, read and written."""
-        return self.forward.bytes + self.backward.bytes
 
 
 def groups_of(
@@ -115,38 +106,17 @@ def measure(
 
     rows = []
     for contender, make in ((FROZEN, frozen), ("lorafast", one_by_one), (SIBLINGS, siblings)):
-        noted: list[Launch] = []
-        row = Row(name, M, r, problem.dtype, problem.adapter_dtype, contender)
-        with standing_in(sms, noted.extend):
-            for traffic, call in zip(("forward", "backward"), make(), strict=True):
-                noted.clear()
-                with counting() as counted:
-                    call()
-                for launch in noted:
-                    counted.add(1, launch.read, launch.written)
-                setattr(row, traffic, counted)
+        row = Row(name, M, r, problem.dtype, problem.adapter_dtype, contender=contender)
+        row.count(sms, *make())
         rows.append(row)
     return rows
 
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A line for each contender."""
-    frozen = rows[0].bytes
-    lines = [
-        (
-            f"  {row.contender}",
-            str(row.forward.launches),
-            str(row.backward.launches),
-            megabytes(row.forward.bytes),
-            megabytes(row.backward.bytes),
-            megabytes(row.bytes),
-            f"{row.bytes / frozen:.2f}",
-        )
-        for row in rows
-    ]
     first = rows[0]
     title = (
         f"{first.group}: M={first.M}, r={first.r}, {first.dtype}, {first.adapter_dtype} adapters, with "
         "the sums of their gradients of x"
     )
-    return f"\n{title}\n{table(_HEADER, lines)}"
+    return counted.format_rows(title, rows)
