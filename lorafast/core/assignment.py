@@ -11,17 +11,19 @@ _NEVER_READ = ("cuda", "meta")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_integers(adapter_of: Sequence[Any]) -> None:
-    """Raises ``TypeError`` if the host's indices are not integers; a bool is none."""
+def integers(adapter_of: Any) -> list[int]:
+    """The host's indices as a list. Raises ``TypeError`` if they are not integers; a bool is none."""
     if isinstance(adapter_of, (str, int)) or not isinstance(adapter_of, Sequence):
         raise TypeError(
             f"adapter_of is a {type(adapter_of).__name__}, expected a sequence of integers or a tensor"
         )
-    if set(map(type, adapter_of)) <= {int}:  # a tenth of the time of looking at each
-        return
-    for i, g in enumerate(adapter_of):
+    found = list(adapter_of)
+    if set(map(type, found)) <= {int}:  # faster than a look at each
+        return found
+    for i, g in enumerate(found):
         if isinstance(g, bool) or not isinstance(g, int):
             raise TypeError(f"adapter_of holds {g!r} at {i}, expected integers")
+    return found
 
 
 class Assignment:
@@ -46,8 +48,7 @@ class Assignment:
             if adapter_of.device.type not in _NEVER_READ:
                 adapter_of = adapter_of.tolist()
         else:
-            check_integers(adapter_of)
-            adapter_of = list(adapter_of)
+            adapter_of = integers(adapter_of)
             self.elements = len(adapter_of)
         self.adapter_of: list[int] | Tensor = adapter_of
         self._made: dict[object, Any] = {}

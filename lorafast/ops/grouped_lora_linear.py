@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorafast import operands, reference
 from lorafast.backends import forced, registry
-from lorafast.core.assignment import INTEGERS, Assignment, check_integers
+from lorafast.core.assignment import INTEGERS, Assignment, integers
 from lorafast.core.context import (
     alone,
     autocast_enabled,
@@ -188,8 +188,7 @@ def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | T
         return adapter_of.reshape(-1)
     if isinstance(adapter_of, int) and not leading:
         adapter_of = (adapter_of,)
-    check_integers(adapter_of)
-    found = list(adapter_of)
+    found = integers(adapter_of)
     _check_indices(found, n)
     expected = leading[0] if leading else 1
     if len(found) != expected:

@@ -37,7 +37,8 @@ def tokens_of(x: Tensor) -> int:
 def assigned(adapter_of: Sequence[int], counts: Counts, x: Tensor) -> Assignment | Tensor:
     """To the last ``counts[i]`` tokens of sequence i the adapter ``adapter_of[i]``, to the others none.
 
-    In compiled code a tensor of the leading dimensions of ``x``: the graph holds for other counts.
+    In compiled code a tensor of the leading dimensions of ``x``: other counts need few other graphs,
+    and each place of None in PEFT's offsets one.
     """
     if torch.compiler.is_compiling():
         one_each = torch.tensor(adapter_of, dtype=torch.int64, device=x.device).unsqueeze(1)
