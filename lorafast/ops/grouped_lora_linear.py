@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lorafast import operands, reference
 from lorafast.backends import forced, registry
-from lorafast.core.assignment import Assignment
+from lorafast.core.assignment import INTEGERS, Assignment, integers
 from lorafast.core.context import (
     alone,
     autocast_enabled,
@@ -168,13 +168,15 @@ def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | T
             )
         if isinstance(adapter_of.adapter_of, Tensor):
             _check_place(adapter_of.adapter_of, x)
+        else:
+            adapter_of.made(_check_range, n)
         return adapter_of
     if isinstance(adapter_of, Tensor):
         if not has_rows(adapter_of):
             raise TypeError(
                 f"adapter_of is {describe_layout(adapter_of)}, expected a strided tensor"
             )
-        if adapter_of.dtype not in _INTEGERS:
+        if adapter_of.dtype not in INTEGERS:
             raise TypeError(f"adapter_of is {adapter_of.dtype}, expected integers")
         if adapter_of.shape != leading and (not leading or adapter_of.shape != leading[:1]):
             first = f" or [{leading[0]}]" if len(leading) > 1 else ""
@@ -186,14 +188,7 @@ def _check_adapter_of(adapter_of: AdapterOf, x: Tensor, n: int) -> list[int] | T
         return adapter_of.reshape(-1)
     if isinstance(adapter_of, int) and not leading:
         adapter_of = (adapter_of,)
-    if isinstance(adapter_of, (str, int)) or not isinstance(adapter_of, Sequence):
-        raise TypeError(
-            f"adapter_of is a {type(adapter_of).__name__}, expected a sequence of integers or a tensor"
-        )
-    found = list(adapter_of)
-    for i, g in enumerate(found):
-        if isinstance(g, bool) or not isinstance(g, int):
-            raise TypeError(f"adapter_of holds {g!r} at {i}, expected integers")
+    found = integers(adapter_of)
     _check_indices(found, n)
     expected = leading[0] if leading else 1
     if len(found) != expected:
@@ -208,9 +203,6 @@ def _check_place(adapter_of: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"adapter_of is on {adapter_of.device}, expected {x.device}, where x is, or the CPU"
         )
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check_indices(adapter_of: list[int], n: int) -> None:

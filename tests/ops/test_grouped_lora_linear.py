@@ -812,6 +812,12 @@ def test_refused_indices(adapter_of, sentence):
         run(draw(torch.float32), adapter_of)
 
 
+def test_an_assignment_that_is_too_large_is_refused_under_vmap():
+    t, given = draw(torch.float32), assignment.Assignment([0, 7, -1, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match="adapter_of holds 7 at 1, expected -1"):
+        torch.func.vmap(lambda x: run(t | {"x": x}, given))(t["x"].unsqueeze(0))
+
+
 def test_an_operand_that_requires_a_gradient_is_refused():
     t = draw(grad=("weight",))
     with pytest.raises(
