@@ -7,6 +7,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorafast.core.context import needs_plain_pytorch
 from lorafast.integrations.peft import quantized
 from lorafast.operands import Weight, kept_transposed
 
@@ -55,6 +56,18 @@ def settled(lora_B: Tensor, scaling: Any) -> tuple[Tensor, float]:
     if isinstance(scaling, Tensor) or torch.compiler.is_compiling():
         return lora_B * scaling, 1.0
     return lora_B, float(scaling)
+
+
+def with_gradient(y: Tensor, bias: Tensor) -> Tensor:
+    """``y``, in which ``bias`` is as a constant, with the gradient of ``bias``.
+
+    ``bias`` broadcasts to ``y`` and is of a wider dtype. The sum of ``dy`` is taken in that one: float16
+    may not hold it, and bfloat16 would round it.
+    """
+    if not bias.requires_grad and needs_plain_pytorch(torch.compiler.is_compiling()) is None:
+        return y
+    finite = bias.nan_to_num(0.0, 0.0, 0.0)
+    return (y + (finite - finite.detach())).to(y.dtype)
 
 
 def weight_of(base: nn.Module) -> Weight:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafast.core.assignment import Assignment
+from lorafast.core.context import dispatch_modes, transforms_active
 from lorafast.core.transfer import on_device
 from lorafast.integrations.peft.adapters import Adapter
 
@@ -36,18 +37,28 @@ def tokens_of(x: Tensor) -> int:
 def assigned(adapter_of: Sequence[int], counts: Counts, x: Tensor) -> Assignment | Tensor:
     """To the last ``counts[i]`` tokens of sequence i the adapter ``adapter_of[i]``, to the others none.
 
-    In compiled code a tensor of the leading dimensions of ``x``: the graph holds for other counts.
+    In compiled code a tensor of the leading dimensions of ``x``: other counts need few other graphs,
+    and each place of None in PEFT's offsets one.
     """
     if torch.compiler.is_compiling():
         one_each = torch.tensor(adapter_of, dtype=torch.int64, device=x.device).unsqueeze(1)
         return torch.where(_mask(counts, x), one_each, -1).view(x.shape[:-1])
     what = tuple(adapter_of), counts, tokens_of(x)
-    stream = None
-    if x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():  # what is made here is the graph's own
-            return _assigned.__wrapped__(*what, ())
-        stream = torch.cuda.current_stream(x.device).cuda_stream
+    if _keeps_its_own(x):
+        return _assigned.__wrapped__(*what, ())
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     return _assigned(*what, (x.device, stream, torch.is_inference_mode_enabled()))
+
+
+def _keeps_its_own(x: Tensor) -> bool:
+    """Whether tensors made now are of what surrounds the call, and no use to calls outside of it: of a
+    mode, as fake ones are, of a level of ``torch.func``, or of the CUDA graph being captured."""
+    if dispatch_modes() or transforms_active():
+        return True
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device(x.device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=4)
@@ -66,32 +77,37 @@ def _assigned(
 def added(y: Tensor, x: Tensor, adapters: list[Adapter], counts: Counts) -> Tensor:
     """``y`` and what each adapter makes of the tokens that have it, by PyTorch's own calls.
 
-    Shapes: ``x [B, T, K]``, ``y [B, T, N]``, or both without T.
+    Shapes: ``x [B, T, K]``, ``y [B, T, N]``, or both without T. The sum of several is rounded once, to
+    the dtype of ``y``.
     """
     if torch.compiler.is_compiling():
         mask = _mask(counts, x).view(*x.shape[:-1], 1)
+        own, found = torch.where(mask, x, 0), y  # 0: a gradient of 0 times NaN would be NaN
         for _, A, B, dropout, s in adapters:
-            low = B(A(dropout(x.to(A.weight.dtype)))) * s
-            y = torch.where(mask, y + low, y).to(y.dtype)
-        return y
+            found = found + B(A(dropout(own.to(A.weight.dtype)))) * s
+        return torch.where(mask, found.to(y.dtype), y)
     index = _index(assigned((0,) * len(counts), counts, x), x)
     own = x.reshape(-1, x.shape[-1]).index_select(0, index)
     rows = y.reshape(-1, y.shape[-1])
+    found = rows.index_select(0, index)
     for _, A, B, dropout, s in adapters:
-        low = B(A(dropout(own.to(A.weight.dtype)))) * s
-        rows = rows.index_copy(0, index, (rows.index_select(0, index) + low).to(rows.dtype))
-    return rows.view(y.shape)
+        found = found + B(A(dropout(own.to(A.weight.dtype)))) * s
+    return rows.index_copy(0, index, found.to(rows.dtype)).view(y.shape)
 
 
 def with_bias(y: Tensor, bias: Tensor, assignment: Assignment | Tensor, g: int = 0) -> Tensor:
-    """``y [B, T, N]`` or ``[B, N]`` plus ``bias [N]`` where ``assignment`` has the adapter g."""
-    change = bias.to(y.dtype)
+    """``y [B, T, N]`` or ``[B, N]`` plus ``bias [N]`` where ``assignment`` has the adapter g.
+
+    The sum, and that of the gradient of ``bias``, is in the wider dtype of the two.
+    """
     if isinstance(assignment, Tensor):
-        return torch.where((assignment == g).unsqueeze(-1), y + change, y)
-    rows = y.reshape(-1, y.shape[-1])
+        return torch.where((assignment == g).unsqueeze(-1), (y + bias).to(y.dtype), y)
+    wide = torch.promote_types(y.dtype, bias.dtype)
+    rows = y.reshape(-1, y.shape[-1]).to(wide)
     index = _index(assignment, y, g)
     # Not picked from a table: the gradient of that would be a sum in whatever order.
-    return rows.index_add(0, index, change.expand(len(index), -1)).view(y.shape)
+    change = bias.to(wide).expand(len(index), -1)
+    return rows.index_add(0, index, change).to(y.dtype).view(y.shape)
 
 
 def _index(assignment: Any, x: Tensor, g: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorafast import functional
 from lorafast.integrations.peft import alora, dora, mixed, quantized, rules
-from lorafast.integrations.peft.adapters import Adapter, active, settled, weight_of
+from lorafast.integrations.peft.adapters import Adapter, active, settled, weight_of, with_gradient
 from lorafast.integrations.peft.quantized import Frozen
 from lorafast.operands import Operand, Weight
 from lorafast.ops.dora_linear import frozen_linear
@@ -79,12 +79,13 @@ def _activated(
     if all(count == T for count in counts):
         return lora_linear(x, weight, adapters, bias)
     own, others = _by_kind(layer, adapters)
-    if others:
+    wider = _wider(adapters, weight)
+    if others and not wider:
         return alora.added(lora_linear(x, weight, others, bias), x, own, counts)
-    if any(adapter.dropout_p for adapter in own):
-        if isinstance(weight, Operand):
-            return alora.added(functional.quantized_linear(x, weight, bias), x, own, counts)
-        return alora.added(F.linear(x, weight, bias), x, own, counts)
+    has_bias = any(adapter.lora_B._parameters["bias"] is not None for adapter in own)
+    if others or any(adapter.dropout_p for adapter in own) or (wider and has_bias):
+        y = _base(x, weight, bias)
+        return alora.added(_added(y, x, others), x, own, counts).to(y.dtype)
     assignment = alora.assigned((0,) * len(counts), counts, x)
     lora_A, lora_B, scaling, added = _as_one(own[0], own[1:])
     y = functional.grouped_lora_linear(
@@ -105,33 +106,59 @@ def _apart(
     """The base layer in the dtype that it computes in, the adapters in theirs, as PEFT has them."""
     y = frozen_linear(x.to(frozen.weight.dtype), frozen.weight, frozen.bias).to(x.dtype)
     own, others = _by_kind(layer, adapters)
-    y = _added(y, x, others)
-    return alora.added(y, x, own, alora.counts_of(offsets, x)) if own else y
+    found = _added(y, x, others)
+    if own:
+        found = alora.added(found, x, own, alora.counts_of(offsets, x))
+    return found.to(y.dtype)
 
 
 def _added(y: Tensor, x: Tensor, adapters: list[Adapter]) -> Tensor:
-    """``y`` and what each of some adapters makes of ``x``, by PyTorch's own calls."""
+    """``y`` and what each of some adapters makes of ``x``, by PyTorch's own calls.
+
+    In the dtype of the widest, as PEFT sums them: the caller rounds it, once.
+    """
     for _, A, B, dropout, s in adapters:
-        y = (y + B(A(dropout(x.to(A.weight.dtype)))) * s).to(y.dtype)
+        y = y + B(A(dropout(x.to(A.weight.dtype)))) * s
     return y
+
+
+def _base(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, Operand):
+        return functional.quantized_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _wider(adapters: list[Adapter], weight: Weight) -> bool:
+    """Whether adapters are of a wider dtype than the weight: of one that is not its own."""
+    dtype = weight.dtype
+    return any(adapter.lora_A._parameters["weight"].dtype is not dtype for adapter in adapters)
 
 
 def lora_linear(x: Tensor, weight: Weight, adapters: list[Adapter], bias: Tensor | None) -> Tensor:
     """``x·Wᵀ + Σ scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` in one pass.
 
     Several adapters are one: A's stacked, B's side by side. Where each drops elements of its own, the
-    first one is in the pass and the others are added to it.
+    first one is in the pass and the others are added to it; wider ones than the weight are added to
+    the base layer, so that their sum is rounded once.
     """
     first, *others = adapters
     dropout_p = first.dropout_p
     apart = []
     if others and any(adapter.dropout_p for adapter in adapters):
+        if _wider(adapters, weight):
+            y = _base(x, weight, bias)
+            return _added(y, x, adapters).to(y.dtype)
         apart, others = others, []
     lora_A, lora_B, scaling, added = _as_one(first, others)
+    wider = None
     if added is not None:
+        if added.dtype is not weight.dtype:
+            wider, added = added, added.detach()
         bias = (added if bias is None else bias + added).to(weight.dtype)
     y = functional.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p)
-    return _added(y, x, apart)
+    if wider is not None:
+        y = with_gradient(y, wider)
+    return _added(y, x, apart).to(y.dtype) if apart else y
 
 
 def _as_one(first: Adapter, others: list[Adapter]) -> tuple[Tensor, Tensor, float, Tensor | None]:

@@ -92,7 +92,11 @@ def _scaling(adapters: list[Adapter], device: torch.device) -> Tensor | float:
 
 
 def _with_lora_bias(y: Tensor, adapters: list[Adapter], adapter_of: Sequence[int]) -> Tensor:
-    """``y_i + scaling · bias`` of the adapter of element i, where that has a ``lora_B`` with a bias."""
+    """``y_i + scaling · bias`` of the adapter of element i, where that has a ``lora_B`` with a bias.
+
+    The sum, and that of the gradient of ``bias``, is in the wider dtype of the two.
+    """
+    wide = torch.promote_types(y.dtype, adapters[0].lora_B.weight.dtype)
     elements: list[int] = []
     changes = []
     for g, (_, _, lora_B, _, scaling) in enumerate(adapters):
@@ -100,8 +104,9 @@ def _with_lora_bias(y: Tensor, adapters: list[Adapter], adapter_of: Sequence[int
             own = [i for i, of in enumerate(adapter_of) if of == g]
             elements += own
             # Not picked from a table: the gradient of that would be a sum in whatever order.
-            changes.append((lora_B.bias * scaling).to(y.dtype).expand(len(own), -1))
+            changes.append((lora_B.bias * scaling).to(wide).expand(len(own), -1))
     change = torch.cat(changes)
     change = change.view(len(elements), *[1] * (y.dim() - 2), change.shape[1])
     index = on_device(elements, torch.int64, y.device)
-    return y.index_add(0, index, change.expand(len(elements), *y.shape[1:]))
+    change = change.expand(len(elements), *y.shape[1:])
+    return y.to(wide).index_add(0, index, change).to(y.dtype)

@@ -22,9 +22,11 @@ from peft_twins import (
     twins,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import lorafast
 from lorafast.backends import grouping
+from lorafast.integrations.peft import alora
 
 # That aLoRA is for causal language models, where a test needs a layer alone.
 pytestmark = pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
@@ -140,6 +142,18 @@ def test_what_a_token_holds_stays_with_those_that_have_the_adapter():
             assert parameter.grad.isfinite().all(), name
 
 
+def test_so_it_does_in_compiled_code():
+    """With dropout, where the adapter is PyTorch's own calls over every token."""
+    fast = lorafast.accelerate(peft_model(lora_dropout=0.4, **INVOKED), quiet=True)
+    x = torch.randn(B, T, K)
+    x[1, :-1] = torch.nan
+    compiled = torch.compile(layer_of(fast), backend="aot_eager", fullgraph=True)
+    compiled(x, alora_offsets=SOME)[:, -1].sum().backward()
+    for name, parameter in fast.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all(), name
+
+
 @pytest.mark.parametrize(
     ("shape", "offsets"),
     [((2, 3, 4, K), [1, 1]), ((B, T, K), [1]), ((B, T, K), [])],
@@ -185,6 +199,23 @@ def test_training_after_inference_mode(dropout, served_by_peft):
         pair.fast(x, alora_offsets=offsets)
     assert_equal(pair, x, dy, torch.float32, alora_offsets=offsets)
     assert served_by_peft == []
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.4}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("mode", ["fake", "functionalize"])
+def test_after_a_mode_whose_tensors_are_its_own(mode, options):
+    alora._assigned.cache_clear()
+    layer = layer_of(lorafast.accelerate(peft_model(**INVOKED, **options), quiet=True))
+    x = torch.randn(2, 9, K)
+    if mode == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            layer(x, alora_offsets=[3, 7])
+    else:
+        torch.func.functionalize(lambda x: layer(x, alora_offsets=[3, 7]))(x)
+    y = layer(x, alora_offsets=[3, 7])
+    assert type(y) is torch.Tensor
+    assert not torch._is_functional_tensor(y)
+    y.sum().backward()
 
 
 def language_model(**options):

@@ -111,6 +111,14 @@ def test_float32_adapters_over_16_bits(served_by_peft, case, options, dtype):
     assert not served_by_peft
 
 
+def test_the_gradient_of_lora_bias_that_float16_has_not(served_by_peft):
+    model = peft_model("2d", lora_bias=True)
+    model.base_model.model[0].base_layer.half()
+    x, dy = drawn("2d", torch.float16)
+    assert_equal(twins(model), x, dy.abs() * 1e4, torch.float16)
+    assert not served_by_peft
+
+
 @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("case", ["2d", "pointwise"])
 def test_dropout(served_by_peft, case, use_dora):
