@@ -49,6 +49,8 @@ class Calls:
         from peft.tuners.lora.layer import LoraLayer
 
         from lorafast.integrations.peft import (
+            attention,
+            attention_rules,
             conv,
             conv_rules,
             embedding,
@@ -58,11 +60,11 @@ class Calls:
             rules,
         )
 
-        for module in (rules, conv_rules, quantized):
+        for module in (rules, conv_rules, attention_rules, quantized):
             for name, function in list(vars(module).items()):
                 if name.startswith("why_") and inspect.isfunction(function):
                     setattr(module, name, self._telling(function))
-        for module in (linear, conv, embedding):
+        for module in (linear, conv, embedding, attention):
             module.forward = self._counting(module.forward)
         for kind in _below(LoraLayer):
             if kind.__module__.startswith("peft.tuners.lora.") and "forward" in vars(kind):
