@@ -140,7 +140,12 @@ def largest_difference(a: nn.Module, b: nn.Module, batches: Sequence[Batch]) -> 
     """Return the largest difference between the logits of two models."""
     evaluate(a)
     evaluate(b)
-    return max(float((a(*x.inputs) - b(*x.inputs)).abs().max()) for x in batches)
+    return largest([float((a(*x.inputs) - b(*x.inputs)).abs().max()) for x in batches])
+
+
+def largest(values: Sequence[float]) -> float:
+    """Return the largest of them, NaN if there is one."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def loss_differences(arm: Arm, reference: Arm) -> list[float]:
@@ -152,7 +157,7 @@ def check_loss_curves(fast_arm: Arm, peft_arm: Arm, why_not: str | None) -> list
 
     `why_not` says why they can't be equal, where they can't.
     """
-    worst = max(loss_differences(fast_arm, peft_arm), key=lambda gap: (math.isnan(gap), gap))
+    worst = largest(loss_differences(fast_arm, peft_arm))
     found = f"Largest difference between lorafast's and PEFT's loss at any step: {worst:.1e}."
     if why_not is not None:
         say(f"{found} Not checked: {why_not}, the curves are close, not equal.")

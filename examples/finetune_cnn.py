@@ -46,6 +46,7 @@ try:
         check_in_peft,
         check_loss_curves,
         draw_losses,
+        largest,
         loss_differences,
         peak_bytes,
         say,
@@ -223,7 +224,7 @@ def check_in_float64(network: Network, batches: Batches, args: argparse.Namespac
         doubled = Batch(tuple(x.double() for x in batch.inputs), batch.labels)
         for arm in arms:
             arm.losses.append(train_step(arm, doubled))
-    worst = max(loss_differences(with_lorafast, with_peft))
+    worst = largest(loss_differences(with_lorafast, with_peft))
     found = f"{len(with_peft.losses)} steps in float64: lorafast's and PEFT's loss differ by {worst:.1e}"
     say(f"{found} at most.")
     return [] if worst <= FLOAT64_TOLERANCE else [f"{found}, more than {FLOAT64_TOLERANCE:g}"]

@@ -257,7 +257,7 @@ def _by_layer(
 def _adapter_key(key: str, modules: Container[str]) -> tuple[str, str] | None:
     """The layer and the parameter that a tensor of the file is; None if it is no adapter's.
 
-    ``<layer>.base_layer.out_proj.lora_A.weight`` is an attention's, or that of such a layer.
+    The A of ``<layer>.base_layer.out_proj`` is an attention's, or that of a layer of that name.
     """
     found = [
         (key.removesuffix(f".{ending}"), parameter)

@@ -20,10 +20,10 @@ def merge(model: nn.Module, *, requantize: bool = False) -> nn.Module:
 
     The model is changed in place; if it is itself an adapted layer, use what is returned. The layers
     are of the class that was adapted, ``nn.Linear`` as a rule. The sum is rounded to the dtype of the
-    weight. Hooks move along. PyTorch's encoders have their fused kernels for inference back. A weight
-    that another module shares is no longer shared, and a warning names it. Weights that Accelerate has
-    offloaded, to a disk too, are brought in one layer at a time; the merged ones are offloaded to the
-    CPU's memory.
+    weight. Hooks move along. PyTorch's encoders in ``model`` have their fused kernels for inference
+    back. A weight that another module shares is no longer shared, and a warning names it. Weights that
+    Accelerate has offloaded, to a disk too, are brought in one layer at a time; the merged ones are
+    offloaded to the CPU's memory.
 
     Args:
         model: a model with adapted layers.

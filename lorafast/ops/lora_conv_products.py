@@ -91,6 +91,8 @@ def _adapter_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The low-rank part of ``dx`` before its mask, ``dA`` and ``dB``, what is asked for of them."""
     geometry, low = adapter.geometry, wide(x.dtype)
+    if not (for_dA or for_dx):
+        return None, None, _expand_backward(dy, s, adapter, False, for_dB)[1]
     A = adapter.lora_A.to(low)
     if for_dA:
         left = _drop(x, adapter).to(low)
@@ -108,9 +110,8 @@ def _adapter_gradients(
             needed = True, False
             dleft, _ = convolution.conv_shrink_backward(found_ds, left, A, geometry, needed)
             return dleft, dA, dB
-    ds, some_dB = _expand_backward(dy, s, adapter, for_dx or for_dA, for_dB)
-    if ds is None:
-        return None, None, some_dB
+    ds, some_dB = _expand_backward(dy, s, adapter, True, for_dB)
+    assert ds is not None
     of_s = convolution.conv_shrink_backward(ds, left, A, geometry, (for_dx, for_dA))
     return *of_s, some_dB
 

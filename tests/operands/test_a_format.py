@@ -665,7 +665,10 @@ def test_nothing_else_asks_how_a_weight_is_stored():
         "backends/cuda/linear_expand.py",
         "backends/cuda/wgmma.py",
         "backends/triton/launching.py",
-        "integrations/peft/conv_rules.py",  # a convolution's is dense
+        "integrations/peft/attention_rules.py",  # an attention's is dense
+        "integrations/peft/conv.py",  # a convolution's is dense
+        "integrations/peft/conv_rules.py",
+        "integrations/peft/linear.py",  # the dtype of a bias beside it
         "integrations/peft/quantized.py",  # whether it is the tensor that was read
         "integrations/peft/rules.py",
         "nn/stored_weight.py",  # the dtype of a bias beside it

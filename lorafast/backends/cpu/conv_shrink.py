@@ -32,10 +32,7 @@ def kernels() -> Kernels | None:
     """None where the extension can't be loaded, or without AVX-512, where oneDNN is faster."""
     if native.why_not_loaded() is not None or not native.has_avx512():
         return None
-    return Kernels(
-        _conv_shrink, _conv_shrink_backward, _lora_conv_backward, _shrinks, _shrinks_backward,
-        _together,
-    )  # fmt: skip
+    return NATIVE
 
 
 def _shrinks(x: Tensor, lora_A: Tensor) -> bool:
@@ -114,3 +111,9 @@ def _lora_conv_backward(
 def _numbers(geometry: Geometry) -> tuple[int, ...]:
     """As the kernels take them."""
     return *geometry.stride, *geometry.padding, *geometry.dilation
+
+
+NATIVE = Kernels(
+    _conv_shrink, _conv_shrink_backward, _lora_conv_backward, _shrinks, _shrinks_backward, _together
+)
+"""Those of this file, wherever the extension is loaded."""

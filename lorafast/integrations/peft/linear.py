@@ -33,7 +33,7 @@ def forward(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     weight, bias = weight_of(base), base._parameters["bias"]
     if rules.why_stock_input(layer, adapters, weight, x) is not None:
         return None
-    if rules.why_stock_alora(layer, adapters, x, offsets) is not None:
+    if layer.lora_variant and rules.why_stock_alora(layer, adapters, x, offsets) is not None:
         return None
     if not isinstance(weight, Operand):
         return _one_pass(layer, x, weight, adapters, bias, offsets)
@@ -55,7 +55,7 @@ def _one_pass(
     offsets: Sequence[Any] | None,
 ) -> Tensor:
     first = adapters[0]
-    if any(rules.is_alora(layer, adapter.name) for adapter in adapters):
+    if layer.lora_variant and any(rules.is_alora(layer, adapter.name) for adapter in adapters):
         return _activated(layer, x, weight, adapters, bias, offsets)
     if first.name in layer.lora_variant:
         magnitude = layer.lora_magnitude_vector[first.name].weight
