@@ -207,7 +207,7 @@ def test_e5m2_is_refused():
 
 
 def in_blocks(N=200, K=300, *, block=(128, 128), bias=True):
-    """Transformers' FP8Linear of random codes, but for NaN, and random scales."""
+    """Transformers' FP8Linear of random codes, but for NaN, random scales and bias."""
     pytest.importorskip("transformers")
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
@@ -217,6 +217,8 @@ def in_blocks(N=200, K=300, *, block=(128, 128), bias=True):
     with torch.no_grad():
         layer.weight.copy_(codes.view(torch.float8_e4m3fn))
         layer.weight_scale_inv.copy_(torch.rand_like(layer.weight_scale_inv) + 0.5)
+        if layer.bias is not None:  # memory as it was
+            layer.bias.normal_()
     return layer
 
 
