@@ -232,7 +232,7 @@ BESIDE_OPERATIONS = {
         "dequantize",
         "conv_shrink",
         "conv_shrink_backward",
-        "lora_conv_backward",
+        "lora_conv",
     },
     # Decoding is a file for one adapter or several; what launchers share, and whether they can run.
     # Hopper has GEMMs of its own. What says what codes are is checked in a file of its own.

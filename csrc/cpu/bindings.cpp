@@ -30,12 +30,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
   library.def(
       "conv_shrink_backward(Tensor ds, Tensor x, int stride_h, int stride_w, int padding_h, int padding_w, "
       "int dilation_h, int dilation_w, Tensor(a!) dA) -> ()");
-  // csrc/cpu/lora_conv_backward.cpp
+  // csrc/cpu/lora_conv.cpp
   library.def(
-      "lora_conv_backward(Tensor dy, Tensor x, Tensor s, Tensor lora_B, float scaling, int stride_h, int "
-      "stride_w, "
-      "int padding_h, int padding_w, int dilation_h, int dilation_w, Tensor(a!) ds, Tensor(b!) dA, Tensor(c!) dB) "
-      "-> ()");
+      "lora_conv(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, int stride_h, "
+      "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool merge, bool keep_s) -> "
+      "(Tensor, Tensor?)");
+  library.def(
+      "lora_conv_backward(Tensor dy, Tensor x, Tensor? weight, Tensor s, Tensor lora_A, Tensor lora_B, float "
+      "scaling, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool "
+      "merge) -> (Tensor?, Tensor, Tensor, Tensor)");
   // csrc/cpu/lora_linear.cpp
   library.def(
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
@@ -79,6 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("shrink_backward", TORCH_BOX(&lorafast::cpu::shrink_backward));
   library.impl("conv_shrink", TORCH_BOX(&lorafast::cpu::conv_shrink));
   library.impl("conv_shrink_backward", TORCH_BOX(&lorafast::cpu::conv_shrink_backward));
+  library.impl("lora_conv", TORCH_BOX(&lorafast::cpu::lora_conv));
   library.impl("lora_conv_backward", TORCH_BOX(&lorafast::cpu::lora_conv_backward));
   library.impl("lora_linear", TORCH_BOX(&lorafast::cpu::lora_linear));
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cpu::lora_linear_backward));

@@ -11,7 +11,7 @@ namespace lorafast::cpu {
 // Positions that a thread takes at a time, whose rows of x and s stay in a core's cache from tap to tap: fewer
 // where there would be too few blocks for all threads.
 constexpr int64_t kMostPositions = 64, kBlocks = 16;
-constexpr int64_t kSegment = 512;  // columns of A that a thread packs at a time
+constexpr int64_t kPackedColumns = 512;  // of A, that a thread packs at a time
 
 // Whole cache lines: a vector that lies in two of them is loaded twice.
 struct Free {
@@ -32,14 +32,14 @@ Aligned pack_taps(const float* A, int64_t r, int64_t all_cols) {
   constexpr int64_t kRanks = kLanes / Per;
   const int64_t blocks = blocks_of(r, kRanks);
   auto packed = aligned(blocks * all_cols * kRanks);
-  const int64_t segments = blocks_of(all_cols, kSegment);
+  const int64_t segments = blocks_of(all_cols, kPackedColumns);
   torch::stable::parallel_for(0, blocks * segments, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t block = part / segments, first = part % segments * kSegment;
+      const int64_t block = part / segments, first = part % segments * kPackedColumns;
       const float* from[kRanks];  // beyond the last rank a row that is there, whose sums nobody reads
       for (int64_t j = 0; j < kRanks; ++j) from[j] = A + std::min(block * kRanks + j, r - 1) * all_cols;
       float* to = &packed[(block * all_cols + first) * kRanks];
-      for (int64_t c = first; c < std::min(first + kSegment, all_cols); c += Per, to += kLanes)
+      for (int64_t c = first; c < std::min(first + kPackedColumns, all_cols); c += Per, to += kLanes)
         for (int64_t j = 0; j < kRanks; ++j) std::memcpy(to + j * Per, from[j] + c, Per * sizeof(float));
     }
   });

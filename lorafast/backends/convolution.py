@@ -1,4 +1,4 @@
-"""``s = conv(x, A)`` and its gradient in A: by PyTorch, or by kernels of a backend for its device."""
+"""What a convolution's adapter adds, and its gradients: by PyTorch, or by a backend for its device."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,19 +11,21 @@ from lorafast.core.convolution import Geometry, convolve
 
 
 class Kernels(NamedTuple):
-    """Three functions, and what says whether each is the fastest for such arguments.
+    """Four functions of a device, as those of this file, and what says whether each is the fastest there
+    is for such arguments.
 
-    ``conv_shrink(x, lora_A, geometry)``, ``conv_shrink_backward(ds, x, lora_A, geometry)`` and
-    ``lora_conv_backward(dy, x, s, lora_A, lora_B, scaling, geometry)``, which gives ds, dA and dB;
-    ``shrinks(x, lora_A)``, ``shrinks_backward(x, lora_A)`` and ``together(dy, x, s, lora_A, lora_B)``.
+    ``serves(x, weight, lora_A, lora_B)`` speaks of ``lora_conv``, ``together(dy, x, s, lora_A, lora_B)``
+    of its backward; ``shrinks(x, lora_A)`` and ``shrinks_backward(x, lora_A)`` of the two others.
     """
 
+    lora_conv: Callable[..., tuple[Tensor, Tensor | None]]
+    lora_conv_backward: Callable[..., tuple[Tensor | None, Tensor, Tensor, Tensor]]
     conv_shrink: Callable[[Tensor, Tensor, Geometry], Tensor]
     conv_shrink_backward: Callable[[Tensor, Tensor, Tensor, Geometry], Tensor]
-    lora_conv_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    serves: Callable[[Tensor, Tensor, Tensor, Tensor], bool]
+    together: Callable[..., bool]
     shrinks: Callable[[Tensor, Tensor], bool]
     shrinks_backward: Callable[[Tensor, Tensor], bool]
-    together: Callable[..., bool]
 
 
 _kernels: dict[str, tuple[str, Callable[[], Kernels | None]]] = {}
@@ -58,24 +60,51 @@ def conv_shrink_backward(
     return gradients(ds, x, lora_A, geometry, needed)
 
 
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    geometry: Geometry,
+    may_merge: bool,
+    keep_s: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """``y`` and ``s`` of a layer without groups in one call; None where nothing has that.
+
+    y = conv(x, W) + scaling · B·s + bias. It may merge: y = conv(x, W + scaling · B·A) + bias, and ``s``
+    is None unless it is kept.
+    """
+    kernels = _of(x)
+    if kernels is None or not kernels.serves(x, weight, lora_A, lora_B):
+        return None
+    return kernels.lora_conv(x, weight, bias, lora_A, lora_B, scaling, geometry, may_merge, keep_s)
+
+
 def lora_conv_backward(
     dy: Tensor,
     x: Tensor,
+    weight: Tensor | None,
     s: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``ds``, ``dA`` and ``dB`` in one call; None where nothing has that.
+    may_merge: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor] | None:
+    """``dx`` if there is a weight, ``ds``, ``dA`` and ``dB`` in one call; None where nothing has that.
 
-    ds = scaling · conv(dy, Bᵀ), dB = scaling · Σ dy ⊗ s, and dA of ``s = conv(x, A)`` given ds, with
-    ``lora_B [N, r, 1, …]``. A is not read.
+    ds = scaling · conv(dy, Bᵀ), dB = scaling · Σ dy ⊗ s, dA and the low-rank part of dx are of
+    ``s = conv(x, A)`` given ds, with ``lora_B [N, r, 1, …]``. It may merge: dx is that of
+    ``conv(x, W + scaling · B·A)``.
     """
     kernels = _of(x)
     if kernels is None or not kernels.together(dy, x, s, lora_A, lora_B):
         return None
-    return kernels.lora_conv_backward(dy, x, s, lora_A, lora_B, scaling, geometry.of_A())
+    return kernels.lora_conv_backward(
+        dy, x, weight, s, lora_A, lora_B, scaling, geometry.of_A(), may_merge
+    )
 
 
 def gradients(

@@ -24,3 +24,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     stride, padding, dilation, groups = geometry
     none = (0,) * len(stride)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, none, groups)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a position are neighbours in memory, and positions in order.
+
+    An ``x`` of one channel, or of one position, may be contiguous too.
+    """
+    if x.dim() == 4:  # PyTorch's own answer takes no view
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()

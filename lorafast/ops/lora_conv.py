@@ -16,7 +16,7 @@ from torch import Tensor
 from lorafast import reference
 from lorafast.backends import forced, registry
 from lorafast.core.context import alone, needs_plain_pytorch, watched, without_autocast
-from lorafast.core.convolution import Geometry, convolve
+from lorafast.core.convolution import Geometry, convolve, is_channels_last
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import is_plain
 from lorafast.ops import flops, unstrided
@@ -81,8 +81,7 @@ def is_linear(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         and all(size == 1 for size in weight.shape[2:])
         and all(one == 1 for one in stride)
         and not any(padding)
-        and x.stride(1) == 1
-        and x.movedim(1, -1).is_contiguous()
+        and is_channels_last(x)
     )
 
 
@@ -151,7 +150,7 @@ def _save(
     )
     ctx.lora_A = lora_A  # not its values: what a second derivative is for
     ctx.scaling, ctx.geometry, ctx.dropout_p = adapter[2:5]
-    ctx.of_x = x.shape, x.movedim(1, -1).is_contiguous()
+    ctx.of_x = x.shape, is_channels_last(x)
     ctx.backend = forced.forced()
 
 

@@ -36,7 +36,13 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, keep_s: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``y`` and, where it is kept or made, ``s [batch, r, *size of y]``."""
-    if _merging_is_exact(x, weight, adapter) and _pays_forward(x, weight, adapter, keep_s):
+    may_merge = _merging_is_exact(x, weight, adapter)
+    if not adapter.dropout_p and adapter.geometry.groups == 1:
+        A, B, scaling, geometry = adapter[:4]
+        found = convolution.lora_conv(x, weight, bias, A, B, scaling, geometry, may_merge, keep_s)
+        if found is not None:
+            return found
+    if may_merge and _pays_forward(x, weight, adapter, keep_s):
         y = convolve(x, merged(weight, adapter), bias, adapter.geometry)
         return y, shrink(x, adapter) if keep_s else None
     y = convolve(x, weight, bias, adapter.geometry)
@@ -58,13 +64,22 @@ def backward(
     ``x`` is read for ``dA`` and ``dweight`` alone; for ``dx`` its size and strides count.
     """
     dx = dweight = None
-    merge = (
+    may_merge = (
         "dx" in wants
         and "dweight" not in wants
         and weight is not None
         and _merging_is_exact(x, weight, adapter)
-        and _pays_backward(x, weight)
     )
+    dbias = dy.sum((0, *range(2, dy.dim()))) if "dbias" in wants else None
+    alone = not adapter.dropout_p and adapter.geometry.groups == 1 and "dweight" not in wants
+    if alone and "dA" in wants and "dB" in wants:
+        assert s is not None
+        A, B, scaling, geometry = adapter[:4]
+        W = weight if "dx" in wants else None
+        found = convolution.lora_conv_backward(dy, x, W, s, A, B, scaling, geometry, may_merge)
+        if found is not None:
+            return found[0], None, *found[2:], dbias
+    merge = may_merge and weight is not None and _pays_backward(x, weight)
     low_dx = "dx" in wants and not merge
     dleft, dA, dB = _adapter_gradients(dy, x, s, adapter, low_dx, "dA" in wants, "dB" in wants)
     if "dx" in wants or "dweight" in wants:
@@ -76,7 +91,6 @@ def backward(
         assert dx is not None
         dx.add_(_drop(dleft, adapter))
     dA = None if dA is None else dA.to(adapter.lora_A.dtype)
-    dbias = dy.sum((0, *range(2, dy.dim()))) if "dbias" in wants else None
     return dx, dweight, dA, dB, dbias
 
 
@@ -101,10 +115,10 @@ def _adapter_gradients(
     if for_dA and for_dB and geometry.groups == 1:
         assert s is not None
         together = convolution.lora_conv_backward(
-            dy, left, s, A, adapter.lora_B, adapter.scaling, geometry
+            dy, left, None, s, A, adapter.lora_B, adapter.scaling, geometry, may_merge=False
         )
         if together is not None:
-            found_ds, dA, dB = together
+            _, found_ds, dA, dB = together
             if not for_dx:
                 return None, dA, dB
             needed = True, False

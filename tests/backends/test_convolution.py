@@ -28,7 +28,10 @@ def served(monkeypatch):
     def fits(x, lora_A):
         return lora_A.shape[0] == 3
 
-    kernels = Kernels(shrink, backward, None, fits, fits, lambda *_: False)
+    def never(*_):
+        return False
+
+    kernels = Kernels(None, None, shrink, backward, never, never, fits, fits)
     monkeypatch.setitem(convolution._kernels, "cpu", ("cpu", lambda: kernels))
     return calls
 

@@ -207,36 +207,56 @@ def why_convolved_wrongly(batch, C, size, r, kernel, *numbers):
         reason = bound.verdict(found[0]).why_broken
         if reason is not None:
             return f"{name} is {reason}"
-    if C % 16 == 0 and r <= 8:
-        return why_together_wrong(x, A, ds, geometry, kernels)
-    return None
+    return why_layer_wrong(x, A, geometry) if C % 16 == 0 else None
 
 
-def why_together_wrong(x, A, s, geometry, kernels):
-    """A sentence if ds, dA and dB of a convolution in one call break the contract."""
-    r, N = s.shape[1], 48
-    s, B = s.movedim(1, -1).contiguous().movedim(-1, 1), torch.randn(N, r, 1, 1)
+def why_layer_wrong(x, A, geometry):
+    """A sentence if a convolution's forward in one call or its backward breaks the contract, whether it
+    merges or not, of kernels in either memory format."""
+    r, N, scaling = A.shape[0], 48, 0.5
+    W, B, bias = torch.randn(N, *A.shape[1:]), torch.randn(N, r, 1, 1), torch.randn(N)
+    s = convolve(x, A, None, geometry).movedim(1, -1).contiguous().movedim(-1, 1)
     dy = torch.randn(s.shape[0], *s.shape[2:], N).movedim(-1, 1)
-    pointwise = Geometry((1, 1), (0, 0), (1, 1), 1)
+    names = ("y", "dx", "dA", "dB")
 
-    def expected(cast):
-        of_s = convolution.gradients(cast(dy), cast(s), cast(B), pointwise, (True, True))
-        ds, dB = (0.5 * t for t in of_s)
-        return ds, convolution.gradients(ds, cast(x), cast(A), geometry, (False, True))[1], dB
+    def expected(cast, scaling=scaling):
+        given = [cast(t) for t in (x, W, A, B)]
+        y = reference.lora_conv(*given, scaling, cast(bias), geometry=geometry)
+        again = reference.conv_shrink(given[0], given[2], geometry)
+        dx, _, dA, dB, _ = reference.lora_conv_backward(
+            cast(dy), *given, again, scaling, geometry=geometry
+        )
+        return dict(zip(names, (y, dx, dA, dB), strict=True))
 
-    def named(outputs):
-        return dict(zip(("ds", "dA", "dB"), outputs, strict=True))
+    squares64 = expected(lambda t: t.double().square(), scaling**2)
+    squares = {name: t.sqrt() for name, t in squares64.items()}
+    bounds = contract.bounds(expected(torch.Tensor.clone), expected(torch.Tensor.double), squares)
+    numbers = (scaling, *geometry.stride, *geometry.padding, *geometry.dilation)
 
-    found = []
-    for threads in (1, 2):
-        with on_threads(threads):
-            found.append(kernels.lora_conv_backward(dy, x, s, A, B, 0.5, geometry))
-    if not all(map(torch.equal, *found)):
-        return "ds, dA or dB has other bits with two threads than with one"
-    squares = named(t.sqrt() for t in expected(lambda t: t.double().square()))
-    exact = named(expected(torch.Tensor.double))
-    bounds = contract.bounds(named(expected(torch.Tensor.clone)), exact, squares)
-    return contract.why_any_broken(named(found[0]), bounds)
+    def last(kernel):
+        return kernel.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    for merge in (False, True):
+        for of_W, of_A in ((W, A), (last(W), last(A)), (last(W), A)):
+            found = []
+            for threads in (1, 2):
+                with on_threads(threads):
+                    y, kept = torch.ops.lorafast_cpu.lora_conv(
+                        x, of_W, bias, of_A, B, *numbers, merge, True
+                    )
+                    dx, _, dA, dB = torch.ops.lorafast_cpu.lora_conv_backward(
+                        dy, x, of_W, kept, of_A, B, *numbers, merge
+                    )
+                    found.append(dict(zip(names, (y, dx, dA, dB), strict=True)))
+            # The convolutions with W are PyTorch's.
+            if not all(torch.equal(found[0][name], found[1][name]) for name in ("dA", "dB")):
+                return "dA or dB has other bits with two threads than with one"
+            if dA.stride() != of_A.stride():
+                return f"dA has strides {dA.stride()}, A {of_A.stride()}"
+            reason = contract.why_any_broken(found[1], bounds)
+            if reason is not None:
+                return f"{'merged' if merge else 'added'}: {reason}"
+    return None
 
 
 def main():

@@ -284,9 +284,47 @@ def test_bad_arguments_of_convolutions_are_named():
         kernels.conv_shrink(x, lora_A[..., :16].contiguous(), *numbers, s)
     with pytest.raises(RuntimeError, match="x has 17 channels, expected a multiple of 16"):
         kernels.conv_shrink_backward(s, x, *numbers, lora_A)
-    dy, B = torch.randn(2, 4, 3, 20), torch.randn(20, 3)
-    with pytest.raises(RuntimeError, match="dy has 20 channels and x 17, expected multiples of 16"):
-        kernels.lora_conv_backward(dy, x, s, B, 1.0, *numbers, s, lora_A, B)
+
+
+def test_bad_arguments_of_whole_convolutions_are_named():
+    kernels, numbers = torch.ops.lorafast_cpu, (1, 1, 0, 0, 1, 1)
+
+    def images(*sizes):
+        return torch.randn(sizes).to(memory_format=torch.channels_last)
+
+    x, W, A, B = images(2, 16, 4, 5), images(32, 16, 3, 2), images(3, 16, 3, 2), images(32, 3, 1, 1)
+    dy, s = images(2, 32, 2, 4), images(2, 3, 2, 4)
+
+    def forward(x=x, W=W, bias=None, A=A, B=B, numbers=numbers):
+        kernels.lora_conv(x, W, bias, A, B, 1.0, *numbers, False, True)
+
+    def backward(dy=dy, x=x, W=W, s=s, A=A, B=B):
+        kernels.lora_conv_backward(dy, x, W, s, A, B, 1.0, *numbers, False)
+
+    forward(), backward()
+    for message, call in {
+        "x is not a contiguous float32 tensor": lambda: forward(x.contiguous()),
+        "lora_A has 32 channels, expected 16": lambda: forward(A=images(3, 32, 3, 2)),
+        "lora_B is not a contiguous float32 tensor of 32 x 3 elements": lambda: forward(
+            B=B.double()
+        ),
+        "weight is 16 in dimension 0, expected 32": lambda: forward(W=W[:16]),
+        "weight is not a float32 tensor in a memory format": lambda: kernels.lora_conv(
+            x, W[:, :, :, ::1].double(), None, A, B, 1.0, *numbers, True, True
+        ),
+        "a tensor has 3 dimensions, expected 4": lambda: forward(x[0]),
+        "stride, padding and dilation are 0, 0, 1": lambda: forward(numbers=(0, *numbers[1:])),
+        "x has 17 channels, expected a multiple of 16": lambda: forward(
+            images(2, 17, 4, 5), images(32, 17, 3, 2), A=images(3, 17, 3, 2)
+        ),
+        "dy has 20 channels, expected a multiple of 16": lambda: backward(
+            images(2, 20, 2, 4), W=images(20, 16, 3, 2), B=images(20, 3, 1, 1)
+        ),
+        "dy is 3 in dimension 2, expected 4": lambda: backward(images(2, 32, 2, 3)),
+        "s is 2 in dimension 3, expected 3": lambda: backward(s=images(2, 2, 2, 4)),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,8 @@
-"""The native convolutions with A, ``csrc/cpu/conv_shrink*.cpp``: float32, channels last, two dimensions.
+"""The native LoRA convolutions, ``csrc/cpu/{lora_conv,conv_shrink*}.cpp``.
 
-A vendor's convolution takes 16 output channels at a time, and half of them are zeros at rank 8. The
-kernels take rows of x where they lie, and at ranks up to 8 two channels at a time.
+They take float32, channels last, in two dimensions. A vendor's convolution takes 16 output channels at a
+time, and half of them are zeros at rank 8. The kernels take rows of x where they lie, and at ranks up to
+8 two channels at a time. The convolutions with W are PyTorch's, called from there.
 """
 
 import functools
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lorafast.backends.convolution import Kernels
 from lorafast.backends.cpu import native
-from lorafast.core.convolution import Geometry
+from lorafast.core.convolution import Geometry, is_channels_last
 
 _LANES = 16
 _MOST_RANKS = 8
@@ -20,6 +21,10 @@ _MOST_RANKS = 8
 long."""
 _HALF = 4
 """Up to so many ranks oneDNN's convolution fills a quarter of its channels, and fewer of ``x`` pay."""
+
+_MERGED = 8
+"""Positions for each channel of y from which merging pays, measured there too: W is small then, and a
+weight that has just been written is slow to read."""
 
 
 def _least_channels(r: int) -> int:
@@ -51,7 +56,7 @@ def _fit(x: Tensor, lora_A: Tensor) -> bool:
 
 def _is_last(x: Tensor) -> bool:
     """Channels last, and not contiguous too."""
-    return x.stride(1) == 1 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return not x.is_contiguous() and is_channels_last(x)
 
 
 def _shrinks_backward(x: Tensor, lora_A: Tensor) -> bool:
@@ -65,8 +70,24 @@ def _together(dy: Tensor, x: Tensor, s: Tensor, lora_A: Tensor, lora_B: Tensor) 
         and lora_B.is_contiguous()
         and _shrinks_backward(x, lora_A)
         and _is_last(dy)
-        and s.movedim(1, -1).is_contiguous()
+        and is_channels_last(s)
+        and _has_a_format(lora_A)
     )
+
+
+def _serves(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    return (
+        weight.dtype is lora_B.dtype is torch.float32
+        and lora_B.is_contiguous()
+        and _shrinks(x, lora_A)
+        and x.shape[1] % _LANES == 0
+        and _has_a_format(weight)
+        and _has_a_format(lora_A)
+    )
+
+
+def _has_a_format(kernel: Tensor) -> bool:
+    return kernel.is_contiguous() or is_channels_last(kernel)
 
 
 def _conv_shrink(x: Tensor, lora_A: Tensor, geometry: Geometry) -> Tensor:
@@ -89,23 +110,45 @@ def _conv_shrink_backward(ds: Tensor, x: Tensor, lora_A: Tensor, geometry: Geome
     return dA.movedim(-1, 1)
 
 
+def _pays_to_merge(x: Tensor, weight: Tensor) -> bool:
+    """Whether W + scaling · B·A costs less than what it saves: A's convolution, or its share of dx."""
+    return x.numel() >= _MERGED * weight.shape[0] * x.shape[1]
+
+
+def _lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    geometry: Geometry,
+    may_merge: bool,
+    keep_s: bool,
+) -> tuple[Tensor, Tensor | None]:
+    merge = may_merge and not keep_s and _pays_to_merge(x, weight)
+    found: tuple[Tensor, Tensor | None] = torch.ops.lorafast_cpu.lora_conv(
+        x, weight, bias, lora_A, lora_B, scaling, *_numbers(geometry), merge, keep_s
+    )
+    return found
+
+
 def _lora_conv_backward(
     dy: Tensor,
     x: Tensor,
+    weight: Tensor | None,
     s: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dA = x.new_empty((lora_A.shape[0], *lora_A.shape[2:], lora_A.shape[1]))
-    dB, s = lora_B.new_empty(lora_B.shape), s.movedim(1, -1)
-    ds = s.new_empty(s.shape)
-    torch.ops.lorafast_cpu.lora_conv_backward(
-        dy.movedim(1, -1), x.movedim(1, -1), s, lora_B.flatten(1), scaling, *_numbers(geometry), ds,
-        dA, dB.flatten(1),
-    )  # fmt: skip
-    return ds.movedim(-1, 1), dA.movedim(-1, 1), dB
+    may_merge: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    merge = may_merge and weight is not None and _pays_to_merge(x, weight)
+    found: tuple[Tensor | None, Tensor, Tensor, Tensor] = torch.ops.lorafast_cpu.lora_conv_backward(
+        dy, x, weight, s, lora_A, lora_B, scaling, *_numbers(geometry), merge
+    )
+    return found
 
 
 def _numbers(geometry: Geometry) -> tuple[int, ...]:
@@ -114,6 +157,13 @@ def _numbers(geometry: Geometry) -> tuple[int, ...]:
 
 
 NATIVE = Kernels(
-    _conv_shrink, _conv_shrink_backward, _lora_conv_backward, _shrinks, _shrinks_backward, _together
+    lora_conv=_lora_conv,
+    lora_conv_backward=_lora_conv_backward,
+    conv_shrink=_conv_shrink,
+    conv_shrink_backward=_conv_shrink_backward,
+    serves=_serves,
+    together=_together,
+    shrinks=_shrinks,
+    shrinks_backward=_shrinks_backward,
 )
 """Those of this file, wherever the extension is loaded."""

@@ -31,6 +31,7 @@ LIBRARY = Library(
         "lora_linear_backward_",
         "conv_shrink",
         "conv_shrink_backward",
+        "lora_conv",
         "lora_conv_backward",
         "dequantize_four_bit",
         "dequantize_eight_bit",
