@@ -34,7 +34,7 @@ def interpolate(
     model: nn.Module, other: Source | None, alpha: float, *, into: nn.Module | None = None
 ) -> nn.Module:
     """Moves ``model`` towards ``other``: every weight becomes ``(1 − alpha) · a + alpha · b`` (WiSE-FT:
-    Wortsman et al., 2022), which is often more robust than either.
+    Wortsman et al., 2022). In between a model often keeps what it knew and knows most of what it learnt.
 
         lorafast.interpolate(zero_shot, fine_tuned, 0.5)
 
@@ -214,7 +214,8 @@ def _between(model: nn.Module, other: Source, into: nn.Module) -> Iterator[list[
             pair = _Pair(theirs[key], a, named[key], tensors)
             _check(key, pair, tied[key], key in codes)
             place = _memory(pair.target)
-            if place not in written and (a.is_floating_point() or a.is_complex()):
+            floats = a.is_floating_point() or a.is_complex()
+            if floats and key not in codes and place not in written:
                 written.add(place)
                 pairs.append(pair)
         yield pairs
