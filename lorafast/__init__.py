@@ -1,7 +1,21 @@
 """LoRA layers that cost little over the frozen layer they adapt."""
 
 from lorafast import functional, nn, reference
-from lorafast.convert import adapt, load_adapter, merge, quantize, save_adapter, summary
+from lorafast.convert import (
+    adapt,
+    disabled,
+    freeze,
+    interpolate,
+    interpolation_curve,
+    load_adapter,
+    merge,
+    new_head,
+    parameters,
+    quantize,
+    save_adapter,
+    summary,
+    thaw,
+)
 from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
 from lorafast.ops import (
     BackendError,
@@ -22,17 +36,24 @@ __all__ = [
     "adapt",
     "allow_packing",
     "backends",
+    "disabled",
     "explain",
+    "freeze",
     "functional",
+    "interpolate",
+    "interpolation_curve",
     "keep_dequantized",
     "load_adapter",
     "merge",
+    "new_head",
     "nn",
+    "parameters",
     "quantize",
     "reference",
     "restore",
     "save_adapter",
     "summary",
+    "thaw",
     "use_backend",
     "warm_up",
 ]

@@ -149,6 +149,11 @@ class AdapterLayer(nn.Module):
         """What a forward is called with for the input ``x``."""
         return (x,)
 
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the frozen layer computes, without the adapter, merged or not; arguments as for
+        ``forward``."""
+        return self._plain(getattr(self, self.weight_name))(*args, **kwargs)
+
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters of this layer's adapter, and the shapes that they have unsharded."""
         sizes = (self.in_features, self.out_features)
@@ -428,12 +433,15 @@ class AdapterLayer(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
             return self._plain(nn.Parameter(self._plain_weight(), requires_grad=False))
 
-    def _plain(self, weight: nn.Parameter) -> nn.Module:
-        """A plain layer of this weight, of the class that was wrapped, with all else that it had."""
+    def _plain(self, weight: Tensor, fill: Callable[[nn.Module], None] | None = None) -> nn.Module:
+        """A plain layer of this weight, of the class that was wrapped, with all else that it had.
+
+        ``fill`` does what ``_fill`` does, where it isn't that.
+        """
         plain = self._plain_class.__new__(self._plain_class)
         nn.Module.__init__(plain)
         setattr(plain, self.weight_name, weight)
-        self._fill(plain)
+        (fill or self._fill)(plain)
         but = self.own_names | self.peft_names.keys() | {"parametrizations", *self._stored_names}
         carry(self, plain, but=but)
         plain.training = self.training

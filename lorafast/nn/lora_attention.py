@@ -277,6 +277,10 @@ class LoRAMultiheadAttention(AdapterLayer):
             average_attn_weights=average_attn_weights, is_causal=is_causal,
         )  # fmt: skip
 
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``nn.MultiheadAttention`` computes with the frozen weights."""
+        return self._plain(self.in_proj_weight, self._fill_frozen)(*args, **kwargs)
+
     def _projections(self) -> tuple[Projection, Projection]:
         """``in_proj`` and ``out_proj`` as they are now."""
         out = self.out_proj
@@ -373,7 +377,11 @@ class LoRAMultiheadAttention(AdapterLayer):
         merged.weight = nn.Parameter(self.merged_out_weight(), requires_grad=False)
         carry(out, merged, but=("weight",))
         merged.training = out.training
+        self._fill_frozen(plain)
         plain.out_proj = merged
+
+    def _fill_frozen(self, plain: Any) -> None:
+        plain.out_proj = self.out_proj
         plain.dropout = self.attention_dropout
         plain._qkv_same_embed_dim = True
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.functional import lora_linear
+from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.operands import kept_transposed
 from lorafast.ops.siblings import Sibling
@@ -38,6 +39,11 @@ class LoRAConv1D(LoRALinear):
         dropout_p = self.dropout if self.training else 0.0
         W = kept_transposed(weight)  # type: ignore[arg-type]
         return lora_linear(x, W, lora_A, lora_B, self._scaling, bias, dropout_p=dropout_p)  # type: ignore[arg-type]
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What ``Conv1D`` computes: ``x·W + bias``, ``[..., out_features]``."""
+        y: Tensor = AdapterLayer.base_forward(self, x)
+        return y
 
     def sibling(self) -> Sibling | None:
         """As of a ``LoRALinear``, with a view of the weight."""

@@ -336,6 +336,10 @@ class LoRALinear(AdapterLayer):
             return F.linear(x, weight, self.bias)
         return packed.linear(x, weight, self.bias)
 
+    def base_forward(self, x: Tensor) -> Tensor:
+        """``x·Wᵀ + bias``, ``[..., out_features]``."""
+        return F.linear(x, self.weight, self.bias)
+
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, whichever way the layer keeps it."""
         return self.weight

@@ -11,7 +11,7 @@ from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.plain import move_hooks, why_not_its_forward
-from lorafast.nn.quantized_linear import QuantizedLinear
+from lorafast.nn.quantized_linear import QuantizedLinear, quantized_linear_of
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
 
@@ -154,6 +154,10 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
             x, self._stored(), self._description, self.lora_A, self.lora_B, self.lora_magnitude,
             self._scaling, self.bias, self.dropout if self.training else 0.0,
         )  # fmt: skip
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """``x·Wᵀ + bias``, ``[..., out_features]``, as a ``QuantizedLinear`` computes it."""
+        return quantized_linear_of(x, self._stored(), self._description, self.bias)
 
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, made dense."""
