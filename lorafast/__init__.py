@@ -1,7 +1,16 @@
 """LoRA layers that cost little over the frozen layer they adapt."""
 
 from lorafast import functional, nn, reference
-from lorafast.convert import adapt, load_adapter, merge, quantize, save_adapter, summary
+from lorafast.convert import (
+    Adapter,
+    adapt,
+    combine,
+    load_adapter,
+    merge,
+    quantize,
+    save_adapter,
+    summary,
+)
 from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
 from lorafast.ops import (
     BackendError,
@@ -15,6 +24,7 @@ from lorafast.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "BackendError",
     "BackendStatus",
     "accelerate",
@@ -22,6 +32,7 @@ __all__ = [
     "adapt",
     "allow_packing",
     "backends",
+    "combine",
     "explain",
     "functional",
     "keep_dequantized",

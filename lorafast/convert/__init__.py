@@ -1,17 +1,21 @@
 """Swap LoRA layers into a model and back, save and load them."""
 
 from lorafast.convert.adapt import adapt
+from lorafast.convert.adapter import Adapter
 from lorafast.convert.adapter_io import load_adapter, save_adapter
+from lorafast.convert.combine import combine
 from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
 from lorafast.convert.quantize import quantize
 from lorafast.convert.summary import AdapterRow, Summary, summary
 
 __all__ = [
+    "Adapter",
     "AdapterRow",
     "LeftOut",
     "Summary",
     "adapt",
+    "combine",
     "load_adapter",
     "merge",
     "quantize",

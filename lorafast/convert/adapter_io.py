@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
+from lorafast.convert.adapter import Adapter
+from lorafast.convert.adapter_pair import check_folder, safetensors, write_pair
 from lorafast.convert.exchange import put_into, whole, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import PEFT_NAMES, adapted_layers, kind_of_layer
@@ -17,7 +18,6 @@ from lorafast.convert.peft_format import (
     PREFIX,
     AdapterConfig,
     describe,
-    parse_config,
     stored_whole,
 )
 from lorafast.convert.places import embeddings_of
@@ -34,7 +34,9 @@ _FSDP = "_fsdp_wrapped_module"
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], modules_to_save: Sequence[str] = ()
+    model: nn.Module | Adapter,
+    folder: str | os.PathLike[str],
+    modules_to_save: Sequence[str] = (),
 ) -> None:
     """Writes the adapters of ``model`` to ``folder`` as PEFT does: a config and a safetensors file.
 
@@ -47,7 +49,7 @@ def save_adapter(
     ``torch.distributed.barrier()`` before they read.
 
     Args:
-        model: a model with adapted layers, merged or not.
+        model: a model with adapted layers, merged or not; or an ``Adapter``, which is written as it is.
         folder: created if need be; an adapter that is in it is replaced.
         modules_to_save: names of other modules to store whole, such as a trained classification head.
             As in PEFT, one stands for every module whose name ends with these letters. A warning
@@ -62,6 +64,9 @@ def save_adapter(
         TypeError: ``modules_to_save`` is a string.
         ImportError: safetensors is not installed.
     """
+    if isinstance(model, Adapter):
+        model.save(folder)
+        return
     forgotten, lost = write_adapter(model, Path(folder), modules_to_save)
     for sentence in (*forgotten, *lost):
         warnings.warn(sentence, stacklevel=2)
@@ -187,7 +192,10 @@ def _shared(state: dict[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str] | Adapter,
+    *,
+    is_trainable: bool | None = None,
 ) -> nn.Module:
     """Loads an adapter in PEFT's format from ``folder`` into ``model``; returns ``model``.
 
@@ -200,7 +208,7 @@ def load_adapter(
 
     Args:
         model: the base model, or one that is adapted already.
-        folder: where ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
+        folder: where ``save_adapter`` or PEFT's ``save_pretrained`` wrote; or an ``Adapter``.
         is_trainable: True: the adapter and the modules stored whole are trained from now on. False:
             they are frozen, as PEFT's ``from_pretrained`` has it unless told otherwise. None: what is
             adapted now is trained, and with it the modules stored whole; where all layers were adapted
@@ -214,9 +222,9 @@ def load_adapter(
             message names the layer or the field. Or the two files are not of one save.
         ImportError: safetensors is not installed.
     """
-    safetensors()
     inner = unwrapped(model)
-    config, tensors = read_pair(Path(folder), parse_config)
+    adapter = folder if isinstance(folder, Adapter) else Adapter.from_folder(folder)
+    config, tensors = adapter.parsed(), adapter.tensors
     adapters, others = _by_layer(tensors, dict(inner.named_modules(remove_duplicate=False)))
     _check_layers(inner, config, adapters)
     base = _check_others(inner, config, others, adapters)
