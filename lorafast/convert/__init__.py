@@ -4,6 +4,7 @@ from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter import Adapter
 from lorafast.convert.adapter_io import load_adapter, save_adapter
 from lorafast.convert.combine import combine
+from lorafast.convert.extract import Extracted, extract
 from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
 from lorafast.convert.quantize import quantize
@@ -12,10 +13,12 @@ from lorafast.convert.summary import AdapterRow, Summary, summary
 __all__ = [
     "Adapter",
     "AdapterRow",
+    "Extracted",
     "LeftOut",
     "Summary",
     "adapt",
     "combine",
+    "extract",
     "load_adapter",
     "merge",
     "quantize",
