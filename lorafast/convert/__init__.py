@@ -5,6 +5,7 @@ from lorafast.convert.adapter import Adapter
 from lorafast.convert.adapter_io import load_adapter, save_adapter
 from lorafast.convert.combine import combine
 from lorafast.convert.extract import Extracted, extract
+from lorafast.convert.kohya import export_adapter, import_adapter
 from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
 from lorafast.convert.quantize import quantize
@@ -18,7 +19,9 @@ __all__ = [
     "Summary",
     "adapt",
     "combine",
+    "export_adapter",
     "extract",
+    "import_adapter",
     "load_adapter",
     "merge",
     "quantize",
