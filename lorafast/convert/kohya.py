@@ -45,6 +45,8 @@ _KOHYA = {
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
 }
+# Transformers before release 5 has the layers of CLIP's text encoder inside this.
+_TEXT_MODEL = "text_model."
 _METADATA = "lora_adapter_metadata"
 # The endings of A's and B's names, and what of them belongs to the layer's.
 _ENDINGS = {
@@ -157,7 +159,8 @@ def export_adapter(
             (``lora.down``, ``lora.up``, in text encoders ``lora_linear_layer``).
         part: the model that the adapter is of, as for ``import_adapter``.
         prefix: what comes before the layers' names; None is that of ``part``: ``lora_unet_``,
-            ``lora_te_`` (SDXL has ``lora_te1_``), ``lora_te2_``, or ``unet.`` and so on.
+            ``lora_te_`` (SDXL has ``lora_te1_``), ``lora_te2_``, or ``unet.`` and so on. Files for CLIP
+            have ``lora_te_text_model_``, where a model of Transformers 5 has no ``text_model``.
         file: the safetensors file to write too.
 
     Raises:
@@ -269,7 +272,8 @@ class _Names:
             return self._of_underscored(key, name.removeprefix(prefix)), _ENDINGS[ending]
         whole = name.replace(".processor.", ".")
         name = whole.removeprefix(f"{part}.") if part else whole
-        candidates = [name, whole]  # a model's own first module may have a part's name
+        # A model's own first module may have a part's name.
+        candidates = [name, whole, name.removeprefix(_TEXT_MODEL)]
         if ending.startswith("_lora"):
             owner, _, last = name.rpartition(".")
             others = [_PROJECTIONS[last]] if last in _PROJECTIONS else []
@@ -282,7 +286,9 @@ class _Names:
         raise ValueError(self._unknown(key, name, self.layers))
 
     def _of_underscored(self, key: str, name: str) -> str:
-        names = self._underscored.get(name, [])
+        names = self._underscored.get(name) or self._underscored.get(
+            name.removeprefix(_TEXT_MODEL.replace(".", "_")), []
+        )
         if len(names) > 1:
             raise ValueError(f"the file has {key}, which may be {' or '.join(names)} of the model")
         if not names:

@@ -115,6 +115,8 @@ def test_several_parts_in_one_file(adapter):
         f"lora_te1_self_attn_q_proj.lora_{end}.weight": value
         for end, value in (("down", torch.ones(2, 5)), ("up", torch.ones(5, 2)))
     }
+    older = {key.replace("te1_", "te1_text_model_"): value for key, value in encoder.items()}
+    assert len(lorafast.import_adapter(older, TextEncoder()).tensors) == 2
     both = lorafast.export_adapter(adapter, "kohya") | encoder
     with pytest.raises(ValueError, match="adapters of unet and text_encoder: name one as part"):
         lorafast.import_adapter(both, unet())
