@@ -8,6 +8,7 @@ from lorafast.convert.extract import Extracted, extract
 from lorafast.convert.kohya import export_adapter, import_adapter
 from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
+from lorafast.convert.named import adapter_names, add_adapter, delete_adapter, set_adapter
 from lorafast.convert.quantize import quantize
 from lorafast.convert.summary import AdapterRow, Summary, summary
 
@@ -18,7 +19,10 @@ __all__ = [
     "LeftOut",
     "Summary",
     "adapt",
+    "adapter_names",
+    "add_adapter",
     "combine",
+    "delete_adapter",
     "export_adapter",
     "extract",
     "import_adapter",
@@ -26,5 +30,6 @@ __all__ = [
     "merge",
     "quantize",
     "save_adapter",
+    "set_adapter",
     "summary",
 ]
