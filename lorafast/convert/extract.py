@@ -40,7 +40,7 @@ class Extracted:
     def __str__(self) -> str:
         width = max(map(len, self.lost))
         lines = [f"{name:<{width}}  {_percent(one)}" for name, one in self.lost.items()]
-        lines.append(f"{len(self.lost)} layers, lost in all: {_percent(self.total).strip()}")
+        lines.append(_in_all(len(self.lost), self.total))
         if self.dropped:
             lines.append(f"dropped, though they differ: {some(list(self.dropped))}")
         return "\n".join(lines)
@@ -128,7 +128,7 @@ def extract(
     )
     total = math.sqrt(sums[0] / sums[1])
     if report is not None:
-        report(f"{len(lost)} layers, lost in all: {_percent(total).strip()}")
+        report(_in_all(len(lost), total))
     return Extracted(saved(adapter, folder), lost, total, dropped)
 
 
@@ -297,6 +297,12 @@ def _config(
         "target_modules": shortest_targets(ranks, modules),
         "modules_to_save": list(whole) or None,
     } | patterns(most, most, ranks, ranks)
+
+
+def _in_all(layers: int, share: float) -> str:
+    return (
+        f"{layers} {'layer' if layers == 1 else 'layers'}, lost in all: {_percent(share).strip()}"
+    )
 
 
 def _percent(share: float) -> str:
