@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
+from lorafast.convert.adapter import Adapter
+from lorafast.convert.adapter_pair import check_folder, safetensors, write_pair
 from lorafast.convert.exchange import put_into, whole, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import PEFT_NAMES, adapted_layers, kind_of_layer
+from lorafast.convert.named import adapter_names, add_to_each, delete_adapter, showing
 from lorafast.convert.peft_format import (
     PREFIX,
     AdapterConfig,
     describe,
-    parse_config,
     stored_whole,
 )
 from lorafast.convert.places import embeddings_of
 from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
-from lorafast.nn import AdapterLayer
+from lorafast.nn import AdapterLayer, inactive
 from lorafast.nn.offload import device_of
 from lorafast.ops.checks import FLOATS
 
@@ -34,7 +35,11 @@ _FSDP = "_fsdp_wrapped_module"
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], modules_to_save: Sequence[str] = ()
+    model: nn.Module | Adapter,
+    folder: str | os.PathLike[str],
+    modules_to_save: Sequence[str] = (),
+    *,
+    adapter: str | None = None,
 ) -> None:
     """Writes the adapters of ``model`` to ``folder`` as PEFT does: a config and a safetensors file.
 
@@ -47,22 +52,27 @@ def save_adapter(
     ``torch.distributed.barrier()`` before they read.
 
     Args:
-        model: a model with adapted layers, merged or not.
+        model: a model with adapted layers, merged or not; or an ``Adapter``, which is written as it is.
         folder: created if need be; an adapter that is in it is replaced.
         modules_to_save: names of other modules to store whole, such as a trained classification head.
             As in PEFT, one stands for every module whose name ends with these letters. A warning
             names trained parameters that are not stored.
+        adapter: which of several adapters (``add_adapter``); None is the active one.
 
     Raises:
         ValueError: there is nothing to save, a name in ``modules_to_save`` matches nothing or holds
             an adapted layer, a stored tensor is shared with a module that is not stored, the
             layers differ in what PEFT's format has one value for, or a tensor is a mere shard that
-            can't be gathered here. Nothing is written.
+            can't be gathered here, or the model has no such ``adapter``. Nothing is written.
         OSError: ``folder`` can't be written.
         TypeError: ``modules_to_save`` is a string.
         ImportError: safetensors is not installed.
     """
-    forgotten, lost = write_adapter(model, Path(folder), modules_to_save)
+    if isinstance(model, Adapter):
+        model.save(folder)
+        return
+    with showing(model, adapter):
+        forgotten, lost = write_adapter(model, Path(folder), modules_to_save)
     for sentence in (*forgotten, *lost):
         warnings.warn(sentence, stacklevel=2)
 
@@ -136,6 +146,8 @@ def _check_factors(name: str, layer: AdapterLayer) -> None:
 
 def _trained_besides(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
     stored = {id(tensor) for tensor in tensors.values()}
+    for layer in adapted_layers(model).values():  # which another file is for
+        stored |= {id(p) for held in inactive.waiting(layer).values() for p in held.parameters()}
     forgotten = [
         name
         for name, parameter in model.named_parameters()
@@ -187,7 +199,11 @@ def _shared(state: dict[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str] | Adapter,
+    *,
+    is_trainable: bool | None = None,
+    adapter: str | None = None,
 ) -> nn.Module:
     """Loads an adapter in PEFT's format from ``folder`` into ``model``; returns ``model``.
 
@@ -200,12 +216,14 @@ def load_adapter(
 
     Args:
         model: the base model, or one that is adapted already.
-        folder: where ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
+        folder: where ``save_adapter`` or PEFT's ``save_pretrained`` wrote; or an ``Adapter``.
         is_trainable: True: the adapter and the modules stored whole are trained from now on. False:
             they are frozen, as PEFT's ``from_pretrained`` has it unless told otherwise. None: what is
             adapted now is trained, and with it the modules stored whole; where all layers were adapted
             already, everything stays as frozen or trained as it is. In no case does the model change
             between training and evaluation.
+        adapter: which of several adapters gets the values; one that the model doesn't have yet is
+            added to its adapted layers, and waits (``set_adapter``). None is the active one.
 
     Raises:
         FileNotFoundError: ``folder`` has no config or no safetensors file. Pickles are never read.
@@ -214,14 +232,53 @@ def load_adapter(
             message names the layer or the field. Or the two files are not of one save.
         ImportError: safetensors is not installed.
     """
-    safetensors()
     inner = unwrapped(model)
-    config, tensors = read_pair(Path(folder), parse_config)
-    adapters, others = _by_layer(tensors, dict(inner.named_modules(remove_duplicate=False)))
-    _check_layers(inner, config, adapters)
-    base = _check_others(inner, config, others, adapters)
-    put_into(inner, config, adapters, base, is_trainable)
+    source = folder if isinstance(folder, Adapter) else Adapter.from_folder(folder)
+    if adapter is None:
+        _load(inner, source, is_trainable)
+    else:
+        _load_as(inner, adapter, source, is_trainable)
     return model
+
+
+def _load(model: nn.Module, source: Adapter, is_trainable: bool | None) -> None:
+    config = source.parsed()
+    adapters, others = _by_layer(source.tensors, dict(model.named_modules(remove_duplicate=False)))
+    _check_layers(model, config, adapters)
+    base = _check_others(model, config, others, adapters)
+    put_into(model, config, adapters, base, is_trainable)
+
+
+def _load_as(model: nn.Module, name: str, source: Adapter, is_trainable: bool | None) -> None:
+    """As ``_load``, into the adapter ``name``, which is added where there is none."""
+    names, config = adapter_names(model), source.parsed()
+    if name == names[0]:
+        _load(model, source, is_trainable)
+        return
+    if is_trainable:
+        raise ValueError(f"is_trainable is True, and {name!r} isn't active: call set_adapter after")
+    if config.modules_to_save:
+        raise ValueError(
+            f"the adapter has modules_to_save {list(config.modules_to_save)}, which the model has once, "
+            "for all its adapters"
+        )
+    if name not in names:
+        add_to_each(
+            model,
+            name,
+            lambda place, layer: inactive.add(
+                layer, name, config.rank(place), alpha=config.alpha(place),
+                dropout=config.lora_dropout, use_rslora=config.use_rslora,
+                use_dora=config.use_dora, adapter_dtype=None,
+            ),
+        )  # fmt: skip
+    try:
+        with showing(model, name):
+            _load(model, source, None)
+    except BaseException:
+        if name not in names:
+            delete_adapter(model, name)
+        raise
 
 
 Adapters = dict[str, dict[str, Tensor]]

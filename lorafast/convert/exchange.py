@@ -78,9 +78,9 @@ def put_into(
             freeze_base(model)
         if is_trainable is not None:
             for layer in layers.values():
-                _set_trained(is_trainable, layer.adapter_parameters().values())
+                set_trained(is_trainable, layer.adapter_parameters().values())
         if is_trainable is not None or made:
-            _set_trained(is_trainable is not False, _stored(model, config))
+            set_trained(is_trainable is not False, _stored(model, config))
         in_place = {
             name: made[layer]
             for layer, names in names_by_layer(model).items()
@@ -109,7 +109,8 @@ def _stored(model: nn.Module, config: AdapterConfig) -> Iterator[Tensor]:
             yield parameter
 
 
-def _set_trained(trained: bool, parameters: Iterable[Tensor]) -> None:
+def set_trained(trained: bool, parameters: Iterable[Tensor]) -> None:
+    """Has parameters require gradients, or not."""
     for parameter in parameters:
         # Neither integers nor what was made in inference mode can be trained.
         if parameter.is_floating_point() and not parameter.is_inference():

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -183,11 +183,11 @@ def describe(
         "lora_alpha": _number(alpha),
         "bias": "none",
         "init_lora_weights": True,
-        "target_modules": _shortest_targets(layers, model),
+        "target_modules": shortest_targets(layers, [name for name, _ in model.named_modules()]),
         "modules_to_save": modules_to_save or None,
-        "rank_pattern": {_regex(name): layer.r for name, layer in layers.items() if layer.r != r},
+        "rank_pattern": {regex_of(name): layer.r for name, layer in layers.items() if layer.r != r},
         "alpha_pattern": {
-            _regex(name): _number(layer.alpha)
+            regex_of(name): _number(layer.alpha)
             for name, layer in layers.items()
             if layer.alpha != alpha
         },
@@ -219,7 +219,7 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
-def _regex(name: str) -> str:
+def regex_of(name: str) -> str:
     """A key for this layer alone, and not for those whose names end like it."""
     return "^" + re.escape(name)
 
@@ -228,9 +228,12 @@ def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def _shortest_targets(layers: dict[str, AdapterLayer], model: nn.Module) -> list[str] | str:
-    """Endings if they name these layers and no other module, else full names, else a regex."""
-    names = [name for name, _ in model.named_modules()]
+def shortest_targets(layers: Collection[str], names: Iterable[str]) -> list[str] | str:
+    """``target_modules`` for these layers of a model whose modules have these names.
+
+    Endings if they name these layers and no other module, else full names, else a regex.
+    """
+    names = list(names)
     endings = sorted({name.rpartition(".")[2] for name in layers})
     for candidate in (endings, sorted(layers)):
         selection = Selection(candidate)

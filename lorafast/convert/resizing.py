@@ -8,7 +8,7 @@ from torch import nn
 from lorafast.convert.kinds import adapted_layers
 from lorafast.convert.places import embeddings_of
 from lorafast.convert.targets import replace
-from lorafast.nn import AdapterLayer
+from lorafast.nn import AdapterLayer, inactive
 
 _METHOD = "resize_token_embeddings"
 
@@ -53,6 +53,7 @@ def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
         if layer in plain:
             continue
         try:
+            inactive.check_alone(layer)
             plain[layer], take_back[layer] = layer.to_resize()
         except ValueError as error:
             place = next((f"the {p} embeddings" for p, one in places.items() if one is layer), name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorafast.core.dtypes import LEAST_NORM
 from lorafast.core.problem import Problem
-from lorafast.nn import offload
+from lorafast.nn import inactive, offload
 from lorafast.nn.checks import (
     check_alpha,
     check_bool,
@@ -45,7 +45,8 @@ class AdapterLayer(nn.Module):
     own_names: ClassVar[frozenset[str]] = frozenset(
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
-            "_plain_class", "_stored_names", "_use_dora", "_aside", "_siblings",
+            "_plain_class", "_stored_names", "_use_dora", "_aside", "_siblings", "_adapter_name",
+            "inactive",
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
@@ -63,6 +64,8 @@ class AdapterLayer(nn.Module):
     """Probability of dropping an element of the input on its way into the adapter in training."""
     merged = False
     _use_dora = False
+    _adapter_name = inactive.FIRST
+    """Which of several adapters is active: see ``lorafast.nn.inactive``."""
     _aside = False
     """Whether the forward is another than the plain adapter's: merged, DoRA, or one of siblings."""
     shares_x: ClassVar[bool] = False
@@ -459,8 +462,15 @@ class AdapterLayer(nn.Module):
         super()._apply(fn, recurse)
         if was_meta and not self._adapter_is_meta():
             # to_empty(): a checkpoint of the plain layer, loaded next, leaves the adapter alone.
-            self.reset_adapter()
+            self._of_each(type(self).reset_adapter)
         return self
+
+    def _of_each(self: Layer, call: Callable[[Layer], None]) -> None:
+        """``call(self)`` with each of its adapters as the active one."""
+        call(self)
+        for name in [*inactive.waiting(self)]:
+            with inactive.shown(self, name):
+                call(self)
 
     def _adapter_is_meta(self) -> bool:
         tensors = [self._parameters.get(name) for name in self.adapter_shapes()]
@@ -476,18 +486,22 @@ class AdapterLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        inactive.follow(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         adapter = [prefix + name for name in self.adapter_shapes()]
         # A checkpoint of the plain layer has none of them; some without the others are a broken one.
         whole = all(prefix + name in state_dict for name in self._stored_names)
-        if whole and all(key not in state_dict for key in adapter):
+        plain = whole and all(key not in state_dict for key in adapter)
+        if plain:
             for key in adapter:
                 if key in missing_keys:  # not there if a parametrization computes it
                     missing_keys.remove(key)
-            self._plain_loaded()
-        self._follow_weight()
+            self._of_each(type(self)._plain_loaded)
+        self._of_each(type(self)._follow_weight)
+        for held in inactive.waiting(self).values():
+            held.may_be_missing = plain
         if self.merged:
             try:
                 self.merge()

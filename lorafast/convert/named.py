@@ -1,0 +1,197 @@
+"""Several adapters by name in one model: one is active, and the model computes with that alone."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from lorafast.convert.exchange import set_trained
+from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import adapted_layers
+from lorafast.convert.targets import unwrapped
+from lorafast.nn import AdapterLayer, inactive, offload
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    r: int = 16,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> None:
+    """Gives every adapted layer of ``model`` a further adapter, a fresh one, which isn't active.
+
+    The one that ``adapt`` made is called ``"default"``. The model computes with the active one alone;
+    ``set_adapter`` says which that is. An inactive one is frozen, and its parameters have the names
+    ``<layer>.inactive.<name>.lora_A`` and so on; the active one's are ``<layer>.lora_A``. A
+    ``state_dict`` has them all, and whoever loads it has the same one active.
+
+    Args:
+        model: a model with adapted layers; each gets one.
+        name: of the adapter, without dots.
+        r: rank, which may be another than that of the others.
+        alpha, dropout, use_rslora, use_dora: as for ``adapt``.
+        adapter_dtype: that of the parameters; None is that of the active adapter.
+
+    Raises:
+        ValueError: the model has an adapter of that name, or no adapted layer; an argument doesn't fit;
+            or a layer is sharded or offloaded, or its adapter is computed by a parametrization. The
+            model is unchanged.
+    """
+
+    def add(_: str, layer: AdapterLayer) -> None:
+        inactive.add(
+            layer, name, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, use_dora=use_dora,
+            adapter_dtype=adapter_dtype,
+        )  # fmt: skip
+
+    add_to_each(model, name, add)
+
+
+def add_to_each(model: nn.Module, name: str, add: Callable[[str, AdapterLayer], None]) -> None:
+    """Calls ``add`` with each adapted layer and its name; on an error none has the adapter ``name``."""
+    layers = _exchangeable(model)
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name is {name!r}, expected one without dots")
+    if name in _names(layers):
+        raise ValueError(f"the model has an adapter {name!r} already")
+    added = []
+    try:
+        for place, layer in layers.items():
+            try:
+                add(place, layer)
+            except ValueError as error:
+                raise ValueError(f"{place or 'the model'} can't have {name!r}: {error}") from error
+            added.append(layer)
+    except BaseException:
+        for layer in added:
+            inactive.remove(layer, name)
+        raise
+
+
+def set_adapter(model: nn.Module, name: str, *, is_trainable: bool = True) -> None:
+    """Makes the adapter ``name`` the active one, which the model computes with, and alone trains.
+
+    ``nn.Parameter`` objects are exchanged, not values: an optimizer that was given those of several
+    adapters goes on with each where it was. As in PEFT, a gradient that the former one has stays:
+    call ``optimizer.zero_grad()`` before. Merged layers are merged anew.
+
+    Args:
+        model: a model with adapters of several names.
+        name: of the adapter.
+        is_trainable: whether it requires gradients; the others don't.
+
+    Raises:
+        ValueError: the model has no such adapter, an adapter's values can't be merged, or a layer is
+            sharded or offloaded. The model is unchanged.
+    """
+    layers = _exchangeable(model)
+    active = check_name(layers, name)[0]
+    before = [(layer, dict(vars(layer)), dict(layer._buffers)) for layer in layers.values()]
+    try:
+        for layer in layers.values():
+            inactive.exchange(layer, name)
+            if layer.merged and name != active:
+                layer.merge()
+    except BaseException:
+        for layer, attributes, buffers in before:
+            inactive.exchange(layer, active)
+            vars(layer).update(attributes)
+            layer._buffers.update(buffers)
+        raise
+    for layer in layers.values():
+        for held in inactive.waiting(layer).values():
+            set_trained(False, held.parameters())
+        set_trained(is_trainable, layer.adapter_parameters().values())
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forgets the adapter ``name``, which isn't active.
+
+    Raises:
+        ValueError: the model has no such adapter, or it is the active one.
+    """
+    layers = _exchangeable(model)
+    if check_name(layers, name)[0] == name:
+        raise ValueError(f"the adapter {name!r} is active: set another one before")
+    for layer in layers.values():
+        inactive.remove(layer, name)
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters of ``model``, the active one first.
+
+    Raises:
+        ValueError: the model has no adapted layer, or its layers have adapters of other names.
+    """
+    return tuple(_names(_layers(model)))
+
+
+@contextlib.contextmanager
+def showing(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within the block the adapter ``name`` is the active one, and no layer is merged.
+
+    None leaves all as it is.
+    """
+    with contextlib.ExitStack() as stack:
+        if name is not None and check_name(_layers(model), name)[0] != name:
+            for layer in _exchangeable(model).values():
+                stack.enter_context(inactive.shown(layer, name))
+        yield
+
+
+def check_name(layers: dict[str, AdapterLayer], name: str) -> list[str]:
+    """The names of the adapters, of which ``name`` must be one; else ``ValueError``."""
+    names = _names(layers)
+    if name not in names:
+        raise ValueError(f"the model has no adapter {name!r}, but {' and '.join(map(repr, names))}")
+    return names
+
+
+def _layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    layers = adapted_layers(unwrapped(model))
+    if not layers:
+        raise ValueError("the model has no adapted layer: adapt it first")
+    return layers
+
+
+def _names(layers: dict[str, AdapterLayer]) -> list[str]:
+    """Those of every layer; ``ValueError`` if one has others."""
+    (first, layer), *rest = layers.items()
+    names = inactive.names_of(layer)
+    for other, layer in rest:
+        its = inactive.names_of(layer)
+        if its[0] != names[0] or set(its) != set(names):
+            raise ValueError(
+                f"{first} has the adapters {', '.join(names)}, and {other} has {', '.join(its)}: "
+                "adapt all layers before you add adapters"
+            )
+    return names
+
+
+def _exchangeable(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapted layers; ``ValueError`` if the adapter of one can't be exchanged."""
+    layers = _layers(model)
+    sharded = name_of_sharded(unwrapped(model), layers.values())
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded by FSDP, which keeps the parameters that it was given"
+        )
+    for name, layer in layers.items():
+        where = name or "the model"
+        if offload.hooks_of(layer):
+            raise ValueError(
+                f"{where} has Accelerate's hook, which keeps the parameters that it was given"
+            )
+        for parameter in layer.adapter_shapes():
+            tensor = layer._parameters.get(parameter)
+            if tensor is None:
+                raise ValueError(f"{parameter} of {where} is computed by a parametrization")
+            if hasattr(tensor, "full_tensor"):
+                raise ValueError(f"{parameter} of {where} is sharded")
+    return layers

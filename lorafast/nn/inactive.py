@@ -1,0 +1,176 @@
+"""Several adapters of one layer: one is active, the others wait beside it under their names.
+
+The active one's parameters are the layer's own, ``lora_A`` and ``lora_B``: its forward knows of no
+others. An inactive one's are those of a submodule, ``inactive.<name>``, so that they move, are copied
+and are saved with the layer: in a ``state_dict`` they are ``inactive.<name>.lora_A``. A change of the
+active one exchanges ``nn.Parameter`` objects and not values: an optimizer goes on with those that it was
+given.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+INACTIVE = "inactive"
+FIRST = "default"
+"""What the adapter is called that ``adapt`` made, as PEFT calls it."""
+# What a layer knows of its adapter beside the parameters.
+_SETTINGS = ("_r", "_alpha", "_scaling", "_use_rslora", "_use_dora", "dropout")
+
+
+class InactiveAdapter(nn.Module):
+    """The parameters of an adapter that waits, and what its layer knows of it."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.may_be_missing = False
+        """Whether what is loaded next is a checkpoint of the plain layer."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any
+    ) -> None:
+        if self.may_be_missing and not any(key.startswith(prefix) for key in state_dict):
+            return
+        super()._load_from_state_dict(state_dict, prefix, *others, **more)
+
+    def extra_repr(self) -> str:
+        """Its rank and alpha."""
+        return f"r={self.settings['_r']}, alpha={self.settings['_alpha']:g}"
+
+
+class InactiveAdapters(nn.Module):
+    """The adapters of a layer that wait, by name."""
+
+
+def names_of(layer: Any) -> list[str]:
+    """The names of the layer's adapters, the active one first."""
+    return [layer._adapter_name, *waiting(layer)]
+
+
+def waiting(layer: Any) -> dict[str, Any]:
+    """The inactive adapters of ``layer`` by name."""
+    there = layer._modules.get(INACTIVE)
+    return {} if there is None else there._modules
+
+
+def check_alone(layer: Any) -> None:
+    """Raises ``ValueError`` if ``layer`` has adapters that wait."""
+    if waiting(layer):
+        raise ValueError(f"it has the adapters {', '.join(names_of(layer))}: delete all but one")
+
+
+def add(
+    layer: Any,
+    name: str,
+    r: int,
+    *,
+    alpha: float | None,
+    dropout: float,
+    use_rslora: bool,
+    use_dora: bool,
+    adapter_dtype: torch.dtype | None,
+) -> None:
+    """Gives ``layer`` a fresh adapter, which waits.
+
+    Raises:
+        ValueError: an argument doesn't fit the layer, which is unchanged then.
+    """
+    parameters = layer.adapter_parameters()
+    first = next(iter(parameters.values()))
+    groups = getattr(layer, "groups", 1)
+    if use_dora and ("lora_magnitude" not in layer.peft_names or groups > 1):
+        raise ValueError(f"use_dora is True, and a {type(layer).__name__} like this has no DoRA")
+    if isinstance(r, int) and r % groups:
+        raise ValueError(f"r is {r}, expected a multiple of its {groups} groups")
+    before, buffers = dict(vars(layer)), dict(layer._buffers)
+    own = _take(layer)
+    try:
+        layer._set(layer.in_features, layer.out_features, r, alpha, use_rslora, use_dora)
+        if "dropout" in before:
+            layer.dropout = dropout
+        layer._add_adapter(first.dtype, first.device, adapter_dtype or first.dtype)
+        made = _take(layer)
+    finally:
+        for parameter in layer.peft_names:
+            layer._parameters.pop(parameter, None)
+        vars(layer).update(before)
+        layer._buffers.update(buffers)
+        _put(layer, own)
+    made.requires_grad_(False)
+    if INACTIVE not in layer._modules:
+        layer._modules[INACTIVE] = InactiveAdapters()
+    waiting(layer)[name] = made
+
+
+def remove(layer: Any, name: str) -> None:
+    """Forgets an inactive adapter."""
+    del waiting(layer)[name]
+    if not waiting(layer):
+        del layer._modules[INACTIVE]
+
+
+def exchange(layer: Any, name: str) -> None:
+    """Makes the adapter ``name`` the active one; a merged layer keeps its merged weight."""
+    if name == layer._adapter_name:
+        return
+    own, there = _take(layer), waiting(layer)
+    order = [(layer._adapter_name, own) if one == name else (one, there[one]) for one in there]
+    _put(layer, there[name])
+    there.clear()
+    there.update(order)
+    layer._adapter_name = name
+    layer._set_merged(layer.merged)  # which DoRA has a part in
+
+
+@contextlib.contextmanager
+def shown(layer: Any, name: str) -> Iterator[None]:
+    """Within the block the adapter ``name`` is the active one, and the layer isn't merged."""
+    before, merged = layer._adapter_name, layer.merged
+    layer._set_merged(False)
+    exchange(layer, name)
+    try:
+        yield
+    finally:
+        exchange(layer, before)
+        layer._set_merged(merged)
+
+
+def follow(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    """Makes that adapter the active one that is it in a state: the only one that doesn't wait there.
+
+    It is trained then if the one was that it takes the place of.
+    """
+    there = waiting(layer)
+    start = f"{prefix}{INACTIVE}."
+    found = {
+        key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)
+    }
+    active = there.keys() - found
+    if len(active) == 1 and found - there.keys() == {layer._adapter_name}:
+        before = layer.adapter_parameters().values()
+        trained = any(parameter.requires_grad for parameter in before)
+        for parameter in before:
+            parameter.requires_grad_(False)
+        exchange(layer, active.pop())
+        for parameter in layer.adapter_parameters().values():
+            parameter.requires_grad_(trained)
+
+
+def _take(layer: Any) -> InactiveAdapter:
+    """The active adapter's parameters and settings; the layer has none then."""
+    held = InactiveAdapter({name: getattr(layer, name) for name in _SETTINGS})
+    held.training = layer.training
+    for name in layer.adapter_shapes():
+        held._parameters[name] = layer._parameters.pop(name)
+    return held
+
+
+def _put(layer: Any, held: InactiveAdapter) -> None:
+    for name, value in held.settings.items():
+        if getattr(layer, name) != value:
+            vars(layer)[name] = value
+    layer._parameters.update(held._parameters)
