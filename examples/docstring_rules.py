@@ -17,7 +17,6 @@ from torch import Tensor
 
 CLASSES = ["nothing", "yes or no", "a number", "text", "several things", "another object"]
 NOTHING, YES_OR_NO, NUMBER, TEXT, SEVERAL, OBJECT = range(len(CLASSES))
-ABSTAIN = -1
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,6 @@ RULES = [
         "process configure start install flush move reset call bind append raise assert fail log "
         "destroy shut kill wait change adjust draw store save restore initialize feed emit",
     ),
-    Rule("never says return", NOTHING, lambda f: "return" not in f.text.lower()),
     is_called("is called like an act", NOTHING, r"^_?(set|add|do|on|write|del|close|assert|handle)"),
     says("a hook", NOTHING, r"\b(called (when|by|if|for|to|after|before)|overrid)"),
     says("says true or false", YES_OR_NO, r"\b(true|false)\b"),
@@ -89,7 +87,12 @@ RULES = [
 ]  # fmt: skip
 
 
-def votes(functions: Sequence[Function], rules: Sequence[Rule] = RULES) -> Tensor:
-    """Return what each rule says of each function, int64 [functions, rules], or ABSTAIN."""
-    rows = [[rule.label if rule.applies(f) else ABSTAIN for rule in rules] for f in functions]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(functions), len(rules))
+def fired(functions: Sequence[Function], rules: Sequence[Rule] = RULES) -> Tensor:
+    """Return which rules apply to which function, bool [functions, rules]."""
+    rows = [[rule.applies(f) for rule in rules] for f in functions]
+    return torch.tensor(rows, dtype=torch.bool).reshape(len(functions), len(rules))
+
+
+def rule_classes(rules: Sequence[Rule] = RULES) -> Tensor:
+    """Return each rule's class, int64 [rules]."""
+    return torch.tensor([rule.label for rule in rules])

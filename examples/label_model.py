@@ -1,79 +1,109 @@
 """A label model: from the votes of noisy rules alone, how often each is right, and the probable labels.
 
-Labelling functions (Ratner et al., 2017, https://arxiv.org/abs/1711.10160) vote for one of K classes
-or abstain. The model is Dawid and Skene's (1979) with one accuracy a_j for each rule j:
+Labelling functions (Ratner et al., 2017, https://arxiv.org/abs/1711.10160) vote for a class or abstain.
+Here rule j can vote for one class only, c_j. On a text of class y it fires with probability
 
-    P(v_j | y) = a_j               if v_j = y
-                 (1 - a_j)/(K - 1) otherwise
+    P(rule j fires | y) = h_j  if y = c_j,  f_j  otherwise
 
-for a vote v_j on a text of class y; rules err independently, abstaining says nothing, and classes are
-equally likely before any vote. (A share of each class that is estimated too would let a rule that
-votes alone confirm itself: its class gets likelier, so the rule seems right more often, and so on.)
+its hit rate and its rate of false alarms, and given y the rules are independent. So a rule's silence
+is evidence too, and one that fires on half of all texts says less than one that fires rarely. This is
+the model of Dawid and Skene (1979, https://doi.org/10.2307/2346806) with abstaining as an outcome, and
+with two numbers for a rule: all classes but its own are alike to it. Without that bond a class may
+wander off in the estimation and stand for something else than its name.
 
-Expectation maximization takes turns:
+Expectation maximization starts where q is the majority of the votes and takes turns:
 
-    E: q_i(y) ∝ prod_j P(v_ij | y)
-    M: a_j    = (S·A + sum_i q_i(v_ij)) / (S + n_j)      over the n_j texts that rule j votes on
+    M: h_j  = (S·r_j + sum_{i: j fires} q_i[c_j]) / (S + sum_i q_i[c_j]),   f_j the same with 1 - q
+    E: q_i[y] ∝ p[y] · prod_j P(what rule j does | y)
 
-where S votes that are right with probability A are the prior: a rule that votes seldom keeps near A.
-Rules that repeat each other break the independence, and make the model surer than it should be.
+where r_j is the share of texts on which rule j fires: a prior of S texts on which the rule knows
+nothing. A rule whose hits are no likelier than its alarms gets h_j = f_j = r_j and no say. The shares
+of the classes p stay the majority's: estimated too, the class of the weakest rules would swallow all
+texts on which few rules fire. Rules that repeat or exclude each other aren't independent given y, and
+make the model surer than it should be.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-PRIOR_ACCURACY = 0.7  # A: rules are better than a guess, or nobody would write them
-PRIOR_VOTES = 10.0  # S
+PRIOR_TEXTS = 10.0  # S
 TOLERANCE = 1e-6
-MAX_ROUNDS = 1000
+MAX_ROUNDS = 500
 
 
-def posterior(votes: Tensor, accuracies: Tensor, classes: int) -> Tensor:
-    """Return P(y | votes), float64 [texts, classes].
+@dataclass(frozen=True)
+class LabelModel:
+    """What was estimated, all float64.
 
-    Args:
-        votes: int64 [texts, rules], a class in 0..classes-1 or below zero for an abstention.
-        accuracies: float64 [rules], each above 0 and below 1.
-        classes: K, at least 2.
+    `prior` is p [K], `hits` h [rules], `alarms` f [rules]; `classes` is c, int64 [rules].
     """
-    voted = (votes >= 0).double()
-    is_for = (votes.unsqueeze(2) == torch.arange(classes)).double()  # [texts, rules, classes]
-    right, wrong = accuracies.log(), ((1 - accuracies) / (classes - 1)).log()
-    logits = (voted @ wrong).unsqueeze(1) + torch.einsum("ijk,j->ik", is_for, right - wrong)
-    return logits.softmax(1)
+
+    classes: Tensor
+    prior: Tensor
+    hits: Tensor
+    alarms: Tensor
+
+    def posterior(self, fires: Tensor) -> Tensor:
+        """Return q = P(y | what the rules do), float64 [texts, K], for bool [texts, rules]."""
+        own = (self.classes.unsqueeze(1) == torch.arange(len(self.prior))).double()  # [rules, K]
+        seen, silent = fires.double(), (~fires).double()
+        # What a rule adds where y is its class; where it isn't, what it adds is the same for all y.
+        hit = seen * (self.hits / self.alarms).log()
+        miss = silent * ((1 - self.hits) / (1 - self.alarms)).log()
+        return (self.prior.log() + (hit + miss) @ own).softmax(1)
+
+    def accuracies(self) -> Tensor:
+        """Return P(y = c_j | rule j fires), float64 [rules]."""
+        share = self.prior[self.classes]
+        right, wrong = share * self.hits, (1 - share) * self.alarms
+        return right / (right + wrong)
 
 
-def fit(votes: Tensor, classes: int) -> Tensor:
-    """Return each rule's estimated accuracy, float64 [rules], from `votes` as `posterior` takes them.
+def fit(fires: Tensor, classes: Tensor, count: int) -> LabelModel:
+    """Estimate the model from `fires`, bool [texts, rules], and each rule's class in 0..count-1.
 
     Raises:
-        ValueError: `votes` is not two-dimensional, names a class that there isn't, or K is below 2.
+        ValueError: the shapes don't fit, there is no text or rule, or a class is none of `count`.
     """
-    if votes.dim() != 2:
-        raise ValueError(f"votes must be [texts, rules], not of shape {list(votes.shape)}")
-    if classes < 2 or (votes.numel() and int(votes.max()) >= classes):
+    if fires.dim() != 2 or classes.shape != fires.shape[1:] or not fires.numel():
         raise ValueError(
-            f"votes must name classes below classes={classes}, of which 2 is the least"
+            f"fires must be [texts, rules] and classes [rules], not of shapes {list(fires.shape)} "
+            f"and {list(classes.shape)}"
         )
-    counts = (votes >= 0).sum(0)
-    accuracies = torch.full((votes.shape[1],), PRIOR_ACCURACY, dtype=torch.float64)
+    if int(classes.min()) < 0 or int(classes.max()) >= count:
+        raise ValueError(f"classes must be in 0..{count - 1}, not {classes.tolist()}")
+    seen = fires.double()
+    rates = (1 + seen.sum(0)) / (2 + len(seen))  # above 0 and below 1
+    q = majority(fires, classes, count)
+    prior = (1 + q.sum(0)) / (count + len(q))  # above 0
     for _ in range(MAX_ROUNDS):
-        q = posterior(votes, accuracies, classes)
-        agreed = q.gather(1, votes.clamp_min(0)) * (votes >= 0)
-        before = accuracies
-        accuracies = (PRIOR_VOTES * PRIOR_ACCURACY + agreed.sum(0)) / (PRIOR_VOTES + counts)
-        if float((accuracies - before).abs().max()) < TOLERANCE:
+        own = q[:, classes]  # [texts, rules]
+        hits = (PRIOR_TEXTS * rates + (seen * own).sum(0)) / (PRIOR_TEXTS + own.sum(0))
+        alarms = (PRIOR_TEXTS * rates + (seen * (1 - own)).sum(0)) / (
+            PRIOR_TEXTS + (1 - own).sum(0)
+        )
+        useful = hits > alarms
+        model = LabelModel(
+            classes,
+            prior,
+            torch.where(useful, hits, rates),
+            torch.where(useful, alarms, rates),
+        )
+        before, q = q, model.posterior(fires)
+        if float((q - before).abs().max()) < TOLERANCE:
             break
-    return accuracies
+    return model
 
 
-def majority(votes: Tensor, classes: int) -> Tensor:
-    """Return the class with most votes as float64 [texts, classes]; a tie is shared evenly.
+def majority(fires: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Return the class of most rules that fire, as float64 [texts, count]; a tie is shared evenly.
 
-    A text that no rule votes on is a tie of all classes.
+    A text on which no rule fires is a tie of all classes.
     """
-    counts = (votes.unsqueeze(2) == torch.arange(classes)).sum(1)
-    most = (counts == counts.amax(1, keepdim=True)).double()
+    votes = fires.double() @ torch.nn.functional.one_hot(classes, count).double()
+    most = (votes == votes.amax(1, keepdim=True)).double()
     return most / most.sum(1, keepdim=True)
