@@ -80,7 +80,7 @@ TRUTH = Path(__file__).with_name("docstring_truth.tsv")
 UNCLEAR = "unclear"
 TEXTS_PER_MODULE = 40  # so that no large module stands for the library
 MAJORITY, LABEL_MODEL = 0, 1  # places in a text's targets
-ALPHAS = [i / 10 for i in range(11)]
+ALPHAS = [i / 8 for i in range(9)]
 HALF = 0.5  # the alpha of the table, as WiSE-FT recommends where nothing is known
 LOGIT_TOLERANCE = 1e-4
 CPU = torch.device("cpu")
@@ -102,13 +102,13 @@ class Score:
     names: Tensor | None = None  # the same, where the name was all there was to go by
 
 
-def split(functions: list[Function]) -> tuple[list[Function], Truth]:
+def split(functions: list[Function], limit: int | None) -> tuple[list[Function], Truth]:
     """Return the functions to learn from, and the truth set, whose modules are in no other use."""
     rows = [line.split("\t") for line in TRUTH.read_text(encoding="utf-8").splitlines()]
     labels = {(module, name): label for module, name, label in (r for r in rows if len(r) == 3)}
     held_out = {module for module, _ in labels}
     found = [f for f in functions if (f.module, f.name) in labels]
-    clear = [f for f in found if labels[f.module, f.name] != UNCLEAR]
+    clear = [f for f in found if labels[f.module, f.name] != UNCLEAR][:limit]
     if not clear:
         sys.exit(f"None of the functions of {TRUTH.name} is in this Python's standard library.")
     truth = torch.tensor([CLASSES.index(labels[f.module, f.name]) for f in clear])
@@ -122,8 +122,8 @@ def split(functions: list[Function]) -> tuple[list[Function], Truth]:
     shares = [f"{n / len(clear):.2f} {c}" for n, c in zip(counts, CLASSES, strict=True)]
     say(
         f"Truth: {len(clear)} functions in {len({f.module for f in clear})} modules; of the "
-        f"{len(labels)} drawn {len(labels) - len(found)} aren't in this Python and "
-        f"{len(found) - len(clear)} are unclear. Shares: {', '.join(shares)}. To learn from, without "
+        f"{len(labels)} drawn {len(labels) - len(found)} aren't in this Python, and those that are "
+        f"unclear don't count. Shares: {', '.join(shares)}. To learn from, without "
         f"labels: {len(rest)} functions of {len({f.module for f in rest})} other modules."
     )
     return rest, Truth(clear, truth)
@@ -375,6 +375,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=bounded_int(1), default=16, help="texts in a batch")
     add("--rank", type=bounded_int(1, 384), default=16, help="rank of the adapters")
     add("--seed", type=bounded_int(0), default=0, help="of the head, the adapters and the batches")
+    add(
+        "--truth",
+        type=bounded_int(1),
+        help="functions of the truth set to judge by, instead of all",
+    )
     add("--out", type=Path, default=Path(), help="folder for the picture")
     return parser
 
@@ -396,7 +401,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     folder = model_folder()
-    functions, truth = split(load_functions())
+    functions, truth = split(load_functions(), args.truth)
     model, targets, voted = weak_labels(functions)
     batcher = Batcher(folder, CPU)
     texts = [f.text for f, any_fires in zip(functions, voted.tolist(), strict=True) if any_fires]
