@@ -17,8 +17,8 @@ three ways, on the same batches:
     head only, label model  the frozen encoder and a head, on the label model's probabilities
 
 They are judged by a truth set, labelled by hand (`docstring_truth.tsv` says how), from modules that no
-arm has seen. It is used for nothing else: no rule, no learning rate and no step was chosen by it. The
-rules are judged too, with both ways to combine them. Differences come with the probability of one as
+arm has seen. It is used for nothing else: no rule, no learning rate (they are those of
+`finetune_minilm.py`) and no number of steps was chosen by it. The rules are judged too, with both ways to combine them. Differences come with the probability of one as
 large between arms that are equally good (sign test).
 
 Tuned weights may be worth less where texts change. So the script also asks for the functions' names, in
@@ -155,7 +155,9 @@ def numbered(texts: Sequence[str]) -> list[Example]:
     return [Example(text, i, "") for i, text in enumerate(texts)]
 
 
-def training_batches(batcher: Batcher, texts: list[str], targets: Tensor, args: argparse.Namespace):
+def training_batches(
+    batcher: Batcher, texts: list[str], targets: Tensor, args: argparse.Namespace
+) -> list[Batch]:
     """Return batches whose labels are the targets of their texts, float32 [batch, 2, K]."""
     encoded = batcher.encode(numbered(texts))
     batches = batcher.shuffled(encoded, args.batch, args.steps, args.seed)
