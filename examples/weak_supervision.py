@@ -18,8 +18,9 @@ three ways, on the same batches:
 
 They are judged by a truth set, labelled by hand (`docstring_truth.tsv` says how), from modules that no
 arm has seen. It is used for nothing else: no rule, no learning rate (they are those of
-`finetune_minilm.py`) and no number of steps was chosen by it. The rules are judged too, with both ways to combine them. Differences come with the probability of one as
-large between arms that are equally good (sign test).
+`finetune_minilm.py`) and no number of steps was chosen by it. The rules are judged too, with both ways
+to combine them. Differences come with the probability of one as large between arms that are equally
+good (sign test).
 
 Tuned weights may be worth less where texts change. So the script also asks for the functions' names, in
 place of their docstrings, and walks on the straight line between the weights with the trained head only
