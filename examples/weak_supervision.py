@@ -19,8 +19,8 @@ three ways, on the same batches:
 They are judged by a truth set, labelled by hand (`docstring_truth.tsv` says how), from modules that no
 arm has seen. It is used for nothing else: no rule, no learning rate (they are those of
 `finetune_minilm.py`) and no number of steps was chosen by it. The rules are judged too, with both ways
-to combine them. Differences come with the probability of one as large between arms that are equally
-good (sign test).
+to combine them. Differences come with the probability p of one as large between two that are equally
+good (paired randomization test).
 
 Tuned weights may be worth less where texts change. So the script also asks for the functions' names, in
 place of their docstrings, and walks on the straight line between the weights with the trained head only
@@ -84,6 +84,7 @@ MAJORITY, LABEL_MODEL = 0, 1  # places in a text's targets
 ALPHAS = [i / 8 for i in range(9)]
 HALF = 0.5  # the alpha of the table, as WiSE-FT recommends where nothing is known
 LOGIT_TOLERANCE = 1e-4
+DRAWS = 20_000  # of the randomization test
 CPU = torch.device("cpu")
 COLORS = ("#999999", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00")
 
@@ -257,24 +258,22 @@ def rules_alone(model: LabelModel, truth: Truth) -> tuple[list[Score], Tensor]:
     return scores, ~fires.any(1)
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Return the probability of a difference at least as large between two of the same quality."""
-    n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(max(wins, losses), n + 1))
-    return min(1.0, 2 * tail / 2**n)
+def by_chance(differences: Tensor) -> float:
+    """Return how often a mean is as far from 0 where each difference has either sign alike."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (DRAWS, len(differences)), generator=generator).double() * 2 - 1
+    # The observed signs are a draw too; equal sums may differ by rounding.
+    as_far = (signs @ differences).abs() >= float(differences.sum().abs()) - 1e-9
+    return (int(as_far.sum()) + 1) / (DRAWS + 1)
 
 
 def compare(one: Score, other: Score) -> None:
     """Say which is right more often, and whether that is more than chance."""
-    wins = int((one.docstrings > other.docstrings).sum())
-    losses = int((one.docstrings < other.docstrings).sum())
-    by = float((one.docstrings - other.docstrings).mean()) * 100
-    p = sign_test(wins, losses)
+    differences = one.docstrings - other.docstrings
+    p = by_chance(differences)
     verdict = "more than chance explains" if p < 0.05 else "chance alone may do that"
-    say(
-        f"{one.name} against {other.name}: {by:+.1f} points; right where the other isn't on {wins} "
-        f"texts, the reverse on {losses}; p = {p:.2g}, {verdict}."
-    )
+    by = float(differences.mean()) * 100
+    say(f"{one.name} against {other.name}: {by:+.1f} points, p = {p:.2g}: {verdict}.")
 
 
 def percent(values: Tensor | None) -> str:
@@ -424,14 +423,15 @@ def main() -> int:
     }
     walked, failed = walk(tuned.model, head_only.model, tests, truth)
     rules, silent = rules_alone(model, truth)
-    scores = [*rules, *scored.values(), walked[ALPHAS.index(HALF)]]
+    half = walked[ALPHAS.index(HALF)]
+    scores = [*rules, *scored.values(), half]
     picture = args.out / "demo_weak.png"
     title = f"rank {args.rank}, {args.steps} steps of {args.batch} texts"
     draw(scores, walked, model, truth, picture, title)
 
     print(f"\n{results(scores, silent)}\n")
     ours = scored[tuned.name]
-    for other in (scored[on_majority.name], scored[head_only.name], *rules):
+    for other in (scored[on_majority.name], scored[head_only.name], half, *rules):
         compare(ours, other)
     state.remove()
     say(f"Picture: {picture}. Took {time.perf_counter() - started:.0f} s.")
