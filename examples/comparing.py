@@ -45,6 +45,7 @@ class Arm:
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracy: float = math.nan
@@ -61,7 +62,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 def train_step(arm: Arm, batch: Batch) -> float:
     arm.optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(arm.model(*batch.inputs), batch.labels)
+    loss = arm.loss(arm.model(*batch.inputs), batch.labels)
     loss.backward()
     arm.optimizer.step()
     return loss.item()

@@ -5,6 +5,8 @@ reference in `pydoc_data.topics`. The label is the area of the library a text co
 test set are split by module (a topic of the language reference counts as one), so no module is in
 both; a package's modules may be on both sides, and texts are left as they are, so some of them name
 their module.
+
+`load_functions` gives the docstrings of functions, without a label.
 """
 
 from __future__ import annotations
@@ -60,22 +62,47 @@ class Example:
     module: str
 
 
+@dataclass(frozen=True)
+class Function:
+    """A function of the library: its name, with those of the classes around it, and its docstring."""
+
+    module: str
+    name: str
+    text: str
+
+
 def docstrings(source: bytes) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
 
 
-def library_texts(library: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (area, module, docstring) for the modules named in AREAS."""
+def named_functions(node: ast.AST, within: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (name, docstring) of the functions below `node`, in the order of the source."""
+    for child in ast.iter_child_nodes(node):
+        name = within
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{within}.{child.name}" if within else child.name
+            if not isinstance(child, ast.ClassDef):
+                yield name, ast.get_docstring(child) or ""
+        yield from named_functions(child, name)
+
+
+def sources(library: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (area, module, source) for the modules named in AREAS."""
     area_of = {name: area for area, names in AREAS.items() for name in names.split()}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         area = area_of.get(parts[0])
         if area is None or SKIPPED_FOLDERS.intersection(parts):
             continue
-        module = ".".join(parts).removesuffix(".__init__")
-        for text in docstrings(path.read_bytes()):
+        yield area, ".".join(parts).removesuffix(".__init__"), path.read_bytes()
+
+
+def library_texts(library: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (area, module, docstring) for the modules named in AREAS."""
+    for area, module, source in sources(library):
+        for text in docstrings(source):
             yield area, module, text
 
 
@@ -137,3 +164,25 @@ def load_texts() -> tuple[list[Example], list[Example], list[str]]:
     if not (train_set and test_set):
         sys.exit(f"No sources of the standard library in {library}.")
     return train_set, test_set, list(found)
+
+
+def load_functions() -> list[Function]:
+    """Return the functions with a docstring of MIN_WORDS or more, without special methods.
+
+    Of two of the same name in a module, or of the same docstring anywhere, the first is kept.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    seen: set[str] = set()
+    found: list[Function] = []
+    for _, module, source in sources(library):
+        for name, raw in named_functions(ast.parse(source)):
+            text = " ".join(raw.split())
+            last = name.rpartition(".")[2]
+            special = last.startswith("__") and last.endswith("__")
+            if special or len(text.split()) < MIN_WORDS or seen & {text, f"{module}:{name}"}:
+                continue
+            seen |= {text, f"{module}:{name}"}
+            found.append(Function(module, name, text))
+    if not found:
+        sys.exit(f"No sources of the standard library in {library}.")
+    return found
