@@ -15,6 +15,7 @@ from lorafast.ops.lora_conv import lora_conv
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.quantized_linear import quantized_linear
+from lorafast.ops.scaled_lora_linear import scaled_lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
 from lorafast.ops.weight_norm import weight_norm
@@ -36,6 +37,7 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "quantized_linear",
+    "scaled_lora_linear",
     "shrink",
     "shrink_backward",
     "use_backend",

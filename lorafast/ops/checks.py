@@ -156,6 +156,33 @@ def check_dora_linear(
     check_device("magnitude", magnitude, x.device, "x")
 
 
+def check_scaled_lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    *,
+    d_in: Tensor | None,
+    m: Tensor | None,
+    d_out: Tensor | None,
+) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA layer with vectors."""
+    check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    (N, K), r = weight.shape, lora_A.shape[0]
+    for name, vector, size in (("d_in", d_in, K), ("m", m, r), ("d_out", d_out, N)):
+        if vector is None:
+            continue
+        check_float(name, vector)
+        check_device(name, vector, x.device, "x")
+        if name == "m" and vector.dim() == 2:
+            check_matrix(name, vector, r, r)
+        else:
+            check_shape(name, vector, size)
+
+
 def has_rows(x: Tensor) -> bool:
     """Whether ``x`` is a strided tensor and not a nested one."""
     return x.layout is _STRIDED and not x.is_nested

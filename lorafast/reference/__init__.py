@@ -26,6 +26,7 @@ from lorafast.reference.quantize import (
     quantize_four_bit,
     quantize_scales,
 )
+from lorafast.reference.scaled_lora_linear import scaled_lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
 from lorafast.reference.weight_norm import weight_norm
@@ -55,6 +56,7 @@ __all__ = [
     "quantize_eight_bit",
     "quantize_four_bit",
     "quantize_scales",
+    "scaled_lora_linear",
     "scales_of",
     "shrink",
     "shrink_backward",
