@@ -11,6 +11,7 @@ from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.grouped_lora_linear import grouped_lora_linear
 from lorafast.ops.linear_expand import linear_expand
+from lorafast.ops.lokr_linear import lokr_linear
 from lorafast.ops.lora_conv import lora_conv
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
@@ -33,6 +34,7 @@ __all__ = [
     "grouped_lora_linear",
     "keep_dequantized",
     "linear_expand",
+    "lokr_linear",
     "lora_conv",
     "lora_embedding",
     "lora_linear",

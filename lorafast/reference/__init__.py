@@ -18,6 +18,7 @@ from lorafast.reference.grouped_lora_linear import (
     members,
 )
 from lorafast.reference.linear_expand import linear_expand
+from lorafast.reference.lokr_linear import lokr_linear
 from lorafast.reference.lora_conv import conv_shrink, lora_conv, lora_conv_backward
 from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
@@ -47,6 +48,7 @@ __all__ = [
     "grouped_shrink",
     "keep_mask",
     "linear_expand",
+    "lokr_linear",
     "lora_conv",
     "lora_conv_backward",
     "lora_embedding",

@@ -19,6 +19,7 @@ from lorafast.integrations.peft.layers import (
     LAYERS,
     Embedding,
     FastConv,
+    FastKind,
     FastLinear,
     MultiheadAttention,
     fast_of,
@@ -183,7 +184,7 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    fast = (FastLinear, Embedding, FastConv, MultiheadAttention)
+    fast = (FastLinear, Embedding, FastConv, FastKind, MultiheadAttention)
     if isinstance(module, fast) and not _calls_its_class(module):
         return "its forward was replaced after it was made fast"
     if isinstance(module, FastLinear):
@@ -193,6 +194,8 @@ def _why_stock(module: nn.Module) -> str | None:
     if isinstance(module, FastConv):
         conv: Any = module
         return conv_rules.why_stock_conv(conv, active(conv))
+    if isinstance(module, FastKind):
+        return module.why_stock()
     if isinstance(module, MultiheadAttention):
         return attention_rules.why_stock_attention(module, active(module))
     changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
