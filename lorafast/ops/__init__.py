@@ -15,6 +15,7 @@ from lorafast.ops.lokr_linear import lokr_linear
 from lorafast.ops.lora_conv import lora_conv
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
+from lorafast.ops.oft_linear import oft_linear
 from lorafast.ops.quantized_linear import quantized_linear
 from lorafast.ops.scaled_lora_linear import scaled_lora_linear
 from lorafast.ops.shrink import shrink
@@ -38,6 +39,7 @@ __all__ = [
     "lora_conv",
     "lora_embedding",
     "lora_linear",
+    "oft_linear",
     "quantized_linear",
     "scaled_lora_linear",
     "shrink",

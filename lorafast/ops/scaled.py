@@ -19,9 +19,7 @@ _LARGE = 1 << 22
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def scaled(
-    y: Tensor, scale: Tensor, beside: Tensor | None = None, *, fresh: bool = True
-) -> Tensor:
+def scaled(y: Tensor, scale: Tensor, beside: Tensor | None = None, *, fresh: bool = True) -> Tensor:
     """``scale ⊙ y + beside`` in the dtype of ``y``, computed in the dtype that all are promoted to.
 
     Shapes: ``y [..., N]``, ``scale [N]``, ``beside [N]`` or as ``y``. A ``fresh`` y is one that nobody

@@ -22,6 +22,7 @@ from lorafast.reference.lokr_linear import lokr_linear
 from lorafast.reference.lora_conv import conv_shrink, lora_conv, lora_conv_backward
 from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
+from lorafast.reference.oft_linear import oft_linear
 from lorafast.reference.quantize import (
     quantize_eight_bit,
     quantize_four_bit,
@@ -54,6 +55,7 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "members",
+    "oft_linear",
     "philox_4x32",
     "quantize_eight_bit",
     "quantize_four_bit",

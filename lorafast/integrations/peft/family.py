@@ -1,18 +1,21 @@
 """The fast classes of LoRA's relatives over linear layers. Importing this imports their layers.
 
-What each computes is in the module of its name: ``vera``, ``adalora``, ``ia3``, ``loha``, ``lokr``.
+What each computes is in the module of its name: ``vera``, ``adalora``, ``ia3``, ``loha``, ``lokr``,
+``oft``, ``boft``.
 """
 
 from typing import Any
 
 from peft.tuners.adalora import layer as stock_adalora
+from peft.tuners.boft import layer as stock_boft
 from peft.tuners.ia3 import layer as stock_ia3
 from peft.tuners.loha import layer as stock_loha
 from peft.tuners.lokr import layer as stock_lokr
+from peft.tuners.oft import layer as stock_oft
 from peft.tuners.vera import layer as stock_vera
 from torch import Tensor
 
-from lorafast.integrations.peft import ia3, known, layers, lokr, low_rank
+from lorafast.integrations.peft import boft, ia3, known, layers, lokr, low_rank, oft
 from lorafast.integrations.peft.adalora import ADALORA
 from lorafast.integrations.peft.loha import LOHA
 from lorafast.integrations.peft.vera import VERA
@@ -23,6 +26,11 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
     "VeRA": {stock_vera.Linear: _READ | _CAST | {"forward": "6fd6ad5845f3e00b"}},
     "AdaLoRA": {stock_adalora.SVDLinear: _READ | _CAST | {"forward": "fc3b15fdecb3db2a"}},
     "(IA)³": {stock_ia3.Linear: _READ | {"forward": "db1148aafb96c29c"}},
+    "OFT": {
+        stock_oft.Linear: _READ | _CAST | {"forward": "3f2d3bc4b7cf3679"},
+        stock_oft.OFTRotationModule: {"forward": "7fe6dd676f2dd703"},
+    },
+    "BOFT": {stock_boft.Linear: _READ | {"forward": "8dd152cef74c783b"}},
     "LoHa": {
         stock_loha.Linear: _READ
         | _CAST
@@ -116,6 +124,34 @@ class Ia3Linear(layers.FastKind, stock_ia3.Linear):
         return ia3.why_stock(self)
 
 
+class OftLinear(layers.FastKind, stock_oft.Linear):
+    """OFT over a linear layer, dense or quantized."""
+
+    _stock = stock_oft.Linear
+
+    def computed(self, x: Tensor) -> Tensor | None:
+        """``y = (x·diag(R_1 … R_b))·Wᵀ + bias``; several adapters rotate one after another."""
+        return oft.forward(self, x)
+
+    def why_stock(self) -> str | None:
+        """As ``FastKind``."""
+        return oft.why_stock(self)
+
+
+class BoftLinear(layers.FastKind, stock_boft.Linear):
+    """BOFT over a dense linear layer."""
+
+    _stock = stock_boft.Linear
+
+    def computed(self, x: Tensor) -> Tensor | None:
+        """``y = s ⊙ ((x·R)·Wᵀ) + bias``, R a product of butterflies."""
+        return boft.forward(self, x)
+
+    def why_stock(self) -> str | None:
+        """As ``FastKind``."""
+        return boft.why_stock(self)
+
+
 layers.LAYERS.update(
     {
         stock_vera.Linear: "VeRA",
@@ -123,6 +159,8 @@ layers.LAYERS.update(
         stock_loha.Linear: "LoHa",
         stock_lokr.Linear: "LoKr",
         stock_ia3.Linear: "(IA)³",
+        stock_oft.Linear: "OFT",
+        stock_boft.Linear: "BOFT",
     }
 )
-layers.add(VeraLinear, AdaLoraLinear, LohaLinear, LokrLinear, Ia3Linear)
+layers.add(VeraLinear, AdaLoraLinear, LohaLinear, LokrLinear, Ia3Linear, OftLinear, BoftLinear)

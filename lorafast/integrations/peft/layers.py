@@ -142,9 +142,11 @@ there is one: they import it."""
 _ROOMS = {
     "peft.tuners.lora.bnb": "bnb",
     "peft.tuners.adalora.layer": "family",
+    "peft.tuners.boft.layer": "family",
     "peft.tuners.ia3.layer": "family",
     "peft.tuners.loha.layer": "family",
     "peft.tuners.lokr.layer": "family",
+    "peft.tuners.oft.layer": "family",
     "peft.tuners.vera.layer": "family",
 }
 """PEFT's modules whose layers have their fast classes in a room of their own, imported when one is met."""

@@ -81,7 +81,9 @@ def why_stock_parts(layer: Any, parts: Sequence[Part]) -> str | None:
                 return reason
         for what, tensor in tensors.items():
             if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-                return f"{what} of adapter {name!r} is a {type(tensor).__name__}, not a plain tensor"
+                return (
+                    f"{what} of adapter {name!r} is a {type(tensor).__name__}, not a plain tensor"
+                )
             if tensor.is_meta or tensor.layout is not torch.strided:
                 return f"{what} of adapter {name!r} is on the meta device, or not strided"
             dtype = dtype or tensor.dtype

@@ -221,9 +221,7 @@ def why_stock_input(
     return None
 
 
-def why_not_input(
-    layer: Any, adapter_dtype: torch.dtype, weight: Weight, x: Any
-) -> str | None:
+def why_not_input(layer: Any, adapter_dtype: torch.dtype, weight: Weight, x: Any) -> str | None:
     """Why a linear layer with adapters of this dtype is left to PEFT for this input."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"its input is a {type(x).__name__}, not a plain tensor"
