@@ -1,5 +1,6 @@
-"""LoKr: a product with ``w1 ⊗ w2`` is two small ones over x seen as ``[M, b, d]``, and neither it nor W's
-change is made: ``z = x·w2ᵀ [M, b, c]``, then ``w1·z [M, a, c]``.
+"""LoKr: a product with ``w1 ⊗ w2`` is two small ones over x as ``[M, b, d]``, and it is never made.
+
+``z = x·w2ᵀ [M, b, c]``, then ``w1·z [M, a, c]``.
 
 x is kept for the backward, which makes z again. All is computed in the wider dtype of x and the adapter.
 """

@@ -1,4 +1,4 @@
-"""(IA)³ (Liu et al., 2022): a vector that scales what a layer gives, or, feed-forward, what it is given."""
+"""(IA)³ (Liu et al., 2022): a vector scales what a layer gives or, feed-forward, what it is given."""
 
 from typing import Any
 

@@ -149,7 +149,7 @@ _ROOMS = {
     "peft.tuners.oft.layer": "family",
     "peft.tuners.vera.layer": "family",
 }
-"""PEFT's modules whose layers have their fast classes in a room of their own, imported when one is met."""
+"""PEFT's modules whose layers have fast classes in a module of their own, imported when one is met."""
 
 FAST: dict[Any, Any] = {}
 """PEFT's class → the fast one."""

@@ -21,7 +21,7 @@ def takes_part(layer: Any, name: str) -> bool:
 
 
 def kept_rows(layer: Any, name: str, N: int, device: torch.device) -> Tensor | None:
-    """``[N]`` of zeros and ones: the rows of ΔW that ``rank_dropout`` keeps, drawn as PEFT draws them."""
+    """``[N]`` of zeros and ones: the rows of ΔW that ``rank_dropout`` keeps, as PEFT draws them."""
     p = layer.rank_dropout[name]
     if not (layer.training and p):
         return None

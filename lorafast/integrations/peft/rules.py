@@ -243,10 +243,11 @@ def why_not_input(layer: Any, adapter_dtype: torch.dtype, weight: Weight, x: Any
     )
     if reason is not None:
         return reason
-    if adapter_dtype is not dtype and not autocast_enabled(x):
-        # PEFT's own default, of layers that don't say it.
-        if not getattr(layer, "cast_input_dtype_enabled", True):
-            return f"its input is {dtype} and must not be cast to {adapter_dtype}"
+    cast = getattr(
+        layer, "cast_input_dtype_enabled", True
+    )  # PEFT's own default, of layers without it
+    if adapter_dtype is not dtype and not cast and not autocast_enabled(x):
+        return f"its input is {dtype} and must not be cast to {adapter_dtype}"
     return None
 
 

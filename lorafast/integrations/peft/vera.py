@@ -1,4 +1,4 @@
-"""VeRA (Kopiczko et al., 2023): A and B shared by all layers and frozen, two vectors of each layer's own.
+"""VeRA (Kopiczko et al., 2023): A and B are shared by all layers and frozen, two vectors are not.
 
 ``y = base + λ_b ⊙ ((drop(x)·Aᵀ) ⊙ λ_d)·Bᵀ``: the vectors are folded into the layer's part of B.
 """

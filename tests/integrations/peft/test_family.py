@@ -1,12 +1,13 @@
-"""VeRA, AdaLoRA, (IA)³, LoHa, LoKr, OFT and BOFT against stock PEFT: outputs, gradients by name, what is left."""
+"""PEFT's other kinds against stock PEFT: outputs, gradients by name, training, what is left to it."""
 
 import copy
 
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 from helpers import covering
 from peft_twins import K, N, assert_equal, base, twins
 from torch import nn
@@ -159,7 +160,8 @@ def test_adalora_allocates_as_with_peft(never_stock):
             model.base_model.update_and_allocate(step)
         masks = [p.flatten() != 0 for n, p in model.named_parameters() if "lora_E" in n]
         found.append((loss.item(), torch.cat(masks).tolist()))
-    assert found[1][1] == found[0][1] and sum(found[0][1]) == 4
+    assert found[1][1] == found[0][1]
+    assert sum(found[0][1]) == 4
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
 
 
@@ -230,4 +232,5 @@ def test_vera_and_lora_with_a_frozen_A_keep_no_x():
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
             model(x).sum()
-        assert kept and all(t.numel() < x.numel() for t in kept)
+        assert kept
+        assert all(t.numel() < x.numel() for t in kept)
