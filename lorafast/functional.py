@@ -13,7 +13,9 @@ from lorafast.operands import Operand, Weight
 from lorafast.ops.checks import (
     check_dora_linear,
     check_float,
+    check_lokr_linear,
     check_lora_linear,
+    check_oft_linear,
     check_probability,
     check_scaled_lora_linear,
 )
@@ -194,6 +196,68 @@ def scaled_lora_linear(
         return ops.scaled_lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, d_in, m, d_out, p, seed
         )
+
+
+def lokr_linear(
+    x: Tensor,
+    weight: Weight,
+    w1: Tensor,
+    w2: Tensor | tuple[Tensor, Tensor],
+    scaling: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``y = x·(W + scaling · w1 ⊗ w2)ᵀ + bias``, LoKr (Yeh et al., "LyCORIS", 2023).
+
+    ``w1 ⊗ w2`` is never made: two small products over ``x`` as ``[M, b, d]`` take its place.
+
+    Args:
+        x: ``[..., b·d]``, strided.
+        weight: ``[a·c, b·d]``, in the dtype of ``x``: a tensor or an ``Operand``.
+        w1: ``[a, b]``, in any float dtype.
+        w2: ``[c, d]``, or a pair ``[c, r]``, ``[r, d]`` of which it is the product, in the dtype of
+            ``w1``.
+        scaling: a number; PEFT's is ``alpha / r``.
+        bias: ``[a·c]``, in the dtype of ``x``.
+
+    Returns:
+        ``y [..., a·c]`` in the dtype of ``x``. Every tensor argument may require a gradient; ``x`` is
+        kept for the backward, and no product. Under autocast ``x``, ``weight`` and ``bias`` are cast as
+        ``F.linear`` would.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+    """
+    if autocast_anywhere() and autocast_enabled(x):
+        x, weight, bias = _cast(x, weight, bias)
+    check_lokr_linear(x, weight, w1, w2, scaling, bias)
+    with without_autocast(x):
+        return ops.lokr_linear(x, weight, w1, w2, scaling, bias)
+
+
+def oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = (x·diag(R_1 … R_b))·Wᵀ + bias``, OFT (Qiu et al., 2023), for any blocks.
+
+    Args:
+        x: ``[..., b·k]``, strided.
+        weight: ``[N, b·k]``, in the dtype of ``x``: a tensor or an ``Operand``.
+        blocks: ``[b, k, k]``, in any float dtype; the product with x is computed in the wider one.
+        bias: ``[N]``, in the dtype of ``x``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient; ``x`` is
+        kept for the backward if ``blocks`` does. Under autocast ``x``, ``weight`` and ``bias`` are cast
+        as ``F.linear`` would.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+    """
+    if autocast_anywhere() and autocast_enabled(x):
+        x, weight, bias = _cast(x, weight, bias)
+    check_oft_linear(x, weight, blocks, bias)
+    with without_autocast(x):
+        return ops.oft_linear(x, weight, blocks, bias)
 
 
 def grouped_lora_linear(
