@@ -13,8 +13,11 @@ from lorafast.operands import Operand, Weight
 from lorafast.ops.checks import (
     check_dora_linear,
     check_float,
+    check_lokr_linear,
     check_lora_linear,
+    check_oft_linear,
     check_probability,
+    check_scaled_lora_linear,
 )
 from lorafast.ops.dora_linear import around_float16
 from lorafast.ops.lora_conv_checks import (
@@ -138,6 +141,123 @@ def dora_linear(
         if x.dtype is torch.float16 and lora_A.dtype is torch.float32 and not under_autocast:
             run = around_float16
         return run(x, weight, lora_A, lora_B, scale, scaling, bias, p, seed)
+
+
+def scaled_lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    d_in: Tensor | None = None,
+    m: Tensor | None = None,
+    d_out: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """``y = x·Wᵀ + scaling · d_out ⊙ ((((d_in ⊙ drop(x))·Aᵀ) ⊙ m)·Bᵀ) + bias``: LoRA's relatives.
+
+    | adapter | what is trained | arguments |
+    |---|---|---|
+    | LoRA (Hu et al., 2021) | A, B | no vector |
+    | LoRA-FA (Zhang et al., 2023) | B | ``lora_A`` without a gradient |
+    | VeRA (Kopiczko et al., 2023) | ``m``, ``d_out`` | A and B shared and frozen |
+    | AdaLoRA (Zhang et al., 2023) | A, B, ``m`` | ``m``: the singular values |
+    | LoRA-XS (Bałazy et al., 2024) | ``m [r, r]`` | A and B frozen, of an SVD of W |
+
+    The vectors are folded into A and B, which are small: x and y take the passes of ``lora_linear``.
+
+    Args:
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, training: as for ``lora_linear``.
+        d_in: ``[K]``, in any float dtype, as the other vectors; None is ones.
+        m: ``[r]``; or ``[r, r]``, a matrix between A and B: ``s·mᵀ`` for ``s ⊙ m``.
+        d_out: ``[N]``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient; ``x`` is
+        kept for the backward only if ``lora_A``, ``d_in`` or ``weight`` does. Under autocast ``x``,
+        ``weight`` and ``bias`` are cast as ``F.linear`` would; the others stay.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+        BackendError: the forced backend can't serve the call; the message says why.
+    """
+    if autocast_anywhere() and autocast_enabled(x):
+        x, weight, bias = _cast(x, weight, bias)
+    check_scaled_lora_linear(
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, d_in=d_in, m=m, d_out=d_out
+    )
+    p = dropout_p if training else 0.0
+    seed = torch.randint(_SEEDS, (1,), device=x.device) if p else None
+    with without_autocast(x):
+        return ops.scaled_lora_linear(
+            x, weight, lora_A, lora_B, scaling, bias, d_in, m, d_out, p, seed
+        )
+
+
+def lokr_linear(
+    x: Tensor,
+    weight: Weight,
+    w1: Tensor,
+    w2: Tensor | tuple[Tensor, Tensor],
+    scaling: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``y = x·(W + scaling · w1 ⊗ w2)ᵀ + bias``, LoKr (Yeh et al., "LyCORIS", 2023).
+
+    ``w1 ⊗ w2`` is never made: two small products over ``x`` as ``[M, b, d]`` take its place.
+
+    Args:
+        x: ``[..., b·d]``, strided.
+        weight: ``[a·c, b·d]``, in the dtype of ``x``: a tensor or an ``Operand``.
+        w1: ``[a, b]``, in any float dtype.
+        w2: ``[c, d]``, or a pair ``[c, r]``, ``[r, d]`` of which it is the product, in the dtype of
+            ``w1``.
+        scaling: a number; PEFT's is ``alpha / r``.
+        bias: ``[a·c]``, in the dtype of ``x``.
+
+    Returns:
+        ``y [..., a·c]`` in the dtype of ``x``. Every tensor argument may require a gradient; ``x`` is
+        kept for the backward, and no product. Under autocast ``x``, ``weight`` and ``bias`` are cast as
+        ``F.linear`` would.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+    """
+    if autocast_anywhere() and autocast_enabled(x):
+        x, weight, bias = _cast(x, weight, bias)
+    check_lokr_linear(x, weight, w1, w2, scaling, bias)
+    with without_autocast(x):
+        return ops.lokr_linear(x, weight, w1, w2, scaling, bias)
+
+
+def oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = (x·diag(R_1 … R_b))·Wᵀ + bias``, OFT (Qiu et al., 2023), for any blocks.
+
+    Args:
+        x: ``[..., b·k]``, strided.
+        weight: ``[N, b·k]``, in the dtype of ``x``: a tensor or an ``Operand``.
+        blocks: ``[b, k, k]``, in any float dtype; the product with x is computed in the wider one.
+        bias: ``[N]``, in the dtype of ``x``.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient; ``x`` is
+        kept for the backward if ``blocks`` does. Under autocast ``x``, ``weight`` and ``bias`` are cast
+        as ``F.linear`` would.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+    """
+    if autocast_anywhere() and autocast_enabled(x):
+        x, weight, bias = _cast(x, weight, bias)
+    check_oft_linear(x, weight, blocks, bias)
+    with without_autocast(x):
+        return ops.oft_linear(x, weight, blocks, bias)
 
 
 def grouped_lora_linear(

@@ -11,6 +11,7 @@ from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
 from lorafast.convert.first_backward import watch
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.initialization import check_start, start
 from lorafast.convert.kinds import adapted_layers, adapter_parameters, kind_of_layer
 from lorafast.convert.left_out import large_share
 from lorafast.convert.resizing import let_embeddings_resize
@@ -32,6 +33,7 @@ def adapt(
     freeze: bool = True,
     adapter_dtype: torch.dtype | None = None,
     fuse: str | None = None,
+    init_lora_weights: str | None = None,
 ) -> nn.Module:
     """Replaces layers of ``model`` by adapted ones that share their weights.
 
@@ -62,14 +64,20 @@ def adapt(
             up) share one pass over x in the forward and one in the backward, and one gradient of x that
             all add to: see ``docs/guide.md``. ``lorafast.restore(model)`` undoes it. A warning says so
             if no layer of the model has siblings.
+        init_lora_weights: how A and B begin, as PEFT's numbers have it: None (A drawn, B zero),
+            ``"pissa"`` or ``"pissa_niter_<n>"`` (Meng et al., 2024: the largest singular values of W),
+            ``"olora"`` (Büyükakyüz, 2024: its QR decomposition). The last ones are of dense linear
+            layers, and take ``scaling·B·A`` away from W: the layer keeps what is left as its weight,
+            and until all are made the model's own weights are held beside. Saved adapters name it, and
+            load where the same was done.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: a name or regex matches no layer, the model has PEFT's adapters (which
-            ``accelerate`` is for), or ``r``, ``alpha``, ``dropout`` or ``fuse`` doesn't fit. The model
-            is unchanged.
+            ``accelerate`` is for), or ``r``, ``alpha``, ``dropout``, ``fuse`` or ``init_lora_weights``
+            doesn't fit. The model is unchanged.
         TypeError: a layer that was asked for can't be adapted, or FSDP has sharded it. The model is
             unchanged. With ``"all-linear"`` a layer that can't be adapted is left as it is, and a
             warning names it, as it does convolutions and stacked experts that hold a quarter of the
@@ -85,6 +93,8 @@ def adapt(
         raise TypeError(
             f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
         )
+    if init_lora_weights is not None:
+        check_start(init_lora_weights, found, r)
     with all_or_nothing(inner) as undo:
         for plain, names in found.items():
             layer = undo.made[plain] = kind_of_layer(plain).layer.of_plain(
@@ -96,6 +106,8 @@ def adapt(
                 use_dora=use_dora,
                 adapter_dtype=adapter_dtype,
             )
+            if init_lora_weights is not None:
+                start(layer, init_lora_weights)
             layers |= dict.fromkeys(names, layer)
         if freeze:
             freeze_base(inner)

@@ -359,6 +359,12 @@ def _check_adapter(
     name: str, module: nn.Module, config: AdapterConfig, parameters: dict[str, Tensor]
 ) -> None:
     r, kind = config.rank(name), kind_of_layer(module)
+    start = module.init_lora_weights if isinstance(module, AdapterLayer) else None
+    if start != config.init_lora_weights:
+        raise ValueError(
+            f"init_lora_weights in the config is {config.init_lora_weights!r}, and {name} was adapted "
+            f"with {start!r}: an adapter belongs to what its start has left of W"
+        )
     there: dict[str, Tensor] = {}
     if isinstance(module, AdapterLayer):
         if module.r != r:

@@ -48,7 +48,8 @@ _DESCRIPTIVE = frozenset({
 })  # fmt: skip
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # Starts for which PEFT takes a part of W away, so that B·A belongs to what is left of it.
-_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_OTHER_BASE = ("corda", "loftq", "lora_ga")
+_LOCAL = ("pissa", "olora")
 # More than any matrix has rows.
 _MOST_RANK = 2**31
 
@@ -107,6 +108,8 @@ class AdapterConfig:
     rank_pattern: ByPattern[int]
     alpha_pattern: ByPattern[float]
     modules_to_save: tuple[str, ...]
+    init_lora_weights: str | None
+    """A start that took a part of W away, to what is left of which the adapter belongs; else None."""
 
     def rank(self, name: str) -> int:
         """The rank of layer ``name``."""
@@ -302,6 +305,7 @@ def _parse(raw: dict[str, Any], path: Path) -> AdapterConfig:
         rank_pattern=_values(*optional("rank_pattern", {}), _rank),
         alpha_pattern=_values(*optional("alpha_pattern", {}), _alpha),
         modules_to_save=_names(*optional("modules_to_save", ())),
+        init_lora_weights=_start(raw, path),
     )
 
 
@@ -324,7 +328,13 @@ def _check_kind(raw: dict[str, Any], path: Path) -> None:
                 f"{name} in {path} is {shortened(raw[name])}: lorafast doesn't compute that "
                 f"(expected {harmless[0]!r})"
             )
+
+
+def _start(raw: dict[str, Any], path: Path) -> str | None:
+    """A start that takes a part of W away, and that ``adapt`` has too; None of those that take none."""
     start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_LOCAL):
+        return start.lower()
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
         raise ValueError(
             f"init_lora_weights in {path} is {shortened(start)}: PEFT changes the base weights for it, "
@@ -336,6 +346,7 @@ def _check_kind(raw: dict[str, Any], path: Path) -> None:
             f"init_lora_weights in {path} is {shortened(start)}, a start that lorafast doesn't know: "
             "it may have changed the base weights"
         )
+    return None
 
 
 def _fits(check: Callable[[str, object], _T], where: str, value: object) -> _T:

@@ -68,6 +68,8 @@ class AdapterLayer(nn.Module):
     """Which of several adapters is active: see ``lorafast.nn.inactive``."""
     _aside = False
     """Whether the forward is another than the plain adapter's: merged, DoRA, or one of siblings."""
+    init_lora_weights: str | None = None
+    """How A and B began, where that took a part of W away (PiSSA, OLoRA)."""
     shares_x: ClassVar[bool] = False
     """Whether its forward can share x with others' (``sibling``)."""
     _siblings: tuple[Siblings, int] | None = None
@@ -173,7 +175,11 @@ class AdapterLayer(nn.Module):
 
     def peft_fields(self) -> dict[str, object]:
         """What PEFT's config says of such a layer, and once for all layers of a model."""
-        return {"use_rslora": self._use_rslora, "use_dora": self._use_dora}
+        return {
+            "use_rslora": self._use_rslora,
+            "use_dora": self._use_dora,
+            "init_lora_weights": self.init_lora_weights or True,
+        }
 
     def summary_remark(self) -> str:
         """What ``summary`` says of the layer beside its numbers, if anything."""

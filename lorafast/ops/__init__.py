@@ -11,10 +11,13 @@ from lorafast.ops.expand import expand
 from lorafast.ops.expand_backward import expand_backward
 from lorafast.ops.grouped_lora_linear import grouped_lora_linear
 from lorafast.ops.linear_expand import linear_expand
+from lorafast.ops.lokr_linear import lokr_linear
 from lorafast.ops.lora_conv import lora_conv
 from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
+from lorafast.ops.oft_linear import oft_linear
 from lorafast.ops.quantized_linear import quantized_linear
+from lorafast.ops.scaled_lora_linear import scaled_lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
 from lorafast.ops.weight_norm import weight_norm
@@ -32,10 +35,13 @@ __all__ = [
     "grouped_lora_linear",
     "keep_dequantized",
     "linear_expand",
+    "lokr_linear",
     "lora_conv",
     "lora_embedding",
     "lora_linear",
+    "oft_linear",
     "quantized_linear",
+    "scaled_lora_linear",
     "shrink",
     "shrink_backward",
     "use_backend",

@@ -156,6 +156,99 @@ def check_dora_linear(
     check_device("magnitude", magnitude, x.device, "x")
 
 
+def check_scaled_lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    *,
+    d_in: Tensor | None,
+    m: Tensor | None,
+    d_out: Tensor | None,
+) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA layer with vectors."""
+    check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    (N, K), r = weight.shape, lora_A.shape[0]
+    for name, vector, size in (("d_in", d_in, K), ("m", m, r), ("d_out", d_out, N)):
+        if vector is None:
+            continue
+        check_float(name, vector)
+        check_device(name, vector, x.device, "x")
+        if name == "m" and vector.dim() == 2:
+            check_matrix(name, vector, r, r)
+        else:
+            check_shape(name, vector, size)
+
+
+def check_lokr_linear(
+    x: Tensor,
+    weight: Weight,
+    w1: Tensor,
+    w2: Tensor | tuple[Tensor, Tensor],
+    scaling: float,
+    bias: Tensor | None,
+) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoKr linear layer."""
+    N, K = _check_linear(x, weight, bias)
+    factors = (
+        {"w2": w2} if isinstance(w2, Tensor) else dict(zip(("w2[0]", "w2[1]"), w2, strict=True))
+    )
+    for name, tensor in {"w1": w1, **factors}.items():
+        check_float(name, tensor)
+        check_device(name, tensor, x.device, "x")
+        check_matrix(name, tensor, "rows", "columns")
+        check_same_dtype(name, tensor, "w1", w1.dtype)
+    first, *others = factors.values()
+    if others:
+        check_matrix("w2[1]", others[0], first.shape[1], "columns")
+    (a, b), (c, d) = w1.shape, (first.shape[0], (others or [first])[0].shape[1])
+    if (a * c, b * d) != (N, K):
+        raise ValueError(
+            f"w1 ⊗ w2 has shape [{a * c}, {b * d}], expected {_shape(weight)}, as weight"
+        )
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling is a {type(scaling).__name__}, expected a number")
+
+
+def check_oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | None) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make an OFT linear layer."""
+    _, K = _check_linear(x, weight, bias)
+    check_float("blocks", blocks)
+    check_device("blocks", blocks, x.device, "x")
+    check_shape("blocks", blocks, "count", "k", "k")
+    count, rows, columns = blocks.shape
+    if rows != columns or count * rows != K:
+        raise ValueError(
+            f"blocks has shape {_shape(blocks)}, expected [count, k, k] with count * k = {K}"
+        )
+
+
+def _check_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[int, int]:
+    """N and K of a frozen linear layer that fits ``x``."""
+    check_float("x", x)
+    check_float("weight", weight, (Tensor, Operand))
+    check_matrix("weight", weight, "out_features", "in_features")
+    N, K = weight.shape
+    if not has_rows(x):
+        raise ValueError(f"x is {describe_layout(x)}, expected a strided tensor")
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x has shape {_shape(x)}, expected [..., {K}]: weight has {K} input features"
+        )
+    check_same_dtype("weight", weight, "x", x.dtype)
+    check_device("weight", weight, x.device, "x")
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, N)
+        check_same_dtype("bias", bias, "x", x.dtype)
+        check_device("bias", bias, x.device, "x")
+    check_frozen(weight)
+    return N, K
+
+
 def has_rows(x: Tensor) -> bool:
     """Whether ``x`` is a strided tensor and not a nested one."""
     return x.layout is _STRIDED and not x.is_nested

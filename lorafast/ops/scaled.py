@@ -19,16 +19,16 @@ _LARGE = 1 << 22
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def scaled(y: Tensor, scale: Tensor, beside: Tensor | None = None) -> Tensor:
+def scaled(y: Tensor, scale: Tensor, beside: Tensor | None = None, *, fresh: bool = True) -> Tensor:
     """``scale ⊙ y + beside`` in the dtype of ``y``, computed in the dtype that all are promoted to.
 
-    Shapes: ``y [..., N]``, which nobody else has: where no gradient may be asked for it is written over;
-    ``scale [N]``; ``beside [N]`` or as ``y``.
+    Shapes: ``y [..., N]``, ``scale [N]``, ``beside [N]`` or as ``y``. A ``fresh`` y is one that nobody
+    else has: where no gradient may be asked for it is written over.
     """
     if torch.compiler.is_compiling() or not alone() or not is_plain(y, scale, beside):
         return _plain(y, scale, beside)
     if not torch.is_grad_enabled():
-        return _into(y, y, scale, beside)
+        return _into(y if fresh else torch.empty_like(y), y, scale, beside)
     if not _pays(y, scale):
         return _plain(y, scale, beside)
     out: Tensor = _apply(y, scale, beside)

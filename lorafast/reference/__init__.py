@@ -18,14 +18,17 @@ from lorafast.reference.grouped_lora_linear import (
     members,
 )
 from lorafast.reference.linear_expand import linear_expand
+from lorafast.reference.lokr_linear import lokr_linear
 from lorafast.reference.lora_conv import conv_shrink, lora_conv, lora_conv_backward
 from lorafast.reference.lora_embedding import lora_embedding
 from lorafast.reference.lora_linear import lora_linear
+from lorafast.reference.oft_linear import oft_linear
 from lorafast.reference.quantize import (
     quantize_eight_bit,
     quantize_four_bit,
     quantize_scales,
 )
+from lorafast.reference.scaled_lora_linear import scaled_lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
 from lorafast.reference.weight_norm import weight_norm
@@ -46,15 +49,18 @@ __all__ = [
     "grouped_shrink",
     "keep_mask",
     "linear_expand",
+    "lokr_linear",
     "lora_conv",
     "lora_conv_backward",
     "lora_embedding",
     "lora_linear",
     "members",
+    "oft_linear",
     "philox_4x32",
     "quantize_eight_bit",
     "quantize_four_bit",
     "quantize_scales",
+    "scaled_lora_linear",
     "scales_of",
     "shrink",
     "shrink_backward",

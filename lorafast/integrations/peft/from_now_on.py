@@ -1,7 +1,7 @@
 """Whether the layers that PEFT makes are fast: everywhere, or within the blocks of a thread or task.
 
-PEFT makes every layer in one place, which is replaced while anybody wants fast layers, and put back when
-nobody does any more.
+PEFT makes every layer of a kind in one place, which is replaced while anybody wants fast layers, and put
+back when nobody does any more.
 """
 
 import functools
@@ -9,12 +9,22 @@ import threading
 from contextvars import ContextVar
 from typing import Any
 
+from peft.tuners.adalora.model import AdaLoraModel
+from peft.tuners.boft.model import BOFTModel
+from peft.tuners.ia3.model import IA3Model
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.lycoris_utils import LycorisTuner
+from peft.tuners.oft.model import OFTModel
+from peft.tuners.vera.model import VeraModel
 from torch import nn
 
 from lorafast.integrations.peft.layers import fast_of
 
 _PLACE = "_create_new_module"
+_OWNERS: tuple[Any, ...] = (
+    LoraModel, AdaLoraModel, BOFTModel, IA3Model, LycorisTuner, OFTModel, VeraModel,
+)  # fmt: skip
+"""The classes of PEFT's that have such a place of their own, a static or a class method."""
 
 
 class Block:
@@ -43,8 +53,8 @@ _block: ContextVar[Block | None] = ContextVar("lorafast.accelerated", default=No
 _lock = threading.RLock()  # a block may be ended by the garbage collector, between any two lines
 _everywhere = False
 _wanted = 0
-_replaced: tuple[Any, Any] | None = None
-"""What PEFT had in place, and what is there instead of it."""
+_replaced: dict[Any, tuple[Any, Any]] = {}
+"""By class: what PEFT had in place, and what is there instead of it."""
 _covered: dict[Any, Any] = {}
 """What was there instead when someone else replaced it, and what PEFT had in place."""
 
@@ -78,30 +88,31 @@ def _innermost() -> Block | None:
 
 
 def _retain() -> None:
-    global _wanted, _replaced
+    global _wanted
     with _lock:
-        if _replaced is None:
-            before = vars(LoraModel)[_PLACE]
-            before = _covered.pop(before, before)
-            own = staticmethod(_making_fast(before.__func__))
-            _replaced = before, own
-            setattr(LoraModel, _PLACE, own)
+        if not _replaced:
+            for owner in _OWNERS:
+                before = vars(owner)[_PLACE]
+                before = _covered.pop(before, before)
+                own = type(before)(_making_fast(before.__func__))
+                _replaced[owner] = before, own
+                setattr(owner, _PLACE, own)
         _wanted += 1
 
 
 def _release() -> None:
-    global _wanted, _replaced
+    global _wanted
     with _lock:
         _wanted -= 1
-        if _wanted or _replaced is None:
+        if _wanted:
             return
-        before, own = _replaced
-        # Not what someone else has put there since, who may put back what was found.
-        if vars(LoraModel)[_PLACE] is own:
-            setattr(LoraModel, _PLACE, before)
-        else:
-            _covered[own] = before
-        _replaced = None
+        for owner, (before, own) in _replaced.items():
+            # Not what someone else has put there since, who may put back what was found.
+            if vars(owner)[_PLACE] is own:
+                setattr(owner, _PLACE, before)
+            else:
+                _covered[own] = before
+        _replaced.clear()
 
 
 def _making_fast(before: Any) -> Any:

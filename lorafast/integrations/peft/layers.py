@@ -139,8 +139,41 @@ LAYERS: dict[Any, str] = {
 """PEFT's classes that are stood in for, and their kind. Those over bitsandbytes' layers are added when
 there is one: they import it."""
 
+_ROOMS = {
+    "peft.tuners.lora.bnb": "bnb",
+    "peft.tuners.adalora.layer": "family",
+    "peft.tuners.boft.layer": "family",
+    "peft.tuners.ia3.layer": "family",
+    "peft.tuners.loha.layer": "family",
+    "peft.tuners.lokr.layer": "family",
+    "peft.tuners.oft.layer": "family",
+    "peft.tuners.vera.layer": "family",
+}
+"""PEFT's modules whose layers have fast classes in a module of their own, imported when one is met."""
+
 FAST: dict[Any, Any] = {}
 """PEFT's class → the fast one."""
+
+
+class FastKind(_Fast):
+    """An adapter of another kind than LoRA over a linear layer."""
+
+    def computed(self, x: Tensor) -> Tensor | None:
+        """The layer's output, or None where PEFT serves the call itself."""
+        raise NotImplementedError
+
+    def why_stock(self) -> str | None:
+        """Why the layer is left to PEFT, whatever its input, as the end of a sentence, or None."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``y [..., N]`` of ``x [..., K]``; arguments that aren't known here are for PEFT."""
+        y = None if args or kwargs else self.computed(x)
+        if y is not None:
+            return y
+        forget_stale(self._modules["base_layer"])  # type: ignore[attr-defined]
+        served: Tensor = self._stock.forward(self, x, *args, **kwargs)
+        return served
 
 
 def add(*classes: Any) -> None:
@@ -152,8 +185,9 @@ def add(*classes: Any) -> None:
 
 def fast_of(kind: Any) -> Any:
     """The fast class that stands in for a class of PEFT's, or None."""
-    if kind.__module__ == "peft.tuners.lora.bnb":
-        importlib.import_module("lorafast.integrations.peft.bnb")
+    room = _ROOMS.get(kind.__module__)
+    if room is not None:
+        importlib.import_module(f"lorafast.integrations.peft.{room}")
     return FAST.get(kind)
 
 

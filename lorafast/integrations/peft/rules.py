@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
@@ -35,7 +36,7 @@ INACTIVE = "none of its adapters is active"
 _SPARSE = "its input is sparse or nested"
 
 
-def why_stock(layer: LoraLayer, active: Sequence[object]) -> str | None:
+def why_stock(layer: BaseTunerLayer, active: Sequence[object]) -> str | None:
     """Why ``layer`` with these adapters is left to PEFT, whatever its kind and input."""
     if layer._disable_adapters:
         return "its adapters are disabled"
@@ -62,7 +63,7 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     if reason is not None:
         return reason
     base: nn.Module = layer._modules["base_layer"]
-    reason = _why_not_base(base)
+    reason = why_not_base(base)
     if reason is not None:
         return reason
     for adapter in adapters:
@@ -75,7 +76,8 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     return None
 
 
-def _why_not_base(base: nn.Module) -> str | None:
+def why_not_base(base: nn.Module) -> str | None:
+    """Why a layer that is adapted can't be read in place of calling it, or isn't known."""
     if quantized.is_one(base):
         reason = why_called(base) or _why_no_bias(base) or _why_parallel(base)
         return quantized.why_not(base) if reason is None else f"its base layer {reason}"
@@ -94,18 +96,22 @@ def why_not_adapter(adapter: Adapter) -> str | None:
     name, lora_A, lora_B, dropout, scaling = adapter
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"adapter {name!r} is made of {_type(lora_A)} and {_type(lora_B)}"
-    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
-        return f"the dropout of adapter {name!r} is a {_type(dropout)}"
     if isinstance(scaling, Tensor) and scaling.dim() > 0:
         return f"the scaling of adapter {name!r} has the shape {list(scaling.shape)}"
+    reason = why_not_dropout(name, dropout)
+    if reason is not None:
+        return reason
+    reason = why_not_plain(lora_A) or why_not_plain(lora_B) or _why_no_bias(lora_B)
+    return reason and f"adapter {name!r} {reason}"
+
+
+def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
+    """Why the dropout of the adapter of this name can't be left out of the call."""
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return f"the dropout of adapter {name!r} is a {_type(dropout)}"
     if type(dropout) is nn.Dropout and (dropout.inplace or type(dropout.p) not in (float, int)):
         return f"the dropout of adapter {name!r} changes its input, or has a probability of its own kind"
-    reason = (
-        why_not_plain(lora_A)
-        or why_not_plain(lora_B)
-        or _why_no_bias(lora_B)
-        or why_called(dropout)
-    )
+    reason = why_called(dropout)
     return reason and f"adapter {name!r} {reason}"
 
 
@@ -191,34 +197,13 @@ def why_stock_input(
     layer: LoraLayer, adapters: list[Adapter], weight: Weight, x: Any
 ) -> str | None:
     """Why a ``lora.Linear`` is left to PEFT for this input; ``weight [N, K]``."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return f"its input is a {type(x).__name__}, not a plain tensor"
-    if x.layout is not torch.strided or x.is_nested:
-        return _SPARSE
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        return f"its input has shape {list(x.shape)}, expected [..., {K}]"
     first = adapters[0].lora_A._parameters["weight"]
     assert first is not None
-    dtype, adapter_dtype, device = x.dtype, first.dtype, x.device
-    if dtype not in FLOATS or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
-        return f"its input is {dtype}, its adapters are {adapter_dtype}"
-    if weight.device != device:
-        return f"its input is on {device}, its weight on {weight.device}"
-    base: nn.Module = layer._modules["base_layer"]
-    reason = (
-        quantized.why_not_input(base, x)
-        if isinstance(weight, Operand)
-        else _why_not_dtypes(weight, base._parameters["bias"], x)
-    )
+    adapter_dtype, (N, K) = first.dtype, weight.shape
+    reason = why_not_input(layer, adapter_dtype, weight, x)
     if reason is not None:
         return reason
-    if (
-        adapter_dtype is not dtype
-        and not layer.cast_input_dtype_enabled
-        and not autocast_enabled(x)
-    ):
-        return f"its input is {dtype} and must not be cast to {adapter_dtype}"
+    device = x.device
     for name, lora_A, lora_B, *_ in adapters:
         A: Any = lora_A._parameters["weight"]
         B: Any = lora_B._parameters["weight"]
@@ -233,6 +218,36 @@ def why_stock_input(
         magnitude = layer.lora_magnitude_vector[adapters[0].name].weight
         if x.dim() < 2 or magnitude.shape != (N,) or magnitude.device != device:
             return "DoRA of a single row, or with a magnitude of another shape or device"
+    return None
+
+
+def why_not_input(layer: Any, adapter_dtype: torch.dtype, weight: Weight, x: Any) -> str | None:
+    """Why a linear layer with adapters of this dtype is left to PEFT for this input."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"its input is a {type(x).__name__}, not a plain tensor"
+    if x.layout is not torch.strided or x.is_nested:
+        return _SPARSE
+    K = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != K:
+        return f"its input has shape {list(x.shape)}, expected [..., {K}]"
+    dtype = x.dtype
+    if dtype not in FLOATS or (adapter_dtype is not dtype and adapter_dtype is not torch.float32):
+        return f"its input is {dtype}, its adapters are {adapter_dtype}"
+    if weight.device != x.device:
+        return f"its input is on {x.device}, its weight on {weight.device}"
+    base: nn.Module = layer._modules["base_layer"]
+    reason = (
+        quantized.why_not_input(base, x)
+        if isinstance(weight, Operand)
+        else _why_not_dtypes(weight, base._parameters["bias"], x)
+    )
+    if reason is not None:
+        return reason
+    cast = getattr(
+        layer, "cast_input_dtype_enabled", True
+    )  # PEFT's own default, of layers without it
+    if adapter_dtype is not dtype and not cast and not autocast_enabled(x):
+        return f"its input is {dtype} and must not be cast to {adapter_dtype}"
     return None
 
 

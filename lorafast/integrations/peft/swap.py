@@ -19,6 +19,7 @@ from lorafast.integrations.peft.layers import (
     LAYERS,
     Embedding,
     FastConv,
+    FastKind,
     FastLinear,
     MultiheadAttention,
     fast_of,
@@ -121,6 +122,18 @@ _ELSEWHERE = {
     "peft.tuners.lora.inc": "Intel Neural Compressor's float8, which its own layer alone reads here",
 }
 """Quantized layers that are left to PEFT, by the module that PEFT has for them."""
+_OTHER_BASES = {
+    "peft.tuners.adalora.bnb": "AdaLoRA over bitsandbytes, which multiplies in that one's own calls",
+    "peft.tuners.adalora.gptq": "AdaLoRA over GPTQ's packed integers",
+    "peft.tuners.adalora.layer": "AdaLoRA over a convolution, which makes the change of its weight",
+    "peft.tuners.boft.layer": "BOFT over a convolution, which makes the change of its weight",
+    "peft.tuners.ia3.bnb": "(IA)³ over bitsandbytes, which multiplies in that one's own calls",
+    "peft.tuners.ia3.layer": "(IA)³ over a convolution, of which PyTorch's own calls are all",
+    "peft.tuners.loha.layer": "LoHa over a convolution, which makes the change of its weight",
+    "peft.tuners.lokr.layer": "LoKr over a convolution, which makes the change of its weight",
+    "peft.tuners.oft.layer": "OFT over a convolution or an embedding",
+}
+"""Layers of LoRA's relatives that are left to PEFT, by the module that PEFT has for them."""
 _UNCALLED = "never called, for "
 _NAMED = 3
 
@@ -183,7 +196,7 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    fast = (FastLinear, Embedding, FastConv, MultiheadAttention)
+    fast = (FastLinear, Embedding, FastConv, FastKind, MultiheadAttention)
     if isinstance(module, fast) and not _calls_its_class(module):
         return "its forward was replaced after it was made fast"
     if isinstance(module, FastLinear):
@@ -193,13 +206,17 @@ def _why_stock(module: nn.Module) -> str | None:
     if isinstance(module, FastConv):
         conv: Any = module
         return conv_rules.why_stock_conv(conv, active(conv))
+    if isinstance(module, FastKind):
+        return module.why_stock()
     if isinstance(module, MultiheadAttention):
         return attention_rules.why_stock_attention(module, active(module))
     changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
     if changed is not None:
         return changed
+    if kind.__module__ in _OTHER_BASES:
+        return f"a {kind.__qualname__} of {_OTHER_BASES[kind.__module__]}"
     if kind.__module__ in _ELSEWHERE:
         return f"its weight is stored as {_ELSEWHERE[kind.__module__]}"
     if isinstance(module, LoraLayer):
         return f"a {kind.__qualname__} layer, for which there is no faster way here"
-    return f"{kind.__module__}.{kind.__qualname__} is not LoRA"
+    return f"{kind.__module__}.{kind.__qualname__} is of a kind that has no faster way here"

@@ -1,0 +1,94 @@
+"""Ways for an adapter of a linear layer to begin that take a part of W away: PiSSA and OLoRA.
+
+Both are local to a layer and as PEFT has them. ``W' = W − scaling·B·A`` is what stays frozen, so that a
+fresh layer computes what W alone did, up to rounding.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorafast.core.dtypes import FLOATS
+from lorafast.nn import AdapterLayer, LoRALinear
+from lorafast.nn.lora_conv1d import LoRAConv1D
+from lorafast.nn.plain import is_conv1d
+
+_NITER = re.compile(r"pissa_niter_(\d{1,4})")
+
+
+def check_start(how: str, plain: Mapping[nn.Module, Iterable[str]], r: int) -> None:
+    """Raises unless ``how`` is known here and fits these plain layers, given with their names.
+
+    Raises:
+        ValueError: it isn't known, ``r`` is larger than a side of a weight, or a weight isn't finite.
+        TypeError: a layer isn't a dense linear layer.
+    """
+    if how not in ("pissa", "olora") and _NITER.fullmatch(how) is None:
+        raise ValueError(
+            f"init_lora_weights is {how!r}, expected 'pissa', 'pissa_niter_<n>', 'olora' or None"
+        )
+    for layer, (name, *_) in plain.items():
+        weight = layer._parameters.get("weight")
+        linear = isinstance(layer, nn.Linear) or is_conv1d(layer)
+        if not linear or type(weight) is not nn.Parameter:
+            raise TypeError(
+                f"{name} is a {type(layer).__name__}, expected a dense linear layer: "
+                f"init_lora_weights is {how!r}"
+            )
+        if weight.is_meta or weight.dtype not in FLOATS:
+            raise TypeError(
+                f"weight of {name} is {weight.dtype} on {weight.device}, expected float values: "
+                f"init_lora_weights is {how!r}"
+            )
+        if r > min(weight.shape):
+            raise ValueError(
+                f"r is {r}, expected at most {min(weight.shape)}, the smaller side of the weight of "
+                f"{name}: init_lora_weights is {how!r}"
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"weight of {name} has NaN or infinity, and init_lora_weights is {how!r}"
+            )
+
+
+@torch.no_grad()
+def start(layer: AdapterLayer, how: str) -> None:
+    """Gives a fresh layer that ``check_start`` has nothing against its A, B and what is left of W.
+
+    The weight is another parameter afterwards: one that other modules share stays as it was.
+    """
+    assert isinstance(layer, LoRALinear)
+    stored = layer.weight
+    dtype = torch.promote_types(stored.dtype, torch.float32)
+    W = layer.base_weight().to(dtype)  # [N, K]
+    A, B = factors(W, layer.r, layer.scaling, how)
+    left = (W - layer.scaling * B @ A).to(stored.dtype)
+    if isinstance(layer, LoRAConv1D):
+        left = left.t().contiguous()
+    layer.weight = nn.Parameter(left, requires_grad=stored.requires_grad)
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
+    layer.init_lora_weights = how
+
+
+def factors(W: Tensor, r: int, scaling: float, how: str) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r] of ``W [N, K]``.
+
+    PiSSA (Meng et al., 2024): ``scaling·B·A`` is the best approximation of rank r, of the singular value
+    decomposition; ``pissa_niter_<n>`` finds it by n steps of a randomised one. OLoRA (Büyükakyüz, 2024):
+    B is the first r columns of Q, A the first rows of R, of ``W = Q·R``.
+    """
+    if how == "olora":
+        Q, R = torch.linalg.qr(W)
+        return R[:r].contiguous(), Q[:, :r].contiguous()
+    niter = _NITER.fullmatch(how)
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    else:
+        U, S, V = torch.svd_lowrank(W, r, niter=int(niter[1]))
+        Vh = V.t()
+    root = (S / scaling).sqrt()
+    return root.unsqueeze(1) * Vh, U * root

@@ -1,0 +1,54 @@
+"""AdaLoRA (Zhang et al., 2023): LoRA as a decomposition P·Λ·Q, whose rank is allocated in training.
+
+``y = base + scaling/rank · ((drop(x)·Aᵀ) ⊙ E)·Bᵀ``: the singular values are folded into B. A, B and E
+have their gradients by name, which PEFT's ``update_and_allocate`` reads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafast.integrations.peft import low_rank
+from lorafast.integrations.peft.low_rank import Kind, Part, Term
+from lorafast.ops.scaled_lora_linear import folded
+
+
+def parts(layer: Any) -> list[Part]:
+    """The active adapters."""
+    every_A, every_B, every_E = layer.lora_A, layer.lora_B, layer.lora_E
+    return [
+        Part(
+            name,
+            {"lora_A": every_A[name], "lora_B": every_B[name], "lora_E": every_E[name]},
+            layer.lora_dropout[name],
+        )
+        for name in low_rank.active(layer)
+        if name in every_A
+    ]
+
+
+def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
+    """Why an adapter doesn't fit a layer of W [N, K]."""
+    r = part.tensors["lora_A"].shape[0]
+    if r == 0:
+        return "has the rank 0"
+    if type(layer.ranknum[part.name]) is not torch.nn.Parameter:
+        return f"has a {type(layer.ranknum[part.name]).__name__} for its rank"
+    scaling = layer.scaling[part.name]
+    if isinstance(scaling, Tensor) and scaling.dim() > 0:
+        return f"has a scaling of the shape {list(scaling.shape)}"
+    return low_rank.why_not_shapes(part, lora_A=(r, K), lora_B=(N, r), lora_E=(r, 1))
+
+
+def term(layer: Any, part: Part, N: int, K: int) -> Term:
+    """A and B; the rank and the scaling, whose values the host doesn't wait for, are in B too."""
+    found, rank = part.tensors, layer.ranknum[part.name]
+    wide = torch.promote_types(rank.dtype, torch.float32)
+    share = layer.scaling[part.name] / (rank.to(wide) + 1e-5)
+    m = found["lora_E"].flatten() * share
+    A, B = folded(found["lora_A"], found["lora_B"], None, m)
+    return Term(A, B, 1.0, part.dropout)
+
+
+ADALORA = Kind(parts, why_not, term, as_input=False)

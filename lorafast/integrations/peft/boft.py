@@ -1,0 +1,112 @@
+"""BOFT (Liu et al., 2023): x is rotated by a product of butterflies, and what W makes of it is scaled.
+
+A butterfly permutes the columns of x, rotates them block by block and permutes them back: PEFT makes
+it a matrix K x K, and x is multiplied by it. PEFT's own code makes the blocks, which are small.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafast.core.context import without_autocast
+from lorafast.integrations.peft import low_rank, quantized
+from lorafast.integrations.peft.adapters import weight_of
+from lorafast.integrations.peft.low_rank import Part
+from lorafast.operands import Operand
+from lorafast.ops.oft_linear import rotated
+from lorafast.ops.scaled import scaled
+
+_Order = tuple[Tensor, Tensor] | None
+"""Where each column comes from, before the blocks and after them; None where all stay in place."""
+_orders: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, int, list[_Order]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def parts(layer: Any) -> list[Part]:
+    """The active adapters."""
+    every_R, every_s = layer.boft_R, layer.boft_s
+    return [
+        Part(name, {"boft_R": every_R[name], "boft_s": every_s[name]})
+        for name in low_rank.active(layer)
+        if name in every_R
+    ]
+
+
+def why_stock(layer: Any) -> str | None:
+    """Why a layer is left to PEFT, whatever its input, as the end of a sentence, or None."""
+    found = parts(layer)
+    reason = low_rank.why_stock_parts(layer, found)
+    if reason is not None:
+        return reason
+    if torch.compiler.is_compiling():
+        return "it is compiled, and the order of its butterflies is read from a matrix"
+    N, K = weight_of(layer._modules["base_layer"]).shape
+    P = layer._buffers.get("boft_P")
+    if type(P) is not Tensor or P.is_meta:
+        return "its permutations aren't there"
+    for part in found:
+        R = part.tensors["boft_R"]
+        factors = R.shape[0]
+        if R.dim() != 4 or R.shape[1] * R.shape[2] != K or tuple(P.shape) != (factors, K, K):
+            return (
+                f"adapter {part.name!r} has the shape {list(R.shape)}, permutations {list(P.shape)}"
+            )
+        reason = low_rank.why_not_shapes(part, boft_s=(N, 1))
+        if reason is not None:
+            return f"adapter {part.name!r} {reason}"
+    return None
+
+
+def forward(layer: Any, x: Tensor) -> Tensor | None:
+    """``y = s ⊙ ((x·R)·Wᵀ) + bias`` in the dtype of x; None where PEFT serves the call itself."""
+    if why_stock(layer) is not None:
+        return None
+    found = parts(layer)
+    base = layer._modules["base_layer"]
+    weight, bias = weight_of(base), base._parameters["bias"]
+    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+        return None
+    if isinstance(weight, Operand):
+        weight, bias, _, _ = quantized.frozen(base, x)
+    orders = _orders_of(layer)
+    scale: Any = 1
+    for part in found:
+        scale = scale * part.tensors["boft_s"].flatten()
+    dtype = x.dtype
+    for part in reversed(found):
+        x = _rotated(layer, part, x, orders)
+    return scaled(low_rank.base_linear(x, weight, None), scale, bias).to(dtype)
+
+
+def _rotated(layer: Any, part: Part, x: Tensor, orders: list[_Order]) -> Tensor:
+    """``x`` through the butterflies of one adapter, the last of which comes first."""
+    R = part.tensors["boft_R"]
+    factors, count, k, _ = R.shape
+    blocks = layer.cayley_batch(R.view(factors * count, k, k)).view(R.shape)
+    blocks = layer.boft_dropout[part.name](blocks)
+    with without_autocast(x):
+        for i in reversed(range(factors)):
+            order = orders[i]
+            if order is None:
+                x = rotated(x, blocks[i])
+            else:
+                x = rotated(x.index_select(-1, order[0]), blocks[i]).index_select(-1, order[1])
+    return x
+
+
+def _orders_of(layer: Any) -> list[_Order]:
+    """Read of ``boft_P`` once."""
+    P = layer.boft_P
+    kept = _orders.get(layer)
+    if kept is not None and kept[0] is P and kept[1] == P._version:
+        return kept[2]
+    in_place = torch.arange(P.shape[1], device=P.device)
+    found: list[_Order] = []
+    for matrix in P:
+        before, after = matrix.argmax(0), matrix.argmax(1)
+        found.append(None if torch.equal(before, in_place) else (before, after))
+    _orders[layer] = (P, P._version, found)
+    return found

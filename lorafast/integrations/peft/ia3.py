@@ -1,0 +1,54 @@
+"""(IA)³ (Liu et al., 2022): a vector scales what a layer gives or, feed-forward, what it is given."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lorafast.integrations.peft import low_rank, quantized
+from lorafast.integrations.peft.adapters import weight_of
+from lorafast.integrations.peft.low_rank import Part
+from lorafast.operands import Operand
+from lorafast.ops.scaled import scaled
+
+
+def parts(layer: Any) -> list[Part]:
+    """The active adapters."""
+    every = layer.ia3_l
+    return [Part(n, {"ia3_l": every[n]}) for n in low_rank.active(layer) if n in every]
+
+
+def why_stock(layer: Any) -> str | None:
+    """Why a layer is left to PEFT, whatever its input, as the end of a sentence, or None."""
+    found = parts(layer)
+    reason = low_rank.why_stock_parts(layer, found)
+    if reason is not None:
+        return reason
+    N, K = weight_of(layer._modules["base_layer"]).shape
+    shape = (1, K) if layer.is_feedforward else (N, 1)
+    for part in found:
+        reason = low_rank.why_not_shapes(part, ia3_l=shape)
+        if reason is not None:
+            return f"adapter {part.name!r} {reason}"
+    return None
+
+
+def forward(layer: Any, x: Tensor) -> Tensor | None:
+    """``y = l ⊙ (x·Wᵀ + bias)``, feed-forward ``y = (l ⊙ x)·Wᵀ + bias``; None where PEFT serves it."""
+    if why_stock(layer) is not None:
+        return None
+    found = parts(layer)
+    base = layer._modules["base_layer"]
+    weight, bias = weight_of(base), base._parameters["bias"]
+    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+        return None
+    result = None
+    if isinstance(weight, Operand):
+        weight, bias, result, _ = quantized.frozen(base, x)
+    scale: Any = 1
+    for part in found:
+        scale = scale * part.tensors["ia3_l"].flatten()
+    if layer.is_feedforward:
+        y = low_rank.base_linear(scaled(x, scale, fresh=False), weight, bias)
+    else:
+        y = scaled(low_rank.base_linear(x, weight, bias), scale)
+    return y if result is None else y.to(result)

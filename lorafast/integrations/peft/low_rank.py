@@ -1,0 +1,185 @@
+"""LoRA's relatives: adapters that are ``scaling · (drop(x)·Aᵀ)·Bᵀ`` once what they train is in A and B.
+
+``vera``, ``adalora`` and ``loha`` each describe a ``Kind``. Here is what they share: the rules, and one
+pass over x.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafast import functional
+from lorafast.integrations.peft import quantized, rules
+from lorafast.integrations.peft.adapters import weight_of
+from lorafast.operands import Operand, Weight
+
+
+class Part(NamedTuple):
+    """One active adapter of a layer as PEFT keeps it; the tensors by the names that PEFT has."""
+
+    name: str
+    tensors: dict[str, Any]
+    dropout: Any = None
+
+
+class Term(NamedTuple):
+    """``scaling · (drop(x)·Aᵀ)·Bᵀ``: ``lora_A [r, K]``, ``lora_B [N, r]``."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout: Any = None
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability of dropping an element; 0 unless it is in training."""
+        dropout = self.dropout
+        p: float = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return p
+
+
+class Kind(NamedTuple):
+    """A kind of adapter.
+
+    ``parts(layer)``: its active adapters. ``why_not(layer, part, N, K)``: why one doesn't fit a layer of
+    ``W [N, K]``, as the end of a sentence, or None. ``term(layer, part, N, K)``: its A and B, or None
+    for one that adds nothing in this call. ``as_input``: whether PEFT's result has the dtype of x, not
+    that of the base layer's.
+    """
+
+    parts: Callable[[Any], list[Part]]
+    why_not: Callable[[Any, Part, int, int], str | None]
+    term: Callable[[Any, Part, int, int], Term | None]
+    as_input: bool
+
+
+def active(layer: Any) -> Sequence[str]:
+    """The names of the active adapters, whether the layer has them or not."""
+    names = layer._active_adapter
+    return (names,) if isinstance(names, str) else names
+
+
+def why_stock(layer: Any, kind: Kind) -> str | None:
+    """Why a layer of ``kind`` is left to PEFT, whatever its input, as the end of a sentence."""
+    parts = kind.parts(layer)
+    return why_stock_parts(layer, parts) or _why_none_fits(layer, parts, kind)
+
+
+def why_stock_parts(layer: Any, parts: Sequence[Part]) -> str | None:
+    """The same of what every kind must have: a base layer, plain tensors of one dtype."""
+    reason = rules.why_stock(layer, parts) or rules.why_not_base(layer._modules["base_layer"])
+    if reason is not None:
+        return reason
+    dtype = None
+    for name, tensors, dropout in parts:
+        if dropout is not None:
+            reason = rules.why_not_dropout(name, dropout)
+            if reason is not None:
+                return reason
+        for what, tensor in tensors.items():
+            if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+                return (
+                    f"{what} of adapter {name!r} is a {type(tensor).__name__}, not a plain tensor"
+                )
+            if tensor.is_meta or tensor.layout is not torch.strided:
+                return f"{what} of adapter {name!r} is on the meta device, or not strided"
+            dtype = dtype or tensor.dtype
+            if tensor.dtype is not dtype:
+                return f"{what} of adapter {name!r} is {tensor.dtype}, another is {dtype}"
+    return None
+
+
+def _why_none_fits(layer: Any, parts: Sequence[Part], kind: Kind) -> str | None:
+    N, K = weight_of(layer._modules["base_layer"]).shape
+    for part in parts:
+        reason = kind.why_not(layer, part, N, K)
+        if reason is not None:
+            return f"adapter {part.name!r} {reason}"
+    return None
+
+
+def why_not_shapes(part: Part, **shapes: tuple[int, ...]) -> str | None:
+    """Why the tensors of an adapter don't have the shapes that their kind gives them, by name."""
+    for what, shape in shapes.items():
+        found = tuple(part.tensors[what].shape)
+        if found != shape:
+            return f"has {what} of shape {list(found)}, expected {list(shape)}"
+    return None
+
+
+def why_stock_input(layer: Any, parts: Sequence[Part], weight: Weight, x: Any) -> str | None:
+    """Why a layer that ``why_stock`` has nothing against is left to PEFT for this input."""
+    tensors = [tensor for part in parts for tensor in part.tensors.values()]
+    reason = rules.why_not_input(layer, tensors[0].dtype, weight, x)
+    if reason is not None:
+        return reason
+    if any(tensor.device != x.device for tensor in tensors):
+        return f"its input is on {x.device}, and an adapter isn't"
+    if isinstance(weight, Operand) and quantized.frozen(layer._modules["base_layer"], x).apart:
+        return f"its base layer computes in another dtype than {x.dtype}, that of its input"
+    return None
+
+
+def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
+    """The layer's output, or None where PEFT serves the call itself."""
+    parts = kind.parts(layer)
+    if why_stock_parts(layer, parts) is not None:
+        return None
+    if _why_none_fits(layer, parts, kind) is not None:
+        return None
+    base = layer._modules["base_layer"]
+    weight, bias = weight_of(base), base._parameters["bias"]
+    if why_stock_input(layer, parts, weight, x) is not None:
+        return None
+    result = None
+    if isinstance(weight, Operand):
+        weight, bias, result, _ = quantized.frozen(base, x)
+    terms = [kind.term(layer, part, *weight.shape) for part in parts]
+    y = in_one_pass(x, weight, bias, [term for term in terms if term is not None])
+    if kind.as_input:
+        result = x.dtype
+    return y if result is None else y.to(result)
+
+
+def in_one_pass(x: Tensor, weight: Weight, bias: Tensor | None, terms: list[Term]) -> Tensor:
+    """``x·Wᵀ + Σ scaling · (drop(x)·Aᵀ)·Bᵀ + bias``.
+
+    Several terms are one: A's stacked, B's side by side. Where each drops elements of its own, the first
+    is in the pass and the others are added to it; wider ones than the weight are all added to the base
+    layer, so that their sum is rounded once.
+    """
+    if not terms:
+        return base_linear(x, weight, bias)
+    first, *others = terms
+    apart: list[Term] = []
+    if others and any(term.dropout_p for term in terms):
+        if first.lora_A.dtype is not weight.dtype:
+            y = base_linear(x, weight, bias)
+            return _added(y, x, terms).to(y.dtype)
+        apart, others = others, []
+    A, B, scaling = first.lora_A, first.lora_B, first.scaling
+    if others:
+        A = torch.cat([term.lora_A for term in terms])
+        B = torch.cat([term.lora_B * term.scaling for term in terms], 1)
+        scaling = 1.0
+    y = functional.lora_linear(x, weight, A, B, scaling, bias, dropout_p=first.dropout_p)
+    return _added(y, x, apart).to(y.dtype) if apart else y
+
+
+def _added(y: Tensor, x: Tensor, terms: list[Term]) -> Tensor:
+    """By PyTorch's own calls, in the widest dtype: the caller rounds it."""
+    for A, B, scaling, dropout in terms:
+        left = x.to(A.dtype)
+        left = left if dropout is None else dropout(left)
+        y = y + F.linear(F.linear(left, A), B) * scaling
+    return y
+
+
+def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """``x·Wᵀ + bias`` over a dense or a quantized weight, under autocast too."""
+    if isinstance(weight, Operand):
+        return functional.quantized_linear(x, weight, bias)
+    return F.linear(x, weight, bias)

@@ -1,0 +1,72 @@
+"""OFT (Qiu et al., 2023): x is rotated by orthogonal blocks on its way into the frozen layer.
+
+PEFT's own code makes the blocks, which are small. What is done here is their product with x.
+"""
+
+from typing import Any
+
+from peft.tuners.oft.layer import OFTRotationModule
+from torch import Tensor
+
+from lorafast.integrations.peft import low_rank, quantized, rules
+from lorafast.integrations.peft.adapters import weight_of
+from lorafast.integrations.peft.low_rank import Part
+from lorafast.operands import Operand
+from lorafast.ops.oft_linear import rotated
+
+
+def parts(layer: Any) -> list[Part]:
+    """The active adapters."""
+    every = layer.oft_R._modules
+    names = [name for name in low_rank.active(layer) if name in every]
+    return [Part(name, {"oft_R": every[name]._parameters.get("weight")}) for name in names]
+
+
+def why_stock(layer: Any) -> str | None:
+    """Why a layer is left to PEFT, whatever its input, as the end of a sentence, or None."""
+    found = parts(layer)
+    reason = low_rank.why_stock_parts(layer, found)
+    if reason is not None:
+        return reason
+    K = weight_of(layer._modules["base_layer"]).shape[1]
+    for part in found:
+        reason = _why_not_blocks(layer.oft_R._modules[part.name], part.tensors["oft_R"], K)
+        if reason is not None:
+            return f"adapter {part.name!r} {reason}"
+    return None
+
+
+def _why_not_blocks(module: Any, weight: Tensor, K: int) -> str | None:
+    if type(module) is not OFTRotationModule:
+        return f"has a {type(module).__name__}"
+    if module.coft:
+        return "is of COFT, which writes to its parameter in the forward"
+    k = module.block_size
+    count = 1 if module.block_share else K // k
+    if K % k or tuple(weight.shape) != (count, k * (k - 1) // 2):
+        return f"has blocks of {k} in a parameter of shape {list(weight.shape)} over {K}"
+    return rules.why_called(module)
+
+
+def forward(layer: Any, x: Tensor) -> Tensor | None:
+    """``y = (x·R)·Wᵀ + bias`` in the dtype of x; None where PEFT serves the call itself."""
+    if why_stock(layer) is not None:
+        return None
+    found = parts(layer)
+    base = layer._modules["base_layer"]
+    weight, bias = weight_of(base), base._parameters["bias"]
+    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+        return None
+    if isinstance(weight, Operand):
+        weight, bias, _, _ = quantized.frozen(base, x)
+    for part in found:
+        x = rotated(x, _blocks(layer.oft_R._modules[part.name], x.shape[-1]))
+    return low_rank.base_linear(x, weight, bias).to(x.dtype)
+
+
+def _blocks(module: Any, K: int) -> Tensor:
+    """``[K / k, k, k]``; shared ones are a view."""
+    found: Tensor = module._cayley_batch(
+        module.weight, module.block_size, module.use_cayley_neumann, module.num_cayley_neumann_terms
+    )
+    return found.expand(K // module.block_size, -1, -1) if module.block_share else found

@@ -1,0 +1,49 @@
+"""VeRA (Kopiczko et al., 2023): A and B are shared by all layers and frozen, two vectors are not.
+
+``y = base + λ_b ⊙ ((drop(x)·Aᵀ) ⊙ λ_d)·Bᵀ``: the vectors are folded into the layer's part of B.
+"""
+
+from typing import Any
+
+from lorafast.integrations.peft import low_rank
+from lorafast.integrations.peft.low_rank import Kind, Part, Term
+from lorafast.ops.scaled_lora_linear import folded
+
+
+def parts(layer: Any) -> list[Part]:
+    """The active adapters."""
+    of_b, of_d = layer.vera_lambda_b, layer.vera_lambda_d
+    return [
+        Part(
+            name,
+            {
+                "vera_lambda_b": of_b[name],
+                "vera_lambda_d": of_d[name],
+                "vera_A": layer.vera_A[name],
+                "vera_B": layer.vera_B[name],
+            },
+            layer.vera_dropout[name],
+        )
+        for name in low_rank.active(layer)
+        if name in of_d
+    ]
+
+
+def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
+    """Why an adapter doesn't fit a layer of W [N, K]. A and B are as large as the largest layer's."""
+    A, B = part.tensors["vera_A"], part.tensors["vera_B"]
+    r = A.shape[0]
+    if A.shape[1] < K or B.shape[0] < N or B.shape[1] != r:
+        return f"shares matrices of the shapes {list(A.shape)} and {list(B.shape)}"
+    return low_rank.why_not_shapes(part, vera_lambda_b=(N,), vera_lambda_d=(r,))
+
+
+def term(layer: Any, part: Part, N: int, K: int) -> Term:
+    """A and B of the layer."""
+    found = part.tensors
+    lambda_b, lambda_d = found["vera_lambda_b"], found["vera_lambda_d"]
+    A, B = folded(found["vera_A"][:, :K], found["vera_B"][:N], None, lambda_d, lambda_b)
+    return Term(A, B, 1.0, part.dropout)
+
+
+VERA = Kind(parts, why_not, term, as_input=True)

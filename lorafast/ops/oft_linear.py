@@ -1,0 +1,65 @@
+"""OFT: x is rotated block by block, then meets the frozen weight. The rotation is never a matrix of W's
+size, and x is kept for the backward in its own dtype."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafast.core.context import alone
+from lorafast.core.problem import is_plain
+from lorafast.operands import Weight
+from lorafast.ops.dora_linear import frozen_linear
+
+
+def oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = (x·diag(R_1 … R_b))·Wᵀ + bias``, on checked arguments outside autocast."""
+    return frozen_linear(rotated(x, blocks), weight, bias)
+
+
+def rotated(x: Tensor, blocks: Tensor) -> Tensor:
+    """``x·diag(R_1 … R_b)`` in the dtype of x: ``x [..., b·k]``, ``blocks [b, k, k]``.
+
+    Computed in the wider dtype of the two.
+    """
+    plain = torch.compiler.is_compiling() or not alone() or not is_plain(x, blocks)
+    if plain or not torch.is_grad_enabled():
+        return _times(x, blocks)
+    found: Tensor = _apply(x, blocks)
+    return found
+
+
+def _by_block(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t [..., b·k]`` as ``[b, M, k]``, a view if it has the dtype."""
+    b, k, _ = like.shape
+    return t.reshape(-1, b, k).to(dtype).transpose(0, 1)
+
+
+def _times(t: Tensor, blocks: Tensor) -> Tensor:
+    dtype = torch.promote_types(t.dtype, blocks.dtype)
+    found = torch.bmm(_by_block(t, blocks, dtype), blocks.to(dtype))
+    return found.transpose(0, 1).to(t.dtype).reshape(t.shape)
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, blocks: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, blocks)
+        return _times(x, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, blocks = ctx.saved_tensors
+        need_dx, need_dblocks = ctx.needs_input_grad
+        dx = dblocks = None
+        if need_dx:
+            dx = _times(dy, blocks.transpose(1, 2))
+        if need_dblocks:
+            dtype = torch.promote_types(dy.dtype, blocks.dtype)
+            of_x = _by_block(x, blocks, dtype).transpose(1, 2)
+            dblocks = torch.bmm(of_x, _by_block(dy, blocks, dtype)).to(blocks.dtype)
+        return dx, dblocks
+
+
+# As that of lora_linear.
+_apply = super(torch.autograd.Function, _Rotated).apply

@@ -1,0 +1,236 @@
+"""PEFT's other kinds against stock PEFT: outputs, gradients by name, training, what is left to it."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+import peft
+from helpers import covering
+from peft_twins import K, N, assert_equal, base, twins
+from torch import nn
+
+import lorafast
+from lorafast.integrations.peft import family, layers
+
+DTYPES = {
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "bf16, fp32 adapters": (torch.bfloat16, True),
+    "fp16, fp32 adapters": (torch.float16, True),
+}
+KINDS = {
+    "VeRA": lambda **o: peft.VeraConfig(r=5, projection_prng_key=7, **o),
+    "AdaLoRA": lambda **o: peft.AdaLoraConfig(init_r=5, lora_alpha=3, total_step=20, **o),
+    "(IA)3": lambda **o: peft.IA3Config(feedforward_modules=[], **o),
+    "(IA)3, feed-forward": lambda **o: peft.IA3Config(feedforward_modules=["layer"], **o),
+    "OFT": lambda **o: peft.OFTConfig(r=0, oft_block_size=6, **o),
+    "OFT, one block": lambda **o: peft.OFTConfig(
+        r=0, oft_block_size=6, block_share=True, use_cayley_neumann=False, **o
+    ),
+    "BOFT": lambda **o: peft.BOFTConfig(boft_block_size=6, **o),
+    "LoHa": lambda **o: peft.LoHaConfig(r=2, alpha=3, **o),
+    "LoKr": lambda **o: peft.LoKrConfig(r=8, alpha=3, **o),
+    "LoKr, w2 of rank r": lambda **o: peft.LoKrConfig(r=2, alpha=3, **o),
+    "LoKr, both of rank r": lambda **o: peft.LoKrConfig(r=1, alpha=3, decompose_both=True, **o),
+}
+DROPS = {"VeRA": "vera_dropout", "AdaLoRA": "lora_dropout"}
+
+
+def made(kind, dtype=torch.float32, *, layer="linear", upcast=False, adapters=1, **options):
+    """A model of one layer whose adapters are drawn, not what they begin as."""
+    options = {"target_modules": ["layer"]} | options
+    if layer == "conv1d":
+        options["fan_in_fan_out"] = True
+    model = peft.get_peft_model(
+        base(layer).to(dtype), KINDS[kind](**options), autocast_adapter_dtype=upcast
+    )
+    names = ["default"]
+    for i in range(1, adapters):
+        names.append(f"other{i}")
+        more = {"inference_mode": True} if kind == "AdaLoRA" else {}  # it trains one alone
+        settings = KINDS[kind](**options, **more)
+        model.add_adapter(names[-1], settings, autocast_adapter_dtype=upcast)
+    if adapters > 1:
+        model.base_model.set_adapter(names)
+    for name, tensor in model.named_parameters():
+        if "base_layer" not in name and "ranknum" not in name:
+            nn.init.normal_(tensor)
+            tensor.requires_grad = True
+    if not upcast:
+        model.to(dtype)
+    return model
+
+
+@pytest.fixture
+def never_stock(monkeypatch):
+    """PEFT's own forward must not be what made a fast model right."""
+    for fast in list(layers.FAST.values()):
+        if issubclass(fast, layers.FastKind):
+
+            def refuse(self, *args, _forward=fast._stock.forward, **kwargs):
+                assert type(self) not in layers.FAST.values(), "served by PEFT"
+                return _forward(self, *args, **kwargs)
+
+            monkeypatch.setattr(fast._stock, "forward", refuse)
+
+
+def drawn(dtype):
+    return torch.randn(3, 5, K).to(dtype), torch.randn(3, 5, N).to(dtype)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "adapters"), covering(list(KINDS), list(DTYPES), (1, 2)))
+def test_outputs_and_gradients(never_stock, kind, dtype, adapters):
+    dtype, upcast = DTYPES[dtype]
+    model = made(kind, dtype, upcast=upcast, adapters=adapters)
+    assert_equal(twins(model), *drawn(dtype), dtype)
+
+
+@pytest.mark.parametrize("kind", ["VeRA", "AdaLoRA", "(IA)3", "(IA)3, feed-forward"])
+def test_over_a_transposed_weight(never_stock, kind):
+    dtype = torch.bfloat16
+    assert_equal(twins(made(kind, dtype, layer="conv1d", upcast=True)), *drawn(dtype), dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_and_without_gradients(never_stock, kind):
+    pair = twins(made(kind))
+    x, dy = drawn(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(pair, x, dy, torch.bfloat16)
+    before = x.clone()
+    with torch.no_grad():
+        assert_equal(pair, x, dy, torch.float32)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kind", DROPS)
+def test_dropout(never_stock, kind):
+    """Another mask than nn.Dropout's: of many rows, the mean is that without dropout."""
+    model = lorafast.accelerate(made(kind, **{DROPS[kind]: 0.25}), quiet=True)
+    x = torch.randn(1, K).expand(20_000, K)
+    dropped = model(x) - model.base_model.model.layer.base_layer(x)
+    model.eval()
+    kept = (model(x) - model.base_model.model.layer.base_layer(x))[0]
+    spread = dropped.std(0)
+    assert (spread > 0).all()
+    assert ((dropped.mean(0) - kept).abs() < 6 * spread / 20_000**0.5).all()
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr, w2 of rank r"])
+def test_dropout_of_ranks_and_modules_is_drawn_as_by_peft(never_stock, kind):
+    more = {"rank_dropout_scale": True} if kind == "LoKr" else {}
+    model = made(kind, rank_dropout=0.3, module_dropout=0.4, adapters=2, **more)
+    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    x, _ = drawn(torch.float32)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        y = model(x)
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        torch.testing.assert_close(fast(x), y, rtol=1e-4, atol=1e-4)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_adalora_allocates_as_with_peft(never_stock):
+    """``update_and_allocate`` reads the gradients of A, B and E by name, and masks E."""
+    torch.manual_seed(0)
+    settings = peft.AdaLoraConfig(
+        init_r=6, target_r=2, tinit=1, tfinal=2, total_step=8, target_modules=["0", "2"]
+    )
+    network = nn.Sequential(nn.Linear(K, N), nn.Tanh(), nn.Linear(N, K))
+    stock = peft.get_peft_model(network, settings)
+    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
+    x, found = torch.randn(64, K), []
+    for model in (stock, fast):
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.02)
+        for step in range(8):
+            y = model.base_model.model(x)
+            orthogonal = sum(
+                (p @ p.T if "lora_A" in n else p.T @ p).sub(torch.eye(6)).norm()
+                for n, p in model.named_parameters()
+                if "lora_A" in n or "lora_B" in n
+            )
+            loss = (y - x).square().mean() + 0.1 * orthogonal
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+        masks = [p.flatten() != 0 for n, p in model.named_parameters() if "lora_E" in n]
+        found.append((loss.item(), torch.cat(masks).tolist()))
+    assert found[1][1] == found[0][1]
+    assert sum(found[0][1]) == 4
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+
+
+LEFT = {
+    "disabled": ("VeRA", lambda layer: layer.enable_adapters(False), "adapters are disabled"),
+    "merged": ("AdaLoRA", lambda layer: layer.merge(), "merged into its weight: 'default'"),
+    "inactive": ("(IA)3", lambda layer: layer.set_adapter([]), "none of its adapters is active"),
+    "a hook of the base layer": (
+        "LoKr",
+        lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
+        "its base layer has hooks",
+    ),
+    "COFT": (
+        "OFT",
+        lambda layer: setattr(layer.oft_R["default"], "coft", True),
+        "is of COFT, which writes to its parameter in the forward",
+    ),
+    "two dtypes": (
+        "VeRA",
+        lambda layer: layer.vera_lambda_b.to(torch.float64),
+        "vera_lambda_d of adapter 'default' is torch.float32, another is torch.float64",
+    ),
+    "LoHa of a high rank": (
+        "LoHa",
+        lambda layer: layer.update_layer("default", 4, 1.0, peft.LoHaConfig(r=4)),
+        "LoRA of rank 16 over 40 x 24 takes as long as ΔW itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_what_is_left_to_peft(what):
+    kind, do, reason = LEFT[what]
+    stock = made(kind)
+    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
+    assert set(lorafast.explain(fast).layers.values()) == {None}
+    torch.manual_seed(1)
+    do(stock.base_model.model.layer)
+    torch.manual_seed(1)
+    do(fast.base_model.model.layer)
+    (found,) = lorafast.explain(fast).layers.values()
+    assert reason in found
+    if what != "two dtypes":
+        x, _ = drawn(torch.float32)
+        assert torch.equal(fast(x), stock(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_made_fast_from_the_start_and_restored(kind):
+    with lorafast.accelerated():
+        model = made(kind)
+    layer = model.base_model.model.layer
+    assert type(layer).__module__ == family.__name__
+    assert lorafast.restore(model) is model
+    assert type(layer).__module__.startswith("peft.tuners")
+    assert lorafast.explain(model).layers != {"base_model.model.layer": None}
+
+
+def test_vera_and_lora_with_a_frozen_A_keep_no_x():
+    """LoRA-FA (Zhang et al., 2023) trains B alone; VeRA two vectors: x isn't kept for the backward."""
+    x = torch.randn(512, K, requires_grad=True)
+    lora = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["layer"]))
+    for model in (made("VeRA"), lora):
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad = False
+        lorafast.accelerate(model, quiet=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+            model(x).sum()
+        assert kept
+        assert all(t.numel() < x.numel() for t in kept)
