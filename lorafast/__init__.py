@@ -1,7 +1,16 @@
 """LoRA layers that cost little over the frozen layer they adapt."""
 
 from lorafast import functional, nn, reference
-from lorafast.convert import adapt, load_adapter, merge, quantize, save_adapter, summary
+from lorafast.convert import (
+    adapt,
+    load_adapter,
+    merge,
+    quantize,
+    remove_bottlenecks,
+    save_adapter,
+    summary,
+    without_bottlenecks,
+)
 from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
 from lorafast.ops import (
     BackendError,
@@ -30,9 +39,11 @@ __all__ = [
     "nn",
     "quantize",
     "reference",
+    "remove_bottlenecks",
     "restore",
     "save_adapter",
     "summary",
     "use_backend",
     "warm_up",
+    "without_bottlenecks",
 ]

@@ -2,6 +2,7 @@
 
 from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter_io import load_adapter, save_adapter
+from lorafast.convert.bottlenecks import remove_bottlenecks, without_bottlenecks
 from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
 from lorafast.convert.quantize import quantize
@@ -15,6 +16,8 @@ __all__ = [
     "load_adapter",
     "merge",
     "quantize",
+    "remove_bottlenecks",
     "save_adapter",
     "summary",
+    "without_bottlenecks",
 ]
