@@ -20,10 +20,12 @@ from lorafast.convert import (
     new_head,
     parameters,
     quantize,
+    remove_bottlenecks,
     save_adapter,
     set_adapter,
     summary,
     thaw,
+    without_bottlenecks,
 )
 from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
 from lorafast.ops import (
@@ -67,6 +69,7 @@ __all__ = [
     "parameters",
     "quantize",
     "reference",
+    "remove_bottlenecks",
     "restore",
     "save_adapter",
     "set_adapter",
@@ -74,4 +77,5 @@ __all__ = [
     "thaw",
     "use_backend",
     "warm_up",
+    "without_bottlenecks",
 ]

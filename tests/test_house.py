@@ -228,6 +228,7 @@ def test_one_operation_has_one_name_in_every_room():
 
 BESIDE_OPERATIONS = {
     "cpu": {
+        "bottleneck",
         "lora_linear",
         "dequantize",
         "conv_shrink",

@@ -53,6 +53,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
       "lora_linear_backward_(Tensor(a!) dx, Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor s, "
       "float scaling, Tensor? seed, int threshold, float survivor_scale, Tensor(b!) ds, Tensor(c!) dA, "
       "Tensor(d!) dB) -> ()");
+  // csrc/cpu/bottleneck.cpp
+  library.def(
+      "bottleneck(Tensor h, Tensor down, Tensor up, Tensor? down_bias, Tensor? up_bias, float scaling, "
+      "int activation, Tensor? residual, Tensor(a!) y, Tensor(b!)? a) -> ()");
+  library.def(
+      "bottleneck_backward(Tensor dy, Tensor h, Tensor a, Tensor down, Tensor up, float scaling, int activation, "
+      "bool residual, Tensor(a!)? dh, Tensor(b!) dD, Tensor(c!)? dd, Tensor(d!) dU, Tensor(e!)? du) -> ()");
   // csrc/cpu/dequantize.cpp
   library.def(
       "dequantize_four_bit(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_quant_map, "
@@ -88,6 +95,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cpu::lora_linear_backward));
   library.impl("lora_linear_", TORCH_BOX(&lorafast::cpu::lora_linear_));
   library.impl("lora_linear_backward_", TORCH_BOX(&lorafast::cpu::lora_linear_backward_));
+  library.impl("bottleneck", TORCH_BOX(&lorafast::cpu::bottleneck));
+  library.impl("bottleneck_backward", TORCH_BOX(&lorafast::cpu::bottleneck_backward));
   library.impl("dequantize_four_bit", TORCH_BOX(&lorafast::cpu::dequantize_four_bit));
   library.impl("dequantize_eight_bit", TORCH_BOX(&lorafast::cpu::dequantize_eight_bit));
   library.impl("linear_expand", TORCH_BOX(&lorafast::cpu::linear_expand));

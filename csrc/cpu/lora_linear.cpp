@@ -9,12 +9,6 @@
 namespace lorafast::cpu {
 namespace {
 
-// Whether so many parts keep all threads busy.
-bool occupy(int64_t parts) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return parts % threads == 0 || parts >= 4 * threads;
-}
-
 template <typename Value>
 void forward_of_rows(
     const Microkernels& kernels, const Matrix& y, const Matrix& x, const Matrix& lora_A, const Matrix& lora_B,
@@ -75,15 +69,6 @@ void backward_of_chunks(
       else of_dA.add_up_segment(kernels, dA, dropout ? dropout->scale : 1.0f, i - segments);
     }
   });
-}
-
-// Whether the same products read all of them.
-bool alike(const Microkernels& kernels, const Matrix& first, const Matrix& second) {
-  bool pairs[2];
-  const Matrix* const matrices[2] = {&first, &second};
-  for (int i = 0; i < 2; ++i)
-    choose_products(kernels, *matrices[i], [&](auto value) { pairs[i] = kPaired<decltype(value)>; });
-  return pairs[0] == pairs[1];
 }
 
 // s = drop(x)·Aᵀ and y = (y +) scaling · s·Bᵀ + bias

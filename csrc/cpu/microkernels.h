@@ -24,6 +24,10 @@ constexpr int64_t kDotCols = 2 * kLanes;
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
+// In the order of lorafast.core.problem.ACTIVATIONS.
+enum class Activation { kGelu, kGeluTanh, kRelu, kSilu, kTanh };
+constexpr int64_t kActivations = 5;
+
 // Either both are float32, or a tile is bfloat16 as it lies in memory and the factors are pairs: two bfloat16
 // in 32 bits, the first one low, which the processor multiplies by two neighbours and sums in float32.
 // Then t has half as many rows (or ranks, in expand), rounded up.
@@ -97,6 +101,12 @@ struct Microkernels {
   // to[i] = code i * scale, rounded to `stored` and then in `dtype`; codes are int8, or else e4m3.
   void (*eight_bit)(
       const uint8_t* codes, int64_t count, bool integers, float scale, Dtype stored, Dtype dtype, void* to);
+
+  // to[i] = f(from[i]), which may be the same memory; count is a multiple of kLanes
+  void (*activate)(Activation activation, int64_t count, const float* from, float* to);
+
+  // gradient[i] *= f'(from[i])
+  void (*activate_backward)(Activation activation, int64_t count, const float* from, float* gradient);
 };
 
 // One for each microkernels_<set>.cpp; nullptr where the compiler couldn't make it.

@@ -530,6 +530,7 @@ void mask_pairs(const uint16_t* from, int64_t cols, const uint8_t* keep, uint16_
 
 #endif
 
+#include "microkernels_activations.h"
 #include "microkernels_gathered.h"
 #include "microkernels_products.h"
 
@@ -556,7 +557,7 @@ const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
 namespace {
 const Microkernels kTable = {
     LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask, dot, multiply}, kPairsOfThisSet,
-    gather_columns, gather_rows, load, store, keep, four_bit, eight_bit,
+    gather_columns, gather_rows, load, store, keep, four_bit, eight_bit, activate, activate_backward,
 };
 }  // namespace
 const Microkernels* const LORAFAST_TABLE(LORAFAST_SET) = &kTable;

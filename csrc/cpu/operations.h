@@ -70,6 +70,16 @@ void lora_linear_backward_(
     double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor ds,
     Tensor dA, Tensor dB);
 
+void bottleneck(
+    const Tensor& h, const Tensor& down, const Tensor& up, const std::optional<Tensor>& down_bias,
+    const std::optional<Tensor>& up_bias, double scaling, int64_t activation,
+    const std::optional<Tensor>& residual, Tensor y, std::optional<Tensor> a);
+
+void bottleneck_backward(
+    const Tensor& dy, const Tensor& h, const Tensor& a, const Tensor& down, const Tensor& up, double scaling,
+    int64_t activation, bool residual, std::optional<Tensor> dh, Tensor dD, std::optional<Tensor> dd, Tensor dU,
+    std::optional<Tensor> du);
+
 void dequantize_four_bit(
     const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
     const std::optional<Tensor>& nested_quant_map, const std::optional<Tensor>& nested_offset,

@@ -21,6 +21,9 @@ class RowSums {
         partials_(scratch<float>(chunks * rank_blocks_ * kLanes * cols_)) {}
 
   static int64_t chunks_of(int64_t M) { return blocks_of(M, chunk_rows_of(M)); }
+  static int64_t chunk_rows_of(int64_t M) {
+    return std::max(kFewestRows, blocks_of(blocks_of(M, kMostChunks), kTileRows) * kTileRows);
+  }
 
   struct Unit {
     int64_t chunk, first, last;  // rows [first, last)
@@ -76,9 +79,6 @@ class RowSums {
 
  private:
   static constexpr int64_t kFewestRows = 8 * kTileRows, kMostChunks = 16;
-  static int64_t chunk_rows_of(int64_t M) {
-    return std::max(kFewestRows, blocks_of(blocks_of(M, kMostChunks), kTileRows) * kTileRows);
-  }
 
   int64_t rows_, all_cols_, rank_blocks_, cols_;
   std::unique_ptr<float[]> partials_;

@@ -9,6 +9,21 @@ namespace lorafast::cpu {
 // All columns of a few rows before the next rows: x is read nearly in the order of memory. Measured cold.
 constexpr int64_t kFewRows = 8;
 
+// Whether so many parts keep all threads busy.
+inline bool occupy(int64_t parts) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return parts % threads == 0 || parts >= 4 * threads;
+}
+
+// Whether the same products read both.
+inline bool alike(const Microkernels& kernels, const Matrix& first, const Matrix& second) {
+  bool pairs[2];
+  const Matrix* const matrices[2] = {&first, &second};
+  for (int i = 0; i < 2; ++i)
+    choose_products(kernels, *matrices[i], [&](auto value) { pairs[i] = kPaired<decltype(value)>; });
+  return pairs[0] == pairs[1];
+}
+
 // s = drop(x)·Aᵀ
 template <typename Value>
 class Shrink {

@@ -3,6 +3,7 @@
 from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter import Adapter
 from lorafast.convert.adapter_io import load_adapter, save_adapter
+from lorafast.convert.bottlenecks import remove_bottlenecks, without_bottlenecks
 from lorafast.convert.combine import combine
 from lorafast.convert.disabled import disabled
 from lorafast.convert.extract import Extracted, extract
@@ -40,8 +41,10 @@ __all__ = [
     "new_head",
     "parameters",
     "quantize",
+    "remove_bottlenecks",
     "save_adapter",
     "set_adapter",
     "summary",
     "thaw",
+    "without_bottlenecks",
 ]

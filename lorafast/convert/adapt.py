@@ -1,11 +1,12 @@
 """``adapt``: layers of a model become adapted ones, in place."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorafast.convert import encoders, siblings
+from lorafast.convert import bottlenecks, encoders, siblings
 from lorafast.convert import targets as _targets
 from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
@@ -19,10 +20,12 @@ from lorafast.convert.save_pretrained import save_adapters_too
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import AdapterLayer
 
+_RANK = 16
+
 
 def adapt(
     model: nn.Module,
-    r: int = 16,
+    r: int = _RANK,
     targets: Pattern = ALL_LINEAR,
     *,
     alpha: float | None = None,
@@ -34,6 +37,13 @@ def adapt(
     adapter_dtype: torch.dtype | None = None,
     fuse: str | None = None,
     init_lora_weights: str | None = None,
+    kind: str = "lora",
+    bottleneck: int | None = None,
+    reduction_factor: float | None = None,
+    activation: str | None = None,
+    scaling: float | None = None,
+    layer_norm: bool = False,
+    init: str = "zero",
 ) -> nn.Module:
     """Replaces layers of ``model`` by adapted ones that share their weights.
 
@@ -43,6 +53,11 @@ def adapt(
     A warning after the first backward names adapters that got no gradient where others did. Reentrant
     checkpointing trains the adapters of Transformers' models; one of your own must give it an input
     that requires a gradient, or be checkpointed with ``use_reentrant=False``.
+
+    With ``kind="houlsby"``, ``"pfeiffer"`` or ``"parallel"`` no layer is replaced: a bottleneck adapter
+    (``nn.Bottleneck``) stands at the output of modules, ``y + scaling · (f(y·Dᵀ + d)·Uᵀ + u)``, or, of
+    ``"parallel"``, beside them, ``module(h) + scaling · (f(h·Dᵀ + d)·Uᵀ + u)``. ``remove_bottlenecks``
+    takes them away, ``without_bottlenecks`` switches them off.
 
     Args:
         model: any module; changed in place. If it is itself a layer to adapt, use what is returned.
@@ -70,6 +85,19 @@ def adapt(
             layers, and take ``scaling·B·A`` away from W: the layer keeps what is left as its weight,
             and until all are made the model's own weights are held beside. Saved adapters name it, and
             load where the same was done.
+        kind: ``"lora"``, ``"houlsby"`` (Houlsby et al., 2019: after attention and after the MLP, before
+            their residual sums), ``"pfeiffer"`` (Pfeiffer et al., 2021: after the MLP alone; where
+            Houlsby's is, while AdapterHub's ``seq_bn`` reads what LayerNorm makes of the sum) or
+            ``"parallel"`` (He et al., 2022: beside the MLP). Of these three ``targets`` names any
+            modules; without it they are found in the blocks of BERT, RoBERTa, Llama, Mistral, GPT-2
+            and ViT. What follows are their arguments; ``r``, ``alpha``, ``dropout``, ``use_rslora``,
+            ``use_dora`` and ``fuse`` are LoRA's.
+        bottleneck: b, the width between D and U.
+        reduction_factor: b as a part of the input's width: 16, of ``"parallel"`` 2, as in AdapterHub.
+        activation: f, a name of ``functional.bottleneck``: ``"silu"`` of ``"houlsby"``, else ``"relu"``.
+        scaling: 1, of ``"parallel"`` 4.
+        layer_norm: whether a LayerNorm stands before D.
+        init: ``"zero"``: the model computes what it did; ``"bert"``: nearly so (D and U normal).
 
     Returns:
         ``model``.
@@ -85,6 +113,23 @@ def adapt(
     """
     if fuse not in (None, "siblings"):
         raise ValueError(f"fuse is {fuse!r}, expected 'siblings' or None")
+    of_bottlenecks = {
+        "bottleneck": bottleneck, "reduction_factor": reduction_factor, "activation": activation,
+        "scaling": scaling, "layer_norm": layer_norm or None, "init": None if init == "zero" else init,
+    }  # fmt: skip
+    if kind != "lora":
+        of_lora = {
+            "r": None if r == _RANK else r, "alpha": alpha, "dropout": dropout or None, "fuse": fuse,
+            "use_rslora": use_rslora or None, "use_dora": use_dora or None,
+            "init_lora_weights": init_lora_weights,
+        }  # fmt: skip
+        _refuse_others(kind, of_lora)
+        return _with_bottlenecks(
+            model, kind, targets, bottleneck=bottleneck, reduction_factor=reduction_factor,
+            activation=activation, scaling=scaling, layer_norm=layer_norm, init=init, exclude=exclude,
+            adapter_dtype=adapter_dtype, freeze=freeze,
+        )  # fmt: skip
+    _refuse_others(kind, of_bottlenecks)
     inner = _targets.unwrapped(model)
     layers: dict[str, AdapterLayer] = {}
     found = _targets.find(inner, targets, exclude)
@@ -122,6 +167,33 @@ def adapt(
         if not siblings.has_siblings(adapted):
             warnings.warn(siblings.NONE_FOUND, stacklevel=2)
     return model if adapted is inner else adapted
+
+
+def _refuse_others(kind: str, others: dict[str, object]) -> None:
+    """Arguments of other kinds, None where they have their default."""
+    kinds = ("lora", *bottlenecks.KINDS)
+    if kind not in kinds:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(kinds)}")
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, which adapters of the kind {kind!r} don't have")
+
+
+def _with_bottlenecks(
+    model: nn.Module, kind: str, targets: Pattern, *, freeze: bool, **arguments: Any
+) -> nn.Module:
+    bottlenecks.adapt_bottlenecks(model, kind, targets, **arguments)
+    inner = _targets.unwrapped(model)
+    if freeze:
+        freeze_base(inner)
+    prepare(inner)
+    return model
+
+
+def prepare(model: nn.Module) -> None:
+    """Makes sure that the model calls the modules at which bottlenecks stand, and trains them."""
+    encoders.avoid_fused(model, lambda module: bool(bottlenecks.bottlenecks(module)))
+    let_gradients_through(model)
 
 
 def freeze_base(model: nn.Module) -> None:

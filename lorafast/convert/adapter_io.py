@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lorafast.convert import bottleneck_io
 from lorafast.convert.adapter import Adapter
-from lorafast.convert.adapter_pair import check_folder, safetensors, write_pair
+from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
+from lorafast.convert.bottlenecks import bottlenecks
 from lorafast.convert.exchange import put_into, whole, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import PEFT_NAMES, adapted_layers, kind_of_layer
@@ -43,7 +45,9 @@ def save_adapter(
 ) -> None:
     """Writes the adapters of ``model`` to ``folder`` as PEFT does: a config and a safetensors file.
 
-    ``peft.PeftModel.from_pretrained(base_model, folder)`` reads it, and so does ``load_adapter``.
+    ``peft.PeftModel.from_pretrained(base_model, folder)`` reads it, and so does ``load_adapter``, which
+    alone reads bottleneck adapters: of these PEFT has none (``lorafast.convert.bottleneck_io`` has the
+    format).
 
     A save that is killed, or a full disk, leaves nothing that ``load_adapter`` takes for an adapter, and
     several processes may save to one folder: one of their adapters stays. Of a model that is sharded
@@ -88,7 +92,13 @@ def write_adapter(
     check_folder(folder)
     model = unwrapped(model)
     layers = adapted_layers(model)
-    if not layers:
+    of_bottlenecks = bottleneck_io.tensors_of(model)
+    if of_bottlenecks and layers:
+        raise ValueError(
+            f"{next(iter(layers))} has a LoRA adapter and {next(iter(bottlenecks(model)))} a "
+            "bottleneck: a folder holds adapters of one kind"
+        )
+    if not layers and not of_bottlenecks:
         raise ValueError("the model has no adapted layer: there is no adapter to save")
     if "" in layers:
         raise ValueError(
@@ -101,6 +111,10 @@ def write_adapter(
         )
     modules_to_save = check_names("modules_to_save", modules_to_save)
     tensors = _whole_modules(model, modules_to_save)
+    for name in bottlenecks(model):
+        if stored_whole(name, modules_to_save):
+            raise ValueError(f"modules_to_save has {name} or what holds it, which has a bottleneck")
+    tensors |= of_bottlenecks
     for name, layer in layers.items():
         if stored_whole(name, modules_to_save):
             raise ValueError(f"modules_to_save has {name} or what holds it, which is adapted")
@@ -118,7 +132,11 @@ def write_adapter(
             raise ValueError(_NO_MEMORY.format(name))
     for name, layer in layers.items():
         _check_factors(name, layer)
-    config = describe(layers, model, sorted(modules_to_save))
+    prefix = "" if of_bottlenecks else PREFIX
+    if of_bottlenecks:
+        config = bottleneck_io.describe(model, modules_to_save)
+    else:
+        config = describe(layers, model, sorted(modules_to_save))
     forgotten = list(_trained_besides(model, tensors))
     lost = list(_lost_in_the_file(model, layers))
     writes = True
@@ -127,7 +145,7 @@ def write_adapter(
     for name, tensor in tensors.items():
         gathered, first = whole(tensor)
         writes = writes and first
-        copies[PREFIX + name] = gathered.detach().cpu().clone().contiguous()
+        copies[prefix + name] = gathered.detach().cpu().clone().contiguous()
     if writes:
         write_pair(folder, config, copies)
     return forgotten, lost
@@ -205,7 +223,8 @@ def load_adapter(
     is_trainable: bool | None = None,
     adapter: str | None = None,
 ) -> nn.Module:
-    """Loads an adapter in PEFT's format from ``folder`` into ``model``; returns ``model``.
+    """Loads an adapter in PEFT's format, or bottleneck adapters, from ``folder`` into ``model``; returns
+    ``model``.
 
     The layers that it is for may be plain ones, which are adapted now (and the rest of the
     model is frozen, as ``adapt`` does), or adapted already with the same rank, whose values
@@ -233,7 +252,16 @@ def load_adapter(
         ImportError: safetensors is not installed.
     """
     inner = unwrapped(model)
-    source = folder if isinstance(folder, Adapter) else Adapter.from_folder(folder)
+    source = folder
+    if not isinstance(source, Adapter):
+        safetensors()
+        (raw, config), tensors = read_pair(Path(source), lambda *given: (given[0], _parse(*given)))
+        if isinstance(config, bottleneck_io.BottleneckConfig):
+            if adapter is not None:
+                raise ValueError(f"adapter is {adapter!r}, but bottleneck adapters have no names")
+            return _load_bottlenecks(model, config, tensors, is_trainable)
+        assert isinstance(raw, dict)
+        source = Adapter(raw, tensors)
     if adapter is None:
         _load(inner, source, is_trainable)
     else:
@@ -279,6 +307,37 @@ def _load_as(model: nn.Module, name: str, source: Adapter, is_trainable: bool | 
         if name not in names:
             delete_adapter(model, name)
         raise
+
+
+def _parse(raw: object, path: Path) -> AdapterConfig | bottleneck_io.BottleneckConfig:
+    if bottleneck_io.is_bottleneck_config(raw):
+        return bottleneck_io.parse(raw, path)
+    return parse_config(raw, path)
+
+
+def _load_bottlenecks(
+    model: nn.Module,
+    config: bottleneck_io.BottleneckConfig,
+    tensors: dict[str, Tensor],
+    is_trainable: bool | None,
+) -> nn.Module:
+    inner = unwrapped(model)
+    adapters, others = bottleneck_io.split(config, tensors)
+    bottleneck_io.check_places(inner, config)
+    state = _tensors(inner)
+    for name, tensor in others.items():
+        if not stored_whole(_owner(name), config.modules_to_save):
+            raise ValueError(
+                f"the file has {name}, which is no bottleneck's and not part of modules_to_save "
+                f"{list(config.modules_to_save)}"
+            )
+        _check_value(name, tensor, state)
+    for name in state:
+        if stored_whole(_owner(name), config.modules_to_save) and name not in others:
+            raise ValueError(f"{name} is part of modules_to_save, and the file doesn't have it")
+    base = [(state[name], tensor) for name, tensor in others.items()]
+    bottleneck_io.put_into(inner, config, adapters, base, is_trainable)
+    return model
 
 
 Adapters = dict[str, dict[str, Tensor]]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafast.convert.kinds import adapted_layers
+from lorafast.convert.kinds import adapter_parameters
 
 
 class _RequiresGrad:
@@ -39,7 +39,7 @@ def let_gradients_through(model: nn.Module) -> None:
         inside = list(owner.modules())
         seen.update(inside)
         blocks = [module for module in inside if hasattr(module, "gradient_checkpointing")]
-        if not blocks or not adapted_layers(owner):
+        if not blocks or not adapter_parameters(owner):
             continue
         embeddings = _input_embeddings(owner)
         for embedding in embeddings:

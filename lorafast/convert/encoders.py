@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lorafast.nn import AdapterLayer, QuantizedLinear
+from lorafast.nn.bottleneck import Bottleneck
 
 _FUSES = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
@@ -39,4 +40,5 @@ def _before(name: str) -> str:
 
 
 def _has_replaced(module: nn.Module) -> bool:
-    return any(isinstance(inner, AdapterLayer | QuantizedLinear) for inner in module.modules())
+    replaced = AdapterLayer | QuantizedLinear | Bottleneck
+    return any(isinstance(inner, replaced) for inner in module.modules())

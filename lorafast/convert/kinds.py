@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorafast.nn import AdapterLayer, LoRAConv, LoRAEmbedding, LoRALinear, LoRAMultiheadAttention
 from lorafast.nn.adaptable import is_convolution
+from lorafast.nn.bottleneck import Bottleneck
 from lorafast.nn.plain import features, frozen_tensor, is_linear
 
 
@@ -98,4 +99,6 @@ def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str,
 def adapter_parameters(model: nn.Module) -> list[Tensor]:
     """The parameters of all adapters in ``model``."""
     layers = adapted_layers(model).values()
-    return [tensor for layer in layers for tensor in layer.adapter_parameters().values()]
+    of_layers = [tensor for layer in layers for tensor in layer.adapter_parameters().values()]
+    bottlenecks = (module for module in model.modules() if isinstance(module, Bottleneck))
+    return of_layers + [parameter for one in bottlenecks for parameter in one.parameters()]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorafast.convert.bottlenecks import bottlenecks
 from lorafast.convert.first_backward import waits_for_gradient
 from lorafast.convert.kinds import adapted_layers, adapter_parameters
 from lorafast.convert.left_out import LeftOut, left_out
@@ -65,7 +66,8 @@ class Summary:
             f"{len(self.layers)} adapted {layers}, {self.adapter:,} adapter parameters; "
             f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
         )
-        if any(row.scaling == 1.0 and row.r != _PEFT_ALPHA for row in self.layers):
+        lora = [row for row in self.layers if "bottleneck" not in row.remark]
+        if any(row.scaling == 1.0 and row.r != _PEFT_ALPHA for row in lora):
             lines.append("scaling 1 is the default, alpha = r; that of PEFT's LoraConfig is 8 / r")
         lines += [f"without adapter: {one}" for one in self.left]
         return "\n".join(lines)
@@ -99,6 +101,20 @@ def summary(model: nn.Module) -> Summary:
             siblings=others.get(name, ()),
         )
         for name, layer in layers.items()
+    )
+    rows += tuple(
+        AdapterRow(
+            name=name or "(model)",
+            in_features=one.in_features,
+            out_features=one.out_features,
+            r=one.bottleneck,
+            scaling=one.scaling,
+            dropout=0.0,
+            parameters=sum(p.numel() for p in one.parameters()),
+            merged=False,
+            remark=f"{'parallel ' if one.parallel else ''}bottleneck, {one.activation}",
+        )
+        for name, one in bottlenecks(model).items()
     )
     parameters = list(model.parameters())
     return Summary(

@@ -1,6 +1,7 @@
 """Drop-in modules, and the account of which backend serves them."""
 
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.bottleneck import Bottleneck
 from lorafast.nn.explain import Choice, Explanation, Sharing, explain
 from lorafast.nn.lora_attention import LoRAMultiheadAttention
 from lorafast.nn.lora_conv import LoRAConv, LoRAConv1d, LoRAConv2d, LoRAConv3d
@@ -11,6 +12,7 @@ from lorafast.nn.stored_weight import bitsandbytes_keys
 
 __all__ = [
     "AdapterLayer",
+    "Bottleneck",
     "Choice",
     "Explanation",
     "LoRAConv",

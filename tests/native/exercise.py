@@ -13,10 +13,12 @@ from circumstances import on_threads
 from helpers import covering
 from layouts import lay_out
 
-from lorafast import operands, reference
+from lorafast import functional, operands, reference
 from lorafast.backends import convolution
 from lorafast.backends.cpu import conv_shrink, native
+from lorafast.backends.forced import use_backend
 from lorafast.core.convolution import Geometry, convolve
+from lorafast.core.problem import ACTIVATIONS
 from lorafast.reference import contract
 
 if len(sys.argv) > 1:
@@ -50,6 +52,15 @@ IMAGES = (
     (2, 80, (7, 7), 17, (3, 3), (1, 2), (1, 1), (1, 1)),
     (3, 144, (13, 11), 8, (1, 1), (2, 2), (0, 0), (1, 1)),
     (5, 32, (17, 13), 20, (3, 3), (1, 1), (4, 4), (1, 1)),  # windows that see nothing of x
+)
+
+# M, K, N, b
+BOTTLENECKS = (
+    (0, 5, 5, 3),
+    (5, 33, 33, 7),
+    (70, 200, 130, 16),
+    (131, 1056, 48, 40),
+    (530, 544, 544, 18),
 )
 
 
@@ -259,6 +270,34 @@ def why_layer_wrong(x, A, geometry):
     return None
 
 
+def why_bottleneck_wrong(M, K, N, b, dtype, layout, activation):
+    """A sentence if a bottleneck adapter or a gradient of it breaks the contract, or has other bits with
+    two threads than with one."""
+    sizes = {"h": (M, K), "down": (b, K), "up": (N, b), "down_bias": (b,), "up_bias": (N,)}
+    if K != N:
+        sizes["residual"] = (M, N)
+    drawn = {name: torch.randn(size).to(dtype) for name, size in sizes.items()}
+    dy = torch.randn(M, N).to(dtype)
+
+    def outputs(function, cast):
+        given = {name: cast(t).requires_grad_() for name, t in drawn.items()}
+        laid = given | {"h": lay_out(given["h"], layout)}
+        y = function(**laid, scaling=0.7, activation=activation)
+        grads = torch.autograd.grad(y, list(given.values()), lay_out(cast(dy), layout))
+        return {"y": y.detach()} | {f"d{n}": g for n, g in zip(given, grads, strict=True)}
+
+    found = []
+    for threads in (1, 2):
+        with on_threads(threads), use_backend("cpu"):
+            found.append(outputs(functional.bottleneck, torch.Tensor.clone))
+    for name, one in found[0].items():
+        if not torch.equal(one, found[1][name]):
+            return f"{name} has other bits with two threads than with one"
+    exact = outputs(reference.bottleneck, torch.Tensor.double)
+    bounds = contract.bounds(outputs(reference.bottleneck, torch.Tensor.clone), exact)
+    return contract.why_any_broken(found[0], bounds)
+
+
 def main():
     """Exits with a sentence if a result is off."""
     torch.manual_seed(0)
@@ -304,6 +343,11 @@ def main():
         reason = why_convolved_wrongly(*images)
         if reason is not None:
             sys.exit(f"{reason}: images {images}")
+    torch.manual_seed(4)
+    for shape, dtype, layout, activation in covering(BOTTLENECKS, dtypes, layouts, ACTIVATIONS):
+        reason = why_bottleneck_wrong(*shape, dtype, layout, activation)
+        if reason is not None:
+            sys.exit(f"{reason}: bottleneck {shape} {dtype} {layout} {activation}")
     # The mask, bit for bit.
     M, K = 37, 1003
     x, one = torch.ones(M, K), torch.ones(M, 1)

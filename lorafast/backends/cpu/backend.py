@@ -5,7 +5,13 @@ import torch
 from lorafast.backends import composed, kernel_formats
 from lorafast.backends.cpu import native
 from lorafast.backends.plan import Backend, Plan, Refusal
-from lorafast.core.problem import DENSE, LAYER_OPERATIONS, Problem, parts
+from lorafast.core.problem import (
+    BOTTLENECK_OPERATIONS,
+    DENSE,
+    LAYER_OPERATIONS,
+    Problem,
+    parts,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SKINNY = 32
@@ -14,6 +20,11 @@ SKINNY_LAYER = 64
 """The same of a layer, whose skinny products are one call: measured at 16 to 128."""
 MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
+BOTTLENECK_ROWS = (64, 512)
+"""The rows from which a bottleneck adapter's kernels are ahead: of its forward, and of its backward in
+float32."""
+NARROW, WIDE = 48, 64
+"""The widest bottleneck of which the backward is, in bfloat16 and in float32."""
 _SMALL = {torch.bfloat16: 1 << 16, torch.float32: 1 << 22}
 """Multiply-adds of the base GEMM below which, without a mask, three of PyTorch's calls cost less than
 one of ours in a ``Function``: measured between 2**15 and 2**18, and at 128 x 512 x 512."""
@@ -26,6 +37,7 @@ class Cpu(Backend):
     """
 
     name = "cpu"
+    operations = Backend.operations | frozenset(BOTTLENECK_OPERATIONS)
 
     def why_unusable(self) -> str | None:
         """Whether the extension is built, and runs."""
@@ -36,6 +48,8 @@ class Cpu(Backend):
         reason = _why_refused(problem)
         if reason is not None:
             return Refusal(self.name, reason)
+        if problem.operation in BOTTLENECK_OPERATIONS:
+            return self._bottleneck(problem)
         from lorafast.backends.cpu import operations as run  # which needs the extension
 
         p = problem
@@ -68,6 +82,20 @@ class Cpu(Backend):
         return Plan(
             self.name, product, ("the base GEMM and expand, one onto the other",), ahead=ahead
         )
+
+    def _bottleneck(self, p: Problem) -> Plan | Refusal:
+        from lorafast.backends.cpu import bottleneck as run
+
+        ahead = _why_bottleneck_ahead(p)
+        if p.operation == "bottleneck":
+            return Plan(self.name, run.bottleneck(p), ("bottleneck",), ahead=ahead)
+        if not {*run.TOGETHER} <= {*p.wants}:
+            return Refusal(
+                self.name,
+                f"{', '.join(p.wants)} are wanted, the kernel makes dD and dU in any case",
+            )
+        backward = run.bottleneck_backward(p)
+        return Plan(self.name, backward, ("bottleneck_backward",), ahead=ahead)
 
     def describe(self) -> list[tuple[str, str]]:
         """The instruction set, and when ``auto`` takes these kernels."""
@@ -130,6 +158,21 @@ def _why_skinny_ahead(p: Problem, most: int) -> str | None:
     elif p.dtype is torch.float32 and p.M >= MANY and native.has_avx512():
         return f"on a CPU in float32 from {MANY} rows, measured"
     return None
+
+
+def _why_bottleneck_ahead(p: Problem) -> str | None:
+    """The same for a bottleneck adapter: measured at b of 16 to 256, on one thread and on two."""
+    forward = p.operation == "bottleneck"
+    if p.dtype is torch.bfloat16 and native.multiplies_bfloat16():
+        fewest, widest = BOTTLENECK_ROWS[0], None if forward else NARROW
+    elif p.dtype is torch.float32 and native.has_avx512():
+        fewest, widest = BOTTLENECK_ROWS[0 if forward else 1], None if forward else WIDE
+    else:
+        return None
+    if fewest > p.M or (widest is not None and p.r > widest):
+        return None
+    most = "" if widest is None else f" up to b = {widest}"
+    return f"on a CPU in {p.dtype} from {fewest} rows{most}, measured"
 
 
 def _is_small(p: Problem) -> bool:

@@ -29,6 +29,8 @@ LIBRARY = Library(
         "lora_linear_backward",
         "lora_linear_",
         "lora_linear_backward_",
+        "bottleneck",
+        "bottleneck_backward",
         "conv_shrink",
         "conv_shrink_backward",
         "lora_conv",
