@@ -9,9 +9,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 
 @triton.jit
 def _tanh(x):
-    """Within 2e-7 of itself, of small numbers too: there 1 - 2 / (exp(2x) + 1) would cancel."""
+    """Within 2e-7 of itself, of small numbers too, where the exponential would leave few digits."""
     size = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    power = tl.exp(-2.0 * size)
+    far = (1.0 - power) / (1.0 + power)
     square = x * x
     series = -0.005905849393457174 * square + 0.020805368199944496
     series = (series * square - 0.05378668010234833) * square + 0.13331958651542664

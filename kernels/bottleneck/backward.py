@@ -132,9 +132,9 @@ def bottleneck_backward(
         dh = dy + da·D,  dD = daᵀ·h,  dd = Σ da,  dU = scaling · dyᵀ·f(a),  du = scaling · Σ dy
 
     Shapes: ``dy [M, N]``, ``h [M, K]``, ``a [M, b]``, ``down [b, K]``, ``up [N, b]``, of any strides →
-    ``dh [M, K]`` in the dtype of ``dy``, the others in that of ``down``. With another ``residual`` than h,
-    whose gradient is dy, ``dh = da·D``. Only dD reads ``h``, which may be None without it. ``config`` is
-    that of the launch over rows.
+    ``dh [M, K]`` in the dtype of ``dy``, the others in that of ``down``. With another ``residual`` than
+    h, whose gradient is dy, ``dh = da·D``. Only dD reads ``h``, which may be None without it. ``config``
+    is that of the launch over rows.
     """
     (M, N), (b, K) = dy.shape, down.shape
     rules = {

@@ -94,10 +94,7 @@ def bottleneck_kernel(
     # Counted in blocks, so that the compiler knows the alignment of every load.
     begin = tl.program_id(1) * n_blocks * BLOCK_N
     end = tl.minimum(begin + n_blocks * BLOCK_N, N)
-    if residual_ptr is not None:
-        base = Matrix(residual_ptr, stride_rm, stride_rn)
-    else:
-        base = h
+    base = Matrix(residual_ptr, stride_rm, stride_rn) if residual_ptr is not None else h
     bias = Vector(up_bias_ptr, stride_u) if up_bias_ptr is not None else None
     add_product(
         z, up, bias, base, y_ptr, rows, ranks, begin, end, M, N, b, scaling,

@@ -27,8 +27,8 @@ def add_product(
 ):
     """``out = base + scale · (z·factors + bias)`` for ``rows``, the columns from begin to end.
 
-    ``z [BLOCK_M, BLOCK_R]`` is a tile, ``factors [b, N]`` and ``base [M, N]`` are ``Matrix``, ``bias [N]``
-    is a ``Vector``; base and bias may be None, scale too: 1. ``out [M, N]`` is contiguous.
+    ``z [BLOCK_M, BLOCK_R]`` is a tile, ``factors [b, N]`` and ``base [M, N]`` are ``Matrix``, ``bias
+    [N]`` is a ``Vector``; base, scale and bias may be None. ``out [M, N]`` is contiguous.
     """
     # 64 bits: M·N may pass 2**31 elements.
     row_offsets = rows.to(tl.int64)[:, None]  # [BLOCK_M, 1]
