@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import ops
 from lorafast.core.assignment import Assignment
 from lorafast.core.context import autocast_anywhere, autocast_enabled, without_autocast
 from lorafast.operands import Operand, Weight
+from lorafast.ops.bottleneck_checks import check_bottleneck
 from lorafast.ops.checks import (
     check_dora_linear,
     check_float,
@@ -25,6 +27,7 @@ from lorafast.ops.lora_conv_checks import (
     known_geometry,
     remember,
 )
+from lorafast.reference.bottleneck import activate
 
 _SEEDS = 2**63 - 1
 
@@ -196,6 +199,57 @@ def grouped_lora_linear(
     x, weight, bias = _cast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         return ops.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
+
+
+def bottleneck(
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    scaling: float = 1.0,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``y = residual + scaling · (f(h·Dᵀ + d)·Uᵀ + u)``, a bottleneck adapter.
+
+    Houlsby et al., 2019; Pfeiffer et al., 2021; He et al., 2022, scale it and add it to another
+    ``residual``. The bias u is scaled too, as in AdapterHub's ``adapters``.
+
+    Args:
+        h: ``[..., K]``, any number of leading dimensions, any strides.
+        down: D ``[b, K]``; ``b`` of at least 1.
+        up: U ``[N, b]``, in the dtype of ``down``, which may differ from that of ``h``.
+        down_bias: d ``[b]``, in the dtype of ``down``; None only where ``up_bias`` is.
+        up_bias: u ``[N]``, in the dtype of ``down``.
+        scaling: a number.
+        activation: f: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` (swish) or ``"tanh"``.
+        residual: ``[..., N]`` in the dtype of ``h``, by default ``h`` itself.
+
+    Returns:
+        ``y [..., N]`` in the dtype of ``h``. Every tensor may require a gradient. Kept for the backward
+        are ``h``, if ``down`` requires one, and ``h·Dᵀ + d``. In float16 all but ``h``, ``residual`` and
+        ``y`` is float32. Under autocast y has the dtype of ``residual``, as PyTorch's own sum would.
+        Where that is not autocast's dtype PyTorch's own calls compute it.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
+            was expected.
+        BackendError: the forced backend can't serve the call; the message says why.
+    """
+    if not (autocast_anywhere() and autocast_enabled(h)):
+        return ops.bottleneck(h, down, up, down_bias, up_bias, scaling, activation, residual)
+    (low,) = _cast(h)
+    onto = h if residual is None else residual
+    check_bottleneck(
+        low, down, up, down_bias, up_bias, scaling, activation,
+        None if residual is None else residual.to(low.dtype),
+    )  # fmt: skip
+    if onto.dtype is low.dtype:
+        with torch.autocast(h.device.type, enabled=False):
+            return ops.bottleneck(low, down, up, down_bias, up_bias, scaling, activation, residual)
+    z = activate(F.linear(low, down, down_bias), activation)
+    return onto + scaling * F.linear(z, up, up_bias)
 
 
 def quantized_linear(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:

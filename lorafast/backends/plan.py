@@ -36,7 +36,12 @@ class Plan:
       returns ``dx, dweight, dA, dB, dscaling, dbias``, under the same conditions;
     - ``weight_norm``: ``weight, lora_A, lora_B, scaling``, the last a number or a tensor of one, and
       returns the norms ``[N]`` in float32 (float64 of a float64 weight), through which no gradient
-      flows.
+      flows;
+    - ``bottleneck``: ``h, down, up, down_bias, up_bias, scaling, residual`` and returns ``y`` and
+      ``a``, None if it isn't wanted. ``residual`` is None where that is h; both biases are None or none
+      is;
+    - ``bottleneck_backward``: ``dy, h, a, down, up, scaling`` and returns ``dh, dD, dd, dU, du``, None
+      for what isn't wanted. What no wanted result depends on may be None.
 
     ``weight`` is an operand (``lorafast.operands``) of the problem's format, ``x`` and ``dy`` are
     matrices of the problem's shapes. Of several adapters, ``lora_A [n, r, K]``, ``lora_B [n, N, r]`` and

@@ -18,6 +18,11 @@ GROUPED_OPERATIONS = ("grouped_lora_linear", "grouped_lora_linear_backward")
 WEIGHT_NORM = "weight_norm"
 """DoRA's norm of each row of ``W + scaling · B·A``, an operation beside those of a layer."""
 
+BOTTLENECK_OPERATIONS = ("bottleneck", "bottleneck_backward")
+"""Those of a bottleneck adapter."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+"""What may stand between its two products: GELU exact and by tanh, ReLU, SiLU (swish), tanh."""
+
 DENSE = "dense"
 """The format of a weight that is a plain tensor, and of an operation that reads none."""
 
@@ -79,6 +84,7 @@ class Layouts(NamedTuple):
     lora_B: Layout = Layout()
     s: Layout = Layout()
     """Of ``ds`` where that is read."""
+    residual: Layout = Layout()
 
 
 class Problem(NamedTuple):
@@ -88,8 +94,8 @@ class Problem(NamedTuple):
     ``shrink`` and ``shrink_backward`` have no N, ``expand`` and ``expand_backward`` have no K,
     ``weight_norm`` has no M.
 
-    - ``operation``: one of ``OPERATIONS``, ``LAYER_OPERATIONS`` or ``GROUPED_OPERATIONS``, or
-      ``WEIGHT_NORM``;
+    - ``operation``: one of ``OPERATIONS``, ``LAYER_OPERATIONS``, ``GROUPED_OPERATIONS`` or
+      ``BOTTLENECK_OPERATIONS``, or ``WEIGHT_NORM``;
     - ``dtype``: of x, y, dy and dx, and of the weight as it is multiplied; ``adapter_dtype``: of A, B
       and their gradients, of two dtypes the one that both are promoted to;
     - ``format``: how the weight is stored, a name of ``lorafast.operands``; ``format_parameters``: what
@@ -103,7 +109,9 @@ class Problem(NamedTuple):
     - ``layouts``: how the matrices lie in memory, on a GPU; elsewhere nothing depends on it;
     - ``adapters``: of ``GROUPED_OPERATIONS``: how many there are;
     - ``graph``: of ``lora_linear``: whether gradients may be asked for. Without, no autograd function is
-      called around the plan's launches.
+      called around the plan's launches;
+    - ``activation``, ``residual``: of ``BOTTLENECK_OPERATIONS``: one of ``ACTIVATIONS``, and whether the
+      change is added to another tensor than h. Their h is x, D is A, U is B, b is r, a is s.
     """
 
     operation: str
@@ -125,6 +133,8 @@ class Problem(NamedTuple):
     format_parameters: str = ""
     adapters: int = 0
     graph: bool = True
+    activation: str = ""
+    residual: bool = False
 
 
 WANTS = {
@@ -133,6 +143,8 @@ WANTS = {
     "lora_linear_backward": ("dx", "dweight", "dA", "dB", "dbias"),
     "grouped_lora_linear": ("y", "s"),
     "grouped_lora_linear_backward": ("dx", "dweight", "dA", "dB", "dscaling", "dbias"),
+    "bottleneck": ("y", "a"),
+    "bottleneck_backward": ("dh", "dD", "dd", "dU", "du"),
 }
 
 

@@ -4,6 +4,7 @@ from lorafast.backends import BackendError, BackendStatus, backends
 from lorafast.backends.dequantized import keep_dequantized
 from lorafast.backends.forced import use_backend
 from lorafast.operands.packed import allow_packing
+from lorafast.ops.bottleneck import bottleneck
 from lorafast.ops.dora_conv import dora_conv
 from lorafast.ops.dora_linear import dora_linear
 from lorafast.ops.dropout import dropout
@@ -24,6 +25,7 @@ __all__ = [
     "BackendStatus",
     "allow_packing",
     "backends",
+    "bottleneck",
     "dora_conv",
     "dora_linear",
     "dropout",

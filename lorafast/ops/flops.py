@@ -141,7 +141,33 @@ def _weight_norm(lora_A: _Shape, lora_B: _Shape, *_: Any, **__: Any) -> int:
     return 2 * r * (N * K + r * K + N * r)
 
 
+def _bottleneck(h: _Shape, down: _Shape, up: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(h[:-1]) * (prod(down) + prod(up))
+
+
+def _bottleneck_backward(
+    dy: _Shape,
+    h: _Shape | None,
+    a: _Shape | None,
+    down: _Shape | None,
+    up: _Shape | None,
+    scaling: float,
+    activation: str,
+    residual: bool,
+    wants: str,
+    *_: Any,
+    **__: Any,
+) -> int:
+    (M, N), asked = dy, set(wants.split(","))
+    b = 0 if a is None else a[1]
+    K = h[1] if h is not None else down[1] if down is not None else 0
+    of_U = bool(asked & {"dh", "dD", "dd"}) + ("dU" in asked)
+    return 2 * M * b * (N * of_U + K * (("dh" in asked) + ("dD" in asked)))
+
+
 FORMULAS = {
+    "bottleneck": _bottleneck,
+    "bottleneck_backward": _bottleneck_backward,
     "shrink": _shrink,
     "expand": _expand,
     "linear_expand": _linear_expand,

@@ -182,6 +182,46 @@ def weight_norm_problem(
     )  # fmt: skip
 
 
+def bottleneck_problem(
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    wants: tuple[str, ...],
+) -> Problem:
+    """A bottleneck adapter's forward; ``h`` and ``residual`` are matrices."""
+    return _problem(
+        "bottleneck", h, down.dtype, K=h.shape[1], N=up.shape[0], r=down.shape[0],
+        layouts={"x": h, "lora_A": down, "lora_B": up, "residual": residual},
+        others=(down_bias, up_bias), wants=wants, bias=down_bias is not None,
+        activation=activation, residual=residual is not None,
+    )  # fmt: skip
+
+
+def bottleneck_backward_problem(
+    dy: Tensor,
+    h: Tensor | None,
+    a: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    activation: str,
+    residual: bool,
+    wants: tuple[str, ...],
+    adapter_dtype: torch.dtype,
+) -> Problem:
+    """Its backward; what no wanted result depends on may be None."""
+    like = h if h is not None else down
+    return _problem(
+        "bottleneck_backward", dy, adapter_dtype, K=0 if like is None else like.shape[1],
+        N=dy.shape[1], r=0 if a is None else a.shape[1],
+        layouts={"x": h, "dy": dy, "lora_A": down, "lora_B": up, "s": a}, wants=wants,
+        activation=activation, residual=residual,
+    )  # fmt: skip
+
+
 def layer_problem(
     x: Tensor,
     weight: Weight,

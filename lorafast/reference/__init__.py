@@ -1,6 +1,7 @@
 """What is right: each operation in plain PyTorch, readable, differentiable, in any float dtype."""
 
 from lorafast.core.dtypes import wide
+from lorafast.reference.bottleneck import bottleneck, bottleneck_backward
 from lorafast.reference.dequantize import (
     dequantize_eight_bit,
     dequantize_four_bit,
@@ -32,6 +33,8 @@ from lorafast.reference.weight_norm import weight_norm
 
 __all__ = [
     "as_elements",
+    "bottleneck",
+    "bottleneck_backward",
     "conv_shrink",
     "dequantize_eight_bit",
     "dequantize_four_bit",

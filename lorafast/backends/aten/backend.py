@@ -3,11 +3,17 @@
 from dataclasses import replace
 
 from lorafast.backends import composed, cost
+from lorafast.backends.aten import bottleneck, operations
 from lorafast.backends.aten import grouped_lora_linear as grouped
-from lorafast.backends.aten import operations
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.backends.weight_norm import weight_norm
-from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, WEIGHT_NORM, Problem
+from lorafast.core.problem import (
+    BOTTLENECK_OPERATIONS,
+    GROUPED_OPERATIONS,
+    LAYER_OPERATIONS,
+    WEIGHT_NORM,
+    Problem,
+)
 from lorafast.operands import DENSE
 
 SMALL = 1 << 22
@@ -23,7 +29,9 @@ class Aten(Backend):
     """PyTorch's own calls in their best order; any tensors, dtypes, devices and formats."""
 
     name = "aten"
-    operations = Backend.operations | frozenset((*GROUPED_OPERATIONS, WEIGHT_NORM))
+    operations = Backend.operations | frozenset(
+        (*GROUPED_OPERATIONS, *BOTTLENECK_OPERATIONS, WEIGHT_NORM)
+    )
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """A small layer in few calls that PyTorch differentiates, another operation by operation."""
@@ -88,6 +96,10 @@ def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
         return operations.shrink, ("one product",)
     if p.operation == WEIGHT_NORM:
         return weight_norm, ("products of W, A and B with A, and sums of squares",)
+    if p.operation == "bottleneck":
+        return bottleneck.bottleneck(p), ("two products, the second onto the residual",)
+    if p.operation == "bottleneck_backward":
+        return bottleneck.bottleneck_backward(p), (f"{', '.join(p.wants)}: one call each",)
     if p.operation == "expand":
         return operations.expand(p.dtype), ("one product",)
     if p.operation == "expand_backward":

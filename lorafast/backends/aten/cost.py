@@ -111,7 +111,47 @@ def _weight_norm(p: Problem, device: Device) -> Estimate:
     )
 
 
+def _bottleneck(p: Problem, device: Device) -> Estimate:
+    """h for the first product, the residual copied into y, y read and written by the second one."""
+    size, of_a = wide(p.dtype).itemsize, p.M * p.r
+    h, y = p.M * p.K, p.M * p.N
+    found = _widened(p, h + y, device) + _cast(p, p.r * (p.K + p.N), device)
+    found += _skinny(p, h, of_a + p.r * p.K, p.layouts.x, device)
+    found += work(device, moved=2 * of_a * size, share=_SKINNY)
+    found += work(device, moved=2 * y * size, share=_SKINNY)
+    onto = p.layouts.residual if p.residual else p.layouts.x
+    return found + _skinny(p, y, y + of_a + p.r * p.N, onto, device)
+
+
+def _bottleneck_backward(p: Problem, device: Device) -> Estimate:
+    """dy once for each result that is made of it, and the activations between."""
+    size, of_a = wide(p.dtype).itemsize, p.M * p.r
+    h, dy, layout = p.M * p.K, p.M * p.N, p.layouts.dy
+    found = _widened(p, dy, device)
+    if {"dh", "dD", "dd"} & {*p.wants}:
+        found += _skinny(p, dy, of_a + p.r * p.N, layout, device)
+        found += work(device, moved=3 * of_a * size, share=_SKINNY)
+    if "dU" in p.wants:
+        found += work(device, moved=2 * of_a * size, share=_SKINNY)
+        found += _skinny(p, dy, of_a + p.r * p.N, layout, device) + _cast(p, p.r * p.N, device)
+    if "du" in p.wants:
+        found += work(device, moved=dy * size, share=_SKINNY)
+    if "dD" in p.wants:
+        found += _widened(p, h, device) + _cast(p, p.r * p.K, device)
+        found += _skinny(p, h, of_a + p.r * p.K, p.layouts.x, device)
+    if "dh" in p.wants:
+        if not p.residual:
+            found += work(device, moved=2 * dy * size, share=_SKINNY)
+        onto = 0 if p.residual else h
+        found += _skinny(p, h, onto + of_a + p.r * p.K, layout, device) + _widened(p, h, device)
+    if "dd" in p.wants:
+        found += work(device, moved=of_a * size, share=_SKINNY)
+    return found
+
+
 _OPERATIONS = {
+    "bottleneck": _bottleneck,
+    "bottleneck_backward": _bottleneck_backward,
     "shrink": _shrink,
     "expand": _expand,
     "linear_expand": _linear_expand,

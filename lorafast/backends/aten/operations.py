@@ -94,7 +94,7 @@ def _expand(
     """``drop(scaling · s·Bᵀ)`` in the dtype of ``s``."""
     if lora_B.dtype is not s.dtype:
         lora_B = lora_B.to(s.dtype)
-    return dropout(_scaled_mm(s, lora_B.t(), scaling), dropout_p, seed)
+    return dropout(scaled_mm(s, lora_B.t(), scaling), dropout_p, seed)
 
 
 def linear_expand(
@@ -155,10 +155,10 @@ def expand_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:
         wide = dy.float() if dy.dtype is _HALF else dy
         if want_ds:
             assert lora_B is not None
-            ds = _scaled_mm(wide, lora_B.to(wide.dtype), scaling)
+            ds = scaled_mm(wide, lora_B.to(wide.dtype), scaling)
         if want_dB:
             assert s is not None
-            dB = _scaled_mm(wide.t(), s, scaling).to(dtype)
+            dB = scaled_mm(wide.t(), s, scaling).to(dtype)
         return ds, dB, dy.sum(0) if want_dbias else None
 
     return run
@@ -175,7 +175,7 @@ def shrink_backward(dtype: torch.dtype) -> Run:
     return run
 
 
-def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale · a·b`` in one call: beta = 0 leaves the output's old content unread."""
     if scale == 1.0:
         return torch.mm(a, b)

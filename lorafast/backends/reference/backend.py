@@ -9,8 +9,17 @@ from lorafast import operands, reference
 from lorafast.backends import composed
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.backends.reference import grouped_lora_linear as grouped
-from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS, WEIGHT_NORM, Problem
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import (
+    BOTTLENECK_OPERATIONS,
+    GROUPED_OPERATIONS,
+    LAYER_OPERATIONS,
+    WANTS,
+    WEIGHT_NORM,
+    Problem,
+)
 from lorafast.operands import Weight
+from lorafast.reference.bottleneck import pre_activation
 
 
 class Reference(Backend):
@@ -18,7 +27,9 @@ class Reference(Backend):
 
     name = "reference"
     plain_pytorch = True
-    operations = Backend.operations | frozenset((*GROUPED_OPERATIONS, WEIGHT_NORM))
+    operations = Backend.operations | frozenset(
+        (*GROUPED_OPERATIONS, *BOTTLENECK_OPERATIONS, WEIGHT_NORM)
+    )
 
     def plan(self, problem: Problem) -> Plan | Refusal:
         """One plain PyTorch expression each."""
@@ -45,6 +56,10 @@ def _operation(problem: Problem) -> Run:
         return partial(_linear_expand, problem.transposed)
     if problem.operation == WEIGHT_NORM:
         return _weight_norm
+    if problem.operation == "bottleneck":
+        return partial(_bottleneck, problem.activation, "a" in problem.wants)
+    if problem.operation == "bottleneck_backward":
+        return partial(_bottleneck_backward, problem)
     if problem.operation == "expand_backward":
         return partial(_expand_backward, problem.wants, problem.adapter_dtype)
     return partial(_shrink_backward, problem.adapter_dtype)
@@ -70,6 +85,43 @@ def _linear_expand(
 
 def _weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
     return reference.weight_norm(operands.as_dense(weight), lora_A, lora_B, scaling)
+
+
+def _bottleneck(
+    activation: str,
+    want_a: bool,
+    h: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    scaling: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    y = reference.bottleneck(h, down, up, down_bias, up_bias, scaling, activation, residual)
+    return y, pre_activation(h, down, down_bias) if want_a else None
+
+
+def _bottleneck_backward(
+    problem: Problem,
+    dy: Tensor,
+    h: Tensor | None,
+    a: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor | None, ...]:
+    p = problem
+    # What isn't here is for results that aren't wanted: NaN would show in any that is.
+    h = dy.new_full((p.M, p.K), torch.nan) if h is None else h
+    a = dy.new_full((p.M, p.r), torch.nan, dtype=wide(p.dtype)) if a is None else a
+    down = dy.new_full((p.r, p.K), torch.nan, dtype=p.adapter_dtype) if down is None else down
+    up = dy.new_full((p.N, p.r), torch.nan) if up is None else up
+    found = reference.bottleneck_backward(dy, h, a, down, up, scaling, p.activation, p.residual)
+    names = WANTS["bottleneck_backward"]
+    return tuple(
+        tensor if name in p.wants else None for name, tensor in zip(names, found, strict=True)
+    )
 
 
 def _expand_backward(
