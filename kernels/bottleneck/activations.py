@@ -3,9 +3,6 @@
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
-"""``gelu`` is the exact one, by erf; ``gelu_tanh`` is its approximation by tanh."""
-
 
 @triton.jit
 def _tanh(x):
@@ -33,7 +30,7 @@ def _normal_below(x):
 
 @triton.jit
 def activation(a, NAME: tl.constexpr):
-    """``f(a)`` of ``a`` in float32, for each NAME of ``ACTIVATIONS``. NaN stays."""
+    """``f(a)`` of ``a`` in float32, for each NAME of ``core.problem.ACTIVATIONS``. NaN stays."""
     if NAME == "gelu":
         z = a * _normal_below(a)
     elif NAME == "gelu_tanh":

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from lorafast.kernels.bottleneck.activations import activation, times_derivative
+from lorafast.kernels.bottleneck.kernel import strides_of
 from lorafast.kernels.bottleneck.rows import add_product
 from lorafast.kernels.common.bottleneck_plan import (
     GRADIENTS,
@@ -79,24 +80,27 @@ def bottleneck_backward_kernel(
     """Program (i, j): row block i, of whose dh it writes column group j; the first stores da and z.
 
     ``K`` is dy's length and ``N`` that of dh, as a forward that read dy would have them. Of da, z and dh
-    what isn't asked for is None, and ``down`` without dh. ADDS_DY: dh is ``dy + da·D``.
+    what isn't asked for is None, ``down`` without dh, ``up`` where z is all. ADDS_DY: dh is ``dy +
+    da·D``.
     """
     dy = Matrix(dy_ptr, stride_dym, stride_dyn)
-    up = Matrix(up_ptr, stride_ub, stride_un)  # Uᵀ: its rows are U's columns
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
-    dz = shrink_rows(
-        dy, up, None, rows, ranks, 0, K, M, K, b, BLOCK_K, STAGES, DOWN, INTERPRETED
-    )  # [BLOCK_M, BLOCK_R]
+    if up_ptr is not None:
+        up = Matrix(up_ptr, stride_ub, stride_un)  # Uᵀ: its rows are U's columns
+        dz = shrink_rows(
+            dy, up, None, rows, ranks, 0, K, M, K, b, BLOCK_K, STAGES, DOWN, INTERPRETED
+        )  # [BLOCK_M, BLOCK_R]
     inside = (rows < M)[:, None] & (ranks < b)[None, :]
     a = tl.load(
         a_ptr + rows.to(tl.int64)[:, None] * stride_am + ranks.to(tl.int64)[None, :] * stride_ab,
         mask=inside,
         other=0.0,
     ).to(tl.float32)  # [BLOCK_M, BLOCK_R]
-    da = times_derivative(dz * scaling, a, ACTIVATION)
-    # An infinite U has made NaN of zeros beyond b and M.
-    da = cast(tl.where(inside, da, 0.0), a_ptr.dtype.element_ty, INTERPRETED)
+    if up_ptr is not None:
+        da = times_derivative(dz * scaling, a, ACTIVATION)
+        # An infinite U has made NaN of zeros beyond M.
+        da = cast(tl.where(inside, da, 0.0), a_ptr.dtype.element_ty, INTERPRETED)
     places = rows.to(tl.int64)[:, None] * b + ranks[None, :]
     if tl.program_id(1) == 0:
         if da_ptr is not None:
@@ -161,7 +165,8 @@ def bottleneck_backward(
 def launcher(
     launch: BottleneckBackwardLaunch, dtype: torch.dtype, residual: bool
 ) -> Callable[..., Gradients]:
-    """What launches it: of ``dy, h, a, down, up, scaling``; all but dh have ``dtype``."""
+    """What launches it: of ``dy, h, a, down, up, scaling``; all but dh have ``dtype``. What no result
+    depends on that is asked for may be None."""
     wants = launch.wants
     over_rows = _over_rows(launch.rows, wants, residual) if launch.rows else None
     over_columns = over_h = None
@@ -172,7 +177,12 @@ def launcher(
 
     @on_its_device
     def run(
-        dy: Tensor, h: Tensor | None, a: Tensor, down: Tensor, up: Tensor, scaling: float
+        dy: Tensor,
+        h: Tensor | None,
+        a: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        scaling: float,
     ) -> Gradients:
         da = z = dh = dD = dd = dU = du = None
         if over_rows:
@@ -203,21 +213,22 @@ def _over_rows(
     )  # fmt: skip
     want_da, want_z, want_dh = bool({"dD", "dd"} & set(wants)), "dU" in wants, "dh" in wants
 
-    def run(dy: Tensor, a: Tensor, down: Tensor, up: Tensor, scaling: float) -> Gradients:
+    def run(
+        dy: Tensor, a: Tensor, down: Tensor | None, up: Tensor | None, scaling: float
+    ) -> Gradients:
         device, low = dy.device, wide(dy.dtype)
         da = torch.empty((M, b), dtype=low, device=device) if want_da else None
         z = torch.empty((M, b), dtype=low, device=device) if want_z else None
         dh = torch.empty((M, K), dtype=dy.dtype, device=device) if want_dh else None
         if not M * b:
             return da, z, dh
-        factor = down if want_dh else None
-        strides = (
-            *dy.stride(), *a.stride(), *((None, None) if factor is None else factor.stride()),
-            *up.stride(),
-        )  # fmt: skip
+        # The same code whatever else is there.
+        down = down if want_dh else None
+        up = up if want_da or want_dh else None
+        strides = (*dy.stride(), *a.stride(), *strides_of(down, 2), *strides_of(up, 2))
         start(
-            key_of(strides, tensors=(dy, a, factor, up)),
-            dy, a, factor, up, da, z, dh, M, launch.K, K, b, launch.n_blocks, float(scaling),
+            key_of(strides, tensors=(dy, a, down, up)),
+            dy, a, down, up, da, z, dh, M, launch.K, K, b, launch.n_blocks, float(scaling),
             *strides, *blocks,
         )  # fmt: skip
         return da, z, dh

@@ -59,6 +59,7 @@ def bottleneck_kernel(
     stride_rm,
     stride_rn,
     ACTIVATION: tl.constexpr,
+    LOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,7 +71,8 @@ def bottleneck_kernel(
 ):
     """Program (i, j): row block i, of whose y it writes column group j; the first of them stores ``a``.
 
-    Biases may be None, and the residual, which is h then.
+    Biases may be None, ``a`` where nobody asks for it, and the residual, which is h then. LOW is the
+    dtype of ``a`` and of z.
     """
     h = Matrix(h_ptr, stride_hm, stride_hk)
     down = Matrix(down_ptr, stride_db, stride_dk)
@@ -85,12 +87,13 @@ def bottleneck_kernel(
             down_bias_ptr + ranks.to(tl.int64) * stride_d, mask=ranks < b, other=0.0
         )  # [BLOCK_R]
         acc += shift.to(tl.float32)[None, :]
-    a = cast(acc, a_ptr.dtype.element_ty, INTERPRETED)
-    if tl.program_id(1) == 0:
+    a = cast(acc, LOW, INTERPRETED)
+    if a_ptr is not None:
         inside = (rows < M)[:, None] & (ranks < b)[None, :]
-        tl.store(a_ptr + rows.to(tl.int64)[:, None] * b + ranks[None, :], a, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(a_ptr + rows.to(tl.int64)[:, None] * b + ranks[None, :], a, mask=inside)
     # Of the rounded a, of which the backward has it again.
-    z = cast(activation(a.to(tl.float32), ACTIVATION), a_ptr.dtype.element_ty, INTERPRETED)
+    z = cast(activation(a.to(tl.float32), ACTIVATION), LOW, INTERPRETED)
     # Counted in blocks, so that the compiler knows the alignment of every load.
     begin = tl.program_id(1) * n_blocks * BLOCK_N
     end = tl.minimum(begin + n_blocks * BLOCK_N, N)
@@ -113,31 +116,30 @@ def bottleneck(
     residual: Tensor | None = None,
     *,
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``a = h·Dᵀ + d`` and ``y = residual + scaling · (f(a)·Uᵀ + u)``; without a residual that is h.
 
     Shapes: ``h [M, K]``, ``down [b, K]``, ``up [N, b]``, ``down_bias [b]``, ``up_bias [N]``, ``residual
     [M, N]``, of any strides → ``y [M, N]`` in the dtype of ``h``, ``a [M, b]`` in that too, in float32
-    for float16. ``activation`` is one of ``ACTIVATIONS``, ``b`` at most ``MOST_WIDE``.
+    for float16. ``activation`` is one of ``ACTIVATIONS``, ``b`` at most what ``widest`` says.
     """
     (M, K), (N, b) = h.shape, up.shape
     launch = bottleneck_launch(
         config or rule_for("bottleneck", h, M, K, N, b), M, K, N, b,
         sms=sms(h), dtype=h.dtype, tf32=tf32(), activation=activation,
     )  # fmt: skip
-    y, a = launcher(launch)(h, down, up, down_bias, up_bias, scaling, residual)
-    return y, a
+    return launcher(launch)(h, down, up, down_bias, up_bias, scaling, residual)
 
 
 @functools.lru_cache(maxsize=KEPT)
-def launcher(launch: BottleneckLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
+def launcher(launch: BottleneckLaunch) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What launches it: of ``h, down, up, down_bias, up_bias, scaling, residual``, which may be None as
-    biases may. Gives y and ``a``."""
+    biases may. Gives y and ``a``, None where it isn't asked for."""
     c, M, K, N, b = launch.config, launch.M, launch.K, launch.N, launch.b
     start = Start(bottleneck_kernel, launch.grid, c.options)
     blocks = (
-        launch.activation, c.block_m, c.block_n, c.block_k, c.block_r, c.num_stages,
-        launch.down, launch.up, INTERPRETED,
+        launch.activation, low_of(launch.dtype), c.block_m, c.block_n, c.block_k, c.block_r,
+        c.num_stages, launch.down, launch.up, INTERPRETED,
     )  # fmt: skip
 
     @on_its_device
@@ -149,14 +151,16 @@ def launcher(launch: BottleneckLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
         up_bias: Tensor | None,
         scaling: float,
         residual: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         y = torch.empty((M, N), dtype=h.dtype, device=h.device)
-        a = torch.empty((M, b), dtype=wide(h.dtype), device=h.device)
+        a = None
+        if launch.keeps:
+            a = torch.empty((M, b), dtype=wide(h.dtype), device=h.device)
         if not M * b:
             return y, a
         strides = (
-            *h.stride(), *down.stride(), *_strides(down_bias, 1), *up.stride(), *_strides(up_bias, 1),
-            *_strides(residual, 2),
+            *h.stride(), *down.stride(), *strides_of(down_bias, 1),
+            *up.stride(), *strides_of(up_bias, 1), *strides_of(residual, 2),
         )  # fmt: skip
         start(
             key_of(strides, tensors=(h, down, up, down_bias, up_bias, residual)),
@@ -168,6 +172,11 @@ def launcher(launch: BottleneckLaunch) -> Callable[..., tuple[Tensor, Tensor]]:
     return run
 
 
-def _strides(tensor: Tensor | None, dims: int) -> tuple[int | None, ...]:
+def low_of(dtype: torch.dtype) -> tl.dtype:
+    """That of ``a`` and z beside an h of ``dtype``, as the language has it."""
+    return tl.bfloat16 if dtype is torch.bfloat16 else tl.float32
+
+
+def strides_of(tensor: Tensor | None, dims: int) -> tuple[int | None, ...]:
     """None of a tensor that is missing."""
     return (None,) * dims if tensor is None else tensor.stride()

@@ -14,9 +14,9 @@ from lorafast.kernels.common.plan import (
     skinny_precision_of,
 )
 
-MOST_WIDE = 256
-"""The widest bottleneck: a program has all of ``a`` of its rows at once."""
-GRADIENTS = ("dh", "dD", "dd", "dU", "du")
+from lorafast.core.problem import WANTS
+
+GRADIENTS = WANTS["bottleneck_backward"]
 _MOST_GROUPS = 8
 """Column groups of a row block. Each makes ``a`` for itself, so that of more the launch would hardly end
 sooner."""
@@ -27,7 +27,7 @@ class BottleneckLaunch:
     """``[M, K]`` is read, ``[M, N]`` written. ``grid``: row blocks, column groups of what is written; a
     group has ``n_blocks`` blocks of ``block_n``.
 
-    - ``activation``: one of ``ACTIVATIONS``;
+    - ``activation``: one of ``ACTIVATIONS``; ``keeps``: whether ``a`` is stored;
     - ``down``, ``up``: the precision of the first product and of the second.
     """
 
@@ -38,7 +38,9 @@ class BottleneckLaunch:
     b: int
     grid: tuple[int, int]
     n_blocks: int
+    dtype: torch.dtype
     activation: str
+    keeps: bool
     down: str
     up: str
 
@@ -58,6 +60,12 @@ class BottleneckBackwardLaunch:
     wants: tuple[str, ...]
 
 
+def widest(dtype: torch.dtype) -> int:
+    """The widest bottleneck for an h of ``dtype``: a program has all of ``a`` of its rows at once, and
+    multiplies it in float32 from registers, twice as many."""
+    return 256 if dtype is torch.bfloat16 else 128
+
+
 def bottleneck_launch(
     c: LaunchConfig,
     M: int,
@@ -69,6 +77,7 @@ def bottleneck_launch(
     dtype: torch.dtype,
     tf32: bool,
     activation: str,
+    keeps: bool = True,
 ) -> BottleneckLaunch:
     """A CTA for each row block. Where these don't fill the SMs, several share its columns when they
     write, and each reads all of its rows first. ``N`` is 0 where nothing is written."""
@@ -81,7 +90,7 @@ def bottleneck_launch(
     down = skinny_precision_of(dtype, tf32)
     # As expand has it: of float16's products with z in float32, y would show TF32's rounding.
     up = "tf32x3" if dtype is torch.float16 else down
-    return BottleneckLaunch(c, M, K, N, b, grid, n_blocks, activation, down, up)
+    return BottleneckLaunch(c, M, K, N, b, grid, n_blocks, dtype, activation, keeps, down, up)
 
 
 def bottleneck_backward_launch(
