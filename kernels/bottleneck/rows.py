@@ -43,7 +43,9 @@ def add_product(
         )  # [BLOCK_R, BLOCK_N]
         tile = factor(tile, out_ptr.dtype.element_ty, INTERPRETED)
         acc = tl.zeros((rows.shape[0], BLOCK_N), dtype=tl.float32)
-        acc = low_rank_dot(z, tile, acc, PRECISION, INTERPRETED)
+        # Apart, or the compiler begins wgmma's sum with the bias or the base, and copies registers of
+        # it behind the fence.
+        acc = low_rank_dot(z, tile, acc, PRECISION, INTERPRETED, APART=True)
         if bias is not None:
             shift = tl.load(bias.ptr + cols.to(tl.int64) * bias.stride, mask=cols < end, other=0.0)
             acc += shift.to(tl.float32)[None, :]

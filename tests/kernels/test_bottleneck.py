@@ -1,5 +1,7 @@
 """A bottleneck adapter's kernels against the contract; the backend around them."""
 
+import functools
+
 import pytest
 import torch
 
@@ -121,10 +123,15 @@ def test_what_is_not_finite_stays_in_its_row(device, activation):
     assert found["du"].isfinite().sum() == 23
 
 
+@functools.cache
+def _with_all_gradients(device):
+    given = drawn(37, 45, 45, 5, BF16, F32, device)
+    return given, results(given, 0.7, "gelu", bottleneck, bottleneck_backward)
+
+
 @pytest.mark.parametrize("wants", [(name,) for name in GRADIENTS] + [("dd", "dU"), ("dh", "du")])
 def test_what_is_not_asked_for_is_not_needed(poisoned, device, wants):
-    given = drawn(37, 45, 45, 5, BF16, F32, device)
-    whole = results(given, 0.7, "gelu", bottleneck, bottleneck_backward)
+    given, whole = _with_all_gradients(device)
     needs = {"h": {"dD"}, "down": {"dh"}, "up": {"dh", "dD", "dd"}, "a": {*GRADIENTS} - {"du"}}
     t = {**given, "a": whole["a"]}
     own = {name: t[name] if {*wants} & of else None for name, of in needs.items()}

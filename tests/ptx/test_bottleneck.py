@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from bottlenecks import GRADIENTS, assert_right, drawn, results
 from lorafast.kernels.bottleneck import bottleneck, bottleneck_backward
 from lorafast.kernels.common.launch import INTERPRETED
+from lorafast.kernels.tables import find
 
 if INTERPRETED:
     pytest.skip("needs a process without TRITON_INTERPRET", allow_module_level=True)
@@ -37,12 +38,13 @@ def check(arch, M, K, N, b, dtypes, activation, *, wants=("dh", "dd"), config=No
     assert_right(found, given, 0.75, activation)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_rows_that_the_compiler_sees_to_be_aligned(arch):
     """In two column groups, the last of them smaller."""
     check(arch, 20, 160, 160, 16, (BF16, F32), "gelu", sms=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtypes", "activation"), [((F16, F32), "silu"), ((F32, F32), "tanh")], ids=str
 )
@@ -52,9 +54,12 @@ def test_odd_sizes(dtypes, activation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100])
-def test_a_whole_backward_by_the_tiles_of_many_rows(arch):
+def test_the_tiles_of_many_rows(arch):
     """Where ``wgmma`` or ``tcgen05`` multiplies."""
-    from lorafast.kernels.tables import find
-
     config = find("bottleneck", arch, BF16, 8192, 4096, 4096, 64)
-    check(arch, 70, 136, 136, 48, (BF16, BF16), "gelu_tanh", wants=GRADIENTS, config=config)
+    check(arch, 70, 136, 136, 48, (BF16, BF16), "gelu_tanh", config=config, sms=1)
+
+
+@pytest.mark.slow
+def test_a_whole_backward():
+    check(80, 20, 48, 48, 16, (BF16, BF16), "relu", wants=GRADIENTS)
