@@ -222,7 +222,7 @@ def test_one_operation_has_one_name_in_every_room():
     assert with_kernels == configs.OPERATIONS
     assert (*with_kernels, "lora_linear") == tuned.OPERATIONS
     folders = {p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py")}
-    beside = {"common", "dequantize", "lora_linear", "tables", "weight_norm"}
+    beside = {"bottleneck", "common", "dequantize", "lora_linear", "tables", "weight_norm"}
     assert folders == {*with_kernels, *beside}
 
 

@@ -29,7 +29,7 @@ from lorafast.backends.cost import Device
 from lorafast.backends.plan import Plan
 from lorafast.backends.triton import Triton, planning
 from lorafast.backends.triton import cost as model
-from lorafast.core.problem import DENSE, LAYER_OPERATIONS, parts
+from lorafast.core.problem import DENSE, LAYER_OPERATIONS, WANTS, parts
 from lorafast.core.problem import Problem as Call
 from lorafast.operands import Operand
 from lorafast.ops import problems
@@ -289,6 +289,29 @@ def compare_products(reduced: Reduced, weight: Operand) -> dict[str, str | None]
     return differences
 
 
+def compare_bottleneck(reduced: Reduced, residual: bool) -> dict[str, str | None]:
+    """The same of a bottleneck adapter that is r wide, forward and backward. ``residual``: it is added
+    to another tensor than h, as it must be where K isn't N."""
+    M, K, N, r = reduced.M, reduced.K, reduced.N, reduced.r
+    dtype, adapter = DTYPES[reduced.dtype], DTYPES[reduced.adapter_dtype]
+    h, dy = torch.ones((M, K), dtype=dtype), torch.ones((M, N), dtype=dtype)
+    down, up = torch.ones((r, K), dtype=adapter), torch.ones((N, r), dtype=adapter)
+    d, u = (torch.ones(size, dtype=adapter) if reduced.bias else None for size in (r, N))
+    a, onto = torch.ones((M, r), dtype=wide(dtype)), dy if residual else None
+    calls = {
+        "bottleneck": (
+            problems.bottleneck_problem(h, down, up, d, u, "gelu", onto, ("y", "a")),
+            (h, down, up, d, u, SCALING, onto),
+        )
+    }
+    for name, wants in {"bottleneck_backward": WANTS["bottleneck_backward"], "dU": ("dU",)}.items():
+        given = (dy, h, a, down, up)
+        problem = problems.bottleneck_backward_problem(*given, "gelu", residual, wants, adapter)
+        calls[name] = problem, (*given, SCALING)
+    with cost.pretending(launches.h200(reduced.sms)):
+        return {name: _difference(*call) for name, call in calls.items()}
+
+
 def formula_of(call: Call, device: Device) -> list[Launch]:
     """What the call moves, by the closed forms."""
     if call.operation not in LAYER_OPERATIONS:
@@ -314,21 +337,24 @@ def compare(reduced: Reduced) -> dict[str, str | None]:
         for name, (call, tensors) in calls_of(reduced).items():
             if reduced.forward_only and call.operation != "lora_linear":
                 continue
-            plan = Triton().plan(call)
-            assert isinstance(plan, Plan), plan
-            with _counting() as launched:
-                plan.run(*tensors)
-            counted = [accesses.sums() for accesses in launched]
-            device = cost.gpu_of(call.device)
-            assert device is not None
-            # What helpers read is not told apart there, and PyTorch's own is not interpreted.
-            formula = [
-                replace(launch, helped=0)
-                for launch in formula_of(call, device)
-                if not launch.by_pytorch
-            ]
-            differences[name] = None if counted == formula else f"{counted}, by formula {formula}"
+            differences[name] = _difference(call, tensors)
     return differences
+
+
+def _difference(call: Call, tensors: tuple[Any, ...]) -> str | None:
+    """None if the closed form says what is counted where ``call`` runs on ``tensors``, else both."""
+    plan = Triton().plan(call)
+    assert isinstance(plan, Plan), plan
+    with _counting() as launched:
+        plan.run(*tensors)
+    counted = [accesses.sums() for accesses in launched]
+    device = cost.gpu_of(call.device)
+    assert device is not None
+    # What helpers read is not told apart there, and PyTorch's own is not interpreted.
+    formula = [
+        replace(launch, helped=0) for launch in formula_of(call, device) if not launch.by_pytorch
+    ]
+    return None if counted == formula else f"{counted}, by formula {formula}"
 
 
 @dataclass(frozen=True)

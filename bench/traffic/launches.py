@@ -10,10 +10,11 @@ Flags and counters, a few bytes, are left out.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lorafast.kernels.common.bottleneck_plan import BottleneckBackwardLaunch, BottleneckLaunch
 from lorafast.kernels.common.codes_plan import CodesLaunch, scales_apart
 from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
@@ -229,6 +230,47 @@ def _weight_norm(launch: WeightNormLaunch, p: Problem) -> list[Launch]:
     norm = p.N * _NUMBER
     times = _blocks(p.K, launch.config.block_k) if launch.rank_blocks > 2 else 1
     return [Launch(W + A + B, norm, W + launch.programs * A + times * B, norm)]
+
+
+@traffic_of.register
+def _bottleneck(launch: BottleneckLaunch, p: Problem) -> list[Launch]:
+    """Every program goes through h and D of its rows, and through U of its column group; h is counted
+    once in what is read, though L2 may not have all of it the second time."""
+    rows, groups = launch.grid
+    h, y, a = p.M * p.K * _size(p), p.M * p.N * _size(p), launch.keeps * _low(p, p.M)
+    D, U = p.r * p.K * _adapter(p), p.r * p.N * _adapter(p)
+    if p.bias:
+        D, U = D + p.r * _adapter(p), U + p.N * _adapter(p)
+    read = h + D + U + (y if p.residual else 0)
+    return [Launch(read, y + a, groups * (h + rows * D) + rows * U + y, y + a)]
+
+
+@traffic_of.register
+def _bottleneck_backward(launch: BottleneckBackwardLaunch, p: Problem) -> list[Launch]:
+    """The pass over rows as a forward's, then those of its other kernels; PyTorch sums da and scales
+    du, which is float32 until then."""
+    found, wants, a = [], {*p.wants}, _low(p, p.M)
+    if launch.rows is not None:
+        rows, groups = launch.rows.grid
+        dy, dh, of_da = p.M * p.N * _size(p), p.M * p.K * _size(p), wants & {"dh", "dD", "dd"}
+        read, U, D = (dy, p.r * p.N * _adapter(p), 0) if of_da else (0, 0, 0)
+        written = a * (("dU" in wants) + bool(wants & {"dD", "dd"}))
+        again = 0
+        if "dh" in wants:
+            D, written, again = p.r * p.K * _adapter(p), written + dh, 0 if p.residual else dy
+        loaded = groups * (read + rows * U + a) + rows * D + again
+        found.append(Launch(read + U + a + D, written, loaded, written))
+    if launch.columns is not None:
+        (one,) = traffic_of(launch.columns, p)
+        more = p.N * (_NUMBER - _size(p)) if "du" in wants else 0
+        found.append(replace(one, written=one.written + more, stored=one.stored + more))
+    if launch.down is not None:
+        found += traffic_of(launch.down, p)
+    if "dd" in wants:
+        found.append(Launch(a, p.r * _adapter(p), 0, 0, by_pytorch=True))
+    if "du" in wants:
+        found.append(Launch(p.N * _NUMBER, p.N * _adapter(p), 0, 0, by_pytorch=True))
+    return found
 
 
 def dequantization(weight: Weight, W: torch.Tensor) -> Launch:

@@ -27,15 +27,15 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 
 def precision(x: Tensor) -> str:
     """The precision in which float32 operands are multiplied with ``x``, as ``tl.dot`` names it."""
-    return precision_of(x.dtype, _tf32())
+    return precision_of(x.dtype, tf32())
 
 
 def skinny_precision(x: Tensor) -> str:
     """The same in ``shrink`` and ``shrink_backward``."""
-    return skinny_precision_of(x.dtype, _tf32())
+    return skinny_precision_of(x.dtype, tf32())
 
 
-def _tf32() -> bool:
+def tf32() -> bool:
     """Whether PyTorch may round the factors of float32 products to TF32."""
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 

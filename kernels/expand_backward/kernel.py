@@ -184,8 +184,11 @@ def expand_backward(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def launcher(launch: ExpandBackwardLaunch, dtype: torch.dtype) -> Callable[..., Sums]:
-    """What launches it: of ``dy, s, lora_B, scaling``; dB has ``dtype``."""
+def launcher(
+    launch: ExpandBackwardLaunch, dtype: torch.dtype, dbias_dtype: torch.dtype | None = None
+) -> Callable[..., Sums]:
+    """What launches it: of ``dy, s, lora_B, scaling``; dB has ``dtype``, dbias ``dbias_dtype``, by
+    default that of dy."""
     c, M, N, r = launch.config, launch.M, launch.N, launch.r
     col_groups, row_groups, rank_blocks = launch.grid
     want_ds, want_dB, want_dbias = (name in launch.wants for name in ("ds", "dB", "dbias"))
@@ -199,7 +202,7 @@ def launcher(launch: ExpandBackwardLaunch, dtype: torch.dtype) -> Callable[..., 
         device, full = dy.device, torch.empty if M * N else torch.zeros
         ds = full((M, r), dtype=wide(dy.dtype), device=device) if want_ds else None
         dB = full((N, r), dtype=dtype, device=device) if want_dB else None
-        dbias = full((N,), dtype=dy.dtype, device=device) if want_dbias else None
+        dbias = full((N,), dtype=dbias_dtype or dy.dtype, device=device) if want_dbias else None
         if not (launch.wants and M * N):
             return ds, dB, dbias
         scaling = float(scaling)

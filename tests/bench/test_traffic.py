@@ -412,6 +412,22 @@ def test_closed_forms_say_what_the_interpreter_counts(problem):
     assert interpret.compare(problem) == dict.fromkeys(names)
 
 
+@pytest.mark.parametrize(
+    ("problem", "residual"),
+    [
+        (interpret.Reduced(70, 40, 40, 5, "bf16", "fp32", True, False, 132), False),
+        pytest.param(
+            interpret.Reduced(150, 70, 300, 66, "bf16", "bf16", False, False, 1), True,
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_closed_forms_of_a_bottleneck_adapter(problem, residual):
+    found = interpret.compare_bottleneck(problem, residual)
+    assert found == dict.fromkeys(("bottleneck", "bottleneck_backward", "dU"))
+
+
 @pytest.mark.parametrize(("problem", "shares"), [(PROBLEMS[-2], 8), (PROBLEMS[-1], 0)], ids=str)
 def test_few_rows_are_one_launch(problem, shares):
     call, _ = interpret.calls_of(problem)["lora_linear"]

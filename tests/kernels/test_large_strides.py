@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from lorafast.kernels.bottleneck import bottleneck, bottleneck_backward
 from lorafast.kernels.weight_norm import weight_norm
 from small_tiles import on_kernels
 
@@ -63,6 +64,21 @@ def test_weight_norm(far_apart, device, far, transposed):
     rows, columns = sizes[far]
     given[far] = far_apart(rows).t() if columns == 2 and transposed else far_apart(columns)
     assert_same(weight_norm(*given, 0.5), reference.weight_norm(*given, 0.5))
+
+
+@pytest.mark.parametrize("far", ["h", "down", "up", "residual"])
+def test_bottleneck(far_apart, device, far):
+    sizes = {"h": (2, 24), "down": (2, 24), "up": (2, 24), "residual": (2, 24)}
+    t = {name: draw(*size, device=device) for name, size in sizes.items()} | {far: far_apart(24)}
+    t["up"] = t["up"].t()
+    given = (t["h"], t["down"], t["up"], None, None, 0.5, "silu", t["residual"])
+    y, a = bottleneck(*given)
+    assert_same(y, reference.bottleneck(*given))
+    dy = far_apart(24) if far == "h" else draw(2, 24, device=device)
+    given = (dy, t["h"], a, t["down"], t["up"], 0.5, "silu")
+    found, expected = bottleneck_backward(*given), reference.bottleneck_backward(*given)
+    for one, two in zip(found, expected, strict=True):
+        assert_same(one, two)
 
 
 @pytest.mark.parametrize("far", ["x", "weight", "weight transposed"])

@@ -14,9 +14,16 @@ import torch
 from lorafast.backends import composed, dequantized
 from lorafast.backends.cost import Device, gpu_of, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
-from lorafast.core.problem import DENSE, LAYER_OPERATIONS, WEIGHT_NORM, Problem, parts
+from lorafast.core.problem import (
+    BOTTLENECK_OPERATIONS,
+    DENSE,
+    LAYER_OPERATIONS,
+    WEIGHT_NORM,
+    Problem,
+    parts,
+)
 from lorafast.kernels import tables
-from lorafast.kernels.common import configs
+from lorafast.kernels.common import bottleneck_plan, configs
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.tables import tuned
 from lorafast.operands import Weight
@@ -38,7 +45,7 @@ class Triton(Backend):
     """
 
     name = "triton"
-    operations = Backend.operations | {WEIGHT_NORM}
+    operations = Backend.operations | {*BOTTLENECK_OPERATIONS, WEIGHT_NORM}
 
     def __init__(self, config: LaunchConfig | None = None) -> None:
         """``config``: what every call is launched with, instead of what was measured or ships."""
@@ -238,6 +245,9 @@ def _why_refused(p: Problem, device: Device | None) -> str | None:
     if device.capability < _OLDEST:
         major, minor = divmod(device.capability, 10)
         return f"compute capability is {major}.{minor}, the kernels need 8.0"
+    if p.operation in BOTTLENECK_OPERATIONS and p.r > bottleneck_plan.widest(p.dtype):
+        most = bottleneck_plan.widest(p.dtype)
+        return f"the bottleneck is {p.r} wide, the kernels take up to {most} in {p.dtype}"
     if _reads_codes(p):
         from lorafast.backends.triton import quantized
 

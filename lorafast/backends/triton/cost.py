@@ -16,6 +16,7 @@ from lorafast.backends.triton import planning, quantized
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, LAYER_OPERATIONS, WEIGHT_NORM, Layout, Problem, parts
+from lorafast.kernels.common.bottleneck_plan import BottleneckBackwardLaunch, BottleneckLaunch
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.decode_plan import DecodeLaunch
@@ -74,6 +75,8 @@ _DECODED = 0.5
 measured of PyTorch's GEMMs gives way to it for launches alone."""
 _OWN_STEP = 3e-7
 """Of a tile that makes its own ``s``, whose loads come from L2. Assumed."""
+_FROM_L2 = 1.6
+"""What L2 gives, times what memory does, or more. Assumed."""
 _NOT_BACKWARD = "measured on an H100, they make a backward slower"
 """486 µs at best over helpers, rounds and tiles, where it is 442 one by one; sizes as above."""
 _PARTIAL = 4
@@ -200,6 +203,8 @@ PLANNED: dict[str, Callable[[Problem, Device, LaunchConfig | None], Launch]] = {
     "expand_backward": planning.plan_expand_backward,
     "shrink_backward": planning.plan_shrink_backward,
     WEIGHT_NORM: planning.plan_weight_norm,
+    "bottleneck": planning.plan_bottleneck,
+    "bottleneck_backward": planning.plan_bottleneck_backward,
 }
 
 
@@ -285,6 +290,49 @@ def _weight_norm(launch: WeightNormLaunch, p: Problem, device: Device) -> Estima
     moved = float(W * p.dtype.itemsize + low * p.adapter_dtype.itemsize)
     share = _SKINNY["shrink"] * min(launch.programs / device.sms, 1.0)
     return work(device, flops=2.0 * p.r * W, rate=rate, moved=moved, share=share, host=LAUNCH_HOST)
+
+
+@_of.register
+def _bottleneck(launch: BottleneckLaunch, p: Problem, device: Device) -> Estimate:
+    """h, or dy of a backward, twice as if L2 kept none of it, and what is written. The factors, which
+    every program reads, come from L2, and a program's steps one after the other. Not measured."""
+    (row_blocks, groups), size = launch.grid, p.dtype.itemsize
+    M, K, N, b = launch.M, launch.K, launch.N, launch.b
+    forward, programs = p.operation == "bottleneck", row_blocks * groups
+    moved = float(M * (2 * K + N) * size + 3 * M * b * wide(p.dtype).itemsize)
+    if forward and p.residual:
+        moved -= float(M * (K - N) * size)  # it is read instead of h
+    factors = float(b * (K * groups + N) * row_blocks * p.adapter_dtype.itemsize)
+    again = float(M * K * (groups - 1) * size)
+    matrix = ("h", p.layouts.x, p.K) if forward else ("dy", p.layouts.dy, p.N)
+    found = _skinny("shrink", p, device, 2.0 * M * b * (K * groups + N), moved, *matrix)
+    c = launch.config
+    steps = _blocks(K, c.block_k) + launch.n_blocks * (N > 0)
+    waves = _blocks(programs, device.sms * c.ctas_per_sm)
+    least = max((factors + again) / (_FROM_L2 * device.bandwidth), waves * steps * _OWN_STEP)
+    return replace(found, device=max(found.device, least + LAUNCH_SECONDS))
+
+
+@_of.register
+def _bottleneck_backward(launch: BottleneckBackwardLaunch, p: Problem, device: Device) -> Estimate:
+    """Its launches one by one, and PyTorch's small ones that sum da and scale du."""
+    found = Estimate()
+    if launch.rows is not None:
+        found += _of(launch.rows, p, device)
+    if launch.columns is not None:
+        own = p._replace(operation="expand_backward", wants=launch.columns.wants)
+        found += _of(launch.columns, own, device)
+    if launch.down is not None:
+        found += _of(launch.down, p._replace(operation="shrink_backward", wants=()), device)
+    if "dd" in p.wants:
+        found += work(device, moved=float(p.M * p.r * wide(p.dtype).itemsize), share=0.5)
+    if "du" in p.wants:
+        found += work(device, moved=12.0 * p.N)
+    return found
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
 
 
 @_of.register

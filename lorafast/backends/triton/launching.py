@@ -8,6 +8,9 @@ from lorafast.backends.hybrid import hybrid
 from lorafast.backends.plan import Run
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.problem import Problem
+from lorafast.kernels.bottleneck import backward as bottleneck_backward
+from lorafast.kernels.bottleneck import kernel as bottleneck
+from lorafast.kernels.common.bottleneck_plan import BottleneckBackwardLaunch, BottleneckLaunch
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
@@ -49,6 +52,10 @@ def run_of(launch: Launch, p: Problem) -> Run:
         return decode.launcher(launch)
     if isinstance(launch, WeightNormLaunch):
         return weight_norm.launcher(launch)
+    if isinstance(launch, BottleneckLaunch):
+        return bottleneck.launcher(launch)
+    if isinstance(launch, BottleneckBackwardLaunch):
+        return bottleneck_backward.launcher(launch, p.adapter_dtype, p.residual)
     return forward.launcher(launch)
 
 

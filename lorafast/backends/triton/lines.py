@@ -1,6 +1,7 @@
 """What a launch is, in a line for ``explain``."""
 
 from lorafast.backends.triton.planning import HybridLaunch, Launch
+from lorafast.kernels.common.bottleneck_plan import BottleneckBackwardLaunch, BottleneckLaunch
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.decode_plan import DecodeLaunch
@@ -49,11 +50,22 @@ def lines(launch: Launch) -> tuple[str, ...]:
     if isinstance(launch, WeightNormLaunch):
         tiles = _tiles(launch.config, "nk")
         return (f"weight_norm: grid {launch.programs}, {tiles}, pointers",)
+    if isinstance(launch, BottleneckLaunch):
+        return (f"bottleneck: {_rows(launch)}",)
+    if isinstance(launch, BottleneckBackwardLaunch):
+        made = () if launch.rows is None else (f"bottleneck_backward: {_rows(launch.rows)}",)
+        for one in (launch.columns, launch.down):
+            made += () if one is None else lines(one)
+        return made
     helpers = launch.helpers
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"
     )
     return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
+
+
+def _rows(launch: BottleneckLaunch) -> str:
+    return f"{_grid(launch.grid)}, {_tiles(launch.config, 'mnkr')}, pointers"
 
 
 def _gemm(launch: LinearExpandLaunch) -> str:

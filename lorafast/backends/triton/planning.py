@@ -15,6 +15,12 @@ from lorafast.backends.cost import Device, key_of, record_of
 from lorafast.backends.triton import quantized
 from lorafast.core.problem import DENSE, Problem
 from lorafast.kernels import tables
+from lorafast.kernels.common.bottleneck_plan import (
+    BottleneckBackwardLaunch,
+    BottleneckLaunch,
+    bottleneck_backward_launch,
+    bottleneck_launch,
+)
 from lorafast.kernels.common.codes_plan import GROUP, MOST_ROWS, CodesLaunch, codes_launch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.decode_plan import MOST_RANKS, DecodeLaunch, decode_launch
@@ -69,6 +75,8 @@ Launch = (
     | CodesLaunch
     | DecodeLaunch
     | WeightNormLaunch
+    | BottleneckLaunch
+    | BottleneckBackwardLaunch
 )
 
 
@@ -131,6 +139,35 @@ def plan_weight_norm(
 ) -> WeightNormLaunch:
     """One pass over W. It has one rule for all devices, whatever ``config`` says."""
     return weight_norm_launch(p.N, p.K, p.r, sms=device.sms)
+
+
+def plan_bottleneck(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> BottleneckLaunch:
+    """A bottleneck adapter in one launch, by the rule of the architecture, whatever ``config`` says."""
+    c = tables.find("bottleneck", device.capability, p.dtype, p.M, p.K, p.N, p.r)
+    return bottleneck_launch(
+        c, p.M, p.K, p.N, p.r, sms=device.sms, dtype=p.dtype, tf32=p.tf32, activation=p.activation,
+        keeps="a" in p.wants,
+    )  # fmt: skip
+
+
+def plan_bottleneck_backward(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> BottleneckBackwardLaunch:
+    """A launch over the rows of dy, and those of ``expand_backward`` and ``shrink_backward`` that are
+    needed, all by the rules."""
+    sizes = {
+        "bottleneck": (p.N, p.K), "expand_backward": (p.N, p.N), "shrink_backward": (p.K, p.K),
+    }  # fmt: skip
+    rows, columns, down = (
+        tables.find(operation, device.capability, p.dtype, p.M, K, N, p.r)
+        for operation, (K, N) in sizes.items()
+    )
+    return bottleneck_backward_launch(
+        {"rows": rows, "columns": columns, "down": down}, p.M, p.K, p.N, p.r,
+        sms=device.sms, dtype=p.dtype, tf32=p.tf32, activation=p.activation, wants=p.wants,
+    )  # fmt: skip
 
 
 def plan_linear_expand(
