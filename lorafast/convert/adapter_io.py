@@ -21,6 +21,7 @@ from lorafast.convert.peft_format import (
     PREFIX,
     AdapterConfig,
     describe,
+    parse_config,
     stored_whole,
 )
 from lorafast.convert.places import embeddings_of
