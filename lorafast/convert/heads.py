@@ -12,6 +12,7 @@ from lorafast.convert.places import COMPILED, embeddings_of, has_peft_adapter
 from lorafast.convert.targets import replace, unwrapped
 from lorafast.nn import AdapterLayer
 from lorafast.nn.plain import features, is_conv1d, is_linear
+from lorafast.operands import Weight
 
 _PLACES = ("classifier", "fc", "head", "heads", "score", "classification_head")
 """Where torchvision, timm and Transformers keep a classifier, or what ends with one."""
@@ -132,24 +133,22 @@ def _why_not(model: nn.Module, name: str, old: nn.Module) -> str | None:
 def _like(old: Any, num_labels: int) -> nn.Linear:
     """A fresh layer in the place of ``old``."""
     if isinstance(old, AdapterLayer):
-        in_features, weight = old.in_features, next(iter(old.frozen_tensors().values()))
-        dtype = old.example_input(1).dtype
+        in_features, x = old.in_features, old.example_input(1)
+        dtype, device = x.dtype, x.device
     else:
         in_features = features(old)[0]
-        weight = operands.of_layer(old)
-        weight = old.weight if weight is None else weight
-        dtype = weight.dtype
-    assert weight is not None
+        weight: Weight = operands.of_layer(old) or old.weight
+        dtype, device = weight.dtype, weight.device
     with torch.inference_mode(False):  # an inference tensor could never be trained
         made = nn.Linear(
-            in_features, num_labels, bias=old.bias is not None, device=weight.device, dtype=dtype
+            in_features, num_labels, bias=old.bias is not None, device=device, dtype=dtype
         )
     return made.train(old.training)
 
 
 def _tell(model: Any, num_labels: int, tied: bool) -> None:
     """Writes the number of labels wherever the model keeps it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "num_labels"):
         if (config.num_labels == 1) != (num_labels == 1) and hasattr(config, "problem_type"):
             config.problem_type = None

@@ -10,7 +10,8 @@ from lorafast.convert.targets import unwrapped
 
 _B = re.compile(r"(.*_)?lora(_embedding)?_B")
 """A part of the name of an adapter's second factor, in a layer of lorafast's or of PEFT's."""
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NAMED_NORM = re.compile(r"Norm(\dd)?$")
 
 
 def parameters(
@@ -93,7 +94,5 @@ def _kind(model: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 def _is_norm(module: nn.Module) -> bool:
     """Whether it is a norm of PyTorch's, or by its name one of another library's."""
-    return (
-        isinstance(module, (*_NORMS, nn.modules.batchnorm._NormBase))
-        or "Norm" in type(module).__name__
-    )
+    known = isinstance(module, (*_NORMS, nn.modules.batchnorm._NormBase))
+    return known or _NAMED_NORM.search(type(module).__name__) is not None

@@ -7,11 +7,12 @@ from torch import nn
 import lorafast
 
 
-class Norm2d(nn.LayerNorm):
-    """A norm whose weight has two dimensions."""
+class OwnNorm2d(nn.Module):
+    """A norm of somebody's own, whose weight has two dimensions."""
 
     def __init__(self):
-        super().__init__((3, 2))
+        super().__init__()
+        self.weight, self.shift = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
 
 
 class Model(nn.Module):
@@ -19,7 +20,8 @@ class Model(nn.Module):
         super().__init__()
         self.table = nn.Embedding(5, 4)
         self.up = nn.Linear(4, 6)
-        self.norm = Norm2d()
+        self.norm = OwnNorm2d()
+        self.layer_norm = nn.LayerNorm((3, 2))
         self.conv = nn.Conv2d(3, 4, 1)
         self.head = nn.Linear(4, 5)
         self.head.weight = self.table.weight
@@ -37,7 +39,14 @@ def test_each_trained_parameter_is_in_one_group():
     groups = lorafast.parameters(model)
     assert by_name(model, groups) == {
         "matrices": ["table.weight", "up.weight", "conv.weight"],
-        "vectors": ["norm.weight", "norm.bias", "conv.bias", "head.bias"],
+        "vectors": [
+            "norm.weight",
+            "norm.shift",
+            "layer_norm.weight",
+            "layer_norm.bias",
+            "conv.bias",
+            "head.bias",
+        ],
     }
     assert [group.keys() - {"params", "name"} for group in groups] == [set(), {"weight_decay"}]
 
