@@ -10,18 +10,15 @@ import torch
 from torch import Tensor
 
 from lorafast.convert.adapter_pair import check_folder, read_pair, safetensors, write_pair
+from lorafast.convert.kinds import EMBEDDING, FACTORS
 from lorafast.convert.peft_format import PREFIX, AdapterConfig, parse_config, regex_of
 
 _CONFIG = Path("the adapter's config")
-_HALVES = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_embedding_A": ".lora_embedding_B",
-}
 # PEFT's name of the output projection inside an attention that it wraps: one adapter with it.
 OUT_PROJ = ".base_layer.out_proj"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Adapter:
     """An adapter outside a model: what PEFT's two files hold.
 
@@ -67,7 +64,7 @@ class Adapter:
         return f"Adapter(r={self.config.get('r')}, {len(pairs)} layers, {numbers:,} numbers)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """The two factors of one layer's adapter: ``scaling · B·A`` is what it adds to the weight."""
 
@@ -94,7 +91,7 @@ class Pair:
     @property
     def is_embedding(self) -> bool:
         """Whether the layer is an embedding, whose weight is ``[in_features, out_features]``."""
-        return self.key_A.endswith("lora_embedding_A")
+        return self.key_A.endswith(EMBEDDING[0])
 
 
 Source = Adapter | str | os.PathLike[str] | tuple[Any, Mapping[str, Tensor]]
@@ -138,17 +135,17 @@ def pairs_of(adapter: Adapter) -> Iterator[Pair]:
     """
     config = adapter.parsed()
     for key, A in adapter.tensors.items():
-        ending = next((one for one in _HALVES if key.endswith(one)), None)
+        ending = next((one for one in FACTORS if key.endswith(f".{one}")), None)
         if ending is None:
             continue
         if not key.startswith(PREFIX):
             raise ValueError(f"tensor {key!r} doesn't begin with {PREFIX!r}: not PEFT's format")
-        name = key.removesuffix(ending).removeprefix(PREFIX)
-        key_B = key.removesuffix(ending) + _HALVES[ending]
+        name = key.removesuffix(f".{ending}").removeprefix(PREFIX)
+        key_B = key.removesuffix(ending) + FACTORS[ending]
         B = adapter.tensors.get(key_B)
         if B is None:
             raise ValueError(f"the adapter has {key} and no {key_B}")
-        if A.dim() < 2 or A.dim() != B.dim() or not B.shape[1] or A.shape[0] % B.shape[1]:
+        if not _go_together(A, B):
             raise ValueError(
                 f"{key} has shape {list(A.shape)} and {key_B} {list(B.shape)}, expected "
                 "[r, in_features] and [out_features, r]"
@@ -157,6 +154,13 @@ def pairs_of(adapter: Adapter) -> Iterator[Pair]:
         r = A.shape[0]
         scaling = config.alpha(whole) / (r**0.5 if config.use_rslora else r)
         yield Pair(name, key, key_B, A, B, scaling)
+
+
+def _go_together(A: Tensor, B: Tensor) -> bool:
+    """Whether they have one rank; B of a convolution in groups has that of a group."""
+    if A.dim() < 2 or A.dim() != B.dim() or not A.shape[0] or not B.shape[1]:
+        return False
+    return A.shape[0] == B.shape[1] or (A.dim() > 2 and A.shape[0] % B.shape[1] == 0)
 
 
 def others_of(adapter: Adapter) -> dict[str, Tensor]:

@@ -74,6 +74,8 @@ def save_adapter(
         ImportError: safetensors is not installed.
     """
     if isinstance(model, Adapter):
+        if modules_to_save or adapter is not None:
+            raise ValueError("modules_to_save and adapter are for a model, and this is an Adapter")
         model.save(folder)
         return
     with showing(model, adapter):

@@ -338,7 +338,7 @@ def _config(adapters: Sequence[Adapter], ranks: dict[str, int]) -> dict[str, Any
 def _selection(adapters: Sequence[Adapter], ranks: dict[str, int]) -> dict[str, Any]:
     """What selects the layers: that of all adapters, or the union of their names, or full names."""
     given = [{field: one.config.get(field) for field in _SELECTION} for one in adapters]
-    names = [one["target_modules"] for one in given]
+    names: list[Any] = [one["target_modules"] for one in given]
     for one in given:
         if isinstance(one["target_modules"], (list, tuple, set)):
             one["target_modules"] = sorted(one["target_modules"])

@@ -11,20 +11,18 @@ from torch import Tensor, nn
 
 from lorafast.convert import targets as _targets
 from lorafast.convert.adapter import Adapter, patterns, saved
-from lorafast.convert.kinds import kind_of_layer
+from lorafast.convert.kinds import LINEAR, kind_of_layer
 from lorafast.convert.peft_format import PREFIX, shortest_targets, stored_whole
 from lorafast.convert.targets import ALL_LINEAR, Pattern, check_pattern, matches, some
 from lorafast.convert.weights import Checkpoint, Weights
-from lorafast.nn import LoRAConv, LoRAEmbedding, LoRALinear
 from lorafast.nn.checks import check_rank
-from lorafast.nn.plain import is_conv1d
 
 Factors = tuple[Tensor, Tensor, Tensor]
 # Columns beside r that a randomised SVD draws, and its power iterations (Halko et al., 2011).
 OVERSAMPLED, ITERATIONS = 8, 4
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Extracted:
     """What ``extract`` found; prints as a table."""
 
@@ -136,7 +134,7 @@ def extract(
 class _Layer:
     """How a layer's weight becomes ``ΔW [out_features, in_features]``, and PEFT's names for A and B."""
 
-    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    keys: tuple[str, str] = LINEAR
     transposed: bool = False
 
 
@@ -169,16 +167,13 @@ def _layers(
 
 
 def _of_module(name: str, module: nn.Module) -> _Layer:
-    kind = kind_of_layer(module).layer
-    if issubclass(kind, LoRAEmbedding):
-        return _Layer(("lora_embedding_A", "lora_embedding_B"), transposed=True)
-    if issubclass(kind, LoRAConv) and getattr(module, "groups", 1) == 1:
-        return _Layer()
-    if issubclass(kind, LoRALinear) and isinstance(module._parameters.get("weight"), nn.Parameter):
-        return _Layer(transposed=is_conv1d(module))
-    raise ValueError(
-        f"{name} is a {type(module).__name__}, whose difference is not one matrix of floats: exclude it"
-    )
+    kind = kind_of_layer(module)
+    if not kind.is_one_product(module):
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, whose difference is not one matrix of floats: "
+            "exclude it"
+        )
+    return _Layer(kind.factors, kind.is_transposed(module))
 
 
 def _check_structure(full: Weights, base: Weights) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorafast.nn import AdapterLayer, LoRAConv, LoRAEmbedding, LoRALinear, LoRAMultiheadAttention
 from lorafast.nn.adaptable import is_convolution
 from lorafast.nn.bottleneck import Bottleneck
-from lorafast.nn.plain import features, frozen_tensor, is_linear
+from lorafast.nn.plain import features, frozen_tensor, is_conv1d, is_linear
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,16 @@ class Kind:
     """Its weight, or the first tensor that the weight is stored in."""
     in_all_linear: bool
     """Whether PEFT's ``"all-linear"`` names its layers."""
+    is_one_product: Callable[[Any], bool] = lambda plain: False
+    """Whether ``scaling · B·A`` is the change of a plain layer's ``weight``, which is made of floats."""
+    is_transposed: Callable[[Any], bool] = lambda plain: False
+    """Whether that weight is ``[in_features, out_features]``."""
+
+    @property
+    def factors(self) -> tuple[str, str]:
+        """The endings of A's and B's names in PEFT's files."""
+        A, B, *_ = self.layer.peft_names.values()
+        return A, B
 
 
 KINDS = (
@@ -40,6 +50,8 @@ KINDS = (
         features=features,
         frozen_tensor=frozen_tensor,
         in_all_linear=True,
+        is_one_product=lambda plain: isinstance(plain._parameters.get("weight"), nn.Parameter),
+        is_transposed=is_conv1d,
     ),
     Kind(
         layer=LoRAEmbedding,
@@ -48,6 +60,8 @@ KINDS = (
         features=lambda plain: tuple(plain.weight.shape),
         frozen_tensor=lambda plain: plain.weight,
         in_all_linear=False,
+        is_one_product=lambda plain: True,
+        is_transposed=lambda plain: True,
     ),
     Kind(
         layer=LoRAConv,
@@ -56,6 +70,7 @@ KINDS = (
         features=lambda plain: (plain.in_channels, plain.out_channels),
         frozen_tensor=lambda plain: plain.weight,
         in_all_linear=False,
+        is_one_product=lambda plain: plain.groups == 1,
     ),
     Kind(
         layer=LoRAMultiheadAttention,
@@ -72,6 +87,10 @@ PEFT_NAMES = {ending: name for kind in KINDS for name, ending in kind.layer.peft
     "lora_magnitude_vector": "lora_magnitude"
 }
 """The endings of adapters' tensors in PEFT's files, and the parameters that they are."""
+FACTORS = dict(kind.factors for kind in KINDS)
+"""The endings of A in PEFT's files, and those of the B that belongs to it."""
+LINEAR, EMBEDDING = (kind.factors for kind in KINDS[:2])
+"""Those of linear layers, which convolutions have too, and those of embeddings."""
 
 
 def kind_of(module: nn.Module) -> Kind | None:

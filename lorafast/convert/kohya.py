@@ -4,8 +4,8 @@ The tensors of one layer, ``A [r, in_features]`` and ``B [out_features, r]``, ar
 
 - by kohya's scripts ``lora_unet_<layer>.lora_down.weight`` and ``….lora_up.weight``, with ``….alpha``
   beside them (alpha is r where there is none); ``<layer>`` has ``_`` for each dot of its name;
-- by diffusers ``unet.<layer>.lora_A.weight`` and ``….lora_B.weight``; before PEFT ``….lora.down.weight``
-  and ``….lora.up.weight``, in text encoders ``….lora_linear_layer.down.weight``; and at first
+- by diffusers ``unet.<layer>`` and then as by PEFT; before that ``….lora.down.weight`` and
+  ``….lora.up.weight``, in text encoders ``….lora_linear_layer.down.weight``; and at first
   ``….processor.to_q_lora.down.weight`` for ``….to_q``. alpha is r, unless the metadata have
   PEFT's config.
 """
@@ -31,10 +31,10 @@ from lorafast.convert.adapter import (
     saved,
 )
 from lorafast.convert.adapter_pair import safetensors
-from lorafast.convert.kinds import kind_of_layer
+from lorafast.convert.kinds import LINEAR, kind_of_layer
 from lorafast.convert.peft_format import PREFIX, AdapterConfig, parse_config, shortest_targets
 from lorafast.convert.targets import names_by_layer, unwrapped
-from lorafast.nn import AdapterLayer, LoRAConv, LoRALinear
+from lorafast.nn import AdapterLayer
 
 Layout = Literal["kohya", "diffusers", "diffusers-old"]
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -51,7 +51,7 @@ _METADATA = "lora_adapter_metadata"
 # The endings of A's and B's names, and what of them belongs to the layer's.
 _ENDINGS = {
     ".lora_down.weight": "A", ".lora_up.weight": "B",
-    ".lora_A.weight": "A", ".lora_B.weight": "B",
+    f".{LINEAR[0]}": "A", f".{LINEAR[1]}": "B",
     ".lora.down.weight": "A", ".lora.up.weight": "B",
     ".lora_linear_layer.down.weight": "A", ".lora_linear_layer.up.weight": "B",
     "_lora.down.weight": "A", "_lora.up.weight": "B",
@@ -308,24 +308,34 @@ def _fitting(layer: str, found: _Found, module: nn.Module) -> dict[str, Tensor]:
         if role not in found.values:
             key = found.keys.get(other, next(iter(found.keys.values())))
             raise ValueError(f"the file has {key}, and no {role} for {layer}")
+    for role in ("A", "B"):
+        if found.values[role].dim() < 2 or not found.values[role].numel():
+            raise ValueError(
+                f"{found.keys[role]} has shape {list(found.values[role].shape)}, expected a matrix or a "
+                "convolution's weight"
+            )
     kind = kind_of_layer(module)
-    if not issubclass(kind.layer, (LoRALinear, LoRAConv)):
+    adapted = isinstance(module, AdapterLayer)
+    sizes: tuple[int, int] = kind.features(module) if not adapted else _sizes(module)
+    shapes = kind.layer.shapes_over(module, sizes, found.values["A"].shape[0])
+    if [kind.layer.peft_names[name] for name in shapes] != [*LINEAR]:
         raise ValueError(
             f"the file has {found.keys['A']}, and {layer} is a {type(module).__name__}, expected a "
             "linear layer or a convolution"
         )
-    adapted = isinstance(module, AdapterLayer)
-    sizes = (module.in_features, module.out_features) if adapted else kind.features(module)
-    shapes = kind.layer.shapes_over(module, sizes, found.values["A"].shape[0])
     made = {}
-    for role, name in (("A", "lora_A"), ("B", "lora_B")):
-        value, shape = found.values[role], shapes[name]
+    for role, ending, shape in zip("AB", LINEAR, shapes.values(), strict=True):
+        value = found.values[role]
         if _trimmed(value.shape) != _trimmed(shape):
             raise ValueError(
                 f"{found.keys[role]} has shape {list(value.shape)}, expected {list(shape)} for {layer}"
             )
-        made[f"{name}.weight"] = value.reshape(shape)
+        made[ending] = value.reshape(shape)
     return made
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    return layer.in_features, layer.out_features
 
 
 def _trimmed(shape: tuple[int, ...]) -> list[int]:
@@ -368,7 +378,7 @@ def _alpha(layer: str, found: _Found, written: AdapterConfig | None) -> float:
 def _adapter(
     layers: Mapping[str, dict[str, Tensor]], alphas: Mapping[str, float], model: nn.Module
 ) -> Adapter:
-    ranks = {name: parameters["lora_A.weight"].shape[0] for name, parameters in layers.items()}
+    ranks = {name: parameters[LINEAR[0]].shape[0] for name, parameters in layers.items()}
     modules = [name for name, _ in model.named_modules()]
     config = {
         "peft_type": "LORA",

@@ -27,9 +27,9 @@ def add_adapter(
     """Gives every adapted layer of ``model`` a further adapter, a fresh one, which isn't active.
 
     The one that ``adapt`` made is called ``"default"``. The model computes with the active one alone;
-    ``set_adapter`` says which that is. An inactive one is frozen, and its parameters have the names
-    ``<layer>.inactive.<name>.lora_A`` and so on; the active one's are ``<layer>.lora_A``. A
-    ``state_dict`` has them all, and whoever loads it has the same one active.
+    ``set_adapter`` says which that is. An inactive one is frozen, and its parameters' names begin with
+    ``<layer>.inactive.<name>``, where the active one's begin with ``<layer>``. A ``state_dict`` has them
+    all, and whoever loads it has the same one active.
 
     Args:
         model: a model with adapted layers; each gets one.

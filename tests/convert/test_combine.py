@@ -138,7 +138,10 @@ def test_the_model_computes_the_weighted_sum(two, how, tmp_path):
         adapted = lorafast.load_adapter(copy.deepcopy(net), lorafast.Adapter(*as_adapter(one)))
         deltas.append({n: m.delta_weight() for n, m in layers_of(adapted)})
     combined = lorafast.combine(given, WEIGHTS, how, svd_rank=8, folder=tmp_path / "sum")
-    for source in (combined, tmp_path / "sum"):
+    lorafast.save_adapter(combined, tmp_path / "again")
+    with pytest.raises(ValueError, match="are for a model, and this is an Adapter"):
+        lorafast.save_adapter(combined, tmp_path / "again", ["head"])
+    for source in (combined, tmp_path / "sum", tmp_path / "again"):
         model = lorafast.load_adapter(copy.deepcopy(net), source)
         for name, layer in layers_of(model):
             expected = sum(w * delta[name] for w, delta in zip(WEIGHTS, deltas, strict=True))
@@ -270,5 +273,9 @@ def test_adapters_that_do_not_go_together(two):
     one = lorafast.combine([norms[0], two[1][1]], WEIGHTS)
     assert one.config["modules_to_save"] == ["n"]
     assert "base_model.model.n.weight" in one.tensors
+    with pytest.raises(
+        ValueError, match=r"head\.lora_B\.weight \[6, 2\], expected \[r, in_features\]"
+    ):
+        lorafast.combine([lorafast.Adapter(config, tensors | {head: torch.zeros(6, 2)})], [1])
     with pytest.raises(TypeError, match="an adapter is int"):
         lorafast.combine([3], [1])

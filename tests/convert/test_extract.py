@@ -99,6 +99,19 @@ def test_every_kind_of_layer(assert_same):
         lorafast.extract(copy.deepcopy(grouped), grouped, 1, targets=["0"])
 
 
+def test_tied_weights(assert_same):
+    """A weight that two modules share is extracted once; a file holds it once."""
+    net = nn.ModuleDict({"tokens": nn.Embedding(7, 3), "head": nn.Linear(3, 7)}).double()
+    net["head"].weight = net["tokens"].weight
+    full = copy.deepcopy(net)
+    full["tokens"].weight.data.add_(1)
+    once = {key: value for key, value in full.state_dict().items() if key != "head.weight"}
+    for given in (full, once):
+        found = lorafast.extract(given, net, 1, targets=["tokens"], report=None)
+        (layer,) = layers_of(found, net).values()
+        assert_same(layer.to_plain().weight.detach(), full["tokens"].weight.detach())
+
+
 def layers_of(found, net):
     model = lorafast.load_adapter(copy.deepcopy(net), found.adapter)
     return {n: m for n, m in model.named_modules() if isinstance(m, lorafast.nn.AdapterLayer)}

@@ -182,6 +182,8 @@ def test_shapes_and_names_that_do_not_fit(adapter, tmp_path):
         ValueError, match=rf"{up} has shape \[7, 2\], expected \[6, 2, 1, 1\] for conv_in"
     ):
         lorafast.import_adapter(tensors | {up: torch.ones(7, 2)}, unet())
+    with pytest.raises(ValueError, match=rf"{up} has shape \[\], expected a matrix"):
+        lorafast.import_adapter(tensors | {up: torch.ones(())}, unet())
     with pytest.raises(ValueError, match=r"conv_in\.alpha has shape \[2\]"):
         lorafast.import_adapter(tensors | {"lora_unet_conv_in.alpha": torch.ones(2)}, unet())
     with pytest.raises(ValueError, match=f"{up} and unet.conv_in.lora_B.weight, both B of conv_in"):

@@ -193,6 +193,7 @@ def test_as_peft_has_it(make_net, x, tmp_path, assert_same):
         )
 
 
+@pytest.mark.slow
 def test_compiled(model, x, assert_same):
     """A compiled model computes with the active one, compiled once for each."""
     compiled = torch.compile(model, backend="eager")
@@ -277,6 +278,12 @@ def test_bad_names_and_models(model, make_net, tmp_path, unchanged):
         for call, sentence in cases:
             with pytest.raises(ValueError, match=sentence):
                 call()
+    with pytest.raises(ValueError, match="it has the adapters default, other: delete all but one"):
+        inactive.check_alone(model.head)  # which resizes no layer with several
+    computed = copy.deepcopy(model)
+    nn.utils.parametrize.register_parametrization(computed.head, "lora_A", nn.Identity())
+    with pytest.raises(ValueError, match="lora_A of head is computed by a parametrization"):
+        lorafast.set_adapter(computed, "other")
     more = nn.ModuleList([model, lorafast.adapt(make_net(), r=2)])
     with pytest.raises(
         ValueError, match=r"has the adapters default, other, and .* has default: adapt"
