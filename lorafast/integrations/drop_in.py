@@ -21,6 +21,7 @@ def accelerate(model: None = None, *, quiet: bool = False) -> None: ...
 def accelerate(model: Model | None = None, *, quiet: bool = False) -> Model | None:
     """Makes the LoRA layers of a PEFT model fast, in place; nothing else changes.
 
+    Linear layers of VeRA, AdaLoRA, (IA)³, LoHa, LoKr, OFT and BOFT too: ``docs/peft.md`` has a table.
     Each layer keeps its parameters, state, adapters and place, and everything that PEFT does with
     them; only its ``forward`` is another. Calls that aren't served fast are PEFT's own, by rule:
     ``explain`` lists them; but where a backend is forced that can't serve a call, the call raises.

@@ -52,6 +52,14 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
 }
 """As ``known.METHODS``, which has them from now on."""
 known.METHODS.update(METHODS)
+known.UNLIKE.update(
+    {
+        "BOFT": ("0.19.1",),
+        "LoHa": ("0.19.1", "0.20.0"),
+        "LoKr": ("0.19.1", "0.20.0"),
+        "VeRA": ("0.19.1",),
+    }
+)
 
 
 class VeraLinear(layers.FastKind, stock_vera.Linear):

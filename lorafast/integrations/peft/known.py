@@ -30,6 +30,9 @@ from peft.tuners.lora.variants import (
 VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
 """The releases of PEFT whose methods are known, for where there is no source, as in a frozen program."""
 
+UNLIKE: dict[str, tuple[str, ...]] = {}
+"""Those of them, by kind of layer, in which it is another than the known one."""
+
 OTHERS = {"bitsandbytes": ("0.50.0",)}
 """Those of other packages, whose layers PEFT's are over."""
 
@@ -140,6 +143,7 @@ def _changed(kind: str) -> dict[str, list[str]]:
         package = owner.__module__.partition(".")[0]
         version = getattr(sys.modules.get(package), "__version__", "")
         listed = VERSIONS if package == peft.__name__ else OTHERS.get(package, ())
+        listed = tuple(one for one in listed if one not in UNLIKE.get(kind, ()))
         for name, known in methods.items():
             now = digest(owner, name)
             if now != known and not (now is None and version in listed):
