@@ -3,6 +3,7 @@
 from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter import Adapter
 from lorafast.convert.adapter_io import load_adapter, save_adapter
+from lorafast.convert.adapterhub import load_adapterhub, save_adapterhub
 from lorafast.convert.bottlenecks import remove_bottlenecks, without_bottlenecks
 from lorafast.convert.combine import combine
 from lorafast.convert.disabled import disabled
@@ -37,12 +38,14 @@ __all__ = [
     "interpolate",
     "interpolation_curve",
     "load_adapter",
+    "load_adapterhub",
     "merge",
     "new_head",
     "parameters",
     "quantize",
     "remove_bottlenecks",
     "save_adapter",
+    "save_adapterhub",
     "set_adapter",
     "summary",
     "thaw",

@@ -1,6 +1,7 @@
 """``adapt``: layers of a model become adapted ones, in place."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def adapt(
     return model if adapted is inner else adapted
 
 
-def _refuse_others(kind: str, others: dict[str, object]) -> None:
+def _refuse_others(kind: str, others: Mapping[str, object]) -> None:
     """Arguments of other kinds, None where they have their default."""
     kinds = ("lora", *bottlenecks.KINDS)
     if kind not in kinds:

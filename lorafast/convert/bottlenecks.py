@@ -280,7 +280,8 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return sizes[0], sizes[1]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return module.weight.shape[0], module.nf
+        plain: Any = module
+        return plain.weight.shape[0], plain.nf
     return None
 
 

@@ -1,5 +1,7 @@
 """Refusals of what makes no bottleneck adapter, a sentence each."""
 
+from typing import Any
+
 from torch import Tensor
 
 from lorafast.core.problem import ACTIVATIONS
@@ -25,7 +27,7 @@ def check_bottleneck(
     residual: Tensor | None,
 ) -> None:
     """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a bottleneck adapter."""
-    given = {
+    given: dict[str, Any] = {
         "h": h, "down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias,
         "residual": residual,
     }  # fmt: skip

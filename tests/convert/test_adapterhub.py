@@ -1,0 +1,137 @@
+"""AdapterHub's layout of Houlsby's adapters: a file as ``adapters`` 1.3.0 writes it, there and back."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorafast
+from lorafast.convert import load_adapterhub, save_adapterhub
+from lorafast.convert.bottlenecks import bottlenecks
+
+transformers = pytest.importorskip("transformers")
+
+# What DoubleSeqBnConfig(reduction_factor=4) of adapters 1.3.0 wrote for this model.
+CONFIG = {
+    "config": {
+        "adapter_residual_before_ln": False, "cross_adapter": False, "dropout": 0.0,
+        "factorized_phm_W": True, "factorized_phm_rule": False,
+        "hypercomplex_nonlinearity": "glorot-uniform", "init_weights": "bert",
+        "init_weights_seed": None, "inv_adapter": None, "inv_adapter_reduction_factor": None,
+        "is_parallel": False, "learn_phm": True, "leave_out": [], "ln_after": False,
+        "ln_before": False, "mh_adapter": True, "non_linearity": "swish", "original_ln_after": True,
+        "original_ln_before": False, "output_adapter": True, "phm_bias": True,
+        "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_layer": False,
+        "phm_rank": 1, "reduction_factor": 4, "residual_before_ln": True, "scaling": 1.0,
+        "shared_W_phm": False, "shared_phm_rule": True, "stochastic_depth": 0.0,
+        "use_gating": False,
+    },
+    "hidden_size": 16, "model_class": "BertModel", "model_name": "", "model_type": "bert",
+    "name": "houlsby", "version": "adapters.1.3.0",
+}  # fmt: skip
+OWNERS = [f"encoder.layer.{i}.{where}" for i in (0, 1) for where in ("attention.output", "output")]
+SHAPES = {
+    "adapter_down.0.weight": (4, 16), "adapter_down.0.bias": (4,), "adapter_up.weight": (16, 4),
+    "adapter_up.bias": (16,),
+}  # fmt: skip
+
+
+def model_of(kind="BertModel"):
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_attention_heads=2, num_hidden_layers=2,
+        intermediate_size=20,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config).eval()
+
+
+def written(folder):
+    tensors = {
+        f"{owner}.adapters.houlsby.{name}": torch.randn(shape)
+        for owner in OWNERS
+        for name, shape in SHAPES.items()
+    }
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification"])
+def test_there_and_back(tmp_path, kind):
+    tensors = written(tmp_path / "theirs")
+    model = load_adapterhub(model_of(kind), tmp_path / "theirs")
+    prefix = "" if kind == "BertModel" else "bert."
+    assert list(bottlenecks(model)) == [f"{prefix}{owner}.dropout" for owner in OWNERS]
+    one = bottlenecks(model)[f"{prefix}{OWNERS[1]}.dropout"]
+    assert torch.equal(one.down, tensors[f"{OWNERS[1]}.adapters.houlsby.adapter_down.0.weight"])
+    assert (one.activation, one.scaling) == ("silu", 1.0)
+    save_adapterhub(model, tmp_path / "ours", "houlsby")
+    back = load_file(tmp_path / "ours" / "adapter.safetensors")
+    assert back.keys() == {prefix + name for name in tensors}
+    assert all(torch.equal(back[prefix + name], tensor) for name, tensor in tensors.items())
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["config"] == CONFIG["config"]
+    load_adapterhub(model_of(), tmp_path / "ours")  # into the model without its head too
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"original_ln_before": True}, "original_ln_before is True in"),
+        ({"scaling": "learned"}, "scaling is 'learned' in"),
+        ({"non_linearity": "elu"}, "non_linearity is 'elu' in"),
+        ({"dropout": 0.1}, "dropout is 0.1 in"),
+        ({"use_gating": 1}, "use_gating is 1 in"),
+        ({"more": 1}, "has the unknown field 'more'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_other_configurations_are_refused(tmp_path, fields, says):
+    written(tmp_path)
+    other = CONFIG | {"config": CONFIG["config"] | fields}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(other))
+    model = model_of()
+    with pytest.raises(ValueError, match=says):
+        load_adapterhub(model, tmp_path)
+    assert not bottlenecks(model)
+
+
+def test_other_files_are_refused(tmp_path):
+    tensors = written(tmp_path)
+    name = f"{OWNERS[0]}.adapters.houlsby."
+
+    def refused(changed, says):
+        save_file(changed, tmp_path / "adapter.safetensors")
+        with pytest.raises(ValueError, match=says):
+            load_adapterhub(model_of(), tmp_path)
+
+    refused(tensors | {"x": torch.ones(1)}, "the file has x, which is no part of a Houlsby adapter")
+    refused(tensors | {name + "adapter_up.bias": torch.ones(3)}, r"of shape \[3\] in the file")
+    refused(tensors | {name + "adapter_down.0.weight": torch.ones(4, 8)}, "a hidden size of 8")
+    refused({n: t for n, t in tensors.items() if n != name + "adapter_up.bias"}, "has no up_bias")
+    refused(
+        {n.replace("r.1.", "r.9."): t for n, t in tensors.items()}, "at encoder.layer.9.attention"
+    )
+    (tmp_path / "adapter.safetensors").unlink()
+    (tmp_path / "pytorch_adapter.bin").touch()
+    with pytest.raises(FileNotFoundError, match="is a pickle and is never read"):
+        load_adapterhub(model_of(), tmp_path)
+    with pytest.raises(
+        ValueError, match="the model is a Linear, and AdapterHub's layout is known of"
+    ):
+        load_adapterhub(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_what_the_layout_does_not_have_is_not_written(tmp_path):
+    model = lorafast.adapt(model_of(), kind="houlsby", layer_norm=True, bottleneck=3)
+    with pytest.raises(ValueError, match="a bottleneck is parallel or has a LayerNorm"):
+        save_adapterhub(model, tmp_path)
+    lorafast.remove_bottlenecks(model)
+    lorafast.adapt(model, kind="pfeiffer", targets=["intermediate.dense"], bottleneck=3)
+    with pytest.raises(ValueError, match=r"intermediate\.dense has a bottleneck, and AdapterHub's"):
+        save_adapterhub(model, tmp_path)
+    lorafast.remove_bottlenecks(model)
+    with pytest.raises(ValueError, match="the model has no bottleneck adapter"):
+        save_adapterhub(model, tmp_path)
+    assert not any(tmp_path.iterdir())
