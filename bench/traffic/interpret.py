@@ -298,7 +298,7 @@ def compare_bottleneck(reduced: Reduced, residual: bool) -> dict[str, str | None
     down, up = torch.ones((r, K), dtype=adapter), torch.ones((N, r), dtype=adapter)
     d, u = (torch.ones(size, dtype=adapter) if reduced.bias else None for size in (r, N))
     a, onto = torch.ones((M, r), dtype=wide(dtype)), dy if residual else None
-    calls = {
+    calls: dict[str, tuple[Call, tuple[Any, ...]]] = {
         "bottleneck": (
             problems.bottleneck_problem(h, down, up, d, u, "gelu", onto, ("y", "a")),
             (h, down, up, d, u, SCALING, onto),

@@ -53,10 +53,9 @@ def lines(launch: Launch) -> tuple[str, ...]:
     if isinstance(launch, BottleneckLaunch):
         return (f"bottleneck: {_rows(launch)}",)
     if isinstance(launch, BottleneckBackwardLaunch):
-        made = () if launch.rows is None else (f"bottleneck_backward: {_rows(launch.rows)}",)
-        for one in (launch.columns, launch.down):
-            made += () if one is None else lines(one)
-        return made
+        rows = [] if launch.rows is None else [f"bottleneck_backward: {_rows(launch.rows)}"]
+        others = [one for one in (launch.columns, launch.down) if one is not None]
+        return *rows, *(line for one in others for line in lines(one))
     helpers = launch.helpers
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"
