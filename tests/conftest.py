@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -96,3 +97,15 @@ def pytest_collection_modifyitems(config, items):
         for i in range(workers)
         for item in (*slow[i::workers], *rest[i * share : (i + 1) * share])
     ]
+
+
+# Modules and tests live as long as the process. The collector doesn't look for garbage among them: not
+# while they are made, and not later, each time that a test has made some.
+def pytest_collectstart():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
