@@ -1,3 +1,5 @@
+import gc
+import itertools
 import os
 import tempfile
 
@@ -86,13 +88,28 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     # Under --dist worksteal each of n workers begins with one n-th of the list. The longest tests come
-    # first in each, so that at the end there are short ones to share.
+    # first in each, so that at the end there are short ones to share. Those of a file are one worker's:
+    # what they compile and read, they share.
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
     rest = [item for item in items if not item.get_closest_marker("slow")]
-    share = -(-len(rest) // workers)
-    items[:] = [
-        item
-        for i in range(workers)
-        for item in (*slow[i::workers], *rest[i * share : (i + 1) * share])
-    ]
+    files = [list(tests) for _, tests in itertools.groupby(slow, lambda item: item.path)]
+    share = -(-len(items) // workers)
+    items[:] = []
+    for i in range(workers):
+        items += itertools.chain.from_iterable(files[i::workers])
+        left = max((i + 1) * share - len(items), 0)
+        items += rest[:left]
+        del rest[:left]
+
+
+# Modules and tests live as long as the process. The collector doesn't look for garbage among them: not
+# while they are made, and not later, each time that a test has made some.
+def pytest_collectstart():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
