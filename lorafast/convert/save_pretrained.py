@@ -10,7 +10,7 @@ import inspect
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from lorafast.convert.kinds import adapted_layers, adapter_parameters
 from lorafast.nn import bitsandbytes_keys
+from lorafast.nn.inactive import waiting
 
 _lock = threading.Lock()
 
@@ -59,6 +60,16 @@ def _with_adapters(stock: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
+def _waiting(model: nn.Module) -> Iterator[str]:
+    """A sentence if the model has adapters that aren't active."""
+    found = {name: None for layer in adapted_layers(model).values() for name in waiting(layer)}
+    if found:
+        yield (
+            f"from_pretrained drops the adapters {', '.join(found)}, which aren't active: save each "
+            "with lorafast.save_adapter(..., adapter=name)"
+        )
+
+
 def _save_beside(model: nn.Module, folder: Path) -> None:
     # Not above: adapt, which save_adapter is built on, needs this module.
     from lorafast.convert.adapter_io import write_adapter
@@ -85,7 +96,7 @@ def _save_beside(model: nn.Module, folder: Path) -> None:
         except (OSError, ValueError) as error:
             reason = f"{error}"
         else:
-            for sentence in lost:
+            for sentence in (*lost, *_waiting(model)):
                 warnings.warn(sentence, stacklevel=3)
     if reason is not None:
         warnings.warn(

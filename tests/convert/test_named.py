@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from models import llama_config
 from torch import nn
 
 import lorafast
@@ -262,6 +263,15 @@ def test_what_a_kind_cannot_have():
         with pytest.raises(ValueError, match=sentence):
             lorafast.add_adapter(model, "b", **options)
     assert lorafast.adapter_names(model) == ("default",)
+
+
+def test_save_pretrained_says_what_it_drops(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(llama_config())
+    lorafast.adapt(model, r=2, targets=["q_proj"])
+    lorafast.add_adapter(model, "b", 2)
+    with pytest.warns(UserWarning, match="drops the adapters b, which aren't active"):
+        model.save_pretrained(tmp_path)
 
 
 def test_bad_names_and_models(model, make_net, tmp_path, unchanged):
