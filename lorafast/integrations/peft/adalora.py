@@ -16,12 +16,14 @@ from lorafast.ops.scaled_lora_linear import folded
 
 def parts(layer: Any) -> list[Part]:
     """The active adapters."""
-    every_A, every_B, every_E = layer.lora_A, layer.lora_B, layer.lora_E
+    names = ("lora_A", "lora_B", "lora_E")
+    every_A, every_B, every_E = (low_rank.entries(layer, name) for name in names)
+    dropouts = layer._modules["lora_dropout"]._modules
     return [
         Part(
             name,
             {"lora_A": every_A[name], "lora_B": every_B[name], "lora_E": every_E[name]},
-            layer.lora_dropout[name],
+            dropouts[name],
         )
         for name in low_rank.active(layer)
         if name in every_A
@@ -33,8 +35,9 @@ def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
     r = part.tensors["lora_A"].shape[0]
     if r == 0:
         return "has the rank 0"
-    if type(layer.ranknum[part.name]) is not torch.nn.Parameter:
-        return f"has a {type(layer.ranknum[part.name]).__name__} for its rank"
+    rank = low_rank.entries(layer, "ranknum")[part.name]
+    if type(rank) is not torch.nn.Parameter:
+        return f"has a {type(rank).__name__} for its rank"
     scaling = layer.scaling[part.name]
     if isinstance(scaling, Tensor) and scaling.dim() > 0:
         return f"has a scaling of the shape {list(scaling.shape)}"
@@ -43,7 +46,7 @@ def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
 
 def term(layer: Any, part: Part, N: int, K: int) -> Term:
     """A and B; the rank and the scaling, whose values the host doesn't wait for, are in B too."""
-    found, rank = part.tensors, layer.ranknum[part.name]
+    found, rank = part.tensors, low_rank.entries(layer, "ranknum")[part.name]
     wide = torch.promote_types(rank.dtype, torch.float32)
     share = layer.scaling[part.name] / (rank.to(wide) + 1e-5)
     m = found["lora_E"].flatten() * share

@@ -13,13 +13,16 @@ from lorafast.ops.scaled import scaled
 
 def parts(layer: Any) -> list[Part]:
     """The active adapters."""
-    every = layer.ia3_l
+    every = low_rank.entries(layer, "ia3_l")
     return [Part(n, {"ia3_l": every[n]}) for n in low_rank.active(layer) if n in every]
 
 
 def why_stock(layer: Any) -> str | None:
     """Why a layer is left to PEFT, whatever its input, as the end of a sentence, or None."""
-    found = parts(layer)
+    return _why_stock(layer, parts(layer))
+
+
+def _why_stock(layer: Any, found: list[Part]) -> str | None:
     reason = low_rank.why_stock_parts(layer, found)
     if reason is not None:
         return reason
@@ -34,9 +37,9 @@ def why_stock(layer: Any) -> str | None:
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
     """``y = l ⊙ (x·Wᵀ + bias)``, feed-forward ``y = (l ⊙ x)·Wᵀ + bias``; None where PEFT serves it."""
-    if why_stock(layer) is not None:
-        return None
     found = parts(layer)
+    if _why_stock(layer, found) is not None:
+        return None
     base = layer._modules["base_layer"]
     weight, bias = weight_of(base), base._parameters["bias"]
     if low_rank.why_stock_input(layer, found, weight, x) is not None:

@@ -142,8 +142,8 @@ def _changed(kind: str) -> dict[str, list[str]]:
     for owner, methods in METHODS[kind].items():
         package = owner.__module__.partition(".")[0]
         version = getattr(sys.modules.get(package), "__version__", "")
-        listed = VERSIONS if package == peft.__name__ else OTHERS.get(package, ())
-        listed = tuple(one for one in listed if one not in UNLIKE.get(kind, ()))
+        releases = VERSIONS if package == peft.__name__ else OTHERS.get(package, ())
+        listed = [release for release in releases if release not in UNLIKE.get(kind, ())]
         for name, known in methods.items():
             now = digest(owner, name)
             if now != known and not (now is None and version in listed):

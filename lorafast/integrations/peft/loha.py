@@ -19,7 +19,7 @@ _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 def parts(layer: Any) -> list[Part]:
     """The active adapters."""
-    every = [(name, getattr(layer, name)) for name in _NAMES]
+    every = [(name, low_rank.entries(layer, name)) for name in _NAMES]
     return [
         Part(name, {what: of[name] for what, of in every})
         for name in low_rank.active(layer)
@@ -30,7 +30,7 @@ def parts(layer: Any) -> list[Part]:
 def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
     """Why an adapter doesn't fit a layer of W [N, K], or doesn't pay there."""
     r = part.tensors["hada_w1_b"].shape[0]
-    if part.name in layer.hada_t1:
+    if part.name in low_rank.entries(layer, "hada_t1"):
         return "is of a convolution"
     if r * r * (N + K) >= N * K:
         return f"has r = {r}: LoRA of rank {r * r} over {N} x {K} takes as long as ΔW itself"

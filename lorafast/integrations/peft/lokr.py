@@ -20,7 +20,7 @@ _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_
 
 def parts(layer: Any) -> list[Part]:
     """The active adapters, each with the matrices that it has."""
-    every = [(name, getattr(layer, name)) for name in _NAMES]
+    every = [(name, low_rank.entries(layer, name)) for name in _NAMES]
     found = []
     for name in low_rank.active(layer):
         tensors = {what: of[name] for what, of in every if name in of}
@@ -31,7 +31,10 @@ def parts(layer: Any) -> list[Part]:
 
 def why_stock(layer: Any) -> str | None:
     """Why a layer is left to PEFT, whatever its input, as the end of a sentence, or None."""
-    found = parts(layer)
+    return _why_stock(layer, parts(layer))
+
+
+def _why_stock(layer: Any, found: list[Part]) -> str | None:
     reason = low_rank.why_stock_parts(layer, found)
     if reason is not None:
         return reason
@@ -61,9 +64,9 @@ def _shape(part: Part, name: str) -> tuple[int, int]:
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
     """``y = x·Wᵀ + Σ scaling · x·(w1 ⊗ w2)ᵀ + bias``; None where PEFT serves the call itself."""
-    if why_stock(layer) is not None:
-        return None
     found = parts(layer)
+    if _why_stock(layer, found) is not None:
+        return None
     base = layer._modules["base_layer"]
     weight, bias = weight_of(base), base._parameters["bias"]
     if low_rank.why_stock_input(layer, found, weight, x) is not None:

@@ -24,7 +24,10 @@ def parts(layer: Any) -> list[Part]:
 
 def why_stock(layer: Any) -> str | None:
     """Why a layer is left to PEFT, whatever its input, as the end of a sentence, or None."""
-    found = parts(layer)
+    return _why_stock(layer, parts(layer))
+
+
+def _why_stock(layer: Any, found: list[Part]) -> str | None:
     reason = low_rank.why_stock_parts(layer, found)
     if reason is not None:
         return reason
@@ -50,9 +53,9 @@ def _why_not_blocks(module: Any, weight: Tensor, K: int) -> str | None:
 
 def forward(layer: Any, x: Tensor) -> Tensor | None:
     """``y = (x·R)·Wᵀ + bias`` in the dtype of x; None where PEFT serves the call itself."""
-    if why_stock(layer) is not None:
-        return None
     found = parts(layer)
+    if _why_stock(layer, found) is not None:
+        return None
     base = layer._modules["base_layer"]
     weight, bias = weight_of(base), base._parameters["bias"]
     if low_rank.why_stock_input(layer, found, weight, x) is not None:

@@ -12,17 +12,20 @@ from lorafast.ops.scaled_lora_linear import folded
 
 def parts(layer: Any) -> list[Part]:
     """The active adapters."""
-    of_b, of_d = layer.vera_lambda_b, layer.vera_lambda_d
+    of_b = low_rank.entries(layer, "vera_lambda_b")
+    of_d = low_rank.entries(layer, "vera_lambda_d")
+    every_A, every_B = layer.vera_A, layer.vera_B
+    dropouts = layer._modules["vera_dropout"]._modules
     return [
         Part(
             name,
             {
                 "vera_lambda_b": of_b[name],
                 "vera_lambda_d": of_d[name],
-                "vera_A": layer.vera_A[name],
-                "vera_B": layer.vera_B[name],
+                "vera_A": every_A[name],
+                "vera_B": every_B[name],
             },
-            layer.vera_dropout[name],
+            dropouts[name],
         )
         for name in low_rank.active(layer)
         if name in of_d
