@@ -67,7 +67,7 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
         ImportError: safetensors is not installed.
     """
     inner = unwrapped(model)
-    _check_family(inner)
+    config_of = _check_family(inner)
     name, activation, scaling = _read_config(Path(folder) / CONFIG)
     by_place = _places(inner, name, _read_tensors(Path(folder)))
     places = {}
@@ -82,10 +82,10 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
                 "[b, hidden_size]"
             )
         b, K = down.shape
-        if inner.config.hidden_size != K:
+        if config_of.hidden_size != K:
             raise ValueError(
                 f"the adapter at {place} is for a hidden size of {K}, the model's is "
-                f"{inner.config.hidden_size}"
+                f"{config_of.hidden_size}"
             )
         places[place] = Place(K, b, K, activation, scaling, False, False)
         for parameter, shape in places[place].shapes().items():
@@ -120,7 +120,7 @@ def save_adapterhub(
         ImportError: safetensors is not installed.
     """
     inner = unwrapped(model)
-    _check_family(inner)
+    config_of = _check_family(inner)
     if not name.isidentifier():
         raise ValueError(f"name is {name!r}, expected a word")
     found = bottlenecks(inner)
@@ -141,7 +141,7 @@ def save_adapterhub(
         raise ValueError(
             "a layer has one bottleneck where another has two, expected as many in each"
         )
-    K = inner.config.hidden_size
+    K = config_of.hidden_size
     of_hub = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     config = {
         "config": _HOULSBY
@@ -152,7 +152,7 @@ def save_adapterhub(
             "non_linearity": of_hub[activation],
         },
         "hidden_size": K, "model_class": type(inner).__name__,
-        "model_name": inner.config.name_or_path, "model_type": inner.config.model_type,
+        "model_name": config_of.name_or_path, "model_type": config_of.model_type,
         "name": name, "version": "lorafast",
     }  # fmt: skip
     tensors = {
@@ -176,13 +176,15 @@ def _factor(K: int, b: int) -> float:
     return exact if int(K // exact) == b else K / (b + 0.5)
 
 
-def _check_family(model: nn.Module) -> None:
+def _check_family(model: nn.Module) -> Any:
+    """The model's config."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in _FAMILIES:
         raise ValueError(
             f"the model is a {type(model).__name__}, and AdapterHub's layout is known of "
             f"{' and '.join(_FAMILIES)} alone"
         )
+    return getattr(model, "config", None)
 
 
 def _kind_of(place: str) -> str | None:
@@ -224,7 +226,8 @@ def _read_config(path: Path) -> tuple[str, str, float]:
     for field in fields:
         if field not in (*_HOULSBY, *_DESCRIPTIVE, "scaling", "non_linearity", "architecture"):
             raise ValueError(f"{path} has the unknown field {field!r}")
-    activation, scaling = fields.get("non_linearity"), fields.get("scaling")
+    activation: Any = fields.get("non_linearity")
+    scaling: Any = fields.get("scaling")
     if not isinstance(activation, str) or activation.lower() not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise ValueError(f"non_linearity is {activation!r} in {path}, expected one of {known}")

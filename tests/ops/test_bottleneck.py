@@ -169,6 +169,7 @@ def test_autocast_gives_what_pytorch_gives():
     assert (lowered - exact).norm() < 2**-7 * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("another", [False, True], ids=["h", "another"])
 def test_opcheck(another):
     tensors = drawn(residual=another)
