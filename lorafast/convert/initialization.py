@@ -6,12 +6,12 @@ fresh layer computes what W alone did, up to rounding.
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafast.core.dtypes import FLOATS
-from lorafast.nn import AdapterLayer, LoRALinear
 from lorafast.nn.lora_conv1d import LoRAConv1D
 from lorafast.nn.plain import is_conv1d
 
@@ -54,12 +54,11 @@ def check_start(how: str, plain: Mapping[nn.Module, Iterable[str]], r: int) -> N
 
 
 @torch.no_grad()
-def start(layer: AdapterLayer, how: str) -> None:
-    """Gives a fresh layer that ``check_start`` has nothing against its A, B and what is left of W.
+def start(layer: Any, how: str) -> None:
+    """Gives a fresh linear layer that ``check_start`` has nothing against its A, B and what is left of W.
 
     The weight is another parameter afterwards: one that other modules share stays as it was.
     """
-    assert isinstance(layer, LoRALinear)
     stored = layer.weight
     dtype = torch.promote_types(stored.dtype, torch.float32)
     W = layer.base_weight().to(dtype)  # [N, K]
