@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.core.dtypes import FLOATS
-from lorafast.nn.lora_conv1d import LoRAConv1D
 from lorafast.nn.plain import is_conv1d
 
 _NITER = re.compile(r"pissa_niter_(\d{1,4})")
@@ -55,21 +54,10 @@ def check_start(how: str, plain: Mapping[nn.Module, Iterable[str]], r: int) -> N
 
 @torch.no_grad()
 def start(layer: Any, how: str) -> None:
-    """Gives a fresh linear layer that ``check_start`` has nothing against its A, B and what is left of W.
-
-    The weight is another parameter afterwards: one that other modules share stays as it was.
-    """
-    stored = layer.weight
-    dtype = torch.promote_types(stored.dtype, torch.float32)
-    W = layer.base_weight().to(dtype)  # [N, K]
-    A, B = factors(W, layer.r, layer.scaling, how)
-    left = (W - layer.scaling * B @ A).to(stored.dtype)
-    if isinstance(layer, LoRAConv1D):
-        left = left.t().contiguous()
-    layer.weight = nn.Parameter(left, requires_grad=stored.requires_grad)
-    layer.lora_A.copy_(A)
-    layer.lora_B.copy_(B)
-    layer.init_lora_weights = how
+    """Gives a fresh linear layer that ``check_start`` has nothing against its A, B and what is left of W."""
+    W: Tensor = layer.base_weight()  # [N, K]
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    layer.take_away(*factors(W, layer.r, layer.scaling, how), how)
 
 
 def factors(W: Tensor, r: int, scaling: float, how: str) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,9 @@ class LoRAConv1D(LoRALinear):
         """W as ``[out_features, in_features]``, a view."""
         return kept_transposed(self.weight)
 
+    def _as_kept(self, W: Tensor) -> Tensor:
+        return W.t().contiguous()
+
     def _plain_weight(self) -> Tensor:
         return self.merged_weight().t().contiguous()
 

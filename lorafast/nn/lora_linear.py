@@ -344,6 +344,24 @@ class LoRALinear(AdapterLayer):
         """W as ``[out_features, in_features]``, whichever way the layer keeps it."""
         return self.weight
 
+    @torch.no_grad()
+    def take_away(self, A: Tensor, B: Tensor, how: str) -> None:
+        """Begins with ``A [r, K]`` and ``B [N, r]``; ``W − scaling·B·A``, rounded once, is what stays frozen.
+
+        The weight is another parameter afterwards: one that other modules share stays as it was.
+        """
+        W = self.base_weight()
+        left = W.to(torch.promote_types(W.dtype, torch.float32)) - self.scaling * B @ A
+        kept = self._as_kept(left.to(W.dtype))
+        self.weight = nn.Parameter(kept, requires_grad=self.weight.requires_grad)
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        self.init_lora_weights = how
+
+    def _as_kept(self, W: Tensor) -> Tensor:
+        """``W [N, K]`` as the layer keeps it."""
+        return W
+
     def example_input(self, rows: int) -> Tensor:
         """``[rows, in_features]`` zeros, where a forward has its input."""
         weight = self.operand()
