@@ -54,7 +54,7 @@ def check_start(how: str, plain: Mapping[nn.Module, Iterable[str]], r: int) -> N
 
 @torch.no_grad()
 def start(layer: Any, how: str) -> None:
-    """Gives a fresh linear layer that ``check_start`` has nothing against its A, B and what is left of W."""
+    """Gives a fresh linear layer that ``check_start`` allowed its A, B and what is left of W."""
     W: Tensor = layer.base_weight()  # [N, K]
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     layer.take_away(*factors(W, layer.r, layer.scaling, how), how)

@@ -346,7 +346,7 @@ class LoRALinear(AdapterLayer):
 
     @torch.no_grad()
     def take_away(self, A: Tensor, B: Tensor, how: str) -> None:
-        """Begins with ``A [r, K]`` and ``B [N, r]``; ``W − scaling·B·A``, rounded once, is what stays frozen.
+        """Begins with ``A [r, K]`` and ``B [N, r]``; ``W − scaling·B·A``, rounded once, stays frozen.
 
         The weight is another parameter afterwards: one that other modules share stays as it was.
         """
