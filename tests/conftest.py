@@ -82,6 +82,10 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _shared_by(item):
+    return item.nodeid if item.get_closest_marker("executed") else item.path
+
+
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
@@ -89,11 +93,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     # Under --dist worksteal each of n workers begins with one n-th of the list. The longest tests come
     # first in each, so that at the end there are short ones to share. Those of a file are one worker's:
-    # what they compile and read, they share.
+    # what they compile and read, they share. Those that execute Triton's kernels share nothing.
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
     rest = [item for item in items if not item.get_closest_marker("slow")]
-    files = [list(tests) for _, tests in itertools.groupby(slow, lambda item: item.path)]
+    files = [list(tests) for _, tests in itertools.groupby(slow, _shared_by)]
     share = -(-len(items) // workers)
     items[:] = []
     for i in range(workers):

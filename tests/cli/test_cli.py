@@ -35,7 +35,9 @@ def test_info_says_which_backend_is_forced(capsys):
     assert "reference for every operation (forced" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["lorafast", "python -m lorafast"])
+@pytest.mark.parametrize(
+    "command", ["lorafast", pytest.param("python -m lorafast", marks=pytest.mark.slow)]
+)
 def test_both_ways_to_call_it(command):
     prefix = [sys.executable, "-m", "lorafast"]
     if command == "lorafast":
@@ -120,7 +122,7 @@ def test_triton_that_was_imported_before_is_not_interpreted():
     assert out.endswith(" passed, 0 failed\n")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_verify_passes_in_every_dtype(capsys, monkeypatch, dtype):
     monkeypatch.setattr(verify, "_SHAPES", ((5, 33, 17, 3),))
     assert main(["verify", "--dtype", dtype]) == 0

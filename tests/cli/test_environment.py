@@ -16,7 +16,10 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
     ("words", "status", "said"),
     [
         (("info",), 0, "backend triton          not usable: Triton is not installed"),
-        (("verify", "--dtype", "fp32"), 0, "triton: not run, Triton is not installed"),
+        pytest.param(
+            ("verify", "--dtype", "fp32"), 0, "triton: not run, Triton is not installed",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             (*TINY, "--against", "peft,triton,frozen"), 0, "peft  not run: PEFT is not installed",
             marks=pytest.mark.slow,
@@ -91,10 +94,8 @@ def test_info_says_which_variables_are_nonsense(tmp_path):
     assert SENTENCES["LORAFAST_PACK_MEMORY"] in packed or "oneDNN" in packed
 
 
-@pytest.mark.parametrize(
-    "variable",
-    [next(iter(SPOILT)), *(pytest.param(v, marks=pytest.mark.slow) for v in [*SPOILT][1:])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", SPOILT)
 def test_other_commands_end_with_the_sentence(tmp_path, variable):
     env = bare(tmp_path, "numpy", **{variable: SPOILT[variable]})
     process = run("verify", env=env)
@@ -105,9 +106,8 @@ def test_other_commands_end_with_the_sentence(tmp_path, variable):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize(
-    "buffered", ["1", pytest.param("", marks=pytest.mark.slow)], ids=["unbuffered", "buffered"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("buffered", ["1", ""], ids=["unbuffered", "buffered"])
 def test_a_full_disk_is_one_line(tmp_path, buffered):
     env = bare(tmp_path, "numpy", PYTHONUNBUFFERED=buffered)
     with open("/dev/full", "w") as full:

@@ -56,6 +56,7 @@ def numpy(page):
     registry.unregister("numpy")
 
 
+@pytest.mark.slow
 def test_the_page_runs_and_prints_what_it_shows(page, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # lorafast verify takes ten seconds more with it
     before = registry.names()

@@ -113,11 +113,8 @@ def test_the_whole_layer_is_its_parts(problem, poisoned):
     assert all(map(torch.equal, whole, (dx, dA, dB)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    # The one that is chosen here is the one that a change breaks first.
-    [pytest.param(n, marks=[pytest.mark.slow] * (n != native.capability())) for n in SETS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set(name):
     if not set(SETS[name]) <= cpu_flags():
         pytest.skip(f"this processor has no {name}")
