@@ -32,8 +32,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
       "int dilation_h, int dilation_w, Tensor(a!) dA) -> ()");
   // csrc/cpu/lora_conv.cpp
   library.def(
-      "lora_conv(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, int stride_h, "
-      "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool merge, bool keep_s) -> "
+      "lora_conv(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, int "
+      "stride_h, "
+      "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool merge) -> "
       "(Tensor, Tensor?)");
   library.def(
       "lora_conv_backward(Tensor dy, Tensor x, Tensor? weight, Tensor s, Tensor lora_A, Tensor lora_B, float "

@@ -20,13 +20,18 @@ Tensor channels_last(const Tensor& images) {
     strides[i] = images.stride(order[i]);
   }
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(images.get(), 4, sizes, strides, images.storage_offset(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(images.get(), 4, sizes, strides, 0, &made));
   return Tensor(made);
 }
 
-void check_dimensions(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 4, "a tensor has ", tensor.dim(), " dimensions, expected 4");
+// What PyTorch's convolution gave, which may be contiguous: of images of one row or column, or by another library.
+Tensor in_channels_last(const Tensor& images) {
+  if (channels_last(images).is_contiguous()) return images;
+  return torch::stable::contiguous(images, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+void check_dimensions(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, " has ", tensor.dim(), " dimensions, expected 4");
 }
 
 // A kernel [rows, C, kernel_h, kernel_w] that is channels last or contiguous.
@@ -184,7 +189,7 @@ void add_to_dx(const Layer& layer, const BaseConv& base, const float* ds, float*
 }
 
 void check_weight(const Tensor& weight, const Layer& layer, const Tensor& lora_A) {
-  check_dimensions(weight);
+  check_dimensions("weight", weight);
   const int64_t sizes[] = {layer.N, layer.C, lora_A.size(2), lora_A.size(3)};
   for (int i = 0; i < 4; ++i)
     STD_TORCH_CHECK(
@@ -199,35 +204,33 @@ Tensor empty_images(const Layer& layer, int64_t channels) {
 
 }  // namespace
 
-// y = conv(x, W) + scaling · B·s + bias and s = conv(x, A), or with `merge` y = conv(x, W + scaling · B·A) + bias,
-// and s where it is kept
+// y = conv(x, W) + scaling · B·s + bias and s = conv(x, A), or with `merge` y = conv(x, W + scaling · B·A) + bias
+// alone
 std::tuple<Tensor, std::optional<Tensor>> lora_conv(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
     const Tensor& lora_B, double scaling, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
-    int64_t dilation_h, int64_t dilation_w, bool merge, bool keep_s) {
+    int64_t dilation_h, int64_t dilation_w, bool merge) {
   const OneDevice device(kDevice, "x", x);
   const BaseConv base{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
-  for (const Tensor* tensor : {&x, &lora_A, &lora_B}) check_dimensions(*tensor);
+  check_dimensions("x", x);
+  check_dimensions("lora_A", lora_A);
   const Layer layer(x, lora_A, lora_B, base, device);
   check_weight(weight, layer, lora_A);
-  Tensor y = base.forward(x, merge ? merged(weight, layer.A, layer.B, scaling, device) : weight, bias);
-  if (merge && !keep_s) return {y, std::nullopt};
+  if (merge) return {base.forward(x, merged(weight, layer.A, layer.B, scaling, device), bias), std::nullopt};
+  const Tensor y = in_channels_last(base.forward(x, weight, bias)), rows_of_y = channels_last(y);
+  layer.check("y", rows_of_y, layer.N, device);
   Tensor s = empty_images(layer, layer.r);
-  auto* to = static_cast<float*>(s.mutable_data_ptr());
   if (s.numel() == 0 || layer.C == 0) {
     clear(s);
-  } else {
-    std::unique_ptr<float[]> copy;
-    shrink_windows(layer.windows, rows_of(layer.A, true, copy), layer.r, layer.C, to);
+    return {y, s};
   }
-  if (!merge) {
-    const Tensor rows_of_y = channels_last(y);
-    layer.check("y", rows_of_y, layer.N, device);
-    const int64_t positions = layer.windows.positions;
-    add_expanded(
-        matrix(static_cast<const float*>(y.const_data_ptr()), positions, layer.N), matrix(to, positions, layer.r),
-        matrix(layer.B, layer.N, layer.r), scaling, std::nullopt);
-  }
+  auto* to = static_cast<float*>(s.mutable_data_ptr());
+  std::unique_ptr<float[]> copy;
+  shrink_windows(layer.windows, rows_of(layer.A, true, copy), layer.r, layer.C, to);
+  const int64_t positions = layer.windows.positions;
+  add_expanded(
+      matrix(static_cast<const float*>(y.const_data_ptr()), positions, layer.N), matrix(to, positions, layer.r),
+      matrix(layer.B, layer.N, layer.r), scaling, std::nullopt);
   return {y, s};
 }
 
@@ -240,7 +243,10 @@ std::tuple<std::optional<Tensor>, Tensor, Tensor, Tensor> lora_conv_backward(
     int64_t dilation_h, int64_t dilation_w, bool merge) {
   const OneDevice device(kDevice, "dy", dy);
   const BaseConv base{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
-  for (const Tensor* tensor : {&dy, &x, &s, &lora_A, &lora_B}) check_dimensions(*tensor);
+  check_dimensions("dy", dy);
+  check_dimensions("x", x);
+  check_dimensions("s", s);
+  check_dimensions("lora_A", lora_A);
   const Layer layer(x, lora_A, lora_B, base, device);
   const int64_t N = layer.N, C = layer.C, r = layer.r;
   STD_TORCH_CHECK(N % kLanes == 0, "dy has ", N, " channels, expected a multiple of ", kLanes);
@@ -281,7 +287,7 @@ std::tuple<std::optional<Tensor>, Tensor, Tensor, Tensor> lora_conv_backward(
   }
   if (!weight.has_value()) return {std::nullopt, ds, dA, dB};
   if (merge) return {base.backward(dy, x, merged(*weight, layer.A, layer.B, scaling, device)), ds, dA, dB};
-  Tensor dx = base.backward(dy, x, *weight);
+  const Tensor dx = in_channels_last(base.backward(dy, x, *weight));
   if (dx.numel() > 0 && ds.numel() > 0) {
     const Tensor rows_of_dx = channels_last(dx);
     check_images("dx", rows_of_dx, {x.size(0), x.size(2), x.size(3), C}, device);

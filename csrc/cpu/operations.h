@@ -40,7 +40,7 @@ void conv_shrink_backward(
 std::tuple<Tensor, std::optional<Tensor>> lora_conv(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
     const Tensor& lora_B, double scaling, int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
-    int64_t dilation_h, int64_t dilation_w, bool merge, bool keep_s);
+    int64_t dilation_h, int64_t dilation_w, bool merge);
 
 std::tuple<std::optional<Tensor>, Tensor, Tensor, Tensor> lora_conv_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& s, const Tensor& lora_A,

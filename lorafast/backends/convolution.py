@@ -11,8 +11,8 @@ from lorafast.core.convolution import Geometry, convolve
 
 
 class Kernels(NamedTuple):
-    """Four functions of a device, as those of this file, and what says whether each is the fastest there
-    is for such arguments.
+    """Four functions of a device, each as that of its name in this file, and what says whether they are
+    the fastest there are for such arguments.
 
     ``serves(x, weight, lora_A, lora_B)`` speaks of ``lora_conv``, ``together(dy, x, s, lora_A, lora_B)``
     of its backward; ``shrinks(x, lora_A)`` and ``shrinks_backward(x, lora_A)`` of the two others.

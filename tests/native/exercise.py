@@ -248,13 +248,14 @@ def why_layer_wrong(x, A, geometry):
         return kernel.movedim(1, -1).contiguous().movedim(-1, 1)
 
     for merge in (False, True):
-        for of_W, of_A in ((W, A), (last(W), last(A)), (last(W), A)):
+        for of_W, of_A in ((W, A), (last(W), last(A)), (last(W), A), (W, last(A))):
             found = []
             for threads in (1, 2):
                 with on_threads(threads):
                     y, kept = torch.ops.lorafast_cpu.lora_conv(
-                        x, of_W, bias, of_A, B, *numbers, merge, True
+                        x, of_W, bias, of_A, B, *numbers, merge
                     )
+                    kept = s if kept is None else kept
                     dx, _, dA, dB = torch.ops.lorafast_cpu.lora_conv_backward(
                         dy, x, of_W, kept, of_A, B, *numbers, merge
                     )

@@ -293,7 +293,7 @@ def test_bad_arguments_of_whole_convolutions_are_named():
     dy, s = images(2, 32, 2, 4), images(2, 3, 2, 4)
 
     def forward(x=x, W=W, bias=None, A=A, B=B, numbers=numbers):
-        kernels.lora_conv(x, W, bias, A, B, 1.0, *numbers, False, True)
+        kernels.lora_conv(x, W, bias, A, B, 1.0, *numbers, False)
 
     def backward(dy=dy, x=x, W=W, s=s, A=A, B=B):
         kernels.lora_conv_backward(dy, x, W, s, A, B, 1.0, *numbers, False)
@@ -307,9 +307,9 @@ def test_bad_arguments_of_whole_convolutions_are_named():
         ),
         "weight is 16 in dimension 0, expected 32": lambda: forward(W=W[:16]),
         "weight is not a float32 tensor in a memory format": lambda: kernels.lora_conv(
-            x, W[:, :, :, ::1].double(), None, A, B, 1.0, *numbers, True, True
+            x, W.double(), None, A, B, 1.0, *numbers, True
         ),
-        "a tensor has 3 dimensions, expected 4": lambda: forward(x[0]),
+        "x has 3 dimensions, expected 4": lambda: forward(x[0]),
         "stride, padding and dilation are 0, 0, 1": lambda: forward(numbers=(0, *numbers[1:])),
         "x has 17 channels, expected a multiple of 16": lambda: forward(
             images(2, 17, 4, 5), images(32, 17, 3, 2), A=images(3, 17, 3, 2)

@@ -124,6 +124,53 @@ def test_output_and_gradients_against_float64(
     assert_contract(call, ops, dtype, rounded_to=dtype)
 
 
+def last(*sizes):
+    return torch.randn(sizes).to(memory_format=torch.channels_last)
+
+
+LAID_OUT = {
+    "a part of a batch": lambda: (last(6, 32, 9, 8)[2:4], torch.randn(32, 32, 3, 3)),
+    "the end of a batch": lambda: (last(6, 32, 9, 8).chunk(3)[2], last(32, 32, 3, 3)),
+    "an image as it is read": lambda: (
+        torch.randn(9, 8, 32).permute(2, 0, 1)[None],
+        torch.randn(32, 32, 3, 3),
+    ),
+    "one column": lambda: (
+        torch.randn(4, 9, 1, 32).permute(0, 3, 1, 2),
+        torch.randn(32, 32, 3, 3),
+    ),
+    "a part of a weight": lambda: (last(2, 32, 9, 8), torch.randn(32, 64, 3, 3)[:, :32]),
+    "a part of a weight, many positions": lambda: (
+        last(16, 32, 9, 8),
+        torch.randn(32, 64, 3, 3)[:, :32],
+    ),
+    "a turned weight": lambda: (last(16, 32, 9, 8), torch.randn(3, 3, 32, 32).permute(3, 2, 0, 1)),
+    "many positions": lambda: (last(16, 32, 9, 8), torch.randn(32, 32, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["trained", "without gradients"])
+@pytest.mark.parametrize("mkldnn", [True, False], ids=["", "without oneDNN"])
+@pytest.mark.parametrize("layout", LAID_OUT)
+def test_whatever_lies_where_in_memory(layout, mkldnn, kept):
+    """Of sizes that a CPU's own kernels take: y, and every gradient of a dy that is a part of another."""
+    x, weight = LAID_OUT[layout]()
+    lora_A, lora_B, dy = torch.randn(8, 32, 3, 3), torch.randn(32, 8, 1, 1), last(20, *x.shape[1:])
+    dy = dy[3 : 3 + len(x)]
+    geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
+
+    def call(operations, cast):
+        given = [cast(t).requires_grad_(kept) for t in (x, weight, lora_A, lora_B)]
+        given[1].requires_grad_(False)
+        y = operations.lora_conv(*given, 0.5, None, geometry=geometry)
+        if not kept:
+            return (y,)
+        return y.detach(), *torch.autograd.grad(y, [given[i] for i in (0, 2, 3)], cast(dy))
+
+    with torch.backends.mkldnn.flags(enabled=mkldnn):
+        assert_contract(call, ops, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("case", "last", "merged"), covering(list(CASES), (False, True), (False, True)), ids=str
 )

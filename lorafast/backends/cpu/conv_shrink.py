@@ -112,7 +112,7 @@ def _conv_shrink_backward(ds: Tensor, x: Tensor, lora_A: Tensor, geometry: Geome
 
 def _pays_to_merge(x: Tensor, weight: Tensor) -> bool:
     """Whether W + scaling · B·A costs less than what it saves: A's convolution, or its share of dx."""
-    return x.numel() >= _MERGED * weight.shape[0] * x.shape[1]
+    return _has_a_format(weight) and x.numel() >= _MERGED * weight.shape[0] * x.shape[1]
 
 
 def _lora_conv(
@@ -128,7 +128,7 @@ def _lora_conv(
 ) -> tuple[Tensor, Tensor | None]:
     merge = may_merge and not keep_s and _pays_to_merge(x, weight)
     found: tuple[Tensor, Tensor | None] = torch.ops.lorafast_cpu.lora_conv(
-        x, weight, bias, lora_A, lora_B, scaling, *_numbers(geometry), merge, keep_s
+        x, weight, bias, lora_A, lora_B, scaling, *_numbers(geometry), merge
     )
     return found
 
