@@ -153,7 +153,7 @@ LAID_OUT = {
 @pytest.mark.parametrize("mkldnn", [True, False], ids=["", "without oneDNN"])
 @pytest.mark.parametrize("layout", LAID_OUT)
 def test_whatever_lies_where_in_memory(layout, mkldnn, kept):
-    """Of sizes that a CPU's own kernels take: y, and every gradient of a dy that is a part of another."""
+    """Of sizes that native kernels take: y, and every gradient of a dy that is a part of another."""
     x, weight = LAID_OUT[layout]()
     lora_A, lora_B, dy = torch.randn(8, 32, 3, 3), torch.randn(32, 8, 1, 1), last(20, *x.shape[1:])
     dy = dy[3 : 3 + len(x)]
