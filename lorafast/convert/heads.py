@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorafast import operands
-from lorafast.convert.freeze import nearest
+from lorafast.convert.freeze import check_not_distributed, nearest
 from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper
 from lorafast.convert.places import COMPILED, embeddings_of
 from lorafast.convert.targets import replace, unwrapped
@@ -48,6 +48,7 @@ def new_head(model: nn.Module, num_labels: int, *, name: str | None = None) -> n
     """
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
         raise ValueError(f"num_labels is {num_labels!r}, expected a positive integer")
+    check_not_distributed(model, "make the head")
     inner = unwrapped(model)
     found = _find(inner) if name is None else _by_name(inner, name)
     old = inner.get_submodule(found)
