@@ -15,7 +15,7 @@ from lorafast import operands
 from lorafast.convert.adapter_io import load_adapter
 from lorafast.convert.adapter_pair import read_pair
 from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
-from lorafast.convert.checkpoints import Source, Tensors, is_adapter, opened, state_of
+from lorafast.convert.checkpoints import Checkpoint, Tensors, is_adapter, opened, state_of
 from lorafast.convert.exchange import why_not_replaceable
 from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter, switches
 from lorafast.convert.peft_format import parse_config, stored_whole
@@ -32,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 def interpolate(
-    model: nn.Module, other: Source | None, alpha: float, *, into: nn.Module | None = None
+    model: nn.Module, other: Checkpoint | None, alpha: float, *, into: nn.Module | None = None
 ) -> nn.Module:
     """Moves ``model`` towards ``other``: every weight becomes ``(1 − alpha) · a + alpha · b`` (WiSE-FT:
     Wortsman et al., 2022). In between a model often keeps what it knew and knows most of what it learnt.
@@ -95,7 +95,7 @@ def interpolate(
 
 def interpolation_curve(
     model: nn.Module,
-    other: Source | None,
+    other: Checkpoint | None,
     alphas: Iterable[float],
     evaluate: Callable[[nn.Module], _Result],
 ) -> list[tuple[float, _Result]]:
@@ -191,7 +191,7 @@ def _wide(*dtypes: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _between(model: nn.Module, other: Source, into: nn.Module) -> Iterator[list[_Pair]]:
+def _between(model: nn.Module, other: Checkpoint, into: nn.Module) -> Iterator[list[_Pair]]:
     """The tensors to interpolate, each once, after every check."""
     own, goal = unwrapped(model), unwrapped(into)
     source = unwrapped(other) if isinstance(other, nn.Module) else other
@@ -212,7 +212,7 @@ def _between(model: nn.Module, other: Source, into: nn.Module) -> Iterator[list[
                 raise ValueError(
                     f"{key} and {alone[0]} are one tensor in into, and two in the model"
                 )
-    with opened(source) as tensors:
+    with opened(other, "other", "the other model") as tensors:
         shapes = dict(tensors.shapes)
         named = {key: key for key in shapes}
         if not isinstance(other, nn.Module):
@@ -347,7 +347,7 @@ def _put_back(before: list[_Scaling]) -> None:
             one._alpha = alpha  # which the product may miss by a rounding
 
 
-def _scalings(model: nn.Module, adapter: Source | None) -> list[_Scaling]:
+def _scalings(model: nn.Module, adapter: Checkpoint | None) -> list[_Scaling]:
     """Of the adapted layers, after loading ``adapter`` if there is one."""
     inner = unwrapped(model)
     if any(map(has_peft_adapter, inner.modules())):
@@ -376,7 +376,7 @@ def _check_scalable(name: str, use_dora: bool, start: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _undone(model: nn.Module, adapter: Source | None) -> Iterator[None]:
+def _undone(model: nn.Module, adapter: Checkpoint | None) -> Iterator[None]:
     """Takes ``adapter``, which is loaded within the block, away again if an error ends it."""
     if adapter is None:
         yield

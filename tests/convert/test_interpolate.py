@@ -252,7 +252,10 @@ def refused(net):
             state | {"norm.bias": torch.ones(3, dtype=torch.int32)},
             "norm.bias is torch.float64 in the model and torch.int32",
         ),
-        "meta": (copy.deepcopy(net).to("meta"), "block.up.weight can't be interpolated: it is on"),
+        "meta": (
+            copy.deepcopy(net).to("meta"),
+            "block.up.weight of the other model is on",
+        ),
         "adapted": (lorafast.adapt(other, 2, ["up"]), "the other model has adapters"),
         "none": (None, "the model has no adapter to scale"),
     }
