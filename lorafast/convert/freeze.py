@@ -1,7 +1,5 @@
 """``freeze`` and ``thaw``: which parts of a model are trained, and whose statistics are held."""
 
-import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,11 +7,10 @@ from torch import nn
 
 from lorafast import operands
 from lorafast.convert.kinds import adapter_parameters, has_adapters, has_peft_adapter
-from lorafast.convert.targets import Pattern, check_pattern, matches, some, unwrapped
+from lorafast.convert.targets import Pattern, check_pattern, matches, nearest, some, unwrapped
 from lorafast.nn import AdapterLayer, Bottleneck
 from lorafast.nn.inactive import InactiveAdapters
 
-_NEAREST = 3
 _LISTS = (nn.Sequential, nn.ModuleList)
 
 
@@ -236,19 +233,6 @@ def _nothing(argument: str, given: str, names: Sequence[str], regex: bool = Fals
     if regex and any(matches((given,), name) for name in names):
         hint = f" (for a name or its ending pass [{given!r}])"
     return f"{argument} has {given!r}, {what} of no module or parameter{hint}"
-
-
-def nearest(given: str, names: Iterable[str]) -> str:
-    """A hint at the names, or endings of them, that are nearest to what was given."""
-    endings = {name.rpartition(".")[2]: None for name in names}
-    known = [*endings, *names]
-    plain = re.sub(r"\\\.", ".", given)
-    close = difflib.get_close_matches(plain, known, n=_NEAREST)
-    close = close or difflib.get_close_matches(plain.rpartition(".")[2], endings, n=_NEAREST)
-    words = [one for one in endings if not one.isdigit()]
-    if close:
-        return f", did you mean {' or '.join(map(repr, close))}?"
-    return f" (there are {some(words)})" if words else ""
 
 
 def _until(model: nn.Module, until: object) -> _Parts:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from lorafast import operands
-from lorafast.convert.freeze import check_not_distributed, nearest
+from lorafast.convert.freeze import check_not_distributed
 from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper
 from lorafast.convert.places import COMPILED, embeddings_of
-from lorafast.convert.targets import replace, unwrapped
+from lorafast.convert.targets import nearest, replace, unwrapped
 from lorafast.nn import AdapterLayer
 from lorafast.nn.plain import features, is_conv1d, is_linear
 from lorafast.operands import Weight
