@@ -66,7 +66,7 @@ def new_head(model: nn.Module, num_labels: int, *, name: str | None = None) -> n
 def _find(model: nn.Module) -> str:
     """The name of the classifier."""
     parts = {place: part for place in _PLACES if (part := model._modules.get(place)) is not None}
-    found = {}
+    found: dict[nn.Module, str] = {}
     for place, part in parts.items():
         inside = _last_linear(part)
         if inside is not None:
