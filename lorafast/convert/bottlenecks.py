@@ -4,9 +4,6 @@ A bottleneck is a child of the module at whose output it stands, and a forward h
 stays what it is, its parent may read what it likes of it, and a checkpoint of the plain model fits.
 """
 
-import contextlib
-import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch import nn
 from lorafast.convert import encoders
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.places import why_not_called
-from lorafast.convert.targets import ALL_LINEAR, Pattern, check_pattern, matches, unwrapped
+from lorafast.convert.targets import ALL_LINEAR, Pattern, check_pattern, matches, nearest, unwrapped
 from lorafast.core.dtypes import FLOATS
 from lorafast.nn import AdapterLayer
 from lorafast.nn.bottleneck import Bottleneck
@@ -145,20 +142,6 @@ def remove_bottleneck(module: nn.Module) -> None:
     del module._modules[CHILD]
 
 
-@contextlib.contextmanager
-def without_bottlenecks(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes what it would without its bottleneck adapters, to the bit."""
-    all_of_them = list(bottlenecks(unwrapped(model)).values())
-    before = [one.enabled for one in all_of_them]
-    try:
-        for one in all_of_them:
-            one.enabled = False
-        yield
-    finally:
-        for one, enabled in zip(all_of_them, before, strict=True):
-            one.enabled = enabled
-
-
 def _find(
     model: nn.Module, kind: str, targets: Pattern, exclude: Pattern | None
 ) -> dict[nn.Module, str]:
@@ -241,9 +224,7 @@ def _named(targets: str | tuple[str, ...], modules: dict[str, nn.Module]) -> lis
             continue
         if isinstance(one, str):
             raise ValueError(f"targets is {one!r}, a regex that matches the full name of no module")
-        endings = {name.rpartition(".")[2] for name in modules if name}
-        close = difflib.get_close_matches(one[0], sorted({*endings, *modules} - {""}), n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = nearest(one[0], [name for name in modules if name])
         raise ValueError(f"targets has {one[0]!r}, which is the name of no module{hint}")
     return [name for name in modules if name and matches(targets, name)]
 
