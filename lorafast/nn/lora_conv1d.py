@@ -62,7 +62,7 @@ class LoRAConv1D(LoRALinear):
         return kept_transposed(self.weight)
 
     def _as_kept(self, W: Tensor) -> Tensor:
-        return W.t().contiguous()
+        return W.transpose(0, 1).contiguous()
 
     def _plain_weight(self) -> Tensor:
         return self.merged_weight().t().contiguous()

@@ -661,6 +661,7 @@ def test_nothing_else_asks_how_a_weight_is_stored():
     }
     found = {path for path in found if path.split("/")[0] not in ("operands", "reference")}
     assert found <= {
+        "backends/cpu/conv_shrink.py",  # a convolution's is dense
         "backends/cpu/dequantize.py",  # whether it is rounded once or twice
         "backends/cuda/linear_expand.py",
         "backends/cuda/wgmma.py",
@@ -669,6 +670,7 @@ def test_nothing_else_asks_how_a_weight_is_stored():
         "integrations/peft/conv.py",  # a convolution's is dense
         "integrations/peft/conv_rules.py",
         "integrations/peft/linear.py",  # the dtype of a bias beside it
+        "integrations/peft/low_rank.py",  # whether adapters are wider
         "integrations/peft/quantized.py",  # whether it is the tensor that was read
         "integrations/peft/rules.py",
         "nn/stored_weight.py",  # the dtype of a bias beside it
