@@ -1,6 +1,7 @@
 import gc
 import itertools
 import os
+import sys
 import tempfile
 
 import torch
@@ -48,6 +49,16 @@ providers._get_local_constants = lambda: _NO_CONSTANTS
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others():
+    """What a test compiles doesn't count against the graphs that a forward may have in the next."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        dynamo.utils.counters.clear()
+        dynamo.reset()
 
 
 @pytest.fixture
