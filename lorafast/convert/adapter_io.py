@@ -62,7 +62,8 @@ def save_adapter(
         modules_to_save: names of other modules to store whole, such as a trained classification head.
             As in PEFT, one stands for every module whose name ends with these letters. A warning
             names trained parameters that are not stored.
-        adapter: which of several adapters (``add_adapter``); None is the active one.
+        adapter: which of several adapters (``add_adapter``); None is the active one. Another one takes
+            the active one's place in the model meanwhile: nothing else may use the model.
 
     Raises:
         ValueError: there is nothing to save, a name in ``modules_to_save`` matches nothing or holds
@@ -245,7 +246,8 @@ def load_adapter(
             already, everything stays as frozen or trained as it is. In no case does the model change
             between training and evaluation.
         adapter: which of several adapters gets the values; one that the model doesn't have yet is
-            added to its adapted layers, and waits (``set_adapter``). None is the active one.
+            added to its adapted layers, and waits (``set_adapter``). None is the active one. Another
+            one takes the active one's place in the model meanwhile: nothing else may use the model.
 
     Raises:
         FileNotFoundError: ``folder`` has no config or no safetensors file. Pickles are never read.
