@@ -90,7 +90,8 @@ def set_adapter(model: nn.Module, name: str, *, is_trainable: bool = True) -> No
     ``nn.Parameter`` objects are exchanged, not values: an optimizer that was given those of several
     adapters goes on with each where it was. To resume, build it as it was built: over all adapters'
     parameters, before ``set_adapter`` and before a state is loaded, since both change their order. As in
-    PEFT, a gradient that the former one has stays: call ``optimizer.zero_grad()`` before. Merged layers are merged anew.
+    PEFT, a gradient that the former one has stays: call ``optimizer.zero_grad()`` before. Merged
+    layers are merged anew.
 
     Args:
         model: a model with adapters of several names.
