@@ -59,9 +59,9 @@ class Adapter:
         return parse_config(self.config, _CONFIG)
 
     def __repr__(self) -> str:
-        pairs = list(pairs_of(self))
+        layers = sum(key.endswith(tuple(f".{one}" for one in FACTORS)) for key in self.tensors)
         numbers = sum(tensor.numel() for tensor in self.tensors.values())
-        return f"Adapter(r={self.config.get('r')}, {len(pairs)} layers, {numbers:,} numbers)"
+        return f"Adapter(r={self.config.get('r')}, {layers} layers, {numbers:,} numbers)"
 
 
 @dataclass(frozen=True, eq=False)

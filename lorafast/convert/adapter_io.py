@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ def save_adapter(
     modules_to_save: Sequence[str] = (),
     *,
     adapter: str | None = None,
+    kind: Literal["lora", "bottleneck"] | None = None,
 ) -> None:
     """Writes the adapters of ``model`` to ``folder`` as PEFT does: a config and a safetensors file.
 
@@ -62,7 +64,9 @@ def save_adapter(
         modules_to_save: names of other modules to store whole, such as a trained classification head.
             As in PEFT, one stands for every module whose name ends with these letters. A warning
             names trained parameters that are not stored.
-        adapter: which of several adapters (``add_adapter``); None is the active one.
+        adapter: which of several adapters (``add_adapter``); None is the active one. Another one takes
+            the active one's place in the model meanwhile: nothing else may use the model.
+        kind: which adapters, where the model has both LoRA's and bottlenecks: a folder holds one kind.
 
     Raises:
         ValueError: there is nothing to save, a name in ``modules_to_save`` matches nothing or holds
@@ -74,18 +78,23 @@ def save_adapter(
         ImportError: safetensors is not installed.
     """
     if isinstance(model, Adapter):
-        if modules_to_save or adapter is not None:
-            raise ValueError("modules_to_save and adapter are for a model, and this is an Adapter")
+        if modules_to_save or adapter is not None or kind is not None:
+            raise ValueError(
+                "modules_to_save, adapter and kind are for a model, and this is an Adapter"
+            )
         model.save(folder)
         return
     with showing(model, adapter):
-        forgotten, lost = write_adapter(model, Path(folder), modules_to_save)
+        forgotten, lost = write_adapter(model, Path(folder), modules_to_save, kind)
     for sentence in (*forgotten, *lost):
         warnings.warn(sentence, stacklevel=2)
 
 
 def write_adapter(
-    model: nn.Module, folder: Path, modules_to_save: Sequence[str] = ()
+    model: nn.Module,
+    folder: Path,
+    modules_to_save: Sequence[str] = (),
+    kind: Literal["lora", "bottleneck"] | None = None,
 ) -> tuple[list[str], list[str]]:
     """As ``save_adapter``; what the files can't give back of the model's training, a sentence each.
 
@@ -96,13 +105,26 @@ def write_adapter(
     model = unwrapped(model)
     layers = adapted_layers(model)
     of_bottlenecks = bottleneck_io.tensors_of(model)
+    elsewhere: dict[str, Tensor] = {}  # which another folder is for
+    if kind not in (None, "lora", "bottleneck"):
+        raise ValueError(f"kind is {kind!r}, expected 'lora', 'bottleneck' or None")
+    if kind == "lora":
+        elsewhere, of_bottlenecks = of_bottlenecks, {}
+    elif kind == "bottleneck":
+        elsewhere = {
+            f"{name}.{parameter}": tensor
+            for name, layer in layers.items()
+            for parameter, tensor in layer.adapter_parameters().items()
+        }
+        layers = {}
     if of_bottlenecks and layers:
         raise ValueError(
             f"{next(iter(layers))} has a LoRA adapter and {next(iter(bottlenecks(model)))} a "
-            "bottleneck: a folder holds adapters of one kind"
+            "bottleneck: a folder holds adapters of one kind, say which by kind"
         )
     if not layers and not of_bottlenecks:
-        raise ValueError("the model has no adapted layer: there is no adapter to save")
+        what = f"adapter of the kind {kind!r}" if kind else "adapted layer"
+        raise ValueError(f"the model has no {what}: there is no adapter to save")
     if "" in layers:
         raise ValueError(
             f"the model is itself a {type(layers['']).__name__}, and PEFT's format names layers inside "
@@ -140,7 +162,7 @@ def write_adapter(
         config = bottleneck_io.describe(model, modules_to_save)
     else:
         config = describe(layers, model, sorted(modules_to_save))
-    forgotten = list(_trained_besides(model, tensors))
+    forgotten = list(_trained_besides(model, tensors | elsewhere))
     lost = list(_lost_in_the_file(model, layers))
     writes = True
     # Copies: safetensors refuses tensors that share memory, and strides.
@@ -245,7 +267,8 @@ def load_adapter(
             already, everything stays as frozen or trained as it is. In no case does the model change
             between training and evaluation.
         adapter: which of several adapters gets the values; one that the model doesn't have yet is
-            added to its adapted layers, and waits (``set_adapter``). None is the active one.
+            added to its adapted layers, and waits (``set_adapter``). None is the active one. Another
+            one takes the active one's place in the model meanwhile: nothing else may use the model.
 
     Raises:
         FileNotFoundError: ``folder`` has no config or no safetensors file. Pickles are never read.

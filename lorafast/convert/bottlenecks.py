@@ -1,7 +1,8 @@
 """Bottleneck adapters at the modules of a model: put in place, taken away, switched off.
 
 A bottleneck is a child of the module at whose output it stands, and a forward hook there. So the module
-stays what it is, its parent may read what it likes of it, and a checkpoint of the plain model fits.
+stays what it is, its parent may read what it likes of it, and a checkpoint of the plain model fits: a
+bottleneck of which it has no tensor stays as it is.
 """
 
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def adapt_bottlenecks(
 
 def put_at(module: nn.Module, bottleneck: Bottleneck) -> None:
     """Makes it the module's child, and its hook."""
+    bottleneck.placed = True
     module.add_module(CHILD, bottleneck)
     module.register_forward_hook(bottleneck.at_output, with_kwargs=True)
 

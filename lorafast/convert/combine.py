@@ -22,6 +22,8 @@ from lorafast.convert.adapter import (
     patterns,
     saved,
 )
+from lorafast.core.context import without_autocast
+from lorafast.core.dtypes import FLOATS
 from lorafast.nn.checks import check_alpha, check_rank
 
 Signs = Literal["total", "frequency"]
@@ -91,12 +93,15 @@ def combine(
 
     Raises:
         ValueError: an argument doesn't fit, the adapters differ in the shape of a factor (the
-            message names the first), one of them has DoRA, whose magnitudes don't add up, or what
-            else lorafast doesn't compute.
-        TypeError: an element of ``adapters`` is none.
+            message names the first) or in ``init_lora_weights`` (PiSSA, OLoRA), a factor isn't finite
+            floats, one of them has DoRA, whose magnitudes don't add up, or what else lorafast doesn't
+            compute.
+        TypeError: ``adapters`` is no list, or an element of it is no adapter.
         OSError: a folder can't be read or written.
     """
     how = _checked_how(how)
+    if isinstance(adapters, (str, os.PathLike, Adapter)):
+        raise TypeError(f"adapters is {type(adapters).__name__}, expected a list of adapters")
     found = [adapter_of(one) for one in adapters]
     numbers = _checked_weights(found, weights)
     if len(found) == 1:
@@ -121,17 +126,19 @@ def combine(
     ranks: dict[str, int] = {}
     with torch.no_grad():
         for name, group in layers.items():
-            if how == "cat":
-                A, B = _side_by_side(group)
-            elif how in _OF_FACTORS:
-                A, B = _of_factors(group, merge)
-            else:
-                transposed = group[0][0].is_embedding or bool(found[0].config.get("fan_in_fan_out"))
-                sized = svd_rank or most
-                A, B = _of_products(group, how, merge, sized, svd_clamp, transposed)
             pair = group[0][0]
+            with without_autocast(pair.A):
+                if how == "cat":
+                    A, B = _side_by_side(group)
+                elif how in _OF_FACTORS:
+                    A, B = _of_factors(group, merge)
+                else:
+                    transposed = pair.is_embedding or bool(found[0].config.get("fan_in_fan_out"))
+                    sized = svd_rank or most
+                    A, B = _of_products(group, how, merge, sized, svd_clamp, transposed)
             tensors[pair.key_A], tensors[pair.key_B] = A, B
             ranks[name] = A.shape[0]
+    _check_start(found, layers, ranks)
     tensors |= _others(found)
     return saved(Adapter(_config(found, ranks), tensors), folder)
 
@@ -177,8 +184,40 @@ def _by_layer(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str
         if not pairs:
             raise ValueError(f"adapter {i} has no LoRA tensors")
         for pair in pairs:
+            for key, tensor in ((pair.key_A, pair.A), (pair.key_B, pair.B)):
+                if tensor.dtype not in FLOATS:
+                    raise ValueError(f"{key} of adapter {i} is {tensor.dtype}, expected floats")
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{key} of adapter {i} is NaN or infinite")
             layers.setdefault(pair.name, []).append((pair, weight))
     return layers
+
+
+def _check_start(
+    adapters: Sequence[Adapter], layers: dict[str, Group], ranks: dict[str, int]
+) -> None:
+    """Raises ``ValueError`` unless all belong to one ``W'``, to which the result belongs too.
+
+    ``W' = W − scaling·B·A`` of PiSSA and OLoRA goes by the rank, that of OLoRA by ``scaling`` too.
+    """
+    start = adapters[0].parsed().init_lora_weights
+    for i, adapter in enumerate(adapters):
+        other = adapter.parsed().init_lora_weights
+        if other != start:
+            raise ValueError(
+                f"adapter {i} has init_lora_weights {other!r} and adapter 0 has {start!r}: they belong "
+                "to what these leave of W, which differs"
+            )
+    if start is None:
+        return
+    for name, group in layers.items():
+        for pair, _ in group:
+            if pair.r != ranks[name] or (start == "olora" and pair.scaling != 1):
+                raise ValueError(
+                    f"{pair.key_A} has r = {pair.r} and scaling {pair.scaling:g}, and would have r = "
+                    f"{ranks[name]} and scaling 1: init_lora_weights = {start!r} leaves another part "
+                    "of W then"
+                )
 
 
 def _check_alike(group: Group, how: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from lorafast.convert.checkpoints import Checkpoint, Tensors, opened
 from lorafast.convert.kinds import LINEAR, kind_of_layer
 from lorafast.convert.peft_format import PREFIX, shortest_targets, stored_whole
 from lorafast.convert.targets import ALL_LINEAR, Pattern, check_pattern, matches, some
+from lorafast.core.context import without_autocast
 from lorafast.nn.checks import check_rank
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -64,7 +65,8 @@ def extract(
     columns and rows: no other matrix of rank ``r`` is nearer to ``ΔW`` (Eckart and Young, 1936). It
     is computed in float32 (float64 where a weight is that), on the device of ``full_finetuned``, one
     layer at a time: files are read one tensor at a time. ``scaling`` is 1. A layer that didn't change
-    gets no adapter.
+    gets no adapter. Of a weight that several modules share, each that ``targets`` names gets one; the
+    others count as tensors that get none. (Files alone don't say what is shared: give one model.)
 
     Args:
         full_finetuned: a model, a state dict, a safetensors file, or a folder with one (``model`` or
@@ -118,11 +120,12 @@ def _extracted(
     """The adapter, what is lost of each layer and of all, and what is dropped."""
     _check_structure(full, start)
     shapes = _layers(full, start, targets, exclude)
-    changed = [name for name in start.shapes if name in full.shapes and _differs(full, start, name)]
+    names = dict.fromkeys((*start.shapes, *full.shapes))
+    changed = [name for name in names if _differs(full, start, name)]
     adapted = {name: layer for name, layer in shapes.items() if f"{name}.weight" in changed}
     if not adapted:
         raise ValueError("full_finetuned and base are equal in all layers that targets names")
-    whole, dropped = _others(full, changed, adapted, others)
+    whole, dropped = _others(full, start, changed, adapted, others)
     tensors: dict[str, Tensor] = {}
     lost: dict[str, float] = {}
     sums = [0.0, 0.0]
@@ -140,7 +143,8 @@ def _extracted(
     }
     adapter = Adapter(
         _config(ranks, r, (start if start.model else full).modules(), whole),
-        tensors | {PREFIX + name: full.read(name).cpu() for name in _stored(full, whole)},
+        tensors
+        | {PREFIX + name: _read(full, start, name).cpu().clone() for name in _stored(names, whole)},
     )
     total = math.sqrt(sums[0] / sums[1])
     if report is not None:
@@ -210,22 +214,30 @@ def _check_structure(full: Tensors, base: Tensors) -> None:
             )
 
 
+def _read(weights: Tensors, others: Tensors, name: str) -> Tensor:
+    """``name``, or what ``others`` says is the same tensor: files hold it under one of its names."""
+    if name in weights.shapes:
+        return weights.read(name)
+    return weights.read(next(tied for tied in others.shared_with(name) if tied in weights.shapes))
+
+
 def _differs(full: Tensors, base: Tensors, name: str) -> bool:
-    one, other = full.read(name), base.read(name)
+    one, other = _read(full, base, name), _read(base, full, name)
     dtype = torch.promote_types(one.dtype, other.dtype)
     return not torch.equal(one.to(dtype), other.to(one.device, dtype))
 
 
 def _others(
-    full: Tensors, changed: Sequence[str], adapted: dict[str, _Layer], others: str
+    full: Tensors, base: Tensors, changed: Sequence[str], adapted: dict[str, _Layer], others: str
 ) -> tuple[list[str], tuple[str, ...]]:
     """The modules to store whole, and the tensors that are dropped."""
-    left = [
-        name
-        for name in changed
-        if name not in {f"{layer}.weight" for layer in adapted}
-        and not any(f"{layer}.weight" in full.shared_with(name) for layer in adapted)
-    ]
+    model = base.model or full.model
+    weights = {f"{layer}.weight" for layer in adapted}
+    if model is not None:  # one module may have several names, and its adapter is at all of them
+        found = {model.get_submodule(layer) for layer in adapted}
+        modules = model.named_modules(remove_duplicate=False)
+        weights |= {f"{name}.weight" for name, module in modules if module in found}
+    left = [name for name in changed if name not in weights]
     if others == "drop" or not left:
         return [], tuple(left)
     if others == "refuse":
@@ -245,6 +257,13 @@ def _others(
                 f"{name} differs, and {owner} can't be stored whole, since it gets an adapter or holds "
                 "what does: exclude that"
             )
+        tied = {*full.shared_with(name), *base.shared_with(name)}
+        for layer in adapted:
+            if f"{layer}.weight" in tied:
+                raise ValueError(
+                    f"{name} differs, and it is the weight of {layer} too, which gets an adapter: name "
+                    "both in targets, or exclude both"
+                )
     for layer in adapted:
         if stored_whole(layer, whole):
             raise ValueError(
@@ -254,17 +273,17 @@ def _others(
     return whole, ()
 
 
-def _stored(full: Tensors, whole: Sequence[str]) -> list[str]:
+def _stored(names: Iterable[str], whole: Sequence[str]) -> list[str]:
     if not whole:
         return []
-    return [name for name in full.shapes if stored_whole(name.rpartition(".")[0], whole)]
+    return [name for name in names if stored_whole(name.rpartition(".")[0], whole)]
 
 
 def _factors(
     full: Tensors, base: Tensors, name: str, layer: _Layer, r: int, svd: str
 ) -> tuple[Tensor, Tensor, float, float]:
     """``A``, ``B``, ``‖ΔW − B·A‖`` and ``‖ΔW‖``."""
-    one, other = full.read(name), base.read(name)
+    one, other = _read(full, base, name), _read(base, full, name)
     for tensor in (one, other):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected floats: dequantize it first")
@@ -276,11 +295,12 @@ def _factors(
         delta = delta.T
     if not delta.isfinite().all():
         raise ValueError(f"{name} is NaN or infinite in full_finetuned or base")
-    U, S, Vh = (_exact if svd == "exact" else _randomised)(delta, r)
-    root = S[:r].sqrt()
-    A, B = root[:, None] * Vh[:r], U[:, :r] * root
-    residual = torch.linalg.vector_norm(torch.addmm(delta, B, A, alpha=-1), dtype=torch.float64)
-    energy = torch.linalg.vector_norm(delta, dtype=torch.float64)
+    with without_autocast(delta):
+        U, S, Vh = (_exact if svd == "exact" else _randomised)(delta, r)
+        root = S[:r].sqrt()
+        A, B = root[:, None] * Vh[:r], U[:, :r] * root
+        residual = torch.linalg.vector_norm(torch.addmm(delta, B, A, alpha=-1), dtype=torch.float64)
+        energy = torch.linalg.vector_norm(delta, dtype=torch.float64)
     if len(shape) > 2:
         A = A.unflatten(1, shape[1:])
         B = B.reshape(*B.shape, *(1,) * (len(shape) - 2))

@@ -12,6 +12,7 @@ The tensors of one layer, ``A [r, in_features]`` and ``B [out_features, r]``, ar
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,15 +58,19 @@ _ENDINGS = {
     ".alpha": "alpha",
 }  # fmt: skip
 _PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+# By the end of a key: a layer may be called so too.
 _REFUSED = {
-    "lora_mid": "a convolution's lora_mid (Tucker's decomposition) makes A a product of two",
-    "dora_scale": "it is DoRA's magnitude, whose axis these files don't agree on",
-    "lora_magnitude_vector": "it is DoRA's magnitude, whose axis these files don't agree on",
-    "hada_": "it is LoHa's, a product element by element",
-    "lokr_": "it is LoKr's, a Kronecker product",
-    "oft_": "it is OFT's, a rotation",
-    ".diff": "it is a whole difference: extract an adapter from it",
-    "lora_B.bias": "it is a bias of B, which no layer of lorafast has",
+    r"\.lora_mid(\.weight)?": (
+        "a convolution's lora_mid (Tucker's decomposition) makes A a product of two"
+    ),
+    r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)": (
+        "it is DoRA's magnitude, whose axis these files don't agree on"
+    ),
+    r"\.hada_\w+": "it is LoHa's, a product element by element",
+    r"\.lokr_\w+": "it is LoKr's, a Kronecker product",
+    r"\.oft_\w+": "it is OFT's, a rotation",
+    r"\.diff(_b)?": "it is a whole difference: extract an adapter from it",
+    r"\.lora_B\.bias": "it is a bias of B, which no layer of lorafast has",
 }
 
 
@@ -87,7 +92,7 @@ def import_adapter(
     """An adapter from a file in kohya's layout or one of diffusers', for ``model``.
 
     ``model`` says which layers there are: kohya's names have underscores for dots, and only the
-    model tells them apart. Factors are taken as they are, in their dtype; where a layer is a 1 x 1
+    model tells them apart. Factors are copied as they are, in their dtype; where a layer is a 1 x 1
     convolution and the file has matrices, or the other way round, they are reshaped. ``scaling`` is
     ``alpha / r``.
 
@@ -104,8 +109,8 @@ def import_adapter(
     Raises:
         ValueError: a name is in no layout that is known, or that of no layer of ``model`` or of
             several, a factor is missing or doesn't fit its layer, a tensor is of another kind of
-            adapter, or there are several parts and ``part`` is None. The message has the first such
-            key.
+            adapter, the metadata say DoRA, PiSSA or OLoRA, or there are several parts and ``part``
+            is None. The message has the first such key.
         FileNotFoundError: there is no such file.
     """
     if part is not None:
@@ -120,12 +125,12 @@ def import_adapter(
             f"the file has adapters of {' and '.join(map(str, parts))}: name one as part"
         )
     for key, value in tensors.items():
-        reason = next((why for sign, why in _REFUSED.items() if sign in key), None)
-        if reason is not None:
-            raise ValueError(f"the file has {key}, which can't be imported: {reason}")
         own = _part(key)
         if None not in (own, part) and own != part:
             continue
+        reason = next((why for end, why in _REFUSED.items() if re.search(f"{end}$", key)), None)
+        if reason is not None:
+            raise ValueError(f"the file has {key}, which can't be imported: {reason}")
         layer, role = names.of(key, own)
         one = found.setdefault(layer, _Found())
         if role in one.keys:
@@ -329,7 +334,7 @@ def _fitting(layer: str, found: _Found, module: nn.Module) -> dict[str, Tensor]:
             raise ValueError(
                 f"{found.keys[role]} has shape {list(value.shape)}, expected {list(shape)} for {layer}"
             )
-        made[ending] = value.reshape(shape)
+        made[ending] = value.detach().reshape(shape).clone()
     return made
 
 
@@ -355,7 +360,15 @@ def _config_in(metadata: Mapping[str, str], part: str | None) -> AdapterConfig |
     if not isinstance(raw, dict) or not any(key.startswith(start) for key in raw):
         return None
     own = {key.removeprefix(start): value for key, value in raw.items() if key.startswith(start)}
-    return parse_config({"peft_type": "LORA"} | own, where)
+    config = parse_config({"peft_type": "LORA"} | own, where)
+    if config.init_lora_weights is not None:
+        raise ValueError(
+            f"init_lora_weights in {where} is {config.init_lora_weights!r}: the adapter belongs to what "
+            "that has left of the model's weights, and the model here is a plain one"
+        )
+    if config.use_dora:
+        raise ValueError(f"use_dora in {where} is true: DoRA's magnitudes can't be imported")
+    return config
 
 
 def _alpha(layer: str, found: _Found, written: AdapterConfig | None) -> float:

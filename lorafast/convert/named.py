@@ -9,7 +9,7 @@ from torch import nn
 from lorafast.convert.exchange import set_trained
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.convert.kinds import adapted_layers
-from lorafast.convert.targets import unwrapped
+from lorafast.convert.targets import COMPILED, unwrapped
 from lorafast.nn import AdapterLayer, inactive, offload
 
 
@@ -29,7 +29,10 @@ def add_adapter(
     The one that ``adapt`` made is called ``"default"``. The model computes with the active one alone;
     ``set_adapter`` says which that is. An inactive one is frozen, and its parameters' names begin with
     ``<layer>.inactive.<name>``, where the active one's begin with ``<layer>``. A ``state_dict`` has them
-    all, and whoever loads it has the same one active.
+    all, and whoever loads it has the same one active. Of a layer it must be loaded whole: a part (one of
+    several files, the trained tensors alone) doesn't say whose ``lora_A`` it has; call ``set_adapter``
+    before then. A load that fails may have changed the active one of some layers: ``set_adapter`` makes
+    it one again.
 
     Args:
         model: a model with adapted layers; each gets one.
@@ -40,11 +43,18 @@ def add_adapter(
 
     Raises:
         ValueError: the model has an adapter of that name, or no adapted layer; an argument doesn't fit;
-            or a layer is sharded or offloaded, or its adapter is computed by a parametrization. The
-            model is unchanged.
+            a layer is sharded or offloaded, its adapter is computed by a parametrization, or it is one
+            of PiSSA or OLoRA, beside which a fresh one would begin at what these have left of W; or
+            the model is in ``DistributedDataParallel``. The model is unchanged.
     """
+    _check_not_parallel(model)
 
     def add(_: str, layer: AdapterLayer) -> None:
+        if layer.init_lora_weights is not None:
+            raise ValueError(
+                f"init_lora_weights was {layer.init_lora_weights!r}, which took a part of W away, and a "
+                "fresh adapter would begin without it"
+            )
         inactive.add(
             layer, name, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, use_dora=use_dora,
             adapter_dtype=adapter_dtype,
@@ -75,11 +85,13 @@ def add_to_each(model: nn.Module, name: str, add: Callable[[str, AdapterLayer], 
 
 
 def set_adapter(model: nn.Module, name: str, *, is_trainable: bool = True) -> None:
-    """Makes the adapter ``name`` the active one, which the model computes with, and alone trains.
+    """Makes the adapter ``name`` the active one, which the model computes with; of all it alone trains.
 
     ``nn.Parameter`` objects are exchanged, not values: an optimizer that was given those of several
-    adapters goes on with each where it was. As in PEFT, a gradient that the former one has stays:
-    call ``optimizer.zero_grad()`` before. Merged layers are merged anew.
+    adapters goes on with each where it was. To resume, build it as it was built: over all adapters'
+    parameters, before ``set_adapter`` and before a state is loaded, since both change their order. As in
+    PEFT, a gradient that the former one has stays: call ``optimizer.zero_grad()`` before. Merged
+    layers are merged anew.
 
     Args:
         model: a model with adapters of several names.
@@ -87,19 +99,23 @@ def set_adapter(model: nn.Module, name: str, *, is_trainable: bool = True) -> No
         is_trainable: whether it requires gradients; the others don't.
 
     Raises:
-        ValueError: the model has no such adapter, an adapter's values can't be merged, or a layer is
-            sharded or offloaded. The model is unchanged.
+        ValueError: the model has no such adapter, an adapter's values can't be merged, a layer is
+            sharded or offloaded, or the model is in ``DistributedDataParallel``. The model is unchanged.
     """
+    _check_not_parallel(model)
     layers = _exchangeable(model)
-    active = check_name(layers, name)[0]
-    before = [(layer, dict(vars(layer)), dict(layer._buffers)) for layer in layers.values()]
+    check_name(layers, name, one_active=False)
+    before = [
+        (layer, layer._adapter_name, dict(vars(layer)), dict(layer._buffers))
+        for layer in layers.values()
+    ]
     try:
-        for layer in layers.values():
+        for layer, active, *_ in before:
             inactive.exchange(layer, name)
             if layer.merged and name != active:
                 layer.merge()
     except BaseException:
-        for layer, attributes, buffers in before:
+        for layer, active, attributes, buffers in before:
             inactive.exchange(layer, active)
             vars(layer).update(attributes)
             layer._buffers.update(buffers)
@@ -114,8 +130,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Forgets the adapter ``name``, which isn't active.
 
     Raises:
-        ValueError: the model has no such adapter, or it is the active one.
+        ValueError: the model has no such adapter, it is the active one, or the model is in
+            ``DistributedDataParallel``.
     """
+    _check_not_parallel(model)
     layers = _exchangeable(model)
     if check_name(layers, name)[0] == name:
         raise ValueError(f"the adapter {name!r} is active: set another one before")
@@ -145,9 +163,9 @@ def showing(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
 
 
-def check_name(layers: dict[str, AdapterLayer], name: str) -> list[str]:
+def check_name(layers: dict[str, AdapterLayer], name: str, *, one_active: bool = True) -> list[str]:
     """The names of the adapters, of which ``name`` must be one; else ``ValueError``."""
-    names = _names(layers)
+    names = _names(layers, one_active)
     if name not in names:
         raise ValueError(f"the model has no adapter {name!r}, but {' and '.join(map(repr, names))}")
     return names
@@ -160,18 +178,34 @@ def _layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return layers
 
 
-def _names(layers: dict[str, AdapterLayer]) -> list[str]:
-    """Those of every layer; ``ValueError`` if one has others."""
+def _names(layers: dict[str, AdapterLayer], one_active: bool = True) -> list[str]:
+    """Those of every layer; ``ValueError`` if one has others, or another one active."""
     (first, layer), *rest = layers.items()
     names = inactive.names_of(layer)
     for other, layer in rest:
         its = inactive.names_of(layer)
-        if its[0] != names[0] or set(its) != set(names):
+        if one_active and its[0] != names[0] and set(its) == set(names):
+            raise ValueError(
+                f"{first} has the adapter {names[0]!r} active, and {other} has {its[0]!r}: "
+                "call set_adapter"
+            )
+        if set(its) != set(names):
             raise ValueError(
                 f"{first} has the adapters {', '.join(names)}, and {other} has {', '.join(its)}: "
                 "adapt all layers before you add adapters"
             )
     return names
+
+
+def _check_not_parallel(model: nn.Module) -> None:
+    """Raises ``ValueError`` if ``model`` is in ``DistributedDataParallel``."""
+    while COMPILED in model._modules:
+        model = model.get_submodule(COMPILED)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "the model is in DistributedDataParallel, which reduces the gradients of the parameters "
+            "that it was given alone: change the adapters of the model inside, and wrap that anew"
+        )
 
 
 def _exchangeable(model: nn.Module) -> dict[str, AdapterLayer]:

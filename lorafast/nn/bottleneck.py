@@ -38,6 +38,11 @@ class Bottleneck(Switch, nn.Module):
         ValueError, TypeError: an argument doesn't fit.
     """
 
+    _may_miss: str | None = None
+    """The prefix of its tensors if what is loaded is a checkpoint of the plain model."""
+    placed = False
+    """Whether it stands at another module: a checkpoint of the plain model leaves it as it is then."""
+
     def __init__(
         self,
         in_features: int,
@@ -61,6 +66,7 @@ class Bottleneck(Switch, nn.Module):
             raise ValueError(f"init is {init!r}, expected one of {', '.join(INITS)}")
         self.in_features, self.bottleneck, self.out_features = in_features, bottleneck, out_features
         self.activation, self.scaling = activation, check_alpha("scaling", scaling)
+        self.init = init
         self.parallel = False
         """At another module: whether it reads that module's input."""
 
@@ -71,6 +77,7 @@ class Bottleneck(Switch, nn.Module):
         self.up, self.up_bias = made(out_features, bottleneck), made(out_features)
         self.norm = nn.LayerNorm(in_features, device=device, dtype=dtype) if layer_norm else None
         self.reset_parameters(init)
+        self.register_load_state_dict_post_hook(_forget_missing)
 
     def reset_parameters(self, init: str = "zero") -> None:
         """Draws new values."""
@@ -85,6 +92,21 @@ class Bottleneck(Switch, nn.Module):
             self.up_bias.zero_()
         if self.norm is not None:
             self.norm.reset_parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Bottleneck":
+        was_meta = self.down.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.down.is_meta:
+            # to_empty(): a checkpoint of the plain model, loaded next, has no values for it.
+            self.reset_parameters(self.init)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *others: Any, **more: Any
+    ) -> None:
+        found = any(key.startswith(prefix) for key in state_dict)
+        self._may_miss = prefix if self.placed and not self.down.is_meta and not found else None
+        super()._load_from_state_dict(state_dict, prefix, *others, **more)
 
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """``y [..., out_features]`` in the dtype of ``h``."""
@@ -136,3 +158,11 @@ class Bottleneck(Switch, nn.Module):
             f"{self.in_features} → {self.bottleneck} → {self.out_features}, {self.activation}, "
             f"scaling={self.scaling:g}{beside}"
         )
+
+
+def _forget_missing(bottleneck: Any, incompatible: Any) -> None:
+    """What a checkpoint of the plain model can't have is not missing there; of the LayerNorm neither."""
+    start = bottleneck._may_miss
+    if start is not None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(start)]

@@ -8,11 +8,14 @@ given.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from lorafast.nn.checks import check_probability
 
 INACTIVE = "inactive"
 FIRST = "default"
@@ -79,6 +82,7 @@ def add(
     Raises:
         ValueError: an argument doesn't fit the layer, which is unchanged then.
     """
+    dropout = check_probability("dropout", dropout)
     parameters = layer.adapter_parameters()
     first = next(iter(parameters.values()))
     groups = getattr(layer, "groups", 1)
@@ -142,7 +146,8 @@ def shown(layer: Any, name: str) -> Iterator[None]:
 def follow(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Makes that adapter the active one that is it in a state: the only one that doesn't wait there.
 
-    It is trained then if the one was that it takes the place of.
+    It is trained then if the one was that it takes the place of, and a warning says so. A state that
+    has a part of the layer's adapters says nothing of it: the active one stays.
     """
     there = waiting(layer)
     start = f"{prefix}{INACTIVE}."
@@ -155,7 +160,13 @@ def follow(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
         trained = any(parameter.requires_grad for parameter in before)
         for parameter in before:
             parameter.requires_grad_(False)
-        exchange(layer, active.pop())
+        name = active.pop()
+        warnings.warn(
+            f"the state has the adapter {name!r} active, and so has the model now: an optimizer must "
+            "have been given the parameters of all adapters",
+            stacklevel=2,
+        )
+        exchange(layer, name)
         for parameter in layer.adapter_parameters().values():
             parameter.requires_grad_(trained)
 

@@ -294,6 +294,52 @@ def test_files_that_do_not_fit_the_model_are_refused(tmp_path):
         lorafast.save_adapter(model, tmp_path)
 
 
+def test_lora_and_bottlenecks_are_saved_apart(tmp_path, recwarn):
+    base = Model().double()
+    model = lorafast.adapt(copy.deepcopy(base), kind="pfeiffer", targets=["mlp"], bottleneck=3)
+    lorafast.adapt(model, r=2, targets=["attention"])
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    h = torch.randn(2, 12, dtype=torch.float64)
+    read = copy.deepcopy(base)
+    for kind in ("lora", "bottleneck"):
+        lorafast.save_adapter(model, tmp_path / kind, kind=kind)
+        lorafast.load_adapter(read, tmp_path / kind)
+    assert not recwarn.list
+    assert torch.equal(read(h), model(h))
+    with pytest.raises(
+        ValueError, match="kind is 'houlsby', expected 'lora', 'bottleneck' or None"
+    ):
+        lorafast.save_adapter(model, tmp_path / "none", kind="houlsby")
+    lorafast.remove_bottlenecks(model)
+    with pytest.raises(ValueError, match="has no adapter of the kind 'bottleneck'"):
+        lorafast.save_adapter(model, tmp_path / "none", kind="bottleneck")
+
+
+def test_a_checkpoint_of_the_plain_model_fits():
+    """The bottlenecks stay as they are, on meta they begin afresh; a part of one is refused."""
+    base = Model()
+    options = {"kind": "houlsby", "targets": ["mlp"], "bottleneck": 2, "layer_norm": True}
+    model = lorafast.adapt(Model(), **options)
+    before = {n: p.clone() for n, p in model.named_parameters() if "bottleneck" in n}
+    copy.deepcopy(model).load_state_dict(base.state_dict())
+    model.load_state_dict(base.state_dict())
+    for name, parameter in before.items():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    part = {k: v for k, v in model.state_dict().items() if not k.endswith("bottleneck.up")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.0\.mlp\.bottleneck\.up"):
+        model.load_state_dict(part)
+    meta = lorafast.adapt(Model().to("meta"), **options).to_empty(device="cpu")
+    meta.load_state_dict(base.state_dict())
+    h = torch.randn(2, 12)
+    assert torch.equal(meta(h), base(h))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Bottleneck(6, 2).load_state_dict({})
+
+
 def test_the_module_by_itself():
     one = Bottleneck(6, 2, activation="silu", dtype=torch.float64)
     h = torch.randn(3, 6, dtype=torch.float64)

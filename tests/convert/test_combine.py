@@ -279,3 +279,38 @@ def test_adapters_that_do_not_go_together(two):
         lorafast.combine([lorafast.Adapter(config, tensors | {head: torch.zeros(6, 2)})], [1])
     with pytest.raises(TypeError, match="an adapter is int"):
         lorafast.combine([3], [1])
+    with pytest.raises(TypeError, match="adapters is str, expected a list"):
+        lorafast.combine("ab", [1, 1])
+    for bad, sentence in (
+        (torch.full((6, 4), torch.nan), "is NaN or infinite"),
+        (torch.ones(6, 4, dtype=torch.int8), r"is torch\.int8, expected floats"),
+        (torch.ones(6, 4, dtype=torch.complex64), r"is torch\.complex64, expected floats"),
+    ):
+        with pytest.raises(ValueError, match=rf"head\.lora_B\.weight of adapter 1 {sentence}"):
+            lorafast.combine([two[1][0], lorafast.Adapter(config, tensors | {head: bad})], WEIGHTS)
+    assert repr(lorafast.Adapter({}, {})) == "Adapter(r=None, 0 layers, 0 numbers)"
+
+
+def test_starts_that_take_a_part_of_W_away(two):
+    """PiSSA's and OLoRA's factors belong to what is left of W."""
+    config, tensors = as_adapter(two[1][0])
+    plain, pissa, olora = (
+        lorafast.Adapter(config | {"init_lora_weights": how}, tensors)
+        for how in (True, "pissa", "olora")
+    )
+    with pytest.raises(ValueError, match="adapter 1 has init_lora_weights 'pissa' and adapter 0"):
+        lorafast.combine([plain, pissa], WEIGHTS)
+    assert lorafast.combine([pissa, pissa], WEIGHTS).config["init_lora_weights"] == "pissa"
+    with pytest.raises(ValueError, match=r"has r = 4 .* would have r = 8"):
+        lorafast.combine([pissa, pissa], WEIGHTS, "cat")
+    with pytest.raises(ValueError, match=r"'olora' leaves another part"):
+        lorafast.combine([olora, olora], WEIGHTS)
+
+
+def test_autocast_changes_nothing(two):
+    for how in ("cat", "ties_svd"):
+        options = {"density": 1} if how == "ties_svd" else {}
+        expected = lorafast.combine(two[1], WEIGHTS, how, **options).tensors
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = lorafast.combine(two[1], WEIGHTS, how, **options).tensors
+        assert all(torch.equal(ours[key], expected[key]) for key in expected)

@@ -101,16 +101,31 @@ def test_every_kind_of_layer(assert_same):
 
 
 def test_tied_weights(assert_same):
-    """A weight that two modules share is extracted once; a file holds it once."""
+    """Each module that has the weight needs an adapter; a file holds the weight once."""
     net = nn.ModuleDict({"tokens": nn.Embedding(7, 3), "head": nn.Linear(3, 7)}).double()
     net["head"].weight = net["tokens"].weight
     full = copy.deepcopy(net)
     full["tokens"].weight.data.add_(1)
     once = {key: value for key, value in full.state_dict().items() if key != "head.weight"}
     for given in (full, once):
-        found = lorafast.extract(given, net, 1, targets=["tokens"], report=None)
-        (layer,) = layers_of(found, net).values()
-        assert_same(layer.to_plain().weight.detach(), full["tokens"].weight.detach())
+        found = lorafast.extract(given, net, 1, targets=["tokens", "head"], report=None)
+        for name, layer in layers_of(found, net).items():
+            assert_same(layer.to_plain().weight.detach(), full[name].weight.detach())
+        assert found.lost.keys() == {"tokens", "head"}
+        with pytest.raises(ValueError, match=r"get no adapter: head\.weight"):
+            lorafast.extract(given, net, 1, targets=["tokens"], report=None)
+        with pytest.raises(ValueError, match=r"head\.weight .* is the weight of tokens too"):
+            lorafast.extract(given, net, 1, targets=["tokens"], others="save", report=None)
+    both = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}).double()
+    both["again"] = both["a"]  # one module, whose adapter is at both its names
+    full = copy.deepcopy(both)
+    full["a"].weight.data.add_(1)
+    model = lorafast.load_adapter(
+        copy.deepcopy(both), lorafast.extract(full, both, 1, targets=["a"], report=None).adapter
+    )
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for name in full:
+        assert_same(model[name](x), full[name](x))
 
 
 def layers_of(found, net):
@@ -131,6 +146,17 @@ def test_bfloat16_differences_are_exact(net, draw_adapters):
         assert error <= 64 * torch.finfo(torch.float32).eps
 
 
+def test_autocast_changes_nothing(net, draw_adapters):
+    net = net.float()
+    full = finetuned(net, draw_adapters, r=2)
+    expected = lorafast.extract(full, net, 2, report=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lorafast.extract(full, net, 2, report=None)
+    assert found.lost == expected.lost
+    for key, tensor in found.adapter.tensors.items():
+        assert torch.equal(tensor, expected.adapter.tensors[key]), key
+
+
 def test_what_else_differs(net, x, draw_adapters, assert_same, unchanged):
     full = finetuned(net, draw_adapters, r=2, targets=["up", "down"])
     full.norm.weight.data += 1
@@ -141,6 +167,8 @@ def test_what_else_differs(net, x, draw_adapters, assert_same, unchanged):
         lorafast.extract(full, net, 2, report=None)
     kept = lorafast.extract(full, net, 2, others="save", report=None)
     assert kept.adapter.config["modules_to_save"] == ["norm"]
+    stored = kept.adapter.tensors["base_model.model.norm.weight"]
+    assert stored.data_ptr() != full.norm.weight.data_ptr()
     assert_same(lorafast.load_adapter(copy.deepcopy(net), kept.adapter)(x), full(x))
     left = lorafast.extract(full, net, 2, others="drop", report=None)
     assert left.dropped == ("norm.weight",)

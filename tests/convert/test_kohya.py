@@ -143,6 +143,22 @@ def test_alpha_of_the_metadata(adapter, tmp_path):
     safetensors.save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(written)})
     model = lorafast.load_adapter(unet(), lorafast.import_adapter(file, unet()))
     assert model.proj_in.scaling == pytest.approx(6 / 2**0.5, rel=1e-15)
+    for field, value in (("init_lora_weights", "pissa"), ("use_dora", True)):
+        told = {"lora_adapter_metadata": json.dumps(written | {f"unet.{field}": value})}
+        safetensors.save_file(tensors, file, metadata=told)
+        with pytest.raises(ValueError, match=f"{field} in the metadata's lora_adapter_metadata is"):
+            lorafast.import_adapter(file, unet())
+
+
+def test_layers_called_as_other_adapters_are():
+    """Endings say what a tensor is; other parts are left alone, and the result has its own memory."""
+    net = nn.ModuleDict({"oft_proj": nn.Linear(2, 2), "lokr_": nn.Linear(2, 2)})
+    tensors = {f"unet.{name}.lora_{one}.weight": torch.ones(2, 2) for name in net for one in "AB"}
+    found = lorafast.import_adapter(tensors | {"transformer.x.hada_w1_a": X}, net, "unet")
+    for key, tensor in found.tensors.items():
+        given = tensors[key.replace("base_model.model", "unet")]
+        assert torch.equal(tensor, given)
+        assert tensor.data_ptr() != given.data_ptr()
 
 
 def test_matrices_for_a_convolution_of_one_pixel(adapter):
