@@ -25,7 +25,6 @@ from lorafast.convert import (
     set_adapter,
     summary,
     thaw,
-    without_bottlenecks,
 )
 from lorafast.integrations import accelerate, accelerated, explain, restore, warm_up
 from lorafast.ops import (
@@ -77,5 +76,4 @@ __all__ = [
     "thaw",
     "use_backend",
     "warm_up",
-    "without_bottlenecks",
 ]

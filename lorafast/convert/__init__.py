@@ -4,7 +4,7 @@ from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter import Adapter
 from lorafast.convert.adapter_io import load_adapter, save_adapter
 from lorafast.convert.adapterhub import load_adapterhub, save_adapterhub
-from lorafast.convert.bottlenecks import remove_bottlenecks, without_bottlenecks
+from lorafast.convert.bottlenecks import remove_bottlenecks
 from lorafast.convert.combine import combine
 from lorafast.convert.disabled import disabled
 from lorafast.convert.extract import Extracted, extract
@@ -49,5 +49,4 @@ __all__ = [
     "set_adapter",
     "summary",
     "thaw",
-    "without_bottlenecks",
 ]

@@ -58,7 +58,7 @@ def adapt(
     With ``kind="houlsby"``, ``"pfeiffer"`` or ``"parallel"`` no layer is replaced: a bottleneck adapter
     (``nn.Bottleneck``) stands at the output of modules, ``y + scaling · (f(y·Dᵀ + d)·Uᵀ + u)``, or, of
     ``"parallel"``, beside them, ``module(h) + scaling · (f(h·Dᵀ + d)·Uᵀ + u)``. ``remove_bottlenecks``
-    takes them away, ``without_bottlenecks`` switches them off.
+    takes them away, ``disabled`` switches them off.
 
     Args:
         model: any module; changed in place. If it is itself a layer to adapt, use what is returned.

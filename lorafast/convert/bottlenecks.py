@@ -4,9 +4,7 @@ A bottleneck is a child of the module at whose output it stands, and a forward h
 stays what it is, its parent may read what it likes of it, and a checkpoint of the plain model fits.
 """
 
-import contextlib
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,20 +141,6 @@ def remove_bottleneck(module: nn.Module) -> None:
             del module._forward_hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
     del module._modules[CHILD]
-
-
-@contextlib.contextmanager
-def without_bottlenecks(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes what it would without its bottleneck adapters, to the bit."""
-    all_of_them = list(bottlenecks(unwrapped(model)).values())
-    before = [one.enabled for one in all_of_them]
-    try:
-        for one in all_of_them:
-            one.enabled = False
-        yield
-    finally:
-        for one, enabled in zip(all_of_them, before, strict=True):
-            one.enabled = enabled
 
 
 def _find(

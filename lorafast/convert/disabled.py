@@ -3,15 +3,13 @@
 import contextlib
 import sys
 import threading
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from lorafast.convert.kinds import adapted_layers
-from lorafast.convert.places import has_peft_adapter
-from lorafast.nn import AdapterLayer
+from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper, switches
+from lorafast.nn import AdapterLayer, Bottleneck
 
 _lock = threading.RLock()
 
@@ -23,13 +21,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         with lorafast.disabled(model):
             reference_logits = model(x)
 
-    Each adapted layer calls the frozen layer that it is over. A merged one does so too, and is merged
-    as before after the block. What is trained besides adapters (a head, norms) stays as it is. A layer
+    Each adapted layer calls the frozen layer that it is over, and each module with a bottleneck gives
+    its own output. A merged layer does so too, and is merged as before after the block. What is trained
+    besides adapters (a head, norms) stays as it is. Of PiSSA and OLoRA (``init_lora_weights``) the
+    frozen layer is what they left of the weight, and not that of the model before ``adapt``. A layer
     over a quantized weight computes as ``lorafast.nn.QuantizedLinear`` does; PyTorch's encoders go on
     calling their layers, without the fused kernels of inference.
 
     Models of PEFT's are disabled by PEFT's own ``disable_adapter``, accelerated or not, and
     ``requires_grad`` is afterwards as it was.
+
+    Run a backward inside too where a forward inside is checkpointed: it computes the forward again.
 
     Blocks may be nested, and an error inside ends them as usual. The model is disabled in all threads:
     until the last block around it has ended, where several threads have one (of PEFT's models, as PEFT
@@ -42,70 +44,34 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: it has no adapters.
     """
-    layers = list(adapted_layers(model).values())
+    ours = switches(model)
     theirs = _of_peft(model)
-    if not layers and not theirs:
-        raise ValueError("the model has no adapted layer: there is no adapter to disable")
+    if not ours and not theirs:
+        raise ValueError("the model has no adapter: there is no adapter to disable")
     with contextlib.ExitStack() as stack:
         if theirs:
             stack.enter_context(_peft_disabled(model, theirs))
-        if layers:
-            stack.enter_context(_disabled(layers))
+        if ours:
+            stack.enter_context(_disabled(ours))
         yield model
 
 
-class _Without:
-    """The ``forward`` of an adapted layer while it is disabled, by ``count`` blocks."""
-
-    def __init__(self, layer: AdapterLayer, place: str) -> None:
-        self.layer, self.place, self.count = layer, place, 0
-        self.before = vars(layer).get(place)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.layer.base_forward(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # What a copy of the layer gets in its place.
-        return _own_forward, (self.layer,)
-
-
-def _own_forward(layer: AdapterLayer) -> Any:
-    return types.MethodType(type(layer).forward, layer)
-
-
 @contextlib.contextmanager
-def _disabled(layers: list[AdapterLayer]) -> Iterator[None]:
+def _disabled(ours: list[AdapterLayer | Bottleneck]) -> Iterator[None]:
     with _lock:
-        for layer in layers:
-            # Accelerate's hook has replaced the forward, and calls what it has found.
-            place = "_old_forward" if "_hf_hook" in vars(layer) else "forward"
-            if not isinstance(vars(layer).get(place), _Without):
-                vars(layer)[place] = _Without(layer, place)
-            vars(layer)[place].count += 1
+        for one in ours:
+            one.switch(1)
     try:
         yield
     finally:
         with _lock:
-            for layer in layers:
-                _end(layer)
-
-
-def _end(layer: AdapterLayer) -> None:
-    for place in ("_old_forward", "forward"):
-        without = vars(layer).get(place)
-        if isinstance(without, _Without):
-            without.count -= 1
-            if without.count == 0 and without.before is None:
-                del vars(layer)[place]
-            elif without.count == 0:
-                vars(layer)[place] = without.before
-            return
+            for one in ours:
+                one.switch(-1)
 
 
 def _of_peft(model: nn.Module) -> list[Any]:
     """PEFT's adapter layers in ``model``, and its wrappers of modules that are stored whole."""
-    others = getattr(sys.modules.get("peft.utils.other"), "AuxiliaryTrainingWrapper", ())
-    return [m for m in model.modules() if has_peft_adapter(m) or isinstance(m, others)]
+    return [m for m in model.modules() if has_peft_adapter(m) or is_peft_wrapper(m)]
 
 
 @contextlib.contextmanager

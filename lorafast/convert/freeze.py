@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lorafast.convert.kinds import adapted_layers
-from lorafast.convert.places import has_peft_adapter
+from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter
 from lorafast.convert.targets import Pattern, check_pattern, matches, some, unwrapped
-from lorafast.nn import AdapterLayer
 
 _NEAREST = 3
 _LISTS = (nn.Sequential, nn.ModuleList)
@@ -237,7 +235,7 @@ def _until(model: nn.Module, until: object) -> _Parts:
 
 def _to_train(module: nn.Module) -> list[nn.Parameter]:
     """The parameters in ``module`` that ``thaw`` trains: of its adapters, if it has any."""
-    if not _has_adapters(module):
+    if not has_adapters(module):
         return list(module.parameters())
     adapters = (layer.adapter_parameters() for layer in adapted_layers(module).values())
     found = [one for layer in adapters for one in layer.values() if isinstance(one, nn.Parameter)]
@@ -256,10 +254,6 @@ def _active(layer: Any) -> list[nn.Parameter]:
         for name, parameter in getattr(layer, adapter).named_parameters()
         if name.partition(".")[0] in active
     ]
-
-
-def _has_adapters(module: nn.Module) -> bool:
-    return any(isinstance(m, AdapterLayer) or has_peft_adapter(m) for m in module.modules())
 
 
 def _blocks(model: nn.Module) -> list[str]:
@@ -285,11 +279,11 @@ def _blocks(model: nn.Module) -> list[str]:
 def _last_blocks(model: nn.Module, last: object) -> _Parts:
     if not isinstance(last, int) or isinstance(last, bool) or last < 1:
         raise ValueError(f"last is {last!r}, expected a positive integer")
-    adapted = _has_adapters(model)
+    adapted = has_adapters(model)
     frozen = []
     for name in _blocks(model):
         part = _Parts(model, [name])
-        if adapted and not any(_has_adapters(holder) for holder, _ in part.roots):
+        if adapted and not any(has_adapters(holder) for holder, _ in part.roots):
             continue
         if any(not one.requires_grad for one in part.trainable()):
             frozen.append(name)

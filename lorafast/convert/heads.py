@@ -1,6 +1,5 @@
 """``new_head``: a model gets a fresh classifier."""
 
-import sys
 from typing import Any
 
 import torch
@@ -8,7 +7,8 @@ from torch import nn
 
 from lorafast import operands
 from lorafast.convert.freeze import nearest
-from lorafast.convert.places import COMPILED, embeddings_of, has_peft_adapter
+from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper
+from lorafast.convert.places import COMPILED, embeddings_of
 from lorafast.convert.targets import replace, unwrapped
 from lorafast.nn import AdapterLayer
 from lorafast.nn.plain import features, is_conv1d, is_linear
@@ -118,10 +118,8 @@ def _why_not(model: nn.Module, name: str, old: nn.Module) -> str | None:
         return "the model is itself a linear layer, which nothing can put in its place"
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    wrappers = sys.modules.get("peft.utils.other")
-    wrapper = getattr(wrappers, "AuxiliaryTrainingWrapper", ())
     for module in (*around, old):
-        if has_peft_adapter(module) or isinstance(module, wrapper):
+        if has_peft_adapter(module) or is_peft_wrapper(module):
             return f"it lies in PEFT's {type(module).__name__}: make the head before PEFT's model"
     if COMPILED in parts:
         return "torch.compile goes on calling the layer that it was given: make the head before"

@@ -16,9 +16,8 @@ from lorafast.convert.adapter_pair import read_pair
 from lorafast.convert.all_or_nothing import copy_into
 from lorafast.convert.checkpoints import Source, Tensors, is_adapter, opened, state_of
 from lorafast.convert.exchange import why_not_replaceable
-from lorafast.convert.kinds import adapted_layers
+from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter
 from lorafast.convert.peft_format import parse_config
-from lorafast.convert.places import has_peft_adapter
 from lorafast.convert.targets import unwrapped
 from lorafast.nn import AdapterLayer
 
@@ -181,7 +180,7 @@ def _between(model: nn.Module, other: Source, into: nn.Module) -> Iterator[list[
     own, goal = unwrapped(model), unwrapped(into)
     source = unwrapped(other) if isinstance(other, nn.Module) else other
     for what, one in (("the model", own), ("the other model", source), ("into", goal)):
-        if isinstance(one, nn.Module) and _has_adapters(one):
+        if isinstance(one, nn.Module) and has_adapters(one):
             raise ValueError(
                 f"{what} has adapters, whose factors don't interpolate: merge it first, or scale its "
                 "own adapters with other=None"
@@ -290,10 +289,6 @@ def _tied(state: dict[str, Tensor]) -> dict[str, list[str]]:
         _shape(tensor)
         groups.setdefault(_memory(tensor), []).append(key)
     return {key: group for group in groups.values() for key in group}
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    return bool(adapted_layers(model)) or any(map(has_peft_adapter, model.modules()))
 
 
 _Scaling = tuple[AdapterLayer, float, float]

@@ -3,6 +3,7 @@
 To add one: its module, a subclass of ``AdapterLayer``, and a row in ``KINDS``.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,28 @@ def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str,
     """The adapted layers of ``model`` by name; without ``remove_duplicate`` by each of their names."""
     modules = model.named_modules(remove_duplicate=remove_duplicate)
     return {name: module for name, module in modules if isinstance(module, AdapterLayer)}
+
+
+def switches(model: nn.Module) -> list[AdapterLayer | Bottleneck]:
+    """What ``disabled`` switches off: the adapted layers and the bottlenecks of ``model``."""
+    return [one for one in model.modules() if isinstance(one, AdapterLayer | Bottleneck)]
+
+
+def has_peft_adapter(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of PEFT's, with an adapter of any kind; never imports PEFT."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+
+
+def is_peft_wrapper(module: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper of a module that is stored whole; never imports PEFT."""
+    others = sys.modules.get("peft.utils.other")
+    return others is not None and isinstance(module, others.AuxiliaryTrainingWrapper)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether an adapter is in ``model``: lorafast's, of any kind, or PEFT's."""
+    return bool(switches(model)) or any(map(has_peft_adapter, model.modules()))
 
 
 def adapter_parameters(model: nn.Module) -> list[Tensor]:

@@ -1,12 +1,11 @@
 """Where a layer stands in a model: embeddings, places whose adapter would never run, PEFT's layers."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lorafast.convert.kinds import PLAIN, kind_of
+from lorafast.convert.kinds import PLAIN, has_peft_adapter, kind_of
 from lorafast.nn import LoRAMultiheadAttention
 
 # What torch.compile calls the module that it wraps.
@@ -62,12 +61,6 @@ _READ_BY_PARENT: tuple[tuple[Callable[[nn.Module], bool], tuple[str, ...]], ...]
         ("qkv", "proj"),
     ),
 )
-
-
-def has_peft_adapter(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer of PEFT's, with an adapter of any kind; never imports PEFT."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:

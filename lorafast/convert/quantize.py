@@ -10,8 +10,8 @@ from lorafast import operands
 from lorafast.convert import encoders
 from lorafast.convert import targets as _targets
 from lorafast.convert.fsdp import name_of_sharded
-from lorafast.convert.kinds import adapted_layers
-from lorafast.convert.places import has_peft_adapter, why_not_called
+from lorafast.convert.kinds import adapted_layers, has_peft_adapter
+from lorafast.convert.places import why_not_called
 from lorafast.convert.targets import ALL_LINEAR, Pattern, matches
 from lorafast.core.dtypes import FLOATS
 from lorafast.core.problem import PLAIN

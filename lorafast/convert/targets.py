@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lorafast.convert.kinds import PLAIN, kind_of, kind_of_layer
+from lorafast.convert.kinds import PLAIN, has_peft_adapter, kind_of, kind_of_layer
 from lorafast.convert.left_out import large_share
-from lorafast.convert.places import COMPILED, has_peft_adapter, why_not_here
+from lorafast.convert.places import COMPILED, why_not_here
 from lorafast.nn import AdapterLayer
 
 ALL_LINEAR = "all-linear"

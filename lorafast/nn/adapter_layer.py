@@ -21,6 +21,7 @@ from lorafast.nn.checks import (
 )
 from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
 from lorafast.nn.siblings import Siblings
+from lorafast.nn.switch import Switch
 from lorafast.ops.siblings import Sibling
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -28,7 +29,7 @@ _PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
 Layer = TypeVar("Layer", bound="AdapterLayer")
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(Switch, nn.Module):
     """A frozen layer with an adapter of rank ``r``, in the place of the plain layer that it wraps.
 
     Its frozen tensors and its adapter's are its own parameters and buffers. A kind of adapter is a
@@ -46,7 +47,7 @@ class AdapterLayer(nn.Module):
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
             "_plain_class", "_stored_names", "_use_dora", "_aside", "_siblings", "_adapter_name",
-            "inactive",
+            "inactive", "_off", "_off_blocks",
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
@@ -67,7 +68,7 @@ class AdapterLayer(nn.Module):
     _adapter_name = inactive.FIRST
     """Which of several adapters is active: see ``lorafast.nn.inactive``."""
     _aside = False
-    """Whether the forward is another than the plain adapter's: merged, DoRA, or one of siblings."""
+    """Whether the forward is another than the plain adapter's: off, merged, DoRA, or one of siblings."""
     init_lora_weights: str | None = None
     """How A and B began, where that took a part of W away (PiSSA, OLoRA)."""
     shares_x: ClassVar[bool] = False
@@ -367,7 +368,12 @@ class AdapterLayer(nn.Module):
 
     def _set_merged(self, merged: bool) -> None:
         self.merged = merged
-        self._aside = merged or self._use_dora or self._siblings is not None
+        self._aside = self._off or merged or self._use_dora or self._siblings is not None
+
+    def switch(self, blocks: int) -> None:
+        """One block of ``disabled`` more (1) that the adapter is off in, or one fewer (-1)."""
+        super().switch(blocks)
+        self._set_merged(self.merged)
 
     def set_siblings(self, siblings: tuple[Siblings, int] | None) -> None:
         """Lets it share x with others, if no other layer has its place among them, or with none."""

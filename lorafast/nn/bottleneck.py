@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lorafast import functional
 from lorafast.nn.checks import check_alpha, check_rank
+from lorafast.nn.switch import Switch
 from lorafast.ops.bottleneck_checks import check_activation
 
 INITS = ("zero", "bert")
@@ -15,7 +16,7 @@ INITS = ("zero", "bert")
 _STD = 0.02
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Switch, nn.Module):
     """``y = h + scaling · (f(norm(h)·Dᵀ + d)·Uᵀ + u)`` (Houlsby et al., 2019), or with ``residual``
     given ``y = residual + scaling · …`` (He et al., 2022).
 
@@ -62,8 +63,6 @@ class Bottleneck(nn.Module):
         self.activation, self.scaling = activation, check_alpha("scaling", scaling)
         self.parallel = False
         """At another module: whether it reads that module's input."""
-        self.enabled = True
-        """At another module: whether it changes the output."""
 
         def made(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -89,6 +88,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """``y [..., out_features]`` in the dtype of ``h``."""
+        if self._off:
+            return h if residual is None else residual
         normed = h
         if self.norm is not None:
             normed = self.norm(h)
@@ -107,7 +108,7 @@ class Bottleneck(nn.Module):
     def at_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """A forward hook: the module's output with the bottleneck after it, or beside the module. Of
         several outputs it is the first one that changes."""
-        if not self.enabled:
+        if self._off:
             return output
         y = output[0] if isinstance(output, tuple | list) and output else output
         if not isinstance(y, Tensor):

@@ -267,6 +267,11 @@ class LoRAMultiheadAttention(AdapterLayer):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results of ``nn.MultiheadAttention``."""
+        if self._off:
+            return self.base_forward(  # type: ignore[no-any-return]
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+                is_causal,
+            )  # fmt: skip
         heads = Heads(
             self.num_heads, self.batch_first, self.attention_dropout if self.training else 0.0,
             self.bias_k, self.bias_v, self.add_zero_attn,

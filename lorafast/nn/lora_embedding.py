@@ -239,6 +239,8 @@ class LoRAEmbedding(AdapterLayer):
         return self._scaled(y) if self._scales else y
 
     def _forward_aside(self, x: Tensor) -> Tensor:
+        if self._off:
+            return self.base_forward(x)  # type: ignore[no-any-return]
         if self.merged:
             return self._forward_merged(x)
         y = dora_embedding(

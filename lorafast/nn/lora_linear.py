@@ -301,6 +301,8 @@ class LoRALinear(AdapterLayer):
 
     def _forward_aside(self, x: Tensor) -> Tensor | None:
         """What it is aside for; None if x is not shared with siblings, nor anything else."""
+        if self._off:
+            return self.base_forward(x)
         if self.merged:
             return self._forward_merged(x)
         if self._use_dora:
@@ -311,8 +313,9 @@ class LoRALinear(AdapterLayer):
         return siblings.forward(place, self, x)
 
     def sibling(self) -> Sibling | None:
-        """Its tensors, if it is neither merged nor DoRA's and drops nothing: each layer has its mask."""
-        if self.merged or self._use_dora or (self.dropout and self.training):
+        """Its tensors, if it is on, neither merged nor DoRA's, and drops nothing: each layer has its
+        mask."""
+        if self._off or self.merged or self._use_dora or (self.dropout and self.training):
             return None
         p: Any = self._parameters
         try:

@@ -86,7 +86,7 @@ def test_houlsby_and_pfeiffer_by_structure(family):
         for parameter in one.parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.any(), name
-    with lorafast.without_bottlenecks(model):
+    with lorafast.disabled(model):
         assert torch.equal(output_of(model), before)
     assert not torch.equal(output_of(model), before)
     lorafast.remove_bottlenecks(model)
@@ -103,7 +103,7 @@ def test_parallel_adapters_read_the_input_of_the_mlp(family):
     assert [name.endswith(".mlp") for name in bottlenecks(model)] == [True, True]
     (name, one), *_ = bottlenecks(shaken(model)).items()
     mlp, h = model.get_submodule(name), torch.randn(2, 5, 16)
-    with lorafast.without_bottlenecks(model):
+    with lorafast.disabled(model):
         plain = mlp(h)
     assert (one.bottleneck, one.scaling) == (8, 4.0)
     expected = reference.bottleneck(

@@ -75,7 +75,7 @@ def test_has_the_bits_of_the_frozen_model(kind, training, draw_adapters):
     for one in (model, *copies):
         torch.manual_seed(0)
         assert torch.equal(one(x), on)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any({"forward", "_off"} & vars(module).keys() for module in model.modules())
 
 
 def test_a_merged_layer_is_merged_again_and_an_error_ends_it(net, x, draw_adapters):
@@ -159,14 +159,59 @@ def test_of_peft(net, x, wrapped):
     assert trained == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-def test_of_a_layer_that_accelerate_has_offloaded(net, x, draw_adapters):
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "before"])
+def test_of_a_layer_that_accelerate_has_offloaded(net, x, inside, draw_adapters):
     accelerate = pytest.importorskip("accelerate")
     expected = net(x)
-    accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    if not inside:
+        accelerate.cpu_offload(net, execution_device=cpu)
     on = draw_adapters(lorafast.adapt(net, 2))(x)
     with lorafast.disabled(net):
+        if inside:
+            accelerate.cpu_offload(net, execution_device=cpu)
         assert torch.equal(net(x), expected)
     assert torch.equal(net(x), on)
+
+
+def bottlenecked(net, x, draw_adapters, lora):
+    """With a bottleneck, which changes something, and LoRA too."""
+    with torch.no_grad():
+        expected = net(x)
+        lorafast.adapt(net, kind="houlsby", targets=["up"], bottleneck=2, init="bert")
+        if lora:
+            draw_adapters(lorafast.adapt(net, 2, ["head"]))
+        net.block.up.bottleneck.up.add_(1)
+        return expected, net(x)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA too", "alone"])
+def test_of_bottlenecks(net, x, lora, draw_adapters):
+    expected, on = bottlenecked(net, x, draw_adapters, lora)
+    assert not torch.equal(on, expected)
+    first, second = lorafast.disabled(net), lorafast.disabled(net)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # the blocks overlap
+    assert torch.equal(net(x), expected)
+    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    second.__exit__(None, None, None)
+    for one in (net, *copies):
+        assert torch.equal(one(x), on)
+    one, h = net.block.up.bottleneck, torch.randn(2, 7, dtype=torch.float64)
+    with lorafast.disabled(one):
+        assert one(h) is h
+
+
+def test_a_replica_computes_with_its_own_tensors(draw_adapters):
+    """As ``nn.DataParallel`` makes one: other parameters in a copy of the layer's attributes."""
+    layer = nn.Linear(5, 3)
+    layer = draw_adapters(lorafast.adapt(layer, 2))
+    with lorafast.disabled(layer):
+        replica = layer._replicate_for_data_parallel()
+        replica._parameters = {n: p.detach() + 1 for n, p in layer._parameters.items()}
+        expected = nn.functional.linear(FLOATS, replica.weight, replica.bias)
+        assert torch.equal(replica(FLOATS), expected)
 
 
 def test_refuses_a_model_without_adapters(net):
