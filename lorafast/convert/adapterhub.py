@@ -245,8 +245,8 @@ def _check_complete(model: nn.Module, found: dict[str, Any], where: _Where) -> N
         if expected != (place in found):
             one = "no" if expected else "an"
             raise ValueError(
-                f"the file has {one} adapter at {place.removesuffix(_PLACE)}, unlike what its config says "
-                "(mh_adapter, output_adapter, leave_out)"
+                f"the file has {one} adapter at {place.removesuffix(_PLACE)}, unlike what its config "
+                "says (mh_adapter, output_adapter, leave_out)"
             )
 
 

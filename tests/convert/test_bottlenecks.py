@@ -323,7 +323,7 @@ class Broken(Model):
 
 
 def test_what_fails_at_the_end_leaves_nothing_behind(tmp_path):
-    base, model = saved(tmp_path)
+    base, _ = saved(tmp_path)
     broken = Broken()
     broken.load_state_dict(base.state_dict())
     for change in (
@@ -353,7 +353,7 @@ def test_lora_at_a_module_with_a_bottleneck_is_refused(tmp_path):
 def test_parts_of_bottlenecks_are_no_places():
     model = lorafast.adapt(Model(), kind="pfeiffer", targets=["mlp"], layer_norm=True)
     with pytest.raises(
-        ValueError, match="targets is '.*norm', a regex that matches the full name of"
+        ValueError, match=r"targets is '\.\*norm', a regex that matches the full name of"
     ):
         lorafast.adapt(model, kind="pfeiffer", targets=".*norm")
 
