@@ -139,11 +139,16 @@ def draw(arms: list[Arm], found: list[Curve], path: Path, args: argparse.Namespa
     figure.savefig(path, dpi=130)
 
 
-def check(network: Network, arms: list[Arm], found: list[Curve], default: bool) -> list[str]:
-    """Print what the best alpha of each arm gives; return a sentence for each check that fails."""
+def check(
+    first: tuple[float, float], arms: list[Arm], found: list[Curve], default: bool
+) -> list[str]:
+    """Print what the best alpha of each arm gives; return a sentence for each check that fails.
+
+    `first`: both accuracies of the first network, as it was before the curves.
+    """
     failed = []
     for arm, curve in zip(arms, found, strict=True):
-        if curve[0][1] != found[0][0][1]:
+        if curve[0][1] != first:
             failed.append(f"{arm.name}: at alpha 0 the accuracy is not the first network's")
         means = {alpha: (original + target) / 2 for alpha, (original, target) in curve}
         best = max(means, key=lambda alpha: means[alpha])
@@ -156,12 +161,16 @@ def check(network: Network, arms: list[Arm], found: list[Curve], default: bool) 
     return failed
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors, and the scalings of adapters, which are in no `state_dict`."""
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, lorafast.nn.AdapterLayer)]
+    scalings = {f"{name}.scaling": torch.tensor(layer.scaling) for name, layer in layers}
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()} | scalings
 
 
 def is_back(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    now = state_of(model)
+    return now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in now)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -215,13 +224,14 @@ def main() -> int:
     train(arms, Batches(images, args.batch, args.steps, args.seed), states[1])
     tests = test_batches(FILLED, args, args.seed + 1), test_batches(SHIFTED, args, args.seed + 3)
     models = [network, *(arm.model for arm in arms)]
-    before = list(map(weights, models))
+    before = list(map(state_of, models))
+    first = accuracy(network, tests[0]), accuracy(network, tests[1])
     found = curves(network, arms, tests, args.alphas)
     picture = args.out / "demo_interpolation.png"
     draw(arms, found, picture, args)
 
     print(f"\n{results(arms, found)}\n")
-    failed = check(network, arms, found, default)
+    failed = check(first, arms, found, default)
     if not all(map(is_back, models, before)):
         failed.append("a model is not what it was before the curve")
     for state in states:

@@ -4,7 +4,6 @@ A bottleneck is a child of the module at whose output it stands, and a forward h
 stays what it is, its parent may read what it likes of it, and a checkpoint of the plain model fits.
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from lorafast.convert.targets import (
     check_pattern,
     each,
     given,
+    nearest,
     reaches,
     unwrapped,
 )
@@ -238,9 +238,7 @@ def _check_names(
             raise ValueError(
                 f"{given(argument, one)}, a regex that matches the full name of no module"
             )
-        endings = {name.rpartition(".")[2] for name in known}
-        close = difflib.get_close_matches(one[0], sorted(endings | known), n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = nearest(one[0], list(known))
         raise ValueError(f"{given(argument, one)}, which is the name of no module{hint}")
 
 

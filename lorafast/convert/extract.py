@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lorafast.convert import targets as _targets
 from lorafast.convert.adapter import Adapter, patterns, saved
+from lorafast.convert.checkpoints import Checkpoint, Tensors, opened
 from lorafast.convert.kinds import LINEAR, kind_of_layer
 from lorafast.convert.peft_format import PREFIX, shortest_targets, stored_whole
 from lorafast.convert.targets import ALL_LINEAR, Pattern, check_pattern, matches, some
-from lorafast.convert.weights import Checkpoint, Weights
 from lorafast.nn.checks import check_rank
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -67,7 +67,8 @@ def extract(
     gets no adapter.
 
     Args:
-        full_finetuned: a model, a state dict, a safetensors file, or a folder of some.
+        full_finetuned: a model, a state dict, a safetensors file, or a folder with one (``model`` or
+            ``diffusion_pytorch_model``, or the only one there) or with an index of several.
         base: what it was trained from, given likewise.
         r: rank; a layer with fewer rows or columns has as many.
         targets: as for ``adapt``. Where neither of the two is a model, nothing says which tensors are of
@@ -97,10 +98,27 @@ def extract(
     ):
         if value not in known:
             raise ValueError(f"{argument} is {value!r}, expected {' or '.join(map(repr, known))}")
-    full, start = Weights("full_finetuned", full_finetuned), Weights("base", base)
+    with opened(full_finetuned, "full_finetuned") as full, opened(base, "base") as start:
+        adapter, lost, total, dropped = _extracted(
+            full, start, r, targets, exclude, others, svd, report
+        )
+    return Extracted(saved(adapter, folder), lost, total, dropped)
+
+
+def _extracted(
+    full: Tensors,
+    start: Tensors,
+    r: int,
+    targets: Pattern,
+    exclude: Pattern | None,
+    others: str,
+    svd: str,
+    report: Callable[[str], object] | None,
+) -> tuple[Adapter, dict[str, float], float, tuple[str, ...]]:
+    """The adapter, what is lost of each layer and of all, and what is dropped."""
     _check_structure(full, start)
     shapes = _layers(full, start, targets, exclude)
-    changed = [name for name in start.names if name in full and _differs(full, start, name)]
+    changed = [name for name in start.shapes if name in full.shapes and _differs(full, start, name)]
     adapted = {name: layer for name, layer in shapes.items() if f"{name}.weight" in changed}
     if not adapted:
         raise ValueError("full_finetuned and base are equal in all layers that targets names")
@@ -122,12 +140,12 @@ def extract(
     }
     adapter = Adapter(
         _config(ranks, r, (start if start.model else full).modules(), whole),
-        tensors | {PREFIX + name: full[name].cpu() for name in _stored(full, whole)},
+        tensors | {PREFIX + name: full.read(name).cpu() for name in _stored(full, whole)},
     )
     total = math.sqrt(sums[0] / sums[1])
     if report is not None:
         report(_in_all(len(lost), total))
-    return Extracted(saved(adapter, folder), lost, total, dropped)
+    return adapter, lost, total, dropped
 
 
 @dataclass(frozen=True)
@@ -139,7 +157,7 @@ class _Layer:
 
 
 def _layers(
-    full: Weights, base: Weights, targets: Pattern, exclude: Pattern | None
+    full: Tensors, base: Tensors, targets: Pattern, exclude: Pattern | None
 ) -> dict[str, _Layer]:
     model = base.model or full.model
     if model is not None:
@@ -152,12 +170,12 @@ def _layers(
             "say what the linear layers are: name them"
         )
     left = check_pattern("exclude", () if exclude is None else exclude)
-    names = [name.removesuffix(".weight") for name in base.names if name.endswith(".weight")]
+    names = [name.removesuffix(".weight") for name in base.shapes if name.endswith(".weight")]
     chosen = [name for name in names if matches(targets, name) and not matches(left, name)]
     if not chosen:
         raise ValueError(f"targets is {targets!r}, which names no weight (there is {some(names)})")
     for name in chosen:
-        shape = base.shape(f"{name}.weight")
+        shape = list(base.shapes[f"{name}.weight"])
         if len(shape) != 2:
             raise ValueError(
                 f"{name}.weight has shape {shape}, expected that of a linear layer (give a model for "
@@ -176,28 +194,30 @@ def _of_module(name: str, module: nn.Module) -> _Layer:
     return _Layer(kind.factors, kind.is_transposed(module))
 
 
-def _check_structure(full: Weights, base: Weights) -> None:
+def _check_structure(full: Tensors, base: Tensors) -> None:
     """Raises ``ValueError`` that names the first tensor that one has alone, or in another shape."""
     for one, other in ((base, full), (full, base)):
-        for name in one.names:
+        for name in one.shapes:
             # Files hold a tensor that two modules share once.
-            if name not in other and not any(tied in other for tied in one.shared_with(name)):
+            if name not in other.shapes and not any(
+                tied in other.shapes for tied in one.shared_with(name)
+            ):
                 raise ValueError(f"{one.argument} has {name}, and {other.argument} has not")
-    for name in base.names:
-        if name in full and base.shape(name) != full.shape(name):
+    for name, shape in base.shapes.items():
+        if full.shapes.get(name, shape) != shape:
             raise ValueError(
-                f"{name} has shape {full.shape(name)} in full_finetuned and {base.shape(name)} in base"
+                f"{name} has shape {list(full.shapes[name])} in full_finetuned and {list(shape)} in base"
             )
 
 
-def _differs(full: Weights, base: Weights, name: str) -> bool:
-    one, other = full[name], base[name]
+def _differs(full: Tensors, base: Tensors, name: str) -> bool:
+    one, other = full.read(name), base.read(name)
     dtype = torch.promote_types(one.dtype, other.dtype)
     return not torch.equal(one.to(dtype), other.to(one.device, dtype))
 
 
 def _others(
-    full: Weights, changed: Sequence[str], adapted: dict[str, _Layer], others: str
+    full: Tensors, changed: Sequence[str], adapted: dict[str, _Layer], others: str
 ) -> tuple[list[str], tuple[str, ...]]:
     """The modules to store whole, and the tensors that are dropped."""
     left = [
@@ -234,17 +254,17 @@ def _others(
     return whole, ()
 
 
-def _stored(full: Weights, whole: Sequence[str]) -> list[str]:
+def _stored(full: Tensors, whole: Sequence[str]) -> list[str]:
     if not whole:
         return []
-    return [name for name in full.names if stored_whole(name.rpartition(".")[0], whole)]
+    return [name for name in full.shapes if stored_whole(name.rpartition(".")[0], whole)]
 
 
 def _factors(
-    full: Weights, base: Weights, name: str, layer: _Layer, r: int, svd: str
+    full: Tensors, base: Tensors, name: str, layer: _Layer, r: int, svd: str
 ) -> tuple[Tensor, Tensor, float, float]:
     """``A``, ``B``, ``‖ΔW − B·A‖`` and ``‖ΔW‖``."""
-    one, other = full[name], base[name]
+    one, other = full.read(name), base.read(name)
     for tensor in (one, other):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected floats: dequantize it first")

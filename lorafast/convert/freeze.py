@@ -1,16 +1,16 @@
 """``freeze`` and ``thaw``: which parts of a model are trained, and whose statistics are held."""
 
-import difflib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter
-from lorafast.convert.targets import Pattern, check_pattern, matches, some, unwrapped
+from lorafast import operands
+from lorafast.convert.kinds import adapter_parameters, has_adapters, has_peft_adapter
+from lorafast.convert.targets import Pattern, check_pattern, matches, nearest, some, unwrapped
+from lorafast.nn import AdapterLayer, Bottleneck
+from lorafast.nn.inactive import InactiveAdapters
 
-_NEAREST = 3
 _LISTS = (nn.Sequential, nn.ModuleList)
 
 
@@ -32,6 +32,7 @@ def freeze(
     ``state_dict`` is the same. ``thaw`` ends it, and the norm takes the mode that was last asked for.
 
     Adapters are parameters as others: name them in ``except_``, or freeze what lies before them.
+    ``set_adapter`` trains the adapters that it makes active, in every layer: freeze again after it.
     Freeze before ``DistributedDataParallel``, which waits for what was trained when it was made, and
     after ``SyncBatchNorm.convert_sync_batchnorm``, which makes norms anew.
 
@@ -81,8 +82,10 @@ def thaw(model: nn.Module, targets: Pattern | None = None, *, last: int | None =
     """Trains parts of ``model`` again, at once or step by step; the norms in them follow
     ``model.train()`` again.
 
-    Of a module with adapters inside only the adapters are trained (of PEFT's the active ones), of any
-    other every parameter of a float dtype.
+    Of a module with adapters inside only the adapters are trained (those that are active, bottlenecks
+    too), of any other every parameter of a float dtype. What a layer with an adapter holds frozen stays
+    so, named or not, and so do the tensors in which a quantized weight is stored. A norm in a module
+    with adapters is let go if something of it is trained then.
 
     ``thaw(model, last=1)``, called again and again, thaws block by block from the output down (gradual
     unfreezing: Howard & Ruder, 2018). A block is an entry of an ``nn.ModuleList`` or ``nn.Sequential``,
@@ -99,9 +102,11 @@ def thaw(model: nn.Module, targets: Pattern | None = None, *, last: int | None =
         ``model``.
 
     Raises:
-        ValueError: a name or regex matches nothing, ``last`` is no positive integer, both are given, or
-            a parameter was made in inference mode. The model is unchanged.
+        ValueError: a name or regex matches nothing, or only what stays frozen; ``last`` is no positive
+            integer, both are given, a parameter was made in inference mode, or the model is in
+            ``DistributedDataParallel``. The model is unchanged.
     """
+    check_not_distributed(model, "thaw it")
     inner = unwrapped(model)
     if targets is not None and last is not None:
         raise ValueError("targets and last are both given, expected one of them")
@@ -111,7 +116,12 @@ def thaw(model: nn.Module, targets: Pattern | None = None, *, last: int | None =
         chosen = _Parts(inner, [""])
     else:
         chosen = _named(inner, "targets", targets)
-    parameters = chosen.trainable()
+    parameters = chosen.trainable(_stay_frozen(inner))
+    if targets is not None and chosen.parameters and not parameters:
+        raise ValueError(
+            "targets names only what stays frozen: tensors that an adapter is over, adapters that "
+            "aren't active, or a quantized weight"
+        )
     for parameter in parameters:
         if parameter.is_inference():
             raise ValueError(
@@ -119,9 +129,18 @@ def thaw(model: nn.Module, targets: Pattern | None = None, *, last: int | None =
             )
     for parameter in parameters:
         parameter.requires_grad = True
-    for module in chosen.modules:
+    for module in chosen.released():
         _let_go(module)
     return model
+
+
+def check_not_distributed(model: nn.Module, do: str) -> None:
+    """Raises ``ValueError`` if the model, or a part of it, is in ``DistributedDataParallel``."""
+    if any(isinstance(one, nn.parallel.DistributedDataParallel) for one in model.modules()):
+        raise ValueError(
+            "the model is in DistributedDataParallel, which sums the gradients of what was trained when "
+            f"it was made: {do} before"
+        )
 
 
 class _Parts:
@@ -159,13 +178,25 @@ class _Parts:
         for key in others._parameters:
             self._parameters.pop(key, None)
 
-    def trainable(self) -> list[nn.Parameter]:
+    def released(self) -> list[nn.Module]:
+        """The modules whose norms ``thaw`` lets go, once it has said what is trained."""
+        found: dict[nn.Module, None] = {}
+        for holder, root in self.roots:
+            if isinstance(root, nn.Module) and not has_adapters(root):
+                found |= dict.fromkeys(root.modules())
+            else:
+                inside = root.modules() if isinstance(root, nn.Module) else [holder]
+                found |= dict.fromkeys(filter(_is_trained, inside))
+        return list(found)
+
+    def trainable(self, but: set[nn.Parameter]) -> list[nn.Parameter]:
         """What ``thaw`` trains of them."""
         found: dict[int, nn.Parameter] = {}
         for _, root in self.roots:
             inside = _to_train(root) if isinstance(root, nn.Module) else [root]
             found |= {id(one): one for one in inside}
-        return [one for one in found.values() if one.is_floating_point() or one.is_complex()]
+        floats = [one for one in found.values() if one.is_floating_point() or one.is_complex()]
+        return [one for one in floats if one not in but]
 
 
 def _at(model: nn.Module, name: str) -> tuple[nn.Module, nn.Parameter | None]:
@@ -204,19 +235,6 @@ def _nothing(argument: str, given: str, names: Sequence[str], regex: bool = Fals
     return f"{argument} has {given!r}, {what} of no module or parameter{hint}"
 
 
-def nearest(given: str, names: Iterable[str]) -> str:
-    """A hint at the names, or endings of them, that are nearest to what was given."""
-    endings = {name.rpartition(".")[2]: None for name in names}
-    known = [*endings, *names]
-    plain = re.sub(r"\\\.", ".", given)
-    close = difflib.get_close_matches(plain, known, n=_NEAREST)
-    close = close or difflib.get_close_matches(plain.rpartition(".")[2], endings, n=_NEAREST)
-    words = [one for one in endings if not one.isdigit()]
-    if close:
-        return f", did you mean {' or '.join(map(repr, close))}?"
-    return f" (there are {some(words)})" if words else ""
-
-
 def _until(model: nn.Module, until: object) -> _Parts:
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(until, str) or not until:
@@ -237,11 +255,22 @@ def _to_train(module: nn.Module) -> list[nn.Parameter]:
     """The parameters in ``module`` that ``thaw`` trains: of its adapters, if it has any."""
     if not has_adapters(module):
         return list(module.parameters())
-    adapters = (layer.adapter_parameters() for layer in adapted_layers(module).values())
-    found = [one for layer in adapters for one in layer.values() if isinstance(one, nn.Parameter)]
+    found = [one for one in adapter_parameters(module) if isinstance(one, nn.Parameter)]
     for layer in module.modules():
         if has_peft_adapter(layer):
             found += _active(layer)
+    return found
+
+
+def _stay_frozen(model: nn.Module) -> set[nn.Parameter]:
+    """What ``thaw`` never trains: what lies under adapters, inactive ones, and quantized weights."""
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, AdapterLayer) or has_peft_adapter(module):
+            found |= set(module.parameters()) - set(_to_train(module))
+        elif operands.of_layer(module) is not None:
+            own = module.named_parameters(recurse=False)
+            found |= {parameter for name, parameter in own if name != "bias"}
     return found
 
 
@@ -262,30 +291,37 @@ def _blocks(model: nn.Module) -> list[str]:
 
     def walk(module: nn.Module, name: str, entry: bool) -> None:
         is_list = isinstance(module, _LISTS)
-        single = not any(one._modules for one in module.children())
+        single = not any(_children(child) for child in _children(module).values())
         inside = any(isinstance(one, _LISTS) for one in module.modules())
         if (entry and (single or not is_list)) or not inside:
             found.append(name)
             return
         # What it holds itself, an embedding of positions as a rule, comes first.
         found.extend(f"{name}.{one}" if name else one for one in module._parameters)
-        for child_name, child in module.named_children():
+        for child_name, child in _children(module).items():
             walk(child, f"{name}.{child_name}" if name else child_name, is_list)
 
     walk(model, "", False)
     return found
 
 
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """Those of the model's own: no bottleneck, and no adapters that wait."""
+    own = dict(module.named_children())
+    return {n: one for n, one in own.items() if not isinstance(one, Bottleneck | InactiveAdapters)}
+
+
 def _last_blocks(model: nn.Module, last: object) -> _Parts:
     if not isinstance(last, int) or isinstance(last, bool) or last < 1:
         raise ValueError(f"last is {last!r}, expected a positive integer")
-    adapted = has_adapters(model)
+    adapted, but = has_adapters(model), _stay_frozen(model)
     frozen = []
     for name in _blocks(model):
         part = _Parts(model, [name])
-        if adapted and not any(has_adapters(holder) for holder, _ in part.roots):
+        roots = [root for _, root in part.roots if isinstance(root, nn.Module)]
+        if adapted and not any(map(has_adapters, roots)):
             continue
-        if any(not one.requires_grad for one in part.trainable()):
+        if any(not one.requires_grad for one in part.trainable(but)):
             frozen.append(name)
     return _Parts(model, frozen[-last:])
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from lorafast import operands
-from lorafast.convert.freeze import nearest
+from lorafast.convert.freeze import check_not_distributed
 from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper
 from lorafast.convert.places import COMPILED, embeddings_of
-from lorafast.convert.targets import replace, unwrapped
+from lorafast.convert.targets import nearest, replace, unwrapped
 from lorafast.nn import AdapterLayer
 from lorafast.nn.plain import features, is_conv1d, is_linear
 from lorafast.operands import Weight
@@ -42,12 +42,13 @@ def new_head(model: nn.Module, num_labels: int, *, name: str | None = None) -> n
         The new layer.
 
     Raises:
-        ValueError: no classifier can be found, or it is none of linear layers; it is the output
+        ValueError: no classifier can be found, or several, or it has no linear layer; it is the output
             embedding of a language model and not named; it lies in a wrapper of PEFT's; or
             ``num_labels`` is no positive integer. The model is unchanged.
     """
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
         raise ValueError(f"num_labels is {num_labels!r}, expected a positive integer")
+    check_not_distributed(model, "make the head")
     inner = unwrapped(model)
     found = _find(inner) if name is None else _by_name(inner, name)
     old = inner.get_submodule(found)
@@ -64,27 +65,35 @@ def new_head(model: nn.Module, num_labels: int, *, name: str | None = None) -> n
 
 def _find(model: nn.Module) -> str:
     """The name of the classifier."""
-    for place in _PLACES:
-        part = model._modules.get(place)
-        if part is None:
-            continue
+    parts = {place: part for place in _PLACES if (part := model._modules.get(place)) is not None}
+    found: dict[nn.Module, str] = {}
+    for place, part in parts.items():
         inside = _last_linear(part)
-        if inside is None:
-            raise ValueError(
-                f"{place} is a {type(part).__name__} without a linear layer, expected a classifier: "
-                "pass the name of one"
-            )
-        return f"{place}.{inside}" if inside else place
+        if inside is not None:
+            name = f"{place}.{inside}" if inside else place
+            found.setdefault(model.get_submodule(name), name)
+    if len(found) > 1:
+        raise ValueError(
+            f"{' and '.join(found.values())} may be the classifier: pass the name of one"
+        )
+    output = embeddings_of(model).get("output")
+    if found and output not in found:
+        return next(iter(found.values()))
+    if parts and not found:
+        place, part = next(iter(parts.items()))
+        raise ValueError(
+            f"{place} is a {type(part).__name__} without a linear layer, expected a classifier: "
+            "pass the name of one"
+        )
     if isinstance(model, nn.Sequential):
         with_parameters = [n for n, m in model.named_modules() if m._parameters]
         if with_parameters and is_linear(model.get_submodule(with_parameters[-1])):
             return with_parameters[-1]
-    output = embeddings_of(model).get("output")
     if output is not None:
-        found = next(n for n, module in model.named_modules() if module is output)
+        name = next(n for n, module in model.named_modules() if module is output)
         raise ValueError(
-            f"{found} gives a language model's tokens, expected a classifier: load the model as "
-            f"AutoModelForSequenceClassification, or pass name={found!r}"
+            f"{name} gives a language model's tokens, expected a classifier: load the model as "
+            f"AutoModelForSequenceClassification, or pass name={name!r}"
         )
     raise ValueError(
         f"a {type(model).__name__} has none of {', '.join(_PLACES)}: pass the name of its last linear "

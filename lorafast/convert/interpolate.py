@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from lorafast import operands
 from lorafast.convert.adapter_io import load_adapter
 from lorafast.convert.adapter_pair import read_pair
-from lorafast.convert.all_or_nothing import copy_into
-from lorafast.convert.checkpoints import Source, Tensors, is_adapter, opened, state_of
+from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
+from lorafast.convert.checkpoints import Checkpoint, Tensors, is_adapter, opened, state_of
 from lorafast.convert.exchange import why_not_replaceable
-from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter
-from lorafast.convert.peft_format import parse_config
+from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter, switches
+from lorafast.convert.peft_format import parse_config, stored_whole
 from lorafast.convert.targets import unwrapped
-from lorafast.nn import AdapterLayer
+from lorafast.nn import AdapterLayer, Bottleneck
+from lorafast.nn.checks import check_alpha
 
 _COUNTER = "num_batches_tracked"
 _NOT_LINEAR = (
@@ -30,7 +32,7 @@ _Result = TypeVar("_Result")
 
 
 def interpolate(
-    model: nn.Module, other: Source | None, alpha: float, *, into: nn.Module | None = None
+    model: nn.Module, other: Checkpoint | None, alpha: float, *, into: nn.Module | None = None
 ) -> nn.Module:
     """Moves ``model`` towards ``other``: every weight becomes ``(1 − alpha) · a + alpha · b`` (WiSE-FT:
     Wortsman et al., 2022). In between a model often keeps what it knew and knows most of what it learnt.
@@ -41,13 +43,14 @@ def interpolate(
     once, to the dtype of the tensor that it is written to. Where a and b are equal it stays a, bit for
     bit. There is no third copy of the model, but of one tensor at a time; a checkpoint is read tensor by
     tensor. Tied weights stay tied. Buffers of floats, the running statistics of norms among them, are
-    weights too. Tensors of integers and booleans must be equal, but for ``num_batches_tracked``, which
-    stays ``model``'s, and so must the weights of quantized layers.
+    weights too. Tensors of integers and booleans must be equal in both, but for ``num_batches_tracked``;
+    ``into`` gets ``model``'s. The stored tensors of quantized layers must be equal, in ``into`` too.
 
     **Adapters.** ``other=None`` takes an adapted model between its frozen model (0) and itself (1): the
     change is ``alpha · scaling · B·A``, so each layer's ``scaling`` is multiplied, and nothing is
-    rounded. A second call multiplies it again. What is trained besides adapters stays as it is. The
-    folder of an adapter as ``other`` is loaded into ``model`` first, as ``load_adapter`` does.
+    rounded. Bottlenecks are scaled likewise. A second call multiplies it again. What is trained besides
+    adapters stays as it is. The folder of an adapter as ``other`` is loaded into ``model`` first, as
+    ``load_adapter`` does.
     Between two adapters there is none of the same rank in general (A and B by themselves don't
     interpolate): ``merge`` both models first.
 
@@ -63,8 +66,9 @@ def interpolate(
 
     Raises:
         ValueError: the models differ in a key or a shape (the first one is named), integers differ,
-            either has adapters where it can't, DoRA's change is to be scaled, a tensor has no values or
-            is sharded, or ``alpha`` is not finite. Nothing is changed.
+            either has adapters where it can't, DoRA's change is to be scaled or one that began as PiSSA
+            or OLoRA, two tensors that are written to overlap in memory, a tensor has no values or is
+            sharded, or ``alpha`` is not finite. Nothing is changed.
         TypeError: ``other`` is none of these.
         FileNotFoundError: a checkpoint is not there. Pickles are never read.
         ImportError: it is to be read, and safetensors is not installed.
@@ -75,12 +79,13 @@ def interpolate(
             raise ValueError(
                 "into is given, and adapters are scaled in place: copy the model first"
             )
-        scalings = _scalings(model, other)
-        try:
-            _scale(scalings, alpha)
-        except BaseException:
-            _put_back(scalings)
-            raise
+        with _undone(model, other):
+            scalings = _scalings(model, other)
+            try:
+                _scale(scalings, alpha)
+            except BaseException:
+                _put_back(scalings)
+                raise
         return model
     with _between(model, other, into or model) as pairs:
         for pair in pairs:
@@ -90,7 +95,7 @@ def interpolate(
 
 def interpolation_curve(
     model: nn.Module,
-    other: Source | None,
+    other: Checkpoint | None,
     alphas: Iterable[float],
     evaluate: Callable[[nn.Module], _Result],
 ) -> list[tuple[float, _Result]]:
@@ -115,7 +120,8 @@ def interpolation_curve(
     steps = [_check_alpha(alpha) for alpha in alphas]
     found: list[tuple[float, _Result]] = []
     if other is None or is_adapter(other):
-        scalings = _scalings(model, other)
+        with _undone(model, other):
+            scalings = _scalings(model, other)
         try:
             for alpha in steps:
                 _scale(scalings, alpha)
@@ -160,10 +166,20 @@ class _Pair:
 
     @torch.no_grad()
     def write(self, alpha: float, a: Tensor) -> None:
-        """Writes what lies ``alpha`` of the way from ``a``, the values that the model had."""
+        """Writes what lies ``alpha`` of the way from ``a``, the values that the model had; of integers
+        these."""
+        if not _is_float(a):
+            copy_into(self.target, a)
+            return
         b = self.b()
         dtype = _wide(a.dtype, b.dtype)
-        copy_into(self.target, torch.lerp(a.to(dtype), b.to(dtype), alpha))
+        a, b = a.to(dtype), b.to(dtype)
+        # Of two infinities lerp makes NaN, and of zeros of two signs another one.
+        copy_into(self.target, torch.where(a == b, a, torch.lerp(a, b, alpha)))
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -175,7 +191,7 @@ def _wide(*dtypes: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _between(model: nn.Module, other: Source, into: nn.Module) -> Iterator[list[_Pair]]:
+def _between(model: nn.Module, other: Checkpoint, into: nn.Module) -> Iterator[list[_Pair]]:
     """The tensors to interpolate, each once, after every check."""
     own, goal = unwrapped(model), unwrapped(into)
     source = unwrapped(other) if isinstance(other, nn.Module) else other
@@ -196,7 +212,7 @@ def _between(model: nn.Module, other: Source, into: nn.Module) -> Iterator[list[
                 raise ValueError(
                     f"{key} and {alone[0]} are one tensor in into, and two in the model"
                 )
-    with opened(source) as tensors:
+    with opened(other, "other", "the other model") as tensors:
         shapes = dict(tensors.shapes)
         named = {key: key for key in shapes}
         if not isinstance(other, nn.Module):
@@ -208,15 +224,16 @@ def _between(model: nn.Module, other: Source, into: nn.Module) -> Iterator[list[
         _check_keys(ours, shapes, tensors.name)
         codes = _quantized(own)
         pairs = []
-        written: set[object] = set()
+        written: dict[object, str] = {}
         for key, a in ours.items():
             pair = _Pair(theirs[key], a, named[key], tensors)
             _check(key, pair, tied[key], key in codes)
             place = _memory(pair.target)
-            floats = a.is_floating_point() or a.is_complex()
-            if floats and key not in codes and place not in written:
-                written.add(place)
+            changes = _is_float(a) or pair.target is not a
+            if changes and key not in codes and place not in written:
+                written[place] = key
                 pairs.append(pair)
+        _check_apart({key: theirs[key] for key in written.values()})
         yield pairs
 
 
@@ -234,15 +251,38 @@ def _check(key: str, pair: _Pair, tied: list[str], quantized: bool) -> None:
             raise ValueError(
                 f"{key} and {alias} are one tensor in the model, and two in {other.name}"
             )
-    floats = [t.is_floating_point() or t.is_complex() for t in (a, b, pair.target)]
-    if any(floats) and not all(floats):
-        raise ValueError(f"{key} is {a.dtype} in the model and {b.dtype} in {other.name}")
+    floats = [*map(_is_float, (a, b, pair.target))]
+    for one, where in ((b, other.name), (pair.target, "into")):
+        if _is_float(one) != floats[0] or (
+            not floats[0] and where == "into" and one.dtype != a.dtype
+        ):
+            raise ValueError(f"{key} is {a.dtype} in the model and {one.dtype} in {where}")
+    if quantized and not torch.equal(a, pair.target.to(a.device)):
+        raise ValueError(f"{key} is of a quantized weight and differs in into")
     fixed = (quantized or not any(floats)) and key.rpartition(".")[2] != _COUNTER
     if fixed and not torch.equal(a, b.to(a.device)):
         what = "of a quantized weight" if quantized else f"{a.dtype}"
         raise ValueError(
             f"{key} is {what} and differs in {other.name}: there is nothing between the two"
         )
+
+
+def _check_apart(targets: dict[str, Tensor]) -> None:
+    """``ValueError`` if two of the tensors may share memory: both would be written to."""
+    placed = []
+    for key, tensor in targets.items():
+        if tensor.numel():
+            sizes = zip(tensor.shape, tensor.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in sizes)
+            start = tensor.data_ptr()
+            end = start + (last + 1) * tensor.element_size()
+            placed.append((str(tensor.device), start, end, key))
+    placed.sort()
+    for (device, _, end, key), (other_device, start, _, other) in pairwise(placed):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"{key} and {other} share memory in different shapes or strides: clone one of them"
+            )
 
 
 def _check_keys(ours: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], name: str) -> None:
@@ -291,38 +331,72 @@ def _tied(state: dict[str, Tensor]) -> dict[str, list[str]]:
     return {key: group for group in groups.values() for key in group}
 
 
-_Scaling = tuple[AdapterLayer, float, float]
-"""A layer, its ``alpha`` and its ``scaling``."""
+_Scaling = tuple[AdapterLayer | Bottleneck, float, float]
+"""A layer or a bottleneck, its ``scaling``, and the ``alpha`` of a layer."""
 
 
 def _scale(before: list[_Scaling], factor: float) -> None:
-    for layer, _, scaling in before:
-        layer.scaling = factor * scaling
+    for one, scaling, _ in before:
+        one.scaling = check_alpha("scaling", factor * scaling)
 
 
 def _put_back(before: list[_Scaling]) -> None:
-    for layer, alpha, scaling in before:
-        layer.scaling = scaling
-        layer._alpha = alpha  # which the product may miss by a rounding
+    for one, scaling, alpha in before:
+        one.scaling = scaling
+        if isinstance(one, AdapterLayer):
+            one._alpha = alpha  # which the product may miss by a rounding
 
 
-def _scalings(model: nn.Module, adapter: Source | None) -> list[_Scaling]:
+def _scalings(model: nn.Module, adapter: Checkpoint | None) -> list[_Scaling]:
     """Of the adapted layers, after loading ``adapter`` if there is one."""
     inner = unwrapped(model)
     if any(map(has_peft_adapter, inner.modules())):
         raise ValueError(
             "the model has PEFT's adapters, whose layers have a scale_layer(alpha) of their own"
         )
+    for name, layer in adapted_layers(inner).items():
+        _check_scalable(name or "the model", layer.use_dora, layer.init_lora_weights)
     if adapter is not None:
-        folder = Path(adapter)  # type: ignore[arg-type]
-        config, _ = read_pair(folder, parse_config)
-        if config.use_dora:
-            raise ValueError(f"{folder} is DoRA's, {_NOT_LINEAR}")
-        load_adapter(model, folder)
-    layers = adapted_layers(inner)
-    if not layers:
+        load_adapter(model, Path(adapter))  # type: ignore[arg-type]
+    found = switches(inner)
+    if not found:
         raise ValueError("other is None, and the model has no adapter to scale")
-    for name, layer in layers.items():
-        if layer.use_dora:
-            raise ValueError(f"{name or 'the model'} is DoRA's, {_NOT_LINEAR}")
-    return [(layer, layer.alpha, layer.scaling) for layer in layers.values()]
+    return [(one, one.scaling, getattr(one, "alpha", one.scaling)) for one in found]
+
+
+def _check_scalable(name: str, use_dora: bool, start: str | None) -> None:
+    """``ValueError`` if ``alpha · scaling`` doesn't lead from the model before ``adapt``."""
+    if use_dora:
+        raise ValueError(f"{name} is DoRA's, {_NOT_LINEAR}")
+    if start is not None:
+        raise ValueError(
+            f"{name} began as {start!r}, which took a part of the weight away: without the adapter it "
+            "is not the model before adapt. Merge it, and interpolate with that model"
+        )
+
+
+@contextlib.contextmanager
+def _undone(model: nn.Module, adapter: Checkpoint | None) -> Iterator[None]:
+    """Takes ``adapter``, which is loaded within the block, away again if an error ends it."""
+    if adapter is None:
+        yield
+        return
+    inner, folder = unwrapped(model), Path(adapter)  # type: ignore[arg-type]
+    config, _ = read_pair(folder, parse_config)
+    _check_scalable(str(folder), config.use_dora, config.init_lora_weights)
+    before = dict(inner.named_modules(remove_duplicate=False))
+    adapted = list(adapted_layers(inner).values())
+    kept = [tensor for layer in adapted for tensor in layer.adapter_parameters().values()]
+    for name, module in before.items():
+        if stored_whole(name, config.modules_to_save):
+            kept += state_of(module).values()
+    with all_or_nothing(inner) as undo:
+        undo.keep([one for one in kept if not one.is_meta], adapted)
+        try:
+            yield
+        except BaseException:
+            for name, module in adapted_layers(inner, remove_duplicate=False).items():
+                if before.get(name, module) is not module:
+                    undo.replaced[name] = before[name]
+                    undo.made[before[name]] = module
+            raise

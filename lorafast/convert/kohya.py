@@ -10,7 +10,6 @@ The tensors of one layer, ``A [r, in_features]`` and ``B [out_features, r]``, ar
   PEFT's config.
 """
 
-import difflib
 import json
 import os
 from collections import Counter
@@ -33,7 +32,7 @@ from lorafast.convert.adapter import (
 from lorafast.convert.adapter_pair import safetensors
 from lorafast.convert.kinds import LINEAR, kind_of_layer
 from lorafast.convert.peft_format import PREFIX, AdapterConfig, parse_config, shortest_targets
-from lorafast.convert.targets import names_by_layer, unwrapped
+from lorafast.convert.targets import closest, names_by_layer, unwrapped
 from lorafast.nn import AdapterLayer
 
 Layout = Literal["kohya", "diffusers", "diffusers-old"]
@@ -297,8 +296,8 @@ class _Names:
 
     @staticmethod
     def _unknown(key: str, name: str, known: Mapping[str, Any]) -> str:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" (the nearest is {close[0]})" if close else ""
+        close = closest(name, known)
+        hint = f" (the nearest is {close})" if close else ""
         return f"the file has {key}, and the model has no layer of that name{hint}"
 
 

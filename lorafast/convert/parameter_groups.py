@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,10 @@ def parameters(
 
     Raises:
         ValueError: nothing is trained, a trained parameter has no shape yet, ``ratio`` is another than 1
-            without ``lr``, or a number is negative or not finite (a ``ratio`` of 0 included).
+            without ``lr`` or without a B, a number is negative or not finite (a ``ratio`` of 0
+            included), or the model is in ``FullyShardedDataParallel``, whose parameters are flat.
+
+    After ``set_adapter`` other parameters are trained: make the optimizer anew.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -57,6 +61,12 @@ def parameters(
     if lr is None and ratio != 1:
         raise ValueError(f"ratio is {ratio!r} and lr is None: give the learning rate that it is of")
     inner = unwrapped(model)
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, fsdp) for module in model.modules()):
+        raise ValueError(
+            "the model is in FullyShardedDataParallel, which makes parameters flat: shard it by "
+            "fully_shard, which keeps their shapes"
+        )
     found: dict[str, list[nn.Parameter]] = {"matrices": [], "lora_B": [], "vectors": []}
     for name, parameter in inner.named_parameters():
         if not parameter.requires_grad:
@@ -66,6 +76,8 @@ def parameters(
         found[_kind(inner, name, parameter)].append(parameter)
     if not any(found.values()):
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    if ratio != 1 and not found["lora_B"]:
+        raise ValueError(f"ratio is {ratio!r}, and no factor B of an adapter is trained")
     groups = []
     for kind, members in found.items():
         if not members:

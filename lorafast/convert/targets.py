@@ -14,6 +14,8 @@ from lorafast.nn import AdapterLayer
 
 ALL_LINEAR = "all-linear"
 Pattern = str | Iterable[str]
+_NEAREST = 3
+"""So many names are a hint."""
 
 # Where Transformers keeps a classifier, as PEFT has it.
 _CLASSIFIERS = ("score", "classifier")
@@ -197,13 +199,13 @@ def _nearest(name: str, model: nn.Module) -> str:
     """A hint at what may have been meant: a layer that can be adapted, any other, all that can be."""
     layers = names_by_layer(model).values()
     known = sorted({full.rpartition(".")[2] for names in layers for full in names})
-    close = difflib.get_close_matches(name, known, n=1)
+    close = closest(name, known)
     if close:
-        return f", did you mean {close[0]!r}?"
+        return f", did you mean {close!r}?"
     others = {full.rpartition(".")[2]: module for full, module in model.named_modules() if full}
-    close = difflib.get_close_matches(name, others, n=1)
+    close = closest(name, others)
     if close:
-        return f" ({close[0]!r} is a {_kind(others[close[0]])})"
+        return f" ({close!r} is a {_kind(others[close])})"
     return f" (there are {', '.join(known)})" if known else " (there is none)"
 
 
@@ -212,6 +214,24 @@ def _kind(module: nn.Module) -> str:
     kind = type(module)
     foreign = kind.__name__ == "Linear" and not isinstance(module, nn.Linear)
     return f"{kind.__module__}.{kind.__qualname__}" if foreign else kind.__name__
+
+
+def closest(given: str, known: Iterable[str]) -> str | None:
+    """The one of ``known`` that is nearest to what was given, or None if none is near."""
+    return next(iter(difflib.get_close_matches(given, list(known), n=1)), None)
+
+
+def nearest(given: str, names: Iterable[str]) -> str:
+    """A hint at the names, or endings of them, that are nearest to what was given."""
+    names = list(names)
+    endings = {name.rpartition(".")[2]: None for name in names}
+    plain = re.sub(r"\\\.", ".", given)
+    close = difflib.get_close_matches(plain, [*endings, *names], n=_NEAREST)
+    close = close or difflib.get_close_matches(plain.rpartition(".")[2], endings, n=_NEAREST)
+    if close:
+        return f", did you mean {' or '.join(map(repr, close))}?"
+    words = [one for one in endings if not one.isdigit()]
+    return f" (there are {some(words)})" if words else ""
 
 
 def some(names: list[str], most: int = 6) -> str:

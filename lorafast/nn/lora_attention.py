@@ -268,7 +268,7 @@ class LoRAMultiheadAttention(AdapterLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results of ``nn.MultiheadAttention``."""
         if self._off:
-            return self.base_forward(  # type: ignore[no-any-return]
+            return self.base_forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                 is_causal,
             )  # fmt: skip

@@ -200,7 +200,7 @@ class LoRAConv(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, in_channels, *size]`` → ``[batch, out_channels, *size of y]``, batch or not."""
         if self._off:
-            return self.base_forward(x)  # type: ignore[no-any-return]
+            return self.base_forward(x)
         if self.merged:
             return self._forward_merged(x)
         return lora_conv(

@@ -240,7 +240,7 @@ class LoRAEmbedding(AdapterLayer):
 
     def _forward_aside(self, x: Tensor) -> Tensor:
         if self._off:
-            return self.base_forward(x)  # type: ignore[no-any-return]
+            return self.base_forward(x)
         if self.merged:
             return self._forward_merged(x)
         y = dora_embedding(

@@ -172,6 +172,76 @@ def test_of_an_adapted_model_adapters_are_thawed(model):
     assert trained(model) == adapters | {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA too", "alone"])
+def test_bottlenecks_are_thawed(lora):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)))
+    model.append(nn.Linear(4, 4))
+    lorafast.adapt(model, kind="pfeiffer", targets=["0.0", "1.0"], bottleneck=2)
+    if lora:
+        lorafast.adapt(model, 2, ["2"])
+    adapters = trained(model)
+    lorafast.thaw(lorafast.freeze(model))
+    assert trained(model) == adapters
+    lorafast.thaw(lorafast.freeze(model), ["bottleneck"])
+    assert trained(model) == {name for name in adapters if "bottleneck" in name}
+    lorafast.freeze(model)
+    for last in ("2",) * lora + ("1", "0"):
+        before = trained(model)
+        lorafast.thaw(model, last=1)
+        assert trained(model) - before == {name for name in adapters if name.startswith(last)}
+
+
+def test_what_adapters_are_over_stays_frozen():
+    model = nn.Sequential(
+        nn.MultiheadAttention(4, 2), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)
+    )
+    lorafast.adapt(model, 2, ["0", "1.0", "2"])
+    adapters = trained(model)
+
+    def of(name):
+        return {one for one in adapters if one.startswith(name) or one.endswith(f".{name}")}
+
+    for name in ("0", "1", "2"):
+        lorafast.thaw(lorafast.freeze(model), rf"{name}.*")
+        assert trained(model) == of(name)
+    with pytest.raises(ValueError, match="names only what stays frozen"):
+        lorafast.thaw(model, ["out_proj"])
+    lorafast.add_adapter(model, "b", 2)
+    for name in ("lora_A", "1"):
+        lorafast.thaw(lorafast.freeze(model), [name])
+        assert trained(model) == of(name)
+    lorafast.thaw(lorafast.freeze(model), last=1)
+    assert trained(model) == of("2")
+
+
+def test_norms_that_are_not_trained_stay_held_among_adapters(model):
+    lorafast.adapt(model, 2, ["stages.1.0"])
+    lorafast.thaw(lorafast.freeze(model))
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    lorafast.thaw(model, ["stem"])
+    assert model.stem[1].training
+
+
+def test_a_parameter_of_the_model_is_no_block_with_adapters(model):
+    lorafast.adapt(model, 2, ["stem.0"])
+    lorafast.thaw(lorafast.freeze(model), last=9)
+    assert trained(model) == {"stem.0.lora_A", "stem.0.lora_B"}
+
+
+def test_refuses_what_is_distributed(model, monkeypatch):
+    class Distributed(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Distributed)
+    lorafast.freeze(model)
+    for call in (lorafast.thaw, lambda one: lorafast.new_head(one, 2)):
+        with pytest.raises(ValueError, match="is in DistributedDataParallel"):
+            call(Distributed(model))
+    assert not trained(model)
+
+
 @pytest.mark.slow
 def test_of_peft_the_active_adapters_are_thawed(net):
     peft = pytest.importorskip("peft")
@@ -191,6 +261,13 @@ def test_codes_of_a_quantized_layer_are_not_trained():
     lorafast.thaw(lorafast.freeze(model), ["0", "1"])
     assert {"0.bias", "1.weight", "1.bias"} == trained(model) & {"0.bias", "1.weight", "1.bias"}
     assert all(p.is_floating_point() for p in model.parameters() if p.requires_grad)
+
+
+def test_codes_of_float8_are_not_trained():
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    model = nn.Sequential(fp8.FP8Linear(128, 128, block_size=(128, 128)), nn.Linear(128, 3))
+    lorafast.thaw(lorafast.freeze(model))
+    assert trained(model) == {"1.weight", "1.bias"}
 
 
 @pytest.mark.parametrize(

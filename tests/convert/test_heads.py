@@ -105,9 +105,24 @@ def test_a_language_models_output_is_replaced_where_it_is_named(unchanged):
     assert model(torch.tensor([[3, 4]])).logits.shape == (1, 2, 4)
 
 
+class LanguageModel(Model):
+    """Its output embedding has the name of a classifier."""
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+class Two(Model):
+    def __init__(self):
+        super().__init__("fc", nn.Linear(4, 4))
+        self.head = nn.Linear(4, 3)
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "sentence"),
     [
+        (Two(), {}, "fc and head may be the classifier: pass the name of one"),
+        (LanguageModel("head", nn.Linear(4, 3)), {}, "head gives a language model's tokens"),
         (Model("last", nn.Linear(4, 3)), {}, "a Model has none of classifier, fc, head, "),
         (Model("head", nn.Identity()), {}, "head is a Identity without a linear layer"),
         (Model("fc", nn.Linear(4, 3)), {"name": "fx"}, r"no module \(there are body, fc\)"),

@@ -130,6 +130,40 @@ def test_into_another_model_and_into_the_other():
     assert all(torch.equal(tensor, before[key]) for key, tensor in a.state_dict().items())
 
 
+def test_equal_values_stay_to_the_bit():
+    """Infinities, of which ``lerp`` makes NaN, and zeros of another sign."""
+    a, b = (nn.Linear(3, 1, bias=False) for _ in range(2))
+    a.weight.data, b.weight.data = (
+        torch.tensor([[-0.0, float("inf"), 1]]),
+        torch.tensor([[0, float("inf"), 2]]),
+    )
+    for alpha in (0, 0.5, 1.5):
+        found = lorafast.interpolate(copy.deepcopy(a), b, alpha).weight
+        assert found.signbit()[0, 0]
+        assert found[0].tolist() == [0, float("inf"), 1 + alpha]
+
+
+def test_overlapping_tensors_are_refused(unchanged):
+    a = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    b = copy.deepcopy(a)
+    a[1].weight = nn.Parameter(a[0].weight.t())
+    with unchanged(a), pytest.raises(ValueError, match=r"0\.weight and 1\.weight share memory"):
+        lorafast.interpolate(a, b, 0.5)
+    lorafast.interpolate(b, a, 0.5)
+
+
+def test_into_gets_the_integers_of_the_model():
+    a, b = two()
+    into = Model()
+    into.places += 5
+    lorafast.interpolate(a, b, 0.5, into=into)
+    assert torch.equal(into.places, a.places)
+    assert into.norm.num_batches_tracked == 1
+    made = [lorafast.quantize(nn.Sequential(nn.Linear(64, 64))) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"0\.weight is of a quantized weight and differs in into"):
+        lorafast.interpolate(made[0], copy.deepcopy(made[0]), 0.5, into=made[1])
+
+
 @pytest.mark.slow
 def test_there_is_no_third_copy():
     a, b = (nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16))) for _ in range(2))
@@ -166,6 +200,46 @@ def test_of_an_adapter_the_change_is_scaled(net, x, draw_adapters, assert_same, 
     assert torch.equal(model.block.up._merged_weight, model.block.up.weight)
 
 
+def test_of_a_bottleneck_the_change_is_scaled():
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    lorafast.adapt(model, kind="houlsby", targets=["0"], bottleneck=2, init="bert")
+    with torch.no_grad():
+        model[0].bottleneck.up.add_(1)
+        on = model(x)
+        with lorafast.disabled(model):
+            off = model(x)
+        lorafast.interpolate(model, None, 0.25)
+        torch.testing.assert_close(model(x), off + 0.25 * (on - off))
+    with pytest.raises(ValueError, match="the model has adapters"):
+        lorafast.interpolate(model, copy.deepcopy(model), 0.5)
+
+
+@pytest.mark.parametrize("adapted_before", [True, False])
+def test_an_adapter_that_cannot_be_scaled_is_taken_away(
+    net, unchanged, tmp_path, draw_adapters, adapted_before
+):
+    lorafast.save_adapter(
+        adapted(copy.deepcopy(net), draw_adapters), tmp_path, modules_to_save=["head"]
+    )
+    with torch.no_grad():
+        net.head.bias.add_(1)
+    if adapted_before:
+        draw_adapters(lorafast.adapt(net, 2, ["up", "down"], alpha=5))
+        net.block.up.merge()
+    with unchanged(net), pytest.raises(ValueError, match="finite"):
+        lorafast.interpolate(net, tmp_path, 1.7e308)
+    assert any(p.requires_grad for p in net.head.parameters()) is not adapted_before
+
+
+def test_what_began_as_pissa_is_refused(net, unchanged, tmp_path):
+    base = copy.deepcopy(net)
+    lorafast.adapt(net, 2, ["up"], init_lora_weights="pissa")
+    lorafast.save_adapter(net, tmp_path)
+    for model, other in ((net, None), (base, tmp_path)):
+        with unchanged(model), pytest.raises(ValueError, match="began as 'pissa'"):
+            lorafast.interpolate(model, other, 0.5)
+
+
 def refused(net):
     other = copy.deepcopy(net)
     state = other.state_dict()
@@ -178,7 +252,10 @@ def refused(net):
             state | {"norm.bias": torch.ones(3, dtype=torch.int32)},
             "norm.bias is torch.float64 in the model and torch.int32",
         ),
-        "meta": (copy.deepcopy(net).to("meta"), "block.up.weight can't be interpolated: it is on"),
+        "meta": (
+            copy.deepcopy(net).to("meta"),
+            "block.up.weight of the other model is on",
+        ),
         "adapted": (lorafast.adapt(other, 2, ["up"]), "the other model has adapters"),
         "none": (None, "the model has no adapter to scale"),
     }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lorafast
 
@@ -86,6 +87,20 @@ def test_a_step_moves_each_group_at_its_rate():
     )
 
 
+def test_of_bottlenecks_and_of_adapters_that_wait():
+    model = lorafast.adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 2, ["1"])
+    lorafast.adapt(model, kind="houlsby", targets=["0"], bottleneck=2, layer_norm=True)
+    lorafast.add_adapter(model, "b", 2)
+    one = "0.bottleneck."
+    assert by_name(model, lorafast.parameters(model, lr=1.0, ratio=2)) == {
+        "matrices": [f"{one}down", f"{one}up", "1.lora_A"],
+        "lora_B": ["1.lora_B"],
+        "vectors": [
+            f"{one}{name}" for name in ("down_bias", "up_bias", "norm.weight", "norm.bias")
+        ],
+    }
+
+
 @pytest.mark.slow
 def test_has_the_rates_of_pefts_lora_plus(net):
     peft = pytest.importorskip("peft")
@@ -127,3 +142,15 @@ def test_refuses_where_there_is_nothing_to_train():
         lorafast.parameters(nn.Linear(2, 2).requires_grad_(False))
     with pytest.raises(ValueError, match="weight has no shape yet"):
         lorafast.parameters(nn.LazyLinear(2))
+    with pytest.raises(ValueError, match="no factor B of an adapter is trained"):
+        lorafast.parameters(nn.Linear(2, 2), 1.0, ratio=2)
+
+
+def test_refuses_flat_parameters():
+    class Flat(FullyShardedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self._parameters["weight"] = nn.Parameter(torch.ones(4))
+
+    with pytest.raises(ValueError, match="is in FullyShardedDataParallel"):
+        lorafast.parameters(nn.Sequential(Flat()))
