@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast import ops
+from lorafast.backends import forced
 from lorafast.core.assignment import Assignment
 from lorafast.core.context import autocast_anywhere, autocast_enabled, without_autocast
 from lorafast.operands import Operand, Weight
@@ -20,6 +21,7 @@ from lorafast.ops.checks import (
     check_oft_linear,
     check_probability,
     check_scaled_lora_linear,
+    has_rows,
 )
 from lorafast.ops.dora_linear import around_float16
 from lorafast.ops.lora_conv_checks import (
@@ -350,7 +352,8 @@ def bottleneck(
         ``y [..., N]`` in the dtype of ``h``. Every tensor may require a gradient. Kept for the backward
         are ``h``, if ``down`` requires one, and ``h·Dᵀ + d``. In float16 all but ``h``, ``residual`` and
         ``y`` is float32. Under autocast y has the dtype of ``residual``, as PyTorch's own sum would.
-        Where that is not autocast's dtype PyTorch's own calls compute it.
+        Where that is not autocast's dtype PyTorch's own calls compute it, and a forced backend that is
+        made of others refuses. A second derivative needs ``h``: ``down`` must require a gradient then.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what
@@ -361,13 +364,17 @@ def bottleneck(
         return ops.bottleneck(h, down, up, down_bias, up_bias, scaling, activation, residual)
     (low,) = _cast(h)
     onto = h if residual is None else residual
-    check_bottleneck(
-        low, down, up, down_bias, up_bias, scaling, activation,
-        None if residual is None else residual.to(low.dtype),
-    )  # fmt: skip
+    like = residual
+    if isinstance(residual, Tensor) and residual.is_floating_point() and has_rows(residual):
+        # Any float dtype fits; one element is cast, to be checked in place of them all.
+        like = residual.new_empty((), dtype=low.dtype).expand(residual.shape)
+    check_bottleneck(low, down, up, down_bias, up_bias, scaling, activation, like)
     if onto.dtype is low.dtype:
         with torch.autocast(h.device.type, enabled=False):
             return ops.bottleneck(low, down, up, down_bias, up_bias, scaling, activation, residual)
+    forced.check_plain_pytorch(
+        "bottleneck", f"residuals of another dtype ({onto.dtype}) than autocast's"
+    )
     z = activate(F.linear(low, down, down_bias), activation)
     return onto + scaling * F.linear(z, up, up_bias)
 

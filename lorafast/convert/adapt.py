@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast.convert import bottlenecks, encoders, siblings
+from lorafast.convert import bottlenecks, checkpointing, encoders, siblings
 from lorafast.convert import targets as _targets
 from lorafast.convert.all_or_nothing import all_or_nothing
 from lorafast.convert.checkpointing import let_gradients_through
@@ -20,6 +20,7 @@ from lorafast.convert.resizing import let_embeddings_resize
 from lorafast.convert.save_pretrained import save_adapters_too
 from lorafast.convert.targets import ALL_LINEAR, Pattern
 from lorafast.nn import AdapterLayer
+from lorafast.nn.bottleneck import Bottleneck, put_at, take_away
 
 _RANK = 16
 
@@ -51,9 +52,9 @@ def adapt(
     A linear layer becomes a ``LoRALinear``. What ``targets`` names by itself becomes a
     ``LoRAEmbedding``, a ``LoRAConv2d`` and so on, or a ``LoRAMultiheadAttention``.
 
-    A warning after the first backward names adapters that got no gradient where others did. Reentrant
-    checkpointing trains the adapters of Transformers' models; one of your own must give it an input
-    that requires a gradient, or be checkpointed with ``use_reentrant=False``.
+    A warning after the first backward names LoRA adapters that got no gradient where others did.
+    Reentrant checkpointing trains the adapters of Transformers' models; one of your own must give it an
+    input that requires a gradient, or be checkpointed with ``use_reentrant=False``.
 
     With ``kind="houlsby"``, ``"pfeiffer"`` or ``"parallel"`` no layer is replaced: a bottleneck adapter
     (``nn.Bottleneck``) stands at the output of modules, ``y + scaling · (f(y·Dᵀ + d)·Uᵀ + u)``, or, of
@@ -183,18 +184,34 @@ def _refuse_others(kind: str, others: Mapping[str, object]) -> None:
 def _with_bottlenecks(
     model: nn.Module, kind: str, targets: Pattern, *, freeze: bool, **arguments: Any
 ) -> nn.Module:
-    bottlenecks.adapt_bottlenecks(model, kind, targets, **arguments)
     inner = _targets.unwrapped(model)
-    if freeze:
-        freeze_base(inner)
-    prepare(inner)
+    made = bottlenecks.make_bottlenecks(inner, kind, targets, **arguments)
+    with all_or_nothing(inner):
+        put_bottlenecks(inner, made, freeze)
     return model
 
 
-def prepare(model: nn.Module) -> None:
-    """Makes sure that the model calls the modules at which bottlenecks stand, and trains them."""
-    encoders.avoid_fused(model, lambda module: bool(bottlenecks.bottlenecks(module)))
-    let_gradients_through(model)
+def put_bottlenecks(
+    model: nn.Module, made: Mapping[nn.Module, Bottleneck], freeze: bool = True
+) -> None:
+    """Puts bottlenecks at their modules and makes sure that the model calls and trains them.
+
+    Where it fails none is there, and the caller undoes the rest (``all_or_nothing``).
+    """
+    try:
+        for module, one in made.items():
+            put_at(module, one)
+        if freeze:
+            freeze_base(model)
+        save_adapters_too(model)
+        encoders.avoid_fused(model, lambda module: bool(bottlenecks.bottlenecks(module)))
+        let_gradients_through(model)
+    except BaseException:
+        for module in made:
+            take_away(module)
+        if not adapter_parameters(model):
+            checkpointing.undo(model)
+        raise
 
 
 def freeze_base(model: nn.Module) -> None:

@@ -7,9 +7,9 @@ the residual sum, ``ParBnConfig`` the input of a feed-forward that is no module 
 """
 
 import json
-import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.convert.adapter_pair import safetensors
-from lorafast.convert.bottleneck_io import BottleneckConfig, Place, check_places, put_into
+from lorafast.convert.bottleneck_io import (
+    BottleneckConfig,
+    Place,
+    check_places,
+    is_finite,
+    put_into,
+)
 from lorafast.convert.bottlenecks import bottlenecks
 from lorafast.convert.targets import unwrapped
 from lorafast.core.dtypes import FLOATS
@@ -68,8 +74,9 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
     """
     inner = unwrapped(model)
     config_of = _check_family(inner)
-    name, activation, scaling = _read_config(Path(folder) / CONFIG)
+    name, activation, scaling, where = _read_config(Path(folder) / CONFIG)
     by_place = _places(inner, name, _read_tensors(Path(folder)))
+    _check_complete(inner, by_place, where)
     places = {}
     for place, tensors in by_place.items():
         for parameter in _PARAMETERS.values():
@@ -193,18 +200,58 @@ def _kind_of(place: str) -> str | None:
     return _ATTENTION if place.endswith(_ATTENTION + _PLACE) else _OUTPUT
 
 
+def _layer_of(place: str) -> int:
+    return int(re.findall(r"(?:^|\.)layer\.(\d+)\.", place)[-1])
+
+
 def _layers(model: nn.Module, found: dict[str, Any]) -> tuple[set[int], set[int]]:
     """The numbers of the layers that have a bottleneck, and those of all."""
 
     def numbers(names: Any) -> set[int]:
         places = (name for name in names if _kind_of(name) is not None)
-        return {int(re.findall(r"(?:^|\.)layer\.(\d+)\.", place)[-1]) for place in places}
+        return {_layer_of(place) for place in places}
 
     return numbers(found), numbers(name for name, _ in model.named_modules())
 
 
-def _read_config(path: Path) -> tuple[str, str, float]:
-    """The adapter's name, its activation and its scaling."""
+@dataclass(frozen=True)
+class _Where:
+    """Where the config says that adapters are."""
+
+    kinds: set[str]
+    leave_out: set[int]
+
+
+def _where(fields: dict[str, Any], path: Path) -> _Where:
+    kinds = set()
+    for field, kind in (("mh_adapter", _ATTENTION), ("output_adapter", _OUTPUT)):
+        given = fields.get(field, True)
+        if not isinstance(given, bool):
+            raise ValueError(f"{field} is {given!r} in {path}, expected true or false")
+        kinds |= {kind} if given else set()
+    leave_out = fields.get("leave_out", [])
+    if not isinstance(leave_out, list) or not all(type(one) is int for one in leave_out):
+        raise ValueError(
+            f"leave_out is {leave_out!r} in {path}, expected a list of layers' numbers"
+        )
+    return _Where(kinds, set(leave_out))
+
+
+def _check_complete(model: nn.Module, found: dict[str, Any], where: _Where) -> None:
+    """Raises ``ValueError`` unless the file has the adapters that its config names, and no other."""
+    for place in (name for name, _ in model.named_modules() if _kind_of(name) is not None):
+        layer = _layer_of(place)
+        expected = _kind_of(place) in where.kinds and layer not in where.leave_out
+        if expected != (place in found):
+            one = "no" if expected else "an"
+            raise ValueError(
+                f"the file has {one} adapter at {place.removesuffix(_PLACE)}, unlike what its config "
+                "says (mh_adapter, output_adapter, leave_out)"
+            )
+
+
+def _read_config(path: Path) -> tuple[str, str, float, _Where]:
+    """The adapter's name, its activation, its scaling and its places."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -231,9 +278,9 @@ def _read_config(path: Path) -> tuple[str, str, float]:
     if not isinstance(activation, str) or activation.lower() not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
         raise ValueError(f"non_linearity is {activation!r} in {path}, expected one of {known}")
-    if type(scaling) not in (int, float) or not math.isfinite(scaling):
+    if not is_finite(scaling):
         raise ValueError(f"scaling is {scaling!r} in {path}, expected a finite number")
-    return name, _ACTIVATIONS[activation.lower()], float(scaling)
+    return name, _ACTIVATIONS[activation.lower()], float(scaling), _where(fields, path)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -270,7 +317,10 @@ def _places(
             there = [p for p in modules if wanted.endswith(f".{p}")]
         if len(there) != 1:
             raise ValueError(f"the file has an adapter at {owner}, which the model doesn't have")
-        found.setdefault(there[0], {})[_PARAMETERS[parameter]] = tensor
+        of_place = found.setdefault(there[0], {})
+        if _PARAMETERS[parameter] in of_place:
+            raise ValueError(f"the file has {key} twice, under names that reach the same layer")
+        of_place[_PARAMETERS[parameter]] = tensor
     if not found:
         raise ValueError("the file has no tensors")
     return found

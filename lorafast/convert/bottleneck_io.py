@@ -10,8 +10,9 @@ LayerNorm ``norm.weight`` and ``norm.bias``, and the tensors of modules stored w
 names. The names are those that the model's ``state_dict()`` has.
 """
 
-import math
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafast.convert.adapt import freeze_base, prepare
+from lorafast.convert.adapt import put_bottlenecks
 from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
-from lorafast.convert.bottlenecks import (
-    CHILD,
-    bottlenecks,
-    device_and_dtype,
-    put_at,
-    remove_bottleneck,
-    why_not_here,
-)
-from lorafast.convert.exchange import why_not_replaceable
+from lorafast.convert.bottlenecks import bottlenecks, device_and_dtype, why_not_here, widths
+from lorafast.convert.exchange import like, why_not_replaceable
+from lorafast.convert.fsdp import name_of_sharded
 from lorafast.core.dtypes import FLOATS
 from lorafast.core.problem import ACTIVATIONS
-from lorafast.nn.bottleneck import Bottleneck
+from lorafast.nn.bottleneck import CHILD, Bottleneck
 
 ADAPTER = "bottleneck"
 _VERSION = 1
@@ -109,12 +104,17 @@ def is_bottleneck_config(raw: object) -> bool:
     return isinstance(raw, dict) and raw.get("adapter") == ADAPTER
 
 
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float holds: JSON's integers may be larger."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "in_features": ("an integer of at least 1", lambda v: type(v) is int and 1 <= v < 2**31),
     "bottleneck": ("an integer of at least 1", lambda v: type(v) is int and 1 <= v < 2**31),
     "out_features": ("an integer of at least 1", lambda v: type(v) is int and 1 <= v < 2**31),
     "activation": (f"one of {', '.join(ACTIVATIONS)}", lambda v: v in ACTIVATIONS),
-    "scaling": ("a finite number", lambda v: type(v) in (int, float) and math.isfinite(v)),
+    "scaling": ("a finite number", lambda v: is_finite(v)),
     "layer_norm": ("true or false", lambda v: isinstance(v, bool)),
     "parallel": ("true or false", lambda v: isinstance(v, bool)),
 }
@@ -185,13 +185,21 @@ def check_places(model: nn.Module, config: BottleneckConfig) -> None:
     """Raises ``ValueError`` unless each place is there, and empty or like that of the file."""
     modules = dict(model.named_modules())
     there = bottlenecks(model)
+    absent = {modules[name] for name in config.places if name in modules and name not in there}
+    sharded = name_of_sharded(model, absent)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded by FSDP, expected a whole model: load the adapter before that, or "
+            "adapt the model before that"
+        )
     for name, place in config.places.items():
         if name not in modules:
             raise ValueError(f"the file has a bottleneck at {name}, which the model doesn't have")
         if name not in there:
-            reason = why_not_here(model, name, modules[name])
+            reason = why_not_here(model, [name], modules[name])
             if reason is not None:
                 raise ValueError(f"{name} can't take the file's bottleneck: {reason}")
+            _check_widths(model, name, modules[name], place)
             continue
         own = Place.of(there[name])
         for field in _FIELDS:
@@ -204,9 +212,28 @@ def check_places(model: nn.Module, config: BottleneckConfig) -> None:
             reason = why_not_replaceable(tensor)
             if reason is not None:
                 raise ValueError(f"{parameter} of {name} can't be replaced: {reason}")
+            shape = place.shapes()[parameter]
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{parameter} of the bottleneck at {name} has shape {list(tensor.shape)}, expected "
+                    f"{list(shape)}: it was replaced, or FullyShardedDataParallel keeps it flat"
+                )
     for name in there:
         if name not in config.places:
             raise ValueError(f"{name} has a bottleneck, and the file has none for it")
+
+
+def _check_widths(model: nn.Module, name: str, module: nn.Module, place: Place) -> None:
+    """Compares those of the file with those of the module, where these can be told."""
+    try:
+        own = widths(model, name, module, place.parallel)
+    except ValueError:
+        return
+    if own != (place.in_features, place.out_features):
+        raise ValueError(
+            f"the file's bottleneck at {name} is {place.in_features} → {place.out_features} features "
+            f"wide, expected {own[0]} → {own[1]}"
+        )
 
 
 def put_into(
@@ -223,7 +250,9 @@ def put_into(
         made: dict[str, Bottleneck] = {}
         for name, place in config.places.items():
             if name not in there:
-                made[name] = place.make(*device_and_dtype(model, model.get_submodule(name)))
+                device, _ = device_and_dtype(model, name)
+                made[name] = place.make(device, _widest(adapters[name].values()))
+                made[name].train(model.get_submodule(name).training)
         every = there | made
         values = list(base)
         for name, parameters in adapters.items():
@@ -231,20 +260,16 @@ def put_into(
             values += [(own[parameter], value) for parameter, value in parameters.items()]
         undo.keep([target for target, _ in values], [])
         for target, value in values:
-            copy_into(target, value.to(target))
-        try:
-            for name, one in made.items():
-                one.train(model.get_submodule(name).training)
-                put_at(model.get_submodule(name), one)
-        except BaseException:
-            for name in made:
-                remove_bottleneck(model.get_submodule(name))
-            raise
+            copy_into(target, like(value, target))
         if made:
-            freeze_base(model)
-            prepare(model)
+            put_bottlenecks(model, {model.get_submodule(name): one for name, one in made.items()})
         if is_trainable is not None or made:
             trained = [p for one in every.values() for p in one.parameters()]
             for parameter in (*trained, *(target for target, _ in base)):
                 if parameter.is_floating_point():
                     parameter.requires_grad_(is_trainable is not False)
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that holds the values of them all."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

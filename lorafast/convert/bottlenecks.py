@@ -11,17 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafast.convert import encoders
+from lorafast.convert import checkpointing, encoders
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import adapter_parameters
 from lorafast.convert.places import why_not_called
-from lorafast.convert.targets import ALL_LINEAR, Pattern, check_pattern, matches, nearest, unwrapped
+from lorafast.convert.targets import (
+    ALL_LINEAR,
+    Pattern,
+    check_pattern,
+    each,
+    given,
+    nearest,
+    reaches,
+    unwrapped,
+)
 from lorafast.core.dtypes import FLOATS
 from lorafast.nn import AdapterLayer
-from lorafast.nn.bottleneck import Bottleneck
+from lorafast.nn.bottleneck import CHILD, Bottleneck, bottleneck_at, take_away
 from lorafast.nn.checks import check_dtype
-
-CHILD = "bottleneck"
-"""The name of the child."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ _BLOCKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 the first name that a block has."""
 
 
-def adapt_bottlenecks(
+def make_bottlenecks(
     model: nn.Module,
     kind: str,
     targets: Pattern = ALL_LINEAR,
@@ -64,9 +71,8 @@ def adapt_bottlenecks(
     init: str = "zero",
     exclude: Pattern | None = None,
     adapter_dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """As ``adapt`` of these kinds, which freezes the model afterwards."""
-    inner = unwrapped(model)
+) -> dict[nn.Module, Bottleneck]:
+    """Those of ``adapt`` of these kinds, by the modules at which they are to stand."""
     defaults = KINDS[kind]
     if bottleneck is not None and reduction_factor is not None:
         raise ValueError("bottleneck and reduction_factor are both given, expected one of them")
@@ -74,100 +80,104 @@ def adapt_bottlenecks(
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
         raise ValueError(f"reduction_factor is {factor!r}, expected a number above 0")
     check_dtype("adapter_dtype", adapter_dtype)
-    found = _find(inner, kind, targets, exclude)
-    sharded = name_of_sharded(inner, set(found))
+    found = _find(model, kind, targets, exclude)
+    sharded = name_of_sharded(model, found)
     if sharded is not None:
         raise TypeError(
             f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
         )
     made: dict[nn.Module, Bottleneck] = {}
     for module, name in found.items():
-        K, N = widths(inner, name, module, kind == "parallel")
-        device, dtype = device_and_dtype(inner, module)
-        made[module] = Bottleneck(
-            K,
-            bottleneck if bottleneck is not None else max(int(K // factor), 1),
-            N,
-            activation=activation or defaults.activation,
-            scaling=defaults.scaling if scaling is None else scaling,
-            layer_norm=layer_norm,
-            init=init,
-            device=device,
-            dtype=adapter_dtype or dtype,
-        )
+        K, N = widths(model, name, module, kind == "parallel")
+        device, dtype = device_and_dtype(model, name)
+        b = bottleneck
+        if b is None:
+            if not K // factor < 2**31:
+                raise ValueError(
+                    f"reduction_factor is {factor!r}, of which {K} is too large a multiple"
+                )
+            b = max(int(K // factor), 1)
+        with torch.inference_mode(False):  # or they could never be trained
+            made[module] = Bottleneck(
+                K,
+                b,
+                N,
+                activation=defaults.activation if activation is None else activation,
+                scaling=defaults.scaling if scaling is None else scaling,
+                layer_norm=layer_norm,
+                init=init,
+                device=device,
+                dtype=adapter_dtype or dtype,
+            )
         made[module].parallel = kind == "parallel"
         made[module].train(module.training)
-    for module, one in made.items():
-        put_at(module, one)
-    return model
-
-
-def put_at(module: nn.Module, bottleneck: Bottleneck) -> None:
-    """Makes it the module's child, and its hook."""
-    bottleneck.placed = True
-    module.add_module(CHILD, bottleneck)
-    module.register_forward_hook(bottleneck.at_output, with_kwargs=True)
+    return made
 
 
 def bottlenecks(model: nn.Module) -> dict[str, Bottleneck]:
     """The bottlenecks that stand at modules of ``model``, by the names of these."""
     return {
-        name: child
+        name: one
         for name, module in model.named_modules()
-        if isinstance(child := module._modules.get(CHILD), Bottleneck)
-        and any(_is_of(hook, child) for hook in module._forward_hooks.values())
+        if (one := bottleneck_at(module)) is not None
     }
-
-
-def _is_of(hook: Any, bottleneck: Bottleneck) -> bool:
-    return getattr(hook, "__self__", None) is bottleneck
 
 
 def remove_bottlenecks(model: nn.Module) -> nn.Module:
     """Takes all bottleneck adapters away; what was frozen stays so. Returns ``model``."""
     inner = unwrapped(model)
-    for name in bottlenecks(inner):
-        remove_bottleneck(inner.get_submodule(name))
+    for module in list(inner.modules()):
+        take_away(module)
     encoders.undo(inner)
+    if not adapter_parameters(inner):
+        checkpointing.undo(inner)
     return model
-
-
-def remove_bottleneck(module: nn.Module) -> None:
-    """Takes away the one that stands at a module, if there is one."""
-    bottleneck = module._modules.get(CHILD)
-    if not isinstance(bottleneck, Bottleneck):
-        return
-    for key, hook in list(module._forward_hooks.items()):
-        if _is_of(hook, bottleneck):
-            del module._forward_hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
-    del module._modules[CHILD]
 
 
 def _find(
     model: nn.Module, kind: str, targets: Pattern, exclude: Pattern | None
 ) -> dict[nn.Module, str]:
-    """The modules at whose outputs bottlenecks are to stand, and their names."""
+    """The modules at whose outputs bottlenecks are to stand, and their first names; any of a module's
+    names selects it, or leaves it out."""
     exclude = check_pattern("exclude", () if exclude is None else exclude)
-    modules = dict(model.named_modules())
+    every: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and not is_in_bottleneck(model, name):
+            every.setdefault(module, []).append(name)
+    _check_names("exclude", exclude, every)
     if targets == ALL_LINEAR:
-        names = _by_structure(model, modules, kind)
+        places = set(_by_structure(model, dict(model.named_modules()), kind))
+        found = {module: names for module, names in every.items() if not places.isdisjoint(names)}
     else:
-        names = _named(check_pattern("targets", targets), modules)
-    names = [name for name in names if not matches(exclude, name)]
-    if not names:
+        named = check_pattern("targets", targets)
+        if named == ():
+            raise ValueError("targets is [], expected at least one name")
+        _check_names("targets", named, every)
+        found = {module: names for module, names in every.items() if reaches(named, names)}
+    found = {module: names for module, names in found.items() if not reaches(exclude, names)}
+    if not found:
         raise ValueError("exclude leaves out all that targets names")
-    for name in names:
-        reason = why_not_here(model, name, modules[name])
+    for module, names in found.items():
+        reason = why_not_here(model, names, module)
         if reason is not None:
-            raise TypeError(f"{name} can't have a bottleneck: {reason}")
-    return {modules[name]: name for name in names}
+            raise TypeError(f"{names[0]} can't have a bottleneck: {reason}")
+    return {module: names[0] for module, names in found.items()}
 
 
-def why_not_here(model: nn.Module, name: str, module: nn.Module) -> str | None:
+def is_in_bottleneck(model: nn.Module, name: str) -> bool:
+    """Whether the module of this name is a part of a bottleneck."""
+    around = name.rpartition(".")[0]
+    return bool(around) and (
+        isinstance(model.get_submodule(around), Bottleneck) or is_in_bottleneck(model, around)
+    )
+
+
+def why_not_here(model: nn.Module, names: list[str], module: nn.Module) -> str | None:
     """Why no bottleneck can stand at the output of a module, or None."""
     if CHILD in module._modules or isinstance(module, Bottleneck):
         return "it has one already"
+    if any(is_in_bottleneck(model, name) for name in names):
+        return "it is a part of one"
     if isinstance(module, AdapterLayer):
         return f"it is a {type(module).__name__}, which has an adapter of another kind"
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -176,7 +186,7 @@ def why_not_here(model: nn.Module, name: str, module: nn.Module) -> str | None:
         )
     if hasattr(module, CHILD):
         return f"it has an attribute {CHILD!r} of its own"
-    return why_not_called([name], model, "adapt")
+    return why_not_called(names, model, "adapt")
 
 
 def _by_structure(model: nn.Module, modules: dict[str, nn.Module], kind: str) -> list[str]:
@@ -217,18 +227,20 @@ def _first(block: str, places: tuple[str, ...], modules: dict[str, nn.Module]) -
     return next((f"{block}.{place}" for place in places if f"{block}.{place}" in modules), None)
 
 
-def _named(targets: str | tuple[str, ...], modules: dict[str, nn.Module]) -> list[str]:
-    if targets == ():
-        raise ValueError("targets is [], expected at least one name")
-    each: list[Any] = [targets] if isinstance(targets, str) else [(name,) for name in targets]
-    for one in each:
-        if any(name and matches(one, name) for name in modules):
+def _check_names(
+    argument: str, pattern: str | tuple[str, ...], every: dict[nn.Module, list[str]]
+) -> None:
+    """Raises ``ValueError`` unless a regex, or each of several names, is the name of a module."""
+    known = {name for names in every.values() for name in names}
+    for one in each(pattern):
+        if reaches(one, list(known)):
             continue
         if isinstance(one, str):
-            raise ValueError(f"targets is {one!r}, a regex that matches the full name of no module")
-        hint = nearest(one[0], [name for name in modules if name])
-        raise ValueError(f"targets has {one[0]!r}, which is the name of no module{hint}")
-    return [name for name in modules if name and matches(targets, name)]
+            raise ValueError(
+                f"{given(argument, one)}, a regex that matches the full name of no module"
+            )
+        hint = nearest(one[0], list(known))
+        raise ValueError(f"{given(argument, one)}, which is the name of no module{hint}")
 
 
 def widths(model: nn.Module, name: str, module: nn.Module, parallel: bool) -> tuple[int, int]:
@@ -237,15 +249,23 @@ def widths(model: nn.Module, name: str, module: nn.Module, parallel: bool) -> tu
     Raises:
         ValueError: they can't be told.
     """
-    pairs = [pair for one in module.modules() if (pair := _features(one)) is not None]
-    if not pairs:  # a dropout after the layer that makes its input
-        parent = model.get_submodule(name.rpartition(".")[0])
-        pairs = [pair for one in parent.children() if (pair := _features(one)) is not None]
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
-    first = pairs[0][0] if pairs else hidden
-    last = pairs[-1][1] if pairs else hidden
-    if not isinstance(module, nn.Linear) and isinstance(hidden, int) and any(module.children()):
+    pairs = _features_in(module)
+    if parallel and isinstance(module, nn.Embedding):
+        raise ValueError(f"{name} reads indices, beside which no parallel bottleneck can stand")
+    if not pairs:  # a dropout after the layer that makes its input, whose width it keeps
+        parent = model.get_submodule(name.rpartition(".")[0])
+        beside = sorted({N for one in parent.children() for _, N in _features_of(one)})
+        if len(beside) > 1:
+            raise ValueError(
+                f"the width of {name}'s output can't be told, for the layers beside it have outputs of "
+                f"{' and '.join(map(str, beside))} features: name another module"
+            )
+        first = last = beside[0] if beside else hidden
+    elif not isinstance(module, nn.Linear) and isinstance(hidden, int) and any(module.children()):
         first = last = hidden
+    else:
+        first, last = pairs[0][0], pairs[-1][1]
     if not isinstance(first, int) or not isinstance(last, int):
         raise ValueError(
             f"the width of {name}'s output can't be told, for there is no linear layer in it: name "
@@ -254,9 +274,24 @@ def widths(model: nn.Module, name: str, module: nn.Module, parallel: bool) -> tu
     return (first, last) if parallel else (last, last)
 
 
+def _features_in(module: nn.Module) -> list[tuple[int, int]]:
+    """The widths of what ``module`` is and holds, bottlenecks aside."""
+    if isinstance(module, Bottleneck):
+        return []
+    own = _features_of(module)
+    return own or [pair for child in module.children() for pair in _features_in(child)]
+
+
+def _features_of(module: nn.Module) -> list[tuple[int, int]]:
+    pair = _features(module)
+    return [] if pair is None or isinstance(module, Bottleneck) else [pair]
+
+
 def _features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.LayerNorm):
         return (module.normalized_shape[-1],) * 2
+    if isinstance(module, nn.Embedding):
+        return (module.embedding_dim,) * 2
     if isinstance(module, AdapterLayer):
         return module.in_features, module.out_features
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -268,10 +303,14 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def device_and_dtype(model: nn.Module, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where, and in which dtype, a bottleneck at a module belongs."""
-    for owner in (module, model):
-        for parameter in owner.parameters():
-            if parameter.dtype in FLOATS:
+def device_and_dtype(model: nn.Module, name: str) -> tuple[torch.device, torch.dtype]:
+    """Where, and in which dtype, a bottleneck at a module belongs: as the parameters of the module, else
+    of the closest one around it that has any, adapters aside."""
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
+    while True:
+        for parameter in model.get_submodule(name).parameters():
+            if parameter.dtype in FLOATS and id(parameter) not in adapters:
                 return parameter.device, parameter.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
+        if not name:
+            return torch.device("cpu"), torch.get_default_dtype()
+        name = name.rpartition(".")[0]

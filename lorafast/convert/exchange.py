@@ -66,7 +66,7 @@ def put_into(
         for name, parameters in adapters.items():
             own = layers[name].adapter_parameters()
             values += [(own[parameter], value) for parameter, value in parameters.items()]
-        values = [(target, _like(value, target)) for target, value in values]
+        values = [(target, like(value, target)) for target, value in values]
         there = {name: layer for name, layer in layers.items() if layer not in made.values()}
         undo.keep([target for target, _ in values], there.values())
 
@@ -117,7 +117,7 @@ def set_trained(trained: bool, parameters: Iterable[Tensor]) -> None:
             parameter.requires_grad_(trained)
 
 
-def _like(value: Tensor, target: Tensor) -> Tensor:
+def like(value: Tensor, target: Tensor) -> Tensor:
     """``value`` in the dtype, on the device and sharded as ``target`` is."""
     sharded: Any = target
     if not hasattr(sharded, "full_tensor"):

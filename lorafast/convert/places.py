@@ -7,6 +7,7 @@ from torch import nn
 
 from lorafast.convert.kinds import PLAIN, has_peft_adapter, kind_of
 from lorafast.nn import LoRAMultiheadAttention
+from lorafast.nn.bottleneck import bottleneck_at
 
 # What torch.compile calls the module that it wraps.
 COMPILED = "_orig_mod"
@@ -94,6 +95,8 @@ def why_not_here(names: Iterable[str], module: nn.Module, model: nn.Module) -> s
     reason = why_not_called(names, model, "adapt")
     if reason is not None:
         return reason
+    if bottleneck_at(module) is not None:
+        return "a bottleneck stands at its output, and a layer has adapters of one kind"
     if has_peft_adapter(module):
         return "it has PEFT's adapter (lorafast.accelerate(model) makes that fast)"
     kind = kind_of(module)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafast.convert.bottlenecks import bottlenecks
 from lorafast.convert.kinds import adapted_layers, adapter_parameters
 from lorafast.nn import bitsandbytes_keys
 from lorafast.nn.inactive import waiting
@@ -75,6 +76,12 @@ def _save_beside(model: nn.Module, folder: Path) -> None:
     from lorafast.convert.adapter_io import write_adapter
     from lorafast.convert.peft_format import CONFIG_FILE
 
+    if bottlenecks(model):
+        warnings.warn(
+            "from_pretrained drops the model's bottleneck adapters: save them with "
+            "lorafast.save_adapter, and load them with lorafast.load_adapter",
+            stacklevel=3,
+        )
     native = getattr(model, "_hf_peft_config_loaded", False)  # PEFT's, which Transformers saves
     if not adapted_layers(model):
         if not native and (folder / CONFIG_FILE).is_file():

@@ -32,6 +32,8 @@ class AdapterRow:
     """What kind of layer it is, where it isn't a plain ``LoRALinear``."""
     siblings: tuple[str, ...] = ()
     """The layers that it shares x with (``adapt(..., fuse="siblings")``)."""
+    bottleneck: bool = False
+    """It is a bottleneck adapter, whose width r is."""
 
     def _remarks(self) -> str:
         state = "merged" if self.merged else "no gradient so far" if self.no_gradient else ""
@@ -66,7 +68,7 @@ class Summary:
             f"{len(self.layers)} adapted {layers}, {self.adapter:,} adapter parameters; "
             f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2f} %)"
         )
-        lora = [row for row in self.layers if "bottleneck" not in row.remark]
+        lora = [row for row in self.layers if not row.bottleneck]
         if any(row.scaling == 1.0 and row.r != _PEFT_ALPHA for row in lora):
             lines.append("scaling 1 is the default, alpha = r; that of PEFT's LoraConfig is 8 / r")
         lines += [f"without adapter: {one}" for one in self.left]
@@ -113,6 +115,7 @@ def summary(model: nn.Module) -> Summary:
             parameters=sum(p.numel() for p in one.parameters()),
             merged=False,
             remark=f"{'parallel ' if one.parallel else ''}bottleneck, {one.activation}",
+            bottleneck=True,
         )
         for name, one in bottlenecks(model).items()
     )

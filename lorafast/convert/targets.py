@@ -109,23 +109,23 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
                 "lorafast.accelerate(model) makes PEFT's adapters fast"
             )
     layers = names_by_layer(model)
-    for one in _each(exclude):
-        if not any(_reaches(one, names) for names in layers.values()):
+    for one in each(exclude):
+        if not any(reaches(one, names) for names in layers.values()):
             raise ValueError(_nothing_matches("exclude", one, model))
     plain = {layer: names for layer, names in layers.items() if not isinstance(layer, AdapterLayer)}
-    kept = {layer: names for layer, names in plain.items() if not _reaches(exclude, names)}
+    kept = {layer: names for layer, names in plain.items() if not reaches(exclude, names)}
     if targets == ALL_LINEAR:
         return _all_linear(model, kept)
     if targets == ():
         raise ValueError("targets is [], expected at least one name")
-    for one in _each(targets):
-        if any(_reaches(one, names) for names in kept.values()):
+    for one in each(targets):
+        if any(reaches(one, names) for names in kept.values()):
             continue
-        excluded = [names[0] for names in plain.values() if _reaches(one, names)]
+        excluded = [names[0] for names in plain.values() if reaches(one, names)]
         if excluded:
-            raise ValueError(f"{_given('targets', one)}, and exclude leaves out {excluded[0]}")
+            raise ValueError(f"{given('targets', one)}, and exclude leaves out {excluded[0]}")
         raise ValueError(_nothing_matches("targets", one, model))
-    found = {layer: names for layer, names in kept.items() if _reaches(targets, names)}
+    found = {layer: names for layer, names in kept.items() if reaches(targets, names)}
     for layer, names in found.items():
         reason = why_not_here(names, layer, model)
         if reason is not None:
@@ -133,15 +133,18 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     return found
 
 
-def _each(pattern: str | tuple[str, ...]) -> list[str | tuple[str, ...]]:
+def each(pattern: str | tuple[str, ...]) -> list[str | tuple[str, ...]]:
+    """A regex, or several names one by one."""
     return [pattern] if isinstance(pattern, str) else [(name,) for name in pattern]
 
 
-def _given(argument: str, one: str | tuple[str, ...]) -> str:
+def given(argument: str, one: str | tuple[str, ...]) -> str:
+    """How a message begins that is about a regex, or about one of several names."""
     return f"{argument} is {one!r}" if isinstance(one, str) else f"{argument} has {one[0]!r}"
 
 
-def _reaches(pattern: Pattern, names: list[str]) -> bool:
+def reaches(pattern: Pattern, names: list[str]) -> bool:
+    """Whether a pattern names what has all these names."""
     return any(matches(pattern, name) for name in names)
 
 
@@ -175,21 +178,21 @@ def _all_linear(model: nn.Module, plain: dict[nn.Module, list[str]]) -> dict[nn.
 
 
 def _nothing_matches(argument: str, one: str | tuple[str, ...], model: nn.Module) -> str:
-    given = _given(argument, one)
+    what = given(argument, one)
     modules = dict(model.named_modules(remove_duplicate=False))
     hits = {name: module for name, module in modules.items() if matches(one, name)}
     adapted = [name for name, module in hits.items() if isinstance(module, AdapterLayer)]
     if adapted:
-        return f"{given}, and {adapted[0]} is adapted already"
+        return f"{what}, and {adapted[0]} is adapted already"
     if hits:
         # A module that holds others says less about what was meant.
         name = next((name for name in hits if not any(hits[name].children())), next(iter(hits)))
-        return f"{given}, and {name or 'the model'} is a {_kind(hits[name])}, expected an {PLAIN}"
+        return f"{what}, and {name or 'the model'} is a {_kind(hits[name])}, expected an {PLAIN}"
     if isinstance(one, str):
-        reached = any(_reaches((one,), names) for names in names_by_layer(model).values())
+        reached = any(reaches((one,), names) for names in names_by_layer(model).values())
         hint = f" (for a name or its ending pass [{one!r}])" if reached else ""
-        return f"{given}, a regex that matches the full name of no module{hint}"
-    return f"{given}, which is the name of no {PLAIN} in the model{_nearest(one[0], model)}"
+        return f"{what}, a regex that matches the full name of no module{hint}"
+    return f"{what}, which is the name of no {PLAIN} in the model{_nearest(one[0], model)}"
 
 
 def _nearest(name: str, model: nn.Module) -> str:

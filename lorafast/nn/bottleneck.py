@@ -1,13 +1,15 @@
 """``Bottleneck``: a bottleneck adapter, and how it stands at the output of another module."""
 
+import inspect
 import math
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafast import functional
-from lorafast.nn.checks import check_alpha, check_rank
+from lorafast.nn.checks import check_alpha, check_bool, check_rank
 from lorafast.nn.switch import Switch
 from lorafast.ops.bottleneck_checks import check_activation
 
@@ -30,7 +32,8 @@ class Bottleneck(Switch, nn.Module):
         out_features: the width of ``y``; by default that of ``h``. Another one needs ``residual``.
         activation: f, a name of ``functional.bottleneck``.
         scaling: a number, which scales u too, as in AdapterHub's ``adapters``.
-        layer_norm: whether there is a LayerNorm before D. It is PyTorch's own.
+        layer_norm: whether there is a LayerNorm before D. It is PyTorch's own, computes in the dtype of
+            the parameters, and is cast back.
         init: ``"zero"`` or ``"bert"``.
         device, dtype: of the parameters.
 
@@ -62,6 +65,7 @@ class Bottleneck(Switch, nn.Module):
         for name, size in sizes.items():
             check_rank(name, size)
         check_activation(activation)
+        check_bool("layer_norm", layer_norm)
         if init not in INITS:
             raise ValueError(f"init is {init!r}, expected one of {', '.join(INITS)}")
         self.in_features, self.bottleneck, self.out_features = in_features, bottleneck, out_features
@@ -69,6 +73,8 @@ class Bottleneck(Switch, nn.Module):
         self.init = init
         self.parallel = False
         """At another module: whether it reads that module's input."""
+        self._input_name: str | None = None
+        """Of the module that it stands at: the first parameter of its forward, if that has a name."""
 
         def made(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -114,7 +120,7 @@ class Bottleneck(Switch, nn.Module):
             return h if residual is None else residual
         normed = h
         if self.norm is not None:
-            normed = self.norm(h)
+            normed = self.norm(h.to(self.norm.weight.dtype)).to(h.dtype)
             residual = h if residual is None else residual
         return functional.bottleneck(
             normed,
@@ -126,30 +132,6 @@ class Bottleneck(Switch, nn.Module):
             self.activation,
             residual,
         )
-
-    def at_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """A forward hook: the module's output with the bottleneck after it, or beside the module. Of
-        several outputs it is the first one that changes."""
-        if self._off:
-            return output
-        y = output[0] if isinstance(output, tuple | list) and output else output
-        if not isinstance(y, Tensor):
-            raise TypeError(
-                f"a {type(module).__name__} with a bottleneck returned a {type(output).__name__}, "
-                "expected a tensor or a tuple that begins with one"
-            )
-        if self.parallel:
-            h = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-            if h is None:
-                raise TypeError(
-                    f"a {type(module).__name__} with a parallel bottleneck was given no tensor"
-                )
-            y = self(h, y)
-        else:
-            y = self(y)
-        if isinstance(output, tuple | list):
-            return type(output)((y, *output[1:]))
-        return y
 
     def extra_repr(self) -> str:
         """The sizes and the function."""
@@ -166,3 +148,118 @@ def _forget_missing(bottleneck: Any, incompatible: Any) -> None:
     if start is not None:
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not key.startswith(start)]
+
+
+CHILD = "bottleneck"
+"""Its name where it stands at another module, as that one's child."""
+_HOOK = "lorafast.bottleneck"
+"""What its hooks are filed under. A number as PyTorch's own could be given to another hook in a process
+that unpickles the module."""
+
+
+class _Before(threading.local):
+    """By modules' ids, the inputs of calls that have begun in this thread: their ids and versions."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, tuple[int, int] | None] = {}
+
+
+_before = _Before()
+
+
+def put_at(module: nn.Module, bottleneck: Bottleneck) -> None:
+    """Makes it the module's child, and has it called at the module's output."""
+    bottleneck._input_name = _first_parameter(module)
+    bottleneck.placed = True
+    module.add_module(CHILD, bottleneck)
+    if bottleneck.parallel:
+        module._forward_pre_hooks[_HOOK] = _before_module  # type: ignore[index]
+        module._forward_pre_hooks_with_kwargs[_HOOK] = True  # type: ignore[index]
+    module._forward_hooks[_HOOK] = _at_output  # type: ignore[index]
+    module._forward_hooks_with_kwargs[_HOOK] = True  # type: ignore[index]
+
+
+def bottleneck_at(module: nn.Module) -> Bottleneck | None:
+    """The one that stands at a module, or None."""
+    child = module._modules.get(CHILD)
+    hooks: dict[Any, Any] = module._forward_hooks
+    return child if isinstance(child, Bottleneck) and _HOOK in hooks else None
+
+
+def take_away(module: nn.Module) -> None:
+    """Undoes ``put_at``, if it was done."""
+    if bottleneck_at(module) is None:
+        return
+    hooks: tuple[Any, ...] = (
+        module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks, module._forward_hooks_with_kwargs,
+    )  # fmt: skip
+    for each in hooks:
+        each.pop(_HOOK, None)
+    del module._modules[CHILD]
+
+
+def _first_parameter(module: nn.Module) -> str | None:
+    for parameter in inspect.signature(module.forward).parameters.values():
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            return parameter.name
+        break
+    return None
+
+
+def _before_module(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A forward pre-hook: keeps the version of what a parallel bottleneck will read."""
+    one: Any = module._modules[CHILD]
+    if one._off or torch.compiler.is_compiling():
+        return
+    h = _read(one, module, args, kwargs)
+    # An inference tensor has no version.
+    _before.inputs[id(module)] = None if h.is_inference() else (id(h), h._version)
+
+
+def _at_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A forward hook: the module's output with the bottleneck after it, or beside the module. Of several
+    outputs it is the first one that changes."""
+    one: Any = module._modules[CHILD]
+    if one._off:
+        return output
+    y = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"a {type(module).__name__} with a bottleneck returned a {type(output).__name__}, "
+            "expected a tensor or a tuple that begins with one"
+        )
+    if one.parallel:
+        h = _read(one, module, args, kwargs)
+        if not torch.compiler.is_compiling():
+            _check_unchanged(module, h)
+        y = one(h, y)
+    else:
+        y = one(y)
+    if isinstance(output, tuple | list):
+        several = (y, *output[1:])
+        return output._make(several) if hasattr(output, "_make") else type(output)(several)
+    return y
+
+
+def _read(one: Bottleneck, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    """What a parallel bottleneck reads: the module's first argument."""
+    h = args[0] if args else kwargs.get(one._input_name)
+    if not args and one._input_name is None and len(kwargs) == 1:
+        (h,) = kwargs.values()
+    if not isinstance(h, Tensor):
+        expected = f", {one._input_name}," if one._input_name else ""
+        raise TypeError(
+            f"a {type(module).__name__} with a parallel bottleneck was given a {type(h).__name__} for "
+            f"its first argument{expected} expected a tensor"
+        )
+    return h
+
+
+def _check_unchanged(module: nn.Module, h: Tensor) -> None:
+    before = _before.inputs.pop(id(module), None)
+    if before is not None and before[0] == id(h) and before[1] != h._version:
+        raise RuntimeError(
+            f"a {type(module).__name__} with a parallel bottleneck changed its input in place, which "
+            "the bottleneck reads: have it compute out of place"
+        )

@@ -84,6 +84,10 @@ def test_there_and_back(tmp_path, kind):
         ({"dropout": 0.1}, "dropout is 0.1 in"),
         ({"use_gating": 1}, "use_gating is 1 in"),
         ({"more": 1}, "has the unknown field 'more'"),
+        ({"scaling": 10**400}, "scaling is 1000"),
+        ({"leave_out": [0]}, "has an adapter at encoder.layer.0.attention.output, unlike"),
+        ({"leave_out": 0}, "leave_out is 0 in"),
+        ({"mh_adapter": False}, "has an adapter at encoder.layer.0.attention.output, unlike"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -112,6 +116,14 @@ def test_other_files_are_refused(tmp_path):
     refused({n: t for n, t in tensors.items() if n != name + "adapter_up.bias"}, "has no up_bias")
     refused(
         {n.replace("r.1.", "r.9."): t for n, t in tensors.items()}, "at encoder.layer.9.attention"
+    )
+    half = {n: t for n, t in tensors.items() if "r.1." not in n}
+    refused(half, "has no adapter at encoder.layer.1.attention.output, unlike what")
+    half = {n: t for n, t in tensors.items() if "attention" not in n}
+    refused(half, "has no adapter at encoder.layer.0.attention.output, unlike what")
+    refused(
+        tensors | {f"bert.{n}": t.clone() for n, t in tensors.items()},
+        "twice, under names that reach",
     )
     (tmp_path / "adapter.safetensors").unlink()
     (tmp_path / "pytorch_adapter.bin").touch()

@@ -165,10 +165,14 @@ def test_lora_and_bottlenecks_train_together():
         ({"targets": "x.*"}, ValueError, "a regex that matches the full name of no module"),
         ({"targets": []}, ValueError, r"targets is \[\], expected at least one name"),
         ({"targets": ["blocks"]}, TypeError, "it is a ModuleList, which has no output of its own"),
+        ({"exclude": ["atention"]}, ValueError, "exclude has 'atention', which is the name of no mod"),
         ({"exclude": ["mlp"]}, ValueError, "exclude leaves out all that targets names"),
         ({"bottleneck": 0}, ValueError, "bottleneck is 0, expected an integer of at least 1"),
         ({"bottleneck": 2, "reduction_factor": 2}, ValueError, "are both given, expected one"),
         ({"reduction_factor": 0}, ValueError, "reduction_factor is 0, expected a number above 0"),
+        ({"reduction_factor": 1e-320}, ValueError, "of which 12 is too large a multiple"),
+        ({"activation": ""}, ValueError, "activation is '', expected one of gelu"),
+        ({"layer_norm": "yes"}, TypeError, "layer_norm is 'yes', expected True or False"),
         ({"activation": "swish"}, ValueError, "activation is 'swish', expected one of gelu"),
         ({"init": "ones"}, ValueError, "init is 'ones', expected one of zero, bert"),
         ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype is torch.int8"),
@@ -251,6 +255,7 @@ DOWN = "blocks.0.mlp.bottleneck.down"
         (edit_config, of_place(bottleneck=True), "bottleneck of blocks.0.mlp is True in"),
         (edit_config, of_place(activation=["relu"]), r"activation of blocks.0.mlp is \['relu'\] in"),
         (edit_config, of_place(scaling=float("nan")), "scaling of blocks.0.mlp is nan in"),
+        (edit_config, of_place(scaling=10**400), "scaling of blocks.0.mlp is 1000"),
         (edit_config, of_place(bottleneck=7), r"has shape \[6, 12\] in the file, expected \[7, 12\]"),
         (edit_config, of_place(width=7), "must have the fields in_features, bottleneck"),
         (edit_config, lambda c: c.update(version=2), "version is 2 in"),
@@ -265,7 +270,7 @@ DOWN = "blocks.0.mlp.bottleneck.down"
         (edit_tensors, lambda t: t.pop("head.bias"), "head.bias is part of modules_to_save"),
         (edit_tensors, lambda t: t.update(other=torch.ones(1)), "the file has other, which is no"),
     ],
-    ids=[str(i) for i in range(15)],
+    ids=[str(i) for i in range(16)],
 )  # fmt: skip
 def test_bad_files_are_refused_in_a_sentence(tmp_path, edit, change, says):
     base, _ = saved(tmp_path)
@@ -284,6 +289,8 @@ def test_files_that_do_not_fit_the_model_are_refused(tmp_path):
         ValueError, match=r"layer_norm of the bottleneck at blocks\.0\.mlp is False"
     ):
         lorafast.load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match=r"at blocks\.0\.mlp is 12 → 12 features wide, expected 8"):
+        lorafast.load_adapter(Model(8), tmp_path)
     del base.blocks[1]
     with pytest.raises(
         ValueError, match=r"a bottleneck at blocks\.1\.mlp, which the model doesn't"
@@ -349,3 +356,108 @@ def test_the_module_by_itself():
     assert wide(h, torch.zeros(3, 9, dtype=torch.float64)).shape == (3, 9)
     with pytest.raises(ValueError, match="up has 9 output features and h has 6"):
         wide(h)
+
+
+class Broken(Model):
+    """One that Transformers' checkpointing would be asked of, and that can't answer."""
+
+    main_input_name = "pixel_values"
+    gradient_checkpointing = False
+
+    def get_input_embeddings(self):
+        raise RuntimeError("there are none")
+
+
+def test_what_fails_at_the_end_leaves_nothing_behind(tmp_path):
+    base, _ = saved(tmp_path)
+    broken = Broken()
+    broken.load_state_dict(base.state_dict())
+    for change in (
+        lambda: lorafast.adapt(broken, kind="houlsby", targets=["mlp"]),
+        lambda: lorafast.load_adapter(broken, tmp_path),
+    ):
+        with pytest.raises(RuntimeError, match="there are none"):
+            change()
+        assert broken.state_dict().keys() == base.state_dict().keys()
+        assert not any(module._forward_hooks for module in broken.modules())
+        assert all(p.requires_grad for p in broken.parameters())
+
+
+def test_lora_at_a_module_with_a_bottleneck_is_refused(tmp_path):
+    lorafast.save_adapter(lorafast.adapt(Model(), r=2, targets=["mlp"]), tmp_path)
+    model = lorafast.adapt(Model(), kind="pfeiffer", targets=["mlp"])
+    with pytest.raises(
+        TypeError, match="a bottleneck stands at its output, and a layer has adapter"
+    ):
+        lorafast.adapt(model, targets=["mlp"])
+    with pytest.raises(
+        ValueError, match="a bottleneck stands at its output, and a layer has adapter"
+    ):
+        lorafast.load_adapter(model, tmp_path)
+
+
+def test_parts_of_bottlenecks_are_no_places():
+    model = lorafast.adapt(Model(), kind="pfeiffer", targets=["mlp"], layer_norm=True)
+    with pytest.raises(
+        ValueError, match=r"targets is '\.\*norm', a regex that matches the full name of"
+    ):
+        lorafast.adapt(model, kind="pfeiffer", targets=".*norm")
+
+
+def test_loaded_ones_have_the_dtype_of_the_file(tmp_path):
+    base, model = saved(tmp_path)
+    loaded = lorafast.load_adapter(base.bfloat16(), tmp_path)
+    for name, one in bottlenecks(model).items():
+        assert torch.equal(bottlenecks(loaded)[name].down, one.down)
+        assert bottlenecks(loaded)[name].norm.weight.dtype is torch.float32
+
+
+class Parts(nn.Module):
+    """Modules without parameters between others."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 6)
+        self.output = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Dropout(0.0)).double()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return self.mlp(self.output(self.embed(x).double()).float())
+
+
+def test_widths_and_dtypes_at_modules_without_parameters():
+    model = lorafast.adapt(Parts(), kind="pfeiffer", targets=["output.2", "embed"], bottleneck=2)
+    assert {name: one.down.shape[1] for name, one in bottlenecks(model).items()} == {
+        "embed": 6, "output.2": 8,
+    }  # fmt: skip
+    assert model.output[2].bottleneck.down.dtype is torch.float64
+    assert model(torch.tensor([1, 2])).shape == (2, 8)
+    with pytest.raises(
+        ValueError, match=r"mlp\.1's output can't be told.*outputs of 8 and 16 feat"
+    ):
+        lorafast.adapt(Parts(), kind="pfeiffer", targets=["mlp.1"])
+    with pytest.raises(
+        ValueError, match="embed reads indices, beside which no parallel bottleneck"
+    ):
+        lorafast.adapt(Parts(), kind="parallel", targets=["embed"])
+
+
+class Shared(Model):
+    def __init__(self):
+        super().__init__()
+        self.again = self.blocks[0].mlp
+
+
+def test_a_second_name_selects_or_leaves_out():
+    model = lorafast.adapt(Shared(), kind="pfeiffer", targets=["again"])
+    assert list(bottlenecks(model)) == ["blocks.0.mlp"]
+    model = lorafast.adapt(Shared(), kind="pfeiffer", targets=["mlp"], exclude=["again"])
+    assert list(bottlenecks(model)) == ["blocks.1.mlp"]
+
+
+def test_save_pretrained_warns(tmp_path):
+    model = lorafast.adapt(model_of("bert"), kind="houlsby")
+    with pytest.warns(
+        UserWarning, match="drops the model's bottleneck adapters: save them with lora"
+    ):
+        model.save_pretrained(tmp_path)

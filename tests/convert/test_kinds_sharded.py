@@ -108,6 +108,21 @@ def test_files(mesh, tmp_path, draw_adapters, make):
     torch.testing.assert_close(other(TOKENS), expected)
 
 
+def test_files_of_bottlenecks(mesh, tmp_path):
+    pytest.importorskip("safetensors")
+    plain = Tokens()
+    model = lorafast.adapt(copy.deepcopy(plain), kind="pfeiffer", targets=["up"], init="bert")
+    lorafast.save_adapter(model, tmp_path)
+    sharded = fully_shard(copy.deepcopy(plain), mesh=mesh)
+    with pytest.raises(ValueError, match="the model is sharded by FSDP, expected a whole model"):
+        lorafast.load_adapter(sharded, tmp_path)
+    other = lorafast.adapt(plain, kind="pfeiffer", targets=["up"], init="bert")
+    fully_shard(other, mesh=mesh)
+    lorafast.load_adapter(other, tmp_path)
+    assert isinstance(other.up.bottleneck.down, DTensor)
+    torch.testing.assert_close(other(TOKENS), model(TOKENS))
+
+
 @KINDS
 def test_one_layer_is_merged(mesh, draw_adapters, make):
     model = draw_adapters(make())

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorafast import functional, ops, reference
 from lorafast.backends.forced import use_backend
+from lorafast.core.errors import BackendError
 from lorafast.core.problem import ACTIVATIONS
 from lorafast.reference import contract
 
@@ -167,6 +168,25 @@ def test_autocast_gives_what_pytorch_gives():
     exact = reference.bottleneck(**tensors)
     assert (kept - exact).norm() < 2**-8 * exact.norm()
     assert (lowered - exact).norm() < 2**-7 * exact.norm()
+
+
+def test_residuals_under_autocast():
+    tensors = {name: t.float() for name, t in drawn(residual=True).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with (
+            use_backend("cpu"),
+            pytest.raises(BackendError, match=r"residuals of another dtype \("),
+        ):
+            functional.bottleneck(**tensors)
+        with use_backend("reference"):
+            assert functional.bottleneck(**tensors).dtype is torch.float32
+        for dtype in (torch.bfloat16, torch.float64):
+            residual = tensors["residual"].to(dtype)
+            assert functional.bottleneck(**tensors | {"residual": residual}).dtype is dtype
+        with pytest.raises(TypeError, match="residual is"):
+            functional.bottleneck(**tensors | {"residual": 3})
+        with pytest.raises(ValueError, match=r"residual has shape \[3, 24\]"):
+            functional.bottleneck(**tensors | {"residual": tensors["residual"][:3]})
 
 
 @pytest.mark.slow
