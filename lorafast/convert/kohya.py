@@ -70,7 +70,7 @@ _REFUSED = {
     r"\.lokr_\w+": "it is LoKr's, a Kronecker product",
     r"\.oft_\w+": "it is OFT's, a rotation",
     r"\.diff(_b)?": "it is a whole difference: extract an adapter from it",
-    r"\.lora_B\.bias": "it is a bias of B, which no layer of lorafast has",
+    r"[.]lora_B[.]bias": "it is a bias of B, which no layer of lorafast has",
 }
 
 
