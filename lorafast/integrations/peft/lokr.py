@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lorafast.core.context import autocast_enabled, without_autocast
-from lorafast.integrations.peft import low_rank, lycoris, quantized
+from lorafast.integrations.peft import low_rank, lycoris
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
-from lorafast.operands import Operand
 from lorafast.ops.lokr_linear import Factors, kronecker
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -67,12 +66,10 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     found = parts(layer)
     if _why_stock(layer, found) is not None:
         return None
-    base = layer._modules["base_layer"]
-    weight, bias = weight_of(base), base._parameters["bias"]
-    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+    frozen = low_rank.frozen(layer, found, x)
+    if frozen is None:
         return None
-    if isinstance(weight, Operand):
-        weight, bias, _, _ = quantized.frozen(base, x)
+    weight, bias, _ = frozen
     y = low_rank.base_linear(x, weight, bias)
     for part in found:
         if lycoris.takes_part(layer, part.name):

@@ -9,11 +9,12 @@ pytest.importorskip("peft")
 
 import peft
 from helpers import covering
+from peft.tuners.boft import layer as boft_layer
 from peft_twins import K, N, assert_equal, base, twins
 from torch import nn
 
 import lorafast
-from lorafast.integrations.peft import family, layers
+from lorafast.integrations.peft import boft, family, layers
 
 DTYPES = {
     "fp32": (torch.float32, False),
@@ -132,6 +133,63 @@ def test_dropout_of_ranks_and_modules_is_drawn_as_by_peft(never_stock, kind):
         torch.manual_seed(seed)
         torch.testing.assert_close(fast(x), y, rtol=1e-4, atol=1e-4)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def butterflies(monkeypatch):
+    """PEFT makes several butterflies only where its CUDA extension is built: here without it."""
+
+    class BlockDiagonal:
+        @staticmethod
+        def apply(blocks):
+            return torch.stack([torch.block_diag(*of_one) for of_one in blocks])
+
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(boft_layer, "FastBlockDiag", BlockDiagonal)
+
+
+@pytest.mark.parametrize(("factors", "adapters"), [(2, 2), (3, 1)])
+def test_boft_of_several_butterflies(never_stock, butterflies, factors, adapters):
+    model = made("BOFT", boft_n_butterfly_factor=factors, adapters=adapters)
+    layer = model.base_model.model.layer
+    assert layer.boft_P.shape[0] == factors
+    assert not torch.equal(layer.boft_P[-1], torch.eye(K))
+    assert_equal(twins(model), *drawn(torch.float32), torch.float32)
+
+
+def test_boft_keeps_its_orders_where_x_is(butterflies):
+    """``boft_P`` stays on the CPU where PEFT loads an adapter to a GPU."""
+    layer = made("BOFT", boft_n_butterfly_factor=2).base_model.model.layer
+    for device in ("meta", "cpu"):
+        found = boft._orders_of(layer, torch.device(device))
+        assert {order.device.type for pair in found if pair for order in pair} == {device}
+
+
+def test_boft_dropout_is_drawn_as_by_peft(never_stock):
+    model = made("BOFT", boft_dropout=0.5, adapters=2)
+    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    x, _ = drawn(torch.float32)
+    found = []
+    for seed in range(3):
+        found.append([])
+        for one in (model, fast):
+            torch.manual_seed(seed)
+            found[-1].append(one(x))
+        torch.testing.assert_close(*found[-1], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_boft_of_inference_tensors(never_stock, butterflies):
+    """Made in inference mode; and what is kept there serves a training step after."""
+    x, _ = drawn(torch.float32)
+    with torch.inference_mode():
+        model = lorafast.accelerate(made("BOFT", boft_n_butterfly_factor=2), quiet=True)
+        model(x)
+    model = lorafast.accelerate(made("BOFT", boft_n_butterfly_factor=2), quiet=True)
+    with torch.inference_mode():
+        model(x)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad.any()
 
 
 def test_adalora_allocates_as_with_peft(never_stock):
