@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafast.core.context import autocast_enabled, without_autocast
+from lorafast.core.dtypes import wide
 from lorafast.integrations.peft import low_rank, lycoris
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
@@ -78,7 +79,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def _added(layer: Any, part: Part, x: Tensor) -> Tensor:
-    """What one adapter adds; under autocast in its dtype, as ``F.linear`` would."""
+    """What one adapter adds; under autocast in its dtype, for float16 in float32."""
     tensors = part.tensors
     w1 = tensors.get("lokr_w1")
     if w1 is None:
@@ -87,7 +88,8 @@ def _added(layer: Any, part: Part, x: Tensor) -> Tensor:
     w2: Factors = (tensors["lokr_w2_a"], tensors["lokr_w2_b"]) if whole is None else whole
     if autocast_enabled(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, w1 = x.to(dtype), w1.to(dtype)
+        x, w1 = x.to(dtype), w1.to(wide(dtype))
+        dtype = wide(dtype)
         w2 = (w2[0].to(dtype), w2[1].to(dtype)) if isinstance(w2, tuple) else w2.to(dtype)
     with without_autocast(x):
         added = kronecker(x, w1, w2, float(layer.scaling[part.name]))

@@ -107,6 +107,23 @@ def test_under_autocast_and_without_gradients(never_stock, kind):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    {"VeRA": {}, "LoKr": {"lokr_w2": 1000, "lokr_w1": 2**-16}}.items(),
+    ids=["VeRA", "LoKr"],
+)
+def test_what_is_beyond_float16_under_its_autocast(never_stock, kind, sizes):
+    """The gradient of VeRA's ``λ_b ⊙ B ⊙ λ_d``, LoKr's ``x·w2ᵀ``: PEFT has neither. The backward is
+    under autocast too."""
+    model = made(kind)
+    for name, parameter in model.named_parameters():
+        for part, size in sizes.items():
+            parameter.data.mul_(size if part in name else 1)
+    x, dy = drawn(torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        assert_equal(twins(model), 100 * x, 100 * dy, torch.float16)
+
+
 @pytest.mark.parametrize("kind", DROPS)
 def test_dropout(never_stock, kind):
     """Another mask than nn.Dropout's: of many rows, the mean is that without dropout."""
