@@ -10,11 +10,13 @@ pytest.importorskip("peft")
 import peft
 from helpers import covering
 from peft.tuners.boft import layer as boft_layer
+from peft.tuners.loha import layer as loha
+from peft.tuners.lokr import layer as lokr
 from peft_twins import K, N, assert_equal, base, twins
 from torch import nn
 
 import lorafast
-from lorafast.integrations.peft import boft, family, layers
+from lorafast.integrations.peft import boft, family, known, layers
 
 DTYPES = {
     "fp32": (torch.float32, False),
@@ -282,6 +284,16 @@ def test_what_is_left_to_peft(what):
     if what != "two dtypes":
         x, _ = drawn(torch.float32)
         assert torch.equal(fast(x), stock(x))
+
+
+@pytest.mark.parametrize("name", ["make_weight", "make_kron"])
+def test_functions_that_make_the_change_are_known(monkeypatch, name):
+    kind, module = {"make_weight": ("LoHa", loha), "make_kron": ("LoKr", lokr)}[name]
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+    known.why_changed.cache_clear()
+    reason = known.why_changed(kind)
+    known.why_changed.cache_clear()
+    assert reason.endswith(f" has another {name}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
