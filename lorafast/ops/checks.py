@@ -190,7 +190,7 @@ def check_lokr_linear(
     x: Tensor,
     weight: Weight,
     w1: Tensor,
-    w2: Tensor | tuple[Tensor, Tensor],
+    w2: Any,
     scaling: float,
     bias: Tensor | None,
 ) -> None:
