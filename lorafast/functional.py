@@ -226,8 +226,8 @@ def lokr_linear(
 
     Returns:
         ``y [..., a·c]`` in the dtype of ``x``. Every tensor argument may require a gradient; ``x`` is
-        kept for the backward, and no product. Under autocast ``x``, ``weight`` and ``bias`` are cast as
-        ``F.linear`` would.
+        kept for the backward, and no product. float16 is computed in float32: no product with w1 or w2
+        need fit into it. Under autocast ``x``, ``weight`` and ``bias`` are cast as ``F.linear`` would.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it, what it is, and what

@@ -82,11 +82,13 @@ def adapt(
             all add to: see ``docs/guide.md``. ``lorafast.restore(model)`` undoes it. A warning says so
             if no layer of the model has siblings.
         init_lora_weights: how A and B begin, as PEFT's numbers have it: None (A drawn, B zero),
-            ``"pissa"`` or ``"pissa_niter_<n>"`` (Meng et al., 2024: the largest singular values of W),
-            ``"olora"`` (Büyükakyüz, 2024: its QR decomposition). The last ones are of dense linear
-            layers, and take ``scaling·B·A`` away from W: the layer keeps what is left as its weight,
-            and until all are made the model's own weights are held beside. Saved adapters name it, and
-            load where the same was done.
+            ``"pissa"`` (Meng et al., 2024: the largest singular values of W; ``alpha`` must be above
+            0), ``"pissa_niter_<n>"`` (the same by n steps of a randomised decomposition, with PEFT's
+            numbers only from the same state of PyTorch's generator), ``"olora"`` (Büyükakyüz, 2024:
+            the QR decomposition of W). The last ones are of dense linear layers, and take
+            ``scaling·B·A`` away from W: the layer keeps what is left as its weight, and until all
+            are made the model's own weights are held beside. Saved adapters name it, and load where
+            the same was done.
         kind: ``"lora"``, ``"houlsby"`` (Houlsby et al., 2019: after attention and after the MLP, before
             their residual sums), ``"pfeiffer"`` (Pfeiffer et al., 2021: after the MLP alone; where
             Houlsby's is, while AdapterHub's ``seq_bn`` reads what LayerNorm makes of the sum) or
@@ -141,7 +143,7 @@ def adapt(
             f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
         )
     if init_lora_weights is not None:
-        check_start(init_lora_weights, found, r)
+        check_start(init_lora_weights, found, r, alpha)
     with all_or_nothing(inner) as undo:
         for plain, names in found.items():
             layer = undo.made[plain] = kind_of_layer(plain).layer.of_plain(

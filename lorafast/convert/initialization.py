@@ -4,6 +4,7 @@ Both are local to a layer and as PEFT has them. ``W' = W − scaling·B·A`` is 
 fresh layer computes what W alone did, up to rounding.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,16 +18,23 @@ from lorafast.nn.plain import is_conv1d
 _NITER = re.compile(r"pissa_niter_(\d{1,4})")
 
 
-def check_start(how: str, plain: Mapping[nn.Module, Iterable[str]], r: int) -> None:
+def check_start(
+    how: str, plain: Mapping[nn.Module, Iterable[str]], r: int, alpha: float | None
+) -> None:
     """Raises unless ``how`` is known here and fits these plain layers, given with their names.
 
     Raises:
-        ValueError: it isn't known, ``r`` is larger than a side of a weight, or a weight isn't finite.
+        ValueError: it isn't known, ``alpha`` isn't above 0, which PiSSA divides by, ``r`` is larger than
+            a side of a weight, or a weight isn't finite.
         TypeError: a layer isn't a dense linear layer.
     """
     if how not in ("pissa", "olora") and _NITER.fullmatch(how) is None:
         raise ValueError(
             f"init_lora_weights is {how!r}, expected 'pissa', 'pissa_niter_<n>', 'olora' or None"
+        )
+    if how != "olora" and isinstance(alpha, (int, float)) and not 0 < alpha < math.inf:
+        raise ValueError(
+            f"alpha is {alpha}, expected a finite number above 0: init_lora_weights is {how!r}"
         )
     for layer, (name, *_) in plain.items():
         weight = layer._parameters.get("weight")

@@ -20,6 +20,8 @@ transforms_active: Callable[[], bool] = getattr(
     torch._C, "_are_functorch_transforms_active", lambda: False
 )
 traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+# Of a gradient in the backward: is_grads_batched, which no kernel knows.
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 

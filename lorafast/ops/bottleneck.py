@@ -17,6 +17,7 @@ from lorafast.backends.plan import Run
 from lorafast.core.context import (
     alone,
     autocast_enabled,
+    is_batched,
     needs_plain_pytorch,
     watched,
     without_autocast,
@@ -26,7 +27,7 @@ from lorafast.core.problem import WANTS, Problem
 from lorafast.ops import flops
 from lorafast.ops.bottleneck_checks import check_bottleneck
 from lorafast.ops.calls import layouts_matter, where
-from lorafast.ops.lora_linear import in_shape_of, is_batched
+from lorafast.ops.lora_linear import in_shape_of
 from lorafast.ops.problems import (
     allows_tf32,
     as_rows,

@@ -171,11 +171,14 @@ def check_scaled_lora_linear(
 ) -> None:
     """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA layer with vectors."""
     check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_elements(name, tensor)
     (N, K), r = weight.shape, lora_A.shape[0]
     for name, vector, size in (("d_in", d_in, K), ("m", m, r), ("d_out", d_out, N)):
         if vector is None:
             continue
         check_float(name, vector)
+        _check_elements(name, vector)
         check_device(name, vector, x.device, "x")
         if name == "m" and vector.dim() == 2:
             check_matrix(name, vector, r, r)
@@ -187,17 +190,22 @@ def check_lokr_linear(
     x: Tensor,
     weight: Weight,
     w1: Tensor,
-    w2: Tensor | tuple[Tensor, Tensor],
+    w2: Any,
     scaling: float,
     bias: Tensor | None,
 ) -> None:
     """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoKr linear layer."""
     N, K = _check_linear(x, weight, bias)
-    factors = (
-        {"w2": w2} if isinstance(w2, Tensor) else dict(zip(("w2[0]", "w2[1]"), w2, strict=True))
-    )
+    if isinstance(w2, tuple) and len(w2) == 2:
+        factors = {"w2[0]": w2[0], "w2[1]": w2[1]}
+    elif isinstance(w2, Tensor):
+        factors = {"w2": w2}
+    else:
+        kind = f"tuple of {len(w2)}" if isinstance(w2, tuple) else type(w2).__name__
+        raise TypeError(f"w2 is a {kind}, expected a tensor or a tuple of two")
     for name, tensor in {"w1": w1, **factors}.items():
         check_float(name, tensor)
+        _check_elements(name, tensor)
         check_device(name, tensor, x.device, "x")
         check_matrix(name, tensor, "rows", "columns")
         check_same_dtype(name, tensor, "w1", w1.dtype)
@@ -217,6 +225,7 @@ def check_oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | N
     """Raises ``TypeError`` or ``ValueError`` if the arguments don't make an OFT linear layer."""
     _, K = _check_linear(x, weight, bias)
     check_float("blocks", blocks)
+    _check_elements("blocks", blocks)
     check_device("blocks", blocks, x.device, "x")
     check_shape("blocks", blocks, "count", "k", "k")
     count, rows, columns = blocks.shape
@@ -230,6 +239,8 @@ def _check_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[int, 
     """N and K of a frozen linear layer that fits ``x``."""
     check_float("x", x)
     check_float("weight", weight, (Tensor, Operand))
+    if isinstance(weight, Tensor):
+        _check_elements("weight", weight)
     check_matrix("weight", weight, "out_features", "in_features")
     N, K = weight.shape
     if not has_rows(x):
@@ -247,6 +258,14 @@ def _check_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> tuple[int, 
         check_device("bias", bias, x.device, "x")
     check_frozen(weight)
     return N, K
+
+
+def _check_elements(name: str, tensor: Tensor) -> None:
+    """``tensor`` must be strided, and not empty."""
+    if not has_rows(tensor):
+        raise ValueError(f"{name} is {describe_layout(tensor)}, expected a strided tensor")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} has shape {_shape(tensor)}, expected no size of 0")
 
 
 def has_rows(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ As ``lora_linear`` has it: in compiled code, and where a mode sees every operati
 ``torch.func`` transforms, in forward mode and in exported programs the reference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from lorafast.core.assignment import INTEGERS, Assignment, integers
 from lorafast.core.context import (
     alone,
     autocast_enabled,
+    is_batched,
     needs_plain_pytorch,
     watched,
     without_autocast,
@@ -393,9 +394,6 @@ def _observed_backward(
     return _in_shape_of(dy, tuple(tensor if name in wants else None for name, tensor in asked))
 
 
-_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
-
-
 class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str | None, assignment: Assignment, *inputs: Any) -> Tensor:
@@ -425,7 +423,7 @@ def _eager_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> Gradients:
     saved, _ = _saved(ctx)
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy, wants, saved, assignment)
-    plain = _is_batched(dy)  # is_grads_batched, which no kernel knows
+    plain = is_batched(dy)  # is_grads_batched, which no kernel knows
     if not plain and not alone():
         with forced.use_backend(ctx.backend or registry.AUTO):
             # Of what began after the forward: its tangents, its batches.

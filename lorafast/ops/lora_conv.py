@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorafast import reference
 from lorafast.backends import forced, registry
-from lorafast.core.context import alone, needs_plain_pytorch, watched, without_autocast
+from lorafast.core.context import alone, is_batched, needs_plain_pytorch, watched, without_autocast
 from lorafast.core.convolution import Geometry, convolve, is_channels_last
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import is_plain
@@ -31,7 +31,6 @@ _NO_X = (
     "a second derivative of lora_conv needs x, which is not kept when lora_A has no gradient: let "
     "lora_A require one"
 )
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def lora_conv(
@@ -238,7 +237,7 @@ def _eager_backward(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> dict[str, A
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()  # compiled autograd, which traces this
-        or _is_batched(dy)  # is_grads_batched
+        or is_batched(dy)  # is_grads_batched
         or type(dy) is not Tensor
         or (not alone() and needs_plain_pytorch() is not None)
     ):

@@ -8,7 +8,6 @@ PyTorch differentiates where it can, else an ``autograd.Function`` over the same
 reference, which PyTorch differentiates, batches and exports itself.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lorafast.core.context import (
     autocast_enabled,
     dispatch_modes,
     function_modes,
+    is_batched,
     needs_plain_pytorch,
     traced,
     transforms_active,
@@ -342,9 +342,6 @@ def _registered_runs(
 
     runs: dict[str, Run] = {"shrink_backward": shrink_backward, "linear_expand": linear_expand}
     return runs | ({"expand_backward": expand_backward} if first else {})
-
-
-is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 class _LoRALinear(torch.autograd.Function):

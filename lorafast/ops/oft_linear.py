@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafast.core.context import alone
+from lorafast.core.context import alone, without_autocast
 from lorafast.core.problem import is_plain
 from lorafast.operands import Weight
 from lorafast.ops.dora_linear import frozen_linear
@@ -49,6 +49,11 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        with without_autocast(dy):
+            return _Rotated._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, blocks = ctx.saved_tensors
         need_dx, need_dblocks = ctx.needs_input_grad
         dx = dblocks = None

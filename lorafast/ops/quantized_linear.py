@@ -14,6 +14,7 @@ from lorafast import operands
 from lorafast.backends import forced, registry
 from lorafast.core.context import (
     alone,
+    is_batched,
     needs_plain_pytorch,
     watched,
     without_autocast,
@@ -104,14 +105,11 @@ class _QuantizedLinear(torch.autograd.Function):
         return dx, None, dbias, None, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-
-
 def _run(x: Tensor, W: Operand, bias: Tensor | None, transposed: bool) -> Tensor:
     """On checked arguments, as what surrounds the call asks."""
     stored = operands.stored(W)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _is_batched(x):  # is_grads_batched, which no kernel knows
+    if not compiling and is_batched(x):  # is_grads_batched, which no kernel knows
         return _plain(x, W, bias, transposed)
     if compiling or not alone():
         reason = needs_plain_pytorch(compiling)

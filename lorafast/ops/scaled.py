@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafast.core.context import alone
+from lorafast.core.context import alone, is_batched
 from lorafast.core.problem import is_plain
 
 _LARGE = 1 << 22
 """Elements of y from which memory takes longer than the host: 26 bytes each at 4 TB/s. Not measured."""
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def scaled(y: Tensor, scale: Tensor, beside: Tensor | None = None, *, fresh: bool = True) -> Tensor:
@@ -75,7 +74,7 @@ class _Scaled(torch.autograd.Function):
         fast = not (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or _is_batched(dy)
+            or is_batched(dy)
             or not alone()
             or not is_plain(dy, y, scale)
         )

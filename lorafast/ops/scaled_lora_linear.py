@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafast.core.context import alone
+from lorafast.core.context import alone, without_autocast
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import is_plain
 from lorafast.operands import Weight
@@ -91,6 +91,11 @@ class _Times(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        with without_autocast(d):
+            return (*_Times._gradients(ctx, d), None)
+
+    @staticmethod
+    def _gradients(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         t, rows, columns = ctx.saved_tensors
         need_dt, need_drows, need_dcolumns, _ = ctx.needs_input_grad
         d = d.to(torch.promote_types(d.dtype, torch.float32))
@@ -105,7 +110,7 @@ class _Times(torch.autograd.Function):
             if need_dcolumns:
                 dcolumns = product.sum(0) if rows is None else rows.to(product.dtype) @ product
                 dcolumns = dcolumns.to(columns.dtype)
-        return dt, drows, dcolumns, None
+        return dt, drows, dcolumns
 
 
 # As that of lora_linear.

@@ -23,11 +23,11 @@ from torch import Tensor
 from lorafast import operands
 from lorafast.backends import forced, registry
 from lorafast.backends.plan import Run
-from lorafast.core.context import alone, autocast_enabled, without_autocast
+from lorafast.core.context import alone, autocast_enabled, is_batched, without_autocast
 from lorafast.core.dtypes import FLOATS
 from lorafast.core.problem import PLAIN, Problem
 from lorafast.ops.calls import first_call, layouts_matter, where
-from lorafast.ops.lora_linear import in_shape_of, is_batched, layer_backward, unpacked
+from lorafast.ops.lora_linear import in_shape_of, layer_backward, unpacked
 from lorafast.ops.problems import (
     allows_tf32,
     as_rows,

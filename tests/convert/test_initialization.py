@@ -116,6 +116,8 @@ def _with_nan(net):
             "init_lora_weights is 'eva', expected 'pissa', 'pissa_n",
         ),
         ({"r": 13}, None, "r is 13, expected at most 12, the smaller side of the weight of 0"),
+        ({"alpha": 0}, None, "alpha is 0, expected a finite number above 0"),
+        ({"alpha": -4, "init_lora_weights": "pissa_niter_2"}, None, "alpha is -4, expected a fin"),
         ({}, _with_nan, "weight of 2 has NaN or infinity"),
         (
             {"targets": ["3"]},
@@ -123,7 +125,7 @@ def _with_nan(net):
             "3 is a Conv1d, expected a d",
         ),
     ],
-    ids=["another start", "r", "NaN", "a convolution"],
+    ids=["another start", "r", "alpha 0", "negative alpha", "NaN", "a convolution"],
 )
 def test_what_does_not_fit_leaves_the_model_as_it_was(options, change, message):
     net = network()

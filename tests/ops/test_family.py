@@ -1,7 +1,10 @@
 """LoRA with vectors, LoKr and OFT: the contract, every gradient by name, what is kept and refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import covering
 
 from lorafast import functional, reference
@@ -99,6 +102,40 @@ def test_shapes_and_what_is_kept(kind):
     assert large == {t["x"].data_ptr()}
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_batched_gradients(kind):
+    """``is_grads_batched``, as in ``jacobian(vectorize=True)``, against one gradient after another."""
+    t = {n: v.requires_grad_() for n, v in drawn(kind, *[torch.float64] * 2, 2).items()}
+    y = computed(functional, t)
+    dys = torch.randn(3, *y.shape, dtype=y.dtype)
+    keep = {"retain_graph": True}
+    found = torch.autograd.grad(y, list(t.values()), dys, is_grads_batched=True, **keep)
+    each = [torch.autograd.grad(y, list(t.values()), dy, **keep) for dy in dys]
+    for name, gradient, expected in zip(t, found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(gradient, torch.stack(expected), msg=name)
+
+
+def by_delta(x, weight, w1, w2, scaling, bias):
+    """LoKr as PEFT has it, of ΔW."""
+    w2 = w2[0] @ w2[1] if isinstance(w2, tuple) else w2
+    return F.linear(x, weight, bias) + F.linear(x, scaling * torch.kron(w1, w2))
+
+
+@pytest.mark.parametrize("kind", ["LoKr", "LoKr of a pair"])
+def test_lokr_in_float16_has_no_product_that_overflows(kind):
+    """``x·w2ᵀ`` is beyond 65,504, ΔW and all that is given back are not."""
+    t = drawn(kind, torch.float16, torch.float16)
+    t["x"] *= 100
+    t["w2" if "w2" in t else "w2_a"] *= 1000
+    t["w1"] /= 2**16
+    dy = torch.randn(2, M, N).half() / 2**10
+    rooms = SimpleNamespace(lokr_linear=by_delta)
+    found, eager = outputs(functional, t, dy), outputs(rooms, t, dy)
+    exact = outputs(reference, {n: v.double() for n, v in t.items()}, dy.double())
+    reason = contract.why_any_broken(found, contract.bounds(eager, exact, dtype=torch.float16))
+    assert reason is None, reason
+
+
 def test_the_formula_in_vectors():
     t = drawn("all vectors")
     change = t["d_out"][:, None] * t["lora_B"] @ (t["m"][:, None] * t["lora_A"]) * t["d_in"]
@@ -134,9 +171,21 @@ def test_dropout_has_the_mask_of_lora_linear():
             torch.ones(4, 5, 6),
             r"blocks has shape \[4, 5, 6\], expected \[count, k",
         ),
+        ("LoKr", "w2", [torch.ones(8, 6)], "w2 is a list, expected a tensor or a tuple of two"),
+        ("LoKr", "w2", None, "w2 is a NoneType, expected a tensor"),
+        ("LoKr", "w2", (torch.ones(8, 6),) * 3, "w2 is a tuple of 3, expected a tensor"),
+        ("LoKr", "w2", torch.ones(8, 0), r"w2 has shape \[8, 0\], expected no size of 0"),
+        ("LoKr", "w1", torch.ones(0, 4), r"w1 has shape \[0, 4\], expected no size of 0"),
+        ("LoKr", "w1", torch.ones(5, 4).to_sparse(), "w1 is torch.sparse_coo, expected a strided"),
+        ("LoKr", "weight", torch.ones(N, K).to_sparse(), "weight is torch.sparse_coo, expected a"),
+        ("OFT", "weight", torch.ones(N, 0), r"weight has shape \[40, 0\], expected no size of 0"),
+        ("OFT", "blocks", torch.ones(0, 6, 6), r"blocks has shape \[0, 6, 6\], expected no size"),
+        ("OFT", "blocks", torch.ones(4, 6, 6).to_sparse(), "blocks is torch.sparse_coo, expected"),
+        ("VeRA", "m", torch.ones(r).to_sparse(), "m is torch.sparse_coo, expected a strided"),
+        ("LoRA", "lora_A", torch.ones(r, K).to_sparse(), "lora_A is torch.sparse_coo, expected a"),
         ("OFT", "x", torch.ones(2, 5), r"x has shape \[2, 5\], expected \[..., 24\]"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_named(kind, name, value, message):
     t = drawn(kind, torch.float32, torch.float32) | {name: value}

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.core.context import without_autocast
-from lorafast.integrations.peft import low_rank, quantized
+from lorafast.integrations.peft import low_rank
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
-from lorafast.operands import Operand
 from lorafast.ops.oft_linear import rotated
 from lorafast.ops.scaled import scaled
 
 _Order = tuple[Tensor, Tensor] | None
 """Where each column comes from, before the blocks and after them; None where all stay in place."""
-_orders: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, int, list[_Order]]] = (
+_Key = tuple[Tensor, int, torch.device]
+_orders: weakref.WeakKeyDictionary[nn.Module, tuple[_Key, list[_Order]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -68,30 +68,34 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     found = parts(layer)
     if _why_stock(layer, found) is not None:
         return None
-    base = layer._modules["base_layer"]
-    weight, bias = weight_of(base), base._parameters["bias"]
-    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+    frozen = low_rank.frozen(layer, found, x)
+    if frozen is None:
         return None
-    if isinstance(weight, Operand):
-        weight, bias, _, _ = quantized.frozen(base, x)
-    orders = _orders_of(layer)
+    weight, bias, _ = frozen
+    orders = _orders_of(layer, x.device)
     scale: Any = 1
     for part in found:
         scale = scale * part.tensors["boft_s"].flatten()
     dtype = x.dtype
-    for part in reversed(found):
-        x = _rotated(layer, part, x, orders)
+    blocks = [_blocks(layer, part) for part in found]  # in PEFT's order, which draws the dropout
+    for of_one in reversed(blocks):
+        x = _rotated(of_one, x, orders)
     return scaled(low_rank.base_linear(x, weight, None), scale, bias).to(dtype)
 
 
-def _rotated(layer: Any, part: Part, x: Tensor, orders: list[_Order]) -> Tensor:
-    """``x`` through the butterflies of one adapter, the last of which comes first."""
+def _blocks(layer: Any, part: Part) -> Tensor:
+    """``[factors, count, k, k]``: those of one adapter's butterflies."""
     R = part.tensors["boft_R"]
     factors, count, k, _ = R.shape
     blocks = layer.cayley_batch(R.view(factors * count, k, k)).view(R.shape)
-    blocks = layer.boft_dropout[part.name](blocks)
+    found: Tensor = layer.boft_dropout[part.name](blocks)
+    return found
+
+
+def _rotated(blocks: Tensor, x: Tensor, orders: list[_Order]) -> Tensor:
+    """``x`` through the butterflies of one adapter, the last of which comes first."""
     with without_autocast(x):
-        for i in reversed(range(factors)):
+        for i in reversed(range(len(orders))):
             order = orders[i]
             if order is None:
                 x = rotated(x, blocks[i])
@@ -100,16 +104,20 @@ def _rotated(layer: Any, part: Part, x: Tensor, orders: list[_Order]) -> Tensor:
     return x
 
 
-def _orders_of(layer: Any) -> list[_Order]:
-    """Read of ``boft_P`` once."""
+def _orders_of(layer: Any, device: torch.device) -> list[_Order]:
+    """Read of ``boft_P`` once, and kept on ``device``, where x is."""
     P = layer.boft_P
+    version = 0 if P.is_inference() else P._version
     kept = _orders.get(layer)
-    if kept is not None and kept[0] is P and kept[1] == P._version:
-        return kept[2]
-    in_place = torch.arange(P.shape[1], device=P.device)
+    if kept is not None and kept[0][0] is P and kept[0][1:] == (version, device):
+        return kept[1]
     found: list[_Order] = []
-    for matrix in P:
-        before, after = matrix.argmax(0), matrix.argmax(1)
-        found.append(None if torch.equal(before, in_place) else (before, after))
-    _orders[layer] = (P, P._version, found)
+    # Not made as inference tensors, which a later backward could not keep.
+    with torch.inference_mode(False), torch.no_grad():
+        in_place = torch.arange(P.shape[1], device=P.device)
+        for matrix in P:
+            before, after = matrix.argmax(0), matrix.argmax(1)
+            stays = torch.equal(before, in_place)
+            found.append(None if stays else (before.to(device), after.to(device)))
+    _orders[layer] = ((P, version, device), found)
     return found

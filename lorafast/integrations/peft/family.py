@@ -39,6 +39,8 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
             "get_delta_weight": "567821d84c32a362",
             "_get_delta_activations": "d52282c98bc5a00b",
         },
+        stock_loha: {"make_weight": "ada10b4910baaaec"},
+        stock_loha.HadaWeight: {"forward": "dae6a5077e895dc8", "backward": "08637592eb1741da"},
     },
     "LoKr": {
         stock_lokr.Linear: _READ
@@ -48,6 +50,7 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
             "get_delta_weight": "ccf11fb49c2cc12d",
             "_get_delta_activations": "d52282c98bc5a00b",
         },
+        stock_lokr: {"make_kron": "2d1f75160a3f02d1"},
     },
 }
 """As ``known.METHODS``, which has them from now on."""
@@ -147,7 +150,7 @@ class OftLinear(layers.FastKind, stock_oft.Linear):
 
 
 class BoftLinear(layers.FastKind, stock_boft.Linear):
-    """BOFT over a dense linear layer."""
+    """BOFT over a linear layer, dense or quantized."""
 
     _stock = stock_boft.Linear
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafast.integrations.peft import low_rank, quantized
+from lorafast.integrations.peft import low_rank
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
-from lorafast.operands import Operand
 from lorafast.ops.scaled import scaled
 
 
@@ -40,13 +39,10 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     found = parts(layer)
     if _why_stock(layer, found) is not None:
         return None
-    base = layer._modules["base_layer"]
-    weight, bias = weight_of(base), base._parameters["bias"]
-    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+    frozen = low_rank.frozen(layer, found, x)
+    if frozen is None:
         return None
-    result = None
-    if isinstance(weight, Operand):
-        weight, bias, result, _ = quantized.frozen(base, x)
+    weight, bias, result = frozen
     scale: Any = 1
     for part in found:
         scale = scale * part.tensors["ia3_l"].flatten()

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import inspect
 import sys
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import peft
@@ -103,7 +103,8 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
         },
     },
 }
-"""By kind of layer or call: the methods that are stood in for or read, by class, and their digests."""
+"""By kind of layer or call: the methods that are stood in for or read, and their digests; by class,
+or by module for functions."""
 
 _UNCOMPARED = ("annotation", "returns", "type_params", "type_comment", "kind")
 
@@ -140,7 +141,7 @@ def _changed(kind: str) -> dict[str, list[str]]:
     """The methods that aren't the known ones, by the release that they are of."""
     found: dict[str, list[str]] = {}
     for owner, methods in METHODS[kind].items():
-        package = owner.__module__.partition(".")[0]
+        package = getattr(owner, "__module__", owner.__name__).partition(".")[0]
         version = getattr(sys.modules.get(package), "__version__", "")
         releases = VERSIONS if package == peft.__name__ else OTHERS.get(package, ())
         listed = [release for release in releases if release not in UNLIKE.get(kind, ())]
@@ -148,12 +149,13 @@ def _changed(kind: str) -> dict[str, list[str]]:
             now = digest(owner, name)
             if now != known and not (now is None and version in listed):
                 release = f"{'PEFT' if package == peft.__name__ else package} {version}"
-                found.setdefault(release, []).append(f"{owner.__name__}.{name}")
+                of = "" if isinstance(owner, ModuleType) else f"{owner.__name__}."
+                found.setdefault(release, []).append(of + name)
     return found
 
 
 def digest(owner: Any, name: str) -> str | None:
-    """Of the method that a class has, 16 hexadecimal digits; None if its source isn't there.
+    """Of a class's method or a module's function, 16 hexadecimal digits; None if its source isn't there.
 
     It is empty for one that is missing, or wrapped by code from elsewhere.
     """

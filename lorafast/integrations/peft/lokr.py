@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lorafast.core.context import autocast_enabled, without_autocast
-from lorafast.integrations.peft import low_rank, lycoris, quantized
+from lorafast.core.dtypes import wide
+from lorafast.integrations.peft import low_rank, lycoris
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
-from lorafast.operands import Operand
 from lorafast.ops.lokr_linear import Factors, kronecker
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -67,12 +67,10 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     found = parts(layer)
     if _why_stock(layer, found) is not None:
         return None
-    base = layer._modules["base_layer"]
-    weight, bias = weight_of(base), base._parameters["bias"]
-    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+    frozen = low_rank.frozen(layer, found, x)
+    if frozen is None:
         return None
-    if isinstance(weight, Operand):
-        weight, bias, _, _ = quantized.frozen(base, x)
+    weight, bias, _ = frozen
     y = low_rank.base_linear(x, weight, bias)
     for part in found:
         if lycoris.takes_part(layer, part.name):
@@ -81,7 +79,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def _added(layer: Any, part: Part, x: Tensor) -> Tensor:
-    """What one adapter adds; under autocast in its dtype, as ``F.linear`` would."""
+    """What one adapter adds; under autocast in its dtype, for float16 in float32."""
     tensors = part.tensors
     w1 = tensors.get("lokr_w1")
     if w1 is None:
@@ -90,7 +88,8 @@ def _added(layer: Any, part: Part, x: Tensor) -> Tensor:
     w2: Factors = (tensors["lokr_w2_a"], tensors["lokr_w2_b"]) if whole is None else whole
     if autocast_enabled(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, w1 = x.to(dtype), w1.to(dtype)
+        x, w1 = x.to(dtype), w1.to(wide(dtype))
+        dtype = wide(dtype)
         w2 = (w2[0].to(dtype), w2[1].to(dtype)) if isinstance(w2, tuple) else w2.to(dtype)
     with without_autocast(x):
         added = kronecker(x, w1, w2, float(layer.scaling[part.name]))

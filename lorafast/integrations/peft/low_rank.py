@@ -133,13 +133,13 @@ def why_stock_input(layer: Any, parts: Sequence[Part], weight: Weight, x: Any) -
     return None
 
 
-def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
-    """The layer's output, or None where PEFT serves the call itself."""
-    parts = kind.parts(layer)
-    if why_stock_parts(layer, parts) is not None:
-        return None
-    if _why_none_fits(layer, parts, kind) is not None:
-        return None
+def frozen(
+    layer: Any, parts: Sequence[Part], x: Tensor
+) -> tuple[Weight, Tensor | None, torch.dtype | None] | None:
+    """W, bias and the dtype of the base layer's result, where it is another than they give.
+
+    Of a layer that ``why_stock`` has nothing against; None where this input is left to PEFT.
+    """
     base = layer._modules["base_layer"]
     weight, bias = weight_of(base), base._parameters["bias"]
     if why_stock_input(layer, parts, weight, x) is not None:
@@ -147,6 +147,20 @@ def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
     result = None
     if isinstance(weight, Operand):
         weight, bias, result, _ = quantized.frozen(base, x)
+    return weight, bias, result
+
+
+def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
+    """The layer's output, or None where PEFT serves the call itself."""
+    parts = kind.parts(layer)
+    if why_stock_parts(layer, parts) is not None:
+        return None
+    if _why_none_fits(layer, parts, kind) is not None:
+        return None
+    found = frozen(layer, parts, x)
+    if found is None:
+        return None
+    weight, bias, result = found
     terms = [kind.term(layer, part, *weight.shape) for part in parts]
     y = in_one_pass(x, weight, bias, [term for term in terms if term is not None])
     if kind.as_input:

@@ -8,10 +8,9 @@ from typing import Any
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
-from lorafast.integrations.peft import low_rank, quantized, rules
+from lorafast.integrations.peft import low_rank, rules
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
-from lorafast.operands import Operand
 from lorafast.ops.oft_linear import rotated
 
 
@@ -56,12 +55,10 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     found = parts(layer)
     if _why_stock(layer, found) is not None:
         return None
-    base = layer._modules["base_layer"]
-    weight, bias = weight_of(base), base._parameters["bias"]
-    if low_rank.why_stock_input(layer, found, weight, x) is not None:
+    frozen = low_rank.frozen(layer, found, x)
+    if frozen is None:
         return None
-    if isinstance(weight, Operand):
-        weight, bias, _, _ = quantized.frozen(base, x)
+    weight, bias, _ = frozen
     for part in found:
         x = rotated(x, _blocks(layer.oft_R._modules[part.name], x.shape[-1]))
     return low_rank.base_linear(x, weight, bias).to(x.dtype)

@@ -9,11 +9,14 @@ pytest.importorskip("peft")
 
 import peft
 from helpers import covering
+from peft.tuners.boft import layer as boft_layer
+from peft.tuners.loha import layer as loha
+from peft.tuners.lokr import layer as lokr
 from peft_twins import K, N, assert_equal, base, twins
 from torch import nn
 
 import lorafast
-from lorafast.integrations.peft import family, layers
+from lorafast.integrations.peft import boft, family, known, layers
 
 DTYPES = {
     "fp32": (torch.float32, False),
@@ -106,6 +109,23 @@ def test_under_autocast_and_without_gradients(never_stock, kind):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    {"VeRA": {}, "LoKr": {"lokr_w2": 1000, "lokr_w1": 2**-16}}.items(),
+    ids=["VeRA", "LoKr"],
+)
+def test_what_is_beyond_float16_under_its_autocast(never_stock, kind, sizes):
+    """The gradient of VeRA's ``λ_b ⊙ B ⊙ λ_d``, LoKr's ``x·w2ᵀ``: PEFT has neither. The backward is
+    under autocast too."""
+    model = made(kind)
+    for name, parameter in model.named_parameters():
+        for part, size in sizes.items():
+            parameter.data.mul_(size if part in name else 1)
+    x, dy = drawn(torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        assert_equal(twins(model), 100 * x, 100 * dy, torch.float16)
+
+
 @pytest.mark.parametrize("kind", DROPS)
 def test_dropout(never_stock, kind):
     """Another mask than nn.Dropout's: of many rows, the mean is that without dropout."""
@@ -132,6 +152,63 @@ def test_dropout_of_ranks_and_modules_is_drawn_as_by_peft(never_stock, kind):
         torch.manual_seed(seed)
         torch.testing.assert_close(fast(x), y, rtol=1e-4, atol=1e-4)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def butterflies(monkeypatch):
+    """PEFT makes several butterflies only where its CUDA extension is built: here without it."""
+
+    class BlockDiagonal:
+        @staticmethod
+        def apply(blocks):
+            return torch.stack([torch.block_diag(*of_one) for of_one in blocks])
+
+    monkeypatch.setattr(boft_layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(boft_layer, "FastBlockDiag", BlockDiagonal)
+
+
+@pytest.mark.parametrize(("factors", "adapters"), [(2, 2), (3, 1)])
+def test_boft_of_several_butterflies(never_stock, butterflies, factors, adapters):
+    model = made("BOFT", boft_n_butterfly_factor=factors, adapters=adapters)
+    layer = model.base_model.model.layer
+    assert layer.boft_P.shape[0] == factors
+    assert not torch.equal(layer.boft_P[-1], torch.eye(K))
+    assert_equal(twins(model), *drawn(torch.float32), torch.float32)
+
+
+def test_boft_keeps_its_orders_where_x_is(butterflies):
+    """``boft_P`` stays on the CPU where PEFT loads an adapter to a GPU."""
+    layer = made("BOFT", boft_n_butterfly_factor=2).base_model.model.layer
+    for device in ("meta", "cpu"):
+        found = boft._orders_of(layer, torch.device(device))
+        assert {order.device.type for pair in found if pair for order in pair} == {device}
+
+
+def test_boft_dropout_is_drawn_as_by_peft(never_stock):
+    model = made("BOFT", boft_dropout=0.5, adapters=2)
+    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    x, _ = drawn(torch.float32)
+    found = []
+    for seed in range(3):
+        found.append([])
+        for one in (model, fast):
+            torch.manual_seed(seed)
+            found[-1].append(one(x))
+        torch.testing.assert_close(*found[-1], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_boft_of_inference_tensors(never_stock, butterflies):
+    """Made in inference mode; and what is kept there serves a training step after."""
+    x, _ = drawn(torch.float32)
+    with torch.inference_mode():
+        model = lorafast.accelerate(made("BOFT", boft_n_butterfly_factor=2), quiet=True)
+        model(x)
+    model = lorafast.accelerate(made("BOFT", boft_n_butterfly_factor=2), quiet=True)
+    with torch.inference_mode():
+        model(x)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad.any()
 
 
 def test_adalora_allocates_as_with_peft(never_stock):
@@ -207,6 +284,16 @@ def test_what_is_left_to_peft(what):
     if what != "two dtypes":
         x, _ = drawn(torch.float32)
         assert torch.equal(fast(x), stock(x))
+
+
+@pytest.mark.parametrize("name", ["make_weight", "make_kron"])
+def test_functions_that_make_the_change_are_known(monkeypatch, name):
+    kind, module = {"make_weight": ("LoHa", loha), "make_kron": ("LoKr", lokr)}[name]
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
+    known.why_changed.cache_clear()
+    reason = known.why_changed(kind)
+    known.why_changed.cache_clear()
+    assert reason.endswith(f" has another {name}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""VeRA and OFT over quantized layers, as PEFT has them there: against it, and over W made dense."""
+"""VeRA, OFT and BOFT over quantized layers, as PEFT has them there: against it and W made dense."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from lorafast.reference import contract
 KINDS = {
     "VeRA": lambda: peft.VeraConfig(r=5, target_modules=["layer"]),
     "OFT": lambda: peft.OFTConfig(r=0, oft_block_size=8, target_modules=["layer"]),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=8, target_modules=["layer"]),
 }
 
 
