@@ -25,6 +25,8 @@ from lorafast.reference.dropout import survivor_scale
 FROZEN = "frozen"
 SIBLINGS = "lorafast-siblings"
 """Of whole models: ``adapt`` with ``fuse="siblings"``."""
+FULL = "full"
+"""Of whole models: every weight is trained."""
 
 
 class UnavailableError(RuntimeError):
@@ -191,12 +193,17 @@ def _siblings(problem: Problem, tensors: Tensors) -> Contender:
     raise UnavailableError("one layer has no siblings to share x with: --models has them")
 
 
+def _full(problem: Problem, tensors: Tensors) -> Contender:
+    raise UnavailableError("full fine-tuning is timed as steps of a whole model: --models has it")
+
+
 BUILDERS: dict[str, Builder] = {
     FROZEN: _frozen,
     "lorafast": _lorafast,
     "lorafast-compiled": functools.partial(_compiled, of=_lorafast),
     "lorafast-packed": _packed,
     SIBLINGS: _siblings,
+    FULL: _full,
     "peft": _peft,
     "peft-compiled": functools.partial(_compiled, of=_peft),
     **{name: functools.partial(_lorafast, backend=name) for name in registry.names()},

@@ -3,13 +3,13 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lorafast.bench.common import bases, bitsandbytes, memory
-from lorafast.bench.common.contenders import FROZEN, SIBLINGS, UnavailableError
+from lorafast.bench.common.contenders import FROZEN, FULL, SIBLINGS, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
 from lorafast.bench.common.shapes import Model
 from torch import Tensor, nn
@@ -168,6 +168,8 @@ def make(
 def _plain(name: str, frozen: nn.Module, r: int, operands: Mapping[str, Operand]) -> Arm:
     if name == FROZEN:
         return Arm(name, frozen, _dtype(frozen), weights_bytes=_bytes(frozen))
+    if name == FULL:
+        return _full(frozen, operands)
     # Copies of the modules, around the same parameters.
     model = copy.deepcopy(frozen, {id(p): p for p in frozen.parameters()})
     if name == "peft":
@@ -183,10 +185,23 @@ def _plain(name: str, frozen: nn.Module, r: int, operands: Mapping[str, Operand]
                 arm.adapters[layer], (arm.adapters[layer][0].shape[1] ** -0.5, 0.02), strict=True
             ):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    # A learning rate of zero: a step costs the same and the models stay as they were checked.
-    trained = [tensor for pair in arm.adapters.values() for tensor in pair]
-    arm.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+    arm.optimizer = _optimizer(tensor for pair in arm.adapters.values() for tensor in pair)
     return arm
+
+
+def _full(frozen: nn.Module, operands: Mapping[str, Operand]) -> Arm:
+    """A copy of all weights, all of them trained."""
+    if operands:
+        raise UnavailableError("full fine-tuning trains dense weights")
+    model = copy.deepcopy(frozen).requires_grad_()
+    arm = Arm(FULL, model, _dtype(model), weights_bytes=_bytes(model))
+    arm.optimizer = _optimizer(model.parameters())
+    return arm
+
+
+def _optimizer(trained: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """With a learning rate of zero: a step costs the same and the models stay as they were checked."""
+    return torch.optim.AdamW(trained, lr=0.0, fused=True)
 
 
 def _bytes(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch
 from lorafast.bench.common import memory
 from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
-from lorafast.bench.common.contenders import FROZEN, UnavailableError
+from lorafast.bench.common.contenders import FROZEN, FULL, UnavailableError
 from lorafast.bench.common.problem import DTYPES
 from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.record import Record
@@ -144,8 +144,8 @@ class _Truth:
         return found
 
     def why_wrong(self, arm: Arm) -> str | None:
-        """What is wrong with an arm's results, or None; the frozen model is what it is."""
-        if arm.name == FROZEN:
+        """What is wrong with an arm's results, or None; the plain models are what they are."""
+        if arm.name in (FROZEN, FULL):
             return None
         return contract.why_any_broken(self._outputs(arm), self._bounds)
 

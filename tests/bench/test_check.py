@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from lorafast.bench.common import check
-from lorafast.bench.common.contenders import BUILDERS, SIBLINGS, Contender, UnavailableError
+from lorafast.bench.common.contenders import BUILDERS, FULL, SIBLINGS, Contender, UnavailableError
 from lorafast.bench.common.problem import SCALING, Problem, draw
 from lorafast.bench.common.shapes import Shape
 from torch import nn
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "name",
     # Without those that a CPU can't run, or that are no single layer's.
-    sorted(set(BUILDERS) - {"peft-compiled", "lorafast-compiled", "cuda", SIBLINGS}),
+    sorted(set(BUILDERS) - {"peft-compiled", "lorafast-compiled", "cuda", SIBLINGS, FULL}),
 )
 def test_every_contender_is_right(name, problem):
     tensors = draw(problem, CPU, 1)

@@ -7,7 +7,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from lorafast.bench.common.bases import stored_bytes
-from lorafast.bench.common.contenders import FROZEN, SIBLINGS
+from lorafast.bench.common.contenders import FROZEN, FULL, SIBLINGS
 from lorafast.bench.common.shapes import MODELS, Model
 from lorafast.bench.models import arms, job
 from lorafast.bench.models.arms import Size, fitting
@@ -44,7 +44,7 @@ def measured(monkeypatch):
 def test_every_arm_computes_the_same_step(measured, dtype, monkeypatch):
     monkeypatch.setattr(siblings, "FEWEST_ROWS", 1)
     monkeypatch.setattr(siblings, "FEWEST_ELEMENTS", 1)
-    others = ["peft", "aten", "reference", SIBLINGS]
+    others = ["peft", "aten", "reference", SIBLINGS, FULL]
     rows = measured(others, dtype)
     assert [row.contender for row in rows] == [FROZEN, "lorafast", *others]
     for row in rows:
@@ -54,6 +54,17 @@ def test_every_arm_computes_the_same_step(measured, dtype, monkeypatch):
         assert row.peak_bytes > 0
     text = job.format_rows(rows)
     assert " 8 " in text  # tokens a second: 16 in 2 s
+
+
+def test_full_fine_tuning_trains_a_copy_of_all_weights():
+    frozen = arms.build(Size(TINY, 2, 16, "fp32"), CPU)
+    arm = arms.make(FULL, frozen, 4)
+    (group,) = arm.optimizer.param_groups
+    assert len(group["params"]) == len(list(frozen.parameters()))
+    assert all(p.requires_grad for p in group["params"])
+    assert not any(p.requires_grad for p in frozen.parameters())
+    frozen_at = {p.data_ptr() for p in frozen.parameters()}
+    assert not frozen_at & {p.data_ptr() for p in group["params"]}
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
