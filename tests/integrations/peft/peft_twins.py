@@ -3,6 +3,8 @@
 import copy
 from dataclasses import dataclass, field
 
+import peft
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
@@ -10,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafast
+from lorafast.integrations.peft import known  # noqa: F401, says what is known
 from lorafast.reference import contract
 from lorafast.reference.dropout import dropout as masked
 
@@ -58,6 +61,25 @@ def config(**options):
         "fan_in_fan_out": kind == "conv1d",
     }
     return LoraConfig(**(defaults | options))
+
+
+RELATIVES = {
+    "VERA": "VeRA", "ADALORA": "AdaLoRA", "IA3": "(IA)³", "OFT": "OFT", "BOFT": "BOFT",
+    "LOHA": "LoHa", "LOKR": "LoKr",
+}  # fmt: skip
+"""LoRA's relatives as PEFT names their types, and as lorafast knows their layers."""
+
+
+def relative_of_lora(network, settings, **options) -> PeftModel:
+    """A model with adapters of another kind, where this release of PEFT has the layers that lorafast
+    knows, and its own imports succeed beside the other packages that are installed."""
+    reason = known.why_changed(RELATIVES[settings.peft_type.value])
+    if reason is not None:
+        pytest.skip(reason)
+    try:
+        return get_peft_model(network, settings, **options)
+    except ImportError as error:
+        pytest.skip(f"PEFT {peft.__version__}: {error}")
 
 
 def peft_model(

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("peft")
 
 import peft
-from peft_twins import run
+from peft_twins import relative_of_lora, run
 from quantized_twins import BASES, K, N, Named
 from torch import nn
 
@@ -26,7 +26,7 @@ def made(kind, base, dtype):
     torch.manual_seed(0)
     network = Named(base(dtype, True))
     torch.manual_seed(1)
-    model = peft.get_peft_model(network, KINDS[kind](), autocast_adapter_dtype=True)
+    model = relative_of_lora(network, KINDS[kind](), autocast_adapter_dtype=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, 0.0, 0.1)
