@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafast
-from lorafast.integrations.peft import known  # noqa: F401, says what is known
+from lorafast.integrations.peft import known
 from lorafast.reference import contract
 from lorafast.reference.dropout import dropout as masked
 
