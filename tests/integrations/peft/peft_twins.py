@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafast
-from lorafast.integrations.peft import known
+from lorafast.integrations.peft import family, known
 from lorafast.reference import contract
 from lorafast.reference.dropout import dropout as masked
 
@@ -73,7 +73,9 @@ RELATIVES = {
 def relative_of_lora(network, settings, **options) -> PeftModel:
     """A model with adapters of another kind, where this release of PEFT has the layers that lorafast
     knows, and its own imports succeed beside the other packages that are installed."""
-    reason = known.why_changed(RELATIVES[settings.peft_type.value])
+    kind = RELATIVES[settings.peft_type.value]
+    assert kind in family.METHODS
+    reason = known.why_changed(kind)
     if reason is not None:
         pytest.skip(reason)
     try:
