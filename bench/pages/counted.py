@@ -47,13 +47,17 @@ def of_traffic(path: Path, run: Run) -> str:
         "Counted, not timed: launches and device-memory traffic of a forward and a backward on a GPU "
         "(`lorafast bench --traffic`, the same on every machine; "
         f"[record]({relative(path)})). *The least* moves every operand once.{ridden}\n\n"
-        + "\n\n".join([markdown(header, lines), *_of_convolutions(run)])
+        + "\n\n".join([markdown(header, lines), *_of_others(run)])
     )
 
 
-def _of_convolutions(run: Run) -> list[str]:
-    rows = [traffic.convolutions.Row.from_json(row) for row in run.get("traffic_convolutions", ())]
-    return traffic.convolutions.paragraphs(rows)
+def _of_others(run: Run) -> list[str]:
+    """Of convolutions, of LoRA's relatives, of bottleneck adapters."""
+    found = []
+    for kind in (traffic.convolutions, traffic.relatives, traffic.bottlenecks):
+        name = f"traffic_{kind.__name__.rpartition('.')[2]}"
+        found += kind.paragraphs([kind.Row.from_json(row) for row in run.get(name, ())])
+    return found
 
 
 def of_executed(path: Path, run: Run) -> str:

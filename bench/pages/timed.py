@@ -15,7 +15,16 @@ from lorafast.bench.layer.report import duration
 from lorafast.bench.operations.job import COPY, PRODUCT
 from lorafast.bench.pages.text import Run, describe, picture, relative, unique
 
-from lorafast.bench import accelerate, attention, convolutions, layer, models, operations
+from lorafast.bench import (
+    accelerate,
+    attention,
+    bottlenecks,
+    convolutions,
+    layer,
+    models,
+    operations,
+    relatives,
+)
 from lorafast.core.problem import DENSE
 
 _REMARKS = {"infer": ", again and again, so that code, and weights that fit, are in the cache"}
@@ -50,7 +59,8 @@ def of_timed(path: Path, run: Run) -> str:
         parts.append(_layers(decoded))
     drawn = path.with_suffix(".png")
     if drawn.is_file():
-        parts.append(picture(drawn, "overhead against M and against r"))
+        swept = "overhead against M and against r"
+        parts.append(picture(drawn, "overhead of each kind" if "relatives" in run else swept))
     ops = rows_of(run, "operations", operations.Row, path)
     for _, same in itertools.groupby(ops, key=lambda row: row.problem):
         parts += _operations(list(same))
@@ -67,7 +77,8 @@ def of_timed(path: Path, run: Run) -> str:
         steps, key=lambda row: (row.model, row.dtype, row.r, row.base)
     ):
         parts += _models(list(step))
-    for kind in (convolutions, attention):
+    parts += relatives.paragraphs(rows_of(run, "relatives", relatives.Row, path))
+    for kind in (bottlenecks, convolutions, attention):
         name = kind.__name__.rpartition(".")[2]
         parts += paragraphs(rows_of(run, name, kind.Row, path), kind.describe)
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]

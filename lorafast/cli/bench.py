@@ -313,6 +313,7 @@ def _measure(
         if arguments.convolutions:
             dtypes = arguments.dtype or _TRAFFIC_DEFAULTS["dtype"]
             traffic.convolutions.run(arguments.rank, dtypes, arguments.adapter_dtype, record=record)
+        _count_other_kinds(arguments, record)
     if arguments.executed:
         executed.run(record=record)
     if arguments.call_overhead:
@@ -349,6 +350,14 @@ def _measure_other_kinds(
         bottlenecks.run(
             arguments.bottleneck, dtypes, device=device, record=record, seconds=arguments.seconds
         )
+
+
+def _count_other_kinds(arguments: argparse.Namespace, record: Record) -> None:
+    dtypes = arguments.dtype or _TRAFFIC_DEFAULTS["dtype"]
+    if arguments.relatives:
+        traffic.relatives.run(_layers(arguments, _TRAFFIC_DEFAULTS), dtypes, record=record)
+    if arguments.bottlenecks:
+        traffic.bottlenecks.run(arguments.bottleneck, dtypes, record=record)
 
 
 def _relatives_defaults(kind: str) -> dict[str, Any]:
