@@ -7,7 +7,7 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Shape
 from lorafast.bench.relatives import drawing, job, kinds
 
-from lorafast.integrations.peft import known, low_rank
+from lorafast.integrations.peft import family, known, low_rank
 
 CPU = torch.device("cpu")
 SHAPE = Shape("", 6, 64, 64)
@@ -15,7 +15,7 @@ SHAPE = Shape("", 6, 64, 64)
 
 def timed_kinds():
     """Those whose layers lorafast knows in this release of PEFT."""
-    return [k for k in kinds.KINDS if k == "LoRA" or known.why_changed(k) is None]
+    return [k for k in kinds.KINDS if k not in family.METHODS or known.why_changed(k) is None]
 
 
 def test_every_kind_is_checked_and_timed(tmp_path):
