@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from lorafast.bench.attention.network import Network, Plain, factors, results
-from lorafast.bench.common import memory
-from lorafast.bench.common.check import raised
-from lorafast.bench.common.clock import clock_for, interleave
+from lorafast.bench.common import steps
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
-from lorafast.bench.common.progress import progress, say
+from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.steps import Arm, format_rows, turn
+from lorafast.bench.common.steps import Arm, format_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,28 +124,20 @@ def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: fl
     x = torch.randn(size.tokens, size.batch, size.width).to(device, DTYPES[dtype])
     labels = torch.randint(100, (size.batch,)).to(device)
     frozen = Network(size.width, size.blocks).to(device, DTYPES[dtype]).requires_grad_(False)
-    arms: dict[str, nn.Module] = {}
     few = x[:, :_CHECKED].contiguous()
     bounds = _bounds(_make("lorafast", frozen, r), few)
-    for name in progress(ARMS, "arm"):
-        try:
-            network = _make(name, frozen, r)
-            if name in _ADAPTED:
-                rows[name].wrong = _why_wrong(network, few, bounds)
-        except UnavailableError as error:
-            rows[name].unavailable = str(error)
-            continue
-        except Exception as error:  # it is the arm's, reported with it, and the others go on
-            rows[name].wrong = raised(error)
-        if rows[name].wrong is None:
-            arms[name] = network
-    steps = {name: _step(network, x, labels) for name, network in arms.items()}
-    turns = {name: turn(step) for name, step in steps.items()}
-    samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=100)
-    for name, times in samples.items():
-        rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
-        rows[name].peak_bytes = memory.peak_bytes(steps[name], device)
-    return list(rows.values())
+
+    def why_wrong(name: str, network: nn.Module) -> str | None:
+        return _why_wrong(network, few, bounds) if name in _ADAPTED else None
+
+    return steps.measure(
+        rows,
+        lambda name: _make(name, frozen, r),
+        why_wrong,
+        lambda name, network: _step(network, x, labels),
+        device=device,
+        seconds=seconds,
+    )
 
 
 def run(

@@ -12,7 +12,7 @@ import torch
 
 import lorafast
 
-_PACKAGES = ("torch", "triton", "numpy", "peft", "bitsandbytes", "transformers")
+_PACKAGES = ("torch", "triton", "numpy", "peft", "bitsandbytes", "transformers", "adapters")
 _CLOCK_FIELDS = (
     "clocks.sm",
     "clocks.max.sm",

@@ -1,4 +1,4 @@
-"""Training steps of a network by several arms: what is kept of each, and how it is said."""
+"""Training steps by several arms: how they are measured, what is kept of each, and how it is said."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lorafast.bench.common.clock import Call, Timed, Turn
+import torch
+from lorafast.bench.common import memory
+from lorafast.bench.common.check import raised
+from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
+from lorafast.bench.common.contenders import FROZEN, UnavailableError
+from lorafast.bench.common.progress import progress
 from lorafast.bench.common.table import markdown, megabytes, table, why_no_time
 
 _HEADER = ("", "step", "middle half", "over frozen", "middle half", "peak MB")
@@ -25,9 +30,45 @@ class Arm(Timed):
 
 
 _Arm = TypeVar("_Arm", bound=Arm)
+_Made = TypeVar("_Made")
 
 
-def turn(step: Callable[[], None]) -> Turn:
+def measure(
+    rows: dict[str, _Arm],
+    make: Callable[[str], _Made],
+    why_wrong: Callable[[str, _Made], str | None],
+    step_of: Callable[[str, _Made], Call],
+    *,
+    device: torch.device,
+    seconds: float,
+) -> list[_Arm]:
+    """Times every arm's step in turn, if nothing is wrong with what ``make`` makes of its name.
+
+    ``rows`` has a row for each name, which is filled in; ``FROZEN`` is among them. All together are
+    sampled for about ``seconds``.
+    """
+    arms: dict[str, _Made] = {}
+    for name in progress(list(rows), "arm"):
+        try:
+            made = make(name)
+            rows[name].wrong = why_wrong(name, made)
+        except UnavailableError as error:
+            rows[name].unavailable = str(error)
+            continue
+        except Exception as error:  # it is the arm's, reported with it, and the others go on
+            rows[name].wrong = raised(error)
+        if rows[name].wrong is None:
+            arms[name] = made
+    steps = {name: step_of(name, made) for name, made in arms.items()}
+    turns = {name: turn(step) for name, step in steps.items()}
+    samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=100)
+    for name, times in samples.items():
+        rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
+        rows[name].peak_bytes = memory.peak_bytes(steps[name], device)
+    return list(rows.values())
+
+
+def turn(step: Call) -> Turn:
     """``step`` whenever it is its turn, whatever the input set."""
 
     @contextmanager

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from lorafast.bench.common import memory
-from lorafast.bench.common.check import raised
-from lorafast.bench.common.clock import clock_for, interleave
+from lorafast.bench.common import steps
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
-from lorafast.bench.common.progress import progress, say
+from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.steps import Arm, format_rows, turn
+from lorafast.bench.common.steps import Arm, format_rows
 from lorafast.bench.convolutions.network import Network, Plain, calibrated, convolutions
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -186,30 +184,20 @@ def measure(
     labels = torch.randint(100, (size.batch,)).to(device)
     frozen = _laid_out(Network(size.widths).to(device, DTYPES[dtype]), of)
     frozen = calibrated(frozen, images).requires_grad_(False)
-    arms: dict[str, nn.Module] = {}
     inputs = _inputs(frozen, images)
-    bounds: dict[str, dict[str, contract.Bound]] = {}
-    for name in progress(ARMS, "arm"):
-        try:
-            network = _laid_out(_make(name, frozen, r), of)
-            if name == "lorafast":
-                bounds = _bounds(network, inputs)
-            if name in _ADAPTED:
-                rows[name].wrong = _why_wrong(network, inputs, bounds)
-        except UnavailableError as error:
-            rows[name].unavailable = str(error)
-            continue
-        except Exception as error:  # it is the arm's, reported with it, and the others go on
-            rows[name].wrong = raised(error)
-        if rows[name].wrong is None:
-            arms[name] = network
-    steps = {name: _step(name, network, images, labels) for name, network in arms.items()}
-    turns = {name: turn(step) for name, step in steps.items()}
-    samples = interleave(clock_for(device), turns, seconds=seconds, least=5, most=100)
-    for name, times in samples.items():
-        rows[name].samples, rows[name].frozen_samples = times, samples[FROZEN]
-        rows[name].peak_bytes = memory.peak_bytes(steps[name], device)
-    return list(rows.values())
+    bounds = _bounds(_laid_out(_make("lorafast", frozen, r), of), inputs)
+
+    def why_wrong(name: str, network: nn.Module) -> str | None:
+        return _why_wrong(network, inputs, bounds) if name in _ADAPTED else None
+
+    return steps.measure(
+        rows,
+        lambda name: _laid_out(_make(name, frozen, r), of),
+        why_wrong,
+        lambda name, network: _step(name, network, images, labels),
+        device=device,
+        seconds=seconds,
+    )
 
 
 _N = TypeVar("_N", bound=nn.Module)

@@ -1,36 +1,19 @@
 """Overhead against M and against r, one line a contender, for light and dark pages."""
 
-import errno
-import io
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorafast.bench.common import picture
 from lorafast.bench.common.problem import PASSES, Problem
 from lorafast.bench.layer.timing import Row
 
-from lorafast.core.files import write_whole
 from lorafast.core.problem import DENSE
 
 _SWEPT_M = {"cpu": (1, 8, 64, 512, 2048), "cuda": (16, 64, 256, 1024, 4096, 16384)}
 _SWEPT_R = {"cpu": (4, 16, 64, 256), "cuda": (4, 8, 16, 32, 64, 128, 256)}
-# Okabe and Ito's colours, told apart by every eye and on both grounds.
-_COLOURS = {
-    "lorafast": "#D55E00",
-    "lorafast-compiled": "#E69F00",
-    "peft": "#0072B2",
-    "peft-compiled": "#56B4E9",
-    "aten": "#009E73",
-    "triton": "#CC79A7",
-    "cuda": "#F0E442",
-    "reference": "#999999",
-}
-_GROUNDS = {
-    "": {"ground": "#ffffff", "ink": "#24292f", "grid": "#d0d7de"},
-    "-dark": {"ground": "#0d1117", "ink": "#e6edf3", "grid": "#30363d"},
-}
 
 
 def sweep(problem: Problem, device_type: str) -> list[Problem]:
@@ -52,39 +35,7 @@ def plot(rows: Sequence[Row], path: Path) -> list[Path]:
         OSError: a file can't be written.
     """
     panels = _panels(rows)
-    for target, colours in zip(targets(path), _GROUNDS.values(), strict=True):
-        figure, picture = _draw(panels, colours), io.BytesIO()
-        kind = target.suffix.removeprefix(".").lower()
-        figure.savefig(picture, format=kind, dpi=150, facecolor=colours["ground"])
-        write_whole(target, picture.getvalue())
-    return targets(path)
-
-
-def targets(path: Path) -> list[Path]:
-    """The files that ``plot`` writes, on a light and on a dark ground; a ``.png`` if nothing is said."""
-    suffix = path.suffix or ".png"
-    return [path.with_name(f"{path.stem}{ground}{suffix}") for ground in _GROUNDS]
-
-
-def prepare(path: Path) -> None:
-    """Makes the folder of a picture, before anything is measured for it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: matplotlib can't draw such a file.
-        OSError: it can't be written, or what is there is no file.
-    """
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if not path.name or path.suffix.removeprefix(".").lower() not in ("", *known):
-        raise ValueError(f"the picture is {str(path)!r}, expected a file of {', '.join(known)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target in (path, *targets(path)):
-        if target.exists() and not target.is_file():
-            raise OSError(
-                errno.EINVAL, "a picture can't be written there: it is no file", str(target)
-            )
+    return picture.save(path, lambda colours: _draw(panels, colours))
 
 
 Axis = Callable[[Row], int]
@@ -162,7 +113,7 @@ def _draw_panel(ax: Any, panel: Panel, colours: dict[str, str]) -> None:
             key=lambda point: point[0],
         )
         x = [at for at, _ in points]
-        colour = _COLOURS.get(contender, colours["ink"])
+        colour = picture.COLOURS.get(contender, colours["ink"])
         ax.plot(x, [o.median for _, o in points], "o-", color=colour, label=contender, ms=4)
         ax.fill_between(
             x, [o.low for _, o in points], [o.high for _, o in points],
@@ -183,9 +134,4 @@ def _draw_panel(ax: Any, panel: Panel, colours: dict[str, str]) -> None:
     ax.minorticks_off()
     ax.set_xlabel(panel.label, color=colours["ink"])
     ax.set_title(panel.title, color=colours["ink"], fontsize="medium")
-    ax.set_facecolor(colours["ground"])
-    ax.tick_params(colors=colours["ink"])
-    ax.grid(axis="y", color=colours["grid"], linewidth=0.6)
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(colours["grid"])
+    picture.paint(ax, colours)

@@ -457,6 +457,16 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
     }
     if p.operation == "lora_linear":
         return made["y"](), made["s"]()
+    if p.operation == "bottleneck":  # whose a is s, whose D is A and whose U is B
+        return made["y"](), made["s"]() if "a" in p.wants else None
+    if p.operation == "bottleneck_backward":
+        sizes = {
+            "dh": (p.M, p.K), "dD": (p.r, p.K), "dd": (p.r,), "dU": (p.N, p.r), "du": (p.N,),
+        }  # fmt: skip
+        return tuple(
+            empty(*size, dtype=p.dtype if name == "dh" else adapter) if name in p.wants else None
+            for name, size in sizes.items()
+        )
     if p.operation == "expand_backward":
         return tuple(made[name]() if name in p.wants else None for name in ("ds", "dB", "dbias"))
     product = "dx" if p.transposed else "y"

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from lorafast.bench import executed, layer, traffic
+from lorafast.bench import bottlenecks, executed, layer, relatives, traffic
 from lorafast.bench.accelerate import MODELS as PEFT_MODELS
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.attention import run as run_attention
 from lorafast.bench.call_overhead import run as run_call_overhead
-from lorafast.bench.common import bases
+from lorafast.bench.common import bases, picture
 from lorafast.bench.common.contenders import BUILDERS, FROZEN
 from lorafast.bench.common.output import UnwritableError
 from lorafast.bench.common.problem import DTYPES, PASSES, Problem, why_too_large
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.shapes import LARGEST_RANK, MODELS, SIZES, parse, size
+from lorafast.bench.common.shapes import LARGEST_RANK, MODELS, SIZES, Shape, parse, size
 from lorafast.bench.compare import compare
 from lorafast.bench.convolutions import run as run_convolutions
 from lorafast.bench.models import run as run_model
@@ -62,6 +62,10 @@ _TRAFFIC_DEFAULTS: dict[str, Any] = {
     "tokens": [8192],
     "dtype": ["bf16"],
     "against": ["peft", "aten", "triton"],
+}
+_RELATIVES_DEFAULTS: dict[str, list[str]] = {
+    "cpu": ["512,768,768", "512,2048,2048"],
+    "cuda": ["8192,4096,4096"],
 }
 _COMMAND = "lorafast bench"
 
@@ -120,6 +124,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training steps of a stack of nn.MultiheadAttention: adapters of ours and of PEFT's, the "
         "frozen network, full fine-tuning",
     )
+    what.add_argument(
+        "--relatives",
+        action="store_true",
+        help="PEFT's adapters of other kinds over a linear layer, stock and accelerated: "
+        f"{', '.join(relatives.KINDS)}; with --traffic bytes and launches instead",
+    )
+    what.add_argument(
+        "--bottlenecks",
+        action="store_true",
+        help="a bottleneck adapter behind a frozen feed-forward: ours, in plain PyTorch, and that of "
+        "AdapterHub's adapters; with --traffic bytes and launches instead",
+    )
 
     of = parser.add_argument_group("of what")
     of.add_argument(
@@ -130,6 +146,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     of.add_argument("--tokens", type=comma(positive), metavar="M", help="rows for named shapes")
     of.add_argument("--rank", type=comma(rank), default=[16], metavar="R", help="default: 16")
+    of.add_argument(
+        "--bottleneck",
+        type=comma(rank),
+        default=[64],
+        metavar="B",
+        help="width of a bottleneck adapter (default: 64)",
+    )
     of.add_argument("--dtype", type=comma(one_of(DTYPES)), help=f"of {', '.join(DTYPES)}")
     of.add_argument(
         "--base",
@@ -168,7 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="F.png",
-        help="sweep M and r on the largest square shape and draw the overhead (also F-dark.png)",
+        help="sweep M and r on the largest square shape and draw the overhead (also F-dark.png); with "
+        "--relatives and without --layers draw theirs",
     )
 
 
@@ -218,7 +242,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.json:
         print(f"recorded in {arguments.json}")
-    if arguments.plot and record.rows("sweep"):
+    if arguments.plot:
         status = _plot(record, arguments.plot) or status
     return status or int(record.any_wrong())
 
@@ -226,9 +250,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _times_layers(arguments: argparse.Namespace) -> bool:
     others = (
         arguments.traffic, arguments.executed, arguments.call_overhead, arguments.models,
-        arguments.accelerate, arguments.convolutions, arguments.attention,
+        arguments.accelerate, arguments.convolutions, arguments.attention, arguments.relatives,
+        arguments.bottlenecks,
     )  # fmt: skip
-    return arguments.layers or arguments.plot is not None or not any(others)
+    return arguments.layers or _sweeps(arguments) or not any(others)
+
+
+def _sweeps(arguments: argparse.Namespace) -> bool:
+    """Whether layers are what is drawn."""
+    of_relatives = arguments.relatives and not arguments.layers and not arguments.traffic
+    return arguments.plot is not None and not of_relatives
 
 
 def _refuse_too_large(problems: list[Problem], of: torch.device) -> None:
@@ -253,7 +284,7 @@ def _prepare_plot(arguments: argparse.Namespace) -> None:
         print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         arguments.plot = None
     else:
-        layer.prepare(arguments.plot)
+        picture.prepare(arguments.plot)
 
 
 def _measure(
@@ -270,7 +301,7 @@ def _measure(
         layer.run(
             problems, arguments.passes, against, device=device, seconds=seconds, record=record
         )
-    if arguments.plot:
+    if _sweeps(arguments):
         print("\nover M and over r, for the plot")
         layer.run(
             layer.sweep(_largest(problems), device.type), arguments.passes[:1],
@@ -282,6 +313,7 @@ def _measure(
         if arguments.convolutions:
             dtypes = arguments.dtype or _TRAFFIC_DEFAULTS["dtype"]
             traffic.convolutions.run(arguments.rank, dtypes, arguments.adapter_dtype, record=record)
+        _count_other_kinds(arguments, record)
     if arguments.executed:
         executed.run(record=record)
     if arguments.call_overhead:
@@ -302,15 +334,39 @@ def _measure(
             run_convolutions(r, dtype, device=device, record=record, seconds=arguments.seconds)
         if arguments.attention:
             run_attention(r, dtype, device=device, record=record, seconds=arguments.seconds)
+    if not arguments.traffic:
+        _measure_other_kinds(arguments, device, record)
+
+
+def _measure_other_kinds(
+    arguments: argparse.Namespace, device: torch.device, record: Record
+) -> None:
+    """Of adapters."""
+    dtypes = arguments.dtype or _DEFAULTS[device.type]["dtype"]
+    if arguments.relatives:
+        layers = _layers(arguments, _relatives_defaults(device.type))
+        relatives.run(layers, dtypes, device=device, record=record, seconds=arguments.seconds)
+    if arguments.bottlenecks:
+        bottlenecks.run(
+            arguments.bottleneck, dtypes, device=device, record=record, seconds=arguments.seconds
+        )
+
+
+def _count_other_kinds(arguments: argparse.Namespace, record: Record) -> None:
+    dtypes = arguments.dtype or _TRAFFIC_DEFAULTS["dtype"]
+    if arguments.relatives:
+        traffic.relatives.run(_layers(arguments, _TRAFFIC_DEFAULTS), dtypes, record=record)
+    if arguments.bottlenecks:
+        traffic.bottlenecks.run(arguments.bottleneck, dtypes, record=record)
+
+
+def _relatives_defaults(kind: str) -> dict[str, Any]:
+    return _DEFAULTS[kind] | {"shapes": _RELATIVES_DEFAULTS[kind]}
 
 
 def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[Problem]:
     """Every shape in every dtype, at every rank and dropout."""
-    layers = []
-    for word in arguments.shapes or defaults["shapes"]:
-        sizes, ranks = _sizes_and_ranks(word, arguments.rank)
-        for shape in parse([sizes], arguments.tokens or defaults["tokens"], f"{SIZES}[,R]"):
-            layers += [(shape, r) for r in ranks]
+    layers = _layers(arguments, defaults)
     found = [
         Problem(shape, r, dtype, arguments.adapter_dtype, dropout_p, base)
         for base in arguments.base
@@ -323,6 +379,16 @@ def _problems(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[P
         if reason is not None:
             raise ValueError(f"{problem}: {reason}")
     return found
+
+
+def _layers(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[tuple[Shape, int]]:
+    """Every shape at every rank."""
+    layers = []
+    for word in arguments.shapes or defaults["shapes"]:
+        sizes, ranks = _sizes_and_ranks(word, arguments.rank)
+        for shape in parse([sizes], arguments.tokens or defaults["tokens"], f"{SIZES}[,R]"):
+            layers += [(shape, r) for r in ranks]
+    return layers
 
 
 def _dtypes(arguments: argparse.Namespace, base: str, defaults: dict[str, Any]) -> list[str]:
@@ -343,8 +409,16 @@ def _largest(problems: list[Problem]) -> Problem:
 
 
 def _plot(record: Record, path: Path) -> int:
+    """Draws what was swept, or kinds of adapters; nothing of what broke off before."""
     try:
-        written = layer.plot([layer.Row.from_json(row) for row in record.rows("sweep")], path)
+        if record.rows("sweep"):
+            written = layer.plot([layer.Row.from_json(row) for row in record.rows("sweep")], path)
+        elif record.rows("relatives"):
+            written = relatives.plot(
+                [relatives.Row(**row) for row in record.rows("relatives")], path
+            )
+        else:
+            return 0
     except (ValueError, OSError) as error:
         terminal.complain(_COMMAND, f"no plot: {error}")
         return 2

@@ -212,6 +212,28 @@ def test_a_record_of_networks_is_shown(report, record, tmp_path):
         ]
 
 
+def test_a_record_of_other_kinds_is_shown(report, record, tmp_path):
+    timed = {
+        "contender": "frozen", "wrong": None, "unavailable": None, "samples": [0.1],
+        "frozen_samples": [0.1], "peak_bytes": 50_000_000, "dtype": "fp32", "M": 512,
+    }  # fmt: skip
+    row = timed | {"kind": "", "K": 2048, "N": 1024, "r": 16}
+    kinds = [
+        row, row | {"kind": "LoKr", "contender": "peft", "samples": [0.3]},
+        row | {"kind": "LoKr", "contender": "accelerated", "samples": [0.15]},
+    ]  # fmt: skip
+    behind = timed | {"width": 768, "hidden": 3072, "bottleneck": 64, "activation": "gelu"}
+    record("relatives-a", [], relatives=kinds, bottlenecks=[behind])
+    page = report.performance(tmp_path)
+    _, section = page.split("## LoRA's relatives and bottleneck adapters: NVIDIA H100\n\n")
+    assert "M=512, 2048 → 1024, fp32, forward + backward with dx:" in section
+    assert (
+        "| LoKr, r=16 | 100 ms | **3.000** (3.000 – 3.000) | **1.500** (1.500 – 1.500) "
+        "| **2.000** (2.000 – 2.000) | 50 → 50 |"
+    ) in section
+    assert "behind a frozen feed-forward (768 → 3072 → 768), M=512, fp32" in section
+
+
 @pytest.mark.parametrize(
     ("recorded", "typed"),
     [

@@ -12,7 +12,15 @@ from lorafast.bench.common.contenders import BUILDERS, FROZEN, SIBLINGS
 from lorafast.bench.common.problem import Problem
 from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import Shape
-from lorafast.bench.traffic import convolutions, interpret, launches, measure, run
+from lorafast.bench.traffic import (
+    bottlenecks,
+    convolutions,
+    interpret,
+    launches,
+    measure,
+    relatives,
+    run,
+)
 from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.job import on_meta
 
@@ -61,6 +69,38 @@ def test_convolutions_in_bf16():
     for shape in convolutions.SHAPES:
         frozen, ours, pefts = convolutions.measure(shape, 8, "bf16", "fp32")
         assert frozen.bytes < ours.bytes < 0.5 * pefts.bytes
+
+
+def test_bottlenecks():
+    """In bf16, behind a feed-forward: a down, f, up and residual in one launch that reads h once."""
+    size, b = bottlenecks.Size(512, 768, 3072), 64
+    frozen, ours, plain = bottlenecks.measure(size, b, "bf16")
+    H, D, a = 2 * 512 * 768, 2 * 768 * b, 2 * 512 * b
+    biases = 2 * (768 + b)
+    forward = ours.forward
+    assert forward.launches - frozen.forward.launches == 1
+    assert forward.read - frozen.forward.read == H + 2 * D + biases
+    assert forward.written - frozen.forward.written == H + a
+    assert frozen.backward.launches < ours.backward.launches < plain.backward.launches
+    assert frozen.bytes < ours.bytes < plain.bytes
+
+
+def test_relatives():
+    """VeRA and AdaLoRA are LoRA's passes, with vectors in A and B: nothing of the size of x more."""
+    pytest.importorskip("peft")
+    from lorafast.integrations.peft import family, known
+
+    there = [k for k in relatives.KINDS if k not in family.METHODS or known.why_changed(k) is None]
+    rows = relatives.measure(Shape("", 8192, 1024, 1024), 8, "bf16", there)
+    of = {(row.kind, row.contender): row for row in rows}
+    frozen, lora = of["", "frozen"], of["LoRA", "accelerated"]
+    assert frozen.forward == Traffic(1, 2 * 1024 * (8192 + 1024), 2 * 8192 * 1024)
+    assert len(rows) == 1 + 2 * len(there)
+    for kind in {"LoRA", "AdaLoRA", "(IA)³"} & set(there):
+        assert frozen.bytes < of[kind, "accelerated"].bytes < of[kind, "peft"].bytes
+    if "AdaLoRA" in there:
+        assert of["AdaLoRA", "accelerated"].bytes - lora.bytes < 2 * 8192 * 1024
+    assert "BOFT, b=4, accelerated" in relatives.format_rows(rows) or "BOFT" not in there
 
 
 def test_siblings(tmp_path):
