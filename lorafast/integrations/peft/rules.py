@@ -32,6 +32,7 @@ _LINEAR: dict[Any, str] = {
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DORA_CHANGED = known.why_changed("dora")
 _ALORA_CHANGED = known.why_changed("alora")
+_CHANGED = {kind: known.why_changed(name) for kind, name in variants.KINDS.items()}
 INACTIVE = "none of its adapters is active"
 _SPARSE = "its input is sparse or nested"
 
@@ -144,9 +145,9 @@ def _why_not_variant(
         return _DORA_CHANGED or _why_not_dora(layer, adapter)
     if kind not in variants.KINDS:
         return f"adapter {name!r} is of another kind: {kind.__name__}"
-    reason = known.why_changed(variants.KINDS[kind])
-    if reason is not None:
-        return reason
+    if _CHANGED[kind] is not None:
+        return _CHANGED[kind]
+    reason = None
     if kind is variants.KASA:
         reason = _why_not_kasa(layer, adapter)
     elif kind is variants.MONTE:
