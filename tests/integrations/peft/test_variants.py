@@ -83,7 +83,9 @@ def made(kind, dtype=torch.float32, *, layer="linear", upcast=False, adapters=1,
 
 
 def with_drawn_factors(model, dtype=torch.float32, upcast=False):
+    """Those of a sampler, whose few gradients are sums over that of A, have a test of their own."""
     for name, tensor in model.named_parameters():
+        tensor.requires_grad_(tensor.requires_grad and "sampler" not in name)
         if "lora_A" in name or "lora_B" in name:
             nn.init.normal_(tensor)
         elif "magnitude" in name:
@@ -282,6 +284,29 @@ def test_the_samples_are_PEFTs(served_by_peft):
         loss = model.base_model._get_monteclora_loss()
         found.append((loss.detach(), torch.rand(())))
     assert found[0] == found[1]
+    assert served_by_peft == []
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16, fp32 adapters"])
+def test_the_gradients_of_the_sampler(dtype, served_by_peft):
+    """Of several draws as one vector: a sampler has four elements and three, of which any may cancel."""
+    dtype, upcast = DTYPES[dtype]
+    every = {}
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = made("MonteCLoRA", dtype, upcast=upcast)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("sampler" in name)
+        pair, (x, dy) = twins(model), drawn(dtype)
+        for which, found in (("fast", x), ("stock", x), ("exact", x.double())):
+            for name, gradient in run(getattr(pair, which), found, dy).gradients.items():
+                every.setdefault(which, {}).setdefault(name, []).append(gradient.flatten())
+    joined = [
+        {name: torch.cat(g) for name, g in every[which].items()}
+        for which in ("fast", "stock", "exact")
+    ]
+    assert len(joined[0]) == 3
+    assert_near(*joined, dtype)
     assert served_by_peft == []
 
 
