@@ -10,6 +10,7 @@ from peft_twins import assert_equal
 from test_variants import options_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids="dropout {}".format)
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int8 by row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
