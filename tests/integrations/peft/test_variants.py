@@ -313,6 +313,14 @@ def test_the_gradients_of_the_sampler(dtype, served_by_peft):
     assert served_by_peft == []
 
 
+def test_dropout_of_monteclora_follows_the_layer(served_by_peft):
+    """Not the dropout's own mode, as PEFT has it."""
+    model = made("MonteCLoRA", lora_dropout=0.5).eval()
+    layer_of(model).lora_dropout.train()
+    assert_equal(twins(model), *drawn(torch.float32), torch.float32)
+    assert served_by_peft == []
+
+
 def test_samples_that_are_NaN(served_by_peft):
     model = made("MonteCLoRA")
     for sample in layer_of(model).lora_monteclora_sampler["default"].sampler.buffer:
