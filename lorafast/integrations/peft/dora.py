@@ -8,7 +8,7 @@ from lorafast.integrations.peft.adapters import Adapter
 from lorafast.operands import Weight
 from lorafast.ops import weight_norm
 
-__all__ = ["dora_linear", "weight_norm"]
+__all__ = ["dora_linear", "scale_of", "weight_norm"]
 
 
 def dora_linear(
@@ -31,3 +31,12 @@ def dora_linear(
         x, weight, lora_A, lora_B, magnitude, scaling, bias,
         dropout_p=adapter.dropout_p, training=training,
     )  # fmt: skip
+
+
+def scale_of(weight: Weight, adapter: Adapter, magnitude: Tensor) -> Tensor:
+    """``magnitude / ‖W + scaling·B·A‖`` of each row, ``[N]``."""
+    lora_A, lora_B, scaling = adapter.lora_A.weight, adapter.lora_B.weight, adapter.scaling
+    if isinstance(scaling, Tensor):
+        dtype = torch.promote_types(lora_B.dtype, torch.float32)
+        lora_A, lora_B, scaling = lora_A.to(dtype), lora_B.to(dtype) * scaling, 1.0
+    return magnitude / weight_norm(weight, lora_A, lora_B, scaling)

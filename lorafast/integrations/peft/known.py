@@ -18,11 +18,14 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import peft
+from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer, _DoraConvNdLayer
 from peft.tuners.lora.layer import Embedding, Linear, MultiheadAttention, _ConvNd
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.lora.variants import (
     ALoraLinearVariant,
+    BdLoraLinearVariant,
+    BlockDiagonalLinear,
     DoraLinearVariant,
     _DoraConvNdVariant,
 )
@@ -61,6 +64,10 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
     },
     "mixed batch": {Linear: {"_mixed_batch_forward": "00663609a8d200e3"}},
     "alora": {ALoraLinearVariant: {"forward": "ad5e89f66b680a17"}},
+    "BD-LoRA": {
+        BdLoraLinearVariant: {"forward": "2edb0477b27132cb"},
+        BlockDiagonalLinear: {"forward": "64584fc5942ff56b"},
+    },
     "dora": {
         DoraLinearVariant: {"forward": "c59fc34a5011602b"},
         DoraLinearLayer: {
@@ -105,6 +112,32 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
 }
 """By kind of layer or call: the methods that are stood in for or read, and their digests; by class,
 or by module for functions."""
+
+_VARIANTS: dict[str, dict[str, dict[str, str]]] = {
+    "MiCA": {"MiCALinearVariant": {"forward": "e5ec68ecb4a22843"}},
+    "KaSA": {"KasaLinearVariant": {"forward": "2fbbda26a7f0003b"}},
+    "MonteCLoRA": {"MontecloraLinearVariant": {"forward": "594052f42f1982ff"}},
+    "VeLoRA": {
+        "VeloraLinearVariant": {
+            "forward": "5c704916193001b6",
+            "_maybe_update_embed": "bec443ef8f8df176",
+        },
+        "VeloraFunction": {"forward": "a4bad23b6123ee08", "backward": "d50627bc25012a32"},
+    },
+}
+"""The same of variants that not every release has, by the class's name. What MonteCLoRA's sampler
+computes is called, not stood in for."""
+for _kind, _classes in _VARIANTS.items():
+    if all(hasattr(variants, name) for name in _classes):
+        METHODS[_kind] = {getattr(variants, name): of for name, of in _classes.items()}
+if "VeLoRA" in METHODS:
+    METHODS["VeLoRA"][sys.modules["peft.tuners.lora.velora"]] = {
+        "_get_group_dim": "ec35f84a17271afd",
+        "_reshape_to_grouped_subtokens": "b1254bb6a511b02c",
+        "_compress_activations": "f806563019cc6d90",
+        "_reconstruct_activations": "0a24d566814c82df",
+    }
+UNLIKE.update(dict.fromkeys(_VARIANTS, ("0.19.1",)) | {"KaSA": ("0.19.1", "0.20.0")})
 
 _UNCOMPARED = ("annotation", "returns", "type_params", "type_comment", "kind")
 

@@ -5,10 +5,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafast import functional
-from lorafast.integrations.peft import alora, dora, mixed, quantized, rules
+from lorafast.core.context import autocast_enabled
+from lorafast.integrations.peft import (
+    alora,
+    dora,
+    mixed,
+    quantized,
+    rules,
+    variants,
+    velora,
+)
 from lorafast.integrations.peft.adapters import Adapter, active, settled, weight_of, with_gradient
 from lorafast.integrations.peft.quantized import Frozen
 from lorafast.operands import Operand, Weight
@@ -54,13 +63,69 @@ def _one_pass(
     bias: Tensor | None,
     offsets: Sequence[Any] | None,
 ) -> Tensor:
-    first = adapters[0]
-    if layer.lora_variant and any(rules.is_alora(layer, adapter.name) for adapter in adapters):
-        return _activated(layer, x, weight, adapters, bias, offsets)
-    if first.name in layer.lora_variant:
+    if not layer.lora_variant:
+        return lora_linear(x, weight, adapters, bias)
+    first, found = adapters[0], variants.plain(layer, adapters)
+    if any(rules.is_alora(layer, adapter.name) for adapter in adapters):
+        return _activated(layer, x, weight, found, bias, offsets)
+    if len(adapters) == 1 and rules.is_dora(layer, first.name):
         magnitude = layer.lora_magnitude_vector[first.name].weight
         return dora.dora_linear(x, weight, first, magnitude, bias, layer.training)
-    return lora_linear(x, weight, adapters, bias)
+    own = [adapter for adapter in adapters if variants.is_velora(layer, adapter.name)]
+    dropped = any(adapter.dropout_p for adapter in own)
+    if dropped or any(rules.is_dora(layer, adapter.name) for adapter in adapters):
+        return _in_turn(layer, x, weight, adapters, found, bias)
+    y = lora_linear(x, weight, found, bias)
+    for adapter in own:
+        y = velora.with_gradient(layer, y, x, adapter)
+    return y
+
+
+def _in_turn(
+    layer: Any,
+    x: Tensor,
+    weight: Weight,
+    adapters: list[Adapter],
+    plain: list[Adapter],
+    bias: Tensor | None,
+) -> Tensor:
+    """The layer where DoRA is active together with others, or VeLoRA drops elements.
+
+    One after another, as PEFT has them: DoRA scales what those before it have made too, unless it drops
+    elements. ``plain``: what stands in for each adapter. All but the base layer, or the first DoRA over
+    it, is PyTorch's own calls, in the widest dtype; the sum is rounded once.
+    """
+    first, done = adapters[0], 0
+    drops = layer.training and type(first.dropout) is not nn.Identity
+    if rules.is_dora(layer, first.name) and not drops and not _wider(plain, weight):
+        magnitude = layer.lora_magnitude_vector[first.name].weight
+        found, done = dora.dora_linear(x, weight, first, magnitude, bias, layer.training), 1
+    else:
+        found = _base(x, weight, bias)
+    dtype = found.dtype
+    for adapter, (_, A, B, dropout, s) in zip(adapters[done:], plain[done:], strict=True):
+        left = x.to(A.weight.dtype)
+        if not rules.is_dora(layer, adapter.name):
+            left = dropout(left)
+            found = found + B(A(left)) * s
+            if variants.is_velora(layer, adapter.name):
+                found = velora.with_gradient(layer, found, left, adapter)
+            continue
+        scale = dora.scale_of(weight, adapter, layer.lora_magnitude_vector[adapter.name].weight)
+        if layer.training and type(dropout) is not nn.Identity:
+            left = dropout(left)
+            product = _base_of(left, x, weight)
+        else:
+            product = found if bias is None else found - bias
+        found = found + (scale - 1) * product + scale * B(A(left)) * s
+    return found.to(dtype)
+
+
+def _base_of(left: Tensor, x: Tensor, weight: Weight) -> Tensor:
+    """``left·Wᵀ``, in the dtype of ``x``; of float16 in that of ``left``, for it need not fit."""
+    if x.dtype is torch.float16 and not autocast_enabled(x):
+        return _base(left, weight.to(left.dtype), None)
+    return _base(left.to(x.dtype), weight, None)
 
 
 def _activated(
@@ -105,7 +170,7 @@ def _apart(
 ) -> Tensor:
     """The base layer in the dtype that it computes in, the adapters in theirs, as PEFT has them."""
     y = frozen_linear(x.to(frozen.weight.dtype), frozen.weight, frozen.bias).to(x.dtype)
-    own, others = _by_kind(layer, adapters)
+    own, others = _by_kind(layer, variants.plain(layer, adapters))
     found = _added(y, x, others)
     if own:
         found = alora.added(found, x, own, alora.counts_of(offsets, x))

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafast import functional
 from lorafast.core.assignment import Assignment
 from lorafast.core.transfer import on_device
-from lorafast.integrations.peft import alora, quantized, rules
+from lorafast.integrations.peft import alora, quantized, rules, variants
 from lorafast.integrations.peft.adapters import Adapter, named, weight_of
 from lorafast.operands import Operand
 
@@ -40,6 +40,7 @@ def forward(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         if frozen.apart:
             return None
         weight, bias, result = frozen.weight, frozen.bias, frozen.result
+    adapters = variants.plain(layer, adapters)
     index = {adapter.name: i for i, adapter in enumerate(adapters)}
     of_element = [index.get(name, -1) for name in rows]
     adapter_of: list[int] | Assignment | Tensor = of_element

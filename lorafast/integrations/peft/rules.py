@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
-from lorafast.core.context import autocast_enabled
-from lorafast.integrations.peft import known, quantized
+from lorafast.core.context import autocast_enabled, transforms_active
+from lorafast.integrations.peft import known, quantized, variants
 from lorafast.integrations.peft.adapters import Adapter
 from lorafast.integrations.peft.quantized import Frozen
 from lorafast.operands import Operand, Weight
@@ -32,6 +32,7 @@ _LINEAR: dict[Any, str] = {
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DORA_CHANGED = known.why_changed("dora")
 _ALORA_CHANGED = known.why_changed("alora")
+_CHANGED = {kind: known.why_changed(name) for kind, name in variants.KINDS.items()}
 INACTIVE = "none of its adapters is active"
 _SPARSE = "its input is sparse or nested"
 
@@ -69,8 +70,8 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
     for adapter in adapters:
         variant = layer.lora_variant.get(adapter.name)
         if variant is not None:
-            reason = _why_not_variant(layer, adapter, variant, len(adapters))
-        reason = reason or why_not_adapter(adapter)
+            reason = _why_not_variant(layer, adapter, variant, adapters)
+        reason = reason or why_not_adapter(adapter, type(variant) is variants.BD)
         if reason is not None:
             return reason
     return None
@@ -91,17 +92,26 @@ def why_not_base(base: nn.Module) -> str | None:
     return reason and f"its base layer {reason}"
 
 
-def why_not_adapter(adapter: Adapter) -> str | None:
-    """Why an adapter of two linear layers can't be read in place of calling them."""
+def why_not_adapter(adapter: Adapter, blocks: bool = False) -> str | None:
+    """Why an adapter of two linear layers can't be read in place of calling them.
+
+    ``blocks``: one of them may be BD-LoRA's.
+    """
     name, lora_A, lora_B, dropout, scaling = adapter
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+    for factor in (lora_A, lora_B):
+        if type(factor) is nn.Linear or (blocks and type(factor) is variants.BLOCKS):
+            continue
         return f"adapter {name!r} is made of {_type(lora_A)} and {_type(lora_B)}"
     if isinstance(scaling, Tensor) and scaling.dim() > 0:
         return f"the scaling of adapter {name!r} has the shape {list(scaling.shape)}"
     reason = why_not_dropout(name, dropout)
     if reason is not None:
         return reason
-    reason = why_not_plain(lora_A) or why_not_plain(lora_B) or _why_no_bias(lora_B)
+    reason = why_not_plain(lora_A) or why_not_plain(lora_B)
+    if reason is None:
+        reason = _why_no_bias(lora_B) if type(lora_B) is nn.Linear else None
+    if reason is None and blocks:
+        reason = _why_no_blocks(lora_A) or _why_no_blocks(lora_B)
     return reason and f"adapter {name!r} {reason}"
 
 
@@ -115,22 +125,91 @@ def why_not_dropout(name: str, dropout: nn.Module) -> str | None:
     return reason and f"adapter {name!r} {reason}"
 
 
-def _why_not_variant(layer: LoraLayer, adapter: Adapter, variant: Any, active: int) -> str | None:
-    if type(variant) is ALoraLinearVariant:
-        return _ALORA_CHANGED
-    if type(variant) is not DoraLinearVariant:
-        return f"adapter {adapter.name!r} is of another kind: {type(variant).__name__}"
-    if _DORA_CHANGED is not None:
-        return _DORA_CHANGED
-    if active > 1:
-        return f"adapter {adapter.name!r}, of DoRA, is active together with others"
+def _why_no_blocks(factor: Any) -> str | None:
+    """Why A or B isn't whole blocks, if it is BD-LoRA's."""
+    if type(factor) is not variants.BLOCKS:
+        return None
+    shape, n = factor._parameters["weight"].shape, factor.nblocks
+    if type(n) is int and n > 0 and len(shape) == 2 and shape[0] % n == 0:
+        return None
+    return f"has {n} blocks in a weight of the shape {list(shape)}"
+
+
+def _why_not_variant(
+    layer: LoraLayer, adapter: Adapter, variant: Any, adapters: list[Adapter]
+) -> str | None:
+    kind, name = type(variant), adapter.name
+    if kind is ALoraLinearVariant:
+        return _ALORA_CHANGED or _why_beside_alora(layer, name, adapters)
+    if kind is DoraLinearVariant:
+        return _DORA_CHANGED or _why_not_dora(layer, adapter)
+    if kind not in variants.KINDS:
+        return f"adapter {name!r} is of another kind: {kind.__name__}"
+    if _CHANGED[kind] is not None:
+        return _CHANGED[kind]
+    reason = None
+    if kind is variants.KASA:
+        reason = _why_not_kasa(layer, adapter)
+    elif kind is variants.MONTE:
+        reason = _why_not_monte(layer, adapter)
+    elif variants.is_velora(layer, name):
+        reason = _why_not_velora(layer, adapter)
+    return reason and f"adapter {name!r}, of {variants.KINDS[kind]}, {reason}"
+
+
+def _why_beside_alora(layer: LoraLayer, name: str, adapters: list[Adapter]) -> str | None:
+    for other in adapters:
+        if is_dora(layer, other.name) or variants.is_velora(layer, other.name):
+            kind = "DoRA" if is_dora(layer, other.name) else variants.KINDS[variants.VELORA]
+            return f"adapter {other.name!r}, of {kind}, is active together with aLoRA's {name!r}"
+    return None
+
+
+def _why_not_dora(layer: LoraLayer, adapter: Adapter) -> str | None:
+    name = adapter.name
     if adapter.lora_B.bias is not None:
-        return f"adapter {adapter.name!r} is of DoRA with lora_bias"
-    magnitude = layer.lora_magnitude_vector[adapter.name]
+        return f"adapter {name!r} is of DoRA with lora_bias"
+    magnitude = layer.lora_magnitude_vector[name]
     if type(magnitude) is not DoraLinearLayer:
-        return f"the magnitude of adapter {adapter.name!r} is a {_type(magnitude)}"
+        return f"the magnitude of adapter {name!r} is a {_type(magnitude)}"
     reason = why_not_plain(magnitude)
-    return reason and f"the magnitude of adapter {adapter.name!r} {reason}"
+    return reason and f"the magnitude of adapter {name!r} {reason}"
+
+
+def _why_not_kasa(layer: Any, adapter: Adapter) -> str | None:
+    if adapter.name in layer._lora_kasa_truncation_deferred:
+        return "has yet to truncate the weight, in PEFT's first forward"
+    diagonal = layer._modules["lora_diag"]._parameters.get(adapter.name)
+    lora_B = adapter.lora_B._parameters["weight"]
+    if type(diagonal) not in _PLAIN or diagonal.device != lora_B.device:
+        return f"has a {type(diagonal).__name__} for its diagonal, or elsewhere than its factors"
+    fits = diagonal.shape == lora_B.shape[1:] and diagonal.layout is torch.strided
+    return None if fits else f"has a diagonal of the shape {list(diagonal.shape)}"
+
+
+def _why_not_monte(layer: Any, adapter: Adapter) -> str | None:
+    if not layer.training:
+        return None
+    sampler = layer._modules["lora_monteclora_sampler"]._modules.get(adapter.name)
+    if sampler is None:
+        return "has yet to make its sampler, in PEFT's first forward"
+    if torch.compiler.is_compiling():
+        return "draws from a list of the host's, which compiled code would compile anew for each sample"
+    if sampler.std_prior.dtype is not adapter.lora_A._parameters["weight"].dtype:
+        return f"has a sampler of {sampler.std_prior.dtype}"
+    return None
+
+
+def _why_not_velora(layer: Any, adapter: Adapter) -> str | None:
+    if torch.compiler.is_compiling() or transforms_active():
+        return "has a backward of its own, which is traced or transformed as PEFT has it"
+    name, A = adapter.name, adapter.lora_A._parameters["weight"]
+    vector = layer._modules["lora_velora_embed"]._buffers.get(name)
+    groups = layer.lora_velora_num_groups[name]
+    if type(vector) is not Tensor or vector.device != A.device:
+        return f"has a {type(vector).__name__} for its vector, or elsewhere than its factors"
+    fits = vector.shape == (-(-A.shape[-1] // groups),)
+    return None if fits else f"has a vector of the shape {list(vector.shape)}, in {groups} groups"
 
 
 def is_alora(layer: LoraLayer, name: str) -> bool:
@@ -207,17 +286,22 @@ def why_stock_input(
     for name, lora_A, lora_B, *_ in adapters:
         A: Any = lora_A._parameters["weight"]
         B: Any = lora_B._parameters["weight"]
-        r = A.shape[0]
-        if A.shape != (r, K) or B.shape != (N, r) or r == 0:
-            return f"adapter {name!r} has the shapes {list(A.shape)} and {list(B.shape)}"
+        of_A, of_B = A.shape, B.shape
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+            of_A, of_B = variants.shape_of(lora_A), variants.shape_of(lora_B)
+        r = of_A[0]
+        if of_A != (r, K) or of_B != (N, r) or r == 0:
+            return f"adapter {name!r} has the shapes {list(of_A)} and {list(of_B)}"
         if A.dtype is not adapter_dtype or B.dtype is not adapter_dtype:
             return f"adapter {name!r} is not {adapter_dtype} throughout, as the first one"
         if A.device != device or B.device != device:
             return f"its input is on {device}, adapter {name!r} is elsewhere"
-    if is_dora(layer, adapters[0].name):
-        magnitude = layer.lora_magnitude_vector[adapters[0].name].weight
-        if x.dim() < 2 or magnitude.shape != (N,) or magnitude.device != device:
-            return "DoRA of a single row, or with a magnitude of another shape or device"
+    if layer.lora_variant:
+        for adapter in adapters:
+            if is_dora(layer, adapter.name):
+                magnitude = layer.lora_magnitude_vector[adapter.name].weight
+                if x.dim() < 2 or magnitude.shape != (N,) or magnitude.device != device:
+                    return "DoRA of a single row, or with a magnitude of another shape or device"
     return None
 
 
@@ -261,10 +345,13 @@ def _why_not_dtypes(weight: Tensor, bias: Tensor | None, x: Tensor) -> str | Non
 
 def why_stock_apart(layer: LoraLayer, adapters: list[Adapter], frozen: Frozen) -> str | None:
     """Why a layer whose product has another dtype than its input is left to PEFT; None of others."""
-    if frozen.apart and is_dora(layer, adapters[0].name):
-        return (
-            f"DoRA whose base layer computes in {frozen.weight.dtype}, its input in another dtype"
-        )
+    if not frozen.apart:
+        return None
+    for adapter in adapters:
+        if is_dora(layer, adapter.name) or variants.is_velora(layer, adapter.name):
+            kind = type(layer.lora_variant[adapter.name]).__name__
+            dtype = frozen.weight.dtype
+            return f"{kind} whose base layer computes in {dtype}, its input in another dtype"
     return None
 
 
@@ -302,7 +389,7 @@ def why_stock_mixed(
     if x.is_nested or x.dim() < 2 or len(rows) != len(x):
         return f"{len(rows)} adapter_names, and the input is nested, a row or of another length"
     for name in dict.fromkeys(rows):
-        if name in layer.lora_variant and not is_alora(layer, name):
+        if name in layer.lora_variant and not _is_mixed(layer, name):
             return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
         dropout = layer.lora_dropout._modules.get(name)
         if type(dropout) is nn.Dropout and dropout.training:
@@ -313,6 +400,13 @@ def why_stock_mixed(
             "over bitsandbytes PEFT takes another adapter's alora_offsets for all but one of them"
         )
     return None
+
+
+def _is_mixed(layer: LoraLayer, name: str) -> bool:
+    """Whether a variant may be in a mixed batch: one that comes to LoRA of its own A and B."""
+    if is_alora(layer, name):
+        return True
+    return variants.kind_of(layer, name) in variants.KINDS and not variants.is_more(layer, name)
 
 
 def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> str | None:

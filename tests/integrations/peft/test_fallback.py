@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("peft")
 
-import peft
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as stock_layers
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -219,34 +218,6 @@ def test_hooks_on_every_module(served_by_peft):
     finally:
         handle.remove()
     assert seen.count(nn.Linear) == 6
-    assert len(served_by_peft) == 1
-
-
-VARIANTS = {
-    "DoRA, active together with others": (
-        {"use_dora": True, "adapters": 2}, "of DoRA, is active together with others",
-    ),
-    "BD-LoRA": (
-        {"use_bdlora": {"target_modules_bd_a": ["layer"], "nblocks": 2}}, "BdLoraLinearVariant",
-    ),
-    "MiCA": ({"init_lora_weights": "mica"}, "MiCALinearVariant"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_another_kind_of_adapter(variant, served_by_peft):
-    options, reason = VARIANTS[variant]
-    if "use_bdlora" in options:
-        from peft.tuners.lora.config import BdLoraConfig
-
-        options = options | {"use_bdlora": BdLoraConfig(**options["use_bdlora"])}
-    if reason.endswith("Variant") and not hasattr(peft.tuners.lora.variants, reason):
-        pytest.skip(f"PEFT {peft.__version__} has no {reason}")
-    stock = peft_model(**options)
-    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
-    (why,) = lorafast.explain(fast).layers.values()
-    assert reason in why
-    assert_same(stock, fast, torch.randn(5, K))
     assert len(served_by_peft) == 1
 
 
