@@ -458,6 +458,10 @@ class AdapterLayer(AdapterModule):
         tensors = [self._parameters.get(name) for name in self.adapter_shapes()]
         return all(tensor is not None and tensor.is_meta for tensor in tensors)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        inactive.describe_active(self, destination, prefix)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -468,7 +472,7 @@ class AdapterLayer(AdapterModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        inactive.follow(self, state_dict, prefix)
+        inactive.follow(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
