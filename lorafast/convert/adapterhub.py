@@ -223,7 +223,8 @@ def _flow(
     model: nn.Module, family: _Family, found: dict[str, Any]
 ) -> tuple[str, dict[str, tuple[str, str]]]:
     """What the bottlenecks compute, and of each its block and its kind."""
-    blocks, at = _blocks(model, family), {}
+    blocks = _blocks(model, family)
+    at: dict[str, tuple[str, str]] = {}
     for flow, places in family.places.items():
         there = {_joined(b, place): (b, kind) for b in blocks for kind, place in places.items()}
         stands = family.stands.get(flow, "output")

@@ -28,14 +28,17 @@ class AdapterModule(Switch, nn.Module):
     """Its name as a child of the module that it adapts; empty if it takes that one's place."""
     in_features: int
     out_features: int
-    r: int
-    """The rank, or the width of a bottleneck."""
     scaling: float
     """The factor before what the adapter adds."""
     dropout: float = 0.0
     """Probability of dropping an element of the input on its way into the adapter in training."""
     merged = False
     """Whether it computes without its adapter, which is a part of the frozen weight."""
+
+    @property
+    @abstractmethod
+    def r(self) -> int:
+        """The rank, or the width of a bottleneck."""
 
     @abstractmethod
     def adapter_parameters(self) -> dict[str, Tensor]:
