@@ -92,5 +92,8 @@ def test_one_list_of_lora_layers_and_bottlenecks():
     assert list(adapters_in(model)) == ["lora", "first"]
     assert [row.name for row in lorafast.summary(model).layers] == ["lora", "first"]
     assert lorafast.explain(model).layers.keys() == {"lora", "first"}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert [one.kind for one in lorafast.summary(model).left] == ["Linear"]  # no Bottleneck
     alone = nn.ModuleDict({"bottleneck": Bottleneck(4, 2)})  # a user's own, which stands nowhere
     assert list(adapters_in(alone)) == ["bottleneck"]
