@@ -7,7 +7,7 @@ frozen weight is run over quantized ones too, which the reference takes as they 
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
 from lorafast.core.dtypes import wide
 from lorafast.core.errors import BackendError
-from lorafast.core.problem import WEIGHT_NORM
+from lorafast.core.problem import ACTIVATIONS, BOTTLENECK_OPERATIONS, WEIGHT_NORM
 from lorafast.ops.problems import why_not
 from lorafast.reference import contract
 
@@ -29,6 +29,8 @@ _SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (129, 96, 257, 40))
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FORMATS = (operands.DENSE, "nf4", "int8", "fp8")
 _READ_WEIGHT = ("lora_linear", "lora_linear_backward", "linear_expand", "dx", WEIGHT_NORM)
+_LEAST_ELEMENTS = 16
+"""Of the smallest gradient of a bottleneck. Of fewer, PyTorch's own error is luck."""
 _LETTERS = "M, K, N, r"
 _NAMES = {"dx": "linear_expand"}
 """The operations of rows that bear another name."""
@@ -95,7 +97,8 @@ def _verify(
                 continue
             try:
                 with forced.use_backend(backend):
-                    verdict = contract.compare(call, ops, _DTYPES[dtype])
+                    squares = operation not in BOTTLENECK_OPERATIONS
+                    verdict = contract.compare(call, ops, _DTYPES[dtype], squares=squares)
             except BackendError as error:
                 _, _, reason = str(error).partition(": ")
                 refused.setdefault(_label(operation, format), reason)
@@ -171,6 +174,8 @@ def _calls(
     if not dropout_p and M > 1:
         calls |= _grouped_calls(shape, draw, of)
     if not dropout_p:
+        if r >= _LEAST_ELEMENTS:
+            calls |= _bottleneck_calls(shape, draw)
         calls["linear_expand"] = lambda run, cast: run.linear_expand(
             cast(x), frozen(run, cast), cast(s, low), cast(lora_B), 0.7, cast(bias)
         )
@@ -183,6 +188,35 @@ def _calls(
     if quantized is not None:
         return {name: call for name, call in calls.items() if name in _READ_WEIGHT}
     return calls
+
+
+def _bottleneck_calls(
+    shape: tuple[int, ...], draw: Callable[..., Tensor]
+) -> dict[str, contract.Call]:
+    """Those of a bottleneck adapter, r wide: with each function, and one beside a layer."""
+    M, K, N, b = shape
+    h, onto = draw(M, K), draw(M, N)
+    down, down_bias = draw(b, K) * K**-0.5, draw(b)  # in the range of f where it bends
+    own, beside = (draw(K, b), draw(K)), (draw(N, b), draw(N))
+    kinds: list[Any] = [(f, *own, None) for f in ACTIVATIONS] + [("gelu", *beside, onto)]
+
+    def adapters(run: Any, leaves: Sequence[Tensor], cast: Callable[..., Tensor]) -> Iterator[Any]:
+        """``y``, and what it is differentiated by."""
+        for f, up, up_bias, residual in kinds:
+            given = [cast(t).detach().requires_grad_() for t in (*leaves, up, down_bias, up_bias)]
+            r = None if residual is None else cast(residual)
+            yield run.bottleneck(*given, 0.7, f, r), given
+
+    def forward(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return tuple(y.detach() for y, _ in adapters(run, (h, down), cast))
+
+    def gradients(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        for y, given in adapters(run, (h, down), cast):
+            found += torch.autograd.grad(y, given, cast(onto if y.shape == onto.shape else h))
+        return tuple(found)
+
+    return {"bottleneck": forward, "bottleneck_backward": gradients}
 
 
 def _grouped_calls(

@@ -208,6 +208,7 @@ def put_bottlenecks(
         save_adapters_too(model)
         encoders.avoid_fused(model, lambda module: bool(bottlenecks.bottlenecks(module)))
         let_gradients_through(model)
+        watch(model)
     except BaseException:
         for module in made:
             take_away(module)

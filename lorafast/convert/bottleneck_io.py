@@ -5,6 +5,8 @@
          "in_features": 768, "bottleneck": 48, "out_features": 768, "activation": "silu",
          "scaling": 1.0, "layer_norm": false, "parallel": false}}}
 
+A place may have ``"stands": "norm"`` or ``"residual"`` too (``lorafast.nn.bottleneck.STANDS``).
+
 The safetensors file has ``<place>.bottleneck.down``, ``down_bias``, ``up``, ``up_bias``, with a
 LayerNorm ``norm.weight`` and ``norm.bias``, and the tensors of modules stored whole under their own
 names. The names are those that the model's ``state_dict()`` has.
@@ -27,7 +29,7 @@ from lorafast.convert.exchange import like, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
 from lorafast.core.dtypes import FLOATS
 from lorafast.core.problem import ACTIVATIONS
-from lorafast.nn.bottleneck import CHILD, Bottleneck
+from lorafast.nn.bottleneck import CHILD, STANDS, Bottleneck
 
 ADAPTER = "bottleneck"
 _VERSION = 1
@@ -44,13 +46,14 @@ class Place:
     scaling: float
     layer_norm: bool
     parallel: bool
+    stands: str = STANDS[0]
 
     @classmethod
     def of(cls, one: Bottleneck) -> "Place":
         """What the file says of one."""
         return cls(
             one.in_features, one.bottleneck, one.out_features, one.activation, one.scaling,
-            one.norm is not None, one.parallel,
+            one.norm is not None, one.parallel, one.stands,
         )  # fmt: skip
 
     def make(self, device: torch.device, dtype: torch.dtype) -> Bottleneck:
@@ -59,8 +62,15 @@ class Place:
             self.in_features, self.bottleneck, self.out_features, activation=self.activation,
             scaling=self.scaling, layer_norm=self.layer_norm, device=device, dtype=dtype,
         )  # fmt: skip
-        made.parallel = self.parallel
+        made.parallel, made.stands = self.parallel, self.stands
         return made
+
+    def fields(self) -> dict[str, Any]:
+        """What the file has for it."""
+        own = asdict(self)
+        if self.stands == STANDS[0]:  # which files of earlier versions don't say
+            del own["stands"]
+        return own
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Those of its tensors, by name."""
@@ -81,7 +91,7 @@ class BottleneckConfig:
 
 def describe(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Any]:
     """What the config file says of a model's bottlenecks."""
-    places = {name: asdict(Place.of(one)) for name, one in bottlenecks(model).items()}
+    places = {name: Place.of(one).fields() for name, one in bottlenecks(model).items()}
     return {
         "adapter": ADAPTER,
         "version": _VERSION,
@@ -117,6 +127,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "scaling": ("a finite number", lambda v: is_finite(v)),
     "layer_norm": ("true or false", lambda v: isinstance(v, bool)),
     "parallel": ("true or false", lambda v: isinstance(v, bool)),
+    "stands": (f"one of {', '.join(STANDS)}", lambda v: v in STANDS),
 }
 
 
@@ -140,14 +151,20 @@ def parse(raw: object, path: Path) -> BottleneckConfig:
         raise ValueError(f"modules_to_save is {saved!r} in {path}, expected a list of names")
     found = {}
     for name, fields in places.items():
-        if not isinstance(fields, dict) or fields.keys() != _FIELDS.keys():
-            expected = ", ".join(_FIELDS)
+        needed = _FIELDS.keys() - {"stands"}
+        if not isinstance(fields, dict) or fields.keys() - {"stands"} != needed:
+            expected = ", ".join(name for name in _FIELDS if name in needed)
             raise ValueError(f"the place {name!r} in {path} must have the fields {expected}")
         for field, (expected, fits) in _FIELDS.items():
-            value = fields[field]
+            value = fields.get(field, STANDS[0])
             if not isinstance(value, str | int | float | bool) or not fits(value):
                 raise ValueError(f"{field} of {name} is {value!r} in {path}, expected {expected}")
         found[name] = Place(**fields)
+        if found[name].parallel and found[name].stands != STANDS[0]:
+            raise ValueError(
+                f"stands of {name} is {found[name].stands!r} in {path}, and parallel is true: expected "
+                "one of them"
+            )
     return BottleneckConfig(found, tuple(saved))
 
 

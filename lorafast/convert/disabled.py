@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper, switches
-from lorafast.nn import AdapterLayer, Bottleneck
+from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper
+from lorafast.nn.adapter_module import AdapterModule, adapters_in
 
 _lock = threading.RLock()
 
@@ -44,7 +44,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: it has no adapters.
     """
-    ours = switches(model)
+    ours = list(adapters_in(model).values())
     theirs = _of_peft(model)
     if not ours and not theirs:
         raise ValueError("the model has no adapter: there is no adapter to disable")
@@ -57,7 +57,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def _disabled(ours: list[AdapterLayer | Bottleneck]) -> Iterator[None]:
+def _disabled(ours: list[AdapterModule]) -> Iterator[None]:
     with _lock:
         for one in ours:
             one.switch(1)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lorafast.nn import AdapterLayer, QuantizedLinear
-from lorafast.nn.bottleneck import Bottleneck
+from lorafast.nn import QuantizedLinear
+from lorafast.nn.adapter_module import AdapterModule
 
 _FUSES = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
@@ -40,5 +40,5 @@ def _before(name: str) -> str:
 
 
 def _has_replaced(module: nn.Module) -> bool:
-    replaced = AdapterLayer | QuantizedLinear | Bottleneck
+    replaced = AdapterModule | QuantizedLinear
     return any(isinstance(inner, replaced) for inner in module.modules())

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import Node
 
-from lorafast.convert.kinds import adapted_layers
 from lorafast.convert.targets import some
-from lorafast.nn import AdapterLayer
+from lorafast.nn.adapter_module import AdapterModule, adapters_in
 
 
 class _Hook:
     """What autograd calls when the watched parameter of a layer has got a gradient."""
 
-    def __init__(self, watch: "_Watch", name: str, layer: AdapterLayer) -> None:
+    def __init__(self, watch: "_Watch", name: str, layer: AdapterModule) -> None:
         self.watch, self.name, self.layer = watch, name, weakref.ref(layer)
         watched: Tensor = getattr(layer, layer.watched_parameter)
         self.handle = watched.register_post_accumulate_grad_hook(self)
@@ -48,7 +47,7 @@ class _Hook:
 class _Watch:
     """The adapters of a model: those that still wait for a gradient, and those that have got one."""
 
-    def __init__(self, layers: dict[str, AdapterLayer]) -> None:
+    def __init__(self, layers: dict[str, AdapterModule]) -> None:
         self.waiting = {name: _Hook(self, name, layer) for name, layer in layers.items()}
         self.got: dict[str, _Hook] = {}
         self.reported = False
@@ -94,29 +93,29 @@ _SENTENCE = (
 
 def watch(model: nn.Module) -> None:
     """Warns after the next backward of adapters in ``model`` that get no gradient in it, once."""
-    layers = adapted_layers(model)
+    layers = adapters_in(model)
     for old in {hook.watch for hook in map(_hook_of, layers.values()) if hook is not None}:
         old.stop()
     _Watch({name: layer for name, layer in layers.items() if _can_get_one(layer)})
 
 
-def waits_for_gradient(layer: AdapterLayer) -> bool:
+def waits_for_gradient(layer: AdapterModule) -> bool:
     """Whether a backward has passed ``layer`` by, and none has reached it since."""
     hook = _hook_of(layer)
     return hook is not None and hook.watch.reported
 
 
-def _hook_of(layer: AdapterLayer) -> _Hook | None:
+def _hook_of(layer: AdapterModule) -> _Hook | None:
     hooks = getattr(_watched(layer), "_post_accumulate_grad_hooks", None) or {}
     return next((hook for hook in hooks.values() if isinstance(hook, _Hook)), None)
 
 
-def _can_get_one(layer: AdapterLayer | None) -> bool:
+def _can_get_one(layer: AdapterModule | None) -> bool:
     watched = None if layer is None or layer.merged else _watched(layer)
     return watched is not None and watched.requires_grad
 
 
-def _watched(layer: AdapterLayer) -> Tensor | None:
+def _watched(layer: AdapterModule) -> Tensor | None:
     return layer._parameters.get(layer.watched_parameter)
 
 

@@ -17,10 +17,11 @@ from lorafast.convert.adapter_pair import read_pair
 from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
 from lorafast.convert.checkpoints import Checkpoint, Tensors, is_adapter, opened, state_of
 from lorafast.convert.exchange import why_not_replaceable
-from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter, switches
+from lorafast.convert.kinds import adapted_layers, has_adapters, has_peft_adapter
 from lorafast.convert.peft_format import parse_config, stored_whole
 from lorafast.convert.targets import unwrapped
-from lorafast.nn import AdapterLayer, Bottleneck
+from lorafast.nn import AdapterLayer
+from lorafast.nn.adapter_module import AdapterModule, adapters_in
 from lorafast.nn.checks import check_alpha
 
 _COUNTER = "num_batches_tracked"
@@ -331,7 +332,7 @@ def _tied(state: dict[str, Tensor]) -> dict[str, list[str]]:
     return {key: group for group in groups.values() for key in group}
 
 
-_Scaling = tuple[AdapterLayer | Bottleneck, float, float]
+_Scaling = tuple[AdapterModule, float, float]
 """A layer or a bottleneck, its ``scaling``, and the ``alpha`` of a layer."""
 
 
@@ -358,7 +359,7 @@ def _scalings(model: nn.Module, adapter: Checkpoint | None) -> list[_Scaling]:
         _check_scalable(name or "the model", layer.use_dora, layer.init_lora_weights)
     if adapter is not None:
         load_adapter(model, Path(adapter))  # type: ignore[arg-type]
-    found = switches(inner)
+    found = adapters_in(inner).values()
     if not found:
         raise ValueError("other is None, and the model has no adapter to scale")
     return [(one, one.scaling, getattr(one, "alpha", one.scaling)) for one in found]

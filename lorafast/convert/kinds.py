@@ -1,6 +1,7 @@
 """The kinds of adapters that a model can have: a row each, which is all that this room knows of them.
 
-To add one: its module, a subclass of ``AdapterLayer``, and a row in ``KINDS``.
+To add one: its module, a subclass of ``AdapterLayer``, and a row in ``KINDS``. What stands beside a
+layer and takes no layer's place is a subclass of ``AdapterModule`` alone, as ``Bottleneck`` is.
 """
 
 import sys
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafast.nn import AdapterLayer, LoRAConv, LoRAEmbedding, LoRALinear, LoRAMultiheadAttention
 from lorafast.nn.adaptable import is_convolution
-from lorafast.nn.bottleneck import Bottleneck
+from lorafast.nn.adapter_module import adapters_in
 from lorafast.nn.plain import features, frozen_tensor, is_conv1d, is_linear
 
 
@@ -116,11 +117,6 @@ def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str,
     return {name: module for name, module in modules if isinstance(module, AdapterLayer)}
 
 
-def switches(model: nn.Module) -> list[AdapterLayer | Bottleneck]:
-    """What ``disabled`` switches off: the adapted layers and the bottlenecks of ``model``."""
-    return [one for one in model.modules() if isinstance(one, AdapterLayer | Bottleneck)]
-
-
 def has_peft_adapter(module: nn.Module) -> bool:
     """Whether ``module`` is a layer of PEFT's, with an adapter of any kind; never imports PEFT."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
@@ -135,12 +131,10 @@ def is_peft_wrapper(module: nn.Module) -> bool:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether an adapter is in ``model``: lorafast's, of any kind, or PEFT's."""
-    return bool(switches(model)) or any(map(has_peft_adapter, model.modules()))
+    return bool(adapters_in(model)) or any(map(has_peft_adapter, model.modules()))
 
 
 def adapter_parameters(model: nn.Module) -> list[Tensor]:
     """The parameters of all adapters in ``model``."""
-    layers = adapted_layers(model).values()
-    of_layers = [tensor for layer in layers for tensor in layer.adapter_parameters().values()]
-    bottlenecks = (module for module in model.modules() if isinstance(module, Bottleneck))
-    return of_layers + [parameter for one in bottlenecks for parameter in one.parameters()]
+    adapters = adapters_in(model).values()
+    return [tensor for one in adapters for tensor in one.adapter_parameters().values()]

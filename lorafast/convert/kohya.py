@@ -3,7 +3,8 @@
 The tensors of one layer, ``A [r, in_features]`` and ``B [out_features, r]``, are called
 
 - by kohya's scripts ``lora_unet_<layer>.lora_down.weight`` and ``….lora_up.weight``, with ``….alpha``
-  beside them (alpha is r where there is none); ``<layer>`` has ``_`` for each dot of its name;
+  beside them (alpha is r where there is none); ``<layer>`` has ``_`` for each dot of its name, which
+  in files for SDXL's U-Net is that of the original code (``unet_names``);
 - by diffusers ``unet.<layer>`` and then as by PEFT; before that ``….lora.down.weight`` and
   ``….lora.up.weight``, in text encoders ``….lora_linear_layer.down.weight``; and at first
   ``….processor.to_q_lora.down.weight`` for ``….to_q``. alpha is r, unless the metadata have
@@ -34,9 +35,10 @@ from lorafast.convert.adapter_pair import safetensors
 from lorafast.convert.kinds import LINEAR, kind_of_layer
 from lorafast.convert.peft_format import PREFIX, AdapterConfig, parse_config, shortest_targets
 from lorafast.convert.targets import closest, names_by_layer, unwrapped
+from lorafast.convert.unet_names import original_names
 from lorafast.nn import AdapterLayer
 
-Layout = Literal["kohya", "diffusers", "diffusers-old"]
+Layout = Literal["kohya", "kohya-original", "diffusers", "diffusers-old"]
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _KOHYA = {
     "lora_unet_": "unet",
@@ -150,6 +152,7 @@ def export_adapter(
     part: str = "unet",
     *,
     prefix: str | None = None,
+    model: nn.Module | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of ``adapter`` by the names of kohya's layout or one of diffusers'.
@@ -159,20 +162,25 @@ def export_adapter(
 
     Args:
         adapter: a folder in PEFT's format, an ``Adapter``, or a tuple (config, state dict).
-        layout: ``"kohya"``, ``"diffusers"`` (``lora_A``, ``lora_B``), or ``"diffusers-old"``
+        layout: ``"kohya"``, ``"kohya-original"`` (with the names of the original U-Net, as kohya's
+            scripts have them for SDXL), ``"diffusers"`` (``lora_A``, ``lora_B``), or ``"diffusers-old"``
             (``lora.down``, ``lora.up``, in text encoders ``lora_linear_layer``).
         part: the model that the adapter is of, as for ``import_adapter``.
         prefix: what comes before the layers' names; None is that of ``part``: ``lora_unet_``,
             ``lora_te_`` (SDXL has ``lora_te1_``), ``lora_te2_``, or ``unet.`` and so on. Files for CLIP
             have ``lora_te_text_model_``, where a model of Transformers 5 has no ``text_model``.
+        model: the U-Net that the adapter is for, whose structure says what the original code calls its
+            layers; for ``"kohya-original"`` alone.
         file: the safetensors file to write too.
 
     Raises:
-        ValueError: an argument is unknown, two layers get one name, or the adapter has what the
-            layout has no name for: DoRA, embeddings, modules stored whole.
+        ValueError: an argument is unknown, ``model`` is missing or no U-Net of diffusers, two layers get
+            one name, or the adapter has what the layout has no name for: DoRA, embeddings, modules
+            stored whole.
         OSError: ``file`` can't be written.
     """
-    name_of = _naming(layout, part, prefix)
+    name_of = _naming(layout, part, prefix, model)
+    with_alpha = layout.startswith("kohya")
     adapter = adapter_of(adapter)
     if adapter.parsed().use_dora:
         raise ValueError(
@@ -184,9 +192,9 @@ def export_adapter(
     for pair in pairs_of(adapter):
         if pair.is_embedding or ".base_layer." in pair.name:
             raise ValueError(f"the layout {layout!r} has no name for {pair.key_A}")
-        B = pair.B if layout == "kohya" or pair.scaling == 1 else pair.B * pair.scaling
+        B = pair.B if with_alpha or pair.scaling == 1 else pair.B * pair.scaling
         values = {"A": pair.A, "B": B}
-        if layout == "kohya":
+        if with_alpha:
             values["alpha"] = tensor(pair.scaling * pair.r)
         for role, value in values.items():
             key = name_of(pair.name, role)
@@ -203,16 +211,22 @@ def _check_part(part: str) -> None:
         raise ValueError(f"part is {part!r}, expected one of {', '.join(PARTS)}")
 
 
-def _naming(layout: str, part: str, prefix: str | None) -> Callable[[str, str], str]:
+def _naming(
+    layout: str, part: str, prefix: str | None, model: nn.Module | None
+) -> Callable[[str, str], str]:
     """The key of a layer's A, B or alpha."""
     _check_part(part)
-    if layout == "kohya":
+    if (model is not None) != (layout == "kohya-original"):
+        expected = "a U-Net for" if model is None else "None but for"
+        raise ValueError(f"model is {type(model).__name__}, expected {expected} 'kohya-original'")
+    if layout in ("kohya", "kohya-original"):
         prefixes = {own: start for start, own in reversed(_KOHYA.items())}
         if prefix is None and part not in prefixes:
             raise ValueError(f"part is {part!r}, which kohya's layout has no prefix for: give one")
         start = prefixes[part] if prefix is None else prefix
         ending = {"A": "lora_down.weight", "B": "lora_up.weight", "alpha": "alpha"}
-        return lambda name, role: f"{start}{name.replace('.', '_')}.{ending[role]}"
+        called = _called if model is None else _originally(model)
+        return lambda name, role: f"{start}{called(name).replace('.', '_')}.{ending[role]}"
     start = f"{part}." if prefix is None else prefix
     if layout == "diffusers":
         return lambda name, role: f"{start}{name}.lora_{role}.weight"
@@ -220,7 +234,29 @@ def _naming(layout: str, part: str, prefix: str | None) -> Callable[[str, str], 
         middle = "lora_linear_layer" if part.startswith("text_encoder") else "lora"
         direction = {"A": "down", "B": "up"}
         return lambda name, role: f"{start}{name}.{middle}.{direction[role]}.weight"
-    raise ValueError(f"layout is {layout!r}, expected 'kohya', 'diffusers' or 'diffusers-old'")
+    expected = "'kohya', 'kohya-original', 'diffusers' or 'diffusers-old'"
+    raise ValueError(f"layout is {layout!r}, expected {expected}")
+
+
+def _called(name: str) -> str:
+    return name
+
+
+def _originally(model: nn.Module) -> Callable[[str], str]:
+    """What the original code calls a layer of ``model``."""
+    names = original_names(name for name, _ in unwrapped(model).named_modules())
+    if not names:
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected a U-Net of diffusers, with conv_in and "
+            "down_blocks"
+        )
+
+    def call(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"the original U-Net has no name for {name}")
+        return names[name]
+
+    return call
 
 
 def _read(
@@ -264,6 +300,11 @@ class _Names:
                 same = self._underscored.setdefault(name.replace(".", "_"), [])
                 if names[0] not in same:
                     same.append(names[0])
+        self._original = {
+            theirs.replace(".", "_"): ours
+            for ours, theirs in original_names(name for name, _ in model.named_modules()).items()
+            if ours in self.layers
+        }
 
     def of(self, key: str, part: str | None) -> tuple[str, str]:
         """The layer that ``key`` is of, and whether it is its A, B or alpha."""
@@ -295,8 +336,10 @@ class _Names:
         )
         if len(names) > 1:
             raise ValueError(f"the file has {key}, which may be {' or '.join(names)} of the model")
+        if not names and name in self._original:
+            return self._original[name]
         if not names:
-            raise ValueError(self._unknown(key, name, self._underscored))
+            raise ValueError(self._unknown(key, name, self._underscored | self._original))
         return names[0]
 
     @staticmethod

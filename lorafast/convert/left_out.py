@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafast.convert.kinds import adapted_layers, adapter_parameters, kind_of
+from lorafast.convert.kinds import adapter_parameters, kind_of
+from lorafast.nn.adapter_module import adapters_in
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BY_MODULE = "LoraConfig(target_modules=[...])"
@@ -70,7 +71,7 @@ def _layers_by_kind(
 ) -> dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]]:
     """By class, each with its own parameters; stacked weights are a kind for themselves."""
     modules = list(model.modules())
-    seen = {id(p) for layer in adapted_layers(model).values() for p in layer.parameters()}
+    seen = {id(p) for one in adapters_in(model).values() for p in one.parameters()}
     found: dict[tuple[str, bool], list[tuple[nn.Module, list[nn.Parameter]]]] = {}
     for module in modules:
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]

@@ -29,10 +29,12 @@ def add_adapter(
     The one that ``adapt`` made is called ``"default"``. The model computes with the active one alone;
     ``set_adapter`` says which that is. An inactive one is frozen, and its parameters' names begin with
     ``<layer>.inactive.<name>``, where the active one's begin with ``<layer>``. A ``state_dict`` has them
-    all, and whoever loads it has the same one active. Of a layer it must be loaded whole: a part (one of
-    several files, the trained tensors alone) doesn't say whose ``lora_A`` it has; call ``set_adapter``
-    before then. A load that fails may have changed the active one of some layers: ``set_adapter`` makes
-    it one again.
+    all, and in its metadata, which ``torch.save`` keeps, the name of the active one: whoever loads it
+    has the same one active. Without metadata (safetensors, a dictionary made anew) the one is active
+    that doesn't wait there. A state with a part of the adapters, loaded with ``strict=False``, gives a
+    warning that names those that it lacks; without metadata it doesn't say whose ``lora_A`` it has: call
+    ``set_adapter`` before then. A load that fails may have changed the active one of some layers:
+    ``set_adapter`` makes it one again.
 
     Args:
         model: a model with adapted layers; each gets one.

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorafast.convert.bottlenecks import bottlenecks
 from lorafast.convert.first_backward import waits_for_gradient
 from lorafast.convert.kinds import adapted_layers, adapter_parameters
 from lorafast.convert.left_out import LeftOut, left_out
 from lorafast.nn import siblings
+from lorafast.nn.adapter_module import adapters_in
 
 # alpha where a LoraConfig gives none.
 _PEFT_ALPHA = 8
@@ -82,10 +82,10 @@ def summary(model: nn.Module) -> Summary:
 
     Shared parameters count once.
     """
-    layers = adapted_layers(model)
+    layers = adapters_in(model)
     others = {
         name: tuple(other for other in group if other != name)
-        for group in siblings.groups(layers)
+        for group in siblings.groups(adapted_layers(model))
         for name in group
     }
     rows = tuple(
@@ -101,23 +101,9 @@ def summary(model: nn.Module) -> Summary:
             no_gradient=waits_for_gradient(layer),
             remark=layer.summary_remark(),
             siblings=others.get(name, ()),
+            bottleneck=layer.operation == "bottleneck",
         )
         for name, layer in layers.items()
-    )
-    rows += tuple(
-        AdapterRow(
-            name=name or "(model)",
-            in_features=one.in_features,
-            out_features=one.out_features,
-            r=one.bottleneck,
-            scaling=one.scaling,
-            dropout=0.0,
-            parameters=sum(p.numel() for p in one.parameters()),
-            merged=False,
-            remark=f"{'parallel ' if one.parallel else ''}bottleneck, {one.activation}",
-            bottleneck=True,
-        )
-        for name, one in bottlenecks(model).items()
     )
     parameters = list(model.parameters())
     return Summary(

@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafast.nn import AdapterLayer, offload
+from lorafast.nn import offload
+from lorafast.nn.adapter_module import AdapterModule, adapters_in
 
 
 def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
-    """Runs every adapted layer of ``module`` once for each number of rows, forward and backward.
+    """Runs every adapter of ``module`` once for each number of rows, forward and backward.
 
     A kernel is compiled at the first call that needs it, which takes seconds, and once for a bucket of
-    rows: ``warm_up(model, [1, 512, 8192])`` does that beforehand, for the layers that ``adapt`` or
-    ``accelerate`` made (or ``module`` itself, if it is one) as they are now: in training or not, under
-    the autocast of the caller, on their devices. Where gradients are off, or none is required, there is
-    no backward. No ``.grad``, no random number generator and no record of ``lorafast tune`` changes;
-    forward hooks of the layers run, as in any call.
+    rows: ``warm_up(model, [1, 512, 8192])`` does that beforehand, for the layers and bottlenecks that
+    ``adapt`` or ``accelerate`` made (or ``module`` itself, if it is one) as they are now: in training or
+    not, under the autocast of the caller, on their devices. Where gradients are off, or none is
+    required, there is no backward. No ``.grad``, no random number generator and no record of
+    ``lorafast tune`` changes; forward hooks of the layers run, as in any call.
 
     Args:
-        module: an adapted layer, or a model that has some.
+        module: an adapted layer or a bottleneck, or a model that has some.
         rows: numbers of rows of a layer's input: batch size times sequence length.
 
     Raises:
-        ValueError: there is no adapted layer, or a number of rows is less than 1.
+        ValueError: there is no adapter, or a number of rows is less than 1.
     """
     counts = list(rows)
     for count in counts:
@@ -35,8 +36,8 @@ def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
     layers = _layers(module)
     if not layers:
         raise ValueError(
-            "the module has no adapted layer to warm up: lorafast.adapt(model) or "
-            "lorafast.accelerate(model) makes them"
+            "the module has no adapter to warm up: lorafast.adapt(model) or "
+            "lorafast.accelerate(model) makes some"
         )
     for layer in layers:
         with _generators_kept(layer):
@@ -45,14 +46,14 @@ def warm_up(module: nn.Module, rows: Iterable[int]) -> None:
 
 
 def _layers(module: nn.Module) -> list[Any]:
-    """The adapted layers of ``module``, PEFT's too if those are in use."""
+    """The adapters of ``module``, PEFT's layers too if those are in use."""
     peft = sys.modules.get("lorafast.integrations.peft.layers")
     modules: list[Any] = list(module.modules())
     if peft is None:
-        return [one for one in modules if isinstance(one, AdapterLayer)]
+        return list(adapters_in(module).values())
     attentions = [one for one in modules if isinstance(one, peft.MultiheadAttention._stock)]
     read = {one.get_base_layer().out_proj for one in attentions}  # and never called
-    kinds = (AdapterLayer, peft.Linear, peft.MultiheadAttention)
+    kinds = (AdapterModule, peft.Linear, peft.MultiheadAttention)
     return [one for one in modules if isinstance(one, kinds) and one not in read]
 
 
@@ -83,7 +84,7 @@ def _run(layer: Any, rows: int) -> None:
 
 def _called(layer: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     arguments: Any = (x,)
-    if isinstance(layer, AdapterLayer):
+    if isinstance(layer, AdapterModule):
         arguments = layer.example_arguments(x)
     elif _is_attention(layer):
         x = x.unsqueeze(1 if layer.batch_first else 0)  # sequences of one token
@@ -94,7 +95,7 @@ def _called(layer: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _input(layer: Any, rows: int) -> Tensor:
-    if isinstance(layer, AdapterLayer):
+    if isinstance(layer, AdapterModule):
         return layer.example_input(rows)
     base = layer.get_base_layer()
     attention = _is_attention(layer)
@@ -106,7 +107,7 @@ def _input(layer: Any, rows: int) -> Tensor:
 
 def _is_attention(layer: Any) -> bool:
     """Whether it is an attention of PEFT's."""
-    return hasattr(layer, "num_heads") and not isinstance(layer, AdapterLayer)
+    return hasattr(layer, "num_heads") and not isinstance(layer, AdapterModule)
 
 
 @contextlib.contextmanager

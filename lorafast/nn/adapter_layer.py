@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.core.dtypes import LEAST_NORM
-from lorafast.core.problem import Problem
 from lorafast.nn import inactive, offload
+from lorafast.nn.adapter_module import AdapterModule
 from lorafast.nn.checks import (
     check_alpha,
     check_bool,
@@ -21,7 +21,6 @@ from lorafast.nn.checks import (
 )
 from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
 from lorafast.nn.siblings import Siblings
-from lorafast.nn.switch import Switch
 from lorafast.ops.siblings import Sibling
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -29,7 +28,7 @@ _PROPERTIES = ("r", "alpha", "scaling", "use_rslora")
 Layer = TypeVar("Layer", bound="AdapterLayer")
 
 
-class AdapterLayer(Switch, nn.Module):
+class AdapterLayer(AdapterModule):
     """A frozen layer with an adapter of rank ``r``, in the place of the plain layer that it wraps.
 
     Its frozen tensors and its adapter's are its own parameters and buffers. A kind of adapter is a
@@ -41,8 +40,6 @@ class AdapterLayer(Switch, nn.Module):
 
     peft_names: ClassVar[Mapping[str, str]] = {}
     """The parameters that an adapter may have, and the endings of their names in PEFT's files."""
-    watched_parameter: ClassVar[str] = ""
-    """The adapter's parameter that starts at zero, and gets a gradient whenever the layer is trained."""
     own_names: ClassVar[frozenset[str]] = frozenset(
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
@@ -52,18 +49,8 @@ class AdapterLayer(Switch, nn.Module):
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
 
-    operation: ClassVar[str] = ""
-    """What its forward is called in every room."""
-    served_by: ClassVar[str] = "PyTorch's own calls, on every backend"
-    """What computes it where ``problems`` names none: a reason for ``explain``."""
-
     _build: Callable[..., None]
     """``_build(plain, r, **options)`` takes the frozen tensors of ``plain`` and adds an adapter."""
-    in_features: int
-    out_features: int
-    dropout: float = 0.0
-    """Probability of dropping an element of the input on its way into the adapter in training."""
-    merged = False
     _use_dora = False
     _adapter_name = inactive.FIRST
     """Which of several adapters is active: see ``lorafast.nn.inactive``."""
@@ -80,8 +67,6 @@ class AdapterLayer(Switch, nn.Module):
     _plain_class: type[nn.Module]
     weight_name: ClassVar[str] = "weight"
     """What the plain layer calls the weight that ``merged_weight`` is one of."""
-    parts: ClassVar[tuple[str, ...]] = ("",)
-    """What ``problems`` are of, two for each, where that is more than one frozen weight."""
     _stored_names: tuple[str, ...] = ("weight",)
     """Of the tensors that the frozen weight is stored in."""
 
@@ -147,14 +132,6 @@ class AdapterLayer(Switch, nn.Module):
             ValueError: there are no values, or none that can be merged.
         """
 
-    @abstractmethod
-    def example_input(self, rows: int) -> Tensor:
-        """An input of so many rows, such as a forward gets."""
-
-    def example_arguments(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What a forward is called with for the input ``x``."""
-        return (x,)
-
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the frozen layer computes, without the adapter, merged or not; arguments as for
         ``forward``."""
@@ -185,13 +162,6 @@ class AdapterLayer(Switch, nn.Module):
     def summary_remark(self) -> str:
         """What ``summary`` says of the layer beside its numbers, if anything."""
         return "DoRA" if self._use_dora else ""
-
-    def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
-        """The forward and the backward that backends are asked for; none where PyTorch computes it.
-
-        Rows are like those of ``x``, or many of the weight's.
-        """
-        return ()
 
     def to_resize(self) -> tuple[nn.Module, Callable[[Any], None]]:
         """A plain layer with the frozen tensors of this one, for the model's own resizing, and what is
@@ -488,6 +458,10 @@ class AdapterLayer(Switch, nn.Module):
         tensors = [self._parameters.get(name) for name in self.adapter_shapes()]
         return all(tensor is not None and tensor.is_meta for tensor in tensors)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        inactive.describe_active(self, destination, prefix)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -498,7 +472,7 @@ class AdapterLayer(Switch, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        inactive.follow(self, state_dict, prefix)
+        inactive.follow(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

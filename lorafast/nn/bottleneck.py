@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafast import functional
+from lorafast.core.problem import Problem
+from lorafast.nn import offload
+from lorafast.nn.adapter_module import AdapterModule
 from lorafast.nn.checks import check_alpha, check_bool, check_rank
-from lorafast.nn.switch import Switch
+from lorafast.nn.problems import bottleneck_problems
 from lorafast.ops.bottleneck_checks import check_activation
 
 INITS = ("zero", "bert")
@@ -18,7 +21,7 @@ INITS = ("zero", "bert")
 _STD = 0.02
 
 
-class Bottleneck(Switch, nn.Module):
+class Bottleneck(AdapterModule):
     """``y = h + scaling · (f(norm(h)·Dᵀ + d)·Uᵀ + u)`` (Houlsby et al., 2019), or with ``residual``
     given ``y = residual + scaling · …`` (He et al., 2022).
 
@@ -41,8 +44,12 @@ class Bottleneck(Switch, nn.Module):
         ValueError, TypeError: an argument doesn't fit.
     """
 
+    operation = "bottleneck"
+    watched_parameter = "up"
     _may_miss: str | None = None
     """The prefix of its tensors if what is loaded is a checkpoint of the plain model."""
+    stands = "output"
+    """Where it stands at another module, one of ``STANDS``."""
     placed = False
     """Whether it stands at another module: a checkpoint of the plain model leaves it as it is then."""
 
@@ -74,7 +81,8 @@ class Bottleneck(Switch, nn.Module):
         self.parallel = False
         """At another module: whether it reads that module's input."""
         self._input_name: str | None = None
-        """Of the module that it stands at: the first parameter of its forward, if that has a name."""
+        """Of the module that it stands at: the parameter of its forward that is read, if that has a
+        name."""
 
         def made(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -114,6 +122,42 @@ class Bottleneck(Switch, nn.Module):
         self._may_miss = prefix if self.placed and not self.down.is_meta and not found else None
         super()._load_from_state_dict(state_dict, prefix, *others, **more)
 
+    @property
+    def own_child(self) -> str:  # type: ignore[override]
+        """Its name at another module, if it stands there."""
+        return CHILD if self.placed else ""
+
+    @property
+    def r(self) -> int:
+        """The width of the bottleneck."""
+        return self.bottleneck
+
+    @property
+    def has_residual(self) -> bool:
+        """At another module: whether it reads another tensor than it adds to."""
+        return self.parallel or self.stands == "norm"
+
+    def adapter_parameters(self) -> dict[str, Tensor]:
+        """All its parameters by name."""
+        return dict(self.named_parameters())
+
+    def example_input(self, rows: int) -> Tensor:
+        """``h [rows, in_features]``."""
+        device = offload.device_of(self, self.down)
+        return torch.zeros((rows, self.in_features), dtype=self.down.dtype, device=device)
+
+    def example_arguments(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``h``, and the residual if that is another tensor."""
+        return (x, x.new_zeros((*x.shape[:-1], self.out_features))) if self.has_residual else (x,)
+
+    def problems(self, x: Tensor | None) -> tuple[Problem, ...]:
+        """The forward and the backward, on rows like those of ``x``, else on many."""
+        return bottleneck_problems(x, self)
+
+    def summary_remark(self) -> str:
+        """What kind it is."""
+        return f"{'parallel ' if self.parallel else ''}bottleneck, {self.activation}"
+
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """``y [..., out_features]`` in the dtype of ``h``."""
         if self._off:
@@ -136,6 +180,7 @@ class Bottleneck(Switch, nn.Module):
     def extra_repr(self) -> str:
         """The sizes and the function."""
         beside = ", parallel" if self.parallel else ""
+        beside += "" if self.stands == "output" else f", at its {self.stands}"
         return (
             f"{self.in_features} → {self.bottleneck} → {self.out_features}, {self.activation}, "
             f"scaling={self.scaling:g}{beside}"
@@ -150,6 +195,10 @@ def _forget_missing(bottleneck: Any, incompatible: Any) -> None:
         missing[:] = [key for key in missing if not key.startswith(start)]
 
 
+STANDS = ("output", "norm", "residual")
+"""With B(h, onto) = onto + scaling · (…), of a module m: ``output``: ``B(m(x), m(x))``, or parallel
+``B(x, m(x))``. ``norm``, of a LayerNorm: ``m(B(m(x), x))``. ``residual``: ``m(x, B(t, t))`` where t is
+its second argument, that which it adds to what it makes of x."""
 CHILD = "bottleneck"
 """Its name where it stands at another module, as that one's child."""
 _HOOK = "lorafast.bottleneck"
@@ -168,10 +217,14 @@ _before = _Before()
 
 
 def put_at(module: nn.Module, bottleneck: Bottleneck) -> None:
-    """Makes it the module's child, and has it called at the module's output."""
-    bottleneck._input_name = _first_parameter(module)
+    """Makes it the module's child, and has it called where it stands."""
+    bottleneck._input_name = _name_of_parameter(module, bottleneck.stands == "residual")
     bottleneck.placed = True
     module.add_module(CHILD, bottleneck)
+    if bottleneck.stands == "residual":
+        module._forward_pre_hooks[_HOOK] = _at_residual  # type: ignore[index]
+        module._forward_pre_hooks_with_kwargs[_HOOK] = True  # type: ignore[index]
+        return
     if bottleneck.parallel:
         module._forward_pre_hooks[_HOOK] = _before_module  # type: ignore[index]
         module._forward_pre_hooks_with_kwargs[_HOOK] = True  # type: ignore[index]
@@ -182,7 +235,7 @@ def put_at(module: nn.Module, bottleneck: Bottleneck) -> None:
 def bottleneck_at(module: nn.Module) -> Bottleneck | None:
     """The one that stands at a module, or None."""
     child = module._modules.get(CHILD)
-    hooks: dict[Any, Any] = module._forward_hooks
+    hooks: dict[Any, Any] = {**module._forward_hooks, **module._forward_pre_hooks}
     return child if isinstance(child, Bottleneck) and _HOOK in hooks else None
 
 
@@ -199,12 +252,28 @@ def take_away(module: nn.Module) -> None:
     del module._modules[CHILD]
 
 
-def _first_parameter(module: nn.Module) -> str | None:
-    for parameter in inspect.signature(module.forward).parameters.values():
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            return parameter.name
-        break
+def _name_of_parameter(module: nn.Module, index: int) -> str | None:
+    """That of the first or second parameter of its forward, if it may be given by name."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[: index + 1]
+    if len(parameters) == index + 1 and parameters[-1].kind is parameters[-1].POSITIONAL_OR_KEYWORD:
+        return parameters[-1].name
     return None
+
+
+def _at_residual(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A forward pre-hook: the module's arguments with the bottleneck after the second."""
+    one: Any = module._modules[CHILD]
+    if one._off:
+        return None
+    given = args[1] if len(args) > 1 else kwargs.get(one._input_name)
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"a {type(module).__name__} with a bottleneck at its residual was given a "
+            f"{type(given).__name__} for its second argument, expected a tensor"
+        )
+    if len(args) > 1:
+        return (args[0], one(given), *args[2:]), kwargs
+    return args, {**kwargs, one._input_name: one(given)}
 
 
 def _before_module(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -234,6 +303,8 @@ def _at_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             _check_unchanged(module, h)
         y = one(h, y)
+    elif one.stands == "norm":
+        return module.forward(one(y, _read(one, module, args, kwargs)))
     else:
         y = one(y)
     if isinstance(output, tuple | list):
@@ -243,15 +314,15 @@ def _at_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _read(one: Bottleneck, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
-    """What a parallel bottleneck reads: the module's first argument."""
+    """The module's first argument, which a parallel bottleneck reads, and one at a norm adds to."""
     h = args[0] if args else kwargs.get(one._input_name)
     if not args and one._input_name is None and len(kwargs) == 1:
         (h,) = kwargs.values()
     if not isinstance(h, Tensor):
         expected = f", {one._input_name}," if one._input_name else ""
         raise TypeError(
-            f"a {type(module).__name__} with a parallel bottleneck was given a {type(h).__name__} for "
-            f"its first argument{expected} expected a tensor"
+            f"a {type(module).__name__} with a bottleneck that reads its input was given a "
+            f"{type(h).__name__} for its first argument{expected} expected a tensor"
         )
     return h
 

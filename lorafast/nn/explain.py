@@ -11,6 +11,7 @@ from lorafast.backends import BackendError, Plan, Refusal, forced, registry
 from lorafast.core.problem import Problem
 from lorafast.nn import offload, siblings
 from lorafast.nn.adapter_layer import AdapterLayer
+from lorafast.nn.adapter_module import AdapterModule, adapters_in
 from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.problems import shared_problems, why_not_shared
 from lorafast.ops.weight_norm import plan_of
@@ -94,10 +95,11 @@ def _describe(choice: Choice) -> str:
 
 
 def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
-    """Which backend serves each adapted layer in ``module``, what it launches, and why not others.
+    """Which backend serves each adapter in ``module``, what it launches, and why not others.
 
-    It speaks of an eager training step with gradients of x, A and B: ``lora_linear`` is the forward,
-    ``lora_linear_backward`` the backward. Under ``torch.no_grad`` the forward is that of inference. What
+    It speaks of an eager training step with gradients of x and the adapter: ``lora_linear`` is the
+    forward, ``lora_linear_backward`` the backward, and of a bottleneck ``bottleneck`` and
+    ``bottleneck_backward``. Under ``torch.no_grad`` the forward is that of inference. What
     PyTorch's own calls serve has no backend. Of layers that share x it says what serves them together:
     one ``shrink`` and one ``shrink_backward`` of all their ranks, a ``linear_expand`` and an
     ``expand_backward`` for each, and dx in one buffer; and what serves a call of each that shares
@@ -107,16 +109,15 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     Without it the weight's are assumed, and many rows.
 
     Raises:
-        ValueError: ``module`` has no adapted layer.
+        ValueError: ``module`` has no adapter.
     """
-    adapted = {
-        name: layer for name, layer in module.named_modules() if isinstance(layer, AdapterLayer)
-    }
+    adapted = adapters_in(module)
     layers = {}
     for name, layer in adapted.items():
         with offload.present(layer):
             layers[name or "(module)"] = _choices(layer, x)
-    sharing = tuple(_sharing(group, x) for group in siblings.groups(adapted))
+    may_share = {n: one for n, one in adapted.items() if isinstance(one, AdapterLayer)}
+    sharing = tuple(_sharing(group, x) for group in siblings.groups(may_share))
     for one in sharing:
         for name in one.layers:
             if name not in one.alone:
@@ -144,7 +145,7 @@ def _without_repeats(choices: Sequence[Choice]) -> list[Choice]:
     return [one for i, one in enumerate(choices) if one not in choices[:i]]
 
 
-def _choices(layer: AdapterLayer, x: Tensor | None) -> tuple[Choice, ...]:
+def _choices(layer: AdapterModule, x: Tensor | None) -> tuple[Choice, ...]:
     problems = layer.problems(x)
     if layer.merged:
         merged = "the layer is merged: a plain one's call"
@@ -164,7 +165,7 @@ def _named(operation: str, part: str) -> str:
     return f"{operation} of {part}" if part else operation
 
 
-def _both(layer: AdapterLayer, forward: Problem, backward: Problem) -> tuple[Choice, Choice]:
+def _both(layer: AdapterModule, forward: Problem, backward: Problem) -> tuple[Choice, Choice]:
     chosen = _choose(forward)
     if chosen is not None and chosen.differentiable:
         second = Choice(
@@ -173,13 +174,12 @@ def _both(layer: AdapterLayer, forward: Problem, backward: Problem) -> tuple[Cho
     else:
         second = _choice(backward, _choose(backward))
     remark = _packed(layer, forward)
-    if layer.use_dora:
+    if isinstance(layer, LoRALinear) and layer.use_dora:
         remark += f", within DoRA, whose norm is computed by {_norm(layer)}"
     return _choice(forward, chosen, remark), second
 
 
-def _norm(layer: AdapterLayer) -> str:
-    assert isinstance(layer, LoRALinear)
+def _norm(layer: LoRALinear) -> str:
     try:
         plan = plan_of(layer.operand(), layer.lora_A, layer.lora_B)
     except BackendError as error:
@@ -233,7 +233,7 @@ def _against(answer: Plan | Refusal, forced_name: str | None) -> str:
     return "usable, not measured to be faster" if answer.seconds is None else _time(answer)
 
 
-def _packed(layer: AdapterLayer, problem: Problem) -> str:
+def _packed(layer: AdapterModule, problem: Problem) -> str:
     if problem.device.type != "cpu" or not isinstance(layer, LoRALinear):
         return ""
     is_packed = operands.is_packed(layer.operand(), problem.dtype)

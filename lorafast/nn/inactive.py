@@ -20,6 +20,8 @@ from lorafast.nn.checks import check_probability
 INACTIVE = "inactive"
 FIRST = "default"
 """What the adapter is called that ``adapt`` made, as PEFT calls it."""
+_ACTIVE = "adapter"
+"""Of the metadata of a ``state_dict``: the name of the layer's active adapter."""
 # What a layer knows of its adapter beside the parameters.
 _SETTINGS = ("_r", "_alpha", "_scaling", "_use_rslora", "_use_dora", "dropout")
 
@@ -143,32 +145,71 @@ def shown(layer: Any, name: str) -> Iterator[None]:
         layer._set_merged(merged)
 
 
-def follow(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """Makes that adapter the active one that is it in a state: the only one that doesn't wait there.
+def describe_active(layer: Any, destination: Any, prefix: str) -> None:
+    """Notes in the metadata of a ``state_dict`` which of several adapters is active: no key more."""
+    metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+    if metadata is not None and waiting(layer):
+        metadata[_ACTIVE] = layer._adapter_name
 
-    It is trained then if the one was that it takes the place of, and a warning says so. A state that
-    has a part of the layer's adapters says nothing of it: the active one stays.
+
+def follow(layer: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Makes that adapter the active one that is it in a state, by its metadata; where these are lost (a
+    dictionary made anew, safetensors), the only one that doesn't wait there.
+
+    It is trained then if the one was that it takes the place of, and a warning says so. Another says
+    what of the layer's adapters the state lacks, or what it has besides.
     """
-    there = waiting(layer)
     start = f"{prefix}{INACTIVE}."
     found = {
         key.removeprefix(start).partition(".")[0] for key in state_dict if key.startswith(start)
     }
-    active = there.keys() - found
-    if len(active) == 1 and found - there.keys() == {layer._adapter_name}:
-        before = layer.adapter_parameters().values()
-        trained = any(parameter.requires_grad for parameter in before)
-        for parameter in before:
-            parameter.requires_grad_(False)
-        name = active.pop()
+    known = {*names_of(layer)}
+    if len(known) == 1 and not found:
+        return
+    said = metadata.get(_ACTIVE)
+    left = known - found
+    if said not in known and len(left) == 1 and found <= known:
+        said = left.pop()
+    if said in known and said != layer._adapter_name:
+        _activate(layer, said)
+    has_active = any(prefix + name in state_dict for name in layer.adapter_shapes())
+    if has_active or found:  # else it is no state of the layer, or one of the plain layer
+        _warn_of_a_part(layer, found, has_active, said in known)
+
+
+def _activate(layer: Any, name: str) -> None:
+    before = layer.adapter_parameters().values()
+    trained = any(parameter.requires_grad for parameter in before)
+    for parameter in before:
+        parameter.requires_grad_(False)
+    warnings.warn(
+        f"the state has the adapter {name!r} active, and so has the model now: an optimizer must have "
+        "been given the parameters of all adapters",
+        stacklevel=4,
+    )
+    exchange(layer, name)
+    for parameter in layer.adapter_parameters().values():
+        parameter.requires_grad_(trained)
+
+
+def _warn_of_a_part(layer: Any, found: set[str], has_active: bool, is_said: bool) -> None:
+    names = names_of(layer)
+    lacking = [name for name in names if name not in found and (name != names[0] or not has_active)]
+    if lacking:
+        sentence = f"the state lacks the adapters {', '.join(lacking)}, which keep their values"
+        if has_active and not is_said:
+            sentence += (
+                f"; what it has without a name goes to the active one, {names[0]!r}: if it is "
+                "another's, call set_adapter before"
+            )
+        warnings.warn(sentence, stacklevel=4)
+    more = sorted(found - {*names})
+    if more:
         warnings.warn(
-            f"the state has the adapter {name!r} active, and so has the model now: an optimizer must "
-            "have been given the parameters of all adapters",
-            stacklevel=2,
+            f"the state has the adapters {', '.join(more)}, which the model hasn't and which aren't "
+            "loaded: call add_adapter before",
+            stacklevel=4,
         )
-        exchange(layer, name)
-        for parameter in layer.adapter_parameters().values():
-            parameter.requires_grad_(trained)
 
 
 def _take(layer: Any) -> InactiveAdapter:

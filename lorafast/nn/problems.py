@@ -1,4 +1,4 @@
-"""The problems that an eager training step of a linear layer asks backends to serve."""
+"""The problems that an eager training step of a layer asks backends to serve."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,14 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import Layout, Problem
+from lorafast.core.problem import WANTS, Layout, Problem
 from lorafast.nn import offload
 from lorafast.operands import Weight
 from lorafast.ops import siblings
 from lorafast.ops.problems import (
     backward_problem,
+    bottleneck_backward_problem,
+    bottleneck_problem,
     expand_backward_problem,
     layer_problem,
     linear_expand_problem,
@@ -53,6 +55,32 @@ def linear_problems(
     backward = backward_problem(forward, ("dx", "dA", "dB"), rows(N), layouts=True)
     fresh = Layout.fresh(M, N, dtype)
     return forward, backward._replace(layouts=backward.layouts._replace(dy=fresh))
+
+
+def bottleneck_problems(x: Tensor | None, one: Any) -> tuple[Problem, Problem]:
+    """``bottleneck`` and its backward, on rows like those of ``x``, else on many of its own dtype.
+
+    Under ``torch.no_grad`` the forward is that of inference."""
+    down, up = one.down, one.up
+    dtype = down.dtype if x is None else x.dtype
+    device = offload.device_of(one, down) if x is None else x.device
+    M = _MANY_ROWS if x is None else x.numel() // max(x.shape[-1], 1)
+
+    def rows(size: int, dtype: torch.dtype = dtype) -> Tensor:  # two rows lie as many do
+        return torch.empty((2, size), dtype=dtype, device=device)
+
+    K, N, b = one.in_features, one.out_features, one.bottleneck
+    beside = one.has_residual or one.norm is not None
+    wants = WANTS["bottleneck"] if torch.is_grad_enabled() else ("y",)
+    forward = bottleneck_problem(
+        rows(K), down, up, one.down_bias, one.up_bias, one.activation, rows(N) if beside else None,
+        wants,
+    )  # fmt: skip
+    backward = bottleneck_backward_problem(
+        rows(N), rows(K), rows(b, wide(dtype)), down, up, one.activation, beside,
+        WANTS["bottleneck_backward"], down.dtype,
+    )  # fmt: skip
+    return forward._replace(M=M), backward._replace(M=M)
 
 
 def _x_of(layer: Any, x: Tensor | None) -> Tensor:

@@ -153,13 +153,18 @@ def why_any_broken(actual: Mapping[str, Tensor], of: Mapping[str, Bound]) -> str
 
 
 def compare(
-    call: Call, operations: Any, dtype: torch.dtype, rounded_to: torch.dtype | None = None
+    call: Call,
+    operations: Any,
+    dtype: torch.dtype,
+    rounded_to: torch.dtype | None = None,
+    squares: bool = True,
 ) -> Verdict:
     """Runs ``call`` on ``operations`` in ``dtype``, and on the reference, and holds it to the contract.
 
     Of several outputs it returns the verdict on the worst. ``rounded_to``: the dtype whose ``eps``
     counts where outputs are made of values rounded to another dtype than their own, as a layer's
-    gradients are.
+    gradients are. ``squares``: whether the size of an output is that on squared inputs; else, for what
+    is no polynomial of its inputs, it is that of ``ref64``.
     """
 
     def cast(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:
@@ -171,13 +176,17 @@ def compare(
     def square(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:
         return exact(tensor, other).square()
 
+    exactly = _outputs(call(reference, exact))
+    sizes: tuple[Tensor, ...] = exactly
+    if squares:
+        sizes = tuple(size.abs().sqrt() for size in _outputs(call(reference, square)))
     verdicts = [
-        bound(eager, ref64, squared64.abs().sqrt(), rounded_to).verdict(actual)
-        for actual, eager, ref64, squared64 in zip(
+        bound(eager, ref64, size64, rounded_to).verdict(actual)
+        for actual, eager, ref64, size64 in zip(
             _outputs(call(operations, cast)),
             _outputs(call(reference, cast)),
-            _outputs(call(reference, exact)),
-            _outputs(call(reference, square)),
+            exactly,
+            sizes,
             strict=True,
         )
     ]

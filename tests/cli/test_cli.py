@@ -15,7 +15,7 @@ from lorafast import reference
 from lorafast.backends import Backend, Refusal, grouping, registry
 from lorafast.backends.aten import operations as aten
 from lorafast.cli import main, verify
-from lorafast.core.problem import GROUPED_OPERATIONS, LAYER_OPERATIONS
+from lorafast.core.problem import BOTTLENECK_OPERATIONS, GROUPED_OPERATIONS, LAYER_OPERATIONS
 
 
 def test_info_lists_versions_devices_and_backends(capsys):
@@ -66,6 +66,41 @@ def test_verify_passes_on_this_machine(capsys, monkeypatch, shapes):
         has = status.usable and "grouped_lora_linear" in registry.get(name).operations
         for operation in GROUPED_OPERATIONS:
             assert (re.search(rf"^{name} +{operation} ", out, re.M) is not None) == has
+
+
+def test_verify_has_bottlenecks(capsys, monkeypatch):
+    monkeypatch.setattr(verify, "_SHAPES", ((20, 24, 18, 16),))
+    monkeypatch.setattr(verify, "_calls", lambda shape, p, dtype, of, format: (
+        verify._bottleneck_calls(shape, lambda *size: torch.randn(size, dtype=torch.float64))
+        if format == "dense" and not p else {}
+    ))  # fmt: skip
+    assert main(["verify", "--dtype", "fp32"]) == 0
+    out = capsys.readouterr().out
+    for name, status in lorafast.backends().items():
+        for operation in BOTTLENECK_OPERATIONS:
+            assert (re.search(rf"^{name} +{operation} ", out, re.M) is not None) == status.usable
+    torch.manual_seed(0)
+    wrong = aten_bottleneck(registry.get("aten"))
+    with registry.standing_in(wrong):
+        assert main(["verify", "--dtype", "fp32"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert [line.split()[:2] for line in failed] == [["aten", "bottleneck"]]
+
+
+def aten_bottleneck(stock):
+    """Of a backend, one whose bottleneck is off by its sign."""
+
+    def negated(y, a):
+        return -y, a
+
+    class Wrong(type(stock)):
+        def plan(self, problem):
+            found = super().plan(problem)
+            if problem.operation != "bottleneck":
+                return found
+            return replace(found, run=lambda *given: negated(*found.run(*given)))
+
+    return Wrong()
 
 
 def test_verify_fails_on_a_batch_that_is_grouped_wrongly(capsys, monkeypatch):

@@ -78,7 +78,15 @@ def test_there_and_back(tmp_path, kind):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"original_ln_before": True}, "original_ln_before is True in"),
+        (
+            {"original_ln_after": False},
+            "residual_before_ln True, original_ln_after False: no adapter",
+        ),
+        (
+            {"original_ln_before": True, "residual_before_ln": "post_add"},
+            "original_ln_before True, residual_before_ln 'post_add', original_ln_after True: no",
+        ),
+        ({"is_parallel": 1}, "has is_parallel 1, original_ln_before False"),
         ({"scaling": "learned"}, "scaling is 'learned' in"),
         ({"non_linearity": "elu"}, "non_linearity is 'elu' in"),
         ({"dropout": 0.1}, "dropout is 0.1 in"),
@@ -110,7 +118,9 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=says):
             load_adapterhub(model_of(), tmp_path)
 
-    refused(tensors | {"x": torch.ones(1)}, "the file has x, which is no part of a Houlsby adapter")
+    refused(
+        tensors | {"x": torch.ones(1)}, "the file has x, which is no part of a bottleneck adapter"
+    )
     refused(tensors | {name + "adapter_up.bias": torch.ones(3)}, r"of shape \[3\] in the file")
     refused(tensors | {name + "adapter_down.0.weight": torch.ones(4, 8)}, "a hidden size of 8")
     refused({n: t for n, t in tensors.items() if n != name + "adapter_up.bias"}, "has no up_bias")
@@ -147,3 +157,120 @@ def test_what_the_layout_does_not_have_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="the model has no bottleneck adapter"):
         save_adapterhub(model, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+PFEIFFER = {"original_ln_before": True, "mh_adapter": False, "non_linearity": "relu"}
+PARALLEL = {"is_parallel": True, "init_weights": "mam_adapter", "scaling": 4.0, "mh_adapter": False}
+AFTER = PFEIFFER | {"original_ln_after": False, "residual_before_ln": False}
+
+
+def formula(fields, output, tensors):
+    """A BertOutput's forward with the adapter of such a config, as ``adapters`` 1.3.0 computes it."""
+    D, d, U, u = tensors
+    act = torch.nn.functional.silu if fields["non_linearity"] == "swish" else torch.relu
+
+    def adapter(h):
+        return fields["scaling"] * (act(h @ D.T + d) @ U.T + u)
+
+    def forward(hidden_states, input_tensor):
+        o, t, ln = output.dense(hidden_states), input_tensor, output.LayerNorm
+        if fields["is_parallel"]:
+            return ln(o + adapter(t) + t)
+        if fields["original_ln_after"]:
+            return ln(o + adapter(ln(o + t)) + t)
+        return ln(o + t) + adapter(ln(o + t))
+
+    return forward
+
+
+@pytest.mark.parametrize("fields", [PFEIFFER, AFTER, PARALLEL], ids=["pfeiffer", "after", "par"])
+def test_what_reads_a_norm_or_the_residual(tmp_path, fields):
+    tensors = {
+        name: t for name, t in written(tmp_path / "theirs").items() if "attention" not in name
+    }
+    save_file(tensors, tmp_path / "theirs" / "adapter.safetensors")
+    fields = CONFIG["config"] | fields
+    (tmp_path / "theirs" / "adapter_config.json").write_text(
+        json.dumps(CONFIG | {"config": fields})
+    )
+    model = load_adapterhub(model_of(), tmp_path / "theirs").double()
+    ids = torch.arange(14).view(2, 7)
+    expected = model_of().double()
+    expected.load_state_dict({n: t for n, t in model.state_dict().items() if "bottleneck" not in n})
+    with lorafast.disabled(model):
+        assert torch.equal(model(ids).last_hidden_state, expected(ids).last_hidden_state)
+    leaves = []
+    for i in (0, 1):
+        output, name = (
+            expected.encoder.layer[i].output,
+            f"encoder.layer.{i}.output.adapters.houlsby.",
+        )
+        leaves += [tensors[name + key].double().requires_grad_() for key in SHAPES]
+        output.forward = formula(fields, output, leaves[-4:])
+    y, right = model(ids).last_hidden_state, expected(ids).last_hidden_state
+    torch.testing.assert_close(y, right)
+    own = [
+        getattr(one, name)
+        for one in bottlenecks(model).values()
+        for name in ("down", "down_bias", "up", "up_bias")
+    ]
+    found = torch.autograd.grad(y.sin().sum(), own)
+    torch.testing.assert_close(found, torch.autograd.grad(right.sin().sum(), leaves))
+    # AdapterHub's file again, and one of our own
+    save_adapterhub(model.float(), tmp_path / "ours", "houlsby")
+    back = load_file(tmp_path / "ours" / "adapter.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["config"]
+    assert config | {"init_weights": fields["init_weights"]} == fields
+    lorafast.save_adapter(model, tmp_path / "own")
+    again = model_of()
+    again.load_state_dict({n: t for n, t in model.state_dict().items() if "bottleneck" not in n})
+    lorafast.load_adapter(again, tmp_path / "own")
+    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+    lorafast.remove_bottlenecks(model)
+    assert not any("bottleneck" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("flow", ["houlsby", "pfeiffer"])
+def test_llama(tmp_path, flow):
+    def made():
+        return transformers.LlamaModel(
+            transformers.LlamaConfig(
+                vocab_size=30, hidden_size=16, num_attention_heads=2, num_hidden_layers=2,
+                intermediate_size=20,
+            )
+        ).eval()  # fmt: skip
+
+    model, places = made(), {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("",)}[flow]
+    targets = [f"layers.{i}.{place}".strip(".") for i in (0, 1) for place in places]
+    lorafast.adapt(model, kind="houlsby", targets=targets, bottleneck=4, init="bert")
+    save_adapterhub(model, tmp_path, "a")
+    keys = load_file(tmp_path / "adapter.safetensors").keys()
+    assert ("layers.0.attention_adapters.adapters.a.adapter_up.bias" in keys) == (flow == "houlsby")
+    assert "layers.1.output_adapters.adapters.a.adapter_down.0.weight" in keys
+    other = made()
+    other.load_state_dict({n: t for n, t in model.state_dict().items() if "bottleneck" not in n})
+    ids = torch.arange(14).view(2, 7)
+    expected = model(ids).last_hidden_state
+    assert torch.equal(load_adapterhub(other, tmp_path)(ids).last_hidden_state, expected)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    raw["config"] |= {"original_ln_before": True, "mh_adapter": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        ValueError, match="mh_adapter and original_ln_before are true in the config"
+    ):
+        load_adapterhub(made(), tmp_path)
+    raw["config"] |= {"is_parallel": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="is_parallel is true in the config"):
+        load_adapterhub(made(), tmp_path)
+
+
+def test_mixed_places_are_not_written(tmp_path):
+    model = lorafast.adapt(
+        model_of(), kind="houlsby", bottleneck=3,
+        targets=["encoder.layer.0.output.dropout", "encoder.layer.1.output.LayerNorm"],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="bottlenecks stand at modules of different kinds"):
+        save_adapterhub(model, tmp_path)

@@ -14,6 +14,11 @@ from lorafast.convert.extract import ITERATIONS, OVERSAMPLED
 safetensors = pytest.importorskip("safetensors.torch")
 
 
+EPS = torch.finfo(torch.float64).eps
+LOST = 35 * EPS
+"""What rounding leaves: one for each element of the largest layer."""
+
+
 def finetuned(net, draw_adapters, **options):
     """``net`` with ``W + scaling · B·A`` in its linear layers."""
     return lorafast.merge(draw_adapters(lorafast.adapt(copy.deepcopy(net), **options)))
@@ -43,7 +48,7 @@ def test_an_adapter_comes_back(net, x, kind, tmp_path, draw_adapters, assert_sam
     found = lorafast.extract(*given, 2, folder=tmp_path / "adapter", **options)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == [*found.lost, "3"]
-    assert max(found.lost.values()) < 1e-12
+    assert max(found.lost.values()) <= LOST
     assert "3 layers, lost in all" in str(found)
     for source in (found.adapter, tmp_path / "adapter"):
         model = lorafast.load_adapter(copy.deepcopy(net), source)
@@ -63,14 +68,15 @@ def test_the_loss_is_eckart_and_youngs(svd):
     least = (sigma[r:].square().sum() / sigma.square().sum()).sqrt().item()
     layer = lorafast.load_adapter(copy.deepcopy(base), found.adapter)[0]
     residual = delta - layer.delta_weight()
-    assert found.lost["0"] == pytest.approx((residual.norm() / delta.norm()).item(), rel=1e-9)
-    assert found.total == pytest.approx(found.lost["0"], rel=1e-12)
+    rounding = N * K * EPS  # of a sum of so many squares
+    assert found.lost["0"] == pytest.approx((residual.norm() / delta.norm()).item(), rel=rounding)
+    assert found.total == pytest.approx(found.lost["0"], rel=4 * EPS)
     if svd == "exact":
-        assert found.lost["0"] == pytest.approx(least, rel=1e-9)
+        assert found.lost["0"] == pytest.approx(least, rel=rounding)
     else:  # Halko, Martinsson and Tropp (2011), corollary 10.10 as their introduction states it
         columns = r + OVERSAMPLED
         bound = (1 + 4 * math.sqrt(2 * min(N, K) / (columns - 1))) ** (1 / (2 * ITERATIONS + 1))
-        assert least * (1 - 1e-9) <= found.lost["0"]
+        assert least * (1 - rounding) <= found.lost["0"]
         assert torch.linalg.matrix_norm(residual, 2) <= bound * sigma[r]
 
 

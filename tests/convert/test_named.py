@@ -120,6 +120,52 @@ def test_states_copies_and_casts(model, x):
         model.load_state_dict({k: v for k, v in model.state_dict().items() if ".default." not in k})
 
 
+def test_a_part_of_a_state(model, x, tmp_path):
+    """Its metadata say which one is active; else a warning says what became of it."""
+    fresh = copy.deepcopy(model)
+    lorafast.set_adapter(model, "other")
+    state = model.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for key in [key for key in state if ".inactive." in key]:
+        del state[key]  # which keeps the metadata
+    one = copy.deepcopy(fresh)
+    with pytest.warns(UserWarning, match="the state lacks") as said:
+        one.load_state_dict(state, strict=False)
+    assert {str(warning.message) for warning in said} == {
+        "the state has the adapter 'other' active, and so has the model now: an optimizer must have "
+        "been given the parameters of all adapters",
+        "the state lacks the adapters default, which keep their values",
+    }
+    assert torch.equal(one(x), model(x))
+    lorafast.set_adapter(one, "default")
+    assert torch.equal(one(x), fresh(x))
+    lorafast.set_adapter(fresh, "other")
+    with pytest.warns(UserWarning, match="the state lacks") as said:  # without the metadata
+        fresh.load_state_dict(dict(state), strict=False)
+    (sentence,) = {str(warning.message) for warning in said}
+    assert sentence.startswith(
+        "the state lacks the adapters default, which keep their values; what"
+    )
+    assert (
+        "goes to the active one, 'other': if it is another's, call set_adapter before" in sentence
+    )
+
+
+def test_adapters_that_the_model_has_not(model, make_net):
+    plain = lorafast.adapt(make_net(), r=2)
+    with pytest.warns(UserWarning, match="has the adapters other, which the model hasn't"):
+        plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(plain.head.lora_A, model.head.lora_A)
+    waiting = {key: t for key, t in model.state_dict().items() if "inactive" in key}
+    with pytest.warns(UserWarning, match="the state lacks the adapters default, which keep their"):
+        model.load_state_dict(waiting, strict=False)
+    # plain layers read the state of one, whose metadata say nothing that they mind
+    state = lorafast.adapt(make_net(), r=2).state_dict()
+    assert all("adapter" not in one for one in state._metadata.values())
+    assert make_net().load_state_dict(state, strict=False).missing_keys == []
+
+
 def test_a_checkpoint_of_the_base_and_meta(make_net, x, assert_same):
     """It has neither's values: the adapters stay, and on meta they begin afresh."""
     with torch.device("meta"):

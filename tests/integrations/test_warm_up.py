@@ -82,7 +82,7 @@ def test_layers_of_peft_are_warmed_up():
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(12, 20)), peft.LoraConfig(r=4, target_modules=["0"])
     )
-    with pytest.raises(ValueError, match="no adapted layer"):
+    with pytest.raises(ValueError, match="no adapter to warm up"):
         lorafast.warm_up(model, ROWS)
     lorafast.accelerate(model, quiet=True)
     rows = []
@@ -129,7 +129,7 @@ def test_a_number_of_rows_that_is_none_is_said(rows):
 
 
 def test_a_module_without_adapted_layers_is_said():
-    with pytest.raises(ValueError, match=r"no adapted layer to warm up: lorafast\.adapt"):
+    with pytest.raises(ValueError, match=r"no adapter to warm up: lorafast\.adapt"):
         lorafast.warm_up(nn.Linear(3, 4), ROWS)
 
 
