@@ -73,13 +73,12 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         return None
     weight, bias, _ = frozen
     orders = _orders_of(layer, x.device)
-    scale: Any = 1
-    for part in found:
-        scale = scale * part.tensors["boft_s"].flatten()
+    scale = low_rank.product(part.tensors["boft_s"].flatten() for part in found)
     dtype = x.dtype
+    few = low_rank.is_small(x, weight, found[0].tensors["boft_R"].dtype)
     blocks = [_blocks(layer, part) for part in found]  # in PEFT's order, which draws the dropout
     for of_one in reversed(blocks):
-        x = _rotated(of_one, x, orders)
+        x = _rotated(of_one, x, orders, few)
     return scaled(low_rank.base_linear(x, weight, None), scale, bias).to(dtype)
 
 
@@ -92,15 +91,16 @@ def _blocks(layer: Any, part: Part) -> Tensor:
     return found
 
 
-def _rotated(blocks: Tensor, x: Tensor, orders: list[_Order]) -> Tensor:
+def _rotated(blocks: Tensor, x: Tensor, orders: list[_Order], few: bool) -> Tensor:
     """``x`` through the butterflies of one adapter, the last of which comes first."""
     with without_autocast(x):
         for i in reversed(range(len(orders))):
             order = orders[i]
             if order is None:
-                x = rotated(x, blocks[i])
+                x = rotated(x, blocks[i], few=few)
             else:
-                x = rotated(x.index_select(-1, order[0]), blocks[i]).index_select(-1, order[1])
+                inside = rotated(x.index_select(-1, order[0]), blocks[i], few=few)
+                x = inside.index_select(-1, order[1])
     return x
 
 

@@ -43,9 +43,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     if frozen is None:
         return None
     weight, bias, result = frozen
-    scale: Any = 1
-    for part in found:
-        scale = scale * part.tensors["ia3_l"].flatten()
+    scale = low_rank.product(part.tensors["ia3_l"].flatten() for part in found)
     if layer.is_feedforward:
         y = low_rank.base_linear(scaled(x, scale, fresh=False), weight, bias)
     else:

@@ -12,7 +12,6 @@ from torch import Tensor
 from lorafast.core.dtypes import wide
 from lorafast.integrations.peft import low_rank, lycoris
 from lorafast.integrations.peft.low_rank import Kind, Part, Term
-from lorafast.ops.scaled_lora_linear import folded
 
 _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -39,7 +38,7 @@ def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
     )
 
 
-def term(layer: Any, part: Part, N: int, K: int) -> Term | None:
+def term(layer: Any, part: Part, N: int, K: int, small: bool) -> Term | None:
     """A and B, of rank r²."""
     if not lycoris.takes_part(layer, part.name):
         return None
@@ -47,10 +46,12 @@ def term(layer: Any, part: Part, N: int, K: int) -> Term | None:
     rows = lycoris.kept_rows(layer, part.name, N, w1_a.device)
     if rows is not None:
         rows = rows / rows.mean()
+    scaling = float(layer.scaling[part.name])
+    if small and low_rank.is_tiny(N, K):
+        return Term((w1_a @ w1_b) * (w2_a @ w2_b), None, scaling, d_out=rows)
     A = _products(w1_b, w2_b)
     B = _products(w1_a.t(), w2_a.t()).t()
-    A, B = folded(A, B, None, None, rows)
-    return Term(A, B, float(layer.scaling[part.name]))
+    return Term(A, B, scaling, d_out=rows)
 
 
 def _products(one: Tensor, other: Tensor) -> Tensor:

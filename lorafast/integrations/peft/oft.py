@@ -59,8 +59,10 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     if frozen is None:
         return None
     weight, bias, _ = frozen
+    few = low_rank.is_small(x, weight, found[0].tensors["oft_R"].dtype)
     for part in found:
-        x = rotated(x, _blocks(layer.oft_R._modules[part.name], x.shape[-1]))
+        blocks = _blocks(layer.oft_R._modules[part.name], x.shape[-1])
+        x = rotated(x, blocks, few=few)
     return low_rank.base_linear(x, weight, bias).to(x.dtype)
 
 
