@@ -55,4 +55,11 @@ def term(layer: Any, part: Part, N: int, K: int, small: bool) -> Term:
     return Term(A, B, 1.0, part.dropout, E * (scaling / (rank.to(wide) + 1e-5)))
 
 
+def _dtype_of_rank(layer: Any, part: Part) -> torch.dtype:
+    """Over 8 bits PEFT divides by the rank in the dtype of that, which its result then has too."""
+    found: torch.dtype = low_rank.entries(layer, "ranknum")[part.name].dtype
+    return found
+
+
 ADALORA = Kind(parts, why_not, term, as_input=False)
+ADALORA_8BIT = Kind(parts, why_not, term, as_input=False, wider=_dtype_of_rank)

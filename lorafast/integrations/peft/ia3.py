@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorafast.integrations.peft import low_rank
@@ -49,3 +50,25 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     else:
         y = scaled(low_rank.base_linear(x, weight, bias), scale)
     return y if result is None else y.to(result)
+
+
+def forward_quantized(layer: Any, x: Tensor) -> Tensor | None:
+    """The same over a layer of bitsandbytes: of 16-bit x PEFT makes float32, which the result is then."""
+    found = parts(layer)
+    if _why_stock(layer, found) is not None:
+        return None
+    wide = x.float() if _is_halved(x) and not torch.is_autocast_enabled() else x
+    scale = low_rank.product(part.tensors["ia3_l"].flatten() for part in found)
+    if layer.is_feedforward:
+        wide = wide * scale
+    frozen = low_rank.frozen(layer, found, wide)
+    if frozen is None:
+        return None
+    weight, bias, result = frozen
+    y = low_rank.base_linear(wide, weight, bias)
+    y = y if result is None else y.to(result)
+    return y if layer.is_feedforward else y * scale
+
+
+def _is_halved(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)

@@ -63,13 +63,15 @@ class Kind(NamedTuple):
     ``parts(layer)``: its active adapters. ``why_not(layer, part, N, K)``: why one doesn't fit a layer of
     ``W [N, K]``, as the end of a sentence, or None. ``term(layer, part, N, K, small)``: its A and B, or
     None for one that adds nothing in this call, which may be ``small``. ``as_input``: whether PEFT's
-    result has the dtype of x, not that of the base layer's.
+    result has the dtype of x, not that of the base layer's. ``wider(layer, part)``: the dtype to which
+    an adapter promotes it.
     """
 
     parts: Callable[[Any], list[Part]]
     why_not: Callable[[Any, Part, int, int], str | None]
     term: Callable[[Any, Part, int, int, bool], Term | None]
     as_input: bool
+    wider: Callable[[Any, Part], torch.dtype] | None = None
 
 
 def active(layer: Any) -> Sequence[str]:
@@ -187,6 +189,9 @@ def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
         y = in_one_pass(x, weight, bias, terms)
     if kind.as_input:
         result = x.dtype
+    if kind.wider is not None:
+        for part in parts:
+            result = torch.promote_types(result or y.dtype, kind.wider(layer, part))
     return y if result is None else y.to(result)
 
 
