@@ -53,7 +53,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def forward_quantized(layer: Any, x: Tensor) -> Tensor | None:
-    """The same over a layer of bitsandbytes: of 16-bit x PEFT makes float32, which the result is then."""
+    """The same over a layer of bitsandbytes: 16-bit x is float32 in PEFT, and its result."""
     found = parts(layer)
     if _why_stock(layer, found) is not None:
         return None

@@ -14,13 +14,15 @@ from lorafast.integrations.peft import low_rank, lycoris
 from lorafast.integrations.peft.low_rank import Kind, Part, Term
 
 _NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
+"""Of a convolution whose kernel isn't taken as a row of W."""
 
 
 def parts(layer: Any) -> list[Part]:
     """The active adapters."""
-    every = [(name, low_rank.entries(layer, name)) for name in _NAMES]
+    every = [(name, low_rank.entries(layer, name)) for name in (*_NAMES, *_CORES)]
     return [
-        Part(name, {what: of[name] for what, of in every})
+        Part(name, {what: of[name] for what, of in every if what in _NAMES or name in of})
         for name in low_rank.active(layer)
         if name in every[0][1]
     ]
@@ -29,11 +31,14 @@ def parts(layer: Any) -> list[Part]:
 def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
     """Why an adapter doesn't fit a layer of W [N, K], or doesn't pay there."""
     r = part.tensors["hada_w1_b"].shape[0]
-    if part.name in low_rank.entries(layer, "hada_t1"):
-        return "is of a convolution"
     if r * r * (N + K) >= N * K:
         return f"has r = {r}: LoRA of rank {r * r} over {N} x {K} takes as long as ΔW itself"
-    return lycoris.why_not_scaling(layer, part.name) or low_rank.why_not_shapes(
+    reason = lycoris.why_not_scaling(layer, part.name)
+    if reason is not None:
+        return reason
+    if "hada_t1" in part.tensors:
+        return "has hada_t1, of which PEFT's gradients are not those of what it computes"
+    return low_rank.why_not_shapes(
         part, hada_w1_a=(N, r), hada_w1_b=(r, K), hada_w2_a=(N, r), hada_w2_b=(r, K)
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafast.core.context import autocast_enabled, without_autocast
 from lorafast.core.dtypes import wide
-from lorafast.integrations.peft import low_rank, lycoris
+from lorafast.integrations.peft import low_rank, lycoris, one_conv
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
 from lorafast.ops.lokr_linear import Factors, kronecker
@@ -78,6 +78,16 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         if lycoris.takes_part(layer, part.name):
             y = _small(layer, part, x, y) if small else y + _added(layer, part, x)
     return y.to(x.dtype)
+
+
+def why_stock_conv(layer: Any) -> str | None:
+    """As ``why_stock``, over a convolution."""
+    return one_conv.why_stock(layer, parts(layer))
+
+
+def forward_conv(layer: Any, x: Tensor) -> Tensor | None:
+    """``y = conv(x, W + Σ scaling · W₁ ⊗ W₂) + bias``; None where PEFT serves the call itself."""
+    return one_conv.forward(layer, x, parts(layer))
 
 
 def _dtype(part: Part) -> torch.dtype:

@@ -5,6 +5,7 @@ pass over x.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -46,8 +47,7 @@ class Term(NamedTuple):
     @property
     def dropout_p(self) -> float:
         """The probability of dropping an element; 0 unless it is in training."""
-        dropout = self.dropout
-        p: float = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        p: float = self.dropout.p if drops(self.dropout) else 0.0
         return p
 
     def folded(self) -> "Term":
@@ -55,6 +55,11 @@ class Term(NamedTuple):
         assert self.lora_B is not None
         A, B = folded(self.lora_A, self.lora_B, None, self.m, self.d_out)
         return Term(A, B, self.scaling, self.dropout)
+
+
+def drops(dropout: Any) -> bool:
+    """Whether it is a dropout in training, not the identity."""
+    return type(dropout) is nn.Dropout and dropout.training
 
 
 class Kind(NamedTuple):
@@ -93,14 +98,17 @@ def entries(layer: Any, name: str) -> Any:
 def why_stock(layer: Any, kind: Kind) -> str | None:
     """Why a layer of ``kind`` is left to PEFT, whatever its input, as the end of a sentence."""
     parts = kind.parts(layer)
-    return why_stock_parts(layer, parts) or _why_none_fits(layer, parts, kind)
+    return why_stock_parts(layer, parts) or why_none_fits(layer, parts, kind)
 
 
 def why_stock_parts(layer: Any, parts: Sequence[Part]) -> str | None:
     """The same of what every kind must have: a base layer, plain tensors of one dtype."""
     reason = rules.why_stock(layer, parts) or rules.why_not_base(layer._modules["base_layer"])
-    if reason is not None:
-        return reason
+    return reason or why_not_tensors(parts)
+
+
+def why_not_tensors(parts: Sequence[Part]) -> str | None:
+    """Why adapters can't be read: they must be plain tensors of one dtype."""
     dtype = None
     for name, tensors, dropout in parts:
         if dropout is not None:
@@ -120,8 +128,10 @@ def why_stock_parts(layer: Any, parts: Sequence[Part]) -> str | None:
     return None
 
 
-def _why_none_fits(layer: Any, parts: Sequence[Part], kind: Kind) -> str | None:
-    N, K = weight_of(layer._modules["base_layer"]).shape
+def why_none_fits(layer: Any, parts: Sequence[Part], kind: Kind) -> str | None:
+    """Why an adapter doesn't fit its layer, by its name."""
+    weight = weight_of(layer._modules["base_layer"])
+    N, K = weight.shape[0], math.prod(weight.shape[1:])
     for part in parts:
         reason = kind.why_not(layer, part, N, K)
         if reason is not None:
@@ -173,7 +183,7 @@ def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
     parts = kind.parts(layer)
     if why_stock_parts(layer, parts) is not None:
         return None
-    if _why_none_fits(layer, parts, kind) is not None:
+    if why_none_fits(layer, parts, kind) is not None:
         return None
     found = frozen(layer, parts, x)
     if found is None:
@@ -211,15 +221,18 @@ def in_one_pass(x: Tensor, weight: Weight, bias: Tensor | None, terms: list[Term
             y = base_linear(x, weight, bias)
             return _added(y, x, terms).to(y.dtype)
         added, others = others, []
-    A, B, scaling = first.lora_A, first.lora_B, first.scaling
-    if others:
-        every: Any = (first, *others)
-        A = torch.cat([term.lora_A for term in every])
-        B = torch.cat([term.lora_B * term.scaling for term in every], 1)
-        scaling = 1.0
-    assert B is not None
+    A, B, scaling = as_one([first, *others])
     y = functional.lora_linear(x, weight, A, B, scaling, bias, dropout_p=first.dropout_p)
     return _added(y, x, added).to(y.dtype) if added else y
+
+
+def as_one(terms: Sequence[Term]) -> tuple[Tensor, Tensor, float]:
+    """A, B and the scaling of a sum of terms that have no vectors."""
+    every: Any = terms
+    if len(terms) == 1:
+        return every[0].lora_A, every[0].lora_B, every[0].scaling
+    A = torch.cat([term.lora_A for term in every])
+    return A, torch.cat([term.lora_B * term.scaling for term in every], 1), 1.0
 
 
 def _added(y: Tensor, x: Tensor, terms: list[Term]) -> Tensor:
