@@ -34,7 +34,8 @@ def made(kind, base, dtype):
     """The same model in each call."""
     torch.manual_seed(0)
     network = Named(base(dtype, True))
-    network.is_loaded_in_4bit = network.is_loaded_in_8bit = True
+    if kind.startswith(("AdaLoRA", "(IA)3")):  # which ask the model, where others ask the layer
+        network.is_loaded_in_4bit = network.is_loaded_in_8bit = True
     torch.manual_seed(1)
     model = relative_of_lora(network, KINDS[kind](), autocast_adapter_dtype=True)
     for name, parameter in model.named_parameters():
