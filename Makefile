@@ -19,7 +19,7 @@ help:
 	@echo "make test-all   run every test (11 minutes on two cores)"
 	@echo "make test-executed   run the GPU kernels' PTX on a CPU, every configuration"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
-	@echo "make test-peft-own   run PEFT's own tests of quantized layers over LoRA, with accelerate and without"
+	@echo "make test-peft-own   run PEFT's own tests of quantized layers and of LoRA's relatives, with accelerate and without"
 	@echo "make count-peft-own   count the calls in PEFT's own LoRA tests, fast and by reason (10 minutes)"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
@@ -72,7 +72,7 @@ test-peft: $(READY) build/peft-$(PEFT)
 test-oldest-peft:
 	$(MAKE) test-peft PEFT=0.20.0 ARGS='-m "not slow" $(ARGS)'
 
-# PEFT's own tests of quantized layers, which its source distribution alone has.
+# PEFT's own tests of quantized layers and of LoRA's relatives, which its source distribution alone has.
 PEFT_OWN ?= 0.21.2
 
 test-peft-own: $(READY) build/peft-tests-$(PEFT_OWN)

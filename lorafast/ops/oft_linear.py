@@ -17,12 +17,13 @@ def oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | None = 
     return frozen_linear(rotated(x, blocks), weight, bias)
 
 
-def rotated(x: Tensor, blocks: Tensor) -> Tensor:
+def rotated(x: Tensor, blocks: Tensor, *, few: bool = False) -> Tensor:
     """``x·diag(R_1 … R_b)`` in the dtype of x: ``x [..., b·k]``, ``blocks [b, k, k]``.
 
-    Computed in the wider dtype of the two.
+    Computed in the wider dtype of the two. Of a ``few`` rows PyTorch differentiates it itself, which
+    takes the host less time.
     """
-    plain = torch.compiler.is_compiling() or not alone() or not is_plain(x, blocks)
+    plain = few or torch.compiler.is_compiling() or not alone() or not is_plain(x, blocks)
     if plain or not torch.is_grad_enabled():
         return _times(x, blocks)
     found: Tensor = _apply(x, blocks)

@@ -8,10 +8,12 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafast.core.context import without_autocast
-from lorafast.integrations.peft import low_rank
+from lorafast.core.dtypes import wide
+from lorafast.integrations.peft import convolved, low_rank
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
 from lorafast.ops.oft_linear import rotated
@@ -44,9 +46,15 @@ def _why_stock(layer: Any, found: list[Part]) -> str | None:
     reason = low_rank.why_stock_parts(layer, found)
     if reason is not None:
         return reason
+    N, K = weight_of(layer._modules["base_layer"]).shape
+    return _why_not_butterflies(layer, found, K, (N, 1))
+
+
+def _why_not_butterflies(
+    layer: Any, found: list[Part], K: int, of_scale: tuple[int, int]
+) -> str | None:
     if torch.compiler.is_compiling():
         return "it is compiled, and the order of its butterflies is read from a matrix"
-    N, K = weight_of(layer._modules["base_layer"]).shape
     P = layer._buffers.get("boft_P")
     if type(P) is not Tensor or P.is_meta:
         return "its permutations aren't there"
@@ -57,7 +65,7 @@ def _why_stock(layer: Any, found: list[Part]) -> str | None:
             return (
                 f"adapter {part.name!r} has the shape {list(R.shape)}, permutations {list(P.shape)}"
             )
-        reason = low_rank.why_not_shapes(part, boft_s=(N, 1))
+        reason = low_rank.why_not_shapes(part, boft_s=of_scale)
         if reason is not None:
             return f"adapter {part.name!r} {reason}"
     return None
@@ -73,14 +81,55 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         return None
     weight, bias, _ = frozen
     orders = _orders_of(layer, x.device)
-    scale: Any = 1
-    for part in found:
-        scale = scale * part.tensors["boft_s"].flatten()
+    scale = low_rank.product(part.tensors["boft_s"].flatten() for part in found)
     dtype = x.dtype
+    few = low_rank.is_small(x, weight, found[0].tensors["boft_R"].dtype)
     blocks = [_blocks(layer, part) for part in found]  # in PEFT's order, which draws the dropout
     for of_one in reversed(blocks):
-        x = _rotated(of_one, x, orders)
+        x = _rotated(of_one, x, orders, few)
     return scaled(low_rank.base_linear(x, weight, None), scale, bias).to(dtype)
+
+
+def why_stock_conv(layer: Any) -> str | None:
+    """As ``why_stock``, over a convolution."""
+    return _why_stock_conv(layer, parts(layer))
+
+
+def _why_stock_conv(layer: Any, found: list[Part]) -> str | None:
+    reason = convolved.why_stock_parts(layer, found)
+    if reason is not None:
+        return reason
+    base = layer._modules["base_layer"]
+    windows = (base.kernel_size, base.stride, base.padding)
+    if not all(map(convolved.same_along, windows)) or set(base.dilation) != {1}:
+        return "it is a convolution of windows that PEFT takes for square and without dilation"
+    N, K = base.weight.shape[0], base.weight[0].numel()
+    return _why_not_butterflies(layer, found, K, (1, N))
+
+
+def forward_conv(layer: Any, x: Tensor) -> Tensor | None:
+    """``y = conv(x, s ⊙ (W·Rᵀ)) + bias`` in the dtype of x; None where PEFT serves the call itself.
+
+    W is rotated, which is small beside x: its rows go through the butterflies.
+    """
+    found = parts(layer)
+    if _why_stock_conv(layer, found) is not None:
+        return None
+    if convolved.why_not_input(layer, found, x) is not None:
+        return None
+    base = layer._modules["base_layer"]
+    orders = _orders_of(layer, x.device)
+    with without_autocast(x):
+        scale = low_rank.product(part.tensors["boft_s"].flatten() for part in found)
+        rows = base.weight.flatten(1).to(wide(scale.dtype))
+        blocks = [
+            _blocks(layer, part) for part in found
+        ]  # in PEFT's order, which draws the dropout
+        for of_one in blocks:
+            for i, order in enumerate(orders):
+                rows = _through(rows, of_one[i].transpose(1, 2), order, few=False)
+        weight = (rows * scale.unsqueeze(1)).to(base.weight.dtype).view(base.weight.shape)
+    return F.conv2d(x, weight, base.bias, base.stride, base.padding).to(x.dtype)
 
 
 def _blocks(layer: Any, part: Part) -> Tensor:
@@ -92,16 +141,19 @@ def _blocks(layer: Any, part: Part) -> Tensor:
     return found
 
 
-def _rotated(blocks: Tensor, x: Tensor, orders: list[_Order]) -> Tensor:
+def _rotated(blocks: Tensor, x: Tensor, orders: list[_Order], few: bool) -> Tensor:
     """``x`` through the butterflies of one adapter, the last of which comes first."""
     with without_autocast(x):
         for i in reversed(range(len(orders))):
-            order = orders[i]
-            if order is None:
-                x = rotated(x, blocks[i])
-            else:
-                x = rotated(x.index_select(-1, order[0]), blocks[i]).index_select(-1, order[1])
+            x = _through(x, blocks[i], orders[i], few)
     return x
+
+
+def _through(x: Tensor, blocks: Tensor, order: _Order, few: bool) -> Tensor:
+    """``x`` through one butterfly."""
+    if order is None:
+        return rotated(x, blocks, few=few)
+    return rotated(x.index_select(-1, order[0]), blocks, few=few).index_select(-1, order[1])
 
 
 def _orders_of(layer: Any, device: torch.device) -> list[_Order]:

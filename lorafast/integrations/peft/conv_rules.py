@@ -21,10 +21,10 @@ _DORA_CHANGED = known.why_changed("convolution's dora")
 
 def why_stock_conv(layer: LoraLayer, adapters: list[Adapter], x: Any = None) -> str | None:
     """Why a convolution of PEFT's is left to PEFT, for the input ``x`` if that is given."""
-    reason = rules.why_stock(layer, adapters) or _why_not_base(layer._modules["base_layer"])
+    base: Any = layer._modules["base_layer"]
+    reason = rules.why_stock(layer, adapters) or why_not_base(base) or why_not_windows(base)
     if reason is not None:
         return reason
-    base: Any = layer._modules["base_layer"]
     if len(adapters) > 1:
         if base.groups > 1:
             return "several adapters are active over a convolution in groups"
@@ -39,7 +39,8 @@ def why_stock_conv(layer: LoraLayer, adapters: list[Adapter], x: Any = None) -> 
     return None if x is None else _why_not_input(layer, adapters, base, x)
 
 
-def _why_not_base(base: Any) -> str | None:
+def why_not_base(base: Any) -> str | None:
+    """Why a convolution that is adapted can't be read in place of calling it, or isn't known."""
     kind = type(base)
     if kind not in _CONVOLUTIONS:
         return (
@@ -49,9 +50,7 @@ def _why_not_base(base: Any) -> str | None:
         if method.__module__ != "torch.nn.modules.conv" or hasattr(method, "__wrapped__"):
             return f"the forward of {kind.__qualname__} was replaced"
     reason = rules.why_not_read(base)
-    if reason is not None:
-        return f"its base layer {reason}"
-    return why_not_windows(base)
+    return reason and f"its base layer {reason}"
 
 
 def _why_not_adapter(layer: LoraLayer, adapter: Adapter, base: Any) -> str | None:
@@ -107,7 +106,8 @@ def _why_not_variant(layer: LoraLayer, adapter: Adapter, base: Any) -> str | Non
     return None
 
 
-def _why_not_input(layer: LoraLayer, adapters: list[Adapter], base: Any, x: Any) -> str | None:
+def why_not_input(layer: Any, adapter_dtype: torch.dtype, base: Any, x: Any) -> str | None:
+    """Why a convolution with adapters of this dtype is left to PEFT for this input."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"its input is a {type(x).__name__}, not a plain tensor"
     if x.layout is not torch.strided or x.is_nested:
@@ -117,8 +117,7 @@ def _why_not_input(layer: LoraLayer, adapters: list[Adapter], base: Any, x: Any)
         return (
             f"its input has shape {list(x.shape)}, expected a batch of {base.in_channels} channels"
         )
-    first = adapters[0].lora_A._parameters["weight"]
-    dtype, adapter_dtype = x.dtype, first.dtype
+    dtype = x.dtype
     if dtype not in rules.FLOATS or adapter_dtype not in (dtype, torch.float32):
         return f"its input is {dtype}, its adapters are {adapter_dtype}"
     autocast = autocast_enabled(x)
@@ -126,8 +125,18 @@ def _why_not_input(layer: LoraLayer, adapters: list[Adapter], base: Any, x: Any)
         return f"its input is {dtype}, its weight {weight.dtype}"
     if weight.dtype not in rules.FLOATS or (bias is not None and bias.dtype is not weight.dtype):
         return f"its weight is {weight.dtype}, its bias {None if bias is None else bias.dtype}"
-    if adapter_dtype is not dtype and not layer.cast_input_dtype_enabled and not autocast:
+    cast = getattr(layer, "cast_input_dtype_enabled", True)
+    if adapter_dtype is not dtype and not cast and not autocast:
         return f"its input is {dtype} and must not be cast to {adapter_dtype}"
+    return None
+
+
+def _why_not_input(layer: LoraLayer, adapters: list[Adapter], base: Any, x: Any) -> str | None:
+    adapter_dtype = adapters[0].lora_A._parameters["weight"].dtype
+    reason = why_not_input(layer, adapter_dtype, base, x)
+    if reason is not None:
+        return reason
+    weight = base._parameters["weight"]
     for adapter in adapters:
         for factor in (adapter.lora_A._parameters["weight"], adapter.lora_B._parameters["weight"]):
             if factor.dtype is not adapter_dtype:

@@ -1,4 +1,4 @@
-"""The fast classes of LoRA's relatives over linear layers. Importing this imports their layers.
+"""The fast classes of LoRA's relatives over linear layers, and with ``family_conv`` over convolutions.
 
 What each computes is in the module of its name: ``vera``, ``adalora``, ``ia3``, ``loha``, ``lokr``,
 ``oft``, ``boft``.
@@ -15,7 +15,7 @@ from peft.tuners.oft import layer as stock_oft
 from peft.tuners.vera import layer as stock_vera
 from torch import Tensor
 
-from lorafast.integrations.peft import boft, ia3, known, layers, lokr, low_rank, oft
+from lorafast.integrations.peft import boft, family_conv, ia3, known, layers, lokr, low_rank, oft
 from lorafast.integrations.peft.adalora import ADALORA
 from lorafast.integrations.peft.loha import LOHA
 from lorafast.integrations.peft.vera import VERA
@@ -54,6 +54,8 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
     },
 }
 """As ``known.METHODS``, which has them from now on."""
+CONVOLUTIONS = family_conv.METHODS
+"""The same of convolutions."""
 known.METHODS.update(METHODS)
 known.UNLIKE.update(
     {

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorafast.integrations.peft import low_rank
@@ -43,11 +44,31 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     if frozen is None:
         return None
     weight, bias, result = frozen
-    scale: Any = 1
-    for part in found:
-        scale = scale * part.tensors["ia3_l"].flatten()
+    scale = low_rank.product(part.tensors["ia3_l"].flatten() for part in found)
     if layer.is_feedforward:
         y = low_rank.base_linear(scaled(x, scale, fresh=False), weight, bias)
     else:
         y = scaled(low_rank.base_linear(x, weight, bias), scale)
     return y if result is None else y.to(result)
+
+
+def forward_quantized(layer: Any, x: Tensor) -> Tensor | None:
+    """The same over a layer of bitsandbytes: 16-bit x is float32 in PEFT, and its result."""
+    found = parts(layer)
+    if _why_stock(layer, found) is not None:
+        return None
+    wide = x.float() if _is_halved(x) and not torch.is_autocast_enabled() else x
+    scale = low_rank.product(part.tensors["ia3_l"].flatten() for part in found)
+    if layer.is_feedforward:
+        wide = wide * scale
+    frozen = low_rank.frozen(layer, found, wide)
+    if frozen is None:
+        return None
+    weight, bias, result = frozen
+    y = low_rank.base_linear(wide, weight, bias)
+    y = y if result is None else y.to(result)
+    return y if layer.is_feedforward else y * scale
+
+
+def _is_halved(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)

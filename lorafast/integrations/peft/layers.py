@@ -141,8 +141,10 @@ there is one: they import it."""
 
 _ROOMS = {
     "peft.tuners.lora.bnb": "bnb",
+    "peft.tuners.adalora.bnb": "family_bnb",
     "peft.tuners.adalora.layer": "family",
     "peft.tuners.boft.layer": "family",
+    "peft.tuners.ia3.bnb": "family_bnb",
     "peft.tuners.ia3.layer": "family",
     "peft.tuners.loha.layer": "family",
     "peft.tuners.lokr.layer": "family",

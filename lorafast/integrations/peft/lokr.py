@@ -6,11 +6,12 @@ Each of the two may be a product of two of rank r itself.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafast.core.context import autocast_enabled, without_autocast
 from lorafast.core.dtypes import wide
-from lorafast.integrations.peft import low_rank, lycoris
+from lorafast.integrations.peft import low_rank, lycoris, one_conv
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
 from lorafast.ops.lokr_linear import Factors, kronecker
@@ -72,20 +73,57 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         return None
     weight, bias, _ = frozen
     y = low_rank.base_linear(x, weight, bias)
+    small = low_rank.is_tiny(*weight.shape) and low_rank.is_small(x, weight, _dtype(found[0]))
     for part in found:
         if lycoris.takes_part(layer, part.name):
-            y = y + _added(layer, part, x)
+            y = _small(layer, part, x, y) if small else y + _added(layer, part, x)
     return y.to(x.dtype)
+
+
+def why_stock_conv(layer: Any) -> str | None:
+    """As ``why_stock``, over a convolution."""
+    return one_conv.why_stock(layer, parts(layer))
+
+
+def forward_conv(layer: Any, x: Tensor) -> Tensor | None:
+    """``y = conv(x, W + Σ scaling · W₁ ⊗ W₂) + bias``; None where PEFT serves the call itself."""
+    return one_conv.forward(layer, x, parts(layer))
+
+
+def _dtype(part: Part) -> torch.dtype:
+    found: torch.dtype = next(iter(part.tensors.values())).dtype
+    return found
+
+
+def _factors(part: Part) -> tuple[Tensor, Factors]:
+    """``w1``, and ``w2`` or the two that it is the product of."""
+    tensors = part.tensors
+    w1, w2 = tensors.get("lokr_w1"), tensors.get("lokr_w2")
+    if w1 is None:
+        w1 = tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+    return w1, (tensors["lokr_w2_a"], tensors["lokr_w2_b"]) if w2 is None else w2
+
+
+def _small(layer: Any, part: Part, x: Tensor, y: Tensor) -> Tensor:
+    """``y`` and what one adapter adds, by a ΔW that takes the host less time than smaller products."""
+    w1, w2 = _factors(part)
+    if isinstance(w2, tuple):
+        w2 = w2[0] @ w2[1]
+    change = torch.kron(w1, w2)
+    added = F.linear(x.to(change.dtype), change)
+    rows = _rows(layer, part, added)
+    return torch.add(y, added if rows is None else added * rows, alpha=layer.scaling[part.name])
+
+
+def _rows(layer: Any, part: Part, added: Tensor) -> Tensor | None:
+    """What ``rank_dropout`` multiplies the columns of ``added [..., N]`` by, or None."""
+    rows = lycoris.kept_rows(layer, part.name, added.shape[-1], added.device)
+    return rows / rows.mean() if rows is not None and layer.rank_dropout_scale[part.name] else rows
 
 
 def _added(layer: Any, part: Part, x: Tensor) -> Tensor:
     """What one adapter adds; under autocast in its dtype, for float16 in float32."""
-    tensors = part.tensors
-    w1 = tensors.get("lokr_w1")
-    if w1 is None:
-        w1 = tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
-    whole = tensors.get("lokr_w2")
-    w2: Factors = (tensors["lokr_w2_a"], tensors["lokr_w2_b"]) if whole is None else whole
+    w1, w2 = _factors(part)
     if autocast_enabled(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w1 = x.to(dtype), w1.to(wide(dtype))
@@ -93,7 +131,5 @@ def _added(layer: Any, part: Part, x: Tensor) -> Tensor:
         w2 = (w2[0].to(dtype), w2[1].to(dtype)) if isinstance(w2, tuple) else w2.to(dtype)
     with without_autocast(x):
         added = kronecker(x, w1, w2, float(layer.scaling[part.name]))
-        rows = lycoris.kept_rows(layer, part.name, added.shape[-1], added.device)
-        if rows is None:
-            return added
-        return added * (rows / rows.mean() if layer.rank_dropout_scale[part.name] else rows)
+        rows = _rows(layer, part, added)
+        return added if rows is None else added * rows

@@ -4,7 +4,9 @@
 pass over x.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafast import functional
+from lorafast.core.context import alone, autocast_enabled
 from lorafast.integrations.peft import quantized, rules
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.operands import Operand, Weight
+from lorafast.ops.scaled_lora_linear import folded
+
+_FEW = 1 << 15
+"""Elements of x and y below which PyTorch's own calls, differentiated by itself, take less time than an
+``autograd.Function`` does on the host."""
 
 
 class Part(NamedTuple):
@@ -26,34 +34,49 @@ class Part(NamedTuple):
 
 
 class Term(NamedTuple):
-    """``scaling · (drop(x)·Aᵀ)·Bᵀ``: ``lora_A [r, K]``, ``lora_B [N, r]``."""
+    """``scaling · d_out ⊙ ((drop(x)·Aᵀ) ⊙ m)·Bᵀ``: ``lora_A [r, K]``, ``lora_B [N, r]``, ``m [r]`` and
+    ``d_out [N]``, or None. Without ``lora_B``, as in a small call, ``lora_A`` is ``ΔW [N, K]``."""
 
     lora_A: Tensor
-    lora_B: Tensor
+    lora_B: Tensor | None
     scaling: float
     dropout: Any = None
+    m: Tensor | None = None
+    d_out: Tensor | None = None
 
     @property
     def dropout_p(self) -> float:
         """The probability of dropping an element; 0 unless it is in training."""
-        dropout = self.dropout
-        p: float = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        p: float = self.dropout.p if drops(self.dropout) else 0.0
         return p
+
+    def folded(self) -> "Term":
+        """The same without vectors: they are in A and B."""
+        assert self.lora_B is not None
+        A, B = folded(self.lora_A, self.lora_B, None, self.m, self.d_out)
+        return Term(A, B, self.scaling, self.dropout)
+
+
+def drops(dropout: Any) -> bool:
+    """Whether it is a dropout in training, not the identity."""
+    return type(dropout) is nn.Dropout and dropout.training
 
 
 class Kind(NamedTuple):
     """A kind of adapter.
 
     ``parts(layer)``: its active adapters. ``why_not(layer, part, N, K)``: why one doesn't fit a layer of
-    ``W [N, K]``, as the end of a sentence, or None. ``term(layer, part, N, K)``: its A and B, or None
-    for one that adds nothing in this call. ``as_input``: whether PEFT's result has the dtype of x, not
-    that of the base layer's.
+    ``W [N, K]``, as the end of a sentence, or None. ``term(layer, part, N, K, small)``: its A and B, or
+    None for one that adds nothing in this call, which may be ``small``. ``as_input``: whether PEFT's
+    result has the dtype of x, not that of the base layer's. ``wider(layer, part)``: the dtype to which
+    an adapter promotes it.
     """
 
     parts: Callable[[Any], list[Part]]
     why_not: Callable[[Any, Part, int, int], str | None]
-    term: Callable[[Any, Part, int, int], Term | None]
+    term: Callable[[Any, Part, int, int, bool], Term | None]
     as_input: bool
+    wider: Callable[[Any, Part], torch.dtype] | None = None
 
 
 def active(layer: Any) -> Sequence[str]:
@@ -75,14 +98,17 @@ def entries(layer: Any, name: str) -> Any:
 def why_stock(layer: Any, kind: Kind) -> str | None:
     """Why a layer of ``kind`` is left to PEFT, whatever its input, as the end of a sentence."""
     parts = kind.parts(layer)
-    return why_stock_parts(layer, parts) or _why_none_fits(layer, parts, kind)
+    return why_stock_parts(layer, parts) or why_none_fits(layer, parts, kind)
 
 
 def why_stock_parts(layer: Any, parts: Sequence[Part]) -> str | None:
     """The same of what every kind must have: a base layer, plain tensors of one dtype."""
     reason = rules.why_stock(layer, parts) or rules.why_not_base(layer._modules["base_layer"])
-    if reason is not None:
-        return reason
+    return reason or why_not_tensors(parts)
+
+
+def why_not_tensors(parts: Sequence[Part]) -> str | None:
+    """Why adapters can't be read: they must be plain tensors of one dtype."""
     dtype = None
     for name, tensors, dropout in parts:
         if dropout is not None:
@@ -102,8 +128,10 @@ def why_stock_parts(layer: Any, parts: Sequence[Part]) -> str | None:
     return None
 
 
-def _why_none_fits(layer: Any, parts: Sequence[Part], kind: Kind) -> str | None:
-    N, K = weight_of(layer._modules["base_layer"]).shape
+def why_none_fits(layer: Any, parts: Sequence[Part], kind: Kind) -> str | None:
+    """Why an adapter doesn't fit its layer, by its name."""
+    weight = weight_of(layer._modules["base_layer"])
+    N, K = weight.shape[0], math.prod(weight.shape[1:])
     for part in parts:
         reason = kind.why_not(layer, part, N, K)
         if reason is not None:
@@ -126,10 +154,10 @@ def why_stock_input(layer: Any, parts: Sequence[Part], weight: Weight, x: Any) -
     reason = rules.why_not_input(layer, tensors[0].dtype, weight, x)
     if reason is not None:
         return reason
-    if any(tensor.device != x.device for tensor in tensors):
-        return f"its input is on {x.device}, and an adapter isn't"
-    if isinstance(weight, Operand) and quantized.frozen(layer._modules["base_layer"], x).apart:
-        return f"its base layer computes in another dtype than {x.dtype}, that of its input"
+    device = x.device
+    for tensor in tensors:
+        if tensor.device != device:
+            return f"its input is on {device}, and an adapter isn't"
     return None
 
 
@@ -155,21 +183,30 @@ def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
     parts = kind.parts(layer)
     if why_stock_parts(layer, parts) is not None:
         return None
-    if _why_none_fits(layer, parts, kind) is not None:
+    if why_none_fits(layer, parts, kind) is not None:
         return None
     found = frozen(layer, parts, x)
     if found is None:
         return None
     weight, bias, result = found
-    terms = [kind.term(layer, part, *weight.shape) for part in parts]
-    y = in_one_pass(x, weight, bias, [term for term in terms if term is not None])
+    N, K = weight.shape
+    small = is_small(x, weight, next(iter(parts[0].tensors.values())).dtype)
+    terms = [term for part in parts if (term := kind.term(layer, part, N, K, small)) is not None]
+    if small or apart(x, weight):
+        y = base_linear(x, weight, bias)
+        y = _added(y, x, terms).to(y.dtype)
+    else:
+        y = in_one_pass(x, weight, bias, terms)
     if kind.as_input:
         result = x.dtype
+    if kind.wider is not None:
+        for part in parts:
+            result = torch.promote_types(result or y.dtype, kind.wider(layer, part))
     return y if result is None else y.to(result)
 
 
 def in_one_pass(x: Tensor, weight: Weight, bias: Tensor | None, terms: list[Term]) -> Tensor:
-    """``x·Wᵀ + Σ scaling · (drop(x)·Aᵀ)·Bᵀ + bias``.
+    """``x·Wᵀ + bias`` and the terms.
 
     Several terms are one: A's stacked, B's side by side. Where each drops elements of its own, the first
     is in the pass and the others are added to it; wider ones than the weight are all added to the base
@@ -177,33 +214,74 @@ def in_one_pass(x: Tensor, weight: Weight, bias: Tensor | None, terms: list[Term
     """
     if not terms:
         return base_linear(x, weight, bias)
-    first, *others = terms
-    apart: list[Term] = []
+    first, *others = [term.folded() for term in terms]
+    added: list[Term] = []
     if others and any(term.dropout_p for term in terms):
         if first.lora_A.dtype is not weight.dtype:
             y = base_linear(x, weight, bias)
             return _added(y, x, terms).to(y.dtype)
-        apart, others = others, []
-    A, B, scaling = first.lora_A, first.lora_B, first.scaling
-    if others:
-        A = torch.cat([term.lora_A for term in terms])
-        B = torch.cat([term.lora_B * term.scaling for term in terms], 1)
-        scaling = 1.0
+        added, others = others, []
+    A, B, scaling = as_one([first, *others])
     y = functional.lora_linear(x, weight, A, B, scaling, bias, dropout_p=first.dropout_p)
-    return _added(y, x, apart).to(y.dtype) if apart else y
+    return _added(y, x, added).to(y.dtype) if added else y
+
+
+def as_one(terms: Sequence[Term]) -> tuple[Tensor, Tensor, float]:
+    """A, B and the scaling of a sum of terms that have no vectors."""
+    every: Any = terms
+    if len(terms) == 1:
+        return every[0].lora_A, every[0].lora_B, every[0].scaling
+    A = torch.cat([term.lora_A for term in every])
+    return A, torch.cat([term.lora_B * term.scaling for term in every], 1), 1.0
 
 
 def _added(y: Tensor, x: Tensor, terms: list[Term]) -> Tensor:
     """By PyTorch's own calls, in the widest dtype: the caller rounds it."""
-    for A, B, scaling, dropout in terms:
+    for A, B, scaling, dropout, m, d_out in terms:
         left = x.to(A.dtype)
-        left = left if dropout is None else dropout(left)
-        y = y + F.linear(F.linear(left, A), B) * scaling
+        if type(dropout) is nn.Dropout:
+            left = dropout(left)
+        added = F.linear(left, A)
+        if B is not None:
+            added = F.linear(added if m is None else added * m, B)
+        if d_out is not None:
+            added = added * d_out
+        y = y + added if scaling == 1.0 else torch.add(y, added, alpha=scaling)
     return y
 
 
+def is_small(x: Tensor, weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether a layer with adapters of this dtype takes the host longer than its products.
+
+    Narrow adapters would be rounded between those, and so would any under autocast.
+    """
+    N, K = weight.shape
+    return (
+        x.numel() * (K + N) < _FEW * K
+        and dtype is torch.float32
+        and not torch.compiler.is_compiling()
+        and not autocast_enabled(x)
+        and alone()
+    )
+
+
+def is_tiny(N: int, K: int) -> bool:
+    """Whether ΔW ``[N, K]`` takes the host no longer than a row of it does."""
+    return N * K < _FEW
+
+
+def apart(x: Tensor, weight: Weight) -> bool:
+    """Whether a quantized weight computes in another dtype than that of x."""
+    return isinstance(weight, Operand) and weight.dtype is not x.dtype
+
+
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """``x·Wᵀ + bias`` over a dense or a quantized weight, under autocast too."""
+    """``x·Wᵀ + bias`` in the dtype of x, over a dense or a quantized weight, under autocast too."""
     if isinstance(weight, Operand):
-        return functional.quantized_linear(x, weight, bias)
+        return functional.quantized_linear(x.to(weight.dtype), weight, bias).to(x.dtype)
     return F.linear(x, weight, bias)
+
+
+def product(vectors: Iterable[Tensor]) -> Tensor:
+    """The elementwise product of one vector or more."""
+    return functools.reduce(torch.mul, vectors)

@@ -5,10 +5,12 @@ PEFT's own code makes the blocks, which are small. What is done here is their pr
 
 from typing import Any
 
+import torch
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
-from lorafast.integrations.peft import low_rank, rules
+from lorafast.core.convolution import is_channels_last
+from lorafast.integrations.peft import convolved, low_rank, rules
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
 from lorafast.ops.oft_linear import rotated
@@ -59,9 +61,57 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     if frozen is None:
         return None
     weight, bias, _ = frozen
+    few = low_rank.is_small(x, weight, found[0].tensors["oft_R"].dtype)
     for part in found:
-        x = rotated(x, _blocks(layer.oft_R._modules[part.name], x.shape[-1]))
+        blocks = _blocks(layer.oft_R._modules[part.name], x.shape[-1])
+        x = rotated(x, blocks, few=few)
     return low_rank.base_linear(x, weight, bias).to(x.dtype)
+
+
+def why_stock_conv(layer: Any) -> str | None:
+    """As ``why_stock``, over a convolution."""
+    return _why_stock_conv(layer, parts(layer))
+
+
+def _why_stock_conv(layer: Any, found: list[Part]) -> str | None:
+    reason = convolved.why_stock_parts(layer, found)
+    if reason is not None:
+        return reason
+    base = layer._modules["base_layer"]
+    if any(size != 1 for size in base.kernel_size):
+        return f"PEFT rotates windows of {base.kernel_size} of x, which overlap, and sums them"
+    for part in found:
+        module = layer.oft_R._modules[part.name]
+        reason = _why_not_blocks(module, part.tensors["oft_R"], base.in_channels)
+        if reason is not None:
+            return f"adapter {part.name!r} {reason}"
+    return None
+
+
+def forward_conv(layer: Any, x: Tensor) -> Tensor | None:
+    """``y = conv(x·R, W) + bias`` of 1 x 1, in the dtype of x; None where PEFT serves the call."""
+    found = parts(layer)
+    if _why_stock_conv(layer, found) is not None:
+        return None
+    if convolved.why_not_input(layer, found, x) is not None:
+        return None
+    dtype = x.dtype
+    for part in found:
+        blocks = _blocks(layer.oft_R._modules[part.name], x.shape[1])
+        if not x.is_contiguous() and is_channels_last(x):
+            x = rotated(x.movedim(1, -1), blocks).movedim(-1, 1)
+        else:
+            x = _rotated_channels(x, blocks)
+    y: Tensor = layer._modules["base_layer"](x)
+    return y.to(dtype)
+
+
+def _rotated_channels(x: Tensor, blocks: Tensor) -> Tensor:
+    """``x [batch, b·k, *size]`` whose channels are rotated where they are: ``blocks [b, k, k]``."""
+    b, k, _ = blocks.shape
+    dtype = torch.promote_types(x.dtype, blocks.dtype)
+    channels = x.reshape(x.shape[0], b, k, -1).to(dtype)
+    return torch.matmul(blocks.transpose(1, 2).to(dtype), channels).to(x.dtype).reshape(x.shape)
 
 
 def _blocks(module: Any, K: int) -> Tensor:

@@ -123,15 +123,9 @@ _ELSEWHERE = {
 }
 """Quantized layers that are left to PEFT, by the module that PEFT has for them."""
 _OTHER_BASES = {
-    "peft.tuners.adalora.bnb": "AdaLoRA over bitsandbytes, which multiplies in that one's own calls",
     "peft.tuners.adalora.gptq": "AdaLoRA over GPTQ's packed integers",
-    "peft.tuners.adalora.layer": "AdaLoRA over a convolution, which makes the change of its weight",
-    "peft.tuners.boft.layer": "BOFT over a convolution, which makes the change of its weight",
-    "peft.tuners.ia3.bnb": "(IA)³ over bitsandbytes, which multiplies in that one's own calls",
     "peft.tuners.ia3.layer": "(IA)³ over a convolution, of which PyTorch's own calls are all",
-    "peft.tuners.loha.layer": "LoHa over a convolution, which makes the change of its weight",
-    "peft.tuners.lokr.layer": "LoKr over a convolution, which makes the change of its weight",
-    "peft.tuners.oft.layer": "OFT over a convolution or an embedding",
+    "peft.tuners.oft.layer": "OFT over an embedding, of which PyTorch's own calls are all",
 }
 """Layers of LoRA's relatives that are left to PEFT, by the module that PEFT has for them."""
 _UNCALLED = "never called, for "

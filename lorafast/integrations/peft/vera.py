@@ -1,13 +1,13 @@
 """VeRA (Kopiczko et al., 2023): A and B are shared by all layers and frozen, two vectors are not.
 
-``y = base + λ_b ⊙ ((drop(x)·Aᵀ) ⊙ λ_d)·Bᵀ``: the vectors are folded into the layer's part of B.
+``y = base + λ_b ⊙ ((drop(x)·Aᵀ) ⊙ λ_d)·Bᵀ``: the vectors are folded into the layer's part of B,
+or multiply the products of a small call.
 """
 
 from typing import Any
 
 from lorafast.integrations.peft import low_rank
 from lorafast.integrations.peft.low_rank import Kind, Part, Term
-from lorafast.ops.scaled_lora_linear import folded
 
 
 def parts(layer: Any) -> list[Part]:
@@ -41,12 +41,15 @@ def why_not(layer: Any, part: Part, N: int, K: int) -> str | None:
     return low_rank.why_not_shapes(part, vera_lambda_b=(N,), vera_lambda_d=(r,))
 
 
-def term(layer: Any, part: Part, N: int, K: int) -> Term:
-    """A and B of the layer."""
+def term(layer: Any, part: Part, N: int, K: int, small: bool) -> Term:
+    """A and B of the layer, and its vectors."""
     found = part.tensors
-    lambda_b, lambda_d = found["vera_lambda_b"], found["vera_lambda_d"]
-    A, B = folded(found["vera_A"][:, :K], found["vera_B"][:N], None, lambda_d, lambda_b)
-    return Term(A, B, 1.0, part.dropout)
+    A, B = found["vera_A"], found["vera_B"]
+    if A.shape[1] != K:
+        A = A[:, :K]
+    if B.shape[0] != N:
+        B = B[:N]
+    return Term(A, B, 1.0, part.dropout, found["vera_lambda_d"], found["vera_lambda_b"])
 
 
 VERA = Kind(parts, why_not, term, as_input=True)

@@ -140,6 +140,16 @@ class _Absent(types.ModuleType):
         return type(name, (), {})
 
 
+def stand_in():
+    """Puts such modules where these packages aren't installed, and returns their names."""
+    wanted = ("datasets", "diffusers", "attr")
+    absent = [n for n in wanted if n not in sys.modules and importlib.util.find_spec(n) is None]
+    for name in absent:
+        sys.modules[name] = _Absent(name)
+        sys.modules[name].dataclass = dataclasses.dataclass
+    return absent
+
+
 def _below(kind):
     found = set()
     for child in kind.__subclasses__():
@@ -207,12 +217,7 @@ def main():
         lorafast.accelerate()
     with tempfile.TemporaryDirectory() as hub:
         save_models(Path(hub))
-        for name in ("datasets", "diffusers"):
-            if importlib.util.find_spec(name) is None:
-                sys.modules[name] = _Absent(name)
-        if importlib.util.find_spec("attr") is None:
-            sys.modules["attr"] = _Absent("attr")
-            sys.modules["attr"].dataclass = dataclasses.dataclass
+        stand_in()
         os.chdir(hub)
         Path("pytest.ini").write_text("[pytest]\n")
         pytest.main(

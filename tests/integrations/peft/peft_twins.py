@@ -74,7 +74,9 @@ def relative_of_lora(network, settings, **options) -> PeftModel:
     """A model with adapters of another kind, where this release of PEFT has the layers that lorafast
     knows, and its own imports succeed beside the other packages that are installed."""
     kind = RELATIVES[settings.peft_type.value]
-    assert kind in family.METHODS
+    if any(isinstance(module, (nn.Conv1d, nn.Conv2d)) for module in network.modules()):
+        kind = f"{kind} convolution"
+    assert kind in family.METHODS | family.CONVOLUTIONS
     reason = known.why_changed(kind)
     if reason is not None:
         pytest.skip(reason)

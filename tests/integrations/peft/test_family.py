@@ -12,11 +12,11 @@ from helpers import covering
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.loha import layer as loha
 from peft.tuners.lokr import layer as lokr
-from peft_twins import K, N, assert_equal, base, relative_of_lora, twins
+from peft_twins import K, N, assert_equal, assert_near, base, relative_of_lora, twins
 from torch import nn
 
 import lorafast
-from lorafast.integrations.peft import boft, family, known, layers
+from lorafast.integrations.peft import boft, family, known, layers, low_rank
 
 DTYPES = {
     "fp32": (torch.float32, False),
@@ -67,6 +67,12 @@ def made(kind, dtype=torch.float32, *, layer="linear", upcast=False, adapters=1,
     return model
 
 
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """The layers of these tests are small, and what they test is not what small ones have."""
+    monkeypatch.setattr(low_rank, "_FEW", 0)
+
+
 @pytest.fixture
 def never_stock(monkeypatch):
     """PEFT's own forward must not be what made a fast model right."""
@@ -89,6 +95,19 @@ def test_outputs_and_gradients(never_stock, kind, dtype, adapters):
     dtype, upcast = DTYPES[dtype]
     model = made(kind, dtype, upcast=upcast, adapters=adapters)
     assert_equal(twins(model), *drawn(dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "adapters"),
+    covering(list(KINDS), ["fp32", "bf16, fp32 adapters", "fp16, fp32 adapters"], (1, 2)),
+)
+def test_small_calls(never_stock, monkeypatch, kind, dtype, adapters):
+    monkeypatch.setattr(low_rank, "_FEW", 1 << 15)
+    dtype, upcast = DTYPES[dtype]
+    model = made(kind, dtype, upcast=upcast, adapters=adapters)
+    x, dy = drawn(dtype)
+    assert low_rank.is_small(x, model.base_model.model.layer.base_layer.weight, torch.float32)
+    assert_equal(twins(model), x, dy, dtype)
 
 
 @pytest.mark.parametrize("kind", ["VeRA", "AdaLoRA", "(IA)3", "(IA)3, feed-forward"])
@@ -145,13 +164,15 @@ def test_dropout_of_ranks_and_modules_is_drawn_as_by_peft(never_stock, kind):
     model = made(kind, rank_dropout=0.3, module_dropout=0.4, adapters=2, **more)
     fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
     x, _ = drawn(torch.float32)
+    exact, states = copy.deepcopy(model).double(), {}
     for seed in range(5):
-        torch.manual_seed(seed)
-        y = model(x)
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        torch.testing.assert_close(fast(x), y, rtol=1e-4, atol=1e-4)
-        assert torch.equal(torch.get_rng_state(), state)
+        found = []
+        for one, input in ((fast, x), (model, x), (exact, x.double())):
+            torch.manual_seed(seed)
+            found.append({"y": one(input)})
+            state = torch.get_rng_state()
+            assert torch.equal(state, states.setdefault(seed, state))
+        assert_near(*found, torch.float32)
 
 
 @pytest.fixture
@@ -186,16 +207,19 @@ def test_boft_keeps_its_orders_where_x_is(butterflies):
 
 def test_boft_dropout_is_drawn_as_by_peft(never_stock):
     model = made("BOFT", boft_dropout=0.5, adapters=2)
-    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    fast, exact = (
+        lorafast.accelerate(copy.deepcopy(model), quiet=True),
+        copy.deepcopy(model).double(),
+    )
     x, _ = drawn(torch.float32)
     found = []
     for seed in range(3):
         found.append([])
-        for one in (model, fast):
+        for one, input in ((fast, x), (model, x), (exact, x.double())):
             torch.manual_seed(seed)
-            found[-1].append(one(x))
-        torch.testing.assert_close(*found[-1], rtol=1e-4, atol=1e-4)
-    assert not torch.equal(found[0][0], found[1][0])
+            found[-1].append({"y": one(input)})
+        assert_near(*found[-1], torch.float32)
+    assert not torch.equal(found[0][0]["y"], found[1][0]["y"])
 
 
 def test_boft_of_inference_tensors(never_stock, butterflies):

@@ -1,21 +1,23 @@
-"""PEFT's own tests of quantized layers, over LoRA, which they leave to GPUs; with ``accelerate`` and
-without.
+"""PEFT's own tests of quantized layers, over LoRA, which they leave to GPUs, and of LoRA's relatives;
+with ``accelerate`` and without.
 
-They are in PEFT's source distribution alone: ``make test-peft-own`` brings it. Their model is one of the
-same layers, small and random, where they load it from the network.
+They are in PEFT's source distribution alone: ``make test-peft-own``
+brings it. Their model is one of the same layers, small and random, where they load it from the network.
 """
 
+import contextlib
 import importlib
 import os
 import sys
-import types
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from own_calls import stand_in
 
 import lorafast
+from lorafast.integrations.peft import layers
 
 FOLDER = Path(os.environ.get("PEFT_TESTS", "build/absent"))
 THEIRS = (
@@ -32,6 +34,11 @@ CONFIGS = {
 BACKENDS = (
     "bnb_8bit", "bnb_4bit", "torchao_int8_weight_only", "torchao_int8_dynamic_activation_int8"
 )  # fmt: skip
+RELATIVES = ("Vera", "AdaLora", "IA3", "LoHa", "LoKr", "OFT", "BOFT")
+OF_RELATIVES = (
+    "test_training_custom_models", "test_merge_layers", "test_disable_adapters",
+    "test_forward_bfloat16", "test_forward_bfloat16_no_autocast",
+)  # fmt: skip
 MODEL = "peft-internal-testing/opt-125m"
 
 pytestmark = pytest.mark.skipif(
@@ -39,24 +46,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    """Their module, imported as they import it."""
-    stub = types.ModuleType("datasets")  # which this test of theirs doesn't read
-    stub.load_dataset = None
-    sys.modules.setdefault("datasets", stub)
-    names = ("tests", "tests.testing_utils", "tests.test_quantization")
+@contextlib.contextmanager
+def imported(name):
+    """A module of theirs, imported as they import it."""
+    absent = stand_in()
+    names = ("tests", "tests.testing_common", "tests.testing_utils", f"tests.{name}")
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(FOLDER.resolve()))
     try:
-        yield importlib.import_module("tests.test_quantization")
+        yield importlib.import_module(f"tests.{name}")
     finally:
         sys.path.remove(str(FOLDER.resolve()))
-        for name in names:
+        for name in (*names, *absent):
             sys.modules.pop(name, None)
         sys.modules.update(before)
-        if sys.modules["datasets"] is stub:
-            del sys.modules["datasets"]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    with imported("test_quantization") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def of_models():
+    with imported("test_custom_models") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +122,33 @@ def test_theirs(theirs, model, monkeypatch, quantization, name, config, accelera
     getattr(theirs.TestQuantization(), name)(**arguments)
     if accelerated:
         assert served
+
+
+@pytest.mark.parametrize("accelerated", [False, True], ids=["stock", "accelerated"])
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_theirs_of_relatives(of_models, monkeypatch, kind, accelerated):
+    """Every failure by name, so that one doesn't hide another."""
+    failed, passed, calls = [], 0, []
+    own = layers.FastKind.forward
+
+    def forward(layer, *args, **kwargs):
+        calls.append(layer)
+        return own(layer, *args, **kwargs)
+
+    monkeypatch.setattr(layers.FastKind, "forward", forward)
+    tests = of_models.TestPeftCustomModel()
+    config = getattr(peft, f"{kind}Config")
+    for case in (one for one in of_models.TEST_CASES if one[2] is config):
+        for name in OF_RELATIVES:
+            torch.manual_seed(0)
+            with lorafast.accelerated() if accelerated else contextlib.nullcontext():
+                try:
+                    getattr(tests, name)(*case)
+                    passed += 1
+                except pytest.skip.Exception:
+                    continue
+                except Exception as error:
+                    failed.append(f"{name} of {case[0]}: {error}")
+    assert not failed
+    assert passed
+    assert bool(calls) == accelerated
