@@ -18,11 +18,12 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import peft
-from peft.tuners.lora.dora import DoraLinearLayer, _DoraConvNdLayer
+from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer, _DoraConvNdLayer
 from peft.tuners.lora.layer import Embedding, Linear, MultiheadAttention, _ConvNd
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.lora.variants import (
     ALoraLinearVariant,
+    DoraEmbeddingVariant,
     DoraLinearVariant,
     _DoraConvNdVariant,
 )
@@ -77,6 +78,15 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
             "_get_embed_scale": "469409799a5d1201",
         },
     },
+    "embedding's mixed batch": {Embedding: {"_mixed_batch_forward": "5b7191fc7ed96f44"}},
+    "embedding's dora": {
+        DoraEmbeddingVariant: {"forward": "1a0e46161386ec27"},
+        DoraEmbeddingLayer: {
+            "forward": "43d87128ec9867d7",
+            "get_weight_norm": "4a2cc114f74de342",
+            "get_lora_weight": "bdd9096637e924cd",
+        },
+    },
     "convolution": {
         _ConvNd: READ
         | {
@@ -94,6 +104,7 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
             "unmerge": "95e25061d614d923",
         },
     },
+    "convolution's mixed batch": {_ConvNd: {"_mixed_batch_forward": "00663609a8d200e3"}},
     "convolution's dora": {
         _DoraConvNdVariant: {"forward": "c59fc34a5011602b"},
         _DoraConvNdLayer: {

@@ -12,7 +12,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafast.convert.targets import COMPILED, why_not_here
-from lorafast.integrations.peft import attention_rules, conv_rules, embedding, known, rules
+from lorafast.integrations.peft import (
+    attention_rules,
+    conv_rules,
+    embedding,
+    embedding_rules,
+    known,
+    rules,
+)
 from lorafast.integrations.peft.adapters import active
 from lorafast.integrations.peft.layers import (
     FAST,
@@ -202,7 +209,7 @@ def _why_stock(module: nn.Module) -> str | None:
     if isinstance(module, FastLinear):
         return rules.why_stock_linear(module, active(module))
     if isinstance(module, Embedding):
-        return rules.why_stock_embedding(module, embedding.active(module))
+        return embedding_rules.why_stock_embedding(module, embedding.active(module))
     if isinstance(module, FastConv):
         conv: Any = module
         return conv_rules.why_stock_conv(conv, active(conv))

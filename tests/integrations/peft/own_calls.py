@@ -54,13 +54,14 @@ class Calls:
             conv,
             conv_rules,
             embedding,
+            embedding_rules,
             layers,
             linear,
             quantized,
             rules,
         )
 
-        for module in (rules, conv_rules, attention_rules, quantized):
+        for module in (rules, conv_rules, attention_rules, embedding_rules, quantized):
             for name, function in list(vars(module).items()):
                 if name.startswith("why_") and inspect.isfunction(function):
                     setattr(module, name, self._telling(function))
