@@ -18,6 +18,7 @@ from lorafast.integrations.peft import (
     embedding,
     embedding_rules,
     known,
+    parameter_rules,
     rules,
 )
 from lorafast.integrations.peft.adapters import active
@@ -29,6 +30,7 @@ from lorafast.integrations.peft.layers import (
     FastKind,
     FastLinear,
     MultiheadAttention,
+    ParamWrapper,
     fast_of,
 )
 
@@ -203,7 +205,7 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    fast = (FastLinear, Embedding, FastConv, FastKind, MultiheadAttention)
+    fast = (FastLinear, Embedding, FastConv, FastKind, MultiheadAttention, ParamWrapper)
     if isinstance(module, fast) and not _calls_its_class(module):
         return "its forward was replaced after it was made fast"
     if isinstance(module, FastLinear):
@@ -217,6 +219,8 @@ def _why_stock(module: nn.Module) -> str | None:
         return module.why_stock()
     if isinstance(module, MultiheadAttention):
         return attention_rules.why_stock_attention(module, active(module))
+    if isinstance(module, ParamWrapper):
+        return parameter_rules.why_stock_parameter(module, active(module))
     changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
     if changed is not None:
         return changed
