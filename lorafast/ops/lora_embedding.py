@@ -59,7 +59,7 @@ def add_low_rank(
         lora_B, scaling = lora_B * scaling, 1.0
     dtype = sum_dtype(y, lora_B)
     s = shrunk(tokens, lora_A, padding_idx)
-    rows = y.reshape(len(s), y.shape[-1]).to(dtype)  # [M, N]
+    rows = y.reshape(s.shape[0], y.shape[-1]).to(dtype)  # [M, N]
     with without_autocast(rows):
         rows = torch.addmm(rows, s.to(dtype), lora_B.t().to(dtype), alpha=float(scaling))
     return rows.reshape(y.shape)

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafast.core.context import without_autocast
 from lorafast.core.transfer import on_device
+from lorafast.ops.lora_embedding import sum_dtype
 
 Elements = dict[str, list[int]]
 """The places of an adapter's elements in the batch, by its name."""
@@ -52,6 +54,13 @@ def expanding(elements: Elements, batch: int, every_B: dict[str, Tensor]) -> Ten
     of_element = {place: filled[name] for name, own in elements.items() for place in own}
     # Not picked from a table: the gradient of that would be a sum in whatever order.
     return torch.stack([of_element.get(place, none) for place in range(batch)])
+
+
+def added(y: Tensor, s: Tensor, B: Tensor) -> Tensor:
+    """``y + s·B`` of each element: ``y [batch, M, N]``, ``s [batch, M, r]``, ``B [batch, r, N]``."""
+    dtype = sum_dtype(y, B)
+    with without_autocast(y):
+        return torch.baddbmm(y.to(dtype), s.to(dtype), B.to(dtype)).to(y.dtype)
 
 
 def _filled(tensor: Tensor, dim: int, r: int) -> Tensor:

@@ -10,7 +10,7 @@ from lorafast.core.context import without_autocast
 from lorafast.integrations.peft import by_element, embedding_rules
 from lorafast.operands import kept_transposed
 from lorafast.ops import weight_norm
-from lorafast.ops.lora_embedding import add_low_rank, shrunk, sum_dtype
+from lorafast.ops.lora_embedding import add_low_rank, shrunk
 
 
 def forward(
@@ -84,8 +84,4 @@ def _mixed(layer: Embedding, x: Tensor, rows: Any) -> Tensor | None:
     }
     s = by_element.shrunk(x, elements, shrink).transpose(1, 2)  # [batch, T, r]
     B = by_element.expanding(elements, batch, every_B).transpose(1, 2)  # [batch, r, N]
-    dtype = sum_dtype(y, B)
-    rows_of_y = y.reshape(batch, T, y.shape[-1]).to(dtype)
-    with without_autocast(rows_of_y):
-        found = torch.baddbmm(rows_of_y, s.to(dtype), B.to(dtype))
-    return found.view(y.shape).to(y.dtype)
+    return by_element.added(y.reshape(batch, T, y.shape[-1]), s, B).view(y.shape)
