@@ -62,6 +62,8 @@ def _blocks(weight: Weight, dtype: torch.dtype) -> int:
 
 def _of_weight(weight: Weight, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     """``‖W_j‖²`` of each row and ``W·Aᵀ [N, r]``, in the dtype of A."""
+    if isinstance(weight, Tensor) and _is_transposed(weight):
+        return _of_transposed(weight.t(), lora_A)
     whole = isinstance(weight, Tensor) and weight.dtype.itemsize >= lora_A.dtype.itemsize
     squares, products = [], []
     for rows in operands.row_blocks(weight, 1 if whole else _blocks(weight, lora_A.dtype)):
@@ -71,3 +73,26 @@ def _of_weight(weight: Weight, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     if len(squares) == 1:
         return squares[0], products[0]
     return torch.cat(squares), torch.cat(products)
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    """Whether a CPU has W's columns in memory, as an embedding has them: of its rows PyTorch's norm and
+    product take ten times as long."""
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.t().is_contiguous()
+        and not weight.is_contiguous()
+    )
+
+
+def _of_transposed(columns: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from ``Wᵀ [K, N]``, a block of its rows at a time."""
+    K, N = columns.shape
+    squares, products = lora_A.new_zeros(N), lora_A.new_zeros(lora_A.shape[0], N)
+    step = max(-(-K // (4 * _BLOCKS)), 1)
+    for begin in range(0, K, step):
+        wide = columns[begin : begin + step].detach().to(lora_A.dtype)
+        squares = squares + wide.square().sum(0)
+        products = torch.addmm(products, lora_A[:, begin : begin + step], wide)
+    return squares, products.t()

@@ -57,19 +57,27 @@ def add_low_rank(
     if isinstance(scaling, Tensor) or torch.compiler.is_compiling():
         # A tensor's value must not be asked for, nor a number's by a graph that is to hold for another.
         lora_B, scaling = lora_B * scaling, 1.0
-    dtype = y.dtype
-    if dtype is torch.float16 and lora_B.dtype is not torch.float16:
-        dtype = torch.float32
-    index = tokens.reshape(-1)
-    if padding_idx is None and index.device.type == "cpu":
-        # Its gradient is not [V, r], to be transposed. Contiguous: MKL sums columns less exactly.
-        s = lora_A.index_select(1, index).t().contiguous()
-    else:
-        s = F.embedding(index, lora_A.t(), padding_idx)
-    rows = y.reshape(index.numel(), y.shape[-1]).to(dtype)  # [M, N]
+    dtype = sum_dtype(y, lora_B)
+    s = shrunk(tokens, lora_A, padding_idx)
+    rows = y.reshape(s.shape[0], y.shape[-1]).to(dtype)  # [M, N]
     with without_autocast(rows):
         rows = torch.addmm(rows, s.to(dtype), lora_B.t().to(dtype), alpha=float(scaling))
     return rows.reshape(y.shape)
+
+
+def sum_dtype(y: Tensor, lora_B: Tensor) -> torch.dtype:
+    """The dtype in which low-rank terms are added to ``y``: its own, or float32 as ``add_low_rank``."""
+    narrow = y.dtype is torch.float16 and lora_B.dtype is not torch.float16
+    return torch.float32 if narrow else y.dtype
+
+
+def shrunk(tokens: Tensor, lora_A: Tensor, padding_idx: int | None = None) -> Tensor:
+    """``s = Aᵀ[x]``, ``[M, r]``: a row for each token."""
+    index = tokens.reshape(-1)
+    if padding_idx is None and index.device.type == "cpu":
+        # Its gradient is not [V, r], to be transposed. Contiguous: MKL sums columns less exactly.
+        return lora_A.index_select(1, index).t().contiguous()
+    return F.embedding(index, lora_A.t(), padding_idx)
 
 
 def _check(

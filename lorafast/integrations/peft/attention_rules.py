@@ -11,7 +11,6 @@ from lorafast.integrations.peft import rules
 from lorafast.integrations.peft.adapters import Adapter, active
 from lorafast.nn.attention import Heads, why_not_inputs
 
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def why_stock_attention(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
@@ -58,7 +57,7 @@ def _why_not_base(base: Any) -> str | None:
         return "its base layer has no in_proj_weight or in_proj_bias of its own"
     others = (base.bias_k, base.bias_v)
     for tensor in (*weights, *others):
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+        if tensor is not None and (type(tensor) not in rules.PLAIN or tensor.is_meta):
             return f"its base layer has a {type(tensor).__name__} or values on meta"
     reason = rules.why_called(base)
     return reason and f"its base layer {reason}"
@@ -106,7 +105,7 @@ def why_stock_input(
     inputs = (query, given["key"], given["value"])
     masks = (given.get("key_padding_mask"), given.get("attn_mask"))
     for x in (*inputs, *(mask for mask in masks if mask is not None)):
-        if type(x) not in _PLAIN or x.layout is not torch.strided:
+        if type(x) not in rules.PLAIN or x.layout is not torch.strided:
             return f"an input is a {type(x).__name__}, not a plain tensor"
     autocast = autocast_enabled(query)
     for x in inputs:

@@ -17,26 +17,63 @@ _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _VARIANTS = (DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _MAGNITUDES = (DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer)
 _DORA_CHANGED = known.why_changed("convolution's dora")
+_MIXED_CHANGED = known.why_changed("convolution's mixed batch")
+ARGUMENTS = {"adapter_names", "alora_offsets"}
+"""What a call may have beside the input; PEFT passes over the offsets here."""
 
 
-def why_stock_conv(layer: LoraLayer, adapters: list[Adapter], x: Any = None) -> str | None:
-    """Why a convolution of PEFT's is left to PEFT, for the input ``x`` if that is given."""
+def why_stock_conv(
+    layer: LoraLayer, adapters: list[Adapter], x: Any = None, of_elements: bool = False
+) -> str | None:
+    """Why a convolution of PEFT's is left to PEFT, for the input ``x`` if that is given.
+
+    ``of_elements``: the adapters are of some elements of a mixed batch each, not of all.
+    """
     base: Any = layer._modules["base_layer"]
     reason = rules.why_stock(layer, adapters) or why_not_base(base) or why_not_windows(base)
     if reason is not None:
         return reason
-    if len(adapters) > 1:
-        if base.groups > 1:
-            return "several adapters are active over a convolution in groups"
-        if any(adapter.dropout_p for adapter in adapters):
-            return "several adapters with dropout are active"
-        if any(adapter.name in layer.lora_variant for adapter in adapters):
-            return "several adapters are active, one of them of another kind than plain LoRA"
+    if len(adapters) > 1 and not of_elements:
+        reason = _why_not_together(layer, adapters, base)
+        if reason is not None:
+            return reason
     for adapter in adapters:
         reason = _why_not_adapter(layer, adapter, base)
         if reason is not None:
             return f"adapter {adapter.name!r} {reason}"
     return None if x is None else _why_not_input(layer, adapters, base, x)
+
+
+def _why_not_together(layer: LoraLayer, adapters: list[Adapter], base: Any) -> str | None:
+    if base.groups > 1:
+        return "several adapters are active over a convolution in groups"
+    if any(adapter.dropout_p for adapter in adapters):
+        return "several adapters with dropout are active"
+    if not any(adapter.name in layer.lora_variant for adapter in adapters):
+        return None
+    for adapter in adapters:
+        if adapter.lora_B.bias is not None:
+            return "several adapters are active, one of them of DoRA and one with lora_bias"
+        if type(adapter.dropout) is nn.Dropout and layer.training:
+            # Then PEFT scales the base layer's output alone.
+            return "several adapters are active, one of them of DoRA and one with dropout"
+    return None
+
+
+def why_stock_mixed(layer: LoraLayer, names: Any, x: Any) -> str | None:
+    """Why a mixed batch, ``names`` of its elements' adapters, is left to PEFT; ``x`` as it comes."""
+    if _MIXED_CHANGED is not None:
+        return _MIXED_CHANGED
+    reason = rules.why_no_mixed_batch(names, x)
+    if reason is not None:
+        return reason
+    for name in dict.fromkeys(names):
+        if name in layer.lora_variant:
+            return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
+        dropout = layer.lora_dropout._modules.get(name)
+        if type(dropout) is nn.Dropout and dropout.training:
+            return f"adapter {name!r} of a mixed batch has dropout in training"
+    return None
 
 
 def why_not_base(base: Any) -> str | None:

@@ -10,6 +10,7 @@ What is in memory at import is compared: a method that someone has replaced isn'
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -19,13 +20,14 @@ from typing import Any
 
 import peft
 from peft.tuners.lora import variants
-from peft.tuners.lora.dora import DoraLinearLayer, _DoraConvNdLayer
-from peft.tuners.lora.layer import Embedding, Linear, MultiheadAttention, _ConvNd
+from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer, _DoraConvNdLayer
+from peft.tuners.lora.layer import Embedding, Linear, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.lora.variants import (
     ALoraLinearVariant,
     BdLoraLinearVariant,
     BlockDiagonalLinear,
+    DoraEmbeddingVariant,
     DoraLinearVariant,
     _DoraConvNdVariant,
 )
@@ -33,7 +35,7 @@ from peft.tuners.lora.variants import (
 VERSIONS = ("0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
 """The releases of PEFT whose methods are known, for where there is no source, as in a frozen program."""
 
-UNLIKE: dict[str, tuple[str, ...]] = {}
+UNLIKE: dict[str, tuple[str, ...]] = {"target_parameters": ("0.19.1", "0.20.0")}
 """Those of them, by kind of layer, in which it is another than the known one."""
 
 OTHERS = {"bitsandbytes": ("0.50.0",)}
@@ -84,6 +86,26 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
             "_get_embed_scale": "469409799a5d1201",
         },
     },
+    "embedding's mixed batch": {Embedding: {"_mixed_batch_forward": "5b7191fc7ed96f44"}},
+    "embedding's dora": {
+        DoraEmbeddingVariant: {"forward": "1a0e46161386ec27"},
+        DoraEmbeddingLayer: {
+            "forward": "43d87128ec9867d7",
+            "get_weight_norm": "4a2cc114f74de342",
+            "get_lora_weight": "bdd9096637e924cd",
+        },
+    },
+    "target_parameters": {
+        ParamWrapper: READ
+        | {
+            "_check_forward_args": "9534b976e31f19f0",
+            "_activate_lora": "45e15caaf1357464",
+            "forward": "c3f35092ec1df87e",
+            "get_delta_factors": "380a8b40dbb9a50c",
+            "get_delta_weight": "5136b407dcc5d38c",
+            "get_param": "0c1543ab19e14052",
+        },
+    },
     "convolution": {
         _ConvNd: READ
         | {
@@ -101,6 +123,7 @@ METHODS: dict[str, dict[Any, dict[str, str]]] = {
             "unmerge": "95e25061d614d923",
         },
     },
+    "convolution's mixed batch": {_ConvNd: {"_mixed_batch_forward": "00663609a8d200e3"}},
     "convolution's dora": {
         _DoraConvNdVariant: {"forward": "c59fc34a5011602b"},
         _DoraConvNdLayer: {
@@ -196,7 +219,8 @@ def digest(owner: Any, name: str) -> str | None:
     method = getattr(method, "fget", None) or getattr(method, "__func__", None) or method
     if not isinstance(method, FunctionType) or not isinstance(inspect.unwrap(method), FunctionType):
         return ""
-    if method.__code__.co_filename != inspect.unwrap(method).__code__.co_filename:
+    file = inspect.unwrap(method).__code__.co_filename
+    if method.__code__.co_filename not in (file, contextlib.__file__):
         return ""
     try:
         source = inspect.getsource(method)

@@ -14,7 +14,7 @@ from peft.tuners.lora import layer as stock
 from peft.tuners.lora import torchao
 from torch import Tensor
 
-from lorafast.integrations.peft import attention, conv, embedding, known, linear
+from lorafast.integrations.peft import attention, conv, embedding, known, linear, parameters
 from lorafast.integrations.peft.quantized import forget_stale
 
 
@@ -127,6 +127,19 @@ class MultiheadAttention(_Fast, stock.MultiheadAttention):
         return served
 
 
+class ParamWrapper(_Fast, stock.ParamWrapper):
+    """LoRA over a parameter; ``parameters`` says what is computed."""
+
+    _stock = stock.ParamWrapper
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the base layer returns where ``W + Σ scaling · ΔW`` stands in for its parameter."""
+        found = parameters.forward(self, x, args, kwargs)
+        if found is not None:
+            return found[0]
+        return stock.ParamWrapper.forward(self, x, *args, **kwargs)
+
+
 LAYERS: dict[Any, str] = {
     stock.Linear: "linear",
     torchao.TorchaoLoraLinear: "torchao linear",
@@ -135,6 +148,7 @@ LAYERS: dict[Any, str] = {
     stock.Conv2d: "convolution",
     stock.Conv3d: "convolution",
     stock.MultiheadAttention: "attention",
+    stock.ParamWrapper: "target_parameters",
 }
 """PEFT's classes that are stood in for, and their kind. Those over bitsandbytes' layers are added when
 there is one: they import it."""
@@ -193,4 +207,4 @@ def fast_of(kind: Any) -> Any:
     return FAST.get(kind)
 
 
-add(Linear, TorchaoLoraLinear, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention)
+add(Linear, TorchaoLoraLinear, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention, ParamWrapper)

@@ -51,7 +51,7 @@ def forward(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     y = functional.grouped_lora_linear(x, weight, lora_A, lora_B, scaling, adapter_of, bias)
     if any(adapter.lora_B.bias is not None for adapter in adapters):
         if isinstance(adapter_of, list):
-            y = _with_lora_bias(y, adapters, adapter_of)
+            y = with_lora_bias(y, adapters, adapter_of)
         else:
             for g, (_, _, lora_B, _, scale) in enumerate(adapters):
                 if lora_B.bias is not None:
@@ -92,7 +92,7 @@ def _scaling(adapters: list[Adapter], device: torch.device) -> Tensor | float:
     return on_device(values, torch.float32, device)
 
 
-def _with_lora_bias(y: Tensor, adapters: list[Adapter], adapter_of: Sequence[int]) -> Tensor:
+def with_lora_bias(y: Tensor, adapters: list[Adapter], adapter_of: Sequence[int]) -> Tensor:
     """``y_i + scaling · bias`` of the adapter of element i, where that has a ``lora_B`` with a bias.
 
     The sum, and that of the gradient of ``bias``, is in the wider dtype of the two.

@@ -23,7 +23,6 @@ from lorafast.integrations.peft.adapters import Adapter
 from lorafast.integrations.peft.quantized import Frozen
 from lorafast.operands import Operand, Weight
 
-_PLAIN = (Tensor, nn.Parameter)
 _LINEAR: dict[Any, str] = {
     nn.Linear: "torch.nn.modules.linear",
     Conv1D: "transformers.pytorch_utils",
@@ -34,7 +33,9 @@ _DORA_CHANGED = known.why_changed("dora")
 _ALORA_CHANGED = known.why_changed("alora")
 _CHANGED = {kind: known.why_changed(name) for kind, name in variants.KINDS.items()}
 INACTIVE = "none of its adapters is active"
-_SPARSE = "its input is sparse or nested"
+SPARSE = "its input is sparse or nested"
+PLAIN = (Tensor, nn.Parameter)
+"""The types of tensors that are read."""
 
 
 def why_stock(layer: BaseTunerLayer, active: Sequence[object]) -> str | None:
@@ -80,7 +81,7 @@ def why_stock_linear(layer: LoraLayer, adapters: list[Adapter]) -> str | None:
 def why_not_base(base: nn.Module) -> str | None:
     """Why a layer that is adapted can't be read in place of calling it, or isn't known."""
     if quantized.is_one(base):
-        reason = why_called(base) or _why_no_bias(base) or _why_parallel(base)
+        reason = why_called(base) or _why_no_bias(base) or why_parallel(base)
         return quantized.why_not(base) if reason is None else f"its base layer {reason}"
     if type(base) not in _LINEAR:
         return f"its base layer is a {_type(base)}, not exactly an nn.Linear or a Conv1D"
@@ -181,7 +182,7 @@ def _why_not_kasa(layer: Any, adapter: Adapter) -> str | None:
         return "has yet to truncate the weight, in PEFT's first forward"
     diagonal = layer._modules["lora_diag"]._parameters.get(adapter.name)
     lora_B = adapter.lora_B._parameters["weight"]
-    if type(diagonal) not in _PLAIN or diagonal.device != lora_B.device:
+    if type(diagonal) not in PLAIN or diagonal.device != lora_B.device:
         return f"has a {type(diagonal).__name__} for its diagonal, or elsewhere than its factors"
     fits = diagonal.shape == lora_B.shape[1:] and diagonal.layout is torch.strided
     return None if fits else f"has a diagonal of the shape {list(diagonal.shape)}"
@@ -242,7 +243,7 @@ def why_not_plain(module: nn.Module) -> str | None:
 
 def why_not_read(module: nn.Module) -> str | None:
     """Why the weight and the bias of ``module`` can't be read in place of calling it."""
-    return why_not_plain(module) or _why_no_bias(module) or _why_parallel(module)
+    return why_not_plain(module) or _why_no_bias(module) or why_parallel(module)
 
 
 def _why_no_bias(module: nn.Module) -> str | None:
@@ -266,7 +267,8 @@ def why_called(module: nn.Module) -> str | None:
     return None
 
 
-def _why_parallel(base: nn.Module) -> str | None:
+def why_parallel(base: nn.Module) -> str | None:
+    """Why a base layer is one of several devices' parts."""
     own = base.__dict__
     parallel = "_hf_tp_plan" in own or "_hf_device_mesh" in own
     return "has a tensor parallel plan" if parallel else None
@@ -310,7 +312,7 @@ def why_not_input(layer: Any, adapter_dtype: torch.dtype, weight: Weight, x: Any
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"its input is a {type(x).__name__}, not a plain tensor"
     if x.layout is not torch.strided or x.is_nested:
-        return _SPARSE
+        return SPARSE
     K = weight.shape[1]
     if x.dim() == 0 or x.shape[-1] != K:
         return f"its input has shape {list(x.shape)}, expected [..., {K}]"
@@ -373,6 +375,15 @@ def why_stock_alora(
     return None
 
 
+def why_no_mixed_batch(rows: Any, x: Any) -> str | None:
+    """Why ``rows``, its ``adapter_names``, don't name an adapter for each element of ``x``."""
+    if not isinstance(rows, (list, tuple)) or not isinstance(x, Tensor):
+        return "adapter_names is no list"
+    if x.is_nested or x.dim() < 1 or len(rows) != len(x):
+        return f"{len(rows)} adapter_names, and the input is nested or of another length"
+    return None
+
+
 def why_stock_mixed(
     layer: LoraLayer, changed: str | None, x: Any, kwargs: dict[str, Any]
 ) -> str | None:
@@ -384,10 +395,11 @@ def why_stock_mixed(
     if unknown:
         return f"an argument that isn't known here: {', '.join(sorted(unknown))}"
     rows = kwargs["adapter_names"]
-    if not isinstance(rows, (list, tuple)) or not isinstance(x, Tensor):
-        return "adapter_names is no list"
-    if x.is_nested or x.dim() < 2 or len(rows) != len(x):
-        return f"{len(rows)} adapter_names, and the input is nested, a row or of another length"
+    reason = why_no_mixed_batch(rows, x)
+    if reason is not None:
+        return reason
+    if x.dim() < 2:
+        return f"{len(rows)} adapter_names, and the input is a row"
     for name in dict.fromkeys(rows):
         if name in layer.lora_variant and not _is_mixed(layer, name):
             return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
@@ -407,54 +419,6 @@ def _is_mixed(layer: LoraLayer, name: str) -> bool:
     if is_alora(layer, name):
         return True
     return variants.kind_of(layer, name) in variants.KINDS and not variants.is_more(layer, name)
-
-
-def why_stock_embedding(layer: LoraLayer, names: list[str], x: Any = None) -> str | None:
-    """Why a ``lora.Embedding`` is left to PEFT, for the input ``x`` if that is given."""
-    reason = why_stock(layer, names)
-    if reason is not None:
-        return reason
-    base = layer._modules["base_layer"]
-    if type(base) is not nn.Embedding:
-        return f"its base layer is a {_type(base)}, not exactly an nn.Embedding"
-    reason = why_not_plain(base) or _why_parallel(base)
-    if reason is not None:
-        return f"its base layer {reason}"
-    if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
-        return "its base layer has max_norm, scale_grad_by_freq or sparse"
-    if layer._get_embed_scale() is not None:
-        return "its base layer scales what it gives"
-    for name in names:
-        reason = _why_not_embedding(layer, name, base.weight)
-        if reason is not None:
-            return f"adapter {name!r} {reason}"
-    if x is None:
-        return None
-    if type(x) not in _PLAIN or x.device != base.weight.device:
-        return "its input is not a plain tensor where its weight is"
-    return _SPARSE if x.layout is not torch.strided or x.is_nested else None
-
-
-def _why_not_embedding(layer: LoraLayer, name: str, weight: Tensor) -> str | None:
-    if name in layer.lora_variant:
-        return f"is of another kind: {type(layer.lora_variant[name]).__name__}"
-    lora_A = layer.lora_embedding_A._parameters.get(name)
-    lora_B = layer.lora_embedding_B._parameters.get(name)
-    if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
-        return f"has a {type(lora_A).__name__}, not a plain tensor"
-    if lora_A.layout is not torch.strided or lora_B.layout is not torch.strided:
-        return f"is {lora_A.layout} and {lora_B.layout}"
-    r = lora_A.shape[0]
-    if lora_A.shape != (r, weight.shape[0]) or lora_B.shape != (weight.shape[1], r):
-        return f"has the shapes {list(lora_A.shape)} and {list(lora_B.shape)}"
-    if not {weight.dtype, lora_A.dtype, lora_B.dtype} <= set(FLOATS):
-        return f"is {lora_A.dtype}, the weight {weight.dtype}"
-    if not weight.device == lora_A.device == lora_B.device:
-        return f"is on {lora_A.device}, the weight on {weight.device}"
-    scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor) and scaling.dim() > 0:
-        return f"has a scaling of the shape {list(scaling.shape)}"
-    return None
 
 
 def _type(module: nn.Module) -> str:

@@ -12,7 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafast.convert.targets import COMPILED, why_not_here
-from lorafast.integrations.peft import attention_rules, conv_rules, embedding, known, rules
+from lorafast.integrations.peft import (
+    attention_rules,
+    conv_rules,
+    embedding,
+    embedding_rules,
+    known,
+    parameter_rules,
+    rules,
+)
 from lorafast.integrations.peft.adapters import active
 from lorafast.integrations.peft.layers import (
     FAST,
@@ -22,6 +30,7 @@ from lorafast.integrations.peft.layers import (
     FastKind,
     FastLinear,
     MultiheadAttention,
+    ParamWrapper,
     fast_of,
 )
 
@@ -190,13 +199,13 @@ def _why_stock(module: nn.Module) -> str | None:
                 "its forward was replaced (a hook of accelerate's, X-LoRA) before it was made fast"
             )
         return "it isn't accelerated: it was made later, or restored"
-    fast = (FastLinear, Embedding, FastConv, FastKind, MultiheadAttention)
+    fast = (FastLinear, Embedding, FastConv, FastKind, MultiheadAttention, ParamWrapper)
     if isinstance(module, fast) and not _calls_its_class(module):
         return "its forward was replaced after it was made fast"
     if isinstance(module, FastLinear):
         return rules.why_stock_linear(module, active(module))
     if isinstance(module, Embedding):
-        return rules.why_stock_embedding(module, embedding.active(module))
+        return embedding_rules.why_stock_embedding(module, embedding.active(module))
     if isinstance(module, FastConv):
         conv: Any = module
         return conv_rules.why_stock_conv(conv, active(conv))
@@ -204,6 +213,8 @@ def _why_stock(module: nn.Module) -> str | None:
         return module.why_stock()
     if isinstance(module, MultiheadAttention):
         return attention_rules.why_stock_attention(module, active(module))
+    if isinstance(module, ParamWrapper):
+        return parameter_rules.why_stock_parameter(module, active(module))
     changed = known.why_changed(LAYERS[kind]) if kind in LAYERS else None
     if changed is not None:
         return changed

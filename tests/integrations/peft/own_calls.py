@@ -54,17 +54,28 @@ class Calls:
             conv,
             conv_rules,
             embedding,
+            embedding_rules,
             layers,
             linear,
+            parameter_rules,
+            parameters,
             quantized,
             rules,
         )
 
-        for module in (rules, conv_rules, attention_rules, quantized):
+        every_rules = (
+            rules,
+            conv_rules,
+            attention_rules,
+            embedding_rules,
+            parameter_rules,
+            quantized,
+        )
+        for module in every_rules:
             for name, function in list(vars(module).items()):
                 if name.startswith("why_") and inspect.isfunction(function):
                     setattr(module, name, self._telling(function))
-        for module in (linear, conv, embedding, attention):
+        for module in (linear, conv, embedding, attention, parameters):
             module.forward = self._counting(module.forward)
         for kind in _below(LoraLayer):
             if kind.__module__.startswith("peft.tuners.lora.") and "forward" in vars(kind):

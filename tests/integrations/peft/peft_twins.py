@@ -36,10 +36,32 @@ def base(kind="linear", bias=True):
         "linear": lambda: nn.Linear(K, N, bias=bias),
         "conv1d": lambda: Conv1D(N, K),
         "embedding": lambda: nn.Embedding(TOKENS, N),
+        "embedding scaled by a buffer": lambda: ScaledByBuffer(TOKENS, N, 3),
+        "embedding scaled by a number": lambda: ScaledByNumber(TOKENS, N),
     }[kind]()
     if kind == "conv1d":
         nn.init.normal_(made.bias)
     return _Named(made)
+
+
+class ScaledByBuffer(nn.Embedding):
+    """As Gemma's, in Transformers."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.embed_scale = nn.Buffer(torch.tensor(6.3), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor):
+        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class ScaledByNumber(nn.Embedding):
+    """As BART's, in Transformers."""
+
+    embed_scale = 6.3
+
+    def forward(self, input_ids: torch.Tensor):
+        return super().forward(input_ids) * self.embed_scale
 
 
 class _Named(nn.Module):

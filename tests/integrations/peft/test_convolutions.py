@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 
 from helpers import covering
 from peft import LoraConfig, get_peft_model
-from peft_twins import Twins, assert_equal, hooked, twins
+from peft_twins import Twins, assert_equal, assert_near, hooked, twins
 from torch import nn
 
 import lorafast
@@ -94,6 +94,68 @@ def test_the_same_numbers_and_gradients(served_by_peft, case, options, dtype, la
     x, dy = drawn(case, dtype, last)
     assert list(lorafast.explain(pair.fast).layers.values()) == [None]
     assert_equal(pair, x, dy, dtype)
+    assert not served_by_peft
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("2d", torch.float32), ("1d", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "order", [("default", "other", "dora"), ("dora", "default", "last")], ids=str
+)
+def test_dora_together_with_others(served_by_peft, case, dtype, order):
+    model = peft_model(case, dtype)
+    for name in set(order) - {"default"}:
+        settings = copy.copy(model.peft_config["default"])
+        settings.use_dora = name != "other"
+        model.add_adapter(name, settings, autocast_adapter_dtype=False)
+    model.base_model.set_adapter(list(order))
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            nn.init.uniform_(parameter, 0.5, 2.0)
+    pair = twins(model.to(dtype))
+    assert list(lorafast.explain(pair.fast).layers.values()) == [None]
+    assert_equal(pair, *drawn(case, dtype), dtype)
+    assert not served_by_peft
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "last", "lora_bias"),
+    covering(list(LAYERS), DTYPES, (False, True), (False, True)),
+)
+def test_a_mixed_batch(served_by_peft, case, dtype, last, lora_bias):
+    options = {"lora_bias": lora_bias, "lora_dropout": 0.3}
+    groups = case == "groups"
+    model = peft_model(case, dtype, adapters=1 if groups else 3, **options)
+    if groups:  # of a rank that they divide
+        settings = copy.copy(model.peft_config["default"])
+        settings.r = 6
+        model.add_adapter("other1", settings, autocast_adapter_dtype=False)
+    pair = twins(model.to(dtype).eval())
+    x, _ = drawn(case, dtype, last)
+    x = torch.cat([x, x.flip(0), x[:1]])
+    if last and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    names = ["default", "other1", "__base__", "other1", "default", "other1", "__base__"][: len(x)]
+    y = pair.fast(x, adapter_names=names)
+    assert_equal(pair, x, torch.randn(y.shape), dtype, adapter_names=names)
+    assert not served_by_peft
+
+
+def test_what_one_element_holds_stays_with_its_adapter(served_by_peft):
+    pair = twins(peft_model("2d", adapters=2).eval())
+    x, dy = drawn("2d")
+    x[0] = torch.inf
+    found = []
+    for model in vars(pair).values():
+        model.zero_grad()
+        y = model(
+            x.to(next(model.parameters()).dtype), adapter_names=["other1", "default", "__base__"]
+        )
+        y[1:].backward(dy[1:].to(y.dtype))
+        gradients = {n: p.grad for n, p in model.named_parameters() if "default" in n}
+        found.append({"y": y.detach()} | gradients)
+    stock, fast, exact = found
+    assert all(value.isfinite().all() for name, value in exact.items() if name != "y")
+    assert_near(fast, stock, exact, torch.float32)
     assert not served_by_peft
 
 

@@ -1,7 +1,5 @@
 """What about a layer over an embedding makes PEFT serve it."""
 
-import copy
-
 import pytest
 import torch
 
@@ -17,9 +15,6 @@ EMBEDDINGS = {
     "scale_grad_by_freq": lambda layer: setattr(layer.base_layer, "scale_grad_by_freq", True),
     "tensor parallel plan": lambda layer: setattr(layer.base_layer, "_hf_tp_plan", "rowwise"),
     "hooks": lambda layer: hooked(layer.base_layer),
-    "scales what it gives": lambda layer: setattr(
-        layer.base_layer, "embed_scale", torch.tensor(3.0)
-    ),
     "a scaling of the shape [1]": lambda layer: layer.scaling.update(default=torch.ones(1)),
     "disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merge(),
@@ -99,9 +94,15 @@ def test_tokens_of_a_subclass(served_by_peft):
     assert len(served_by_peft) == 1
 
 
-def test_embedding_of_dora(served_by_peft):
-    stock = peft_model("embedding", use_dora=True)
-    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
-    assert "DoraEmbeddingVariant" in str(lorafast.explain(fast))
+def test_embedding_of_dora_with_a_magnitude_of_another_shape(served_by_peft):
+    stock, fast = stock_and_fast(
+        peft_model("embedding", use_dora=True),
+        lambda layer: setattr(layer.lora_magnitude_vector["default"], "weight", one_magnitude()),
+    )
+    assert "a magnitude of another shape or device" in str(lorafast.explain(fast))
     assert_same(stock, fast, torch.randint(TOKENS, (3, 4)))
     assert len(served_by_peft) == 1
+
+
+def one_magnitude():
+    return nn.Parameter(torch.ones(1))

@@ -170,14 +170,6 @@ def test_a_scaling_that_bfloat16_has_not(grouped):
     assert_equal(twins(model), x, dy, torch.bfloat16, adapter_names=NAMES)
 
 
-def test_an_embedding_is_PEFTs():
-    stock = peft_model("embedding", adapters=2).eval()
-    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
-    tokens = torch.arange(6).view(2, 3)
-    found = [m(tokens, adapter_names=["other1", "__base__"]) for m in (stock, fast)]
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
 def test_names_that_are_no_list():
     stock = mixed_model()
     fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
