@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from lorafast.core.context import autocast_enabled
 from lorafast.integrations.peft import rules
 from lorafast.integrations.peft.adapters import Adapter, active
 from lorafast.nn.attention import Heads, why_not_inputs
-
 
 
 def why_stock_attention(layer: LoraLayer, adapters: list[Adapter]) -> str | None:

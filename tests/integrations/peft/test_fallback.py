@@ -316,24 +316,6 @@ def test_layers_of_other_types_stay_as_they_are(monkeypatch):
     )
 
 
-def test_a_parameter_targeted_directly():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 8, 8))
-
-        def forward(self, x):
-            return torch.einsum("bi,eoi->beo", x, self.weight)
-
-    settings = config(target_modules=[], target_parameters=["experts.weight"])
-    stock = get_peft_model(nn.ModuleDict({"experts": Experts()}), settings)
-    fast = lorafast.accelerate(copy.deepcopy(stock), quiet=True)
-    assert "a ParamWrapper layer" in str(lorafast.explain(fast))
-    x = torch.randn(4, 8)
-    run = [m.base_model.model["experts"](x) for m in (stock, fast)]
-    torch.testing.assert_close(*run, rtol=0, atol=0)
-
-
 def test_dora_with_a_bias_of_B(served_by_peft):
     """Which PEFT refuses to make, but would compute."""
 
