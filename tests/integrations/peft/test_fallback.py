@@ -16,7 +16,6 @@ from peft_twins import (
     N,
     OwnTensor,
     assert_same,
-    config,
     hooked,
     layer_of,
     peft_model,
