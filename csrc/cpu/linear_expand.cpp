@@ -49,12 +49,14 @@ class Rows {
   std::unique_ptr<Value[]> copy_;
 };
 
-// W[row.., column..] made dense, zeros up to [up_rows, up_columns].
+// W[row.., column..] made dense, zeros up to [up_rows, up_columns]. The codes of the rows below are asked for: they
+// come while this tile is multiplied, a third of the time at 16 rows of x.
 template <typename Value, class Codes>
 void load_tile(
     const Microkernels& kernels, const Codes& codes, int64_t row, int64_t rows, int64_t column, int64_t columns,
     int64_t up_rows, int64_t up_columns, std::vector<float>& scales, Value* tile) {
   for (int64_t i = 0; i < rows; ++i) {
+    if (row + rows + i < codes.N) codes.prefetch(row + rows + i, column, columns);
     codes.load(kernels, row + i, column, columns, scales, kDtype<Value>, tile + i * kLd);
     std::fill(tile + i * kLd + columns, tile + i * kLd + up_columns, Value{});
   }
