@@ -105,9 +105,10 @@ void multiply_rows(
 template <typename Value, class Codes>
 void multiply_columns(const Microkernels& kernels, const Matrix& dy, const Codes& codes, const Matrix& dx) {
   const int64_t M = dy.rows, K = codes.K, N = codes.N;
-  const int64_t share = blocks_of(K, static_cast<int64_t>(torch::stable::get_num_threads()));
-  const int64_t most =
-      std::min(kColumns, std::max(kLeastColumns, std::min(up(share, kDotCols), kSums / M / kDotCols * kDotCols)));
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t cap = std::min(kColumns, std::max(kLeastColumns, kSums / M / kDotCols * kDotCols));
+  const int64_t rounds = blocks_of(blocks_of(K, threads), cap);  // as many blocks for each thread
+  const int64_t most = std::max(kLeastColumns, up(blocks_of(K, threads * rounds), kDotCols));
   const int64_t ld = most + kDotCols;
   const Rows<Value> from(kernels, dy, 2);
   torch::stable::parallel_for(0, blocks_of(K, most), 1, [&](int64_t begin, int64_t end) {
