@@ -46,7 +46,7 @@ class Rows {
   }
 
  private:
-  std::unique_ptr<Value[]> copy_;
+  Scratch<Value> copy_;
 };
 
 // W[row.., column..] made dense, zeros up to [up_rows, up_columns]. The codes of the rows below are asked for: they
