@@ -1,9 +1,6 @@
 // conv(x, A) and its gradient in A over the windows of channels-last images, all of them contiguous float32.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
 #include "windows.h"
 
 namespace lorafast::cpu {
@@ -13,25 +10,12 @@ namespace lorafast::cpu {
 constexpr int64_t kMostPositions = 64, kBlocks = 16;
 constexpr int64_t kPackedColumns = 512;  // of A, that a thread packs at a time
 
-// Whole cache lines: a vector that lies in two of them is loaded twice.
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
-};
-using Aligned = std::unique_ptr<float[], Free>;
-
-inline Aligned aligned(int64_t count) {
-  const size_t bytes = static_cast<size_t>(padded(std::max<int64_t>(count, 1))) * sizeof(float);
-  auto* memory = static_cast<float*>(std::aligned_alloc(kLanes * sizeof(float), bytes));
-  if (memory == nullptr) throw std::bad_alloc();
-  return Aligned(memory);
-}
-
 // A as gather_columns takes it: [rank blocks][taps][columns][kLanes]; `Per` columns of a rank lie together.
 template <int Per>
-Aligned pack_taps(const float* A, int64_t r, int64_t all_cols) {
+Scratch<float> pack_taps(const float* A, int64_t r, int64_t all_cols) {
   constexpr int64_t kRanks = kLanes / Per;
   const int64_t blocks = blocks_of(r, kRanks);
-  auto packed = aligned(blocks * all_cols * kRanks);
+  auto packed = scratch<float>(blocks * all_cols * kRanks);
   const int64_t segments = blocks_of(all_cols, kPackedColumns);
   torch::stable::parallel_for(0, blocks * segments, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
@@ -59,7 +43,7 @@ inline void shrink_windows(const Windows& windows, const float* A, int64_t r, in
   torch::stable::parallel_for(0, blocks_of(windows.positions, size), 1, [&](int64_t begin, int64_t end) {
     const int64_t step_of_sums = (size + 1) * kLanes;  // of a rank block, with a row that nobody reads
     constexpr int64_t kRoom = kMostPositions + kGatheredRows;
-    const auto sums = aligned(rank_blocks * step_of_sums);
+    const auto sums = scratch<float>(rank_blocks * step_of_sums);
     const float* rows[kRoom];
     float* outs[kRoom];
     for (int64_t block = begin; block < end; ++block) {
@@ -95,8 +79,7 @@ constexpr int64_t kRows = 256;    // at a time, whose part of these columns stay
 constexpr int64_t kMostParts = 32;
 
 // ds with zeros beyond the last rank, if there are to be more: itself, or in `copy`.
-inline const float* with_ranks(
-    const float* ds, int64_t rows, int64_t r, int64_t ranks, std::unique_ptr<float[]>& copy) {
+inline const float* with_ranks(const float* ds, int64_t rows, int64_t r, int64_t ranks, Scratch<float>& copy) {
   if (r == ranks) return ds;
   copy = scratch<float>(rows * ranks);
   for (int64_t i = 0; i < rows; ++i) {
@@ -111,7 +94,7 @@ inline void shrink_windows_backward(const Windows& windows, const float* ds, int
   const Microkernels& kernels = microkernels();
   const int64_t positions = windows.positions, taps = windows.taps;
   const int64_t ranks = blocks_of(r, kGatheredRanks) * kGatheredRanks;
-  std::unique_ptr<float[]> copy;
+  Scratch<float> copy;
   const float* factors = with_ranks(ds, positions, r, ranks, copy);
 
   // The cut depends on the shape alone, so that any number of threads adds up in the same order.

@@ -58,7 +58,7 @@ Matrix matrix(const float* data, int64_t rows, int64_t cols) {
 }
 
 // A as [r, columns], the columns in the order of taps or of C: where it is, or in `copy`.
-const float* rows_of(const Kernel& A, bool taps_first, std::unique_ptr<float[]>& copy) {
+const float* rows_of(const Kernel& A, bool taps_first, Scratch<float>& copy) {
   if (A.last == taps_first) return A.data;
   copy = scratch<float>(A.rows * A.taps * A.C);
   const int64_t first = taps_first ? A.taps : A.C, second = taps_first ? A.C : A.taps;
@@ -72,11 +72,11 @@ const float* rows_of(const Kernel& A, bool taps_first, std::unique_ptr<float[]>&
 }
 
 // The same as `expand` takes it: [columns / kLanes, r, kLanes].
-Aligned packed(const Kernel& A, bool taps_first) {
-  std::unique_ptr<float[]> copy;
+Scratch<float> packed(const Kernel& A, bool taps_first) {
+  Scratch<float> copy;
   const float* from = rows_of(A, taps_first, copy);
   const int64_t cols = A.taps * A.C;
-  auto to = aligned(cols * A.rows);
+  auto to = scratch<float>(cols * A.rows);
   for (int64_t j = 0; j < A.rows; ++j)
     for (int64_t col = 0; col < cols; col += kLanes)
       std::copy_n(from + j * cols + col, kLanes, &to[col * A.rows + j * kLanes]);
@@ -155,9 +155,9 @@ int64_t position_of(int64_t at, int64_t tap, const Windows::Axis& axis, int64_t 
 void add_to_dx(const Layer& layer, const BaseConv& base, const float* ds, float* dx) {
   const int64_t r = layer.r, C = layer.C, taps = layer.A.taps, all = taps * r;
   const int64_t H = layer.rows_of_x.size(1), W = layer.rows_of_x.size(2), M = layer.rows_of_x.size(0) * H * W;
-  std::unique_ptr<float[]> copy;
+  Scratch<float> copy;
   const float* from = rows_of(layer.A, true, copy);
-  const auto factors = aligned(C * all);
+  const auto factors = scratch<float>(C * all);
   for (int64_t col = 0; col < C; col += kLanes)
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t j = 0; j < r; ++j)
@@ -225,7 +225,7 @@ std::tuple<Tensor, std::optional<Tensor>> lora_conv(
     return {y, s};
   }
   auto* to = static_cast<float*>(s.mutable_data_ptr());
-  std::unique_ptr<float[]> copy;
+  Scratch<float> copy;
   shrink_windows(layer.windows, rows_of(layer.A, true, copy), layer.r, layer.C, to);
   const int64_t positions = layer.windows.positions;
   add_expanded(

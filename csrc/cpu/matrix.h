@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -16,9 +17,20 @@ namespace lorafast {
 inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
 inline int64_t padded(int64_t length) { return blocks_of(length, kLanes) * kLanes; }
 
+// Whole cache lines: a vector that lies in two of them is loaded twice.
+constexpr std::align_val_t kLine{64};
+
+struct Release {
+  void operator()(void* memory) const { ::operator delete(memory, kLine); }
+};
+
 template <typename T>
-std::unique_ptr<T[]> scratch(int64_t count) {  // not cleared, unlike a vector
-  return std::unique_ptr<T[]>(new T[std::max<int64_t>(count, 1)]);
+using Scratch = std::unique_ptr<T[], Release>;
+
+template <typename T>
+Scratch<T> scratch(int64_t count) {  // not cleared, unlike a vector
+  const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T);
+  return Scratch<T>(static_cast<T*>(::operator new(bytes, kLine)));
 }
 
 inline Dtype dtype_of(const Tensor& tensor) {
@@ -221,7 +233,7 @@ class Tiles {
 
   const Microkernels& kernels_;
   const Matrix& x_;
-  std::unique_ptr<Value[]> scratch_;
+  Scratch<Value> scratch_;
   uint8_t keep_[kTileRows * kKeepRow];
 };
 

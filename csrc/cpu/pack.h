@@ -11,7 +11,7 @@ constexpr int64_t kSegment = 128;  // rows of a block that are transposed at a t
 constexpr int64_t kSerial = 32;    // segments that are not worth waking a second thread for
 
 // Element (i, j) at [j / kLanes][i][j % kLanes], zero beyond the last column.
-inline std::unique_ptr<float[]> pack(const Microkernels& kernels, const Matrix& matrix) {
+inline Scratch<float> pack(const Microkernels& kernels, const Matrix& matrix) {
   const int64_t rows = matrix.rows, cols = matrix.cols, blocks = blocks_of(cols, kLanes);
   auto packed = scratch<float>(blocks * rows * kLanes);
   if (matrix.col_stride == 1 && cols == kLanes && matrix.row_stride == cols) {
@@ -47,7 +47,7 @@ inline std::unique_ptr<float[]> pack(const Microkernels& kernels, const Matrix& 
 }
 
 // The matrix in bfloat16 with neighbouring rows or neighbouring columns next to each other: itself, or in `copy`.
-inline Matrix as_bfloat16(const Microkernels& kernels, const Matrix& matrix, std::unique_ptr<uint16_t[]>& copy) {
+inline Matrix as_bfloat16(const Microkernels& kernels, const Matrix& matrix, Scratch<uint16_t>& copy) {
   if (matrix.row_stride == 1 && matrix.col_stride != 1)
     return transposed(as_bfloat16(kernels, transposed(matrix), copy));
   if (matrix.dtype == Dtype::kBFloat16 && matrix.col_stride == 1) return matrix;
@@ -64,8 +64,8 @@ inline Matrix as_bfloat16(const Microkernels& kernels, const Matrix& matrix, std
 
 // Rows 2 i and 2 i + 1 as pairs of bfloat16: element (i, j) at [j / kLanes][i][j % kLanes]; the partner of an
 // odd last row is zero.
-inline std::unique_ptr<uint32_t[]> pack_pairs(const Microkernels& kernels, const Matrix& original) {
-  std::unique_ptr<uint16_t[]> copy;
+inline Scratch<uint32_t> pack_pairs(const Microkernels& kernels, const Matrix& original) {
+  Scratch<uint16_t> copy;
   const Matrix matrix = as_bfloat16(kernels, original, copy);
   const int64_t rows = matrix.rows, cols = matrix.cols;
   const int64_t blocks = blocks_of(cols, kLanes), pairs = blocks_of(rows, 2);
@@ -118,7 +118,7 @@ inline std::unique_ptr<uint32_t[]> pack_pairs(const Microkernels& kernels, const
 
 // The one or the other, as tiles of Value want it.
 template <typename Value>
-std::unique_ptr<Factor<Value>[]> pack_for(const Microkernels& kernels, const Matrix& matrix) {
+Scratch<Factor<Value>> pack_for(const Microkernels& kernels, const Matrix& matrix) {
   if constexpr (kPaired<Value>) return pack_pairs(kernels, matrix);
   else return pack(kernels, matrix);
 }

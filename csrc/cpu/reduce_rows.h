@@ -81,7 +81,7 @@ class RowSums {
   static constexpr int64_t kFewestRows = 8 * kTileRows, kMostChunks = 16;
 
   int64_t rows_, all_cols_, rank_blocks_, cols_;
-  std::unique_ptr<float[]> partials_;
+  Scratch<float> partials_;
 };
 
 }  // namespace lorafast::cpu

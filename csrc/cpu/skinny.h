@@ -66,7 +66,7 @@ class Shrink {
   const Matrix x_, s_;
   const std::optional<Dropout> dropout_;
   const int64_t rank_blocks_;
-  const std::unique_ptr<Factor<Value>[]> factors_;
+  const Scratch<Factor<Value>> factors_;
 };
 
 // y = (y +) drop(scaling · s·Bᵀ) + bias
@@ -131,7 +131,7 @@ class Expand {
   const std::optional<Dropout> dropout_;
   const float scale_;
   const int64_t ranks_;
-  const std::unique_ptr<Factor<Value>[]> factors_;
+  const Scratch<Factor<Value>> factors_;
   std::vector<float> bias_;
 };
 
@@ -187,7 +187,7 @@ class ExpandBackward {
   const Matrix dy_, s_, ds_;
   const float scale_;
   const int64_t rank_blocks_;
-  const std::unique_ptr<Factor<Value>[]> factors_;
+  const Scratch<Factor<Value>> factors_;
 };
 
 // dA = dsᵀ·drop(x)
@@ -203,7 +203,7 @@ class ShrinkBackward {
         rank_blocks_(blocks_of(ds.cols, kLanes)) {}
 
   // ds of a unit's rows, as tile() takes it.
-  std::unique_ptr<Factor<Value>[]> factors(const RowSums::Unit& unit) const {
+  Scratch<Factor<Value>> factors(const RowSums::Unit& unit) const {
     return pack_for<Value>(kernels_, ds_.rows_from(unit.first, unit.last));
   }
 

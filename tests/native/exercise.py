@@ -130,6 +130,12 @@ def weights(dtype):
         every = torch.randint(0, 256, (N, K), dtype=torch.uint8)
         scale = torch.rand(-(-N // 2), -(-K // 48))
         yield operands.FP8({"weight": every, "scale": scale}, dtype, (2, 48))
+        # Of the rows some have no -128, and one a scale whose products are denormals.
+        rows = {"weight": every.view(torch.int8), "scale": torch.randn(N, 1)}
+        rows["weight"][::2].clamp_(min=-127)
+        rows["scale"][-1] = 1e-40
+        yield operands.Int8(rows, dtype)
+        yield operands.FP8({"weight": every.clone(), "scale": torch.randn(N, 1)}, dtype)
         exponents = torch.randint(0, 256, (N, -(-K // 32)), dtype=torch.uint8)
         codes = torch.randint(0, 256, (N, 16 * exponents.shape[1]), dtype=torch.uint8)
         yield operands.MXFP4(codes, exponents, dtype)

@@ -34,8 +34,11 @@ _WHOLE = 32
 """Rows, or columns, that a part has a multiple of."""
 _FEW = {torch.bfloat16: (64, 48), torch.float32: (128, 128), torch.float16: (128, 512)}
 """Rows of x, and of dy, up to which a product straight from the codes is ahead of making W dense:
-measured at 4096 x 4096 with AVX-512 and, for bfloat16, the processor's own product. PyTorch's dy·W is
-slow in float16."""
+measured with AVX-512 and, for bfloat16, the processor's own product. PyTorch's dy·W is slow in
+float16."""
+_LARGE, _FEW_OF_LARGE = 1 << 22, (128, 128)
+"""Elements of W from which no cache keeps it until it is multiplied, and what then holds in bfloat16:
+measured from 1024 x 1024 to 4096 x 14336."""
 
 
 def served(weight: Weight) -> Coded | None:
@@ -107,7 +110,9 @@ def _has_few_rows(x: Tensor, weight: Coded, transposed: bool = False) -> bool:
     dtype = x.dtype
     has = native.multiplies_bfloat16() if dtype is torch.bfloat16 else native.has_avx512()
     once = weight.stored_dtype in (dtype, torch.float32) or dtype is torch.float32
-    return has and once and x.shape[0] <= _FEW[dtype][transposed]
+    N, K = weight.shape
+    few = _FEW_OF_LARGE if dtype is torch.bfloat16 and N * K >= _LARGE else _FEW[dtype]
+    return has and once and x.shape[0] <= few[transposed]
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
