@@ -2,7 +2,9 @@
 
 A row passes if it keeps the package's one numerical contract (``lorafast/reference/contract.py``). The
 exit status is 1 if a row fails. What a backend refuses is said once, with its reason. What reads the
-frozen weight is run over quantized ones too, which the reference takes as they are made dense.
+frozen weight is run over quantized ones too, which the reference takes as they are made dense. A
+bottleneck is run at the shapes with r ≥ 16 alone: of the few elements of a narrower one's gradients the
+error of PyTorch itself is luck, and no yardstick.
 """
 
 import argparse
@@ -30,7 +32,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FORMATS = (operands.DENSE, "nf4", "int8", "fp8")
 _READ_WEIGHT = ("lora_linear", "lora_linear_backward", "linear_expand", "dx", WEIGHT_NORM)
 _LEAST_ELEMENTS = 16
-"""Of the smallest gradient of a bottleneck. Of fewer, PyTorch's own error is luck."""
+"""Of the smallest gradient of a bottleneck, that of its bias, which has r; narrower ones are not run.
+
+Of fewer elements PyTorch's own error is luck, and no multiple of it a bound. The number is a choice.
+"""
 _LETTERS = "M, K, N, r"
 _NAMES = {"dx": "linear_expand"}
 """The operations of rows that bear another name."""
