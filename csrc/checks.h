@@ -2,23 +2,13 @@
 // what was expected.
 #pragma once
 
-#include <torch/csrc/stable/device.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/DeviceType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 
-namespace lorafast {
+#include "tensor.h"
 
-using torch::headeronly::DeviceType;
-using torch::headeronly::ScalarType;
-using torch::stable::Device;
-using torch::stable::Tensor;
+namespace lorafast {
 
 // As a sentence has it: "the CPU", "cuda:0".
 inline std::string name_of(DeviceType type, int64_t index = -1) {
@@ -74,7 +64,7 @@ inline void check_float(const char* name, const Tensor& tensor, const OneDevice&
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
-      " has dtype ", torch::headeronly::toString(dtype), ", expected float32, bfloat16 or float16");
+      " has dtype ", toString(dtype), ", expected float32, bfloat16 or float16");
   check_storage(name, tensor);
 }
 
@@ -98,7 +88,7 @@ inline void check_seed(const std::optional<Tensor>& seed, int64_t threshold, con
   if (!seed.has_value()) return;
   STD_TORCH_CHECK(
       seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, "seed has ", seed->numel(),
-      " elements of dtype ", torch::headeronly::toString(seed->scalar_type()), ", expected one int64");
+      " elements of dtype ", toString(seed->scalar_type()), ", expected one int64");
   device.check("seed", *seed);
   check_storage("seed", *seed);
 }

@@ -24,8 +24,8 @@ inline const uint8_t* bytes_of(const char* name, const Tensor& codes, int64_t co
 inline const float* floats_of(const char* name, const Tensor& tensor, int64_t count, const OneDevice& device) {
   STD_TORCH_CHECK(
       tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == count, name,
-      " has ", tensor.numel(), " elements of dtype ", torch::headeronly::toString(tensor.scalar_type()),
-      ", expected ", count, " of float32, contiguous");
+      " has ", tensor.numel(), " elements of dtype ", toString(tensor.scalar_type()), ", expected ", count,
+      " of float32, contiguous");
   device.check(name, tensor);
   check_storage(name, tensor);
   return static_cast<const float*>(tensor.const_data_ptr());

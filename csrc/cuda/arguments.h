@@ -18,7 +18,7 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t size, c
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
-      " has dtype ", torch::headeronly::toString(dtype), ", expected float32, bfloat16 or float16");
+      " has dtype ", toString(dtype), ", expected float32, bfloat16 or float16");
   check_storage(name, tensor);
 }
 

@@ -43,8 +43,8 @@ inline void check_stack(
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType dtype) {
   STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
-      ", expected ", torch::headeronly::toString(dtype));
+      tensor.scalar_type() == dtype, name, " has dtype ", toString(tensor.scalar_type()), ", expected ",
+      toString(dtype));
 }
 
 inline void check_adapters(const Adapters& of, const Tensor& x, int64_t N, const OneDevice& device) {
@@ -75,8 +75,8 @@ inline void check_adapters(const Adapters& of, const Tensor& x, int64_t N, const
   }
   const ScalarType dtype = of.lora_A.scalar_type();
   STD_TORCH_CHECK(
-      dtype == x.scalar_type() || dtype == ScalarType::Float, "lora_A has dtype ",
-      torch::headeronly::toString(dtype), ", expected that of x or float32");
+      dtype == x.scalar_type() || dtype == ScalarType::Float, "lora_A has dtype ", toString(dtype),
+      ", expected that of x or float32");
   check_dtype("lora_B", of.lora_B, dtype);
 }
 

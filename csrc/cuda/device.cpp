@@ -1,6 +1,7 @@
 #include "device.h"
 
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <map>
 #include <mutex>

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <type_traits>
 

@@ -369,13 +369,13 @@ void expand(
   check_output("y", y, M, N, device);
   const bool bf16 = dtype_of(y) == Dtype::bfloat16;
   STD_TORCH_CHECK(
-      dtype_of(s) == (bf16 ? Dtype::bfloat16 : Dtype::float32), "s has dtype ",
-      torch::headeronly::toString(s.scalar_type()), ", expected ", bf16 ? "bfloat16" : "float32", " beside y");
+      dtype_of(s) == (bf16 ? Dtype::bfloat16 : Dtype::float32), "s has dtype ", toString(s.scalar_type()),
+      ", expected ", bf16 ? "bfloat16" : "float32", " beside y");
   if (bias.has_value()) check_vector("bias", *bias, N, device);
   check_seed(seed, threshold, device);
   STD_TORCH_CHECK(r >= 1, "r is ", r, ", expected at least 1");
   STD_TORCH_CHECK(
-      !onto || dtype_of(y) == Dtype::float16, "y has dtype ", torch::headeronly::toString(y.scalar_type()),
+      !onto || dtype_of(y) == Dtype::float16, "y has dtype ", toString(y.scalar_type()),
       ", onto float16 alone can be added");
   STD_TORCH_CHECK(
       column_warps == 1 || column_warps == 2 || column_warps == 4, "column_warps is ", column_warps,

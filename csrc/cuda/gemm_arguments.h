@@ -14,9 +14,8 @@ struct GemmSizes {
 // `first`: the tensor whose dtype the others have.
 inline void check_same_dtype(const char* name, const Tensor& tensor, const char* first_name, const Tensor& first) {
   STD_TORCH_CHECK(
-      tensor.scalar_type() == first.scalar_type(), name, " has dtype ",
-      torch::headeronly::toString(tensor.scalar_type()), ", expected ",
-      torch::headeronly::toString(first.scalar_type()), " beside ", first_name);
+      tensor.scalar_type() == first.scalar_type(), name, " has dtype ", toString(tensor.scalar_type()),
+      ", expected ", toString(first.scalar_type()), " beside ", first_name);
 }
 
 // x [M, K], fewer than `columns_end` columns, weight [N, K], s [M, r] of wide(x.dtype), lora_B [N, r], bias [N],
@@ -37,8 +36,8 @@ inline GemmSizes check_gemm(
   check_same_dtype("y", y, "x", x);
   const bool bf16 = dtype_of(x) == Dtype::bfloat16;
   STD_TORCH_CHECK(
-      dtype_of(s) == (bf16 ? Dtype::bfloat16 : Dtype::float32), "s has dtype ",
-      torch::headeronly::toString(s.scalar_type()), ", expected ", bf16 ? "bfloat16" : "float32", " beside x");
+      dtype_of(s) == (bf16 ? Dtype::bfloat16 : Dtype::float32), "s has dtype ", toString(s.scalar_type()),
+      ", expected ", bf16 ? "bfloat16" : "float32", " beside x");
   if (bias.has_value()) check_vector("bias", *bias, of.N, device);
   STD_TORCH_CHECK(of.K < columns_end, "x has ", of.K, " columns, expected fewer than ", columns_end);
   STD_TORCH_CHECK(of.r < kRanksEnd, "r is ", of.r, ", expected less than ", kRanksEnd);
@@ -53,8 +52,8 @@ inline void check_memory(
   STD_TORCH_CHECK(
       scratch->scalar_type() == dtype && scratch->is_contiguous() && scratch->numel() >= elements &&
           aligned(scratch->const_data_ptr(), 0, 16),
-      name, " has ", scratch->numel(), " elements of dtype ", torch::headeronly::toString(scratch->scalar_type()),
-      ", expected ", elements, " of ", torch::headeronly::toString(dtype), ", contiguous and aligned to 16 bytes");
+      name, " has ", scratch->numel(), " elements of dtype ", toString(scratch->scalar_type()), ", expected ",
+      elements, " of ", toString(dtype), ", contiguous and aligned to 16 bytes");
   device.check(name, *scratch);
   check_storage(name, *scratch);
 }

@@ -478,17 +478,17 @@ void lora_linear(
   const Dtype dtype = dtype_of(x);
   STD_TORCH_CHECK(
       dtype_of(weight) == dtype && dtype_of(y) == dtype, "weight or y has another dtype than x, ",
-      torch::headeronly::toString(x.scalar_type()));
+      toString(x.scalar_type()));
   const bool wide_a = dtype != Dtype::float32 && dtype_of(lora_A) == Dtype::float32;
   STD_TORCH_CHECK(
-      wide_a || dtype_of(lora_A) == dtype, "lora_A has dtype ", torch::headeronly::toString(lora_A.scalar_type()),
-      ", expected float32 or that of x, ", torch::headeronly::toString(x.scalar_type()));
+      wide_a || dtype_of(lora_A) == dtype, "lora_A has dtype ", toString(lora_A.scalar_type()),
+      ", expected float32 or that of x, ", toString(x.scalar_type()));
   if (bias.has_value()) check_vector("bias", *bias, N, device);
   if (s.has_value()) {
     check_output("s", *s, M, r, device);
     STD_TORCH_CHECK(
         dtype_of(*s) == (dtype == Dtype::bfloat16 ? dtype : Dtype::float32), "s has dtype ",
-        torch::headeronly::toString(s->scalar_type()), ", expected bfloat16 beside that, float32 otherwise");
+        toString(s->scalar_type()), ", expected bfloat16 beside that, float32 otherwise");
   }
   check_seed(seed, threshold, device);
   STD_TORCH_CHECK(r >= 1 && r <= kMostRanks, "r is ", r, ", expected 1 to ", kMostRanks);

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardOnSm<T>)
 
 namespace {
 
-const char* dtype_name(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
+const char* dtype_name(const Tensor& tensor) { return toString(tensor.scalar_type()); }
 
 const Tensor& needed(const char* name, const std::optional<Tensor>& tensor, const char* what) {
   STD_TORCH_CHECK(tensor.has_value(), name, " is missing, which ", what, " is made of");

@@ -25,7 +25,7 @@ namespace {
 // A matrix of bfloat16 that TMA reads.
 MatrixView check_rows(const char* name, const Tensor& matrix) {
   STD_TORCH_CHECK(
-      dtype_of(matrix) == Dtype::bfloat16, name, " has dtype ", torch::headeronly::toString(matrix.scalar_type()),
+      dtype_of(matrix) == Dtype::bfloat16, name, " has dtype ", toString(matrix.scalar_type()),
       ", expected bfloat16");
   return rows_for_tma(name, view_of(matrix));
 }
@@ -71,7 +71,7 @@ void lora_linear_backward_sm90(
   STD_TORCH_CHECK(N < INT64_C(1) << 31, "dy has ", N, " columns, expected fewer than ", INT64_C(1) << 31);
   STD_TORCH_CHECK(
       dtype_of(ds) == Dtype::bfloat16 && aligned(ds.const_data_ptr(), 0, 16), "ds has dtype ",
-      torch::headeronly::toString(ds.scalar_type()), ", expected bfloat16, aligned to 16 bytes");
+      toString(ds.scalar_type()), ", expected bfloat16, aligned to 16 bytes");
   const int64_t rows_end = INT64_C(1) << 16;
   STD_TORCH_CHECK(helpers >= 1 && helpers <= ctas, "helpers is ", helpers, ", expected 1 to ", ctas);
   STD_TORCH_CHECK(
@@ -88,8 +88,7 @@ void lora_linear_backward_sm90(
     check_matrix("s", *s, M, r, device);
     check_output("dB", *dB, N, r, device);
     STD_TORCH_CHECK(
-        dtype_of(*s) == Dtype::bfloat16, "s has dtype ", torch::headeronly::toString(s->scalar_type()),
-        ", expected bfloat16");
+        dtype_of(*s) == Dtype::bfloat16, "s has dtype ", toString(s->scalar_type()), ", expected bfloat16");
     of_dB.factor = factor_of(*s);
     of_dB.to = dB->mutable_data_ptr(), of_dB.to_column = r, of_dB.to_rank = 1, of_dB.type = dtype_of(*dB);
     of_dB.scale = static_cast<float>(scaling);

@@ -32,8 +32,7 @@ void lora_linear_sm90(
   check_matrix("lora_A", lora_A, r, K, device);
   check_seed(seed, threshold, device);
   STD_TORCH_CHECK(
-      dtype_of(x) == Dtype::bfloat16, "x has dtype ", torch::headeronly::toString(x.scalar_type()),
-      ", expected bfloat16");
+      dtype_of(x) == Dtype::bfloat16, "x has dtype ", toString(x.scalar_type()), ", expected bfloat16");
   STD_TORCH_CHECK(r >= 1 && r <= columns, "r is ", r, ", expected 1 to ", columns, ", the columns of a tile");
   STD_TORCH_CHECK(helpers >= 1 && helpers <= ctas, "helpers is ", helpers, ", expected 1 to ", ctas);
   STD_TORCH_CHECK(y.size(1) >= 1, "weight has no rows, expected at least 1");

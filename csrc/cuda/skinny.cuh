@@ -299,8 +299,7 @@ inline void* check_scratch(
   STD_TORCH_CHECK(scratch->is_contiguous(), name, " is not contiguous");
   STD_TORCH_CHECK(
       scratch->scalar_type() == dtype && scratch->numel() >= count, name, " has ", scratch->numel(),
-      " elements of dtype ", torch::headeronly::toString(scratch->scalar_type()), ", expected ", count, " of ",
-      torch::headeronly::toString(dtype));
+      " elements of dtype ", toString(scratch->scalar_type()), ", expected ", count, " of ", toString(dtype));
   device.check(name, *scratch);
   check_storage(name, *scratch);
   void* data = scratch->mutable_data_ptr();

@@ -34,7 +34,7 @@ inline void check_sm90(
     const OneDevice& device, const Tensor& x, const Tensor& weight, const Tensor& s, const Tensor& lora_B,
     const std::optional<Tensor>& bias, const Tensor& y) {
   STD_TORCH_CHECK(
-      x.scalar_type() != ScalarType::Float, "x has dtype ", torch::headeronly::toString(x.scalar_type()),
+      x.scalar_type() != ScalarType::Float, "x has dtype ", toString(x.scalar_type()),
       ", expected bfloat16 or float16");
   const GemmSizes of = check_gemm(device, x, weight, s, lora_B, bias, y, INT64_C(1) << 31);
   STD_TORCH_CHECK(of.K >= 1, "x has no columns, expected at least 1");
