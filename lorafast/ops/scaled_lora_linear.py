@@ -103,13 +103,13 @@ class _Times(torch.autograd.Function):
         if need_dt:
             dt = _product(d, rows, columns).to(ctx.dtype)
         if need_drows or need_dcolumns:
+            # By sums, not by a matrix times a vector: that adds thousands of terms one after another.
             product = d * t
             if need_drows:
-                drows = product.sum(1) if columns is None else product @ columns.to(product.dtype)
-                drows = drows.to(rows.dtype)
+                drows = (product if columns is None else product * columns).sum(1).to(rows.dtype)
             if need_dcolumns:
-                dcolumns = product.sum(0) if rows is None else rows.to(product.dtype) @ product
-                dcolumns = dcolumns.to(columns.dtype)
+                dcolumns = product if rows is None else product * rows.unsqueeze(1)
+                dcolumns = dcolumns.sum(0).to(columns.dtype)
         return dt, drows, dcolumns
 
 
