@@ -111,7 +111,7 @@ KINDS = {
     "pissa": Kind(LORA, _lora(1, init_lora_weights="pissa"), LORA_LR),
     "olora": Kind(LORA, _lora(1, init_lora_weights="olora"), LORA_LR),
     "houlsby": Kind(BOTTLENECK, _bottleneck("houlsby"), 3e-3),
-    "pfeiffer": Kind(BOTTLENECK, _bottleneck("pfeiffer"), 3e-3),
+    "pfeiffer": Kind(BOTTLENECK, _bottleneck("pfeiffer"), 1e-3),
     "parallel": Kind(
         BOTTLENECK,
         # BERT has no module that is the whole MLP: beside its second layer.
