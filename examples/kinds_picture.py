@@ -101,7 +101,9 @@ def _name_points(axes: Axes, points: Sequence[Point], canvas: FigureCanvasAgg, i
     taken = [Bbox([c - POINT * scale, c + POINT * scale]) for c in centers]
     renderer = canvas.get_renderer()
     taken += [text.get_window_extent(renderer) for text in axes.texts]
+    ends = axes.get_yaxis_transform().transform([(0.95, 0), (0.98, 0)])[:, 0]
     inside = axes.get_window_extent(renderer)
+    taken.append(Bbox.from_extents(ends[0], inside.y0, ends[1], inside.y1))  # the interval
     for point in points:
         for distance, angle in _places():
             dx, dy = distance * math.cos(angle), distance * math.sin(angle)
