@@ -1,4 +1,5 @@
 # make demo   fine-tune a real model with lorafast and with PEFT, side by side
+# make demo-kinds   fine-tune it with every kind of adapter: what each scores and takes
 # make test   run the tests that a change needs first
 # make bench  measure a LoRA layer against the frozen one and PEFT
 # make gpu    on a machine with an NVIDIA GPU: test, tune, benchmark, record

