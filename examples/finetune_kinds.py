@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class Record:
 
 
 @contextlib.contextmanager
-def without_boft_warnings() -> Any:
+def without_boft_warnings() -> Iterator[None]:
     """BOFT says in every layer that its CUDA extension isn't there, and what it does then."""
     with warnings.catch_warnings():
         for begin in ("Failed to load the CUDA extension", "Setting boft_n_butterfly_factor to 1"):
