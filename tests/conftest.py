@@ -51,6 +51,20 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+_COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
+
+
+@pytest.fixture(autouse=True)
+def _own_compilers():
+    """PEFT's BOFT leaves both at gcc where it can't build its extension, and gcc links no C++."""
+    yield
+    for name, value in _COMPILERS.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture(autouse=True)
 def _no_graphs_of_others():
     """What a test compiles doesn't count against the graphs that a forward may have in the next."""

@@ -12,6 +12,7 @@ The tensors of one layer, ``A [r, in_features]`` and ``B [out_features, r]``, ar
 """
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -36,6 +37,7 @@ from lorafast.convert.kinds import LINEAR, kind_of_layer
 from lorafast.convert.peft_format import PREFIX, AdapterConfig, parse_config, shortest_targets
 from lorafast.convert.targets import closest, names_by_layer, unwrapped
 from lorafast.convert.unet_names import original_names
+from lorafast.core.dtypes import FLOATS
 from lorafast.nn import AdapterLayer
 
 Layout = Literal["kohya", "kohya-original", "diffusers", "diffusers-old"]
@@ -356,6 +358,10 @@ def _fitting(layer: str, found: _Found, module: nn.Module) -> dict[str, Tensor]:
             key = found.keys.get(other, next(iter(found.keys.values())))
             raise ValueError(f"the file has {key}, and no {role} for {layer}")
     for role in ("A", "B"):
+        if found.values[role].dtype not in FLOATS:
+            raise ValueError(
+                f"{found.keys[role]} is {found.values[role].dtype}, expected a float of 16 bits or more"
+            )
         if found.values[role].dim() < 2 or not found.values[role].numel():
             raise ValueError(
                 f"{found.keys[role]} has shape {list(found.values[role].shape)}, expected a matrix or a "
@@ -419,7 +425,7 @@ def _alpha(layer: str, found: _Found, written: AdapterConfig | None) -> float:
     r = found.values["A"].shape[0]
     if "alpha" in found.values:
         alpha = found.values["alpha"]
-        if alpha.numel() != 1 or not alpha.isfinite().all():
+        if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()):
             raise ValueError(
                 f"{found.keys['alpha']} has shape {list(alpha.shape)} and is {alpha.tolist()!r}, "
                 "expected a finite number"

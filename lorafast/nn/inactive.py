@@ -168,13 +168,13 @@ def follow(layer: Any, state_dict: dict[str, Any], prefix: str, metadata: dict[s
         return
     said = metadata.get(_ACTIVE)
     left = known - found
-    if said not in known and len(left) == 1 and found <= known:
-        said = left.pop()
-    if said in known and said != layer._adapter_name:
-        _activate(layer, said)
+    if not isinstance(said, str):
+        said = left.pop() if len(left) == 1 and found <= known else None
     has_active = any(prefix + name in state_dict for name in layer.adapter_shapes())
+    if has_active and said in known and said != layer._adapter_name:
+        _activate(layer, said)
     if has_active or found:  # else it is no state of the layer, or one of the plain layer
-        _warn_of_a_part(layer, found, has_active, said in known)
+        _warn_of_a_part(layer, found, has_active, said)
 
 
 def _activate(layer: Any, name: str) -> None:
@@ -192,17 +192,29 @@ def _activate(layer: Any, name: str) -> None:
         parameter.requires_grad_(trained)
 
 
-def _warn_of_a_part(layer: Any, found: set[str], has_active: bool, is_said: bool) -> None:
+def _warn_of_a_part(layer: Any, found: set[str], has_active: bool, said: str | None) -> None:
     names = names_of(layer)
     lacking = [name for name in names if name not in found and (name != names[0] or not has_active)]
     if lacking:
         sentence = f"the state lacks the adapters {', '.join(lacking)}, which keep their values"
-        if has_active and not is_said:
+        if has_active and said is None:
             sentence += (
                 f"; what it has without a name goes to the active one, {names[0]!r}: if it is "
                 "another's, call set_adapter before"
             )
         warnings.warn(sentence, stacklevel=4)
+    if has_active and said is not None and said not in names:
+        warnings.warn(
+            f"the state has the adapter {said!r} active, which the model hasn't: its values go to "
+            f"{names[0]!r}, the model's active one; call add_adapter before",
+            stacklevel=4,
+        )
+    if names[0] in found:
+        warnings.warn(
+            f"in the state the adapter {names[0]!r} waits, which is the model's active one: it isn't "
+            "loaded; call set_adapter before",
+            stacklevel=4,
+        )
     more = sorted(found - {*names})
     if more:
         warnings.warn(

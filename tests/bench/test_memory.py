@@ -72,7 +72,7 @@ def test_over_bitsandbytes_a_step_takes_whole_weights():
     assert peak_of_a_step(model) >= W_BYTES
 
 
-FEW = 64
+FEW = 128
 """Rows up to which the codes themselves are multiplied."""
 
 

@@ -166,6 +166,28 @@ def test_adapters_that_the_model_has_not(model, make_net):
     assert make_net().load_state_dict(state, strict=False).missing_keys == []
 
 
+def test_a_state_whose_active_adapter_the_model_has_not(model, make_net):
+    """Nor is it taken for another by what is left over."""
+    lorafast.set_adapter(model, "other")
+    state = model.state_dict()
+    two = lorafast.adapt(make_net(), r=3)
+    lorafast.add_adapter(two, "third", 2)
+    one = lorafast.adapt(make_net(), r=3)
+    for target in (one, two):
+        with pytest.warns(UserWarning, match="'other' active, which the model hasn't") as said:
+            target.load_state_dict(state, strict=False)
+        assert any("'default' waits, which is the model's active" in str(w.message) for w in said)
+        assert lorafast.adapter_names(target)[0] == "default"
+
+
+def test_a_state_without_its_active_adapter(model):
+    waiting = {key: t for key, t in model.state_dict().items() if "inactive" in key}
+    lorafast.set_adapter(model, "other")
+    with pytest.warns(UserWarning, match="'other' waits, which is the model's active one"):
+        model.load_state_dict(waiting, strict=False)
+    assert lorafast.adapter_names(model)[0] == "other"
+
+
 def test_a_checkpoint_of_the_base_and_meta(make_net, x, assert_same):
     """It has neither's values: the adapters stay, and on meta they begin afresh."""
     with torch.device("meta"):

@@ -666,11 +666,14 @@ def test_nothing_else_asks_how_a_weight_is_stored():
         "backends/cuda/linear_expand.py",
         "backends/cuda/wgmma.py",
         "backends/triton/launching.py",
+        "backends/weight_norm.py",  # a dense one stored by columns
         "integrations/peft/attention_rules.py",  # an attention's is dense
         "integrations/peft/conv.py",  # a convolution's is dense
         "integrations/peft/conv_rules.py",
         "integrations/peft/linear.py",  # the dtype of a bias beside it
         "integrations/peft/low_rank.py",  # whether adapters are wider
+        "integrations/peft/parameter_rules.py",  # a parameter is dense
+        "integrations/peft/parameters.py",
         "integrations/peft/quantized.py",  # whether it is the tensor that was read
         "integrations/peft/rules.py",
         "nn/stored_weight.py",  # the dtype of a bias beside it

@@ -35,7 +35,7 @@ def with_gradient(layer: Any, y: Tensor, left: Tensor, adapter: Adapter) -> Tens
     with without_autocast(y):
         c = compressed(left, v, layer.lora_velora_num_groups[name])
         scale = layer.lora_velora_scale[name]
-        found: Tensor = _Compressed.apply(y, A, B.detach(), c, v, adapter.scaling, scale)
+        found: Tensor = _Compressed.apply(y, A, B, c, v, adapter.scaling, scale)
     return found
 
 
@@ -47,7 +47,7 @@ def compressed(x: Tensor, v: Tensor, groups: int) -> Tensor:
 
 
 class _Compressed(torch.autograd.Function):
-    """``y`` itself."""
+    """``y`` itself. B has no gradient of it, but that of A is made of B, and has one."""
 
     @staticmethod
     def forward(

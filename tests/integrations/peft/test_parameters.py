@@ -166,3 +166,23 @@ def test_compiled():
     fast = lorafast.accelerate(model, quiet=True)
     compiled = torch.compile(fast, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_second_call_within_the_first_is_refused():
+    """As another thread's would be: it would take W + ΔW for W."""
+    fast = lorafast.accelerate(model_of("[E, N, K]"), quiet=True)
+    wrapper = next(m for m in fast.modules() if isinstance(m, ParamWrapper))
+    x = torch.randn(2, K)
+    expected = fast(x)
+    within = []
+
+    def again(module, args):
+        if not within:
+            within.append(1)
+            fast(x)
+
+    handle = wrapper.get_base_layer().register_forward_pre_hook(again)
+    with pytest.raises(RuntimeError, match="can't run in two threads at once"):
+        fast(x)
+    handle.remove()
+    assert torch.equal(fast(x), expected)

@@ -261,6 +261,18 @@ def test_the_gradient_of_a_compressed_input(groups):
     torch.testing.assert_close(found["base_model.model.layer.lora_A.default.weight"], A.grad)
 
 
+def test_velora_twice_differentiated():
+    """The gradient of A is made of B, which so has a gradient of it."""
+    pair = twins(made_velora(4))
+    x, found = torch.randn(7, K, dtype=torch.float64), []
+    for model in (pair.stock, pair.fast):
+        layer = layer_of(model)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        (dA,) = torch.autograd.grad((model(x) ** 3).sum(), A, create_graph=True)
+        found.append(torch.autograd.grad((dA**2).sum(), (A, B)))
+    torch.testing.assert_close(*found)
+
+
 def made_velora(groups):
     options_of("VeLoRA")
     return peft_model(
