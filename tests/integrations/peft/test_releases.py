@@ -140,6 +140,11 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("kind", known.METHODS)
 def test_without_its_source_a_release_is_known_by_its_version(kind, fresh, monkeypatch):
+    for owner, methods in known.METHODS[kind].items():
+        for name in methods:
+            if not hasattr(owner, name):
+                pytest.skip(f"PEFT {peft.__version__} has no {owner.__name__}.{name}")
+
     def getsource(function):
         raise OSError("could not get source code")
 
