@@ -1,5 +1,6 @@
 """A transformer's feed-forward, and the bottleneck adapters that may follow it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 import lorafast
 from lorafast.nn.bottleneck import bottleneck_at
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 
 class FeedForward(nn.Module):

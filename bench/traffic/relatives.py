@@ -8,6 +8,7 @@ import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -59,7 +60,7 @@ def _served() -> Iterator[None]:
     """Within it a layer on the meta device is served as one on a GPU is, though a mode counts."""
     from lorafast.integrations.peft import low_rank, rules
 
-    always = [
+    always: list[tuple[ModuleType, str, bool | None]] = [
         (importlib.import_module(f"lorafast.ops.{name}"), "alone", True)
         for name in ("lokr_linear", "oft_linear", "scaled_lora_linear")
     ]

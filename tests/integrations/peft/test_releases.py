@@ -90,7 +90,7 @@ def only_if_known(*kinds):
 
 @pytest.mark.slow
 def test_a_release_that_changed_some_of_it(tmp_path):
-    only_if_known("linear", "dora", "embedding")
+    only_if_known("linear", "dora", "embedding", "target_parameters")
     changes = {
         "__init__.py": [(f'__version__ = "{peft.__version__}"', '__version__ = "7.0.0"')],
         "tuners/lora/layer.py": [
