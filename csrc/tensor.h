@@ -66,6 +66,7 @@ struct Tensor {
 };
 
 int aoti_torch_get_storage_size(void*, int64_t*);
+int aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 }  // namespace lorafast
 

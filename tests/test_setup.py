@@ -132,7 +132,8 @@ def cuda_tree(tmp_path):
     """A tree whose only kernels are for CUDA, with a toolkit beside it."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "tests" / "native" / "throwaway" / "cuda", tree / "csrc" / "cuda")
-    shutil.copy(ROOT / "csrc" / "checks.h", tree / "csrc")
+    for header in ("checks.h", "tensor.h"):
+        shutil.copy(ROOT / "csrc" / header, tree / "csrc")
     shutil.copy(ROOT / "setup.py", tree)
     script(tmp_path / "toolkit" / "bin" / "nvcc", NVCC)
     return tree

@@ -116,7 +116,12 @@ def frozen(base: nn.Module, x: Tensor) -> Frozen:
 
 
 def forget_stale(base: nn.Module) -> None:
-    """Lets go of what was read of ``base`` if it holds other tensors now, as when it was merged."""
+    """Lets go of what was read of ``base`` if it holds other tensors now, as when it was merged.
+
+    Not in compiled code: tracing goes through the dictionary, from which layers vanish meanwhile.
+    """
+    if torch.compiler.is_compiling():
+        return
     found = _reads.get(base)
     if found is not None and found.key != _state(base)[0]:
         del _reads[base]

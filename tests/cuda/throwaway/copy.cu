@@ -1,11 +1,5 @@
 #include "copy.h"
 
-#ifndef __CUDA_ARCH__  // else tensor.h stands in for PyTorch's headers
-#include <torch/csrc/stable/accelerator.h>
-#else
-int aoti_torch_get_current_cuda_stream(int32_t, void**);
-#endif
-
 namespace lorafast::cuda {
 
 struct CopyParams {
