@@ -110,7 +110,8 @@ def _why_stock_conv(layer: Any, found: list[Part]) -> str | None:
 def forward_conv(layer: Any, x: Tensor) -> Tensor | None:
     """``y = conv(x, s ⊙ (W·Rᵀ)) + bias`` in the dtype of x; None where PEFT serves the call itself.
 
-    W is rotated, which is small beside x: its rows go through the butterflies.
+    W is rotated, which is small beside x: its rows go through the butterflies. As in PEFT it has no
+    gradient, also where it asks for one.
     """
     found = parts(layer)
     if _why_stock_conv(layer, found) is not None:
@@ -121,7 +122,7 @@ def forward_conv(layer: Any, x: Tensor) -> Tensor | None:
     orders = _orders_of(layer, x.device)
     with without_autocast(x):
         scale = low_rank.product(part.tensors["boft_s"].flatten() for part in found)
-        rows = base.weight.flatten(1).to(wide(scale.dtype))
+        rows = base.weight.detach().flatten(1).to(wide(scale.dtype))
         blocks = [
             _blocks(layer, part) for part in found
         ]  # in PEFT's order, which draws the dropout

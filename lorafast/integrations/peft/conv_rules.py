@@ -62,14 +62,10 @@ def _why_not_together(layer: LoraLayer, adapters: list[Adapter], base: Any) -> s
 
 def why_stock_mixed(layer: LoraLayer, names: Any, x: Any) -> str | None:
     """Why a mixed batch, ``names`` of its elements' adapters, is left to PEFT; ``x`` as it comes."""
-    if _MIXED_CHANGED is not None:
-        return _MIXED_CHANGED
-    reason = rules.why_no_mixed_batch(names, x)
+    reason = _MIXED_CHANGED or rules.why_no_plain_batch(layer, names, x)
     if reason is not None:
         return reason
     for name in dict.fromkeys(names):
-        if name in layer.lora_variant:
-            return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
         dropout = layer.lora_dropout._modules.get(name)
         if type(dropout) is nn.Dropout and dropout.training:
             return f"adapter {name!r} of a mixed batch has dropout in training"

@@ -57,7 +57,9 @@ def forward_quantized(layer: Any, x: Tensor) -> Tensor | None:
     found = parts(layer)
     if _why_stock(layer, found) is not None:
         return None
-    wide = x.float() if _is_halved(x) and not torch.is_autocast_enabled() else x
+    # Without a device, as PEFT asks: that is whether CUDA has autocast.
+    converted = _is_halved(x) and not torch.is_autocast_enabled()
+    wide = x.float() if converted else x
     scale = low_rank.product(part.tensors["ia3_l"].flatten() for part in found)
     if layer.is_feedforward:
         wide = wide * scale
@@ -67,7 +69,9 @@ def forward_quantized(layer: Any, x: Tensor) -> Tensor | None:
     weight, bias, result = frozen
     y = low_rank.base_linear(wide, weight, bias)
     y = y if result is None else y.to(result)
-    return y if layer.is_feedforward else y * scale
+    if layer.is_feedforward:
+        return y
+    return (y * scale).to(y.dtype) if converted else y * scale
 
 
 def _is_halved(x: Any) -> bool:

@@ -384,6 +384,17 @@ def why_no_mixed_batch(rows: Any, x: Any) -> str | None:
     return None
 
 
+def why_no_plain_batch(layer: LoraLayer, names: Any, x: Any) -> str | None:
+    """The same where each adapter of the batch must be plain LoRA."""
+    reason = why_no_mixed_batch(names, x)
+    if reason is not None:
+        return reason
+    for name in dict.fromkeys(names):
+        if name in layer.lora_variant:
+            return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
+    return None
+
+
 def why_stock_mixed(
     layer: LoraLayer, changed: str | None, x: Any, kwargs: dict[str, Any]
 ) -> str | None:

@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 
 import peft
 from helpers import covering
-from peft_twins import assert_equal, assert_near, relative_of_lora, twins
+from peft_twins import assert_equal, assert_near, relative_of_lora, run, twins
 from torch import nn
 
 import lorafast
@@ -120,6 +120,17 @@ def test_under_autocast_and_without_gradients(never_stock, what):
         assert_equal(pair, x, dy, torch.bfloat16)
     with torch.no_grad():
         assert_equal(pair, x, dy, torch.float32)
+
+
+@pytest.mark.parametrize("what", OF_AUTOCAST, ids=str)
+def test_a_base_layer_that_asks_for_gradients(never_stock, what):
+    """It gets one where PEFT gives it one."""
+    pair = twins(made(*what))
+    x, dy = drawn(what[1], torch.float32)
+    for model in (pair.stock, pair.fast):
+        model.get_submodule("base_model.model.0").base_layer.weight.requires_grad_(True)
+    stock, fast = run(pair.stock, x, dy).gradients, run(pair.fast, x, dy).gradients
+    assert fast.keys() == stock.keys()
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])

@@ -86,3 +86,14 @@ def test_over_a_quantized_layer(monkeypatch, kind, base, dtype, few):
     )
     reason = contract.why_any_broken({"y": found.y} | found.gradients, bounds)
     assert reason is None, reason
+
+
+@pytest.mark.parametrize("kind", ["(IA)3", "(IA)3, feed-forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_dtypes_under_autocast(kind, dtype, base):
+    stock, fast = made(kind, BASES[base], dtype), made(kind, BASES[base], dtype)
+    lorafast.accelerate(fast, quiet=True)
+    x = torch.randn(3, 5, K).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast(x).dtype is stock(x).dtype
