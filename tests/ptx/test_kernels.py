@@ -212,6 +212,12 @@ def same_on_sm_80(case):
     return dataclasses.replace(case, arch=80)
 
 
+def made_before(arch):
+    """Cases of which the PTX is that of an architecture before this one."""
+    others = (80, *LIKE_SM_80[: LIKE_SM_80.index(arch)]) if arch in LIKE_SM_80 else ()
+    return {same_on_sm_80(case) for other in others for case in shipped(other)}
+
+
 def in_pairs(cases):
     """Of the cases some, by lot, in which each configuration meets each kind and each variant, and each
     kind each variant: what three of them do together is what two do."""
@@ -254,7 +260,7 @@ def test_every_configuration_that_ships(operation, arch):
     schedule each; in every variant that a layer launches, in two schedules, with EXECUTE=all, which make
     test-executed sets."""
     everything = os.environ.get("EXECUTE") == "all"
-    known = set() if arch not in LIKE_SM_80 else {same_on_sm_80(case) for case in shipped(80)}
+    known = made_before(arch)
     cases = [
         case for case in shipped(arch)
         if case.operation == operation and same_on_sm_80(case) not in known
