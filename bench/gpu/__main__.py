@@ -70,6 +70,8 @@ class _Plan:
     model: str
     model_layers: int | None
     tune_seconds: float
+    share_of_time: float
+    """Of the seconds for which the other stages time a problem."""
     tokens: int
     peft_cases: Sequence[Case]
 
@@ -94,7 +96,7 @@ def _plan_for_gpu(device: torch.device) -> _Plan:
         decoded=_decoded(square, (1, 16)) + _over(_decoded(square, (1, 16)), NF4.format),
         decoded_by=("peft", *_BACKENDS),
         model="llama-8b", model_layers=None,
-        tune_seconds=12.0, tokens=8192, peft_cases=CASES,
+        tune_seconds=12.0, share_of_time=1.0, tokens=8192, peft_cases=CASES,
     )  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def _plan_for_rehearsal() -> _Plan:
         # Without Triton: inference is timed by many calls, of which each takes the interpreter long.
         decoded=_decoded(table[0].shape, (1,)), decoded_by=("peft", "aten", "cuda"),
         model="qwen-0.6b", model_layers=1,
-        tune_seconds=0.5, tokens=8, peft_cases=CASES[-1:],
+        tune_seconds=0.5, share_of_time=0.05, tokens=8, peft_cases=CASES[-1:],
     )  # fmt: skip
 
 
@@ -228,12 +230,12 @@ def _unused(folder: Path, stem: str) -> Path:
 def _stages(
     plan: _Plan, budget: _Budget, record: Record, arguments: argparse.Namespace
 ) -> list[_Stage]:
-    device, both = plan.device, [plan.square, plan.dropped]
+    device, both, part = plan.device, [plan.square, plan.dropped], plan.share_of_time
     stages = [
         _Stage(_TESTS, 0.1, lambda: _test(record, budget.left(0.35))),
         _Stage("operations", 0.4, lambda: run_operations(
             both, _BACKENDS,
-            device=device, seconds=0.3, record=record, deadline=budget.until(0.4),
+            device=device, seconds=part * 0.3, record=record, deadline=budget.until(0.4),
         )),
         # Before what uses it.
         _Stage(_TUNE, 0.6, lambda: tune.run(
@@ -242,29 +244,29 @@ def _stages(
         )),
         _Stage("layers", 0.7, lambda: layer.run(
             plan.table, ["both"], plan.against,
-            device=device, seconds=0.7, record=record, deadline=budget.until(0.7),
+            device=device, seconds=part * 0.7, record=record, deadline=budget.until(0.7),
         )),
         _Stage("quantized layers", 0.79, lambda: layer.run(
             plan.quantized, ["both"], plan.against,
-            device=device, seconds=0.5, record=record, deadline=budget.until(0.79),
+            device=device, seconds=part * 0.5, record=record, deadline=budget.until(0.79),
         )),
         _Stage("sweep", 0.87, lambda: layer.run(
             plan.swept, ["both"], ["peft", *_BACKENDS],
-            device=device, seconds=0.4, record=record, kind="sweep", deadline=budget.until(0.87),
+            device=device, seconds=part * 0.4, record=record, kind="sweep", deadline=budget.until(0.87),
         )),
         _Stage("decoding", 0.88, lambda: layer.run(
             plan.decoded, ["infer"], plan.decoded_by,
-            device=device, seconds=0.4, record=record, kind="decode", deadline=budget.until(0.88),
+            device=device, seconds=part * 0.4, record=record, kind="decode", deadline=budget.until(0.88),
         )),
         _Stage("call overhead", 0.89, lambda: run_call_overhead(
             ["peft"], device=device, record=record
         )),
         _Stage("model", 0.9, lambda: run_model(
             MODELS[plan.model], 16, "bf16", ["peft"], device=device, record=record,
-            layers=plan.model_layers, tokens=plan.tokens, seconds=5.0,
+            layers=plan.model_layers, tokens=plan.tokens, seconds=part * 5.0,
         )),
         _Stage("PEFT's layers, accelerated", 0.92, lambda: run_accelerated(
-            ["tiny-llama"], 16, "bf16", device=device, record=record, seconds=1.0,
+            ["tiny-llama"], 16, "bf16", device=device, record=record, seconds=part * 1.0,
             cases=plan.peft_cases,
         )),
         _Stage("traffic", 0.95, lambda: traffic.run(

@@ -203,13 +203,19 @@ def test_the_mask_is_the_references_bit_for_bit(arch, bias):
     assert torch.equal(y != 0, keep_mask(M, N, 0.3, seed))
 
 
-IN_PAIRS = (80, 90)
+IN_PAIRS = 90
 LIKE_SM_80 = (86, 89)
 """Triton makes the same PTX for them."""
 
 
 def same_on_sm_80(case):
     return dataclasses.replace(case, arch=80)
+
+
+def made_before(arch):
+    """Cases of which the PTX is that of an architecture before this one."""
+    others = (80, *LIKE_SM_80[: LIKE_SM_80.index(arch)]) if arch in LIKE_SM_80 else ()
+    return {same_on_sm_80(case) for other in others for case in shipped(other)}
 
 
 def in_pairs(cases):
@@ -230,19 +236,27 @@ def in_pairs(cases):
     return taken
 
 
-def quarter(cases):
-    """A quarter of each configuration's cases, by lot; of each at least one."""
+def one_in(share, cases):
+    """One in so many of each configuration's cases, by lot; of each at least one."""
     by_config = {}
     for case in cases:
         by_config.setdefault(case.config, []).append(case)
-    return [case for own in by_config.values() for case in random.sample(own, -(-len(own) // 4))]
+    lots = (random.sample(own, -(-len(own) // share)) for own in by_config.values())
+    return list(itertools.chain.from_iterable(lots))
+
+
+def lot_of(arch, cases):
+    """What a run of the tests executes of an architecture; the next draws another."""
+    if arch == IN_PAIRS:
+        return in_pairs(cases)
+    return one_in(4 if arch == 80 else 8, cases)
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_each_configuration_is_in_every_lot(arch):
     cases = list(shipped(arch))
     assert {(c.config, c.kind) for c in in_pairs(cases)} == {(c.config, c.kind) for c in cases}
-    assert {c.config for c in quarter(cases)} == {c.config for c in cases}
+    assert {c.config for c in lot_of(arch, cases)} == {c.config for c in cases}
 
 
 @pytest.mark.slow
@@ -250,17 +264,17 @@ def test_each_configuration_is_in_every_lot(arch):
 @pytest.mark.parametrize("operation", ["shrink", "expand", "linear_expand", "expand_backward",
                                        "shrink_backward", "lora_linear"])  # fmt: skip
 def test_every_configuration_that_ships(operation, arch):
-    """Of sm_80 and sm_90 in pairs of what it is launched with, of the others in a quarter of it, one
-    schedule each; in every variant that a layer launches, in two schedules, with EXECUTE=all, which make
-    test-executed sets."""
+    """Of sm_90 in pairs of what it is launched with, of sm_80 in a quarter of it, of the others in an
+    eighth, by lot, one schedule each; in every variant that a layer launches, in two schedules, with
+    EXECUTE=all, which make test-executed sets."""
     everything = os.environ.get("EXECUTE") == "all"
-    known = set() if arch not in LIKE_SM_80 else {same_on_sm_80(case) for case in shipped(80)}
+    known = made_before(arch)
     cases = [
         case for case in shipped(arch)
         if case.operation == operation and same_on_sm_80(case) not in known
     ]  # fmt: skip
     if not everything:
-        cases = in_pairs(cases) if arch in IN_PAIRS else quarter(cases)
+        cases = lot_of(arch, cases)
     for i, case in enumerate(cases):
         print(case)  # shown with a failure
         check(case, seeds=(0, 1) if everything else (i % 2,))
