@@ -3,6 +3,7 @@
 from lorafast import functional, nn, reference
 from lorafast.convert import (
     Adapter,
+    AdapterState,
     adapt,
     adapter_names,
     add_adapter,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterState",
     "BackendError",
     "BackendStatus",
     "accelerate",

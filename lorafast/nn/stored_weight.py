@@ -177,9 +177,15 @@ class StoredWeight(nn.Module):
             )
         there = [name for name in self._stored_names if prefix + name in state_dict]
         missing = [name for name in self._stored_names if name not in there]
-        if there and missing:
+        if there and missing and not self._holds(state_dict, prefix, there):
             return f"{own}, and the checkpoint has {there[0]}, and no {missing[0]}"
         return None
+
+    def _holds(self, state_dict: dict[str, Any], prefix: str, names: list[str]) -> bool:
+        """Whether these tensors of a state are those that the layer has: PyTorch's states without frozen
+        parameters have the scales, which are buffers."""
+        pairs = [(getattr(self, name), state_dict[prefix + name]) for name in names]
+        return all(type(b) is Tensor and torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
     def _format(self) -> str:
         return self._description.partition("|")[0]
