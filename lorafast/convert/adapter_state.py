@@ -72,8 +72,8 @@ class AdapterState:
                 merged anew; or there is an optimizer, and no state of one.
         """
         tensors = self._tensors()
-        _check_names(set(tensors), set(json.loads(state["names"])) | set(state["tensors"]))
         _check_settings(_settings(self._model), json.loads(state["layers"]))
+        _check_names(set(tensors), set(json.loads(state["names"])) | set(state["tensors"]))
         if self._optimizer is not None and "optimizer" not in state:
             raise ValueError(
                 "the state has no optimizer's, and AdapterState was given an optimizer"
@@ -153,9 +153,9 @@ def _check_names(own: set[str], given: set[str]) -> None:
 
 
 def _check_settings(own: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> None:
-    for layer, mine in own.items():
-        for what, here in mine.items():
-            there = given.get(layer, {}).get(what)
+    for layer in sorted(own.keys() & given.keys()):
+        for what, here in own[layer].items():
+            there = given[layer].get(what)
             if there != here:
                 raise ValueError(
                     f"{what} of {layer or 'the model'} is {there!r} in the checkpoint and {here!r} in "
