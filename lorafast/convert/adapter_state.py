@@ -130,15 +130,14 @@ def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
 def _settings_of(adapter: AdapterModule) -> dict[str, Any]:
     if not isinstance(adapter, AdapterLayer):
         return {"scaling": float(adapter.scaling)}
-    active = adapter._adapter_name
-    scaling = {active: float(adapter.scaling)}
-    for name, held in inactive.waiting(adapter).items():
-        scaling[name] = float(held.settings["_scaling"])
-    return {
-        "the active adapter": active,
-        "scaling": scaling if len(scaling) > 1 else scaling[active],
+    found = {
+        "the active adapter": adapter._adapter_name,
+        "scaling": float(adapter.scaling),
         "init_lora_weights": adapter.init_lora_weights,
     }
+    for name, held in inactive.waiting(adapter).items():
+        found[f"scaling of {name}"] = float(held.settings["_scaling"])
+    return found
 
 
 def _check_names(own: set[str], given: set[str]) -> None:
@@ -155,7 +154,7 @@ def _check_names(own: set[str], given: set[str]) -> None:
 def _check_settings(own: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> None:
     for layer in sorted(own.keys() & given.keys()):
         for what, here in own[layer].items():
-            there = given[layer].get(what)
+            there = given[layer].get(what, here)
             if there != here:
                 raise ValueError(
                     f"{what} of {layer or 'the model'} is {there!r} in the checkpoint and {here!r} in "
