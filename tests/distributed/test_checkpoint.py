@@ -24,8 +24,13 @@ from torch.distributed.fsdp import fully_shard
 import lorafast
 from lorafast.nn import bitsandbytes_keys
 
-KINDS = ("lora", "dora", "nf4", "named", "siblings", "bottleneck")
 BROKEN_AT, STEPS = 2, 4
+
+
+def of_kinds(*quick, slow=()):
+    """A test of these kinds of adapters and weights, of which some are left out by ``make test``."""
+    others = [pytest.param(kind, marks=pytest.mark.slow) for kind in slow]
+    return pytest.mark.parametrize("kind", [*quick, *others])
 
 
 def _adapted(kind, world=0):
@@ -132,7 +137,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("kind", KINDS)
+@of_kinds("dora", "nf4", slow=("lora", "named", "siblings", "bottleneck"))
 def test_a_resumed_run_has_the_same_curve(saved, kind):
     folder, (first, second) = saved(kind)
     assert first == second
@@ -150,7 +155,7 @@ def test_a_resumed_run_has_the_same_curve(saved, kind):
     assert not _close(there, rest)
 
 
-@pytest.mark.parametrize("kind", ["dora", pytest.param("nf4", marks=pytest.mark.slow)])
+@of_kinds("dora", slow=("nf4",))
 def test_four_ranks_go_on_with_what_two_saved(saved, kind):
     folder, (first, _) = saved(kind)
     for losses in on_ranks(_resume, kind, folder, 4, world=4):
@@ -161,6 +166,7 @@ def _has_no_waiting(kind, world):
     return _adapted("lora" if kind == "named" else "named", world)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_adapter_that_waits_is_in_it(saved):
     folder, _ = saved("named")
@@ -192,14 +198,14 @@ def _load_whole(rank, kind, folder, world):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("kind", ["dora", "nf4", "named"])
+@of_kinds("nf4", slow=("dora", "named"))
 def test_the_whole_model(saved, kind):
     folder, (losses, _) = saved(kind)
     parts = on_ranks(_load_whole, kind, folder, 2)
     assert _close([sum(parts) / 2, _load_whole(0, kind, folder, 0)], [losses[BROKEN_AT]] * 2)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@of_kinds("dora", slow=("lora",))
 def test_peft_loads_what_two_ranks_saved(saved, kind):
     peft = pytest.importorskip("peft")
     folder, _ = saved(kind)
@@ -251,7 +257,7 @@ def _merge(rank, kind):
     return found, model(tokens(4)).detach().numpy()
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "nf4"])
+@of_kinds("dora", "nf4", slow=("lora",))
 def test_two_ranks_merge_as_one(kind):
     model = _adapted(kind)
     expected = model(tokens(4)).detach()
