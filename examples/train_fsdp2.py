@@ -68,7 +68,7 @@ except ImportError as error:
     )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, QUANTIZED: torch.float32}
-ENDS = 10  # steps of which the table has the mean loss
+ENDS = 10  # steps at either end of which the table has the mean loss
 
 
 class Progress:
@@ -252,11 +252,12 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def results(progress: Progress, found: dict[str, Any]) -> str:
-    first, last = progress.losses[:ENDS], progress.losses[-ENDS:]
+    ends = min(ENDS, -(-len(progress.losses) // 2))
+    first, last = progress.losses[:ends], progress.losses[-ends:]
     rows = [
         ["", "value"],
-        [f"mean loss of the first {len(first)} steps", f"{statistics.fmean(first):.4f}"],
-        [f"mean loss of the last {len(last)} steps", f"{statistics.fmean(last):.4f}"],
+        [f"mean loss of the first {ends} steps", f"{statistics.fmean(first):.4f}"],
+        [f"mean loss of the last {ends} steps", f"{statistics.fmean(last):.4f}"],
         ["accuracy on held-out modules", f"{found['accuracy']:.3f}"],
         ["time per step, median", f"{statistics.median(progress.seconds) * 1e3:.0f} ms"],
     ]
