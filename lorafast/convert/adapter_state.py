@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
 from lorafast.convert.checkpoints import state_of
+from lorafast.convert.fsdp import has_flat_parameters
 from lorafast.convert.kinds import adapter_parameters
 from lorafast.convert.targets import COMPILED, unwrapped
 from lorafast.nn import AdapterLayer, bitsandbytes_keys, inactive
 from lorafast.nn.adapter_module import AdapterModule, adapters_in
 
-# What the first release of FSDP calls the module that it wraps.
-_FSDP = "_fsdp_wrapped_module"
+# What stands before the names of a block that torch.compile or PyTorch's checkpoint_wrapper wraps.
+_WRAPPERS = (COMPILED, "_checkpoint_wrapped_module")
 
 
 class AdapterState:
@@ -25,7 +26,8 @@ class AdapterState:
     ``dcp.save({"adapter": AdapterState(model, optimizer)}, checkpoint_id=folder)``, and ``dcp.load``
     likewise. What is sharded (FSDP2, tensor parallelism) stays so: each rank writes its part, and a
     model that is sharded otherwise, or not at all, loads it. Frozen weights are in no such checkpoint,
-    nor are the scales of quantized ones: the model must have them.
+    nor are the scales of quantized ones: the model must have them. PyTorch reads
+    pickles there: load checkpoints of people that you trust.
 
     In it are, by their names in the model's ``state_dict``: the parameters of all adapters, active or
     not; every other parameter that requires a gradient; the buffers of a module that holds such a one
@@ -92,16 +94,23 @@ class AdapterState:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The model's own, by name."""
+        if has_flat_parameters(self._model):
+            raise ValueError(
+                "the model is in FullyShardedDataParallel, whose parameters are flat, expected one that "
+                "fully_shard has sharded"
+            )
         with bitsandbytes_keys(False):
-            whole = state_of(self._model)  # FSDP2 shards what it has left gathered
+            state = state_of(self._model)  # FSDP2 shards what it has left gathered
+        whole = {_without_wrappers(name): tensor for name, tensor in state.items()}
         of_adapters = {id(tensor) for tensor in adapter_parameters(self._model)}
-        for layer in self._model.modules():
-            if isinstance(layer, AdapterLayer):
-                for held in inactive.waiting(layer).values():
+        adapted = set()
+        for place, module in self._model.named_modules(remove_duplicate=False):
+            if isinstance(module, AdapterModule):
+                adapted.add(_without_wrappers(place))
+            if isinstance(module, AdapterLayer):
+                for held in inactive.waiting(module).values():
                     of_adapters |= {id(parameter) for parameter in held.parameters()}
         names = [n for n, t in whole.items() if id(t) in of_adapters or t.requires_grad]
-        modules = self._model.named_modules(remove_duplicate=False)
-        adapted = {name for name, module in modules if isinstance(module, AdapterModule)}
         trained = {_owner(name) for name in names} - adapted
         names += [
             name
@@ -111,14 +120,9 @@ class AdapterState:
         if not names:
             raise ValueError("the model has no adapter, and no parameter of it is trained")
         for name in names:
-            if _FSDP in name.split("."):
-                raise ValueError(
-                    "the model is in FullyShardedDataParallel, whose parameters are flat, expected one "
-                    "that fully_shard has sharded"
-                )
             if whole[name].is_meta:
                 raise ValueError(f"{name} is on the device meta, which holds no values")
-        return {_without_wrappers(name): whole[name] for name in names}
+        return {name: whole[name] for name in names}
 
 
 def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -172,8 +176,7 @@ def _owner(name: str) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    """The name without what ``torch.compile`` puts before a block's own names."""
-    return ".".join(part for part in name.split(".") if part != COMPILED)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _copied(value: Any) -> Any:

@@ -5,7 +5,10 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lorafast
 
@@ -54,6 +57,17 @@ def test_a_compiled_block_has_the_names_of_a_plain_one(saved, fresh, x):
     load(model, state, torch.optim.AdamW(adapters_of(model)))
     assert torch.equal(model(x), saved(x))
     load(compiled, state_of(model))
+
+
+def test_a_wrapped_block_has_the_names_of_a_plain_one():
+    plain = lorafast.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), "nf4")
+    lorafast.adapt(plain, 2)
+    expected = state_of(plain)
+    plain[0] = checkpoint_wrapper(plain[0])
+    found = state_of(plain)
+    assert found["names"] == expected["names"]
+    assert len(found["tensors"]) == 4
+    assert found["layers"] == expected["layers"]
 
 
 def adapters_of(model):
@@ -136,3 +150,16 @@ def test_models_without_state(net):
         model = lorafast.adapt(nn.Sequential(nn.Linear(3, 4)), 2)
     with pytest.raises(ValueError, match=r"0\.lora_A is on the device meta"):
         lorafast.AdapterState(model).state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
+def test_flat_parameters_are_refused(net):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(
+            lorafast.adapt(net, 2), device_id=torch.device("cpu"), use_orig_params=True
+        )
+        with pytest.raises(ValueError, match="expected one that fully_shard has sharded"):
+            lorafast.AdapterState(model).state_dict()
+    finally:
+        dist.destroy_process_group()
