@@ -182,10 +182,15 @@ class StoredWeight(nn.Module):
         return None
 
     def _holds(self, state_dict: dict[str, Any], prefix: str, names: list[str]) -> bool:
-        """Whether these tensors of a state are those that the layer has: PyTorch's states without frozen
-        parameters have the scales, which are buffers."""
+        """Whether these tensors of a state are the layer's own scales, which then stay: PyTorch's states
+        without frozen parameters have them, for they are buffers, and no codes."""
+        if self._stored_names[0] in names:
+            return False
         pairs = [(getattr(self, name), state_dict[prefix + name]) for name in names]
-        return all(type(b) is Tensor and torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+        return all(
+            type(given) is Tensor and not own.is_meta and torch.equal(own, given.to(own.device))
+            for own, given in pairs
+        )
 
     def _format(self) -> str:
         return self._description.partition("|")[0]

@@ -183,6 +183,28 @@ def test_an_adapter_that_waits_is_in_it(saved):
         _resume(0, "lora", saved("lora")[0], 0, into=_has_no_waiting)
 
 
+def _asynchronous(rank, folder):
+    """A checkpoint that is written while the training goes on, loaded by a model in DDP."""
+    model = _adapted("lora", 2)
+    optimizer = _optimizer(model)
+    _train(model, optimizer, range(BROKEN_AT), rank, 2)
+    state = {"run": lorafast.AdapterState(model, optimizer)}
+    saving = dcp.async_save(state, checkpoint_id=folder, process_group=dist.new_group())
+    losses = _train(model, optimizer, range(BROKEN_AT, STEPS), rank, 2)
+    saving.result()
+    dist.barrier()
+    model = torch.nn.parallel.DistributedDataParallel(_other("lora", 0))
+    optimizer = _optimizer(model)
+    dcp.load({"run": lorafast.AdapterState(model, optimizer)}, checkpoint_id=folder)
+    return losses, _train(model, optimizer, range(BROKEN_AT, STEPS), rank, 2)
+
+
+@pytest.mark.slow
+def test_saved_meanwhile_and_loaded_by_ddp(tmp_path):
+    for losses, in_ddp in on_ranks(_asynchronous, str(tmp_path / "checkpoint")):
+        assert _close(in_ddp, losses)
+
+
 def _load_whole(rank, kind, folder, world):
     """The loss of a model with none of the checkpoint's values."""
     model = _other(kind, 0)
