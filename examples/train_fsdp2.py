@@ -290,7 +290,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seed", type=bounded_int(0), default=0, help="of the head, the adapters and the batches")
     add("--save-every", type=bounded_int(1), default=20, help="steps between two checkpoints")
-    add("--out", type=Path, default=Path(), help="folder for the adapter and the checkpoints")
+    add(
+        "--out",
+        type=Path,
+        default=Path(),
+        help="folder for the adapter and the checkpoints, which all ranks see",
+    )
     add(
         "--resume",
         action=argparse.BooleanOptionalAction,

@@ -74,6 +74,30 @@ def adapters_of(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["", "accelerated"])
+def test_pefts_models(make_net, x, fast):
+    peft = pytest.importorskip("peft")
+
+    def make(seed):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            r=2, target_modules=["up", "down"], modules_to_save=["head"], init_lora_weights=False
+        )
+        model = peft.get_peft_model(make_net(), config)
+        return lorafast.accelerate(model) if fast else model
+
+    model, other = make(1), make(2)
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.mul_(2)
+    expected = model(x)
+    assert not torch.equal(other(x), expected)
+    optimizer = torch.optim.AdamW(adapters_of(model))
+    state = state_of(model, optimizer)
+    assert state["tensors"].keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    load(other, state, torch.optim.AdamW(adapters_of(other)))
+    assert torch.equal(other(x), expected)
+
+
 def test_a_merged_model_is_merged_anew(saved, fresh, x):
     model = fresh()
     model.block.up.merge()
