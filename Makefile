@@ -1,5 +1,6 @@
 # make demo   fine-tune a real model with lorafast and with PEFT, side by side
 # make demo-kinds   fine-tune it with every kind of adapter: what each scores and takes
+# make demo-fsdp2   fine-tune it on two processes with FSDP2; goes on when it was stopped
 # make test   run the tests that a change needs first
 # make bench  measure a LoRA layer against the frozen one and PEFT
 # make gpu    on a machine with an NVIDIA GPU: test, tune, benchmark, record
@@ -10,7 +11,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-cnn demo-dpo demo-kinds demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own count-peft-own test-oldest-triton bench gpu docs lint types check clean
+.PHONY: help setup demo demo-cnn demo-dpo demo-fsdp2 demo-kinds demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own count-peft-own test-oldest-triton bench gpu docs lint types check clean
 
 help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
@@ -20,6 +21,7 @@ help:
 	@echo "make demo-kinds   fine-tune the model of make demo with every kind of adapter: table and picture (3 minutes)"
 	@echo "make demo-weak   fine-tune that model on noisy rules, without a labelled example (3 minutes)"
 	@echo "make demo-robust   walk from a small CNN to its fine-tuned copy, full and LoRA (3 minutes)"
+	@echo "make demo-fsdp2   fine-tune the model of make demo on two processes with FSDP2 (2 minutes)"
 	@echo "make test    run the tests that a change needs first"
 	@echo "make test-all   run every test (11 minutes on two cores)"
 	@echo "make test-executed   run the GPU kernels' PTX on a CPU, every configuration"
@@ -58,6 +60,9 @@ demo-weak: $(READY)
 
 demo-robust: $(READY)
 	$(PY) examples/robust_interpolation.py $(ARGS)
+
+demo-fsdp2: $(READY)
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_fsdp2.py $(ARGS)
 
 # One worker a core, so one thread a worker.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal

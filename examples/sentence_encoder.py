@@ -105,14 +105,18 @@ def head_only_model(base: nn.Module) -> nn.Module:
 def make_arm(name: str, model: nn.Module, device: torch.device, lr: float = LORA_LR) -> Arm:
     """Return an arm that trains what is not frozen: `lr` is the rate of all but the head."""
     model.to(device).train()
+    return Arm(name, model, make_optimizer(model, lr), weights_bytes=weights_bytes(model))
+
+
+def make_optimizer(model: nn.Module, lr: float = LORA_LR) -> torch.optim.Optimizer:
+    """Return one of what is not frozen: `lr` is the rate of all but the head."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     head = [p for n, p in trainable.items() if "classifier" in n]
     others = [p for n, p in trainable.items() if "classifier" not in n]
     groups = [{"params": head, "lr": HEAD_WITH_LORA_LR if others else HEAD_ONLY_LR}]
     if others:
         groups.append({"params": others, "lr": lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    return Arm(name, model, optimizer, weights_bytes=weights_bytes(model))
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def model_folder() -> Path:

@@ -3,6 +3,7 @@
 from lorafast import functional, nn, reference
 from lorafast.convert import (
     Adapter,
+    AdapterState,
     adapt,
     adapter_names,
     add_adapter,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterState",
     "BackendError",
     "BackendStatus",
     "accelerate",

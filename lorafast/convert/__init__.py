@@ -3,6 +3,7 @@
 from lorafast.convert.adapt import adapt
 from lorafast.convert.adapter import Adapter
 from lorafast.convert.adapter_io import load_adapter, save_adapter
+from lorafast.convert.adapter_state import AdapterState
 from lorafast.convert.adapterhub import load_adapterhub, save_adapterhub
 from lorafast.convert.bottlenecks import remove_bottlenecks
 from lorafast.convert.combine import combine
@@ -23,6 +24,7 @@ from lorafast.convert.summary import AdapterRow, Summary, summary
 __all__ = [
     "Adapter",
     "AdapterRow",
+    "AdapterState",
     "Extracted",
     "LeftOut",
     "Summary",

@@ -16,3 +16,11 @@ def name_of_sharded(model: nn.Module, layers: Container[nn.Module]) -> str | Non
         if by_fsdp and any(inner in layers for inner in module.modules()):
             return name or "the model"
     return None
+
+
+def has_flat_parameters(model: nn.Module) -> bool:
+    """Whether ``model`` or a part of it is in the first FSDP, ``FullyShardedDataParallel``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()
+    )

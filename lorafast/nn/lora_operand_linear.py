@@ -14,6 +14,7 @@ from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear, quantized_linear_of
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
+from lorafast.ops.unstrided import is_sharded
 
 
 def lora_linear_of(
@@ -160,8 +161,19 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         return quantized_linear_of(x, self._stored(), self._description, self.bias)
 
     def base_weight(self) -> Tensor:
-        """W as ``[out_features, in_features]``, made dense."""
-        return operands.as_dense(self.operand())
+        """W as ``[out_features, in_features]``, made dense; sharded as B is where the codes are."""
+        stored: list[Any] = self._stored()
+        if not any(map(is_sharded, stored)):
+            return operands.as_dense(self.operand())
+        from torch.distributed.tensor import distribute_tensor
+
+        gathered = [one.full_tensor() if is_sharded(one) else one for one in stored]
+        dense = operands.as_dense(operands.build(gathered, self._description))
+        B: Any = self.lora_B
+        if not is_sharded(B):
+            return dense
+        # Every rank has it whole: each keeps its shard, and nothing is sent.
+        return distribute_tensor(dense, B.device_mesh, B.placements, src_data_rank=None)
 
     def to_quantized(self) -> tuple[QuantizedLinear, Requantized]:
         """The merged weight, quantized again as the frozen one is, in a layer; and what that lost.

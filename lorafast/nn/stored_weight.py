@@ -177,9 +177,20 @@ class StoredWeight(nn.Module):
             )
         there = [name for name in self._stored_names if prefix + name in state_dict]
         missing = [name for name in self._stored_names if name not in there]
-        if there and missing:
+        if there and missing and not self._holds(state_dict, prefix, there):
             return f"{own}, and the checkpoint has {there[0]}, and no {missing[0]}"
         return None
+
+    def _holds(self, state_dict: dict[str, Any], prefix: str, names: list[str]) -> bool:
+        """Whether these tensors of a state are the layer's own scales, which then stay: PyTorch's states
+        without frozen parameters have them, for they are buffers, and no codes."""
+        if self._stored_names[0] in names:
+            return False
+        pairs = [(getattr(self, name), state_dict[prefix + name]) for name in names]
+        return all(
+            type(given) is Tensor and not own.is_meta and torch.equal(own, given.to(own.device))
+            for own, given in pairs
+        )
 
     def _format(self) -> str:
         return self._description.partition("|")[0]

@@ -201,6 +201,26 @@ def test_half_a_state_by_its_own_names_changes_nothing(change, said):
     assert torch.equal(made.dense_weight(), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_scales_without_codes_are_the_layers_own_or_refused(device):
+    made = LoRALinear.from_linear(layer("nf4"), 2)
+    state = {n: t.clone() for n, t in made.state_dict().items() if n not in ("weight", "bias")}
+    state["lora_B"] += 1
+    before = made.base_weight()
+    made = made.to(device)
+    if device == "cpu":
+        assert made.load_state_dict(state, strict=False).missing_keys == ["weight", "bias"]
+        assert made.lora_B.eq(1).all()
+        with pytest.raises(RuntimeError, match="Missing key"):
+            made.load_state_dict(state)
+        state["nested_offset"] = state["nested_offset"] + 1
+    with pytest.raises(RuntimeError, match="the checkpoint has absmax, and no weight"):
+        made.load_state_dict(state, strict=False)
+    if device == "cpu":
+        assert torch.equal(made.base_weight(), before)
+
+
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize(
     ("bias", "said"),

@@ -1,0 +1,189 @@
+"""``AdapterState`` in one process: what is in it, what it refuses, and that it then changes nothing."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import lorafast
+
+
+def state_of(model, optimizer=None):
+    """As a file has it, read without pickles of classes."""
+    file = io.BytesIO()
+    torch.save(lorafast.AdapterState(model, optimizer).state_dict(), file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def load(model, state, optimizer=None):
+    lorafast.AdapterState(model, optimizer).load_state_dict(state)
+
+
+@pytest.fixture
+def saved(net, draw_adapters):
+    return draw_adapters(lorafast.adapt(net, 2, ["up", "down"], alpha=3))
+
+
+@pytest.fixture
+def fresh(make_net):
+    def make(r=2, targets=("up", "down"), alpha=3, **options):
+        return lorafast.adapt(make_net(), r, targets, alpha=alpha, **options)
+
+    return make
+
+
+def test_what_is_in_it(saved):
+    saved.head = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2).requires_grad_(False))
+    saved.add_module("other", nn.BatchNorm1d(3).requires_grad_(False))
+    lorafast.add_adapter(saved, "waits", 1)
+    names = set(state_of(saved)["tensors"])
+    adapters = {name for name in saved.state_dict() if "lora_" in name}
+    assert len(adapters) == 8
+    head = {f"head.0.{n}" for n in ("weight", "bias", "running_mean", "running_var")}
+    assert names == adapters | head | {"head.0.num_batches_tracked"}
+
+
+def test_a_compiled_block_has_the_names_of_a_plain_one(saved, fresh, x):
+    compiled = copy.deepcopy(saved)
+    compiled.block = torch.compile(compiled.block, backend="eager")
+    state = state_of(nn.DataParallel(compiled), torch.optim.AdamW(adapters_of(compiled)))
+    assert state.keys() == {"tensors", "layers", "names", "optimizer"}
+    model = fresh()
+    load(model, state, torch.optim.AdamW(adapters_of(model)))
+    assert torch.equal(model(x), saved(x))
+    load(compiled, state_of(model))
+
+
+def test_a_wrapped_block_has_the_names_of_a_plain_one():
+    plain = lorafast.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), "nf4")
+    lorafast.adapt(plain, 2)
+    expected = state_of(plain)
+    plain[0] = checkpoint_wrapper(plain[0])
+    found = state_of(plain)
+    assert found["names"] == expected["names"]
+    assert len(found["tensors"]) == 4
+    assert found["layers"] == expected["layers"]
+
+
+def adapters_of(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["", "accelerated"])
+def test_pefts_models(make_net, x, fast):
+    peft = pytest.importorskip("peft")
+
+    def make(seed):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            r=2, target_modules=["up", "down"], modules_to_save=["head"], init_lora_weights=False
+        )
+        model = peft.get_peft_model(make_net(), config)
+        return lorafast.accelerate(model) if fast else model
+
+    model, other = make(1), make(2)
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.mul_(2)
+    expected = model(x)
+    assert not torch.equal(other(x), expected)
+    optimizer = torch.optim.AdamW(adapters_of(model))
+    state = state_of(model, optimizer)
+    assert state["tensors"].keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    load(other, state, torch.optim.AdamW(adapters_of(other)))
+    assert torch.equal(other(x), expected)
+
+
+def test_a_merged_model_is_merged_anew(saved, fresh, x):
+    model = fresh()
+    model.block.up.merge()
+    load(model, state_of(saved))
+    torch.testing.assert_close(model(x), saved(x))
+
+
+def test_a_copy_is_saved(saved):
+    state = lorafast.AdapterState(saved).state_dict()
+    before = state["tensors"]["block.up.lora_A"].clone()
+    with torch.no_grad():
+        saved.block.up.lora_A.zero_()
+    assert torch.equal(state["tensors"]["block.up.lora_A"], before)
+
+
+def test_an_optimizers_state_begins_at_zero(saved):
+    state = state_of(saved, torch.optim.AdamW(adapters_of(saved)))
+    moments = state["optimizer"]["state"]["block.up.lora_A"]
+    assert not moments["exp_avg"].any()
+    assert all(parameter.grad is None for parameter in saved.parameters())
+
+
+REFUSED = {
+    "scaling": (
+        {"alpha": 4},
+        r"scaling of block\.down is 1\.5 in the checkpoint and 2\.0 in the model",
+    ),
+    "fewer": (
+        {"targets": ["up"]},
+        r"has block\.down\.lora_A, block\.down\.lora_B, which the model",
+    ),
+    "more": ({"use_dora": True}, r"lacks block\.down\.lora_magnitude, block\.up\.lora_magnitude"),
+    "began": (
+        {"init_lora_weights": "pissa"},
+        r"init_lora_weights of block\.down is None in the check",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_was_adapted_otherwise(saved, fresh, unchanged, options, message):
+    model = fresh(**options)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        load(model, state_of(saved))
+
+
+def test_another_adapter_is_active(saved, unchanged):
+    lorafast.add_adapter(saved, "second", 2)
+    state = state_of(saved)
+    lorafast.set_adapter(saved, "second")
+    with (
+        unchanged(saved),
+        pytest.raises(ValueError, match="'default' in the checkpoint"),
+    ):
+        load(saved, state)
+    lorafast.set_adapter(saved, "default")
+    load(saved, state)
+
+
+def test_no_half_of_a_state_is_loaded(saved, fresh, unchanged):
+    model, state = fresh(), state_of(saved)
+    with unchanged(model), pytest.raises(ValueError, match="has no optimizer's"):
+        load(model, state, torch.optim.AdamW(adapters_of(model)))
+    model.block.down.merge()
+    state["tensors"]["block.down.lora_A"][0, 0] = torch.nan
+    with unchanged(model), pytest.raises(ValueError, match="lora_A is NaN"):
+        load(model, state)
+
+
+def test_models_without_state(net):
+    with pytest.raises(ValueError, match="no adapter, and no parameter of it is trained"):
+        lorafast.AdapterState(net.requires_grad_(False)).state_dict()
+    with torch.device("meta"):
+        model = lorafast.adapt(nn.Sequential(nn.Linear(3, 4)), 2)
+    with pytest.raises(ValueError, match=r"0\.lora_A is on the device meta"):
+        lorafast.AdapterState(model).state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
+def test_flat_parameters_are_refused(net):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(
+            lorafast.adapt(net, 2), device_id=torch.device("cpu"), use_orig_params=True
+        )
+        with pytest.raises(ValueError, match="expected one that fully_shard has sharded"):
+            lorafast.AdapterState(model).state_dict()
+    finally:
+        dist.destroy_process_group()
