@@ -1,16 +1,20 @@
 """Several ranks on one machine: a function that every process of a gloo group calls.
 
 The processes are forked from a server that has imported what every test needs, once for all tests of a
-worker. A rank that fails ends the others: a test fails, it doesn't hang.
+worker; ``imports`` names what else, of a server of its own. A rank that fails ends the others: a test
+fails, it doesn't hang.
 """
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -25,17 +29,40 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED_ONCE)
 
 
+@functools.cache
+def _server(imports: tuple[str, ...]) -> forkserver.ForkServer:
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([*IMPORTED_ONCE, *imports])
+    return server
+
+
+@contextlib.contextmanager
+def _forked_from(imports: tuple[str, ...]) -> Iterator[None]:
+    """Processes that start in here are those of the server that has imported these too."""
+    before = forkserver.connect_to_new_process
+    if imports:
+        forkserver.connect_to_new_process = _server(imports).connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = before
+
+
 class RankError(AssertionError):
     """What a rank raised, with its traceback, or how it ended."""
 
 
 def on_ranks(
-    function: Callable[..., Any], *arguments: Any, world: int = 2, seconds: float = 90.0
+    function: Callable[..., Any],
+    *arguments: Any,
+    world: int = 2,
+    seconds: float = 90.0,
+    imports: tuple[str, ...] = (),
 ) -> list[Any]:
     """``function(rank, *arguments)`` on every rank of a group of ``world``; what each returned, by rank.
 
     ``function`` is one of a module; what it takes and returns can be pickled (tensors travel as NumPy
-    arrays, or in lists and dictionaries: ``.numpy()``).
+    arrays, or in lists and dictionaries: ``.numpy()``). ``imports``: modules that take long to import.
 
     Raises:
         RankError: a rank raised, died, or wasn't done after ``seconds``.
@@ -48,7 +75,8 @@ def on_ranks(
             process = _context.Process(
                 target=_run, args=(there, rank, world, rendezvous, seconds, function, arguments)
             )
-            process.start()
+            with _forked_from(imports):
+                process.start()
             there.close()
             processes.append(process)
             ends.append(here)

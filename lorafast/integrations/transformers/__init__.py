@@ -1,5 +1,9 @@
-"""Transformers: adapters at every checkpoint of its ``Trainer``. Importing this imports Transformers."""
+"""Transformers' ``Trainer``: PEFT's layers made fast, adapters at every checkpoint.
 
+Importing this imports Transformers.
+"""
+
+from lorafast.integrations.transformers.accelerate import Accelerate
 from lorafast.integrations.transformers.callback import SaveAdapter
 
-__all__ = ["SaveAdapter"]
+__all__ = ["Accelerate", "SaveAdapter"]

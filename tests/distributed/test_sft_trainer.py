@@ -1,0 +1,73 @@
+"""TRL's ``SFTTrainer``, which makes the PEFT model itself: two processes against one, and PEFT's layers."""
+
+import importlib.util
+from functools import partial
+
+import pytest
+import torch
+import trainer_runs as runs
+from ranks import on_ranks
+from trainer_runs import IMPORTS, STEPS, be_rank, difference
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs TRL"),
+]
+ROUNDING = 2.0**-18
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(120)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w0", pad_token="w1", eos_token="w2"
+    )
+
+
+def _tuned(folder, world, callbacks, **options):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    run = runs.Run()
+    settings = {
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    torch.manual_seed(1)
+    trainer = SFTTrainer(
+        model=runs.llama(torch.float32),
+        args=SFTConfig(**runs.arguments(folder, world, **settings | options)),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": d["input_ids"].tolist()} for d in runs.data()]
+        ),
+        processing_class=_tokenizer(),
+        callbacks=[runs.watching(run, None), *callbacks],
+        peft_config=runs.lora_config(init_lora_weights=False),
+    )
+    return runs.finish(trainer, run)
+
+
+def _as_one(rank, folder):
+    from lorafast.integrations.transformers import Accelerate
+
+    for options in ({}, {"packing": True, "max_length": 24, "gradient_checkpointing": True}):
+        run = partial(_tuned, folder, save_strategy="no", **options)
+        be_rank(rank, 2)
+        two = run(2, [Accelerate(quiet=True)])
+        be_rank(0, 1)
+        stock = run(1, [])
+        assert (two.by_peft, two.wrapped) == (0, "DistributedDataParallel")
+        assert stock.by_peft > 0
+        assert two.losses == pytest.approx(stock.losses, rel=ROUNDING)
+        assert len(two.gradients) == STEPS
+        for found, expected in zip(two.gradients, stock.gradients, strict=True):
+            assert difference(found, expected) <= ROUNDING
+
+
+def test_two_fast_processes_train_as_one_of_peft(tmp_path):
+    on_ranks(_as_one, str(tmp_path), imports=IMPORTS)
