@@ -57,7 +57,7 @@ class AdapterLayer(AdapterModule):
     _aside = False
     """Whether the forward is another than the plain adapter's: off, merged, DoRA, or one of siblings."""
     init_lora_weights: str | None = None
-    """How A and B began, where that took a part of W away (PiSSA, OLoRA)."""
+    """How A and B began, where that took a part of W away (PiSSA, OLoRA, CorDA)."""
     shares_x: ClassVar[bool] = False
     """Whether its forward can share x with others' (``sibling``)."""
     _siblings: tuple[Siblings, int] | None = None
