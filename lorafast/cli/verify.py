@@ -2,14 +2,12 @@
 
 A row passes if it keeps the package's one numerical contract (``lorafast/reference/contract.py``). The
 exit status is 1 if a row fails. What a backend refuses is said once, with its reason. What reads the
-frozen weight is run over quantized ones too, which the reference takes as they are made dense. A
-bottleneck is run at the shapes with r ≥ 16 alone: of the few elements of a narrower one's gradients the
-error of PyTorch itself is luck, and no yardstick.
+frozen weight is run over quantized ones too, which the reference takes as they are made dense.
 """
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from lorafast.cli import terminal
 from lorafast.cli.options import default_device, device
 from lorafast.core.dtypes import wide
 from lorafast.core.errors import BackendError
-from lorafast.core.problem import ACTIVATIONS, BOTTLENECK_OPERATIONS, WEIGHT_NORM
+from lorafast.core.problem import ACTIVATIONS, WEIGHT_NORM
 from lorafast.ops.problems import why_not
 from lorafast.reference import contract
 
@@ -31,11 +29,6 @@ _SHAPES = ((1, 1, 1, 1), (5, 33, 17, 3), (70, 200, 130, 16), (129, 96, 257, 40))
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FORMATS = (operands.DENSE, "nf4", "int8", "fp8")
 _READ_WEIGHT = ("lora_linear", "lora_linear_backward", "linear_expand", "dx", WEIGHT_NORM)
-_LEAST_ELEMENTS = 16
-"""Of the smallest gradient of a bottleneck, that of its bias, which has r; narrower ones are not run.
-
-Of fewer elements PyTorch's own error is luck, and no multiple of it a bound. The number is a choice.
-"""
 _LETTERS = "M, K, N, r"
 _NAMES = {"dx": "linear_expand"}
 """The operations of rows that bear another name."""
@@ -102,8 +95,8 @@ def _verify(
                 continue
             try:
                 with forced.use_backend(backend):
-                    squares = operation not in BOTTLENECK_OPERATIONS
-                    verdict = contract.compare(call, ops, _DTYPES[dtype], squares=squares)
+                    sizes = call.sizes if isinstance(call, _OfBottlenecks) else None
+                    verdict = contract.compare(call, ops, _DTYPES[dtype], sizes=sizes)
             except BackendError as error:
                 _, _, reason = str(error).partition(": ")
                 refused.setdefault(_label(operation, format), reason)
@@ -179,8 +172,7 @@ def _calls(
     if not dropout_p and M > 1:
         calls |= _grouped_calls(shape, draw, of)
     if not dropout_p:
-        if r >= _LEAST_ELEMENTS:
-            calls |= _bottleneck_calls(shape, draw)
+        calls |= _bottleneck_calls(shape, draw)
         calls["linear_expand"] = lambda run, cast: run.linear_expand(
             cast(x), frozen(run, cast), cast(s, low), cast(lora_B), 0.7, cast(bias)
         )
@@ -195,33 +187,57 @@ def _calls(
     return calls
 
 
+class _OfBottlenecks:
+    """A call of a bottleneck adapter, r wide, with each function, and of one beside a layer."""
+
+    def __init__(
+        self, shape: tuple[int, ...], draw: Callable[..., Tensor], differentiated: bool
+    ) -> None:
+        M, K, N, b = shape
+        self.h, self.onto, self.differentiated = draw(M, K), draw(M, N), differentiated
+        self.down, self.down_bias = (
+            draw(b, K) * K**-0.5,
+            draw(b),
+        )  # in the range of f where it bends
+        own, beside = (draw(K, b), draw(K)), (draw(N, b), draw(N))
+        self.kinds: list[Any] = [(f, *own, None) for f in ACTIVATIONS]
+        self.kinds.append(("gelu", *beside, self.onto))
+
+    def __call__(
+        self, run: Any, cast: Callable[..., Tensor], of_squares: bool = False
+    ) -> tuple[Tensor, ...]:
+        """The output, or each gradient, of all kinds as one: of the few elements of one kind's PyTorch's
+        own error is luck, and no yardstick."""
+        found: list[tuple[Tensor, ...]] = []
+        for f, up, up_bias, residual in self.kinds:
+            leaves = (self.h, self.down, up, self.down_bias, up_bias)
+            given = [cast(t).detach().requires_grad_() for t in leaves]
+            onto = None if residual is None else cast(residual)
+            scaling, f = (0.7**2, "relu") if of_squares else (0.7, f)
+            y = run.bottleneck(*given, scaling, f, onto)
+            if self.differentiated:
+                dy = self.h if residual is None else self.onto
+                found.append(torch.autograd.grad(y, given, cast(dy)))
+            else:
+                found.append((y.detach(),))
+        return tuple(
+            torch.cat([t.flatten() for t in of_kinds]) for of_kinds in zip(*found, strict=True)
+        )
+
+    def sizes(self, run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """The same on squares, with a function that changes nothing of them and isn't much less steep
+        anywhere than any: relu."""
+        return self(run, cast, of_squares=True)
+
+
 def _bottleneck_calls(
     shape: tuple[int, ...], draw: Callable[..., Tensor]
 ) -> dict[str, contract.Call]:
-    """Those of a bottleneck adapter, r wide: with each function, and one beside a layer."""
-    M, K, N, b = shape
-    h, onto = draw(M, K), draw(M, N)
-    down, down_bias = draw(b, K) * K**-0.5, draw(b)  # in the range of f where it bends
-    own, beside = (draw(K, b), draw(K)), (draw(N, b), draw(N))
-    kinds: list[Any] = [(f, *own, None) for f in ACTIVATIONS] + [("gelu", *beside, onto)]
-
-    def adapters(run: Any, leaves: Sequence[Tensor], cast: Callable[..., Tensor]) -> Iterator[Any]:
-        """``y``, and what it is differentiated by."""
-        for f, up, up_bias, residual in kinds:
-            given = [cast(t).detach().requires_grad_() for t in (*leaves, up, down_bias, up_bias)]
-            r = None if residual is None else cast(residual)
-            yield run.bottleneck(*given, 0.7, f, r), given
-
-    def forward(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return tuple(y.detach() for y, _ in adapters(run, (h, down), cast))
-
-    def gradients(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        found: list[Tensor] = []
-        for y, given in adapters(run, (h, down), cast):
-            found += torch.autograd.grad(y, given, cast(onto if y.shape == onto.shape else h))
-        return tuple(found)
-
-    return {"bottleneck": forward, "bottleneck_backward": gradients}
+    """Those of a bottleneck adapter, r wide."""
+    return {
+        "bottleneck": _OfBottlenecks(shape, draw, differentiated=False),
+        "bottleneck_backward": _OfBottlenecks(shape, draw, differentiated=True),
+    }
 
 
 def _grouped_calls(

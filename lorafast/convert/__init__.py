@@ -7,7 +7,9 @@ from lorafast.convert.adapter_state import AdapterState
 from lorafast.convert.adapterhub import load_adapterhub, save_adapterhub
 from lorafast.convert.bottlenecks import remove_bottlenecks
 from lorafast.convert.combine import combine
+from lorafast.convert.corda import initialize_corda
 from lorafast.convert.disabled import disabled
+from lorafast.convert.eva import initialize_eva
 from lorafast.convert.extract import Extracted, extract
 from lorafast.convert.freeze import freeze, thaw
 from lorafast.convert.heads import new_head
@@ -38,6 +40,8 @@ __all__ = [
     "extract",
     "freeze",
     "import_adapter",
+    "initialize_corda",
+    "initialize_eva",
     "interpolate",
     "interpolation_curve",
     "load_adapter",

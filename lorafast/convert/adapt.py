@@ -88,7 +88,7 @@ def adapt(
             the QR decomposition of W). The last ones are of dense linear layers, and take
             ``scaling·B·A`` away from W: the layer keeps what is left as its weight, and until all
             are made the model's own weights are held beside. Saved adapters name it, and load where
-            the same was done.
+            the same was done. EVA and CorDA begin from data: ``initialize_eva``, ``initialize_corda``.
         kind: ``"lora"``, ``"houlsby"`` (Houlsby et al., 2019: after attention and after the MLP, before
             their residual sums), ``"pfeiffer"`` (Pfeiffer et al., 2021: after the MLP alone; where
             Houlsby's is, while AdapterHub's ``seq_bn`` reads what LayerNorm makes of the sum) or

@@ -23,7 +23,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Each adapted layer calls the frozen layer that it is over, and each module with a bottleneck gives
     its own output. A merged layer does so too, and is merged as before after the block. What is trained
-    besides adapters (a head, norms) stays as it is. Of PiSSA and OLoRA (``init_lora_weights``) the
+    besides adapters (a head, norms) stays as it is. Of PiSSA, OLoRA and CorDA the
     frozen layer is what they left of the weight, and not that of the model before ``adapt``. A layer
     over a quantized weight computes as ``lorafast.nn.QuantizedLinear`` does; PyTorch's encoders go on
     calling their layers, without the fused kernels of inference.

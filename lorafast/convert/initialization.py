@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lorafast.core.dtypes import FLOATS
 from lorafast.nn.plain import is_conv1d
 
+_OF_DATA = ("eva", "corda")
+"""Starts that have functions of their own, ``initialize_eva`` and ``initialize_corda``."""
 _NITER = re.compile(r"pissa_niter_(\d{1,4})")
 
 
@@ -28,6 +30,11 @@ def check_start(
             a side of a weight, or a weight isn't finite.
         TypeError: a layer isn't a dense linear layer.
     """
+    if how in _OF_DATA:
+        raise ValueError(
+            f"init_lora_weights is {how!r}, which begins from data: adapt without it, then call "
+            f"lorafast.initialize_{how}(model, batches)"
+        )
     if how not in ("pissa", "olora") and _NITER.fullmatch(how) is None:
         raise ValueError(
             f"init_lora_weights is {how!r}, expected 'pissa', 'pissa_niter_<n>', 'olora' or None"

@@ -46,10 +46,10 @@ def add_adapter(
     Raises:
         ValueError: the model has an adapter of that name, or no adapted layer; an argument doesn't fit;
             a layer is sharded or offloaded, its adapter is computed by a parametrization, or it is one
-            of PiSSA or OLoRA, beside which a fresh one would begin at what these have left of W; or
+            of PiSSA, OLoRA or CorDA, beside which a fresh one would begin at what these left of W; or
             the model is in ``DistributedDataParallel``. The model is unchanged.
     """
-    _check_not_parallel(model)
+    check_not_parallel(model)
 
     def add(_: str, layer: AdapterLayer) -> None:
         if layer.init_lora_weights is not None:
@@ -67,7 +67,7 @@ def add_adapter(
 
 def add_to_each(model: nn.Module, name: str, add: Callable[[str, AdapterLayer], None]) -> None:
     """Calls ``add`` with each adapted layer and its name; on an error none has the adapter ``name``."""
-    layers = _exchangeable(model)
+    layers = exchangeable(model)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name is {name!r}, expected one without dots")
     if name in _names(layers):
@@ -104,8 +104,8 @@ def set_adapter(model: nn.Module, name: str, *, is_trainable: bool = True) -> No
         ValueError: the model has no such adapter, an adapter's values can't be merged, a layer is
             sharded or offloaded, or the model is in ``DistributedDataParallel``. The model is unchanged.
     """
-    _check_not_parallel(model)
-    layers = _exchangeable(model)
+    check_not_parallel(model)
+    layers = exchangeable(model)
     check_name(layers, name, one_active=False)
     before = [
         (layer, layer._adapter_name, dict(vars(layer)), dict(layer._buffers))
@@ -135,8 +135,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         ValueError: the model has no such adapter, it is the active one, or the model is in
             ``DistributedDataParallel``.
     """
-    _check_not_parallel(model)
-    layers = _exchangeable(model)
+    check_not_parallel(model)
+    layers = exchangeable(model)
     if check_name(layers, name)[0] == name:
         raise ValueError(f"the adapter {name!r} is active: set another one before")
     for layer in layers.values():
@@ -160,7 +160,7 @@ def showing(model: nn.Module, name: str | None) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if name is not None and check_name(_layers(model), name)[0] != name:
-            for layer in _exchangeable(model).values():
+            for layer in exchangeable(model).values():
                 stack.enter_context(inactive.shown(layer, name))
         yield
 
@@ -199,7 +199,7 @@ def _names(layers: dict[str, AdapterLayer], one_active: bool = True) -> list[str
     return names
 
 
-def _check_not_parallel(model: nn.Module) -> None:
+def check_not_parallel(model: nn.Module) -> None:
     """Raises ``ValueError`` if ``model`` is in ``DistributedDataParallel``."""
     while COMPILED in model._modules:
         model = model.get_submodule(COMPILED)
@@ -210,7 +210,7 @@ def _check_not_parallel(model: nn.Module) -> None:
         )
 
 
-def _exchangeable(model: nn.Module) -> dict[str, AdapterLayer]:
+def exchangeable(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapted layers; ``ValueError`` if the adapter of one can't be exchanged."""
     layers = _layers(model)
     sharded = name_of_sharded(unwrapped(model), layers.values())

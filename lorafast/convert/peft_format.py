@@ -48,8 +48,8 @@ _DESCRIPTIVE = frozenset({
 })  # fmt: skip
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # Starts for which PEFT takes a part of W away, so that B·A belongs to what is left of it.
-_OTHER_BASE = ("corda", "loftq", "lora_ga")
-_LOCAL = ("pissa", "olora")
+_OTHER_BASE = ("loftq", "lora_ga")
+_OURS = ("pissa", "olora", "corda")
 # More than any matrix has rows.
 _MOST_RANK = 2**31
 
@@ -331,9 +331,9 @@ def _check_kind(raw: dict[str, Any], path: Path) -> None:
 
 
 def _start(raw: dict[str, Any], path: Path) -> str | None:
-    """A start that takes a part of W away, and that ``adapt`` has too; None of those that take none."""
+    """A start that takes a part of W away, and that lorafast has too; None of those that take none."""
     start = raw.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_LOCAL):
+    if isinstance(start, str) and start.lower().startswith(_OURS):
         return start.lower()
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
         raise ValueError(

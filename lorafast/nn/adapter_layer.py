@@ -58,7 +58,7 @@ class AdapterLayer(AdapterModule):
     _aside = False
     """Whether the forward is not the plain adapter's: off, merged, DoRA, of siblings, of rows."""
     init_lora_weights: str | None = None
-    """How A and B began, where that took a part of W away (PiSSA, OLoRA)."""
+    """How A and B began, where that took a part of W away (PiSSA, OLoRA, CorDA)."""
     shares_x: ClassVar[bool] = False
     """Whether its forward can share x with others' (``sibling``)."""
     _siblings: tuple[Siblings, int] | None = None

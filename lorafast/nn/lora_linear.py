@@ -373,6 +373,27 @@ class LoRALinear(AdapterLayer):
         self.lora_B.copy_(B)
         self.init_lora_weights = how
 
+    @torch.no_grad()
+    def begin(self, A: Tensor, alpha: float) -> None:
+        """Begins with ``A [r, K]``, of any rank, ``alpha``, and a B that is zero.
+
+        Where the rank is another than before, ``lora_A`` and ``lora_B`` are other parameters.
+        """
+        if len(A) != self._r:
+            self._r, self._memory = len(A), Memory()
+            for name, shape in (("lora_A", A.shape), ("lora_B", (self.out_features, len(A)))):
+                old = getattr(self, name)
+                with torch.inference_mode(False):
+                    made = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
+                self.register_parameter(name, made)
+        self.lora_A.copy_(A)
+        self.lora_B.zero_()
+        self.set_scaling(alpha, self._use_rslora)
+
+    def without_adapter(self) -> nn.Module:
+        """The frozen layer by itself, over the same tensors, without its hooks."""
+        return self._plain(self.weight)
+
     def _as_kept(self, W: Tensor) -> Tensor:
         """``W [N, K]`` as the layer keeps it."""
         return W

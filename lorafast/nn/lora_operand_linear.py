@@ -160,6 +160,12 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         """``x·Wᵀ + bias``, ``[..., out_features]``, as a ``QuantizedLinear`` computes it."""
         return quantized_linear_of(x, self._stored(), self._description, self.bias)
 
+    def without_adapter(self) -> QuantizedLinear:
+        """The frozen layer by itself, over the same tensors, without its hooks."""
+        weight = self.operand()
+        assert isinstance(weight, Operand)
+        return QuantizedLinear.from_operand(weight, self.bias).train(self.training)
+
     def base_weight(self) -> Tensor:
         """W as ``[out_features, in_features]``, made dense; sharded as B is where the codes are."""
         stored: list[Any] = self._stored()

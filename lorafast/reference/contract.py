@@ -157,14 +157,14 @@ def compare(
     operations: Any,
     dtype: torch.dtype,
     rounded_to: torch.dtype | None = None,
-    squares: bool = True,
+    sizes: Call | None = None,
 ) -> Verdict:
     """Runs ``call`` on ``operations`` in ``dtype``, and on the reference, and holds it to the contract.
 
     Of several outputs it returns the verdict on the worst. ``rounded_to``: the dtype whose ``eps``
     counts where outputs are made of values rounded to another dtype than their own, as a layer's
-    gradients are. ``squares``: whether the size of an output is that on squared inputs; else, for what
-    is no polynomial of its inputs, it is that of ``ref64``.
+    gradients are. ``sizes``: what is run on squared inputs, where ``call`` is no polynomial of its
+    inputs; a call with as many outputs.
     """
 
     def cast(tensor: Tensor, other: torch.dtype = dtype) -> Tensor:
@@ -177,16 +177,14 @@ def compare(
         return exact(tensor, other).square()
 
     exactly = _outputs(call(reference, exact))
-    sizes: tuple[Tensor, ...] = exactly
-    if squares:
-        sizes = tuple(size.abs().sqrt() for size in _outputs(call(reference, square)))
+    of_squares = _outputs((sizes or call)(reference, square))
     verdicts = [
         bound(eager, ref64, size64, rounded_to).verdict(actual)
         for actual, eager, ref64, size64 in zip(
             _outputs(call(operations, cast)),
             _outputs(call(reference, cast)),
             exactly,
-            sizes,
+            [size.abs().sqrt() for size in of_squares],
             strict=True,
         )
     ]

@@ -111,9 +111,9 @@ def _with_nan(net):
     ("options", "change", "message"),
     [
         (
-            {"init_lora_weights": "eva"},
+            {"init_lora_weights": "mica"},
             None,
-            "init_lora_weights is 'eva', expected 'pissa', 'pissa_n",
+            "init_lora_weights is 'mica', expected 'pissa', 'pissa_n",
         ),
         ({"r": 13}, None, "r is 13, expected at most 12, the smaller side of the weight of 0"),
         ({"alpha": 0}, None, "alpha is 0, expected a finite number above 0"),

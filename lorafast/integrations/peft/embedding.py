@@ -30,7 +30,7 @@ def forward(
     for name in names:
         lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
         y = add_low_rank(y, x, lora_A, lora_B, _scaling(layer, name, embed_scale), padding_idx)
-        if name in layer.lora_variant:
+        if embedding_rules.is_dora(layer, name):
             y = y * _dora_scale(layer, name)
     return y.to(dtype)
 

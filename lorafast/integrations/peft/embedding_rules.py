@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft.tuners.lora import variants as stock
 from peft.tuners.lora.dora import DoraEmbeddingLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraEmbeddingVariant
@@ -14,6 +15,8 @@ from lorafast.nn.adaptable import scales_output
 ARGUMENTS = {"adapter_names", "alora_offsets"}
 """What a call may have beside the tokens; PEFT passes over the offsets here."""
 _DORA_CHANGED = known.why_changed("embedding's dora")
+_MICA: Any = getattr(stock, "MiCAEmbeddingVariant", None)
+_MICA_CHANGED = None if _MICA is None else known.why_changed("embedding's MiCA")
 _MIXED_CHANGED = known.why_changed("embedding's mixed batch")
 
 
@@ -82,6 +85,8 @@ def _why_not_adapter(layer: LoraLayer, name: str, weight: Tensor) -> str | None:
 
 
 def _why_not_variant(layer: LoraLayer, name: str, variant: Any, weight: Tensor) -> str | None:
+    if _is_mica(variant):
+        return _MICA_CHANGED and f"is of MiCA, and {_MICA_CHANGED}"
     if type(variant) is not DoraEmbeddingVariant:
         return f"is of another kind: {type(variant).__name__}"
     if _DORA_CHANGED is not None:
@@ -97,6 +102,22 @@ def _why_not_variant(layer: LoraLayer, name: str, variant: Any, weight: Tensor) 
     return None
 
 
+def _is_mica(variant: Any) -> bool:
+    """Whether it is MiCA's, which computes what plain LoRA does: its B is frozen."""
+    return _MICA is not None and type(variant) is _MICA
+
+
+def is_dora(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter that is served has a magnitude."""
+    return type(layer.lora_variant.get(name)) is DoraEmbeddingVariant
+
+
 def why_stock_mixed(layer: LoraLayer, names: Any, x: Any) -> str | None:
     """Why a mixed batch, ``names`` of its elements' adapters, is left to PEFT; ``x`` as it comes."""
-    return _MIXED_CHANGED or rules.why_no_plain_batch(layer, names, x)
+    reason = _MIXED_CHANGED or rules.why_no_mixed_batch(names, x)
+    if reason is not None:
+        return reason
+    for name in dict.fromkeys(names):
+        if name in layer.lora_variant and not _is_mica(layer.lora_variant[name]):
+            return rules.OTHER_THAN_PLAIN.format(name)
+    return None

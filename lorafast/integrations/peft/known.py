@@ -138,6 +138,7 @@ or by module for functions."""
 
 _VARIANTS: dict[str, dict[str, dict[str, str]]] = {
     "MiCA": {"MiCALinearVariant": {"forward": "e5ec68ecb4a22843"}},
+    "embedding's MiCA": {"MiCAEmbeddingVariant": {"forward": "e75a2b77e5caa919"}},
     "KaSA": {"KasaLinearVariant": {"forward": "2fbbda26a7f0003b"}},
     "MonteCLoRA": {"MontecloraLinearVariant": {"forward": "594052f42f1982ff"}},
     "VeLoRA": {
@@ -160,7 +161,8 @@ if "VeLoRA" in METHODS:
         "_compress_activations": "f806563019cc6d90",
         "_reconstruct_activations": "0a24d566814c82df",
     }
-UNLIKE.update(dict.fromkeys(_VARIANTS, ("0.19.1",)) | {"KaSA": ("0.19.1", "0.20.0")})
+UNLIKE.update(dict.fromkeys(_VARIANTS, ("0.19.1",)))
+UNLIKE.update(dict.fromkeys(("KaSA", "embedding's MiCA"), ("0.19.1", "0.20.0")))
 
 _UNCOMPARED = ("annotation", "returns", "type_params", "type_comment", "kind")
 

@@ -33,6 +33,7 @@ _DORA_CHANGED = known.why_changed("dora")
 _ALORA_CHANGED = known.why_changed("alora")
 _CHANGED = {kind: known.why_changed(name) for kind, name in variants.KINDS.items()}
 INACTIVE = "none of its adapters is active"
+OTHER_THAN_PLAIN = "adapter {!r} of a mixed batch is of another kind than plain LoRA"
 SPARSE = "its input is sparse or nested"
 PLAIN = (Tensor, nn.Parameter)
 """The types of tensors that are read."""
@@ -391,7 +392,7 @@ def why_no_plain_batch(layer: LoraLayer, names: Any, x: Any) -> str | None:
         return reason
     for name in dict.fromkeys(names):
         if name in layer.lora_variant:
-            return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
+            return OTHER_THAN_PLAIN.format(name)
     return None
 
 
@@ -413,7 +414,7 @@ def why_stock_mixed(
         return f"{len(rows)} adapter_names, and the input is a row"
     for name in dict.fromkeys(rows):
         if name in layer.lora_variant and not _is_mixed(layer, name):
-            return f"adapter {name!r} of a mixed batch is of another kind than plain LoRA"
+            return OTHER_THAN_PLAIN.format(name)
         dropout = layer.lora_dropout._modules.get(name)
         if type(dropout) is nn.Dropout and dropout.training:
             return f"adapter {name!r} of a mixed batch has dropout in training"

@@ -7,11 +7,13 @@ import torch
 
 pytest.importorskip("peft")
 
+import peft
 from helpers import covering
 from peft_twins import TOKENS, N, assert_equal, assert_near, layer_of, peft_model, run, twins
 from torch import nn
 
 import lorafast
+from lorafast.integrations.peft import embedding_rules, known
 
 NAMES = ["default", "__base__", "other1", "default", "other2", "other1", "__base__"]
 KINDS = ("embedding", "embedding scaled by a buffer", "embedding scaled by a number")
@@ -73,6 +75,41 @@ def test_what_one_element_holds_stays_with_its_adapter(served_by_peft):
     assert not exact["y"][1].isfinite().any()
     assert_near(fast, stock, exact, torch.float32)
     assert not served_by_peft
+
+
+def with_mica(kind, dtype=torch.float32, upcast=False):
+    """A model with an adapter of MiCA beside a plain one, both active, with factors that are drawn."""
+    if known.METHODS.get("embedding's MiCA") is None or known.why_changed("embedding's MiCA"):
+        pytest.skip(f"PEFT {peft.__version__} has no MiCA of embeddings that lorafast knows")
+    model = peft_model(kind, upcast=upcast)
+    settings = copy.copy(model.peft_config["default"])
+    settings.init_lora_weights = "mica"
+    model.add_adapter("mica", settings, autocast_adapter_dtype=upcast)
+    model.base_model.set_adapter(["default", "mica"])
+    layer = layer_of(model)
+    for factors in (layer.lora_embedding_A, layer.lora_embedding_B):
+        nn.init.normal_(factors["mica"])
+    (layer.base_layer if upcast else model).to(dtype)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "dtype"), covering(KINDS, list(DTYPES)))
+def test_mica(served_by_peft, kind, dtype):
+    dtype, upcast = DTYPES[dtype]
+    pair = twins(with_mica(kind, dtype, upcast))
+    assert not layer_of(pair.fast).lora_embedding_B["mica"].requires_grad
+    assert_equal(pair, *drawn(dtype, 5, 7), dtype)
+    names = ["mica", "__base__", "default", "mica"]
+    pair = twins(pair.stock.eval())
+    assert_equal(pair, *drawn(dtype, len(names), 3), dtype, adapter_names=names)
+    assert not served_by_peft
+
+
+def test_a_mica_of_another_release_is_left_to_peft(monkeypatch):
+    model = lorafast.accelerate(with_mica("embedding"), quiet=True)
+    monkeypatch.setattr(embedding_rules, "_MICA_CHANGED", "PEFT 9 has another forward")
+    reasons = list(lorafast.explain(model).layers.values())
+    assert reasons == ["adapter 'mica' is of MiCA, and PEFT 9 has another forward"]
 
 
 def test_a_mixed_batch_of_dora_is_refused():
