@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorafast.convert.kinds import has_peft_adapter
-from lorafast.nn import AdapterLayer, LoRALinear, LoRAMultiheadAttention, inactive
+from lorafast.nn import AdapterLayer, inactive
 from lorafast.nn.adapter_module import AdapterModule, adapters_in
 from lorafast.nn.rows import Rows
 
@@ -90,7 +90,7 @@ def _why_not(one: AdapterModule, rows: Rows) -> str | None:
         return "there is a block of mixed around this one"
     if one.merged:
         return "it is merged: call unmerge before"
-    if isinstance(one, LoRAMultiheadAttention):
+    if not one.has_rows:
         return "it is attention, of which a batch has one adapter"
     known = inactive.names_of(one) if isinstance(one, AdapterLayer) else [inactive.FIRST]
     for name in rows.used():
@@ -102,7 +102,7 @@ def _why_not(one: AdapterModule, rows: Rows) -> str | None:
             return f"it has no adapter {name!r}{hint}"
     if len(rows.used()) > 1 or rows.used()[:1] not in ([], known[:1]):
         dora = any(_is_dora(one, name) for name in rows.used())
-        if not isinstance(one, LoRALinear) or dora:
+        if not one.has_several or dora:
             return "but for LoRA over linear layers, elements have the active adapter or none"
     return None
 

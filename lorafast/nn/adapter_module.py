@@ -24,6 +24,10 @@ class AdapterModule(Switch, nn.Module):
     """What ``problems`` are of, two for each, where that is more than one frozen weight."""
     watched_parameter: ClassVar[str] = ""
     """The adapter's parameter that starts at zero, and gets a gradient whenever it is trained."""
+    has_rows: ClassVar[bool] = True
+    """Whether the elements of a batch can have the adapter or not (``mixed``)."""
+    has_several: ClassVar[bool] = False
+    """Whether they can have adapters of several names too, if none of these is DoRA."""
     own_child: ClassVar[str] = ""
     """Its name as a child of the module that it adapts; empty if it takes that one's place."""
     in_features: int

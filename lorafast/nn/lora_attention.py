@@ -85,6 +85,7 @@ class LoRAMultiheadAttention(AdapterLayer):
     }
     watched_parameter = "lora_B"
     operation = "lora_linear"
+    has_rows = False
     parts = ("in_proj", "out_proj")
     own_names = AdapterLayer.own_names | {
         "_merged_out_weight", "_qkv_same_embed_dim", "attention_dropout", "out_proj",

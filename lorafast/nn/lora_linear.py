@@ -76,6 +76,7 @@ class LoRALinear(AdapterLayer):
     watched_parameter = "lora_B"
     operation = "lora_linear"
     shares_x = True
+    has_several = True
     own_names = AdapterLayer.own_names | {"_memory", "_description"}
 
     weight: nn.Parameter

@@ -111,7 +111,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def _best_and_rebuilt(rank, folder):
-    # The loss falls, so that the first step's model has the greatest: not the one that is there at the end.
+    # The loss falls: the first step's model has the greatest, not the one that is there at the end.
     best = {"load_best_model_at_end": True, "greater_is_better": True}
     best |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     for place, (kind, dtype) in enumerate(KINDS.items()):
