@@ -26,8 +26,8 @@ class AdapterState:
     ``dcp.save({"adapter": AdapterState(model, optimizer)}, checkpoint_id=folder)``, and ``dcp.load``
     likewise. What is sharded (FSDP2, tensor parallelism) stays so: each rank writes its part, and a
     model that is sharded otherwise, or not at all, loads it. Frozen weights are in no such checkpoint,
-    nor are the scales of quantized ones: the model must have them. PyTorch reads
-    pickles there: load checkpoints of people that you trust.
+    nor are the scales of quantized ones: the model must have them. PyTorch reads pickles there: load
+    checkpoints of people that you trust.
 
     In it are, by their names in the model's ``state_dict``: the parameters of all adapters, active or
     not; every other parameter that requires a gradient; the buffers of a module that holds such a one
