@@ -37,6 +37,8 @@ def accelerated(**options):
 def checkpointed():
     model = lorafast.adapt(llama(), 4, dropout=0.3)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Transformers' hook calls requires_grad_ on the embeddings' output: reentrant ones alone need it.
+    model.disable_input_require_grads()
     return model
 
 
