@@ -1,4 +1,4 @@
-"""TRL's ``SFTTrainer``, which makes the PEFT model itself: two processes against one, and PEFT's."""
+"""TRL's ``SFTTrainer``, which makes the PEFT model: two processes against one, and PEFT's layers."""
 
 import importlib.util
 from functools import partial

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import lorafast
-from lorafast.integrations.transformers import SaveAdapter
+from lorafast.integrations.transformers import Accelerate, SaveAdapter
 
 TOKENS = torch.randint(3, 120, (8, 11), generator=torch.Generator().manual_seed(0))
 DATA = [{"input_ids": row, "labels": row} for row in TOKENS]
@@ -119,3 +119,32 @@ def test_a_hyperparameter_search_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="can't tell the folders of a hyperparameter search"):
         SaveAdapter().on_train_begin(trainer(adapted(), tmp_path).args, State, None)
+
+
+def of_peft():
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+
+
+def test_accelerate_is_done_before_anything_runs_and_said_once(tmp_path, capsys):
+    model = of_peft()
+    made = trainer(model, tmp_path, callbacks=[Accelerate()])
+    said = "lorafast: 4 of 4 adapter layers are fast"
+    assert lorafast.explain(model).summary in said
+    made.train()
+    assert capsys.readouterr().out.count(said) == 1
+    lorafast.restore(model)
+    assert "0 of 4 adapter layers are fast" in lorafast.explain(model).summary
+
+
+def test_accelerate_takes_what_model_init_makes(tmp_path, capsys):
+    made = trainer(None, tmp_path, model_init=of_peft, callbacks=[Accelerate(quiet=True)])
+    made.train()  # of another model than the one that was there when the trainer was made
+    assert lorafast.explain(made.model).summary == "4 of 4 adapter layers are fast"
+    assert "lorafast" not in capsys.readouterr().out
+
+
+def test_accelerate_without_a_layer_of_peft(tmp_path):
+    with pytest.raises(ValueError, match="none of PEFT's adapter layers"):
+        trainer(adapted(), tmp_path, callbacks=[Accelerate()])
