@@ -94,6 +94,7 @@ def load_adapterhub(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
     inner = unwrapped(model)
     config_of, family = _check_family(inner)
     config = read_config(Path(folder) / CONFIG)
+    _check_model(inner, family, config)
     by_place = _places(inner, family, config, _read_tensors(Path(folder)))
     _check_complete(inner, family, by_place, config)
     places = {}
@@ -201,6 +202,23 @@ def _check_family(model: nn.Module) -> tuple[Any, _Family]:
             f"{', '.join(_FAMILIES)} alone"
         )
     return getattr(model, "config", None), _FAMILIES[family]
+
+
+def _check_model(model: Any, family: _Family, config: HubConfig) -> None:
+    """Raises ``ValueError`` if the config is of an adapter of another model than this."""
+    own = model.config.model_type
+    if config.model_type not in (None, own):
+        raise ValueError(
+            f"the adapter was trained in a {config.model_type!r}, its model_type, and the model is a "
+            f"{own!r}: of another family the same layers compute something else"
+        )
+    numbers = set(_blocks(model, family).values())
+    unknown = sorted(config.leave_out - numbers)
+    if unknown:
+        raise ValueError(
+            f"leave_out has {', '.join(map(str, unknown))} in the config, and the model has "
+            f"{len(numbers)} layers: the adapter is for another"
+        )
 
 
 def _joined(*names: str) -> str:

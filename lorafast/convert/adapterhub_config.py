@@ -77,6 +77,8 @@ class HubConfig:
     """``ATTENTION``, ``OUTPUT`` or both."""
     leave_out: frozenset[int]
     """The numbers of the layers without an adapter."""
+    model_type: str | None
+    """The family of the model that it was trained in, where the file says so."""
 
 
 def read_config(path: Path) -> HubConfig:
@@ -119,7 +121,7 @@ def read_config(path: Path) -> HubConfig:
         raise ValueError(f"scaling is {scaling!r} in {path}, expected a finite number")
     return HubConfig(
         name, _flow(fields, path), ACTIVATIONS[activation.lower()], float(scaling),
-        *_where(fields, path),
+        *_where(fields, path), _model_type(raw, path),
     )  # fmt: skip
 
 
@@ -163,6 +165,13 @@ def _where(fields: dict[str, Any], path: Path) -> tuple[frozenset[str], frozense
             f"leave_out is {leave_out!r} in {path}, expected a list of layers' numbers"
         )
     return frozenset(kinds), frozenset(leave_out)
+
+
+def _model_type(raw: dict[str, Any], path: Path) -> str | None:
+    found = raw.get("model_type")
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"model_type is {found!r} in {path}, expected a name")
+    return found
 
 
 def _factor(K: int, b: int) -> float:

@@ -95,6 +95,10 @@ def test_there_and_back(tmp_path, kind):
         ({"scaling": 10**400}, "scaling is 1000"),
         ({"leave_out": [0]}, "has an adapter at encoder.layer.0.attention.output, unlike"),
         ({"leave_out": 0}, "leave_out is 0 in"),
+        (
+            {"leave_out": [1, 2, -1]},
+            "leave_out has -1, 2 in the config, and the model has 2 layers",
+        ),
         ({"mh_adapter": False}, "has an adapter at encoder.layer.0.attention.output, unlike"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -107,6 +111,22 @@ def test_other_configurations_are_refused(tmp_path, fields, says):
     with pytest.raises(ValueError, match=says):
         load_adapterhub(model, tmp_path)
     assert not bottlenecks(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [("roberta", "was trained in a 'roberta', its model_type, and .* is a 'bert'"), (3, "is 3 in")],
+)
+def test_an_adapter_of_another_family_is_refused(tmp_path, model_type, says):
+    written(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(CONFIG | {"model_type": model_type}))
+    model = model_of()
+    with pytest.raises(ValueError, match=says):
+        load_adapterhub(model, tmp_path)
+    assert not bottlenecks(model)
+    path.write_text(json.dumps({key: CONFIG[key] for key in CONFIG if key != "model_type"}))
+    load_adapterhub(model, tmp_path)  # a file that doesn't say
 
 
 def test_other_files_are_refused(tmp_path):

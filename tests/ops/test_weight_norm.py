@@ -52,6 +52,19 @@ def test_any_number_of_rows(rows):
     assert (found - exact).norm() <= 2 * eps(torch.float32) * exact.norm()
 
 
+@pytest.mark.parametrize("columns", [3, 63, 65, 129, 1000])
+@pytest.mark.parametrize("rows", [2, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_transposed_weight_is_read_by_columns(columns, rows, dtype):
+    """In blocks of them, the last of which may be smaller."""
+    weight = torch.randn(columns, rows).to(dtype).t()
+    assert weight_norm._is_transposed(weight)
+    lora_A, lora_B = torch.randn(3, columns), torch.randn(rows, 3)
+    found = ops.weight_norm(weight, lora_A, lora_B, 0.7)
+    exact = reference.weight_norm(weight.double(), lora_A.double(), lora_B.double(), 0.7)
+    assert (found - exact).norm() <= 2 * eps(torch.float32) * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_of_zeros_can_be_divided_by(dtype):
     weight, lora_A, lora_B = torch.randn(3, K).to(dtype), torch.randn(2, K), torch.zeros(3, 2)

@@ -21,6 +21,7 @@ from peft_twins import (
     twins,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lorafast
 from lorafast.integrations.peft import known, variants, velora
@@ -222,6 +223,27 @@ def test_mixed_batch(served_by_peft):
     names = ["0", "1", "default", "2", "__base__", "3", "1"]
     pair = twins(model.eval())
     assert_equal(pair, *drawn(torch.float32, 7, 5), torch.float32, adapter_names=names)
+    assert served_by_peft == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_monteclora_under_activation_checkpointing(reentrant, served_by_peft):
+    """PEFT's sampler draws anew where the forward is computed again, and as often here as there."""
+    pair = twins(made("MonteCLoRA"))
+    x, dy = drawn(torch.float32)
+    found = []
+    for model in (pair.stock, pair.fast, pair.exact):
+        dtype = torch.float64 if model is pair.exact else torch.float32
+        given = x.to(dtype, copy=True).requires_grad_()
+        y = checkpoint(model, given, use_reentrant=reentrant)
+        y.backward(dy.to(dtype))
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"y": y.detach(), "x": given.grad} | gradients)
+    stock, fast, exact = found
+    assert any("lora_A" in name for name in fast)
+    assert_near(fast, stock, exact, torch.float32)
+    samplers = [layer_of(m).lora_monteclora_sampler["default"] for m in (pair.stock, pair.fast)]
+    assert len({one.sampler.index for one in samplers}) == 1
     assert served_by_peft == []
 
 
