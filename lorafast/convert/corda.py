@@ -11,6 +11,7 @@ from lorafast.convert.from_data import (
     call,
     check_finite,
     check_seen,
+    device_of,
     fresh_layers,
     moved,
     watching,
@@ -66,7 +67,7 @@ def initialize_corda(
     layers = fresh_layers(inner, _START)
     for name, layer in layers.items():
         _check(name or "the model", layer)
-    device = next(iter(layers.values())).lora_A.device
+    device = device_of(layers)
     covariances: dict[str, Tensor] = {}
     calls = dict.fromkeys(layers, 0)
 
@@ -92,7 +93,9 @@ def initialize_corda(
     before: list[tuple[LoRALinear, nn.Parameter, Tensor]] = []
     try:
         for name, layer in layers.items():
-            before.append((layer, layer.weight, layer.lora_A.detach().clone()))
+            before.append(
+                (layer, layer.weight, layer.adapter_parameters()["lora_A"].detach().clone())
+            )
             layer.take_away(*found[name], "corda")
     except BaseException:
         for layer, weight, A in before:

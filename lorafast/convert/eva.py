@@ -16,6 +16,7 @@ from lorafast.convert.from_data import (
     call,
     check_finite,
     check_seen,
+    device_of,
     fresh_layers,
     moved,
     watching,
@@ -98,7 +99,7 @@ def initialize_eva(
             return mask(batch)
         return _attended(batch, label_mask_value if use_label_mask else None)
 
-    device = next(iter(layers.values())).lora_A.device
+    device = device_of(layers)
     search = _Search(layers, most, tau, positions, lambda batch: forward(inner, batch), device)
     begun = search.run(inner, again_and_again(batches), max_passes)
     alphas = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast.convert.disabled import disabled
+from lorafast.convert.kinds import kind_of_layer
 from lorafast.convert.named import check_not_parallel, exchangeable
 from lorafast.nn import LoRALinear, inactive
 from lorafast.nn.checks import count
@@ -36,7 +37,9 @@ def fresh_layers(model: nn.Module, start: str) -> dict[str, LoRALinear]:
                 "they start, and load the saved adapter in each"
             )
     layers = exchangeable(model)
-    linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    linear: dict[str, Any] = {
+        name: layer for name, layer in layers.items() if kind_of_layer(layer).in_all_linear
+    }
     if not linear:
         raise ValueError(
             f"no adapted layer of the model is a linear one, and {start} is of these alone"
@@ -62,11 +65,18 @@ def _why_not_fresh(layer: LoRALinear) -> str | None:
         return f"it has the adapters {', '.join(names)}, delete all but one"
     if layer.init_lora_weights is not None:
         return f"it began with {layer.init_lora_weights!r}, which took a part of W away"
-    if layer.lora_A.is_meta:
+    trained = layer.adapter_parameters()
+    if any(tensor.is_meta for tensor in trained.values()):
         return "it is on the device meta, which holds no values"
-    if count(layer.lora_B != 0):
+    if count(trained[layer.watched_parameter] != 0):
         return "its lora_B isn't zero, for it was trained or loaded: adapt anew"
     return None
+
+
+def device_of(layers: Mapping[str, LoRALinear]) -> torch.device:
+    """The device of the first one's adapter."""
+    first = next(iter(layers.values()))
+    return first.adapter_parameters()[first.watched_parameter].device
 
 
 @contextlib.contextmanager

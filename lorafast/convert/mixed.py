@@ -124,7 +124,7 @@ def _named_in_peft(layer: Any, rows: Rows) -> Iterator[None]:
         )
     if rows.constants:
         raise ValueError("base_grad is False, and a PEFT model passes gradients for every element")
-    known = list(layer.lora_A) + list(layer.lora_embedding_A)
+    known = sorted(layer._get_available_adapters())
     for name in rows.used():
         if name not in known:
             raise ValueError(f"a layer of PEFT's has no adapter {name!r}, but {', '.join(known)}")
