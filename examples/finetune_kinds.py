@@ -185,7 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="KIND",
         help=f"what to train: {ALL}, or some of {', '.join(KINDS)}",
     )
-    add("--steps", type=bounded_int(1), default=24, help="training steps of every kind")
+    add("--steps", type=bounded_int(1), default=22, help="training steps of every kind")
     add("--batch", type=bounded_int(1), default=16, help="texts in a batch")
     add("--tokens", type=bounded_int(4, 512), default=24, help="of a text; what follows is cut off")
     add("--rank", type=bounded_int(1, 384), default=16, help="of the kinds that have one")
