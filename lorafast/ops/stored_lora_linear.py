@@ -62,7 +62,12 @@ def lora_linear_again(
         or forced.forced() is not None
     ):
         return None
-    again = _again.get((memory.kept[1], x.shape, x.dtype, x.layout, x.is_cpu, type(scaling)))
+    # The adapter's dtypes and that of the codes, which nothing else checks: they may change in place.
+    key = (
+        memory.kept[1], x.shape, x.dtype, x.layout, x.is_cpu, type(scaling), lora_A.dtype,
+        lora_B.dtype, stored[0].dtype,
+    )  # fmt: skip
+    again = _again.get(key)
     if again is None or any(t.requires_grad for t in stored):
         return None
     try:
@@ -102,7 +107,10 @@ def remember(
             *[(t.shape, t.dtype, t.device, type(t)) for t in tensors],
         )
         memory.kept = (ids, _likes.setdefault(like, Like()))
-    key = (memory.kept[1], x.shape, x.dtype, x.layout, True, type(scaling))
+    key = (
+        memory.kept[1], x.shape, x.dtype, x.layout, True, type(scaling), lora_A.dtype, lora_B.dtype,
+        stored[0].dtype,
+    )  # fmt: skip
     if key in _again:
         return
     before = registry.times_forgotten()
