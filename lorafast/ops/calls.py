@@ -57,7 +57,7 @@ class Memory:
     __slots__ = ("kept",)
 
     def __init__(self) -> None:
-        self.kept: tuple[tuple[int, ...], Like | None] = ((), None)
+        self.kept: tuple[tuple[object, ...], Like | None] = ((), None)
 
     def keep(self, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> "Like":
         """Reads the tensors."""
