@@ -234,6 +234,7 @@ BESIDE_OPERATIONS = {
         "conv_shrink",
         "conv_shrink_backward",
         "lora_conv",
+        "lora_linear_codes",
     },
     # Decoding is a file for one adapter or several; what launchers share, and whether they can run.
     # Hopper has GEMMs of its own. What says what codes are is checked in a file of its own.

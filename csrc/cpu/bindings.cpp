@@ -81,6 +81,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
   library.def(
       "linear_eight_bit(Tensor x, Tensor codes, Tensor scale, float unit, bool integers, int block_rows, "
       "int block_columns, int stored, bool transposed, Tensor? bias, Tensor(a!) out) -> ()");
+  // csrc/cpu/lora_linear_codes.cpp
+  library.def(
+      "lora_linear_four_bit(Tensor x, Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? "
+      "nested_quant_map, Tensor? nested_offset, Tensor numbers, int N, int K, int block, int nested_block, bool "
+      "low_first, int stored, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> (Tensor, Tensor)");
+  library.def(
+      "lora_linear_eight_bit(Tensor x, Tensor codes, Tensor scale, float unit, bool integers, int block_rows, "
+      "int block_columns, int stored, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling) -> "
+      "(Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
@@ -103,6 +112,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("linear_expand", TORCH_BOX(&lorafast::cpu::linear_expand));
   library.impl("linear_four_bit", TORCH_BOX(&lorafast::cpu::linear_four_bit));
   library.impl("linear_eight_bit", TORCH_BOX(&lorafast::cpu::linear_eight_bit));
+  library.impl("lora_linear_four_bit", TORCH_BOX(&lorafast::cpu::lora_linear_four_bit));
+  library.impl("lora_linear_eight_bit", TORCH_BOX(&lorafast::cpu::lora_linear_eight_bit));
 }
 
 // The name of the instruction set in use, for lorafast info; "error: ..." if LORAFAST_CPU names none.

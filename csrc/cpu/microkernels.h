@@ -102,6 +102,12 @@ struct Microkernels {
   void (*eight_bit)(
       const uint8_t* codes, int64_t count, bool integers, float scale, Dtype stored, Dtype dtype, void* to);
 
+  // y[m][i] = added[i] + sum over lanes of out[i][m][:], as `dot` made them, + sum over j < r of s[m][j] * b[i][j],
+  // rounded; s [M, r], b [rows, r], r is a multiple of kLanes; rows of y are `step` bytes apart.
+  void (*add_up)(
+      const float* out, int64_t rows, int64_t M, const float* s, const float* b, int64_t r, const float* added,
+      Dtype dtype, int64_t step, void* y);
+
   // to[i] = f(from[i]), which may be the same memory; count is a multiple of kLanes
   void (*activate)(Activation activation, int64_t count, const float* from, float* to);
 

@@ -557,7 +557,7 @@ const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
 namespace {
 const Microkernels kTable = {
     LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask, dot, multiply}, kPairsOfThisSet,
-    gather_columns, gather_rows, load, store, keep, four_bit, eight_bit, activate, activate_backward,
+    gather_columns, gather_rows, load, store, keep, four_bit, eight_bit, add_up, activate, activate_backward,
 };
 }  // namespace
 const Microkernels* const LORAFAST_TABLE(LORAFAST_SET) = &kTable;

@@ -52,6 +52,85 @@ void dot(
   for (; m < M; ++m) dot_rows<1>(tile, ld, rows, cols, x + m * ldx, ldx, M, out + m * kLanes, add);
 }
 
+// The lanes of an element's sum and those of its adapter's part, which are added up together.
+inline __attribute__((always_inline)) Vector
+lanes_of(const float* out, const float* s, const float* b, int64_t r) {
+  Vector lanes = *reinterpret_cast<const Vector*>(out);
+  for (int64_t j = 0; j < r; j += kLanes)
+    lanes += *reinterpret_cast<const Vector*>(s + j) * *reinterpret_cast<const Vector*>(b + j);
+  return lanes;
+}
+
+inline float sum_of_lanes(const Vector& lanes) {
+  float halves[kLanes / 2];
+  for (int c = 0; c < kLanes / 2; ++c) halves[c] = lanes[c] + lanes[c + kLanes / 2];
+  for (int c = 0; c < kLanes / 4; ++c) halves[c] += halves[c + kLanes / 4];
+  return (halves[0] + halves[2]) + (halves[1] + halves[3]);
+}
+
+#if defined(__AVX512F__)
+// a and b halved: lanes Half apart are added, within groups of twice as many.
+template <int Half>
+inline __attribute__((always_inline)) __m512 halved(__m512 a, __m512 b) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i first = _mm512_add_epi32(lane, _mm512_andnot_si512(_mm512_set1_epi32(Half - 1), lane));
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(Half));
+  return _mm512_add_ps(_mm512_permutex2var_ps(a, first, b), _mm512_permutex2var_ps(a, second, b));
+}
+
+// The sums of lanes of 16 vectors, added in the order of sum_of_lanes.
+inline __attribute__((always_inline)) Vector sums_of_lanes(const Vector (&lanes)[kLanes]) {
+  __m512 eighths[8], quarters[4];
+  LORAFAST_UNROLL
+  for (int i = 0; i < 8; ++i) eighths[i] = halved<8>((__m512)lanes[2 * i], (__m512)lanes[2 * i + 1]);
+  LORAFAST_UNROLL
+  for (int i = 0; i < 4; ++i) quarters[i] = halved<4>(eighths[2 * i], eighths[2 * i + 1]);
+  return (Vector)halved<1>(halved<2>(quarters[0], quarters[1]), halved<2>(quarters[2], quarters[3]));
+}
+#endif
+
+void add_up(
+    const float* out, int64_t rows, int64_t M, const float* s, const float* b, int64_t r, const float* added,
+    Dtype dtype, int64_t step, void* y) {
+  char* const to = static_cast<char*>(y);
+  int64_t m = 0;
+#if defined(__AVX512F__)
+  constexpr int64_t kHalf = kLanes / 2;
+  if (rows == kHalf) {  // by two rows of y
+    const __m256 of_half = _mm256_loadu_ps(added);
+    const Vector added_twice = (Vector)_mm512_insertf32x8(_mm512_castps256_ps512(of_half), of_half, 1);
+    for (; m + 2 <= M; m += 2) {
+      Vector lanes[kLanes];
+      LORAFAST_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t row = i % kHalf, of_y = m + i / kHalf;
+        lanes[i] = lanes_of(out + (row * M + of_y) * kLanes, s + of_y * r, b + row * r, r);
+      }
+      const Vector sums = sums_of_lanes(lanes) + added_twice;
+      if (dtype == Dtype::kFloat32) {
+        memcpy(to + m * step, &sums, sizeof(sums) / 2);
+        memcpy(to + (m + 1) * step, reinterpret_cast<const char*>(&sums) + sizeof(sums) / 2, sizeof(sums) / 2);
+      } else {
+        const Halves halves = halves_of(sums, dtype);
+        memcpy(to + m * step, &halves, sizeof(halves) / 2);
+        memcpy(to + (m + 1) * step, reinterpret_cast<const char*>(&halves) + sizeof(halves) / 2, sizeof(halves) / 2);
+      }
+    }
+  }
+#endif
+  constexpr int64_t kSome = 16;
+  for (; m < M; ++m)
+    for (int64_t first = 0; first < rows; first += kSome) {
+      const int64_t count = rows - first < kSome ? rows - first : kSome;
+      float sums[kSome];
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + i;
+        sums[i] = sum_of_lanes(lanes_of(out + (row * M + m) * kLanes, s + m * r, b + row * r, r)) + added[row];
+      }
+      store(sums, dtype, count, to + m * step + first * (dtype == Dtype::kFloat32 ? 4 : 2));
+    }
+}
+
 template <int C>
 void multiply_of(
     const float* tile, int64_t ld, int64_t rows, int64_t cols, const float* t, int64_t ldt, float* out,

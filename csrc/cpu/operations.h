@@ -100,4 +100,15 @@ void linear_eight_bit(
     const Tensor& x, const Tensor& codes, const Tensor& scale, double unit, bool integers, int64_t block_rows,
     int64_t block_columns, int64_t stored, bool transposed, const std::optional<Tensor>& bias, Tensor out);
 
+std::tuple<Tensor, Tensor> lora_linear_four_bit(
+    const Tensor& x, const Tensor& codes, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
+    const std::optional<Tensor>& nested_quant_map, const std::optional<Tensor>& nested_offset,
+    const Tensor& numbers, int64_t N, int64_t K, int64_t block, int64_t nested_block, bool low_first,
+    int64_t stored, const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B, double scaling);
+
+std::tuple<Tensor, Tensor> lora_linear_eight_bit(
+    const Tensor& x, const Tensor& codes, const Tensor& scale, double unit, bool integers, int64_t block_rows,
+    int64_t block_columns, int64_t stored, const std::optional<Tensor>& bias, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling);
+
 }  // namespace lorafast::cpu

@@ -52,6 +52,9 @@ class Plan:
     - ``seconds``: the time of a call, the device's or the host's, whichever is longer; None if unknown;
     - ``source``, ``measured``: where ``seconds`` comes from, and whether it was measured, not modelled;
     - ``ahead``: the measured rule by which this plan is the fastest of all, or None;
+    - ``of_stored``: of ``lora_linear`` over an operand, what makes of it ``run`` over the tensors in
+      which such an operand is stored: ``x, stored, lora_A, lora_B, scaling, bias`` gives ``y, s``. None
+      if the backend has no shorter way to them, as may be what it gives;
     - ``differentiable``: the plan is made of PyTorch's own operations, which PyTorch differentiates, and
       returns ``y`` alone. Only ``lora_linear`` without dropout, where ``s`` isn't wanted, may have it.
     """
@@ -64,6 +67,7 @@ class Plan:
     measured: bool = False
     ahead: str | None = None
     differentiable: bool = False
+    of_stored: Callable[[Any], Run | None] | None = None
 
 
 @dataclass(frozen=True)

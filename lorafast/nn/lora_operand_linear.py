@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafast import operands
+from lorafast.core.context import autocast_anywhere
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
 from lorafast.nn.lora_linear import LoRALinear
@@ -14,7 +15,11 @@ from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear, quantized_linear_of
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
+<<<<<<< HEAD
 from lorafast.ops.unstrided import is_sharded
+=======
+from lorafast.ops.stored_lora_linear import lora_linear_again, remember
+>>>>>>> w-cpu20
 
 
 def lora_linear_of(
@@ -145,10 +150,38 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
             aside = self._forward_aside(x)
             if aside is not None:
                 return aside
+        dropout_p = self.dropout if self.training else 0.0
+        # torch.fx sees the other call.
+        if dropout_p == 0.0 and type(x) is Tensor and not autocast_anywhere():
+            return self._forward_again(x)
         return lora_linear_of(
             x, self._stored(), self._description, self.lora_A, self.lora_B, self._scaling, self.bias,
-            self.dropout if self.training else 0.0,
+            dropout_p,
         )  # fmt: skip
+
+    def _forward_again(self, x: Tensor) -> Tensor:
+        """Without dropout and autocast: as the last call, if this one is like it."""
+        p, buffers = self._parameters, self._buffers
+        try:
+            # nn.Module.__getattr__ for each costs more.
+            stored: list[Any] = [p[n] if n in p else buffers[n] for n in self._stored_names]
+            lora_A: Any = p["lora_A"]
+            lora_B: Any = p["lora_B"]
+            bias = p["bias"]
+        except KeyError:  # a parametrization or a wrapper computes one of them
+            stored, lora_A, lora_B, bias = self._stored(), self.lora_A, self.lora_B, self.bias
+        y = lora_linear_again(
+            x, stored, self._description, lora_A, lora_B, self._scaling, bias, self._memory
+        )
+        if y is not None:
+            return y
+        weight, fitting = fitted(x, stored, self._description, bias)
+        y = lora_linear(x, weight, lora_A, lora_B, self._scaling, fitting)
+        if fitting is bias and not torch.compiler.is_compiling():
+            remember(
+                self._memory, x, weight, lora_A, lora_B, self._scaling, bias, self._description
+            )
+        return y
 
     def _forward_dora(self, x: Tensor) -> Tensor:
         return dora_linear_of(

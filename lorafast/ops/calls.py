@@ -23,7 +23,7 @@ class Call:
 
     __slots__ = (
         "backend", "backwards", "bias_shape", "differentiable", "elements", "inference", "matrix",
-        "operand", "problem", "run",
+        "of_stored", "operand", "problem", "run",
     )  # fmt: skip
 
     def __init__(
@@ -37,6 +37,7 @@ class Call:
         self.elements, self.bias_shape = problem.K * problem.N, (problem.N,)
         self.run = plan.run
         self.differentiable = plan.differentiable
+        self.of_stored = plan.of_stored
         self.backwards: dict[object, Run] = {}
         self.inference: Call | None = None
         """The same call where no gradient is asked for, if that is served otherwise."""
@@ -56,7 +57,7 @@ class Memory:
     __slots__ = ("kept",)
 
     def __init__(self) -> None:
-        self.kept: tuple[tuple[int, ...], Like | None] = ((), None)
+        self.kept: tuple[tuple[object, ...], Like | None] = ((), None)
 
     def keep(self, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> "Like":
         """Reads the tensors."""

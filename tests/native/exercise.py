@@ -194,6 +194,41 @@ def why_multiplied_wrongly(weight, M, layout):
     return None
 
 
+def why_layer_multiplied_wrongly(weight, M, layout, r):
+    """The same of a layer's forward in one call, for y and s, or if two threads give other bits."""
+    dense, (N, K) = weight.dense(), weight.shape
+    several = min(-(-256 // (M * min(N, r))), 32)
+    drawn = torch.randn(several, M, K).to(dense.dtype)
+    xs = [lay_out(x, layout) for x in drawn]
+    A, B, bias = torch.randn(r, K), torch.randn(N, r), torch.randn(N).to(dense.dtype)
+    found = []
+    for threads in (1, 2):
+        with on_threads(threads):
+            layer, stored = dequantize.layer_of(weight), operands.stored(weight)
+            made = [layer(x, stored, A, B, 0.7, bias) for x in xs]
+            found.append(
+                {n: torch.stack(t) for n, t in zip("ys", zip(*made, strict=True), strict=True)}
+            )
+    if not all(torch.equal(*(each[name].nan_to_num() for each in found)) for name in "ys"):
+        return f"a layer of {M} rows has other bits with two threads than with one"
+
+    def outputs(change, scaling=0.7):
+        of_A, of_B, W, b = (change(t) for t in (A, B, dense, bias))
+        ys = [reference.lora_linear(change(x), W, of_A, of_B, scaling, b) for x in xs]
+        return {
+            "y": torch.stack(ys),
+            "s": torch.stack([reference.shrink(change(x), of_A) for x in xs]),
+        }
+
+    squares = outputs(lambda t: t.double().square(), 0.7**2)
+    bounds = contract.bounds(
+        outputs(torch.Tensor.clone), outputs(torch.Tensor.double),
+        {name: t.sqrt() for name, t in squares.items()},
+    )  # fmt: skip
+    reason = contract.why_any_broken(found[0], bounds)
+    return reason and f"a layer of {M} rows, {layout}, r={r}, of {weight}: {reason}"
+
+
 def why_convolved_wrongly(batch, C, size, r, kernel, *numbers):
     """A sentence if ``conv(x, A)`` or its gradient in A breaks the contract, or has other bits with two
     threads than with one."""
@@ -339,6 +374,9 @@ def main():
     # rounded twice, which no product does.
     sizes = ((5, 33), (70, 544), (9, 4200))
     rows = ((1, "contiguous"), (3, "transposed"), (21, "one column expanded"))
+    layers = itertools.cycle(
+        ((1, "contiguous", 19), (21, "one column expanded", 5), (4, "transposed", 16))
+    )
     casts = [
         (one, to)
         for one, to in itertools.product(dtypes, dtypes)
@@ -346,7 +384,10 @@ def main():
     ]
     for (dtype, cast), (N, K), (M, layout) in covering(casts, sizes, rows):
         for weight in multiplied(N, K, dtype):
-            reason = why_multiplied_wrongly(weight.to(cast), M, layout)
+            few = weight.to(cast)
+            reason = why_multiplied_wrongly(few, M, layout)
+            if reason is None:
+                reason = why_layer_multiplied_wrongly(few, *next(layers))
             if reason is not None:
                 sys.exit(reason)
     torch.manual_seed(3)

@@ -362,6 +362,18 @@ def test_bad_arguments_of_products_of_codes_are_named():
         dequantize.of_few_rows(x, weight, torch.zeros(10).double())
     with pytest.raises(RuntimeError, match="bias is given for dx, expected None"):
         dequantize.of_few_rows(torch.randn(4, 10), weight, torch.zeros(6), transposed=True)
+    layer, stored, A = dequantize.layer_of(weight), [*weight.tensors().values()], x[:3]
+    B = torch.randn(10, 3)
+    for sentence, arguments in {
+        "x is 4 x 5, expected 4 x 6": (x[:, :5], stored, A, B, 1.0, None),
+        "lora_A is 3 x 5, expected 3 x 6": (x, stored, A[:, :5], B, 1.0, None),
+        "lora_B is 10 x 2, expected 10 x 3": (x, stored, A, B[:, :2], 1.0, None),
+        "lora_B has dtype Double, expected": (x, stored, A, B.double(), 1.0, None),
+        "scale has 9 elements": (x, [stored[0], stored[1][:9]], A, B, 1.0, None),
+        "bias has 1 dimensions and 9 elements": (x, stored, A, B, 1.0, torch.zeros(9)),
+    }.items():
+        with pytest.raises(RuntimeError, match=sentence):
+            layer(*arguments)
 
 
 def test_the_binary_needs_the_stable_abi_and_no_more():

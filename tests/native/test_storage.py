@@ -66,6 +66,14 @@ def test_a_quantized_weight_with_freed_memory_is_refused(kind):
             lambda w: dequantize.part(w, (0, 64), (0, 8), out),
             lambda w: dequantize.of_few_rows(torch.ones(2, 8), w, None),
             lambda w: dequantize.of_few_rows(torch.ones(2, 64), w, None, transposed=True),
+            lambda w: dequantize.layer_of(w)(
+                torch.ones(2, 8),
+                [*w.tensors().values()],
+                torch.ones(3, 8),
+                torch.ones(64, 3),
+                1.0,
+                None,
+            ),
         ):
             with pytest.raises(RuntimeError, match="has a storage of 0 bytes, expected at least"):
                 run(weight)

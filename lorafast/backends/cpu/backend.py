@@ -55,8 +55,10 @@ class Cpu(Backend):
         p = problem
         ahead = _why_ahead(p)
         if p.operation == "lora_linear":
-            forward = run.dense_lora_linear if p.format == DENSE else run.lora_linear
-            return Plan(self.name, forward, _FORWARD, ahead=ahead)
+            if p.format == DENSE:
+                return Plan(self.name, run.dense_lora_linear, _FORWARD, ahead=ahead)
+            short = run.of_stored(p)
+            return Plan(self.name, run.lora_linear, _FORWARD, ahead=ahead, of_stored=short)
         if p.operation == "lora_linear_backward":
             if p.wants != ("dx", "dA", "dB"):
                 return composed.plan_or_refusal(problem, self.plan)

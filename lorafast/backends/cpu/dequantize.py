@@ -14,6 +14,7 @@ from lorafast import operands
 from lorafast.backends import kernel_formats, workspace
 from lorafast.backends.cpu import native
 from lorafast.backends.kernel_formats import Coded
+from lorafast.backends.plan import Run
 from lorafast.core.codebooks import E2M1, codebook
 from lorafast.operands import MXFP4, Weight
 from lorafast.operands.eight_bit import EightBit
@@ -25,6 +26,8 @@ _four_bit = torch.ops.lorafast_cpu.dequantize_four_bit.default
 _eight_bit = torch.ops.lorafast_cpu.dequantize_eight_bit.default
 _linear_four_bit = torch.ops.lorafast_cpu.linear_four_bit.default
 _linear_eight_bit = torch.ops.lorafast_cpu.linear_eight_bit.default
+_lora_linear_four_bit = torch.ops.lorafast_cpu.lora_linear_four_bit.default
+_lora_linear_eight_bit = torch.ops.lorafast_cpu.lora_linear_eight_bit.default
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of dtypes, as the kernels count them."""
 _PART = 32 << 20
@@ -94,8 +97,7 @@ def of_few_rows(x: Tensor, weight: Coded, bias: Tensor | None, transposed: bool 
     dense and multiplied within the first cache of a core. Sums are float32, rounded once.
     """
     out = x.new_empty((x.shape[0], weight.shape[1 if transposed else 0]))
-    stored = weight.stored_dtype
-    ending = _NUMBERS[weight.dtype if stored is torch.float32 else stored], transposed, bias, out
+    ending = _stored_number(weight), transposed, bias, out
     if isinstance(weight, EightBit):
         _linear_eight_bit(x, *_eight_bit_codes(weight), *ending)
     elif isinstance(weight, MXFP4):
@@ -105,14 +107,71 @@ def of_few_rows(x: Tensor, weight: Coded, bias: Tensor | None, transposed: bool 
     return out
 
 
-def _has_few_rows(x: Tensor, weight: Coded, transposed: bool = False) -> bool:
-    """Whether ``of_few_rows`` is ahead; it rounds W to one dtype alone."""
-    dtype = x.dtype
+def layer_of(weight: Coded) -> Run:
+    """``lora_linear`` over the tensors of ``weight``, or of one like it, straight from the codes:
+    ``x, stored, lora_A, lora_B, scaling, bias`` gives ``y, s``. What else it takes is read here, once.
+    """
+    stored = _stored_number(weight)
+    if isinstance(weight, EightBit):
+        numbers = (*_eight_bit_codes(weight)[2:], stored)
+
+        def eight_bit(
+            x: Tensor,
+            stored: list[Tensor],
+            A: Tensor,
+            B: Tensor,
+            scaling: float,
+            bias: Tensor | None,
+        ) -> tuple[Tensor, Tensor]:
+            codes, scale = stored
+            return _lora_linear_eight_bit(x, codes, scale, *numbers, bias, A, B, scaling)
+
+        return eight_bit
+    if isinstance(weight, MXFP4):
+
+        def mxfp4(
+            x: Tensor,
+            stored: list[Tensor],
+            A: Tensor,
+            B: Tensor,
+            scaling: float,
+            bias: Tensor | None,
+        ) -> tuple[Tensor, Tensor]:
+            again = type(weight).build(dict(zip(names, stored, strict=True)), weight.parameters)
+            codes = _mxfp4_codes(again, 0, again.shape[0])
+            return _lora_linear_four_bit(x, *codes, number, bias, A, B, scaling)
+
+        names, number = tuple(weight.tensors()), stored
+        return mxfp4
+    order = tuple(weight.tensors())
+    places = [
+        order.index(name) if name in order else None for name in ("weight", "absmax", *NESTED)
+    ]
+    numbers = (*_four_bit_codes(weight)[2 + len(NESTED) :], stored)
+
+    def four_bit(
+        x: Tensor, stored: list[Tensor], A: Tensor, B: Tensor, scaling: float, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        codes = [None if place is None else stored[place] for place in places]
+        return _lora_linear_four_bit(x, *codes, *numbers, bias, A, B, scaling)
+
+    return four_bit
+
+
+def _stored_number(weight: Coded) -> int:
+    """What W is rounded to, as the kernels count dtypes."""
+    stored = weight.stored_dtype
+    return _NUMBERS[weight.dtype if stored is torch.float32 else stored]
+
+
+def has_few_rows(M: int, dtype: torch.dtype, weight: Coded, transposed: bool = False) -> bool:
+    """Whether a product by ``M`` rows of x is ahead straight from the codes; it rounds W to one dtype
+    alone."""
     has = native.multiplies_bfloat16() if dtype is torch.bfloat16 else native.has_avx512()
     once = weight.stored_dtype in (dtype, torch.float32) or dtype is torch.float32
     N, K = weight.shape
     few = _FEW_OF_LARGE if dtype is torch.bfloat16 and N * K >= _LARGE else _FEW[dtype]
-    return has and once and x.shape[0] <= few[transposed]
+    return has and once and few[transposed] >= M
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -120,7 +179,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     quantized = served(weight)
     if quantized is None:
         return operands.linear(x, weight, bias)
-    if _has_few_rows(x, quantized):
+    if has_few_rows(x.shape[0], x.dtype, quantized):
         return of_few_rows(x, quantized, bias)
     N, K = quantized.shape
     step = _count(N, K, quantized.dtype)
@@ -141,7 +200,7 @@ def linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
     quantized = served(weight)
     if quantized is None:
         return operands.linear_transposed(dy, weight)
-    if _has_few_rows(dy, quantized, transposed=True):
+    if has_few_rows(dy.shape[0], dy.dtype, quantized, transposed=True):
         return of_few_rows(dy, quantized, None, transposed=True)
     N, K = quantized.shape
     step = _count(K, N, quantized.dtype)

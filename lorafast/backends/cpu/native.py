@@ -39,6 +39,8 @@ LIBRARY = Library(
         "dequantize_eight_bit",
         "linear_four_bit",
         "linear_eight_bit",
+        "lora_linear_four_bit",
+        "lora_linear_eight_bit",
     ),
     start=_capability,
 )

@@ -3,6 +3,8 @@
 The base GEMM of another operand is the operand's own.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from lorafast import operands
 from lorafast.backends.cpu import dequantize, native
 from lorafast.backends.plan import Run
 from lorafast.core.dtypes import wide
-from lorafast.core.problem import WANTS
+from lorafast.core.problem import WANTS, Problem
 from lorafast.operands import Weight
 from lorafast.reference.dropout import survivor_scale, threshold
 
@@ -232,9 +234,31 @@ def lora_linear(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``shrink`` and ``linear_expand``: ``y`` and ``s``, the skinny products in one call."""
+    """``shrink`` and ``linear_expand``: ``y`` and ``s``, the skinny products in one call.
+
+    Of few rows without dropout all is one call: the adapter's part joins the sums of the base product.
+    """
+    coded = None if dropout_p else dequantize.served(weight)
+    if coded is not None and dequantize.has_few_rows(x.shape[0], x.dtype, coded):
+        return dequantize.layer_of(coded)(
+            x, operands.stored(coded), lora_A, lora_B, float(scaling), bias
+        )
     y = dequantize.linear(x, weight, bias)
     return _with_low_rank(y, x, lora_A, lora_B, scaling, _mask(dropout_p, seed))
+
+
+def of_stored(problem: Problem) -> Callable[[Weight], Run | None] | None:
+    """What makes ``lora_linear`` over an operand's tensors; None where that is more than one call."""
+    if problem.dropout or problem.operation != "lora_linear":
+        return None
+
+    def made(weight: Weight) -> Run | None:
+        coded = dequantize.served(weight)
+        if coded is None or not dequantize.has_few_rows(problem.M, problem.dtype, coded):
+            return None
+        return dequantize.layer_of(coded)
+
+    return made
 
 
 def lora_linear_backward(
