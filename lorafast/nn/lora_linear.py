@@ -318,6 +318,8 @@ class LoRALinear(AdapterLayer):
         if self._off or self.merged or self._use_dora or (self.dropout and self.training):
             return None
         p: Any = self._parameters
+        if self._local is not None and is_sharded(p["lora_A"]):  # another one's forward asks
+            p = p | self._local.parts(self)
         try:
             bias = p["bias"] if "bias" in p else self.__dict__["bias"]  # where it is a plain None
             return Sibling(p["weight"], p["lora_A"], p["lora_B"], self._scaling, bias)

@@ -14,6 +14,7 @@ from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear, quantized_linear_of
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
+from lorafast.ops.unstrided import is_sharded
 
 
 def lora_linear_of(
@@ -160,7 +161,10 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         return quantized_linear_of(x, self._stored(), self._description, self.bias)
 
     def base_weight(self) -> Tensor:
-        """W as ``[out_features, in_features]``, made dense."""
+        """W as ``[out_features, in_features]``, made dense; sharded if its codes are."""
+        if self._local is not None and is_sharded(self._stored()[0]):
+            dense: Tensor = self._local.dense_of(self)
+            return dense
         return operands.as_dense(self.operand())
 
     def to_quantized(self) -> tuple[QuantizedLinear, Requantized]:
@@ -174,6 +178,8 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
                 replaced on this instance, by Accelerate too.
         """
         reason = why_not_its_forward(self, type(self))
+        if reason is None and is_sharded(self._stored()[0]):
+            reason = "its codes are sharded: merge it dense, or quantize the merged model again"
         if reason is None and offload.hooks_of(self):
             reason = "Accelerate's hook serves its weight: remove it before quantizing again"
         if reason is not None:

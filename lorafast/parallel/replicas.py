@@ -1,0 +1,74 @@
+"""What must be the same on every rank: replicated parameters, and the generators that masks come from."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import broadcast
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+
+def check_replicas(model: nn.Module) -> None:
+    """Compares, bit by bit, what ``model`` has replicated with the first rank's, and the generators.
+
+    Every rank must call it; it sends the replicated parameters once.
+
+    Raises:
+        ValueError: they differ; the message names the first that does. Every rank raises, or none does.
+    """
+    differing: dict[DeviceMesh, list[str]] = {}
+    for name, part, mesh in _replicated(model):
+        found = differing.setdefault(mesh, [])
+        if not torch.equal(of_first(part, mesh).view(torch.uint8), part.view(torch.uint8)):
+            found.append(name)
+    for mesh, names in differing.items():
+        if not torch.equal(of_first(state(mesh), mesh), state(mesh)):
+            names.append("the generator of dropout's masks")
+        wrong = torch.tensor(float(bool(names)), device=_device(mesh))
+        torch.distributed.all_reduce(wrong, group=mesh.get_group())
+        if wrong:
+            what = names[0] if names else "something"
+            raise ValueError(
+                f"{what} differs between ranks ({int(wrong)} of {mesh.size()} have other values than "
+                "the first)"
+            )
+
+
+def _replicated(model: nn.Module) -> Iterator[tuple[str, Tensor, DeviceMesh]]:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.placements == (Replicate(),):
+            part = parameter.detach().to_local().contiguous()
+            yield name, part, parameter.device_mesh
+
+
+def of_first(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The first rank's, of a tensor that all have in the same shape."""
+    group = mesh.get_group()
+    sent = tensor.to(_device(mesh), copy=True)
+    broadcast(sent, group=group, group_src=0)
+    return sent.to(tensor.device)
+
+
+def state(mesh: DeviceMesh) -> Tensor:
+    """Of the default generator of the mesh's device, bytes."""
+    if mesh.device_type == "cpu":
+        return torch.get_rng_state()
+    found: Tensor = torch.get_device_module(mesh.device_type).get_rng_state()
+    return found
+
+
+def set_alike(mesh: DeviceMesh) -> None:
+    """Gives the default generators of all ranks the state of the first's."""
+    found = of_first(state(mesh), mesh)
+    if mesh.device_type == "cpu":
+        torch.set_rng_state(found)
+    else:
+        torch.get_device_module(mesh.device_type).set_rng_state(found)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    index = torch.get_device_module(mesh.device_type).current_device()
+    return torch.device(mesh.device_type, index)
