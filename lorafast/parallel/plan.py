@@ -36,7 +36,7 @@ def parallelize(
         model: with adapted layers or without, the same on all ranks.
         mesh: one dimension.
         plan: styles by the names of modules: a name, or the end of one after a dot, of which each part
-            may be a pattern (``layers.*.mlp.down_proj``). ``Colwise``, ``Rowwise`` and ``Replicated``, or
+            may be a pattern (``layers.*.mlp.down_proj``). ``Colwise``, ``Rowwise`` and ``Replicated``;
             PyTorch's styles for modules without adapters.
         src_data_rank: as in PyTorch: the rank of the mesh whose frozen tensors are taken, 0, or None:
             each rank has them already, and nothing is sent. What is trained is the first rank's.
@@ -110,14 +110,18 @@ def _styles(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, Pa
             if name in chosen:
                 raise ValueError(f"plan has {chosen[name]!r} and {pattern!r}, and both name {name}")
             chosen[name] = pattern
+    inner: set[str] = set()
     for name, pattern in chosen.items():
-        if isinstance(plan[pattern], Replicated):
-            inside = next((one for one in chosen if one.startswith(f"{name}.")), None)
-            if inside is not None:
+        style = plan[pattern]
+        if isinstance(style, Replicated):
+            inside = {one: plan[chosen[one]] for one in chosen if one.startswith(f"{name}.")}
+            other = next((one for one, its in inside.items() if not style.is_like(its)), None)
+            if other is not None:
                 raise ValueError(
-                    f"plan has {pattern!r}, which has {inside} inside, and a style for that"
+                    f"plan has {pattern!r}, which has {other} inside, and a style for that"
                 )
-    return {name: plan[chosen[name]] for name in modules if name in chosen}
+            inner |= inside.keys()
+    return {name: plan[chosen[name]] for name in modules if name in chosen.keys() - inner}
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -254,6 +254,10 @@ class Replicated(Style):
     def __repr__(self) -> str:
         return f"Replicated(input_layouts={self.input_layouts})"
 
+    def is_like(self, other: object) -> bool:
+        """Whether ``other`` does the same."""
+        return isinstance(other, Replicated) and other.input_layouts == self.input_layouts
+
     def why_not(self, module: nn.Module, mesh: DeviceMesh) -> str | None:
         """Parameters that are sharded already."""
         for one in module.modules():

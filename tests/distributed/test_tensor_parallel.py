@@ -19,7 +19,7 @@ COLUMNS = tuple(name for name in PROJECTIONS if name not in ROWS)
 STEPS, P = 5, 0.3
 
 
-def adapted(use_dora=False, dtype=torch.float64, heads=False, fuse=None):
+def adapted(use_dora=False, dtype=torch.float64, heads=False, fuse=None, p=P, bottlenecks=False):
     """The same on every call. Layers cut by columns of y drop: their mask is the whole one's."""
     torch.manual_seed(3)
     model = decoder(dtype)
@@ -29,9 +29,11 @@ def adapted(use_dora=False, dtype=torch.float64, heads=False, fuse=None):
         model.norm.weight.requires_grad_()
     else:
         model = lorafast.adapt(model, 3, PROJECTIONS, alpha=6, use_dora=use_dora, fuse=fuse)
+    if bottlenecks:  # which are left on every rank
+        lorafast.adapt(model, kind="pfeiffer", targets=["mlp"], bottleneck=4, layer_norm=True)
     for name, module in model.named_modules():
         if name.endswith(COLUMNS):
-            module.dropout = P
+            module.dropout = p
     fill_adapters(model)
     return model
 
@@ -56,7 +58,7 @@ def by_tokens():
         "q_proj": Colwise(), "k_proj": Colwise(), "v_proj": Colwise(),
         "gate_proj": Colwise(input_layouts=Shard(1)), "up_proj": Colwise(input_layouts=Shard(1)),
         "o_proj": Rowwise(output_layouts=Shard(1)), "down_proj": Rowwise(output_layouts=Shard(1)),
-        "norm": Replicated(input_layouts=Shard(1)),
+        "norm": Replicated(input_layouts=Shard(1)), "bottleneck": Replicated(input_layouts=Shard(1)),
         "lm_head": Colwise(input_layouts=Shard(1), output_layouts=Replicate()),
     }  # fmt: skip
 
@@ -99,7 +101,7 @@ def _trains(rank, use_dora, sequence):
     from lorafast.parallel import check_replicas, parallelize
 
     mesh = init_device_mesh("cpu", (2,))
-    one, two = adapted(use_dora, heads=sequence), adapted(use_dora, heads=sequence)
+    one, two = (adapted(use_dora, heads=sequence, bottlenecks=True) for _ in range(2))
     if rank:  # parallelize takes the first rank's
         with torch.no_grad():
             for parameter in (p for p in two.parameters() if p.requires_grad):
