@@ -319,3 +319,75 @@ def whole(tensor, cut):
 
 def test_bfloat16_keeps_the_contract_by_the_kernels_of_the_part():
     on_ranks(_bf16)
+
+
+def _rules(rank):
+    """DTensors through the registered operations: results of the whole, and nothing is sent but what is
+    asked for in the end."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, everywhere = mesh_of(), Replicate()
+    torch.manual_seed(9)
+    x, W, A, B, bias = (torch.randn(s).double() for s in ((4, M, K), (N, K), (R, K), (N, R), (N,)))
+    cases = {
+        "rows": (Shard(0), everywhere, everywhere, everywhere, everywhere),
+        "N": (everywhere, Shard(0), everywhere, Shard(0), Shard(0)),
+        "K": (Shard(2), Shard(1), Shard(1), everywhere, everywhere),
+        "W alone": (everywhere, Shard(0), everywhere, everywhere, everywhere),
+    }
+    whole = [t.clone().requires_grad_(t is not W) for t in (x, W, A, B, bias)]
+    y = reference.lora_linear(*whole[:4], 0.5, whole[4])
+    names = ("x", "lora_A", "lora_B", "bias")
+    trained = [whole[i] for i in (0, 2, 3, 4)]
+    expected = dict(zip(names, torch.autograd.grad(y.square().sum(), trained), strict=True))
+    for case, placements in cases.items():
+        for watched in (False, True):
+            cut = [
+                distribute_tensor(t, mesh, [p]).requires_grad_(t is not W)
+                for t, p in zip((x, W, A, B, bias), placements, strict=True)
+            ]
+            sent = Collectives()
+            if watched:
+                with sent:
+                    found = lorafast.functional.lora_linear(*cut[:4], 0.5, cut[4])
+                assert sent.calls == [], case
+            else:
+                found = lorafast.functional.lora_linear(*cut[:4], 0.5, cut[4])
+            assert error(found, y) < EXACT, case
+            gradients = torch.autograd.grad(
+                found.full_tensor().square().sum(), [cut[i] for i in (0, 2, 3, 4)]
+            )
+            for name, gradient in zip(names, gradients, strict=True):
+                assert error(gradient, expected[name]) < EXACT, (case, name)
+    # The operations that it is made of, one by one, by every axis that they have.
+    flat = x.view(-1, K)
+    s, dy, ds = flat @ A.t(), torch.randn(4 * M, N).double(), torch.randn(4 * M, R).double()
+    ops = torch.ops.lorafast
+    calls = [
+        (lambda x, A: ops.shrink(x, A), (flat, A), "MK rK"),
+        (lambda ds, x: ops.shrink_backward(ds, x), (ds, flat), "Mr MK"),
+        (lambda s, B: ops.expand(s, B, 0.5), (s, B), "Mr Nr"),
+        (lambda dy, s, B: ops.expand_backward(dy, s, B, 0.5), (dy, s, B), "MN Mr Nr"),
+        (lambda x, s, B, W: ops.linear_expand(x, [W], "dense", s, B, 0.5), (flat, s, B, W), "MK Mr Nr NK"),
+        (
+            lambda dy, ds, A, W: ops.linear_expand(dy, [W], "dense", ds, A, 1.0, transposed=True),
+            (dy, ds, A.t().contiguous(), W), "MN Mr Kr NK",
+        ),
+    ]  # fmt: skip
+    for call, tensors, axes in calls:
+        results = as_tuple(call(*tensors))
+        for axis in "MNK":
+            cut = [
+                distribute_tensor(t, mesh, [Shard(a.index(axis)) if axis in a else everywhere])
+                for t, a in zip(tensors, axes.split(), strict=True)
+            ]
+            for found, expected in zip(as_tuple(call(*cut)), results, strict=True):
+                assert not expected.numel() or error(found, expected) < EXACT, (axes, axis)
+
+
+def as_tuple(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_dtensors_through_the_operations():
+    on_ranks(_rules)
