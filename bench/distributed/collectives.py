@@ -63,7 +63,9 @@ class Collectives(TorchDispatchMode):
         namespace, _, name = getattr(func, "_qualified_op_name", func.name()).partition("::")
         name = name.partition(".")[0]
         if namespace in _NAMESPACES and name in _KINDS:
-            self._count(_KINDS[name], [t for t in tree_leaves((args, made)) if isinstance(t, Tensor)])
+            self._count(
+                _KINDS[name], [t for t in tree_leaves((args, made)) if isinstance(t, Tensor)]
+            )
         return made
 
     def _count(self, kind: str, tensors: list[Tensor]) -> None:

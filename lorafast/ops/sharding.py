@@ -37,7 +37,9 @@ class _Rules:
         self._given = [axes for tensor, axes in given if tensor is not None]
         self._whole_weight = weight not in (None, operands.DENSE)
 
-    def by(self, axis: str, results: Sequence[str], pending: str = "") -> tuple[list[Any], list[Any]]:
+    def by(
+        self, axis: str, results: Sequence[str], pending: str = ""
+    ) -> tuple[list[Any], list[Any]]:
         """The one that shares out ``axis``. ``results``: their axes, with a + before that of a sum over
         it; ``pending``: which of the arguments, by their axes, are added to such a sum."""
         given = [self._placement(axis, axes, axes in pending.split()) for axes in self._given]

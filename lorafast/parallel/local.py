@@ -17,6 +17,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor, all
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_map_only
 
 from lorafast import operands
 from lorafast.core import columns
@@ -93,6 +94,10 @@ def _wait(x: Any) -> Any:
     return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
 
 
+def _local_of(x: Any) -> Any:
+    return _Waited.apply(x.to_local()) if isinstance(x, DTensor) else _wait(x)
+
+
 class Local:
     """The hooks of one layer, and what it takes to show its parts.
 
@@ -143,6 +148,11 @@ class Local:
 
     def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """A hook before the forward."""
+        if self.computes is None:
+            self._given = next((x.placements for x in inputs if isinstance(x, DTensor)), None)
+            inputs = tree_map_only(Tensor, _local_of, inputs)
+            self.show(module)
+            return inputs
         if not inputs:
             raise TypeError(
                 f"a {type(module).__name__} of lorafast.parallel takes its input by position"
@@ -155,7 +165,11 @@ class Local:
         """A hook after the forward; after an error too, when ``y`` is None."""
         if self._kept:
             self.hide(module)
-        return None if y is None else self._out_of(y)
+        if y is None:
+            return None
+        if self.computes is None:
+            return tree_map_only(Tensor, self._whole_again, y)
+        return self._out_of(y)
 
     def show(self, module: nn.Module) -> None:
         """Puts the parts in place; ``hide`` undoes it."""
@@ -243,15 +257,11 @@ class Local:
         if made is None:
             made = self._into(x)
             _last.made = _Made(x, how, made)
-        elif isinstance(x, DTensor):
-            self._given = x.placements
         return made
 
     def _into(self, x: Any) -> Any:
         """The input as this rank computes with it."""
-        self._given = x.placements if isinstance(x, DTensor) else None
-        if self.computes is None:
-            return _Waited.apply(x.to_local() if isinstance(x, DTensor) else x)
+        assert self.computes is not None
         inside = (self.computes[0],)
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, self.takes, run_check=False)
@@ -264,13 +274,17 @@ class Local:
             x = (x - self.tokens.start).masked_fill(self._absent, 0)
         return _Waited.apply(x) if x.is_floating_point() else _wait(x)
 
+    def _whole_again(self, y: Tensor) -> Tensor:
+        """An output of a module that takes what it gets: a DTensor if the input was one."""
+        y = _Waited.apply(y) if y.is_floating_point() else y
+        if self._given is None:
+            return y
+        return DTensor.from_local(y, self.mesh, self._given, run_check=False)
+
     def _out_of(self, y: Any) -> Any:
         """The output in the layout that is asked for."""
+        assert self.computes is not None
         y = _Waited.apply(y)
-        if self.computes is None:
-            if self._given is None:
-                return y
-            return DTensor.from_local(y, self.mesh, self._given, run_check=False)
         if self._absent is not None:
             y, self._absent = y.masked_fill(self._absent.unsqueeze(-1), 0.0), None
         made = DTensor.from_local(y, self.mesh, (self.computes[1],), run_check=False)

@@ -6,14 +6,13 @@ import re
 import pytest
 import torch
 from ranks import on_ranks
-from small_decoder import PROJECTIONS, tokens
+from small_decoder import WIDTH, tokens
 from test_tensor_parallel import (
     EXACT, adapted, by_tokens, error, loss_of, plan_of, steps,
 )  # fmt: skip
 from torch import nn
 
 import lorafast
-from lorafast.nn import Bottleneck
 
 
 def mesh_of(*shape, **names):
@@ -110,7 +109,9 @@ def _siblings(rank):
     siblings.FEWEST_ROWS = siblings.FEWEST_ELEMENTS = 1
     made = []
     share = siblings.Shared.__init__
-    siblings.Shared.__init__ = lambda self, x, keys: (share(self, x, keys), made.append(len(keys)))[0]
+    siblings.Shared.__init__ = lambda self, x, keys: (share(self, x, keys), made.append(len(keys)))[
+        0
+    ]
     ids = tokens(2)
     expected, exactly = steps(adapted(p=0.0), ids, 1)
     losses, found = steps(cut(adapted(p=0.0, fuse="siblings")), ids, 1)
@@ -120,7 +121,9 @@ def _siblings(rank):
     made.clear()
     model = cut(adapted(p=0.0, fuse="siblings"))
     torch.utils.checkpoint.checkpoint(loss_of, model, ids, use_reentrant=False).backward()
-    assert max(error(model.get_parameter(n).grad, gradient) for n, gradient in exactly.items()) < EXACT
+    assert (
+        max(error(model.get_parameter(n).grad, gradient) for n, gradient in exactly.items()) < EXACT
+    )
     assert made == [2] * 4  # made again in the backward
 
 
@@ -146,17 +149,130 @@ def _with_fsdp(rank):
     assert max(error(found[name], gradient) for name, gradient in exactly.items()) < EXACT
     with Collectives() as sent:
         loss_of(two, ids).backward()
-    return sent.calls
+    # FSDP2 gathers each block's parts of this rank's parts, twice; it scatters gradients of adapters.
+    block = two.layers[0]
+    if rank:
+        return  # of sizes that two ranks can't halve the first has more
+    parts = {n: p.to_local().numel() * 2 for n, p in block.named_parameters()}
+    trained = sum(size for n, size in parts.items() if "lora_" in n)
+    gathered = [c for c in sent.calls if c.shape == (sum(parts.values()),)]
+    assert [c.kind for c in gathered] == ["all_gather"] * 4
+    assert [c.shape for c in sent.calls if c.kind == "reduce_scatter"] == [(trained,)] * 2
+    assert sent.counts(backward=False)["all_reduce"] == 4  # y of two layers of each block
+    sizes = {c.shape for c in sent.calls if c.kind == "all_reduce" and c.backward}
+    assert sizes == {(*ids.shape, WIDTH), (3, WIDTH), (WIDTH, 3)}  # dx; dA and dB
 
 
+@pytest.mark.slow
 def test_with_fsdp_on_four_ranks():
-    for call in on_ranks(_with_fsdp, world=4)[0]:
-        print(call)
+    on_ranks(_with_fsdp, world=4)
+
+
+def _compiled(rank):
+    one, two = adapted(), cut(adapted())
+    ids = tokens(2)
+    torch.manual_seed(1)
+    expected = loss_of(one, ids)
+    expected.backward()
+    compiled = torch.compile(two, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    loss = loss_of(compiled, ids)
+    loss.backward()
+    assert error(loss.detach(), expected.detach()) < EXACT
+    for name, parameter in one.named_parameters():
+        if parameter.requires_grad:
+            assert error(two.get_parameter(name).grad, parameter.grad) < EXACT, name
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph():
+    on_ranks(_compiled)
+
+
+def _checkpointed(rank, use_reentrant):
+    """With dropout: what is computed again has the same masks, and sends what the forward sent."""
+    from lorafast.bench.distributed.collectives import Collectives
+
+    def loss(model):
+        torch.manual_seed(4)
+        x = model.embed_tokens(ids).requires_grad_()
+        for layer in model.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+        return model.lm_head(model.norm(x)).square().mean()
+
+    one, two, ids = adapted(), cut(adapted()), tokens(2)
+    loss(one).backward()
+    with Collectives() as sent:
+        loss(two).backward()
+    for name, parameter in one.named_parameters():
+        if parameter.requires_grad:
+            assert error(two.get_parameter(name).grad, parameter.grad) < EXACT, name
+    y = [c for c in sent.calls if c.kind == "all_reduce" and c.shape == (*ids.shape, WIDTH)]
+    # A block sums y twice, and again, but for what nobody needs; and dx once for each x.
+    assert [sum(c.backward is b for c in y) for b in (False, True)] in ([4, 8], [4, 6])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed(use_reentrant):
+    on_ranks(_checkpointed, use_reentrant)
+
+
+def _left_whole(rank):
+    """Kinds of layers that can't be cut, on every rank; and PyTorch's own styles beside ours."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    from lorafast.parallel import Colwise, Replicated, Rowwise, check_replicas, parallelize
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3, padding=1)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+            self.inner, self.outer = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x):
+            x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            x = self.down(self.up(x).relu())
+            return self.outer(self.inner(x).relu())
+
+    def model():
+        torch.manual_seed(3)
+        made = lorafast.adapt(Model().double(), 2, ["conv", "attention", "up", "outer"])
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(
+                    parameter, std=0.1, generator=torch.Generator().manual_seed(len(name))
+                )
+        return made
+
+    # Between down and inner each rank has a part of the tokens; PyTorch's collectives are asynchronous.
+    for layout in (None, Shard(1)):
+        plan = {
+            "up": Colwise(), "down": RowwiseParallel(output_layouts=layout),
+            "inner": ColwiseParallel(input_layouts=layout), "outer": Rowwise(),
+            "conv": Replicated(), "attention": Replicated(),
+        }  # fmt: skip
+        one, two = model(), parallelize(model(), mesh_of(), plan, src_data_rank=None)
+        x = torch.randn(2, 4, 8, dtype=torch.float64)
+        y, expected = two(x), one(x)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert error(y.detach(), expected.detach()) < EXACT
+        for name, parameter in one.named_parameters():
+            if parameter.grad is not None:
+                assert error(two.get_parameter(name).grad, parameter.grad) < EXACT, name
+        check_replicas(two)
+
+
+def test_layers_left_whole_and_pytorchs_styles():
+    on_ranks(_left_whole)
 
 
 def _refused(rank):
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel
 
     from lorafast.parallel import Colwise, Replicated, Rowwise, parallelize
@@ -166,7 +282,9 @@ def _refused(rank):
         before = {name: id(p) for name, p in model.named_parameters()}
         hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
         try:
-            parallelize(model, mesh_of() if mesh is None else mesh, plan_of(model) if plan is None else plan)
+            parallelize(
+                model, mesh_of() if mesh is None else mesh, plan_of(model) if plan is None else plan
+            )
         except kind as error:
             assert re.search(message, str(error)), str(error)
             assert "\n" not in str(error)
@@ -180,17 +298,19 @@ def _refused(rank):
     refused("expected styles", {})
     refused("expected a style", {"q_proj": "colwise"}, kind=TypeError)
     refused("and both name layers.0.self_attn.q_proj", good | {"self_attn.*": Colwise()})
-    refused("has an adapter, and ColwiseParallel is PyTorch's", good | {"q_proj": ColwiseParallel()})
+    refused(
+        "has an adapter, and ColwiseParallel is PyTorch's", good | {"q_proj": ColwiseParallel()}
+    )
     refused("is a RMSNorm, expected an nn.Linear", good | {"norm": Colwise()})
     refused("a mesh of 2 dimensions .dp, tp.", mesh=mesh_of(1, 2, mesh_dim_names=("dp", "tp")))
     refused("a str, expected a DeviceMesh", mesh="tp")
     refused(
         "norm is trained and no style of the plan is for it.*each rank has a part of the tokens",
         {name: style for name, style in by_tokens().items() if name != "norm"},
-        adapted(heads=True),
+        adapted(heads=True, bottlenecks=True),
     )
     refused("one tensor, which the plan would cut along two", by_tokens() | {"embed_tokens": Colwise()},
-            adapted(heads=True))  # fmt: skip
+            adapted(heads=True, bottlenecks=True))  # fmt: skip
     refused("which has layers.0.mlp.gate_proj inside", good | {"mlp": Replicated()})
     model = adapted()
     parallelize(model, mesh_of(), good)
@@ -205,7 +325,12 @@ def _refused(rank):
     lorafast.adapt(odd, 2, ["a"])
     refused("a has weight .5, 6., and 5 can't be cut", {"b": Colwise(), "a": Colwise()}, odd)
     for format, options, style, message in (
-        ("nf4", {"block": 64}, Rowwise(), "nf4, whose 96 columns can't be cut into 2 parts of whole"),
+        (
+            "nf4",
+            {"block": 64},
+            Rowwise(),
+            "nf4, whose 96 columns can't be cut into 2 parts of whole",
+        ),
         ("w8a8", {}, Rowwise(), "whose scales of x are of all its columns"),
         ("int8", {}, Colwise(), "int8, whose 7 rows can't be cut into 2 parts"),
     ):
@@ -217,7 +342,6 @@ def _refused(rank):
         parallelize(adapted(), mesh_of(), good, src_data_rank=1)
     except ValueError as error:
         assert "src_data_rank is 1" in str(error)
-    del Shard
 
 
 def test_what_cannot_be_cut_is_refused_before_anything_is_moved():

@@ -26,11 +26,11 @@ def adapted(use_dora=False, dtype=torch.float64, heads=False, fuse=None, p=P, bo
     if heads:  # what is left on every rank, or reads a part of the tokens, and a tied head
         model.lm_head.weight = model.embed_tokens.weight
         model = lorafast.adapt(model, 3, ["embed_tokens", *PROJECTIONS], use_dora=use_dora)
-        model.norm.weight.requires_grad_()
     else:
         model = lorafast.adapt(model, 3, PROJECTIONS, alpha=6, use_dora=use_dora, fuse=fuse)
     if bottlenecks:  # which are left on every rank
         lorafast.adapt(model, kind="pfeiffer", targets=["mlp"], bottleneck=4, layer_norm=True)
+    model.norm.weight.requires_grad_(heads)
     for name, module in model.named_modules():
         if name.endswith(COLUMNS):
             module.dropout = p
@@ -125,3 +125,34 @@ def _trains(rank, use_dora, sequence):
 @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 def test_a_decoder_trains_as_in_one_process(use_dora, sequence):
     on_ranks(_trains, use_dora, sequence)
+
+
+def _unsummed(rank, sequence):
+    """What the test above would see if the gradients of replicated parameters weren't summed."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from lorafast.parallel import check_replicas, local, parallelize, styles
+
+    summing = local.Local
+    styles.Local = lambda mesh, summed, **options: summing(mesh, frozenset(), **options)
+    one, two = (adapted(heads=sequence, bottlenecks=True) for _ in range(2))
+    parallelize(two, init_device_mesh("cpu", (2,)), by_tokens() if sequence else plan_of(two))
+    (_, found), (_, exactly) = steps(two, tokens(2), 1), steps(one, tokens(2), 1)
+    wrong = {name for name, gradient in exactly.items() if error(found[name], gradient) > 1e-3}
+    with pytest.raises(ValueError, match="differs between ranks"):
+        check_replicas(two)
+    return wrong
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["all tokens", "a part of the tokens"])
+def test_a_gradient_that_is_not_summed_is_noticed(sequence):
+    (wrong, other) = on_ranks(_unsummed, sequence)
+    assert wrong == other
+    for name, _ in adapted(heads=sequence, bottlenecks=True).named_parameters():
+        owner, _, last = name.rpartition(".")
+        replicated = "lora_B" if owner.endswith(ROWS) else "lora_A"
+        of_tokens = sequence and ("bottleneck" in name or name == "norm.weight")
+        if of_tokens or (last == replicated and owner.endswith(PROJECTIONS)):
+            assert name in wrong, name
+        elif last in ("lora_A", "lora_B"):
+            assert name not in wrong, name
