@@ -1,7 +1,8 @@
 """Layers as PyTorch's own calls of ``F.linear``, for inputs whose rows the kernels can't read.
 
 Sparse, nested and oneDNN tensors, and DTensors with dropout: whatever ``F.linear`` does with them, this
-does. DTensors without go through the registered operation. In the low-rank term float16 is float32, as in every backend.
+does. DTensors without go through the registered operation. In the low-rank term float16 is float32, as
+in every backend.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What must be the same on every rank: replicated parameters, and the generators that masks come from."""
+"""What must be the same on every rank: replicated parameters, and the generators of masks."""
 
 from collections.abc import Iterator
 

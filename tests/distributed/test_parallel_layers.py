@@ -1,6 +1,5 @@
 """Single layers cut over two ranks: what they compute, what they send, and what can't be cut."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from lorafast.bench.distributed.collectives import Collectives
@@ -125,8 +124,10 @@ def _as_pytorch_sends(rank):
     """The forward of a plain layer under PyTorch's own style, and the backward but for dA or dB."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import (
-        ColwiseParallel, RowwiseParallel, parallelize_module,
-    )  # fmt: skip
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     from lorafast.parallel import Colwise, Rowwise
 
@@ -249,7 +250,8 @@ def _dropout(rank):
             state = torch.get_rng_state()
             seed = torch.randint(2**63 - 1, (1,))
             seeds = [Columns(i, nn.Identity()).seed(seed) for i in range(2)] if cut_x else [seed]
-            assert len({int(one) for one in seeds}) == len(seeds) and all(s >= 0 for s in seeds)
+            assert len({int(one) for one in seeds}) == len(seeds)
+            assert all(one >= 0 for one in seeds)
             parts = x.chunk(len(seeds), -1)
             left = torch.cat(
                 [reference.dropout(part, p, one) for part, one in zip(parts, seeds, strict=True)],
@@ -278,11 +280,11 @@ def _bf16(rank):
     from lorafast.parallel import Colwise, Rowwise, parallelize
 
     mesh, half = mesh_of(), torch.bfloat16
+    names = ("y", "x", "lora_A", "lora_B")
     for style, cut_x in ((Colwise(output_layouts=replicate()), False), (Rowwise(), True)):
         layer = linear(half, adapter_dtype=torch.float32)
         torch.manual_seed(6)
         x, weights = torch.randn(64, K).to(half), torch.randn(64, N).to(half)
-        names = ("y", "x", "lora_A", "lora_B")
 
         def eager(dtype, adapter_dtype, layer=layer, x=x, weights=weights):
             tensors = [x, layer.lora_A, layer.lora_B]
@@ -302,7 +304,7 @@ def _bf16(rank):
         choices = lorafast.explain(two, x.chunk(2, -1)[rank] if cut_x else x).layers["0"]
         # The kernels of the part, whose sizes are the rank's.
         problem = part_of(two[0], x)
-        assert (problem.N, problem.K) == ((N, K // 2) if cut_x else (N // 2, K))
+        assert ([N, K // 2] if cut_x else [N // 2, K]) == [problem.N, problem.K]
         assert choices[0].backend not in (None, "reference")
         y, gradients = run(two, x.chunk(2, -1)[rank].contiguous() if cut_x else x, weights)
         found = {"y": y, "x": whole(gradients["x"], cut_x)}
@@ -373,7 +375,10 @@ def _rules(rank):
         (lambda ds, x: ops.shrink_backward(ds, x), (ds, flat), "Mr MK"),
         (lambda s, B: ops.expand(s, B, 0.5), (s, B), "Mr Nr"),
         (lambda dy, s, B: ops.expand_backward(dy, s, B, 0.5), (dy, s, B), "MN Mr Nr"),
-        (lambda x, s, B, W: ops.linear_expand(x, [W], "dense", s, B, 0.5), (flat, s, B, W), "MK Mr Nr NK"),
+        (
+            lambda x, s, B, W: ops.linear_expand(x, [W], "dense", s, B, 0.5),
+            (flat, s, B, W), "MK Mr Nr NK",
+        ),
         (
             lambda dy, ds, A, W: ops.linear_expand(dy, [W], "dense", ds, A, 1.0, transposed=True),
             (dy, ds, A.t().contiguous(), W), "MN Mr Kr NK",

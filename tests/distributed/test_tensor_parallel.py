@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
-from small_decoder import PROJECTIONS, Decoder, decoder, fill_adapters, tokens
+from small_decoder import PROJECTIONS, decoder, fill_adapters, tokens
 from torch import nn
 
 import lorafast
-from lorafast.nn import Bottleneck
 
 EXACT = 1e-12
 """Relative: what float64 leaves of another order of sums."""
