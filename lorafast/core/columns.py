@@ -18,7 +18,7 @@ _POSITIVE = 2**63 - 1
 class Columns(NamedTuple):
     """One of several parts of K."""
 
-    index: int
+    place: int
     """Which one, from 0."""
     total: Callable[[Tensor], Tensor]
     """The sum of a tensor over all parts, without a gradient."""
@@ -27,7 +27,7 @@ class Columns(NamedTuple):
         """Another seed for each part, from one that all have drawn alike, int64 ``[1]``: the masks are
         independent of one another, and the same whenever the same is drawn. The first part's is
         ``seed``."""
-        return seed ^ (self.index * _ODD & _POSITIVE) if self.index else seed
+        return seed ^ (self.place * _ODD & _POSITIVE) if self.place else seed
 
     def norm(self, norm: Tensor, least: float) -> Tensor:
         """``‖row‖`` of all columns from that of each part, ``[N]``, at least ``least``."""

@@ -86,8 +86,7 @@ class _Last(threading.local):
 _last = _Last()
 
 
-def _is_sharded(tensor: object) -> bool:
-    return isinstance(tensor, DTensor)
+_NOTHING: tuple[object, dict[str, Tensor | None], object] = (None, {}, None)
 
 
 def _wait(x: Any) -> Any:
@@ -133,7 +132,7 @@ class Local:
         self._kept: list[Any] = []
         self._columns = Columns(mesh.get_local_rank(), self._total) if shares_K else None
         self._absent: Tensor | None = None
-        self._ahead: tuple[object, dict[str, Any]] = (None, {})
+        self._ahead: tuple[object, dict[str, Tensor | None], object] = _NOTHING
         self._given: Any = None
 
     def __deepcopy__(self, memo: Any) -> "Local":
@@ -184,7 +183,7 @@ class Local:
             )
         )
         parts = self.parts(module)
-        self._ahead = (None, {})
+        self._ahead = _NOTHING
         places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for place in places:
             place.update({name: parts[name] for name in place if name in parts})
@@ -198,10 +197,18 @@ class Local:
     def parts(self, module: nn.Module) -> dict[str, Tensor | None]:
         """This rank's parts of the module's tensors by name: those that its next forward puts in place,
         for siblings make something of them before it."""
-        wholes = {n: t for n, t in (module._parameters | module._buffers).items() if _is_sharded(t)}
-        what = torch.is_grad_enabled(), *[(id(t), t.requires_grad) for t in wholes.values()]
+        held: dict[str, Any] = {**module._parameters, **module._buffers}
+        wholes = {name: tensor for name, tensor in held.items() if isinstance(tensor, DTensor)}
+        if torch.compiler.is_compiling():
+            return {name: self._part(name, whole) for name, whole in wholes.items()}
+        locals_ = [t._local_tensor for t in wholes.values()]
+        what = torch.is_grad_enabled(), *[
+            (id(whole), whole.requires_grad, local.dtype, local.data_ptr())
+            for whole, local in zip(wholes.values(), locals_, strict=True)
+        ]  # fmt: skip
         if self._ahead[0] != what:
-            self._ahead = what, {name: self._part(name, whole) for name, whole in wholes.items()}
+            found = {name: self._part(name, whole) for name, whole in wholes.items()}
+            self._ahead = what, found, wholes  # which keep their ids so
         return self._ahead[1]
 
     def hide(self, module: nn.Module) -> None:
@@ -242,7 +249,8 @@ class Local:
         return local
 
     def _total(self, part: Tensor) -> Tensor:
-        return _wait(all_reduce(part.detach(), "sum", (self.mesh, 0)))  # type: ignore[no-any-return]
+        total: Tensor = _wait(all_reduce(part.detach(), "sum", (self.mesh, 0)))
+        return total
 
     def _shared_into(self, x: Any) -> Any:
         """``_into``, once for all layers that are called with the same x one after the other: what they

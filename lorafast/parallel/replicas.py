@@ -1,6 +1,7 @@
 """What must be the same on every rank: replicated parameters, and the generators of masks."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ def check_replicas(model: nn.Module) -> None:
 
 def _replicated(model: nn.Module) -> Iterator[tuple[str, Tensor, DeviceMesh]]:
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) and parameter.placements == (Replicate(),):
-            part = parameter.detach().to_local().contiguous()
-            yield name, part, parameter.device_mesh
+        whole: Any = parameter
+        if isinstance(whole, DTensor) and whole.placements == (Replicate(),):
+            yield name, whole.detach().to_local().contiguous(), whole.device_mesh
 
 
 def of_first(tensor: Tensor, mesh: DeviceMesh) -> Tensor:

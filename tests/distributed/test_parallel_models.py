@@ -92,6 +92,7 @@ def _with_names_and_bottlenecks(rank):
         lorafast.add_adapter(two, "third")
 
 
+@pytest.mark.slow
 def test_several_adapters():
     on_ranks(_with_names_and_bottlenecks)
 
@@ -120,6 +121,7 @@ def _siblings(rank):
     assert made == [2] * 4  # made again in the backward
 
 
+@pytest.mark.slow
 def test_siblings_share_their_part_of_x():
     on_ranks(_siblings)
 
@@ -163,6 +165,7 @@ def test_with_fsdp_on_four_ranks():
 
 def _compiled(rank):
     one, two = adapted(), cut(adapted())
+    del one.layers[1:], two.layers[1:]  # it compiles for seconds
     ids = tokens(2)
     torch.manual_seed(1)
     expected = loss_of(one, ids)
@@ -205,7 +208,7 @@ def _checkpointed(rank, use_reentrant):
     assert [sum(c.backward is b for c in y) for b in (False, True)] in ([4, 8], [4, 6])
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointed(use_reentrant):
     on_ranks(_checkpointed, use_reentrant)
 

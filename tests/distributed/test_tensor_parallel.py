@@ -120,8 +120,15 @@ def _trains(rank, use_dora, sequence):
     check_replicas(two)
 
 
-@pytest.mark.parametrize("sequence", [False, True], ids=["all tokens", "a part of the tokens"])
-@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(
+    ("use_dora", "sequence"),
+    [
+        pytest.param(False, False, id="LoRA-all tokens"),
+        pytest.param(True, False, id="DoRA-all tokens", marks=pytest.mark.slow),
+        pytest.param(False, True, id="LoRA-a part of the tokens", marks=pytest.mark.slow),
+        pytest.param(True, True, id="DoRA-a part of the tokens"),
+    ],
+)
 def test_a_decoder_trains_as_in_one_process(use_dora, sequence):
     on_ranks(_trains, use_dora, sequence)
 
@@ -143,7 +150,13 @@ def _unsummed(rank, sequence):
     return wrong
 
 
-@pytest.mark.parametrize("sequence", [False, True], ids=["all tokens", "a part of the tokens"])
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        pytest.param(False, id="all tokens", marks=pytest.mark.slow),
+        pytest.param(True, id="a part of the tokens"),
+    ],
+)
 def test_a_gradient_that_is_not_summed_is_noticed(sequence):
     (wrong, other) = on_ranks(_unsummed, sequence)
     assert wrong == other
