@@ -86,6 +86,10 @@ class Collectives(TorchDispatchMode):
             found[one.kind] += one.bytes
         return dict(found)
 
+    def table(self) -> list[tuple[Collective, int]]:
+        """Equal ones together, with how many there were, in the order of the first."""
+        return list(Counter(self.calls).items())
+
     def sent(self, ranks: int) -> float:
         """Bytes that each of ``ranks`` has sent, in rings."""
         return sum(one.sent(ranks) for one in self.calls)

@@ -40,7 +40,8 @@ def _replicated(model: nn.Module) -> Iterator[tuple[str, Tensor, DeviceMesh]]:
     for name, parameter in model.named_parameters():
         whole: Any = parameter
         if isinstance(whole, DTensor) and whole.placements == (Replicate(),):
-            yield name, whole.detach().to_local().contiguous(), whole.device_mesh
+            part: Tensor = whole._local_tensor
+            yield name, part.detach().contiguous(), whole.device_mesh
 
 
 def of_first(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
