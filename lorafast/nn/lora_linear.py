@@ -371,7 +371,8 @@ class LoRALinear(AdapterLayer):
         """``[rows, in_features]`` zeros, where a forward has its input."""
         weight = self.operand()
         device = offload.device_of(self, weight)
-        return torch.zeros((rows, self.in_features), dtype=weight.dtype, device=device)
+        K = self.in_features if self._local is None else self._local.width(self.in_features)
+        return torch.zeros((rows, K), dtype=weight.dtype, device=device)
 
     def operand(self) -> Weight:
         """The frozen weight as products take it: W, or an operand of another format."""

@@ -229,6 +229,11 @@ class Local:
         finally:
             self.hide(module)
 
+    def width(self, features: int) -> int:
+        """The last dimension of a plain input, of which a whole one has ``features``."""
+        last = (Shard(-1),)
+        return features // self.mesh.size() if self.takes == last else features
+
     def dense_of(self, layer: Any) -> Tensor:
         """W ``[N, K]`` of a layer that stores it as an operand, made dense; as a DTensor."""
         with self.shown(layer):

@@ -9,6 +9,8 @@ from torch.distributed import broadcast
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from lorafast.nn.adapter_module import adapters_in
+
 
 def check_replicas(model: nn.Module) -> None:
     """Compares, bit by bit, what ``model`` has replicated with the first rank's, and the generators.
@@ -23,9 +25,11 @@ def check_replicas(model: nn.Module) -> None:
         found = differing.setdefault(mesh, [])
         if not torch.equal(of_first(part, mesh).view(torch.uint8), part.view(torch.uint8)):
             found.append(name)
-    for mesh, names in differing.items():
+    cut = {layer._local.mesh: None for layer in adapters_in(model).values() if layer._local}
+    for mesh in cut:
         if not torch.equal(of_first(state(mesh), mesh), state(mesh)):
-            names.append("the generator of dropout's masks")
+            differing.setdefault(mesh, []).append("the generator of dropout's masks")
+    for mesh, names in differing.items():
         wrong = torch.tensor(float(bool(names)), device=_device(mesh))
         torch.distributed.all_reduce(wrong, group=mesh.get_group())
         if wrong:
@@ -39,9 +43,18 @@ def check_replicas(model: nn.Module) -> None:
 def _replicated(model: nn.Module) -> Iterator[tuple[str, Tensor, DeviceMesh]]:
     for name, parameter in model.named_parameters():
         whole: Any = parameter
-        if isinstance(whole, DTensor) and whole.placements == (Replicate(),):
-            part: Tensor = whole._local_tensor
-            yield name, part.detach().contiguous(), whole.device_mesh
+        if not isinstance(whole, DTensor):
+            continue
+        mesh, part = whole.device_mesh, whole._local_tensor.detach().contiguous()
+        for i, placement in enumerate(whole.placements):
+            if placement == Replicate():
+                yield name, part, mesh[_names(mesh)[i]] if mesh.ndim > 1 else mesh
+
+
+def _names(mesh: DeviceMesh) -> tuple[str, ...]:
+    if mesh.mesh_dim_names is None:
+        raise ValueError(f"{mesh} has no names for its dimensions: give it mesh_dim_names")
+    return mesh.mesh_dim_names
 
 
 def of_first(tensor: Tensor, mesh: DeviceMesh) -> Tensor:

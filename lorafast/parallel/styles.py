@@ -58,15 +58,19 @@ class Style(ParallelStyle):
         return module
 
     def _moved(
-        self, tensor: Tensor, mesh: DeviceMesh, placement: Placement, sharded: dict[int, Any]
+        self,
+        tensor: Tensor,
+        mesh: DeviceMesh,
+        placement: Placement,
+        sharded: dict[int, Any],
+        is_frozen: bool = False,
     ) -> Any:
-        """A tensor of all ranks from this one's, or from the first's."""
+        """A tensor of all ranks, from the first's; a frozen one from this rank's, if that is to be."""
         found = sharded.get(id(tensor))
         if found is not None:
             return found
-        source = self.src_data_rank
-        if tensor.requires_grad or source is not None:
-            source = 0  # what is trained must begin alike
+        # What is trained, now or once its adapter is active, must begin alike.
+        source = None if is_frozen and self.src_data_rank is None else 0
         made: Any = distribute_tensor(tensor.detach(), mesh, [placement], src_data_rank=source)
         if isinstance(tensor, nn.Parameter):
             made = nn.Parameter(made, requires_grad=tensor.requires_grad)
@@ -139,7 +143,8 @@ class _Cut(Style):
         if weight is not None:
             description = self._cut_operand(module, weight, mesh)
         for name, (tensor, placement) in self.placements(module).items():
-            _put(module, name, self._moved(tensor, mesh, placement, sharded))
+            is_frozen = name in ("weight", "bias") and not tensor.requires_grad
+            _put(module, name, self._moved(tensor, mesh, placement, sharded, is_frozen))
             # Of the bias by columns of x every rank has all of the gradient.
             if placement == Replicate() and not (self.axis == "K" and name == "bias"):
                 summed.add(name)
@@ -178,7 +183,7 @@ class _Cut(Style):
             dim = split.dims[name]
             if isinstance(tensor, nn.Parameter) or name == codes:
                 tensor = nn.Parameter(tensor.detach(), requires_grad=False)
-            made = self._moved(tensor, mesh, _placement(dim), {})
+            made = self._moved(tensor, mesh, _placement(dim), {}, is_frozen=True)
             if isinstance(made, nn.Parameter):
                 module.register_parameter(name, made)
             else:

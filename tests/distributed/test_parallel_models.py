@@ -36,6 +36,8 @@ def _files(rank, folder):
     ids = tokens(2)
     expected, before = one(ids), state_of(one)
     assert all(torch.equal(t, before[name]) for name, t in state_of(two).items())
+    lorafast.warm_up(two, [4])
+    assert str(lorafast.summary(two)) == str(lorafast.summary(one))
     lorafast.save_adapter(two, folder)
     dist.barrier()
     other = lorafast.load_adapter(copy.deepcopy(one), folder)
@@ -137,8 +139,10 @@ def _with_fsdp(rank):
         fully_shard(layer, mesh=mesh["dp"])
     fully_shard(two, mesh=mesh["dp"])
     ids = tokens(4)
+    lorafast.parallel.check_replicas(two)
     losses, found = steps(two, ids.chunk(2)[mesh["dp"].get_local_rank()], 3)
     expected, exactly = steps(one, ids, 3)
+    lorafast.parallel.check_replicas(two)
     torch.distributed.all_reduce(losses)  # of which two ranks have the same each
     assert error(losses / 4, expected) < 1e-10
     assert max(error(found[name], gradient) for name, gradient in exactly.items()) < EXACT
