@@ -37,6 +37,7 @@ MODULES = (
     "lorafast.reference",
     "lorafast.reference.contract",
     "lorafast.operands",
+    "lorafast.parallel",
     "lorafast.backends",
     "lorafast.integrations.transformers",
 )

@@ -1,5 +1,8 @@
 """LoRA layers that cost little over the frozen layer they adapt."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from lorafast import functional, nn, reference
 from lorafast.convert import (
     Adapter,
@@ -40,6 +43,9 @@ from lorafast.ops import (
     use_backend,
 )
 
+if TYPE_CHECKING:
+    from lorafast import parallel
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -73,6 +79,7 @@ __all__ = [
     "mixed",
     "new_head",
     "nn",
+    "parallel",
     "parameters",
     "quantize",
     "reference",
@@ -85,3 +92,9 @@ __all__ = [
     "use_backend",
     "warm_up",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "parallel":  # torch.distributed.tensor, which it needs, takes a second to import
+        return importlib.import_module("lorafast.parallel")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

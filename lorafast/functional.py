@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorafast import ops
 from lorafast.backends import forced
+from lorafast.core import columns
 from lorafast.core.assignment import Assignment
 from lorafast.core.context import autocast_anywhere, autocast_enabled, without_autocast
 from lorafast.operands import Operand, Weight
@@ -35,6 +36,13 @@ from lorafast.ops.lora_conv_checks import (
 from lorafast.reference.bottleneck import activate
 
 _SEEDS = 2**63 - 1
+
+
+def _draw(device: torch.device) -> Tensor:
+    """The seed of a mask, int64 ``[1]``."""
+    seed = torch.randint(_SEEDS, (1,), device=device)
+    part = columns.current()
+    return seed if part is None else part.seed(seed)
 
 
 def lora_linear(
@@ -82,7 +90,7 @@ def lora_linear(
     if dropout_p:
         if training:
             check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)  # before a draw
-            seed = torch.randint(_SEEDS, (1,), device=x.device)
+            seed = _draw(x.device)
             return ops.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
         check_probability(dropout_p)
         dropout_p = 0.0
@@ -139,7 +147,7 @@ def dora_linear(
         x, weight, bias = _cast(x, weight, bias)
     check_dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p)
     p = dropout_p if training else 0.0
-    seed = torch.randint(_SEEDS, (1,), device=x.device) if p else None
+    seed = _draw(x.device) if p else None
     with without_autocast(x):
         scale = magnitude / ops.weight_norm(uncast, lora_A, lora_B, scaling)
         run = ops.dora_linear
@@ -196,7 +204,7 @@ def scaled_lora_linear(
         x, weight, lora_A, lora_B, scaling, bias, dropout_p, d_in=d_in, m=m, d_out=d_out
     )
     p = dropout_p if training else 0.0
-    seed = torch.randint(_SEEDS, (1,), device=x.device) if p else None
+    seed = _draw(x.device) if p else None
     with without_autocast(x):
         return ops.scaled_lora_linear(
             x, weight, lora_A, lora_B, scaling, bias, d_in, m, d_out, p, seed
@@ -546,7 +554,7 @@ def lora_conv(
     if magnitude is not None:
         check_magnitude(magnitude, weight, geometry)
     p = dropout_p if training else 0.0
-    seed = torch.randint(_SEEDS, (1,), device=x.device) if p else None
+    seed = _draw(x.device) if p else None
     with without_autocast(x):
         if magnitude is None:
             y = ops.lora_conv(batch, weight, lora_A, lora_B, scaling, bias, geometry, p, seed)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # measurements and the command line, which use it as anyone does.
 FLOORS = [
     "core", "operands", "reference", "kernels", "backends", "ops", "functional", "nn", "convert",
-    "integrations", "__init__", "bench", "cli",
+    "parallel", "integrations", "__init__", "bench", "cli",
 ]  # fmt: skip
 OWN_FOLDERS = ("kernels", "bench")  # at the top, imported from lorafast
 SOURCES = [

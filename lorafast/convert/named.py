@@ -52,6 +52,8 @@ def add_adapter(
     check_not_parallel(model)
 
     def add(_: str, layer: AdapterLayer) -> None:
+        if layer._local is not None:
+            raise ValueError("lorafast.parallel has cut the layer: add adapters before")
         if layer.init_lora_weights is not None:
             raise ValueError(
                 f"init_lora_weights was {layer.init_lora_weights!r}, which took a part of W away, and a "
@@ -228,6 +230,7 @@ def exchangeable(model: nn.Module) -> dict[str, AdapterLayer]:
             tensor = layer._parameters.get(parameter)
             if tensor is None:
                 raise ValueError(f"{parameter} of {where} is computed by a parametrization")
-            if hasattr(tensor, "full_tensor"):
+            # One that lorafast.parallel has cut computes with the adapters that it had then.
+            if hasattr(tensor, "full_tensor") and layer._local is None:
                 raise ValueError(f"{parameter} of {where} is sharded")
     return layers

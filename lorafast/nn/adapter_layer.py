@@ -45,7 +45,7 @@ class AdapterLayer(AdapterModule):
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
             "_plain_class", "_stored_names", "_use_dora", "_aside", "_siblings", "_adapter_name",
-            "inactive", "_off", "_off_blocks", "_rows",
+            "inactive", "_off", "_off_blocks", "_rows", "_local",
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""

@@ -1,7 +1,7 @@
 """``AdapterModule``: what every module with an adapter has, and the one list of those in a model."""
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ class AdapterModule(Switch, nn.Module):
     """The factor before what the adapter adds."""
     dropout: float = 0.0
     """Probability of dropping an element of the input on its way into the adapter in training."""
+    _local: Any = None
+    """What shows the parts of its tensors that this rank has, where ``lorafast.parallel`` has cut it."""
     merged = False
     """Whether it computes without its adapter, which is a part of the frozen weight."""
 

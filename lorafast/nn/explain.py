@@ -1,5 +1,6 @@
 """``explain``: the plan of a module's layers, and why not another backend."""
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,7 +115,7 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
     adapted = adapters_in(module)
     layers = {}
     for name, layer in adapted.items():
-        with offload.present(layer):
+        with offload.present(layer), _part_of(layer):
             layers[name or "(module)"] = _choices(layer, x)
     may_share = {n: one for n, one in adapted.items() if isinstance(one, AdapterLayer)}
     sharing = tuple(_sharing(group, x) for group in siblings.groups(may_share))
@@ -130,6 +131,14 @@ def explain(module: nn.Module, x: Tensor | None = None) -> Explanation:
             "makes them (a model with PEFT's adapters needs none: lorafast.accelerate(model))"
         )
     return Explanation(layers, sharing)
+
+
+def _part_of(layer: AdapterModule) -> contextlib.AbstractContextManager[None]:
+    """Within the block the layer is what this rank computes of it."""
+    if layer._local is None:
+        return contextlib.nullcontext()
+    shown: contextlib.AbstractContextManager[None] = layer._local.shown(layer)
+    return shown
 
 
 def _sharing(group: Mapping[str, Any], x: Tensor | None) -> Sharing:

@@ -331,6 +331,8 @@ class LoRALinear(AdapterLayer):
         if self._off or self.merged or self._use_dora or (self.dropout and self.training):
             return None
         p: Any = self._parameters
+        if self._local is not None and is_sharded(p["lora_A"]):  # another one's forward asks
+            p = p | self._local.parts(self)
         try:
             bias = p["bias"] if "bias" in p else self.__dict__["bias"]  # where it is a plain None
             return Sibling(p["weight"], p["lora_A"], p["lora_B"], self._scaling, bias)
@@ -403,7 +405,8 @@ class LoRALinear(AdapterLayer):
         """``[rows, in_features]`` zeros, where a forward has its input."""
         weight = self.operand()
         device = offload.device_of(self, weight)
-        return torch.zeros((rows, self.in_features), dtype=weight.dtype, device=device)
+        K = self.in_features if self._local is None else self._local.width(self.in_features)
+        return torch.zeros((rows, K), dtype=weight.dtype, device=device)
 
     def operand(self) -> Weight:
         """The frozen weight as products take it: W, or an operand of another format."""

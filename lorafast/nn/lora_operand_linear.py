@@ -15,11 +15,8 @@ from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear, quantized_linear_of
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand
-<<<<<<< HEAD
-from lorafast.ops.unstrided import is_sharded
-=======
 from lorafast.ops.stored_lora_linear import lora_linear_again, remember
->>>>>>> w-cpu20
+from lorafast.ops.unstrided import is_sharded
 
 
 def lora_linear_of(
@@ -200,10 +197,13 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         return QuantizedLinear.from_operand(weight, self.bias).train(self.training)
 
     def base_weight(self) -> Tensor:
-        """W as ``[out_features, in_features]``, made dense; sharded as B is where the codes are."""
+        """W as ``[out_features, in_features]``, made dense; sharded if its codes are."""
         stored: list[Any] = self._stored()
         if not any(map(is_sharded, stored)):
             return operands.as_dense(self.operand())
+        if self._local is not None:
+            cut: Tensor = self._local.dense_of(self)
+            return cut
         from torch.distributed.tensor import distribute_tensor
 
         gathered = [one.full_tensor() if is_sharded(one) else one for one in stored]
@@ -225,6 +225,8 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
                 replaced on this instance, by Accelerate too.
         """
         reason = why_not_its_forward(self, type(self))
+        if reason is None and is_sharded(self._stored()[0]):
+            reason = "its codes are sharded: merge it dense, or quantize the merged model again"
         if reason is None and offload.hooks_of(self):
             reason = "Accelerate's hook serves its weight: remove it before quantizing again"
         if reason is not None:

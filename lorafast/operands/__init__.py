@@ -24,7 +24,7 @@ from lorafast.operands.dense import kept_transposed
 from lorafast.operands.eight_bit import FP8, Int8
 from lorafast.operands.four_bit import FP4, NF4
 from lorafast.operands.mxfp4 import MXFP4
-from lorafast.operands.operand import Operand
+from lorafast.operands.operand import Operand, Split
 from lorafast.operands.w8a8 import W8A8
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "W8A8",
     "Int8",
     "Operand",
+    "Split",
     "Weight",
     "activations",
     "add_linear_",
@@ -43,6 +44,7 @@ __all__ = [
     "as_dense",
     "build",
     "describe",
+    "describe_split",
     "finished_linear",
     "foreign_keys",
     "format_of",
@@ -210,6 +212,14 @@ def describe(weight: Weight) -> str:
         raise ValueError(f"weight is stored in {list(keys)}, expected names without , and |")
     cast = "" if weight.cast is None else str(weight.cast).removeprefix("torch.")
     return f"{weight.format}|{names}|{cast}|{weight.parameters}"
+
+
+def describe_split(weight: Operand, split: Split) -> tuple[str, str]:
+    """What ``build`` needs to have all of ``weight`` from the tensors of ``split``, and a part of it."""
+    format, _, cast, _ = describe(weight).split("|", 3)
+    names = ",".join(split.tensors)
+    whole, part = (f"{format}|{names}|{cast}|{one}" for one in (split.parameters, split.of_part))
+    return whole, part
 
 
 def stored(weight: Weight) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafast.core.dtypes import FLOATS
 from lorafast.operands.four_bit import MOST
-from lorafast.operands.operand import Operand
+from lorafast.operands.operand import Operand, Split
 
 
 class EightBit(Operand):
@@ -106,6 +106,14 @@ class EightBit(Operand):
     def _made_of(self, weight: Tensor) -> "EightBit":
         """``weight`` with scales in the unit of this one's."""
         return self.of(weight)
+
+    def split(self, dim: int, parts: int) -> Split:
+        """A part has whole blocks of scales."""
+        self._check_split(dim, parts, 1 if self.block is None else self.block[dim])
+        one = self.block is None and self.scale.numel() == 1
+        of_scale = None if one or (self.block is None and dim == 1) else dim
+        tensors = {n: t.detach().as_subclass(Tensor) for n, t in self._tensors.items()}
+        return Split(tensors, {"weight": dim, self._name: of_scale}, *[self.parameters] * 2)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, and ``scale`` or what else that is called."""

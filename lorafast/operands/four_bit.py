@@ -7,6 +7,7 @@ float32, or nested: ``scale[b] = nested_quant_map[absmax[b]] · nested_absmax[b 
 nested_offset``.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from lorafast.core import codebooks
 from lorafast.core.codebooks import codebook
 from lorafast.core.dtypes import FLOATS
-from lorafast.operands.operand import Operand
+from lorafast.operands.operand import Operand, Split
 
 NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
 _NUMBERS = 256
@@ -77,9 +78,7 @@ class FourBit(Operand):
         self.dtype = self.stored_dtype = dtype
         self.block, self.nested_block = block, nested_block
         self._check()
-        ending = "" if nested_block is None else f",{nested_block}"
-        name = str(dtype).removeprefix("torch.")
-        self.parameters = f"{shape[0]}x{shape[1]},{name},{block}{ending}"
+        self.parameters = _parameters(shape, dtype, block, nested_block)
 
     def _check(self) -> None:
         check_block("block", self.block)
@@ -170,6 +169,35 @@ class FourBit(Operand):
         found = type(self)(made.tensors(), (N, K), self.stored_dtype, self.block, self.nested_block)
         return found.to(self.dtype)  # type: ignore[return-value]
 
+    def split(self, dim: int, parts: int) -> Split:
+        """A part has whole blocks. Where it has no whole blocks of nested scales, and along columns, all
+        of W's scales are float32: the same numbers."""
+        (N, K), block = self.shape, self.block
+        size = self._check_split(dim, parts)
+        count = size * K if dim == 0 else size
+        if count % block or count % 2:
+            self._check_split(dim, parts, block // math.gcd(block, K) if dim == 0 else block)
+            raise ValueError(f"is stored as {self.format}, of which a part would have half a byte")
+        codes = _plain(self._tensors["weight"]).view(torch.uint8).reshape(-1)
+        codes = codes.view(N, K // 2) if K % 2 == 0 else codes
+        nested_block = self.nested_block
+        dims: dict[str, int | None] = {"weight": dim, "absmax": dim}
+        if nested_block is not None and dim == 0 and count // block % nested_block == 0:
+            tensors = {name: _plain(tensor) for name, tensor in self._tensors.items()}
+            tensors |= {name: tensors[name].reshape(-1) for name in ("absmax", NESTED[0])}
+            dims |= {NESTED[0]: 0, NESTED[1]: None, NESTED[2]: None}
+        else:
+            scales = _plain(self._scales(0, -(-N * K // block)))
+            tensors = {"absmax": scales if dim == 0 else scales.view(N, K // block)}
+            nested_block = None
+        tensors["weight"] = codes
+        tensors = {name: tensors[name] for name in dims}
+        sizes = (size, K) if dim == 0 else (N, size)
+        whole, part = (
+            _parameters(shape, self.stored_dtype, block, nested_block) for shape in ((N, K), sizes)
+        )
+        return Split(tensors, dims, whole, part)
+
     def tensors(self) -> Mapping[str, Tensor]:
         """``weight``, ``absmax`` and, if they are nested, what these are made of."""
         return self._tensors
@@ -216,6 +244,19 @@ class FourBit(Operand):
         of_blocks, numbers, offset = (self._tensors[name].reshape(-1) for name in NESTED)
         which = torch.arange(begin, end, device=absmax.device) // self.nested_block
         return numbers[absmax.int()] * of_blocks[which] + offset
+
+
+def _parameters(
+    shape: tuple[int, int], dtype: torch.dtype, block: int, nested_block: int | None
+) -> str:
+    ending = "" if nested_block is None else f",{nested_block}"
+    name = str(dtype).removeprefix("torch.")
+    return f"{shape[0]}x{shape[1]},{name},{block}{ending}"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Its values, of no class of a library's."""
+    return tensor.detach().as_subclass(Tensor)
 
 
 _LEAST = 1e-38

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafast.core.codebooks import E2M1, codebook
 from lorafast.core.dtypes import FLOATS
-from lorafast.operands.operand import Operand
+from lorafast.operands.operand import Operand, Split
 
 BLOCK = 32
 """Elements of a row that share an exponent."""
@@ -62,6 +62,14 @@ class MXFP4(Operand):
     def tensors(self) -> Mapping[str, Tensor]:
         """``blocks`` and ``scales``."""
         return {"blocks": self.blocks, "scales": self.scales}
+
+    def split(self, dim: int, parts: int) -> Split:
+        """A part has whole blocks of 32."""
+        self._check_split(dim, parts, (1, BLOCK)[dim])
+        N, blocks = self.scales.shape
+        codes = self.blocks.detach().reshape(N, blocks * (BLOCK // 2))
+        tensors = {"blocks": codes, "scales": self.scales.detach()}
+        return Split(tensors, dict.fromkeys(tensors, dim), *[self.parameters] * 2)
 
     @classmethod
     def build(cls, tensors: Mapping[str, Tensor], parameters: str) -> "MXFP4":

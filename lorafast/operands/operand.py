@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,20 @@ from torch._subclasses.fake_tensor import is_fake
 
 _TILE_BYTES = 1 << 26
 """Rows are made dense in pieces of about this size."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How an operand is cut into equal parts of its rows or columns, each an operand of its format."""
+
+    tensors: Mapping[str, Tensor]
+    """What all of W is stored in, laid out so that each part has a piece of each, or all of it."""
+    dims: Mapping[str, int | None]
+    """The dimension along which a tensor is cut; None: every part has all of it."""
+    parameters: str
+    """Those of all of W, so stored."""
+    of_part: str
+    """Those of a part."""
 
 
 class Operand(ABC):
@@ -84,6 +99,24 @@ class Operand(ABC):
             ValueError: nothing quantizes to this format.
         """
         raise ValueError(f"nothing quantizes to {self.format}")
+
+    def split(self, dim: int, parts: int) -> Split:
+        """How W is cut along ``dim``, 0 for its rows and 1 for its columns.
+
+        Raises:
+            ValueError: it can't be; the message is the end of a sentence that begins with the layer.
+        """
+        raise ValueError(f"is stored as {self.format}, which can't be cut into parts")
+
+    def _check_split(self, dim: int, parts: int, multiple: int = 1) -> int:
+        """The rows or columns of a part; ``ValueError`` unless they are a multiple of ``multiple``."""
+        size, what = self.shape[dim], ("rows", "columns")[dim]
+        if size % (parts * multiple):
+            of = f"{parts} parts" + (f" of whole blocks of {multiple}" if multiple > 1 else "")
+            raise ValueError(
+                f"is stored as {self.format}, whose {size} {what} can't be cut into {of}"
+            )
+        return size // parts
 
     def dense(self) -> Tensor:
         """W ``[N, K]``."""

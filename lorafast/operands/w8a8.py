@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorafast.operands.eight_bit import FP8
+from lorafast.operands.operand import Split
 
 _E4M3 = torch.float8_e4m3fn
 _MOST = torch.finfo(_E4M3).max
@@ -35,6 +36,14 @@ class W8A8(FP8):
         """What W multiplies in the place of ``x [..., K]``, in the dtype of x."""
         codes, scale = _rounded(x)
         return (codes.float() * scale).to(x.dtype)
+
+    def split(self, dim: int, parts: int) -> Split:
+        """Rows alone: the scale of an x is that of all its columns."""
+        if dim == 1:
+            raise ValueError(
+                f"is stored as {self.format}, whose scales of x are of all its columns"
+            )
+        return super().split(dim, parts)
 
     def unrounded(self) -> FP8:
         """The weight in ``fp8``."""

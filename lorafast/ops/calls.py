@@ -119,7 +119,7 @@ def first_call(
 ) -> Call | None:
     """Checks a call and plans it; None if the rows of ``x`` are none that kernels can read."""
     has_rows = check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    if not has_rows or (dropout_p and unstrided.is_sharded(x)):
+    if not has_rows or unstrided.is_sharded(x):
         return None
     layouts = layouts_matter(x, backend)
     dropout = bool(dropout_p)

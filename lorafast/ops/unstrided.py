@@ -1,7 +1,8 @@
 """Layers as PyTorch's own calls of ``F.linear``, for inputs whose rows the kernels can't read.
 
 Sparse, nested and oneDNN tensors, and DTensors with dropout: whatever ``F.linear`` does with them, this
-does. In the low-rank term float16 is float32, as in every backend.
+does. DTensors without go through the registered operation. In the low-rank term float16 is float32, as
+in every backend.
 """
 
 import sys
@@ -18,6 +19,7 @@ from lorafast.core.convolution import Geometry, convolve
 from lorafast.core.dtypes import wide
 from lorafast.operands import Weight
 from lorafast.ops.checks import describe_layout
+from lorafast.ops.sharding import tell_dtensor
 from lorafast.reference.dropout import survivor_scale
 
 
@@ -40,6 +42,12 @@ def lora_linear(
         ValueError: dropout of a sparse or oneDNN ``x``, which PyTorch doesn't have.
         BackendError: a backend is forced that isn't made of PyTorch's own operations.
     """
+    if not dropout_p and is_sharded(x):
+        tell_dtensor()
+        y: Tensor = torch.ops.lorafast.lora_linear(
+            x, operands.stored(weight), operands.describe(weight), lora_A, lora_B, scaling, bias
+        )[0]
+        return y
     kind = type(x).__name__ if is_sharded(x) else describe_layout(x)
     forced.check_plain_pytorch("lora_linear", f"inputs like this one ({kind})")
     dropped = _drop(x, dropout_p, seed) if dropout_p else x

@@ -13,7 +13,9 @@ from lorafast import operands
 from lorafast.backends import forced, registry
 from lorafast.backends import weight_norm as pytorch
 from lorafast.backends.plan import Plan, Run
+from lorafast.core import columns
 from lorafast.core.context import alone, needs_plain_pytorch, watched
+from lorafast.core.dtypes import LEAST_NORM
 from lorafast.core.problem import WEIGHT_NORM
 from lorafast.core.sms import carveout
 from lorafast.operands import Weight
@@ -37,11 +39,20 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float |
     ``scaling``: a number, or a tensor of one, whose value the host doesn't ask for. No gradient flows
     through it.
 
+    Where ranks share K it is the norm of all their columns.
+
     A forced backend that has no such operation leaves it to the fastest one that has.
 
     Raises:
         BackendError: the forced backend has it, and can't serve the call.
     """
+    norm = _of_columns(weight, lora_A, lora_B, scaling)
+    part = columns.current()
+    return norm if part is None else part.norm(norm, LEAST_NORM)
+
+
+def _of_columns(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """The norm of the columns that are there."""
     compiling = torch.compiler.is_compiling()
     if compiling or not alone():
         stored = operands.stored(weight)

@@ -1,0 +1,1 @@
+"""What parallel runs send."""
