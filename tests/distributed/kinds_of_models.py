@@ -12,7 +12,7 @@ R = 3
 
 
 class Picture(nn.Module):
-    """A convolution, self-attention and a linear head: pictures ``[batch, 3, 6, 6]`` to ``[batch, 5]``."""
+    """A convolution, self-attention and a head: pictures ``[batch, 3, 6, 6]`` to ``[batch, 5]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ KINDS = (*DECODERS, *PICTURES)
 def plain(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The frozen model of this kind."""
     if kind in PICTURES:
-        return picture(dtype)
-    model: nn.Module = decoder(dtype)
+        return picture(dtype).requires_grad_(False)
+    model: nn.Module = decoder(dtype).requires_grad_(False)
     if kind.split("-")[0] in FORMATS:
         lorafast.quantize(model, kind.split("-")[0])
     return model
