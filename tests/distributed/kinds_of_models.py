@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from small_decoder import decoder, fill_adapters, loss_of, tokens
+from small_decoder import Decoder, decoder, fill_adapters, loss_of, tokens
 from torch import Tensor, nn
 
 import lorafast
@@ -65,14 +65,22 @@ def plain(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return model
 
 
-def adapted(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-    """It with adapters that change what it computes; the same on every call."""
+def adapted(
+    kind: str, dtype: torch.dtype = torch.float64, filled: bool = True, **options: Any
+) -> nn.Module:
+    """It with adapters that change what it computes; the same on every call.
+
+    ``filled``: else they are as ``adapt`` makes them, over a new model on the device of the context.
+    """
     arguments = dict((DECODERS | PICTURES)[kind])
-    if arguments.get("kind") in ("houlsby", "pfeiffer", "parallel"):
+    if "kind" in arguments:
         arguments |= {"targets": ["self_attn", "mlp"], "bottleneck": R}
     else:
         arguments.setdefault("r", R)
         arguments["alpha"] = 2.0 * arguments["r"]
+    if not filled:
+        bare = Picture() if kind in PICTURES else Decoder()
+        return lorafast.adapt(bare.to(dtype), **arguments | options)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = lorafast.adapt(plain(kind, dtype), **arguments | options)

@@ -1,10 +1,10 @@
 """``fully_shard`` around adapters of every kind: two processes against one on the same data."""
 
-
 import numpy as np
 import pytest
 import torch
 from kinds_of_models import (
+    DECODERS,
     KINDS,
     adapted,
     assert_near,
@@ -18,7 +18,11 @@ from kinds_of_models import (
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -156,3 +160,37 @@ def test_disabled_has_the_bits_of_the_frozen_model():
         for kind, (without, within, expected) in found.items():
             np.testing.assert_array_equal(without, expected, kind)
             assert not np.array_equal(within, expected), kind
+
+
+def _begun_on_meta(rank, kind, broadcast):
+    """What the model computes once it has the frozen tensors, and its adapters as they were drawn."""
+    torch.manual_seed(8)  # the same on every rank, as training scripts have it
+    with torch.device("meta"):
+        options = {"r": 4} if "kind" not in DECODERS.get(kind, {}) else {"bottleneck": 4}
+        model = adapted(kind, filled=False, **options)
+    _shard(model)
+    model.to_empty(device="cpu")
+    frozen = plain(kind).state_dict()
+    how = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=broadcast)
+    set_model_state_dict(model, frozen if rank == 0 or not broadcast else {}, options=how)
+    drawn = {n: p.detach().full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        y = model(inputs(kind, 2))
+    return y.numpy(), {name: value.numpy() for name, value in drawn.items()}
+
+
+@pytest.mark.parametrize("broadcast", [True, False], ids=["broadcast", "each-rank"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "dora", "pfeiffer", "embedding", "conv-dora", "attention"]
+)
+def test_begun_on_meta(kind, broadcast):
+    """The frozen model's numbers, and no rows that are the same on both ranks."""
+    (y, drawn), (y_of_second, of_second) = on_ranks(_begun_on_meta, kind, broadcast)
+    np.testing.assert_allclose(y, plain(kind)(inputs(kind, 2)).numpy(), rtol=1e-12, atol=1e-15)
+    np.testing.assert_array_equal(y, y_of_second)
+    assert any(array.any() for array in drawn.values())
+    for name, array in drawn.items():
+        np.testing.assert_array_equal(array, of_second[name])
+        upper, lower = array[: len(array) // 2], array[len(array) // 2 :]
+        repeated = array.ndim > 1 and len(array) % 2 == 0 and np.array_equal(upper, lower)
+        assert not repeated or not array.any(), name

@@ -1,0 +1,127 @@
+"""PEFT's models in two processes, accelerated: the losses and gradients of PEFT's own, or left to it."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.slow  # each rank imports PEFT
+
+from kinds_of_models import assert_near, part, plain_name
+from ranks import on_ranks
+from small_decoder import decoder, fill_adapters, loss_of, tokens
+
+CASES = {
+    "lora": ("LoraConfig", {"r": 3, "lora_alpha": 6}),
+    "dora": ("LoraConfig", {"r": 3, "use_dora": True}),
+    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "vera": ("VeraConfig", {"r": 4}),
+    "lokr": ("LoKrConfig", {"r": 3, "alpha": 6}),
+    "loha": ("LoHaConfig", {"r": 2, "alpha": 4}),
+    "oft": ("OFTConfig", {"r": 0, "oft_block_size": 4}),
+}
+KEYS = [(case, how, first) for case in CASES for how, first in (
+    ("ddp", "accelerate"), ("fsdp2", "accelerate"), ("fsdp2", "wrap"),
+)] + [("lora", "ddp", "wrap")]  # fmt: skip
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def _model(case):
+    import peft
+
+    name, options = CASES[case]
+    torch.manual_seed(5)
+    config = getattr(peft, name)(target_modules=TARGETS, **options)
+    model = peft.get_peft_model(decoder(torch.float64), config)
+    fill_adapters(model)
+    return model.double()
+
+
+def _gradients(model):
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        if grad is not None:
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            found[plain_name(name)] = grad.numpy()
+    return found
+
+
+def _wrapped(model, how):
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    for layer in model.base_model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@contextlib.contextmanager
+def _calls_of_peft(model):
+    """How often PEFT's own forwards of adapter layers are called, in a list."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kinds = {kind for m in model.modules() if isinstance(m, BaseTunerLayer)
+             for kind in type(m).__mro__ if kind.__module__.startswith("peft.")
+             and "forward" in vars(kind)}  # fmt: skip
+    calls, stock = [], {kind: vars(kind)["forward"] for kind in kinds}
+    for kind, forward in stock.items():
+
+        def counted(self, *args, _forward=forward, **kwargs):
+            calls.append(self)
+            return _forward(self, *args, **kwargs)
+
+        kind.forward = counted
+    try:
+        yield calls
+    finally:
+        for kind, forward in stock.items():
+            kind.forward = forward
+
+
+def _case(rank, case, how, first):
+    """Gradients, the logits without the adapter, and how many calls PEFT served."""
+    import lorafast
+
+    x = part(tokens(4), rank, 2)
+    model = _model(case)
+    stock = _calls_of_peft(model)
+    if first == "accelerate":
+        lorafast.accelerate(model, quiet=True)
+    wrapped = _wrapped(model, how)
+    if first == "wrap":
+        lorafast.accelerate(wrapped, quiet=True)
+    with stock as calls:
+        loss_of(wrapped, x).backward()
+        served = len(calls)
+    gradients = _gradients(wrapped)
+    with lorafast.disabled(wrapped):
+        y = wrapped(x).detach().numpy()
+    return gradients, y, served
+
+
+def _all_cases(rank):
+    return {key: _case(rank, *key) for key in KEYS}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What both ranks found, of all cases in one run."""
+    return on_ranks(_all_cases, seconds=400)
+
+
+@pytest.mark.parametrize("key", KEYS, ids="-".join)
+def test_accelerated_is_what_peft_computes(found, key):
+    model = _model(key[0])
+    loss_of(model, tokens(4)).backward()
+    expected = _gradients(model)
+    frozen = decoder(torch.float64).requires_grad_(False)
+    for rank, of_rank in enumerate(found):
+        gradients, y, served_by_peft = of_rank[key]
+        assert_near(gradients, expected)
+        np.testing.assert_array_equal(y, frozen(part(tokens(4), rank, 2)).numpy())
+        assert served_by_peft == 0
