@@ -1,17 +1,17 @@
 """PEFT's models in two processes, accelerated: the losses and gradients of PEFT's own, or left to it."""
 
 import contextlib
+import os
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("peft")
-pytestmark = pytest.mark.slow  # each rank imports PEFT
-
 from kinds_of_models import assert_near, part, plain_name
 from ranks import on_ranks
 from small_decoder import decoder, fill_adapters, loss_of, tokens
+
+pytest.importorskip("peft")
+pytestmark = pytest.mark.slow  # each rank imports PEFT
 
 CASES = {
     "lora": ("LoraConfig", {"r": 3, "lora_alpha": 6}),
@@ -89,13 +89,12 @@ def _case(rank, case, how, first):
 
     x = part(tokens(4), rank, 2)
     model = _model(case)
-    stock = _calls_of_peft(model)
-    if first == "accelerate":
-        lorafast.accelerate(model, quiet=True)
-    wrapped = _wrapped(model, how)
-    if first == "wrap":
-        lorafast.accelerate(wrapped, quiet=True)
-    with stock as calls:
+    with _calls_of_peft(model) as calls:
+        if first == "accelerate":
+            lorafast.accelerate(model, quiet=True)
+        wrapped = _wrapped(model, how)
+        if first == "wrap":
+            lorafast.accelerate(wrapped, quiet=True)
         loss_of(wrapped, x).backward()
         served = len(calls)
     gradients = _gradients(wrapped)
@@ -125,3 +124,36 @@ def test_accelerated_is_what_peft_computes(found, key):
         assert_near(gradients, expected)
         np.testing.assert_array_equal(y, frozen(part(tokens(4), rank, 2)).numpy())
         assert served_by_peft == 0
+
+
+def _with_a_plan(rank, folder, fast):
+    """A Llama that Transformers cuts by its own plan: the loss, the gradients, what ``explain`` says."""
+    import peft
+    from transformers import LlamaForCausalLM
+
+    import lorafast
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    if fast:
+        lorafast.accelerate(model, quiet=True)
+    x = tokens(2)
+    whole = model(input_ids=x, labels=x).loss
+    whole.backward()
+    return whole.item(), _gradients(model), str(lorafast.explain(model)) if fast else ""
+
+
+def test_a_plan_of_transformers_is_left_to_peft(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    stock, fast = (on_ranks(_with_a_plan, str(tmp_path), is_fast) for is_fast in (False, True))
+    for (whole, expected, _), (fast_whole, gradients, report) in zip(stock, fast, strict=True):
+        assert fast_whole == whole
+        assert_near(gradients, expected, 0.0)
+        assert "served by PEFT, its base layer has a DTensor" in report
