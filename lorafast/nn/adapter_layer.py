@@ -21,6 +21,7 @@ from lorafast.nn.checks import (
 )
 from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
 from lorafast.nn.rows import Rows
+from lorafast.nn.sharded import placed_as
 from lorafast.nn.siblings import Siblings
 from lorafast.ops.siblings import Sibling
 
@@ -45,7 +46,7 @@ class AdapterLayer(AdapterModule):
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
             "_plain_class", "_stored_names", "_use_dora", "_aside", "_siblings", "_adapter_name",
-            "inactive", "_off", "_off_blocks", "_rows", "_local",
+            "inactive", "_off", "_off_blocks", "_rows", "_local", "_awaits_weight",
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
@@ -63,6 +64,8 @@ class AdapterLayer(AdapterModule):
     """Whether its forward can share x with others' (``sibling``)."""
     _siblings: tuple[Siblings, int] | None = None
     """The layers that are called with the same x, and this one's place among them."""
+    _awaits_weight = False
+    """Whether it has left meta, and its frozen tensors have yet to be loaded."""
     lora_magnitude: nn.Parameter
     _merged_weight: Tensor | None
     _plain_class: type[nn.Module]
@@ -412,7 +415,7 @@ class AdapterLayer(AdapterModule):
             return
         with offload.present(self):
             if not any(t is not None and t.is_meta for t in self.frozen_tensors().values()):
-                self.lora_magnitude.copy_(self._weight_norm())
+                self.lora_magnitude.copy_(placed_as(self._weight_norm(), self.lora_magnitude))
 
     def to_plain(self) -> nn.Module:
         """A plain layer of the merged weight; this layer stays as it is.
@@ -457,6 +460,8 @@ class AdapterLayer(AdapterModule):
         if was_meta and not self._adapter_is_meta():
             # to_empty(): a checkpoint of the plain layer, loaded next, leaves the adapter alone.
             self._of_each(type(self).reset_adapter)
+            self._of_each(type(self)._unset_magnitude)
+            self._awaits_weight = True
         return self
 
     def _of_each(self: Layer, call: Callable[[Layer], None]) -> None:
@@ -497,6 +502,10 @@ class AdapterLayer(AdapterModule):
                 if key in missing_keys:  # not there if a parametrization computes it
                     missing_keys.remove(key)
             self._of_each(type(self)._plain_loaded)
+        if whole and self._awaits_weight:
+            # set_model_state_dict passes a layer's own tensors for those that a checkpoint lacks.
+            self._of_each(type(self)._fill_in_magnitude)
+            self._awaits_weight = False
         self._of_each(type(self)._follow_weight)
         for held in inactive.waiting(self).values():
             held.may_be_missing = plain
@@ -509,6 +518,16 @@ class AdapterLayer(AdapterModule):
             except BaseException:
                 self.unmerge()
                 raise
+
+    @torch.no_grad()
+    def _unset_magnitude(self) -> None:
+        """NaN until the frozen tensors have values."""
+        if self._use_dora:
+            self.lora_magnitude.fill_(float("nan"))
+
+    def _fill_in_magnitude(self) -> None:
+        if self._use_dora and count(self.lora_magnitude.isnan()):
+            self._reset_magnitude()
 
     def _plain_loaded(self) -> None:
         """A checkpoint of the plain layer has replaced the frozen tensors alone."""

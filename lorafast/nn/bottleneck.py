@@ -14,6 +14,7 @@ from lorafast.nn import offload
 from lorafast.nn.adapter_module import AdapterModule
 from lorafast.nn.checks import check_alpha, check_bool, check_rank
 from lorafast.nn.problems import bottleneck_problems
+from lorafast.nn.sharded import draw_
 from lorafast.ops.bottleneck_checks import check_activation
 
 INITS = ("zero", "bert")
@@ -97,10 +98,10 @@ class Bottleneck(AdapterModule):
         """Draws new values."""
         with torch.no_grad():
             if init == "bert":
-                self.down.normal_(std=_STD)
-                self.up.normal_(std=_STD)
+                draw_(nn.init.normal_, self.down, std=_STD)
+                draw_(nn.init.normal_, self.up, std=_STD)
             else:
-                nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+                draw_(nn.init.kaiming_uniform_, self.down, a=math.sqrt(5))
                 self.up.zero_()
             self.down_bias.zero_()
             self.up_bias.zero_()

@@ -15,6 +15,8 @@ from lorafast.nn.attention import Heads, Projection, multihead_attention
 from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.plain import carry
 from lorafast.nn.problems import linear_problems
+from lorafast.nn.sharded import draw_
+from lorafast.ops.checks import check_not_sharded_alone
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of nn.MultiheadAttention is.
@@ -241,7 +243,7 @@ class LoRAMultiheadAttention(AdapterLayer):
     def reset_adapter(self) -> None:
         """Draws the A's anew (Kaiming-uniform, ``a = sqrt(5)``) and sets the B's to zero."""
         for A, B in ((self.lora_A, self.lora_B), (self.out_lora_A, self.out_lora_B)):
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            draw_(nn.init.kaiming_uniform_, A, a=math.sqrt(5))
             nn.init.zeros_(B)
 
     def reset_parameters(self) -> None:
@@ -294,6 +296,7 @@ class LoRAMultiheadAttention(AdapterLayer):
             whole = (_whole(self._merged_weight), _whole(self._merged_out_weight))
             return Projection(whole[0], self.in_proj_bias), Projection(whole[1], out.bias)
         p = self.dropout if self.training else 0.0
+        check_not_sharded_alone(self.in_proj_weight, **{"out_proj.weight": out.weight})
         return (
             Projection(
                 self.in_proj_weight, self.in_proj_bias, self.lora_A, self.lora_B, self._scaling, p

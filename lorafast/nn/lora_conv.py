@@ -16,6 +16,7 @@ from lorafast.nn.adaptable import why_not_convolution
 from lorafast.nn.adapter_layer import AdapterLayer
 from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.scripted import ScriptedDoRAConv, ScriptedLoRAConv
+from lorafast.nn.sharded import draw_
 from lorafast.ops.unstrided import is_sharded
 
 # For torch.fx a call is one node, as one of a convolution is.
@@ -179,7 +180,7 @@ class LoRAConv(AdapterLayer):
 
         ``lora_magnitude`` becomes what the norms of the filters are then.
         """
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        draw_(nn.init.kaiming_uniform_, self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         self._reset_magnitude()
 

@@ -16,6 +16,7 @@ from lorafast.nn.adaptable import scales_output, why_not_embedding
 from lorafast.nn.adapter_layer import AdapterLayer, resized
 from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.scripted import ScriptedDoRAEmbedding, ScriptedLoRAEmbedding
+from lorafast.nn.sharded import draw_
 from lorafast.operands import kept_transposed
 from lorafast.ops.unstrided import is_sharded
 
@@ -212,7 +213,7 @@ class LoRAEmbedding(AdapterLayer):
         ``lora_magnitude`` becomes what the norms of the columns are then.
         """
         nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
+        draw_(nn.init.normal_, self.lora_embedding_B)
         self._reset_magnitude()
 
     def _weight_norm(self) -> Tensor:

@@ -19,6 +19,7 @@ from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.plain import features, is_conv1d
 from lorafast.nn.problems import linear_problems
 from lorafast.nn.scripted import ScriptedDoRALinear, ScriptedLoRALinear
+from lorafast.nn.sharded import draw_
 from lorafast.operands import Operand, Weight, packed
 from lorafast.ops.calls import Memory
 from lorafast.ops.siblings import Sibling
@@ -264,7 +265,7 @@ class LoRALinear(AdapterLayer):
 
         ``lora_magnitude`` becomes what the norms of the rows are then.
         """
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        draw_(nn.init.kaiming_uniform_, self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         self._reset_magnitude()
 

@@ -9,6 +9,7 @@ from lorafast.ops.checks import (
     check_device,
     check_float,
     check_matrix,
+    check_not_sharded_alone,
     check_same_dtype,
     check_shape,
     describe_layout,
@@ -32,6 +33,7 @@ def check_bottleneck(
         "residual": residual,
     }  # fmt: skip
     needed = ("h", "down", "up")
+    check_not_sharded_alone(h, down=down, up=up)
     tensors = {name: t for name, t in given.items() if t is not None or name in needed}
     for name, tensor in tensors.items():
         check_float(name, tensor)

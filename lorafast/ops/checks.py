@@ -1,14 +1,16 @@
 """Refusals of bad input: one sentence that names the argument, what it is, and what was expected."""
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS, wide
 from lorafast.operands import Operand, Weight
 
 _STRIDED = torch.strided
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _shape(tensor: Weight) -> str:
@@ -91,6 +93,24 @@ def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
         )
 
 
+def check_not_sharded_alone(x: object, **parameters: object) -> None:
+    """No parameter may be a DTensor where ``x`` is a plain tensor."""
+    if all(type(tensor) in _PLAIN for tensor in parameters.values()):
+        return
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or isinstance(x, tensors.DTensor):
+        return
+    if getattr(tensors.DTensor._op_dispatcher, "_allow_implicit_replication", False):
+        return
+    for name, tensor in parameters.items():
+        if isinstance(tensor, tensors.DTensor):
+            raise ValueError(
+                f"{name} is sharded (a DTensor) and x is not, expected a whole tensor: shard layers or "
+                "blocks, not the parameters of one by themselves, and call what fully_shard was given, "
+                "not its forward: its hooks gather them"
+            )
+
+
 def check_lora_linear(
     x: Tensor,
     weight: Weight,
@@ -104,6 +124,8 @@ def check_lora_linear(
 
     Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA linear layer.
     """
+    if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
+        check_not_sharded_alone(x, lora_A=lora_A, lora_B=lora_B)
     try:
         N, K = weight.shape
         r, K_A = lora_A.shape

@@ -12,6 +12,7 @@ from lorafast.core.problem import is_plain
 from lorafast.ops.checks import (
     check_device,
     check_float,
+    check_not_sharded_alone,
     check_probability,
     check_same_dtype,
     check_shape,
@@ -39,6 +40,7 @@ def check_lora_conv(
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
+    check_not_sharded_alone(x, lora_A=lora_A, lora_B=lora_B)
     for name, tensor in tensors.items():
         check_float(name, tensor)
         if not has_rows(tensor):

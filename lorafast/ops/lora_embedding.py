@@ -13,6 +13,7 @@ from lorafast.ops.checks import (
     check_device,
     check_float,
     check_matrix,
+    check_not_sharded_alone,
     check_same_dtype,
     describe_layout,
     has_rows,
@@ -89,6 +90,7 @@ def _check(
     padding_idx: int | None,
 ) -> None:
     tensors = {"tokens": tokens, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    check_not_sharded_alone(tokens, lora_A=lora_A, lora_B=lora_B)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")

@@ -86,7 +86,8 @@ def tokens(batch: int, length: int = 8, seed: int = 2) -> Tensor:
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross-entropy of the next token."""
-    logits = model(ids)[:, :-1].float()
+    logits = model(ids)[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
