@@ -10,12 +10,13 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-cnn demo-kinds demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own count-peft-own test-oldest-triton bench gpu docs lint types check clean
+.PHONY: help setup demo demo-cnn demo-dpo demo-kinds demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own count-peft-own test-oldest-triton bench gpu docs lint types check clean
 
 help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make demo-cnn   fine-tune the convolutions of a small CNN likewise, and the whole of it (1 minute)"
+	@echo "make demo-dpo   a reward model and DPO on that model, policy and reference in one forward (2 minutes)"
 	@echo "make demo-kinds   fine-tune the model of make demo with every kind of adapter: table and picture (3 minutes)"
 	@echo "make demo-weak   fine-tune that model on noisy rules, without a labelled example (3 minutes)"
 	@echo "make demo-robust   walk from a small CNN to its fine-tuned copy, full and LoRA (3 minutes)"
@@ -45,6 +46,9 @@ demo: $(READY)
 
 demo-cnn: $(READY)
 	$(PY) examples/finetune_cnn.py $(ARGS)
+
+demo-dpo: $(READY)
+	$(PY) examples/dpo.py $(ARGS)
 
 demo-kinds: $(READY)
 	$(PY) examples/finetune_kinds.py $(ARGS)

@@ -14,6 +14,7 @@ from lorafast.convert.interpolate import interpolate, interpolation_curve
 from lorafast.convert.kohya import export_adapter, import_adapter
 from lorafast.convert.left_out import LeftOut
 from lorafast.convert.merge import merge
+from lorafast.convert.mixed import mixed
 from lorafast.convert.named import adapter_names, add_adapter, delete_adapter, set_adapter
 from lorafast.convert.parameter_groups import parameters
 from lorafast.convert.quantize import quantize
@@ -40,6 +41,7 @@ __all__ = [
     "load_adapter",
     "load_adapterhub",
     "merge",
+    "mixed",
     "new_head",
     "parameters",
     "quantize",

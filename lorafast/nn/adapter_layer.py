@@ -20,6 +20,7 @@ from lorafast.nn.checks import (
     count,
 )
 from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
+from lorafast.nn.rows import Rows
 from lorafast.nn.siblings import Siblings
 from lorafast.ops.siblings import Sibling
 
@@ -44,7 +45,7 @@ class AdapterLayer(AdapterModule):
         {
             "bias", "_merged_weight", "merged", "dropout", "_r", "_alpha", "_scaling", "_use_rslora",
             "_plain_class", "_stored_names", "_use_dora", "_aside", "_siblings", "_adapter_name",
-            "inactive", "_off", "_off_blocks", "_local",
+            "inactive", "_off", "_off_blocks", "_local", "_rows",
         }
     )  # fmt: skip
     """Names that it has on its instance and the plain layer doesn't get back, beside PyTorch's."""
@@ -55,7 +56,7 @@ class AdapterLayer(AdapterModule):
     _adapter_name = inactive.FIRST
     """Which of several adapters is active: see ``lorafast.nn.inactive``."""
     _aside = False
-    """Whether the forward is another than the plain adapter's: off, merged, DoRA, or one of siblings."""
+    """Whether the forward is not the plain adapter's: off, merged, DoRA, of siblings, of rows."""
     init_lora_weights: str | None = None
     """How A and B began, where that took a part of W away (PiSSA, OLoRA)."""
     shares_x: ClassVar[bool] = False
@@ -338,11 +339,22 @@ class AdapterLayer(AdapterModule):
 
     def _set_merged(self, merged: bool) -> None:
         self.merged = merged
-        self._aside = self._off or merged or self._use_dora or self._siblings is not None
+        self._aside = (
+            self._off
+            or merged
+            or self._use_dora
+            or self._siblings is not None
+            or self._rows is not None
+        )
 
     def switch(self, blocks: int) -> None:
         """One block of ``disabled`` more (1) that the adapter is off in, or one fewer (-1)."""
         super().switch(blocks)
+        self._set_merged(self.merged)
+
+    def mix(self, rows: Rows | None) -> None:
+        """In a block of ``mixed``, or None: outside."""
+        super().mix(rows)
         self._set_merged(self.merged)
 
     def set_siblings(self, siblings: tuple[Siblings, int] | None) -> None:

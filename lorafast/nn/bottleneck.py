@@ -161,7 +161,17 @@ class Bottleneck(AdapterModule):
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """``y [..., out_features]`` in the dtype of ``h``."""
         if self._off:
-            return h if residual is None else residual
+            return self.base_forward(h, residual)
+        if self._rows is not None:
+            return self._rows.by_parts((h, residual), self.forward_active, self.base_forward)
+        return self.forward_active(h, residual)
+
+    def base_forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What there is without it."""
+        return h if residual is None else residual
+
+    def forward_active(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What it gives, for all rows."""
         normed = h
         if self.norm is not None:
             normed = self.norm(h.to(self.norm.weight.dtype)).to(h.dtype)

@@ -203,6 +203,17 @@ class LoRAConv(AdapterLayer):
             return self.base_forward(x)
         if self.merged:
             return self._forward_merged(x)
+        if self._rows is not None:
+            if x.dim() != self.weight.dim():
+                raise ValueError(
+                    f"x has shape {list(x.shape)}, without a batch, in a block of mixed, which names "
+                    "adapters for the elements of one"
+                )
+            return self._rows.by_parts((x,), self.forward_active, self.base_forward)
+        return self.forward_active(x)
+
+    def forward_active(self, x: Tensor) -> Tensor:
+        """What the active adapter gives, for all rows."""
         return lora_conv(
             x, self.weight, self.lora_A, self.lora_B, self._scaling, self.bias, stride=self.stride,
             padding=self.padding, dilation=self.dilation, groups=self.groups,

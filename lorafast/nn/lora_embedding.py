@@ -232,6 +232,12 @@ class LoRAEmbedding(AdapterLayer):
         """``[...]`` integers → ``[..., embedding_dim]``."""
         if self._aside:
             return self._forward_aside(x)
+        return self.forward_active(x)
+
+    def forward_active(self, x: Tensor) -> Tensor:
+        """What the active adapter gives, for all rows."""
+        if self._use_dora:
+            return self._forward_dora(x)
         y = lora_embedding(
             x, self.weight, self.lora_embedding_A, self.lora_embedding_B, self._scaling,
             padding_idx=self.padding_idx,
@@ -241,8 +247,13 @@ class LoRAEmbedding(AdapterLayer):
     def _forward_aside(self, x: Tensor) -> Tensor:
         if self._off:
             return self.base_forward(x)
+        if self._rows is not None:
+            return self._rows.by_parts((x,), self.forward_active, self.base_forward)
         if self.merged:
             return self._forward_merged(x)
+        return self._forward_dora(x)
+
+    def _forward_dora(self, x: Tensor) -> Tensor:
         y = dora_embedding(
             x, self.weight, self.lora_embedding_A, self.lora_embedding_B, self.lora_magnitude,
             self._scaling, self.padding_idx,

@@ -12,7 +12,7 @@ from lorafast import operands, ops
 from lorafast.core.context import autocast_anywhere, without_autocast
 from lorafast.core.problem import Problem
 from lorafast.functional import dora_linear, lora_linear
-from lorafast.nn import offload
+from lorafast.nn import lora_rows, offload
 from lorafast.nn.adaptable import why_not_claimed, why_not_linear
 from lorafast.nn.adapter_layer import AdapterLayer, resized
 from lorafast.nn.checks import check_dtype, check_probability
@@ -303,6 +303,8 @@ class LoRALinear(AdapterLayer):
         """What it is aside for; None if x is not shared with siblings, nor anything else."""
         if self._off:
             return self.base_forward(x)
+        if self._rows is not None:
+            return lora_rows.forward(self, self._rows, x)
         if self.merged:
             return self._forward_merged(x)
         if self._use_dora:
@@ -311,6 +313,16 @@ class LoRALinear(AdapterLayer):
             return None
         siblings, place = self._siblings
         return siblings.forward(place, self, x)
+
+    def forward_active(self, x: Tensor) -> Tensor:
+        """What the active adapter gives, for all rows."""
+        if self._use_dora:
+            return self._forward_dora(x)
+        dropout_p = self.dropout if self.training else 0.0
+        return lora_linear(
+            x, self.operand(), self.lora_A, self.lora_B, self._scaling, self.bias,
+            dropout_p=dropout_p,
+        )  # fmt: skip
 
     def sibling(self) -> Sibling | None:
         """Its tensors, if it is on, neither merged nor DoRA's, and drops nothing: each layer has its

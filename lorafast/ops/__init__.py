@@ -21,6 +21,7 @@ from lorafast.ops.quantized_linear import quantized_linear
 from lorafast.ops.scaled_lora_linear import scaled_lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
+from lorafast.ops.some_rows import lora_linear_on_some_rows
 from lorafast.ops.weight_norm import weight_norm
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "lora_conv",
     "lora_embedding",
     "lora_linear",
+    "lora_linear_on_some_rows",
     "oft_linear",
     "quantized_linear",
     "scaled_lora_linear",

@@ -1,0 +1,61 @@
+"""A ``LoRALinear`` in a block of ``mixed``: each element of its batch with an adapter of its own."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafast import functional, ops
+from lorafast.core.transfer import on_device
+from lorafast.nn import inactive
+from lorafast.nn.rows import Rows
+
+
+def forward(layer: Any, rows: Rows, x: Tensor) -> Tensor:
+    """The layer's output for ``x [elements, …, in_features]``.
+
+    One adapter beside elements that have none, which are neighbours: one pass, and the backward of the
+    adapter's rows alone where the others are constants. Several: ``grouped_lora_linear``. DoRA, and what
+    is neither: the parts one by one.
+    """
+    rows.check(x)
+    names, own = rows.used(), rows.own()
+    if not names:
+        return rows.by_parts((x,), layer.forward_active, layer.base_forward)
+    dropout_p = layer.dropout if layer.training else 0.0
+    if len(names) == 1 and own is not None and not layer._use_dora and x.dim() > 1:
+        A, B, scaling = _factors(layer, names[0])
+        y = ops.lora_linear_on_some_rows(
+            x, layer.operand(), A, B, scaling, own, layer.bias, dropout_p, constants=rows.constants
+        )
+        if y is not None:
+            return y
+    if names == [layer._adapter_name]:
+        return rows.by_parts((x,), layer.forward_active, layer.base_forward)
+    if dropout_p:
+        raise ValueError(
+            "in a block of mixed several adapters have no dropout: call model.eval() before, or adapt "
+            "with dropout 0"
+        )
+    index = {name: i for i, name in enumerate(names)}
+    every_A, every_B, scaling = zip(*(_factors(layer, name) for name in names), strict=True)
+    r = max(A.shape[0] for A in every_A)
+    y = functional.grouped_lora_linear(
+        x,
+        layer.operand(),
+        torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A in every_A]),
+        torch.stack([F.pad(B, (0, r - B.shape[1])) for B in every_B]),
+        on_device(list(scaling), torch.float32, x.device),
+        [-1 if name is None else index[name] for name in rows.names],
+        layer.bias,
+    )
+    return rows.with_constants(y)
+
+
+def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
+    """A, B and the scaling of the adapter ``name``."""
+    if name == layer._adapter_name:
+        return layer.lora_A, layer.lora_B, layer._scaling
+    held = inactive.waiting(layer)[name]
+    return held.lora_A, held.lora_B, held.settings["_scaling"]

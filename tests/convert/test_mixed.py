@@ -1,0 +1,362 @@
+"""A batch of which each element has an adapter of its own, or none: what each would get alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorafast
+from lorafast import operands
+from lorafast.reference import contract
+
+OWN, NONE = "default", None
+ORDERS = [
+    (OWN, OWN, NONE, NONE),
+    (NONE, NONE, OWN, OWN),
+    (OWN, NONE, NONE, OWN),
+    (NONE, OWN, OWN, NONE),
+]
+
+
+class Model(nn.Module):
+    """An embedding, a convolution over positions, linear layers and a trained head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 12)
+        self.convolution = nn.Conv1d(12, 12, 3, padding=1)
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 12)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        x = x + self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def adapted(dtype=torch.float64, **options):
+    torch.manual_seed(3)
+    model = lorafast.adapt(Model().to(dtype), 3, r"embedding|convolution|up|down", **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def gradients(y, model):
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(y, list(trained.values())), strict=True))
+
+
+def check_mixed(model, names, base_grad):
+    """Against its elements alone: with the adapters, and disabled."""
+    ids, dy = torch.randint(11, (len(names), 5)), torch.randn(len(names), 5, 12)
+    own = [i for i, name in enumerate(names) if name is not None]
+    others = [i for i, name in enumerate(names) if name is None]
+    dy = dy.to(next(model.parameters()).dtype)
+    expected = model(ids[own])
+    with lorafast.disabled(model):
+        base = model(ids[others])
+    with lorafast.mixed(model, names, base_grad=base_grad) as same:
+        y = model(ids)
+    assert same is model
+    torch.testing.assert_close(y[own], expected)
+    torch.testing.assert_close(y[others], base)
+    found = gradients((y * dy).sum(), model)
+    for name, gradient in gradients((expected * dy[own]).sum(), model).items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("names", ORDERS)
+@pytest.mark.parametrize("base_grad", [True, False])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_each_element_gets_what_it_gets_alone(names, base_grad, use_dora):
+    check_mixed(adapted(use_dora=use_dora), names, base_grad)
+
+
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_all_and_none(base_grad):
+    model = adapted()
+    check_mixed(model, [OWN] * 3, base_grad)
+    ids = torch.randint(11, (3, 5))
+    with lorafast.disabled(model):
+        expected = model(ids)
+    with lorafast.mixed(model, [NONE] * 3, base_grad=base_grad):
+        assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.parametrize("names", ORDERS[:3])
+def test_bottlenecks(names):
+    model = lorafast.adapt(Model().double(), kind="houlsby", targets=["up", "down"], bottleneck=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    check_mixed(model, names, True)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_quantized(format, base_grad):
+    torch.manual_seed(3)
+    frozen = lorafast.quantize(nn.Linear(64, 32).requires_grad_(False), format)
+    model = nn.Sequential(frozen)
+    lorafast.adapt(model, 4, targets=["0"])
+    with torch.no_grad():
+        model[0].lora_B.normal_()
+    x = torch.randn(6, 3, 64, requires_grad=True)
+    dense = operands.as_dense(model[0].operand()).double()
+    A, B = (t.detach().double().requires_grad_() for t in (model[0].lora_A, model[0].lora_B))
+    wide = x.detach().double().requires_grad_()
+    with lorafast.mixed(model, [OWN] * 2 + [NONE] * 4, base_grad=base_grad):
+        y = model(x)
+    low = torch.zeros(6, 3, 32).double()
+    low[:2] = wide[:2] @ A.mT @ B.mT
+    expected = wide @ dense.mT + model[0].bias.double() + low
+    dy = torch.randn(6, 3, 32)
+    of_loss = expected if base_grad else expected[:2]
+    wanted = torch.autograd.grad((of_loss * dy.double()[: len(of_loss)]).sum(), (wide, A, B))
+    found = torch.autograd.grad((y * dy).sum(), (x, model[0].lora_A, model[0].lora_B))
+    for one, two in zip((y, *found), (expected, *wanted), strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-4)
+    if not base_grad:
+        assert torch.equal(found[0][2:], torch.zeros(4, 3, 64))
+
+
+def test_constants_leave_their_x_and_their_backward_out():
+    layer = lorafast.nn.LoRALinear(64, 32, r=4)
+    x = torch.randn(8, 64, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with (
+        lorafast.mixed(layer, [OWN] * 2 + [NONE] * 6, base_grad=False),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        y = layer(x)
+    assert (2, 64) in kept
+    assert (8, 64) not in kept
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counted:
+        y.sum().backward()
+    assert counted.get_total_flops() <= 2 * 2 * (64 * 32 + 2 * 4 * (64 + 32))
+
+
+def test_dropout_is_that_of_the_own_rows():
+    layer = lorafast.nn.LoRALinear(24, 10, r=3, dropout=0.4, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B)
+    x, dy = torch.randn(5, 4, 24).double(), torch.randn(5, 4, 10).double()
+    for names in ([OWN] * 2 + [NONE] * 3, [NONE] * 3 + [OWN] * 2):
+        own = slice(0, 2) if names[0] else slice(3, 5)
+        for base_grad in (True, False):
+            one, two = (x.clone().requires_grad_() for _ in range(2))
+            torch.manual_seed(5)
+            with lorafast.mixed(layer, names, base_grad=base_grad):
+                y = layer(one)
+            torch.manual_seed(5)
+            expected = layer.base_forward(two if base_grad else two.detach()).index_put(
+                (torch.arange(5)[own],), layer(two[own])
+            )
+            torch.testing.assert_close(y, expected)
+            inputs = (layer.lora_A, layer.lora_B)
+            found = torch.autograd.grad((y * dy).sum(), (one, *inputs))
+            wanted = torch.autograd.grad((expected * dy).sum(), (two, *inputs))
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def formula(x, W, A, B, bias, dy):
+    """What mixing is, with 3 elements that have no adapter before the others."""
+    x, A, B = (t.detach().requires_grad_() for t in (x, A, B))
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    low = (x[3:].to(dtype) @ A.mT.to(dtype)) @ B.mT.to(dtype)
+    y = torch.cat([F.linear(x.detach()[:3], W, bias), (F.linear(x[3:], W, bias) + low).to(x.dtype)])
+    return results(y, (x, A, B), dy)
+
+
+def results(y, inputs, dy):
+    return dict(zip(("y", "dx", "dA", "dB"), (y, *torch.autograd.grad(y, inputs, dy)), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "aten", "triton"])
+def test_contract(dtype, backend):
+    layer = lorafast.nn.LoRALinear(130, 70, r=5, dtype=dtype, adapter_dtype=torch.float32)
+    nn.init.normal_(layer.lora_B)
+    x, dy = torch.randn(9, 130).to(dtype), torch.randn(9, 70).to(dtype)
+    tensors = (x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, dy)
+    tensors = tuple(t.detach() for t in tensors)
+    bounds = contract.bounds(
+        formula(*tensors), formula(*(t.double() for t in tensors)), dtype=dtype
+    )
+    x.requires_grad_()
+    with (
+        lorafast.use_backend(backend),
+        lorafast.mixed(layer, [NONE] * 3 + [OWN] * 6, base_grad=False),
+    ):
+        found = results(layer(x), (x, layer.lora_A, layer.lora_B), dy)
+    assert contract.why_any_broken(found, bounds) is None
+
+
+def test_autocast_compile_and_a_trained_weight():
+    layer = lorafast.nn.LoRALinear(24, 10, r=3)
+    nn.init.normal_(layer.lora_B)
+    x, names = torch.randn(4, 24), [OWN, OWN, NONE, NONE]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.cat([layer(x[:2]), layer.base_forward(x[2:])])
+        with lorafast.mixed(layer, names):
+            y = layer(x)
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, expected)
+    expected = torch.cat([layer(x[:2]), layer.base_forward(x[2:])])
+    with lorafast.mixed(layer, names):
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, expected)
+    layer.weight.requires_grad_(True)
+    with lorafast.mixed(layer, names):
+        layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(10, -1))
+
+
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_several_names(base_grad):
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6)).double()
+    lorafast.adapt(model, 3, targets=["0", "2"])
+    lorafast.add_adapter(model, "second", 5, alpha=7)
+    x, dy = torch.randn(6, 12).double(), torch.randn(6, 6).double()
+    expected = torch.empty(6, 6).double()
+    wanted = {}
+    with lorafast.disabled(model), torch.no_grad():
+        expected[4:] = model(x[4:])
+    for name, own in (("second", slice(2, 4)), (OWN, slice(0, 2))):
+        lorafast.set_adapter(model, name)
+        for layer in (model[0], model[2]):
+            nn.init.normal_(layer.lora_B)
+        y = model(x[own])
+        expected[own] = y.detach()
+        wanted |= {
+            id(p): torch.autograd.grad(y, p, dy[own], retain_graph=True)[0]
+            for p in model.parameters()
+            if p.requires_grad
+        }
+    for layer in (model[0], model[2]):
+        layer.inactive.requires_grad_(True)
+    with lorafast.mixed(model, [OWN, OWN, "second", "second", NONE, NONE], base_grad=base_grad):
+        y = model(x)
+    torch.testing.assert_close(y, expected)
+    y.backward(dy)
+    compared = [(p.grad, wanted[id(p)]) for p in model.parameters() if p.requires_grad]
+    assert len(compared) == 8
+    for found, gradient in compared:
+        torch.testing.assert_close(found, gradient)
+
+
+def test_after_the_block_all_is_as_before():
+    model = adapted()
+    ids = torch.randint(11, (4, 5))
+    before = model(ids)
+    with lorafast.mixed(model, [OWN, NONE]):
+        copied = copy.deepcopy(model)
+        loaded = pickle.loads(pickle.dumps(model))
+    with pytest.raises(ZeroDivisionError), lorafast.mixed(model, [OWN, NONE]):
+        raise ZeroDivisionError
+    for one in (model, copied, loaded):
+        assert torch.equal(one(ids), before)
+    with lorafast.mixed(model, [OWN, NONE, NONE, OWN]), lorafast.disabled(model):
+        disabled = model(ids)
+    with lorafast.disabled(model):
+        assert torch.equal(model(ids), disabled)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("default", "names is a str"),
+        ([], "names is empty"),
+        ([OWN, 3], "names holds 3 at 1"),
+        (["defualt", NONE], "no adapter 'defualt': did you mean 'default'?"),
+    ],
+)
+def test_bad_names(names, message):
+    model = adapted()
+    with pytest.raises((TypeError, ValueError), match=message), lorafast.mixed(model, names):
+        pass
+    assert all(module._rows is None for module in model.modules() if hasattr(module, "_rows"))
+
+
+def test_bad_models_and_batches():
+    with (
+        pytest.raises(ValueError, match="no adapter"),
+        lorafast.mixed(nn.Linear(2, 2), [OWN]),
+    ):
+        pass
+    model = adapted()
+    with (
+        lorafast.mixed(model, [OWN, NONE]),
+        pytest.raises(ValueError, match="names adapters for 2 elements"),
+    ):
+        model(torch.zeros(3, 5, dtype=torch.int64))
+    with (
+        lorafast.mixed(model, [OWN, NONE]),
+        pytest.raises(ValueError, match="a block of mixed around"),
+        lorafast.mixed(model, [OWN, NONE]),
+    ):
+        pass
+    lorafast.add_adapter(model.up, "second")
+    with (
+        pytest.raises(ValueError, match="no adapter 'second'"),
+        lorafast.mixed(model, [OWN, "second"]),
+    ):
+        pass
+    model.down.merge()
+    with (
+        pytest.raises(ValueError, match="down can't be mixed: it is merged"),
+        lorafast.mixed(model, [OWN]),
+    ):
+        pass
+    attention = lorafast.adapt(nn.ModuleList([nn.MultiheadAttention(8, 2)]), 2, ["0"])
+    with pytest.raises(ValueError, match="attention"), lorafast.mixed(attention, [OWN]):
+        pass
+    layer = lorafast.nn.LoRALinear(4, 4, r=2, dropout=0.5)
+    lorafast.add_adapter(layer, "second", 2)
+    with (
+        lorafast.mixed(layer, [OWN, "second"]),
+        pytest.raises(ValueError, match="no dropout"),
+    ):
+        layer(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_model_of_pefts(accelerated):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6)),
+        peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False),
+    )
+    if accelerated:
+        lorafast.accelerate(model, quiet=True)
+    x = torch.randn(4, 12)
+    expected = model(x)
+    with lorafast.disabled(model):
+        base = model(x)
+    with lorafast.mixed(model, [OWN, OWN, NONE, NONE]):
+        y = model(torch.cat([x[:2], x[2:]]))
+    torch.testing.assert_close(y, torch.cat([expected[:2], base[2:]]))
+    torch.testing.assert_close(model(x), expected)
+    for names, base_grad, message in (
+        ([OWN, "other"], True, "no adapter 'other'"),
+        ([OWN], False, "base_grad is False"),
+    ):
+        with (
+            pytest.raises(ValueError, match=message),
+            lorafast.mixed(model, names, base_grad=base_grad),
+        ):
+            pass

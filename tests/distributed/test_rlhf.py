@@ -1,0 +1,101 @@
+"""Policy and reference of one model on two ranks: adapters off, and both in one forward."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import on_ranks
+from small_decoder import PROJECTIONS, decoder, fill_adapters, tokens
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import lorafast
+
+BETA = 0.5
+
+
+def policy(wrapping, **options):
+    """The decoder with adapters that aren't zero, wrapped as it is on every rank."""
+    model = lorafast.adapt(decoder(torch.float64), 4, list(PROJECTIONS), **options)
+    fill_adapters(model)
+    if wrapping == "ddp":
+        return DistributedDataParallel(model)
+    if wrapping == "fsdp2":
+        for block in model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def log_probabilities(logits, ids):
+    """Of each sequence ``[batch]``."""
+    each = F.log_softmax(logits[:, :-1], dim=-1).gather(2, ids[:, 1:, None])
+    return each.squeeze(2).sum(1)
+
+
+def dpo_loss(model, ids, one_forward):
+    """Of pairs: the even sequences are better than the odd ones."""
+    n = len(ids)
+    if one_forward:
+        rows = ["default"] * n + [None] * n
+        with lorafast.mixed(model, rows, base_grad=False):
+            own, reference = model(torch.cat([ids, ids])).chunk(2)
+    else:
+        with torch.no_grad(), lorafast.disabled(model):
+            reference = model(ids)
+        own = model(ids)
+    gain = log_probabilities(own, ids) - log_probabilities(reference.detach(), ids)
+    return -F.logsigmoid(BETA * (gain[0::2] - gain[1::2])).mean()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def step(model, ids, one_forward):
+    """The loss and the adapters' gradients by name."""
+    loss = dpo_loss(model, ids, one_forward)
+    loss.backward()
+    found = {
+        name.removeprefix("module."): whole(p.grad).numpy()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    return loss.item(), found
+
+
+def _train_on_rank(rank, wrapping, one_forward, options):
+    own = tokens(8)[4 * rank : 4 * rank + 4]
+    loss, found = step(policy(wrapping, **options), own, one_forward)
+    mean = torch.tensor(loss, dtype=torch.float64)
+    dist.all_reduce(mean)
+    return mean.item() / 2, found
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("one_forward", "options"), [(False, {}), (True, {}), (True, {"use_dora": True})]
+)
+def test_a_step_of_dpo_is_that_of_one_process(wrapping, one_forward, options):
+    expected, gradients = step(policy(None, **options), tokens(8), one_forward=False)
+    assert len(gradients) >= 2 * 2 * len(PROJECTIONS)
+    for loss, found in on_ranks(_train_on_rank, wrapping, one_forward, options):
+        assert loss == pytest.approx(expected, rel=1e-12)
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                torch.from_numpy(found[name]), torch.from_numpy(gradient), msg=name
+            )
+
+
+def _reference_on_rank(rank, wrapping):
+    model = policy(wrapping)
+    ids = tokens(4, seed=rank)
+    with torch.no_grad(), lorafast.disabled(model):
+        found = model(ids)
+    return torch.equal(found, decoder(torch.float64)(ids)), not torch.equal(model(ids), found)
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+def test_the_reference_is_the_base_to_the_bit(wrapping):
+    assert on_ranks(_reference_on_rank, wrapping) == [(True, True)] * 2
