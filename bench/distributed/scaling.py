@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 import lorafast
 
@@ -92,6 +93,8 @@ class Layout:
     gpus: int
     cut: int = 1
     shards: int = 0
+    by_columns: bool = False
+    """Whether FSDP2 cuts what has fewer rows than there are ranks along its columns: A."""
 
     @property
     def sequences(self) -> int:
@@ -112,9 +115,14 @@ class Layout:
                 model, mesh, plan_of(model.model.layers), src_data_rank=None
             )
             return
+        ranks = mesh.size(-1)
+
+        def placement(p: nn.Parameter) -> Shard | None:
+            return Shard(1) if self.by_columns and p.shape[0] < ranks else None
+
         for block in model.model.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, shard_placement_fn=placement)
+        fully_shard(model, mesh=mesh, shard_placement_fn=placement)
 
 
 def layouts(gpus: int) -> list[Layout]:
@@ -123,6 +131,7 @@ def layouts(gpus: int) -> list[Layout]:
         return [Layout("FSDP2", gpus), Layout("TP", gpus, cut=NODE)]
     return [
         Layout("FSDP2", gpus),
+        Layout("FSDP2, A by columns", gpus, by_columns=True),
         Layout("FSDP2 in a node, replicas beyond", gpus, shards=NODE),
         Layout("TP in a node, FSDP2 beyond", gpus, cut=NODE),
     ]

@@ -243,14 +243,17 @@ def _dropout(rank):
     for use_dora in (False, True):
         for style, cut_x in ((Colwise(output_layouts=replicate()), False), (Rowwise(), True)):
             layer = linear(use_dora=use_dora, dropout=p)
-            two = parallelize(nn.Sequential(linear(use_dora=use_dora, dropout=p)), mesh_of(), {"0": style})
+            two = parallelize(
+                nn.Sequential(linear(use_dora=use_dora, dropout=p)), mesh_of(), {"0": style}
+            )
             state = torch.get_rng_state()
             seed = torch.randint(2**63 - 1, (1,))
             seeds = [Columns(i, nn.Identity()).seed(seed) for i in range(2)] if cut_x else [seed]
             assert len({int(one) for one in seeds}) == len(seeds) and all(s >= 0 for s in seeds)
             parts = x.chunk(len(seeds), -1)
             left = torch.cat(
-                [reference.dropout(part, p, one) for part, one in zip(parts, seeds, strict=True)], -1
+                [reference.dropout(part, p, one) for part, one in zip(parts, seeds, strict=True)],
+                -1,
             )
             W, A, B = layer.weight, layer.lora_A, layer.lora_B
             frozen, low_rank = F.linear(x, W), layer.scaling * left @ A.t() @ B.t()
@@ -293,7 +296,9 @@ def _bf16(rank):
 
         exactly, rounded = eager(torch.float64, torch.float64), eager(half, torch.float32)
         allowed = contract.bounds(rounded, exactly, dtype=half)
-        two = parallelize(nn.Sequential(linear(half, adapter_dtype=torch.float32)), mesh, {"0": style})
+        two = parallelize(
+            nn.Sequential(linear(half, adapter_dtype=torch.float32)), mesh, {"0": style}
+        )
         choices = lorafast.explain(two, x.chunk(2, -1)[rank] if cut_x else x).layers["0"]
         # The kernels of the part, whose sizes are the rank's.
         problem = part_of(two[0], x)

@@ -110,7 +110,9 @@ def _siblings(rank):
     siblings.FEWEST_ROWS = siblings.FEWEST_ELEMENTS = 1
     made = []
     share = siblings.Shared.__init__
-    siblings.Shared.__init__ = lambda self, x, keys: (share(self, x, keys), made.append(len(keys)))[0]
+    siblings.Shared.__init__ = lambda self, x, keys: (share(self, x, keys), made.append(len(keys)))[
+        0
+    ]
     ids = tokens(2)
     expected, exactly = steps(adapted(p=0.0), ids, 1)
     losses, found = steps(cut(adapted(p=0.0, fuse="siblings")), ids, 1)
@@ -120,7 +122,9 @@ def _siblings(rank):
     made.clear()
     model = cut(adapted(p=0.0, fuse="siblings"))
     torch.utils.checkpoint.checkpoint(loss_of, model, ids, use_reentrant=False).backward()
-    assert max(error(model.get_parameter(n).grad, gradient) for n, gradient in exactly.items()) < EXACT
+    assert (
+        max(error(model.get_parameter(n).grad, gradient) for n, gradient in exactly.items()) < EXACT
+    )
     assert made == [2] * 4  # made again in the backward
 
 
@@ -166,7 +170,9 @@ def _refused(rank):
         before = {name: id(p) for name, p in model.named_parameters()}
         hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
         try:
-            parallelize(model, mesh_of() if mesh is None else mesh, plan_of(model) if plan is None else plan)
+            parallelize(
+                model, mesh_of() if mesh is None else mesh, plan_of(model) if plan is None else plan
+            )
         except kind as error:
             assert re.search(message, str(error)), str(error)
             assert "\n" not in str(error)
@@ -180,7 +186,9 @@ def _refused(rank):
     refused("expected styles", {})
     refused("expected a style", {"q_proj": "colwise"}, kind=TypeError)
     refused("and both name layers.0.self_attn.q_proj", good | {"self_attn.*": Colwise()})
-    refused("has an adapter, and ColwiseParallel is PyTorch's", good | {"q_proj": ColwiseParallel()})
+    refused(
+        "has an adapter, and ColwiseParallel is PyTorch's", good | {"q_proj": ColwiseParallel()}
+    )
     refused("is a RMSNorm, expected an nn.Linear", good | {"norm": Colwise()})
     refused("a mesh of 2 dimensions .dp, tp.", mesh=mesh_of(1, 2, mesh_dim_names=("dp", "tp")))
     refused("a str, expected a DeviceMesh", mesh="tp")
@@ -205,7 +213,12 @@ def _refused(rank):
     lorafast.adapt(odd, 2, ["a"])
     refused("a has weight .5, 6., and 5 can't be cut", {"b": Colwise(), "a": Colwise()}, odd)
     for format, options, style, message in (
-        ("nf4", {"block": 64}, Rowwise(), "nf4, whose 96 columns can't be cut into 2 parts of whole"),
+        (
+            "nf4",
+            {"block": 64},
+            Rowwise(),
+            "nf4, whose 96 columns can't be cut into 2 parts of whole",
+        ),
         ("w8a8", {}, Rowwise(), "whose scales of x are of all its columns"),
         ("int8", {}, Colwise(), "int8, whose 7 rows can't be cut into 2 parts"),
     ):
