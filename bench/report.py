@@ -151,6 +151,7 @@ def performance(results: Path) -> str:
         ("gpu", "", of_timed), ("cpu", "", of_timed), ("inference", "Inference: ", of_timed),
         ("quantized", "Quantized weights: ", of_timed),
         ("networks", "Convolutions and attention: ", of_timed),
+        ("distributed", "Two ranks: ", of_timed),
         ("relatives", "LoRA's relatives and bottleneck adapters: ", of_timed),
         ("accelerate", "PEFT's models: ", of_timed), ("traffic", "", of_traffic),
         ("executed", "", of_executed), ("compiled", "", of_compiled),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,10 +43,14 @@ class Collective:
     """Of that tensor, or of all of them."""
     backward: bool
     """Whether a backward called it."""
+    ranks: tuple[int, ...]
+    """Who takes part."""
 
-    def sent(self, ranks: int) -> float:
-        """Bytes that each of ``ranks`` sends in a ring: (p − 1) / p of the tensor, twice to reduce."""
-        return self.bytes * (ranks - 1) / ranks * (2 if self.kind == REDUCE else 1)
+    @property
+    def sent(self) -> float:
+        """Bytes that this rank sends in a ring of p: (p − 1) / p of the tensor, twice to reduce."""
+        p = len(self.ranks)
+        return self.bytes * (p - 1) / p * (2 if self.kind == REDUCE else 1)
 
 
 class Collectives(TorchDispatchMode):
@@ -63,17 +69,17 @@ class Collectives(TorchDispatchMode):
         namespace, _, name = getattr(func, "_qualified_op_name", func.name()).partition("::")
         name = name.partition(".")[0]
         if namespace in _NAMESPACES and name in _KINDS:
-            self._count(
-                _KINDS[name], [t for t in tree_leaves((args, made)) if isinstance(t, Tensor)]
-            )
+            leaves = tree_leaves((args, kwargs, made))
+            tensors = [t for t in leaves if isinstance(t, Tensor)]
+            self._count(_KINDS[name], tensors, _ranks_of(leaves))
         return made
 
-    def _count(self, kind: str, tensors: list[Tensor]) -> None:
+    def _count(self, kind: str, tensors: list[Tensor], ranks: tuple[int, ...]) -> None:
         largest = max(tensors, key=lambda t: t.numel())
         backward = torch._C._current_graph_task_id() != -1
         size = largest.numel() * largest.element_size()
         shape = tuple(largest.shape)
-        self.calls.append(Collective(kind, shape, largest.dtype, size, backward))
+        self.calls.append(Collective(kind, shape, largest.dtype, size, backward, ranks))
 
     def counts(self, *, backward: bool | None = None) -> dict[str, int]:
         """How many of each kind, in forwards or backwards alone if that is given."""
@@ -90,9 +96,28 @@ class Collectives(TorchDispatchMode):
         """Equal ones together, with how many there were, in the order of the first."""
         return list(Counter(self.calls).items())
 
-    def sent(self, ranks: int) -> float:
-        """Bytes that each of ``ranks`` has sent, in rings."""
-        return sum(one.sent(ranks) for one in self.calls)
+    def sent(self, node: int | None = None) -> float:
+        """Bytes that this rank has sent, in rings; with ``node`` in groups that leave a node of so many
+        ranks alone."""
+        return sum(one.sent for one in self.calls if node is None or not _within(one.ranks, node))
 
     def _of(self, backward: bool | None) -> list[Collective]:
         return [one for one in self.calls if backward is None or one.backward == backward]
+
+
+def _ranks_of(leaves: Iterable[Any]) -> tuple[int, ...]:
+    """The ranks of the group among a call's arguments: its name, or itself."""
+    for one in leaves:
+        if isinstance(one, str) and one in _names():
+            return tuple(dist.get_process_group_ranks(c10d._resolve_process_group(one)))
+        if isinstance(one, torch.ScriptObject) and "ProcessGroup" in str(one._type()):
+            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(one)))
+    return tuple(range(dist.get_world_size()))
+
+
+def _names() -> set[str]:
+    return set(c10d._world.pg_names.values())
+
+
+def _within(ranks: tuple[int, ...], node: int) -> bool:
+    return len({rank // node for rank in ranks}) == 1

@@ -20,6 +20,7 @@ from lorafast.bench import (
     attention,
     bottlenecks,
     convolutions,
+    distributed,
     layer,
     models,
     operations,
@@ -81,10 +82,22 @@ def of_timed(path: Path, run: Run) -> str:
     for kind in (bottlenecks, convolutions, attention):
         name = kind.__name__.rpartition(".")[2]
         parts += paragraphs(rows_of(run, name, kind.Row, path), kind.describe)
+    parts += _distributed(rows_of(run, "distributed", distributed.Row, path))
     peft_models = [accelerate.Row(**row) for row in run.get("accelerate", ())]
     for _, of_peft in itertools.groupby(peft_models, key=lambda row: (row.dtype, row.r)):
         parts += _accelerated(list(of_peft))
     return "\n\n".join(parts)
+
+
+def _distributed(rows: Sequence[distributed.Row]) -> list[str]:
+    """A table for each layout, and below it what each arm sends."""
+    found = []
+    for _, same in itertools.groupby(rows, key=distributed.describe):
+        layout = list(same)
+        found += paragraphs(layout, distributed.describe)
+        sent = [f"{row.contender} {distributed.sent_by(row)}" for row in layout if row.samples]
+        found.append(f"A rank sends: {'; '.join(sent)}.")
+    return found
 
 
 def device_of(run: Run) -> str:

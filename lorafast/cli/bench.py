@@ -27,6 +27,7 @@ from lorafast.bench.common.record import Record
 from lorafast.bench.common.shapes import LARGEST_RANK, MODELS, SIZES, Shape, parse, size
 from lorafast.bench.compare import compare
 from lorafast.bench.convolutions import run as run_convolutions
+from lorafast.bench.distributed import run as run_distributed
 from lorafast.bench.models import run as run_model
 from lorafast.cli import terminal
 from lorafast.cli.options import (
@@ -123,6 +124,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="training steps of a stack of nn.MultiheadAttention: adapters of ours and of PEFT's, the "
         "frozen network, full fine-tuning",
+    )
+    what.add_argument(
+        "--distributed",
+        action="store_true",
+        help="training steps of a small Llama on two ranks, and what they send: DDP, FSDP2, tensor "
+        "parallelism, with adapters of ours and of PEFT's",
     )
     what.add_argument(
         "--relatives",
@@ -251,7 +258,7 @@ def _times_layers(arguments: argparse.Namespace) -> bool:
     others = (
         arguments.traffic, arguments.executed, arguments.call_overhead, arguments.models,
         arguments.accelerate, arguments.convolutions, arguments.attention, arguments.relatives,
-        arguments.bottlenecks,
+        arguments.bottlenecks, arguments.distributed,
     )  # fmt: skip
     return arguments.layers or _sweeps(arguments) or not any(others)
 
@@ -334,6 +341,8 @@ def _measure(
             run_convolutions(r, dtype, device=device, record=record, seconds=arguments.seconds)
         if arguments.attention:
             run_attention(r, dtype, device=device, record=record, seconds=arguments.seconds)
+        if arguments.distributed:
+            run_distributed(r, dtype, device=device, record=record, seconds=arguments.seconds)
     if not arguments.traffic:
         _measure_other_kinds(arguments, device, record)
 

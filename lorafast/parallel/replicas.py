@@ -76,6 +76,8 @@ def state(mesh: DeviceMesh) -> Tensor:
 def set_alike(mesh: DeviceMesh) -> None:
     """Gives the default generators of all ranks the state of the first's."""
     found = of_first(state(mesh), mesh)
+    if type(found) is not Tensor:  # a fake one, which has no values
+        return
     if mesh.device_type == "cpu":
         torch.set_rng_state(found)
     else:
