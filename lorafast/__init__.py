@@ -40,7 +40,7 @@ from lorafast.ops import (
 )
 
 if TYPE_CHECKING:
-    from lorafast import parallel
+    from lorafast import parallel as parallel
 
 __version__ = "0.1.0"
 
@@ -71,7 +71,6 @@ __all__ = [
     "merge",
     "new_head",
     "nn",
-    "parallel",
     "parameters",
     "quantize",
     "reference",
