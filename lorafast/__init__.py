@@ -44,7 +44,7 @@ from lorafast.ops import (
 )
 
 if TYPE_CHECKING:
-    from lorafast import parallel
+    from lorafast import parallel as parallel
 
 __version__ = "0.1.0"
 
@@ -79,7 +79,6 @@ __all__ = [
     "mixed",
     "new_head",
     "nn",
-    "parallel",
     "parameters",
     "quantize",
     "reference",

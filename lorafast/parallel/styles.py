@@ -222,7 +222,8 @@ class Rowwise(_Cut):
 
     ``y = Σ_part x[:, part]·W[:, part]ᵀ + scaling · (drop(x[:, part])·A[:, part]ᵀ)·Bᵀ + bias``, summed
     over the ranks once, both terms together. Of LoRA and DoRA A is cut, B and the magnitude are
-    replicated. Of an embedding the tokens are shared out. A forward has no collective but that of its
+    replicated. Of an embedding the tokens are shared out, and one beyond the table gives a row of zeros,
+    as under PyTorch's style. A forward has no collective but that of its
     layouts, DoRA one more, of its norms, ``[N]``; a backward has the sum of dB, ``[N, r]``. With dropout
     each rank's mask is one of its own, from a seed that all draw alike: the masks are independent, and
     together not the one that a single rank would draw.

@@ -1,5 +1,6 @@
 """Single layers cut over two ranks: what they compute, what they send, and what can't be cut."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from lorafast.bench.distributed.collectives import Collectives
@@ -109,7 +110,11 @@ def _linear(rank):
 
     compare(columns, trained_bias, x)
     compare(Rowwise(), trained_bias, x, cut_x=True)
-    assert compare(Rowwise(), linear, x, cut_x=True)[0].weight.to_local().shape == (N, K // 2)
+    two = compare(Rowwise(), linear, x, cut_x=True)
+    with pytest.raises(ValueError, match="x has shape"):
+        two(x)  # the whole one; what the layer holds is whole again too
+    assert two[0].weight.shape == (N, K)
+    assert two[0].weight.to_local().shape == (N, K // 2)
 
 
 def plain():
