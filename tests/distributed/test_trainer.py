@@ -174,8 +174,11 @@ def _part(rank, kind, fsdp, folder, resume, dies):
     return run.losses, [{n: g.tolist() for n, g in step.items()} for step in run.gradients]
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "fsdp"),
+    [("adapted", False), ("accelerated", True)],
+    ids=["adapted-ddp", "accelerated-fsdp2"],
+)
 def test_a_killed_run_is_resumed(tmp_path, kind, fsdp):
     """Dropout included, to the bit: each rank's generator is in the checkpoint."""
     part = partial(on_ranks, _part, kind, fsdp, imports=IMPORTS)
