@@ -303,4 +303,4 @@ def _make_plain(model: nn.Module, layers: set[LoRALinear]) -> None:
     for layer, other in plain.items():
         move_hooks(layer, other)
     named = adapted_layers(model, remove_duplicate=False)
-    replace(model, {name: plain[layer] for name, layer in named.items() if layer in plain})  # type: ignore[index]
+    replace(model, {name: plain[layer] for name, layer in named.items() if layer in plain})
