@@ -185,8 +185,8 @@ def _surrounded(
     if reason is None and not compiling and not watched():
         return None
     has_rows = check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    eager_or_drops = not compiling or dropout_p
-    if not has_rows or (type(x) is not Tensor and eager_or_drops and unstrided.is_sharded(x)):
+    watched_or_drops = dropout_p or (reason is None and not compiling)
+    if not has_rows or (type(x) is not Tensor and watched_or_drops and unstrided.is_sharded(x)):
         return unstrided.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed)
     if reason is not None:
         forced.check_plain_pytorch("lora_linear", reason)
