@@ -182,9 +182,17 @@ def _begun_on_meta(rank, kind, broadcast):
     return y.numpy(), {name: value.numpy() for name, value in drawn.items()}
 
 
-@pytest.mark.parametrize("broadcast", [True, False], ids=["broadcast", "each-rank"])
 @pytest.mark.parametrize(
-    "kind", ["lora", "dora", "pfeiffer", "embedding", "conv-dora", "attention"]
+    ("kind", "broadcast"),
+    [
+        ("pfeiffer", True),
+        ("dora", True),
+        pytest.param("dora", False, marks=pytest.mark.slow),
+        pytest.param("lora", True, marks=pytest.mark.slow),
+        pytest.param("embedding", True, marks=pytest.mark.slow),
+        pytest.param("conv-dora", True, marks=pytest.mark.slow),
+        pytest.param("attention", False, marks=pytest.mark.slow),
+    ],
 )
 def test_begun_on_meta(kind, broadcast):
     """The frozen model's numbers, and no rows that are the same on both ranks."""
