@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from small_decoder import Decoder, decoder, fill_adapters, loss_of, tokens
 from torch import Tensor, nn
@@ -53,6 +54,13 @@ PICTURES: dict[str, dict[str, Any]] = {
 }
 FORMATS = ("nf4", "int8", "fp8")
 KINDS = (*DECODERS, *PICTURES)
+QUICK = ("lora", "siblings", "pfeiffer", "nf4-dora", "conv-dora")
+"""Those that every run tests."""
+
+
+def quickly(kinds: tuple[str, ...]) -> list[Any]:
+    """Parameters of a test, slow where the kind isn't one of ``QUICK``."""
+    return [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in kinds]
 
 
 def plain(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -50,8 +50,14 @@ def _sharded_alone(rank, kind, how):
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
-        ("lora", "A and B"), ("dora", "A and B"), ("nf4", "A and B"), ("embedding", "A and B"),
-        ("conv", "A and B"), ("attention", "a child"), ("lora", "its forward alone"),
+        ("dora", "A and B"), ("lora", "its forward alone"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("nf4", "A and B"), ("embedding", "A and B"), ("conv", "A and B"),
+                ("attention", "a child"),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_parameters_that_were_sharded_alone(kind, how):

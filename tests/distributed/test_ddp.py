@@ -22,6 +22,7 @@ from kinds_of_models import (
     one_process,
     part,
     plain,
+    quickly,
 )
 from ranks import on_ranks
 from small_decoder import fill_adapters
@@ -97,11 +98,12 @@ def _check(found, kind):
         assert warned == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quickly(KINDS))
 def test_accumulated_gradients_are_those_of_one_process(kind):
     _check(on_ranks(_backward, kind, OF_BUCKETS, 2), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str
 )
@@ -286,7 +288,9 @@ def _loses_a_rank(rank, rendezvous, end, dies, shards):
     os._exit(0)
 
 
-@pytest.mark.parametrize("dies", [True, False], ids=["dies", "hangs"])
+@pytest.mark.parametrize(
+    "dies", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dies", "hangs"]
+)
 @pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
 def test_a_lost_rank_ends_the_others(tmp_path, dies, shards):
     here, there = ranks._context.Pipe(duplex=False)

@@ -14,6 +14,7 @@ from kinds_of_models import (
     one_process,
     part,
     plain,
+    quickly,
 )
 from ranks import on_ranks
 from torch import nn
@@ -68,7 +69,7 @@ def _backward(rank, kind, how):
     return one.item(), gradients(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quickly(KINDS))
 def test_gradients_are_those_of_one_process(kind):
     found = on_ranks(_backward, kind, "checkpoint" if kind in ("lora", "nf4") else "")
     whole, expected = one_process(kind, BATCH)
@@ -85,7 +86,9 @@ def test_wrapped_blocks(how):
         assert_near(found, one_process("dora", BATCH)[1])
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "houlsby", "embedding", "nf4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    "kind", quickly(("lora", "dora", "houlsby", "embedding", "nf4", "nf4-dora", "int8", "fp8"))
+)
 def test_bfloat16_policy(kind):
     """The same bits as the model in bfloat16, whose gradients are averaged in float32."""
     (_, found), _ = on_ranks(_backward, kind, "bf16")
@@ -179,9 +182,17 @@ def _begun_on_meta(rank, kind, broadcast):
     return y.numpy(), {name: value.numpy() for name, value in drawn.items()}
 
 
-@pytest.mark.parametrize("broadcast", [True, False], ids=["broadcast", "each-rank"])
 @pytest.mark.parametrize(
-    "kind", ["lora", "dora", "pfeiffer", "embedding", "conv-dora", "attention"]
+    ("kind", "broadcast"),
+    [
+        ("pfeiffer", True),
+        ("dora", True),
+        pytest.param("dora", False, marks=pytest.mark.slow),
+        pytest.param("lora", True, marks=pytest.mark.slow),
+        pytest.param("embedding", True, marks=pytest.mark.slow),
+        pytest.param("conv-dora", True, marks=pytest.mark.slow),
+        pytest.param("attention", False, marks=pytest.mark.slow),
+    ],
 )
 def test_begun_on_meta(kind, broadcast):
     """The frozen model's numbers, and no rows that are the same on both ranks."""
