@@ -109,7 +109,8 @@ def _ranks_of(leaves: Iterable[Any]) -> tuple[int, ...]:
     """The ranks of the group among a call's arguments: its name, or itself."""
     for one in leaves:
         if isinstance(one, str) and one in _names():
-            return tuple(dist.get_process_group_ranks(c10d._resolve_process_group(one)))
+            name: Any = one
+            return tuple(dist.get_process_group_ranks(c10d._resolve_process_group(name)))
         if isinstance(one, torch.ScriptObject) and "ProcessGroup" in str(one._type()):
             return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(one)))
     return tuple(range(dist.get_world_size()))

@@ -60,13 +60,13 @@ class Size:
         except ImportError:
             raise UnavailableError("transformers is not installed") from None
         torch.manual_seed(0)
-        config = LlamaConfig(
+        of_model: dict[str, Any] = dict(
             hidden_size=self.hidden, intermediate_size=self.intermediate,
             num_hidden_layers=self.blocks, num_attention_heads=self.heads,
             num_key_value_heads=self.heads, vocab_size=self.vocabulary, use_cache=False,
             attn_implementation="sdpa",
         )  # fmt: skip
-        model: nn.Module = LlamaForCausalLM(config).requires_grad_(False)
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(**of_model)).requires_grad_(False)
         return model.train()
 
     def batch(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,8 @@ def _adapted(name: str, model: nn.Module, r: int) -> nn.Module:
         wrapped = peft.get_peft_model(model, config)
         if name == "accelerated":
             lorafast.accelerate(wrapped, quiet=True)
-        model = wrapped.base_model.model
+        inner: Any = wrapped.base_model
+        model = inner.model
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for _, p in sorted(_trained(model).items()):
