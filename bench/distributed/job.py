@@ -60,12 +60,12 @@ class Size:
         except ImportError:
             raise UnavailableError("transformers is not installed") from None
         torch.manual_seed(0)
-        of_model: dict[str, Any] = dict(
-            hidden_size=self.hidden, intermediate_size=self.intermediate,
-            num_hidden_layers=self.blocks, num_attention_heads=self.heads,
-            num_key_value_heads=self.heads, vocab_size=self.vocabulary, use_cache=False,
-            attn_implementation="sdpa",
-        )  # fmt: skip
+        of_model: dict[str, Any] = {
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.blocks, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads, "vocab_size": self.vocabulary, "use_cache": False,
+            "attn_implementation": "sdpa",
+        }  # fmt: skip
         model: nn.Module = LlamaForCausalLM(LlamaConfig(**of_model)).requires_grad_(False)
         return model.train()
 
@@ -133,7 +133,8 @@ def _wrapped(name: str, layout: str, model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    blocks: Any = model.model.layers
+    inner: Any = model.model
+    blocks: Any = inner.layers
     device = next(model.parameters()).device.type
     if layout == "fsdp2":
         for block in blocks:

@@ -60,12 +60,13 @@ class Sizes:
         """With bfloat16 weights, frozen, and float32 adapters; each block is checkpointed."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        of_model: dict[str, Any] = dict(
-            hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=blocks,
-            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            head_dim=self.head_size, vocab_size=self.vocabulary, use_cache=False,
-            attn_implementation="sdpa",
-        )  # fmt: skip
+        of_model: dict[str, Any] = {
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": blocks, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size, "vocab_size": self.vocabulary, "use_cache": False,
+            "attn_implementation": "sdpa",
+        }  # fmt: skip
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:

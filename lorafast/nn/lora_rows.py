@@ -39,14 +39,14 @@ def forward(layer: Any, rows: Rows, x: Tensor) -> Tensor:
             "with dropout 0"
         )
     index = {name: i for i, name in enumerate(names)}
-    every_A, every_B, scaling = zip(*(_factors(layer, name) for name in names), strict=True)
+    every_A, every_B, scalings = zip(*(_factors(layer, name) for name in names), strict=True)
     r = max(A.shape[0] for A in every_A)
     y = functional.grouped_lora_linear(
         x,
         layer.operand(),
         torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A in every_A]),
         torch.stack([F.pad(B, (0, r - B.shape[1])) for B in every_B]),
-        on_device(list(scaling), torch.float32, x.device),
+        on_device(list(scalings), torch.float32, x.device),
         [-1 if name is None else index[name] for name in rows.names],
         layer.bias,
     )

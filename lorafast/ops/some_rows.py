@@ -145,7 +145,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     every_dy = as_rows(dy)
     own_dy = every_dy[own]
     wants = tuple(n for n, wanted in (("ds", need_dx or need_dA), ("dB", need_dB)) if wanted)
-    ds = dA = dB = dx = None
+    ds: Any = None
+    dA = dB = dx = None
     if wants:
         problem = expand_backward_problem(own_dy, s, lora_B, wants, ctx.adapter_dtype)
         ds, dB, _ = settings.run(problem, own_dy, s, lora_B, settings.scaling)
