@@ -21,8 +21,8 @@ PAGES = {
     **{
         f"docs/{name}.md": f"{name}.html"
         for name in (
-            "guide", "adapters", "fine-tuning", "distributed", "peft", "quantized", "backends",
-            "performance", "exactness", "environment", "glossary", "add-a-backend", "add-a-format",
+            "guide", "adapters", "fine-tuning", "distributed", "trainers", "scaling", "peft",
+            "quantized", "backends", "performance", "exactness", "environment", "glossary", "add-a-backend", "add-a-format",
         )
     },
     "CONTRIBUTING.md": "contributing.html",
@@ -40,6 +40,7 @@ MODULES = (
     "lorafast.parallel",
     "lorafast.backends",
     "lorafast.integrations.transformers",
+    "lorafast.integrations.lightning",
 )
 """Those whose names are public."""
 _API = "api/lorafast.html"

@@ -1,6 +1,7 @@
 """What is counted on fake ranks, of one block and of two, is what real ranks send, of three."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from lorafast.bench.distributed import scaling
@@ -72,3 +73,9 @@ def test_a_table():
     lines = scaling.table(sizes, (8, 16)).splitlines()
     assert len(lines) == 2 + 2 + 4
     assert {line.count("|") for line in lines} == {len(scaling.HEADER) + 1}
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_is_counted():
+    page = Path(__file__).parents[2] / "docs" / "scaling.md"
+    assert scaling.table(scaling.Sizes(), (8, 64, 1024)) in page.read_text(encoding="utf-8")
