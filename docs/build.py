@@ -22,7 +22,8 @@ PAGES = {
         f"docs/{name}.md": f"{name}.html"
         for name in (
             "guide", "adapters", "fine-tuning", "distributed", "trainers", "scaling", "peft",
-            "quantized", "backends", "performance", "exactness", "environment", "glossary", "add-a-backend", "add-a-format",
+            "quantized", "backends", "performance", "exactness", "environment", "glossary",
+            "add-a-backend", "add-a-format",
         )
     },
     "CONTRIBUTING.md": "contributing.html",
