@@ -264,7 +264,7 @@ def test_as_peft_has_it(make_net, x, tmp_path, assert_same):
 
 @pytest.mark.slow
 def test_compiled(model, x, assert_same):
-    """A compiled model computes with the active one, compiled once for each."""
+    """A compiled model computes with the active one, compiled once for each rank."""
     compiled = torch.compile(model, backend="eager")
     for name in ("default", "other", "default"):
         lorafast.set_adapter(compiled, name)
