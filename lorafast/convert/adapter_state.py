@@ -1,7 +1,8 @@
 """``AdapterState``: what a run trains, as ``torch.distributed.checkpoint`` saves and loads it."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +60,15 @@ class AdapterState:
         if self._optimizer is not None:
             from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-            state["optimizer"] = _copied(get_optimizer_state_dict(self._model, self._optimizer))
+            began = not self._optimizer.state
+            with _without_gradients(self._optimizer):
+                if began:  # by a step of PyTorch's at a rate of zero, which must not count
+                    get_optimizer_state_dict(self._model, self._optimizer)
+                    for values in self._optimizer.state.values():
+                        if isinstance(values.get("step"), Tensor):
+                            values["step"].zero_()
+                found = get_optimizer_state_dict(self._model, self._optimizer)
+            state["optimizer"] = _copied(found)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -76,6 +85,13 @@ class AdapterState:
         tensors = self._tensors()
         _check_settings(_settings(self._model), json.loads(state["layers"]))
         _check_names(set(tensors), set(json.loads(state["names"])) | set(state["tensors"]))
+        _check_names(set(tensors), set(state["tensors"]))
+        for name, target in tensors.items():
+            if state["tensors"][name].shape != target.shape:
+                raise ValueError(
+                    f"{name} has shape {list(state['tensors'][name].shape)} in the checkpoint and "
+                    f"{list(target.shape)} in the model"
+                )
         if self._optimizer is not None and "optimizer" not in state:
             raise ValueError(
                 "the state has no optimizer's, and AdapterState was given an optimizer"
@@ -90,7 +106,8 @@ class AdapterState:
             if self._optimizer is not None:
                 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-                set_optimizer_state_dict(self._model, self._optimizer, dict(state["optimizer"]))
+                with _without_gradients(self._optimizer):
+                    set_optimizer_state_dict(self._model, self._optimizer, dict(state["optimizer"]))
 
     def _tensors(self) -> dict[str, Tensor]:
         """The model's own, by name."""
@@ -123,6 +140,20 @@ class AdapterState:
             if whole[name].is_meta:
                 raise ValueError(f"{name} is on the device meta, which holds no values")
         return {name: whole[name] for name in names}
+
+
+@contextlib.contextmanager
+def _without_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Where PyTorch sees one, it leaves a state that is still empty so, and loads none."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
 
 
 def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:

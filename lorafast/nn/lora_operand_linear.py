@@ -149,7 +149,7 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
                 return aside
         dropout_p = self.dropout if self.training else 0.0
         # torch.fx sees the other call.
-        if dropout_p == 0.0 and type(x) is Tensor and not autocast_anywhere():
+        if dropout_p == 0.0 and type(x) is Tensor and not (x.is_nested or autocast_anywhere()):
             return self._forward_again(x)
         return lora_linear_of(
             x, self._stored(), self._description, self.lora_A, self.lora_B, self._scaling, self.bias,

@@ -50,10 +50,11 @@ def lora_linear_again(
     """``lora_linear`` without dropout and outside autocast over the operand that is stored so; None
     where ``remember`` has not seen such a call, or something surrounds it. ``x`` is a ``Tensor`` itself.
     """
+    if torch.compiler.is_compiling():  # which must see no id: it would be guarded, layer by layer
+        return None
     ids = (description, id(lora_A), id(lora_B), id(bias), *map(id, stored))
     if (
         ids != memory.kept[0]
-        or torch.compiler.is_compiling()
         or transforms_active()
         or forward_ad._current_level >= 0
         or traced()

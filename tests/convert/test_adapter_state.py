@@ -187,3 +187,49 @@ def test_flat_parameters_are_refused(net):
             lorafast.AdapterState(model).state_dict()
     finally:
         dist.destroy_process_group()
+
+
+def stepped(model, x):
+    """An optimizer that has taken a step; AdamW has moments then."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def test_moments_are_loaded_beside_gradients(saved, fresh, x):
+    """PyTorch asks for none where it sees a gradient."""
+    state = state_of(saved, stepped(saved, x))
+    other = fresh()
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad])
+    other(x).square().sum().backward()
+    before = {name: p.grad for name, p in other.named_parameters() if p.requires_grad}
+    load(other, state, optimizer)
+    assert len(optimizer.state) == 4
+    assert all(values["exp_avg"].any() for values in optimizer.state.values())
+    for name, p in other.named_parameters():
+        assert p.grad is before.get(name)
+
+
+def test_a_state_of_before_the_first_step_counts_none(saved, x):
+    optimizer = torch.optim.AdamW([p for p in saved.parameters() if p.requires_grad])
+    before = copy.deepcopy(saved.state_dict())
+    lorafast.AdapterState(saved, optimizer).state_dict()
+    assert all(torch.equal(before[name], tensor) for name, tensor in saved.state_dict().items())
+    assert {float(values["step"]) for values in optimizer.state.values()} <= {0.0}
+    saved(x).square().sum().backward()
+    optimizer.step()
+    assert {float(values["step"]) for values in optimizer.state.values()} == {1.0}
+
+
+def test_a_state_of_another_shape_or_with_less_is_refused(saved, fresh, unchanged):
+    state = state_of(saved)
+    other = fresh()
+    name = next(iter(state["tensors"]))
+    cut = {**state, "tensors": {**state["tensors"], name: state["tensors"][name][:1, :1]}}
+    with unchanged(other), pytest.raises(ValueError, match="has shape"):
+        load(other, cut)
+    less = {n: t for n, t in state["tensors"].items() if n != name}
+    with unchanged(other), pytest.raises(ValueError, match=name):
+        load(other, {**state, "tensors": less})

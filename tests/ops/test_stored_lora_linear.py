@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import lorafast
 from lorafast import operands
@@ -118,3 +119,35 @@ def test_what_surrounds_a_call_is_seen(served):
     layer.eval()
     layer(x)
     assert served
+
+
+@pytest.mark.parametrize("eager_first", [False, True])
+def test_layers_compiled_one_by_one_are_one_graph(eager_first):
+    """No address is a guard."""
+    from torch._dynamo.testing import CompileCounter
+
+    blocks = [quantized_layer() for _ in range(3)]
+    x = torch.randn(4, 64)
+    if eager_first:
+        for block in blocks * 2:
+            block(x)
+    counter = CompileCounter()
+    for block in blocks:
+        block.compile(backend=counter)
+        block(x)
+    assert counter.frame_count == 1
+
+
+def test_a_nested_input_is_served_as_by_a_dense_layer():
+    layer = quantized_layer()
+    parts = [torch.randn(n, 64) for n in (2, 3)]
+    y = layer(torch.nested.nested_tensor(parts))
+    for one, part in zip(y.unbind(), parts, strict=True):
+        torch.testing.assert_close(one, layer(part), rtol=1e-4, atol=1e-4)
+
+
+def quantized_layer():
+    model = nn.Sequential(lorafast.quantize(nn.Linear(64, 32).requires_grad_(False), "nf4"))
+    layer = lorafast.adapt(model, 4, ["0"])[0]
+    nn.init.normal_(layer.lora_B)
+    return layer
