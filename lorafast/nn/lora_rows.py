@@ -58,4 +58,7 @@ def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
     if name == layer._adapter_name:
         return layer.lora_A, layer.lora_B, layer._scaling
     held = inactive.waiting(layer)[name]
+    if layer._local is not None:
+        parts = layer._local.parts_of(held)
+        return parts["lora_A"], parts["lora_B"], held.settings["_scaling"]
     return held.lora_A, held.lora_B, held.settings["_scaling"]

@@ -60,6 +60,11 @@ class _Waited(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Collectives of DTensors would lose it in silence.
+            raise NotImplementedError(
+                "a layer that lorafast.parallel has cut has no second derivative (create_graph=True)"
+            )
         return _wait(gradient)
 
 
@@ -212,6 +217,13 @@ class Local:
             self._ahead = what, found, wholes  # which keep their ids so
         return self._ahead[1]
 
+    def parts_of(self, held: nn.Module) -> dict[str, Tensor | None]:
+        """The same of an inactive adapter of the module."""
+        return {
+            name: self._part(name, whole) if isinstance(whole, DTensor) else whole
+            for name, whole in held._parameters.items()
+        }
+
     def hide(self, module: nn.Module) -> None:
         """Takes the parts away."""
         parameters, buffers, attributes, before = self._kept.pop()
@@ -264,8 +276,11 @@ class Local:
         alone = torch.compiler.is_compiling() or self.tokens is not None
         if alone or not isinstance(x, Tensor) or x.is_inference():
             return self._into(x)
+        if x.is_leaf and self.takes != (self.computes[0],):
+            return self._into(x)  # a copy, and a buffer's values may change unseen
         how = (
-            self.takes, self.computes, self.mesh, x._version, torch.is_grad_enabled(), x.requires_grad
+            self.takes, self.computes, self.mesh, x._version, torch.is_grad_enabled(),
+            x.requires_grad,
         )  # fmt: skip
         made = None if _last.made is None else _last.made.of(x, how)
         if made is None:
@@ -290,7 +305,9 @@ class Local:
 
     def _whole_again(self, y: Tensor) -> Tensor:
         """An output of a module that takes what it gets: a DTensor if the input was one."""
-        y = _Waited.apply(y) if y.is_floating_point() else y
+        y = _wait(y)
+        if y.requires_grad and not torch.compiler.is_compiling():
+            y.register_hook(_wait)  # no view: what comes next may change y in place
         if self._given is None:
             return y
         return DTensor.from_local(y, self.mesh, self._given, run_check=False)

@@ -45,7 +45,7 @@ def _replicated(model: nn.Module) -> Iterator[tuple[str, Tensor, DeviceMesh]]:
         whole: Any = parameter
         if not isinstance(whole, DTensor):
             continue
-        mesh, part = whole.device_mesh, whole._local_tensor.detach().contiguous()
+        mesh, part = whole.device_mesh, whole._local_tensor.detach().reshape(-1).contiguous()
         for i, placement in enumerate(whole.placements):
             if placement == Replicate():
                 yield name, part, mesh[_names(mesh)[i]] if mesh.ndim > 1 else mesh

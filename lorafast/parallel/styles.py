@@ -105,7 +105,9 @@ class _Cut(Style):
                 f"is a {type(module).__name__}, expected an nn.Linear, an nn.Embedding, or a layer over "
                 "one with LoRA or DoRA"
             )
-        reason = why_not_plain(module, mesh)
+        if isinstance(module, AdapterModule) and module.merged:
+            return "is merged: unmerge it first"
+        reason = why_not_plain(module, mesh) or _why_not_whole(module)
         if reason is not None:
             return reason
         ranks = mesh.size()
@@ -147,7 +149,7 @@ class _Cut(Style):
             _put(module, name, self._moved(tensor, mesh, placement, sharded, is_frozen))
             # Of the bias by columns of x every rank has all of the gradient.
             if placement == Replicate() and not (self.axis == "K" and name == "bias"):
-                summed.add(name)
+                summed.add(name.rpartition(".")[2])  # of an inactive adapter as of the active one
         tokens = None
         of_tokens = isinstance(module, nn.Embedding | LoRAEmbedding)
         if of_tokens and self.axis == "K":
@@ -293,7 +295,9 @@ class Replicated(Style):
         own = _trained(module)
         for name, tensor in own.items():
             _put(module, name, self._moved(tensor, mesh, Replicate(), sharded))
-        summed = frozenset[str]() if self.input_layouts == Replicate() else frozenset(own)
+        summed = frozenset[str]()
+        if self.input_layouts != Replicate():
+            summed = frozenset(name.rpartition(".")[2] for name in own)
         attach(module, Local(mesh, summed))
 
 
@@ -324,6 +328,23 @@ def axes_of(module: nn.Module) -> Mapping[str, str] | None:
     if isinstance(module, LoRALinear) and module._as_kept.__func__ is not LoRALinear._as_kept:  # type: ignore[attr-defined]
         return _LINEAR | {"weight": "KN"}  # a Conv1D
     return _LINEAR
+
+
+def _why_not_whole(module: Any) -> str | None:
+    """What an embedding computes of all its rows, and a weight that is not one dense tensor."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if isinstance(module, nn.Embedding) and getattr(module, option) not in (None, False):
+            return f"is an embedding with {option}, which can't be cut"
+    if isinstance(module, nn.Linear):
+        shape = [module.out_features, module.in_features]
+        others = sorted((module._parameters | module._buffers).keys() - _LINEAR.keys())
+        if others or list(module.weight.shape) != shape:
+            what = f"a {others[0]}" if others else f"a weight {list(module.weight.shape)}"
+            return (
+                f"is a {type(module).__name__} with {what}, which no rule cuts: adapt it, or leave it "
+                "out of the plan"
+            )
+    return None
 
 
 def operand_of(module: nn.Module) -> Operand | None:

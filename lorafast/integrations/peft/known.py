@@ -162,7 +162,7 @@ if "VeLoRA" in METHODS:
         "_reconstruct_activations": "0a24d566814c82df",
     }
 UNLIKE.update(dict.fromkeys(_VARIANTS, ("0.19.1",)))
-UNLIKE.update(dict.fromkeys(("KaSA", "embedding's MiCA"), ("0.19.1", "0.20.0")))
+UNLIKE["KaSA"] = ("0.19.1", "0.20.0")
 
 _UNCOMPARED = ("annotation", "returns", "type_params", "type_comment", "kind")
 
