@@ -29,14 +29,15 @@ def mixed(
     without an adapter what ``disabled`` gives, computed in a batch of another size. Adapters' gradients
     come from their own elements alone.
 
-    Elements are those of the first dimension of what an adapted module is called with. Fast, one product
-    with W for all: LoRA over linear layers, quantized too, where the elements of the one adapter are
-    neighbours, or without dropout. DoRA, embeddings, convolutions and bottlenecks compute their elements
-    and the others in two calls. Modules that are trained whole (a head, norms) have no names: all
-    elements go through them.
+    Elements are those of the first dimension of what an adapted module is called with. Fast, one
+    product with W for all: LoRA over linear layers, quantized too, where the elements of the one
+    adapter are neighbours, or without dropout; in eager code outside autocast. DoRA, embeddings,
+    convolutions and bottlenecks, and all else under autocast and compiled, compute their elements and
+    the others in two calls. What one pass gave has no second derivative. Modules that are trained
+    whole (a head, norms) have no names: all elements go through them.
 
-    As for ``disabled``, run the backward inside too where a forward inside is checkpointed, and the
-    block holds in all threads.
+    Within the block the active adapter stays the one that it is. As for ``disabled``, run the backward
+    inside too where a forward inside is checkpointed, and the block holds in all threads.
 
     Args:
         model: adapted by ``adapt``, or a model of PEFT's with LoRA, whose own layers then get
@@ -44,8 +45,8 @@ def mixed(
         names: one for each element. Names beside that of the active adapter are for LoRA over linear
             layers.
         base_grad: whether gradients pass the elements that have no adapter. False makes them constants:
-            what a reference model's are. Their backward is then left out of linear layers and their
-            ``x`` isn't kept. PEFT's models have no such choice.
+            what a reference model's are. Their backward is then left out of linear layers. PEFT's
+            models have no such choice.
 
     Yields:
         ``model``.
@@ -113,6 +114,16 @@ def _is_dora(layer: Any, name: str) -> bool:
     return bool(inactive.waiting(layer)[name].settings["_use_dora"])
 
 
+class _Names:
+    """A forward pre-hook: the call gets ``adapter_names``."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "adapter_names": self.names}
+
+
 @contextlib.contextmanager
 def _named_in_peft(layer: Any, rows: Rows) -> Iterator[None]:
     """Within the block the layer is called with ``adapter_names``."""
@@ -130,10 +141,9 @@ def _named_in_peft(layer: Any, rows: Rows) -> Iterator[None]:
             raise ValueError(f"a layer of PEFT's has no adapter {name!r}, but {', '.join(known)}")
     names = ["__base__" if name is None else name for name in rows.names]
 
-    def name_them(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "adapter_names": names}
-
-    handle = layer.register_forward_pre_hook(name_them, with_kwargs=True)
+    if any(isinstance(hook, _Names) for hook in layer._forward_pre_hooks.values()):
+        raise ValueError("there is a block of mixed around this one")
+    handle = layer.register_forward_pre_hook(_Names(names), with_kwargs=True)
     try:
         yield
     finally:

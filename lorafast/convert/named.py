@@ -222,6 +222,8 @@ def exchangeable(model: nn.Module) -> dict[str, AdapterLayer]:
         )
     for name, layer in layers.items():
         where = name or "the model"
+        if layer._rows is not None:
+            raise ValueError(f"{where} is in a block of mixed, in which its adapters stay")
         if offload.hooks_of(layer):
             raise ValueError(
                 f"{where} has Accelerate's hook, which keeps the parameters that it was given"

@@ -202,8 +202,6 @@ class LoRAConv(AdapterLayer):
         """``[batch, in_channels, *size]`` → ``[batch, out_channels, *size of y]``, batch or not."""
         if self._off:
             return self.base_forward(x)
-        if self.merged:
-            return self._forward_merged(x)
         if self._rows is not None:
             if x.dim() != self.weight.dim():
                 raise ValueError(
@@ -211,6 +209,8 @@ class LoRAConv(AdapterLayer):
                     "adapters for the elements of one"
                 )
             return self._rows.by_parts((x,), self.forward_active, self.base_forward)
+        if self.merged:
+            return self._forward_merged(x)
         return self.forward_active(x)
 
     def forward_active(self, x: Tensor) -> Tensor:

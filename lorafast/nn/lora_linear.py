@@ -321,10 +321,14 @@ class LoRALinear(AdapterLayer):
         if self._use_dora:
             return self._forward_dora(x)
         dropout_p = self.dropout if self.training else 0.0
+        weight, bias = self.fitted(x)
         return lora_linear(
-            x, self.operand(), self.lora_A, self.lora_B, self._scaling, self.bias,
-            dropout_p=dropout_p,
-        )  # fmt: skip
+            x, weight, self.lora_A, self.lora_B, self._scaling, bias, dropout_p=dropout_p
+        )
+
+    def fitted(self, x: Tensor) -> tuple[Weight, Tensor | None]:
+        """The weight and the bias as a product with ``x`` takes them."""
+        return self.operand(), self.bias
 
     def sibling(self) -> Sibling | None:
         """Its tensors, if it is on, neither merged nor DoRA's, and drops nothing: each layer has its

@@ -14,7 +14,7 @@ from lorafast.nn.lora_linear import LoRALinear
 from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear, quantized_linear_of
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
-from lorafast.operands import Operand
+from lorafast.operands import Operand, Weight
 from lorafast.ops.stored_lora_linear import lora_linear_again, remember
 from lorafast.ops.unstrided import is_sharded
 
@@ -179,6 +179,10 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
                 self._memory, x, weight, lora_A, lora_B, self._scaling, bias, self._description
             )
         return y
+
+    def fitted(self, x: Tensor) -> tuple[Weight, Tensor | None]:
+        """The weight and the bias as a product with ``x`` takes them."""
+        return fitted(x, self._stored(), self._description, self.bias)
 
     def _forward_dora(self, x: Tensor) -> Tensor:
         return dora_linear_of(

@@ -23,11 +23,12 @@ def forward(layer: Any, rows: Rows, x: Tensor) -> Tensor:
     names, own = rows.used(), rows.own()
     if not names:
         return rows.by_parts((x,), layer.forward_active, layer.base_forward)
-    dropout_p = layer.dropout if layer.training else 0.0
+    dropout_p = max(_dropout(layer, name) for name in names) if layer.training else 0.0
+    weight, bias = layer.fitted(x)
     if len(names) == 1 and own is not None and not layer._use_dora and x.dim() > 1:
         A, B, scaling = _factors(layer, names[0])
         y = ops.lora_linear_on_some_rows(
-            x, layer.operand(), A, B, scaling, own, layer.bias, dropout_p, constants=rows.constants
+            x, weight, A, B, scaling, own, bias, dropout_p, constants=rows.constants
         )
         if y is not None:
             return y
@@ -35,20 +36,22 @@ def forward(layer: Any, rows: Rows, x: Tensor) -> Tensor:
         return rows.by_parts((x,), layer.forward_active, layer.base_forward)
     if dropout_p:
         raise ValueError(
-            "in a block of mixed several adapters have no dropout: call model.eval() before, or adapt "
-            "with dropout 0"
+            "in a block of mixed several adapters, or one that isn't active and whose elements aren't "
+            "neighbours, have no dropout: call model.eval() before, or adapt with dropout 0"
         )
     index = {name: i for i, name in enumerate(names)}
     every_A, every_B, scalings = zip(*(_factors(layer, name) for name in names), strict=True)
+    # A scaling of float32 would round what is computed in float64.
+    dtype = torch.float64 if torch.float64 in (x.dtype, every_A[0].dtype) else torch.float32
     r = max(A.shape[0] for A in every_A)
     y = functional.grouped_lora_linear(
         x,
-        layer.operand(),
+        weight,
         torch.stack([F.pad(A, (0, 0, 0, r - A.shape[0])) for A in every_A]),
         torch.stack([F.pad(B, (0, r - B.shape[1])) for B in every_B]),
-        on_device(list(scalings), torch.float32, x.device),
+        on_device(list(scalings), dtype, x.device),
         [-1 if name is None else index[name] for name in rows.names],
-        layer.bias,
+        bias,
     )
     return rows.with_constants(y)
 
@@ -62,3 +65,10 @@ def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
         parts = layer._local.parts_of(held)
         return parts["lora_A"], parts["lora_B"], held.settings["_scaling"]
     return held.lora_A, held.lora_B, held.settings["_scaling"]
+
+
+def _dropout(layer: Any, name: str) -> float:
+    """That of the adapter ``name``."""
+    if name == layer._adapter_name:
+        return float(layer.dropout)
+    return float(inactive.waiting(layer)[name].settings["dropout"])

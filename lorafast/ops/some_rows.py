@@ -19,7 +19,15 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends import forced, registry
-from lorafast.core.context import alone, autocast_anywhere, autocast_enabled, without_autocast
+from lorafast.core import columns
+from lorafast.core.context import (
+    autocast_anywhere,
+    autocast_enabled,
+    is_batched,
+    needs_plain_pytorch,
+    watched,
+    without_autocast,
+)
 from lorafast.core.problem import PLAIN
 from lorafast.operands import Weight
 from lorafast.ops.checks import check_lora_linear
@@ -59,7 +67,8 @@ def lora_linear_on_some_rows(
     tensors = (x, lora_A, lora_B, *frozen)
     able = (
         not torch.compiler.is_compiling()
-        and alone()
+        and needs_plain_pytorch() is None
+        and not watched()
         and not autocast_anywhere()
         and all(type(t) in PLAIN for t in tensors)
         and not any(t.requires_grad for t in frozen)
@@ -67,6 +76,9 @@ def lora_linear_on_some_rows(
     if not able or not check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
         return None
     seed = torch.randint(_SEEDS, (1,), device=x.device) if dropout_p else None
+    part = columns.current()
+    if seed is not None and part is not None:
+        seed = part.seed(seed)
     settings = _Settings(scaling, own, dropout_p, constants, forced.forced())
     y: Tensor = _OnSomeRows.apply(settings, x, weight, lora_A, lora_B, bias, seed)
     return y
@@ -131,6 +143,11 @@ class _OnSomeRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        if is_batched(dy):
+            raise RuntimeError(
+                "what a LoRA layer gave in a block of mixed has no batched gradients "
+                "(is_grads_batched, vectorize): ask for them one by one"
+            )
         if autocast_enabled(dy):
             with without_autocast(dy):
                 return _backward(ctx, dy)

@@ -276,6 +276,7 @@ class Local:
         alone = torch.compiler.is_compiling() or self.tokens is not None
         if alone or not isinstance(x, Tensor) or x.is_inference():
             return self._into(x)
+        assert self.computes is not None
         if x.is_leaf and self.takes != (self.computes[0],):
             return self._into(x)  # a copy, and a buffer's values may change unseen
         how = (

@@ -91,7 +91,7 @@ def why_not_base(base: nn.Module) -> str | None:
         if forward.__module__ != _LINEAR[kind] or hasattr(forward, "__wrapped__"):
             return f"the forward of {kind.__qualname__} was replaced"
     reason = why_not_read(base)
-    if reason is None and base._parameters["weight"].dtype is torch.float64:
+    if reason is None and base.weight.dtype is torch.float64:
         reason = "is in torch.float64"  # which its input is then
     return reason and f"its base layer {reason}"
 
