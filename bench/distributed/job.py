@@ -273,7 +273,10 @@ def _measure_arms(
             continue
         except Exception as error:  # it is the arm's, reported with it, and the others go on
             row.wrong = raised(error)
-        if row.wrong is not None:
+        anywhere = torch.tensor(float(row.wrong is not None), device=own.device)
+        dist.all_reduce(anywhere)  # all ranks go on with the same arms
+        if anywhere:
+            row.wrong = row.wrong or "on another rank"
             continue
         step = own.step_of(model)
         step()

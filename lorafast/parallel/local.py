@@ -146,7 +146,7 @@ class Local:
 
     def attach(self, module: nn.Module) -> None:
         """From now on the forward of ``module`` computes with parts."""
-        # The innermost: other hooks see the input and the output as they are outside.
+        # The innermost of those that are there: these see the input and the output as outside.
         module.register_forward_pre_hook(self.before)
         # Also after an error, which must not leave the parts in place.
         module.register_forward_hook(self.after, prepend=True, always_call=True)

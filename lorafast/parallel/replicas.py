@@ -18,7 +18,8 @@ def check_replicas(model: nn.Module) -> None:
     Every rank must call it; it sends the replicated parameters once.
 
     Raises:
-        ValueError: they differ; the message names the first that does. Every rank raises, or none does.
+        ValueError: they differ; the message names the first that does. Every rank of the mesh raises, or
+            none does.
     """
     differing: dict[DeviceMesh, list[str]] = {}
     for name, part, mesh in _replicated(model):
