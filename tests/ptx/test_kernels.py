@@ -269,10 +269,14 @@ def test_every_configuration_that_ships(operation, arch):
     EXECUTE=all, which make test-executed sets."""
     everything = os.environ.get("EXECUTE") == "all"
     known = made_before(arch)
-    cases = [
-        case for case in shipped(arch)
-        if case.operation == operation and same_on_sm_80(case) not in known
-    ]  # fmt: skip
+    own = [case for case in shipped(arch) if case.operation == operation]
+    if operation == "lora_linear" and arch != 90:
+        assert not own
+        pytest.skip("a layer in one launch has configurations for sm_90 alone")
+    assert own
+    cases = [case for case in own if same_on_sm_80(case) not in known]
+    if not cases:
+        pytest.skip("its PTX is that of an architecture before it, which is executed")
     if not everything:
         cases = lot_of(arch, cases)
     for i, case in enumerate(cases):
