@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +37,9 @@ class AdapterState:
     Args:
         model: with adapters, or with parameters that are trained; merged layers are merged anew after a
             load. PEFT's adapters count as parameters: those that are trained are in it.
-        optimizer: of the model; None: its state is neither saved nor loaded. Its state begins at zero
-            where there is none yet. Of parameters that are frozen now it is not loaded.
+        optimizer: of the model; None: its state is neither saved nor loaded. In it is that of every
+            parameter of these which the optimizer has, of adapters that wait too; where there is none
+            yet it begins at zero. A checkpoint is loaded by an optimizer of as many parameters.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -55,21 +56,41 @@ class AdapterState:
         state: dict[str, Any] = {
             "tensors": _copied(tensors),
             "layers": json.dumps(_settings(self._model)),
-            "names": json.dumps(sorted(tensors)),
         }
+        names: dict[str, list[str]] = {"tensors": sorted(tensors)}
         if self._optimizer is not None:
-            from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-            began = not self._optimizer.state
-            with _without_gradients(self._optimizer):
-                if began:  # by a step of PyTorch's at a rate of zero, which must not count
-                    get_optimizer_state_dict(self._model, self._optimizer)
-                    for values in self._optimizer.state.values():
-                        if isinstance(values.get("step"), Tensor):
-                            values["step"].zero_()
-                found = get_optimizer_state_dict(self._model, self._optimizer)
-            state["optimizer"] = _copied(found)
+            held = self._held(tensors)
+            names["optimizer"] = sorted(held)
+            state["optimizer"] = self._optimizer_state(held)
+        state["names"] = json.dumps(names)
         return state
+
+    def _held(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those that the optimizer has."""
+        assert self._optimizer is not None
+        has = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        return {name: tensor for name, tensor in tensors.items() if id(tensor) in has}
+
+    def _optimizer_state(self, held: dict[str, Tensor]) -> dict[str, Any]:
+        """The optimizer's of these parameters, whose own stays as it is."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        assert self._optimizer is not None
+        parameters = list({id(p): p for p in held.values()}.values())
+        with (
+            _trained_without_gradients(self._optimizer, parameters),
+            _begun(self._optimizer, parameters),
+        ):
+            found: dict[str, Any] = _copied(get_optimizer_state_dict(self._model, self._optimizer))
+        names = {_without_wrappers(name): p for name, p in self._model.named_parameters()}
+        own = {id(p) for p in parameters}
+        # What is frozen and no adapter's isn't in the checkpoint: nor is its state of before.
+        found["state"] = {
+            name: values
+            for name, values in found["state"].items()
+            if name not in names or id(names[name]) in own
+        }
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts a state into the model and the optimizer; where it doesn't fit, both are as they were.
@@ -80,11 +101,15 @@ class AdapterState:
         Raises:
             ValueError: the state has a tensor that the model hasn't, or lacks one; a layer has another
                 scaling, another adapter active or began otherwise (PiSSA); a merged layer can't be
-                merged anew; or there is an optimizer, and no state of one.
+                merged anew; or there is an optimizer, and no state of one, or of one that had other
+                parameters.
         """
         tensors = self._tensors()
         _check_settings(_settings(self._model), json.loads(state["layers"]))
-        _check_names(set(tensors), set(json.loads(state["names"])) | set(state["tensors"]))
+        names = json.loads(state["names"])
+        if isinstance(names, list):  # of a checkpoint that doesn't say what its optimizer had
+            names = {"tensors": names}
+        _check_names(set(tensors), set(names["tensors"]) | set(state["tensors"]))
         _check_names(set(tensors), set(state["tensors"]))
         for name, target in tensors.items():
             if state["tensors"][name].shape != target.shape:
@@ -96,6 +121,9 @@ class AdapterState:
             raise ValueError(
                 "the state has no optimizer's, and AdapterState was given an optimizer"
             )
+        held = {} if self._optimizer is None else self._held(tensors)
+        if self._optimizer is not None and "optimizer" in names:
+            _check_held(set(held), set(names["optimizer"]))
         merged = [m for m in self._model.modules() if isinstance(m, AdapterLayer) and m.merged]
         with all_or_nothing(self._model) as undo:
             undo.keep(tensors.values(), merged)
@@ -106,7 +134,7 @@ class AdapterState:
             if self._optimizer is not None:
                 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-                with _without_gradients(self._optimizer):
+                with _trained_without_gradients(self._optimizer, held.values()):
                     set_optimizer_state_dict(self._model, self._optimizer, dict(state["optimizer"]))
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -143,17 +171,57 @@ class AdapterState:
 
 
 @contextlib.contextmanager
-def _without_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Where PyTorch sees one, it leaves a state that is still empty so, and loads none."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    before = [p.grad for p in parameters]
-    for p in parameters:
+def _trained_without_gradients(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
+) -> Iterator[None]:
+    """Where PyTorch sees a gradient, it leaves a state that is still empty so, and loads none; and it
+    loads none of a parameter that is frozen, as those of an adapter that waits are."""
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in every]
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in every:
         p.grad = None
+    for p in frozen:
+        p.requires_grad_(True)
     try:
         yield
     finally:
-        for p, grad in zip(parameters, before, strict=True):
+        for p in frozen:
+            p.requires_grad_(False)
+        for p, grad in zip(every, gradients, strict=True):
             p.grad = grad
+
+
+@contextlib.contextmanager
+def _begun(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[None]:
+    """Within the block each has a state. Where there is none the optimizer makes it, in a step of
+    gradients that are zero, at a rate of zero, which doesn't count."""
+    fresh = [p for p in parameters if not optimizer.state.get(p)]
+    if not fresh:
+        yield
+        return
+    before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            for name in {"lr", "weight_decay"} & group.keys():
+                group[name] = group[name] * 0
+        for p in fresh:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.update(values)
+        for p in fresh:
+            p.grad = None
+            step = optimizer.state[p].get("step")
+            if step is not None:
+                optimizer.state[p]["step"] = step * 0
+        yield
+    finally:
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.update(values)
+        for p in fresh:
+            p.grad = None
+            optimizer.state.pop(p, None)
 
 
 def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -184,6 +252,21 @@ def _check_names(own: set[str], given: set[str]) -> None:
         )
     if lacking:
         raise ValueError(f"the checkpoint lacks {_few(lacking)}, which the model has or trains")
+
+
+def _check_held(own: set[str], given: set[str]) -> None:
+    more, lacking = sorted(given - own), sorted(own - given)
+    advice = "give it the parameters that it had when it was saved, those of adapters that wait too"
+    if more:
+        raise ValueError(
+            f"the checkpoint has an optimizer's state of {_few(more)}, which this optimizer hasn't: "
+            f"{advice}"
+        )
+    if lacking:
+        raise ValueError(
+            f"the checkpoint has no optimizer's state of {_few(lacking)}, which this optimizer has: "
+            f"{advice}"
+        )
 
 
 def _check_settings(own: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> None:
