@@ -38,8 +38,8 @@ class AdapterState:
         model: with adapters, or with parameters that are trained; merged layers are merged anew after a
             load. PEFT's adapters count as parameters: those that are trained are in it.
         optimizer: of the model; None: its state is neither saved nor loaded. In it is that of every
-            parameter of these which the optimizer has, of adapters that wait too; where there is none
-            yet it begins at zero. A checkpoint is loaded by an optimizer of as many parameters.
+            parameter of these which the optimizer has, of adapters that wait too; where there was none
+            yet there is none after a load. An optimizer of other parameters loads no checkpoint.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -61,6 +61,7 @@ class AdapterState:
         if self._optimizer is not None:
             held = self._held(tensors)
             names["optimizer"] = sorted(held)
+            names["fresh"] = sorted(n for n, p in held.items() if not self._optimizer.state.get(p))
             state["optimizer"] = self._optimizer_state(held)
         state["names"] = json.dumps(names)
         return state
@@ -68,7 +69,11 @@ class AdapterState:
     def _held(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those that the optimizer has."""
         assert self._optimizer is not None
-        has = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        has = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
+        for more in has.keys() - {id(p) for p in self._model.parameters()}:
+            raise ValueError(
+                f"the optimizer has a parameter of shape {list(has[more].shape)} that the model hasn't"
+            )
         return {name: tensor for name, tensor in tensors.items() if id(tensor) in has}
 
     def _optimizer_state(self, held: dict[str, Tensor]) -> dict[str, Any]:
@@ -121,9 +126,11 @@ class AdapterState:
             raise ValueError(
                 "the state has no optimizer's, and AdapterState was given an optimizer"
             )
-        held = {} if self._optimizer is None else self._held(tensors)
-        if self._optimizer is not None and "optimizer" in names:
-            _check_held(set(held), set(names["optimizer"]))
+        held, optimizer_state = {}, None
+        if self._optimizer is not None:
+            held = self._held(tensors)
+            _check_held(set(held), set(names.get("optimizer", held)))
+            optimizer_state = self._checked(held, state["optimizer"], names)
         merged = [m for m in self._model.modules() if isinstance(m, AdapterLayer) and m.merged]
         with all_or_nothing(self._model) as undo:
             undo.keep(tensors.values(), merged)
@@ -131,11 +138,32 @@ class AdapterState:
                 copy_into(target, state["tensors"][name])
             for layer in merged:
                 layer.merge()
-            if self._optimizer is not None:
-                from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+            if self._optimizer is not None and optimizer_state is not None:
+                from torch.distributed.checkpoint.state_dict import (
+                    StateDictOptions,
+                    set_optimizer_state_dict,
+                )
 
                 with _trained_without_gradients(self._optimizer, held.values()):
-                    set_optimizer_state_dict(self._model, self._optimizer, dict(state["optimizer"]))
+                    set_optimizer_state_dict(
+                        self._model, self._optimizer, optimizer_state,
+                        options=StateDictOptions(strict=False),
+                    )  # fmt: skip
+
+    def _checked(
+        self, held: dict[str, Tensor], given: Mapping[str, Any], names: dict[str, list[str]]
+    ) -> dict[str, Any]:
+        """An optimizer's state without what stands for none; raises if it is of another kind."""
+        for name, values in self._optimizer_state(held)["state"].items():
+            lacking = values.keys() - given["state"].get(name, {}).keys()
+            if lacking:
+                raise ValueError(
+                    f"the state has no {min(lacking)} of {name}, which this optimizer keeps: it is that "
+                    "of another kind of optimizer, or of other parameters"
+                )
+        fresh = set(names.get("fresh", ()))
+        kept = {name: values for name, values in given["state"].items() if name not in fresh}
+        return {**given, "state": kept}
 
     def _tensors(self) -> dict[str, Tensor]:
         """The model's own, by name."""
@@ -194,8 +222,8 @@ def _trained_without_gradients(
 
 @contextlib.contextmanager
 def _begun(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[None]:
-    """Within the block each has a state. Where there is none the optimizer makes it, in a step of
-    gradients that are zero, at a rate of zero, which doesn't count."""
+    """Within the block each has a state: ``dcp.load`` reads what is asked for. Where there is none the
+    optimizer makes one that stands for it, in a step of gradients that are zero, at a rate of zero."""
     fresh = [p for p in parameters if not optimizer.state.get(p)]
     if not fresh:
         yield
@@ -203,8 +231,8 @@ def _begun(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterat
     before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     try:
         for group in optimizer.param_groups:
-            for name in {"lr", "weight_decay"} & group.keys():
-                group[name] = group[name] * 0
+            if "lr" in group:
+                group["lr"] = group["lr"] * 0
         for p in fresh:
             p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -212,9 +240,6 @@ def _begun(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterat
             group.update(values)
         for p in fresh:
             p.grad = None
-            step = optimizer.state[p].get("step")
-            if step is not None:
-                optimizer.state[p]["step"] = step * 0
         yield
     finally:
         for group, values in zip(optimizer.param_groups, before, strict=True):

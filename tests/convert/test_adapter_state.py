@@ -299,32 +299,50 @@ def test_moments_of_an_adapter_that_waits(two, x, optimizer):
     assert torch.equal(other(x), model(x))
 
 
-def test_one_that_never_was_trained_begins_at_zero(two, x):
-    model, optimizer = two()
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Rprop])
+def test_one_that_never_was_trained_has_no_state_after_a_load_either(two, x, kind):
+    model, optimizer = two(kind)
     step(model, optimizer, x)
     before = copy.deepcopy(optimizer_states(model, optimizer))
     groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
     state = state_of(model, optimizer)
     assert_same_states(optimizer_states(model, optimizer), before)
     assert optimizer.state_dict()["param_groups"] == groups
-    waiting = [name for name in state["optimizer"]["state"] if ".inactive." in name]
-    assert len(waiting) == 4
-    for name in waiting:
-        assert all(not value.any() for value in state["optimizer"]["state"][name].values())
-    other, fresh_one = two()
-    load(other, state, fresh_one)
-    assert {
-        name: values["step"].item() for name, values in optimizer_states(other, fresh_one).items()
-    } == {name: float(".inactive." not in name) for name in state["optimizer"]["state"]}
-
-
-def test_a_state_that_begins_has_no_weight_decay_in_it(two):
-    model, optimizer = two(torch.optim.SGD, momentum=0.9, weight_decay=0.1)
-    state = state_of(model, optimizer)
     assert len(state["optimizer"]["state"]) == 8
-    for values in state["optimizer"]["state"].values():
-        assert not values["momentum_buffer"].any()
-    assert not optimizer.state
+    other, fresh_one = two(kind)
+    load(other, state, fresh_one)
+    assert_same_states(optimizer_states(other, fresh_one), before)
+    for one, its in ((model, optimizer), (other, fresh_one)):
+        lorafast.set_adapter(one, "default")
+        step(one, its, x)
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_group_without_a_state(two, x):
+    def make():
+        model, _ = two()
+        parameters = every_adapters(model)
+        groups = [{"params": parameters[:4], "momentum": 0.9}, {"params": parameters[4:]}]
+        return model, torch.optim.SGD(groups, lr=0.1)
+
+    model, optimizer = make()
+    step(model, optimizer, x)
+    other, fresh_one = make()
+    load(other, state_of(model, optimizer), fresh_one)
+    assert_same_states(optimizer_states(other, fresh_one), optimizer_states(model, optimizer))
+
+
+def test_an_optimizer_of_another_kind_or_another_model_is_refused(two, x, unchanged):
+    model, optimizer = two(torch.optim.SGD, momentum=0.9)
+    step(model, optimizer, x)
+    state = state_of(model, optimizer)
+    other = torch.optim.AdamW(every_adapters(model))
+    with unchanged(model), pytest.raises(ValueError, match=r"no exp_avg of .* another kind"):
+        load(model, state, other)
+    assert not other.state
+    foreign = torch.optim.AdamW([*every_adapters(model), nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=r"a parameter of shape \[3\] that the model hasn't"):
+        state_of(model, foreign)
 
 
 def test_an_optimizer_of_other_parameters_is_refused(two, unchanged):
