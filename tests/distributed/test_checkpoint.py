@@ -183,6 +183,64 @@ def test_an_adapter_that_waits_is_in_it(saved):
         _resume(0, "lora", saved("lora")[0], 0, into=_has_no_waiting)
 
 
+def _of_all(model):
+    """An optimizer of the adapters that wait too."""
+    names = ("lora_A", "lora_B")
+    return torch.optim.AdamW([p for n, p in model.named_parameters() if n.endswith(names)], lr=1e-2)
+
+
+def _train_all(model, optimizer, steps, rank, world):
+    """What is left of the adapters that wait, each of which has a gradient of its own."""
+    waiting = {n: p for n, p in model.named_parameters() if ".inactive." in n}
+    for step in steps:
+        optimizer.zero_grad()
+        _loss(model, tokens(4, seed=step).chunk(world or 1)[rank]).backward()
+        for parameter in waiting.values():
+            parameter.grad = (0.3 + step) * parameter.detach()
+        optimizer.step()
+    return {name: (p.full_tensor() if world else p).detach().numpy() for name, p in waiting.items()}
+
+
+def _save_all(rank, folder):
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    model = _adapted("named", 2)
+    optimizer = _of_all(model)
+    _train_all(model, optimizer, range(BROKEN_AT), rank, 2)
+    dcp.save({"run": lorafast.AdapterState(model, optimizer)}, checkpoint_id=f"{folder}/adapter")
+    return _train_all(model, optimizer, range(BROKEN_AT, STEPS), rank, 2)
+
+
+def _resume_all(rank, folder, world):
+    model = _other("named", world)
+    optimizer = _of_all(model)
+    dcp.load({"run": lorafast.AdapterState(model, optimizer)}, checkpoint_id=f"{folder}/adapter")
+    return _train_all(model, optimizer, range(BROKEN_AT, STEPS), rank, world)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_moments_of_adapters_that_wait(tmp_path):
+    folder = str(tmp_path)
+    expected, _ = on_ranks(_save_all, folder)
+    assert expected
+    found = [_resume_all(0, folder, 0), *on_ranks(_resume_all, folder, 4, world=4)]
+    for values in found:
+        assert values.keys() == expected.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(
+                torch.from_numpy(value), torch.from_numpy(expected[name]), rtol=1e-11, atol=1e-13
+            )
+    with pytest.raises(ValueError, match=r"has an optimizer's state of .*\.inactive\.waits"):
+        _resume(0, "named", folder, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_moments_that_no_checkpoint_has(saved):
+    folder, _ = saved("named")
+    with pytest.raises(CheckpointException, match=r"Missing key.*inactive\.waits\.lora_"):
+        _resume_all(0, folder, 0)
+
+
 def _asynchronous(rank, folder):
     """A checkpoint that is written while the training goes on, loaded by a model in DDP."""
     model = _adapted("lora", 2)
