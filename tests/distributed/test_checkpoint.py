@@ -198,7 +198,10 @@ def _train_all(model, optimizer, steps, rank, world):
         for parameter in waiting.values():
             parameter.grad = (0.3 + step) * parameter.detach()
         optimizer.step()
-    return {name: (p.full_tensor() if world else p).detach().numpy() for name, p in waiting.items()}
+    return {
+        name: (p.full_tensor() if world else p).detach().cpu().numpy()
+        for name, p in waiting.items()
+    }
 
 
 def _save_all(rank, folder):
