@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks
 from small_decoder import decoder, fill_adapters, tokens
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lorafast
@@ -51,9 +50,10 @@ def _adapted(kind, world=0):
 
 
 def _sharded(model, world):
+    model.to(device())
     if not world:
         return model
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = mesh_of()
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -198,7 +198,10 @@ def _train_all(model, optimizer, steps, rank, world):
         for parameter in waiting.values():
             parameter.grad = (0.3 + step) * parameter.detach()
         optimizer.step()
-    return {name: (p.full_tensor() if world else p).detach().numpy() for name, p in waiting.items()}
+    return {
+        name: (p.full_tensor() if world else p).detach().cpu().numpy()
+        for name, p in waiting.items()
+    }
 
 
 def _save_all(rank, folder):
@@ -247,7 +250,9 @@ def _asynchronous(rank, folder):
     optimizer = _optimizer(model)
     _train(model, optimizer, range(BROKEN_AT), rank, 2)
     state = {"run": lorafast.AdapterState(model, optimizer)}
-    saving = dcp.async_save(state, checkpoint_id=folder, process_group=dist.new_group())
+    saving = dcp.async_save(
+        state, checkpoint_id=folder, process_group=dist.new_group(backend="gloo")
+    )
     losses = _train(model, optimizer, range(BROKEN_AT, STEPS), rank, 2)
     saving.result()
     dist.barrier()
@@ -332,9 +337,9 @@ def _merge(rank, kind):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, lorafast.nn.AdapterLayer)}
     found = {}
     for name, layer in layers.items():
-        found[name] = layer.to_linear().weight.full_tensor().detach().numpy()
+        found[name] = layer.to_linear().weight.full_tensor()
         layer.merge()
-    return found, model(tokens(4)).detach().numpy()
+    return found, model(tokens(4))
 
 
 @of_kinds("dora", "nf4", slow=("lora",))
