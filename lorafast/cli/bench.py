@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--distributed",
         action="store_true",
         help="training steps of a small Llama on two ranks, and what they send: DDP, FSDP2, tensor "
-        "parallelism, with adapters of ours and of PEFT's",
+        "parallelism, this with FSDP2 on four; with adapters of ours and of PEFT's",
     )
     what.add_argument(
         "--relatives",
