@@ -7,8 +7,8 @@
 A kind is ``layer``, ``sweep``, ``operations``, ``call_overhead``, ``models``, ``accelerate``,
 ``convolutions``, ``attention``, ``preference``, ``distributed``, ``relatives``, ``bottlenecks``,
 ``traffic``, ``executed``, ``tune``, ``compiled``, ``nvcc`` or ``tests``; its rows are the fields of that
-job's ``Row``, samples in seconds, sizes in bytes. The clock's state is noted at the start, whenever rows are
-added, and at the end.
+job's ``Row``, samples in seconds, sizes in bytes. The clock's state is noted at the start, whenever
+rows are added, and at the end.
 ``complete`` means that everything that was asked for was measured; ``skipped`` is what wasn't.
 """
 

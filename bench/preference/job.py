@@ -17,9 +17,8 @@ from lorafast.bench.accelerate.models import build
 from lorafast.bench.common import steps
 from lorafast.bench.common.contenders import FROZEN
 from lorafast.bench.common.problem import DTYPES, SCALING
-from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.steps import Arm, format_rows
+from lorafast.bench.common.steps import Arm
 from torch import Tensor, nn
 
 import lorafast
@@ -149,9 +148,7 @@ def run(
     """All arms, printed and kept in ``record``."""
     rows = measure(size or Size(), r, dtype, device=device, seconds=seconds or _SECONDS)
     for which in WHICH:
-        of_this = [row for row in rows if row.which == which]
-        say(f"\n{describe(of_this[0])}")
-        say(format_rows(of_this))
+        steps.show([row for row in rows if row.which == which], describe)
     record.add("preference", rows)
     return rows
 
