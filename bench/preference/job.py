@@ -11,6 +11,7 @@ The input requires a gradient in all, as that of blocks in a larger model does.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lorafast.bench.accelerate.models import build
@@ -81,7 +82,7 @@ def _both(name: str, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:n], logits[n:]
 
 
-def _call(which: str, name: str, model: nn.Module, x: Tensor) -> Callable[[], None]:
+def _call(which: str, x: Tensor, name: str, model: nn.Module) -> Callable[[], object]:
     plain = name in (FROZEN, "twice the rows")
 
     def forward() -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ def _call(which: str, name: str, model: nn.Module, x: Tensor) -> Callable[[], No
         (loss + reference.float().square().mean() if plain else loss).backward()
         model.zero_grad()
 
-    return (lambda: (forward(), None)[1]) if which == "forward" else step
+    return forward if which == "forward" else step
 
 
 def _why_wrong(name: str, model: nn.Module, frozen: nn.Module, x: Tensor) -> str | None:
@@ -117,10 +118,10 @@ def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: fl
     """The rows of all arms, of the forward and of the step."""
     frozen = build("tiny-llama", DTYPES[dtype], device).train()
     torch.manual_seed(0)
-    width = frozen.config.hidden_size
-    x = torch.randn(size.sequences, size.tokens, width).to(device, DTYPES[dtype])
+    embeddings = frozen.get_parameter("model.embed_tokens.weight")
+    x = torch.randn(size.sequences, size.tokens, embeddings.shape[1]).to(embeddings)
     adapted = _adapted(frozen, r)
-    found = []
+    found: list[Row] = []
     for which in WHICH:
         rows = {
             name: Row(which, size.sequences, size.tokens, r, dtype, contender=name) for name in ARMS
@@ -129,7 +130,7 @@ def measure(size: Size, r: int, dtype: str, *, device: torch.device, seconds: fl
             rows,
             lambda name: frozen if name == FROZEN else adapted,
             lambda name, model: _why_wrong(name, model, frozen, x),
-            lambda name, model, which=which: _call(which, name, model, x),
+            partial(_call, which, x),
             device=device,
             seconds=seconds / len(WHICH),
         )
