@@ -64,8 +64,9 @@ demo-robust: $(READY)
 demo-fsdp2: $(READY)
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_fsdp2.py $(ARGS)
 
-# One worker a core, so one thread a worker.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
+# One worker a core, so one thread a worker. WORKERS=1 where several runs are side by side.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # The PTX of the Triton kernels is executed in a process of its own, which doesn't interpret them. Tests
 # that are chosen with ARGS are those of the first process: make test-executed ARGS=… chooses others.
