@@ -152,7 +152,7 @@ def performance(results: Path) -> str:
         ("quantized", "Quantized weights: ", of_timed),
         ("networks", "Convolutions and attention: ", of_timed),
         ("preference", "Policy and reference: ", of_timed),
-        ("distributed", "Two ranks: ", of_timed),
+        ("distributed", "Several ranks: ", of_timed),
         ("relatives", "LoRA's relatives and bottleneck adapters: ", of_timed),
         ("accelerate", "PEFT's models: ", of_timed), ("traffic", "", of_traffic),
         ("executed", "", of_executed), ("compiled", "", of_compiled),
