@@ -77,10 +77,10 @@ class LoRAEmbedding(AdapterLayer):
 
     With ``use_dora`` it is DoRA (Liu et al., 2024), as in PEFT: ``y = m / ‖W + scaling · (B·A)ᵀ‖ ⊙
     (W[x] + scaling · Aᵀ[x]·Bᵀ)``, with the norm of each column, which has no gradient, and a fourth
-    parameter, ``lora_magnitude [embedding_dim]``, which is m. A forward then reads all of W. The
-    magnitude starts as those norms, and does so again when a plain checkpoint is loaded where
-    ``lora_embedding_A`` is zero. When the table is resized it changes so that the tokens that stay keep
-    their rows.
+    parameter, ``lora_magnitude [embedding_dim]``, which is m. A forward in training then reads all of W,
+    in evaluation the first one. The magnitude starts as those norms, and does so again when a plain
+    checkpoint is loaded where ``lora_embedding_A`` is zero. When the table is resized it changes so that
+    the tokens that stay keep their rows.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit.
