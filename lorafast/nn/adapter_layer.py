@@ -418,7 +418,7 @@ class AdapterLayer(AdapterModule):
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return None
         if self.training:
-            kept_norm.forget(self)
+            kept_norm.mark_trained(self)
             return None
         adapter = [self._parameters.get(n) for n in self.peft_names if n != "lora_magnitude"]
         return kept_norm.keeping(self, [*self.frozen_tensors().values(), *adapter], compute)

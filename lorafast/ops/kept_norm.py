@@ -7,8 +7,9 @@ when it goes.
 
 They hold as long as what they were made of is the same tensors, over the same memory, of the versions
 that PyTorch counts. It counts no change through ``tensor.data``, NumPy or a kernel that is given an
-address. So a layer also forgets its norm in ``train()`` and ``eval()``, and in a forward in training or
-of which a gradient is asked.
+address, nor a step of PyTorch's fused optimizers. So a layer also forgets its norm in ``train()`` and
+``eval()``. After a forward in training, or of which a gradient is asked, it keeps none before the next
+of these two, and none while a parameter has a gradient: a step may follow.
 
 PEFT's layers keep none: hot swapping an adapter writes through ``tensor.data``, and calls no layer.
 """
@@ -29,6 +30,7 @@ from lorafast.core.problem import PLAIN
 from lorafast.core.sms import carveout
 from lorafast.operands import Weight
 
+_NOTHING = object()
 NormOf = Callable[[Weight, Tensor, Tensor, float], Tensor]
 """``‖W + scaling · B·A‖ [N]`` of ``weight``, ``lora_A``, ``lora_B`` and ``scaling``."""
 
@@ -45,8 +47,9 @@ class _Kept(NamedTuple):
         return self.key == key and all(storage() is not None for storage in self.storages)
 
 
-_kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
-"""By the layer. Not by its tensors, of which ``torch.utils.swap_tensors`` wants no weak references."""
+_kept: weakref.WeakKeyDictionary[Any, _Kept | None] = weakref.WeakKeyDictionary()
+"""By the layer; None for one that is trained. Not by its tensors, of which ``torch.utils.swap_tensors``
+wants no weak references."""
 
 
 def keeping(owner: Any, held: Sequence[Tensor | None], compute: NormOf) -> NormOf | None:
@@ -59,7 +62,9 @@ def keeping(owner: Any, held: Sequence[Tensor | None], compute: NormOf) -> NormO
     if len(tensors) < len(held) or not all(map(_is_counted, tensors)):
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        forget(owner)
+        mark_trained(owner)
+        return None
+    if _is_trained(owner) or any(t.is_leaf and t.grad is not None for t in tensors):
         return None
     if _is_surrounded() or _is_recorded(tensors[0].device):
         return None
@@ -67,9 +72,19 @@ def keeping(owner: Any, held: Sequence[Tensor | None], compute: NormOf) -> NormO
 
 
 def forget(owner: Any) -> None:
-    """Drops the norm of ``owner``, if one is kept."""
+    """Drops the norm of ``owner``, if one is kept; the next may be."""
     if _kept:
         _kept.pop(owner, None)
+
+
+def mark_trained(owner: Any) -> None:
+    """Drops the norm of ``owner``, of which none is kept until ``forget``."""
+    if not _is_trained(owner):
+        _kept[owner] = None
+
+
+def _is_trained(owner: Any) -> bool:
+    return _kept.get(owner, _NOTHING) is None
 
 
 def _found(

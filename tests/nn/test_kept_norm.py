@@ -97,7 +97,7 @@ def uncached(layer, x):
 
 
 def is_kept(layer):
-    return layer in kept_norm._kept
+    return kept_norm._kept.get(layer) is not None
 
 
 @KINDS
@@ -184,6 +184,17 @@ def _replaced(layer):
     setattr(layer, name, nn.Parameter(getattr(layer, name).detach() * 2))
 
 
+def _over_the_same_memory(layer):
+    """Another parameter, of the same version."""
+    name = next(n for n in layer.peft_names if n.endswith("_B"))
+    old = getattr(layer, name)
+    alias = old.data.mul_(2)
+    while alias._version < old._version:
+        alias.mul_(1)
+    setattr(layer, name, nn.Parameter(alias))
+    assert getattr(layer, name)._version == old._version
+
+
 def _swapped(layer):
     B = _tensor(layer, "B")
     torch.utils.swap_tensors(B, nn.Parameter(B.detach() * 2))
@@ -210,8 +221,11 @@ def _stepped(kind, **options):
         """Trained in evaluation mode, as batch norms are frozen."""
         trained = [_tensor(layer, "A"), _tensor(layer, "B")]
         optimizer = kind(trained, lr=0.1, **options)
-        layer(given(layer)).float().square().sum().backward()
+        y = layer(given(layer)).float().square().sum()
+        evaluated(layer, given(layer))
+        y.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return change
 
@@ -240,6 +254,7 @@ CHANGES = {
     "load_state_dict": _loaded(False),
     "load_state_dict(assign=True)": _loaded(True),
     "another parameter": _replaced,
+    "another parameter over the same memory": _over_the_same_memory,
     "swap_tensors": _swapped,
     "scaling": _scaling,
     "unseen between train and eval": _unseen,
@@ -265,8 +280,9 @@ def test_a_change_is_noticed(kind, change, norms):
     x, counted = given(layer), norms["norms"]
     found = evaluated(layer, x)
     assert norms["norms"] == counted + 1
-    assert change == "another dtype" or not torch.equal(kept_norm._kept[layer].norm, before)
     assert torch.equal(found, uncached(layer, x))
+    evaluated(layer, x)
+    assert change == "another dtype" or not torch.equal(kept_norm._kept[layer].norm, before)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
@@ -290,6 +306,39 @@ def test_merging_drops_it():
     assert not is_kept(layer)
     layer.unmerge()
     assert torch.equal(evaluated(layer, x), expected)
+
+
+def test_another_place_in_the_same_memory():
+    layer = made("dense")
+    both, x = torch.randn(2, N, R), given(layer)
+    for values in both:
+        layer.lora_B.data = values
+        assert torch.equal(evaluated(layer, x), uncached(layer, x))
+        evaluated(layer, x)
+
+
+def test_other_memory_in_the_same_place():
+    numpy = pytest.importorskip("numpy")
+    layer = made("dense")
+    values, x = numpy.ones((N, R), dtype="float32"), given(layer)
+    for _ in range(2):
+        values *= 2  # which PyTorch doesn't count
+        layer.lora_B.data = torch.from_numpy(values)
+        assert torch.equal(evaluated(layer, x), uncached(layer, x))
+        evaluated(layer, x)
+
+
+def test_none_is_kept_while_a_step_may_follow():
+    layer = made("dense")
+    x = given(layer)
+    layer(x).square().sum().backward()
+    for _ in range(2):
+        layer.eval()
+        evaluated(layer, x)
+        assert not is_kept(layer)
+    layer.zero_grad()
+    evaluated(layer, x)
+    assert is_kept(layer)
 
 
 def test_a_tied_weight_is_seen_by_each_layer_that_holds_it(norms):
