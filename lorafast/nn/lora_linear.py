@@ -348,6 +348,7 @@ class LoRALinear(AdapterLayer):
         return dora_linear(
             x, self.base_weight(), self.lora_A, self.lora_B, self.lora_magnitude, self._scaling,
             self.bias, dropout_p=self.dropout, training=self.training,
+            norm_of=self._norm_of(x, ops.weight_norm),
         )  # fmt: skip
 
     def _forward_merged(self, x: Tensor) -> Tensor:
