@@ -328,7 +328,9 @@ def test_no_layer_has_scales_that_are_no_numbers(format, name, kind, value):
     tensors[name].view(-1)[0] = value
     broken = type(weight).build(tensors, weight.parameters)
     options = {"r": 2} if kind is LoRALinear else {}
-    with pytest.raises(TypeError, match=f"its {name} is NaN or infinite somewhere, expected finite"):
+    with pytest.raises(
+        TypeError, match=f"its {name} is NaN or infinite somewhere, expected finite"
+    ):
         kind.from_operand(broken, **options)
 
 
