@@ -44,7 +44,7 @@ def _times(t: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _times_by_block(t: Tensor, by_block: Tensor, blocks: Tensor) -> Tensor:
-    """``t·diag(blocks)`` as t is laid out; ``by_block [b, M, k]`` has its values in the blocks' dtype."""
+    """``t·diag(blocks)`` as t is laid out; ``by_block [b, M, k]`` is t in the blocks' dtype."""
     found = torch.bmm(by_block, blocks).transpose(0, 1)
     # Rounded and laid out in one pass.
     return found.to(t.dtype, memory_format=torch.contiguous_format).reshape(t.shape)

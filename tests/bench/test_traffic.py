@@ -86,7 +86,8 @@ def test_bottlenecks():
 
 
 def test_relatives():
-    """VeRA and AdaLoRA are LoRA's passes, with vectors in A and B: nothing of the size of x more."""
+    """None moves more than PEFT's. AdaLoRA is LoRA's pass, with a vector in B: nothing of the size of x
+    more."""
     pytest.importorskip("peft")
     from lorafast.integrations.peft import family, known
 
@@ -96,7 +97,7 @@ def test_relatives():
     frozen, lora = of["", "frozen"], of["LoRA", "accelerated"]
     assert frozen.forward == Traffic(1, 2 * 1024 * (8192 + 1024), 2 * 8192 * 1024)
     assert len(rows) == 1 + 2 * len(there)
-    for kind in {"LoRA", "AdaLoRA", "(IA)³"} & set(there):
+    for kind in there:
         assert frozen.bytes < of[kind, "accelerated"].bytes < of[kind, "peft"].bytes
     if "AdaLoRA" in there:
         assert of["AdaLoRA", "accelerated"].bytes - lora.bytes < 2 * 8192 * 1024

@@ -218,7 +218,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            (lambda CB, SCB: (CB[:, :-1].contiguous(), SCB), r"CB has shape [48, 63], expected [48, 64]"),
+            (lambda CB, SCB: (CB[:, 1:].contiguous(), SCB), "CB has shape [48, 63], expected [48, 64]"),
             (lambda CB, SCB: (CB[:-1], SCB[:-1]), "CB has shape [47, 64], expected [48, 64]"),
             (lambda CB, SCB: (CB, SCB[:1]), "SCB has shape [1], expected [48], a scale each row"),
             (lambda CB, SCB: (CB, SCB[0]), "SCB has shape [], expected [48], a scale each row"),

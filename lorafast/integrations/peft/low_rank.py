@@ -24,8 +24,8 @@ _FEW = 1 << 15
 """Elements of x and y below which PyTorch's own calls, differentiated by itself, take less time than an
 ``autograd.Function`` does on the host."""
 _OF_WIDE = 16
-"""What K or N is at most of a rank that is wide: at 768² the pass takes less time at 16 and more at 64, at
-2048² less at 64 and more at 256."""
+"""What K or N is at most of a rank that is wide: at 768² the pass takes less time at 16 and more at 64,
+at 2048² less at 64 and more at 256."""
 
 
 class Part(NamedTuple):
@@ -281,8 +281,8 @@ def apart(x: Tensor, weight: Weight) -> bool:
 def _wide_on_cpu(x: Tensor, weight: Weight, terms: Sequence[Term]) -> bool:
     """Whether PyTorch's own calls take less time than the pass, as measured on a CPU in float32.
 
-    Gradients of vectors that are folded into a frozen B take one more product over y and r, which keeping
-    ``s·Bᵀ`` spares. In 16 bits the pass wins that back.
+    Gradients of vectors that are folded into a frozen B take one more product over y and r, which
+    keeping ``s·Bᵀ`` spares. In 16 bits the pass wins that back.
     """
     if x.device.type != "cpu" or x.dtype is not torch.float32 or isinstance(weight, Operand):
         return False
