@@ -1,4 +1,4 @@
-"""LoKr: a product with ``w1 ⊗ w2`` is two small ones over x as ``[M, b, d]``, and it is never made.
+"""LoKr: a product with ``w1 ⊗ w2`` is two small ones over x as ``[b, M, d]``, and it is never made.
 
 ``z = x·w2ᵀ [b, M, c]``, then ``w1·z [a, M, c]``, which is added to the frozen layer's y where that lies.
 
