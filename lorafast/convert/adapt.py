@@ -38,7 +38,7 @@ def adapt(
     freeze: bool = True,
     adapter_dtype: torch.dtype | None = None,
     fuse: str | None = None,
-    init_lora_weights: str | None = None,
+    init_lora_weights: str | bool | None = None,
     kind: str = "lora",
     bottleneck: int | None = None,
     reduction_factor: float | None = None,
@@ -81,7 +81,7 @@ def adapt(
             up) share one pass over x in the forward and one in the backward, and one gradient of x that
             all add to: see ``docs/guide.md``. ``lorafast.restore(model)`` undoes it. A warning says so
             if no layer of the model has siblings.
-        init_lora_weights: how A and B begin, as PEFT's numbers have it: None (A drawn, B zero),
+        init_lora_weights: how A and B begin, as PEFT's numbers have it: None or True (A drawn, B zero),
             ``"pissa"`` (Meng et al., 2024: the largest singular values of W; ``alpha`` must be above
             0), ``"pissa_niter_<n>"`` (the same by n steps of a randomised decomposition, with PEFT's
             numbers only from the same state of PyTorch's generator), ``"olora"`` (Büyükakyüz, 2024:
@@ -115,6 +115,8 @@ def adapt(
             warning names it, as it does convolutions and stacked experts that hold a quarter of the
             parameters or more.
     """
+    if init_lora_weights is True:  # PEFT's name of the default
+        init_lora_weights = None
     if fuse not in (None, "siblings"):
         raise ValueError(f"fuse is {fuse!r}, expected 'siblings' or None")
     of_bottlenecks = {
@@ -142,8 +144,7 @@ def adapt(
         raise TypeError(
             f"{sharded} is sharded by FSDP, expected a whole model: adapt it before that"
         )
-    if init_lora_weights is not None:
-        check_start(init_lora_weights, found, r, alpha)
+    begin = None if init_lora_weights is None else check_start(init_lora_weights, found, r, alpha)
     with all_or_nothing(inner) as undo:
         for plain, names in found.items():
             layer = undo.made[plain] = kind_of_layer(plain).layer.of_plain(
@@ -155,8 +156,8 @@ def adapt(
                 use_dora=use_dora,
                 adapter_dtype=adapter_dtype,
             )
-            if init_lora_weights is not None:
-                start(layer, init_lora_weights)
+            if begin is not None:
+                start(layer, begin)
             layers |= dict.fromkeys(names, layer)
         if freeze:
             freeze_base(inner)

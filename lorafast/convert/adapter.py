@@ -135,11 +135,15 @@ def pairs_of(adapter: Adapter) -> Iterator[Pair]:
     """
     config = adapter.parsed()
     for key, A in adapter.tensors.items():
+        of_B = next((one for one in FACTORS if key.endswith(f".{FACTORS[one]}")), None)
+        if of_B is not None and key.removesuffix(FACTORS[of_B]) + of_B not in adapter.tensors:
+            raise ValueError(
+                f"the adapter has {key} and no {key.removesuffix(FACTORS[of_B])}{of_B}"
+            )
         ending = next((one for one in FACTORS if key.endswith(f".{one}")), None)
         if ending is None:
             continue
-        if not key.startswith(PREFIX):
-            raise ValueError(f"tensor {key!r} doesn't begin with {PREFIX!r}: not PEFT's format")
+        _check_begins(key)
         name = key.removesuffix(f".{ending}").removeprefix(PREFIX)
         key_B = key.removesuffix(ending) + FACTORS[ending]
         B = adapter.tensors.get(key_B)
@@ -164,10 +168,27 @@ def _go_together(A: Tensor, B: Tensor) -> bool:
 
 
 def others_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors that are no factor of an adapter: modules stored whole, base weights."""
+    """The tensors that are no factor of an adapter: modules stored whole, base weights.
+
+    Raises:
+        ValueError: as for ``pairs_of``, or a name is neither such a tensor's nor a factor's.
+    """
     pairs = list(pairs_of(adapter))
     factors = {pair.key_A for pair in pairs} | {pair.key_B for pair in pairs}
-    return {key: t for key, t in adapter.tensors.items() if key not in factors}
+    others = {key: t for key, t in adapter.tensors.items() if key not in factors}
+    for key in others:
+        _check_begins(key)
+        if any(part.startswith("lora_") for part in key.split(".")):
+            raise ValueError(
+                f"the adapter has {key}, which is no factor A or B that lorafast knows"
+            )
+    return others
+
+
+def _check_begins(key: str) -> None:
+    """Raises ``ValueError`` unless a tensor's name begins as PEFT's do."""
+    if not key.startswith(PREFIX):
+        raise ValueError(f"tensor {key!r} doesn't begin with {PREFIX!r}: not PEFT's format")
 
 
 def patterns(

@@ -26,7 +26,14 @@ from lorafast.convert.peft_format import (
     stored_whole,
 )
 from lorafast.convert.places import embeddings_of
-from lorafast.convert.targets import COMPILED, check_names, names_by_layer, unwrapped, why_not_here
+from lorafast.convert.targets import (
+    COMPILED,
+    check_names,
+    check_without_peft,
+    names_by_layer,
+    unwrapped,
+    why_not_here,
+)
 from lorafast.nn import AdapterLayer, inactive
 from lorafast.nn.offload import device_of
 from lorafast.ops.checks import FLOATS
@@ -433,6 +440,8 @@ def _check_layers(model: nn.Module, config: AdapterConfig, adapters: Adapters) -
         if name not in targets:
             raise ValueError(f"the file has an adapter for {name}, which the config doesn't target")
         _check_adapter(name, module, config, parameters)
+    if plain:
+        check_without_peft(model)
     for name in sorted(targets - set(adapters)):
         raise ValueError(f"the config targets {name}, and the file has no adapter for it")
     for name in adapted_layers(model):

@@ -27,6 +27,7 @@ from lorafast.convert.all_or_nothing import all_or_nothing, copy_into
 from lorafast.convert.bottlenecks import bottlenecks, device_and_dtype, why_not_here, widths
 from lorafast.convert.exchange import like, why_not_replaceable
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.targets import check_without_peft
 from lorafast.core.dtypes import FLOATS
 from lorafast.core.problem import ACTIVATIONS
 from lorafast.nn.bottleneck import CHILD, STANDS, Bottleneck
@@ -203,6 +204,8 @@ def check_places(model: nn.Module, config: BottleneckConfig) -> None:
     modules = dict(model.named_modules())
     there = bottlenecks(model)
     absent = {modules[name] for name in config.places if name in modules and name not in there}
+    if absent:
+        check_without_peft(model)
     sharded = name_of_sharded(model, absent)
     if sharded is not None:
         raise ValueError(
@@ -213,7 +216,7 @@ def check_places(model: nn.Module, config: BottleneckConfig) -> None:
         if name not in modules:
             raise ValueError(f"the file has a bottleneck at {name}, which the model doesn't have")
         if name not in there:
-            reason = why_not_here(model, [name], modules[name])
+            reason = why_not_here(model, [name], modules[name], place.parallel)
             if reason is not None:
                 raise ValueError(f"{name} can't take the file's bottleneck: {reason}")
             _check_widths(model, name, modules[name], place)

@@ -19,9 +19,9 @@ from lorafast.convert.targets import (
     ALL_LINEAR,
     Pattern,
     check_pattern,
+    check_without_peft,
     each,
-    given,
-    nearest,
+    no_such,
     reaches,
     unwrapped,
 )
@@ -57,6 +57,10 @@ _BLOCKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """By ``config.model_type``: in each block what attention, and what the MLP, add to the residual stream;
 the first name that a block has."""
 
+_WITHOUT_OUTPUT = (nn.ParameterList, nn.ParameterDict, nn.modules.loss._Loss)
+_CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_OF_INDICES = (nn.Embedding, nn.EmbeddingBag)
+
 
 def make_bottlenecks(
     model: nn.Module,
@@ -80,6 +84,7 @@ def make_bottlenecks(
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
         raise ValueError(f"reduction_factor is {factor!r}, expected a number above 0")
     check_dtype("adapter_dtype", adapter_dtype)
+    check_without_peft(model)
     found = _find(model, kind, targets, exclude)
     sharded = name_of_sharded(model, found)
     if sharded is not None:
@@ -158,7 +163,7 @@ def _find(
     if not found:
         raise ValueError("exclude leaves out all that targets names")
     for module, names in found.items():
-        reason = why_not_here(model, names, module)
+        reason = why_not_here(model, names, module, kind == "parallel")
         if reason is not None:
             raise TypeError(f"{names[0]} can't have a bottleneck: {reason}")
     return {module: names[0] for module, names in found.items()}
@@ -172,18 +177,29 @@ def is_in_bottleneck(model: nn.Module, name: str) -> bool:
     )
 
 
-def why_not_here(model: nn.Module, names: list[str], module: nn.Module) -> str | None:
-    """Why no bottleneck can stand at the output of a module, or None."""
+def why_not_here(
+    model: nn.Module, names: list[str], module: nn.Module, parallel: bool
+) -> str | None:
+    """Why no bottleneck can stand at the output of a module, or beside it, or None."""
     if CHILD in module._modules or isinstance(module, Bottleneck):
         return "it has one already"
     if any(is_in_bottleneck(model, name) for name in names):
         return "it is a part of one"
     if isinstance(module, AdapterLayer):
         return f"it is a {type(module).__name__}, which has an adapter of another kind"
+    kind = type(module).__name__
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return f"it is a {kind}, which has no output of its own: name its last module"
+    if isinstance(module, _WITHOUT_OUTPUT):
+        return f"it is a {kind}, which gives no features"
+    if isinstance(module, _CHANNELS_SECOND):
         return (
-            f"it is a {type(module).__name__}, which has no output of its own: name its last module"
+            f"it is a {kind}, whose channels come second, and a bottleneck is over what comes last"
         )
+    if parallel and isinstance(module, _OF_INDICES):
+        return f"it is a {kind}, which reads indices, beside which no parallel bottleneck can stand"
+    if parallel and isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return f"it is a {kind}, whose states are of a width of their own: name a layer after it"
     if hasattr(module, CHILD):
         return f"it has an attribute {CHILD!r} of its own"
     return why_not_called(names, model, "adapt")
@@ -233,14 +249,8 @@ def _check_names(
     """Raises ``ValueError`` unless a regex, or each of several names, is the name of a module."""
     known = {name for names in every.values() for name in names}
     for one in each(pattern):
-        if reaches(one, list(known)):
-            continue
-        if isinstance(one, str):
-            raise ValueError(
-                f"{given(argument, one)}, a regex that matches the full name of no module"
-            )
-        hint = nearest(one[0], list(known))
-        raise ValueError(f"{given(argument, one)}, which is the name of no module{hint}")
+        if not reaches(one, list(known)):
+            raise ValueError(no_such(argument, one, sorted(known)))
 
 
 def widths(model: nn.Module, name: str, module: nn.Module, parallel: bool) -> tuple[int, int]:
@@ -251,9 +261,10 @@ def widths(model: nn.Module, name: str, module: nn.Module, parallel: bool) -> tu
     """
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
     pairs = _features_in(module)
-    if parallel and isinstance(module, nn.Embedding):
-        raise ValueError(f"{name} reads indices, beside which no parallel bottleneck can stand")
-    if not pairs:  # a dropout after the layer that makes its input, whose width it keeps
+    sizes = _sizes(module)
+    if not pairs and (sizes or any(module.children())):
+        first = last = hidden if hidden in sizes or not sizes else None
+    elif not pairs:  # a dropout after the layer that makes its input, whose width it keeps
         parent = model.get_submodule(name.rpartition(".")[0])
         beside = sorted({N for one in parent.children() for _, N in _features_of(one)})
         if len(beside) > 1:
@@ -282,16 +293,27 @@ def _features_in(module: nn.Module) -> list[tuple[int, int]]:
     return own or [pair for child in module.children() for pair in _features_in(child)]
 
 
+def _sizes(module: nn.Module) -> set[int]:
+    """Those of all parameters and buffers in ``module``."""
+    tensors = (*module.parameters(), *module.buffers())
+    return {size for one in tensors if not nn.parameter.is_lazy(one) for size in one.shape}
+
+
 def _features_of(module: nn.Module) -> list[tuple[int, int]]:
     pair = _features(module)
     return [] if pair is None or isinstance(module, Bottleneck) else [pair]
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return (module.normalized_shape[-1],) * 2
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, _OF_INDICES):
         return (module.embedding_dim,) * 2
+    if isinstance(module, nn.RNNBase):
+        directions = 2 if module.bidirectional else 1
+        return module.input_size, directions * (module.proj_size or module.hidden_size)
+    if isinstance(module, nn.RNNCellBase):
+        return module.input_size, module.hidden_size
     if isinstance(module, AdapterLayer):
         return module.in_features, module.out_features
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)

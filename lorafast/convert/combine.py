@@ -94,9 +94,9 @@ def combine(
     Raises:
         ValueError: an argument doesn't fit, the adapters differ in the shape of a factor (the
             message names the first) or in ``init_lora_weights`` (PiSSA, OLoRA), a factor isn't finite
-            floats, one of them has DoRA, whose magnitudes don't add up, or what else lorafast doesn't
-            compute.
-        TypeError: ``adapters`` is no list, or an element of it is no adapter.
+            floats or lacks its partner, a tensor is no adapter's and no module's by its name, one of
+            them has DoRA, whose magnitudes don't add up, or what else lorafast doesn't compute.
+        TypeError: ``adapters`` or ``weights`` is no list, or an element of ``adapters`` is no adapter.
         OSError: a folder can't be read or written.
     """
     how = _checked_how(how)
@@ -122,7 +122,7 @@ def combine(
     merge: Callable[[list[Tensor], list[float]], Tensor] = partial(
         _merged, how=how.removesuffix("_svd"), density=density, signs=majority_sign_method
     )
-    tensors: dict[str, Tensor] = {}
+    tensors = _others(found)
     ranks: dict[str, int] = {}
     with torch.no_grad():
         for name, group in layers.items():
@@ -139,7 +139,6 @@ def combine(
             tensors[pair.key_A], tensors[pair.key_B] = A, B
             ranks[name] = A.shape[0]
     _check_start(found, layers, ranks)
-    tensors |= _others(found)
     return saved(Adapter(_config(found, ranks), tensors), folder)
 
 
@@ -153,6 +152,8 @@ def _checked_how(how: str) -> str:
 def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[float]:
     if not adapters:
         raise ValueError("adapters is empty, expected at least one")
+    if not isinstance(weights, Sequence | Tensor):
+        raise TypeError(f"weights is {type(weights).__name__}, expected a list of numbers")
     if len(weights) != len(adapters):
         raise ValueError(f"weights are {len(weights)}, expected {len(adapters)}, one an adapter")
     return [check_alpha(f"weights[{i}]", weight) for i, weight in enumerate(weights)]

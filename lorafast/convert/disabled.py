@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper
+from lorafast.convert.targets import check_module
 from lorafast.nn.adapter_module import AdapterModule, adapters_in
 
 _lock = threading.RLock()
@@ -43,7 +44,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: it has no adapters.
+        TypeError: it is no module.
     """
+    check_module(model)
     ours = list(adapters_in(model).values())
     theirs = _of_peft(model)
     if not ours and not theirs:

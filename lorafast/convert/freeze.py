@@ -1,13 +1,22 @@
 """``freeze`` and ``thaw``: which parts of a model are trained, and whose statistics are held."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from lorafast import operands
 from lorafast.convert.kinds import adapter_parameters, has_adapters, has_peft_adapter
-from lorafast.convert.targets import Pattern, check_pattern, matches, nearest, some, unwrapped
+from lorafast.convert.targets import (
+    Pattern,
+    check_pattern,
+    each,
+    matches,
+    no_such,
+    reaches,
+    some,
+    unwrapped,
+)
 from lorafast.nn import AdapterLayer, Bottleneck
 from lorafast.nn.inactive import InactiveAdapters
 
@@ -219,20 +228,10 @@ def _named(model: nn.Module, argument: str, pattern: Pattern) -> _Parts:
     if not pattern:
         raise ValueError(f"{argument} is {pattern!r}, expected at least one name")
     names = _names(model)
-    each = [pattern] if isinstance(pattern, str) else [(one,) for one in pattern]
-    for one in each:
-        if not any(matches(one, name) for name in names):
-            given = one if isinstance(one, str) else one[0]
-            raise ValueError(_nothing(argument, given, names, regex=isinstance(one, str)))
+    for one in each(pattern):
+        if not reaches(one, names):
+            raise ValueError(no_such(argument, one, names, "module or parameter"))
     return _Parts(model, [name for name in names if matches(pattern, name)])
-
-
-def _nothing(argument: str, given: str, names: Sequence[str], regex: bool = False) -> str:
-    what = "a regex that matches the full name" if regex else "which is the name"
-    hint = nearest(given, names)
-    if regex and any(matches((given,), name) for name in names):
-        hint = f" (for a name or its ending pass [{given!r}])"
-    return f"{argument} has {given!r}, {what} of no module or parameter{hint}"
 
 
 def _until(model: nn.Module, until: object) -> _Parts:
@@ -242,7 +241,7 @@ def _until(model: nn.Module, until: object) -> _Parts:
     ending = [name for name in modules if matches((until,), name)]
     found = [until] if until in modules else ending
     if not found:
-        raise ValueError(_nothing("until", until, _names(model)))
+        raise ValueError(no_such("until", (until,), _names(model), "module or parameter"))
     if len({modules[name] for name in found}) > 1:
         raise ValueError(f"until is {until!r}, the ending of {some(found)}: expected one of them")
     order = list(modules)

@@ -11,6 +11,7 @@ from lorafast.convert.kinds import has_peft_adapter, is_peft_wrapper
 from lorafast.convert.places import COMPILED, embeddings_of
 from lorafast.convert.targets import nearest, replace, unwrapped
 from lorafast.nn import AdapterLayer
+from lorafast.nn.checks import check_rank
 from lorafast.nn.plain import features, is_conv1d, is_linear
 from lorafast.operands import Weight
 
@@ -44,10 +45,9 @@ def new_head(model: nn.Module, num_labels: int, *, name: str | None = None) -> n
     Raises:
         ValueError: no classifier can be found, or several, or it has no linear layer; it is the output
             embedding of a language model and not named; it lies in a wrapper of PEFT's; or
-            ``num_labels`` is no positive integer. The model is unchanged.
+            ``num_labels`` is no positive integer below 2**31. The model is unchanged.
     """
-    if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 1:
-        raise ValueError(f"num_labels is {num_labels!r}, expected a positive integer")
+    check_rank("num_labels", num_labels)
     check_not_distributed(model, "make the head")
     inner = unwrapped(model)
     found = _find(inner) if name is None else _by_name(inner, name)
@@ -115,9 +115,12 @@ def _last_linear(part: nn.Module) -> str | None:
 
 
 def _by_name(model: nn.Module, name: str) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"name is {name!r}, expected the full name of a linear layer")
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules or not name:
-        hint = nearest(name, [one for one in modules if one])
+        heads = [one for one, module in modules.items() if one and _is_one(module)]
+        hint = nearest(name, heads, full=True)
         raise ValueError(f"name is {name!r}, which is the full name of no module{hint}")
     return name
 

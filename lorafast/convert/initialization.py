@@ -21,9 +21,9 @@ _NITER = re.compile(r"pissa_niter_(\d{1,4})")
 
 
 def check_start(
-    how: str, plain: Mapping[nn.Module, Iterable[str]], r: int, alpha: float | None
-) -> None:
-    """Raises unless ``how`` is known here and fits these plain layers, given with their names.
+    how: object, plain: Mapping[nn.Module, Iterable[str]], r: int, alpha: float | None
+) -> str:
+    """``how``, if it is known here and fits these plain layers, given with their names.
 
     Raises:
         ValueError: it isn't known, ``alpha`` isn't above 0, which PiSSA divides by, ``r`` is larger than
@@ -35,9 +35,9 @@ def check_start(
             f"init_lora_weights is {how!r}, which begins from data: adapt without it, then call "
             f"lorafast.initialize_{how}(model, batches)"
         )
-    if how not in ("pissa", "olora") and _NITER.fullmatch(how) is None:
+    if not isinstance(how, str) or (how not in ("pissa", "olora") and not _NITER.fullmatch(how)):
         raise ValueError(
-            f"init_lora_weights is {how!r}, expected 'pissa', 'pissa_niter_<n>', 'olora' or None"
+            f"init_lora_weights is {how!r}, expected 'pissa', 'pissa_niter_<n>', 'olora', True or None"
         )
     if how != "olora" and isinstance(alpha, (int, float)) and not 0 < alpha < math.inf:
         raise ValueError(
@@ -65,6 +65,7 @@ def check_start(
             raise ValueError(
                 f"weight of {name} has NaN or infinity, and init_lora_weights is {how!r}"
             )
+    return how
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from lorafast.convert.peft_format import PREFIX, AdapterConfig, parse_config, sh
 from lorafast.convert.targets import closest, names_by_layer, unwrapped
 from lorafast.convert.unet_names import original_names
 from lorafast.core.dtypes import FLOATS
+from lorafast.core.files import write_whole
 from lorafast.nn import AdapterLayer
 
 Layout = Literal["kohya", "kohya-original", "diffusers", "diffusers-old"]
@@ -204,7 +205,7 @@ def export_adapter(
                 raise ValueError(f"two layers get the name {key}, one of them {pair.name}")
             made[key] = value.detach().cpu().clone().contiguous()
     if file is not None:
-        safetensors().save_file(made, file, metadata={"format": "pt"})
+        write_whole(Path(file), safetensors().save(made, metadata={"format": "pt"}))
     return made
 
 

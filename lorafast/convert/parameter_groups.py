@@ -3,9 +3,10 @@
 import math
 import re
 import sys
+from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafast.convert.targets import unwrapped
 
@@ -54,9 +55,9 @@ def parameters(
     After ``set_adapter`` other parameters are trained: make the optimizer anew.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if value is not None and not (_is_finite(value) and value >= 0):
             raise ValueError(f"{name} is {value!r}, expected a finite number that isn't negative")
-    if not (math.isfinite(ratio) and ratio > 0):
+    if not (_is_finite(ratio) and ratio > 0):
         raise ValueError(f"ratio is {ratio!r}, expected a positive finite number")
     if lr is None and ratio != 1:
         raise ValueError(f"ratio is {ratio!r} and lr is None: give the learning rate that it is of")
@@ -91,6 +92,13 @@ def parameters(
             group["weight_decay"] = weight_decay
         groups.append(group)
     return groups
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a finite number, or a tensor of one, as optimizers take for a learning rate."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _kind(model: nn.Module, name: str, parameter: nn.Parameter) -> str:

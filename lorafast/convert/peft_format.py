@@ -357,10 +357,9 @@ def _fits(check: Callable[[str, object], _T], where: str, value: object) -> _T:
 
 
 def _rank(where: str, value: object) -> int:
-    rank = check_rank(where, value)
-    if rank > _MOST_RANK:
+    if isinstance(value, int) and value > _MOST_RANK:
         raise ValueError(f"{where} is {shortened(value)}, more than a matrix has rows")
-    return rank
+    return check_rank(where, value)
 
 
 def _alpha(where: str, value: object) -> float:

@@ -152,10 +152,12 @@ def _check_reached(
     argument: str, pattern: str | tuple[str, ...], layers: dict[nn.Module, list[str]]
 ) -> None:
     """Each of several names, or the regex, must reach a layer."""
-    for one in [pattern] if isinstance(pattern, str) else [(name,) for name in pattern]:
+    known = [name for names in layers.values() for name in names if name]
+    for one in _targets.each(pattern):
         if not any(_any(one, names) for names in layers.values()):
-            given = one if isinstance(one, str) else one[0]
-            raise ValueError(f"{argument} has {given!r}, which reaches no nn.Linear of the model")
+            what = _targets.given(argument, one)
+            hint = _targets.hint(one, known)
+            raise ValueError(f"{what}, which reaches no nn.Linear of the model{hint}")
 
 
 def _any(pattern: Pattern, names: Iterable[str]) -> bool:

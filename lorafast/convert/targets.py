@@ -82,7 +82,12 @@ def names_by_layer(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of ``torch.compile`` and data parallelism, which rename layers."""
+    """The model inside the wrappers of ``torch.compile`` and data parallelism, which rename layers.
+
+    Raises:
+        TypeError: it is no module.
+    """
+    check_module(model)
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -90,6 +95,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule(COMPILED)
         else:
             return model
+
+
+def check_module(model: object) -> None:
+    """Raises ``TypeError`` unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
+
+
+def check_without_peft(model: nn.Module) -> None:
+    """Raises ``ValueError`` if the model has PEFT's adapters, which would be frozen with the rest."""
+    for name, module in model.named_modules():
+        if has_peft_adapter(module):
+            raise ValueError(
+                f"{name or 'the model'} has PEFT's adapter, expected a model without: "
+                "lorafast.accelerate(model) makes PEFT's adapters fast"
+            )
 
 
 def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn.Module, list[str]]:
@@ -102,12 +123,7 @@ def find(model: nn.Module, targets: Pattern, exclude: Pattern | None) -> dict[nn
     """
     targets = check_pattern("targets", targets)
     exclude = check_pattern("exclude", () if exclude is None else exclude)
-    for name, module in model.named_modules():
-        if has_peft_adapter(module):
-            raise ValueError(
-                f"{name or 'the model'} has PEFT's adapter, expected a model without: "
-                "lorafast.accelerate(model) makes PEFT's adapters fast"
-            )
+    check_without_peft(model)
     layers = names_by_layer(model)
     for one in each(exclude):
         if not any(reaches(one, names) for names in layers.values()):
@@ -189,9 +205,8 @@ def _nothing_matches(argument: str, one: str | tuple[str, ...], model: nn.Module
         name = next((name for name in hits if not any(hits[name].children())), next(iter(hits)))
         return f"{what}, and {name or 'the model'} is a {_kind(hits[name])}, expected an {PLAIN}"
     if isinstance(one, str):
-        reached = any(reaches((one,), names) for names in names_by_layer(model).values())
-        hint = f" (for a name or its ending pass [{one!r}])" if reached else ""
-        return f"{what}, a regex that matches the full name of no module{hint}"
+        layers = [name for names in names_by_layer(model).values() for name in names if name]
+        return no_such(argument, one, layers)
     return f"{what}, which is the name of no {PLAIN} in the model{_nearest(one[0], model)}"
 
 
@@ -221,16 +236,35 @@ def closest(given: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(given, list(known), n=1)), None)
 
 
-def nearest(given: str, names: Iterable[str]) -> str:
-    """A hint at the names, or endings of them, that are nearest to what was given."""
+def no_such(
+    argument: str, one: str | tuple[str, ...], names: list[str], what: str = "module"
+) -> str:
+    """The message about a regex, or one of several names, that reaches none of ``names``."""
+    how = "a regex that matches the full name" if isinstance(one, str) else "which is the name"
+    return f"{given(argument, one)}, {how} of no {what}{hint(one, names)}"
+
+
+def hint(one: str | tuple[str, ...], names: list[str]) -> str:
+    """A hint at what was meant by a regex, or one of several names, that reaches none of ``names``."""
+    if isinstance(one, str) and reaches((one,), names):
+        return f" (for a name or its ending pass [{one!r}])"
+    return nearest(one if isinstance(one, str) else one[0], names)
+
+
+def nearest(given: str, names: Iterable[str], full: bool = False) -> str:
+    """A hint at the names that are nearest to what was given, or unless ``full`` at endings of them."""
     names = list(names)
     endings = {name.rpartition(".")[2]: None for name in names}
     plain = re.sub(r"\\\.", ".", given)
-    close = difflib.get_close_matches(plain, [*endings, *names], n=_NEAREST)
-    close = close or difflib.get_close_matches(plain.rpartition(".")[2], endings, n=_NEAREST)
+    known = names if full else {**endings, **dict.fromkeys(names)}
+    close = difflib.get_close_matches(plain, known, n=_NEAREST)
+    if not close:
+        close = difflib.get_close_matches(plain.rpartition(".")[2], endings, n=_NEAREST)
+        if full:
+            close = [name for name in names if name.rpartition(".")[2] in close][:_NEAREST]
     if close:
         return f", did you mean {' or '.join(map(repr, close))}?"
-    words = [one for one in endings if not one.isdigit()]
+    words = names if full else [one for one in endings if not one.isdigit()]
     return f" (there are {some(words)})" if words else ""
 
 

@@ -9,11 +9,15 @@ from torch import Tensor
 from lorafast.core.dtypes import FLOAT_NAMES, FLOATS
 from lorafast.ops.unstrided import is_sharded
 
+_MOST = 2**31 - 1
+
 
 def check_rank(name: str, value: object) -> int:
-    """``value``, an integer of at least 1; else ``ValueError``."""
+    """``value``, an integer of at least 1 that a tensor's side can be; else ``ValueError``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+    if value > _MOST:
+        raise ValueError(f"{name} is {value:.3g}, expected at most {_MOST}")
     return value
 
 

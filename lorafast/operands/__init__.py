@@ -192,7 +192,8 @@ def quantize(weight: Tensor, format: str, **options: object) -> Operand:
     accepted = inspect.signature(of).parameters
     for name, value in options.items():
         if name not in accepted:
-            raise ValueError(f"{name} is {value!r}, and {format} has none: its scales are by row")
+            takes = ", ".join(one for one in accepted if one != "weight") or "no options"
+            raise ValueError(f"{name} is {value!r}, and {format} takes {takes}")
     made: Operand = of(weight, **options)
     return made
 

@@ -9,7 +9,9 @@ import pytest
 from lorafast.bench.common.record import read
 
 ROOT = Path(__file__).parents[2]
-RECORDS = sorted((ROOT / "bench" / "results").glob("*.json"))
+RESULTS = ROOT / "bench" / "results"
+# An example's figures are no run of `lorafast bench`.
+RECORDS = sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith("demo-"))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,26 @@ def test_a_kept_record_is_whole_and_of_a_commit(path):
     kinds = [rows for rows in content.values() if isinstance(rows, list)]
     assert any(isinstance(row, dict) for rows in kinds for row in rows)
     assert not any(isinstance(row, dict) and row.get("wrong") for rows in kinds for row in rows)
+
+
+def test_the_table_of_kinds_is_of_one_run():
+    kinds = json.loads((RESULTS / "demo-kinds-2026-11-28.json").read_text(encoding="utf-8"))[
+        "kinds"
+    ]
+    page = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    table = page.partition("----\n")[2].partition("\n```")[0].splitlines()
+    assert [line.split()[0] for line in table] == list(kinds)
+    for line, one in zip(table, kinds.values(), strict=True):
+        fast = f"{one['fast']} of {one['adapters']}" if one["adapters"] else "-"
+        assert (
+            line.split()[1:]
+            == (
+                f"{one['accuracy']:.3f} {one['trained']:,} {fast} {one['step_seconds'] * 1e3:.0f} ms "
+                f"{one['seconds']:.1f} s {one['peak_bytes'] / 1e6:.0f} MB"
+            ).split()
+        )
+    furthest = max(abs(one["accuracy"] - kinds["head"]["accuracy"]) for one in kinds.values())
+    assert f"none is further than {furthest:.3f} (`houlsby`)" in page
 
 
 @pytest.mark.parametrize("name", ["speed", "performance"])

@@ -163,6 +163,8 @@ def test_lora_and_bottlenecks_train_together():
         ({"targets": "all-linear"}, ValueError, "where houlsby adapters belong is known of bert"),
         ({"targets": ["mpl"]}, ValueError, "which is the name of no module, did you mean 'mlp'"),
         ({"targets": "x.*"}, ValueError, "a regex that matches the full name of no module"),
+        ({"targets": "blocks.0.mpl"}, ValueError, r"no module, did you mean 'blocks\.0\.mlp'"),
+        ({"targets": "mlp"}, ValueError, r"no module \(for a name or its ending pass \['mlp'\]\)"),
         ({"targets": []}, ValueError, r"targets is \[\], expected at least one name"),
         ({"targets": ["blocks"]}, TypeError, "it is a ModuleList, which has no output of its own"),
         ({"exclude": ["atention"]}, ValueError, "exclude has 'atention', which is the name of no mod"),
@@ -436,10 +438,87 @@ def test_widths_and_dtypes_at_modules_without_parameters():
         ValueError, match=r"mlp\.1's output can't be told.*outputs of 8 and 16 feat"
     ):
         lorafast.adapt(Parts(), kind="pfeiffer", targets=["mlp.1"])
-    with pytest.raises(
-        ValueError, match="embed reads indices, beside which no parallel bottleneck"
-    ):
-        lorafast.adapt(Parts(), kind="parallel", targets=["embed"])
+
+
+class Places(nn.Module):
+    """Modules of one width, so that what is beside them never tells it apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.identity = nn.Linear(6, 6), nn.Identity()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.values, self.loss = nn.ParameterList([torch.ones(6)]), nn.CrossEntropyLoss()
+        self.table, self.bag = nn.Embedding(5, 6), nn.EmbeddingBag(5, 6)
+        self.rnn, self.cell = nn.LSTM(6, 4, bidirectional=True), nn.GRUCell(6, 3)
+        self.own, self.rms = nn.Module(), nn.RMSNorm(7)
+        self.own.register_buffer("scale", torch.ones(6))
+
+
+NO_PLACES = {
+    "conv": ("pfeiffer", TypeError, "it is a Conv2d, whose channels come second"),
+    "norm": ("pfeiffer", TypeError, "it is a BatchNorm2d, whose channels come second"),
+    "values": ("pfeiffer", TypeError, "it is a ParameterList, which gives no features"),
+    "loss": ("pfeiffer", TypeError, "it is a CrossEntropyLoss, which gives no features"),
+    "table": ("parallel", TypeError, "it is a Embedding, which reads indices"),
+    "bag": ("parallel", TypeError, "it is a EmbeddingBag, which reads indices"),
+    "rnn": ("parallel", TypeError, "it is a LSTM, whose states are of a width of their own"),
+    "cell": ("parallel", TypeError, "it is a GRUCell, whose states are of a width of their own"),
+    "own": ("pfeiffer", ValueError, "the width of own's output can't be told"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PLACES)
+def test_modules_that_cannot_carry_one_are_refused(name, unchanged):
+    kind, error, sentence = NO_PLACES[name]
+    model = Places()
+    with unchanged(model), pytest.raises(error, match=sentence) as raised:
+        lorafast.adapt(model, kind=kind, targets=["fc", name], bottleneck=2)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("identity", 6), ("bag", 6), ("rnn", 8), ("cell", 3), ("rms", 7)]
+)
+def test_widths_of_what_has_no_features_of_its_own(name, width):
+    model = Places()
+    del model.rnn, model.cell, model.rms  # beside it
+    setattr(model, name, getattr(Places(), name))
+    if name == "identity":
+        del model.bag, model.table
+    lorafast.adapt(model, kind="pfeiffer", targets=[name], bottleneck=2)
+    assert bottlenecks(model)[name].out_features == width
+    x = {"bag": torch.tensor([[1, 2]])}.get(name, torch.ones(2, 7 if name == "rms" else 6))
+    y = getattr(model, name)(x)
+    assert (y[0] if name == "rnn" else y).shape[-1] == width
+
+
+def test_a_config_tells_the_width_of_a_module_that_has_it_alone():
+    class Norm(nn.Module):
+        def __init__(self, K):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(K))
+
+    model = nn.ModuleDict({"fc": nn.Linear(12, 12), "norm": Norm(12), "heads_norm": Norm(4)})
+    model.config = type("Config", (), {"hidden_size": 12})()
+    lorafast.adapt(model, kind="houlsby", targets=["norm"], bottleneck=2)
+    assert bottlenecks(model)["norm"].out_features == 12
+    with pytest.raises(ValueError, match="the width of heads_norm's output can't be told"):
+        lorafast.adapt(model, kind="houlsby", targets=["heads_norm"], bottleneck=2)
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer", "parallel"])
+def test_a_model_with_pefts_adapters_is_refused(kind, unchanged, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["attention"]))
+    for name in ("mlp", "attention"):
+        with unchanged(model), pytest.raises(ValueError, match="attention has PEFT's adapter, exp"):
+            lorafast.adapt(model, kind=kind, targets=[name], bottleneck=2)
+    lorafast.save_adapter(
+        lorafast.adapt(Model(), kind=kind, targets=["mlp"], bottleneck=2), tmp_path
+    )
+    inner = model.base_model.model
+    with unchanged(inner), pytest.raises(ValueError, match="attention has PEFT's adapter, exp"):
+        lorafast.load_adapter(inner, tmp_path)
 
 
 class Shared(Model):

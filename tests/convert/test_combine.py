@@ -292,6 +292,8 @@ def test_adapters_that_do_not_go_together(two):
         lorafast.combine([3], [1])
     with pytest.raises(TypeError, match="adapters is str, expected a list"):
         lorafast.combine("ab", [1, 1])
+    with pytest.raises(TypeError, match="weights is NoneType, expected a list of numbers"):
+        lorafast.combine(two[1], None)
     for bad, sentence in (
         (torch.full((6, 4), torch.nan), "is NaN or infinite"),
         (torch.ones(6, 4, dtype=torch.int8), r"is torch\.int8, expected floats"),
@@ -300,6 +302,37 @@ def test_adapters_that_do_not_go_together(two):
         with pytest.raises(ValueError, match=rf"head\.lora_B\.weight of adapter 1 {sentence}"):
             lorafast.combine([two[1][0], lorafast.Adapter(config, tensors | {head: bad})], WEIGHTS)
     assert repr(lorafast.Adapter({}, {})) == "Adapter(r=None, 0 layers, 0 numbers)"
+
+
+@pytest.mark.parametrize(
+    ("missing", "partner"),
+    [("lora_A.weight", "lora_B.weight"), ("lora_B.weight", "lora_A.weight")],
+)
+def test_half_a_pair_is_refused(two, missing, partner):
+    config, tensors = as_adapter(two[1][1])
+    start = "base_model.model.head."
+    half = {key: one for key, one in tensors.items() if key != start + missing}
+    with pytest.raises(
+        ValueError, match=rf"the adapter has {start}{partner} and no {start}{missing}"
+    ):
+        lorafast.combine([two[1][0], lorafast.Adapter(config, half)], WEIGHTS, "cat")
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("foo.bar", r"tensor 'foo\.bar' doesn't begin with 'base_model\.model\.'"),
+        (
+            "base_model.model.head.lora_B.bias",
+            r"has base_model\.model\.head\.lora_B\.bias, which is no factor",
+        ),
+    ],
+)
+def test_a_tensor_in_no_layout_is_refused(two, key, sentence):
+    config, tensors = as_adapter(two[1][1])
+    more = lorafast.Adapter(config, tensors | {key: torch.ones(2)})
+    with pytest.raises(ValueError, match=sentence):
+        lorafast.combine([two[1][0], more], WEIGHTS)
 
 
 def test_starts_that_take_a_part_of_W_away(two):

@@ -215,5 +215,7 @@ def test_a_replica_computes_with_its_own_tensors(draw_adapters):
 
 
 def test_refuses_a_model_without_adapters(net):
+    with pytest.raises(TypeError, match="model is a str, expected an nn"), lorafast.disabled("x"):
+        pass
     with pytest.raises(ValueError, match="there is no adapter to disable"), lorafast.disabled(net):
         pass

@@ -118,6 +118,14 @@ class Two(Model):
         self.head = nn.Linear(4, 3)
 
 
+class Deep(nn.Module):
+    """Its layers have names of several parts, and a norm is not one that can be a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 3)})
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "sentence"),
     [
@@ -126,6 +134,15 @@ class Two(Model):
         (Model("last", nn.Linear(4, 3)), {}, "a Model has none of classifier, fc, head, "),
         (Model("head", nn.Identity()), {}, "head is a Identity without a linear layer"),
         (Model("fc", nn.Linear(4, 3)), {"name": "fx"}, r"no module \(there are body, fc\)"),
+        (Model("fc", nn.Linear(4, 3)), {"name": "bodi"}, r"no module, did you mean 'body'\?"),
+        (Deep(), {"name": "fc"}, r"no module, did you mean 'inner\.fc'\?"),
+        (Deep(), {"name": "norm"}, r"no module \(there are inner\.fc\)"),
+        (
+            Model("fc", nn.Linear(4, 3)),
+            {"name": 4},
+            "name is 4, expected the full name of a linear",
+        ),
+        (Model("fc", nn.Linear(4, 3)), {"num_labels": 2**40}, r"1\.1e\+12, expected at most 2147"),
         (Model("fc", nn.Conv2d(4, 3, 1)), {"name": "fc"}, "it is a Conv2d, expected an nn.Linear"),
         (Model("fc", nn.Linear(4, 3)), {"num_labels": 0}, "num_labels is 0"),
         (Model("fc", nn.Linear(4, 3)), {"num_labels": True}, "num_labels is True"),

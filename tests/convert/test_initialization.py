@@ -102,6 +102,15 @@ def test_a_saved_adapter_goes_with_the_same_start(tmp_path):
             lorafast.load_adapter(other, tmp_path)
 
 
+def test_true_is_pefts_name_of_the_default():
+    given = []
+    for start in (True, None):
+        torch.manual_seed(2)
+        given.append(lorafast.adapt(network(), 4, init_lora_weights=start).state_dict())
+    assert all(torch.equal(one, given[1][name]) for name, one in given[0].items())
+    lorafast.adapt(network(), kind="houlsby", targets=["0"], init_lora_weights=True)
+
+
 def _with_nan(net):
     with torch.no_grad():
         net[2].weight[0, 0] = torch.nan
@@ -115,6 +124,13 @@ def _with_nan(net):
             None,
             "init_lora_weights is 'mica', expected 'pissa', 'pissa_n",
         ),
+        ({"init_lora_weights": False}, None, "init_lora_weights is False, expected 'pissa', "),
+        ({"r": 2**40}, None, "r is 1099511627776, expected at most 12"),
+        (
+            {"r": 2**40, "init_lora_weights": None},
+            None,
+            r"r is 1.1e\+12, expected at most 2147483647",
+        ),
         ({"r": 13}, None, "r is 13, expected at most 12, the smaller side of the weight of 0"),
         ({"alpha": 0}, None, "alpha is 0, expected a finite number above 0"),
         ({"alpha": -4, "init_lora_weights": "pissa_niter_2"}, None, "alpha is -4, expected a fin"),
@@ -125,7 +141,17 @@ def _with_nan(net):
             "3 is a Conv1d, expected a d",
         ),
     ],
-    ids=["another start", "r", "alpha 0", "negative alpha", "NaN", "a convolution"],
+    ids=[
+        "another start",
+        "False",
+        "far r",
+        "far r of any start",
+        "r",
+        "alpha 0",
+        "negative alpha",
+        "NaN",
+        "a convolution",
+    ],
 )
 def test_what_does_not_fit_leaves_the_model_as_it_was(options, change, message):
     net = network()

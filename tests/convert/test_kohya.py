@@ -229,6 +229,10 @@ def test_bad_arguments(adapter, tmp_path):
         lorafast.export_adapter(adapter, "kohya", "transformer")
     with pytest.raises(FileNotFoundError, match="is no file"):
         lorafast.import_adapter(tmp_path / "none", unet())
+    with pytest.raises(OSError, match="it is no regular file"):
+        lorafast.export_adapter(adapter, "kohya", file=tmp_path)
+    with pytest.raises(TypeError, match=r"model is a str, expected an nn\.Module"):
+        lorafast.import_adapter({}, "x")
     more = adapter.tensors | {"base_model.model.norm.weight": torch.ones(2)}
     with pytest.raises(
         ValueError, match=r"norm\.weight, and the layout 'kohya' holds adapters alone"

@@ -129,6 +129,9 @@ def test_has_the_rates_of_pefts_lora_plus(net):
         ({"ratio": 2.0}, "ratio is 2.0 and lr is None"),
         ({"lr": 1.0, "ratio": 0.0}, "ratio is 0.0, expected a positive"),
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": "x"}, "lr is 'x', expected a finite number"),
+        ({"lr": torch.ones(2)}, r"lr is tensor\(.*, expected a finite number"),
+        ({"lr": 1.0, "ratio": None}, "ratio is None, expected a positive finite number"),
         ({"lr": 1.0, "weight_decay": float("nan")}, "weight_decay is nan"),
     ],
 )

@@ -197,10 +197,15 @@ class TestRefused:
             ({"format": "nf3"}, "format is 'nf3', expected one of nf4, fp4, int8, fp8"),
             ({"format": "mxfp4"}, "format is 'mxfp4', expected one of"),
             ({"format": None}, "format is None, expected one of"),
-            ({"format": "int8", "block": 64}, "block is 64, and int8 has none"),
-            ({"format": "fp8", "nested": True}, "nested is True, and fp8 has none"),
+            ({"format": "int8", "block": 64}, "block is 64, and int8 takes no options"),
+            ({"format": "fp8", "nested": True}, "nested is True, and fp8 takes no options"),
             ({"block": 0}, "block is 0, expected 1 to"),
-            ({"targets": ["upp"]}, "targets has 'upp', which reaches no nn.Linear"),
+            (
+                {"targets": ["upp"]},
+                r"targets has 'upp', which reaches no nn.Linear of the model, did you mean 'up'\?",
+            ),
+            ({"targets": "upp"}, r"targets is 'upp', which .*, did you mean 'up'\?"),
+            ({"targets": "zz"}, r"targets is 'zz', which .* \(there are up, "),
             ({"targets": []}, r"targets is \[\], expected at least one name"),
             ({"targets": "("}, r"targets is '\(', which is not a regex"),
             ({"exclude": ["upp"]}, "exclude has 'upp', which reaches no nn.Linear"),
@@ -418,3 +423,8 @@ def test_what_fsdp_has_sharded_is_refused():
             lorafast.quantize(model, targets=["0"])
     finally:
         dist.destroy_process_group()
+
+
+def test_an_unknown_option_is_told_those_that_there_are():
+    with pytest.raises(ValueError, match="foo is 1, and nf4 takes block, nested, nested_block"):
+        QuantizedLinear.from_linear(nn.Linear(4, 4), "nf4", foo=1)

@@ -53,7 +53,10 @@ def test_an_ending_is_a_whole_component():
         pytest.param({"targets": ["up", "q_proj"]}, "targets has 'q_proj'", id="one-of-two"),
         pytest.param({"targets": ["nrm"]}, r"'nrm'.*\('norm' is a LayerNorm\)", id="misspelt-norm"),
         pytest.param({"targets": r"n.*m"}, "n.*m'.*norm is a LayerNorm, expected", id="regex-norm"),
-        pytest.param({"targets": "upp"}, r"'upp', a regex that.*no module$", id="regex-nothing"),
+        pytest.param({"targets": "upp"}, r"no module, did you mean 'up'\?$", id="regex-nothing"),
+        pytest.param(
+            {"targets": r"block\.donw"}, r"did you mean 'block\.down'", id="regex-misspelt"
+        ),
         pytest.param({"targets": "up"}, r"'up', a regex.*pass \['up'\]", id="ending-as-regex"),
         pytest.param({"targets": "*.up"}, r"targets is '\*\.up'.*regex", id="glob-as-regex"),
         pytest.param({"exclude": "*.up"}, r"exclude is '\*\.up'.*regex", id="exclude-glob"),
@@ -339,3 +342,19 @@ def test_many_layers_left_for_one_reason_are_one_sentence():
     (warning,) = caught
     assert str(warning.message).count("without calling it") == 1
     assert "5.out_proj and 3 more: MultiheadAttention reads" in str(warning.message)
+
+
+def test_loading_other_layers_would_freeze_those_of_peft_and_is_refused(
+    make_net, unchanged, tmp_path
+):
+    peft = pytest.importorskip("peft")
+    lorafast.save_adapter(lorafast.adapt(make_net(), 2, ["up"]), tmp_path)
+    net = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["down"]), make_net())
+    with unchanged(net), pytest.raises(ValueError, match=r"block\.down has PEFT's adapter"):
+        lorafast.load_adapter(net, tmp_path)
+
+
+@pytest.mark.parametrize("call", [lorafast.adapt, lorafast.freeze, lorafast.quantize])
+def test_what_is_no_module_is_refused(call):
+    with pytest.raises(TypeError, match=r"model is a str, expected an nn\.Module"):
+        call("x")
