@@ -248,12 +248,37 @@ class Local:
 
     def dense_of(self, layer: Any) -> Tensor:
         """W ``[N, K]`` of a layer that stores it as an operand, made dense; as a DTensor."""
+        stored = [self._whole_here(one) for one in layer._stored()]
+        codes: Any = layer._stored()[0]
         with self.shown(layer):
-            dense = operands.as_dense(layer.operand())
-        whole = () if self.description is None else (Shard(1 if self.shares_K else 0),)
-        return DTensor.from_local(dense, self.mesh, whole or REPLICATE, run_check=False)
+            dense = operands.as_dense(operands.build(stored, layer._description))
+        own = Replicate() if self.description is None else Shard(1 if self.shares_K else 0)
+        mesh = codes.device_mesh if isinstance(codes, DTensor) else self.mesh
+        return DTensor.from_local(dense, mesh, self._only_here(mesh, own), run_check=False)
+
+    def _only_here(self, mesh: DeviceMesh, own: Placement) -> list[Placement]:
+        """Placements on ``mesh``, which has this layer's: ``own`` there, whole over all others."""
+        if mesh == self.mesh:
+            return [own]
+        here = self.mesh.mesh_dim_names or ()
+        return [own if name in here else Replicate() for name in mesh.mesh_dim_names or ()]
+
+    def _whole_here(self, tensor: Any) -> Tensor:
+        """This rank's part of a tensor that FSDP may have sharded over other dimensions too, of which
+        it is gathered."""
+        if not isinstance(tensor, DTensor):
+            whole: Tensor = tensor
+            return whole
+        own = tensor.placements[-1]  # FSDP's dimensions come before
+        gathered = tensor.redistribute(placements=self._only_here(tensor.device_mesh, own))
+        local: Tensor = _wait(gathered._local_tensor)
+        return local
 
     def _part(self, name: str, tensor: Any) -> Tensor | None:
+        if tensor.device_mesh != self.mesh:
+            # The hooks of FSDP gather parameters, and no merged weight. Of a parameter that they didn't
+            # gather the layer says so, as where nothing is cut.
+            return tensor if isinstance(tensor, nn.Parameter) else self._whole_here(tensor)
         if self.shares_K and name == "bias" and self.mesh.get_local_rank() != 0:
             # The sum over ranks has it once.
             if not tensor.requires_grad:
