@@ -102,6 +102,15 @@ def _local_of(x: Any) -> Any:
     return _Waited.apply(x.to_local()) if isinstance(x, DTensor) else _wait(x)
 
 
+def _check_dims(name: str, placements: Sequence[Placement] | None, tensor: Tensor) -> None:
+    """A placement is only known to fit where the tensor comes."""
+    for one in placements or ():
+        if isinstance(one, Shard) and not -tensor.dim() <= one.dim < tensor.dim():
+            raise ValueError(
+                f"{name} is {one}, expected a dimension of a tensor of {list(tensor.shape)}"
+            )
+
+
 class Local:
     """The hooks of one layer, and what it takes to show its parts.
 
@@ -319,6 +328,7 @@ class Local:
         assert self.computes is not None
         inside = (self.computes[0],)
         if not isinstance(x, DTensor):
+            _check_dims("input_layouts", self.takes, x)
             x = DTensor.from_local(x, self.mesh, self.takes, run_check=False)
         if x.placements != inside:
             x = x.redistribute(placements=inside)
@@ -346,5 +356,6 @@ class Local:
             y, self._absent = y.masked_fill(self._absent.unsqueeze(-1), 0.0), None
         made = DTensor.from_local(y, self.mesh, (self.computes[1],), run_check=False)
         if self.gives is not None and made.placements != tuple(self.gives):
+            _check_dims("output_layouts", self.gives, y)
             made = made.redistribute(placements=self.gives)
         return made.to_local() if self.use_local_output else made
