@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -100,6 +101,11 @@ def _wait(x: Any) -> Any:
 
 def _local_of(x: Any) -> Any:
     return _Waited.apply(x.to_local()) if isinstance(x, DTensor) else _wait(x)
+
+
+def _address(tensor: Tensor) -> int:
+    """Of its memory; of a fake tensor, which has none, its own."""
+    return id(tensor) if isinstance(tensor, FakeTensor) else tensor.data_ptr()
 
 
 def _check_dims(name: str, placements: Sequence[Placement] | None, tensor: Tensor) -> None:
@@ -218,7 +224,7 @@ class Local:
             return {name: self._part(name, whole) for name, whole in wholes.items()}
         locals_ = [t._local_tensor for t in wholes.values()]
         what = torch.is_grad_enabled(), *[
-            (id(whole), whole.requires_grad, local.dtype, local.data_ptr())
+            (id(whole), whole.requires_grad, local.dtype, _address(local))
             for whole, local in zip(wholes.values(), locals_, strict=True)
         ]  # fmt: skip
         if self._ahead[0] != what:
