@@ -11,7 +11,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-cnn demo-dpo demo-fsdp2 demo-kinds demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own count-peft-own test-oldest-triton bench gpu docs lint types check clean
+.PHONY: help setup demo demo-cnn demo-dpo demo-fsdp2 demo-kinds demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own test-adapterhub count-peft-own test-oldest-triton bench gpu docs lint types check clean
 
 help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-executed   run the GPU kernels' PTX on a CPU, every configuration"
 	@echo "make test-peft PEFT=0.21.0   run the tests of accelerate with a release of PEFT"
 	@echo "make test-peft-own   run PEFT's own tests of quantized layers and of LoRA's relatives, with accelerate and without"
+	@echo "make test-adapterhub   run the tests of AdapterHub's files beside its package, adapters"
 	@echo "make count-peft-own   count the calls in PEFT's own LoRA tests, fast and by reason (10 minutes)"
 	@echo "make bench   what a LoRA layer costs over the frozen one: table, picture, record (2 minutes)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: test, tune, benchmark, record (9 minutes)"
@@ -64,8 +65,9 @@ demo-robust: $(READY)
 demo-fsdp2: $(READY)
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_fsdp2.py $(ARGS)
 
-# One worker a core, so one thread a worker.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
+# One worker a core, so one thread a worker. WORKERS=1 where several runs are side by side.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # The PTX of the Triton kernels is executed in a process of its own, which doesn't interpret them. Tests
 # that are chosen with ARGS are those of the first process: make test-executed ARGS=… chooses others.
@@ -93,6 +95,20 @@ test-peft: $(READY) build/peft-$(PEFT)
 # The oldest release that lorafast[peft] takes, without the slow tests: the newest release has those.
 test-oldest-peft:
 	$(MAKE) test-peft PEFT=0.20.0 ARGS='-m "not slow" $(ARGS)'
+
+# AdapterHub's files beside its package, with the Transformers 4 that it needs: in a folder of their own.
+ADAPTERS ?= 1.3.0
+ADAPTERS_NEED := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 \
+	requests urllib3 certifi idna charset-normalizer
+
+test-adapterhub: $(READY) build/adapters-$(ADAPTERS)
+	PYTHONPATH=build/adapters-$(ADAPTERS) $(PY) -c 'import adapters; assert adapters.__version__ == "$(ADAPTERS)", adapters'
+	PYTHONPATH=build/adapters-$(ADAPTERS) $(PYTEST) tests/convert/test_adapterhub_itself.py $(ARGS)
+
+build/adapters-%:
+	rm -rf $@.part
+	$(PY) -m pip install -q --no-deps --target $@.part adapters==$* $(ADAPTERS_NEED)
+	mv $@.part $@
 
 # PEFT's own tests of quantized layers and of LoRA's relatives, which its source distribution alone has.
 PEFT_OWN ?= 0.21.2

@@ -5,8 +5,8 @@
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
 shown, or of a device that has none the newest one, of which it is said; of ``inference-*``,
-``quantized-*``, ``networks-*``, ``relatives-*``, ``accelerate-*``, ``traffic-*``, ``executed-*``,
-``compiled-*`` and ``nvcc-*`` the newest one. No figure is typed by hand.
+``quantized-*``, ``networks-*``, ``preference-*``, ``distributed-*``, ``relatives-*``, ``accelerate-*``,
+``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the newest one. No figure is typed by hand.
 """
 
 import argparse
@@ -151,7 +151,8 @@ def performance(results: Path) -> str:
         ("gpu", "", of_timed), ("cpu", "", of_timed), ("inference", "Inference: ", of_timed),
         ("quantized", "Quantized weights: ", of_timed),
         ("networks", "Convolutions and attention: ", of_timed),
-        ("distributed", "Two ranks: ", of_timed),
+        ("preference", "Policy and reference: ", of_timed),
+        ("distributed", "Several ranks: ", of_timed),
         ("relatives", "LoRA's relatives and bottleneck adapters: ", of_timed),
         ("accelerate", "PEFT's models: ", of_timed), ("traffic", "", of_traffic),
         ("executed", "", of_executed), ("compiled", "", of_compiled),

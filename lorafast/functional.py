@@ -25,6 +25,7 @@ from lorafast.ops.checks import (
     has_rows,
 )
 from lorafast.ops.dora_linear import around_float16
+from lorafast.ops.kept_norm import NormOf
 from lorafast.ops.lora_conv_checks import (
     check_lora_conv,
     check_magnitude,
@@ -108,6 +109,7 @@ def dora_linear(
     *,
     dropout_p: float = 0.0,
     training: bool = True,
+    norm_of: NormOf | None = None,
 ) -> Tensor:
     """``y = magnitude / ‖W + scaling·B·A‖ ⊙ (x·(W + scaling·B·A)ᵀ) + bias`` (Liu et al., "DoRA", 2024).
 
@@ -129,6 +131,8 @@ def dora_linear(
         bias: ``[N]``, in the dtype of ``x``.
         dropout_p: probability with which an element of ``x`` is dropped, applied if ``training``, with
             the mask and the seed of ``lora_linear``.
+        norm_of: what takes the norm ``[N]`` of ``weight``, ``lora_A``, ``lora_B`` and ``scaling``: a
+            layer's keeps it in evaluation. None computes it.
 
     Returns:
         ``y [..., N]`` in the dtype of ``x``. Every tensor argument may require a gradient. ``B·A`` and
@@ -149,7 +153,7 @@ def dora_linear(
     p = dropout_p if training else 0.0
     seed = _draw(x.device) if p else None
     with without_autocast(x):
-        scale = magnitude / ops.weight_norm(uncast, lora_A, lora_B, scaling)
+        scale = magnitude / (norm_of or ops.weight_norm)(uncast, lora_A, lora_B, scaling)
         run = ops.dora_linear
         if x.dtype is torch.float16 and lora_A.dtype is torch.float32 and not under_autocast:
             run = around_float16
@@ -497,6 +501,7 @@ def lora_conv(
     magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    norm_of: NormOf | None = None,
 ) -> Tensor:
     """``y = conv(x, W) + scaling · conv(conv(drop(x), A), B) + bias``, the LoRA convolution in one, two
     or three dimensions, as PEFT has it (Hu et al., 2021, over a kernel).
@@ -524,6 +529,7 @@ def lora_conv(
         dropout_p: probability with which an element of ``x`` is dropped on its way into the low-rank
             product; applied if ``training``. The mask is that of ``lora_linear`` for x as a matrix of
             positions (batch first) and channels.
+        norm_of: with a ``magnitude``, what takes the norm, as for ``dora_linear``.
 
     Returns:
         ``y [batch, N, *size of y]`` in the dtype of ``x``. Every tensor argument may require a
@@ -559,12 +565,18 @@ def lora_conv(
         if magnitude is None:
             y = ops.lora_conv(batch, weight, lora_A, lora_B, scaling, bias, geometry, p, seed)
         else:
-            norm = ops.weight_norm(*filters(uncast, lora_A, lora_B), scaling)
+            norm = (norm_of or filter_norm)(uncast, lora_A, lora_B, scaling)
             y = ops.dora_conv(
                 batch, weight, lora_A, lora_B, magnitude.reshape(-1) / norm, scaling, bias, geometry,
                 p, seed,
             )  # fmt: skip
     return y.squeeze(0) if single else y
+
+
+def filter_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``‖W + scaling · B·A‖`` of each filter, ``[N]``."""
+    assert isinstance(weight, Tensor)
+    return ops.weight_norm(*filters(weight, lora_A, lora_B), scaling)
 
 
 def filters(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

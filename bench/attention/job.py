@@ -14,9 +14,8 @@ from lorafast.bench.attention.network import Network, Plain, factors, results
 from lorafast.bench.common import steps
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
-from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.steps import Arm, format_rows
+from lorafast.bench.common.steps import Arm, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -151,8 +150,7 @@ def run(
 ) -> list[Row]:
     """All arms, printed and kept in ``record``."""
     rows = measure(size or Size(), r, dtype, device=device, seconds=seconds or _SECONDS)
-    say(f"\n{describe(rows[0])}")
-    say(format_rows(rows))
+    show(rows, describe)
     record.add("attention", rows)
     return rows
 

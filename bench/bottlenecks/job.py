@@ -15,9 +15,9 @@ from lorafast.bench.bottlenecks.network import ACTIVATIONS, FeedForward, Made
 from lorafast.bench.common import steps
 from lorafast.bench.common.contenders import FROZEN, FULL
 from lorafast.bench.common.problem import DTYPES
-from lorafast.bench.common.progress import progress, say
+from lorafast.bench.common.progress import progress
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.steps import Arm, format_rows
+from lorafast.bench.common.steps import Arm, show
 from torch import Tensor, nn
 
 from lorafast.reference import contract
@@ -153,8 +153,7 @@ def run(
     ]
     for case in progress(cases, "case"):
         rows = measure(*case, device=device, seconds=seconds or _SECONDS)
-        say(f"\n{describe(rows[0])}")
-        say(format_rows(rows))
+        show(rows, describe)
         record.add("bottlenecks", rows)
         found += rows
     return found

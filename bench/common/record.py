@@ -5,10 +5,10 @@
      "<kind>": [row, …], …}
 
 A kind is ``layer``, ``sweep``, ``operations``, ``call_overhead``, ``models``, ``accelerate``,
-``convolutions``, ``attention``, ``distributed``, ``relatives``, ``bottlenecks``, ``traffic``,
-``executed``, ``tune``, ``compiled``, ``nvcc`` or ``tests``; its rows are the fields of that job's
-``Row``, samples in seconds, sizes in bytes. The clock's state is noted at the start, whenever rows are
-added, and at the end.
+``convolutions``, ``attention``, ``preference``, ``distributed``, ``relatives``, ``bottlenecks``,
+``traffic``, ``executed``, ``tune``, ``compiled``, ``nvcc`` or ``tests``; its rows are the fields of that
+job's ``Row``, samples in seconds, sizes in bytes. The clock's state is noted at the start, whenever
+rows are added, and at the end.
 ``complete`` means that everything that was asked for was measured; ``skipped`` is what wasn't.
 """
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from lorafast.bench.common import memory
 from lorafast.bench.common.check import raised
 from lorafast.bench.common.clock import Call, Timed, Turn, clock_for, interleave
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
-from lorafast.bench.common.progress import progress
+from lorafast.bench.common.progress import progress, say
 from lorafast.bench.common.table import markdown, megabytes, table, why_no_time
 
 _HEADER = ("", "step", "middle half", "over frozen", "middle half", "peak MB")
@@ -49,15 +50,8 @@ def measure(
     """
     arms: dict[str, _Made] = {}
     for name in progress(list(rows), "arm"):
-        try:
-            made = make(name)
-            rows[name].wrong = why_wrong(name, made)
-        except UnavailableError as error:
-            rows[name].unavailable = str(error)
-            continue
-        except Exception as error:  # it is the arm's, reported with it, and the others go on
-            rows[name].wrong = raised(error)
-        if rows[name].wrong is None:
+        made = attempt(rows[name], partial(make, name), partial(why_wrong, name))
+        if made is not None:
             arms[name] = made
     steps = {name: step_of(name, made) for name, made in arms.items()}
     turns = {name: turn(step) for name, step in steps.items()}
@@ -68,6 +62,21 @@ def measure(
     return list(rows.values())
 
 
+def attempt(
+    row: Arm, make: Callable[[], _Made], why_wrong: Callable[[_Made], str | None]
+) -> _Made | None:
+    """What ``make`` makes; None where it can't or where it is wrong, and then ``row`` says why."""
+    try:
+        made = make()
+        row.wrong = why_wrong(made)
+    except UnavailableError as error:
+        row.unavailable = str(error)
+        return None
+    except Exception as error:  # it is the arm's, reported with it, and the others go on
+        row.wrong = raised(error)
+    return made if row.wrong is None else None
+
+
 def turn(step: Call) -> Turn:
     """``step`` whenever it is its turn, whatever the input set."""
 
@@ -76,6 +85,12 @@ def turn(step: Call) -> Turn:
         yield step
 
     return entered
+
+
+def show(rows: Sequence[_Arm], describe: Callable[[_Arm], str]) -> None:
+    """Prints what the rows have in common, and a line for each."""
+    say(f"\n{describe(rows[0])}")
+    say(format_rows(rows))
 
 
 def format_rows(rows: Sequence[Arm]) -> str:

@@ -15,9 +15,8 @@ import torch
 from lorafast.bench.common import steps
 from lorafast.bench.common.contenders import FROZEN, UnavailableError
 from lorafast.bench.common.problem import DTYPES, SCALING
-from lorafast.bench.common.progress import say
 from lorafast.bench.common.record import Record
-from lorafast.bench.common.steps import Arm, format_rows
+from lorafast.bench.common.steps import Arm, show
 from lorafast.bench.convolutions.network import Network, Plain, calibrated, convolutions
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -226,8 +225,7 @@ def run(
             size or Size(), r, dtype, device=device, seconds=seconds or _SECONDS,
             channels_last=channels_last,
         )  # fmt: skip
-        say(f"\n{describe(rows[0])}")
-        say(format_rows(rows))
+        show(rows, describe)
         record.add("convolutions", rows)
         found += rows
     return found

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from lorafast.bench.common.table import markdown
 from lorafast.bench.distributed.collectives import GATHER, Collectives
-from lorafast.bench.distributed.layouts import plan_of
+from lorafast.bench.distributed.layouts import llama, plan_of, shard_by_block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 import lorafast
@@ -58,19 +57,14 @@ class Sizes:
 
     def model(self, blocks: int) -> nn.Module:
         """With bfloat16 weights, frozen, and float32 adapters; each block is checkpointed."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        of_model: dict[str, Any] = {
-            "hidden_size": self.hidden, "intermediate_size": self.intermediate,
-            "num_hidden_layers": blocks, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_size, "vocab_size": self.vocabulary, "use_cache": False,
-            "attn_implementation": "sdpa",
-        }  # fmt: skip
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model: Any = LlamaForCausalLM(LlamaConfig(**of_model))
+            model = llama(
+                hidden=self.hidden, intermediate=self.intermediate, blocks=blocks,
+                heads=self.heads, kv_heads=self.kv_heads, head_size=self.head_size,
+                vocabulary=self.vocabulary,
+            )  # fmt: skip
         finally:
             torch.set_default_dtype(before)
         lorafast.adapt(model, self.r)
@@ -121,9 +115,7 @@ class Layout:
         def placement(p: nn.Parameter) -> Shard | None:
             return Shard(1) if self.by_columns and p.shape[0] < ranks else None
 
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh, shard_placement_fn=placement)
-        fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+        shard_by_block(model, mesh, shard_placement_fn=placement)
 
 
 def layouts(gpus: int) -> list[Layout]:
@@ -177,11 +169,16 @@ def fake_ranks(count: int) -> Iterator[None]:
 
 def step(model: nn.Module, sizes: Sizes) -> Collectives:
     """What a forward and a backward of a sequence send."""
-    x = torch.randn(1, sizes.tokens, sizes.hidden, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.zeros(1, sizes.tokens, dtype=torch.int64)
+    batch = _sequence(sizes)
     with Collectives() as counted:
-        model(inputs_embeds=x, labels=labels).loss.backward()
+        model(**batch).loss.backward()
     return counted
+
+
+def _sequence(sizes: Sizes) -> dict[str, Tensor]:
+    """One, as the model takes it."""
+    x = torch.randn(1, sizes.tokens, sizes.hidden, dtype=torch.bfloat16, requires_grad=True)
+    return {"inputs_embeds": x, "labels": torch.zeros(1, sizes.tokens, dtype=torch.int64)}
 
 
 def _local(tensor: Any) -> Tensor:
@@ -201,10 +198,9 @@ def _kept(model: nn.Module, sizes: Sizes) -> float:
             found[storage._cdata] = (storage, storage.nbytes())
         return tensor
 
-    x = torch.randn(1, sizes.tokens, sizes.hidden, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.zeros(1, sizes.tokens, dtype=torch.int64)
+    batch = _sequence(sizes)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(inputs_embeds=x, labels=labels)
+        model(**batch)
     return float(sum(size for _, size in found.values()))
 
 

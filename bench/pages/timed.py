@@ -24,6 +24,7 @@ from lorafast.bench import (
     layer,
     models,
     operations,
+    preference,
     relatives,
 )
 from lorafast.core.problem import DENSE
@@ -79,7 +80,7 @@ def of_timed(path: Path, run: Run) -> str:
     ):
         parts += _models(list(step))
     parts += relatives.paragraphs(rows_of(run, "relatives", relatives.Row, path))
-    for kind in (bottlenecks, convolutions, attention):
+    for kind in (bottlenecks, convolutions, attention, preference):
         name = kind.__name__.rpartition(".")[2]
         parts += paragraphs(rows_of(run, name, kind.Row, path), kind.describe)
     parts += _distributed(rows_of(run, "distributed", distributed.Row, path))

@@ -164,27 +164,26 @@ void backward_of_chunks(
     expand.emplace(kernels, *all.dh, all.dz, transposed(all.down), 1.0, std::nullopt, std::nullopt, !all.residual);
   const RowSums &of_dU = expand_backward.sums, &of_dD = shrink_backward.sums;
   const int64_t block_sums = expand_backward.block_sums();
-  const int64_t stripe_sums = blocks_of(of_dU.chunk_rows, kTileRows) * block_sums;
   torch::stable::parallel_for(0, of_dU.chunks, 1, [&](int64_t begin, int64_t end) {
     Tiles<Value> tiles_of_dy(kernels, all.dy), tiles_of_h(kernels, all.h);
     std::optional<typename Expand<Value>::Thread> of_expand;
     if (expand) of_expand.emplace(*expand);
     Between::Thread of_between(all.between);
-    std::vector<float> over_columns(of_dU.stripes * stripe_sums);
+    std::vector<float> over_columns;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const RowSums::Unit rows = of_dU.unit(chunk, 0);
       all.between.again(of_between, all.a, all.z, rows.first, rows.last - rows.first);
-      std::fill(over_columns.begin(), over_columns.end(), 0.0f);
+      over_columns.assign(blocks_of(of_dU.chunk_rows, kTileRows) * block_sums, 0.0f);
       for (int64_t stripe = 0; stripe < of_dU.stripes; ++stripe) {
         const RowSums::Unit unit = of_dU.unit(chunk, stripe);
-        expand_backward.unit(tiles_of_dy, unit, &over_columns[stripe * stripe_sums]);
+        expand_backward.unit(tiles_of_dy, unit, over_columns.data());
         if (want_du)
           add_rows(kernels, all.dy, unit.first, unit.last, unit.col, unit.cols, of_u.of(chunk, unit.col));
       }
       float* sums = over_columns.data();
       for (int64_t row = rows.first; row < rows.last; row += kTileRows, sums += block_sums) {
         const int64_t count = std::min(kTileRows, rows.last - row);
-        expand_backward.store(sums, stripe_sums, row, count);
+        expand_backward.store(sums, row, count);
         all.between.backward(of_between, all.a, all.dz, of_d.of(chunk), row, count);
       }
       const auto factors = shrink_backward.factors(rows);

@@ -36,8 +36,11 @@ void expand_backward(
     });
     torch::stable::parallel_for(0, row_blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = block * kTileRows;
-        all.store(&over_columns[block * all.block_sums()], stripe_sums, row, std::min(kTileRows, M - row));
+        const int64_t row = block * kTileRows, sums = all.block_sums();
+        float* const first = &over_columns[block * sums];
+        for (int64_t stripe = 1; stripe < all.sums.stripes; ++stripe)
+          for (int64_t i = 0; i < sums; ++i) first[i] += first[stripe * stripe_sums + i];
+        all.store(first, row, std::min(kTileRows, M - row));
       }
     });
     all.sums.add_up(kernels, transposed(Matrix(dB)), static_cast<float>(scaling));

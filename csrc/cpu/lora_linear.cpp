@@ -37,19 +37,18 @@ void backward_of_chunks(
   const Expand<Value> expand(kernels, dx, ds, transposed(lora_A), 1.0, dropout, std::nullopt, add);
   const RowSums &of_dB = expand_backward.sums, &of_dA = shrink_backward.sums;
   const int64_t block_sums = expand_backward.block_sums();
-  const int64_t stripe_sums = blocks_of(of_dB.chunk_rows, kTileRows) * block_sums;
   torch::stable::parallel_for(0, of_dB.chunks, 1, [&](int64_t begin, int64_t end) {
     Tiles<Value> tiles_of_dy(kernels, dy), tiles_of_x(kernels, x);
     typename Expand<Value>::Thread of_expand(expand);
-    std::vector<float> over_columns(of_dB.stripes * stripe_sums);
+    std::vector<float> over_columns;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      std::fill(over_columns.begin(), over_columns.end(), 0.0f);
+      over_columns.assign(blocks_of(of_dB.chunk_rows, kTileRows) * block_sums, 0.0f);
       for (int64_t stripe = 0; stripe < of_dB.stripes; ++stripe)
-        expand_backward.unit(tiles_of_dy, of_dB.unit(chunk, stripe), &over_columns[stripe * stripe_sums]);
+        expand_backward.unit(tiles_of_dy, of_dB.unit(chunk, stripe), over_columns.data());
       const RowSums::Unit rows = of_dA.unit(chunk, 0);
       float* sums = over_columns.data();
       for (int64_t row = rows.first; row < rows.last; row += kTileRows, sums += block_sums)
-        expand_backward.store(sums, stripe_sums, row, std::min(kTileRows, rows.last - row));
+        expand_backward.store(sums, row, std::min(kTileRows, rows.last - row));
       const auto factors = shrink_backward.factors(rows);
       for (int64_t stripe = 0; stripe < of_dA.stripes; ++stripe) {
         const RowSums::Unit unit = of_dA.unit(chunk, stripe);

@@ -31,7 +31,7 @@ template <int R>
 void reduce_columns_of(const float* tile, int64_t ld, int64_t cols, const float* t, float* out) {
   Vector totals[R];
   LORAFAST_UNROLL
-  for (int i = 0; i < R; ++i) totals[i] = *reinterpret_cast<const Vector*>(out + i * kLanes);
+  for (int i = 0; i < R; ++i) totals[i] = Vector{};
   for (int64_t first = 0; first < cols; first += kSummed) {
     const int64_t last = first + kSummed < cols ? first + kSummed : cols;
     LORAFAST_UNROLL
@@ -48,7 +48,7 @@ void reduce_columns_of(const float* tile, int64_t ld, int64_t cols, const float*
     for (int i = 0; i < R; ++i) totals[i] += sums[i];
   }
   LORAFAST_UNROLL
-  for (int i = 0; i < R; ++i) *reinterpret_cast<Vector*>(out + i * kLanes) = totals[i];
+  for (int i = 0; i < R; ++i) *reinterpret_cast<Vector*>(out + i * kLanes) += totals[i];
 }
 
 void reduce_columns(
@@ -443,13 +443,13 @@ void reduce_row_pairs(
       reduce_row_pairs_of<1>(tile + c, ld, rows, t + j, out + (c + j) * kLanes, add);
 }
 
-// R rows, C blocks of columns.
+// R rows, C blocks of columns. What comes to the nearest cache for later begins at `next`.
 template <int R, int C, bool Add>
 void expand_pairs_of(
     uint16_t* tile, int64_t ld, const uint32_t* s, int64_t pairs, const uint32_t* t, float scale,
-    const uint8_t* keep, const float* bias) {
+    const uint8_t* keep, const float* bias, const uint16_t* next) {
   LORAFAST_UNROLL
-  for (int i = 0; i < R; ++i) __builtin_prefetch(tile + i * ld + 3 * C * kLanes);
+  for (int i = 0; i < R; ++i) __builtin_prefetch(next + i * ld);
   __m512 sums[R][C];
   LORAFAST_UNROLL
   for (int i = 0; i < R; ++i)
@@ -492,13 +492,16 @@ template <int R, bool Add>
 void expand_pair_rows(
     uint16_t* tile, int64_t ld, int64_t cols, const uint32_t* s, int64_t pairs, const uint32_t* t, float scale,
     const uint8_t* keep, const float* bias) {
+  constexpr int64_t kAhead = 6 * kLanes;
   int64_t c = 0;
   for (; c + 2 * kLanes <= cols; c += 2 * kLanes)
     expand_pairs_of<R, 2, Add>(
-        tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr, bias ? bias + c : nullptr);
+        tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr, bias ? bias + c : nullptr,
+        tile + c + kAhead + (c + kAhead < cols ? 0 : R * ld - cols));  // at the end of these rows, the next ones
   for (; c < cols; c += kLanes)
     expand_pairs_of<R, 1, Add>(
-        tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr, bias ? bias + c : nullptr);
+        tile + c, ld, s, pairs, t + c * pairs, scale, keep ? keep + c / 8 : nullptr, bias ? bias + c : nullptr,
+        tile + c);
 }
 
 template <bool Add>

@@ -53,7 +53,6 @@ class RowSums {
   void add_up_segment(const Microkernels& kernels, const Matrix& to, float scale, int64_t segment) const {
     const int64_t r = to.rows, ranks = rank_blocks_ * kLanes;
     const bool by_rank = to.col_stride == 1;
-    const int64_t rank_step = by_rank ? kSegment : 1, col_step = by_rank ? 1 : ranks;
     const auto lines = scratch<float>(ranks * kSegment);
     const int64_t first = segment * kSegment, count = std::min(kSegment, to.cols - first);
     for (int64_t j = 0; j < rank_blocks_; ++j)
@@ -63,9 +62,16 @@ class RowSums {
           const float* partial = of(chunk, j, first + c);
           for (int64_t i = 0; i < kLanes * kLanes; ++i) sums[i] += partial[i];
         }
-        for (int64_t rank = 0; rank < kLanes; ++rank)
+        float* const to_block = &lines[by_rank ? j * kLanes * kSegment + c : c * ranks + j * kLanes];
+        if (by_rank) {
+          for (int64_t rank = 0; rank < kLanes; ++rank)
+            for (int64_t lane = 0; lane < kLanes; ++lane)
+              to_block[rank * kSegment + lane] = scale * sums[rank * kLanes + lane];
+        } else {
           for (int64_t lane = 0; lane < kLanes; ++lane)
-            lines[(j * kLanes + rank) * rank_step + (c + lane) * col_step] = scale * sums[rank * kLanes + lane];
+            for (int64_t rank = 0; rank < kLanes; ++rank)
+              to_block[lane * ranks + rank] = scale * sums[rank * kLanes + lane];
+        }
       }
     if (by_rank) {
       for (int64_t rank = 0; rank < r; ++rank)

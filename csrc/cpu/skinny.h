@@ -154,7 +154,7 @@ class ExpandBackward {
   // Floats that hold kTileRows rows of sums over columns, as store_ranks takes them.
   int64_t block_sums() const { return rank_blocks_ * kTileRows * kLanes; }
 
-  // A unit's part of dB, and to `over_columns`, zero before, its part of ds for each kTileRows of its rows.
+  // A unit's part of dB, and added to `over_columns` its part of ds for each kTileRows of its rows.
   void unit(Tiles<Value>& tiles, const RowSums::Unit& unit, float* over_columns) const {
     const Matrix rows_of_s = s_.rows_from(unit.first, unit.last);
     const auto factors = pack_for<Value>(kernels_, rows_of_s);
@@ -173,10 +173,8 @@ class ExpandBackward {
     }
   }
 
-  // Up to kTileRows rows of ds from the parts of all stripes, `step` floats apart.
-  void store(float* over_columns, int64_t step, int64_t row, int64_t rows) const {
-    for (int64_t stripe = 1; stripe < sums.stripes; ++stripe)
-      for (int64_t i = 0; i < block_sums(); ++i) over_columns[i] += over_columns[stripe * step + i];
+  // Up to kTileRows rows of ds from the sums over all columns.
+  void store(const float* over_columns, int64_t row, int64_t rows) const {
     store_ranks(kernels_, over_columns, scale_, ds_, row, rows);
   }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorafast.bench import bottlenecks, executed, layer, relatives, traffic
+from lorafast.bench import bottlenecks, executed, layer, preference, relatives, traffic
 from lorafast.bench.accelerate import MODELS as PEFT_MODELS
 from lorafast.bench.accelerate import run as run_accelerated
 from lorafast.bench.attention import run as run_attention
@@ -126,10 +126,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "frozen network, full fine-tuning",
     )
     what.add_argument(
+        "--preference",
+        action="store_true",
+        help="log-probabilities of a policy and of its reference, by a small Llama: one mixed forward, "
+        "two forwards, one plain forward of as many rows",
+    )
+    what.add_argument(
         "--distributed",
         action="store_true",
         help="training steps of a small Llama on two ranks, and what they send: DDP, FSDP2, tensor "
-        "parallelism, with adapters of ours and of PEFT's",
+        "parallelism, this with FSDP2 on four; with adapters of ours and of PEFT's",
     )
     what.add_argument(
         "--relatives",
@@ -258,7 +264,7 @@ def _times_layers(arguments: argparse.Namespace) -> bool:
     others = (
         arguments.traffic, arguments.executed, arguments.call_overhead, arguments.models,
         arguments.accelerate, arguments.convolutions, arguments.attention, arguments.relatives,
-        arguments.bottlenecks, arguments.distributed,
+        arguments.bottlenecks, arguments.distributed, arguments.preference,
     )  # fmt: skip
     return arguments.layers or _sweeps(arguments) or not any(others)
 
@@ -341,6 +347,8 @@ def _measure(
             run_convolutions(r, dtype, device=device, record=record, seconds=arguments.seconds)
         if arguments.attention:
             run_attention(r, dtype, device=device, record=record, seconds=arguments.seconds)
+        if arguments.preference:
+            preference.run(r, dtype, device=device, record=record, seconds=arguments.seconds)
         if arguments.distributed:
             run_distributed(r, dtype, device=device, record=record, seconds=arguments.seconds)
     if not arguments.traffic:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +37,9 @@ class AdapterState:
     Args:
         model: with adapters, or with parameters that are trained; merged layers are merged anew after a
             load. PEFT's adapters count as parameters: those that are trained are in it.
-        optimizer: of the model; None: its state is neither saved nor loaded. Its state begins at zero
-            where there is none yet. Of parameters that are frozen now it is not loaded.
+        optimizer: of the model; None: its state is neither saved nor loaded. In it is that of every
+            parameter of these which the optimizer has, of adapters that wait too; where there was none
+            yet there is none after a load. An optimizer of other parameters loads no checkpoint.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -55,21 +56,46 @@ class AdapterState:
         state: dict[str, Any] = {
             "tensors": _copied(tensors),
             "layers": json.dumps(_settings(self._model)),
-            "names": json.dumps(sorted(tensors)),
         }
+        names: dict[str, list[str]] = {"tensors": sorted(tensors)}
         if self._optimizer is not None:
-            from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-            began = not self._optimizer.state
-            with _without_gradients(self._optimizer):
-                if began:  # by a step of PyTorch's at a rate of zero, which must not count
-                    get_optimizer_state_dict(self._model, self._optimizer)
-                    for values in self._optimizer.state.values():
-                        if isinstance(values.get("step"), Tensor):
-                            values["step"].zero_()
-                found = get_optimizer_state_dict(self._model, self._optimizer)
-            state["optimizer"] = _copied(found)
+            held = self._held(tensors)
+            names["optimizer"] = sorted(held)
+            names["fresh"] = sorted(n for n, p in held.items() if not self._optimizer.state.get(p))
+            state["optimizer"] = self._optimizer_state(held)
+        state["names"] = json.dumps(names)
         return state
+
+    def _held(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those that the optimizer has."""
+        assert self._optimizer is not None
+        has = {id(p): p for group in self._optimizer.param_groups for p in group["params"]}
+        for more in has.keys() - {id(p) for p in self._model.parameters()}:
+            raise ValueError(
+                f"the optimizer has a parameter of shape {list(has[more].shape)} that the model hasn't"
+            )
+        return {name: tensor for name, tensor in tensors.items() if id(tensor) in has}
+
+    def _optimizer_state(self, held: dict[str, Tensor]) -> dict[str, Any]:
+        """The optimizer's of these parameters, whose own stays as it is."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        assert self._optimizer is not None
+        parameters = list({id(p): p for p in held.values()}.values())
+        with (
+            _trained_without_gradients(self._optimizer, parameters),
+            _begun(self._optimizer, parameters),
+        ):
+            found: dict[str, Any] = _copied(get_optimizer_state_dict(self._model, self._optimizer))
+        names = {_without_wrappers(name): p for name, p in self._model.named_parameters()}
+        own = {id(p) for p in parameters}
+        # What is frozen and no adapter's isn't in the checkpoint: nor is its state of before.
+        found["state"] = {
+            name: values
+            for name, values in found["state"].items()
+            if name not in names or id(names[name]) in own
+        }
+        return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts a state into the model and the optimizer; where it doesn't fit, both are as they were.
@@ -80,11 +106,15 @@ class AdapterState:
         Raises:
             ValueError: the state has a tensor that the model hasn't, or lacks one; a layer has another
                 scaling, another adapter active or began otherwise (PiSSA); a merged layer can't be
-                merged anew; or there is an optimizer, and no state of one.
+                merged anew; or there is an optimizer, and no state of one, or of one that had other
+                parameters.
         """
         tensors = self._tensors()
         _check_settings(_settings(self._model), json.loads(state["layers"]))
-        _check_names(set(tensors), set(json.loads(state["names"])) | set(state["tensors"]))
+        names = json.loads(state["names"])
+        if isinstance(names, list):  # of a checkpoint that doesn't say what its optimizer had
+            names = {"tensors": names}
+        _check_names(set(tensors), set(names["tensors"]) | set(state["tensors"]))
         _check_names(set(tensors), set(state["tensors"]))
         for name, target in tensors.items():
             if state["tensors"][name].shape != target.shape:
@@ -96,6 +126,11 @@ class AdapterState:
             raise ValueError(
                 "the state has no optimizer's, and AdapterState was given an optimizer"
             )
+        held, optimizer_state = {}, None
+        if self._optimizer is not None:
+            held = self._held(tensors)
+            _check_held(set(held), set(names.get("optimizer", held)))
+            optimizer_state = self._checked(held, state["optimizer"], names)
         merged = [m for m in self._model.modules() if isinstance(m, AdapterLayer) and m.merged]
         with all_or_nothing(self._model) as undo:
             undo.keep(tensors.values(), merged)
@@ -103,11 +138,32 @@ class AdapterState:
                 copy_into(target, state["tensors"][name])
             for layer in merged:
                 layer.merge()
-            if self._optimizer is not None:
-                from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+            if self._optimizer is not None and optimizer_state is not None:
+                from torch.distributed.checkpoint.state_dict import (
+                    StateDictOptions,
+                    set_optimizer_state_dict,
+                )
 
-                with _without_gradients(self._optimizer):
-                    set_optimizer_state_dict(self._model, self._optimizer, dict(state["optimizer"]))
+                with _trained_without_gradients(self._optimizer, held.values()):
+                    set_optimizer_state_dict(
+                        self._model, self._optimizer, optimizer_state,
+                        options=StateDictOptions(strict=False),
+                    )  # fmt: skip
+
+    def _checked(
+        self, held: dict[str, Tensor], given: Mapping[str, Any], names: dict[str, list[str]]
+    ) -> dict[str, Any]:
+        """An optimizer's state without what stands for none; raises if it is of another kind."""
+        for name, values in self._optimizer_state(held)["state"].items():
+            lacking = values.keys() - given["state"].get(name, {}).keys()
+            if lacking:
+                raise ValueError(
+                    f"the state has no {min(lacking)} of {name}, which this optimizer keeps: it is that "
+                    "of another kind of optimizer, or of other parameters"
+                )
+        fresh = set(names.get("fresh", ()))
+        kept = {name: values for name, values in given["state"].items() if name not in fresh}
+        return {**given, "state": kept}
 
     def _tensors(self) -> dict[str, Tensor]:
         """The model's own, by name."""
@@ -143,17 +199,54 @@ class AdapterState:
 
 
 @contextlib.contextmanager
-def _without_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Where PyTorch sees one, it leaves a state that is still empty so, and loads none."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    before = [p.grad for p in parameters]
-    for p in parameters:
+def _trained_without_gradients(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
+) -> Iterator[None]:
+    """Where PyTorch sees a gradient, it leaves a state that is still empty so, and loads none; and it
+    loads none of a parameter that is frozen, as those of an adapter that waits are."""
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in every]
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in every:
         p.grad = None
+    for p in frozen:
+        p.requires_grad_(True)
     try:
         yield
     finally:
-        for p, grad in zip(parameters, before, strict=True):
+        for p in frozen:
+            p.requires_grad_(False)
+        for p, grad in zip(every, gradients, strict=True):
             p.grad = grad
+
+
+@contextlib.contextmanager
+def _begun(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Iterator[None]:
+    """Within the block each has a state: ``dcp.load`` reads what is asked for. Where there is none the
+    optimizer makes one that stands for it, in a step of gradients that are zero, at a rate of zero."""
+    fresh = [p for p in parameters if not optimizer.state.get(p)]
+    if not fresh:
+        yield
+        return
+    before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                group["lr"] = group["lr"] * 0
+        for p in fresh:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.update(values)
+        for p in fresh:
+            p.grad = None
+        yield
+    finally:
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.update(values)
+        for p in fresh:
+            p.grad = None
+            optimizer.state.pop(p, None)
 
 
 def _settings(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -184,6 +277,21 @@ def _check_names(own: set[str], given: set[str]) -> None:
         )
     if lacking:
         raise ValueError(f"the checkpoint lacks {_few(lacking)}, which the model has or trains")
+
+
+def _check_held(own: set[str], given: set[str]) -> None:
+    more, lacking = sorted(given - own), sorted(own - given)
+    advice = "give it the parameters that it had when it was saved, those of adapters that wait too"
+    if more:
+        raise ValueError(
+            f"the checkpoint has an optimizer's state of {_few(more)}, which this optimizer hasn't: "
+            f"{advice}"
+        )
+    if lacking:
+        raise ValueError(
+            f"the checkpoint has no optimizer's state of {_few(lacking)}, which this optimizer has: "
+            f"{advice}"
+        )
 
 
 def _check_settings(own: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]) -> None:

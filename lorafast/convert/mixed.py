@@ -26,15 +26,16 @@ def mixed(
 
     One forward gives the log-probabilities of a policy and of its reference: FSDP gathers, and the GPU
     reads, each frozen weight once. What an element gets is what it would get alone, to rounding: those
-    without an adapter what ``disabled`` gives, computed in a batch of another size. Adapters' gradients
-    come from their own elements alone.
+    without an adapter what ``disabled`` gives, computed in a batch of another size. These meet no number
+    of an adapter's, be it infinite or NaN. Adapters' gradients come from their own elements alone.
 
-    Elements are those of the first dimension of what an adapted module is called with. Fast, one
-    product with W for all: LoRA over linear layers, quantized too, where the elements of the one
-    adapter are neighbours, or without dropout; in eager code outside autocast. DoRA, embeddings,
-    convolutions and bottlenecks, and all else under autocast and compiled, compute their elements and
-    the others in two calls. What one pass gave has no second derivative. Modules that are trained
-    whole (a head, norms) have no names: all elements go through them.
+    Elements are those of the first dimension of what an adapted module is called with; a linear layer's
+    input has two dimensions or more. Fast, one product with W for all: LoRA over linear layers,
+    quantized too, where the elements of the one adapter are neighbours, or without dropout; in eager
+    code outside autocast. DoRA, embeddings, convolutions and bottlenecks, and all else under autocast
+    and compiled, compute their elements and the others in two calls. What one pass gave has no second
+    derivative, and no gradients under transforms that begin after it. Modules that are trained whole
+    (a head, norms) have no names: all elements go through them.
 
     Within the block the active adapter stays the one that it is. As for ``disabled``, run the backward
     inside too where a forward inside is checkpointed, and the block holds in all threads.

@@ -23,6 +23,8 @@ from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
 from lorafast.nn.rows import Rows
 from lorafast.nn.sharded import beside, placed_as
 from lorafast.nn.siblings import Siblings
+from lorafast.ops import kept_norm
+from lorafast.ops.kept_norm import NormOf
 from lorafast.ops.siblings import Sibling
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -329,6 +331,7 @@ class AdapterLayer(AdapterModule):
         # A weight made in inference mode would refuse every later training step.
         with torch.inference_mode(False), torch.no_grad(), offload.present(self):
             self._merged_weight = self._laid_out(self.merged_weight())
+        kept_norm.forget(self)
         self._set_merged(True)
 
     def _laid_out(self, merged: Tensor) -> Tensor:
@@ -338,6 +341,7 @@ class AdapterLayer(AdapterModule):
     def unmerge(self) -> None:
         """Undoes ``merge()``, exactly."""
         self._merged_weight = None
+        kept_norm.forget(self)
         self._set_merged(False)
 
     def _set_merged(self, merged: bool) -> None:
@@ -409,6 +413,22 @@ class AdapterLayer(AdapterModule):
         """``‖W + scaling · B·A‖``, what DoRA divides by, ``[out_features]``."""
         raise NotImplementedError(f"a {type(self).__name__} has no DoRA")
 
+    def _norm_of(self, x: Tensor, compute: NormOf) -> NormOf | None:
+        """What takes DoRA's norm in a forward of ``x``, if it is kept; None if ``compute`` does."""
+        # torch.fx has something else in the place of x, and compiled code keeps nothing.
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            return None
+        if self.training:
+            kept_norm.mark_trained(self)
+            return None
+        adapter = [self._parameters.get(n) for n in self.peft_names if n != "lora_magnitude"]
+        return kept_norm.keeping(self, [*self.frozen_tensors().values(), *adapter], compute)
+
+    def train(self: Layer, mode: bool = True) -> Layer:
+        """As of any module; DoRA's norm is taken anew after it, and after ``eval()``."""
+        kept_norm.forget(self)
+        return super().train(mode)
+
     @torch.no_grad()
     def _reset_magnitude(self) -> None:
         """Sets ``lora_magnitude`` to the norms that there are, which makes the layer LoRA's."""
@@ -456,6 +476,7 @@ class AdapterLayer(AdapterModule):
         """Gives the plain layer what it has beside its weight and what is carried."""
 
     def _apply(self: Layer, fn: Any, recurse: bool = True) -> Layer:
+        kept_norm.forget(self)
         was_meta = self._adapter_is_meta()
         super()._apply(fn, recurse)
         if was_meta and not self._adapter_is_meta():
@@ -490,6 +511,7 @@ class AdapterLayer(AdapterModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        kept_norm.forget(self)
         inactive.follow(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

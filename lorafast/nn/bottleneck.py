@@ -164,7 +164,7 @@ class Bottleneck(AdapterModule):
         if self._off:
             return self.base_forward(h, residual)
         if self._rows is not None:
-            return self._rows.by_parts((h, residual), self.forward_active, self.base_forward)
+            return self._rows.by_parts((h, residual), self.forward_active, self.base_forward, 2)
         return self.forward_active(h, residual)
 
     def base_forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorafast.nn.checks import check_probability
+from lorafast.ops import kept_norm
 
 INACTIVE = "inactive"
 FIRST = "default"
@@ -129,6 +130,7 @@ def exchange(layer: Any, name: str) -> None:
     there.clear()
     there.update(order)
     layer._adapter_name = name
+    kept_norm.forget(layer)
     layer._set_merged(layer.merged)  # which DoRA has a part in
 
 

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorafast import ops
 from lorafast.core.context import without_autocast
-from lorafast.functional import filters, lora_conv
+from lorafast.functional import filter_norm, lora_conv
 from lorafast.nn import offload
 from lorafast.nn.adaptable import why_not_convolution
 from lorafast.nn.adapter_layer import AdapterLayer
@@ -186,7 +185,7 @@ class LoRAConv(AdapterLayer):
 
     def _weight_norm(self) -> Tensor:
         with without_autocast(self.lora_A):
-            norm = ops.weight_norm(*filters(self.weight, self.lora_A, self.lora_B), self._scaling)
+            norm = filter_norm(self.weight, self.lora_A, self.lora_B, self._scaling)
         return norm.view(self.adapter_shapes()["lora_magnitude"])
 
     def reset_parameters(self) -> None:
@@ -220,6 +219,7 @@ class LoRAConv(AdapterLayer):
             padding=self.padding, dilation=self.dilation, groups=self.groups,
             magnitude=self.lora_magnitude if self._use_dora else None, dropout_p=self.dropout,
             training=self.training,
+            norm_of=self._norm_of(x, filter_norm) if self._use_dora else None,
         )  # fmt: skip
 
     def _forward_merged(self, x: Tensor) -> Tensor:

@@ -17,8 +17,15 @@ from lorafast.nn.adapter_layer import AdapterLayer, resized
 from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.scripted import ScriptedDoRAEmbedding, ScriptedLoRAEmbedding
 from lorafast.nn.sharded import draw_
-from lorafast.operands import kept_transposed
+from lorafast.operands import Weight, kept_transposed
+from lorafast.ops.kept_norm import NormOf
 from lorafast.ops.unstrided import is_sharded
+
+
+def column_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``‖W + scaling · (B·A)ᵀ‖`` of each column, ``[N]``."""
+    assert isinstance(weight, Tensor)
+    return ops.weight_norm(kept_transposed(weight), lora_A, lora_B, scaling)
 
 
 def dora_embedding(
@@ -29,10 +36,11 @@ def dora_embedding(
     magnitude: Tensor,
     scaling: float,
     padding_idx: int | None,
+    norm_of: NormOf | None = None,
 ) -> Tensor:
     """``y = m / ‖W + scaling · (B·A)ᵀ‖ ⊙ lora_embedding(x)``; no gradient flows through the norm."""
     with without_autocast(weight):
-        scale = magnitude / ops.weight_norm(kept_transposed(weight), lora_A, lora_B, scaling)
+        scale = magnitude / (norm_of or column_norm)(weight, lora_A, lora_B, scaling)
     y = lora_embedding(tokens, weight, lora_A, lora_B, scaling, padding_idx=padding_idx)
     return (y * scale).to(y.dtype)
 
@@ -69,10 +77,10 @@ class LoRAEmbedding(AdapterLayer):
 
     With ``use_dora`` it is DoRA (Liu et al., 2024), as in PEFT: ``y = m / ‖W + scaling · (B·A)ᵀ‖ ⊙
     (W[x] + scaling · Aᵀ[x]·Bᵀ)``, with the norm of each column, which has no gradient, and a fourth
-    parameter, ``lora_magnitude [embedding_dim]``, which is m. A forward then reads all of W. The
-    magnitude starts as those norms, and does so again when a plain checkpoint is loaded where
-    ``lora_embedding_A`` is zero. When the table is resized it changes so that the tokens that stay keep
-    their rows.
+    parameter, ``lora_magnitude [embedding_dim]``, which is m. A forward in training then reads all of W,
+    in evaluation the first one. The magnitude starts as those norms, and does so again when a plain
+    checkpoint is loaded where ``lora_embedding_A`` is zero. When the table is resized it changes so that
+    the tokens that stay keep their rows.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit.
@@ -219,7 +227,7 @@ class LoRAEmbedding(AdapterLayer):
     def _weight_norm(self) -> Tensor:
         A, B = self.lora_embedding_A, self.lora_embedding_B
         with without_autocast(A):
-            return ops.weight_norm(kept_transposed(self.weight), A, B, self._scaling)
+            return column_norm(self.weight, A, B, self._scaling)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, the frozen one as ``nn.Embedding`` does."""
@@ -257,7 +265,7 @@ class LoRAEmbedding(AdapterLayer):
     def _forward_dora(self, x: Tensor) -> Tensor:
         y = dora_embedding(
             x, self.weight, self.lora_embedding_A, self.lora_embedding_B, self.lora_magnitude,
-            self._scaling, self.padding_idx,
+            self._scaling, self.padding_idx, self._norm_of(x, column_norm),
         )  # fmt: skip
         return self._scaled(y) if self._scales else y
 

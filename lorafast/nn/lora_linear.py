@@ -209,8 +209,9 @@ class LoRALinear(AdapterLayer):
         Other arguments as for the class.
 
         Raises:
-            TypeError: ``weight`` is no operand that a layer can hold, ``bias`` doesn't fit it, or
-                ``adapter_dtype`` is not one of float16, bfloat16, float32 and float64.
+            TypeError: ``weight`` is no operand that a layer can hold, as when a scale is NaN, ``bias``
+                doesn't fit it, or ``adapter_dtype`` is not one of float16, bfloat16, float32 and
+                float64.
             ValueError: another argument doesn't fit.
         """
         from lorafast.nn.lora_operand_linear import LoRAOperandLinear  # which is a LoRALinear
@@ -348,6 +349,7 @@ class LoRALinear(AdapterLayer):
         return dora_linear(
             x, self.base_weight(), self.lora_A, self.lora_B, self.lora_magnitude, self._scaling,
             self.bias, dropout_p=self.dropout, training=self.training,
+            norm_of=self._norm_of(x, ops.weight_norm),
         )  # fmt: skip
 
     def _forward_merged(self, x: Tensor) -> Tensor:

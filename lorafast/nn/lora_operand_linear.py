@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafast import operands
+from lorafast import operands, ops
 from lorafast.core.context import autocast_anywhere
 from lorafast.functional import dora_linear, lora_linear
 from lorafast.nn import offload
@@ -15,6 +15,7 @@ from lorafast.nn.plain import move_hooks, why_not_its_forward
 from lorafast.nn.quantized_linear import QuantizedLinear, quantized_linear_of
 from lorafast.nn.stored_weight import StoredWeight, fitted, why_not_stored
 from lorafast.operands import Operand, Weight
+from lorafast.ops.kept_norm import NormOf
 from lorafast.ops.stored_lora_linear import lora_linear_again, remember
 from lorafast.ops.unstrided import is_sharded
 
@@ -44,10 +45,13 @@ def dora_linear_of(
     scaling: float,
     bias: Tensor | None,
     dropout_p: float,
+    norm_of: NormOf | None = None,
 ) -> Tensor:
     """``dora_linear`` over the operand that is stored so."""
     weight, bias = fitted(x, stored, description, bias)
-    return dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p=dropout_p)
+    return dora_linear(
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p=dropout_p, norm_of=norm_of
+    )
 
 
 # For torch.fx a call is one node, as one of nn.Linear is.
@@ -188,6 +192,7 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         return dora_linear_of(
             x, self._stored(), self._description, self.lora_A, self.lora_B, self.lora_magnitude,
             self._scaling, self.bias, self.dropout if self.training else 0.0,
+            self._norm_of(x, ops.weight_norm),
         )  # fmt: skip
 
     def base_forward(self, x: Tensor) -> Tensor:

@@ -19,26 +19,38 @@ def forward(layer: Any, rows: Rows, x: Tensor) -> Tensor:
     adapter's rows alone where the others are constants. Several: ``grouped_lora_linear``. DoRA, and what
     is neither: the parts one by one.
     """
-    rows.check(x)
+    rows.check(x, 2)
     names, own = rows.used(), rows.own()
-    if not names:
-        return rows.by_parts((x,), layer.forward_active, layer.base_forward)
-    dropout_p = max(_dropout(layer, name) for name in names) if layer.training else 0.0
-    weight, bias = layer.fitted(x)
-    if len(names) == 1 and own is not None and not layer._use_dora and x.dim() > 1:
+    dropout_p = max([0.0, *(_dropout(layer, n) for n in names)]) if layer.training else 0.0
+    if len(names) > 1:
+        return _of_several(layer, rows, names, x, dropout_p)
+    if own is not None and len(rows.runs) > 1 and not layer._use_dora:
+        weight, bias = layer.fitted(x)
         A, B, scaling = _factors(layer, names[0])
         y = ops.lora_linear_on_some_rows(
             x, weight, A, B, scaling, own, bias, dropout_p, constants=rows.constants
         )
         if y is not None:
             return y
-    if names == [layer._adapter_name]:
-        return rows.by_parts((x,), layer.forward_active, layer.base_forward)
+    if names in ([], [layer._adapter_name]):
+        return rows.by_parts((x,), layer.forward_active, layer.base_forward, 2)
+
+    def of_waiting(x: Tensor) -> Tensor:
+        weight, bias = layer.fitted(x)
+        A, B, scaling = _factors(layer, names[0])
+        return functional.lora_linear(x, weight, A, B, scaling, bias, dropout_p=dropout_p)
+
+    return rows.by_parts((x,), of_waiting, layer.base_forward, 2)
+
+
+def _of_several(layer: Any, rows: Rows, names: list[str], x: Tensor, dropout_p: float) -> Tensor:
+    """One product with W, and one batched over the adapters ``names``."""
     if dropout_p:
         raise ValueError(
-            "in a block of mixed several adapters, or one that isn't active and whose elements aren't "
-            "neighbours, have no dropout: call model.eval() before, or adapt with dropout 0"
+            "in a block of mixed several adapters have no dropout: call model.eval() before, or adapt "
+            "with dropout 0"
         )
+    weight, bias = layer.fitted(x)
     index = {name: i for i, name in enumerate(names)}
     every_A, every_B, scalings = zip(*(_factors(layer, name) for name in names), strict=True)
     # A scaling of float32 would round what is computed in float64.

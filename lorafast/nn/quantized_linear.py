@@ -61,6 +61,7 @@ class QuantizedLinear(StoredWeight):
         ``lorafast.quantize`` looks for what would be lost first.
 
         Raises:
+            TypeError: no layer can hold what is made, as when the weight is NaN or infinite somewhere.
             ValueError: nothing quantizes to the format, or an option doesn't fit it.
         """
         weight = operands.quantize(linear.weight.detach(), format, **options)
@@ -71,7 +72,7 @@ class QuantizedLinear(StoredWeight):
         """The layer of ``weight [N, K]`` and ``bias [N]``, over their memory.
 
         Raises:
-            TypeError: no layer can hold them; the message says why.
+            TypeError: no layer can hold them, as when a scale is NaN; the message says why.
         """
         reason = why_not_stored(
             weight, bias, frozenset(dir(cls)) | {"bias", "in_features", "out_features"}

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafast.core.context import without_autocast
+from lorafast.ops.checks import describe_layout, has_rows
+
 
 class Rows:
     """The name of an adapter for each element of a batch, None for those that have none.
@@ -32,12 +35,17 @@ class Rows:
         """The names of adapters, each once."""
         return [name for name in dict.fromkeys(self.names) if name is not None]
 
-    def check(self, x: Tensor) -> None:
-        """Raises ``ValueError`` if ``x`` hasn't as many elements."""
-        if x.dim() < 1 or x.shape[0] != len(self.names):
+    def check(self, x: Tensor, dims: int = 1) -> None:
+        """Raises ``ValueError`` if ``x`` hasn't as many elements, or fewer than ``dims`` dimensions."""
+        if not has_rows(x):
+            raise ValueError(
+                f"x is {describe_layout(x)}, and a block of mixed names adapters for the elements of a "
+                "strided tensor"
+            )
+        if x.dim() < dims or x.shape[0] != len(self.names):
             raise ValueError(
                 f"x has shape {list(x.shape)}, and the block of mixed names adapters for "
-                f"{len(self.names)} elements: expected as many in the first dimension"
+                f"{len(self.names)} elements: expected as many in the first dimension, of {dims} or more"
             )
 
     def own(self) -> tuple[int, int] | None:
@@ -57,11 +65,13 @@ class Rows:
         tensors: Sequence[Tensor | None],
         forward: Callable[..., Tensor],
         base: Callable[..., Tensor],
+        dims: int = 1,
     ) -> Tensor:
-        """``forward`` of the elements of the one adapter and ``base`` of the others, in their order."""
+        """``forward`` of the elements of the one adapter and ``base`` of the others, in their order.
+        ``dims``: the least that a tensor has with a batch."""
         for tensor in tensors:
             if tensor is not None:
-                self.check(tensor)
+                self.check(tensor, dims)
         if not self.used():
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constants):
                 return base(*tensors)
@@ -71,14 +81,14 @@ class Rows:
             found = [
                 self._part(tensors, slice(*run), name, forward, base) for name, *run in self.runs
             ]
-            return torch.cat(found)
+            return _together(found)
         own = [i for i, name in enumerate(self.names) if name is not None]
         others = [i for i, name in enumerate(self.names) if name is None]
         x: Any = tensors[0]
         order = torch.tensor(own + others, device=x.device)
         one = self._part(tensors, order[: len(own)], self.used()[0], forward, base)
         two = self._part(tensors, order[len(own) :], None, forward, base)
-        return torch.cat([one, two]).index_select(0, order.argsort())
+        return _together([one, two]).index_select(0, order.argsort())
 
     def _part(
         self,
@@ -92,3 +102,9 @@ class Rows:
             return forward(*(None if t is None else t[at] for t in tensors))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constants):
             return base(*(None if t is None else t[at] for t in tensors))
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    """As they are: autocast on a CPU would refuse float16 beside its bfloat16."""
+    with without_autocast(parts[0]):
+        return torch.cat(parts)

@@ -1,7 +1,7 @@
 """``StoredWeight``: what layers over an operand have in common, whose tensors are the layer's own."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -167,9 +167,7 @@ class StoredWeight(nn.Module):
             if isinstance(found, Tensor) and found.shape != tensor.shape:
                 shapes = f"{list(tensor.shape)}, and the checkpoint as {list(found.shape)}"
                 return f"stores {name} as {shapes}"
-        # The first tensor has the codes, which may be any floats.
-        given = {name: state_dict.get(prefix + name) for name in self._stored_names[1:]}
-        unfit = not_finite({n: t for n, t in given.items() if isinstance(t, Tensor)})
+        unfit = _not_finite_scale({n: state_dict.get(prefix + n) for n in self._stored_names})
         if unfit is not None:
             return (
                 f"stores its weight as {self._format()}, and {unfit} of the checkpoint is NaN or "
@@ -194,6 +192,13 @@ class StoredWeight(nn.Module):
 
     def _format(self) -> str:
         return self._description.partition("|")[0]
+
+
+def _not_finite_scale(stored: Mapping[str, Any]) -> str | None:
+    """The name of a tensor of scales that is NaN or infinite somewhere, or None. The first tensor has
+    the codes, which may be any floats."""
+    _, *scales = stored
+    return not_finite({name: stored[name] for name in scales if isinstance(stored[name], Tensor)})
 
 
 def _without(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -263,6 +268,9 @@ def why_not_stored(weight: Any, bias: object, taken: Collection[str]) -> str | N
         return f"it has shape {list(shape)}, expected [out_features, in_features]"
     if weight.dtype not in FLOATS:
         return f"it is multiplied in {weight.dtype}, expected {FLOAT_NAMES}"
+    unfit = _not_finite_scale(weight.tensors())
+    if unfit is not None:
+        return f"its {unfit} is NaN or infinite somewhere, expected finite scales"
     return None if bias is None else _why_unfit(weight, bias, *devices)
 
 

@@ -30,9 +30,10 @@ class Switch:
 
     def mix(self, rows: Rows | None) -> None:
         """In a block of ``mixed``, or None: outside."""
-        self._rows = rows
-        if rows is None:
-            del self._rows
+        if rows is not None:
+            self._rows = rows
+        else:
+            vars(self).pop("_rows", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         on = {name: value for name, value in state.items() if name not in _OF_BLOCKS}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorafast.operands.eight_bit import WHO_CASTS, Int8
 from lorafast.operands.four_bit import FP4, NF4, FourBit
-from lorafast.operands.operand import not_finite
+from lorafast.operands.operand import not_finite, said
 
 _FOUR_BIT: dict[str, type[FourBit]] = {"nf4": NF4, "fp4": FP4}
 
@@ -123,20 +123,16 @@ def _why_not_whole(state: Any) -> str | None:
     """What a quant_state lacks, or None."""
     for name, part in {"code": state.code, **_scales_of(state)}.items():
         if not isinstance(part, Tensor):
-            return f"its quant_state.{name} is {_said(part)}, expected a tensor"
+            return f"its quant_state.{name} is {said(part)}, expected a tensor"
         if part.is_meta:
             return f"its quant_state.{name} is on the meta device: load it first"
     if not isinstance(state.shape, list | tuple):
-        return f"its quant_state.shape is {_said(state.shape)}, expected two sizes"
+        return f"its quant_state.shape is {said(state.shape)}, expected two sizes"
     if state.state2 is not None and type(state.state2.blocksize) is not int:
         return (
-            f"its quant_state.state2.blocksize is {_said(state.state2.blocksize)}, expected an int"
+            f"its quant_state.state2.blocksize is {said(state.state2.blocksize)}, expected an int"
         )
     return None
-
-
-def _said(part: object) -> str:
-    return "None" if part is None else f"a {type(part).__name__}"
 
 
 def _four_bit(layer: Any) -> FourBit:
@@ -161,11 +157,21 @@ def _why_not_int8(layer: Any) -> str | None:
         return _NOT_YET
     for name, part in parts.items():
         if not isinstance(part, Tensor):
-            return f"its {name} is {_said(part)}, expected a tensor"
+            return f"its {name} is {said(part)}, expected a tensor"
         if part.is_meta:
             return f"its {name} is on the meta device: load it first"
     if not_finite({"SCB": parts["SCB"]}) is not None:  # type: ignore[dict-item]
         return "a scale of its weight is NaN or infinite (SCB)"
+    return _why_not_sized(layer, parts["CB"], parts["SCB"])  # type: ignore[arg-type]
+
+
+def _why_not_sized(layer: Any, codes: Tensor, scales: Tensor) -> str | None:
+    """What codes and scales are that are not those of a weight ``[out_features, in_features]``."""
+    expected = (layer.out_features, layer.in_features)
+    if tuple(codes.shape) != expected:
+        return f"its CB has shape {list(codes.shape)}, expected {list(expected)}"
+    if scales.numel() != expected[0]:  # Int8 takes one scale of all of W too
+        return f"its SCB has shape {list(scales.shape)}, expected [{expected[0]}], a scale each row"
     try:
         _int8(layer)
     except ValueError as error:

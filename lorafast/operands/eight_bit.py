@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafast.core.dtypes import FLOATS
 from lorafast.operands.four_bit import MOST
-from lorafast.operands.operand import Operand, Split
+from lorafast.operands.operand import Operand, Split, check_tensors
 
 
 class EightBit(Operand):
@@ -41,6 +41,7 @@ class EightBit(Operand):
         block: tuple[int, int] | None = None,
     ) -> None:
         self._name = next((name for name in self.names if name in tensors), "scale")
+        check_tensors(tensors, ("weight", self._name))
         codes, scale = tensors["weight"], tensors[self._name]
         self._tensors = {"weight": codes, self._name: scale}
         if dtype not in FLOATS:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafast.core import codebooks
 from lorafast.core.codebooks import codebook
 from lorafast.core.dtypes import FLOATS
-from lorafast.operands.operand import Operand, Split
+from lorafast.operands.operand import Operand, Split, check_tensors
 
 NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
 _NUMBERS = 256
@@ -70,9 +70,11 @@ class FourBit(Operand):
     ) -> None:
         if dtype not in FLOATS:
             raise ValueError(f"weight is of {dtype}, expected a float dtype")
-        if len(shape) != 2:
-            raise ValueError(f"weight is said to have shape {list(shape)}, expected [N, K]")
+        sizes = isinstance(shape, list | tuple) and len(shape) == 2
+        if not sizes or not all(isinstance(size, int | torch.SymInt) for size in shape):
+            raise ValueError(f"weight is said to have shape {shape!r}, expected two sizes (N, K)")
         names = ("weight", "absmax", *(NESTED if nested_block is not None else ()))
+        check_tensors(tensors, names)
         self._tensors = {name: tensors[name] for name in names}
         self.shape = torch.Size(shape)
         self.dtype = self.stored_dtype = dtype

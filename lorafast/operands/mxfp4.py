@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lorafast.core.codebooks import E2M1, codebook
 from lorafast.core.dtypes import FLOATS
-from lorafast.operands.operand import Operand, Split
+from lorafast.operands.operand import Operand, Split, check_tensors
 
 BLOCK = 32
 """Elements of a row that share an exponent."""
+_NAMES = ("blocks", "scales")
 _LEAST = 1 << 22
 """The bits of 2⁻¹²⁷ as a float32: it is not normal."""
 _QUIET = 1 << 22
@@ -35,6 +36,7 @@ class MXFP4(Operand):
     """What W is rounded to, whatever ``to`` has made ``dtype``."""
 
     def __init__(self, blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+        check_tensors({"blocks": blocks, "scales": scales}, _NAMES)
         if dtype not in FLOATS:
             raise ValueError(f"weight is of {dtype}, expected a float dtype")
         if scales.dtype is not torch.uint8 or scales.dim() != 2:
@@ -79,6 +81,7 @@ class MXFP4(Operand):
             raise ValueError(
                 f"weight is said to be {parameters!r}, expected a dtype, as 'bfloat16'"
             )
+        check_tensors(tensors, _NAMES)
         return cls(tensors["blocks"], tensors["scales"], dtype)
 
     def factors(self, begin: int, end: int) -> Tensor:

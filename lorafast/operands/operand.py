@@ -1,9 +1,9 @@
 """``Operand``: a frozen weight in a format of its own."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,24 @@ class Operand(ABC):
     def __repr__(self) -> str:
         shape = list(self.shape)
         return f"{type(self).__name__}(format={self.format}, shape={shape}, dtype={self.dtype})"
+
+
+def said(part: object) -> str:
+    """What stands in the place of a tensor, in a sentence."""
+    return "None" if part is None else f"a {type(part).__name__}"
+
+
+def check_tensors(tensors: Mapping[str, Any], names: Collection[str]) -> None:
+    """That ``tensors`` has a tensor of each name.
+
+    Raises:
+        ValueError: one is missing, or is something else; the message names it.
+    """
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"{name} is missing, expected {', '.join(names)}")
+        if not isinstance(tensors[name], Tensor):
+            raise ValueError(f"{name} is {said(tensors[name])}, expected a tensor")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

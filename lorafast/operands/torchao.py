@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafast.operands.eight_bit import FP8, EightBit, Int8
-from lorafast.operands.operand import not_finite
+from lorafast.operands.operand import not_finite, said
 
 FLOATS8, INTEGERS8 = "Float8Tensor", "Int8Tensor"
 """The classes of torchao that are read, by name."""
@@ -69,6 +69,10 @@ def _why_not_weight_only(weight: Any) -> str | None:
 
 
 def _why_not_read(kind: str, weight: Any) -> str | None:
+    for name in ("qdata", "scale"):
+        part = getattr(weight, name, None)
+        if not isinstance(part, Tensor):
+            return f"its weight's {name} is {said(part)}, expected a tensor"
     zero = getattr(weight, "zero_point", None)
     if kind == INTEGERS8 and zero is not None and bool(zero.count_nonzero()):
         return "its codes have zero points, expected symmetric ones"

@@ -20,10 +20,12 @@ def oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | None = 
 def rotated(x: Tensor, blocks: Tensor, *, few: bool = False) -> Tensor:
     """``x·diag(R_1 … R_b)`` in the dtype of x: ``x [..., b·k]``, ``blocks [b, k, k]``.
 
-    Computed in the wider dtype of the two. Of a ``few`` rows PyTorch differentiates it itself, which
-    takes the host less time.
+    Computed in the wider dtype of the two. PyTorch differentiates it itself where x has that dtype, and
+    is kept as it is anyway, and of a ``few`` rows, which takes the host less time.
     """
-    plain = few or torch.compiler.is_compiling() or not alone() or not is_plain(x, blocks)
+    is_wide = torch.promote_types(x.dtype, blocks.dtype) is x.dtype
+    plain = few or is_wide or torch.compiler.is_compiling() or not alone()
+    plain = plain or not is_plain(x, blocks)
     if plain or not torch.is_grad_enabled():
         return _times(x, blocks)
     found: Tensor = _apply(x, blocks)
@@ -38,8 +40,14 @@ def _by_block(t: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _times(t: Tensor, blocks: Tensor) -> Tensor:
     dtype = torch.promote_types(t.dtype, blocks.dtype)
-    found = torch.bmm(_by_block(t, blocks, dtype), blocks.to(dtype))
-    return found.transpose(0, 1).to(t.dtype).reshape(t.shape)
+    return _times_by_block(t, _by_block(t, blocks, dtype), blocks.to(dtype))
+
+
+def _times_by_block(t: Tensor, by_block: Tensor, blocks: Tensor) -> Tensor:
+    """``t·diag(blocks)`` as t is laid out; ``by_block [b, M, k]`` is t in the blocks' dtype."""
+    found = torch.bmm(by_block, blocks).transpose(0, 1)
+    # Rounded and laid out in one pass.
+    return found.to(t.dtype, memory_format=torch.contiguous_format).reshape(t.shape)
 
 
 class _Rotated(torch.autograd.Function):
@@ -57,13 +65,14 @@ class _Rotated(torch.autograd.Function):
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, blocks = ctx.saved_tensors
         need_dx, need_dblocks = ctx.needs_input_grad
+        dtype = torch.promote_types(dy.dtype, blocks.dtype)
+        of_dy = _by_block(dy, blocks, dtype)
         dx = dblocks = None
         if need_dx:
-            dx = _times(dy, blocks.transpose(1, 2))
+            dx = _times_by_block(dy, of_dy, blocks.transpose(1, 2).to(dtype))
         if need_dblocks:
-            dtype = torch.promote_types(dy.dtype, blocks.dtype)
             of_x = _by_block(x, blocks, dtype).transpose(1, 2)
-            dblocks = torch.bmm(of_x, _by_block(dy, blocks, dtype)).to(blocks.dtype)
+            dblocks = torch.bmm(of_x, of_dy).to(blocks.dtype)
         return dx, dblocks
 
 

@@ -6,9 +6,10 @@ forwards (optimizers, checkpoints, ``save_adapter``, ``merge``) sees DTensors.
 """
 
 import contextlib
+import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,23 +24,29 @@ from torch.utils._pytree import tree_map_only
 from lorafast import operands
 from lorafast.core import columns
 from lorafast.core.columns import Columns
+from lorafast.parallel import replicas
 
 REPLICATE = (Replicate(),)
 PARTIAL = (Partial(),)
 
 
 class _Part(torch.autograd.Function):
-    """This rank's part of a DTensor; with ``summed`` its gradient is the sum of all ranks'."""
+    """This rank's part of a DTensor; with ``summed`` its gradient is the sum of all ranks', else
+    ``check`` gets it first."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Any, summed: bool) -> Tensor:
-        ctx.spec, ctx.summed = whole._spec, summed
+    def forward(
+        ctx: Any, whole: Any, summed: bool, check: Callable[[Tensor], None] | None
+    ) -> Tensor:
+        ctx.spec, ctx.summed, ctx.check = whole._spec, summed, check
         part: Tensor = whole._local_tensor
         return part.view_as(part)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         spec = ctx.spec
+        if ctx.check is not None:
+            ctx.check(gradient)
         made = DTensor.from_local(
             gradient,
             spec.mesh,
@@ -48,7 +55,7 @@ class _Part(torch.autograd.Function):
             shape=spec.shape,
             stride=spec.stride,
         )
-        return made.redistribute(placements=spec.placements) if ctx.summed else made, None
+        return made.redistribute(placements=spec.placements) if ctx.summed else made, None, None
 
 
 class _Waited(torch.autograd.Function):
@@ -123,6 +130,8 @@ class Local:
     Args:
         mesh: one dimension of ranks.
         summed: the names of replicated parameters of whose gradients each rank has a summand.
+        alike: those of which each rank has all of the gradient, with their names in the model. The first
+            gradient is compared.
         takes, gives: the layouts of the input and the output outside the layer; None leaves them as
             they are.
         computes: the layouts of both inside it.
@@ -137,6 +146,7 @@ class Local:
         mesh: DeviceMesh,
         summed: frozenset[str],
         *,
+        alike: Mapping[str, str] | None = None,
         takes: Sequence[Placement] | None = None,
         gives: Sequence[Placement] | None = None,
         computes: tuple[Placement, Placement] | None = None,
@@ -146,6 +156,7 @@ class Local:
         tokens: range | None = None,
     ) -> None:
         self.mesh, self.summed = mesh, summed
+        self._uncompared = dict(alike or {})
         self.takes, self.gives = takes, gives
         self.computes, self.use_local_output = computes, use_local_output
         self.shares_K, self.description, self.tokens = shares_K, description, tokens
@@ -298,13 +309,29 @@ class Local:
             # The sum over ranks has it once.
             if not tensor.requires_grad:
                 return None
-            bias = _Part.apply(tensor, False)
+            bias = _Part.apply(tensor, False, None)
             return bias - bias.detach()
         if tensor.requires_grad and torch.is_grad_enabled():
-            part: Tensor = _Part.apply(tensor, name in self.summed)
+            is_compared = name in self._uncompared and not torch.compiler.is_compiling()
+            check = functools.partial(self._compare, name) if is_compared else None
+            part: Tensor = _Part.apply(tensor, name in self.summed, check)
             return part
         local: Tensor = tensor._local_tensor
         return local
+
+    def _compare(self, name: str, gradient: Tensor) -> None:
+        """Once, of a gradient that isn't 0: the other ranks' must be the same."""
+        if name not in self._uncompared:
+            return
+        is_another = replicas.differs(_wait(gradient), self.mesh)
+        if is_another:
+            raise ValueError(
+                f"{self._uncompared[name]} is replicated, and each rank has another gradient: what it "
+                "computes with is a part, of columns, heads or tokens; give its module "
+                "Replicated(input_layouts=Shard(-1)) in the plan, which sums the gradients"
+            )
+        if is_another is not None:
+            del self._uncompared[name]
 
     def _total(self, part: Tensor) -> Tensor:
         total: Tensor = _wait(all_reduce(part.detach(), "sum", (self.mesh, 0)))

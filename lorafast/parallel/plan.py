@@ -35,8 +35,9 @@ def parallelize(
     """Cuts ``model`` over the ranks of ``mesh`` by ``plan``; returns the model, changed in place.
 
     Adapt it before, and make the optimizer after it: parameters are replaced by DTensors. Whatever is
-    trained and no style is given for is replicated. All that is checked is checked before anything is
-    moved. With FSDP2, cut first (``mesh["tp"]``) and call ``fully_shard`` after (``mesh["dp"]``).
+    trained and no style is given for is replicated, as by ``Replicated()``. All that is checked is
+    checked before anything is moved. With FSDP2, cut first (``mesh["tp"]``) and call ``fully_shard``
+    after (``mesh["dp"]``).
 
     Ranks of the mesh must draw alike: their default generators get the state of the first one's.
 
@@ -91,11 +92,11 @@ def parallelize(
     for name, style in styles.items():
         style.src_data_rank = src_data_rank
         if isinstance(style, Style):
-            style.put_on(inner.get_submodule(name), mesh, sharded)
+            style.put_on(inner.get_submodule(name), mesh, sharded, name)
         else:
             style._apply(inner.get_submodule(name), mesh)
-    for module in left.values():
-        Replicated().put_on_one(module, mesh, sharded)
+    for name, module in left.items():
+        Replicated().put_on_one(module, mesh, sharded, name)
     return model
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import broadcast
+from torch.distributed import ReduceOp, all_reduce, broadcast
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -32,7 +32,7 @@ def check_replicas(model: nn.Module) -> None:
             differing.setdefault(mesh, []).append("the generator of dropout's masks")
     for mesh, names in differing.items():
         wrong = torch.tensor(float(bool(names)), device=_device(mesh))
-        torch.distributed.all_reduce(wrong, group=mesh.get_group())
+        all_reduce(wrong, group=mesh.get_group())
         if wrong:
             what = names[0] if names else "something"
             raise ValueError(
@@ -64,6 +64,26 @@ def of_first(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     sent = tensor.to(_device(mesh), copy=True)
     broadcast(sent, group=group, group_src=0)
     return sent.to(tensor.device)
+
+
+def differs(tensor: Tensor, mesh: DeviceMesh) -> bool | None:
+    """Whether any rank has another tensor than the first; None of zeros, and of what isn't finite.
+
+    To half the digits of its dtype: not every kernel adds in one order. Every rank gets one answer.
+    """
+    own = tensor.detach()
+    own = own.to(torch.promote_types(own.dtype, torch.float32))
+    first = of_first(own, mesh)
+    if type(first) is not Tensor:  # a fake one, which has no values
+        return False
+    norm = torch.linalg.vector_norm
+    largest = torch.maximum(norm(own), norm(first))
+    is_another = norm(own - first) > torch.finfo(tensor.dtype).eps ** 0.5 * largest
+    is_seen = (largest > 0) & largest.isfinite()
+    found = torch.stack([is_another, is_seen]).to(_device(mesh), torch.float32)
+    all_reduce(found, ReduceOp.MAX, group=mesh.get_group())
+    another, seen = found.bool().tolist()
+    return another if seen else None
 
 
 def state(mesh: DeviceMesh) -> Tensor:

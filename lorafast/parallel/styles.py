@@ -47,8 +47,11 @@ class Style(ParallelStyle):
         """The parameters that it would make DTensors of, and as what; but for an operand's."""
 
     @abstractmethod
-    def put_on(self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter]) -> None:
-        """Cuts ``module``; ``sharded`` has what became of parameters, by their ids."""
+    def put_on(
+        self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter], path: str = ""
+    ) -> None:
+        """Cuts ``module``, which the model has at ``path``; ``sharded`` has what became of parameters,
+        by their ids."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         reason = why_not_mesh(device_mesh) or self.why_not(module, device_mesh)
@@ -139,7 +142,9 @@ class _Cut(Style):
         dims = {name: self._dim(name, axes) for name in _own(module)}
         return {name: (tensor, _placement(dims[name])) for name, tensor in _own(module).items()}
 
-    def put_on(self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter]) -> None:
+    def put_on(
+        self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter], path: str = ""
+    ) -> None:
         """Cuts the parameters, and gives the layer the hooks."""
         weight, description = operand_of(module), None
         summed = set()
@@ -248,7 +253,9 @@ class Replicated(Style):
 
     Its parameters begin alike on all ranks. Where every rank has all of the input, each has all of the
     gradients, and nothing is sent. Where the input is cut, by tokens (``Shard(1)``, sequence
-    parallelism) or by heads, each rank has a summand of the gradients: the backward sums them.
+    parallelism) or by heads, each rank has a summand of the gradients: the backward sums them. Which it
+    is was said in the plan: the first backward compares the gradients of all ranks where they are to be
+    the same, and raises a ``ValueError`` where they aren't (not in compiled models).
 
     Args:
         input_layouts: of the input; ``Replicate()`` by default.
@@ -285,23 +292,27 @@ class Replicated(Style):
                 found[f"{path}.{name}" if path else name] = tensor, Replicate()
         return found
 
-    def put_on(self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter]) -> None:
+    def put_on(
+        self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter], path: str = ""
+    ) -> None:
         """Makes the parameters that are trained, or may be, replicated DTensors."""
-        for one in [*module.modules()]:
+        for name, one in [*module.named_modules(prefix=path)]:
             if is_trained(one):
-                self.put_on_one(one, mesh, sharded)
+                self.put_on_one(one, mesh, sharded, name)
 
     def put_on_one(
-        self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter]
+        self, module: nn.Module, mesh: DeviceMesh, sharded: dict[int, nn.Parameter], path: str
     ) -> None:
         """The same of the module's own parameters alone."""
         own = _trained(module)
         for name, tensor in own.items():
             _put(module, name, self._moved(tensor, mesh, Replicate(), sharded))
-        summed = frozenset[str]()
-        if self.input_layouts != Replicate():
-            summed = frozenset(name.rpartition(".")[2] for name in own)
-        attach(module, Local(mesh, summed))
+        names = {n.rpartition(".")[2]: f"{path}.{n}" if path else n for n in own}
+        if self.input_layouts == Replicate():
+            local = Local(mesh, frozenset(), alike=names)
+        else:
+            local = Local(mesh, frozenset(names))
+        attach(module, local)
 
 
 def _check_layouts(**given: object) -> None:

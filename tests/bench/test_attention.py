@@ -4,6 +4,7 @@ pytest.importorskip("peft")
 
 import torch
 from lorafast.bench.attention import job
+from lorafast.bench.common import steps
 from lorafast.bench.common.record import Record
 
 from lorafast.nn import LoRAMultiheadAttention
@@ -33,5 +34,5 @@ def test_what_is_wrong_has_no_time(monkeypatch):
     monkeypatch.setattr(LoRAMultiheadAttention, "forward", without_scaling)
     rows = {r.contender: r for r in job.measure(SIZE, 8, "fp32", device=CPU, seconds=0.01)}
     assert rows["lorafast"].samples == []
-    assert "WRONG" in job.format_rows([rows["lorafast"]])
+    assert "WRONG" in steps.format_rows([rows["lorafast"]])
     assert rows["peft"].wrong is None

@@ -1,5 +1,6 @@
 import torch
 from lorafast.bench.bottlenecks import job
+from lorafast.bench.common import steps
 from lorafast.bench.common.record import Record
 
 from lorafast.nn import Bottleneck
@@ -33,5 +34,5 @@ def test_what_is_wrong_has_no_time(monkeypatch):
     found = job.measure(SIZE, 5, "gelu", "fp32", device=CPU, seconds=0.001)
     rows = {row.contender: row for row in found}
     assert rows["lorafast"].samples == []
-    assert "WRONG" in job.format_rows([rows["lorafast"]])
+    assert "WRONG" in steps.format_rows([rows["lorafast"]])
     assert rows["torch"].wrong is None

@@ -3,6 +3,7 @@ import pytest
 pytest.importorskip("peft")
 
 import torch
+from lorafast.bench.common import steps
 from lorafast.bench.common.record import Record
 from lorafast.bench.convolutions import job
 
@@ -34,5 +35,5 @@ def test_what_is_wrong_has_no_time(monkeypatch):
     monkeypatch.setattr(LoRAConv, "forward", without_scaling)
     rows = {r.contender: r for r in job.measure(SIZE, 8, "fp32", device=CPU, seconds=0.01)}
     assert rows["lorafast"].samples == []
-    assert "WRONG" in job.format_rows([rows["lorafast"]])
+    assert "WRONG" in steps.format_rows([rows["lorafast"]])
     assert rows["peft"].wrong is None

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 
 import pytest
 import torch
@@ -233,3 +234,147 @@ def test_a_state_of_another_shape_or_with_less_is_refused(saved, fresh, unchange
     less = {n: t for n, t in state["tensors"].items() if n != name}
     with unchanged(other), pytest.raises(ValueError, match=name):
         load(other, {**state, "tensors": less})
+
+
+def every_adapters(model):
+    """The parameters of all adapters, active or not."""
+    return [p for name, p in model.named_parameters() if "lora_" in name]
+
+
+def optimizer_states(model, optimizer):
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: dict(values) for p, values in optimizer.state.items()}
+
+
+def assert_same_states(found, expected):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].keys() == values.keys()
+        for key, value in values.items():
+            assert torch.equal(torch.as_tensor(found[name][key]), torch.as_tensor(value)), name
+
+
+def step(model, optimizer, x):
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def two(fresh, draw_adapters):
+    """A model whose adapters were both trained, ``second`` last, by one optimizer."""
+
+    def make(optimizer=torch.optim.AdamW, **options):
+        model = fresh()
+        lorafast.add_adapter(model, "second", 1)
+        draw_adapters(model)
+        made = optimizer(every_adapters(model), lr=0.1, **options)
+        lorafast.set_adapter(model, "second")
+        return model, made
+
+    return make
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_moments_of_an_adapter_that_waits(two, x, optimizer):
+    model, trained = two(optimizer)
+    lorafast.set_adapter(model, "default")
+    for _ in range(2):
+        step(model, trained, x)
+    lorafast.set_adapter(model, "second")
+    step(model, trained, x)
+    expected = copy.deepcopy(optimizer_states(model, trained))
+    assert len(expected) == 8
+    state = state_of(model, trained)
+    assert_same_states(optimizer_states(model, trained), expected)
+    other, fresh_one = two(optimizer)
+    frozen = [name for name, p in other.named_parameters() if not p.requires_grad]
+    load(other, state, fresh_one)
+    assert_same_states(optimizer_states(other, fresh_one), expected)
+    assert frozen == [name for name, p in other.named_parameters() if not p.requires_grad]
+    for one, its in ((model, trained), (other, fresh_one)):
+        lorafast.set_adapter(one, "default")
+        step(one, its, x)
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Rprop])
+def test_one_that_never_was_trained_has_no_state_after_a_load_either(two, x, kind):
+    model, optimizer = two(kind)
+    step(model, optimizer, x)
+    before = copy.deepcopy(optimizer_states(model, optimizer))
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    state = state_of(model, optimizer)
+    assert_same_states(optimizer_states(model, optimizer), before)
+    assert optimizer.state_dict()["param_groups"] == groups
+    assert len(state["optimizer"]["state"]) == 8
+    other, fresh_one = two(kind)
+    load(other, state, fresh_one)
+    assert_same_states(optimizer_states(other, fresh_one), before)
+    for one, its in ((model, optimizer), (other, fresh_one)):
+        lorafast.set_adapter(one, "default")
+        step(one, its, x)
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_group_without_a_state(two, x):
+    def make():
+        model, _ = two()
+        parameters = every_adapters(model)
+        groups = [{"params": parameters[:4], "momentum": 0.9}, {"params": parameters[4:]}]
+        return model, torch.optim.SGD(groups, lr=0.1)
+
+    model, optimizer = make()
+    step(model, optimizer, x)
+    other, fresh_one = make()
+    load(other, state_of(model, optimizer), fresh_one)
+    assert_same_states(optimizer_states(other, fresh_one), optimizer_states(model, optimizer))
+
+
+def test_an_optimizer_of_another_kind_or_another_model_is_refused(two, x, unchanged):
+    model, optimizer = two(torch.optim.SGD, momentum=0.9)
+    step(model, optimizer, x)
+    state = state_of(model, optimizer)
+    other = torch.optim.AdamW(every_adapters(model))
+    with unchanged(model), pytest.raises(ValueError, match=r"no exp_avg of .* another kind"):
+        load(model, state, other)
+    assert not other.state
+    foreign = torch.optim.AdamW([*every_adapters(model), nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=r"a parameter of shape \[3\] that the model hasn't"):
+        state_of(model, foreign)
+
+
+def test_an_optimizer_of_other_parameters_is_refused(two, unchanged):
+    model, of_all = two()
+    of_active = torch.optim.AdamW(adapters_of(model))
+    of_two, of_one = state_of(model, of_all), state_of(model, of_active)
+    for state, optimizer, message in (
+        (of_two, of_active, r"has an optimizer's state of block\.down\.inactive\.default\.lora_A"),
+        (of_one, of_all, r"has no optimizer's state of block\.down\.inactive\.default\.lora_A"),
+    ):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            load(model, state, optimizer)
+        assert not optimizer.state
+    load(model, of_two)  # the adapters alone
+
+
+def test_a_state_that_does_not_say_what_its_optimizer_had(two, x):
+    """As it was written before ``names`` had the optimizer's."""
+    model, optimizer = two()
+    step(model, optimizer, x)
+    state = state_of(model, optimizer)
+    state["names"] = json.dumps(json.loads(state["names"])["tensors"])
+    other, fresh_one = two()
+    load(other, state, fresh_one)
+    assert len(fresh_one.state) == 8
+
+
+def test_what_is_frozen_and_no_adapters_is_not_in_it(saved, x):
+    saved.head.requires_grad_(True)
+    optimizer = torch.optim.AdamW(adapters_of(saved))
+    step(saved, optimizer, x)
+    assert len(state_of(saved, optimizer)["optimizer"]["state"]) == 6
+    saved.head.requires_grad_(False)
+    assert len(state_of(saved, optimizer)["optimizer"]["state"]) == 4
+    assert len(optimizer.state) == 6

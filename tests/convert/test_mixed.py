@@ -1,5 +1,6 @@
 """A batch of which each element has an adapter of its own, or none: what each would get alone."""
 
+import contextlib
 import copy
 import pickle
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lorafast
 from lorafast import operands
@@ -132,17 +134,146 @@ def test_quantized(format, base_grad):
 def test_constants_leave_their_backward_out(base_grad, monkeypatch):
     layer = lorafast.nn.LoRALinear(64, 32, r=4)
     x = torch.randn(8, 64, requires_grad=True)
-    described, rows = some_rows.linear_expand_problem, []
-
-    def count(dy, *arguments):
-        rows.append(dy.shape[0])
-        return described(dy, *arguments)
-
+    rows = []
     with lorafast.mixed(layer, [OWN] * 2 + [NONE] * 6, base_grad=base_grad):
         y = layer(x)
-    monkeypatch.setattr(some_rows, "linear_expand_problem", count)
+
+    def counting(call):
+        def count(dy, *arguments):
+            rows.append(dy.shape[0])
+            return call(dy, *arguments)
+
+        return count
+
+    for name in ("linear_expand_problem", "_linear_transposed"):
+        monkeypatch.setattr(some_rows, name, counting(getattr(some_rows, name)))
     y.sum().backward()
     assert rows == [8 if base_grad else 2]
+
+
+@pytest.mark.parametrize("format", [None, "nf4", "w8a8"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_flops_of_the_backward_are_those_of_the_formula(base_grad, dropout, format):
+    E, own, T, K, N, r = 6, 2, 3, 64, 32, 4
+    model = nn.Sequential(nn.Linear(K, N))
+    if format is not None:
+        lorafast.quantize(model.requires_grad_(False), format)
+    lorafast.adapt(model, r, ["0"], dropout=dropout)
+    x = torch.randn(E, T, K, requires_grad=True)
+    with lorafast.mixed(model, [OWN] * own + [NONE] * (E - own), base_grad=base_grad):
+        y = model(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    of_W = (E if base_grad else own) * N * K
+    of_adapter = own * r * (2 * N + 2 * K)  # ds and dB, dA and ds·A
+    assert counter.get_total_flops() == 2 * T * (of_W + of_adapter)
+
+
+def frozen_linear(format):
+    model = nn.Sequential(nn.Linear(64, 32))
+    return model if format is None else lorafast.quantize(model.requires_grad_(False), format)
+
+
+@pytest.mark.parametrize("names", [*ORDERS, (OWN, NONE, OWN, NONE), (OWN, "second", NONE, NONE)])
+@pytest.mark.parametrize("format", [None, "nf4", "w8a8"])
+@pytest.mark.parametrize(
+    "surroundings", ["eager", "reference", "aten", "autocast", "compiled", "dropout", "inference"]
+)
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_what_an_adapter_holds_is_nothing_to_elements_without_it(
+    names, format, surroundings, base_grad
+):
+    """The same bits, and of dx, whatever is in A and B: 0 · inf would be NaN."""
+    if surroundings == "dropout" and "second" in names:
+        pytest.skip("several adapters have no dropout")
+    torch.manual_seed(3)
+    dropout = 0.4 if surroundings == "dropout" else 0.0
+    model = lorafast.adapt(frozen_linear(format), 3, ["0"], dropout=dropout)
+    lorafast.add_adapter(model, "second", 2)
+    nn.init.normal_(model[0].lora_B)
+    called = model
+    if surroundings == "compiled":
+        torch._dynamo.reset()  # else eager code, once there are eight graphs
+        called = torch.compile(model, backend="eager")
+    others = [i for i, name in enumerate(names) if name != OWN]
+    x, dy = torch.randn(4, 3, 64, requires_grad=True), torch.randn(4, 3, 32)
+
+    def found():
+        torch.manual_seed(5)
+        with contextlib.ExitStack() as stack:
+            if surroundings in ("reference", "aten"):
+                stack.enter_context(lorafast.use_backend(surroundings))
+            elif surroundings == "autocast":
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            elif surroundings == "inference":
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(lorafast.mixed(model, names, base_grad=base_grad))
+            y = called(x)
+        if surroundings == "inference":
+            return [y[others]]
+        (dx,) = torch.autograd.grad((y * dy).sum(), x)
+        return [y.detach()[others], dx[others]]
+
+    expected = found()
+    assert all(tensor.isfinite().all() for tensor in expected)
+    for parameter in (model[0].lora_A, model[0].lora_B):
+        before = parameter.detach().clone()
+        for value in (torch.inf, torch.nan):
+            with torch.no_grad():
+                parameter[1, 1] = value
+            for tensor, same in zip(found(), expected, strict=True):
+                assert torch.equal(tensor, same)
+        with torch.no_grad():
+            parameter.copy_(before)
+
+
+@pytest.mark.parametrize("kind", ["dora", "convolution", "embedding", "bottleneck", "peft", "fast"])
+def test_nor_is_what_other_kinds_hold(kind):
+    torch.manual_seed(3)
+    x = torch.randn(4, 12, 12)
+    if kind in ("peft", "fast"):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(12, 12)), config)
+        if kind == "fast":
+            lorafast.accelerate(model, quiet=True)
+    elif kind == "bottleneck":
+        model = nn.Sequential(nn.Linear(12, 12))
+        lorafast.adapt(model, kind="houlsby", targets=["0"], bottleneck=4)
+    else:
+        frozen = {"convolution": nn.Conv1d(12, 12, 3), "embedding": nn.Embedding(12, 12)}
+        model = nn.Sequential(frozen.get(kind, nn.Linear(12, 12)))
+        lorafast.adapt(model, 3, ["0"], use_dora=kind == "dora")
+        x = torch.randint(12, (4, 5)) if kind == "embedding" else x
+    for names in ([OWN, OWN, NONE, NONE], [NONE, OWN, NONE, OWN]):
+        others = [i for i, name in enumerate(names) if name is None]
+        with lorafast.mixed(model, names):
+            expected = model(x).detach()[others]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                before = parameter.detach().clone()
+                nn.init.constant_(parameter, torch.inf)
+                with lorafast.mixed(model, names):
+                    assert torch.equal(model(x)[others], expected)
+                with torch.no_grad():
+                    parameter.copy_(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_one_pass_has_the_bits_of_the_frozen_layer(dtype, format):
+    model = lorafast.adapt(frozen_linear(format).to(dtype), 3, ["0"])
+    nn.init.normal_(model[0].lora_B)
+    x = torch.randn(4, 3, 64).to(dtype)
+    with lorafast.disabled(model):
+        expected = model(x)
+    for names in ORDERS[:2]:
+        others = [i for i, name in enumerate(names) if name is None]
+        with lorafast.mixed(model, names):
+            y = model(x)
+        assert "OnSomeRows" in type(y.grad_fn).__name__
+        assert torch.equal(y[others], expected[others])
 
 
 def test_it_is_one_pass_under_a_default_device():
@@ -162,6 +293,83 @@ def test_what_it_has_no_gradients_for_is_said():
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+    with pytest.raises(RuntimeError, match=r"no gradients under torch\.func transforms"):
+        torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(
+            torch.ones(3, 2, 8)
+        )
+
+
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_compiled_autograd(base_grad):
+    layer = lorafast.nn.LoRALinear(8, 6, r=2, dropout=0.3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 8, requires_grad=True)
+    with lorafast.mixed(layer, [OWN, OWN, NONE, NONE], base_grad=base_grad):
+        y = layer(x)
+    wanted = torch.autograd.grad(y.sum(), (x, layer.lora_A, layer.lora_B), retain_graph=True)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.sum().backward()
+    for parameter, gradient in zip((x, layer.lora_A, layer.lora_B), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("names", [["second"] * 2 + [NONE] * 2, ["second", NONE, "second", NONE]])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_that_waits_has_its_dropout_wherever_its_elements_are(names, autocast):
+    layer = lorafast.nn.LoRALinear(24, 10, r=3, alpha=1)
+    lorafast.add_adapter(layer, "second", 3, alpha=1, dropout=0.5)
+    held = layer.inactive.second
+    nn.init.normal_(held.lora_B)
+    x, own = torch.randn(4, 24), [i for i, name in enumerate(names) if name]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.manual_seed(5)
+        with lorafast.mixed(layer, names):
+            y = layer(x)
+        torch.manual_seed(5)
+        expected = lorafast.functional.lora_linear(
+            x[own], layer.weight, held.lora_A, held.lora_B, 1 / 3, layer.bias, dropout_p=0.5
+        )
+    torch.testing.assert_close(y[own], expected)
+
+
+def test_a_block_within_a_compiled_function():
+    layer = lorafast.nn.LoRALinear(8, 6, r=2)
+    nn.init.normal_(layer.lora_B)
+    x, names = torch.randn(4, 8), [OWN, OWN, NONE, NONE]
+
+    @torch.compile(backend="eager")
+    def compiled(x):
+        with lorafast.mixed(layer, names):
+            return layer(x)
+
+    with lorafast.mixed(layer, names):
+        expected = layer(x)
+    torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(layer(x)[:2], expected[:2])
+    assert "_rows" not in vars(layer)
+
+
+def test_float16_under_an_autocast_that_knows_none():
+    model = lorafast.adapt(nn.Sequential(nn.Embedding(11, 4)).half(), 2, ["0"])
+    ids = torch.tensor([1, 2])
+    with torch.autocast("cpu", torch.bfloat16), lorafast.mixed(model, [OWN, NONE]):
+        assert torch.equal(model(ids)[1], model[0].base_forward(ids[1:])[0])
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(4), "expected as many in the first dimension, of 2 or more"),
+        (torch.randn(4, 4).to_sparse(), "x is torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.randn(2, 4)] * 4, layout=torch.jagged), "x is nested"),
+    ],
+    ids=["one row", "sparse", "nested"],
+)
+@pytest.mark.parametrize("names", [[OWN, OWN, NONE, NONE], [NONE] * 4, [OWN] * 4])
+def test_inputs_without_elements_in_rows(x, message, names):
+    layer = lorafast.nn.LoRALinear(4, 4, r=2)
+    with lorafast.mixed(layer, names), pytest.raises(ValueError, match=message):
+        layer(x)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import device, own_draws
 from small_decoder import Decoder, decoder, fill_adapters, loss_of, tokens
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ class Picture(nn.Module):
 
 
 def picture(dtype: torch.dtype) -> Picture:
-    """The same weights on every call."""
-    with torch.random.fork_rng():
+    """The same weights on every call, on the CPU."""
+    with own_draws():
         torch.manual_seed(1)
         return Picture().to(dtype)
 
@@ -65,6 +66,10 @@ def quickly(kinds: tuple[str, ...]) -> list[Any]:
 
 def plain(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The frozen model of this kind."""
+    return _frozen(kind, dtype).to(device())
+
+
+def _frozen(kind: str, dtype: torch.dtype) -> nn.Module:
     if kind in PICTURES:
         return picture(dtype).requires_grad_(False)
     model: nn.Module = decoder(dtype).requires_grad_(False)
@@ -89,18 +94,18 @@ def adapted(
     if not filled:
         bare = Picture() if kind in PICTURES else Decoder()
         return lorafast.adapt(bare.to(dtype), **arguments | options)
-    with torch.random.fork_rng():
+    with own_draws():
         torch.manual_seed(3)
-        model = lorafast.adapt(plain(kind, dtype), **arguments | options)
+        model = lorafast.adapt(_frozen(kind, dtype), **arguments | options)
     fill_adapters(model)
-    return model
+    return model.to(device())
 
 
 def inputs(kind: str, batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """The same batch on every call."""
     if kind in PICTURES:
         generator = torch.Generator().manual_seed(2)
-        return torch.randn(batch, 3, 6, 6, dtype=dtype, generator=generator)
+        return torch.randn(batch, 3, 6, 6, dtype=dtype, generator=generator).to(device())
     return tokens(batch)
 
 
@@ -121,7 +126,7 @@ def gradients(model: nn.Module) -> dict[str, Any]:
         if parameter.grad is not None:
             grad: Any = parameter.grad
             grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-            found[plain_name(name)] = grad.double().numpy()
+            found[plain_name(name)] = grad.double().cpu().numpy()
     return found
 
 

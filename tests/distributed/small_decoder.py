@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from ranks import device, own_draws
 from torch import Tensor, nn
 
 WIDTH, HEADS, INNER, LAYERS, VOCABULARY = 32, 4, 48, 2, 64
@@ -73,15 +74,16 @@ class Decoder(nn.Module):
 
 
 def decoder(dtype: torch.dtype = torch.float32) -> Decoder:
-    """The same weights on every call."""
-    with torch.random.fork_rng():
+    """The same weights on every call, on the CPU."""
+    with own_draws():
         torch.manual_seed(1)
         return Decoder().to(dtype)
 
 
 def tokens(batch: int, length: int = 8, seed: int = 2) -> Tensor:
     """Token ids ``[batch, length]``; the same for the same arguments."""
-    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (batch, length), generator=generator).to(device())
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -95,6 +97,6 @@ def fill_adapters(model: nn.Module) -> None:
     """Gives every trained parameter values that depend on its name and shape alone: B isn't 0."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            with torch.random.fork_rng(), torch.no_grad():
+            with own_draws(), torch.no_grad():
                 torch.manual_seed(sum(name.replace("module.", "").encode()))
-                parameter.add_(torch.randn(parameter.shape) * 0.1)
+                parameter.add_((torch.randn(parameter.shape) * 0.1).to(parameter.device))

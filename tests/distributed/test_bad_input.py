@@ -3,10 +3,10 @@
 import pytest
 import torch
 from kinds_of_models import adapted, inputs, loss
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lorafast
 
@@ -17,7 +17,7 @@ ALONE = (
 
 
 def _distribute(module):
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of()
     for name in module.peft_names:
         parameter = module._parameters.get(name)
         if parameter is not None:
@@ -78,9 +78,9 @@ class FP8Linear(nn.Linear):
 
 def _fp8_parameters(rank, policy):
     torch.manual_seed(0)
-    model = lorafast.adapt(nn.Sequential(FP8Linear()), 2)
+    model = lorafast.adapt(nn.Sequential(FP8Linear()), 2).to(device())
     nn.init.normal_(model[0].lora_B)
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, device=device())
     expected = model(x).detach()
     before = model[0].weight.detach().view(torch.uint8).clone()
     fully_shard(model, mp_policy=policy)

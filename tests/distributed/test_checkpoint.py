@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks
 from small_decoder import decoder, fill_adapters, tokens
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lorafast
@@ -51,9 +50,10 @@ def _adapted(kind, world=0):
 
 
 def _sharded(model, world):
+    model.to(device())
     if not world:
         return model
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = mesh_of()
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -183,13 +183,76 @@ def test_an_adapter_that_waits_is_in_it(saved):
         _resume(0, "lora", saved("lora")[0], 0, into=_has_no_waiting)
 
 
+def _of_all(model):
+    """An optimizer of the adapters that wait too."""
+    names = ("lora_A", "lora_B")
+    return torch.optim.AdamW([p for n, p in model.named_parameters() if n.endswith(names)], lr=1e-2)
+
+
+def _train_all(model, optimizer, steps, rank, world):
+    """What is left of the adapters that wait, each of which has a gradient of its own."""
+    waiting = {n: p for n, p in model.named_parameters() if ".inactive." in n}
+    for step in steps:
+        optimizer.zero_grad()
+        _loss(model, tokens(4, seed=step).chunk(world or 1)[rank]).backward()
+        for parameter in waiting.values():
+            parameter.grad = (0.3 + step) * parameter.detach()
+        optimizer.step()
+    return {
+        name: (p.full_tensor() if world else p).detach().cpu().numpy()
+        for name, p in waiting.items()
+    }
+
+
+def _save_all(rank, folder):
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    model = _adapted("named", 2)
+    optimizer = _of_all(model)
+    _train_all(model, optimizer, range(BROKEN_AT), rank, 2)
+    dcp.save({"run": lorafast.AdapterState(model, optimizer)}, checkpoint_id=f"{folder}/adapter")
+    return _train_all(model, optimizer, range(BROKEN_AT, STEPS), rank, 2)
+
+
+def _resume_all(rank, folder, world):
+    model = _other("named", world)
+    optimizer = _of_all(model)
+    dcp.load({"run": lorafast.AdapterState(model, optimizer)}, checkpoint_id=f"{folder}/adapter")
+    return _train_all(model, optimizer, range(BROKEN_AT, STEPS), rank, world)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_moments_of_adapters_that_wait(tmp_path):
+    folder = str(tmp_path)
+    expected, _ = on_ranks(_save_all, folder)
+    assert expected
+    found = [_resume_all(0, folder, 0), *on_ranks(_resume_all, folder, 4, world=4)]
+    for values in found:
+        assert values.keys() == expected.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(
+                torch.from_numpy(value), torch.from_numpy(expected[name]), rtol=1e-11, atol=1e-13
+            )
+    with pytest.raises(ValueError, match=r"has an optimizer's state of .*\.inactive\.waits"):
+        _resume(0, "named", folder, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_moments_that_no_checkpoint_has(saved):
+    folder, _ = saved("named")
+    with pytest.raises(CheckpointException, match=r"Missing key.*inactive\.waits\.lora_"):
+        _resume_all(0, folder, 0)
+
+
 def _asynchronous(rank, folder):
     """A checkpoint that is written while the training goes on, loaded by a model in DDP."""
     model = _adapted("lora", 2)
     optimizer = _optimizer(model)
     _train(model, optimizer, range(BROKEN_AT), rank, 2)
     state = {"run": lorafast.AdapterState(model, optimizer)}
-    saving = dcp.async_save(state, checkpoint_id=folder, process_group=dist.new_group())
+    saving = dcp.async_save(
+        state, checkpoint_id=folder, process_group=dist.new_group(backend="gloo")
+    )
     losses = _train(model, optimizer, range(BROKEN_AT, STEPS), rank, 2)
     saving.result()
     dist.barrier()
@@ -274,9 +337,9 @@ def _merge(rank, kind):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, lorafast.nn.AdapterLayer)}
     found = {}
     for name, layer in layers.items():
-        found[name] = layer.to_linear().weight.full_tensor().detach().numpy()
+        found[name] = layer.to_linear().weight.full_tensor()
         layer.merge()
-    return found, model(tokens(4)).detach().numpy()
+    return found, model(tokens(4))
 
 
 @of_kinds("dora", "nf4", slow=("lora",))

@@ -16,7 +16,7 @@ from kinds_of_models import (
     plain,
     quickly,
 )
-from ranks import on_ranks
+from ranks import device, on_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -50,8 +50,7 @@ def _in_checkpoint(block):
 
 
 def _backward(rank, kind, how):
-    dtype = torch.float32 if how == "bf16" else torch.float64
-    model = adapted(kind, dtype)
+    model = adapted(kind)
     if how == "checkpoint":
         for block in _blocks(model):
             _in_checkpoint(block)
@@ -60,8 +59,8 @@ def _backward(rank, kind, how):
     if how == "compile":
         for block in model.layers:
             block.compile(backend="aot_eager")
-    _shard(model, **{"mp_policy": BF16} if how == "bf16" else {})
-    x = part(inputs(kind, BATCH, dtype), rank, 2)
+    _shard(model)
+    x = part(inputs(kind, BATCH), rank, 2)
     for _ in range(2):
         model.zero_grad()
         one = loss(model, x)
@@ -86,20 +85,27 @@ def test_wrapped_blocks(how):
         assert_near(found, one_process("dora", BATCH)[1])
 
 
+def _in_bfloat16(rank, kind):
+    """The gradients under the policy, and those of this rank's model in bfloat16."""
+    model = _shard(adapted(kind, torch.float32), mp_policy=BF16)
+    x = part(inputs(kind, BATCH, torch.float32), rank, 2)
+    for _ in range(2):
+        model.zero_grad()
+        loss(model, x).backward()
+    alone = adapted(kind, torch.float32).to(torch.bfloat16)
+    loss(alone, part(inputs(kind, BATCH), rank, 2)).backward()
+    return gradients(model), gradients(alone)
+
+
 @pytest.mark.parametrize(
     "kind", quickly(("lora", "dora", "houlsby", "embedding", "nf4", "nf4-dora", "int8", "fp8"))
 )
 def test_bfloat16_policy(kind):
     """The same bits as the model in bfloat16, whose gradients are averaged in float32."""
-    (_, found), _ = on_ranks(_backward, kind, "bf16")
-    halves = []
-    for rank in range(2):
-        model = adapted(kind, torch.float32).to(torch.bfloat16)
-        loss(model, part(inputs(kind, BATCH), rank, 2)).backward()
-        halves.append(gradients(model))
-    assert found.keys() == halves[0].keys()
+    (found, first), (_, second) = on_ranks(_in_bfloat16, kind)
+    assert found.keys() == first.keys()
     for name, array in found.items():
-        np.testing.assert_array_equal(array, (halves[0][name] + halves[1][name]) / 2, name)
+        np.testing.assert_array_equal(array, (first[name] + second[name]) / 2, name)
 
 
 def _train(rank, sharded):
@@ -123,7 +129,7 @@ def _train(rank, sharded):
     values = {
         n: p.full_tensor() if sharded else p for n, p in model.named_parameters() if p.requires_grad
     }
-    return norms, sorted(state["state"]), {n: p.detach().numpy() for n, p in values.items()}
+    return norms, sorted(state["state"]), {n: p.detach().cpu().numpy() for n, p in values.items()}
 
 
 def test_clipped_steps_and_the_state_of_the_optimizer():
@@ -142,8 +148,8 @@ def _disabled(rank, kinds):
         x = part(inputs(kind, BATCH, torch.float32), rank, 2)
         with torch.no_grad():
             with lorafast.disabled(model):
-                y = model(x).numpy()
-            found[kind] = y, model(x).numpy(), plain(kind, torch.float32)(x).numpy()
+                y = model(x)
+            found[kind] = y, model(x), plain(kind, torch.float32)(x)
     return found
 
 
@@ -172,14 +178,14 @@ def _begun_on_meta(rank, kind, broadcast):
         options = {"r": 4} if "kind" not in DECODERS.get(kind, {}) else {"bottleneck": 4}
         model = adapted(kind, filled=False, **options)
     _shard(model)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device())
     frozen = plain(kind).state_dict()
     how = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=broadcast)
     set_model_state_dict(model, frozen if rank == 0 or not broadcast else {}, options=how)
     drawn = {n: p.detach().full_tensor() for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         y = model(inputs(kind, 2))
-    return y.numpy(), {name: value.numpy() for name, value in drawn.items()}
+    return y, drawn
 
 
 @pytest.mark.parametrize(

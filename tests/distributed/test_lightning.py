@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from ranks import RankError, on_ranks
 from small_decoder import decoder, fill_adapters, tokens
-from trainer_runs import TARGETS, difference, lora_config
+from trainer_runs import ON_CPU, TARGETS, difference, lora_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -164,7 +164,7 @@ def _as_one(rank, folder):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    on_ranks(_as_one, str(tmp_path), imports=IMPORTS)
+    on_ranks(_as_one, str(tmp_path), imports=IMPORTS, cpu_because=ON_CPU)
 
 
 def _part(rank, folder, resume, dies):
@@ -178,7 +178,7 @@ def _part(rank, folder, resume, dies):
 
 def test_a_killed_run_is_resumed(tmp_path):
     """To the bit. An epoch has one step: a plain DataLoader doesn't save its place in the data."""
-    part = partial(on_ranks, _part, imports=IMPORTS)
+    part = partial(on_ranks, _part, imports=IMPORTS, cpu_because=ON_CPU)
     whole = part(str(tmp_path / "whole"), None, False)
     with pytest.raises(RankError):
         part(str(tmp_path / "killed"), None, True)

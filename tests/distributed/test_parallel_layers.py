@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lorafast.bench.distributed.collectives import Collectives
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks, own_draws
 from torch import nn
 
 import lorafast
@@ -17,12 +17,6 @@ EXACT = 1e-12
 M, K, N, R = 6, 32, 24, 3
 
 
-def mesh_of(*shape, **names):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", shape or (2,), **names)
-
-
 def error(found, expected):
     found = found.full_tensor() if hasattr(found, "full_tensor") else found
     return ((found - expected).norm() / expected.norm()).item()
@@ -33,7 +27,7 @@ def filled(layer, seed=1):
     for parameter in (*layer.parameters(), *layer.buffers()):
         if parameter.is_floating_point():
             nn.init.normal_(parameter)
-    return layer
+    return layer.to(device())
 
 
 def linear(dtype=torch.float64, use_dora=False, adapter_dtype=None, **options):
@@ -137,7 +131,7 @@ def _as_pytorch_sends(rank):
     from lorafast.parallel import Colwise, Rowwise
 
     mesh = mesh_of()
-    x = torch.randn(2, M, K, dtype=torch.float64)
+    x = torch.randn(2, M, K, dtype=torch.float64, device=device())
     cases = [
         (Colwise, ColwiseParallel, {}, (R, K)),
         (Rowwise, RowwiseParallel, {}, (N, R)),
@@ -169,7 +163,7 @@ def test_no_collective_beside_those_of_pytorchs_styles():
 def _embeddings(rank):
     from lorafast.parallel import Colwise, Rowwise
 
-    tokens = torch.tensor([[3, 0, 7, 7], [15, 8, 1, 3]])
+    tokens = torch.tensor([[3, 0, 7, 7], [15, 8, 1, 3]], device=device())
     for use_dora in (False, True):
         for style in (Colwise(output_layouts=replicate()), Rowwise()):
             for padding in (None, 3, 15):
@@ -197,7 +191,7 @@ def test_embeddings():
 def _quantized(rank):
     from lorafast.parallel import Colwise, Rowwise
 
-    x = torch.randn(M, 2 * K, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(M, 2 * K, dtype=torch.float64, device=device())
     for format, options in (
         ("nf4", {"block": 16}),  # nested: float32 scales for columns of x
         ("nf4", {"block": 16, "nested_block": 24}),
@@ -209,7 +203,9 @@ def _quantized(rank):
             def layer(format=format, options=options, use_dora=use_dora):
                 weight = filled(nn.Linear(2 * K, N)).weight.detach().double()
                 operand = lorafast.operands.quantize(weight, format, **options)
-                bias = torch.randn(N, generator=torch.Generator().manual_seed(5)).double()
+                bias = (
+                    torch.randn(N, generator=torch.Generator().manual_seed(5)).double().to(device())
+                )
                 return filled_adapter(
                     LoRALinear.from_operand(operand, R, bias=bias, use_dora=use_dora)
                 )
@@ -244,7 +240,7 @@ def _dropout(rank):
     from lorafast.core.columns import Columns
     from lorafast.parallel import Colwise, Rowwise, parallelize
 
-    p, x = 0.4, torch.randn(M, K, dtype=torch.float64)
+    p, x = 0.4, torch.randn(M, K, dtype=torch.float64, device=device())
     torch.manual_seed(100 + rank)  # which parallelize sets alike
     for use_dora in (False, True):
         for style, cut_x in ((Colwise(output_layouts=replicate()), False), (Rowwise(), True)):
@@ -252,8 +248,8 @@ def _dropout(rank):
             two = parallelize(
                 nn.Sequential(linear(use_dora=use_dora, dropout=p)), mesh_of(), {"0": style}
             )
-            state = torch.get_rng_state()
-            seed = torch.randint(2**63 - 1, (1,))
+            with own_draws():
+                seed = torch.randint(2**63 - 1, (1,), device=device())
             seeds = [Columns(i, nn.Identity()).seed(seed) for i in range(2)] if cut_x else [seed]
             assert len({int(one) for one in seeds}) == len(seeds)
             assert all(one >= 0 for one in seeds)
@@ -272,8 +268,8 @@ def _dropout(rank):
             expected = expected + layer.bias
             given = parts[rank] if cut_x else x
             for _ in range(2):  # as checkpointing does: the same state, the same mask
-                torch.set_rng_state(state)
-                assert error(two(given), expected) < EXACT, (use_dora, cut_x)
+                with own_draws():
+                    assert error(two(given), expected) < EXACT, (use_dora, cut_x)
             assert torch.equal(two.eval()(given), two(given))
 
 
@@ -289,7 +285,7 @@ def _bf16(rank):
     for style, cut_x in ((Colwise(output_layouts=replicate()), False), (Rowwise(), True)):
         layer = linear(half, adapter_dtype=torch.float32)
         torch.manual_seed(6)
-        x, weights = torch.randn(64, K).to(half), torch.randn(64, N).to(half)
+        x, weights = (torch.randn(64, n).to(device(), half) for n in (K, N))
 
         def eager(dtype, adapter_dtype, layer=layer, x=x, weights=weights):
             tensors = [x, layer.lora_A, layer.lora_B]
@@ -340,7 +336,8 @@ def _rules(rank):
 
     mesh, everywhere = mesh_of(), Replicate()
     torch.manual_seed(9)
-    x, W, A, B, bias = (torch.randn(s).double() for s in ((4, M, K), (N, K), (R, K), (N, R), (N,)))
+    shapes = (4, M, K), (N, K), (R, K), (N, R), (N,), (4 * M, N), (4 * M, R)
+    x, W, A, B, bias, dy, ds = (torch.randn(s).to(device()).double() for s in shapes)
     cases = {
         "rows": (Shard(0), everywhere, everywhere, everywhere, everywhere),
         "N": (everywhere, Shard(0), everywhere, Shard(0), Shard(0)),
@@ -373,7 +370,7 @@ def _rules(rank):
                 assert error(gradient, expected[name]) < EXACT, (case, name)
     # The operations that it is made of, one by one, by every axis that they have.
     flat = x.view(-1, K)
-    s, dy, ds = flat @ A.t(), torch.randn(4 * M, N).double(), torch.randn(4 * M, R).double()
+    s = flat @ A.t()
     ops = torch.ops.lorafast
     calls = [
         (lambda x, A: ops.shrink(x, A), (flat, A), "MK rK"),

@@ -4,18 +4,12 @@ import copy
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks
 from small_decoder import WIDTH, tokens
 from test_tensor_parallel import EXACT, adapted, by_tokens, error, loss_of, plan_of, steps
 from torch import nn
 
 import lorafast
-
-
-def mesh_of(*shape, **names):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", shape or (2,), **names)
 
 
 def cut(model, **options):
@@ -248,7 +242,7 @@ def _left_whole(rank):
                 nn.init.normal_(
                     parameter, std=0.1, generator=torch.Generator().manual_seed(len(name))
                 )
-        return made
+        return made.to(device())
 
     # Between down and inner each rank has a part of the tokens; PyTorch's collectives are asynchronous.
     for layout in (None, Shard(1)):
@@ -258,7 +252,7 @@ def _left_whole(rank):
             "conv": Replicated(), "attention": Replicated(),
         }  # fmt: skip
         one, two = model(), parallelize(model(), mesh_of(), plan, src_data_rank=None)
-        x = torch.randn(2, 4, 8, dtype=torch.float64)
+        x = torch.randn(2, 4, 8, dtype=torch.float64, device=device())
         y, expected = two(x), one(x)
         y.square().sum().backward()
         expected.square().sum().backward()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import device, on_ranks
 from small_decoder import decoder, fill_adapters, loss_of, tokens
 
 pytestmark = pytest.mark.skipif(
@@ -19,7 +19,7 @@ def _loop(world):
 
     import lorafast
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=device().type == "cpu", gradient_accumulation_steps=2)
     torch.manual_seed(3)
     model = lorafast.adapt(decoder(torch.float64), 4, ["q_proj", "v_proj", "down_proj"])
     fill_adapters(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import on_ranks
+from ranks import device, on_ranks
 from small_decoder import PROJECTIONS, decoder, fill_adapters, tokens
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +18,7 @@ def policy(wrapping, **options):
     """The decoder with adapters that aren't zero, wrapped as it is on every rank."""
     model = lorafast.adapt(decoder(torch.float64), 4, list(PROJECTIONS), **options)
     fill_adapters(model)
+    model.to(device())
     if wrapping == "ddp":
         return DistributedDataParallel(model)
     if wrapping == "fsdp2":
@@ -57,7 +58,7 @@ def step(model, ids, one_forward):
     loss = dpo_loss(model, ids, one_forward)
     loss.backward()
     found = {
-        name.removeprefix("module."): whole(p.grad).numpy()
+        name.removeprefix("module."): whole(p.grad).cpu().numpy()
         for name, p in model.named_parameters()
         if p.grad is not None
     }
@@ -67,7 +68,7 @@ def step(model, ids, one_forward):
 def _train_on_rank(rank, wrapping, one_forward, options):
     own = tokens(8)[4 * rank : 4 * rank + 4]
     loss, found = step(policy(wrapping, **options), own, one_forward)
-    mean = torch.tensor(loss, dtype=torch.float64)
+    mean = torch.tensor(loss, dtype=torch.float64, device=device())
     dist.all_reduce(mean)
     return mean.item() / 2, found
 
@@ -93,7 +94,9 @@ def _reference_on_rank(rank, wrapping):
     ids = tokens(4, seed=rank)
     with torch.no_grad(), lorafast.disabled(model):
         found = model(ids)
-    return torch.equal(found, decoder(torch.float64)(ids)), not torch.equal(model(ids), found)
+    return torch.equal(found, decoder(torch.float64).to(device())(ids)), not torch.equal(
+        model(ids), found
+    )
 
 
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trainer_runs as runs
 from ranks import on_ranks
-from trainer_runs import IMPORTS, STEPS, be_rank, difference
+from trainer_runs import IMPORTS, ON_CPU, STEPS, be_rank, difference
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,4 +70,4 @@ def _as_one(rank, folder):
 
 
 def test_two_fast_processes_train_as_one_of_peft(tmp_path):
-    on_ranks(_as_one, str(tmp_path), imports=IMPORTS)
+    on_ranks(_as_one, str(tmp_path), imports=IMPORTS, cpu_because=ON_CPU)

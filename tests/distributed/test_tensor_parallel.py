@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks
 from small_decoder import PROJECTIONS, decoder, fill_adapters, tokens
 from torch import nn
 
@@ -34,7 +34,7 @@ def adapted(use_dora=False, dtype=torch.float64, heads=False, fuse=None, p=P, bo
         if name.endswith(COLUMNS):
             module.dropout = p
     fill_adapters(model)
-    return model
+    return model.to(device())
 
 
 def plan_of(model):
@@ -94,12 +94,11 @@ def steps(model, ids, count=STEPS, optimize=contextlib.nullcontext):
 
 
 def _trains(rank, use_dora, sequence):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.debug import CommDebugMode
 
     from lorafast.parallel import check_replicas, parallelize
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of()
     one, two = (adapted(use_dora, heads=sequence, bottlenecks=True) for _ in range(2))
     if rank:  # parallelize takes the first rank's
         with torch.no_grad():
@@ -135,14 +134,12 @@ def test_a_decoder_trains_as_in_one_process(use_dora, sequence):
 
 def _unsummed(rank, sequence):
     """What the test above would see if the gradients of replicated parameters weren't summed."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     from lorafast.parallel import check_replicas, local, parallelize, styles
 
     summing = local.Local
     styles.Local = lambda mesh, summed, **options: summing(mesh, frozenset(), **options)
     one, two = (adapted(heads=sequence, bottlenecks=True) for _ in range(2))
-    parallelize(two, init_device_mesh("cpu", (2,)), by_tokens() if sequence else plan_of(two))
+    parallelize(two, mesh_of(), by_tokens() if sequence else plan_of(two))
     (_, found), (_, exactly) = steps(two, tokens(2), 1), steps(one, tokens(2), 1)
     wrong = {name for name, gradient in exactly.items() if error(found[name], gradient) > 1e-3}
     with pytest.raises(ValueError, match="differs between ranks"):

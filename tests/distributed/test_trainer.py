@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import trainer_runs as runs
 from ranks import RankError, on_ranks
-from trainer_runs import IMPORTS, STEPS, be_rank, difference, model
+from trainer_runs import IMPORTS, ON_CPU, STEPS, be_rank, difference, model
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,7 +104,7 @@ def _as_one(rank, folder):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    on_ranks(_as_one, str(tmp_path), imports=IMPORTS)
+    on_ranks(_as_one, str(tmp_path), imports=IMPORTS, cpu_because=ON_CPU)
     for kind in KINDS:
         files = {path.name for path in (tmp_path / kind / "checkpoint-4").iterdir()}
         assert files >= {"adapter_config.json", "adapter_model.safetensors", "rng_state_1.pth"}
@@ -142,7 +142,7 @@ def _best_and_rebuilt(rank, folder):
 
 
 def test_the_best_model_is_loaded_and_a_smaller_batch_found(tmp_path):
-    on_ranks(_best_and_rebuilt, str(tmp_path), imports=IMPORTS)
+    on_ranks(_best_and_rebuilt, str(tmp_path), imports=IMPORTS, cpu_because=ON_CPU)
 
 
 def _sharded(rank, folder):
@@ -158,7 +158,7 @@ def _sharded(rank, folder):
 
 
 def test_fsdp2(tmp_path):
-    on_ranks(_sharded, str(tmp_path), imports=IMPORTS)
+    on_ranks(_sharded, str(tmp_path), imports=IMPORTS, cpu_because=ON_CPU)
     assert (tmp_path / "adapted" / "checkpoint-4" / "adapter_model.safetensors").exists()
 
 
@@ -181,7 +181,7 @@ def _part(rank, kind, fsdp, folder, resume, dies):
 )
 def test_a_killed_run_is_resumed(tmp_path, kind, fsdp):
     """Dropout included, to the bit: each rank's generator is in the checkpoint."""
-    part = partial(on_ranks, _part, kind, fsdp, imports=IMPORTS)
+    part = partial(on_ranks, _part, kind, fsdp, imports=IMPORTS, cpu_because=ON_CPU)
     whole = part(str(tmp_path / "whole"), None, False)
     with pytest.raises(RankError):
         part(str(tmp_path / "killed"), None, True)
@@ -216,6 +216,7 @@ def test_launched(tmp_path):
     command += ["--main_process_port=0", str(here), str(tmp_path)]
     paths = [str(here.parent), *filter(None, sys.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path
     )
@@ -223,7 +224,7 @@ def test_launched(tmp_path):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("losses")]
     *losses, wrapped = line.split()[1:]
     assert wrapped == "DistributedDataParallel"
-    expected = on_ranks(_losses, str(tmp_path), imports=IMPORTS)[0]
+    expected = on_ranks(_losses, str(tmp_path), imports=IMPORTS, cpu_because=ON_CPU)[0]
     assert [float(loss) for loss in losses] == expected
 
 

@@ -19,6 +19,7 @@ IMPORTS = (
 )
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 4
+ON_CPU = "a trainer in one process, to which two are held, takes all GPUs that it sees"
 Gradients = dict[str, Tensor]
 
 

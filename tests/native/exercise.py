@@ -43,6 +43,8 @@ SHAPES = (
     (530, 544, 560, 18),  # several chunks of rows and stripes of columns
 )
 
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+
 # batch, C, size, r, kernel, stride, padding, dilation
 IMAGES = (
     (2, 6, (5, 7), 3, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -382,7 +384,14 @@ def main():
         for one, to in itertools.product(dtypes, dtypes)
         if one == to or dtypes[0] in (one, to)
     ]
-    for (dtype, cast), (N, K), (M, layout) in covering(casts, sizes, rows):
+    # Each two dtypes, and each size with each number of rows; which of them meet is another thing for
+    # each instruction set, and three sets have each two dtypes with each size.
+    turn = 3 * INSTRUCTION_SETS.index(native.capability())
+    products = [
+        (casts[(turn + i) % len(casts)], size, of_x)
+        for i, (size, of_x) in enumerate(itertools.product(sizes, rows))
+    ]
+    for (dtype, cast), (N, K), (M, layout) in products:
         for weight in multiplied(N, K, dtype):
             few = weight.to(cast)
             reason = why_multiplied_wrongly(few, M, layout)

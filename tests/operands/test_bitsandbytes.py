@@ -213,6 +213,28 @@ class TestRefused:
         )
         assert operands.of_layer(plain) is None
 
+    @pytest.mark.parametrize("called", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda CB, SCB: (CB[:, 1:].contiguous(), SCB), "CB has shape [48, 63], expected [48, 64]"),
+            (lambda CB, SCB: (CB[:-1], SCB[:-1]), "CB has shape [47, 64], expected [48, 64]"),
+            (lambda CB, SCB: (CB, SCB[:1]), "SCB has shape [1], expected [48], a scale each row"),
+            (lambda CB, SCB: (CB, SCB[0]), "SCB has shape [], expected [48], a scale each row"),
+        ],
+        ids=["columns", "rows", "one scale", "a number"],
+    )  # fmt: skip
+    def test_parts_of_int8_of_another_size(self, change, said, bias, called):
+        plain = bnb.nn.Linear8bitLt(64, 48, bias=bias, has_fp16_weights=False).to("cpu").train()
+        if called:
+            plain(torch.randn(2, 64))
+        held = plain.state if plain.weight.CB is None else plain.weight
+        held.CB, held.SCB = change(held.CB, held.SCB)
+        assert operands.why_not_of_layer(plain) == f"its {said}"
+        with pytest.raises(TypeError, match=re.escape(said)):
+            LoRALinear.from_linear(plain, r=4)
+
     def test_a_part_without_values(self):
         plain = layer()
         plain.weight.quant_state.absmax = plain.weight.quant_state.absmax.to("meta")

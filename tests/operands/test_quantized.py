@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lorafast import operands, reference
 from lorafast.backends.cpu import native
 from lorafast.core import codebooks
-from lorafast.nn import LoRALinear
+from lorafast.nn import LoRALinear, QuantizedLinear
 from lorafast.operands import FP4, FP8, MXFP4, NF4, Int8
 from lorafast.operands import four_bit as four_bit_module
 
@@ -288,6 +288,61 @@ def test_what_does_not_fit_is_refused(kind, tensors, parameters, sentence):
         kind.build(tensors, parameters)
 
 
+BYTES = torch.zeros(4, 4, dtype=torch.uint8)
+LACKING = [
+    (lambda: NF4({"weight": BYTES[:2]}, (4, 4), torch.float32, 64),
+     "absmax is missing, expected weight, absmax"),
+    (lambda: NF4({"absmax": torch.ones(1)}, (4, 4), torch.float32, 64),
+     "weight is missing, expected weight, absmax"),
+    (lambda: NF4(NF4_OF | {"absmax": BYTES[:1, :1]}, (4, 4), torch.float32, 64, 256),
+     "nested_absmax is missing, expected weight, absmax, nested_absmax"),
+    (lambda: NF4(NF4_OF | {"absmax": None}, (4, 4), torch.float32, 64),
+     "absmax is None, expected a tensor"),
+    (lambda: NF4(NF4_OF, None, torch.float32, 64),
+     "weight is said to have shape None, expected two sizes (N, K)"),
+    (lambda: NF4(NF4_OF, (4.0, 4.0), torch.float32, 64),
+     "weight is said to have shape (4.0, 4.0), expected two sizes (N, K)"),
+    (lambda: Int8({"weight": BYTES}, torch.float32), "scale is missing, expected weight, scale"),
+    (lambda: Int8({"SCB": torch.ones(4)}, torch.float32), "weight is missing, expected weight, SCB"),
+    (lambda: FP8({"weight": BYTES, "scale": 1.0}, torch.float32),
+     "scale is a float, expected a tensor"),
+    (lambda: MXFP4(BYTES, None, torch.float32), "scales is None, expected a tensor"),
+    (lambda: MXFP4.build({"blocks": BYTES}, "float32"), "scales is missing, expected blocks, scales"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "sentence"), LACKING, ids=[sentence for _, sentence in LACKING])
+def test_what_is_missing_is_named(make, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        make()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [LoRALinear, QuantizedLinear])
+@pytest.mark.parametrize(("format", "name"), [
+    ("nf4", "nested_absmax"), ("nf4", "nested_offset"), ("int8", "SCB"), ("fp8", "scale"),
+])  # fmt: skip
+def test_no_layer_has_scales_that_are_no_numbers(format, name, kind, value):
+    weight = operands.quantize(torch.randn(8, 16), format)
+    tensors = {n: t.clone() for n, t in weight.tensors().items()}
+    tensors[name].view(-1)[0] = value
+    broken = type(weight).build(tensors, weight.parameters)
+    options = {"r": 2} if kind is LoRALinear else {}
+    with pytest.raises(
+        TypeError, match=f"its {name} is NaN or infinite somewhere, expected finite"
+    ):
+        kind.from_operand(broken, **options)
+
+
+def test_a_layer_whose_weight_is_no_number_is_not_quantized():
+    linear = torch.nn.Linear(8, 4)
+    with torch.no_grad():
+        linear.weight[1, 2] = float("nan")
+    for format in ("nf4", "int8", "fp8"):
+        with pytest.raises(TypeError, match="is NaN or infinite somewhere, expected finite scales"):
+            QuantizedLinear.from_linear(linear, format)
+
+
 STRIDED = [
     (NF4, {"weight": torch.zeros(16, dtype=torch.uint8)[::2], "absmax": torch.ones(1)},
      "4x4,float32,64"),
@@ -414,7 +469,7 @@ def test_half_a_state_is_refused(missing):
     tensors = dict(weight.tensors())
     description = operands.describe(weight).replace(f",{missing}", "")
     del tensors[missing]
-    with pytest.raises(ValueError, match=f"and nf4 needs '{missing}'"):
+    with pytest.raises(ValueError, match=f"{missing} is missing, expected weight, absmax"):
         operands.build(list(tensors.values()), description)
 
 

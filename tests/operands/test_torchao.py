@@ -142,6 +142,14 @@ def _with_few_scales(layer):
     layer.weight.scale = layer.weight.scale[1:]
 
 
+def _without_scales(layer):
+    layer.weight.scale = None
+
+
+def _without_codes(layer):
+    layer.weight.qdata = None
+
+
 def _with_scales_in_half(layer):
     layer.weight.scale = layer.weight.scale.half()
 
@@ -164,6 +172,8 @@ UNFIT = {
     _with_zero_points: "its codes have zero points, expected symmetric ones",
     _with_nan: "a scale of its weight is NaN or infinite",
     _with_few_scales: r"scale has shape \[47, 1\], expected \[48, 1\], of rows",
+    _without_scales: "its weight's scale is None, expected a tensor",
+    _without_codes: "its weight's qdata is None, expected a tensor",
     _with_scales_in_half: r"scale is torch\.float16, expected torch\.float32",
     _with_odd_blocks: "blocks of 1 x 24, which don't divide 48 x 64",
     _transposed: r"weight has strides \(1, 48\), expected contiguous",

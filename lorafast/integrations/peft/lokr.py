@@ -14,7 +14,7 @@ from lorafast.core.dtypes import wide
 from lorafast.integrations.peft import low_rank, lycoris, one_conv
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
-from lorafast.ops.lokr_linear import Factors, kronecker
+from lorafast.ops.lokr_linear import Factors, add_kronecker, kronecker
 
 _NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -74,9 +74,16 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
     weight, bias, _ = frozen
     y = low_rank.base_linear(x, weight, bias)
     small = low_rank.is_tiny(*weight.shape) and low_rank.is_small(x, weight, _dtype(found[0]))
+    alone = len(found) == 1 and y.dtype is x.dtype and not autocast_enabled(x)
     for part in found:
-        if lycoris.takes_part(layer, part.name):
-            y = _small(layer, part, x, y) if small else y + _added(layer, part, x)
+        if not lycoris.takes_part(layer, part.name):
+            continue
+        if small:
+            y = _small(layer, part, x, y)
+        elif alone and not lycoris.drops_rows(layer, part.name):
+            y = add_kronecker(y, x, *_factors(part), float(layer.scaling[part.name]))
+        else:
+            y = y + _added(layer, part, x)
     return y.to(x.dtype)
 
 

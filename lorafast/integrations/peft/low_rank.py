@@ -23,6 +23,9 @@ from lorafast.ops.scaled_lora_linear import folded
 _FEW = 1 << 15
 """Elements of x and y below which PyTorch's own calls, differentiated by itself, take less time than an
 ``autograd.Function`` does on the host."""
+_OF_WIDE = 16
+"""What K or N is at most of a rank that is wide: at 768² the pass takes less time at 16 and more at 64,
+at 2048² less at 64 and more at 256."""
 
 
 class Part(NamedTuple):
@@ -192,7 +195,7 @@ def forward(layer: Any, x: Tensor, kind: Kind) -> Tensor | None:
     N, K = weight.shape
     small = is_small(x, weight, next(iter(parts[0].tensors.values())).dtype)
     terms = [term for part in parts if (term := kind.term(layer, part, N, K, small)) is not None]
-    if small or apart(x, weight):
+    if small or apart(x, weight) or _wide_on_cpu(x, weight, terms):
         y = base_linear(x, weight, bias)
         y = _added(y, x, terms).to(y.dtype)
     else:
@@ -273,6 +276,23 @@ def is_tiny(N: int, K: int) -> bool:
 def apart(x: Tensor, weight: Weight) -> bool:
     """Whether a quantized weight computes in another dtype than that of x."""
     return isinstance(weight, Operand) and weight.dtype is not x.dtype
+
+
+def _wide_on_cpu(x: Tensor, weight: Weight, terms: Sequence[Term]) -> bool:
+    """Whether PyTorch's own calls take less time than the pass, as measured on a CPU in float32.
+
+    Gradients of vectors that are folded into a frozen B take one more product over y and r, which
+    keeping ``s·Bᵀ`` spares. In 16 bits the pass wins that back.
+    """
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or isinstance(weight, Operand):
+        return False
+    if autocast_enabled(x):
+        return False
+    wide = min(weight.shape) // _OF_WIDE
+    return any(
+        B is not None and d_out is not None and not B.requires_grad and B.shape[1] > wide
+        for _, B, _, _, _, d_out in terms
+    )
 
 
 def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

@@ -20,9 +20,13 @@ def takes_part(layer: Any, name: str) -> bool:
     return bool(torch.rand(1) > p)
 
 
+def drops_rows(layer: Any, name: str) -> bool:
+    """Whether ``rank_dropout`` leaves out rows of ΔW."""
+    return bool(layer.training and layer.rank_dropout[name])
+
+
 def kept_rows(layer: Any, name: str, N: int, device: torch.device) -> Tensor | None:
     """``[N]`` of zeros and ones: the rows of ΔW that ``rank_dropout`` keeps, as PEFT draws them."""
-    p = layer.rank_dropout[name]
-    if not (layer.training and p):
+    if not drops_rows(layer, name):
         return None
-    return (torch.rand(N) > p).to(torch.float32).to(device)
+    return (torch.rand(N) > layer.rank_dropout[name]).to(torch.float32).to(device)

@@ -323,6 +323,55 @@ def test_functions_that_make_the_change_are_known(monkeypatch, name):
     assert reason.endswith(f" has another {name}")
 
 
+@pytest.mark.parametrize(
+    ("r", "dtype", "served"),
+    [(1, torch.float32, "pass"), (5, torch.float32, "products"), (5, torch.bfloat16, "pass")],
+    ids=["narrow", "wide", "wide, bf16"],
+)
+def test_vera_of_a_wide_rank_keeps_what_spares_a_product(monkeypatch, r, dtype, served):
+    """On a CPU in float32: ``s·Bᵀ [M, N]`` is kept then, and never in the pass."""
+    config = peft.VeraConfig(r=r, projection_prng_key=7, target_modules=["layer"])
+    model = relative_of_lora(base().to(dtype), config, autocast_adapter_dtype=False)
+    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    monkeypatch.setattr(low_rank, "is_small", lambda *_: False)
+    x, dy = torch.randn(64, K, dtype=dtype), torch.randn(64, N, dtype=dtype)
+    results, kept = [], []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(tuple(t.shape)) or t, lambda t: t
+    ):
+        y = fast(x.requires_grad_())
+    assert ((64, N) in kept) is (served == "products")
+    exact = copy.deepcopy(model).double()
+    for one, out, inputs in (
+        (fast, y, x), (model, None, x.detach().requires_grad_()),
+        (exact, None, x.detach().double().requires_grad_()),
+    ):  # fmt: skip
+        out = one(inputs) if out is None else out
+        trained = {n: p for n, p in one.named_parameters() if p.requires_grad}
+        dx, *gradients = torch.autograd.grad(out, [inputs, *trained.values()], dy.to(out.dtype))
+        results.append({"y": out.detach(), "dx": dx} | dict(zip(trained, gradients, strict=True)))
+    assert_near(*results, dtype)
+
+
+def test_oft_in_one_dtype_keeps_and_allocates_no_more_than_peft():
+    """PyTorch differentiates it there: nothing is between x and its rotation but a view."""
+    from lorafast.bench.common import memory
+
+    config = peft.OFTConfig(r=0, oft_block_size=16, target_modules=["layer"])
+    plain = nn.Sequential()
+    plain.layer = nn.Linear(256, 256)
+    model = relative_of_lora(plain, config, autocast_adapter_dtype=False)
+    fast = lorafast.accelerate(copy.deepcopy(model), quiet=True)
+    x = torch.randn(512, 256)
+    peaks = [
+        memory.peak_bytes(
+            lambda one=one: one(x.detach().requires_grad_()).sum().backward(), x.device
+        )
+        for one in (fast, model)
+    ]
+    assert peaks[0] <= peaks[1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_made_fast_from_the_start_and_restored(kind):
     with lorafast.accelerated():
@@ -336,9 +385,9 @@ def test_made_fast_from_the_start_and_restored(kind):
 
 def test_vera_and_lora_with_a_frozen_A_keep_no_x():
     """LoRA-FA (Zhang et al., 2023) trains B alone; VeRA two vectors: x isn't kept for the backward."""
-    x = torch.randn(512, K, requires_grad=True)
-    lora = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["layer"]))
-    for model in (made("VeRA"), lora):
+    x = torch.randn(512, K, dtype=torch.bfloat16, requires_grad=True)
+    lora = peft.get_peft_model(base().bfloat16(), peft.LoraConfig(r=2, target_modules=["layer"]))
+    for model in (made("VeRA", torch.bfloat16), lora):
         for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 parameter.requires_grad = False
