@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks
 from small_decoder import PROJECTIONS, decoder, fill_adapters, tokens
 from test_tensor_parallel import EXACT, adapted, error, plan_of
 from torch import nn
@@ -17,7 +17,7 @@ def quantized():
     model = lorafast.quantize(decoder(torch.float64).requires_grad_(False), "nf4", block=8)
     model = lorafast.adapt(model, 3, list(PROJECTIONS))
     fill_adapters(model)
-    return model
+    return model.to(device())
 
 
 class Whole(nn.Module):
@@ -41,18 +41,17 @@ def left_whole():
     model = lorafast.adapt(Whole().double(), 2, ["attention", "up_proj", "down_proj"])
     lorafast.adapt(model, 2, ["conv", "left"], use_dora=True)
     fill_adapters(model)
-    return model
+    return model.to(device())
 
 
 def sharded(model, plan):
     """Cut, and over four ranks sharded by FSDP2 too."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if dist.get_world_size() == 2:
-        return lorafast.parallel.parallelize(model, init_device_mesh("cpu", (2,)), plan)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        return lorafast.parallel.parallelize(model, mesh_of(), plan)
+    mesh = mesh_of(2, 2, mesh_dim_names=("dp", "tp"))
     lorafast.parallel.parallelize(model, mesh["tp"], plan)
     for block in getattr(model, "layers", ()):
         fully_shard(block, mesh=mesh["dp"])
@@ -63,7 +62,7 @@ def _merged(rank):
     from lorafast.parallel import Colwise, Rowwise
 
     ids = tokens(4)
-    x = torch.randn(2, 4, 8, dtype=torch.float64)
+    x = torch.randn(2, 4, 8, dtype=torch.float64).to(device())
     plan = {"up_proj": Colwise(), "down_proj": Rowwise()}
     kinds = {
         "LoRA": (lambda: adapted(p=0.0), plan_of(None), ids, LAYERS),

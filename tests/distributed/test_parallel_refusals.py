@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import device, mesh_of, on_ranks
 from small_decoder import decoder, tokens
 from test_tensor_parallel import adapted, plan_of
 from torch import nn
@@ -13,13 +13,6 @@ import lorafast
 from lorafast import functional
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs PEFT")
-
-
-def mesh_of():
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 def state(model):
@@ -54,7 +47,7 @@ def _plans(rank):
         ("mlp", Colwise(), "mlp is a small_decoder.Mlp, expected an nn.Linear"),
     ):  # fmt: skip
         refused(message, adapted(), good | {name: style})
-    frozen = decoder()
+    frozen = decoder().to(device())
     nn.utils.parametrizations.weight_norm(frozen.lm_head)
     refused("has a parametrization", frozen, good | {"lm_head": ColwiseParallel()})
     once = parallelize(adapted(), mesh_of(), {"lm_head": ColwiseParallel()} | good)
@@ -91,7 +84,7 @@ def _peft(rank):
 
     for accelerated in (False, True):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-        model = peft.get_peft_model(decoder(), config)
+        model = peft.get_peft_model(decoder().to(device()), config)
         if accelerated:
             lorafast.accelerate(model, quiet=True)
         refused("self_attn.q_proj has an adapter of PEFT's", model, {"q_proj": Colwise()})
@@ -108,9 +101,11 @@ def _functions(rank):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh, everywhere = mesh_of(), [Replicate()]
-    x, A, B = torch.randn(4, 64), torch.randn(2, 3, 64), torch.randn(2, 64, 3)
-    weight = lorafast.operands.quantize(torch.randn(64, 64), "int8")
-    W, As, Bs = (distribute_tensor(t, mesh, everywhere) for t in (torch.randn(64, 64), A, B))
+    x, A, B, dense = (
+        torch.randn(s).to(device()) for s in ((4, 64), (2, 3, 64), (2, 64, 3), (64, 64))
+    )
+    weight = lorafast.operands.quantize(dense, "int8")
+    W, As, Bs = (distribute_tensor(t, mesh, everywhere) for t in (dense, A, B))
     for placement in (Replicate(), Shard(0)):
         cut = distribute_tensor(x, mesh, [placement])
         refuses(
@@ -135,7 +130,7 @@ def _functions(rank):
     of = distribute_tensor(torch.tensor([0, 1, 1, 0]), mesh, everywhere)
     refuses(
         "adapter_of is sharded",
-        lambda: functional.grouped_lora_linear(x, torch.randn(64, 64), A, B, 0.5, of),
+        lambda: functional.grouped_lora_linear(x, dense, A, B, 0.5, of),
     )
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from kinds_of_models import adapted as of_kind
 from kinds_of_models import gradients, inputs, loss, one_process, part
-from ranks import on_ranks
+from ranks import mesh_of, on_ranks
 from small_decoder import tokens
 from test_tensor_parallel import EXACT, adapted, error, loss_of, plan_of, steps
 
@@ -20,10 +20,7 @@ import lorafast
 
 
 def cut(model):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return lorafast.parallel.parallelize(model, mesh, plan_of(model))
+    return lorafast.parallel.parallelize(model, mesh_of(), plan_of(model))
 
 
 def optimizer_of(model):
@@ -96,8 +93,9 @@ def test_a_lost_rank_ends_the_others(tmp_path, dies):
     both = [
         ranks._context.Process(target=_loses_a_rank, args=(rank, *arguments)) for rank in range(2)
     ]
-    for process in both:
-        process.start()
+    with ranks.forked_for("cpu"):
+        for process in both:
+            process.start()
     try:
         assert here.poll(60), "the other rank hangs"
         message = here.recv()
