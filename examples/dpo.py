@@ -50,6 +50,7 @@ try:
     import transformers
     from comparing import bounded_int, learning_rate_factor, say, table
     from matplotlib.figure import Figure
+    from own_device import own_device
     from resuming import State
     from sentence_encoder import LORA_LR, TARGETS, Batcher, model_folder
     from stdlib_texts import Example, load_texts
@@ -447,10 +448,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def begin_ranks() -> Ranks:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device = own_device()
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(rank, world, device)

@@ -45,6 +45,7 @@ try:
     import torch.nn.functional as F
     import transformers
     from comparing import Batch, bounded_int, learning_rate_factor, say, table
+    from own_device import own_device
     from quantized_base import QUANTIZED, quantize
     from sentence_encoder import (
         ALPHA_PER_RANK,
@@ -150,13 +151,7 @@ def print_once(text: str) -> None:
 
 def start() -> torch.device:
     """Join the others that `torchrun` has started, if it has; return this process's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = (
-        torch.device("cuda", local) if torch.cuda.is_available() and enough else torch.device("cpu")
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = own_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)

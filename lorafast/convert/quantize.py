@@ -73,7 +73,9 @@ def quantize(
         format = W8A8.format
     given = {"block": block, "nested": nested}
     options = {name: value for name, value in given.items() if value is not None}
-    operands.quantize(torch.zeros((1, 1)), format, **options)  # refuses what doesn't fit
+    operands.quantize(
+        torch.zeros((1, 1), device="cpu"), format, **options
+    )  # refuses what doesn't fit
     inner = _targets.unwrapped(model)
     _check_without_adapters(inner)
     sharded = name_of_sharded(inner, set(inner.modules()))

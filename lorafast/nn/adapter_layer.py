@@ -21,7 +21,7 @@ from lorafast.nn.checks import (
 )
 from lorafast.nn.plain import carry, move_hooks, why_not_its_forward
 from lorafast.nn.rows import Rows
-from lorafast.nn.sharded import placed_as
+from lorafast.nn.sharded import beside, placed_as
 from lorafast.nn.siblings import Siblings
 from lorafast.ops import kept_norm
 from lorafast.ops.kept_norm import NormOf
@@ -385,17 +385,18 @@ class AdapterLayer(AdapterModule):
         Raises:
             ValueError: an element of it is beyond that dtype.
         """
-        delta = self._delta_weight()
+        # Of a layer that lorafast.parallel left whole W may be on FSDP's mesh alone, or on none.
+        delta = beside(self._delta_weight(), weight)
         merged, formula = weight.to(delta.dtype) + delta, "W + scaling · B·A"
         if self._use_dora:
             if magnitude is None:
                 assert isinstance(dim, int)
                 magnitude = self.lora_magnitude.unsqueeze(dim)
-            m = magnitude.to(merged.dtype)
+            m = beside(magnitude, weight).to(merged.dtype)
             norm = torch.linalg.vector_norm(merged, dim=dim, keepdim=True)
             merged = m / norm.clamp_min(LEAST_NORM) * merged
             formula = f"m · ({formula}) / ‖…‖"
-        return self._rounded(merged, weight, formula)
+        return placed_as(self._rounded(merged, weight, formula), weight)
 
     @staticmethod
     def _rounded(merged: Tensor, weight: Tensor, formula: str) -> Tensor:

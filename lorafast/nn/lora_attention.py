@@ -15,7 +15,7 @@ from lorafast.nn.attention import Heads, Projection, multihead_attention
 from lorafast.nn.checks import check_dtype, check_probability
 from lorafast.nn.plain import carry
 from lorafast.nn.problems import linear_problems
-from lorafast.nn.sharded import draw_
+from lorafast.nn.sharded import beside, draw_
 from lorafast.ops.checks import check_not_sharded_alone
 from lorafast.ops.unstrided import is_sharded
 
@@ -361,7 +361,7 @@ class LoRAMultiheadAttention(AdapterLayer):
         """
         weight, scaling = self.out_proj.weight, OUT_PROJ_TIMES * self._scaling
         self._check_mergeable(weight, (self.in_features, self.in_features))
-        delta = self._delta(self.out_lora_A, self.out_lora_B, scaling)
+        delta = beside(self._delta(self.out_lora_A, self.out_lora_B, scaling), weight)
         return self._rounded(
             weight.to(delta.dtype) + delta, weight, "W + 2 · scaling · B·A of out_proj"
         )

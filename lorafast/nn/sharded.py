@@ -37,3 +37,20 @@ def placed_as(tensor: Tensor, target: Tensor) -> Tensor:
     wanted: Any = target
     placed: Tensor = sharded.redistribute(wanted.device_mesh, wanted.placements)
     return placed
+
+
+def beside(tensor: Tensor, target: Tensor) -> Tensor:
+    """``tensor`` where ``target`` is: whole if that is no DTensor, and on its mesh if it is one."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    wanted: Any = target
+    if is_sharded(target) and sharded.device_mesh == wanted.device_mesh:
+        return tensor
+    whole: Tensor = sharded.full_tensor()
+    if not is_sharded(target):
+        return whole
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = wanted.device_mesh
+    return distribute_tensor(whole, mesh, [Replicate()] * mesh.ndim, src_data_rank=None)

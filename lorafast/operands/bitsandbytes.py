@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafast.operands.eight_bit import Int8
+from lorafast.operands.eight_bit import WHO_CASTS, Int8
 from lorafast.operands.four_bit import FP4, NF4, FourBit
 from lorafast.operands.operand import not_finite, said
 
@@ -40,6 +40,26 @@ def why_not(layer: nn.Module) -> str | None:
         if _is(layer, name):
             return _why_not_stock(layer, name) or ask(layer)
     return None
+
+
+def check_codes(layer: Any) -> None:
+    """Raises ``ValueError`` if the weight of a ``Linear4bit`` was cast, as FSDP's policy does with codes
+    that are stored as floats."""
+    if not is_four_bit(layer):
+        return
+    weight, stored = layer._parameters["weight"], layer.quant_storage
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is None or hasattr(weight, "full_tensor"):  # a DTensor, which has another's shape
+        return
+    N, K = state.shape
+    held, expected = weight.numel() * weight.itemsize, (N * K + 1) // 2
+    as_other = weight.is_floating_point() and stored.is_floating_point and weight.dtype != stored
+    if held != expected or as_other:
+        raise ValueError(
+            f"weight is {weight.dtype} of {held} bytes, expected {expected} of 4-bit codes stored as "
+            f"{stored}{WHO_CASTS}, or store the codes as uint8 or in that dtype "
+            "(bnb_4bit_quant_storage)"
+        )
 
 
 def _why_not_stock(layer: nn.Module, name: str) -> str | None:

@@ -49,7 +49,7 @@ class EightBit(Operand):
         if codes.dtype not in (self.code_dtype, torch.uint8) or codes.dim() != 2:
             raise ValueError(
                 f"weight is {codes.dtype} {list(codes.shape)}, expected {self.code_dtype} [N, K]"
-                f"{_WHO_CASTS if codes.dtype in FLOATS else ''}"
+                f"{WHO_CASTS if codes.dtype in FLOATS else ''}"
             )
         self.shape, self.block = codes.shape, block
         self.dtype = self.stored_dtype = dtype
@@ -198,7 +198,7 @@ class FP8(EightBit):
     names: ClassVar[Mapping[str, float]] = {"weight_scale_inv": 1.0, "scale": 1.0}
 
 
-_WHO_CASTS = (
+WHO_CASTS = (
     ": if FSDP's MixedPrecisionPolicy has cast it, shard this layer without a param_dtype (its shards "
     "are as they were)"
 )

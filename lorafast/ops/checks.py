@@ -93,14 +93,48 @@ def check_dropout(dropout_p: float, seed: Tensor | None) -> None:
         )
 
 
+def check_no_dtensors(operation: str, **arguments: object) -> None:
+    """None may be a DTensor: ``operation`` has no rule for them."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    if tensors is None:
+        return
+    for name, one in arguments.items():
+        parts = one.tensors().values() if isinstance(one, Operand) else (one,)
+        if any(isinstance(part, tensors.DTensor) for part in parts):
+            raise ValueError(
+                f"{name} is sharded (a DTensor), and {operation} has no rule for those, expected plain "
+                "tensors (to_local(), full_tensor())"
+            )
+
+
+def _check_sharded_too(x: Any, dtensor: Any, parameters: dict[str, object]) -> None:
+    """Where ``x`` is a DTensor all else must be, on its mesh."""
+    for name, given in parameters.items():
+        tensors: Any = given.tensors().values() if isinstance(given, Operand) else (given,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and not isinstance(tensor, dtensor):
+                raise ValueError(
+                    f"x is sharded (a DTensor) and {name} is not, expected both on one mesh "
+                    "(distribute_tensor), or both plain"
+                )
+            if isinstance(tensor, dtensor) and tensor.device_mesh != x.device_mesh:
+                raise ValueError(
+                    f"{name} is sharded over another mesh than x, {tensor.device_mesh}, expected "
+                    f"{x.device_mesh}"
+                )
+
+
 def check_not_sharded_alone(x: object, **parameters: object) -> None:
-    """No parameter may be a DTensor where ``x`` is a plain tensor."""
-    if all(type(tensor) in _PLAIN for tensor in parameters.values()):
+    """No parameter may be a DTensor where ``x`` is a plain tensor, nor one plain where that is one."""
+    if type(x) in _PLAIN and all(type(tensor) in _PLAIN for tensor in parameters.values()):
         return
     tensors: Any = sys.modules.get("torch.distributed.tensor")
-    if tensors is None or isinstance(x, tensors.DTensor):
+    if tensors is None:
         return
     if getattr(tensors.DTensor._op_dispatcher, "_allow_implicit_replication", False):
+        return
+    if isinstance(x, tensors.DTensor):
+        _check_sharded_too(x, tensors.DTensor, parameters)
         return
     for name, tensor in parameters.items():
         if isinstance(tensor, tensors.DTensor):
@@ -124,8 +158,8 @@ def check_lora_linear(
 
     Raises ``TypeError`` or ``ValueError`` if the arguments don't make a LoRA linear layer.
     """
-    if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
-        check_not_sharded_alone(x, lora_A=lora_A, lora_B=lora_B)
+    if type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN or type(x) not in _PLAIN:
+        check_not_sharded_alone(x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     try:
         N, K = weight.shape
         r, K_A = lora_A.shape

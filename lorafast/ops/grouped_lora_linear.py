@@ -31,6 +31,7 @@ from lorafast.ops.checks import (
     check_device,
     check_float,
     check_frozen,
+    check_no_dtensors,
     check_same_dtype,
     check_shape,
     describe_layout,
@@ -59,6 +60,10 @@ def grouped_lora_linear(
     ``functional.grouped_lora_linear``."""
     y: Tensor
     compiling = torch.compiler.is_compiling()
+    check_no_dtensors(
+        "grouped_lora_linear", x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, scaling=scaling,
+        adapter_of=adapter_of, bias=bias,
+    )  # fmt: skip
     _check(x, weight, lora_A, lora_B, scaling, bias)
     scaling = _each_scaling(scaling, x, lora_A)
     known = _check_adapter_of(adapter_of, x, lora_A.shape[0])

@@ -27,6 +27,7 @@ from lorafast.ops.checks import (
     check_float,
     check_frozen,
     check_matrix,
+    check_no_dtensors,
     check_same_dtype,
     check_shape,
     describe_layout,
@@ -200,5 +201,6 @@ def quantized_linear(
             gradient.
         BackendError: the forced backend can't serve the call.
     """
+    check_no_dtensors("quantized_linear", x=x, weight=weight, bias=bias)
     _check(x, weight, bias, transposed)
     return _run(x, weight, bias, transposed)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -107,6 +108,20 @@ def _wait(x: Any) -> Any:
 
 def _local_of(x: Any) -> Any:
     return _Waited.apply(x.to_local()) if isinstance(x, DTensor) else _wait(x)
+
+
+def _address(tensor: Tensor) -> int:
+    """Of its memory; of a fake tensor, which has none, its own."""
+    return id(tensor) if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
+def _check_dims(name: str, placements: Sequence[Placement] | None, tensor: Tensor) -> None:
+    """A placement is only known to fit where the tensor comes."""
+    for one in placements or ():
+        if isinstance(one, Shard) and not -tensor.dim() <= one.dim < tensor.dim():
+            raise ValueError(
+                f"{name} is {one}, expected a dimension of a tensor of {list(tensor.shape)}"
+            )
 
 
 class Local:
@@ -220,7 +235,7 @@ class Local:
             return {name: self._part(name, whole) for name, whole in wholes.items()}
         locals_ = [t._local_tensor for t in wholes.values()]
         what = torch.is_grad_enabled(), *[
-            (id(whole), whole.requires_grad, local.dtype, local.data_ptr())
+            (id(whole), whole.requires_grad, local.dtype, _address(local))
             for whole, local in zip(wholes.values(), locals_, strict=True)
         ]  # fmt: skip
         if self._ahead[0] != what:
@@ -259,12 +274,37 @@ class Local:
 
     def dense_of(self, layer: Any) -> Tensor:
         """W ``[N, K]`` of a layer that stores it as an operand, made dense; as a DTensor."""
+        stored = [self._whole_here(one) for one in layer._stored()]
+        codes: Any = layer._stored()[0]
         with self.shown(layer):
-            dense = operands.as_dense(layer.operand())
-        whole = () if self.description is None else (Shard(1 if self.shares_K else 0),)
-        return DTensor.from_local(dense, self.mesh, whole or REPLICATE, run_check=False)
+            dense = operands.as_dense(operands.build(stored, layer._description))
+        own = Replicate() if self.description is None else Shard(1 if self.shares_K else 0)
+        mesh = codes.device_mesh if isinstance(codes, DTensor) else self.mesh
+        return DTensor.from_local(dense, mesh, self._only_here(mesh, own), run_check=False)
+
+    def _only_here(self, mesh: DeviceMesh, own: Placement) -> list[Placement]:
+        """Placements on ``mesh``, which has this layer's: ``own`` there, whole over all others."""
+        if mesh == self.mesh:
+            return [own]
+        here = self.mesh.mesh_dim_names or ()
+        return [own if name in here else Replicate() for name in mesh.mesh_dim_names or ()]
+
+    def _whole_here(self, tensor: Any) -> Tensor:
+        """This rank's part of a tensor that FSDP may have sharded over other dimensions too, of which
+        it is gathered."""
+        if not isinstance(tensor, DTensor):
+            whole: Tensor = tensor
+            return whole
+        own = tensor.placements[-1]  # FSDP's dimensions come before
+        gathered = tensor.redistribute(placements=self._only_here(tensor.device_mesh, own))
+        local: Tensor = _wait(gathered._local_tensor)
+        return local
 
     def _part(self, name: str, tensor: Any) -> Tensor | None:
+        if tensor.device_mesh != self.mesh:
+            # The hooks of FSDP gather parameters, and no merged weight. Of a parameter that they didn't
+            # gather the layer says so, as where nothing is cut.
+            return tensor if isinstance(tensor, nn.Parameter) else self._whole_here(tensor)
         if self.shares_K and name == "bias" and self.mesh.get_local_rank() != 0:
             # The sum over ranks has it once.
             if not tensor.requires_grad:
@@ -321,6 +361,7 @@ class Local:
         assert self.computes is not None
         inside = (self.computes[0],)
         if not isinstance(x, DTensor):
+            _check_dims("input_layouts", self.takes, x)
             x = DTensor.from_local(x, self.mesh, self.takes, run_check=False)
         if x.placements != inside:
             x = x.redistribute(placements=inside)
@@ -348,5 +389,6 @@ class Local:
             y, self._absent = y.masked_fill(self._absent.unsqueeze(-1), 0.0), None
         made = DTensor.from_local(y, self.mesh, (self.computes[1],), run_check=False)
         if self.gives is not None and made.placements != tuple(self.gives):
+            _check_dims("output_layouts", self.gives, y)
             made = made.redistribute(placements=self.gives)
         return made.to_local() if self.use_local_output else made

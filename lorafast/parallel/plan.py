@@ -7,14 +7,22 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from lorafast.convert.fsdp import name_of_sharded
+from lorafast.convert.kinds import has_peft_adapter
 from lorafast.convert.targets import nearest, unwrapped
 from lorafast.nn.adapter_module import AdapterModule
 from lorafast.parallel import replicas
-from lorafast.parallel.styles import Replicated, Style, is_trained, why_not_mesh
+from lorafast.parallel.styles import (
+    Replicated,
+    Style,
+    class_of,
+    is_trained,
+    why_not_mesh,
+    why_not_plain,
+)
 
 
 def parallelize(
@@ -47,7 +55,7 @@ def parallelize(
             style; the mesh has several dimensions; the model is in FSDP or
             ``DistributedDataParallel``; or what is trained reads a part of the tokens and has no style.
             The model is unchanged.
-        TypeError: a style is none.
+        TypeError: a style is none, or a name no string.
     """
     reason = why_not_mesh(mesh)
     if reason is not None:
@@ -59,13 +67,11 @@ def parallelize(
     _check_unwrapped(model)
     for name, style in styles.items():
         module = inner.get_submodule(name)
-        if isinstance(style, Style):
+        reason = _why_peft(inner, name)
+        if reason is None and isinstance(style, Style):
             reason = style.why_not(module, mesh)
-        elif isinstance(module, AdapterModule):
-            kind = type(style).__name__
-            reason = (
-                f"has an adapter, and {kind} is PyTorch's, which cuts none: use lorafast.parallel's"
-            )
+        elif reason is None:
+            reason = _why_not_pytorchs(style, module, mesh)
         if reason is not None:
             raise ValueError(f"{name} {reason}")
     left = _left(inner, styles)
@@ -94,6 +100,30 @@ def parallelize(
     return model
 
 
+def _why_peft(model: nn.Module, name: str) -> str | None:
+    """That the module is one of PEFT's layers, or in one."""
+    path = name.split(".")
+    for count in range(1, len(path) + 1):
+        around = ".".join(path[:count])
+        if has_peft_adapter(model.get_submodule(around)):
+            where = "has an adapter of PEFT's" if around == name else f"is in PEFT's layer {around}"
+            return f"{where}, which no style cuts: use lorafast.adapt, or load_adapter of a PEFT folder"
+    return None
+
+
+def _why_not_pytorchs(style: ParallelStyle, module: nn.Module, mesh: DeviceMesh) -> str | None:
+    """What PyTorch's own styles refuse only when they get it, and adapters, which they don't know."""
+    kind = type(style).__name__
+    if isinstance(module, AdapterModule):
+        return f"has an adapter, and {kind} is PyTorch's, which cuts none: use lorafast.parallel's"
+    if not isinstance(style, ColwiseParallel | RowwiseParallel):
+        return None
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        expected = f"expected an nn.Linear or an nn.Embedding for PyTorch's {kind}"
+        return f"is a {class_of(module)}, {expected}"
+    return why_not_plain(module, mesh)
+
+
 def _styles(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
     """The styles by the full names of their modules, in the order of the model."""
     if not isinstance(plan, Mapping) or not plan:
@@ -101,6 +131,8 @@ def _styles(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, Pa
     modules = dict(model.named_modules())
     chosen: dict[str, str] = {}
     for pattern, style in plan.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"plan has {pattern!r}, expected the name of a module")
         if not isinstance(style, ParallelStyle):
             raise TypeError(f"plan[{pattern!r}] is {style!r}, expected a style, as Colwise()")
         found = [name for name in modules if name and _matches(pattern, name)]

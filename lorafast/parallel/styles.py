@@ -94,6 +94,7 @@ class _Cut(Style):
         use_local_output: bool = True,
     ) -> None:
         super().__init__()
+        _check_layouts(input_layouts=input_layouts, output_layouts=output_layouts)
         self.input_layouts, self.output_layouts = input_layouts, output_layouts
         self.use_local_output = use_local_output
 
@@ -105,8 +106,8 @@ class _Cut(Style):
         """Sizes that the ranks can't share out, and what can't be cut."""
         if axes_of(module) is None:
             return (
-                f"is a {type(module).__name__}, expected an nn.Linear, an nn.Embedding, or a layer over "
-                "one with LoRA or DoRA"
+                f"is a {class_of(module)}, expected an nn.Linear, an nn.Embedding, or a layer over one "
+                "with LoRA or DoRA"
             )
         if isinstance(module, AdapterModule) and module.merged:
             return "is merged: unmerge it first"
@@ -218,6 +219,7 @@ class Colwise(_Cut):
         use_local_output: whether y is a plain tensor, this rank's part of it, or a DTensor.
 
     Raises (when a layer gets it):
+        TypeError: a layout is no placement (of all styles, when they are made).
         ValueError: the mesh has several dimensions, or the layer can't be cut; the layer is unchanged.
     """
 
@@ -264,6 +266,7 @@ class Replicated(Style):
 
     def __init__(self, *, input_layouts: Placement | None = None) -> None:
         super().__init__()
+        _check_layouts(input_layouts=input_layouts)
         self.input_layouts = input_layouts or Replicate()
 
     def __repr__(self) -> str:
@@ -310,6 +313,12 @@ class Replicated(Style):
         else:
             local = Local(mesh, frozenset(names))
         attach(module, local)
+
+
+def _check_layouts(**given: object) -> None:
+    for name, layout in given.items():
+        if not isinstance(layout, Placement | None):
+            raise TypeError(f"{name} is {layout!r}, expected a placement, as Shard(1), or None")
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -383,6 +392,13 @@ def attach(module: nn.Module, local: Local) -> None:
     local.attach(module)
     if isinstance(module, AdapterModule):
         module._local = local
+
+
+def class_of(module: nn.Module) -> str:
+    """The name of its class, with its package if that isn't PyTorch: others have a Linear too."""
+    kind = type(module)
+    is_pytorchs = kind.__module__.startswith("torch.nn.")
+    return kind.__name__ if is_pytorchs else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def why_not_plain(module: nn.Module, mesh: DeviceMesh) -> str | None:

@@ -241,6 +241,12 @@ class TestRefused:
         with pytest.raises(TypeError, match=r"nothing can be quantized: .*the device meta"):
             lorafast.quantize(model)
 
+    def test_within_a_block_of_meta(self):
+        with torch.device("meta"):
+            model = Net()
+            with pytest.raises(TypeError, match=r"nothing can be quantized: .*the device meta"):
+                lorafast.quantize(model, "nf4")
+
     def test_adapters(self):
         model = lorafast.adapt(Net(), 4, ["up"])
         before = snapshot(model)

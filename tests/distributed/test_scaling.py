@@ -1,6 +1,7 @@
 """What is counted on fake ranks, of one block and of two, is what real ranks send, of three."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_counts_of_fake_ranks_are_those_of_real_ones(layout):
         if layout.cut == 1:
             assert frozen == expected.frozen
             assert expected.gathered == gathers[0] + 2 * gathers[1]
+
+
+def test_no_address_of_a_fake_tensor_is_asked():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        scaling.count(SIZES, scaling.Layout("TP", 2, cut=2))
+    assert [str(one.message) for one in found if "data pointer" in str(one.message)] == []
 
 
 def test_a_table():

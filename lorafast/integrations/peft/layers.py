@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from peft.tuners.lora import layer as stock
 from peft.tuners.lora import torchao
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafast.integrations.peft import attention, conv, embedding, known, linear, parameters
 from lorafast.integrations.peft.quantized import forget_stale
+from lorafast.operands import bitsandbytes
 
 
 class _Fast:
@@ -47,10 +48,13 @@ class FastLinear(_Fast):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``y = x·Wᵀ + Σ scaling · (drop(x)·Aᵀ)·Bᵀ + bias`` over the active adapters."""
+        base = self._modules["base_layer"]  # type: ignore[attr-defined]
+        if type(base) is not nn.Linear:
+            bitsandbytes.check_codes(base)  # PEFT would multiply by them too
         y = linear.forward(self, x, args, kwargs)
         if y is not None:
             return y
-        forget_stale(self._modules["base_layer"])  # type: ignore[attr-defined]
+        forget_stale(base)
         served: Tensor = self._stock.forward(self, x, *args, **kwargs)
         return served
 

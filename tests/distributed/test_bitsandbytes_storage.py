@@ -1,0 +1,69 @@
+"""4-bit codes of bitsandbytes stored as floats, which a policy of FSDP2 casts: PEFT's layer refuses."""
+
+import importlib.util
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import nn
+
+import lorafast
+
+IMPORTS = ("peft", "bitsandbytes")
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, IMPORTS)), reason="needs PEFT and bitsandbytes"
+)
+SIZE = 64
+
+
+def quantized(storage):
+    import bitsandbytes
+
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(
+        SIZE, SIZE, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=storage
+    )
+    layer.load_state_dict(nn.Linear(SIZE, SIZE).state_dict())
+    return nn.Sequential(layer.to("cpu"))
+
+
+def _stored(rank, storages, own_class):
+    """By storage: the error of y to that of one process, or what the forward says."""
+    import peft
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(1)
+    x, found = torch.randn(4, SIZE), []
+    for storage in storages:
+        config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        torch.manual_seed(2)
+        frozen = quantized(storage)
+        frozen.is_loaded_in_4bit = own_class  # by which PEFT chooses its class
+        model = peft.get_peft_model(frozen, config)
+        lorafast.accelerate(model, quiet=True)
+        expected = model(x).detach()
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+        try:
+            found.append(((model(x) - expected).norm() / expected.norm()).item())
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("own_class", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_codes_that_the_policy_casts(own_class):
+    storages = [torch.uint8, torch.bfloat16, torch.float32, torch.float16]
+    for by_bytes, in_its_dtype, *cast in on_ranks(
+        _stored,
+        storages,
+        own_class,
+        imports=IMPORTS,
+        cpu_because="the codes are those of bitsandbytes on a CPU",
+    ):
+        assert by_bytes < 2.0**-7  # of adapters in bfloat16
+        assert in_its_dtype < 2.0**-7
+        for storage, message in zip(storages[2:], cast, strict=True):
+            assert "weight is torch.bfloat16" in message
+            assert f"codes stored as {storage}" in message
+            assert "MixedPrecisionPolicy" in message
+            assert "\n" not in message
