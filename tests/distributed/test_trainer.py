@@ -169,15 +169,15 @@ def _part(rank, kind, fsdp, folder, resume, dies):
         if dies and step == 2 and rank == 1:
             os._exit(9)
 
-    options = {"fsdp": True, "fsdp_config": {"version": 2}} if fsdp else {}
+    options = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": fsdp}} if fsdp else {}
     run = trained(kind, folder, 2, dropout=0.1, stop=stop, resume=resume, **options)
     return run.losses, [{n: g.tolist() for n, g in step.items()} for step in run.gradients]
 
 
 @pytest.mark.parametrize(
     ("kind", "fsdp"),
-    [("adapted", False), ("accelerated", True)],
-    ids=["adapted-ddp", "accelerated-fsdp2"],
+    [("adapted", None), ("accelerated", "FULL_STATE_DICT"), ("adapted", "SHARDED_STATE_DICT")],
+    ids=["adapted-ddp", "accelerated-fsdp2", "adapted-fsdp2-sharded"],
 )
 def test_a_killed_run_is_resumed(tmp_path, kind, fsdp):
     """Dropout included, to the bit: each rank's generator is in the checkpoint."""
