@@ -10,9 +10,12 @@ from torch import nn
 import lorafast
 
 IMPORTS = ("peft", "bitsandbytes")
-pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, IMPORTS)), reason="needs PEFT and bitsandbytes"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, IMPORTS)), reason="needs PEFT and bitsandbytes"
+    ),
+]
 SIZE = 64
 
 
@@ -50,7 +53,7 @@ def _stored(rank, storages, own_class):
     return found
 
 
-@pytest.mark.parametrize("own_class", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("own_class", [True, False])
 def test_codes_that_the_policy_casts(own_class):
     storages = [torch.uint8, torch.bfloat16, torch.float32, torch.float16]
     for by_bytes, in_its_dtype, *cast in on_ranks(

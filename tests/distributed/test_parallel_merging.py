@@ -9,6 +9,8 @@ from torch import nn
 
 import lorafast
 
+pytestmark = pytest.mark.slow
+
 LAYERS = ("layers.0.mlp.down_proj", "layers.0.mlp.gate_proj")
 
 
@@ -86,7 +88,7 @@ def _merged(rank):
 
 @pytest.mark.parametrize(
     "world",
-    [pytest.param(2, id="cut", marks=pytest.mark.slow), pytest.param(4, id="cut and sharded")],
+    [pytest.param(2, id="cut"), pytest.param(4, id="cut and sharded")],
 )
 def test_layers_are_merged_one_by_one(world):
     on_ranks(_merged, world=world)

@@ -12,6 +12,8 @@ from torch import nn
 import lorafast
 from lorafast import functional
 
+pytestmark = pytest.mark.slow
+
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs PEFT")
 
 

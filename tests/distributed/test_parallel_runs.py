@@ -18,6 +18,8 @@ from test_tensor_parallel import EXACT, adapted, error, loss_of, plan_of, steps
 
 import lorafast
 
+pytestmark = pytest.mark.slow
+
 
 def cut(model):
     return lorafast.parallel.parallelize(model, mesh_of(), plan_of(model))
@@ -84,9 +86,7 @@ def _loses_a_rank(rank, rendezvous, end, dies):
     os._exit(0)
 
 
-@pytest.mark.parametrize(
-    "dies", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dies", "hangs"]
-)
+@pytest.mark.parametrize("dies", [True, False], ids=["dies", "hangs"])
 def test_a_lost_rank_ends_the_others(tmp_path, dies):
     here, there = ranks._context.Pipe(duplex=False)
     arguments = (str(tmp_path / "rendezvous"), there, dies)

@@ -8,9 +8,10 @@ import torch
 from ranks import device, on_ranks
 from small_decoder import decoder, fill_adapters, loss_of, tokens
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("accelerate") is None, reason="needs accelerate"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate"),
+]
 
 
 def _loop(world):

@@ -9,6 +9,8 @@ from torch import nn
 
 import lorafast
 
+pytestmark = pytest.mark.slow
+
 K, HEADS, SIZE = 8, 4, 3
 MESSAGE = r"^between\.weight is replicated, and each rank has another gradient.*Shard\(-1\)"
 

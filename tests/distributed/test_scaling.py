@@ -12,6 +12,8 @@ from ranks import mesh_of, on_ranks
 
 import lorafast
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 
 SIZES = scaling.Sizes(
@@ -47,7 +49,6 @@ def is_cut(parameter):
     return hasattr(parameter, "to_local")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -84,7 +85,6 @@ def test_a_table():
     assert {line.count("|") for line in lines} == {len(scaling.HEADER) + 1}
 
 
-@pytest.mark.slow
 def test_the_page_shows_what_is_counted():
     page = Path(__file__).parents[2] / "docs" / "scaling.md"
     assert scaling.table(scaling.Sizes(), (8, 64, 1024)) in page.read_text(encoding="utf-8")
