@@ -27,7 +27,9 @@ import lorafast
 ARMS = (FROZEN, "twice the rows", "mixed", "two forwards")
 WHICH = ("forward", "forward + backward")
 _SECONDS = 20.0
-_EPSILONS = 512  # of rounding: sums of 1536 terms, four blocks deep, in another order
+_EPSILONS = 8
+"""Of the dtype, relative to the largest logit. Batches of another size add up in another order: measured
+at most 2.7; policy and reference are 15 apart in bf16, and a million in fp32."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def test_every_arm_is_checked_and_timed(tmp_path):
     assert len(record.rows("preference")) == len(rows)
 
 
-def test_what_is_wrong_has_no_time(monkeypatch):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_is_wrong_has_no_time(monkeypatch, dtype):
     both = job._both
 
     def the_wrong_way_round(name, model, x):
@@ -30,7 +31,7 @@ def test_what_is_wrong_has_no_time(monkeypatch):
         return (reference, policy) if name == "mixed" else (policy, reference)
 
     monkeypatch.setattr(job, "_both", the_wrong_way_round)
-    rows = job.measure(SIZE, 8, "fp32", device=CPU, seconds=0.01)
+    rows = job.measure(SIZE, 8, dtype, device=CPU, seconds=0.01)
     mixed = [row for row in rows if row.contender == "mixed"]
     assert all("the policy is off by" in row.wrong and row.samples == [] for row in mixed)
     assert all(row.wrong is None for row in rows if row.contender != "mixed")
