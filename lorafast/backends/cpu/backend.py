@@ -16,8 +16,11 @@ from lorafast.core.problem import (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SKINNY = 32
 """The rank up to which, in bfloat16, the native reductions beat oneDNN's: measured at 4 to 128."""
-SKINNY_LAYER = 64
-"""The same of a layer, whose skinny products are one call: measured at 16 to 128."""
+SKINNY_LAYER, SKINNY_OURS = 64, 128
+"""The same of a layer, whose skinny products are one call, and of one whose base GEMM is ours too:
+measured at 16 to 256."""
+OUR_ROWS = 64
+"""The rows from which it is (csrc/cpu/panel_gemm.h)."""
 MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
 BOTTLENECK_ROWS = (64, 512)
@@ -106,7 +109,10 @@ class Cpu(Backend):
             return [("native CPU kernels", reason)]
         rules = ["with dropout"]
         if native.multiplies_bfloat16():
-            rules.append(f"in bfloat16 up to rank {SKINNY}, a layer up to {SKINNY_LAYER}")
+            rules.append(
+                f"in bfloat16 up to rank {SKINNY}, a layer up to {SKINNY_LAYER}, "
+                f"from {OUR_ROWS} rows up to {SKINNY_OURS}"
+            )
         if native.has_avx512():
             rules.append(f"in float32 from {MANY} rows")
         return [("native CPU kernels", f"{native.capability()}, ahead {', '.join(rules)}")]
@@ -142,7 +148,8 @@ def _why_ahead(p: Problem) -> str | None:
         first = next((q for q in parts(p) if q.operation != "linear_expand"), None)
         if first is None:
             return None
-        return _why_skinny_ahead(first._replace(dropout=p.dropout), SKINNY_LAYER)
+        most = SKINNY_OURS if p.M >= OUR_ROWS else SKINNY_LAYER
+        return _why_skinny_ahead(first._replace(dropout=p.dropout), most)
     return _why_skinny_ahead(p, SKINNY)
 
 
