@@ -107,9 +107,10 @@ def test_gradcheck(path, grad):
         return run(t | dict(zip(grad, leaves, strict=True)), adapter_of)
 
     leaves = [t[name] for name in grad]
-    assert torch.autograd.gradcheck(function, leaves)
+    some = grad != NAMES  # for which a random combination of the elements will do
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=some)
     if grad not in WITHOUT_X:
-        assert torch.autograd.gradgradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=some)
 
 
 @pytest.mark.parametrize("grad", WITHOUT_X, ids="+".join)
