@@ -297,7 +297,7 @@ def _bottleneck_columns(launch: ColumnsLaunch, p: Problem) -> Launch:
     if "dh" in wants:
         D = p.r * p.K * _adapter(p)
         read, written = read + D, written + p.M * p.K * _size(p)
-        loaded += groups * D + low * (of_h if p.residual else of_dy)
+        loaded += groups * D + low * of_dy
     return Launch(read, written, loaded, written)
 
 

@@ -49,7 +49,6 @@ def _walk(
     length,
     b,
     scale,
-    ADDS_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -61,7 +60,7 @@ def _walk(
     """Over the rows from begin to end, and for column block ``block`` of the matrix x ``[M, length]``:
 
     - ``out = scale · lowᵀ·x``, with ``low [M, b]``, and ``sums = scale · Σ x``;
-    - ``dh = x + da·down``, without ADDS_X ``dh = da·down``, with ``da [M, b]`` and ``down [b, length]``.
+    - ``dh = x + da·down``, with ``da [M, b]`` and ``down [b, length]``.
 
     ``x``, ``low``, ``da``, ``down`` and ``out``, whose rows are ranks, are ``Matrix``. Without ``low``
     there is no out, without ``sums`` none are made, without ``dh`` it isn't written.
@@ -110,8 +109,7 @@ def _walk(
             )  # [BLOCK_M, BLOCK_R]
             dh = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             dh = low_rank_dot(da_tile, down_tile, dh, UP, INTERPRETED, APART=True)
-            if ADDS_X:
-                dh += x_tile.to(tl.float32)
+            dh += x_tile.to(tl.float32)
             tl.store(
                 dh_ptr + offsets[:, None] * length + col_offsets[None, :],
                 cast(dh, dh_ptr.dtype.element_ty, INTERPRETED),
@@ -174,7 +172,6 @@ def bottleneck_columns_kernel(
     stride_hk,
     stride_db,
     stride_dk,
-    ADDS_DY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -185,8 +182,8 @@ def bottleneck_columns_kernel(
 ):
     """Program (i, j, l): column block i, first those of dy, then those of h; row group j, rank block l.
 
-    ``dup`` is dU and ``ddown`` dD. What isn't asked for is None, and so is what it alone depends on. dh
-    is the work of dy's programs where it is ``dy + da·D``, else of h's; it takes one rank block.
+    ``dup`` is dU and ``ddown`` dD. What isn't asked for is None, and so is what it alone depends on.
+    ``dh = dy + da·D`` is the work of dy's programs, and takes one rank block.
     """
     # Counted in blocks, so that the compiler knows the alignment of every load.
     begin = tl.program_id(1) * m_blocks * BLOCK_M
@@ -201,18 +198,18 @@ def bottleneck_columns_kernel(
             z = Matrix(z_ptr, b, 1) if z_ptr is not None else None
             dup = Matrix(dup_ptr, 1, b) if dup_ptr is not None else None
             _walk(
-                Matrix(dy_ptr, stride_dym, stride_dyn), z, da, down, dh_ptr if ADDS_DY else None,
+                Matrix(dy_ptr, stride_dym, stride_dyn), z, da, down, dh_ptr,
                 dup, du_ptr, dup_partials_ptr, du_partials_ptr, counters_ptr,
-                block, begin, end, N, b, scaling, True,
+                block, begin, end, N, b, scaling,
                 BLOCK_M, BLOCK_N, BLOCK_R, STAGES, PRECISION, UP, INTERPRETED,
             )  # fmt: skip
     if h_ptr is not None:
         h = Matrix(h_ptr, stride_hm, stride_hk)
         if block >= blocks_of_dy:
             _walk(
-                h, da, da, down, None if ADDS_DY else dh_ptr,
+                h, da, None, None, None,
                 Matrix(ddown_ptr, K, 1), None, ddown_partials_ptr, None, counters_ptr,
-                block - blocks_of_dy, begin, end, K, b, 1.0, False,
+                block - blocks_of_dy, begin, end, K, b, 1.0,
                 BLOCK_M, BLOCK_N, BLOCK_R, STAGES, PRECISION, UP, INTERPRETED,
             )  # fmt: skip
 
@@ -225,7 +222,7 @@ def launcher(launch: ColumnsLaunch, dtype: torch.dtype) -> Callable[..., tuple[T
     col_blocks, row_groups, rank_blocks = launch.grid
     start = Start(bottleneck_columns_kernel, launch.grid, c.options)
     blocks = (
-        not launch.residual, c.block_m, c.block_k, c.block_r, c.num_stages,
+        c.block_m, c.block_k, c.block_r, c.num_stages,
         launch.precision, launch.up, INTERPRETED,
     )  # fmt: skip
     sizes = {"dD": (b, K), "dU": (N, b), "du": (N,)}

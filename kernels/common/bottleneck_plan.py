@@ -49,7 +49,7 @@ class ColumnsLaunch:
     """``grid``: column blocks, first of dy ``[M, N]``, then of h ``[M, K]``; row groups; rank blocks. A
     row group has ``m_blocks`` blocks of M.
 
-    - ``wants``: what of dh, dD, dU and du it makes; ``residual``: ``dh`` is ``da·D``, not ``dy + da·D``;
+    - ``wants``: what of dh, dD, dU and du it makes;
     - ``precision``, ``up``: of the sums over rows, of the product in dh.
     """
 
@@ -61,7 +61,6 @@ class ColumnsLaunch:
     grid: tuple[int, int, int]
     m_blocks: int
     wants: tuple[str, ...]
-    residual: bool
     precision: str
     up: str
 
@@ -143,11 +142,12 @@ def bottleneck_backward_launch(
     wants: tuple[str, ...],
     residual: bool,
 ) -> BottleneckBackwardLaunch:
-    """``rules``: a configuration for each of its launches, by name. dh is made where its matrix is read
-    for a sum anyway: dy for dU or du, h with another residual; if all ranks are there at once."""
-    asked, beside = {*wants}, {"dD"} if residual else {"dU", "du"}
+    """``rules``: a configuration for each of its launches, by name. ``dh = dy + da·D`` is made where dy
+    is read for dU or du anyway, if all ranks are there at once. With another residual it takes no dy:
+    the launch over rows writes it."""
+    asked = {*wants}
     of_da = asked & {"dh", "dD", "dd"}
-    dh_beside = bool(asked & beside) and b <= rules["columns"].block_r
+    dh_beside = not residual and bool(asked & {"dU", "du"}) and b <= rules["columns"].block_r
     rows = columns = None
     if asked & {"dh", "dD", "dd", "dU"}:
         rows = bottleneck_launch(
@@ -159,7 +159,7 @@ def bottleneck_backward_launch(
             name for name in wants if name in ("dD", "dU", "du") or (name == "dh" and dh_beside)
         )
         columns = _columns_launch(
-            rules["columns"], M, K, N, b, sms=sms, dtype=dtype, tf32=tf32, wants=made, residual=residual,
+            rules["columns"], M, K, N, b, sms=sms, dtype=dtype, tf32=tf32, wants=made,
         )  # fmt: skip
     return BottleneckBackwardLaunch(rows, columns, wants, residual)
 
@@ -175,7 +175,6 @@ def _columns_launch(
     dtype: torch.dtype,
     tf32: bool,
     wants: tuple[str, ...],
-    residual: bool,
 ) -> ColumnsLaunch:
     """A CTA for each column block, row group and rank block; rows are cut until they fill the SMs."""
     of_dy = _blocks(N, c.block_k) if {"dU", "du"} & {*wants} else 0
@@ -184,7 +183,7 @@ def _columns_launch(
     ranks = _blocks(b, c.block_r) if wants != ("du",) else 1
     groups, m_blocks = chunks(sms * c.ctas_per_sm, M, c.block_m, (of_dy + of_h) * ranks)
     return ColumnsLaunch(
-        c, M, K, N, b, (of_dy + of_h, groups, ranks), m_blocks, wants, residual,
+        c, M, K, N, b, (of_dy + of_h, groups, ranks), m_blocks, wants,
         precision=skinny_precision_of(dtype, tf32), up=_up_precision(dtype, tf32),
     )  # fmt: skip
 

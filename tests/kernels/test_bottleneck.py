@@ -154,7 +154,7 @@ def test_what_is_not_asked_for_is_not_needed(poisoned, device, wants):
     ("size", "wants", "rows", "columns"),
     [
         ((140, 20, 20, 7), GRADIENTS, (9, 1), (4, 2, 1)),
-        ((140, 20, 37, 7), GRADIENTS, (9, 1), (5, 2, 1)),
+        ((140, 20, 37, 7), GRADIENTS, (9, 2), (5, 2, 1)),
         ((140, 20, 20, 20), GRADIENTS, (9, 2), (4, 2, 2)),
         ((20, 20, 140, 20), GRADIENTS, (2, 2), (11, 1, 2)),
         ((20, 20, 140, 7), ("dD", "dd"), (2, 2), (2, 1, 1)),
@@ -169,8 +169,8 @@ def test_what_is_not_asked_for_is_not_needed(poisoned, device, wants):
     ids=str,
 )
 def test_who_makes_which_gradients(poisoned, device, monkeypatch, size, wants, rows, columns):
-    """dh beside a sum over rows of its matrix, where all ranks are there at once; row groups, and shares
-    of the columns of few rows, none of which is whole."""
+    """dh beside the sums over dy, which is in it, where all ranks are there at once; row groups, and
+    shares of the columns of few rows, none of which is whole."""
     (_, K, N, _), small = size, {"rows": SMALL, "columns": TINY}
     given = drawn(*size, F32, F32, device, residual=K != N)
     launch = bottleneck_backward_launch(

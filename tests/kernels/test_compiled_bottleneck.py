@@ -69,18 +69,18 @@ def test_compiles_to_fast_code(machine_of, capability, M, b, config, dtype, adap
         assert_fast(machine_of(launched, capability), capability)
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["own", "residual"])
+@pytest.mark.parametrize("wants", [GRADIENTS, ("dD", "dd", "dU", "du")], ids=["dh", "no dh"])
 @pytest.mark.parametrize(
     ("capability", "b", "config", "dtype", "adapter_dtype"), OVER_COLUMNS, ids=lambda v: str(v)[:14]
 )
 def test_sums_over_rows_compile_to_fast_code(
-    machine_of, capability, b, config, dtype, adapter_dtype, residual
+    machine_of, capability, b, config, dtype, adapter_dtype, wants
 ):
-    """dh beside that of dy, or of h where it is added to another ``residual``."""
+    """With dh beside those of dy, or without."""
     h, a, down, up = drawn(8192, b, dtype, adapter_dtype)
 
     def run():
-        bottleneck_backward(h, h, a, down, up, 0.5, residual=residual, over_columns=config)
+        bottleneck_backward(h, h, a, down, up, 0.5, wants=wants, over_columns=config)
 
     launched = launches_of(capability, run)[-1]
     assert launched.kernel.__name__ == "bottleneck_columns_kernel"
