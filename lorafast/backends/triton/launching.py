@@ -55,7 +55,7 @@ def run_of(launch: Launch, p: Problem) -> Run:
     if isinstance(launch, BottleneckLaunch):
         return bottleneck.launcher(launch)
     if isinstance(launch, BottleneckBackwardLaunch):
-        return bottleneck_backward.launcher(launch, p.adapter_dtype, p.residual)
+        return bottleneck_backward.launcher(launch, p.adapter_dtype)
     return forward.launcher(launch)
 
 
