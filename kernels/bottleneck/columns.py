@@ -98,7 +98,8 @@ def _walk(
                 mask=(ranks < b)[:, None] & (rows < end)[None, :],
                 other=0.0,
             )  # [BLOCK_R, BLOCK_M]
-            acc = low_rank_dot(low_tile, x_tile, acc, PRECISION, INTERPRETED)
+            # That many ranks are multiplied by wgmma: in flight, ptxas would serialize every one.
+            acc = low_rank_dot(low_tile, x_tile, acc, PRECISION, INTERPRETED, APART=BLOCK_R >= 64)
         if sums_ptr is not None:
             sums += tl.sum(x_tile.to(tl.float32), axis=0)
         if dh_ptr is not None:
