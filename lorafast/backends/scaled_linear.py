@@ -14,21 +14,25 @@ from torch import Tensor
 from lorafast.backends.plan import Run
 from lorafast.core.problem import Problem
 
-Pass = Callable[[Tensor, Tensor | None, Tensor | None, torch.dtype], tuple[Tensor | None, Tensor | None]]
+Pass = Callable[
+    [Tensor, Tensor | None, Tensor | None, torch.dtype], tuple[Tensor | None, Tensor | None]
+]
 """``l ⊙ g`` and ``Σ g ⊙ t`` in the dtype, of ``g, scale, t``; what is None isn't asked for."""
 
 
-def forward(problem: Problem) -> Run:
-    """``y`` and ``z``, of ``x, weight, scale, bias``."""
+def forward(problem: Problem, times: Callable[[Tensor, Tensor], Tensor | None]) -> Run:
+    """``y`` and ``z``, of ``x, weight, scale, bias``; ``times`` scales a matrix."""
     scales_input, keeps = problem.scales_input, "z" in problem.wants
 
     def run(
         x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         if scales_input:
-            return F.linear(times(x, scale), weight, bias), None
+            scaled = times(x, scale)
+            assert scaled is not None
+            return F.linear(scaled, weight, bias), None
         z = F.linear(x, weight, bias)
-        return (times(z, scale), z) if keeps else (torch.mul(z, scale, out=z), None)
+        return times(z, scale), z if keeps else None
 
     return run
 

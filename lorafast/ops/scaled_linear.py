@@ -211,13 +211,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], z: Tensor | None, needs: tuple[bool
 
 def _wants(needs: tuple[bool, ...]) -> tuple[str, ...]:
     """The results that the forward's arguments need."""
-    return tuple(
-        name for name, need in zip(_WANTS, (needs[0], needs[2]), strict=True) if need
-    )
+    return tuple(name for name, need in zip(_WANTS, (needs[0], needs[2]), strict=True) if need)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dz: Tensor | None, needs: tuple[bool, ...]) -> _Pair:
-    """``dx [M, K]`` and ``dscale`` by the reference, so that PyTorch can differentiate them once more."""
+    """``dx [M, K]`` and ``dscale`` by the reference, which PyTorch can differentiate once more."""
     kept, weight, scale = ctx.saved_tensors
     dx = dscale = None
     if dy is not None:

@@ -107,10 +107,11 @@ def test_any_leading_dimensions_and_strides(forced, shape, scales_input):
     wide = torch.randn(*shape[:-1], 80)[..., ::2].requires_grad_()
     y = ops.scaled_linear(**{**tensors, "x": wide}, scales_input=scales_input)
     assert y.shape == (*shape[:-1], 24)
-    found = torch.autograd.grad(y.sin().sum(), (wide, tensors["scale"]))
+    dy = torch.randn(y.shape)
+    found = torch.autograd.grad(y, (wide, tensors["scale"]), dy)
     right = reference.scaled_linear(**{**tensors, "x": wide}, scales_input=scales_input)
     torch.testing.assert_close(y, right)
-    expected = torch.autograd.grad(right.sin().sum(), (wide, tensors["scale"]))
+    expected = torch.autograd.grad(right, (wide, tensors["scale"]), dy)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -121,30 +122,30 @@ def test_each_may_be_the_only_one_with_a_gradient(poisoned, forced, name, scales
     tensors = {key: t.float() for key, t in drawn(scales_input=scales_input).items()}
     tensors[name].requires_grad_()
     found, right = (
-        torch.autograd.grad(
-            f(**tensors, scales_input=scales_input).square().sum(), tensors[name]
-        )[0]
+        torch.autograd.grad(f(**tensors, scales_input=scales_input).square().sum(), tensors[name])[
+            0
+        ]
         for f in (ops.scaled_linear, reference.scaled_linear)
     )
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
 @backends
+@sides
 @pytest.mark.parametrize("trained", ["x", "scale", "both"])
-def test_what_is_kept(forced, trained):
+def test_what_is_kept(forced, trained, scales_input):
     """z for dl where y is scaled, else x; no matrix at all for dx alone."""
-    for scales_input, for_scale in ((False, [(37, 24)]), (True, [])):
-        tensors = {key: t.float() for key, t in drawn(scales_input=scales_input).items()}
-        for name in ("x", "scale") if trained == "both" else (trained,):
-            tensors[name].requires_grad_()
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            ops.scaled_linear(**tensors, scales_input=scales_input)
-        given = {t.data_ptr() for t in tensors.values()}
-        new = [tuple(t.shape) for t in kept if t.data_ptr() not in given]
-        assert new == ([] if trained == "x" else for_scale)
-        of_x = [t for t in kept if t.data_ptr() == tensors["x"].data_ptr()]
-        assert bool(of_x) == (scales_input and trained != "x")
+    tensors = {key: t.float() for key, t in drawn(scales_input=scales_input).items()}
+    for name in ("x", "scale") if trained == "both" else (trained,):
+        tensors[name].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.scaled_linear(**tensors, scales_input=scales_input)
+    given = {t.data_ptr() for t in tensors.values()}
+    new = [tuple(t.shape) for t in kept if t.data_ptr() not in given]
+    assert new == ([] if scales_input or trained == "x" else [(37, 24)])
+    of_x = [t for t in kept if t.data_ptr() == tensors["x"].data_ptr()]
+    assert bool(of_x) == (scales_input and trained != "x")
 
 
 @pytest.mark.parametrize("backend", ["reference", "aten"])
@@ -162,18 +163,18 @@ def test_gradcheck(forced, scales_input):
 
 @pytest.mark.parametrize("backend", ["reference", "aten"])
 @sides
-def test_second_derivatives_with_each_alone(forced, scales_input):
-    for name in ("x", "scale"):
-        tensors = drawn(4, 3, 5, scales_input=scales_input)
-        leaf = tensors[name].requires_grad_()
-        dy = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name", ["x", "scale"])
+def test_a_second_derivative_of_each_alone(forced, name, scales_input):
+    tensors = drawn(4, 3, 5, scales_input=scales_input)
+    leaf = tensors[name].requires_grad_()
+    dy = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
 
-        def second(function):
-            y = function(**tensors, scales_input=scales_input)
-            (first,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
-            return torch.autograd.grad(first.square().sum(), dy)
+    def second(function):
+        y = function(**tensors, scales_input=scales_input)
+        (first,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), dy)
 
-        torch.testing.assert_close(second(ops.scaled_linear), second(reference.scaled_linear))
+    torch.testing.assert_close(second(ops.scaled_linear), second(reference.scaled_linear))
 
 
 @sides
@@ -221,9 +222,7 @@ def test_compiled_and_watched(forced, scales_input):
         return ops.scaled_linear(x, tensors["weight"], scale, tensors["bias"], scales_input)
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    found, right = (
-        torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (compiled, call)
-    )
+    found, right = (torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (compiled, call))
     torch.testing.assert_close(found, right)
     with FlopCounterMode(display=False) as counter:
         call(*leaves).sum().backward()
@@ -282,7 +281,12 @@ def test_a_cpu_has_pytorchs_own_graph():
         ("scale", torch.randn(40), ValueError, r"scale has shape \[40\], expected \[24\]"),
         ("scale", torch.ones(24, dtype=torch.int64), TypeError, "scale is torch.int64"),
         ("scale", 2.0, TypeError, "scale is a float, expected a tensor"),
-        ("weight", torch.randn(24, 39), ValueError, r"x has shape \[37, 40\], expected \[..., 39\]"),
+        (
+            "weight",
+            torch.randn(24, 39),
+            ValueError,
+            r"x has shape \[37, 40\], expected \[..., 39\]",
+        ),
         ("bias", torch.randn(23), ValueError, r"bias has shape \[23\], expected \[24\]"),
         ("weight", torch.randn(24, 40).double(), TypeError, "weight is torch.float64"),
     ],

@@ -102,7 +102,7 @@ def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
     if p.operation == "bottleneck_backward":
         return bottleneck.bottleneck_backward(p), (f"{', '.join(p.wants)}: one call each",)
     if p.operation == "scaled_linear":
-        return scaled_linear.forward(p), ("the base GEMM, and a pass",)
+        return scaled_linear.forward(p, scaled_linear.times), ("the base GEMM, and a pass",)
     if p.operation == "scaled_linear_backward":
         run = scaled_linear.backward(p, scaled_linear.by_pytorch)
         return run, (f"{', '.join(p.wants)}: the base GEMM, a pass each, a sum",)
