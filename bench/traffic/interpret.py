@@ -319,7 +319,7 @@ def compare_scaled_linear(reduced: Reduced, scales_input: bool) -> dict[str, str
     x, dy, weight = (torch.ones(size, dtype=dtype) for size in ((M, K), (M, N), (N, K)))
     scale = torch.ones(K if scales_input else N, dtype=adapter)
     bias = torch.ones(N, dtype=dtype) if reduced.bias else None
-    kept = x if scales_input else dy
+    kept = x if scales_input else dy.clone()
     calls: dict[str, tuple[Call, tuple[Any, ...]]] = {}
     for asked in [("y",)] if scales_input else [("y",), ("y", "z")]:
         problem = problems.scaled_linear_problem(x, weight, scale, bias, scales_input, asked)

@@ -449,24 +449,25 @@ class _Counted(Triton):
 def _scaled_linear(launch: ScaledLinearLaunch, p: Problem) -> list[Launch]:
     """The GEMM, ours or PyTorch's, the pass, and where there are partial sums the launch that adds them
     up; W is read by the GEMM alone."""
-    rows, found = launch.rows, []
-    if launch.gemm is not None:
-        found.append(_scaled_gemm(launch.gemm, p))
-    elif p.operation == "scaled_linear" or p.scales_input or "dx" in p.wants:
-        x, W, y = (size * _size(p) for size in (p.M * p.K, p.N * p.K, p.M * p.N))
-        read, written = (y, x) if p.transposed else (x, y)
-        read += W + (p.N * _size(p) if p.bias else 0)
-        found.append(Launch(read, written, 0, 0, by_pytorch=True))
-    if rows is not None:
-        found.append(_scaled_pass(rows, p))
-    gemm = launch.gemm
-    for count, N in [
-        *([(gemm.row_blocks, gemm.gemm.N)] if gemm is not None and gemm.sums else []),
-        *([(rows.grid[1], rows.N)] if rows is not None and rows.sums else []),
-    ]:
-        sums, dscale = count * N * _PARTIAL, N * _adapter(p)
-        found.append(Launch(sums, dscale, sums, dscale))
-    return found
+    rows, gemm = launch.rows, launch.gemm
+    of_rows = [] if rows is None else [_scaled_pass(rows, p)]
+    if rows is not None and rows.sums:
+        of_rows.append(_added_up(rows.grid[1], rows.N, p))
+    if gemm is not None:
+        sums = [_added_up(gemm.row_blocks, gemm.gemm.N, p)] if gemm.sums else []
+        return [*of_rows, _scaled_gemm(gemm, p), *sums]
+    if p.operation == "scaled_linear_backward" and not p.scales_input and "dx" not in p.wants:
+        return of_rows
+    x, W, y = (size * _size(p) for size in (p.M * p.K, p.N * p.K, p.M * p.N))
+    read, written = (y, x) if p.transposed else (x, y)
+    read += W + (p.N * _size(p) if p.bias else 0)
+    return [*of_rows, Launch(read, written, 0, 0, by_pytorch=True)]
+
+
+def _added_up(count: int, N: int, p: Problem) -> Launch:
+    """Partial sums ``[count, N]``."""
+    sums, dscale = count * N * _PARTIAL, N * _adapter(p)
+    return Launch(sums, dscale, sums, dscale)
 
 
 def _scaled_gemm(launch: ScaledGemmLaunch, p: Problem) -> Launch:

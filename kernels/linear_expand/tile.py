@@ -304,8 +304,9 @@ def _store(
         tl.store(y_ptrs, rounded, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
 
-Operand = Tensor | TensorDescriptor
-Operands = tuple[Operand, Operand, Operand | None]
+Operands = tuple[
+    Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | TensorDescriptor | None
+]
 """``x``, ``w`` and ``y`` as tiles are read and written; no y where none is written."""
 
 

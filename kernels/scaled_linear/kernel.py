@@ -183,6 +183,7 @@ def launcher(
         kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         y = torch.empty((M, N), dtype=x.dtype, device=x.device) if launch.writes else None
+        scale = scale if launch.writes else None
         z = torch.empty((M, N), dtype=x.dtype, device=x.device) if launch.keeps else None
         sums = None
         if launch.sums:

@@ -220,11 +220,11 @@ def _gradients(ctx: Any, dy: Tensor | None, dz: Tensor | None, needs: tuple[bool
     dx = dscale = None
     if dy is not None:
         dy = as_rows(dy)
-        kept = None if kept is None else as_rows(kept)
         if needs[0]:
             dx = reference.scaled_dx(dy, weight, scale, ctx.scales_input)
         if needs[2]:
-            dscale = reference.scaled_dscale(dy, kept, weight, scale.dtype, ctx.scales_input)
+            rows = as_rows(kept)
+            dscale = reference.scaled_dscale(dy, rows, weight, scale.dtype, ctx.scales_input)
     if dz is not None and needs[0]:
         through_z = dz @ weight
         dx = through_z if dx is None else dx + through_z
