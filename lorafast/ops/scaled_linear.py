@@ -42,6 +42,7 @@ from lorafast.ops.problems import (
 from lorafast.ops.quantized_linear import quantized_linear
 from lorafast.ops.registration import register, register_autograd
 from lorafast.ops.scaled import LARGE, scaled
+from lorafast.ops.unstrided import is_sharded
 
 _FORWARD, _BACKWARD = SCALED_OPERATIONS
 _WANTS = WANTS[_BACKWARD]
@@ -74,6 +75,8 @@ def scaled_linear(
         reason = needs_plain_pytorch(compiling)
         if reason is not None:
             forced.check_plain_pytorch(_FORWARD, reason)
+            return _composed(x, weight, scale, bias, scales_input)
+        if any(map(is_sharded, (x, weight, scale))):
             return _composed(x, weight, scale, bias, scales_input)
         if compiling or watched():
             return _registered(x, weight, scale, bias, scales_input)
