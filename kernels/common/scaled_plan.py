@@ -9,6 +9,7 @@ from lorafast.kernels.common.plan import LinearExpandLaunch, linear_expand_launc
 _PASS = LaunchConfig(16, 256, 16, 16, 4, 3, ctas_per_sm=8)
 """Four warps, each a row of 16-byte loads at a time, and as many of them as hide a load. Not tuned."""
 _FEW_COLUMNS = 64
+_FLOAT32_BYTES, _LEAST_BLOCK = 4, 16
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,13 @@ def scaled_gemm_launch(
     keeps: bool = False,
     sums: bool = False,
 ) -> ScaledGemmLaunch:
-    """As ``linear_expand_launch`` without ranks, of sizes of the GEMM. A tile whose sums are taken is
-    finished in as many parts as one with a mask, beside which the rest of it would spill as well: found
-    by compiling."""
+    """As ``linear_expand_launch`` without ranks, of sizes of the GEMM.
+
+    A tile whose sums are taken is finished in as many parts as one with a mask. Where a vector multiplies
+    float32 at its load, tiles have half the columns. Both would spill otherwise: found by compiling.
+    """
+    if at_load and dtype.itemsize == _FLOAT32_BYTES:
+        c = replace(c, block_n=max(c.block_n // 2, _LEAST_BLOCK * c.parts))
     gemm = linear_expand_launch(
         c, M, K, N, 0, sms=sms, dtype=dtype, precision=precision, tma=tma, transposed=transposed,
         by_rows=by_rows, bias=bias,
