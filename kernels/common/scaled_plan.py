@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from lorafast.kernels.common.configs import LaunchConfig, chunks
-from lorafast.kernels.common.plan import LinearExpandLaunch, linear_expand_launch
+from lorafast.kernels.common.plan import LinearExpandLaunch, linear_expand_launch, with_room
 
 _PASS = LaunchConfig(16, 256, 16, 16, 4, 3, ctas_per_sm=8)
 """Four warps, each a row of 16-byte loads at a time, and as many of them as hide a load. Not tuned."""
@@ -77,9 +77,11 @@ def scaled_gemm_launch(
 ) -> ScaledGemmLaunch:
     """As ``linear_expand_launch`` without ranks, of sizes of the GEMM.
 
-    A tile whose sums are taken is finished in as many parts as one with a mask. Where a vector multiplies
+    A tile whose sums are taken has the size and the parts of one with a mask. Where a vector multiplies
     float32 at its load, tiles have half the columns. Both would spill otherwise: found by compiling.
     """
+    if sums:
+        c = with_room(c)
     if at_load and dtype.itemsize == _FLOAT32_BYTES:
         c = replace(c, block_n=max(c.block_n // 2, _LEAST_BLOCK * c.parts))
     gemm = linear_expand_launch(
