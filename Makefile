@@ -65,7 +65,8 @@ demo-robust: $(READY)
 demo-fsdp2: $(READY)
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_fsdp2.py $(ARGS)
 
-# One worker a core, so one thread a worker. WORKERS=1 where several runs are side by side.
+# One worker a core, so one thread a worker. WORKERS=0, no worker but this process, where several runs are
+# side by side.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
 

@@ -10,11 +10,15 @@ Flags and counters, a few bytes, are left out.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lorafast.kernels.common.bottleneck_plan import BottleneckBackwardLaunch, BottleneckLaunch
+from lorafast.kernels.common.bottleneck_plan import (
+    BottleneckBackwardLaunch,
+    BottleneckLaunch,
+    ColumnsLaunch,
+)
 from lorafast.kernels.common.codes_plan import CodesLaunch, scales_apart
 from lorafast.kernels.common.decode_plan import DecodeLaunch
 from lorafast.kernels.common.plan import (
@@ -252,30 +256,54 @@ def _bottleneck(launch: BottleneckLaunch, p: Problem) -> list[Launch]:
 
 @traffic_of.register
 def _bottleneck_backward(launch: BottleneckBackwardLaunch, p: Problem) -> list[Launch]:
-    """The pass over rows as a forward's, then those of its other kernels; PyTorch sums da and scales
-    du, which is float32 until then."""
+    """The pass over rows as a forward's, which leaves dd in a partial sum of each row block."""
     found, wants, a = [], {*p.wants}, _low(p, p.M)
+    later = {*launch.columns.wants} if launch.columns is not None else set()
     if launch.rows is not None:
         rows, groups = launch.rows.grid
         dy, dh, of_da = p.M * p.N * _size(p), p.M * p.K * _size(p), wants & {"dh", "dD", "dd"}
         read, U, D = (dy, p.r * p.N * _adapter(p), 0) if of_da else (0, 0, 0)
-        written = a * (("dU" in wants) + bool(wants & {"dD", "dd"}))
-        again = 0
-        if "dh" in wants:
+        written = a * (("dU" in later) + bool(later & {"dD", "dh"}))
+        again, partials, times = 0, 0, groups
+        if launch.rows.split:
+            partials, times = _partials(groups, p.M * p.r), 1
+            written += partials
+        if "dh" in wants - later:
             D, written, again = p.r * p.K * _adapter(p), written + dh, 0 if p.residual else dy
-        loaded = groups * (read + rows * U + a) + rows * D + again
-        found.append(Launch(read + U + a + D, written, loaded, written))
+        if "dd" in wants:
+            sums = rows * p.r * _PARTIAL
+            partials, written = partials + sums, written + sums + p.r * _adapter(p)
+        loaded = times * (read + rows * U + a) + rows * D + again + partials
+        found.append(Launch(read + U + a + D + partials, written, loaded, written))
     if launch.columns is not None:
-        (one,) = traffic_of(launch.columns, p)
-        more = p.N * (_NUMBER - _size(p)) if "du" in wants else 0
-        found.append(replace(one, written=one.written + more, stored=one.stored + more))
-    if launch.down is not None:
-        found += traffic_of(launch.down, p)
-    if "dd" in wants:
-        found.append(Launch(a, p.r * _adapter(p), 0, 0, by_pytorch=True))
-    if "du" in wants:
-        found.append(Launch(p.N * _NUMBER, p.N * _adapter(p), 0, 0, by_pytorch=True))
+        found.append(_bottleneck_columns(launch.columns, p))
     return found
+
+
+def _bottleneck_columns(launch: ColumnsLaunch, p: Problem) -> Launch:
+    """Every column block reads z or da of its rows, and da again for dh; every row group reads D then,
+    and every rank block dy and h."""
+    _, groups, ranks = launch.grid
+    wants, low, of_dy, of_h = {*launch.wants}, _low(p, p.M), 0, 0
+    if launch.of_dy:
+        of_dy = _blocks(p.N, launch.config.block_k)
+    if "dD" in wants:
+        of_h = _blocks(p.K, launch.config.block_k)
+    matrices = (launch.of_dy * p.N + ("dD" in wants) * p.K) * p.M * _size(p)
+    sums = sum(
+        size
+        for name, size in {"dU": p.N * p.r, "du": p.N, "dD": p.r * p.K}.items()
+        if name in wants
+    )
+    partials = _partials(groups, sums)
+    read = matrices + low * (("dU" in wants) + bool(wants & {"dD", "dh"})) + partials
+    loaded = ranks * matrices + partials + low * (of_dy * ("dU" in wants) + of_h)
+    written = sums * _adapter(p) + partials
+    if "dh" in wants:
+        D = p.r * p.K * _adapter(p)
+        read, written = read + D, written + p.M * p.K * _size(p)
+        loaded += groups * D + low * of_dy
+    return Launch(read, written, loaded, written)
 
 
 def dequantization(weight: Weight, W: torch.Tensor) -> Launch:

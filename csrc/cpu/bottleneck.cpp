@@ -1,5 +1,7 @@
 // A bottleneck adapter, y = residual + scaling · (f(h·Dᵀ + d)·Uᵀ + u), and its backward. A thread does all products
-// of a block of rows while these are in its cache: h and dy come from memory once.
+// of a block of rows, and goes through them at most twice: forward through h for a, then for y; backward through dy
+// for da and dU, then through h for dD, and through dy again for dh, or for du where dh isn't dy + da·D. As far as
+// the block stays in its cache the second time costs no memory.
 #include "base_gemm.h"
 #include "operations.h"
 #include "skinny.h"
@@ -162,6 +164,7 @@ void backward_of_chunks(
   std::optional<Expand<Value>> expand;
   if (all.dh)
     expand.emplace(kernels, *all.dh, all.dz, transposed(all.down), 1.0, std::nullopt, std::nullopt, !all.residual);
+  const bool copies = all.dh && !all.residual;
   const RowSums &of_dU = expand_backward.sums, &of_dD = shrink_backward.sums;
   const int64_t block_sums = expand_backward.block_sums();
   torch::stable::parallel_for(0, of_dU.chunks, 1, [&](int64_t begin, int64_t end) {
@@ -177,7 +180,7 @@ void backward_of_chunks(
       for (int64_t stripe = 0; stripe < of_dU.stripes; ++stripe) {
         const RowSums::Unit unit = of_dU.unit(chunk, stripe);
         expand_backward.unit(tiles_of_dy, unit, over_columns.data());
-        if (want_du)
+        if (want_du && !copies)
           add_rows(kernels, all.dy, unit.first, unit.last, unit.col, unit.cols, of_u.of(chunk, unit.col));
       }
       float* sums = over_columns.data();
@@ -193,7 +196,11 @@ void backward_of_chunks(
           const int64_t count = std::min(kTileRows, unit.last - row);
           shrink_backward.tile(tiles_of_h, factors.get(), unit, row, count);
           if (!expand) continue;
-          if (!all.residual) copy(kernels, all.dy, *all.dh, row, count, unit.col, unit.cols);
+          if (copies) {
+            copy(kernels, all.dy, *all.dh, row, count, unit.col, unit.cols);
+            if (want_du)
+              add_rows(kernels, all.dy, row, row + count, unit.col, unit.cols, of_u.of(chunk, unit.col));
+          }
           expand->take(*of_expand, row, count);
           expand->tile(*of_expand, row, count, unit.col, unit.cols, nullptr);
         }
@@ -305,10 +312,12 @@ void bottleneck_backward(
     expand_backward(dy, of_z, up, scaling, of_dz, dU);
     by_chunk([&](Between::Thread& thread, int64_t chunk, int64_t first, int64_t last) {
       between.backward(thread, all.a, all.dz, of_d.of(chunk), first, last - first);
-      if (du)
-        for (int64_t col = 0; col < N; col += kTileCols)
-          add_rows(kernels, all.dy, first, last, col, std::min(kTileCols, N - col), of_u.of(chunk, col));
-      if (to && !residual) copy(kernels, all.dy, *to, first, last - first, 0, K);
+      for (int64_t row = first; row < last; row += kTileRows)
+        for (int64_t col = 0; col < N; col += kTileCols) {
+          const int64_t rows = std::min(kTileRows, last - row), cols = std::min(kTileCols, N - col);
+          if (du) add_rows(kernels, all.dy, row, row + rows, col, cols, of_u.of(chunk, col));
+          if (to && !residual) copy(kernels, all.dy, *to, row, rows, col, cols);
+        }
     });
     shrink_backward(of_dz, h, std::nullopt, 0, 1.0, dD);
     if (to) add_expanded(*to, all.dz, transposed(all.down), 1.0, std::nullopt, std::nullopt, !residual);

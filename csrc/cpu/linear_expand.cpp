@@ -2,6 +2,7 @@
 // a quantized weight for few rows, to whose result expand adds the adapter's term.
 #include "base_gemm.h"
 #include "coded_gemm.h"
+#include "panel_gemm.h"
 
 namespace lorafast::cpu {
 
@@ -66,11 +67,20 @@ Tensor linear_expand(
   const std::optional<Matrix> added = row_of_bias(bias, N, device);
   const Tensor W = transposed ? weight : transpose_of(weight);
   Tensor y = empty(M, N, x);
+  const Matrix b = transposed ? Matrix(weight) : lorafast::transposed(Matrix(weight));
+  const bool panels = panels_serve(microkernels(), Matrix(x), b, Matrix(y));
+  if (panels && !seed.has_value()) {
+    panel_gemm(microkernels(), Matrix(x), b, added, Expanded{Matrix(s), Matrix(lora_B), scaling}, Matrix(y));
+    return y;
+  }
   const auto expand = [&](const std::optional<Matrix>& bias_too, bool add) {
     const auto dropout = Dropout::of(seed, threshold, survivor_scale);
     add_expanded(Matrix(y), Matrix(s), Matrix(lora_B), scaling, dropout, bias_too, add);
   };
-  if (gemm_adds(x.scalar_type(), M, N, K, bias.has_value())) {
+  if (panels) {
+    panel_gemm(microkernels(), Matrix(x), b, added, std::nullopt, Matrix(y));
+    expand(std::nullopt, true);
+  } else if (gemm_adds(x.scalar_type(), M, N, K, bias.has_value())) {
     expand(added, false);
     gemm(y, y, x, W);
   } else {

@@ -4,6 +4,7 @@
 // rows, and waits for the others once.
 #include "base_gemm.h"
 #include "operations.h"
+#include "panel_gemm.h"
 #include "skinny.h"
 
 namespace lorafast::cpu {
@@ -29,17 +30,19 @@ void forward_of_rows(
 
 template <typename Value>
 void backward_of_chunks(
-    const Microkernels& kernels, const Matrix& dx, const Matrix& dy, const Matrix& x, const Matrix& lora_A,
-    const Matrix& lora_B, const Matrix& s, double scaling, const std::optional<Dropout>& dropout, const Matrix& ds,
-    const Matrix& dA, const Matrix& dB, bool add) {
+    const Microkernels& kernels, const std::optional<Matrix>& dx, const Matrix& dy, const Matrix& x,
+    const Matrix& lora_A, const Matrix& lora_B, const Matrix& s, double scaling,
+    const std::optional<Dropout>& dropout, const Matrix& ds, const Matrix& dA, const Matrix& dB, bool add) {
   const ExpandBackward<Value> expand_backward(kernels, dy, s, lora_B, scaling, ds);
   const ShrinkBackward<Value> shrink_backward(kernels, ds, x, dropout);
-  const Expand<Value> expand(kernels, dx, ds, transposed(lora_A), 1.0, dropout, std::nullopt, add);
+  std::optional<Expand<Value>> expand;
+  if (dx) expand.emplace(kernels, *dx, ds, transposed(lora_A), 1.0, dropout, std::nullopt, add);
   const RowSums &of_dB = expand_backward.sums, &of_dA = shrink_backward.sums;
   const int64_t block_sums = expand_backward.block_sums();
   torch::stable::parallel_for(0, of_dB.chunks, 1, [&](int64_t begin, int64_t end) {
     Tiles<Value> tiles_of_dy(kernels, dy), tiles_of_x(kernels, x);
-    typename Expand<Value>::Thread of_expand(expand);
+    std::optional<typename Expand<Value>::Thread> of_expand;
+    if (expand) of_expand.emplace(*expand);
     std::vector<float> over_columns;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       over_columns.assign(blocks_of(of_dB.chunk_rows, kTileRows) * block_sums, 0.0f);
@@ -55,8 +58,9 @@ void backward_of_chunks(
         for (int64_t row = unit.first; row < unit.last; row += kTileRows) {
           const int64_t count = std::min(kTileRows, unit.last - row);
           shrink_backward.tile(tiles_of_x, factors.get(), unit, row, count);
-          expand.take(of_expand, row, count);
-          expand.tile(of_expand, row, count, unit.col, unit.cols, tiles_of_x.keep());  // the mask of x
+          if (!expand) continue;
+          expand->take(*of_expand, row, count);
+          expand->tile(*of_expand, row, count, unit.col, unit.cols, tiles_of_x.keep());  // the mask of x
         }
       }
     }
@@ -97,14 +101,14 @@ void forward(
   });
 }
 
-// ds = scaling · dy·B, dB = scaling · dyᵀ·s, dA = dsᵀ·drop(x) and dx = (dx +) drop(ds·A)
+// ds = scaling · dy·B, dB = scaling · dyᵀ·s, dA = dsᵀ·drop(x) and, where it is given, dx = (dx +) drop(ds·A)
 void backward(
-    Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& s,
+    Tensor* dx, const Tensor& dy, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& s,
     double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor& ds,
     Tensor& dA, Tensor& dB, bool add) {
   const int64_t M = dy.size(0), N = dy.size(1), K = x.size(1), r = lora_B.size(1);
-  const OneDevice device(kDevice, "dx", dx);
-  check_output("dx", dx, M, K, device);
+  const OneDevice device(kDevice, "dy", dy);
+  if (dx != nullptr) check_output("dx", *dx, M, K, device);
   check_matrix("dy", dy, M, N, device);
   check_matrix("x", x, M, K, device);
   check_matrix("lora_A", lora_A, r, K, device);
@@ -117,15 +121,17 @@ void backward(
   const auto dropout = Dropout::of(seed, threshold, survivor_scale);
   const Microkernels& kernels = microkernels();
   const bool empty = M == 0 || K == 0 || N == 0 || r == 0;
-  const bool one = alike(kernels, Matrix(x), Matrix(dx)) && alike(kernels, Matrix(x), Matrix(dy));
+  const std::optional<Matrix> to = dx != nullptr ? std::optional(Matrix(*dx)) : std::nullopt;
+  const bool one = alike(kernels, Matrix(x), to.value_or(Matrix(x))) && alike(kernels, Matrix(x), Matrix(dy));
   if (empty || !one || !occupy(RowSums::chunks_of(M))) {
     expand_backward(dy, s, lora_B, scaling, ds, dB);
     shrink_backward(ds, x, seed, threshold, survivor_scale, dA);
-    return add_expanded(Matrix(dx), Matrix(ds), transposed(Matrix(lora_A)), 1.0, dropout, std::nullopt, add);
+    if (to) add_expanded(*to, Matrix(ds), transposed(Matrix(lora_A)), 1.0, dropout, std::nullopt, add);
+    return;
   }
   choose_products(kernels, Matrix(x), [&](auto value) {
     backward_of_chunks<decltype(value)>(
-        kernels, Matrix(dx), Matrix(dy), Matrix(x), Matrix(lora_A), Matrix(lora_B), Matrix(s), scaling, dropout,
+        kernels, to, Matrix(dy), Matrix(x), Matrix(lora_A), Matrix(lora_B), Matrix(s), scaling, dropout,
         Matrix(ds), Matrix(dA), Matrix(dB), add);
   });
 }
@@ -142,7 +148,7 @@ void lora_linear_backward_(
     Tensor dx, const Tensor& dy, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& s,
     double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor ds,
     Tensor dA, Tensor dB) {
-  backward(dx, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, true);
+  backward(&dx, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, true);
 }
 
 // y = x·Wᵀ + scaling · s·Bᵀ + bias and s = drop(x)·Aᵀ
@@ -155,6 +161,14 @@ std::tuple<Tensor, Tensor> lora_linear(
   check_matrix("x", x, M, K, device);
   check_matrix("weight", weight, N, K, device);
   Tensor y = empty(M, N, x), s = empty(M, r, x, x.scalar_type() == ScalarType::Half);
+  if (panels_serve(microkernels(), Matrix(x), transposed(Matrix(weight)), Matrix(y))) {
+    check_matrix("lora_B", lora_B, N, r, device);
+    const auto of_bias = row_of_bias(bias, N, device);
+    shrink(x, lora_A, seed, threshold, survivor_scale, s);
+    const Expanded expanded = {Matrix(s), Matrix(lora_B), scaling};
+    panel_gemm(microkernels(), Matrix(x), transposed(Matrix(weight)), of_bias, expanded, Matrix(y));
+    return {y, s};
+  }
   const auto skinny = [&](const std::optional<Tensor>& added, bool add) {
     forward(y, x, lora_A, lora_B, scaling, seed, threshold, survivor_scale, s, added, add);
   };
@@ -178,10 +192,27 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
   check_matrix("dy", dy, M, N, device);
   check_matrix("weight", weight, N, K, device);
   Tensor dx = empty(M, K, dy), ds = empty(M, r, s), dA = empty(r, K, lora_A), dB = empty(N, r, lora_B);
-  const bool adds = gemm_adds(dy.scalar_type(), M, K, N, false);
-  if (!adds) gemm(dx, std::nullopt, dy, weight);
-  backward(dx, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, !adds);
-  if (adds) gemm(dx, dx, dy, weight);
+  const auto skinny = [&](Tensor* to, bool add) {
+    backward(to, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, add);
+  };
+  if (panels_serve(microkernels(), Matrix(dy), Matrix(weight), Matrix(dx))) {
+    const auto product = [&](const std::optional<Expanded>& expanded) {
+      panel_gemm(microkernels(), Matrix(dy), Matrix(weight), std::nullopt, expanded, Matrix(dx));
+    };
+    if (seed.has_value()) {  // the mask is made once, for dA and the adapter's part of dx
+      product(std::nullopt);
+      skinny(&dx, true);
+    } else {
+      skinny(nullptr, false);
+      product(Expanded{Matrix(ds), transposed(Matrix(lora_A)), 1.0});
+    }
+  } else if (gemm_adds(dy.scalar_type(), M, K, N, false)) {
+    skinny(&dx, false);
+    gemm(dx, dx, dy, weight);
+  } else {
+    gemm(dx, std::nullopt, dy, weight);
+    skinny(&dx, true);
+  }
   return {dx, dA, dB};
 }
 

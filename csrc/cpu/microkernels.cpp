@@ -1,6 +1,10 @@
 // Which instruction set serves this process.
 #include "microkernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -45,6 +49,18 @@ const Microkernels& choose() {
 const Microkernels& microkernels() {
   static const Microkernels& chosen = choose();
   return chosen;
+}
+
+bool has_amx() {
+#if defined(__x86_64__)
+  static const bool found = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;  // AMX-BF16
+  }();
+  return found;
+#else
+  return false;
+#endif
 }
 
 }  // namespace lorafast

@@ -22,6 +22,9 @@ constexpr int64_t kGatheredRows = 4, kGatheredRanks = 8;
 // Columns of a tile that `dot` and `multiply` take at a time.
 constexpr int64_t kDotCols = 2 * kLanes;
 
+// Columns of a weight that a base GEMM takes at a time, and the rows of x that it multiplies by them at a time.
+constexpr int64_t kPanel = 64, kPanelRows = 6;
+
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // In the order of lorafast.core.problem.ACTIVATIONS.
@@ -67,10 +70,25 @@ struct Products {
       float* out, int64_t ldo, bool add);
 };
 
+// A base GEMM of pairs. The weight's factor b is [2 * pairs, cols], of which a panel is up to kPanel columns.
+struct Panels {
+  // to[p][c] = b[2 p][c] and b[2 p + 1][c]    to [pairs, kPanel], zero beyond cols up to the next multiple of kLanes;
+  // columns of b are `ld` apart and their elements neighbours with `by_column`, else its rows
+  void (*pack)(const uint16_t* from, int64_t ld, bool by_column, int64_t pairs, int64_t cols, uint32_t* to);
+
+  // out[i][c] = bias[c] + scale * sum over j < r of s[i][j] * t[c / kLanes][j][c % kLanes]
+  //             + sum over p < pairs of a[i][p] * b[p][c], rounded once
+  // for up to kPanelRows rows; s [rows, r], t [cols / kLanes, r, kLanes], b as packed; bias nullptr: zeros
+  void (*multiply)(
+      const uint16_t* a, int64_t lda, int64_t rows, int64_t pairs, const uint32_t* b, const uint32_t* s, int64_t r,
+      const uint32_t* t, float scale, const float* bias, uint16_t* out, int64_t ldo, int64_t cols);
+};
+
 struct Microkernels {
   const char* name;
   Products<float, float> floats;
   const Products<uint16_t, uint32_t>* pairs;  // nullptr where the processor has no such product
+  const Panels* panels;                       // likewise
 
   // to[i][:] += sum over c of rows[i][c] * t[c][:], i < count, a multiple of kGatheredRows; t [cols, kLanes]
   // With `paired` t is [cols / 2, kLanes / 2 ranks, 2]: a rank has a lane for the even and one for the odd columns.
@@ -123,5 +141,8 @@ extern const Microkernels* const microkernels_avx512_bf16;
 
 // The fastest set that this processor has, or the one that LORAFAST_CPU names.
 const Microkernels& microkernels();
+
+// Whether the processor multiplies whole tiles of bfloat16.
+bool has_amx();
 
 }  // namespace lorafast

@@ -535,6 +535,7 @@ void mask_pairs(const uint16_t* from, int64_t cols, const uint8_t* keep, uint16_
 
 #include "microkernels_activations.h"
 #include "microkernels_gathered.h"
+#include "microkernels_panels.h"
 #include "microkernels_products.h"
 
 #if defined(__AVX512BF16__)
@@ -543,10 +544,13 @@ const Products<uint16_t, uint32_t> kPairs = {
     reduce_column_pairs, reduce_row_pairs, expand_pairs, mask_pairs, dot_pairs, multiply_pairs,
 };
 const Products<uint16_t, uint32_t>* const kPairsOfThisSet = &kPairs;
+const Panels kPanels = {pack_panel, multiply_panel};
+const Panels* const kPanelsOfThisSet = &kPanels;
 
 #else
 
 const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
+const Panels* const kPanelsOfThisSet = nullptr;
 
 #endif
 
@@ -560,7 +564,7 @@ const Products<uint16_t, uint32_t>* const kPairsOfThisSet = nullptr;
 namespace {
 const Microkernels kTable = {
     LORAFAST_NAME(LORAFAST_SET), {reduce_columns, reduce_rows, expand, mask, dot, multiply}, kPairsOfThisSet,
-    gather_columns, gather_rows, load, store, keep, four_bit, eight_bit, add_up, activate, activate_backward,
+    kPanelsOfThisSet, gather_columns, gather_rows, load, store, keep, four_bit, eight_bit, add_up, activate, activate_backward,
 };
 }  // namespace
 const Microkernels* const LORAFAST_TABLE(LORAFAST_SET) = &kTable;

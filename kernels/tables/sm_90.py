@@ -76,4 +76,12 @@ TABLE: Table = {
         (32, 512, 4096, 4096, 64, LaunchConfig(16, 64, 32, 64, 4, 3)),
         (32, 8192, 4096, 4096, 128, LaunchConfig(16, 32, 32, 128, 4, 3)),
     ),
+    "bottleneck_backward": (
+        # of its launch over columns: bits, M, K, N, widest bottleneck
+        (16, 8192, 4096, 4096, 32, LaunchConfig(64, 16, 128, 32, 8, 3)),
+        (16, 8192, 4096, 4096, 64, LaunchConfig(64, 16, 128, 64, 8, 3)),
+        (16, 8192, 4096, 4096, 128, LaunchConfig(64, 16, 64, 128, 8, 3)),
+        (32, 8192, 4096, 4096, 32, LaunchConfig(32, 16, 64, 32, 8, 3)),
+        (32, 8192, 4096, 4096, 64, LaunchConfig(16, 16, 64, 64, 8, 3)),
+    ),
 }  # fmt: skip

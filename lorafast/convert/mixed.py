@@ -33,8 +33,7 @@ def mixed(
     input has two dimensions or more. Fast, one product with W for all: LoRA over linear layers,
     quantized too, where the elements of the one adapter are neighbours, or without dropout; in eager
     code outside autocast. DoRA, embeddings, convolutions and bottlenecks, and all else under autocast
-    and compiled, compute their elements and the others in two calls. What one pass gave has no second
-    derivative, and no gradients under transforms that begin after it. Modules that are trained whole
+    and compiled, compute their elements and the others in two calls. Modules that are trained whole
     (a head, norms) have no names: all elements go through them.
 
     Within the block the active adapter stays the one that it is. As for ``disabled``, run the backward
@@ -95,15 +94,15 @@ def _why_not(one: AdapterModule, rows: Rows) -> str | None:
     if not one.has_rows:
         return "it is attention, of which a batch has one adapter"
     known = inactive.names_of(one) if isinstance(one, AdapterLayer) else [inactive.FIRST]
-    for name in rows.used():
+    for name in rows.used:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = (
                 f": did you mean {near[0]!r}?" if near else f", but {', '.join(map(repr, known))}"
             )
             return f"it has no adapter {name!r}{hint}"
-    if len(rows.used()) > 1 or rows.used()[:1] not in ([], known[:1]):
-        dora = any(_is_dora(one, name) for name in rows.used())
+    if len(rows.used) > 1 or rows.used[:1] not in ([], known[:1]):
+        dora = any(_is_dora(one, name) for name in rows.used)
         if not one.has_several or dora:
             return "but for LoRA over linear layers, elements have the active adapter or none"
     return None
@@ -137,7 +136,7 @@ def _named_in_peft(layer: Any, rows: Rows) -> Iterator[None]:
     if rows.constants:
         raise ValueError("base_grad is False, and a PEFT model passes gradients for every element")
     known = sorted(layer._get_available_adapters())
-    for name in rows.used():
+    for name in rows.used:
         if name not in known:
             raise ValueError(f"a layer of PEFT's has no adapter {name!r}, but {', '.join(known)}")
     names = ["__base__" if name is None else name for name in rows.names]

@@ -345,14 +345,15 @@ class AdapterLayer(AdapterModule):
         self._set_merged(False)
 
     def _set_merged(self, merged: bool) -> None:
-        self.merged = merged
-        self._aside = (
+        aside = (
             self._off
             or merged
             or self._use_dora
             or self._siblings is not None
             or self._rows is not None
         )
+        # As an attribute each is set, without nn.Module's search for parameters.
+        vars(self).update(merged=merged, _aside=aside)
 
     def switch(self, blocks: int) -> None:
         """One block of ``disabled`` more (1) that the adapter is off in, or one fewer (-1)."""

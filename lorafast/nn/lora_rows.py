@@ -20,8 +20,10 @@ def forward(layer: Any, rows: Rows, x: Tensor) -> Tensor:
     is neither: the parts one by one.
     """
     rows.check(x, 2)
-    names, own = rows.used(), rows.own()
-    dropout_p = max([0.0, *(_dropout(layer, n) for n in names)]) if layer.training else 0.0
+    names, own = rows.used, rows.own
+    dropout_p = (
+        max([_dropout(layer, name) for name in names], default=0.0) if layer.training else 0.0
+    )
     if len(names) > 1:
         return _of_several(layer, rows, names, x, dropout_p)
     if own is not None and len(rows.runs) > 1 and not layer._use_dora:

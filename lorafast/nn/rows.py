@@ -18,7 +18,7 @@ class Rows:
         constants: whether no gradient passes the elements that have none.
     """
 
-    __slots__ = ("constants", "names", "runs")
+    __slots__ = ("constants", "names", "own", "runs", "used")
 
     def __init__(self, names: Sequence[str | None], constants: bool) -> None:
         self.names = tuple(names)
@@ -30,10 +30,11 @@ class Rows:
                 self.runs[-1] = (name, self.runs[-1][1], i + 1)
             else:
                 self.runs.append((name, i, i + 1))
-
-    def used(self) -> list[str]:
+        self.used = [name for name in dict.fromkeys(self.names) if name is not None]
         """The names of adapters, each once."""
-        return [name for name in dict.fromkeys(self.names) if name is not None]
+        named = [(first, end) for name, first, end in self.runs if name is not None]
+        self.own: tuple[int, int] | None = named[0] if len(named) == 1 else None
+        """The first element of the one adapter, and one behind its last, if they are neighbours."""
 
     def check(self, x: Tensor, dims: int = 1) -> None:
         """Raises ``ValueError`` if ``x`` hasn't as many elements, or fewer than ``dims`` dimensions."""
@@ -47,11 +48,6 @@ class Rows:
                 f"x has shape {list(x.shape)}, and the block of mixed names adapters for "
                 f"{len(self.names)} elements: expected as many in the first dimension, of {dims} or more"
             )
-
-    def own(self) -> tuple[int, int] | None:
-        """The first element of the one adapter, and one behind its last, if they are neighbours."""
-        named = [(first, end) for name, first, end in self.runs if name is not None]
-        return named[0] if len(named) == 1 else None
 
     def with_constants(self, y: Tensor) -> Tensor:
         """``y``, through whose elements without an adapter no gradient passes if they are constants."""
@@ -72,12 +68,12 @@ class Rows:
         for tensor in tensors:
             if tensor is not None:
                 self.check(tensor, dims)
-        if not self.used():
+        if not self.used:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.constants):
                 return base(*tensors)
         if len(self.runs) == 1:
             return forward(*tensors)
-        if len(self.runs) == 2 or self.own() is not None:
+        if len(self.runs) == 2 or self.own is not None:
             found = [
                 self._part(tensors, slice(*run), name, forward, base) for name, *run in self.runs
             ]
@@ -86,7 +82,7 @@ class Rows:
         others = [i for i, name in enumerate(self.names) if name is None]
         x: Any = tensors[0]
         order = torch.tensor(own + others, device=x.device)
-        one = self._part(tensors, order[: len(own)], self.used()[0], forward, base)
+        one = self._part(tensors, order[: len(own)], self.used[0], forward, base)
         two = self._part(tensors, order[len(own) :], None, forward, base)
         return _together([one, two]).index_select(0, order.argsort())
 

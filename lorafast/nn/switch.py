@@ -31,7 +31,7 @@ class Switch:
     def mix(self, rows: Rows | None) -> None:
         """In a block of ``mixed``, or None: outside."""
         if rows is not None:
-            self._rows = rows
+            vars(self)["_rows"] = rows  # nn.Module.__setattr__ would be the larger part of a block
         else:
             vars(self).pop("_rows", None)
 

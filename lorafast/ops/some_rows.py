@@ -1,22 +1,19 @@
 """The LoRA linear layer with its adapter on some rows of a batch: those of the policy, beside which the
 others are those of the reference model.
 
-    y = x·Wᵀ + bias                      one product for all rows
-    s = drop(x[own])·Aᵀ                  shrink
-    y[own] += scaling · s·Bᵀ             expand
+    y = x·Wᵀ + bias                            one product for all rows
+    y[own] += scaling · (drop(x[own])·Aᵀ)·Bᵀ
 
-    ds, dB = those of dy[own]            expand_backward
-    dA = dsᵀ·drop(x[own])                shrink_backward
-    dx = dy·W                            one product for all rows
-    dx[own] += drop'(ds·A)               expand
+    dA, dB, dx[own]                            the backward of a layer that has the own rows alone
+    dx[others] = dy[others]·W                  0 where the other rows are constants
 
-Where the other rows are constants their dx is 0, and the backward is that of the own rows, with
-``linear_expand`` for dx. The other rows meet no number of the adapter's: zeros in their rows of ``s``
-would be NaN times an infinite B.
+Where kernels compute it, dx too is one product for all rows, and the adapter's part onto the own ones.
+The other rows meet no number of the adapter's: zeros in their rows of s would be NaN times an infinite
+B.
 """
 
 import contextlib
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,31 +22,36 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends import forced, registry
-from lorafast.backends.plan import Run
+from lorafast.backends.plan import Plan, Run
 from lorafast.core import columns
 from lorafast.core.context import (
+    alone,
     autocast_anywhere,
     is_batched,
     needs_plain_pytorch,
     watched,
     without_autocast,
 )
-from lorafast.core.problem import PLAIN, Problem
+from lorafast.core.dtypes import wide
+from lorafast.core.problem import PLAIN, WANTS
 from lorafast.operands import Weight
-from lorafast.ops import flops
+from lorafast.ops.calls import Call, first_call, layouts_matter, like_of, where
 from lorafast.ops.checks import check_lora_linear
-from lorafast.ops.lora_linear import in_shape_of, unpacked
+from lorafast.ops.lora_linear import layer_backward, unpacked
 from lorafast.ops.problems import (
+    FROZEN,
+    allows_tf32,
     as_rows,
+    backward_problem,
     expand_backward_problem,
     expand_problem,
-    linear_expand_problem,
     shrink_backward_problem,
     shrink_problem,
 )
 from lorafast.ops.quantized_linear import quantized_linear
 
 _SEEDS = 2**63 - 1
+_KEPT = 4096
 
 
 def lora_linear_on_some_rows(
@@ -72,133 +74,263 @@ def lora_linear_on_some_rows(
     None where it must be made of both: under autocast, in compiled code, under transforms and modes, of
     tensors that aren't PyTorch's plain ones, where W or the bias is trained.
     """
-    frozen = [*operands.stored(weight), *([] if bias is None else [bias])]
-    tensors = (x, lora_A, lora_B, *frozen)
-    able = (
-        not torch.compiler.is_compiling()
-        and needs_plain_pytorch() is None
-        and not watched()
-        and not autocast_anywhere()
-        and all(type(t) in PLAIN for t in tensors)
-        and not any(t.requires_grad for t in frozen)
-    )
-    if not able or not check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+    if torch.compiler.is_compiling() or autocast_anywhere():
         return None
+    if not alone() and (needs_plain_pytorch() is not None or watched()):
+        return None
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    backend = forced.forced()
+    key: tuple[object, ...] = (
+        own, x.shape, x.dtype, x.layout, x.is_cpu, type(x), like_of(weight, lora_A, lora_B, bias),
+        dropout_p, type(scaling), backend,
+    )  # fmt: skip
+    if layouts_matter(x, backend):
+        key = (*key, where((x, *operands.stored(weight), lora_A, lora_B)), allows_tf32(x))
+    call = _calls.get(key)
+    if call is None:
+        call = _first_call(key, x, weight, lora_A, lora_B, scaling, own, bias, dropout_p, backend)
+        if call is None:
+            return None
     seed = torch.randint(_SEEDS, (1,), device=x.device) if dropout_p else None
     part = columns.current()
     if seed is not None and part is not None:
         seed = part.seed(seed)
-    settings = _Settings(scaling, own, dropout_p, constants, forced.forced())
-    y: Tensor = _OnSomeRows.apply(settings, x, weight, lora_A, lora_B, bias, seed)
-    return y
+    inputs = (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    if torch.is_grad_enabled():
+        y: Tensor = _apply(constants, call, *inputs)
+        return y
+    return _forward(call, *inputs)[0]
 
 
-class _Settings:
-    """What of a call is no tensor."""
+class _Call:
+    """What a call is like: checked, with the plan for it."""
 
-    __slots__ = ("backend", "constants", "dropout_p", "own", "scaling")
+    __slots__ = ("alone", "base_last", "end", "first", "onto", "shrink")
 
-    def __init__(
-        self,
-        scaling: float,
-        own: tuple[int, int],
-        dropout_p: float,
-        constants: bool,
-        backend: str | None,
-    ) -> None:
-        self.scaling, self.own, self.dropout_p = scaling, own, dropout_p
-        self.constants, self.backend = constants, backend
+    def __init__(self, first: int, end: int, alone: Call, plan: Plan, shrink: Run | None) -> None:
+        self.first, self.end = first, end
+        """The own rows of x as a matrix."""
+        self.alone = alone
+        """The call of these rows by themselves."""
+        self.onto, self.base_last = plan.onto, plan.base_last
+        """What adds their low-rank part, and whether the base product comes after."""
+        self.shrink = shrink
+        """Where there is no ``onto``, what makes their s."""
 
-    def planned(self, problem: Problem) -> Run:
-        """What runs it, on the backend of the forward."""
-        return registry.choose(problem, self.backend).run
+    def own(self, t: Tensor) -> Tensor:
+        """The own rows of ``t [..., C]``, a matrix; a view if ``t`` is contiguous."""
+        if not t.is_contiguous():
+            return as_rows(t)[self.first : self.end]
+        first, C = self.first, t.shape[-1]
+        # In one call of PyTorch's: behind a large product each costs several times what it does alone.
+        return t.as_strided((self.end - first, C), (C, 1), t.storage_offset() + first * C)
 
-    def rows(self, x: Tensor) -> slice:
-        """The own rows of ``x [E, …, C]`` as a matrix."""
-        each = x.shape[:-1].numel() // max(x.shape[0], 1)
-        return slice(self.own[0] * each, self.own[1] * each)
+
+_calls: dict[tuple[object, ...], _Call] = {}
+registry.when_forgotten(_calls.clear)
+
+
+def _first_call(
+    key: tuple[object, ...],
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    own: tuple[int, int],
+    bias: Tensor | None,
+    dropout_p: float,
+    backend: str | None,
+) -> _Call | None:
+    """Checks a call and plans it; None if kernels can't read its tensors."""
+    tensors = (x, lora_A, lora_B, *operands.stored(weight), *([] if bias is None else [bias]))
+    if not all(type(t) in PLAIN for t in tensors):
+        return None
+    if not check_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+        return None
+    each = x.shape[:-1].numel() // max(x.shape[0], 1)
+    first, end = own[0] * each, own[1] * each
+    own_x = as_rows(x)[first:end]
+    before = registry.times_forgotten()
+    one = first_call(None, own_x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
+    if one is None:
+        return None
+    plan = registry.choose(one.problem._replace(wants=WANTS["lora_linear"]), backend)
+    shrink = None
+    if plan.onto is None:
+        shrink = registry.choose(shrink_problem(own_x, lora_A, dropout_p, None), backend).run
+    call = _Call(first, end, one, plan, shrink)
+    if before == registry.times_forgotten():
+        if len(_calls) >= _KEPT:
+            _calls.clear()
+        _calls[key] = call
+    return call
+
+
+def _forward(
+    call: _Call,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """``y`` of all rows and ``s`` of the own ones."""
+    own_x = call.own(x)
+    if call.onto is None:
+        assert call.shrink is not None
+        s = call.shrink(own_x, lora_A, dropout_p, seed)
+        y = _linear(x, weight, bias).contiguous()
+        _add_expanded(call.alone.backend, call.own(y), s, lora_B, scaling, 0.0, None)
+        return y, s
+    s = own_x.new_empty((own_x.shape[0], lora_A.shape[0]), dtype=wide(x.dtype))
+    if call.base_last:
+        y = _begun(x, weight, bias)
+        call.onto(call.own(y), own_x, lora_A, lora_B, scaling, dropout_p, seed, s)
+        operands.add_linear_(as_rows(y), as_rows(x), weight)
+        return y, s
+    y = _linear(x, weight, bias).contiguous()
+    call.onto(call.own(y), own_x, lora_A, lora_B, scaling, dropout_p, seed, s)
+    return y, s
+
+
+def _add_expanded(
+    backend: str | None,
+    y: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """``y += drop(scaling · s·Bᵀ)``."""
+    if backend is None and not dropout_p and s.dtype is y.dtype:
+        y.addmm_(s, lora_B.to(y.dtype).t(), alpha=scaling)  # no operation of ours accumulates
+        return
+    problem = expand_problem(s, lora_B, dropout_p, seed, s.dtype)
+    low = registry.choose(problem, backend).run(s, lora_B, scaling, dropout_p, seed)
+    y.copy_(low.add_(y))
 
 
 class _OnSomeRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        settings: _Settings,
-        x: Tensor,
-        weight: Weight,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-    ) -> Tensor:
-        p, rows, own = settings.dropout_p, as_rows(x), settings.rows(x)
-        shrink = settings.planned(shrink_problem(rows[own], lora_A, p, seed))
-        s = shrink(rows[own], lora_A, p, seed)
-        y = _linear(rows, weight, bias)
-        _add_expanded(settings, y[own], s, lora_B, settings.scaling, 0.0, None)
-        _, need_dx, _, need_dA, need_dB, _, _ = ctx.needs_input_grad
-        ctx.settings, ctx.description = settings, operands.describe(weight)
+    def forward(ctx: Any, constants: bool, call: _Call, *inputs: Any) -> Tensor:
+        y, s = _forward(call, *inputs)
+        x, weight, lora_A, lora_B, _, seed, ctx.scaling, ctx.dropout_p = inputs
+        _, _, need_dx, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+        ctx.constants, ctx.call, ctx.lora_A = constants, call, lora_A
+        ctx.description = operands.describe(weight)
         ctx.save_for_backward(
-            rows[own] if need_dA else None,
+            x if need_dA else None,
             lora_A if need_dx else None,
             lora_B if need_dx or need_dA else None,
             s if need_dB else None,
             seed,
             *(operands.stored(weight) if need_dx else ()),
         )
-        ctx.adapter_dtype = lora_A.dtype
-        return in_shape_of(x, y)
+        return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        if is_batched(dy):
-            raise RuntimeError(
-                "what a LoRA layer gave in a block of mixed has no batched gradients "
-                "(is_grads_batched, vectorize): ask for them one by one"
-            )
-        if torch.compiler.is_compiling():  # compiled autograd, which traces this
-            return _backward(ctx, dy, _registered)
-        with _as_the_forward(ctx.settings), without_autocast(dy):
-            return _backward(ctx, dy, _seen())
+        _, _, need_dx, _, need_dA, need_dB, *_ = ctx.needs_input_grad
+        by_kernels = (
+            need_dx
+            and not ctx.constants
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and not is_batched(dy)
+            and alone()
+        )
+        backward = _together if by_kernels else _apart
+        dx, dA, dB = backward(ctx, _matrix(dy), need_dx, need_dA, need_dB)
+        if dx is not None and dy.dim() != 2:
+            dx = dx.view(*dy.shape[:-1], dx.shape[1])
+        return None, None, dx, None, dA, dB, *[None] * 4
 
 
-def _as_the_forward(settings: _Settings) -> contextlib.AbstractContextManager[Any]:
-    """On the backend of the forward."""
-    if forced.forced() == settings.backend:
-        return contextlib.nullcontext()
-    return forced.use_backend(settings.backend or registry.AUTO)
+def _matrix(dy: Tensor) -> Tensor:
+    """``as_rows``, which has no rule for the batches of is_grads_batched."""
+    if torch.compiler.is_compiling() or not is_batched(dy):
+        return as_rows(dy)
+    return dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
 
 
-def _backward(ctx: Any, dy: Tensor, observed: Callable[[Problem], Run] | None) -> tuple[Any, ...]:
-    """The gradients; ``observed`` gives the operations that whoever looks on must see."""
-    settings: _Settings = ctx.settings
-    run_of = observed or settings.planned
-    _, need_dx, _, need_dA, need_dB, _, _ = ctx.needs_input_grad
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""``dx``, ``dA``, ``dB``."""
+
+
+def _apart(ctx: Any, dy: Tensor, need_dx: bool, need_dA: bool, need_dB: bool) -> _Gradients:
+    """The own rows as a layer by itself has it: fast, differentiable, seen by modes, in batches."""
     x, lora_A, lora_B, s, seed, *stored = unpacked(ctx)
-    own, p = settings.rows(dy), settings.dropout_p
-    every_dy = as_rows(dy)
-    own_dy = every_dy[own]
-    wants = tuple(n for n, wanted in (("ds", need_dx or need_dA), ("dB", need_dB)) if wanted)
-    ds: Any = None
-    dA = dB = dx = None
-    if wants:
-        problem = expand_backward_problem(own_dy, s, lora_B, wants, ctx.adapter_dtype)
-        ds, dB, _ = run_of(problem)(own_dy, s, lora_B, settings.scaling)
-    if need_dA:
-        problem = shrink_backward_problem(ds, x, p, seed, ctx.adapter_dtype)
-        dA = run_of(problem)(ds, x, p, seed)
-    if need_dx:
-        weight, A_t = operands.build(stored, ctx.description), lora_A.t()
-        if settings.constants:
-            problem = linear_expand_problem(own_dy, weight, ds, A_t, None, p, seed, True)
-            dx = run_of(problem)(own_dy, weight, ds, A_t, 1.0, None, p, seed)
-            dx = F.pad(dx, (0, 0, own.start, every_dy.shape[0] - own.stop))
-        else:
-            dx = _linear_transposed(every_dy, weight)
-            _add_expanded(settings, dx[own], ds, A_t, 1.0, p, seed, observed)
-        dx = dx.view(*dy.shape[:-1], dx.shape[1])
-    return None, dx, None, dA, dB if need_dB else None, None, None
+    call: _Call = ctx.call
+    its = SimpleNamespace(
+        saved_tensors=(
+            None if x is None else call.own(x), lora_A, lora_B, s, seed, *stored,
+        ),
+        description=ctx.description,
+        lora_A=ctx.lora_A,
+        scaling=ctx.scaling,
+        dropout_p=ctx.dropout_p,
+        call=call.alone,
+    )  # fmt: skip
+    needs = (need_dx, False, need_dA, need_dB, False, False, False, False)
+    dx, _, dA, dB, *_ = layer_backward(its, dy[call.first : call.end], needs)
+    if dx is not None:
+        with without_autocast(dy):
+            dx = _among_others(ctx, dx, dy, stored)
+    return dx, dA, dB
+
+
+def _among_others(ctx: Any, dx: Tensor, dy: Tensor, stored: list[Tensor]) -> Tensor:
+    """That of all rows, from ``dx`` of the own ones."""
+    first, end = ctx.call.first, ctx.call.end
+    if ctx.constants:
+        return F.pad(dx, (0, 0, first, dy.shape[0] - end))
+    W = operands.build(stored, ctx.description)
+    with _as_the_forward(ctx.call.alone.backend):
+        before, after = (_linear_transposed(rows, W) for rows in (dy[:first], dy[end:]))
+    return torch.cat([before, dx, after])
+
+
+def _together(ctx: Any, dy: Tensor, need_dx: bool, need_dA: bool, need_dB: bool) -> _Gradients:
+    """One product with W for all rows, and the adapter's part onto it, by kernels."""
+    x, lora_A, lora_B, s, seed, *stored = unpacked(ctx)
+    call, scaling, p = ctx.call, ctx.scaling, ctx.dropout_p
+    own, backend = slice(call.first, call.end), call.alone.backend
+    with without_autocast(dy), _as_the_forward(backend):
+        dx, own_dy = _linear_transposed(dy, operands.build(stored, ctx.description)), dy[own]
+        own_x = None if x is None else call.own(x)
+        if need_dA and need_dB and dy.is_cpu:
+            problem = backward_problem(call.alone.problem, FROZEN, own_dy, False)
+            onto = registry.choose(problem, backend).onto
+            if onto is not None:
+                return dx, *onto(dx[own], own_dy, own_x, lora_A, lora_B, s, scaling, p, seed)
+        wants, dtype = ("ds", "dB") if need_dB else ("ds",), ctx.lora_A.dtype
+        problem = expand_backward_problem(own_dy, s, lora_B, wants, dtype)
+        ds, dB, _ = registry.choose(problem, backend).run(own_dy, s, lora_B, scaling)
+        dA = None
+        if own_x is not None:
+            problem = shrink_backward_problem(ds, own_x, p, seed, dtype)
+            dA = registry.choose(problem, backend).run(ds, own_x, p, seed)
+        _add_expanded(backend, dx[own], ds, lora_A.t(), 1.0, p, seed)
+    return dx, dA, dB
+
+
+def _as_the_forward(backend: str | None) -> contextlib.AbstractContextManager[Any]:
+    """On the backend of the forward."""
+    if forced.forced() == backend:
+        return contextlib.nullcontext()
+    return forced.use_backend(backend or registry.AUTO)
+
+
+def _begun(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """What ``x·Wᵀ`` is added to."""
+    size = (*x.shape[:-1], weight.shape[0])
+    return x.new_zeros(size) if bias is None else x.new_empty(size).copy_(bias)
 
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -215,61 +347,6 @@ def _linear_transposed(dy: Tensor, weight: Weight) -> Tensor:
     return quantized_linear(dy, weight.unrounded(), transposed=True)
 
 
-def _add_expanded(
-    settings: _Settings,
-    y: Tensor,
-    s: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    observed: Callable[[Problem], Run] | None = None,
-) -> None:
-    """``y += drop(scaling · s·Bᵀ)``."""
-    free = observed is None and settings.backend is None
-    if free and not dropout_p and s.dtype is y.dtype:
-        y.addmm_(s, lora_B.to(y.dtype).t(), alpha=scaling)  # no operation of ours accumulates
-        return
-    problem = expand_problem(s, lora_B, dropout_p, seed, s.dtype)
-    low = (observed or settings.planned)(problem)(s, lora_B, scaling, dropout_p, seed)
-    y.copy_(low.add_(y))
-
-
-def _seen() -> Callable[[Problem], Run] | None:
-    """The registered operations if a mode sees them.
-
-    Raises:
-        RuntimeError: a transform that began after the forward asks.
-    """
-    reason = needs_plain_pytorch()
-    if reason is not None:
-        raise RuntimeError(
-            f"what a LoRA layer gave in a block of mixed has no gradients under {reason}: ask for them "
-            "outside, or run the forward inside too"
-        )
-    if not watched():
-        return None
-    flops.tell_counters()
-    return _registered
-
-
-def _registered(problem: Problem) -> Run:
-    """The registered operation of a problem of the backward, called as a plan is."""
-    operations = torch.ops.lorafast
-
-    def expand_backward(dy: Tensor, s: Any, lora_B: Any, scaling: float) -> Any:
-        wants = ",".join(problem.wants)
-        return operations.expand_backward(dy, s, lora_B, scaling, wants, problem.adapter_dtype)
-
-    def shrink_backward(ds: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None) -> Any:
-        return operations.shrink_backward(ds, x, dropout_p, seed, problem.adapter_dtype)
-
-    def expand(s: Tensor, *arguments: Any) -> Any:
-        return operations.expand(s, *arguments, problem.dtype)
-
-    def linear_expand(dy: Tensor, weight: Weight, *arguments: Any) -> Any:
-        stored, description = operands.stored(weight), operands.describe(weight)
-        return operations.linear_expand(dy, stored, description, *arguments, True)
-
-    runs = (expand_backward, shrink_backward, expand, linear_expand)
-    return next(run for run in runs if run.__name__ == problem.operation)
+# Function.apply without its Python prologue, which unwraps what torch.func left behind: that never
+# comes here.
+_apply = super(torch.autograd.Function, _OnSomeRows).apply

@@ -368,7 +368,9 @@ class TestAutomaticChoiceOnACPU:
             return chosen("lora_linear", M=M, r=r, dtype=dtype, dropout=dropout)
 
         assert forward(4, 64, torch.bfloat16) == "cpu"
-        assert forward(4, 65, torch.bfloat16) == "aten + cpu"
+        assert forward(63, 65, torch.bfloat16) == "aten + cpu"
+        assert forward(64, 128, torch.bfloat16) == "cpu"
+        assert forward(64, 129, torch.bfloat16) == "aten + cpu"
         assert forward(4, 65, torch.bfloat16, dropout=True) == "cpu"
         assert forward(127, 4, torch.float32) == "aten"
         assert forward(128, 4, torch.float32) == "cpu"
@@ -381,7 +383,7 @@ class TestAutomaticChoiceOnACPU:
         assert chosen("shrink", device=torch.device("meta")) == "aten"
 
     def test_explain_knows_mask_and_rank(self):
-        layer = LoRALinear(80, 80, 65, dropout=0.1, dtype=torch.bfloat16)
+        layer = LoRALinear(160, 160, 129, dropout=0.1, dtype=torch.bfloat16)
         found = {c.backend for c in lorafast.explain(layer).layers["(module)"]}
         assert found == {"cpu"}
         forward, backward = lorafast.explain(layer.eval()).layers["(module)"]

@@ -22,7 +22,7 @@ def test_every_arm_is_checked_and_timed(tmp_path):
     assert len(record.rows("preference")) == len(rows)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_what_is_wrong_has_no_time(monkeypatch, dtype):
     both = job._both
 

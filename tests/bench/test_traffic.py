@@ -73,7 +73,8 @@ def test_convolutions_in_bf16():
 
 
 def test_bottlenecks():
-    """In bf16, behind a feed-forward: a down, f, up and residual in one launch that reads h once."""
+    """In bf16, behind a feed-forward: a down, f, up and residual in one launch that reads h once; a
+    backward in two, of which both read dy and one h and writes dh."""
     size, b = bottlenecks.Size(512, 768, 3072), 64
     frozen, ours, plain = bottlenecks.measure(size, b, "bf16")
     H, D, a = 2 * 512 * 768, 2 * 768 * b, 2 * 512 * b
@@ -82,7 +83,14 @@ def test_bottlenecks():
     assert forward.launches - frozen.forward.launches == 1
     assert forward.read - frozen.forward.read == H + 2 * D + biases
     assert forward.written - frozen.forward.written == H + a
-    assert frozen.backward.launches < ours.backward.launches < plain.backward.launches
+    backward = ours.backward
+    assert backward.launches - frozen.backward.launches == 2
+    # Shares of dz, since rows are few; dd of each row block; the other sums of two row groups.
+    of_rows = 4 * (3 * 512 * b + 512 // 16 * b)
+    of_columns = 4 * 2 * (2 * 768 * b + 768)
+    sums = of_rows + of_columns
+    assert backward.read - frozen.backward.read == (H + a + D) + (2 * H + 2 * a + D) + sums
+    assert backward.written - frozen.backward.written == H + 2 * a + 2 * D + biases + sums
     assert frozen.bytes < ours.bytes < plain.bytes
 
 
@@ -470,6 +478,8 @@ def test_closed_forms_say_what_the_interpreter_counts(problem):
     ("problem", "residual"),
     [
         (interpret.Reduced(70, 40, 40, 5, "bf16", "fp32", True, False, 132), False),
+        (interpret.Reduced(300, 40, 40, 5, "bf16", "fp32", True, False, 132), False),
+        (interpret.Reduced(20, 30, 530, 5, "bf16", "fp32", True, False, 132), True),
         pytest.param(
             interpret.Reduced(150, 70, 300, 66, "bf16", "bf16", False, False, 1), True,
             marks=pytest.mark.slow,

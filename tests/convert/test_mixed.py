@@ -138,15 +138,15 @@ def test_constants_leave_their_backward_out(base_grad, monkeypatch):
     with lorafast.mixed(layer, [OWN] * 2 + [NONE] * 6, base_grad=base_grad):
         y = layer(x)
 
-    def counting(call):
-        def count(dy, *arguments):
-            rows.append(dy.shape[0])
-            return call(dy, *arguments)
+    def counting(call, place):
+        def count(*arguments):
+            rows.append(arguments[place].shape[0])
+            return call(*arguments)
 
         return count
 
-    for name in ("linear_expand_problem", "_linear_transposed"):
-        monkeypatch.setattr(some_rows, name, counting(getattr(some_rows, name)))
+    for name, place in (("layer_backward", 1), ("_linear_transposed", 0)):
+        monkeypatch.setattr(some_rows, name, counting(getattr(some_rows, name), place))
     y.sum().backward()
     assert rows == [8 if base_grad else 2]
 
@@ -276,6 +276,77 @@ def test_one_pass_has_the_bits_of_the_frozen_layer(dtype, format):
         assert torch.equal(y[others], expected[others])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [130, 384])
+@pytest.mark.parametrize("K", [96, 576, 1024, 1536])
+def test_a_wide_layer_has_them_too(bias, rows, K):
+    """Where the base product may come last."""
+    layer = lorafast.nn.LoRALinear(K, 1536, r=16, bias=bias)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2 * rows, K)
+    with torch.no_grad(), lorafast.mixed(layer, [NONE] * rows + [OWN] * rows):
+        y = layer(x)
+    assert torch.equal(y[:rows], F.linear(x, layer.weight, layer.bias)[:rows])
+    bounds = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y[rows:], layer(x[rows:]).detach(), **bounds)
+
+
+def test_inputs_that_are_not_contiguous():
+    layer = lorafast.nn.LoRALinear(24, 10, r=3, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B)
+    base = torch.randn(6, 24, 4, 2).double()
+    for x in (base[..., 0].transpose(1, 2), base[::2, :, 1, 0], base[1:5, :, 1].mT):
+        x = x.detach().requires_grad_()
+        names = [OWN] * 2 + [NONE] * (len(x) - 2)
+        with lorafast.mixed(layer, names):
+            y = layer(x)
+        assert "OnSomeRows" in type(y.grad_fn).__name__
+        expected = torch.cat([layer(x[:2]), layer.base_forward(x[2:])])
+        torch.testing.assert_close(y, expected)
+        inputs = (x, layer.lora_A, layer.lora_B)
+        for one, two in zip(
+            torch.autograd.grad(y.sin().sum(), inputs),
+            torch.autograd.grad(expected.sin().sum(), inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "trained", [("x", "lora_A", "lora_B"), ("lora_A", "lora_B"), ("x", "lora_B")]
+)
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_contract_of_many_rows(dtype, trained, base_grad):
+    """Beyond the size from which the native kernels are taken."""
+    layer = lorafast.nn.LoRALinear(192, 160, r=16, dtype=dtype, adapter_dtype=torch.float32)
+    nn.init.normal_(layer.lora_B)
+    x, dy = torch.randn(300, 192).to(dtype), torch.randn(300, 160).to(dtype)
+    tensors = [t.detach() for t in (x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, dy)]
+    asked = tuple({"x": "dx", "lora_A": "dA", "lora_B": "dB"}[name] for name in trained)
+
+    def of_formula(x, W, A, B, bias, dy):
+        x, A, B = (t.detach().requires_grad_() for t in (x, A, B))
+        dtype = torch.promote_types(x.dtype, A.dtype)
+        others = F.linear(x if base_grad else x.detach(), W, bias)
+        low = (x[100:].to(dtype) @ A.mT.to(dtype)) @ B.mT.to(dtype)
+        y = torch.cat([others[:100], (F.linear(x[100:], W, bias) + low).to(x.dtype)])
+        found = results(y, (x, A, B), dy)
+        return {name: found[name] for name in ("y", *asked)}
+
+    bounds = contract.bounds(
+        of_formula(*tensors), of_formula(*(t.double() for t in tensors)), dtype=dtype
+    )
+    inputs = {"x": x, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    for name, t in inputs.items():
+        t.requires_grad_(name in trained)
+    with lorafast.mixed(layer, [NONE] * 100 + [OWN] * 200, base_grad=base_grad):
+        y = layer(x)
+    found = torch.autograd.grad(y, [inputs[name] for name in trained], dy)
+    found = dict(zip(("y", *asked), (y.detach(), *found), strict=True))
+    assert contract.why_any_broken(found, bounds) is None
+
+
 def test_it_is_one_pass_under_a_default_device():
     layer = lorafast.nn.LoRALinear(8, 8, r=2)
     with torch.device("cpu"), lorafast.mixed(layer, [OWN, NONE]):
@@ -283,20 +354,81 @@ def test_it_is_one_pass_under_a_default_device():
     assert "OnSomeRows" in type(y.grad_fn).__name__
 
 
-def test_what_it_has_no_gradients_for_is_said():
-    layer = lorafast.nn.LoRALinear(8, 8, r=2)
-    x = torch.randn(2, 8, requires_grad=True)
-    with lorafast.mixed(layer, [OWN, NONE]):
-        y = layer(x)
-    with pytest.raises(RuntimeError, match="no batched gradients"):
-        torch.autograd.grad(y, x, torch.eye(16).view(16, 2, 8), is_grads_batched=True)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-    with pytest.raises(RuntimeError, match=r"no gradients under torch\.func transforms"):
-        torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True)[0])(
-            torch.ones(3, 2, 8)
-        )
+def of_mixed(base_grad, dropout=0.0):
+    """A layer of 4 elements as a function of x, A and B, and what it is: its formula."""
+    layer = lorafast.nn.LoRALinear(5, 4, r=2, dropout=dropout, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def mixed():
+        torch.manual_seed(5)
+        with lorafast.mixed(layer, [NONE, OWN, OWN, NONE], base_grad=base_grad):
+            y = layer(x)
+        assert "OnSomeRows" in type(y.grad_fn).__name__
+        return y
+
+    def formula():
+        torch.manual_seed(5)
+        others = layer.base_forward(x if base_grad else x.detach())
+        return torch.cat([others[:1], layer(x[1:3]), others[3:]])
+
+    return mixed, formula, (x, layer.lora_A, layer.lora_B)
+
+
+@pytest.mark.parametrize("base_grad", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_second_derivatives(base_grad, dropout):
+    found = []
+    *calls, inputs = of_mixed(base_grad, dropout)
+    weights = [torch.randn_like(t) for t in inputs]
+    for call in calls:
+        first = torch.autograd.grad(call().pow(3).sum(), inputs, create_graph=True)
+        loss = sum((t * w).sum() for t, w in zip(first, weights, strict=True))
+        found.append([*first, *torch.autograd.grad(loss, inputs)])
+    for name, one, two in zip(["dx", "dA", "dB"] * 2, *found, strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+    if not base_grad:
+        assert not found[0][3][[0, 3]].any()
+
+
+@pytest.mark.parametrize("base_grad", [True, False])
+def test_a_second_derivative_needs_x(base_grad):
+    mixed, _, (x, A, B) = of_mixed(base_grad)
+    A.requires_grad_(False)
+    (dB,) = torch.autograd.grad(mixed().sum(), B, retain_graph=True)
+    assert dB.any()
+    with pytest.raises(RuntimeError, match="second derivative of lora_linear needs x"):
+        torch.autograd.grad(mixed().pow(2).sum(), (x, B), create_graph=True)
+
+
+@pytest.mark.parametrize("base_grad", [True, False])
+@pytest.mark.parametrize("how", ["batched", "vmap"])
+def test_gradients_in_batches(base_grad, how):
+    mixed, formula, inputs = of_mixed(base_grad)
+    dys = torch.randn(7, 4, 3, 4, dtype=torch.float64)
+
+    def gradients_of(y, dy, **options):
+        return torch.autograd.grad(y, inputs, dy, retain_graph=True, **options)
+
+    y = mixed()
+    if how == "batched":
+        found = gradients_of(y, dys, is_grads_batched=True)
+    else:
+        found = torch.func.vmap(lambda dy: gradients_of(y, dy))(dys)
+    expected = zip(*(gradients_of(formula(), dy) for dy in dys), strict=True)
+    for name, one, two in zip(("dx", "dA", "dB"), found, expected, strict=True):
+        torch.testing.assert_close(one, torch.stack(two), msg=name)
+
+
+@pytest.mark.parametrize("base_grad", [True, False])
+@pytest.mark.parametrize("trained", ["lora_A", "lora_B"])
+def test_gradients_of_one_factor(base_grad, trained):
+    mixed, formula, inputs = of_mixed(base_grad)
+    inputs[1 if trained == "lora_B" else 2].requires_grad_(False)
+    inputs = [t for t in inputs if t.requires_grad]
+    found, wanted = (torch.autograd.grad(call().sin().sum(), inputs) for call in (mixed, formula))
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("base_grad", [True, False])

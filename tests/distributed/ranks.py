@@ -35,6 +35,9 @@ IMPORTED_ONCE = [
     "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "lorafast",
+    "lorafast.parallel",
+    "numpy",
+    "pytest",  # the function is one of a test's module
 ]
 _context = multiprocessing.get_context("forkserver")
 _device = torch.device("cpu")

@@ -10,7 +10,10 @@ from ranks import device, on_ranks
 from small_decoder import decoder, fill_adapters, loss_of, tokens
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.slow  # each rank imports PEFT
+pytestmark = pytest.mark.slow  # their ranks need PEFT imported
+IMPORTS = (
+    "peft", "lorafast.integrations.peft", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 
 CASES = {
     "lora": ("LoraConfig", {"r": 3, "lora_alpha": 6}),
@@ -88,7 +91,7 @@ def _all_cases(rank):
 @pytest.fixture(scope="module")
 def found():
     """What both ranks found, of all cases in one run."""
-    return on_ranks(_all_cases, seconds=400)
+    return on_ranks(_all_cases, seconds=400, imports=IMPORTS)
 
 
 @pytest.mark.parametrize("key", KEYS, ids="-".join)
@@ -130,7 +133,8 @@ def test_a_plan_of_transformers_is_left_to_peft(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
     config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    stock, fast = (on_ranks(_with_a_plan, str(tmp_path), is_fast) for is_fast in (False, True))
+    arms = [on_ranks(_with_a_plan, str(tmp_path), fast, imports=IMPORTS) for fast in (False, True)]
+    stock, fast = arms
     for (whole, expected, _), (fast_whole, gradients, report) in zip(stock, fast, strict=True):
         assert fast_whole == whole
         assert_near(gradients, expected, 0.0)

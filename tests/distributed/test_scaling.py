@@ -20,6 +20,7 @@ SIZES = scaling.Sizes(
     hidden=64, intermediate=96, blocks=3, heads=4, kv_heads=2, head_size=16, vocabulary=96, r=4,
     tokens=8,
 )  # fmt: skip
+IMPORTS = ("lorafast.bench.distributed.scaling", "transformers.models.llama.modeling_llama")
 COUNTED = "lorafast.bench counts on the CPU, where it also makes its batch"
 
 
@@ -62,7 +63,8 @@ def is_cut(parameter):
 )
 def test_counts_of_fake_ranks_are_those_of_real_ones(layout):
     expected = scaling.count(SIZES, layout)
-    found = on_ranks(_on_rank, layout, world=layout.gpus, cpu_because=COUNTED)
+    ranks = {"world": layout.gpus, "imports": IMPORTS, "cpu_because": COUNTED}
+    found = on_ranks(_on_rank, layout, **ranks)
     for sent, frozen, adapter, gathers in found:
         assert sent == expected.sent
         assert adapter == expected.adapter

@@ -113,7 +113,10 @@ def test_each_operation_keeps_the_contract(numpy, p):
 
 
 @given(p=problems())
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("dense", "nf4"))) for n in FORMATS],
+)
 def test_a_layer_and_its_gradients_keep_the_contract(numpy, toy_formats, format, p):
     drawn = several(p, CPU)
 

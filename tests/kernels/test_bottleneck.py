@@ -11,7 +11,9 @@ from bottlenecks import GRADIENTS, assert_right, drawn, results
 from circumstances import MEMORY, ORDER, WORK, assert_same_bits, together
 from helpers import skip_unless_usable
 from layouts import LAYOUTS, lay_out
+from lorafast.kernels.bottleneck import backward as kernels_of_backward
 from lorafast.kernels.bottleneck import bottleneck, bottleneck_backward
+from lorafast.kernels.common.bottleneck_plan import bottleneck_backward_launch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.start import Start
 
@@ -27,6 +29,7 @@ from lorafast.reference.bottleneck import activate, activate_backward
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 H200 = Device.known_by("NVIDIA H200", 90, 132, memory_clock=3.2e9, bus_bits=6144)
 SMALL = LaunchConfig(16, 16, 16, 32, num_warps=1, num_stages=1)
+TINY = LaunchConfig(16, 16, 16, 16, num_warps=1, num_stages=1, ctas_per_sm=8)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -147,15 +150,61 @@ def test_what_is_not_asked_for_is_not_needed(poisoned, device, wants):
             assert torch.equal(tensor, whole[name])
 
 
-def test_the_bits_are_the_same_whatever_changes(device):
-    """Several row blocks and column groups, none of them whole."""
-    given = drawn(40, 70, 45, 20, F32, F32, device, residual=True)
+@pytest.mark.parametrize(
+    ("size", "wants", "rows", "columns"),
+    [
+        ((140, 20, 20, 7), GRADIENTS, (9, 1), (4, 2, 1)),
+        ((140, 20, 37, 7), GRADIENTS, (9, 2), (5, 2, 1)),
+        ((140, 20, 20, 20), GRADIENTS, (9, 2), (4, 2, 2)),
+        ((20, 20, 140, 20), GRADIENTS, (2, 2), (11, 1, 2)),
+        ((20, 20, 140, 7), ("dD", "dd"), (2, 2), (2, 1, 1)),
+        ((140, 20, 20, 7), ("dD", "dU", "du"), (9, 1), (4, 2, 1)),
+        ((140, 20, 20, 7), ("dh", "dD", "dd"), (9, 2), (2, 2, 1)),
+        ((140, 20, 37, 7), ("dh", "dU"), (9, 2), (3, 2, 1)),
+        ((140, 20, 20, 7), ("dh", "dd"), (9, 2), None),
+        ((140, 20, 20, 7), ("dh", "du"), (9, 1), (2, 2, 1)),
+        ((20, 140, 140, 7), ("dU",), (2, 1), (9, 1, 1)),
+        ((140, 20, 20, 20), ("du",), None, (2, 2, 1)),
+    ],
+    ids=str,
+)
+def test_who_makes_which_gradients(poisoned, device, monkeypatch, size, wants, rows, columns):
+    """dh beside the sums over dy, which is in it, where all ranks are there at once; row groups, and
+    shares of the columns of few rows, none of which is whole."""
+    (_, K, N, _), small = size, {"rows": SMALL, "columns": TINY}
+    given = drawn(*size, F32, F32, device, residual=K != N)
+    launch = bottleneck_backward_launch(
+        small, *size, sms=20, dtype=F32, tf32=False, activation="tanh", wants=wants, residual=K != N,
+    )  # fmt: skip
+    assert (launch.rows and launch.rows.grid, launch.columns and launch.columns.grid) == (
+        rows,
+        columns,
+    )
+
+    monkeypatch.setattr(kernels_of_backward, "sms", lambda _: 20)
+
+    def backward(*arguments):
+        return bottleneck_backward(*arguments, wants=wants, config=SMALL, over_columns=TINY)
+
+    found = results(given, 0.7, "tanh", bottleneck, backward)
+    assert {name for name in GRADIENTS if found[name] is not None} == {*wants}
+    assert_right(found, given, 0.7, "tanh")
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N", "b"), [(150, 70, 45, 20), (150, 40, 40, 12), (20, 40, 150, 7)], ids=str
+)
+def test_the_bits_are_the_same_whatever_changes(device, monkeypatch, M, K, N, b):
+    """Several row blocks, row groups and column groups, none of them whole, rank blocks, and shares of
+    the columns of few rows."""
+    given = drawn(M, K, N, b, F32, F32, device, residual=K != N)
     dy, t = given.pop("dy"), given
+    monkeypatch.setattr(kernels_of_backward, "sms", lambda _: 20)
 
     def run():
         y, a = bottleneck(**t, config=SMALL)
-        rest = (t["h"], a, t["down"], t["up"], 1.0, "gelu", True)
-        gradients = bottleneck_backward(dy, *rest, config=SMALL)
+        rest = (t["h"], a, t["down"], t["up"], 1.0, "gelu", K != N)
+        gradients = bottleneck_backward(dy, *rest, config=SMALL, over_columns=TINY)
         return [y, a, *gradients]
 
     assert_same_bits(run, together(MEMORY, ORDER or WORK))
@@ -183,7 +232,7 @@ class TestBackend:
             assert started == ["bottleneck"]
             if gradients:
                 y.backward(dy)
-                assert started[1:] == ["bottleneck_backward", "expand_backward", "shrink_backward"]
+                assert started[1:] == ["bottleneck_backward", "bottleneck_columns"]
         found = {"y": y.detach(), "a": None} | dict.fromkeys(GRADIENTS)
         if gradients:
             names = ("h", "down", "down_bias", "up", "up_bias")

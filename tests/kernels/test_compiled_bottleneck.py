@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from lorafast.kernels.bottleneck import bottleneck, bottleneck_backward
+from lorafast.kernels.common.bottleneck_plan import GRADIENTS
 from lorafast.kernels.common.configs import SHARED_MEMORY
 from lorafast.kernels.common.launch import INTERPRETED
 from lorafast.kernels.tables import table_of
@@ -24,30 +25,63 @@ CASES = [
     for capability in SHARED_MEMORY
     for bits, M, _, _, b, config in table_of(capability)["bottleneck"]
 ]
+OVER_COLUMNS = [
+    (capability, b, config, *KINDS[bits])
+    for capability in SHARED_MEMORY
+    for bits, _, _, _, b, config in table_of(capability)["bottleneck_backward"]
+]
+K = 4096
+
+
+def assert_fast(machine, capability):
+    assert (machine.spills, machine.local, machine.serialized) == (0, 0, False)
+    assert machine.shared <= SHARED_MEMORY[capability]
+    assert any(name.endswith("MMA") for name in machine.instructions), machine.instructions
+    assert "LDGSTS.128" in machine.instructions
+
+
+def drawn(M, b, dtype, adapter_dtype):
+    """``h``, which is dy too, ``a``, ``down`` and ``up``, without memory."""
+    of = {"h": (M, K), "a": (M, b), "down": (b, K), "up": (K, b)}
+    return tuple(
+        torch.empty(size, dtype=dtype if name in ("h", "a") else adapter_dtype, device="meta")
+        for name, size in of.items()
+    )
 
 
 @pytest.mark.parametrize(
     ("capability", "M", "b", "config", "dtype", "adapter_dtype"), CASES, ids=lambda v: str(v)[:14]
 )
 def test_compiles_to_fast_code(machine_of, capability, M, b, config, dtype, adapter_dtype):
-    """The forward with biases, and the launch over rows of a whole backward."""
-
-    def empty(*size, dtype=adapter_dtype):
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    K = 4096
-    h, down, up = empty(M, K, dtype=dtype), empty(b, K), empty(K, b)
-    a = empty(M, b, dtype=dtype)
+    """The forward with biases, and the launch over rows, of a whole backward and of one that has nothing
+    to sum but da."""
+    h, a, down, up = drawn(M, b, dtype, adapter_dtype)
+    d, u = down.new_empty(b), up.new_empty(K)
 
     def run():
-        bottleneck(h, down, up, empty(b), empty(K), 0.5, config=config)
-        bottleneck_backward(h, h, a, down, up, 0.5, config=config)
+        bottleneck(h, down, up, d, u, 0.5, config=config)
+        for wants in (GRADIENTS, ("dh", "dd")):
+            bottleneck_backward(h, h, a, down, up, 0.5, wants=wants, config=config)
 
-    own = [x for x in launches_of(capability, run) if x.kernel.__name__.startswith("bottleneck")]
-    assert len(own) == 2
+    own = [x for x in launches_of(capability, run) if "columns" not in x.kernel.__name__]
+    assert len(own) == 3
     for launched in own:
-        machine = machine_of(launched, capability)
-        assert (machine.spills, machine.local, machine.serialized) == (0, 0, False)
-        assert machine.shared <= SHARED_MEMORY[capability]
-        assert any(name.endswith("MMA") for name in machine.instructions), machine.instructions
-        assert "LDGSTS.128" in machine.instructions
+        assert_fast(machine_of(launched, capability), capability)
+
+
+@pytest.mark.parametrize("wants", [GRADIENTS, ("dD", "dd", "dU", "du")], ids=["dh", "no dh"])
+@pytest.mark.parametrize(
+    ("capability", "b", "config", "dtype", "adapter_dtype"), OVER_COLUMNS, ids=lambda v: str(v)[:14]
+)
+def test_sums_over_rows_compile_to_fast_code(
+    machine_of, capability, b, config, dtype, adapter_dtype, wants
+):
+    """With dh beside those of dy, or without."""
+    h, a, down, up = drawn(8192, b, dtype, adapter_dtype)
+
+    def run():
+        bottleneck_backward(h, h, a, down, up, 0.5, wants=wants, over_columns=config)
+
+    launched = launches_of(capability, run)[-1]
+    assert launched.kernel.__name__ == "bottleneck_columns_kernel"
+    assert_fast(machine_of(launched, capability), capability)

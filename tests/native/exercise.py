@@ -40,6 +40,7 @@ SHAPES = (
     (70, 200, 130, 16),
     (33, 520, 1030, 17),
     (131, 1056, 48, 40),
+    (67, 66, 100, 5),  # a base GEMM by panels, of pairs and rows that fill no vector
     (530, 544, 560, 18),  # several chunks of rows and stripes of columns
 )
 

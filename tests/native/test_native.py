@@ -113,6 +113,46 @@ def test_the_whole_layer_is_its_parts(problem, poisoned):
     assert all(map(torch.equal, whole, (dx, dA, dB)))
 
 
+PANELS = (  # M, K, N, r of a base GEMM in bfloat16: by panels of 64 columns and 6 rows, of pairs
+    (64, 2, 1, 1),
+    (65, 66, 64, 16),
+    (67, 130, 65, 3),
+    (70, 62, 129, 17),
+    (131, 34, 500, 64),
+    (64, 33, 70, 4),  # an odd sum, which is oneDNN's
+)
+
+
+@pytest.mark.parametrize("by_column", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("sizes", PANELS, ids=str)
+def test_the_contract_of_panels(sizes, by_column, poisoned):
+    M, K, N, r = sizes
+    x, weight, s, lora_B, bias = (
+        torch.randn(size, dtype=torch.float64)
+        for size in ((M, K + 3), (N, K), (M, r), (N, r), (N,))
+    )
+    seed = torch.tensor([5])
+
+    def call(run, cast):
+        W = cast(weight.t().contiguous()).t() if by_column else cast(weight)
+        given = cast(x)[:, :K], W, cast(s), cast(lora_B), 0.7
+        return run.linear_expand(*given, cast(bias)), run.linear_expand(*given, None, 0.1, seed)
+
+    assert_contract(call, cpu, torch.bfloat16)
+
+
+@pytest.mark.skipif(
+    not native.multiplies_bfloat16() or "amx_bf16" in cpu_flags(),
+    reason="needs the processor's bfloat16 product, and no AMX, which oneDNN uses",
+)
+def test_the_sum_of_base_and_adapter_is_rounded_once():
+    """257 is no bfloat16: 257 + 1 is 258 by one rounding and 256 by two."""
+    x, weight = torch.tensor([[256.0, 1.0]]).expand(64, 2), torch.ones(70, 2)
+    s, lora_B = torch.ones(64, 1), torch.ones(70, 1)
+    made = cpu.linear_expand(*(t.bfloat16().contiguous() for t in (x, weight, s, lora_B)), 1.0)
+    assert torch.equal(made, torch.full_like(made, 258.0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_every_instruction_set(name):

@@ -30,12 +30,31 @@ def layer(kind="nf4", N=48, K=64, dtype=torch.float32, nested=True, **options):
     return made.to(dtype).to("cpu")
 
 
+@pytest.fixture
+def uncompiled():
+    """It compiles its own loop for odd widths and long blocks, again for each shape, dtype and block."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [32, 64, 256, 4096])
-def test_it_is_made_dense_to_the_bit(kind, nested, dtype, block):
-    for shape in SHAPES:
+def test_it_is_made_dense_to_the_bit(uncompiled, kind, nested, dtype, block):
+    assert_dense_to_the_bit(kind, nested, dtype, block, SHAPES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dtype", "block"), [("nf4", torch.bfloat16, 64), ("fp4", torch.float32, 4096)], ids=str
+)
+def test_it_is_what_its_compiled_loop_makes(kind, dtype, block):
+    assert_dense_to_the_bit(kind, True, dtype, block, [(33, 101)])
+
+
+def assert_dense_to_the_bit(kind, nested, dtype, block, shapes):
+    for shape in shapes:
         W = (torch.randn(shape) * 0.05).to(dtype)
         codes, state = bnb.functional.quantize_4bit(
             W, blocksize=block, compress_statistics=nested, quant_type=kind

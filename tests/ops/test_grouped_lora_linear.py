@@ -107,9 +107,12 @@ def test_gradcheck(path, grad):
         return run(t | dict(zip(grad, leaves, strict=True)), adapter_of)
 
     leaves = [t[name] for name in grad]
-    assert torch.autograd.gradcheck(function, leaves)
+    # For a subset a random combination of the elements will do, of which one is a small part. Of
+    # polynomials central differences are close.
+    how = {"fast_mode": grad != NAMES, "rtol": 1e-6, "atol": 1e-8}
+    assert torch.autograd.gradcheck(function, leaves, **how)
     if grad not in WITHOUT_X:
-        assert torch.autograd.gradgradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves, **how)
 
 
 @pytest.mark.parametrize("grad", WITHOUT_X, ids="+".join)

@@ -422,9 +422,10 @@ def test_autocast_casts_what_a_convolution_casts(last):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("case", ["1d", "2d", "2d in groups", "2d pointwise"])
+@pytest.mark.parametrize(
+    ("case", "last", "dropout_p"),
+    covering(["1d", "2d", "2d in groups", "2d pointwise"], (False, True), (0.0, 0.5)),
+)
 def test_compiled_in_one_graph(fresh_dynamo, case, last, dropout_p):
     t = draw(case, torch.float32, last=last)
     counter = CompileCounterWithBackend("aot_eager")

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from bottlenecks import GRADIENTS, assert_right, drawn, results
 from lorafast.kernels.bottleneck import bottleneck, bottleneck_backward
+from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.launch import INTERPRETED
 from lorafast.kernels.tables import find
 
@@ -20,21 +21,23 @@ CPU = torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def check(arch, M, K, N, b, dtypes, activation, *, wants=("dh", "dd"), config=None, sms=2):
-    """What nobody writes is a fault. Without dD, dU and du the kernels are this operation's own."""
+def check(arch, M, K, N, b, dtypes, activation, *, wants=("dh", "dd"), sms=2, **configs):
+    """What nobody writes is a fault. ``configs``: the backward's; ``config`` is the forward's too."""
     given = drawn(M, K, N, b, *dtypes, CPU, residual=N != K)
 
     def forward(**arguments):
-        return bottleneck(**arguments, config=config)
+        return bottleneck(**arguments, config=configs.get("config"))
 
     def backward(*arguments):
-        return bottleneck_backward(*arguments, wants=wants, config=config)
+        return bottleneck_backward(*arguments, wants=wants, **configs)
 
     with executed(arch, seed=3, sms=sms) as state:
         found = results(given, 0.75, activation, forward, backward)
     own = [launch.kernel.__name__ for launch, *_ in state.ran]
-    assert own[:2] == ["bottleneck_kernel", "bottleneck_backward_kernel"]
-    assert len(own) == 2 + bool({"dU", "du"} & {*wants}) + ("dD" in wants)
+    expected = ["bottleneck_kernel", "bottleneck_backward_kernel"]
+    if {"dD", "dU", "du"} & {*wants}:
+        expected.append("bottleneck_columns_kernel")
+    assert own == expected
     assert_right(found, given, 0.75, activation)
 
 
@@ -56,10 +59,21 @@ def test_odd_sizes(dtypes, activation):
 @pytest.mark.parametrize("arch", [90, 100])
 def test_the_tiles_of_many_rows(arch):
     """Where ``wgmma`` or ``tcgen05`` multiplies."""
-    config = find("bottleneck", arch, BF16, 8192, 4096, 4096, 64)
-    check(arch, 70, 136, 136, 48, (BF16, BF16), "gelu_tanh", config=config, sms=1)
+    config, over_columns = (
+        find(name, arch, BF16, 8192, 4096, 4096, 64)
+        for name in ("bottleneck", "bottleneck_backward")
+    )
+    case = (arch, 70, 136, 136, 48, (BF16, BF16), "gelu_tanh")
+    check(*case, config=config, sms=1)
+    check(*case, wants=GRADIENTS, config=config, over_columns=over_columns, sms=1)
 
 
-@pytest.mark.slow
-def test_a_whole_backward():
-    check(80, 20, 48, 48, 16, (BF16, BF16), "relu", wants=GRADIENTS)
+@pytest.mark.parametrize("residual", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_whole_backward(residual):
+    """Shares of dy's columns, row blocks and row groups, whose sums whoever comes last adds up."""
+    K, config = 32 if residual else 144, LaunchConfig(64, 16, 16, 16, 4, 2)
+    over_columns = LaunchConfig(16, 16, 16, 16, num_warps=2, num_stages=2)
+    check(
+        80, 150, K, 144, 16, (BF16, BF16), "relu",
+        wants=GRADIENTS, config=config, over_columns=over_columns, sms=40,
+    )  # fmt: skip

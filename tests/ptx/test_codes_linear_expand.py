@@ -32,9 +32,17 @@ def check(arch, product, seeds):
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kind", READ)
-@pytest.mark.parametrize("transposed", [False, True], ids=["y", "dx"])
+def ways_of_storing():
+    """Both products with every kind. Quick tests have each of them on one of the architectures."""
+    for i, kind in enumerate(READ):
+        for j, (product, arch) in enumerate((("y", 80), ("dx", 90), ("y", 90), ("dx", 80))):
+            marks = [pytest.mark.slow] * ((i + j // 2) % 2)
+            yield pytest.param(
+                kind, product == "dx", arch, marks=marks, id=f"{kind}-{product}-{arch}"
+            )
+
+
+@pytest.mark.parametrize(("kind", "transposed", "arch"), [*ways_of_storing()])
 def test_each_way_of_storing_a_weight(kind, transposed, arch):
     check(arch, Product(kind, 19, 72, 160, 5, torch.bfloat16, transposed), seeds=(0,))
 

@@ -74,11 +74,16 @@ def small(arch, **more):
     return Case("linear_expand", arch, "bf16", config, 90, 136, 152, 16, **more)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "operation", ["shrink", "expand", "linear_expand", "expand_backward", "shrink_backward"]
-)
+def as_they_ship():
+    """Operations in every kind. Quick tests have each of them on one of the architectures."""
+    operations = ("shrink", "expand", "linear_expand", "expand_backward", "shrink_backward")
+    for i, (operation, kind) in enumerate(itertools.product(operations, KINDS)):
+        for j, arch in enumerate((80, 90)):
+            marks = [pytest.mark.slow] * ((i + j) % 2)
+            yield pytest.param(operation, kind, arch, marks=marks, id=f"{operation}-{kind}-{arch}")
+
+
+@pytest.mark.parametrize(("operation", "kind", "arch"), [*as_they_ship()])
 def test_each_kernel_as_it_ships(operation, kind, arch):
     check(first_of(operation, arch, kind))
 
@@ -249,7 +254,7 @@ def lot_of(arch, cases):
     """What a run of the tests executes of an architecture; the next draws another."""
     if arch == IN_PAIRS:
         return in_pairs(cases)
-    return one_in(4 if arch == 80 else 8, cases)
+    return one_in(8 if arch == 80 else 16, cases)
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
@@ -264,9 +269,9 @@ def test_each_configuration_is_in_every_lot(arch):
 @pytest.mark.parametrize("operation", ["shrink", "expand", "linear_expand", "expand_backward",
                                        "shrink_backward", "lora_linear"])  # fmt: skip
 def test_every_configuration_that_ships(operation, arch):
-    """Of sm_90 in pairs of what it is launched with, of sm_80 in a quarter of it, of the others in an
-    eighth, by lot, one schedule each; in every variant that a layer launches, in two schedules, with
-    EXECUTE=all, which make test-executed sets."""
+    """Of sm_90 in pairs of what it is launched with, of sm_80 in an eighth of it, of the others in a
+    sixteenth, by lot, but at least once, one schedule each; in every variant that a layer launches, in
+    two schedules, with EXECUTE=all, which make test-executed sets."""
     everything = os.environ.get("EXECUTE") == "all"
     known = made_before(arch)
     own = [case for case in shipped(arch) if case.operation == operation]

@@ -30,6 +30,8 @@ UNEDITED = 5
 """Schedules in which a kernel must pass as it is."""
 MOST_SILENT = 100_000
 """Steps in which nothing changes: more than a whole launch here takes, unless it hangs."""
+QUICKLY = "linear_expand, sm_90"
+"""The kernel whose faults ``make test`` plants. The machine changes seldom: the others' can wait."""
 CAUGHT = BUILD / "planted"
 """A line for each fault, by its number: workers of one run write them."""
 
@@ -85,7 +87,15 @@ def caught(subject, edit):
 
 
 @needs_this_compiler
-@pytest.mark.parametrize("number", range(len(FAULTS)), ids=lambda number: str(FAULTS[number]))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(
+            number, marks=[pytest.mark.slow] * (fault.subject.name != QUICKLY), id=str(fault)
+        )
+        for number, fault in enumerate(FAULTS)
+    ],
+)
 def test_is_caught(number, table):
     fault = FAULTS[number]
     if "CUDA" in fault.subject.name and why_no_nvcc():

@@ -16,8 +16,11 @@ from lorafast.core.problem import (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SKINNY = 32
 """The rank up to which, in bfloat16, the native reductions beat oneDNN's: measured at 4 to 128."""
-SKINNY_LAYER = 64
-"""The same of a layer, whose skinny products are one call: measured at 16 to 128."""
+SKINNY_LAYER, SKINNY_OURS = 64, 128
+"""The same of a layer, whose skinny products are one call, and of one whose base GEMM is ours too:
+measured at 16 to 256."""
+OUR_ROWS = 64
+"""The rows from which it is (csrc/cpu/panel_gemm.h)."""
 MANY = 128
 """The rows from which, in float32, the native kernels do: measured at 1 to 1024."""
 BOTTLENECK_ROWS = (64, 512)
@@ -28,6 +31,10 @@ NARROW, WIDE = 48, 64
 _SMALL = {torch.bfloat16: 1 << 16, torch.float32: 1 << 22}
 """Multiply-adds of the base GEMM below which, without a mask, three of PyTorch's calls cost less than
 one of ours in a ``Function``: measured between 2**15 and 2**18, and at 128 x 512 x 512."""
+WIDE_PRODUCT, DEEP_PRODUCT = 1024, 1024
+"""The columns from which, and the depth up to which, MKL's product in float32 is faster onto a y that is
+in the caches than into new memory: measured at 512 x 576 x 1536 on an AMD EPYC, and not at 192 and 576
+columns, where zeros cost more than that saves, nor of a sum of 1536, of which it adds parts."""
 
 
 class Cpu(Backend):
@@ -56,15 +63,16 @@ class Cpu(Backend):
         ahead = _why_ahead(p)
         if p.operation == "lora_linear":
             if p.format == DENSE:
-                return Plan(self.name, run.dense_lora_linear, _FORWARD, ahead=ahead)
-            short = run.of_stored(p)
-            return Plan(self.name, run.lora_linear, _FORWARD, ahead=ahead, of_stored=short)
+                made, last = run.dense_lora_linear, _adds_better(p)
+                return Plan(self.name, made, _FORWARD, ahead=ahead, onto=run.onto, base_last=last)
+            made, short = run.lora_linear, run.of_stored(p)
+            return Plan(self.name, made, _FORWARD, ahead=ahead, of_stored=short, onto=run.onto)
         if p.operation == "lora_linear_backward":
             if p.wants != ("dx", "dA", "dB"):
                 return composed.plan_or_refusal(problem, self.plan)
             dense = p.format == DENSE
             backward = run.dense_lora_linear_backward if dense else run.lora_linear_backward
-            return Plan(self.name, backward, _BACKWARD, ahead=ahead)
+            return Plan(self.name, backward, _BACKWARD, ahead=ahead, onto=run.onto_backward)
         if p.operation == "shrink":
             return Plan(self.name, run.shrink, ("shrink",), ahead=ahead)
         if p.operation == "expand":
@@ -106,7 +114,10 @@ class Cpu(Backend):
             return [("native CPU kernels", reason)]
         rules = ["with dropout"]
         if native.multiplies_bfloat16():
-            rules.append(f"in bfloat16 up to rank {SKINNY}, a layer up to {SKINNY_LAYER}")
+            rules.append(
+                f"in bfloat16 up to rank {SKINNY}, a layer up to {SKINNY_LAYER}, "
+                f"from {OUR_ROWS} rows up to {SKINNY_OURS}"
+            )
         if native.has_avx512():
             rules.append(f"in float32 from {MANY} rows")
         return [("native CPU kernels", f"{native.capability()}, ahead {', '.join(rules)}")]
@@ -142,7 +153,8 @@ def _why_ahead(p: Problem) -> str | None:
         first = next((q for q in parts(p) if q.operation != "linear_expand"), None)
         if first is None:
             return None
-        return _why_skinny_ahead(first._replace(dropout=p.dropout), SKINNY_LAYER)
+        most = SKINNY_OURS if p.M >= OUR_ROWS else SKINNY_LAYER
+        return _why_skinny_ahead(first._replace(dropout=p.dropout), most)
     return _why_skinny_ahead(p, SKINNY)
 
 
@@ -175,6 +187,17 @@ def _why_bottleneck_ahead(p: Problem) -> str | None:
         return None
     most = "" if widest is None else f" up to b = {widest}"
     return f"on a CPU in {p.dtype} from {fewest} rows{most}, measured"
+
+
+def _adds_better(p: Problem) -> bool:
+    """Whether the base GEMM comes last where the adapter is on some rows: ``Plan.base_last``."""
+    return (
+        p.dtype is torch.float32
+        and not p.tf32
+        and p.M >= MANY
+        and p.N >= WIDE_PRODUCT
+        and p.K <= DEEP_PRODUCT
+    )
 
 
 def _is_small(p: Problem) -> bool:

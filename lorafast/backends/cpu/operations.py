@@ -189,6 +189,42 @@ def _with_low_rank(
     return y, s
 
 
+def onto(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    s: Tensor,
+) -> None:
+    """``s = drop(x)·Aᵀ`` and ``y += scaling · s·Bᵀ``."""
+    _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
+
+
+def onto_backward(
+    dx: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``dx += drop'(ds·A)``; ``dA`` and ``dB``."""
+    ds, dA, dB = (
+        s.new_empty(s.shape),
+        lora_A.new_empty(lora_A.shape),
+        lora_B.new_empty(lora_B.shape),
+    )
+    mask = _mask(dropout_p, seed)
+    _lora_linear_backward_(dx, dy, x, lora_A, lora_B, s, float(scaling), *mask, ds, dA, dB)
+    return dA, dB
+
+
 def dense_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -274,11 +310,5 @@ def lora_linear_backward(
 ) -> tuple[Tensor, None, Tensor, Tensor, None]:
     """``expand_backward``, ``shrink_backward`` and ``linear_expand``: ``dx``, ``dA``, ``dB``."""
     dx = dequantize.linear_transposed(dy, weight)
-    ds, dA, dB = (
-        s.new_empty(s.shape),
-        lora_A.new_empty(lora_A.shape),
-        lora_B.new_empty(lora_B.shape),
-    )
-    mask = _mask(dropout_p, seed)
-    _lora_linear_backward_(dx, dy, x, lora_A, lora_B, s, float(scaling), *mask, ds, dA, dB)
+    dA, dB = onto_backward(dx, dy, x, lora_A, lora_B, s, scaling, dropout_p, seed)
     return dx, None, dA, dB, None

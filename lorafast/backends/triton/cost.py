@@ -16,7 +16,11 @@ from lorafast.backends.triton import planning, quantized
 from lorafast.backends.triton.planning import HybridLaunch, Launch
 from lorafast.core.dtypes import wide
 from lorafast.core.problem import DENSE, LAYER_OPERATIONS, WEIGHT_NORM, Layout, Problem, parts
-from lorafast.kernels.common.bottleneck_plan import BottleneckBackwardLaunch, BottleneckLaunch
+from lorafast.kernels.common.bottleneck_plan import (
+    BottleneckBackwardLaunch,
+    BottleneckLaunch,
+    ColumnsLaunch,
+)
 from lorafast.kernels.common.codes_plan import CodesLaunch
 from lorafast.kernels.common.configs import LaunchConfig
 from lorafast.kernels.common.decode_plan import DecodeLaunch
@@ -320,20 +324,25 @@ def _weight_norm(launch: WeightNormLaunch, p: Problem, device: Device) -> Estima
 
 @_of.register
 def _bottleneck(launch: BottleneckLaunch, p: Problem, device: Device) -> Estimate:
-    """h, or dy of a backward, twice as if L2 kept none of it, and what is written. The factors, which
-    every program reads, come from L2, and a program's steps one after the other. Not measured."""
+    """h, or dy of a backward, once for each pass as if L2 kept none of it, and what is written. The
+    factors, which every program reads, come from L2, and a program's steps one after the other. Not
+    measured."""
     (row_blocks, groups), size = launch.grid, p.dtype.itemsize
     M, K, N, b = launch.M, launch.K, launch.N, launch.b
     forward, programs = p.operation == "bottleneck", row_blocks * groups
-    moved = float(M * (2 * K + N) * size + 3 * M * b * wide(p.dtype).itemsize)
+    moved = float(M * ((1 + (N > 0)) * K + N) * size + 3 * M * b * wide(p.dtype).itemsize)
     if forward and p.residual:
         moved -= float(M * (K - N) * size)  # it is read instead of h
     factors = float(b * (K * groups + N) * row_blocks * p.adapter_dtype.itemsize)
     again = float(M * K * (groups - 1) * size)
+    if launch.split:  # a program reads its share of columns alone
+        factors, again = float(b * K * row_blocks * p.adapter_dtype.itemsize), 0.0
+        moved += _partials(groups, M * b)
+    times = 1 if launch.split else groups
     matrix = ("h", p.layouts.x, p.K) if forward else ("dy", p.layouts.dy, p.N)
-    found = _skinny("shrink", p, device, 2.0 * M * b * (K * groups + N), moved, *matrix)
+    found = _skinny("shrink", p, device, 2.0 * M * b * (K * times + N), moved, *matrix)
     c = launch.config
-    steps = _blocks(K, c.block_k) + launch.n_blocks * (N > 0)
+    steps = launch.k_blocks + launch.n_blocks
     waves = _blocks(programs, device.sms * c.ctas_per_sm)
     least = max((factors + again) / (_FROM_L2 * device.bandwidth), waves * steps * _OWN_STEP)
     return replace(found, device=max(found.device, least + LAUNCH_SECONDS))
@@ -341,20 +350,35 @@ def _bottleneck(launch: BottleneckLaunch, p: Problem, device: Device) -> Estimat
 
 @_of.register
 def _bottleneck_backward(launch: BottleneckBackwardLaunch, p: Problem, device: Device) -> Estimate:
-    """Its launches one by one, and PyTorch's small ones that sum da and scale du."""
+    """Its launches, one after the other."""
     found = Estimate()
     if launch.rows is not None:
         found += _of(launch.rows, p, device)
     if launch.columns is not None:
-        own = p._replace(operation="expand_backward", wants=launch.columns.wants)
-        found += _of(launch.columns, own, device)
-    if launch.down is not None:
-        found += _of(launch.down, p._replace(operation="shrink_backward", wants=()), device)
-    if "dd" in p.wants:
-        found += work(device, moved=float(p.M * p.r * wide(p.dtype).itemsize), share=0.5)
-    if "du" in p.wants:
-        found += work(device, moved=12.0 * p.N)
+        found += _bottleneck_columns(launch.columns, p, device)
     return found
+
+
+def _bottleneck_columns(launch: ColumnsLaunch, p: Problem, device: Device) -> Estimate:
+    """dy and h as ``shrink_backward`` reads its x, beside which dh is written; da and z, which every
+    column block reads, come from memory once. Not measured."""
+    wants, (blocks, groups, ranks) = launch.wants, launch.grid
+    M, size, adapter = p.M, p.dtype.itemsize, p.adapter_dtype.itemsize
+    low = M * p.r * wide(p.dtype).itemsize
+    summed = {"dU": p.N * p.r, "du": p.N, "dD": p.K * p.r}
+    read = {"dy": launch.of_dy * M * p.N, "h": ("dD" in wants) * M * p.K}
+    written = M * p.K if "dh" in wants else 0
+    moved = float((ranks * sum(read.values()) + written) * size)
+    moved += low * len({"dU", "dD", "dh"} & {*wants})
+    moved += sum(
+        summed[name] * adapter + _partials(groups, summed[name]) for name in summed if name in wants
+    )
+    terms = sum(summed[name] for name in ("dU", "dD") if name in wants) * M + written * p.r
+    matrix = ("dy", p.layouts.dy, p.N) if launch.of_dy else ("h", p.layouts.x, p.K)
+    found = _skinny("shrink_backward", p, device, 2.0 * terms, moved, *matrix)
+    from_l2 = float(blocks * low)
+    least = from_l2 / (_FROM_L2 * device.bandwidth)
+    return replace(found, device=max(found.device, least + LAUNCH_SECONDS))
 
 
 def _blocks(length: int, block: int) -> int:

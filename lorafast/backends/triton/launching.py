@@ -59,7 +59,7 @@ def run_of(launch: Launch, p: Problem) -> Run:
     if isinstance(launch, BottleneckLaunch):
         return bottleneck.launcher(launch)
     if isinstance(launch, BottleneckBackwardLaunch):
-        return bottleneck_backward.launcher(launch, p.adapter_dtype, p.residual)
+        return bottleneck_backward.launcher(launch, p.adapter_dtype)
     if isinstance(launch, ScaledLinearLaunch):
         return _scaled_linear(launch, p)
     return forward.launcher(launch)

@@ -54,9 +54,12 @@ def lines(launch: Launch) -> tuple[str, ...]:
     if isinstance(launch, BottleneckLaunch):
         return (f"bottleneck: {_rows(launch)}",)
     if isinstance(launch, BottleneckBackwardLaunch):
-        rows = [] if launch.rows is None else [f"bottleneck_backward: {_rows(launch.rows)}"]
-        others = [one for one in (launch.columns, launch.down) if one is not None]
-        return *rows, *(line for one in others for line in lines(one))
+        found = [] if launch.rows is None else [f"bottleneck_backward: {_rows(launch.rows)}"]
+        if launch.columns is not None:
+            grid, tiles = _grid(launch.columns.grid), _tiles(launch.columns.config, "mkr")
+            wants = ", ".join(launch.columns.wants)
+            found.append(f"bottleneck_columns ({wants}): {grid}, {tiles}, pointers")
+        return tuple(found)
     if isinstance(launch, ScaledLinearLaunch):
         return _scaled(launch)
     helpers = launch.helpers

@@ -161,18 +161,17 @@ def plan_bottleneck(
 def plan_bottleneck_backward(
     p: Problem, device: Device, config: LaunchConfig | None = None
 ) -> BottleneckBackwardLaunch:
-    """A launch over the rows of dy, and those of ``expand_backward`` and ``shrink_backward`` that are
-    needed, all by the rules."""
-    sizes = {
-        "bottleneck": (p.N, p.K), "expand_backward": (p.N, p.N), "shrink_backward": (p.K, p.K),
-    }  # fmt: skip
-    rows, columns, down = (
+    """A launch over the rows of dy and one over the columns of dy and h, as far as they are needed, by
+    the rules of a forward and of its own."""
+    sizes = {"bottleneck": (p.N, p.K), "bottleneck_backward": (p.K, p.N)}
+    rows, columns = (
         tables.find(operation, device.capability, p.dtype, p.M, K, N, p.r)
         for operation, (K, N) in sizes.items()
     )
     return bottleneck_backward_launch(
-        {"rows": rows, "columns": columns, "down": down}, p.M, p.K, p.N, p.r,
+        {"rows": rows, "columns": columns}, p.M, p.K, p.N, p.r,
         sms=device.sms, dtype=p.dtype, tf32=p.tf32, activation=p.activation, wants=p.wants,
+        residual=p.residual,
     )  # fmt: skip
 
 
