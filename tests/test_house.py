@@ -222,7 +222,9 @@ def test_one_operation_has_one_name_in_every_room():
     assert with_kernels == configs.OPERATIONS
     assert (*with_kernels, "lora_linear") == tuned.OPERATIONS
     folders = {p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py")}
-    beside = {"bottleneck", "common", "dequantize", "lora_linear", "tables", "weight_norm"}
+    beside = {
+        "bottleneck", "common", "dequantize", "lora_linear", "scaled_linear", "tables", "weight_norm",
+    }  # fmt: skip
     assert folders == {*with_kernels, *beside}
 
 

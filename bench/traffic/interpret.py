@@ -312,6 +312,26 @@ def compare_bottleneck(reduced: Reduced, residual: bool) -> dict[str, str | None
         return {name: _difference(*call) for name, call in calls.items()}
 
 
+def compare_scaled_linear(reduced: Reduced, scales_input: bool) -> dict[str, str | None]:
+    """The same of a layer with a vector, forward and backward, all results and each alone."""
+    M, K, N = reduced.M, reduced.K, reduced.N
+    dtype, adapter = DTYPES[reduced.dtype], DTYPES[reduced.adapter_dtype]
+    x, dy, weight = (torch.ones(size, dtype=dtype) for size in ((M, K), (M, N), (N, K)))
+    scale = torch.ones(K if scales_input else N, dtype=adapter)
+    bias = torch.ones(N, dtype=dtype) if reduced.bias else None
+    kept = x if scales_input else dy.clone()
+    calls: dict[str, tuple[Call, tuple[Any, ...]]] = {}
+    for asked in [("y",)] if scales_input else [("y",), ("y", "z")]:
+        problem = problems.scaled_linear_problem(x, weight, scale, bias, scales_input, asked)
+        calls[", ".join(asked)] = problem, (x, weight, scale, bias)
+    for asked in (("dx", "dscale"), ("dx",), ("dscale",)):
+        given = (dy, kept, weight, scale)
+        problem = problems.scaled_linear_backward_problem(*given, scales_input, asked)
+        calls[", ".join(asked)] = problem, given
+    with cost.pretending(launches.h200(reduced.sms)):
+        return {name: _difference(*call) for name, call in calls.items()}
+
+
 def formula_of(call: Call, device: Device) -> list[Launch]:
     """What the call moves, by the closed forms."""
     if call.operation not in LAYER_OPERATIONS:

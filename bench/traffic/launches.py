@@ -30,6 +30,11 @@ from lorafast.kernels.common.plan import (
     ShrinkLaunch,
     WeightNormLaunch,
 )
+from lorafast.kernels.common.scaled_plan import (
+    ScaledGemmLaunch,
+    ScaledLinearLaunch,
+    ScaledPassLaunch,
+)
 
 from lorafast import operands
 from lorafast.backends import cost, registry
@@ -468,6 +473,60 @@ class _Counted(Triton):
         return run
 
 
+@traffic_of.register
+def _scaled_linear(launch: ScaledLinearLaunch, p: Problem) -> list[Launch]:
+    """The GEMM, ours or PyTorch's, the pass, and where there are partial sums the launch that adds them
+    up; W is read by the GEMM alone."""
+    rows, gemm = launch.rows, launch.gemm
+    of_rows = [] if rows is None else [_scaled_pass(rows, p)]
+    if rows is not None and rows.sums:
+        of_rows.append(_added_up(rows.grid[1], rows.N, p))
+    if gemm is not None:
+        sums = [_added_up(gemm.row_blocks, gemm.gemm.N, p)] if gemm.sums else []
+        return [*of_rows, _scaled_gemm(gemm, p), *sums]
+    if p.operation == "scaled_linear_backward" and not p.scales_input and "dx" not in p.wants:
+        return of_rows
+    x, W, y = (size * _size(p) for size in (p.M * p.K, p.N * p.K, p.M * p.N))
+    read, written = (y, x) if p.transposed else (x, y)
+    read += W + (p.N * _size(p) if p.bias else 0)
+    return [*of_rows, Launch(read, written, 0, 0, by_pytorch=True)]
+
+
+def _added_up(count: int, N: int, p: Problem) -> Launch:
+    """Partial sums ``[count, N]``."""
+    sums, dscale = count * N * _PARTIAL, N * _adapter(p)
+    return Launch(sums, dscale, sums, dscale)
+
+
+def _scaled_gemm(launch: ScaledGemmLaunch, p: Problem) -> Launch:
+    """Tiles without ranks. At a load the vector is read for every tile, else for every row block."""
+    gemm, tiles = launch.gemm, _tiles(launch.gemm, p._replace(r=0))
+    rows, cols = _blocks(gemm.M, gemm.config.block_m), _blocks(gemm.N, gemm.config.block_n)
+    of_y, partials = gemm.M * gemm.N * _size(p), _partials(gemm.splits, gemm.M * gemm.N)
+    scale = kept = 0
+    loaded = tiles.loaded + partials
+    if launch.at_load:
+        scale = gemm.K * _adapter(p)
+        loaded += rows * cols * scale
+    elif launch.writes:
+        scale = gemm.N * _adapter(p)
+        loaded += rows * scale
+    if launch.sums:
+        kept = of_y
+    written = of_y * (launch.writes + launch.keeps) + partials
+    written += rows * gemm.N * _PARTIAL if launch.sums else 0
+    return Launch(tiles.read + scale + kept + partials, written, loaded + kept, written)
+
+
+def _scaled_pass(launch: ScaledPassLaunch, p: Problem) -> Launch:
+    """Every row group reads the vector where the scaled matrix is asked for."""
+    matrix, groups = launch.M * launch.N * _size(p), launch.grid[1]
+    scale = launch.N * _adapter(p) if launch.writes else 0
+    read = matrix * (1 + launch.sums)
+    written = matrix * launch.writes + (groups * launch.N * _PARTIAL if launch.sums else 0)
+    return Launch(read + scale, written, read + groups * scale, written)
+
+
 def _results(p: Problem, like: torch.Tensor) -> Any:
     def empty(*size: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
         return like.new_empty(size, dtype=dtype)
@@ -495,6 +554,12 @@ def _results(p: Problem, like: torch.Tensor) -> Any:
             empty(*size, dtype=p.dtype if name == "dh" else adapter) if name in p.wants else None
             for name, size in sizes.items()
         )
+    if p.operation == "scaled_linear":
+        return made["y"](), made["y"]() if "z" in p.wants else None
+    if p.operation == "scaled_linear_backward":
+        dscale = empty(p.K if p.scales_input else p.N, dtype=adapter)
+        dx = made["dx"]() if "dx" in p.wants else None
+        return dx, dscale if "dscale" in p.wants else None
     if p.operation == "expand_backward":
         return tuple(made[name]() if name in p.wants else None for name in ("ds", "dB", "dbias"))
     product = "dx" if p.transposed else "y"

@@ -252,7 +252,7 @@ def linear_expand_launch(
     is not cut, and their CTAs are among the launch's.
     """
     if dropout:
-        c = _masked(c)
+        c = with_room(c)
     tiles = _blocks(M, c.block_m) * _blocks(N, c.block_n)
     if helpers is None:
         splits = split_k(sms, tiles, _blocks(K, c.block_k))
@@ -280,7 +280,7 @@ def _may_flatten(dtype: torch.dtype, r: int, c: LaunchConfig, dropout: bool) -> 
     return r <= c.block_r and not dropout and dtype is not torch.float16
 
 
-def _masked(c: LaunchConfig) -> LaunchConfig:
+def with_room(c: LaunchConfig) -> LaunchConfig:
     """Fewer elements a thread where an accumulator and a mask would spill: by more warps, else by half
     the columns. What is flattened without a mask has room for one: found by compiling."""
     if _crowded(c) and c.num_warps < _WARPS:

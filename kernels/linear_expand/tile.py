@@ -46,10 +46,12 @@ def multiply(
     N_MAJOR: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    scale=None,
 ):
     """``acc + x·Wᵀ`` in float32 for one tile over the K blocks from begin to end.
 
     ``x [M, K]`` and ``w [N, K]`` are descriptors, with N_MAJOR that of W as ``[K, N]``, or ``Matrix``.
+    ``scale``: a ``Vector`` ``[K]`` that multiplies x as it is loaded, or None.
     """
     if DESCRIPTORS:
         m = row_block * BLOCK_M
@@ -57,6 +59,8 @@ def multiply(
         for block in tl.range(begin, end):
             k = block * BLOCK_K
             x_tile = x.load([m, k])  # [BLOCK_M, BLOCK_K]
+            if scale is not None:
+                x_tile = _scaled(x_tile, scale, k, K, INTERPRETED)
             w_tile = w.load([k, n]) if N_MAJOR else tl.trans(w.load([n, k]))  # [BLOCK_K, BLOCK_N]
             acc = dot(x_tile, w_tile, acc, PRECISION, INTERPRETED)
     else:
@@ -73,6 +77,8 @@ def multiply(
                 mask=(rows < M)[:, None] & (depth < K)[None, :],
                 other=0.0,
             )  # [BLOCK_M, BLOCK_K]
+            if scale is not None:
+                x_tile = _scaled(x_tile, scale, block * BLOCK_K, K, INTERPRETED)
             w_tile = tl.load(
                 w_cols + offsets[:, None] * w.stride_col,
                 mask=(cols < N)[None, :] & (depth < K)[:, None],
@@ -80,6 +86,16 @@ def multiply(
             )  # [BLOCK_K, BLOCK_N]
             acc = dot(x_tile, w_tile, acc, PRECISION, INTERPRETED)
     return acc
+
+
+@triton.jit
+def _scaled(x_tile, scale, first, K, INTERPRETED: tl.constexpr):
+    """``scale ⊙ x`` for a tile whose columns start at ``first``, rounded as x is."""
+    columns = first + tl.arange(0, x_tile.shape[1])
+    factors = tl.load(
+        scale.ptr + columns.to(tl.int64) * scale.stride, mask=columns < K, other=0.0
+    )  # [BLOCK_K]
+    return cast(x_tile.to(tl.float32) * factors.to(tl.float32)[None, :], x_tile.dtype, INTERPRETED)
 
 
 @triton.jit
@@ -211,10 +227,17 @@ def finish(
     PARTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    scale=None,
+    z=None,
+    kept=None,
+    sums_ptr=None,
 ):
     """Writes a tile in PARTS of its columns, with the bias, rounded.
 
-    ``y [M, N]`` is a descriptor or a pointer; ``bias`` is a ``Vector`` or None.
+    ``y [M, N]`` is a descriptor or a pointer; ``bias`` is a ``Vector`` or None. ``scale``: a ``Vector``
+    ``[N]`` that multiplies what is written to y; ``z``, as y: where it is written before that, too;
+    ``sums_ptr``: to row ``row_block`` of which the sums over rows of the same, times the ``Matrix``
+    ``kept``, are written. Each may be None, and with ``sums_ptr`` y.
     """
     if PARTS > 1:
         HALF: tl.constexpr = acc.shape[1] // 2
@@ -222,9 +245,11 @@ def finish(
         left, right = tl.split(halves)
         finish(
             left, y, bias, row_block, first_col, M, N, PARTS // 2, DESCRIPTORS, INTERPRETED,
+            scale, z, kept, sums_ptr,
         )  # fmt: skip
         finish(
             right, y, bias, row_block, first_col + HALF, M, N, PARTS // 2, DESCRIPTORS, INTERPRETED,
+            scale, z, kept, sums_ptr,
         )  # fmt: skip
     else:
         rows = row_block * acc.shape[0] + tl.arange(0, acc.shape[0])
@@ -233,16 +258,56 @@ def finish(
             bias_ptrs = bias.ptr + cols.to(tl.int64) * bias.stride
             added = tl.load(bias_ptrs, mask=cols < N, other=0.0)  # [columns]
             acc += added.to(tl.float32)[None, :]
-        rounded = cast(acc, y.dtype if DESCRIPTORS else y.dtype.element_ty, INTERPRETED)
-        if DESCRIPTORS:
-            y.store([row_block * acc.shape[0], first_col], rounded)
-        else:
-            y_ptrs = y + rows.to(tl.int64)[:, None] * N + cols[None, :]
-            tl.store(y_ptrs, rounded, mask=(rows < M)[:, None] & (cols < N)[None, :])
+        if z is not None:
+            _store(acc, z, row_block, first_col, rows, cols, M, N, DESCRIPTORS, INTERPRETED)
+        if sums_ptr is not None:
+            tile = tl.load(
+                kept.ptr
+                + rows.to(tl.int64)[:, None] * kept.stride_row
+                + cols.to(tl.int64)[None, :] * kept.stride_col,
+                mask=(rows < M)[:, None] & (cols < N)[None, :],
+                other=0.0,
+            )  # [BLOCK_M, columns]
+            # Beyond M an infinite W has made NaN of zeros.
+            products = tl.where((rows < M)[:, None], acc * tile.to(tl.float32), 0.0)
+            tl.store(
+                sums_ptr + row_block.to(tl.int64) * N + cols, tl.sum(products, 0), mask=cols < N
+            )
+        if scale is not None:
+            factors = tl.load(
+                scale.ptr + cols.to(tl.int64) * scale.stride, mask=cols < N, other=0.0
+            )  # [columns]
+            acc *= factors.to(tl.float32)[None, :]
+        if y is not None:
+            _store(acc, y, row_block, first_col, rows, cols, M, N, DESCRIPTORS, INTERPRETED)
 
 
-Operands = tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | TensorDescriptor]
-"""``x``, ``w`` and ``y`` as tiles are read and written."""
+@triton.jit
+def _store(
+    acc,
+    y,
+    row_block,
+    first_col,
+    rows,
+    cols,
+    M,
+    N,
+    DESCRIPTORS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Writes a tile, rounded."""
+    rounded = cast(acc, y.dtype if DESCRIPTORS else y.dtype.element_ty, INTERPRETED)
+    if DESCRIPTORS:
+        y.store([row_block * acc.shape[0], first_col], rounded)
+    else:
+        y_ptrs = y + rows.to(tl.int64)[:, None] * N + cols[None, :]
+        tl.store(y_ptrs, rounded, mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+Operands = tuple[
+    Tensor | TensorDescriptor, Tensor | TensorDescriptor, Tensor | TensorDescriptor | None
+]
+"""``x``, ``w`` and ``y`` as tiles are read and written; no y where none is written."""
 
 
 def blocks_of(launch: LinearExpandLaunch) -> tuple[Any, ...]:
@@ -254,7 +319,9 @@ def blocks_of(launch: LinearExpandLaunch) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def operands_of(launch: LinearExpandLaunch) -> Callable[[Tensor, Tensor, Tensor], Operands]:
+def operands_of(
+    launch: LinearExpandLaunch,
+) -> Callable[[Tensor, Tensor, Tensor | None], Operands]:
     """What makes the operands of a launch of ``x``, the weight and ``y``: descriptors or the tensors."""
     if not launch.tma:
         return lambda x, weight, y: (x, weight, y)
@@ -264,7 +331,8 @@ def operands_of(launch: LinearExpandLaunch) -> Callable[[Tensor, Tensor, Tensor]
     of_y = describer([c.block_m, c.block_n // launch.parts])
     as_stored = launch.n_major is launch.transposed
 
-    def describe(x: Tensor, weight: Tensor, y: Tensor) -> Operands:
-        return of_x(x), of_w(weight if as_stored else weight.t()), of_y(y)
+    def describe(x: Tensor, weight: Tensor, y: Tensor | None) -> Operands:
+        w = of_w(weight if as_stored else weight.t())
+        return of_x(x), w, None if y is None else of_y(y)
 
     return describe

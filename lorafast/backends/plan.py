@@ -41,7 +41,12 @@ class Plan:
       ``a``, None if it isn't wanted. ``residual`` is None where that is h; both biases are None or none
       is;
     - ``bottleneck_backward``: ``dy, h, a, down, up, scaling`` and returns ``dh, dD, dd, dU, du``, None
-      for what isn't wanted. What no wanted result depends on may be None.
+      for what isn't wanted. What no wanted result depends on may be None;
+    - ``scaled_linear``: ``x, weight, scale, bias`` and returns ``y`` and ``z``, None if it isn't wanted;
+      ``z = x·Wᵀ + bias``, asked for where y is scaled;
+    - ``scaled_linear_backward``: ``dy, kept, weight, scale`` and returns ``dx, dscale``, None for what
+      isn't wanted. ``kept`` is z, or x where that is scaled. What no wanted result depends on may be
+      None.
 
     ``weight`` is an operand (``lorafast.operands``) of the problem's format, ``x`` and ``dy`` are
     matrices of the problem's shapes. Of several adapters, ``lora_A [n, r, K]``, ``lora_B [n, N, r]`` and

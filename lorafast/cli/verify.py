@@ -172,7 +172,7 @@ def _calls(
     if not dropout_p and M > 1:
         calls |= _grouped_calls(shape, draw, of)
     if not dropout_p:
-        calls |= _bottleneck_calls(shape, draw)
+        calls |= _bottleneck_calls(shape, draw) | _scaled_calls(shape, draw)
         calls["linear_expand"] = lambda run, cast: run.linear_expand(
             cast(x), frozen(run, cast), cast(s, low), cast(lora_B), 0.7, cast(bias)
         )
@@ -238,6 +238,30 @@ def _bottleneck_calls(
         "bottleneck": _OfBottlenecks(shape, draw, differentiated=False),
         "bottleneck_backward": _OfBottlenecks(shape, draw, differentiated=True),
     }
+
+
+def _scaled_calls(shape: tuple[int, ...], draw: Callable[..., Tensor]) -> dict[str, contract.Call]:
+    """Those of a frozen layer with a vector, on y and on x."""
+    M, K, N, _ = shape
+    x, dy, weight, bias, scales = draw(M, K), draw(M, N), draw(N, K), draw(N), (draw(N), draw(K))
+
+    def layer(run: Any, cast: Callable[..., Tensor], scales_input: bool) -> tuple[Tensor, ...]:
+        leaves = [cast(t).detach().requires_grad_() for t in (x, scales[scales_input])]
+        rest = (cast(bias), scales_input)
+        y: Tensor = run.scaled_linear(leaves[0], cast(weight), leaves[1], *rest)
+        return y, *leaves
+
+    def outputs(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return tuple(layer(run, cast, scales_input)[0].detach() for scales_input in (False, True))
+
+    def gradients(run: Any, cast: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        for scales_input in (False, True):
+            y, *leaves = layer(run, cast, scales_input)
+            found += torch.autograd.grad(y, leaves, cast(dy))
+        return tuple(found)
+
+    return {"scaled_linear": outputs, "scaled_linear_backward": gradients}
 
 
 def _grouped_calls(

@@ -23,6 +23,9 @@ BOTTLENECK_OPERATIONS = ("bottleneck", "bottleneck_backward")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 """What may stand between its two products: GELU exact and by tanh, ReLU, SiLU (swish), tanh."""
 
+SCALED_OPERATIONS = ("scaled_linear", "scaled_linear_backward")
+"""Those of a frozen linear layer of which a vector scales what it gives or what it is given, (IA)³."""
+
 DENSE = "dense"
 """The format of a weight that is a plain tensor, and of an operation that reads none."""
 
@@ -94,8 +97,8 @@ class Problem(NamedTuple):
     ``shrink`` and ``shrink_backward`` have no N, ``expand`` and ``expand_backward`` have no K,
     ``weight_norm`` has no M.
 
-    - ``operation``: one of ``OPERATIONS``, ``LAYER_OPERATIONS``, ``GROUPED_OPERATIONS`` or
-      ``BOTTLENECK_OPERATIONS``, or ``WEIGHT_NORM``;
+    - ``operation``: one of ``OPERATIONS``, ``LAYER_OPERATIONS``, ``GROUPED_OPERATIONS``,
+      ``BOTTLENECK_OPERATIONS`` or ``SCALED_OPERATIONS``, or ``WEIGHT_NORM``;
     - ``dtype``: of x, y, dy and dx, and of the weight as it is multiplied; ``adapter_dtype``: of A, B
       and their gradients, of two dtypes the one that both are promoted to;
     - ``format``: how the weight is stored, a name of ``lorafast.operands``; ``format_parameters``: what
@@ -111,7 +114,9 @@ class Problem(NamedTuple):
     - ``graph``: of ``lora_linear``: whether gradients may be asked for. Without, no autograd function is
       called around the plan's launches;
     - ``activation``, ``residual``: of ``BOTTLENECK_OPERATIONS``: one of ``ACTIVATIONS``, and whether the
-      change is added to another tensor than h. Their h is x, D is A, U is B, b is r, a is s.
+      change is added to another tensor than h. Their h is x, D is A, U is B, b is r, a is s;
+    - ``scales_input``: of ``SCALED_OPERATIONS``: whether the vector, whose dtype is ``adapter_dtype``,
+      scales x, not y.
     """
 
     operation: str
@@ -135,6 +140,7 @@ class Problem(NamedTuple):
     graph: bool = True
     activation: str = ""
     residual: bool = False
+    scales_input: bool = False
 
 
 WANTS = {
@@ -145,6 +151,8 @@ WANTS = {
     "grouped_lora_linear_backward": ("dx", "dweight", "dA", "dB", "dscaling", "dbias"),
     "bottleneck": ("y", "a"),
     "bottleneck_backward": ("dh", "dD", "dd", "dU", "du"),
+    "scaled_linear": ("y", "z"),
+    "scaled_linear_backward": ("dx", "dscale"),
 }
 
 

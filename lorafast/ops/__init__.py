@@ -18,6 +18,7 @@ from lorafast.ops.lora_embedding import lora_embedding
 from lorafast.ops.lora_linear import lora_linear
 from lorafast.ops.oft_linear import oft_linear
 from lorafast.ops.quantized_linear import quantized_linear
+from lorafast.ops.scaled_linear import scaled_linear
 from lorafast.ops.scaled_lora_linear import scaled_lora_linear
 from lorafast.ops.shrink import shrink
 from lorafast.ops.shrink_backward import shrink_backward
@@ -45,6 +46,7 @@ __all__ = [
     "lora_linear_on_some_rows",
     "oft_linear",
     "quantized_linear",
+    "scaled_linear",
     "scaled_lora_linear",
     "shrink",
     "shrink_backward",

@@ -277,6 +277,16 @@ def check_lokr_linear(
         raise TypeError(f"scaling is a {type(scaling).__name__}, expected a number")
 
 
+def check_scaled_linear(
+    x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None, scales_input: bool
+) -> None:
+    """Raises ``TypeError`` or ``ValueError`` if the arguments don't make a layer with a vector."""
+    N, K = _check_linear(x, weight, bias)
+    check_float("scale", scale)
+    check_shape("scale", scale, K if scales_input else N)
+    check_device("scale", scale, x.device, "x")
+
+
 def check_oft_linear(x: Tensor, weight: Weight, blocks: Tensor, bias: Tensor | None) -> None:
     """Raises ``TypeError`` or ``ValueError`` if the arguments don't make an OFT linear layer."""
     _, K = _check_linear(x, weight, bias)

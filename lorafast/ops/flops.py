@@ -165,6 +165,16 @@ def _bottleneck_backward(
     return 2 * M * b * (N * of_U + K * (("dh" in asked) + ("dD" in asked)))
 
 
+def _scaled_linear(x: _Shape, weight: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(x[:-1]) * prod(weight)
+
+
+def _scaled_linear_backward(
+    dy: _Shape, kept: _Shape | None, weight: _Shape | None, *_: Any, **__: Any
+) -> int:
+    return 0 if weight is None else 2 * prod(dy[:-1]) * prod(weight)
+
+
 FORMULAS = {
     "bottleneck": _bottleneck,
     "bottleneck_backward": _bottleneck_backward,
@@ -180,6 +190,8 @@ FORMULAS = {
     "lora_conv": _lora_conv,
     "lora_conv_backward": _lora_conv_backward,
     "quantized_linear": _quantized_linear,
+    "scaled_linear": _scaled_linear,
+    "scaled_linear_backward": _scaled_linear_backward,
     "weight_norm": _weight_norm,
 }
 

@@ -222,6 +222,39 @@ def bottleneck_backward_problem(
     )  # fmt: skip
 
 
+def scaled_linear_problem(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scales_input: bool,
+    wants: tuple[str, ...],
+) -> Problem:
+    """A frozen layer with a vector, forward; ``x`` is a matrix."""
+    N, K = weight.shape
+    return _problem(
+        "scaled_linear", x, scale.dtype, K=K, N=N, r=0, weight=weight, layouts={"x": x},
+        others=(scale, bias), wants=wants, bias=bias is not None, scales_input=scales_input,
+    )  # fmt: skip
+
+
+def scaled_linear_backward_problem(
+    dy: Tensor,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor,
+    scales_input: bool,
+    wants: tuple[str, ...],
+) -> Problem:
+    """Its backward; ``kept`` is z, or x where that is scaled. W is None where no product is needed."""
+    K = 0 if weight is None else weight.shape[1]
+    return _problem(
+        "scaled_linear_backward", dy, scale.dtype, K=K, N=dy.shape[1], r=0, weight=weight,
+        layouts={"dy": dy, "x": kept}, others=(scale,), wants=wants, transposed=True,
+        scales_input=scales_input,
+    )  # fmt: skip
+
+
 def layer_problem(
     x: Tensor,
     weight: Weight,

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafast.core.context import alone, is_batched
 from lorafast.core.problem import is_plain
 
-_LARGE = 1 << 22
+LARGE = 1 << 22
 """Elements of y from which memory takes longer than the host: 26 bytes each at 4 TB/s. Not measured."""
 
 
@@ -42,7 +42,7 @@ def _pays(y: Tensor, scale: Tensor) -> bool:
 def _pays_on_a_gpu(y: Tensor, scale: Tensor) -> bool:
     """The same there."""
     wider = torch.promote_types(y.dtype, scale.dtype) is not y.dtype
-    return wider and y.numel() >= _LARGE
+    return wider and y.numel() >= LARGE
 
 
 def _plain(y: Tensor, scale: Tensor, beside: Tensor | None) -> Tensor:

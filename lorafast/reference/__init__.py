@@ -29,6 +29,7 @@ from lorafast.reference.quantize import (
     quantize_four_bit,
     quantize_scales,
 )
+from lorafast.reference.scaled_linear import scaled_dscale, scaled_dx, scaled_linear
 from lorafast.reference.scaled_lora_linear import scaled_lora_linear
 from lorafast.reference.shrink import shrink
 from lorafast.reference.shrink_backward import shrink_backward
@@ -63,6 +64,9 @@ __all__ = [
     "quantize_eight_bit",
     "quantize_four_bit",
     "quantize_scales",
+    "scaled_dscale",
+    "scaled_dx",
+    "scaled_linear",
     "scaled_lora_linear",
     "scales_of",
     "shrink",

@@ -25,6 +25,7 @@ from lorafast.bench.traffic.count import Traffic, counting
 from lorafast.bench.traffic.job import on_meta
 
 from lorafast.backends.triton import cost as model
+from lorafast.backends.triton import planning
 from lorafast.operands import FP8, NF4
 
 M, K, N, r = 8192, 4096, 4096, 16
@@ -489,6 +490,45 @@ def test_closed_forms_say_what_the_interpreter_counts(problem):
 def test_closed_forms_of_a_bottleneck_adapter(problem, residual):
     found = interpret.compare_bottleneck(problem, residual)
     assert found == dict.fromkeys(("bottleneck", "bottleneck_backward", "dU"))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "PyTorch's GEMM"])
+@pytest.mark.parametrize("scales_input", [False, True], ids=["y", "x"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        interpret.Reduced(70, 40, 88, 0, "bf16", "fp32", True, False, 132),
+        pytest.param(
+            interpret.Reduced(150, 70, 300, 0, "bf16", "bf16", False, False, 1),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_closed_forms_of_a_layer_with_a_vector(monkeypatch, problem, scales_input, fused):
+    """Whichever of the two the model would choose."""
+    plan = planning.plan_scaled_linear if fused else planning.plan_scaled_pass
+    for name in ("scaled_linear", "scaled_linear_backward"):
+        monkeypatch.setitem(model.PLANNED, name, lambda p, device, _: plan(p, device))
+    found = interpret.compare_scaled_linear(problem, scales_input)
+    asked = ["y", "dx, dscale", "dx", "dscale"] + ["y, z"] * (not scales_input)
+    assert found == dict.fromkeys(asked)
+
+
+def test_a_layer_with_a_vector_moves_what_was_counted_on_paper():
+    """In matrices of x's size, of which W is a half: the frozen layer's 5, and 8 in training."""
+    pytest.importorskip("peft")
+    from lorafast.integrations.peft import family, known  # of which one tells the other its kinds
+
+    if "(IA)³" in family.METHODS and known.why_changed("(IA)³") is not None:
+        pytest.skip(known.why_changed("(IA)³"))
+    of = relatives.measure(Shape("", 8192, 4096, 4096), 16, "bf16", ["(IA)³"])
+    frozen, stock, ours = of
+    matrix = 2 * 8192 * 4096
+    assert frozen.bytes == 5 * matrix
+    assert round(ours.forward.bytes / matrix, 1) == 3.5  # x, W, and y and z written at once
+    assert ours.backward.bytes / matrix < 5.6  # dy, z and dz; dz, W and dx
+    assert ours.bytes < stock.bytes / 3
 
 
 @pytest.mark.parametrize(("problem", "shares"), [(PROBLEMS[-2], 8), (PROBLEMS[-1], 0)], ids=str)

@@ -15,7 +15,12 @@ from lorafast import reference
 from lorafast.backends import Backend, Refusal, grouping, registry
 from lorafast.backends.aten import operations as aten
 from lorafast.cli import main, verify
-from lorafast.core.problem import BOTTLENECK_OPERATIONS, GROUPED_OPERATIONS, LAYER_OPERATIONS
+from lorafast.core.problem import (
+    BOTTLENECK_OPERATIONS,
+    GROUPED_OPERATIONS,
+    LAYER_OPERATIONS,
+    SCALED_OPERATIONS,
+)
 
 
 def test_info_lists_versions_devices_and_backends(capsys):
@@ -85,6 +90,19 @@ def test_verify_has_bottlenecks(capsys, monkeypatch):
         assert main(["verify", "--dtype", "fp32"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
     assert [line.split()[:2] for line in failed] == [["aten", "bottleneck"]]
+
+
+def test_verify_has_layers_with_a_vector(capsys, monkeypatch):
+    monkeypatch.setattr(verify, "_calls", lambda shape, p, dtype, of, format: (
+        verify._scaled_calls(shape, lambda *size: torch.randn(size, dtype=torch.float64))
+        if format == "dense" and not p else {}
+    ))  # fmt: skip
+    assert main(["verify", "--dtype", "fp32", "bf16"]) == 0
+    out = capsys.readouterr().out
+    for name, status in lorafast.backends().items():
+        has = status.usable and "scaled_linear" in registry.get(name).operations
+        for operation in SCALED_OPERATIONS:
+            assert (re.search(rf"^{name} +{operation} ", out, re.M) is not None) == has
 
 
 def aten_bottleneck(stock):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lorafast.backends import composed, cost
+from lorafast.backends import composed, cost, scaled_linear
 from lorafast.backends.aten import bottleneck, operations
 from lorafast.backends.aten import grouped_lora_linear as grouped
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
@@ -11,6 +11,7 @@ from lorafast.core.problem import (
     BOTTLENECK_OPERATIONS,
     GROUPED_OPERATIONS,
     LAYER_OPERATIONS,
+    SCALED_OPERATIONS,
     WEIGHT_NORM,
     Problem,
 )
@@ -30,7 +31,7 @@ class Aten(Backend):
 
     name = "aten"
     operations = Backend.operations | frozenset(
-        (*GROUPED_OPERATIONS, *BOTTLENECK_OPERATIONS, WEIGHT_NORM)
+        (*GROUPED_OPERATIONS, *BOTTLENECK_OPERATIONS, *SCALED_OPERATIONS, WEIGHT_NORM)
     )
 
     def plan(self, problem: Problem) -> Plan | Refusal:
@@ -100,6 +101,11 @@ def _operation(p: Problem) -> tuple[Run, tuple[str, ...]]:
         return bottleneck.bottleneck(p), ("two products, the second onto the residual",)
     if p.operation == "bottleneck_backward":
         return bottleneck.bottleneck_backward(p), (f"{', '.join(p.wants)}: one call each",)
+    if p.operation == "scaled_linear":
+        return scaled_linear.forward(p, scaled_linear.times), ("the base GEMM, and a pass",)
+    if p.operation == "scaled_linear_backward":
+        run = scaled_linear.backward(p, scaled_linear.by_pytorch)
+        return run, (f"{', '.join(p.wants)}: the base GEMM, a pass each, a sum",)
     if p.operation == "expand":
         return operations.expand(p.dtype), ("one product",)
     if p.operation == "expand_backward":

@@ -149,6 +149,27 @@ def _bottleneck_backward(p: Problem, device: Device) -> Estimate:
     return found
 
 
+def _scaled_linear(p: Problem, device: Device) -> Estimate:
+    """The GEMM, and a pass that reads and writes what is scaled."""
+    scaled = p.M * (p.K if p.scales_input else p.N)
+    found = base_gemm(p, device, accumulated=False)
+    return found + work(device, moved=2 * scaled * p.dtype.itemsize, share=_SKINNY)
+
+
+def _scaled_linear_backward(p: Problem, device: Device) -> Estimate:
+    """The same, and for the sum two matrices read, their product in float32 written and read."""
+    size, found = p.dtype.itemsize, Estimate()
+    scaled = p.M * (p.K if p.scales_input else p.N)
+    if "dx" in p.wants or p.scales_input:
+        found += base_gemm(p, device, accumulated=False)
+    if "dx" in p.wants:
+        found += work(device, moved=2 * scaled * size, share=_SKINNY)
+    if "dscale" in p.wants:
+        wide_size = max(size, _FLOAT32_BYTES)
+        found += work(device, moved=scaled * (2 * size + 2 * wide_size), share=_SKINNY, launches=2)
+    return found
+
+
 _OPERATIONS = {
     "bottleneck": _bottleneck,
     "bottleneck_backward": _bottleneck_backward,
@@ -158,6 +179,8 @@ _OPERATIONS = {
     "expand_backward": _expand_backward,
     "shrink_backward": _shrink_backward,
     WEIGHT_NORM: _weight_norm,
+    "scaled_linear": _scaled_linear,
+    "scaled_linear_backward": _scaled_linear_backward,
 }
 
 

@@ -14,6 +14,7 @@ from lorafast.core.problem import (
     BOTTLENECK_OPERATIONS,
     GROUPED_OPERATIONS,
     LAYER_OPERATIONS,
+    SCALED_OPERATIONS,
     WANTS,
     WEIGHT_NORM,
     Problem,
@@ -28,7 +29,7 @@ class Reference(Backend):
     name = "reference"
     plain_pytorch = True
     operations = Backend.operations | frozenset(
-        (*GROUPED_OPERATIONS, *BOTTLENECK_OPERATIONS, WEIGHT_NORM)
+        (*GROUPED_OPERATIONS, *BOTTLENECK_OPERATIONS, *SCALED_OPERATIONS, WEIGHT_NORM)
     )
 
     def plan(self, problem: Problem) -> Plan | Refusal:
@@ -60,6 +61,10 @@ def _operation(problem: Problem) -> Run:
         return partial(_bottleneck, problem.activation, "a" in problem.wants)
     if problem.operation == "bottleneck_backward":
         return partial(_bottleneck_backward, problem)
+    if problem.operation == "scaled_linear":
+        return partial(_scaled_linear, problem)
+    if problem.operation == "scaled_linear_backward":
+        return partial(_scaled_linear_backward, problem)
     if problem.operation == "expand_backward":
         return partial(_expand_backward, problem.wants, problem.adapter_dtype)
     return partial(_shrink_backward, problem.adapter_dtype)
@@ -122,6 +127,27 @@ def _bottleneck_backward(
     return tuple(
         tensor if name in p.wants else None for name, tensor in zip(names, found, strict=True)
     )
+
+
+def _scaled_linear(
+    problem: Problem, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    y = reference.scaled_linear(x, weight, scale, bias, problem.scales_input)
+    keeps = "z" in problem.wants
+    return y, torch.nn.functional.linear(x, weight, bias) if keeps else None
+
+
+def _scaled_linear_backward(
+    problem: Problem, dy: Tensor, kept: Tensor | None, weight: Tensor | None, scale: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = dscale = None
+    if "dx" in problem.wants:
+        assert weight is not None
+        dx = reference.scaled_dx(dy, weight, scale, problem.scales_input)
+    if "dscale" in problem.wants:
+        assert kept is not None
+        dscale = reference.scaled_dscale(dy, kept, weight, scale.dtype, problem.scales_input)
+    return dx, dscale
 
 
 def _expand_backward(

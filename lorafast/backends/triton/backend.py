@@ -18,6 +18,7 @@ from lorafast.core.problem import (
     BOTTLENECK_OPERATIONS,
     DENSE,
     LAYER_OPERATIONS,
+    SCALED_OPERATIONS,
     WEIGHT_NORM,
     Problem,
     parts,
@@ -45,7 +46,7 @@ class Triton(Backend):
     """
 
     name = "triton"
-    operations = Backend.operations | {*BOTTLENECK_OPERATIONS, WEIGHT_NORM}
+    operations = Backend.operations | {*BOTTLENECK_OPERATIONS, *SCALED_OPERATIONS, WEIGHT_NORM}
 
     def __init__(self, config: LaunchConfig | None = None) -> None:
         """``config``: what every call is launched with, instead of what was measured or ships."""

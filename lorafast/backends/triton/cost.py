@@ -33,6 +33,11 @@ from lorafast.kernels.common.plan import (
     ShrinkLaunch,
     WeightNormLaunch,
 )
+from lorafast.kernels.common.scaled_plan import (
+    ScaledGemmLaunch,
+    ScaledLinearLaunch,
+    ScaledPassLaunch,
+)
 from lorafast.kernels.tables.find import nearest_architecture
 
 LAUNCH_HOST = 8e-6
@@ -67,6 +72,12 @@ _MASKED_GEMM = 1.19
 """Times a GEMM whose low-rank term is masked. Measured on an H100 while its epilogue made the mask; now
 it is made before the main loop, and executing both counts 0.6 of the cycles beside it. Not timed
 since."""
+_SCALED_PASS = 0.75
+"""Of the bandwidth, for a pass that scales a matrix. Not measured: as ``shrink_backward``, which reads
+and sums alike."""
+_SCALED_LOAD = 0.75
+"""Of the rate of a GEMM whose first tiles a vector multiplies, for which they go through registers. Not
+measured, and so low that PyTorch's GEMM with a pass before it goes first wherever rows are many."""
 _RANK_BLOCK = 0.05
 """More time for every block of the rank after the first. Measured as above."""
 _NUMBERS = {0.5: 0.7e10, 1.0: 1.5e10}
@@ -196,6 +207,19 @@ def gemm(
     return min(times, key=times.__getitem__)
 
 
+def scaled(
+    problem: Problem, device: Device, config: LaunchConfig | None = None
+) -> ScaledLinearLaunch:
+    """The launch of a layer with a vector: its own GEMM, or PyTorch's and a pass where that takes less
+    time by the model. By a ``config``, which is that of a GEMM, its own is asked for."""
+    fused = planning.plan_scaled_linear(problem, device, config)
+    if config is not None or fused.gemm is None:
+        return fused
+    apart = planning.plan_scaled_pass(problem, device)
+    times = {launch: _of(launch, problem, device).seconds for launch in (fused, apart)}
+    return min(times, key=times.__getitem__)
+
+
 def _one_by_one(problem: Problem, device: Device) -> Estimate:
     return sum((estimate(part, device) for part in parts(problem)), Estimate())
 
@@ -209,6 +233,8 @@ PLANNED: dict[str, Callable[[Problem, Device, LaunchConfig | None], Launch]] = {
     WEIGHT_NORM: planning.plan_weight_norm,
     "bottleneck": planning.plan_bottleneck,
     "bottleneck_backward": planning.plan_bottleneck_backward,
+    "scaled_linear": scaled,
+    "scaled_linear_backward": scaled,
 }
 
 
@@ -383,6 +409,44 @@ def _linear_expand(launch: LinearExpandLaunch, p: Problem, device: Device) -> Es
     return work(
         device, flops=flops, rate=rate * share, moved=moved, share=share, host=host, remark=remark
     )
+
+
+@_of.register
+def _scaled_linear(launch: ScaledLinearLaunch, p: Problem, device: Device) -> Estimate:
+    """A GEMM and a pass, as far as they are there."""
+    found, one = Estimate(), None
+    if launch.gemm is not None:
+        one = _scaled_gemm(launch.gemm, p, device)
+    elif p.operation == "scaled_linear" or p.scales_input or "dx" in p.wants:
+        one = base_gemm(p, device, accumulated=False)
+    for part in (one, None if launch.rows is None else _scaled_pass(launch.rows, p, device)):
+        found += Estimate() if part is None else part
+    return found
+
+
+def _scaled_gemm(launch: ScaledGemmLaunch, p: Problem, device: Device) -> Estimate:
+    """That of ``linear_expand``, and what is read and written beside it."""
+    gemm = _linear_expand(launch.gemm, p, device)
+    M, N, size = launch.gemm.M, launch.gemm.N, p.dtype.itemsize
+    more = launch.keeps + launch.sums - (not launch.writes)
+    moved = gemm.bytes + M * N * size * more
+    slower = (gemm.device - LAUNCH_SECONDS) / (_SCALED_LOAD if launch.at_load else 1.0)
+    seconds = max(slower, moved / device.bandwidth) + LAUNCH_SECONDS
+    found = replace(gemm, device=seconds, bytes=moved)
+    return found + _sums(launch.row_blocks, N, device) if launch.sums else found
+
+
+def _scaled_pass(launch: ScaledPassLaunch, p: Problem, device: Device) -> Estimate:
+    """What it reads and writes, once."""
+    M, N = launch.M, launch.N
+    moved = float(M * N * p.dtype.itemsize * (1 + launch.writes + launch.sums))
+    found = work(device, moved=moved, share=_SCALED_PASS, host=LAUNCH_HOST)
+    return found + _sums(launch.grid[1], N, device) if launch.sums else found
+
+
+def _sums(count: int, N: int, device: Device) -> Estimate:
+    """Partial sums, read and added up; those who wrote them wrote as much."""
+    return work(device, moved=2.0 * _PARTIAL * count * N, host=LAUNCH_HOST)
 
 
 @_of.register

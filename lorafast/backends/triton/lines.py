@@ -13,6 +13,7 @@ from lorafast.kernels.common.plan import (
     ShrinkLaunch,
     WeightNormLaunch,
 )
+from lorafast.kernels.common.scaled_plan import ScaledGemmLaunch, ScaledLinearLaunch
 
 
 def lines(launch: Launch) -> tuple[str, ...]:
@@ -59,11 +60,32 @@ def lines(launch: Launch) -> tuple[str, ...]:
             wants = ", ".join(launch.columns.wants)
             found.append(f"bottleneck_columns ({wants}): {grid}, {tiles}, pointers")
         return tuple(found)
+    if isinstance(launch, ScaledLinearLaunch):
+        return _scaled(launch)
     helpers = launch.helpers
     beside = (
         f"{helpers.helpers} of {helpers.programs} programs help for {helpers.waves} rounds of tiles"
     )
     return (f"lora_linear: {_gemm(launch.gemm)}; {beside}: s",)
+
+
+def _scaled(launch: ScaledLinearLaunch) -> tuple[str, ...]:
+    gemm, rows, found = launch.gemm, launch.rows, []
+    if gemm is not None:
+        found.append(f"scaled_linear: {_gemm(gemm.gemm)}; {_folded(gemm)}")
+    if rows is not None:
+        made = " and ".join([*["the scaled matrix"] * rows.writes, *["sums"] * rows.sums])
+        grid, tiles = _grid(rows.grid), _tiles(rows.config, "mn")
+        beside = "" if gemm is not None else ", beside PyTorch's GEMM where one is needed"
+        found.append(f"scaled_pass: {grid}, {tiles}, for {made}{beside}")
+    if (gemm is not None and gemm.sums) or (rows is not None and rows.sums):
+        found.append("sum_partials: the vector's gradient")
+    return tuple(found)
+
+
+def _folded(launch: ScaledGemmLaunch) -> str:
+    where = "at the load of its first matrix" if launch.at_load else "before y is written"
+    return f"the vector multiplies {where}"
 
 
 def _rows(launch: BottleneckLaunch) -> str:

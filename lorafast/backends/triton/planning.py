@@ -45,6 +45,11 @@ from lorafast.kernels.common.plan import (
     tma_fits,
     weight_norm_launch,
 )
+from lorafast.kernels.common.scaled_plan import (
+    ScaledLinearLaunch,
+    scaled_gemm_launch,
+    scaled_pass_launch,
+)
 from lorafast.kernels.tables.find import GEMMS
 
 
@@ -77,6 +82,7 @@ Launch = (
     | WeightNormLaunch
     | BottleneckLaunch
     | BottleneckBackwardLaunch
+    | ScaledLinearLaunch
 )
 
 
@@ -167,6 +173,47 @@ def plan_bottleneck_backward(
         sms=device.sms, dtype=p.dtype, tf32=p.tf32, activation=p.activation, wants=p.wants,
         residual=p.residual,
     )  # fmt: skip
+
+
+def plan_scaled_linear(
+    p: Problem, device: Device, config: LaunchConfig | None = None
+) -> ScaledLinearLaunch:
+    """A layer with a vector, forward or backward, with a GEMM of ours: that of ``linear_expand``. Where
+    the vector scales y, its gradient is a pass of its own."""
+    backward, rows = p.operation == "scaled_linear_backward", None
+    at_load = p.scales_input is not backward
+    if backward and at_load and "dscale" in p.wants:
+        rows = scaled_pass_launch(p.M, p.N, sms=device.sms, writes=False)
+    if not _has_gemm(p):
+        return ScaledLinearLaunch(None, rows)
+    gemm = p._replace(operation="linear_expand")
+    own = config if config is not None and not config.hybrid else config_of(gemm, device)
+    K, N = (p.N, p.K) if backward else (p.K, p.N)
+    asked = {"keeps": "z" in p.wants}
+    if backward:
+        asked = {"writes": "dx" in p.wants, "sums": not at_load and "dscale" in p.wants}
+    made = scaled_gemm_launch(
+        own, p.M, K, N, sms=device.sms, dtype=p.dtype, precision=precision(p), tma=tma(gemm),
+        transposed=p.transposed, by_rows=_by_rows(p), bias=p.bias, at_load=at_load, **asked,
+    )  # fmt: skip
+    return ScaledLinearLaunch(made, rows)
+
+
+def plan_scaled_pass(p: Problem, device: Device) -> ScaledLinearLaunch:
+    """The same with PyTorch's GEMM: a pass before or behind it, of the backward one for all results."""
+    N = p.K if p.scales_input else p.N
+    if p.operation == "scaled_linear":
+        rows = scaled_pass_launch(p.M, N, sms=device.sms, sums=False)
+    else:
+        rows = scaled_pass_launch(
+            p.M, N, sms=device.sms, writes="dx" in p.wants, sums="dscale" in p.wants
+        )
+    return ScaledLinearLaunch(None, rows)
+
+
+def _has_gemm(p: Problem) -> bool:
+    """Whether there is a product: for dl alone of a scaled y there is none."""
+    return p.operation == "scaled_linear" or p.scales_input or "dx" in p.wants
 
 
 def plan_linear_expand(

@@ -9,6 +9,7 @@ from lorafast.integrations.peft import low_rank
 from lorafast.integrations.peft.adapters import weight_of
 from lorafast.integrations.peft.low_rank import Part
 from lorafast.ops.scaled import scaled
+from lorafast.ops.scaled_linear import scaled_linear
 
 
 def parts(layer: Any) -> list[Part]:
@@ -45,7 +46,9 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         return None
     weight, bias, result = frozen
     scale = low_rank.product(part.tensors["ia3_l"].flatten() for part in found)
-    if layer.is_feedforward:
+    if isinstance(weight, Tensor) and weight.dtype is x.dtype:
+        y = scaled_linear(x, weight, scale, bias, layer.is_feedforward)
+    elif layer.is_feedforward:
         y = low_rank.base_linear(scaled(x, scale, fresh=False), weight, bias)
     else:
         y = scaled(low_rank.base_linear(x, weight, bias), scale)

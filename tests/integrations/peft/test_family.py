@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("peft")
 
 import peft
-from helpers import covering
+from helpers import covering, skip_unless_usable
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.loha import layer as loha
 from peft.tuners.lokr import layer as lokr
@@ -114,6 +114,20 @@ def test_small_calls(never_stock, monkeypatch, kind, dtype, adapters):
 def test_over_a_transposed_weight(never_stock, kind):
     dtype = torch.bfloat16
     assert_equal(twins(made(kind, dtype, layer="conv1d", upcast=True)), *drawn(dtype), dtype)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv1d"])
+@pytest.mark.parametrize("backend", ["reference", "aten", "triton"])
+@pytest.mark.parametrize("kind", ["(IA)3", "(IA)3, feed-forward"])
+def test_a_vector_is_the_operation_of_the_forced_backend(never_stock, kind, backend, layer):
+    """As it is on a GPU: on a CPU PyTorch's own calls serve it otherwise."""
+    skip_unless_usable(backend)
+    for dtype, upcast in (DTYPES["bf16, fp32 adapters"], DTYPES["fp32"]):
+        pair = twins(made(kind, dtype, layer=layer, upcast=upcast, adapters=2))
+        with lorafast.use_backend(backend):
+            assert_equal(pair, *drawn(dtype), dtype)
+            y = pair.fast.base_model.model.layer(drawn(dtype)[0])
+        assert type(y.grad_fn).__name__ == "_ScaledLinearBackward"
 
 
 @pytest.mark.parametrize("kind", KINDS)
