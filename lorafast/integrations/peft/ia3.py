@@ -46,7 +46,7 @@ def forward(layer: Any, x: Tensor) -> Tensor | None:
         return None
     weight, bias, result = frozen
     scale = low_rank.product(part.tensors["ia3_l"].flatten() for part in found)
-    if isinstance(weight, Tensor) and weight.dtype is x.dtype:
+    if low_rank.is_dense_like(weight, x):
         y = scaled_linear(x, weight, scale, bias, layer.is_feedforward)
     elif layer.is_feedforward:
         y = low_rank.base_linear(scaled(x, scale, fresh=False), weight, bias)

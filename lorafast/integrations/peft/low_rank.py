@@ -302,6 +302,11 @@ def base_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def is_dense_like(weight: Weight, x: Tensor) -> bool:
+    """Whether a weight is a plain matrix in the dtype of x."""
+    return not isinstance(weight, Operand) and weight.dtype is x.dtype
+
+
 def product(vectors: Iterable[Tensor]) -> Tensor:
     """The elementwise product of one vector or more."""
     return functools.reduce(torch.mul, vectors)
