@@ -290,7 +290,7 @@ def test_a_cpu_has_pytorchs_own_graph():
         ("bias", torch.randn(23), ValueError, r"bias has shape \[23\], expected \[24\]"),
         ("weight", torch.randn(24, 40).double(), TypeError, "weight is torch.float64"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_bad_input(name, value, error, match):
     tensors = {key: t.float() for key, t in drawn().items()} | {name: value}
