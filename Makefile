@@ -1,5 +1,5 @@
 # make demo   fine-tune a real model with lorafast and with PEFT, side by side
-# make demo-kinds   fine-tune it with eighteen kinds of adapters: what each scores and takes
+# make demo-kinds   fine-tune it with nineteen kinds of adapters: what each scores and takes
 # make demo-fsdp2   fine-tune it on two processes with FSDP2; goes on when it was stopped
 # make test   run the tests that a change needs first
 # make bench  measure a LoRA layer against the frozen one and PEFT
@@ -18,7 +18,7 @@ help:
 	@echo "make demo    fine-tune a real model with lorafast and with PEFT, side by side (3 minutes)"
 	@echo "make demo-cnn   fine-tune the convolutions of a small CNN likewise, and the whole of it (1 minute)"
 	@echo "make demo-dpo   a reward model and DPO on that model, policy and reference in one forward (2 minutes)"
-	@echo "make demo-kinds   fine-tune the model of make demo with eighteen kinds of adapters: table and picture (3 minutes)"
+	@echo "make demo-kinds   fine-tune the model of make demo with nineteen kinds of adapters: table and picture (3 minutes)"
 	@echo "make demo-weak   fine-tune that model on noisy rules, without a labelled example (3 minutes)"
 	@echo "make demo-robust   walk from a small CNN to its fine-tuned copy, full and LoRA (3 minutes)"
 	@echo "make demo-fsdp2   fine-tune the model of make demo on two processes with FSDP2 (2 minutes)"

