@@ -10,7 +10,7 @@ sentences from this Python's own standard library, labelled with the area that t
 in both training and test set. The kinds, how each is made and its learning rate are in the table of
 `adapter_kinds.py`: LoRA and its variants, bottleneck adapters, PEFT's other kinds, which
 `lorafast.accelerate` serves, and as bars to hold them against the head alone and the whole encoder. EVA
-and CorDA, whose starts read data and take up to a minute, are trained where they are named:
+and CorDA, whose starts read data and take up to half a minute, are trained where they are named:
 `--kind all eva corda`.
 
 Each kind starts from the same encoder and the same head and sees the same batches, fewer and of shorter
