@@ -174,8 +174,9 @@ def _full(model: nn.Module, args: Namespace) -> nn.Module:
     return model
 
 
-# The demo's rate is the common one. Others, but LoRA+'s and LoRA-XS's, were chosen here, among a few, by the accuracy
-# on the held-out texts: what a kind scores is a little too good, and no statement on kinds elsewhere.
+# The demo's rate is the common one. Others, but LoRA+'s and LoRA-XS's, were chosen here, among a few, by
+# the accuracy on the held-out texts: what a kind scores is a little too good, and no statement on kinds
+# elsewhere.
 KINDS = {
     "head": Kind(BAR, lambda model, args: head_only_model(model), HEAD_ONLY_LR),
     "full": Kind(BAR, _full, 3e-4),
