@@ -6,6 +6,8 @@
 // 117 GMAC/s a core, y and dx: 107 to 111 a core where oneDNN reaches 102 to 109, at 1024 x 1024 to 2048 x 5632.
 #pragma once
 
+#include <limits>
+
 #include "pack.h"
 
 namespace lorafast::cpu {
@@ -17,9 +19,9 @@ struct Expanded {
 };
 
 constexpr int64_t kPackedBytes = 512 << 10;  // of panels for one thread: half a second cache
-constexpr int64_t kMostDepth = 8192;         // of which one panel fills that cache
+constexpr int64_t kMostDepth = 8192;         // of which one panel fills that cache; at 14336 oneDNN was ahead
 constexpr int64_t kFewestRows = 64;          // below, oneDNN was ahead by up to a tenth with large weights
-constexpr int64_t kRowsToPack = 16;          // rows whose products take about as long as packing
+constexpr int64_t kRowsToPack = 16;          // rows that packing is taken to cost: an estimate
 
 // Whether it serves out [M, N] = a [M, K] · b [K, N]. Where a processor has AMX, oneDNN uses it.
 inline bool panels_serve(const Microkernels& kernels, const Matrix& a, const Matrix& b, const Matrix& out) {
@@ -32,7 +34,7 @@ inline bool panels_serve(const Microkernels& kernels, const Matrix& a, const Mat
 
 // How threads share out the panels and, where there are too few for all threads, the rows.
 struct PanelParts {
-  int64_t panels, rows;
+  int64_t panels = 1, rows = 1;
 
   PanelParts(int64_t M, int64_t all_panels, int64_t panel_bytes) {
     const int64_t threads = torch::stable::get_num_threads();
