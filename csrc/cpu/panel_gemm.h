@@ -21,7 +21,8 @@ struct Expanded {
 constexpr int64_t kPackedBytes = 512 << 10;  // of panels for one thread: half a second cache
 constexpr int64_t kMostDepth = 8192;         // of which one panel fills that cache; at 14336 oneDNN was ahead
 constexpr int64_t kFewestRows = 64;          // below, oneDNN was ahead by up to a tenth with large weights
-constexpr int64_t kRowsToPack = 16;          // rows that packing is taken to cost: an estimate
+constexpr int64_t kRowsToPack = 16;          // rows that packing a panel is taken to cost: an estimate
+constexpr int64_t kRowsToRead = 4;           // rows whose reading is taken to cost one more: an estimate
 
 // Whether it serves out [M, N] = a [M, K] · b [K, N]. Where a processor has AMX, oneDNN uses it.
 inline bool panels_serve(const Microkernels& kernels, const Matrix& a, const Matrix& b, const Matrix& out) {
@@ -42,7 +43,8 @@ struct PanelParts {
     int64_t best = std::numeric_limits<int64_t>::max();
     for (int64_t r = 1; r <= threads; ++r) {
       const int64_t p = std::min(all_panels, blocks_of(std::max(least * r, threads), r));
-      const int64_t part = blocks_of(all_panels, p) * (blocks_of(M, r) + kRowsToPack);
+      const int64_t rows_of_a = blocks_of(M, r);  // which each part reads anew
+      const int64_t part = blocks_of(all_panels, p) * (rows_of_a + kRowsToPack) + rows_of_a / kRowsToRead;
       const int64_t time = blocks_of(p * r, threads) * part;
       if (time < best) {
         best = time;
