@@ -44,6 +44,7 @@ from lorafast.ops.problems import (
     backward_problem,
     expand_backward_problem,
     expand_problem,
+    gradient_as_rows,
     shrink_backward_problem,
     shrink_problem,
 )
@@ -240,17 +241,10 @@ class _OnSomeRows(torch.autograd.Function):
             and alone()
         )
         backward = _together if by_kernels else _apart
-        dx, dA, dB = backward(ctx, _matrix(dy), need_dx, need_dA, need_dB)
+        dx, dA, dB = backward(ctx, gradient_as_rows(dy), need_dx, need_dA, need_dB)
         if dx is not None and dy.dim() != 2:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
         return None, None, dx, None, dA, dB, *[None] * 4
-
-
-def _matrix(dy: Tensor) -> Tensor:
-    """``as_rows``, which has no rule for the batches of is_grads_batched."""
-    if torch.compiler.is_compiling() or not is_batched(dy):
-        return as_rows(dy)
-    return dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
