@@ -4,9 +4,10 @@
     python bench/report.py --check    # exit status 1 if a section and the records disagree
 
 A section stands between two marks. Of ``gpu-*`` and ``cpu-*`` the newest complete run of each device is
-shown, or of a device that has none the newest one, of which it is said; of ``inference-*``,
-``quantized-*``, ``networks-*``, ``preference-*``, ``distributed-*``, ``relatives-*``, ``accelerate-*``,
-``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the newest one. No figure is typed by hand.
+shown, or of a device that has none the newest one, of which it is said; of ``alone-*``, ``inference-*``,
+``quantized-*``, ``networks-*``, ``preference-*``, ``distributed-*``, ``relatives-*``,
+``accelerate-*``, ``traffic-*``, ``executed-*``, ``compiled-*`` and ``nvcc-*`` the newest one. No figure
+is typed by hand.
 """
 
 import argparse
@@ -148,7 +149,8 @@ def performance(results: Path) -> str:
     """All records, a heading each."""
     parts = []
     kinds = (
-        ("gpu", "", of_timed), ("cpu", "", of_timed), ("inference", "Inference: ", of_timed),
+        ("gpu", "", of_timed), ("cpu", "", of_timed),
+        ("alone", "Without others beside it: ", of_timed), ("inference", "Inference: ", of_timed),
         ("quantized", "Quantized weights: ", of_timed),
         ("networks", "Convolutions and attention: ", of_timed),
         ("preference", "Policy and reference: ", of_timed),
