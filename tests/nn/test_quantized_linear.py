@@ -227,6 +227,28 @@ class TestSurroundings:
         assert torch.equal(made.dense_weight(), weight.dense())
 
 
+class TestRefused:
+    @pytest.mark.parametrize("other", [None, nn.Embedding(3, 4), nn.Conv2d(3, 4, 3), layer()])
+    def test_what_is_no_linear_layer(self, other):
+        sentence = f"linear is a {type(other).__name__}, expected an nn.Linear"
+        with pytest.raises(TypeError, match=sentence):
+            QuantizedLinear.from_linear(other)
+
+    def test_gpt2s_layer_whose_weight_is_transposed(self):
+        """Of as many inputs as outputs its shape doesn't tell."""
+        transformers = pytest.importorskip("transformers")
+        with pytest.raises(TypeError, match=r"linear is a Conv1D, expected an nn\.Linear"):
+            QuantizedLinear.from_linear(transformers.pytorch_utils.Conv1D(8, 8))
+
+    def test_a_layer_of_bitsandbytes(self):
+        """Codes that are stored as floats are no weight."""
+        plain = bnb.nn.Linear4bit(64, 8, quant_type="nf4", quant_storage=torch.bfloat16)
+        with pytest.raises(TypeError, match="linear can't be quantized: bitsandbytes has not"):
+            QuantizedLinear.from_linear(plain)
+        with pytest.raises(TypeError, match="its weight is quantized already"):
+            QuantizedLinear.from_linear(plain.to("cpu"))
+
+
 class TestAdapted:
     @in_each
     @pytest.mark.parametrize("use_dora", [False, True])
