@@ -181,7 +181,7 @@ class Int8(EightBit):
     @classmethod
     def with_scb(cls, weight: Tensor) -> "Int8":
         """The nearest to a weight ``[N, K]``, with ``SCB``: codes as bitsandbytes' ``Linear8bitLt``
-        makes them, whose zeros for a row of zeros are kept."""
+        makes them of 16 bits; of float32 it rounds to float16 first. A row of zeros stays one."""
         rows, greatest = _rows_of(weight)
         codes = (rows * (127.0 / greatest.clamp(min=_LEAST))[:, None]).round().clamp(-127, 127)
         made = cls({"weight": codes.to(torch.int8).contiguous(), "SCB": greatest}, torch.float32)

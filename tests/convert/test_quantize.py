@@ -100,6 +100,30 @@ class TestLayers:
         assert isinstance(model[0], QuantizedLinear)
         assert model[0] is model[1]
 
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_a_model_of_transformers_keeps_its_embedding_and_its_head(self, tied):
+        """And a second call finds nothing left."""
+        transformers = pytest.importorskip("transformers")
+        settings = transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=24, tie_word_embeddings=tied,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(settings)
+        embedding, head = model.model.embed_tokens, model.lm_head
+        kept = embedding.weight, head.weight
+        expected = model(TOKENS).logits
+        lorafast.quantize(model, "int8")
+        made = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        assert len(made) == 2 * 7
+        assert (model.model.embed_tokens, model.lm_head) == (embedding, head)
+        assert embedding.weight is kept[0]
+        assert head.weight is kept[1]
+        assert (head.weight is embedding.weight) == tied
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0.05, atol=0.01)
+        with pytest.raises(ValueError, match=r"the model has no nn\.Linear left to quantize"):
+            lorafast.quantize(model, "int8")
+        assert [m for m in model.modules() if isinstance(m, QuantizedLinear)] == made
+
     def test_options(self):
         made = lorafast.quantize(nn.Linear(64, 64), "fp4", block=128, nested=False)
         weight = made.frozen_operand()

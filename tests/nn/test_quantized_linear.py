@@ -393,14 +393,23 @@ class TestStates:
         torch.testing.assert_close(its.train()(x), other(x), rtol=1e-5, atol=1e-5)
 
     def test_int8_codes_are_its_own(self):
-        for dtype in DTYPES[:1]:
-            W = torch.randn(64, 100).to(dtype)
-            codes, scales, _ = bnb.functional.int8_vectorwise_quant(W)
+        """Its layer rounds a weight in float32 to float16 first."""
+        for dtype in DTYPES[:3]:
             plain = nn.Linear(100, 64, bias=False, dtype=dtype)
-            plain.weight.data.copy_(W)
+            W = plain.weight.detach()
             made = QuantizedLinear.from_linear(plain, "int8")
+            codes, scales, _ = bnb.functional.int8_vectorwise_quant(W.clone())
             assert torch.equal(made.SCB, scales)
             assert torch.equal(made.weight, codes)
+            its = bnb.nn.Linear8bitLt(100, 64, bias=False, has_fp16_weights=False)
+            its.weight = bnb.nn.Int8Params(W.clone(), requires_grad=False, has_fp16_weights=False)
+            state = its.to("cpu").state_dict()
+            if dtype is torch.float32:
+                assert not torch.equal(made.SCB, state["SCB"])
+                plain.weight.data = W.half().float()
+                made = QuantizedLinear.from_linear(plain, "int8")
+            assert torch.equal(made.SCB, state["SCB"])
+            assert torch.equal(made.weight, state["weight"])
 
     @in_each
     def test_keys_of_an_adapted_layer(self, format):
