@@ -249,6 +249,31 @@ class TestRefused:
             QuantizedLinear.from_linear(plain.to("cpu"))
 
 
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
+@in_each
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_moved_after_wrapping_is_named(format, adapted, called):
+    """All of the layer, or one of the tensors of its weight."""
+    x = torch.randn(3, 40)
+    for name in (None, *layer(format)._stored_names):
+        made = LoRALinear.from_linear(layer(format), 4) if adapted else layer(format)
+        if called:
+            made(x)
+        if name is None:
+            made.to("meta")
+            said = "weight is on meta, expected cpu, where x is"
+        elif name in made._buffers:
+            made._buffers[name] = made._buffers[name].to("meta")
+            said = f"{name} of weight is on meta, expected cpu, where weight is"
+        else:
+            codes = made._parameters[name].to("meta")
+            made._parameters[name] = nn.Parameter(codes, requires_grad=False)
+            said = "of weight is on cpu, expected meta, where weight is"
+        with pytest.raises(ValueError, match=said):
+            made(x)
+
+
 class TestAdapted:
     @in_each
     @pytest.mark.parametrize("use_dora", [False, True])
