@@ -23,9 +23,10 @@ Dequantize = Callable[[Weight, Tensor], None]
 
 _POSITION = {
     "linear_expand": 1, "lora_linear": 1, "lora_linear_backward": 2, "grouped_lora_linear": 1,
-    WEIGHT_NORM: 0,
+    "grouped_lora_linear_backward": 2, WEIGHT_NORM: 0,
 }  # fmt: skip
 """Of the weight, among what a plan's ``run`` takes."""
+_BACKWARDS = ("lora_linear_backward", "grouped_lora_linear_backward")
 
 
 class _Kept(NamedTuple):
@@ -123,7 +124,7 @@ def dense(problem: Problem) -> Problem:
 
 def reads_weight(problem: Problem) -> bool:
     """Whether a result that is wanted depends on the weight."""
-    if problem.operation == "lora_linear_backward":
+    if problem.operation in _BACKWARDS:
         return "dx" in problem.wants
     return problem.operation in _POSITION
 
@@ -139,7 +140,7 @@ def plan(problem: Problem, dequantize: Dequantize, product: Plan, line: str) -> 
         )
     N, K, dtype = problem.N, problem.K, problem.dtype
     position, run = _POSITION[problem.operation], product.run
-    backward = problem.transposed or problem.operation == "lora_linear_backward"
+    backward = problem.transposed or problem.operation in _BACKWARDS
     # The norm is a forward's, which dx doesn't take again.
     keeps = not backward and problem.operation != WEIGHT_NORM
 

@@ -61,9 +61,17 @@ class QuantizedLinear(StoredWeight):
         ``lorafast.quantize`` looks for what would be lost first.
 
         Raises:
-            TypeError: no layer can hold what is made, as when the weight is NaN or infinite somewhere.
+            TypeError: ``linear`` is no ``nn.Linear``, or its weight is stored in few bits already; or no
+                layer can hold what is made, as when the weight is NaN or infinite somewhere.
             ValueError: nothing quantizes to the format, or an option doesn't fit it.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is a {type(linear).__name__}, expected an nn.Linear")
+        reason = operands.why_not_of_layer(linear)
+        if operands.of_layer(linear) is not None:
+            reason = "its weight is quantized already"
+        if reason is not None:
+            raise TypeError(f"linear can't be quantized: {reason}")
         weight = operands.quantize(linear.weight.detach(), format, **options)
         return cls.from_operand(weight, linear.bias)
 

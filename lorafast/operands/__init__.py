@@ -183,7 +183,7 @@ def quantize(weight: Tensor, format: str, **options: object) -> Operand:
     Raises:
         ValueError: nothing quantizes to the format, or it has not these options.
     """
-    of = getattr(kind_of(format), "of", None)
+    of = getattr(kind_of(format), "of", None) if isinstance(format, str) else None
     known = [name for name in formats() if hasattr(kind_of(name), "of")]
     if of is None:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(known)}")

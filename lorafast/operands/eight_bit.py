@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorafast.core.dtypes import FLOATS
 from lorafast.operands.four_bit import MOST
-from lorafast.operands.operand import Operand, Split, check_tensors
+from lorafast.operands.operand import Operand, Split, check_quantizable, check_tensors
 
 
 class EightBit(Operand):
@@ -51,6 +51,8 @@ class EightBit(Operand):
                 f"weight is {codes.dtype} {list(codes.shape)}, expected {self.code_dtype} [N, K]"
                 f"{WHO_CASTS if codes.dtype in FLOATS else ''}"
             )
+        if block is not None and not _are_two_sizes(block):
+            raise ValueError(f"block is {block!r}, expected two ints, of rows and of columns")
         self.shape, self.block = codes.shape, block
         self.dtype = self.stored_dtype = dtype
         self._check(scale)
@@ -179,7 +181,7 @@ class Int8(EightBit):
     @classmethod
     def with_scb(cls, weight: Tensor) -> "Int8":
         """The nearest to a weight ``[N, K]``, with ``SCB``: codes as bitsandbytes' ``Linear8bitLt``
-        makes them, whose zeros for a row of zeros are kept."""
+        makes them of 16 bits; of float32 it rounds to float16 first. A row of zeros stays one."""
         rows, greatest = _rows_of(weight)
         codes = (rows * (127.0 / greatest.clamp(min=_LEAST))[:, None]).round().clamp(-127, 127)
         made = cls({"weight": codes.to(torch.int8).contiguous(), "SCB": greatest}, torch.float32)
@@ -206,11 +208,13 @@ _LEAST = 1e-38
 """What a row of zeros is divided by."""
 
 
+def _are_two_sizes(block: object) -> bool:
+    both = isinstance(block, list | tuple) and len(block) == 2
+    return both and all(type(size) is int for size in block)  # type: ignore[attr-defined]
+
+
 def _rows_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of a weight ``[N, K]`` and the greatest magnitude of each, float32."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
-        )
+    check_quantizable(weight)
     rows = weight.detach().float()
     return rows, rows.abs().amax(1) if rows.numel() else rows.new_zeros(rows.shape[0])

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafast.core import codebooks
 from lorafast.core.codebooks import codebook
 from lorafast.core.dtypes import FLOATS
-from lorafast.operands.operand import Operand, Split, check_tensors
+from lorafast.operands.operand import Operand, Split, check_quantizable, check_tensors
 
 NESTED = ("nested_absmax", "nested_quant_map", "nested_offset")
 _NUMBERS = 256
@@ -126,10 +126,7 @@ class FourBit(Operand):
         Raises:
             ValueError: ``weight`` is no float matrix, or an option is not what it must be.
         """
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(
-                f"weight is {weight.dtype} {list(weight.shape)}, expected a float matrix [N, K]"
-            )
+        check_quantizable(weight)
         check_block("block", block)
         check_block("nested_block", nested_block)
         if type(nested) is not bool:

@@ -220,6 +220,21 @@ def check_tensors(tensors: Mapping[str, Any], names: Collection[str]) -> None:
             raise ValueError(f"{name} is {said(tensors[name])}, expected a tensor")
 
 
+def check_quantizable(weight: object) -> None:
+    """That ``weight`` is what formats quantize.
+
+    Raises:
+        ValueError: it is no float matrix of plain layout; the message says what it is.
+    """
+    expected = "expected a float matrix [N, K]"
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"weight is {said(weight)}, {expected}")
+    if weight.layout is not torch.strided:
+        raise ValueError(f"weight is a tensor of {weight.layout}, {expected}")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, {expected}")
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of a tensor that is NaN or infinite somewhere; None if none is, as far as there are
     values. To be given scales and tables of floats: bytes of codes may be any float."""

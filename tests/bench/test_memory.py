@@ -5,7 +5,8 @@ from lorafast.bench.common.memory import peak_bytes, saved_bytes
 from torch import nn
 
 from lorafast.backends import workspace
-from lorafast.nn import LoRALinear
+from lorafast.functional import grouped_lora_linear
+from lorafast.nn import LoRALinear, QuantizedLinear
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,60 @@ def test_a_step_of_several_quantized_layers_takes_one_part_of_a_weight(base):
     rest += 4 * (LAYERS + 2) * ROWS * SIZE * 2
     assert peak <= W_BYTES // 2 + rest < W_BYTES
     assert peak_of_a_step(model) == peak  # memory that layers share counts in each
+
+
+MANY, MANY_SIZE = 192, 1024
+"""Rows of which a product makes W dense; a W that is larger than what is made of so many rows."""
+
+
+def dora(weight):
+    return LoRALinear.from_operand(weight, 4, use_dora=True)
+
+
+def mixed(weight):
+    """Two adapters in turn."""
+    A, B = torch.randn(2, 4, MANY_SIZE), torch.randn(2, MANY_SIZE, 4)
+    factors = [nn.Parameter(t.bfloat16()) for t in (A, B)]
+    layer = nn.Module()
+    layer.factors = nn.ParameterList(factors)
+    adapter_of = [i % 2 for i in range(MANY)]
+    layer.forward = lambda x: grouped_lora_linear(x, weight, *factors, 1.0, adapter_of)
+    return layer
+
+
+LAYERS_OF = {
+    # How many activations a layer keeps, and how many more a step takes.
+    "lora": (lambda weight: LoRALinear.from_operand(weight, 4), 1, 2),
+    "frozen": (QuantizedLinear.from_operand, 0, 3),
+    "dora": (dora, 2, 7),
+    "mixed": (mixed, 1, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [("nf4", kind) for kind in LAYERS_OF]
+    + [("int8", "lora"), ("fp4", "frozen"), ("mxfp4", "dora"), ("fp8", "mixed")],
+)
+def test_of_many_rows_a_step_takes_one_weight_for_all_layers(base, kind):
+    """Twice as many layers take no second one, nor does the backward."""
+    make, kept, more = LAYERS_OF[kind]
+    activation, W = 2 * MANY * MANY_SIZE, 2 * MANY_SIZE**2
+    peaks = []
+    for layers in (2, 4):
+        drawn = [torch.randn(MANY_SIZE, MANY_SIZE).mul_(MANY_SIZE**-0.5) for _ in range(layers)]
+        model = nn.Sequential(*(make(bases.quantized(W.bfloat16(), base)) for W in drawn))
+        x = torch.randn(MANY, MANY_SIZE).bfloat16().requires_grad_()
+
+        def step(model=model, x=x):
+            model(x).sum().backward()
+            for tensor in (x, *model.parameters()):
+                tensor.grad = None
+
+        step()
+        peaks.append(peak_bytes(step, CPU))
+        assert peaks[-1] <= W + (layers * kept + more) * activation * 1.05
+    assert peaks[1] - peaks[0] <= 2 * (kept + 0.2) * activation < W
 
 
 def test_over_bitsandbytes_a_step_takes_whole_weights():

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 import lorafast
 from lorafast import operands
 from lorafast.nn import LoRALinear, QuantizedLinear
-from lorafast.operands import MXFP4
+from lorafast.operands import FP8, MXFP4, NF4, W8A8
 
 FORMATS = ("nf4", "fp4", "int8", "fp8")
 in_each = pytest.mark.parametrize("format", FORMATS)
@@ -99,6 +99,30 @@ class TestLayers:
         lorafast.quantize(model)
         assert isinstance(model[0], QuantizedLinear)
         assert model[0] is model[1]
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_a_model_of_transformers_keeps_its_embedding_and_its_head(self, tied):
+        """And a second call finds nothing left."""
+        transformers = pytest.importorskip("transformers")
+        settings = transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, vocab_size=24, tie_word_embeddings=tied,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(settings)
+        embedding, head = model.model.embed_tokens, model.lm_head
+        kept = embedding.weight, head.weight
+        expected = model(TOKENS).logits
+        lorafast.quantize(model, "int8")
+        made = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        assert len(made) == 2 * 7
+        assert (model.model.embed_tokens, model.lm_head) == (embedding, head)
+        assert embedding.weight is kept[0]
+        assert head.weight is kept[1]
+        assert (head.weight is embedding.weight) == tied
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0.05, atol=0.01)
+        with pytest.raises(ValueError, match=r"the model has no nn\.Linear left to quantize"):
+            lorafast.quantize(model, "int8")
+        assert [m for m in model.modules() if isinstance(m, QuantizedLinear)] == made
 
     def test_options(self):
         made = lorafast.quantize(nn.Linear(64, 64), "fp4", block=128, nested=False)
@@ -357,11 +381,41 @@ def _train(model, x, steps=3):
 def _on_each_rank(rank, world, file):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    for format in FORMATS:
+    for format in (*FORMATS, *OTHERS):
         for low in (False, True):
             _check_sharded(format, low)
     dist.destroy_process_group()
     os._exit(0)  # at its end a process with FSDP is aborted now and then: pytorch/pytorch#90549
+
+
+def _mxfp4(W):
+    (N, K), generator = W.shape, torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, generator=generator)
+    return MXFP4(codes, torch.full((N, K // 32), 121, dtype=torch.uint8), W.dtype)
+
+
+def _in_blocks(W):
+    codes, scale = FP8.of(W).tensors().values()
+    rows = scale.view(-1, 1)[::16].repeat(1, -(-W.shape[1] // 16)).contiguous()
+    return FP8({"weight": codes, "scale": rows}, W.dtype, (16, 16))
+
+
+OTHERS = {
+    "nf4 in blocks of 32, plain": lambda W: NF4.of(W, 32, nested=False),
+    "fp8 in blocks": _in_blocks,
+    "mxfp4": _mxfp4,
+    "w8a8": W8A8.of,
+}
+"""Formats that ``quantize`` makes otherwise or not at all."""
+
+
+def _quantized(model, format):
+    if format not in OTHERS:
+        return lorafast.quantize(model, format)
+    for i in (0, 2):
+        weight = OTHERS[format](model[i].weight.detach())
+        model[i] = QuantizedLinear.from_operand(weight, model[i].bias)
+    return model
 
 
 def _check_sharded(format, low):
@@ -371,7 +425,7 @@ def _check_sharded(format, low):
     torch.manual_seed(0)
     # 33 rows don't divide by two processes.
     model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 33))
-    lorafast.adapt(lorafast.quantize(model, format), 4)
+    lorafast.adapt(_quantized(model, format), 4)
     for layer in (model[0], model[2]):
         nn.init.normal_(layer.lora_B, std=0.1)
     x = torch.randn(8, 64)
@@ -380,9 +434,10 @@ def _check_sharded(format, low):
     scales = {name: t.clone() for name, t in model.named_buffers()}
     for part in (model[0], model[2], model):
         fully_shard(part, mp_policy=policy)
-    assert isinstance(model[0].weight, DTensor)
-    assert model[0].weight.dtype.itemsize == 1
-    assert model[0].weight.to_local().shape[0] == 48
+    codes = next(p for n, p in model[0].named_parameters() if n in ("weight", "blocks"))
+    assert isinstance(codes, DTensor)
+    assert codes.dtype.itemsize == 1
+    assert codes.to_local().shape[0] == 48
     found = _train(model, x)
     for name, buffer in model.named_buffers():
         assert buffer.dtype is scales[name].dtype, name

@@ -18,11 +18,13 @@ import lorafast
 from lorafast.backends import Refusal, dequantized, registry, workspace
 from lorafast.backends.cost import Device, pretending
 from lorafast.backends.triton import quantized
+from lorafast.core.problem import Problem
 from lorafast.nn import LoRALinear
 from lorafast.ops.problems import layer_problem
 from lorafast.reference import contract
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+H200 = Device.known_by("NVIDIA H200", 90, 132, memory_clock=3.2e9, bus_bits=6144)
 
 
 @given(
@@ -88,6 +90,55 @@ def test_a_layer_forward_and_backward(request, device, poisoned, kind, dtype, dr
     )
     reason = contract.why_any_broken(ours, contract.bounds(eager, ref64))
     assert reason is None, reason
+
+
+@pytest.mark.parametrize(("kind", "dtype"), covering(list(KINDS), DTYPES), ids=str)
+def test_a_mixed_batch_forward_and_backward(device, poisoned, kind, dtype):
+    """All results, by the contract; W is made dense in memory that layers share."""
+    skip_unless_usable("triton")
+    N, K, M, r, n = 45, 96, 21, 3, 3
+    weight = draw(kind, N, K, torch.bfloat16, device).to(dtype)
+    shapes = ((M, K), (n, r, K), (n, N, r), (M, N))
+    *drawn, dy = [torch.randn(s, dtype=torch.float64, device=device).to(dtype) for s in shapes]
+    adapter_of = [(0, 2, -1)[i % 3] for i in range(M)]
+
+    def run(layer, W, cast):
+        leaves = [t.to(cast).requires_grad_() for t in drawn]
+        scaling = torch.full((n,), 0.5, dtype=cast, device=device)
+        y = layer(leaves[0], W, *leaves[1:], scaling, adapter_of, None)
+        gradients = torch.autograd.grad(y, leaves, dy.to(cast))
+        return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *gradients), strict=True))
+
+    workspace.release()
+    with lorafast.use_backend("triton"):
+        ours = run(lorafast.functional.grouped_lora_linear, weight, dtype)
+    assert workspace.held() == N * K * dtype.itemsize
+    eager, ref64 = (
+        run(lorafast.reference.grouped_lora_linear, weight.dense().to(cast), cast)
+        for cast in (dtype, torch.float64)
+    )
+    reason = contract.why_any_broken(ours, contract.bounds(eager, ref64))
+    assert reason is None, reason
+
+
+@pytest.mark.parametrize("operation", ["grouped_lora_linear", "grouped_lora_linear_backward"])
+def test_a_mixed_batch_of_many_rows_is_taken_on_a_gpu(device, operation):
+    """Over codes; over a dense weight PyTorch's own calls have it."""
+    skip_unless_usable("triton")
+    wants = ("y", "s") if operation == "grouped_lora_linear" else ("dx", "dA", "dB")
+    weight = draw("nf4", 4096, 4096, torch.bfloat16, torch.device("cpu"))
+    problem = Problem(
+        operation, 64, 4096, 4096, 8, torch.bfloat16, torch.bfloat16, device, "nf4", wants=wants,
+        format_parameters=weight.parameters, adapters=3,
+    )  # fmt: skip
+    with pretending(H200):
+        found = registry.plan_of("triton", problem)
+        dense = registry.plan_of("triton", dequantized.dense(problem))
+    assert not isinstance(found, Refusal)
+    assert found.launches[0].startswith("dequantize: ")
+    assert found.seconds > 0
+    assert found.ahead is None  # fewer rows may have a launch that reads codes, in less time
+    assert (dense.seconds, dense.ahead) == (None, None)
 
 
 @pytest.fixture
@@ -160,9 +211,6 @@ def test_what_is_kept_under_checkpointing(device, launches, kind):
     assert not dequantized._keeping._kept
     for others in found[1:]:
         assert all(map(torch.equal, found[0], others))
-
-
-H200 = Device.known_by("NVIDIA H200", 90, 132, memory_clock=3.2e9, bus_bits=6144)
 
 
 def test_its_time_is_that_of_the_dense_one_and_of_reading_codes(device):

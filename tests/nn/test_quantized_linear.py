@@ -227,6 +227,53 @@ class TestSurroundings:
         assert torch.equal(made.dense_weight(), weight.dense())
 
 
+class TestRefused:
+    @pytest.mark.parametrize("other", [None, nn.Embedding(3, 4), nn.Conv2d(3, 4, 3), layer()])
+    def test_what_is_no_linear_layer(self, other):
+        sentence = f"linear is a {type(other).__name__}, expected an nn.Linear"
+        with pytest.raises(TypeError, match=sentence):
+            QuantizedLinear.from_linear(other)
+
+    def test_gpt2s_layer_whose_weight_is_transposed(self):
+        """Of as many inputs as outputs its shape doesn't tell."""
+        transformers = pytest.importorskip("transformers")
+        with pytest.raises(TypeError, match=r"linear is a Conv1D, expected an nn\.Linear"):
+            QuantizedLinear.from_linear(transformers.pytorch_utils.Conv1D(8, 8))
+
+    def test_a_layer_of_bitsandbytes(self):
+        """Codes that are stored as floats are no weight."""
+        plain = bnb.nn.Linear4bit(64, 8, quant_type="nf4", quant_storage=torch.bfloat16)
+        with pytest.raises(TypeError, match="linear can't be quantized: bitsandbytes has not"):
+            QuantizedLinear.from_linear(plain)
+        with pytest.raises(TypeError, match="its weight is quantized already"):
+            QuantizedLinear.from_linear(plain.to("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:.*which is a no-op")
+@in_each
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_moved_after_wrapping_is_named(format, adapted, called):
+    """All of the layer, or one of the tensors of its weight."""
+    x = torch.randn(3, 40)
+    for name in (None, *layer(format)._stored_names):
+        made = LoRALinear.from_linear(layer(format), 4) if adapted else layer(format)
+        if called:
+            made(x)
+        if name is None:
+            made.to("meta")
+            said = "weight is on meta, expected cpu, where x is"
+        elif name in made._buffers:
+            made._buffers[name] = made._buffers[name].to("meta")
+            said = f"{name} of weight is on meta, expected cpu, where weight is"
+        else:
+            codes = made._parameters[name].to("meta")
+            made._parameters[name] = nn.Parameter(codes, requires_grad=False)
+            said = "of weight is on cpu, expected meta, where weight is"
+        with pytest.raises(ValueError, match=said):
+            made(x)
+
+
 class TestAdapted:
     @in_each
     @pytest.mark.parametrize("use_dora", [False, True])
@@ -371,14 +418,23 @@ class TestStates:
         torch.testing.assert_close(its.train()(x), other(x), rtol=1e-5, atol=1e-5)
 
     def test_int8_codes_are_its_own(self):
-        for dtype in DTYPES[:1]:
-            W = torch.randn(64, 100).to(dtype)
-            codes, scales, _ = bnb.functional.int8_vectorwise_quant(W)
+        """Its layer rounds a weight in float32 to float16 first."""
+        for dtype in DTYPES[:3]:
             plain = nn.Linear(100, 64, bias=False, dtype=dtype)
-            plain.weight.data.copy_(W)
+            W = plain.weight.detach()
             made = QuantizedLinear.from_linear(plain, "int8")
+            codes, scales, _ = bnb.functional.int8_vectorwise_quant(W.clone())
             assert torch.equal(made.SCB, scales)
             assert torch.equal(made.weight, codes)
+            its = bnb.nn.Linear8bitLt(100, 64, bias=False, has_fp16_weights=False)
+            its.weight = bnb.nn.Int8Params(W.clone(), requires_grad=False, has_fp16_weights=False)
+            state = its.to("cpu").state_dict()
+            if dtype is torch.float32:
+                assert not torch.equal(made.SCB, state["SCB"])
+                plain.weight.data = W.half().float()
+                made = QuantizedLinear.from_linear(plain, "int8")
+            assert torch.equal(made.SCB, state["SCB"])
+            assert torch.equal(made.weight, state["weight"])
 
     @in_each
     def test_keys_of_an_adapted_layer(self, format):

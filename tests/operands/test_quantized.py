@@ -317,6 +317,46 @@ def test_what_is_missing_is_named(make, sentence):
         make()
 
 
+NO_MATRICES = {
+    "None": (lambda: None, "weight is None, expected a float matrix [N, K]"),
+    "list": (lambda: [[1.0]], "weight is a list, expected a float matrix [N, K]"),
+    "layer": (lambda: torch.nn.Linear(2, 2), "weight is a Linear, expected a float matrix [N, K]"),
+    "vector": (lambda: torch.ones(4), "weight is torch.float32 [4], expected a float matrix [N, K]"),
+    "integers": (lambda: BYTES, "weight is torch.uint8 [4, 4], expected a float matrix [N, K]"),
+    "sparse": (
+        lambda: torch.ones(4, 4).to_sparse(),
+        "weight is a tensor of torch.sparse_coo, expected a float matrix [N, K]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("draw", "sentence"), NO_MATRICES.values(), ids=NO_MATRICES.keys())
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "fp8", "w8a8"])
+def test_what_is_no_matrix_is_not_quantized(format, draw, sentence):
+    kind = operands.kind_of(format)
+    for quantize in (
+        kind.of,
+        kind.of(torch.ones(4, 4)).like,
+        lambda weight: operands.quantize(weight, format),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            quantize(draw())
+
+
+@pytest.mark.parametrize("block", [8, (8,), (8, 8, 8), "88", (8.0, 8.0), (True, 8)], ids=str)
+def test_a_block_of_8_bit_codes_has_two_sizes(block):
+    tensors = {"weight": torch.zeros(8, 8, dtype=torch.uint8), "scale": torch.ones(1, 1)}
+    with pytest.raises(ValueError, match=re.escape(f"block is {block!r}, expected two ints")):
+        FP8(tensors, torch.float32, block)
+
+
+@pytest.mark.parametrize("format", [None, 4, ["nf4"]], ids=str)
+def test_a_format_is_a_name(format):
+    sentence = f"format is {format!r}, expected one of nf4, fp4, int8, fp8"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        operands.quantize(torch.ones(4, 4), format)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", [LoRALinear, QuantizedLinear])
 @pytest.mark.parametrize(("format", "name"), [

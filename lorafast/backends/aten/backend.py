@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from lorafast import operands
 from lorafast.backends import composed, cost, scaled_linear
+from lorafast.backends import grouped_lora_linear as grouped
 from lorafast.backends.aten import bottleneck, operations
-from lorafast.backends.aten import grouped_lora_linear as grouped
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.backends.weight_norm import weight_norm
 from lorafast.core.problem import (
@@ -86,9 +87,11 @@ def _is_merged(p: Problem) -> bool:
 
 def _grouped(p: Problem) -> Plan:
     if p.operation == "grouped_lora_linear":
-        run = grouped.grouped_lora_linear(p.wants)
+        run = grouped.grouped_lora_linear(p.wants, operands.linear)
     else:
-        run = grouped.grouped_lora_linear_backward(p.wants, p.adapter_dtype)
+        run = grouped.grouped_lora_linear_backward(
+            p.wants, p.adapter_dtype, operands.linear_transposed
+        )
     return Plan(Aten.name, run, ("the base GEMM, and a batched product over all adapters",))
 
 

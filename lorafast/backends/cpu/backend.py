@@ -3,11 +3,13 @@
 import torch
 
 from lorafast.backends import composed, kernel_formats
+from lorafast.backends import grouped_lora_linear as grouped
 from lorafast.backends.cpu import native
 from lorafast.backends.plan import Backend, Plan, Refusal
 from lorafast.core.problem import (
     BOTTLENECK_OPERATIONS,
     DENSE,
+    GROUPED_OPERATIONS,
     LAYER_OPERATIONS,
     Problem,
     parts,
@@ -40,7 +42,7 @@ class Cpu(Backend):
     """
 
     name = "cpu"
-    operations = Backend.operations | frozenset(BOTTLENECK_OPERATIONS)
+    operations = Backend.operations | frozenset((*BOTTLENECK_OPERATIONS, *GROUPED_OPERATIONS))
 
     def why_unusable(self) -> str | None:
         """Whether the extension is built, and runs."""
@@ -53,6 +55,8 @@ class Cpu(Backend):
             return Refusal(self.name, reason)
         if problem.operation in BOTTLENECK_OPERATIONS:
             return self._bottleneck(problem)
+        if problem.operation in GROUPED_OPERATIONS:
+            return self._grouped(problem)
         from lorafast.backends.cpu import operations as run  # which needs the extension
 
         p = problem
@@ -99,6 +103,20 @@ class Cpu(Backend):
             )
         backward = run.bottleneck_backward(p)
         return Plan(self.name, backward, ("bottleneck_backward",), ahead=ahead)
+
+    def _grouped(self, p: Problem) -> Plan:
+        from lorafast.backends.cpu import dequantize
+
+        if p.operation == "grouped_lora_linear":
+            run = grouped.grouped_lora_linear(p.wants, dequantize.linear)
+        else:
+            dtype, linear_transposed = p.adapter_dtype, dequantize.linear_transposed
+            run = grouped.grouped_lora_linear_backward(p.wants, dtype, linear_transposed)
+        lines = ("the base GEMM, and a batched product over all adapters",)
+        reads_weight = p.operation == "grouped_lora_linear" or "dx" in p.wants
+        has_kernels = reads_weight and kernel_formats.why_not(p.format) is None
+        ahead = f"it has kernels for {p.format}" if has_kernels else None
+        return Plan(self.name, run, lines, ahead=ahead)
 
     def describe(self) -> list[tuple[str, str]]:
         """The instruction set, and when ``auto`` takes these kernels."""

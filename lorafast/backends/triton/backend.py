@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorafast import operands
 from lorafast.backends import composed, dequantized
+from lorafast.backends import grouped_lora_linear as grouped
 from lorafast.backends.cost import Device, gpu_of, priced
 from lorafast.backends.plan import Backend, Plan, Refusal, Run
 from lorafast.core.problem import (
     BOTTLENECK_OPERATIONS,
     DENSE,
+    GROUPED_OPERATIONS,
     LAYER_OPERATIONS,
     SCALED_OPERATIONS,
     WEIGHT_NORM,
@@ -46,7 +49,9 @@ class Triton(Backend):
     """
 
     name = "triton"
-    operations = Backend.operations | {*BOTTLENECK_OPERATIONS, *SCALED_OPERATIONS, WEIGHT_NORM}
+    operations = Backend.operations | {
+        *BOTTLENECK_OPERATIONS, *SCALED_OPERATIONS, *GROUPED_OPERATIONS, WEIGHT_NORM,
+    }  # fmt: skip
 
     def __init__(self, config: LaunchConfig | None = None) -> None:
         """``config``: what every call is launched with, instead of what was measured or ships."""
@@ -68,6 +73,8 @@ class Triton(Backend):
         from lorafast.backends.triton import cost, planning
         from lorafast.backends.triton.lines import lines
 
+        if problem.operation in GROUPED_OPERATIONS:
+            return self._grouped(problem, device)
         if _reads_codes(problem):
             return self._of_codes(problem, device) or self._of_dense(problem, device)
         launch: planning.Launch | str
@@ -134,6 +141,27 @@ class Triton(Backend):
             source=f"W made dense, modelled {first}; its products, {product.source}",
             measured=False,
         )
+
+    def _grouped(self, problem: Problem, device: Device) -> Plan:
+        """PyTorch's own calls, behind a launch that makes a quantized weight dense."""
+        if problem.operation == "grouped_lora_linear":
+            run = grouped.grouped_lora_linear(problem.wants, operands.linear)
+        else:
+            run = grouped.grouped_lora_linear_backward(
+                problem.wants, problem.adapter_dtype, operands.linear_transposed
+            )
+        product = Plan(self.name, run, ("the base GEMM, and a batched product over all adapters",))
+        if not _reads_codes(problem):
+            return product
+        from lorafast.backends.triton import cost, quantized
+
+        made = dequantized.plan(problem, self.dequantize, product, quantized.line(problem))
+        if gpu_of(problem.device) is None:
+            return made
+        # Alone it takes longer than a launch over the codes, and all else is the same in PyTorch's.
+        first = cost.dequantized(problem, device)
+        source = f"W made dense, modelled {first}; its products aren't"
+        return replace(made, seconds=first.seconds, source=source)
 
     def dequantize(self, weight: Weight, W: torch.Tensor) -> None:
         """Launches what makes W dense."""

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import lorafast
 from lorafast import operands
+from lorafast.nn import LoRALinear
 from lorafast.reference import contract
 
 TOKENS = torch.randint(3, 120, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -301,3 +302,44 @@ def test_an_adapted_model_is_saved_as_bitsandbytes_is_loaded(checkpoint, tmp_pat
     expected = layer.operand().tensors()
     for name, tensor in operands.of_layer(found.base_layer).tensors().items():
         assert torch.equal(tensor.reshape(-1), expected[name].reshape(-1)), name
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_an_adapter_goes_to_peft_over_bitsandbytes_and_back(checkpoint, tmp_path, kind):
+    """Trained over ``lorafast.quantize``d layers, then over bitsandbytes', then over ours again."""
+    life = Life(checkpoint, kind)
+
+    def quantized():
+        plain = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        plain.requires_grad_(False)
+        if kind != "int8":
+            return lorafast.quantize(plain, kind, nested=kind == "nf4")  # as QUANTIZED has it
+        for layer in plain.model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(layer.weight.half())  # as its layer rounds them first
+        return lorafast.quantize(plain, kind)
+
+    ours = lorafast.adapt(quantized(), 4, TARGETS)
+    before = logits(ours)
+    train(ours)
+    after = logits(ours)
+    lorafast.save_adapter(ours, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(life.base(), tmp_path / "ours", is_trainable=True)
+    for name, layer in ours.named_modules():
+        if isinstance(layer, LoRALinear):
+            its = theirs.base_model.model.get_submodule(name)
+            assert torch.equal(its.lora_A["default"].weight, layer.lora_A)
+            assert torch.equal(its.lora_B["default"].weight, layer.lora_B)
+    change = (after - before).norm()
+    # A nested scale may have another code in its kernel for CPUs.
+    assert (logits(theirs) - after).norm() < 0.05 * change
+    train(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = lorafast.load_adapter(quantized(), tmp_path / "theirs")
+    for name, layer in again.named_modules():
+        if isinstance(layer, LoRALinear):
+            its = theirs.base_model.model.get_submodule(name)
+            assert torch.equal(its.lora_A["default"].weight, layer.lora_A)
+            assert torch.equal(its.lora_B["default"].weight, layer.lora_B)
+    assert sum(isinstance(layer, LoRALinear) for layer in again.modules()) == 6
+    assert (logits(again) - logits(theirs)).norm() < 0.05 * change

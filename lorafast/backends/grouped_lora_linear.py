@@ -1,13 +1,15 @@
 """The layer with an adapter per element: the base GEMM, and one batched product over all adapters.
 
+Whose base GEMM it is, the backend says.
 PyTorch's batched products want groups of one size: ``grouping`` brings the elements of an adapter
 together. ``dA`` and ``dB`` are sums over an adapter's groups, in float32 and in one order.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from lorafast import operands
 from lorafast.backends.grouping import Grouping, group
 from lorafast.backends.plan import Run
 from lorafast.core.assignment import Assignment
@@ -15,8 +17,13 @@ from lorafast.core.dtypes import wide
 from lorafast.core.problem import WANTS
 from lorafast.operands import Weight
 
+Linear = Callable[[Tensor, Weight, Tensor | None], Tensor]
+"""``x·Wᵀ + bias``, new memory."""
+LinearTransposed = Callable[[Tensor, Weight], Tensor]
+"""``dy·W``, new memory."""
 
-def grouped_lora_linear(wants: tuple[str, ...]) -> Run:
+
+def grouped_lora_linear(wants: tuple[str, ...], linear: Linear) -> Run:
     """``y_i = x_i·Wᵀ + scaling[g_i] · (x_i·A[g_i]ᵀ)·B[g_i]ᵀ + bias`` and ``s_i = x_i·A[g_i]ᵀ``."""
     want_s = "s" in wants
 
@@ -30,7 +37,7 @@ def grouped_lora_linear(wants: tuple[str, ...]) -> Run:
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         n, r, _ = lora_A.shape
-        y, low = operands.linear(x, weight, bias), wide(x.dtype)
+        y, low = linear(x, weight, bias), wide(x.dtype)
         grouping = assignment.made(group, n, x.device)
         if grouping is None:
             return y, x.new_zeros((x.shape[0], r), dtype=low) if want_s else None
@@ -46,7 +53,9 @@ def grouped_lora_linear(wants: tuple[str, ...]) -> Run:
     return run
 
 
-def grouped_lora_linear_backward(wants: tuple[str, ...], dtype: torch.dtype) -> Run:
+def grouped_lora_linear_backward(
+    wants: tuple[str, ...], dtype: torch.dtype, linear_transposed: LinearTransposed
+) -> Run:
     """The gradients, those of A and B in ``dtype``.
 
     ``ds_i = scaling[g_i] · dy_i·B[g_i]`` and ``dx_i = dy_i·W + ds_i·A[g_i]``; summed over the elements
@@ -71,7 +80,7 @@ def grouped_lora_linear_backward(wants: tuple[str, ...], dtype: torch.dtype) -> 
         dx = dweight = dA = dB = dscaling = None
         if want_dx:
             assert weight is not None
-            dx = operands.linear_transposed(dy, weight)
+            dx = linear_transposed(dy, weight)
         if want_dweight:
             assert x is not None
             dweight = dy.t() @ x
