@@ -1,6 +1,5 @@
-"""The layer with an adapter per element: the base GEMM, and one batched product over all adapters.
+"""The layer with an adapter per element: a backend's base GEMM, and one batched product over all adapters.
 
-Whose base GEMM it is, the backend says.
 PyTorch's batched products want groups of one size: ``grouping`` brings the elements of an adapter
 together. ``dA`` and ``dB`` are sums over an adapter's groups, in float32 and in one order.
 """
