@@ -1,4 +1,4 @@
-"""The layer with an adapter per element: a backend's base GEMM, and one batched product over all adapters.
+"""The layer with an adapter per element: a base GEMM, and one batched product over all adapters.
 
 PyTorch's batched products want groups of one size: ``grouping`` brings the elements of an adapter
 together. ``dA`` and ``dB`` are sums over an adapter's groups, in float32 and in one order.
