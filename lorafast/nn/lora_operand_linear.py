@@ -131,7 +131,7 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         layer._description = operands.describe(weight)
         layer._stored_names = tuple(weight.tensors())
         for i, (name, tensor) in enumerate(weight.tensors().items()):
-            # Codes: FSDP2 shards parameters alone, and casts no bytes; DDP sends buffers in each forward.
+            # Codes. FSDP2 shards parameters, and casts no bytes; DDP sends buffers in each forward.
             if i == 0 and not isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
                 tensor = nn.Parameter(tensor, requires_grad=False)
             if isinstance(tensor, nn.Parameter):

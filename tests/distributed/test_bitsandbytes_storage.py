@@ -1,5 +1,5 @@
-"""4-bit codes of bitsandbytes: stored as floats a policy of FSDP2 casts them, and PEFT's layer refuses; an
-adapted layer has them as bytes, which are sharded and not sent."""
+"""4-bit codes of bitsandbytes. A policy of FSDP2 casts those that are stored as floats: PEFT's layer
+refuses. Those that are bytes an adapted layer shards, and doesn't send."""
 
 import importlib.util
 
