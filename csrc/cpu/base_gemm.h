@@ -30,6 +30,15 @@ inline Tensor transpose_of(const Tensor& weight) {
   return Tensor(made);
 }
 
+inline Tensor rows_between(const Tensor& matrix, int64_t first, int64_t end) {
+  if (first == 0 && end == matrix.size(0)) return matrix;
+  const int64_t sizes[] = {end - first, matrix.size(1)}, strides[] = {matrix.stride(0), matrix.stride(1)};
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, first * matrix.stride(0), &made));
+  return Tensor(made);
+}
+
 // out = a·b + added, a bias or the output itself
 inline void gemm(Tensor& out, const std::optional<Tensor>& added, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(
@@ -43,6 +52,12 @@ inline void gemm(Tensor& out, const std::optional<Tensor>& added, const Tensor& 
 // layer. Measured at 512 x 384 x 384 and 2048 x 1024 x 1024. Either way zeros in lora_B change no bit.
 inline bool gemm_adds(ScalarType dtype, int64_t rows, int64_t cols, int64_t depth, bool with_bias) {
   return rows >= 16 && cols >= 16 && (dtype == ScalarType::Float ? depth <= 1024 : with_bias);
+}
+
+// The same where the low-rank product is of some rows alone, and the others' bias or zeros must be written for it: with
+// many columns, which are in the caches then. Measured in float32 at 512 x 576 x 1536, and not with 192 and 576 columns.
+inline bool gemm_adds_to_all(ScalarType dtype, int64_t rows, int64_t cols, int64_t depth) {
+  return dtype == ScalarType::Float && rows >= 128 && cols >= 1024 && depth <= 1024;
 }
 
 }  // namespace lorafast::cpu

@@ -48,6 +48,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lorafast_cpu, library) {
       "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, "
       "float scaling, Tensor? seed, int threshold, float survivor_scale) -> (Tensor, Tensor, Tensor)");
   library.def(
+      "lora_linear_on_rows(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
+      "Tensor? seed, int threshold, float survivor_scale, int first, int end) -> (Tensor, Tensor)");
+  library.def(
+      "lora_linear_backward_on_rows(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, "
+      "float scaling, Tensor? seed, int threshold, float survivor_scale, int first) -> (Tensor, Tensor, Tensor)");
+  library.def(
       "lora_linear_(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling, Tensor? seed, "
       "int threshold, float survivor_scale, Tensor(b!) s) -> ()");
   library.def(
@@ -103,6 +109,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafast_cpu, CPU, library) {
   library.impl("lora_conv_backward", TORCH_BOX(&lorafast::cpu::lora_conv_backward));
   library.impl("lora_linear", TORCH_BOX(&lorafast::cpu::lora_linear));
   library.impl("lora_linear_backward", TORCH_BOX(&lorafast::cpu::lora_linear_backward));
+  library.impl("lora_linear_on_rows", TORCH_BOX(&lorafast::cpu::lora_linear_on_rows));
+  library.impl("lora_linear_backward_on_rows", TORCH_BOX(&lorafast::cpu::lora_linear_backward_on_rows));
   library.impl("lora_linear_", TORCH_BOX(&lorafast::cpu::lora_linear_));
   library.impl("lora_linear_backward_", TORCH_BOX(&lorafast::cpu::lora_linear_backward_));
   library.impl("bottleneck", TORCH_BOX(&lorafast::cpu::bottleneck));

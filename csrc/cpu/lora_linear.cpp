@@ -74,6 +74,20 @@ void backward_of_chunks(
   });
 }
 
+// y = bias, or zeros
+void write_rows(const Microkernels& kernels, const std::optional<Matrix>& bias, const Matrix& y) {
+  std::vector<float> row(y.cols, 0.0f);
+  if (bias) bias->load_row(kernels, 0, 0, y.cols, row.data());
+  torch::stable::parallel_for(0, y.rows, kTileRows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels.store(row.data(), y.dtype, y.cols, y.at(i, 0));
+  });
+}
+
+void check_rows(int64_t first, int64_t end, int64_t M) {
+  STD_TORCH_CHECK(
+      0 <= first && first <= end && end <= M, "the adapter's rows are ", first, " to ", end, " of ", M);
+}
+
 // s = drop(x)·Aᵀ and y = (y +) scaling · s·Bᵀ + bias
 void forward(
     Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,
@@ -151,49 +165,69 @@ void lora_linear_backward_(
   backward(&dx, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, true);
 }
 
-// y = x·Wᵀ + scaling · s·Bᵀ + bias and s = drop(x)·Aᵀ
-std::tuple<Tensor, Tensor> lora_linear(
+// y = x·Wᵀ + bias of all rows, and onto the rows from first to end scaling · s·Bᵀ, s = drop(x)·Aᵀ of these rows
+std::tuple<Tensor, Tensor> lora_linear_on_rows(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
     const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed, int64_t threshold,
-    double survivor_scale) {
+    double survivor_scale, int64_t first, int64_t end) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = lora_A.size(0);
   const OneDevice device(kDevice, "x", x);
   check_matrix("x", x, M, K, device);
   check_matrix("weight", weight, N, K, device);
-  Tensor y = empty(M, N, x), s = empty(M, r, x, x.scalar_type() == ScalarType::Half);
+  check_rows(first, end, M);
+  Tensor y = empty(M, N, x), s = empty(end - first, r, x, x.scalar_type() == ScalarType::Half);
+  const Tensor own_x = rows_between(x, first, end);
+  const std::optional<Matrix> of_bias = row_of_bias(bias, N, device);
   if (panels_serve(microkernels(), Matrix(x), transposed(Matrix(weight)), Matrix(y))) {
     check_matrix("lora_B", lora_B, N, r, device);
-    const auto of_bias = row_of_bias(bias, N, device);
-    shrink(x, lora_A, seed, threshold, survivor_scale, s);
-    const Expanded expanded = {Matrix(s), Matrix(lora_B), scaling};
+    shrink(own_x, lora_A, seed, threshold, survivor_scale, s);
+    const Expanded expanded = {Matrix(s), Matrix(lora_B), scaling, first};
     panel_gemm(microkernels(), Matrix(x), transposed(Matrix(weight)), of_bias, expanded, Matrix(y));
     return {y, s};
   }
+  Tensor own_y = rows_between(y, first, end);
   const auto skinny = [&](const std::optional<Tensor>& added, bool add) {
-    forward(y, x, lora_A, lora_B, scaling, seed, threshold, survivor_scale, s, added, add);
+    forward(own_y, own_x, lora_A, lora_B, scaling, seed, threshold, survivor_scale, s, added, add);
   };
-  if (gemm_adds(x.scalar_type(), M, N, K, bias.has_value())) {
+  const bool all = end - first == M;
+  if (all ? gemm_adds(x.scalar_type(), M, N, K, bias.has_value()) : gemm_adds_to_all(x.scalar_type(), M, N, K)) {
+    if (!all) {
+      write_rows(microkernels(), of_bias, rows_between(Matrix(y), 0, first));
+      write_rows(microkernels(), of_bias, rows_between(Matrix(y), end, M));
+    }
     skinny(bias, false);
     gemm(y, y, x, transpose_of(weight));
   } else {
-    row_of_bias(bias, N, device);  // checks it
     gemm(y, bias, x, transpose_of(weight));
     skinny(std::nullopt, true);
   }
   return {y, s};
 }
 
-// ds = scaling · dy·B, dx = dy·W + drop(ds·A), dA = dsᵀ·drop(x) and dB = scaling · dyᵀ·s
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+std::tuple<Tensor, Tensor> lora_linear(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed, int64_t threshold,
+    double survivor_scale) {
+  return lora_linear_on_rows(
+      x, weight, bias, lora_A, lora_B, scaling, seed, threshold, survivor_scale, 0, x.size(0));
+}
+
+// dx = dy·W of all rows; with x, s and dy of the rows from first on ds = scaling · dy·B, dA = dsᵀ·drop(x),
+// dB = scaling · dyᵀ·s and, onto these rows of dx, drop(ds·A)
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_on_rows(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& s, double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale) {
-  const int64_t M = dy.size(0), N = dy.size(1), K = weight.size(1), r = s.size(1);
+    const Tensor& s, double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    int64_t first) {
+  const int64_t M = dy.size(0), N = dy.size(1), K = weight.size(1), r = s.size(1), end = first + x.size(0);
   const OneDevice device(kDevice, "dy", dy);
   check_matrix("dy", dy, M, N, device);
   check_matrix("weight", weight, N, K, device);
-  Tensor dx = empty(M, K, dy), ds = empty(M, r, s), dA = empty(r, K, lora_A), dB = empty(N, r, lora_B);
+  check_rows(first, end, M);
+  Tensor dx = empty(M, K, dy), ds = empty(end - first, r, s), dA = empty(r, K, lora_A), dB = empty(N, r, lora_B);
+  Tensor own_dx = rows_between(dx, first, end);
+  const Tensor own_dy = rows_between(dy, first, end);
   const auto skinny = [&](Tensor* to, bool add) {
-    backward(to, dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, add);
+    backward(to, own_dy, x, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, ds, dA, dB, add);
   };
   if (panels_serve(microkernels(), Matrix(dy), Matrix(weight), Matrix(dx))) {
     const auto product = [&](const std::optional<Expanded>& expanded) {
@@ -201,19 +235,26 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     };
     if (seed.has_value()) {  // the mask is made once, for dA and the adapter's part of dx
       product(std::nullopt);
-      skinny(&dx, true);
+      skinny(&own_dx, true);
     } else {
       skinny(nullptr, false);
-      product(Expanded{Matrix(ds), transposed(Matrix(lora_A)), 1.0});
+      product(Expanded{Matrix(ds), transposed(Matrix(lora_A)), 1.0, first});
     }
-  } else if (gemm_adds(dy.scalar_type(), M, K, N, false)) {
+  } else if (end - first == M && gemm_adds(dy.scalar_type(), M, K, N, false)) {
     skinny(&dx, false);
     gemm(dx, dx, dy, weight);
   } else {
     gemm(dx, std::nullopt, dy, weight);
-    skinny(&dx, true);
+    skinny(&own_dx, true);
   }
   return {dx, dA, dB};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& s, double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale) {
+  return lora_linear_backward_on_rows(
+      dy, x, weight, lora_A, lora_B, s, scaling, seed, threshold, survivor_scale, 0);
 }
 
 }  // namespace lorafast::cpu

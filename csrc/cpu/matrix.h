@@ -110,6 +110,13 @@ inline void clear(const Tensor& output) {
   std::memset(output.mutable_data_ptr(), 0, static_cast<size_t>(output.numel()) * output.element_size());
 }
 
+// Rows of a matrix, a view.
+inline Matrix rows_between(Matrix matrix, int64_t first, int64_t end) {
+  matrix.data = matrix.at(first, 0);
+  matrix.rows = end - first;
+  return matrix;
+}
+
 // The transpose of a matrix, a view.
 inline Matrix transposed(Matrix matrix) {
   std::swap(matrix.rows, matrix.cols);

@@ -61,6 +61,16 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& s, double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale);
 
+std::tuple<Tensor, Tensor> lora_linear_on_rows(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling, const std::optional<Tensor>& seed, int64_t threshold,
+    double survivor_scale, int64_t first, int64_t end);
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_on_rows(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& s, double scaling, const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale,
+    int64_t first);
+
 void lora_linear_(
     Tensor y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, double scaling,
     const std::optional<Tensor>& seed, int64_t threshold, double survivor_scale, Tensor s);

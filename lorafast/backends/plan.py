@@ -60,12 +60,10 @@ class Plan:
     - ``of_stored``: of ``lora_linear`` over an operand, what makes of it ``run`` over the tensors in
       which such an operand is stored: ``x, stored, lora_A, lora_B, scaling, bias`` gives ``y, s``. None
       if the backend has no shorter way to them, as may be what it gives;
-    - ``onto``: of ``lora_linear``, what adds the adapter's part alone, onto a y that has the rest:
-      ``y, x, lora_A, lora_B, scaling, dropout_p, seed, s``, the last memory for ``s``. Of
-      ``lora_linear_backward`` the same onto a dx: ``dx, dy, x, lora_A, lora_B, s, scaling, dropout_p,
-      seed`` gives ``dA, dB``. None if the backend has no such call;
-    - ``base_last``: of ``lora_linear`` with ``onto``: the base product is faster after it, added to a y
-      that was the bias or zeros. Rows that ``onto`` leaves out get the bits of ``F.linear``;
+    - ``on_rows``: of ``lora_linear``, the same with the adapter on the rows from ``first`` to ``end``
+      alone, two arguments more: ``y`` of all rows and ``s`` of these. Of ``lora_linear_backward`` with
+      ``dx, dA, dB`` wanted, for x and s of these rows alone, and ``first``: ``dx`` of all rows, ``dA``
+      and ``dB``. The other rows meet no number of the adapter's. None if the backend has no such call;
     - ``differentiable``: the plan is made of PyTorch's own operations, which PyTorch differentiates, and
       returns ``y`` alone. Only ``lora_linear`` without dropout, where ``s`` isn't wanted, may have it.
     """
@@ -79,8 +77,7 @@ class Plan:
     ahead: str | None = None
     differentiable: bool = False
     of_stored: Callable[[Any], Run | None] | None = None
-    onto: Run | None = None
-    base_last: bool = False
+    on_rows: Run | None = None
 
 
 @dataclass(frozen=True)

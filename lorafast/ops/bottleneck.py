@@ -33,6 +33,7 @@ from lorafast.ops.problems import (
     as_rows,
     bottleneck_backward_problem,
     bottleneck_problem,
+    gradient_as_rows,
     planned,
 )
 from lorafast.ops.registration import register, register_autograd
@@ -203,7 +204,7 @@ _ARGUMENTS = 8
 def _differentiable(ctx: Any, dy: Tensor, wants: tuple[str, ...]) -> _Gradients:
     """By the reference, so that PyTorch can differentiate it once more."""
     h, a, down, up = _saved(ctx)
-    rows = as_rows(dy)
+    rows = gradient_as_rows(dy)
     if a is not None and torch.is_grad_enabled():
         if h is None:
             raise RuntimeError(

@@ -41,6 +41,7 @@ from lorafast.ops.problems import (
     allows_tf32,
     as_rows,
     backward_problem,
+    gradient_as_rows,
     layer_problem,
     planned,
     saved_problem,
@@ -263,8 +264,8 @@ def _run_backward(ctx: Any, run: Run, dy: Tensor, saved: tuple[Any, ...]) -> Gra
     """The gradients in the order of the forward's arguments."""
     x, weight, lora_A, lora_B, s, seed = saved
     dx, dweight, dA, dB, dbias = run(
-        as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, s, ctx.scaling,
-        ctx.dropout_p, seed,
+        gradient_as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, s,
+        ctx.scaling, ctx.dropout_p, seed,
     )  # fmt: skip
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], dx.shape[1])

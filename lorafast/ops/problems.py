@@ -11,6 +11,7 @@ from torch import Tensor
 from lorafast import operands
 from lorafast.backends import forced, registry
 from lorafast.backends.plan import Backend, Plan, Refusal
+from lorafast.core.context import is_batched
 from lorafast.core.dtypes import wide
 from lorafast.core.errors import BackendError
 from lorafast.core.problem import WANTS, WEIGHT_NORM, Layout, Layouts, Problem, is_plain
@@ -25,6 +26,13 @@ def as_rows(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def gradient_as_rows(dy: Tensor) -> Tensor:
+    """The same of a gradient: a batch of is_grads_batched, too, for which flatten has no rule."""
+    if dy.dim() == 2 or torch.compiler.is_compiling() or not is_batched(dy):
+        return as_rows(dy)
+    return dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
 
 
 def planned(problem: Problem) -> Any:

@@ -33,7 +33,7 @@ from lorafast.ops.checks import (
     describe_layout,
     has_rows,
 )
-from lorafast.ops.problems import as_rows, linear_expand_problem, planned
+from lorafast.ops.problems import as_rows, gradient_as_rows, linear_expand_problem, planned
 from lorafast.ops.registration import register, register_autograd
 
 
@@ -102,7 +102,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 with forced.use_backend(ctx.backend or registry.AUTO):
                     dx = _run(dy, W, None, not ctx.transposed)
             if ctx.needs_input_grad[2]:
-                dbias = as_rows(dy).sum(0)
+                dbias = gradient_as_rows(dy).sum(0)
         return dx, None, dbias, None, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
@@ -174,7 +174,7 @@ def _registered_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
                 dy, list(ctx.saved_tensors), operands.describe(W), None, not ctx.transposed
             )
     if ctx.has_bias and len(needs) > 3 and needs[3]:
-        dbias = as_rows(dy).sum(0)
+        dbias = gradient_as_rows(dy).sum(0)
     return (dx, [None] * ctx.stored, None, dbias, None)[: len(needs)]
 
 

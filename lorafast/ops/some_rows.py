@@ -7,8 +7,8 @@ others are those of the reference model.
     dA, dB, dx[own]                            the backward of a layer that has the own rows alone
     dx[others] = dy[others]·W                  0 where the other rows are constants
 
-Where kernels compute it, dx too is one product for all rows, and the adapter's part onto the own ones.
-The other rows meet no number of the adapter's: zeros in their rows of s would be NaN times an infinite
+Where kernels compute it, dx too is one product for all rows, the adapter's part in the own ones. The
+other rows meet no number of the adapter's: zeros in their rows of s would be NaN times an infinite
 B.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorafast import operands
 from lorafast.backends import forced, registry
-from lorafast.backends.plan import Plan, Run
+from lorafast.backends.plan import Run
 from lorafast.core import columns
 from lorafast.core.context import (
     alone,
@@ -32,7 +32,6 @@ from lorafast.core.context import (
     watched,
     without_autocast,
 )
-from lorafast.core.dtypes import wide
 from lorafast.core.problem import PLAIN, WANTS
 from lorafast.operands import Weight
 from lorafast.ops.calls import Call, first_call, layouts_matter, like_of, where
@@ -45,6 +44,7 @@ from lorafast.ops.problems import (
     backward_problem,
     expand_backward_problem,
     expand_problem,
+    gradient_as_rows,
     shrink_backward_problem,
     shrink_problem,
 )
@@ -106,17 +106,19 @@ def lora_linear_on_some_rows(
 class _Call:
     """What a call is like: checked, with the plan for it."""
 
-    __slots__ = ("alone", "base_last", "end", "first", "onto", "shrink")
+    __slots__ = ("alone", "end", "first", "run", "shrink")
 
-    def __init__(self, first: int, end: int, alone: Call, plan: Plan, shrink: Run | None) -> None:
+    def __init__(
+        self, first: int, end: int, alone: Call, run: Run | None, shrink: Run | None
+    ) -> None:
         self.first, self.end = first, end
         """The own rows of x as a matrix."""
         self.alone = alone
         """The call of these rows by themselves."""
-        self.onto, self.base_last = plan.onto, plan.base_last
-        """What adds their low-rank part, and whether the base product comes after."""
+        self.run = run
+        """What does it in one call, ``Plan.on_rows``."""
         self.shrink = shrink
-        """Where there is no ``onto``, what makes their s."""
+        """Where there is none, what makes their s."""
 
     def own(self, t: Tensor) -> Tensor:
         """The own rows of ``t [..., C]``, a matrix; a view if ``t`` is contiguous."""
@@ -156,11 +158,11 @@ def _first_call(
     one = first_call(None, own_x, weight, lora_A, lora_B, scaling, bias, dropout_p, backend)
     if one is None:
         return None
-    plan = registry.choose(one.problem._replace(wants=WANTS["lora_linear"]), backend)
+    run = registry.choose(one.problem._replace(wants=WANTS["lora_linear"]), backend).on_rows
     shrink = None
-    if plan.onto is None:
+    if run is None:
         shrink = registry.choose(shrink_problem(own_x, lora_A, dropout_p, None), backend).run
-    call = _Call(first, end, one, plan, shrink)
+    call = _Call(first, end, one, run, shrink)
     if before == registry.times_forgotten():
         if len(_calls) >= _KEPT:
             _calls.clear()
@@ -180,21 +182,14 @@ def _forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """``y`` of all rows and ``s`` of the own ones."""
-    own_x = call.own(x)
-    if call.onto is None:
-        assert call.shrink is not None
-        s = call.shrink(own_x, lora_A, dropout_p, seed)
-        y = _linear(x, weight, bias).contiguous()
-        _add_expanded(call.alone.backend, call.own(y), s, lora_B, scaling, 0.0, None)
-        return y, s
-    s = own_x.new_empty((own_x.shape[0], lora_A.shape[0]), dtype=wide(x.dtype))
-    if call.base_last:
-        y = _begun(x, weight, bias)
-        call.onto(call.own(y), own_x, lora_A, lora_B, scaling, dropout_p, seed, s)
-        operands.add_linear_(as_rows(y), as_rows(x), weight)
-        return y, s
+    if call.run is not None:
+        rest = (scaling, bias, dropout_p, seed, call.first, call.end)
+        y, s = call.run(as_rows(x), weight, lora_A, lora_B, *rest)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]), s
+    assert call.shrink is not None
+    s = call.shrink(call.own(x), lora_A, dropout_p, seed)
     y = _linear(x, weight, bias).contiguous()
-    call.onto(call.own(y), own_x, lora_A, lora_B, scaling, dropout_p, seed, s)
+    _add_expanded(call.alone.backend, call.own(y), s, lora_B, scaling, 0.0, None)
     return y, s
 
 
@@ -246,17 +241,10 @@ class _OnSomeRows(torch.autograd.Function):
             and alone()
         )
         backward = _together if by_kernels else _apart
-        dx, dA, dB = backward(ctx, _matrix(dy), need_dx, need_dA, need_dB)
+        dx, dA, dB = backward(ctx, gradient_as_rows(dy), need_dx, need_dA, need_dB)
         if dx is not None and dy.dim() != 2:
             dx = dx.view(*dy.shape[:-1], dx.shape[1])
         return None, None, dx, None, dA, dB, *[None] * 4
-
-
-def _matrix(dy: Tensor) -> Tensor:
-    """``as_rows``, which has no rule for the batches of is_grads_batched."""
-    if torch.compiler.is_compiling() or not is_batched(dy):
-        return as_rows(dy)
-    return dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -302,13 +290,17 @@ def _together(ctx: Any, dy: Tensor, need_dx: bool, need_dA: bool, need_dB: bool)
     call, scaling, p = ctx.call, ctx.scaling, ctx.dropout_p
     own, backend = slice(call.first, call.end), call.alone.backend
     with without_autocast(dy), _as_the_forward(backend):
-        dx, own_dy = _linear_transposed(dy, operands.build(stored, ctx.description)), dy[own]
+        W, own_dy = operands.build(stored, ctx.description), dy[own]
         own_x = None if x is None else call.own(x)
         if need_dA and need_dB and dy.is_cpu:
             problem = backward_problem(call.alone.problem, FROZEN, own_dy, False)
-            onto = registry.choose(problem, backend).onto
-            if onto is not None:
-                return dx, *onto(dx[own], own_dy, own_x, lora_A, lora_B, s, scaling, p, seed)
+            run = registry.choose(problem, backend).on_rows
+            if run is not None:
+                gradients: tuple[Tensor, Tensor, Tensor] = run(
+                    dy, own_x, W, lora_A, lora_B, s, scaling, p, seed, call.first
+                )
+                return gradients
+        dx = _linear_transposed(dy, W)
         wants, dtype = ("ds", "dB") if need_dB else ("ds",), ctx.lora_A.dtype
         problem = expand_backward_problem(own_dy, s, lora_B, wants, dtype)
         ds, dB, _ = registry.choose(problem, backend).run(own_dy, s, lora_B, scaling)
@@ -325,12 +317,6 @@ def _as_the_forward(backend: str | None) -> contextlib.AbstractContextManager[An
     if forced.forced() == backend:
         return contextlib.nullcontext()
     return forced.use_backend(backend or registry.AUTO)
-
-
-def _begun(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """What ``x·Wᵀ`` is added to."""
-    size = (*x.shape[:-1], weight.shape[0])
-    return x.new_zeros(size) if bias is None else x.new_empty(size).copy_(bias)
 
 
 def _linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

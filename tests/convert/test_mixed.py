@@ -291,6 +291,33 @@ def test_a_wide_layer_has_them_too(bias, rows, K):
     torch.testing.assert_close(y[rows:], layer(x[rows:]).detach(), **bounds)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_meet_no_number_of_the_adapters(dtype, dropout):
+    """By the native kernels: the same bits, and of dx, whatever is in A and B."""
+    layer = lorafast.nn.LoRALinear(192, 160, r=16, dropout=dropout, dtype=dtype)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(352, 192).to(dtype).requires_grad_()
+    dy, others = torch.randn(352, 160).to(dtype), [*range(103), *range(253, 352)]
+
+    def found():
+        torch.manual_seed(5)
+        with lorafast.mixed(layer, [NONE] * 103 + [OWN] * 150 + [NONE] * 99):
+            y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        return torch.cat([y.detach()[others], dx[others]], 1)
+
+    expected = found()
+    for parameter in (layer.lora_A, layer.lora_B):
+        before = parameter.detach().clone()
+        nn.init.constant_(parameter, torch.inf)
+        assert torch.equal(found(), expected)
+        with torch.no_grad():
+            parameter.copy_(before)
+    layer.scaling = 1e300  # infinite in float32
+    assert torch.equal(found(), expected)
+
+
 def test_inputs_that_are_not_contiguous():
     layer = lorafast.nn.LoRALinear(24, 10, r=3, dtype=torch.float64)
     nn.init.normal_(layer.lora_B)

@@ -119,6 +119,31 @@ def why_together_differ(M, K, N, r, dtype, layout, p, seed):
     for name, one, other in zip(("y", "s", "dx", "ds", "dA", "dB"), expected, found, strict=True):
         if not torch.equal(one, other):
             return f"{name} of a layer's products in one call has other bits than by itself"
+    own = slice(M // 3, M - M // 4)
+    return why_some_rows_differ(x, dy, A, B, own, mask)
+
+
+def why_some_rows_differ(x, dy, A, B, own, mask):
+    """A sentence if the skinny products of a layer whose adapter is on some rows don't have the bits
+    that they have of these rows by themselves."""
+    ops, low, W = (
+        torch.ops.lorafast_cpu,
+        reference.wide(x.dtype),
+        torch.randn(dy.shape[1], x.shape[1]),
+    )
+    x_own, dy_own, W = x[own], dy[own], W.to(x.dtype)
+    s, ds = (torch.empty(x_own.shape[0], A.shape[0], dtype=low) for _ in "sd")
+    dA, dB = torch.empty_like(A), torch.empty_like(B)
+    ops.shrink(x_own, A, *mask, s)
+    ops.expand_backward(dy_own, s, B, 0.7, ds, dB)
+    ops.shrink_backward(ds, x_own, *mask, dA)
+    y, found = ops.lora_linear_on_rows(x, W, None, A, B, 0.7, *mask, own.start, own.stop)
+    dx, *gradients = ops.lora_linear_backward_on_rows(dy, x_own, W, A, B, s, 0.7, *mask, own.start)
+    if y.shape != dy.shape or dx.shape != x.shape:
+        return "y or dx of a layer with its adapter on some rows has not all rows"
+    for name, one, other in zip(("s", "dA", "dB"), (s, dA, dB), (found, *gradients), strict=True):
+        if not torch.equal(one, other):
+            return f"{name} of a layer with its adapter on some rows has other bits than of these alone"
     return None
 
 

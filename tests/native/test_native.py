@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from circumstances import MEMORY, THREADS, WORK, assert_same_bits
 from helpers import assert_contract, problems
 from hypothesis import given
@@ -25,6 +26,10 @@ from lorafast.backends.library import Library
 if native.why_not_loaded() is not None:
     pytest.skip(native.why_not_loaded(), allow_module_level=True)
 
+from lorafast.backends.cpu.operations import (
+    dense_lora_linear_backward_on_rows,
+    dense_lora_linear_on_rows,
+)
 from lorafast.ops.problems import on_backend
 from lorafast.reference import wide
 
@@ -139,6 +144,53 @@ def test_the_contract_of_panels(sizes, by_column, poisoned):
         return run.linear_expand(*given, cast(bias)), run.linear_expand(*given, None, 0.1, seed)
 
     assert_contract(call, cpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [*PANELS, (130, 40, 1030, 4)], ids=str)
+def test_the_contract_on_some_rows(sizes, dtype, dropout_p, poisoned):
+    """Of the last sizes in float32 the base GEMM comes last."""
+    M, K, N, r = sizes
+    drawn = [
+        torch.randn(size, dtype=torch.float64)
+        for size in ((M, K), (M, N), (N, K), (r, K), (N, r), (N,), (M, r))
+    ]
+    drop = dropout_p, torch.tensor([5])
+    for first, end in ((0, M), (0, 9), (5, M - 7), (M - 1, M), (8, 8)):
+        own = slice(first, end)
+
+        def call(run, cast, own=own):
+            x, dy, W, A, B, bias = (cast(t) for t in drawn[:-1])
+            s = cast(drawn[-1])[own].clone()
+            if run is cpu:
+                y, made = dense_lora_linear_on_rows(
+                    x, W, A, B, 0.7, bias, *drop, own.start, own.stop
+                )
+                return (
+                    y,
+                    made,
+                    *dense_lora_linear_backward_on_rows(
+                        dy, x[own], W, A, B, s, 0.7, *drop, own.start
+                    ),
+                )
+            y, dx = F.linear(x, W, bias), dy @ W
+            made = run.shrink(x[own], A, *drop)
+            ds, dB = run.expand_backward(dy[own], s, B, 0.7)
+            y[own] = run.linear_expand(x[own], W, made, B, 0.7, bias)
+            dx[own] = run.linear_expand(dy[own], W, ds, A.t(), 1.0, None, *drop, transposed=True)
+            return y, made, dx, run.shrink_backward(ds, x[own], *drop), dB
+
+        assert_contract(call, cpu, dtype)
+
+
+def test_rows_that_are_not_there():
+    x, W, A, B = torch.ones(4, 8), torch.ones(8, 8), torch.ones(2, 8), torch.ones(8, 2)
+    for first, end in ((-1, 2), (3, 2), (2, 5)):
+        with pytest.raises(RuntimeError, match=f"the adapter's rows are {first} to {end} of 4"):
+            dense_lora_linear_on_rows(x, W, A, B, 1.0, None, 0.0, None, first, end)
+    with pytest.raises(RuntimeError, match="the adapter's rows are 2 to 5 of 4"):
+        dense_lora_linear_backward_on_rows(x, x[:3], W, A, B, x[:3, :2].clone(), 1.0, 0.0, None, 2)
 
 
 @pytest.mark.skipif(

@@ -432,11 +432,12 @@ def test_repr_reads_as_the_constructor():
 
 @in_every_format
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_batched_gradients(format, dropout):
+@pytest.mark.parametrize("rows", [(200,), (5, 40)], ids=["matrix", "3-D"])
+def test_batched_gradients(format, dropout, rows):
     made = layer(K=64, N=48, r=4, dtype=torch.float32, dropout=dropout, format=format)
-    x = torch.randn(200, 64, requires_grad=True)
+    x = torch.randn(*rows, 64, requires_grad=True)
     y = made(x)
-    inputs, every_dy = (x, made.lora_A, made.lora_B), torch.randn(3, 200, 48)
+    inputs, every_dy = (x, made.lora_A, made.lora_B), torch.randn(3, *rows, 48)
     batched = torch.autograd.grad(y, inputs, every_dy, is_grads_batched=True, retain_graph=True)
     for i, dy in enumerate(every_dy):
         single = torch.autograd.grad(y, inputs, dy, retain_graph=True)

@@ -155,6 +155,17 @@ def test_transforms_and_batched_gradients_are_the_references(residual):
     torch.testing.assert_close(*batched)
 
 
+def test_batched_gradients_of_more_dimensions():
+    t = {name: value.requires_grad_() for name, value in drawn().items()}
+    y = functional.bottleneck(**t | {"h": t["h"].unflatten(0, (1, 37))}, scaling=0.3)
+    seeds = torch.randn(3, *y.shape, dtype=y.dtype)
+    leaves = tuple(t.values())
+    batched = torch.autograd.grad(y, leaves, seeds, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(seeds):
+        single = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        torch.testing.assert_close(tuple(one[i] for one in batched), single)
+
+
 def test_autocast_gives_what_pytorch_gives():
     tensors = {name: t.float().requires_grad_() for name, t in drawn().items()}
     low = tensors["h"].detach().bfloat16()

@@ -31,10 +31,6 @@ NARROW, WIDE = 48, 64
 _SMALL = {torch.bfloat16: 1 << 16, torch.float32: 1 << 22}
 """Multiply-adds of the base GEMM below which, without a mask, three of PyTorch's calls cost less than
 one of ours in a ``Function``: measured between 2**15 and 2**18, and at 128 x 512 x 512."""
-WIDE_PRODUCT, DEEP_PRODUCT = 1024, 1024
-"""The columns from which, and the depth up to which, MKL's product in float32 is faster onto a y that is
-in the caches than into new memory: measured at 512 x 576 x 1536 on an AMD EPYC, and not at 192 and 576
-columns, where zeros cost more than that saves, nor of a sum of 1536, of which it adds parts."""
 
 
 class Cpu(Backend):
@@ -62,17 +58,14 @@ class Cpu(Backend):
         p = problem
         ahead = _why_ahead(p)
         if p.operation == "lora_linear":
-            if p.format == DENSE:
-                made, last = run.dense_lora_linear, _adds_better(p)
-                return Plan(self.name, made, _FORWARD, ahead=ahead, onto=run.onto, base_last=last)
-            made, short = run.lora_linear, run.of_stored(p)
-            return Plan(self.name, made, _FORWARD, ahead=ahead, of_stored=short, onto=run.onto)
+            short = None if p.format == DENSE else run.of_stored(p)
+            whole, rows = run.FORWARD[p.format == DENSE]
+            return Plan(self.name, whole, _FORWARD, ahead=ahead, of_stored=short, on_rows=rows)
         if p.operation == "lora_linear_backward":
             if p.wants != ("dx", "dA", "dB"):
                 return composed.plan_or_refusal(problem, self.plan)
-            dense = p.format == DENSE
-            backward = run.dense_lora_linear_backward if dense else run.lora_linear_backward
-            return Plan(self.name, backward, _BACKWARD, ahead=ahead, onto=run.onto_backward)
+            whole, rows = run.BACKWARD[p.format == DENSE]
+            return Plan(self.name, whole, _BACKWARD, ahead=ahead, on_rows=rows)
         if p.operation == "shrink":
             return Plan(self.name, run.shrink, ("shrink",), ahead=ahead)
         if p.operation == "expand":
@@ -187,17 +180,6 @@ def _why_bottleneck_ahead(p: Problem) -> str | None:
         return None
     most = "" if widest is None else f" up to b = {widest}"
     return f"on a CPU in {p.dtype} from {fewest} rows{most}, measured"
-
-
-def _adds_better(p: Problem) -> bool:
-    """Whether the base GEMM comes last where the adapter is on some rows: ``Plan.base_last``."""
-    return (
-        p.dtype is torch.float32
-        and not p.tf32
-        and p.M >= MANY
-        and p.N >= WIDE_PRODUCT
-        and p.K <= DEEP_PRODUCT
-    )
 
 
 def _is_small(p: Problem) -> bool:

@@ -27,6 +27,8 @@ LIBRARY = Library(
         "linear_expand",
         "lora_linear",
         "lora_linear_backward",
+        "lora_linear_on_rows",
+        "lora_linear_backward_on_rows",
         "lora_linear_",
         "lora_linear_backward_",
         "bottleneck",

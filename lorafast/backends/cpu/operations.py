@@ -26,6 +26,8 @@ _shrink_backward = _kernels.shrink_backward.default
 _linear_expand = _kernels.linear_expand.default
 _lora_linear = _kernels.lora_linear.default
 _lora_linear_backward = _kernels.lora_linear_backward.default
+_lora_linear_on_rows = _kernels.lora_linear_on_rows.default
+_lora_linear_backward_on_rows = _kernels.lora_linear_backward_on_rows.default
 _lora_linear_ = _kernels.lora_linear_.default
 _lora_linear_backward_ = _kernels.lora_linear_backward_.default
 
@@ -189,21 +191,7 @@ def _with_low_rank(
     return y, s
 
 
-def onto(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    s: Tensor,
-) -> None:
-    """``s = drop(x)·Aᵀ`` and ``y += scaling · s·Bᵀ``."""
-    _lora_linear_(y, x, lora_A, lora_B, float(scaling), *_mask(dropout_p, seed), s)
-
-
-def onto_backward(
+def _with_low_rank_backward(
     dx: Tensor,
     dy: Tensor,
     x: Tensor,
@@ -260,6 +248,46 @@ def dense_lora_linear_backward(
     return dx, None, dA, dB, None
 
 
+def dense_lora_linear_on_rows(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    first: int,
+    end: int,
+) -> tuple[Tensor, Tensor]:
+    """``dense_lora_linear`` with the adapter on the rows from ``first`` to ``end`` alone."""
+    mask = _mask(dropout_p, seed)
+    y = operands.finished_linear(x, weight, bias)
+    if y is None:
+        rows = (first, end)
+        return _lora_linear_on_rows(x, weight, bias, lora_A, lora_B, float(scaling), *mask, *rows)
+    s = _with_low_rank(y[first:end], x[first:end], lora_A, lora_B, scaling, mask)[1]
+    return y, s
+
+
+def dense_lora_linear_backward_on_rows(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its backward; x and s have those rows alone."""
+    mask = _mask(dropout_p, seed)
+    given = (dy, x, weight, lora_A, lora_B, s)
+    return _lora_linear_backward_on_rows(*given, float(scaling), *mask, first)
+
+
 def lora_linear(
     x: Tensor,
     weight: Weight,
@@ -310,5 +338,53 @@ def lora_linear_backward(
 ) -> tuple[Tensor, None, Tensor, Tensor, None]:
     """``expand_backward``, ``shrink_backward`` and ``linear_expand``: ``dx``, ``dA``, ``dB``."""
     dx = dequantize.linear_transposed(dy, weight)
-    dA, dB = onto_backward(dx, dy, x, lora_A, lora_B, s, scaling, dropout_p, seed)
+    dA, dB = _with_low_rank_backward(dx, dy, x, lora_A, lora_B, s, scaling, dropout_p, seed)
     return dx, None, dA, dB, None
+
+
+def lora_linear_on_rows(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    first: int,
+    end: int,
+) -> tuple[Tensor, Tensor]:
+    """``lora_linear`` with the adapter on the rows from ``first`` to ``end`` alone."""
+    y, mask = dequantize.linear(x, weight, bias), _mask(dropout_p, seed)
+    s = _with_low_rank(y[first:end], x[first:end], lora_A, lora_B, scaling, mask)[1]
+    return y, s
+
+
+def lora_linear_backward_on_rows(
+    dy: Tensor,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    s: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its backward; x and s have those rows alone."""
+    dx, end = dequantize.linear_transposed(dy, weight), first + x.shape[0]
+    rest = (lora_A, lora_B, s, scaling, dropout_p, seed)
+    dA, dB = _with_low_rank_backward(dx[first:end], dy[first:end], x, *rest)
+    return dx, dA, dB
+
+
+FORWARD: dict[bool, tuple[Run, Run]] = {
+    True: (dense_lora_linear, dense_lora_linear_on_rows),
+    False: (lora_linear, lora_linear_on_rows),
+}
+"""By whether W is dense: of all rows, and with the adapter on some of them."""
+BACKWARD: dict[bool, tuple[Run, Run]] = {
+    True: (dense_lora_linear_backward, dense_lora_linear_backward_on_rows),
+    False: (lora_linear_backward, lora_linear_backward_on_rows),
+}
