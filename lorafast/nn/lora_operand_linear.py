@@ -130,7 +130,10 @@ class LoRAOperandLinear(StoredWeight, LoRALinear):
         layer._set_linear(K, N, r, alpha, dropout, use_rslora, use_dora)
         layer._description = operands.describe(weight)
         layer._stored_names = tuple(weight.tensors())
-        for name, tensor in weight.tensors().items():
+        for i, (name, tensor) in enumerate(weight.tensors().items()):
+            # Codes. FSDP2 shards parameters, and casts no bytes; DDP sends buffers in each forward.
+            if i == 0 and not isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+                tensor = nn.Parameter(tensor, requires_grad=False)
             if isinstance(tensor, nn.Parameter):
                 layer.register_parameter(name, tensor)
             else:

@@ -1,4 +1,5 @@
-"""4-bit codes of bitsandbytes stored as floats, which a policy of FSDP2 casts: PEFT's layer refuses."""
+"""4-bit codes of bitsandbytes. A policy of FSDP2 casts those that are stored as floats: PEFT's layer
+refuses. Those that are bytes an adapted layer shards, and doesn't send."""
 
 import importlib.util
 
@@ -70,3 +71,50 @@ def test_codes_that_the_policy_casts(own_class):
             assert f"codes stored as {storage}" in message
             assert "MixedPrecisionPolicy" in message
             assert "\n" not in message
+
+
+def _adapted(storage):
+    model = lorafast.adapt(quantized(storage).float(), 4, ["0"])
+    torch.manual_seed(3)
+    nn.init.normal_(model[0].lora_B)
+    return model
+
+
+def _gradients(model, x):
+    model(x).square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name.removeprefix("module."): g.full_tensor() if hasattr(g, "full_tensor") else g
+        for name, g in found.items()
+    }
+
+
+def _spread(rank, storage):
+    """Bytes of codes that this rank has under FSDP2 and sends in DDP, and the errors of gradients."""
+    from lorafast.bench.distributed.collectives import Collectives
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(1)
+    x = torch.randn(4, SIZE)
+    expected = _gradients(_adapted(storage), x)
+    errors, model = [], fully_shard(_adapted(storage))
+    held = getattr(model[0].weight, "_local_tensor", model[0].weight).nbytes
+    for wrapped in (model, DistributedDataParallel(_adapted(storage))):
+        with Collectives() as sent:
+            found = _gradients(wrapped, x.chunk(2)[rank])
+        errors += [((found[n] - g).norm() / g.norm()).item() for n, g in expected.items()]
+    return held, max(call.bytes for call in sent.calls if call.kind == "broadcast"), errors
+
+
+@pytest.mark.parametrize(
+    ("storage", "is_bytes"), [(torch.uint8, True), (torch.float32, False)], ids=["bytes", "floats"]
+)
+def test_an_adapted_layer(storage, is_bytes):
+    codes = SIZE * SIZE // 2
+    because = "the codes are those of bitsandbytes on a CPU"
+    for held, sent, errors in on_ranks(_spread, storage, imports=IMPORTS, cpu_because=because):
+        assert held == (codes // 2 if is_bytes else codes)
+        assert (sent < codes) == is_bytes
+        assert len(errors) == 4
+        assert max(errors) < 2.0**-20

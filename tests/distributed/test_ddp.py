@@ -1,6 +1,7 @@
 """DistributedDataParallel around adapters of every kind: two processes against one on the same data."""
 
 import contextlib
+import inspect
 import os
 import re
 import tempfile
@@ -24,6 +25,7 @@ from kinds_of_models import (
     plain,
     quickly,
 )
+from lorafast.bench.distributed.collectives import Collectives
 from ranks import device, on_ranks
 from small_decoder import fill_adapters
 from torch import nn
@@ -109,6 +111,85 @@ def test_accumulated_gradients_are_those_of_one_process(kind):
 )
 def test_settings(options):
     _check(on_ranks(_backward, "nf4-dora", options, 1), "nf4-dora")
+
+
+def _in_bfloat16(rank, kind):
+    """This rank's part alone, and what the ranks have of both parts."""
+    found = []
+    for wrap in (lambda model: model, DistributedDataParallel):
+        model = wrap(adapted(kind, torch.float32).to(torch.bfloat16))
+        loss(model, part(inputs(kind, BATCH, torch.bfloat16), rank, 2)).backward()
+        found.append(gradients(model))
+    return found
+
+
+@pytest.mark.parametrize("kind", quickly(("nf4-dora", "lora", "houlsby", "int8", "conv-dora")))
+def test_bfloat16(kind):
+    """The mean of two models in bfloat16, which rounds each summand and the sum."""
+    (first, found), (second, of_second) = on_ranks(_in_bfloat16, kind)
+    expected = {name: (array + second[name]) / 2 for name, array in first.items()}
+    assert_near(found, expected, 2.0**-7)
+    assert_near(of_second, found, 0.0)
+    assert any((first[name] != array).any() for name, array in second.items())
+
+
+def _compiled(rank, kind, how):
+    bare = adapted(kind)
+    if how == "in blocks":
+        for block in bare.layers:
+            block.compile(backend="aot_eager", fullgraph=True)
+        model = DistributedDataParallel(bare, **OF_BUCKETS)
+    elif how == "inside":
+        model = DistributedDataParallel(torch.compile(bare, backend="aot_eager"))
+    else:  # by PyTorch's own pass for it, in graphs of a bucket each
+        dist._DEFAULT_FIRST_BUCKET_BYTES = 2**14
+        model = torch.compile(
+            DistributedDataParallel(bare, bucket_cap_mb=2**-6), backend="aot_eager"
+        )
+    x = part(inputs(kind, BATCH), rank, 2)
+    for _ in range(2):
+        bare.zero_grad()
+        found = loss(model, x)
+        found.backward()
+    return found.item(), gradients(bare), []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "how"), [("siblings", "in blocks"), ("nf4-dora", "inside"), ("lora", "around")]
+)
+def test_compiled(kind, how):
+    _check(on_ranks(_compiled, kind, how), kind)
+
+
+def _sent(rank, kinds):
+    """By kind: what is sent in a step, with buffers and without, and the size of the adapters."""
+    found = {}
+    options = inspect.signature(DistributedDataParallel).parameters
+    setting = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in options)
+    for kind in kinds:
+        for of_buffers in (True, False):
+            bare = adapted(kind)
+            model = DistributedDataParallel(bare, **{setting: of_buffers})
+            x = part(inputs(kind, BATCH), rank, 2)
+            for _ in range(2):  # after the first, buckets are made anew
+                loss(model, x).backward()
+            with Collectives() as sent:
+                loss(model, x).backward()
+            size = sum(p.numel() for p in bare.parameters() if p.requires_grad)
+            found[kind, of_buffers] = [(c.kind, c.shape, c.backward) for c in sent.calls], size
+    return found
+
+
+def test_what_is_sent():
+    """The adapters' gradients; and in each forward, unless DDP is told not to, the scales of quantized
+    weights, which are buffers."""
+    for found in on_ranks(_sent, ("lora", "nf4", "int8", "fp8")):
+        for (kind, of_buffers), (calls, size) in found.items():
+            *forward, last = calls
+            assert last == ("all_reduce", (size,), True), kind
+            assert bool(forward) == (of_buffers and kind != "lora"), (kind, forward)
+            assert {(one, backward) for one, _, backward in forward} <= {("broadcast", False)}
 
 
 class _OtherLayout(torch.autograd.Function):

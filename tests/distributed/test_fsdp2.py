@@ -16,7 +16,7 @@ from kinds_of_models import (
     plain,
     quickly,
 )
-from ranks import device, on_ranks
+from ranks import device, mesh_of, on_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 import lorafast
@@ -75,6 +76,46 @@ def test_gradients_are_those_of_one_process(kind):
     assert sum(one for one, _ in found) / 2 == pytest.approx(whole, rel=1e-12)
     for _, of_rank in found:
         assert_near(of_rank, expected)
+
+
+def _accumulated(rank, kind):
+    """In two backwards, of which the last one sends."""
+    model = _shard(adapted(kind))
+    for i, rows in enumerate(part(inputs(kind, BATCH), rank, 2).chunk(2)):
+        model.set_requires_gradient_sync(i == 1)
+        (loss(model, rows) / 2).backward()
+    return gradients(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dora", "pfeiffer"])
+def test_accumulated_gradients(kind):
+    for found in on_ranks(_accumulated, kind):
+        assert_near(found, one_process(kind, BATCH)[1])
+
+
+def _in_other_layouts(rank, kinds):
+    """Those of docs/scaling.md: A by columns, and replicas of what two ranks share."""
+    found = {}
+    layouts = {
+        "by columns": {"shard_placement_fn": lambda p: Shard(1) if p.shape[0] < 4 else None},
+        "replicas": {"mesh": mesh_of(2, 2, mesh_dim_names=("replicas", "shards"))},
+    }
+    for kind in kinds:
+        for name, options in layouts.items():
+            model = _shard(adapted(kind), **options)
+            loss(model, part(inputs(kind, BATCH), rank, 4)).backward()
+            cut = {p.placements[-1] for n, p in model.named_parameters() if n.endswith("lora_A")}
+            found[kind, name] = gradients(model), cut == {Shard(int(name == "by columns"))}
+    return found
+
+
+@pytest.mark.slow
+def test_layouts_of_many_gpus():
+    for found in on_ranks(_in_other_layouts, ("lora", "nf4-dora"), world=4):
+        for (kind, _), (of_rank, as_asked) in found.items():
+            assert_near(of_rank, one_process(kind, BATCH)[1])
+            assert as_asked
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,17 @@ import copy
 import pytest
 import torch
 from ranks import device, mesh_of, on_ranks
-from small_decoder import WIDTH, tokens
-from test_tensor_parallel import EXACT, adapted, by_tokens, error, loss_of, plan_of, steps
+from small_decoder import PROJECTIONS, WIDTH, decoder, fill_adapters, tokens
+from test_tensor_parallel import (
+    EXACT,
+    adapted,
+    by_tokens,
+    error,
+    loss_of,
+    plan_of,
+    steps,
+    whole,
+)
 from torch import nn
 
 import lorafast
@@ -161,6 +170,76 @@ def test_with_fsdp_on_four_ranks():
     on_ranks(_with_fsdp, world=4)
 
 
+def _of_other_kinds(rank, folder):
+    """On four ranks what else can be cut; and what is saved there, loaded by one process."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(2, 2, mesh_dim_names=("dp", "tp"))
+
+    def spread(model, plan):
+        lorafast.parallel.parallelize(model, mesh["tp"], plan)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh["dp"])
+        return fully_shard(model, mesh=mesh["dp"])
+
+    def in_int8():
+        model = lorafast.quantize(decoder(torch.float64).requires_grad_(False), "int8")
+        torch.manual_seed(3)
+        model = lorafast.adapt(model, 3, list(PROJECTIONS))
+        fill_adapters(model)
+        return model.to(device())
+
+    def by_parts():
+        return adapted(True, heads=True, bottlenecks=True, p=0.0)
+
+    ids = tokens(4)
+    for make, plan in ((in_int8, plan_of(None)), (by_parts, by_tokens())):
+        one, two = make(), spread(make(), plan)
+        (losses, found), (expected, exactly) = steps(two, ids, 3), steps(one, ids, 3)
+        assert error(losses, expected) < 1e-10
+        assert max(error(found[name], gradient) for name, gradient in exactly.items()) < EXACT
+        lorafast.parallel.check_replicas(two)
+    dcp.save({"run": lorafast.AdapterState(two)}, checkpoint_id=folder)
+    alone = by_parts()
+    dcp.load({"run": lorafast.AdapterState(alone)}, checkpoint_id=folder, no_dist=True)
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(whole(two.get_parameter(name)), parameter), name
+    assert not torch.equal(alone.get_parameter("norm.weight"), by_parts().norm.weight)
+
+
+@pytest.mark.slow
+def test_other_kinds_with_fsdp_on_four_ranks(tmp_path):
+    on_ranks(_of_other_kinds, str(tmp_path / "checkpoint"), world=4)
+
+
+def _accumulated(rank):
+    """Two backwards, each of which sums what is replicated; adapters off, and in a part of a batch."""
+    from lorafast.bench.distributed.collectives import Collectives
+
+    one, two = adapted(True, p=0.0, bottlenecks=True), cut(adapted(True, p=0.0, bottlenecks=True))
+    rows, sent = ["default", None, None, "default"], []
+    for model in (one, two):
+        for ids in tokens(4).chunk(2):
+            with Collectives() as counted:
+                loss_of(model, ids).backward()
+            sent.append(sum(c.shape in ((3, WIDTH), (WIDTH, 3)) for c in counted.calls))
+        with lorafast.mixed(model, rows):
+            loss_of(model, tokens(4)).backward()
+    lorafast.parallel.check_replicas(two)
+    assert sent == [0, 0, 14, 14]
+    for name, parameter in one.named_parameters():
+        if parameter.requires_grad:
+            assert error(two.get_parameter(name).grad, parameter.grad) < EXACT, name
+    frozen = cut(decoder(torch.float64).requires_grad_(False).to(device()))
+    with torch.no_grad(), lorafast.disabled(two):
+        assert torch.equal(two(tokens(2)), frozen(tokens(2)))
+
+
+def test_accumulated_mixed_and_disabled():
+    on_ranks(_accumulated)
+
+
 def _compiled(rank):
     one, two = adapted(), cut(adapted())
     del one.layers[1:], two.layers[1:]  # it compiles for seconds
@@ -181,6 +260,30 @@ def _compiled(rank):
 @pytest.mark.slow
 def test_compiled_in_one_graph():
     on_ranks(_compiled)
+
+
+def _compiled_by_blocks(rank):
+    """Of parts of the tokens, where gradients of what is replicated are summed: no other test compiles
+    these sums. Compiled code doesn't compare them."""
+
+    def make():
+        model = adapted(heads=True, bottlenecks=True)
+        del model.layers[1:]
+        return model
+
+    one, two = make(), make()
+    lorafast.parallel.parallelize(two, mesh_of(), by_tokens())
+    for block in two.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    (losses, found), (expected, exactly) = steps(two, tokens(2), 2), steps(one, tokens(2), 2)
+    lorafast.parallel.check_replicas(two)
+    assert error(losses, expected) < 1e-10
+    assert max(error(found[name], gradient) for name, gradient in exactly.items()) < EXACT
+
+
+@pytest.mark.slow
+def test_compiled_by_blocks_with_parts_of_the_tokens():
+    on_ranks(_compiled_by_blocks)
 
 
 def _checkpointed(rank, use_reentrant):

