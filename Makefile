@@ -11,7 +11,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo demo-cnn demo-dpo demo-fsdp2 demo-kinds demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own test-adapterhub count-peft-own test-oldest-triton bench gpu docs lint types check clean
+.PHONY: help setup demo demo-cnn demo-dpo demo-fsdp2 demo-kinds demo-qlora demo-weak demo-robust test test-all test-executed test-peft test-oldest-peft test-peft-own test-adapterhub count-peft-own test-oldest-triton bench gpu docs lint types check clean
 
 help:
 	@echo "make setup   .venv with everything that development needs; the others do it first"
@@ -19,6 +19,7 @@ help:
 	@echo "make demo-cnn   fine-tune the convolutions of a small CNN likewise, and the whole of it (1 minute)"
 	@echo "make demo-dpo   a reward model and DPO on that model, policy and reference in one forward (2 minutes)"
 	@echo "make demo-kinds   fine-tune the model of make demo with nineteen kinds of adapters: table and picture (3 minutes)"
+	@echo "make demo-qlora   the fine-tuning of make demo over a base in 4 bits, beside PEFT + bitsandbytes and bfloat16 (3 minutes)"
 	@echo "make demo-weak   fine-tune that model on noisy rules, without a labelled example (3 minutes)"
 	@echo "make demo-robust   walk from a small CNN to its fine-tuned copy, full and LoRA (3 minutes)"
 	@echo "make demo-fsdp2   fine-tune the model of make demo on two processes with FSDP2 (2 minutes)"
@@ -55,6 +56,9 @@ demo-dpo: $(READY)
 
 demo-kinds: $(READY)
 	$(PY) examples/finetune_kinds.py $(ARGS)
+
+demo-qlora: $(READY)
+	$(PY) examples/finetune_minilm.py --base nf4 --dtype bfloat16 $(ARGS)
 
 demo-weak: $(READY)
 	$(PY) examples/weak_supervision.py $(ARGS)
