@@ -130,7 +130,8 @@ build/peft-tests-%:
 	tar xzf $@.part/peft-$*.tar.gz -C $@.part --strip-components=1 peft-$*/tests
 	mv $@.part $@
 
-# The oldest Triton that a GPU machine has: with it too ptxas leaves every wgmma in flight.
+# The oldest Triton that a GPU machine has: with it too ptxas leaves every wgmma in flight. After a kernel
+# has changed make test-oldest-triton ARGS=--write, else its variants are compiled again each time.
 TRITON ?= 3.6.0
 
 test-oldest-triton: $(READY) build/triton-$(TRITON)

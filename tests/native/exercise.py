@@ -1,14 +1,29 @@
 """Every native kernel on shapes that nothing divides, held against the float64 reference.
 
-    LORAFAST_CPU=avx2 PYTHONPATH=.:tests python tests/native/exercise.py [path of the library]
+    LORAFAST_CPU=avx2 PYTHONPATH=.:tests python tests/native/exercise.py [path of the library] [sets]
 
-Run by the tests once for each instruction set, and under the sanitizers on a library of its own.
+Run by the tests once for each instruction set, and under the sanitizers on a library of its own: there
+with each of the sets, in children of one process that has imported PyTorch.
 """
 
 import itertools
+import os
 import sys
 
 import torch
+
+if len(sys.argv) > 2:
+    for name in sys.argv[2:]:
+        child = os.fork()
+        if child == 0:
+            os.environ["LORAFAST_CPU"] = name  # read when the library is loaded
+            break
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(os.waitstatus_to_exitcode(status))
+    else:
+        sys.exit()
+
 from circumstances import on_threads
 from helpers import covering
 from layouts import lay_out
