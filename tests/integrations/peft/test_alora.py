@@ -294,7 +294,8 @@ def test_compiled(dropout, served_by_peft):
 def test_a_forced_backend_serves_it_or_says_why_not():
     stock = peft_model(**INVOKED)
     fast, x = lorafast.accelerate(copy.deepcopy(stock), quiet=True), torch.randn(B, T, K)
-    with lorafast.use_backend("reference"):
-        torch.testing.assert_close(fast(x, alora_offsets=SOME), stock(x, alora_offsets=SOME))
-    with lorafast.use_backend("cpu"), pytest.raises(lorafast.BackendError, match="cpu"):
+    for backend in ("reference", "aten"):
+        with lorafast.use_backend(backend):
+            torch.testing.assert_close(fast(x, alora_offsets=SOME), stock(x, alora_offsets=SOME))
+    with lorafast.use_backend("cuda"), pytest.raises(lorafast.BackendError, match="cuda"):
         fast(x, alora_offsets=SOME)
