@@ -120,8 +120,8 @@ def base_gemm_first(monkeypatch):
     if native.why_not_loaded() is None:
         from lorafast.backends.cpu import operations
 
-        for name in ("lora_linear", "lora_linear_backward"):
-            monkeypatch.setattr(operations, f"dense_{name}", getattr(operations, name))
+        for table in (operations.FORWARD, operations.BACKWARD):
+            monkeypatch.setitem(table, True, table[False])
         registry.forget_plans()
     yield
     registry.forget_plans()
